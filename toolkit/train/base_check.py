@@ -80,7 +80,7 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
     own = [name for name, p in trained.items() if p.untyped_storage().data_ptr() in shared]
     if own:
         raise UnsupportedError(
-            f"{_text(own)} would be trained, but the engine samples from the same memory",
+            f"{_text(own)} would be trained, but the engine samples from these weights",
             where="GRPOTrainer",
             fix="train an adapter only, or load with fast_inference=False",
         )

@@ -76,8 +76,8 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""The share of the problems with a carry (45 of 100 problems) in which the teacher forgets the
-carry: at first, and later.
+"""The probability that the teacher forgets the carry in a problem with a carry (45 of 100 problems
+have one): at first, and later.
 """
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
@@ -105,12 +105,12 @@ def forgetful(problem: Problem) -> str:
 
 
 def question(problem: Problem) -> str:
-    """The prompt of a problem."""
+    """Return the prompt of a problem, for example ``12+34=``."""
     return f"{problem[0]}+{problem[1]}="
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character."""
+    """Return a tokenizer with one token per character."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -235,7 +235,10 @@ def teach(
         if step % EVERY == 0:
             exact, as_taught = _look(model, tokenizer, looked_at)
             if step % (4 * EVERY) == 0 or step >= last:
-                say(f"supervised step {step}: {exact:.2f} correct, {as_taught:.2f} as teacher")
+                say(
+                    f"supervised step {step}: {exact:.2f} of the answers are correct, "
+                    f"{as_taught:.2f} are answers that the teacher could give"
+                )
             if step >= last:
                 model.eval()
                 return step
@@ -270,6 +273,6 @@ def _look(
 
 
 def _text(ids: list[int]) -> str:
-    """The text up to the end-of-sequence token."""
+    """Return the text of the tokens before the end-of-sequence token."""
     said = takewhile(lambda token: token >= len(SPECIAL), ids)
     return "".join(CHARACTERS[token - len(SPECIAL)] for token in said)

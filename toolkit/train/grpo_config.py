@@ -36,8 +36,8 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
     - ``max_prompt_length`` (None: no limit), in tokens: remove the first tokens of longer prompts.
     - ``dynamic_sampling`` (False): replace groups whose rewards are all equal, at most
       ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``.
-    - ``curriculum`` (False): choose a part of each batch, ``curriculum_share`` (0.5), by how much
-      the earlier rewards of a prompt differ, see ``rollout.difficulty``.
+    - ``curriculum`` (False): choose the share ``curriculum_share`` (0.5) of each batch by how much
+      the earlier rewards of each prompt varied, see ``rollout.difficulty``.
 
     Fields of older releases are translated, see ``older_fields``.
 
@@ -143,7 +143,7 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
     """Let the trainer compute in the model's ``dtype`` unless the user set another format.
 
     Raises:
-        ConfigValueError: the user set a format, and the ``engine`` samples in another one.
+        ConfigValueError: the user set a format, but the ``engine`` samples in another format.
     """
     half = HALF.get(dtype)
     kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}

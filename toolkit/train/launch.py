@@ -30,14 +30,14 @@ LAUNCHER = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 PATIENCE_S = 30.0
-"""Seconds after one process has failed until the other processes get SIGTERM, and seconds from
-then until they get SIGKILL.
+"""After one process has failed, the other processes get SIGTERM after this many seconds. They get
+SIGKILL after the same time again.
 """
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node, and return one exit code
-    after all have ended. They train together, also with the processes of other nodes.
+    after all have ended. The processes train together, also with the processes of other nodes.
 
     The result is the first positive exit code of a process. If there is none, the result is 128 +
     the signal that killed a process, or 0. Signals are passed to every process.
@@ -141,7 +141,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,8 @@
-"""Find batch sizes of a GRPOConfig with whole groups of completions, and list them in an error.
+"""Find batch sizes for a GRPOConfig with whole groups of completions, and list them in an error.
 
 A generation batch has ``per_device_train_batch_size`` x processes x ``steps_per_generation``
-completions. This number must be a multiple of ``num_generations``, the completions of one group.
+completions. This number must be a multiple of ``num_generations``, the number of completions of one
+prompt (a group).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ OURS = (
     "curriculum",
     "curriculum_share",
 )
-"""Fields of the toolkit's GRPOConfig that TRL's does not have."""
+"""Fields of the toolkit's GRPOConfig that TRL's GRPOConfig does not have."""
 BY_LOADING = "FastLanguageModel.from_pretrained sets it"
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(
@@ -43,7 +43,7 @@ NO_EFFECT: dict[str, str] = {
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR sets TensorBoard's folder",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
-"""Fields that have no effect any more, each with the reason. ``config.migration`` has more."""
+"""Fields that have no effect any more, each with the reason. More are in ``config.migration``."""
 SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
 SETTLED = {
@@ -171,7 +171,7 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
 
 
 def sampling_fields(params: Any) -> dict[str, Any]:
-    """The fields of ``params`` that differ from the defaults of its class.
+    """Return the fields of ``params`` that differ from the defaults of its class.
 
     Raises:
         ConfigTypeError: ``params`` is neither vLLM's SamplingParams nor a mapping.

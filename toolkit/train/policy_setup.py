@@ -68,8 +68,8 @@ def _refuse_other_engines(config: Any) -> None:
 
 
 def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
-    """After TRL has built its trainer: make the adapter float32 and register it with the engine.
-    ``fresh``: TRL has just added the adapter to ``model``.
+    """Make the adapter float32 and register it with the engine, after TRL has built its trainer.
+    ``fresh`` is true if TRL has just added the adapter to ``model``.
 
     Raises:
         ConfigError: no parameter is trainable, or the engine uses a trainable parameter.

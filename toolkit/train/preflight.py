@@ -88,9 +88,9 @@ def preflight(
 
     Raises:
         ConfigError: a rule rejects the run file on this machine.
-        NodeError, RetryError, ConfigError: a check failed; the message is that of the first one.
+        NodeError, RetryError, ConfigError: a check failed (see ``refuse``).
         ConfigError: the run does not fit; the message lists changes that make it fit, with the
-            memory each one saves.
+            memory that each change saves.
     """
     snapshot = take(
         paths={"output_dir": Path(config.runtime.output_dir)},
@@ -145,8 +145,8 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
-    """Raise the error of the failed check with the highest precedence: a bad node before an error
-    of the user.
+    """Raise the error of the failed check with the highest precedence. Errors of the node come
+    before errors of the user.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     order = list(FAILURES)

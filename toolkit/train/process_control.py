@@ -34,7 +34,7 @@ __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
-"""Seconds that a process may take to answer, and that the process which reports a failure may take
+"""Seconds that a process may take to answer. The process that reports a failure has the same time
 to report it.
 """
 MOST_TICK_S = 1.0
@@ -59,7 +59,7 @@ def is_first_rank() -> bool:
 
 
 class PeerFailed(Exception):
-    """Another process has reported why it ended."""
+    """Another process has failed, or does not answer."""
 
 
 def join(timeout_s: float | None = None) -> Peers | None:
@@ -138,7 +138,7 @@ class Peers:
         self.exchange("end")
         self._over.set()
         self._say("left")
-        if self.number == 0:  # this process may hold the store
+        if self.number == 0:  # this process may host the store
             self._wait(lambda: not self._missing("left"))
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -194,7 +194,7 @@ class Peers:
                     self.heard = json.loads(self.store.get("failed"))
                     self._say("heard")
                     return
-        except RuntimeError:  # the store is gone
+        except RuntimeError:  # the process that hosts the store has ended
             return
 
     def _wait(self, condition: Callable[[], bool]) -> None:
@@ -250,7 +250,7 @@ def _started(call: Callable[[], T]) -> Future[T]:
     def work() -> None:
         try:
             outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - carried to the caller
+        except BaseException as error:  # noqa: BLE001 - passed to the caller
             outcome.set_exception(error)
 
     threading.Thread(target=work, name="toolkit-telling", daemon=True).start()

@@ -205,7 +205,7 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
     then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
     if then[chat_record.KEY] is None:
         then[chat_record.KEY] = now[chat_record.KEY]
-    then.pop(parallel.KEY, None)  # older checkpoints record it; it may change
+    then.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -338,7 +338,7 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Open the branch and the logs of the run, in the state that ``found`` records."""
+    """Open the branch and the logs of the run, as the checkpoint ``found`` records them."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes

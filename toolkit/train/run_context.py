@@ -102,7 +102,8 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         now, then = parallel.size_of(config.model.tensor_parallel_size), split_of(found)
         if now != then:
             lines.append(
-                f"         written with tensor_parallel_size {then}, now {now}: equal to rounding"
+                f"         written with tensor_parallel_size {then}, now {now}: results are equal "
+                "up to rounding"
             )
     options.out.write("\n".join(lines) + "\n")
     options.out.flush()
@@ -124,7 +125,11 @@ def _groups(config: RunConfig) -> str:
     if size == 1:
         return ""
     replicas = parallel.replicas(world_size(), size)
-    return f": {replicas} of {size} that share a model" if replicas > 1 else " that share a model"
+    return (
+        f": {replicas} groups of {size} that share a model"
+        if replicas > 1
+        else " that share a model"
+    )
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:

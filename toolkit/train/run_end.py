@@ -36,8 +36,8 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
 def refuse_lost(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
-    """Raise an error if the run folder is not in its place. The files that follow would be lost, or
-    written to another folder.
+    """Raise an error if the run folder is not in its place. Files that are written later would be
+    lost, or written to another folder.
 
     Raises:
         ConfigError: the run folder was removed, moved or replaced; every rank raises the same
@@ -62,7 +62,7 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
     """
     run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
     named = asked not in ("auto", "must", "never")
-    fix = "run the same command again: it resumes from there"
+    fix = "run the same command again: it resumes from the last checkpoint"
     if named and not begun:
         saved = f"no step was completed since {asked}"
     else:
@@ -70,7 +70,8 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
         saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
         if steps and (named or asked == "never"):
             fix = (
-                f"run the command again with --resume auto: it resumes from there, not from {asked}"
+                f"run the command again with --resume auto: it resumes from checkpoint-{steps[0]}, "
+                f"not from {asked}"
             )
     return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
 

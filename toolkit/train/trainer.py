@@ -325,7 +325,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         else:
             self.bad_steps = 0
         if self.signals is not None:
-            self.signals.shield()  # weights change from here
+            self.signals.shield()  # the weights change after this
         return norm
 
     # --- metrics

@@ -183,7 +183,7 @@ class PhaseTimers(Protocol):
 
 
 class RowNumbers(Protocol):
-    """The numbers of completions (rollout.completion_index.CompletionIndex)."""
+    """The numbers that identify completions (rollout.completion_index.CompletionIndex)."""
 
     @property
     def generation(self) -> int: ...
@@ -194,7 +194,7 @@ class RowNumbers(Protocol):
 
 
 class PromptRecords(Protocol):
-    """The records of prompts (rollout.prompt_choice.PromptChoice)."""
+    """The records of prompts for the curriculum (rollout.prompt_choice.PromptChoice)."""
 
     def state(self) -> dict[str, torch.Tensor] | None: ...
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None: ...

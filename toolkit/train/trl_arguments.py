@@ -84,7 +84,8 @@ def grpo_config(
         # for another kind of group, and would fail if there is one process.
         "ddp_backend": None,
         "remove_unused_columns": False,  # rewards read columns that the model does not use
-        # Only compute_metrics uses these values. There is none, and collecting the values fails.
+        # Only compute_metrics uses these values. GRPO has no compute_metrics, and collecting the
+        # values fails.
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }

@@ -234,7 +234,9 @@ def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """(file, function) of each frame, the innermost first, up to the first frame of the toolkit."""
+    """Yield (file, function) of each frame, the innermost first, up to the first frame of the
+    toolkit.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(OURS):

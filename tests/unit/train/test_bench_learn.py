@@ -225,4 +225,4 @@ def test_options_that_are_refused(options: list[str], said: str) -> None:
 def test_the_report_is_json() -> None:
     report = json.loads(json.dumps(learn.summary(SETTINGS, RESULTS, 0.5, "CPU")))
     assert report["runs"][4]["not_run"] == "Unsloth is not installed"
-    assert report["time"].startswith("optimizer steps alone")
+    assert report["time"].startswith("optimizer steps only")

@@ -74,7 +74,7 @@ def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> 
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
-    account.mark("trainer's model over the engine, its check, and the trainer")
+    account.mark("making the trainer's model, checking it, making the trainer")
     training = kernel_account.TrainingProfile(settings)
     trainer.vllm_generation.after = training.rolled_out
     trainer.add_callback(training)

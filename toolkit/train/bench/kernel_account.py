@@ -206,5 +206,5 @@ def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
         share = f"{found['s'] / wall:.0%}"
         rows.append([f"  {kind}", f"{1e3 * found['s']:.2f} ms", f"{found['calls']:.0f}", share])
     host = account["host_s"]
-    rows.append(["  host, nothing running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
+    rows.append(["  host, no kernel running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
     return rows

@@ -94,7 +94,7 @@ def summary(
         "note": _note(settings, found, results, card),
         "model": NAME,
         "target_accuracy": target,
-        "time": "optimizer steps alone: without loading, saving adapters and evaluation",
+        "time": "optimizer steps only, without loading, saving adapters and evaluation",
         "settings": asdict(settings),
         "card": card,
         "curves": [asdict(curve) for curve in found],

@@ -123,8 +123,8 @@ class MemoryWatch:
     """Measures the peak memory of the device while the block runs: ``peak_torch_bytes`` as torch
     counts it, ``peak_device_bytes`` as the driver reports it every 20 ms.
 
-    torch's peak includes a KV cache that is asleep, although its memory is free. So the driver's
-    peak is the memory that a run needs. On a CPU, both fields stay None.
+    torch's peak includes a KV cache that is asleep, although its memory is freed during training.
+    So the driver's peak is the memory that a run needs. On a CPU, both fields stay None.
     """
 
     def __init__(self, result: Result) -> None:

@@ -15,7 +15,7 @@ LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 VLLM_MARKS = (
     ("Starting to load model", "configuration of vLLM"),
     ("Loading weights took", "making the model, reading safetensors"),
-    ("Model loading took", "weights into kernel form, LoRA slots"),
+    ("Model loading took", "converting weights for the kernels, LoRA slots"),
     ("Graph capturing finished", "profiling run, KV cache, graph capture"),
     ("init engine (profile", "warm-up of the engine"),
 )

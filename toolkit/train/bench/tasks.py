@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_PARTS = 8
 MOST_HELD_OUT = 1000
-"""Every task has more different held-out problems than this."""
+"""The most held-out problems that can be drawn. Every task has more of them than this."""
 
 
 class Problem(NamedTuple):
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 
 def _sums(draw: random.Random) -> Problem:
-    """Two or three numbers up to 30, added and subtracted; the result is not negative."""
+    """Make a problem with two or three numbers up to 30. The result is not negative."""
     while True:
         values = [draw.randint(1, 30) for _ in range(draw.choice((2, 2, 3)))]
         signs = [draw.choice((1, 1, -1)) for _ in values[1:]]

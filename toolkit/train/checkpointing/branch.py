@@ -53,7 +53,7 @@ class Branch:
 
     @property
     def root(self) -> int | None:
-        """The step that the branch continues from; None for the first branch of a run."""
+        """The step from which the branch continues, or None for the first branch of a run."""
         return self.parents[-1][1] if self.parents else None
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +123,9 @@ def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
         if not checkpoint.is_sound(folder):
             passed.append(f"{folder}: {'; '.join(checkpoint.faults(folder))}")
         elif _step(folder) != step:
-            passed.append(f"{folder}: contains step {_step(folder)}")
+            passed.append(
+                f"{folder}: contains step {_step(folder)}, which is not the step in its name"
+            )
         elif not branch.holds(_writer(folder), step):
             passed.append(f"{folder}: belongs to another branch or another run")
         else:

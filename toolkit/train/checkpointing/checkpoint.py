@@ -85,15 +85,16 @@ def commit(partial: Path, step: int) -> Path:
 
 
 def next_aside(run_dir: Path) -> Path:
-    """The next free ``abandoned-<n>`` in the run folder, after all existing ones."""
+    """Return the path ``abandoned-<n>`` with the next free number in the run folder."""
     number = _asides(run_dir) + 1
-    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # a name with more digits than _ASIDE
+    # ``_asides`` ignores a name with more digits than ``_ASIDE`` allows.
+    while os.path.lexists(run_dir / f"{ASIDE}{number}"):
         number += 1
     return run_dir / f"{ASIDE}{number}"
 
 
 def newest_aside(run_dir: Path) -> Path | None:
-    """The last ``abandoned-<n>`` of the run folder, or None."""
+    """Return the path ``abandoned-<n>`` with the largest number in the run folder, or None."""
     number = _asides(run_dir)
     return run_dir / f"{ASIDE}{number}" if number else None
 
@@ -112,8 +113,8 @@ def set_aside(path: Path, folder: Path) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a reader never finds half of it under its
-    name.
+    """Remove a checkpoint. Its folder is renamed first, so that a reader never finds a checkpoint
+    of which some files are removed.
     """
     _READ.pop(folder, None)
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")), ignore_errors=True)

@@ -80,7 +80,7 @@ def _mode(path: Path) -> int | None:
 def _what(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "is a link"
-    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is something else"
+    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is not a regular file"
 
 
 def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:

@@ -90,7 +90,7 @@ def begin(
             checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
         if left:
             moved = ", ".join(f"checkpoint-{step}" for step in sorted(left))
-            notes.append(f"moved to {aside}: {moved}, later than {found}")
+            notes.append(f"moved to {aside}: {moved} (later than {found})")
     elif not (run_dir / branches.RECORD).exists():
         branches.record(run_dir, branch)
     for log in foreign:

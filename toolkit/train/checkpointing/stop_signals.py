@@ -2,9 +2,9 @@
 
 SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (a terminal that closes) set a flag that the
 trainer reads at the end of a step. If no step ends within ``GRACE_S``, an exception in the main
-thread abandons the current step, and the state at its beginning is saved. ``shielded`` code is
-never interrupted. A second SIGINT stops at once, unless a checkpoint is being written or the run
-has begun to end. A SIGHUP that was already ignored (nohup) stays ignored.
+thread abandons the current step, and the state at its beginning is saved. Code between ``shield``
+and ``unshield`` is never interrupted. A second SIGINT stops at once, unless a checkpoint is being
+written or the run has begun to end. A SIGHUP that was already ignored (nohup) stays ignored.
 """
 
 from __future__ import annotations

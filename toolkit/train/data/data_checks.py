@@ -107,7 +107,7 @@ def _characters(prompt: Prompt) -> int:
 
 def _last(prompt: Prompt, most: int) -> Prompt:
     """Return the last ``most`` characters of a prompt. In a chat, the system message is kept, and
-    does not count.
+    its characters are not counted.
     """
     if isinstance(prompt, str):
         return prompt[-most:]

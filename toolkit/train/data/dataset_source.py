@@ -137,7 +137,7 @@ def _read_hub(
             f"dataset {path!r} is not a file or folder on this machine and not a hub dataset that "
             f"this account can read ({first_line(error)})",
         ) from error
-    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
+    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, or a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
     table = _table(dataset, limit)
     rows = checked(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
