@@ -127,7 +127,7 @@ class Settings:
 @dataclass(slots=True)
 class Result:
     """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
-    have is None or an empty list.
+    have is None or an empty list. To publish is to copy the trained policy to the engine.
     """
 
     arm: str

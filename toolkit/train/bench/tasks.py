@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_PARTS = 8
 MOST_HELD_OUT = 1000
-"""The most held-out problems that can be drawn. Every task has more of them than this."""
+"""The largest number of held-out problems that can be drawn. Every task has more than this."""
 
 
 class Problem(NamedTuple):

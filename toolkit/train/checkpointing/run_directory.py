@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     "runtime",
     "source",
-    # The digest of the data covers these keys.
+    # The digests of the data are compared instead of these paths.
     "dataset.path",
     "dataset.eval_path",
     "reward.timeout_s",  # only limits the time of a reward function
@@ -77,7 +77,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         raise RetryError(
             "another run is writing to this folder",
             where=str(run_dir),
-            fix="wait for it to end, or set another runtime.output_dir",
+            fix="wait for that run to end, or set another runtime.output_dir",
         ) from problem
     try:
         yield run_dir

@@ -57,8 +57,8 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Handle signals while the block runs, and restore the previous handlers. Main thread only.
 
-        If the run has begun to end (``end``), a ``StopSignals`` whose handlers are restored ignores
-        signals too.
+        A previous handler may belong to another ``StopSignals``. If the run has begun to end
+        (``end``), that object ignores signals too.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
