@@ -144,9 +144,8 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # before ``disk.translate`` measures the free space
+        # Before ``disk.translate``, which reports the free space.
+        shutil.rmtree(partial, ignore_errors=True)
         known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
         if known is None or known is error:
             raise
