@@ -30,8 +30,8 @@ LAUNCHER = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 PATIENCE_S = 30.0
-"""After one process has failed, the other processes get SIGTERM after this many seconds. They get
-SIGKILL after the same time again.
+"""Seconds from the failure of one process until the other processes get SIGTERM, and from then
+until they get SIGKILL.
 """
 
 

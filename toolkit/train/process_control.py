@@ -63,7 +63,7 @@ class PeerFailed(Exception):
 
 
 def join(timeout_s: float | None = None) -> Peers | None:
-    """Connect to the other processes of the run; None if there are none.
+    """Connect to the other processes of the run. Return None if there is only one process.
 
     Raises:
         RetryError: the processes did not connect in time.
@@ -161,7 +161,7 @@ class Peers:
         return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
     def _tell(self, error: Exception) -> Exception | None:
-        """Return the error that this process must report, or None if another one reports it."""
+        """Return the error that this process must report, or None if another process does."""
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
             self._wait(lambda: not self._missing("answer") or self.heard is not None)

@@ -284,7 +284,7 @@ def _train(
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
-        trainer_state.check(trainer, found)  # before files are moved
+        trainer_state.check(trainer, found)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
     with signals.at_steps(), measured(trainer, context.run_dir):
         try:

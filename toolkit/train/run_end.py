@@ -36,7 +36,7 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
 def refuse_lost(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
-    """Raise an error if the run folder is not in its place. Files that are written later would be
+    """Raise an error if the run folder is not at its path. Files that are written later would be
     lost, or written to another folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Build TRL's GRPOConfig from a resolved run: values of the run file, and values that depend on the
+"""Build TRL's GRPOConfig from a resolved run. Its values come from the run file, or depend on the
 machine.
 """
 

@@ -102,7 +102,7 @@ class Settings:
         """The ``ours_`` fields as text."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
-        sleep = "KV cache asleep while training" if self.ours_sleep else "KV cache awake"
+        sleep = "KV cache freed while training" if self.ours_sleep else "KV cache kept"
         size = f"micro-batch {batch} x {self.sequences // batch}"
         if self.ours_tokens is not None:
             size = f"passes of at most {self.ours_tokens:,} tokens"

@@ -77,7 +77,7 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """``settings`` with these values in each ``ours_`` field that the user did not set."""
+    """Return ``settings`` with these values in the ``ours_`` fields that the user did not set."""
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,

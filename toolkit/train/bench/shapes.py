@@ -136,8 +136,8 @@ def _tokenizer(vocab_size: int) -> Any:
     """A tokenizer with one word per token id (``t4`` .. ``tN``), so that the data decides the
     lengths in tokens.
 
-    The special tokens do not look like a word or the beginning of one, because the tokenizer takes
-    them out of a text before it splits the text into words.
+    The special tokens do not look like a word or the beginning of one, because the tokenizer
+    cuts them out of a text before it splits the text into words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

@@ -100,7 +100,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         if source is not None and not trainer_state.is_ours(source):
             source = None
         elif source is not None:
-            trainer_state.check(self, source)  # before files are moved
+            trainer_state.check(self, source)  # before ``rollback.begin`` moves files
         if is_first_rank() and run_dir.is_dir():
             start = rollback.begin(run_dir, source, with_logs=False)
             for line in start.notes:
