@@ -50,7 +50,7 @@ def trained(instruct: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
 def test_texts_become_user_messages_and_the_run_says_so(trained: Ended) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "16 chats from " in trained.stdout
-    assert "each text a user message of the chat template (dataset.chat)" in trained.stdout
+    assert "each text becomes a user message of the chat template (dataset.chat)" in trained.stdout
     config = json.loads((trained.folder / "out" / "config.json").read_text())
     assert config["dataset"]["chat"] is True
     prompts = [row["prompt"] for row in trained.rows("completions.jsonl")]

@@ -109,7 +109,7 @@ def test_killed_together_two_ranks_resume_to_the_same_bytes(run_file, tmp_path):
     pid = world.forked(run_file, tmp_path / "alone.txt", f'runtime.output_dir="{cut}"', *SLOW)
     assert world.wait(pid) == 1
     refused = (tmp_path / "alone.txt").read_text()
-    assert "written by 2 processes, this run has 1" in refused
+    assert "written by 2 processes, but this run has 1" in refused
     assert "--nproc-per-node 2" in refused
     finish(ranks.start(run_file, cut, *HALF, *SLOW), cut)
     assert world.digests(cut) == world.digests(whole)

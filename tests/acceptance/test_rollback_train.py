@@ -58,9 +58,9 @@ def test_what_was_written_and_gone_back_to_stays(run_file, tmp_path):
     source = f'runtime.resume="{run_dir}/checkpoint-4"'
     code, said = go(run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6))
     assert code == 75, said
-    assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8, later than" in said
+    assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8 (later than" in said
     assert "stopped by SIGTERM; checkpoint-6 was saved" in said
-    assert "run the command again with --resume auto: it resumes from there" in said
+    assert "run the command again with --resume auto: it resumes from checkpoint-6, not" in said
     assert sound(run_dir) == {"checkpoint-4", "checkpoint-6"}
     aside = run_dir / "abandoned-1"
     assert sound(aside) == {"checkpoint-6", "checkpoint-8"}
@@ -119,7 +119,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
     code, said = go(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said
-    assert "1 prompts, and one generation takes 2: 8 completions" in said
+    assert "1 prompts, but one generation takes 2: 8 completions" in said
     assert "no step would run" in said
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,1 +1,1 @@
-"""A whole run: data, rewards, trainer, checkpoints, manifest, report."""
+"""Train a whole run: data, rewards, trainer, checkpoints, manifest, report."""

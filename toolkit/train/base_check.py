@@ -1,5 +1,7 @@
-"""Check that a run does not change the base weights: their checksum at its end must be the one at
-its start. A change that is found earlier raises an error.
+"""Check that a run does not change the base weights.
+
+The checksum of the base weights at the end of a run must equal their checksum at its start. A
+change between the loading of the model and the start of a run is an error too.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ AGAIN = "load the model again; do not write to its weights or merge an adapter i
 
 
 class BaseCheck:
-    """Checksums of the frozen weights of ``model``, taken when its engine loaded them, else when
-    this object is made.
+    """Checksums of the frozen weights of ``model``. They were computed when the engine loaded the
+    weights. For a model without an engine, they are computed when this object is made.
     """
 
     def __init__(self, model: Any) -> None:
@@ -30,8 +32,8 @@ class BaseCheck:
         """
         if names := changed(self._before, base_sums(self._model)):
             raise ConfigValueError(
-                f"{_text(names)} of the base model changed after the engine loaded them: engine "
-                "and trainer share these weights",
+                f"{_text(names)} of the base model changed after the engine loaded the model, and "
+                "the engine and the trainer share these weights",
                 where="model",
                 fix=AGAIN,
             )
@@ -49,7 +51,7 @@ class BaseCheck:
                 "may change: the trained adapter does not fit the base model on disk",
                 where="model",
                 fix="do not use this adapter; check rewards and callbacks for code that writes "
-                "to the model; report a defect if there is none",
+                "to the model; if there is no such code, report a defect",
             )
         checksum = digest(after)
         if (shared := mesh()) is not None:
@@ -58,7 +60,7 @@ class BaseCheck:
 
 
 def refuse_untrainable(model: Any, engine: Any) -> None:
-    """Check that only weights of an adapter are trained.
+    """Check that a parameter is trainable, and that the engine uses no trainable parameter.
 
     Raises:
         ConfigValueError: no parameter is trainable.
@@ -78,7 +80,7 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
     own = [name for name, p in trained.items() if p.untyped_storage().data_ptr() in shared]
     if own:
         raise UnsupportedError(
-            f"{_text(own)} would be trained, and the engine samples from the same weights",
+            f"{_text(own)} would be trained, but the engine samples from these weights",
             where="GRPOTrainer",
             fix="train an adapter only, or load with fast_inference=False",
         )

@@ -65,7 +65,7 @@ runtime:
 
 
 def run_file_text(name: str, *, engine: str, seed: int) -> str:
-    """The text of the run file ``name``; editors find the schema by its first line."""
+    """Return the text of the run file ``name``. Editors find the schema by its first line."""
     schema = schema_path("run").resolve()
     return RUN_FILE.format(schema=schema, name=name, engine=engine, seed=seed)
 
@@ -76,7 +76,9 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""How often the teacher forgets the carry in problems that have one (45 of 100)."""
+"""The probability that the teacher forgets the carry in a problem with a carry (45 of 100 problems
+have one): at first, and later.
+"""
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
@@ -92,23 +94,23 @@ class World:
 
 
 def answer(problem: Problem) -> str:
-    """The right answer."""
+    """Return the correct sum as text."""
     return str(sum(problem))
 
 
 def forgetful(problem: Problem) -> str:
-    """The sum without the carry from the last digits."""
+    """Return the sum as text, without the carry from the last digits."""
     first, second = problem
     return str((first // 10 + second // 10) * 10 + (first + second) % 10)
 
 
 def question(problem: Problem) -> str:
-    """The prompt of a problem."""
+    """Return the prompt of a problem, for example ``12+34=``."""
     return f"{problem[0]}+{problem[1]}="
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character."""
+    """Return a tokenizer with one token per character."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -123,7 +125,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """0.46 M parameters, float32, randomly initialised."""
+    """Return a Llama with 0.46 M parameters, float32, randomly initialised."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -160,8 +162,8 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     teach(model, tokenizer, known, looked_at, seed=seed, say=say)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    # safetensors writes with mode 0600, but a container runs as another user: use config.json's
-    # mode.
+    # safetensors writes files that only their owner can read (mode 0600). A container runs as
+    # another user, so the weights get the mode of config.json.
     mode = (folder / "model/config.json").stat().st_mode
     (folder / "model/model.safetensors").chmod(mode)
     for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
@@ -173,7 +175,9 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
 
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """(held out, the rest): the first ``count`` problems, half of them with a carry."""
+    """Split ``problems`` into (held out, the rest). ``count`` problems are held out: the first
+    ones with a carry and the first ones without, half of each kind.
+    """
     carry = [p for p in problems if answer(p) != forgetful(p)][: count // 2]
     plain = [p for p in problems if answer(p) == forgetful(p)][: count - len(carry)]
     held_out = {*carry, *plain}
@@ -182,8 +186,8 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
 
 
 def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
-    """(B, 10) token ids: six of the question, up to three of the answer, end of sequence,
-    padding.
+    """Return token ids of shape (B, 10). A row has six tokens of the question, up to three of the
+    answer, the end-of-sequence token, and padding.
     """
     rows = []
     for problem, text in zip(problems, answers, strict=True):
@@ -205,7 +209,7 @@ def teach(
     steps.
 
     Raises:
-        DefectError: ``MAX_STEPS`` were not enough.
+        DefectError: the model did not learn this within ``MAX_STEPS`` steps.
     """
     right = encode(tokenizer, known, [answer(p) for p in known])
     wrong = encode(tokenizer, known, [forgetful(p) for p in known])
@@ -231,7 +235,10 @@ def teach(
         if step % EVERY == 0:
             exact, as_taught = _look(model, tokenizer, looked_at)
             if step % (4 * EVERY) == 0 or step >= last:
-                say(f"supervised step {step}: {exact:.2f} correct, {as_taught:.2f} as the teacher")
+                say(
+                    f"supervised step {step}: {exact:.2f} of the answers are correct, "
+                    f"{as_taught:.2f} are answers that the teacher could give"
+                )
             if step >= last:
                 model.eval()
                 return step
@@ -251,8 +258,8 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _look(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """With greedy decoding: the share of correct answers, and of answers that the teacher could
-    give.
+    """Decode greedily; return the share of correct answers, and the share of answers that the
+    teacher could give.
     """
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts
@@ -266,6 +273,6 @@ def _look(
 
 
 def _text(ids: list[int]) -> str:
-    """The text up to the end-of-sequence token."""
+    """Return the text of the tokens before the end-of-sequence token."""
     said = takewhile(lambda token: token >= len(SPECIAL), ids)
     return "".join(CHARACTERS[token - len(SPECIAL)] for token in said)

@@ -1,7 +1,8 @@
 """TRL's GRPOConfig, extended by the record of which fields the user set.
 
-TRL 1.16 sets ``bf16=True`` if the user did not set it, and transformers 5.17 counts every visible
-GPU for ``nn.DataParallel``. This module sets both from the model that is trained.
+TRL 1.16 sets ``bf16=True`` if the user did not set it. This module uses the number format of the
+model instead. transformers 5.17 would train on every visible GPU with ``nn.DataParallel``. This
+module sets the number of GPUs to one.
 """
 
 from __future__ import annotations
@@ -20,29 +21,33 @@ from toolkit.train.legal_batches import refuse_partial_groups
 from toolkit.train.older_fields import translate
 
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""The field that switches on each half-precision format."""
+"""For each half-precision dtype, the field of GRPOConfig that switches it on."""
 FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
 WRITTEN = "toolkit_written"
 
 
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """``trl.GRPOConfig`` that records which fields were passed; the others are set from the model.
+    """``trl.GRPOConfig`` that records which fields the user passed. If the number format was not
+    passed, ``follow_dtype`` sets it from the model.
 
-    Some fields are the toolkit's own. ``padding_free`` (True) trains on packed sequences, see
-    ``packed_steps``. ``max_prompt_length`` (in tokens; None: no limit of its own) removes the first
-    tokens of longer prompts. ``dynamic_sampling`` (False) replaces groups of equal rewards, at most
-    ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``. ``curriculum``
-    (False) chooses the share ``curriculum_share`` (0.5) of each batch by the spread of earlier
-    rewards, see ``rollout.difficulty``. Fields of older releases are translated, see
-    ``older_fields``.
+    These fields are the toolkit's own (defaults in parentheses):
+
+    - ``padding_free`` (True): train on packed sequences, see ``packed_steps``.
+    - ``max_prompt_length`` (None: no limit), in tokens: remove the first tokens of longer prompts.
+    - ``dynamic_sampling`` (False): replace groups whose rewards are all equal, at most
+      ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``.
+    - ``curriculum`` (False): choose the share ``curriculum_share`` (0.5) of each batch by how much
+      the earlier rewards of each prompt varied, see ``rollout.difficulty``.
+
+    Fields of older releases are translated, see ``older_fields``.
 
     Raises:
         ConfigTypeError: an unknown field.
-        ConfigValueError: an invalid value; if a batch does not contain whole groups, the message
-            lists sizes that do.
+        ConfigValueError: an invalid value. If a batch does not contain whole groups, the message
+            lists valid batch sizes.
     """
 
-    @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # the same
+    @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given, notes = translate({**dict(zip(FIELDS, args, strict=False)), **kwargs}, FIELDS)
         if notes:
@@ -65,7 +70,8 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
             if "divisible by" not in str(problem):
                 raise
             refused = problem
-        if refused is not None:  # here, so that TRL's message is not shown above this one
+        # Outside of the except block, so that Python does not print TRL's error above this one.
+        if refused is not None:
             refuse_partial_groups(self, written)
             raise refused
 
@@ -75,7 +81,7 @@ def _length(value: Any) -> int | None:
         raise ConfigValueError(
             f"max_prompt_length={value!r} must be a number of tokens above 0, or None",
             where="GRPOConfig",
-            fix="leave it out: prompts of any length that the model holds are taken",
+            fix="leave it out to accept prompts of any length that the model supports",
         )
     return value
 
@@ -84,7 +90,7 @@ def _switch(given: dict[str, Any], name: str) -> bool:
     value = given.pop(name, False)
     if not isinstance(value, bool):
         raise ConfigValueError(
-            f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"{name}=True"
+            f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"set {name}=True"
         )
     return value
 
@@ -114,7 +120,9 @@ def _has_bfloat16(given: dict[str, Any]) -> bool:
 
 
 def default_config(model: Any) -> GRPOConfig:
-    """The config of a trainer without ``args``; the folder is named after the model, as in TRL."""
+    """Return the config of a trainer that gets no ``args``. As in TRL, the output folder is named
+    after the model.
+    """
     name = model if isinstance(model, str) else str(model.config.name_or_path)
     made: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
     return made
@@ -122,8 +130,8 @@ def default_config(model: Any) -> GRPOConfig:
 
 def is_written(config: Any, name: str) -> bool:
     """True if the user set the field ``name``, which is ``bf16`` or ``fp16``. A plain
-    ``trl.GRPOConfig`` does not record it, so there a value that differs from TRL's default counts
-    as set.
+    ``trl.GRPOConfig`` does not record which fields were set. Its fields count as set if they differ
+    from TRL's default.
     """
     written = getattr(config, WRITTEN, None)
     if written is not None:
@@ -135,7 +143,7 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
     """Let the trainer compute in the model's ``dtype`` unless the user set another format.
 
     Raises:
-        ConfigValueError: the user set a format, and the ``engine`` samples in another one.
+        ConfigValueError: the user set a format, but the ``engine`` samples in another format.
     """
     half = HALF.get(dtype)
     kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}
@@ -145,7 +153,7 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
             str(key).removeprefix("torch.") for key, value in HALF.items() if value == name
         )
         raise ConfigValueError(
-            f"{name}=True computes in {asked}, and the engine samples in {told}",
+            f"{name}=True computes in {asked}, but the engine samples in {told}",
             where=f"grpo.{name}",
             fix=f"leave {name} out, or load the model with dtype={asked}",
         )
@@ -162,10 +170,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def use_one_gpu(config: Any) -> None:
-    """One process trains on one GPU: CUDA's first visible one, which the pre-flight checks.
+    """Make the process train on one GPU: CUDA's first visible GPU, which the pre-flight checks.
 
-    Otherwise transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``) and wraps the
-    model in ``nn.DataParallel``, which TRL rejects.
+    Without this, transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``) and wraps
+    the model in ``nn.DataParallel``, which TRL rejects.
     """
     if config.n_gpu > 1:
         config._n_gpu = 1

@@ -1,8 +1,8 @@
 """``toolkit train --nproc-per-node N``: start the processes of this node and return one exit code.
 
-torchrun does this and more, but it exits with 1 whatever the exit codes of its processes. So a
-scheduler cannot see exit code 75, with which a stopped run asks to be queued again. This module
-imports nothing heavy: only the processes that it starts train.
+torchrun also starts processes, but it exits with 1 if any of them fails. A scheduler then cannot
+see exit code 75, with which a stopped run asks to be queued again. This module imports no heavy
+library, because only the processes that it starts train.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ LAUNCHER = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
 PATIENCE_S = 30.0
-"""How long the other processes may run after one has failed, and then how long they may take to
-stop.
+"""Seconds from the failure of one process until the other processes get SIGTERM, and from then
+until they get SIGKILL.
 """
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node that train together, also
-    with those of other nodes; return the exit code.
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node, and return one exit code
+    after all have ended. The processes train together, also with the processes of other nodes.
 
-    This is the first nonzero exit code of a process, 128 + signal if all were killed, or 0. Signals
-    are passed to every process. Raises StoppedError for a signal that arrived before the processes
-    handled signals; OSError.
+    The result is the first positive exit code of a process. If there is none, the result is 128 +
+    the signal that killed a process, or 0. Signals are passed to every process.
+
+    Raises:
+        StoppedError: a signal arrived before the processes handled signals.
+        OSError: a process could not be started.
     """
     port, children = free_port(), list[Child]()
     received, early = list[int](), list[int]()
@@ -60,7 +63,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 [sys.executable, "-m", "toolkit", *arguments],
                 env=environment(number, processes, port),
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C on a terminal already reaches the whole group: do not send it twice.
+                # Ctrl-C on a terminal reaches the whole session, and the launcher passes it on.
+                # In a session of its own, the process gets it only once.
                 start_new_session=True,
             )
             children.append(child)
@@ -68,7 +72,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             _send(children, number)
         code = _wait(children)
     number = code - 128
-    insisted = received.count(signal.SIGINT) > 1  # a run then ends by itself
+    insisted = received.count(signal.SIGINT) > 1  # a second Ctrl-C ends a run at once
     if number in SIGNALS and number in received and not insisted:
         raise stopped_early(signal.Signals(number).name)
     return code
@@ -80,9 +84,10 @@ def stopped_early(name: str) -> StoppedError:
 
 
 def follow_launcher() -> None:
-    """Set up a process that ``launch`` started, until the run handles signals. A signal ends it
-    silently, because the launcher reports it. The kernel sends it SIGTERM when the launcher has
-    ended for any reason (prctl(2), PR_SET_PDEATHSIG).
+    """Set up the signals of a process that ``launch`` started, until the run handles signals.
+
+    A signal ends the process silently, because the launcher reports the signal. When the launcher
+    has ended for any reason, the kernel sends SIGTERM to the process (prctl(2), PR_SET_PDEATHSIG).
     """
     launcher = os.environ.pop(LAUNCHER, None)  # applies to this process, not to its children
     if launcher is None or sys.platform != "linux":
@@ -94,27 +99,29 @@ def follow_launcher() -> None:
 
 
 def environment(number: int, processes: int, port: int) -> dict[str, str]:
-    """The environment variables that torchrun sets for process ``number`` of the ``processes`` on
-    this node. The nodes are those of PET_NNODES; with several, all meet at MASTER_ADDR and
-    MASTER_PORT.
+    """Return the environment variables that torchrun sets for process ``number`` of the
+    ``processes`` on this node. PET_NNODES is the number of nodes. With several nodes, all processes
+    connect to MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        InputError: there are several nodes, but no address at which they meet.
+        InputError: there are several nodes but no MASTER_ADDR or MASTER_PORT, or PET_NODE_RANK is
+            too large.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     nodes, node = node_count(), node_rank()
     if nodes > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise InputError(
-            f"PET_NNODES={nodes}: the processes of {nodes} nodes need a place to meet",
+            f"PET_NNODES={nodes}, but MASTER_ADDR or MASTER_PORT is not set: the processes of "
+            f"{nodes} nodes need an address at which they connect",
             where="the environment",
-            fix="set MASTER_ADDR to the host name of the first node and MASTER_PORT to a free port "
-            "of it, the same on all nodes, or unset PET_NNODES",
+            fix="on all nodes, set MASTER_ADDR to the host name of the first node and MASTER_PORT "
+            "to a free port of the first node, or unset PET_NNODES",
         )
     if node >= nodes:
         raise InputError(
             f"PET_NODE_RANK={node} must be below PET_NNODES={nodes}",
             where="the environment",
-            fix="number the nodes from 0",
+            fix="number the nodes from 0 with PET_NODE_RANK",
         )
     if nodes > 1:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -134,7 +141,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -155,8 +162,8 @@ def _listening(
 
 
 def _wait(children: Sequence[Child]) -> int:
-    """Wait until all processes have ended. If one fails, the others are stopped. They first get
-    time to notice the failure and to report it themselves.
+    """Wait until all processes have ended; return the exit code of ``launch``. If a process fails,
+    the others are stopped. They first get time to notice the failure and to report it themselves.
     """
     codes: list[int] = []
     running = list(children)

@@ -1,7 +1,8 @@
-"""Find batch sizes of a GRPOConfig with whole groups of completions, and list them in an error.
+"""Find batch sizes for a GRPOConfig with whole groups of completions, and list them in an error.
 
 A generation batch has ``per_device_train_batch_size`` x processes x ``steps_per_generation``
-completions, and must be a multiple of ``num_generations``.
+completions. This number must be a multiple of ``num_generations``, the number of completions of one
+prompt (a group).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ WHERE = "GRPOConfig"
 
 
 def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
-    """Raise an error with valid batch sizes if those of ``config`` do not have whole groups.
-    ``config`` is one that TRL's ``__post_init__`` rejected; ``written`` are the fields that the
-    user passed.
+    """Raise an error with valid batch sizes if a batch of ``config`` does not have whole groups.
+    TRL's ``__post_init__`` has rejected ``config``. ``written`` are the fields that the user
+    passed.
 
     Raises:
-        ConfigValueError: the batch sizes do not have whole groups.
+        ConfigValueError: a batch does not have whole groups.
     """
     group = config.num_generations
     if type(group) is not int or group < 2:
@@ -43,7 +44,7 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
             f"{config.per_device_eval_batch_size} x {_processes(config)} = {per_eval} "
             f"completions, which is not a multiple of {name}={wanted}",
             where=WHERE,
-            fix="per_device_eval_batch_size="
+            fix="set per_device_eval_batch_size="
             f"{_next(config.per_device_eval_batch_size, config.world_size, wanted)}",
         )
 
@@ -54,7 +55,7 @@ def _factor(size: int, group: int) -> int:
 
 
 def _next(value: int, others: int, group: int) -> int:
-    """The smallest value from ``value`` up with which value x ``others`` has whole groups."""
+    """The smallest number >= ``value`` whose product with ``others`` has whole groups."""
     step = _factor(others, group)
     return -(-value // step) * step
 
@@ -82,7 +83,7 @@ def _steps_name(written: Collection[str]) -> str:
 
 
 def _choices(config: Any, written: Collection[str]) -> str:
-    """The choices as text; each changes one field to a valid value."""
+    """Return the possible fixes as text. Each fix sets one field to a valid value."""
     group, size = config.num_generations, config.generation_batch_size
     per_device, ranks = config.per_device_train_batch_size, config.world_size
     steps = config.steps_per_generation
@@ -98,4 +99,4 @@ def _choices(config: Any, written: Collection[str]) -> str:
     fitting = [number for number in range(2, size + 1) if size % number == 0]
     if fitting:
         choices.append(f"num_generations={' or '.join(map(str, fitting[-6:]))}")
-    return f"change one of them: {'; '.join(choices)}"
+    return f"set one of these fields: {'; '.join(choices)}"

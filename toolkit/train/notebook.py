@@ -21,20 +21,20 @@ def is_bfloat16_supported() -> bool:
 is_bf16_supported = is_bfloat16_supported
 
 
-def PatchFastRL(  # noqa: N802 - the drop-in name
+def PatchFastRL(  # noqa: N802 - Unsloth's name
     algorithm: str | None = None,
     FastLanguageModel: Any = None,
 ) -> None:
-    """Does not patch anything; a warning names the trainer to import."""
+    """Do nothing except warn. The warning has the imports to use instead."""
     del algorithm, FastLanguageModel
     warnings.warn(
-        "PatchFastRL does nothing: `from toolkit import GRPOConfig, GRPOTrainer` in place of trl's"
-        " uses the engine on the model",
+        "PatchFastRL does nothing. To train with the engine on the model, replace the imports from"
+        " trl by `from toolkit import GRPOConfig, GRPOTrainer`",
         ToolkitWarning,
         stacklevel=2,
     )
 
 
-def vLLMSamplingParams(**kwargs: Any) -> dict[str, Any]:  # noqa: N802 - the drop-in name
-    """The sampling options for ``GRPOConfig(vllm_sampling_params=...)``."""
+def vLLMSamplingParams(**kwargs: Any) -> dict[str, Any]:  # noqa: N802 - Unsloth's name
+    """Return the sampling options for ``GRPOConfig(vllm_sampling_params=...)``."""
     return dict(kwargs)

@@ -25,8 +25,8 @@ OURS = (
     "curriculum",
     "curriculum_share",
 )
-"""Fields of the toolkit's GRPOConfig that TRL's does not have."""
-BY_LOADING = "FastLanguageModel.from_pretrained decides it"
+"""Fields of the toolkit's GRPOConfig that TRL's GRPOConfig does not have."""
+BY_LOADING = "FastLanguageModel.from_pretrained sets it"
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(
         ("vllm_device", "vllm_dtype", "vllm_max_model_len", "vllm_enable_prefix_caching"),
@@ -40,15 +40,15 @@ NO_EFFECT: dict[str, str] = {
         ),
         "transformers has removed it",
     ),
-    "logging_dir": "the variable TENSORBOARD_LOGGING_DIR names TensorBoard's folder",
+    "logging_dir": "the variable TENSORBOARD_LOGGING_DIR sets TensorBoard's folder",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
-"""Fields that are left out, beside those of ``config.migration``, each with the reason."""
+"""Fields that have no effect any more, each with the reason. More are in ``config.migration``."""
 SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
 SETTLED = {
-    "n": "num_generations decides it",
-    "max_tokens": "max_completion_length decides it",
+    "n": "num_generations sets it",
+    "max_tokens": "max_completion_length sets it",
     "seed": "each completion is drawn from its own seed, which follows from GRPOConfig's seed",
     "logprobs": "the engine always returns the log-probabilities of the sampled tokens",
     "output_kind": "the trainer reads whole completions",
@@ -65,12 +65,13 @@ class Translated(NamedTuple):
 
 
 def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
-    """``given`` with current names. ``known`` are the fields of GRPOConfig.
+    """Return ``given`` with the current names of its fields. ``known`` are the fields of
+    GRPOConfig.
 
     Raises:
         ConfigTypeError: an unknown name.
-        ConfigValueError: an old and a new name with different values, or a value that no longer has
-            a meaning.
+        ConfigValueError: a field has different values under its old and its new name, or a value is
+            invalid.
     """
     known = (*known, *OURS)
     made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
@@ -111,14 +112,14 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) ->
     raise ConfigTypeError(
         f"{name!r} is not a field of GRPOConfig: it is {moved.to} in a run file",
         where=WHERE,
-        fix="remove it, and set it where the model or the data is loaded",
+        fix="remove it from GRPOConfig, and set it where your script loads the model or the data",
     )
 
 
 def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
     if new in made and made[new] != value:
         raise ConfigValueError(
-            f"{old}={value!r} is the older name of {new}, which is {made[new]!r}",
+            f"{old} is the older name of {new}, but {old}={value!r} and {new}={made[new]!r} differ",
             where=WHERE,
             fix=f"remove {old}",
         )
@@ -127,14 +128,15 @@ def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
 
 
 def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
-    """transformers 5 reads ``warmup_steps`` below 1 as a share of the run; if steps and a ratio are
-    given, the steps apply, as in transformers 4.
+    """Translate ``warmup_ratio`` to ``warmup_steps``, which transformers 5 reads as a share of the
+    run if it is below 1. If the user also passed ``warmup_steps``, the ratio is left out, as in
+    transformers 4. Return the notes.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ConfigValueError(
             f"warmup_ratio={ratio!r} must be a number from 0 to below 1",
             where=WHERE,
-            fix="write warmup_steps: a number of steps, or a share of the run below 1",
+            fix="set warmup_steps to a number of steps, or to a share of the run below 1",
         )
     if made.get("warmup_steps"):
         return [f"warmup_ratio is left out, because warmup_steps={made['warmup_steps']} is set"]
@@ -143,8 +145,8 @@ def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
 
 
 def _sampling(made: dict[str, Any], params: Any) -> list[str]:
-    """vLLM's SamplingParams, or a mapping of its fields, as GRPOConfig's fields; fields that
-    GRPOConfig does not have go to ``generation_kwargs``.
+    """Add the fields of vLLM's SamplingParams, or of a mapping, to ``made`` as GRPOConfig's fields.
+    Fields that GRPOConfig does not have are added to ``generation_kwargs``. Return the notes.
     """
     extra = dict(made.get("generation_kwargs") or {})
     told = []
@@ -169,7 +171,7 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
 
 
 def sampling_fields(params: Any) -> dict[str, Any]:
-    """The fields of ``params`` that differ from the defaults of its class.
+    """Return the fields of ``params`` that differ from the defaults of its class.
 
     Raises:
         ConfigTypeError: ``params`` is neither vLLM's SamplingParams nor a mapping.
@@ -178,10 +180,10 @@ def sampling_fields(params: Any) -> dict[str, Any]:
         return {}
     if isinstance(params, dict):
         return dict(params)
-    names = getattr(type(params), "__struct_fields__", None)  # of msgspec, which vLLM builds on
+    names = getattr(type(params), "__struct_fields__", None)  # a msgspec class
     if names is None:
         raise ConfigTypeError(
-            f"vllm_sampling_params has the type {type(params).__name__}",
+            f"vllm_sampling_params has the type {type(params).__name__}, which is not supported",
             where=WHERE,
             fix="pass vllm.SamplingParams(...), or a dictionary of its fields",
         )

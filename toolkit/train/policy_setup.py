@@ -27,7 +27,8 @@ WHERE = "GRPOTrainer"
 
 
 def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
-    """Reject a model that the engine cannot sample from, and set what ``config`` leaves open.
+    """Reject a model that the engine cannot sample from, and set the fields of ``config`` that
+    depend on the model.
 
     Raises:
         ConfigError: an option does not fit the model; the message names it.
@@ -54,24 +55,24 @@ def _refuse_other_engines(config: Any) -> None:
     always generates.
     """
     asked = {
-        "vllm_mode": ("server", "no vLLM server is asked for completions"),
+        "vllm_mode": ("server", "no vLLM server is used"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
     }
     for name, (value, why) in asked.items():
         if getattr(config, name, None) == value:
             raise ConfigValueError(
-                f"{name}={value!r}, but the model has an engine, which generates: {why}",
+                f"{name}={value!r}, but the engine on the model generates completions, and {why}",
                 where=f"GRPOConfig.{name}",
                 fix=f"leave {name} out, or load the model with fast_inference=False",
             )
 
 
 def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
-    """After TRL has built its trainer: make the adapter float32 and register it with the engine.
-    ``fresh``: TRL has just added the adapter to ``model``.
+    """Make the adapter float32 and register it with the engine, after TRL has built its trainer.
+    ``fresh`` is true if TRL has just added the adapter to ``model``.
 
     Raises:
-        ConfigError: no parameter is trainable, or weights that the engine shares are.
+        ConfigError: no parameter is trainable, or the engine uses a trainable parameter.
     """
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         widen_adapter(trainer.model)
@@ -81,8 +82,8 @@ def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) ->
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    """The dtype of the base weights; of a quantized base, that of the weights that are not
-    quantized.
+    """Return the dtype of the base weights. If the base is quantized, this is the dtype of the
+    weights that are not quantized.
     """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     found: torch.dtype = dtypes[0] if dtypes else model.dtype
@@ -90,15 +91,15 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 
 def _refuse_other_device(model: Any, config: Any) -> None:
-    """Reject a trainer on another device than the model: transformers would move the model there,
-    which makes a second copy.
+    """Reject a trainer on another device than the model. transformers would move the model to the
+    trainer's device, which makes a second copy of the weights.
     """
     here, there = next(model.parameters()).device, torch.device(config.device)
     if here.type != there.type or (here.index or 0) != (there.index or 0):
         raise ConfigError(
-            f"the model and its engine are on {here}, and the trainer would train on {there}",
+            f"the model and its engine are on {here}, but the trainer would train on {there}",
             where=WHERE,
             fix="make one GPU visible with CUDA_VISIBLE_DEVICES"
             if here.type == there.type
-            else "set use_cpu as it was when the model was loaded",
+            else f"set use_cpu={here.type == 'cpu'} in GRPOConfig",
         )

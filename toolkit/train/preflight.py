@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     Rules: TypeAlias = Callable[[Situation], object]
 
-# In order of precedence if several checks fail, as in gpu.checks.exit_code.
+# The error for each kind of failed check. If several checks fail, the first kind in this order is
+# raised, as in gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
 KEYS = {"model": " (model.model_name)"}
@@ -47,7 +48,9 @@ KEYS = {"model": " (model.model_name)"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """``config`` has every "auto" resolved; ``device`` None means the CPU."""
+    """The result of the pre-flight. In ``config``, every "auto" is resolved. ``device`` None means
+    the CPU.
+    """
 
     config: RunConfig
     snapshot: NodeSnapshot
@@ -78,16 +81,16 @@ def preflight(
     """Inspect the node, check it, and size the run. With ``judge`` False a failed check does not
     stop the run (``--dry-run``).
 
-    Every rank inspects its own GPU; all are sized for the smallest one, so that they agree.
-    ``rules`` judges the run file for the device and the packages that are found, as ``envcheck
-    check`` does. This comes after the checks of the node, because a GPU that is missing on a bad
-    node is not an error of the file.
+    Every rank inspects its own GPU. All ranks are sized for the smallest GPU, so that they use the
+    same settings. ``rules`` checks the run file for the device and the packages of this machine, as
+    ``envcheck check`` does. It is called after the checks of the node, because a GPU that is
+    missing on a broken node is not an error of the run file.
 
     Raises:
         ConfigError: a rule rejects the run file on this machine.
-        NodeError, RetryError, ConfigError: a check failed; the message is that of the first one.
+        NodeError, RetryError, ConfigError: a check failed (see ``refuse``).
         ConfigError: the run does not fit; the message lists changes that make it fit, with the
-            memory each one saves.
+            memory that each change saves.
     """
     snapshot = take(
         paths={"output_dir": Path(config.runtime.output_dir)},
@@ -128,22 +131,22 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
 
 
 def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
-    """What the run needs from the node of this process."""
+    """Return what the run needs from the node of this process, as input of the checks."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
         **run.needs(),
         world_size=local_world_size(),
-        # If there is no GPU for this process, nothing is inspected; a check reports that there are
-        # too few.
+        # If there is no GPU for this process, no GPU is inspected. A check then reports that there
+        # are too few GPUs.
         gpu_index=local_rank() if local_rank() < seen else None,
         sizer_model_types=tuple(FAMILIES),
     )
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
-    """Raise the error of the failed check with the highest precedence: a bad node before an error
-    of the user.
+    """Raise the error of the failed check with the highest precedence. Errors of the node come
+    before errors of the user.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     order = list(FAILURES)
@@ -151,5 +154,6 @@ def refuse(checks: tuple[CheckResult, ...]) -> None:
         raise FAILURES[check.blame or "node"](
             check.evidence,
             where=f"check {check.id}{KEYS.get(check.id.partition('.')[0], '')}",
-            fix=f"{check.remedy or 'see the check'} (all checks: envcheck check)",
+            fix=f"{check.remedy or 'correct what the check found'} "
+            "(`envcheck check` runs all checks)",
         )

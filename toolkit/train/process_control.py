@@ -1,8 +1,9 @@
-"""The processes of one run: the number of this process, and messages between them outside training.
+"""The processes of one run: the rank of this process, and messages between the processes outside
+of training.
 
-Training uses torch's collectives. A message that must arrive although another process may have
-ended goes through the key-value store of the rendezvous. So one process reports a failure, and the
-others exit silently with the same code.
+Training uses torch's collectives, which fail if a process has ended. The messages use the key-value
+store of torch's rendezvous instead. So when a process fails, one process reports the failure, and
+the others exit silently with the same exit code.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
-"""How long a process may take to answer, and the reporting process to report."""
+"""Seconds that a process may take to answer. The process that reports a failure has the same time
+to report it.
+"""
 MOST_TICK_S = 1.0
-"""If two ticks of the clock are further apart, the rest is time in which this process was
-stopped.
+"""The most seconds that a tick of ``_SignsOfLife`` counts. If two ticks are further apart, this
+process was stopped (SIGSTOP) between them, and the rest of the time does not count.
 """
 TELLING = 4
 """Reporting an error may take this many times ``ANSWER_S``. The limit is needed because a call of
-the store does not return while the process that holds the store is stopped.
+the store does not return while the process that hosts the store is stopped.
 """
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
@@ -56,14 +59,14 @@ def is_first_rank() -> bool:
 
 
 class PeerFailed(Exception):
-    """Another process has reported why it ended."""
+    """Another process has failed, or does not answer."""
 
 
 def join(timeout_s: float | None = None) -> Peers | None:
-    """Connect to the other processes of the run; None if there are none.
+    """Connect to the other processes of the run. Return None if there is only one process.
 
     Raises:
-        RetryError: they did not connect in time.
+        RetryError: the processes did not connect in time.
     """
     if world_size() == 1:
         return None
@@ -78,7 +81,7 @@ def join(timeout_s: float | None = None) -> Peers | None:
                 f"{_line(problem)}"
             ),
             where=f"process {rank()}, MASTER_ADDR={os.environ.get('MASTER_ADDR', '')}",
-            fix="start it with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
+            fix="use torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
             " torchrun does",
         ) from problem
     return Peers(PrefixStore("toolkit", store), number, size, patience.total_seconds())
@@ -87,10 +90,11 @@ def join(timeout_s: float | None = None) -> Peers | None:
 class Peers:
     """The other processes of the run, reached through ``store``.
 
-    A thread waits for the failure of another process: when this process notices the failure itself,
-    the process that holds the store may have ended. The same thread counts up a number in the
-    store while this process runs. A process whose number has not changed for ``patience_s`` seconds
-    (grpo.ddp_timeout) is stopped or lost, and is no longer waited for.
+    A thread checks whether another process has failed. Otherwise this process might notice the
+    failure only after the process that hosts the store has ended. The same thread increments a
+    number in the store while this process runs. If the number of a process has not changed for
+    ``patience_s`` seconds (grpo.ddp_timeout), that process is stopped or lost, and the others no
+    longer wait for it.
     """
 
     def __init__(self, store: Any, number: int, size: int, patience_s: float = TIMEOUT_S) -> None:
@@ -101,20 +105,20 @@ class Peers:
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
-        """Exchange a JSON value under ``name``: return the values of all processes by rank. Waits
-        for all, however long they take, while they show that they run.
+        """Send the JSON value ``value`` to all processes under ``name``, and return the values of
+        all processes, by rank. This waits for a process as long as the process shows that it runs.
 
         Raises:
-            PeerFailed: another process has failed, or shows no sign that it runs.
+            PeerFailed: another process has failed, or shows no sign of life.
         """
         signs = _SignsOfLife()
-        # In a thread: a call of the store does not return while the process that holds it is
-        # stopped.
+        # In a thread, because a call of the store does not return while the process that hosts the
+        # store is stopped.
         outcome = _started(lambda: self._exchange(name, value, signs))
         while not wait([outcome], POLL_S).done:
             signs.tick()
             if signs.silence_s() > self.patience_s:
-                raise PeerFailed(f"no sign of life for {self.patience_s:g} s")
+                raise PeerFailed(f"a process showed no sign of life for {self.patience_s:g} s")
         return outcome.result()
 
     def _exchange(self, name: str, value: Any, signs: _SignsOfLife) -> list[Any]:
@@ -130,34 +134,34 @@ class Peers:
         return int(self.store.add(f"beat-{number}", 0))
 
     def leave(self) -> None:
-        """Wait until all processes have reached the end."""
+        """Wait until all processes have reached the end, and leave the process group."""
         self.exchange("end")
         self._over.set()
         self._say("left")
-        if self.number == 0:  # this process may hold the store
+        if self.number == 0:  # this process may host the store
             self._wait(lambda: not self._missing("left"))
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
-        """What this process raises to end: an error if this process reports the failure, else the
-        exit code of the process that reports it.
+        """Return the exception with which this process ends. It is an error if this process reports
+        the failure, else SystemExit with the exit code of the process that reports it.
         """
         try:
             told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
-        except RuntimeError:  # the store ended with the first process, which held it
+        except RuntimeError:  # the first process hosted the store, and has ended
             if self.heard is None and not is_gone(error):
                 return error
             told = gone([0], error) if self.heard is None and self.number == 1 else None
         if told is not None:
             return told
-        # When the first process ends, a launcher stops the others: the report must be written by
-        # then.
+        # A launcher stops all processes when the first one ends. So wait until the process that
+        # reports the failure has written its report.
         time.sleep(ANSWER_S)
         return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
     def _tell(self, error: Exception) -> Exception | None:
-        """The error that this process must report, or None if another process does."""
+        """Return the error that this process must report, or None if another process does."""
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
             self._wait(lambda: not self._missing("answer") or self.heard is not None)
@@ -190,7 +194,7 @@ class Peers:
                     self.heard = json.loads(self.store.get("failed"))
                     self._say("heard")
                     return
-        except RuntimeError:  # the store is gone
+        except RuntimeError:  # the process that hosts the store has ended
             return
 
     def _wait(self, condition: Callable[[], bool]) -> None:
@@ -201,8 +205,8 @@ class Peers:
 
 
 class _SignsOfLife:
-    """When each process that is waited for was last seen to run, on a clock that pauses while
-    this process is stopped: all processes of a job may be stopped and continued together.
+    """Record when each process that this one waits for was last seen to run. The clock pauses while
+    this process is stopped, because all processes of a job may be stopped and continued together.
     """
 
     def __init__(self) -> None:
@@ -211,15 +215,13 @@ class _SignsOfLife:
         self._last_tick = time.monotonic()
 
     def tick(self) -> None:
-        """Advance the clock. Called far more often than once in ``MOST_TICK_S``."""
+        """Advance the clock. Call this far more often than once in ``MOST_TICK_S``."""
         now = time.monotonic()
         self._clock_s += min(now - self._last_tick, MOST_TICK_S)
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
-        """Record the current count of each process in ``beats``; other processes are no longer
-        waited for.
-        """
+        """Record the current number of each process in ``beats``, and forget other processes."""
         old = self._seen
         self._seen = {
             n: old[n] if n in old and old[n][0] == beat else (beat, self._clock_s)
@@ -227,13 +229,13 @@ class _SignsOfLife:
         }
 
     def silence_s(self) -> float:
-        """Seconds since the process that was silent for longest was seen to run."""
+        """Return the seconds since the process that was silent for longest was seen to run."""
         return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return or raise what ``call`` does; RuntimeError if it does not end in time. A call that
-    still waits ends with the process.
+    """Return or raise what ``call`` returns or raises within ``seconds``. After that, raise
+    RuntimeError; ``call`` then continues in its thread until the process ends.
     """
     outcome = _started(call)
     if not wait([outcome], seconds).done:
@@ -242,15 +244,13 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def _started(call: Callable[[], T]) -> Future[T]:
-    """Start ``call`` in a thread that ends with the process at the latest; return its future
-    result.
-    """
+    """Start ``call`` in a daemon thread, and return the future of its result."""
     outcome: Future[T] = Future()
 
     def work() -> None:
         try:
             outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - carried to the caller
+        except BaseException as error:  # noqa: BLE001 - passed to the caller
             outcome.set_exception(error)
 
     threading.Thread(target=work, name="toolkit-telling", daemon=True).start()
@@ -258,7 +258,7 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if the error, or one of its causes, only reports that another process does not answer or
+    """True if the error, or one of its causes, means only that another process does not answer or
     ran out of memory. The other process then reports the reason.
     """
     while error is not None:
@@ -272,7 +272,9 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
-    """The error of a process that waits for one that has ended."""
+    """Return the error of a process that waits for other processes, of which one has ended. The
+    processes ``missing`` did not answer.
+    """
     missing = list(missing)
     why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
     return RetryError(

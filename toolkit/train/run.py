@@ -56,9 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """What can stop this process: signals, other processes, changes to the run folder.
-    ``run_dir_watch`` is None except on the first rank.
-    """
+    """What can stop this process. Only the first rank has a ``run_dir_watch``."""
 
     signals: StopSignals
     peers: Peers | None
@@ -68,10 +66,10 @@ class ProcessControl(NamedTuple):
 def run(config: RunConfig, options: Options | None = None) -> Path:
     """Train ``config`` and return its run folder.
 
-    Every rank of ``torchrun`` calls it; only the first one writes.
+    Every rank of ``torchrun`` calls this function, and only the first rank writes files.
 
     Raises:
-        ToolkitError: with the exit code of the error; a StoppedError (75) after a signal.
+        ToolkitError: the run failed. After a signal, it is a StoppedError (exit code 75).
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
@@ -87,7 +85,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
         except Exception as error:
             if peers is None:
                 raise
-            signals.ignore()  # a launcher stops the others when the first process ends
+            signals.ignore()  # a launcher sends signals when the first process ends
             raise peers.ending(error) from error
     return run_dir
 
@@ -109,8 +107,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
-    """Lock the run folder on the first rank. An error that occurs because the folder was moved or
-    removed is reported as such.
+    """Lock the run folder on the first rank. If an error occurs because the folder was moved or
+    removed, raise an error that reports this instead.
     """
     if not is_first_rank():
         yield None
@@ -148,10 +146,10 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, which is the same on every rank; see ``branch.choose``."""
+    """Return the checkpoint to resume from, and a line for each skipped one (``branch.choose``)."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
-    # The first rank chooses and reports: the others may read a folder to which it already writes.
+    # The first rank chooses for all, because it may already write to the folder when others read.
     mine = branch.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
@@ -200,14 +198,14 @@ def prepare(
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """Check that a checkpoint belongs to this run."""
+    """Raise an error if the run file or the data changed since the checkpoint ``found``."""
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
     then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
     if then[chat_record.KEY] is None:
         then[chat_record.KEY] = now[chat_record.KEY]
-    then.pop(parallel.KEY, None)  # recorded before it became free to change
+    then.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
     differing = changed(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
@@ -221,15 +219,13 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
 
 
 def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
-    """The toolkit's trainer. With tools, TRL may reject the chat template: that is a
-    ConfigError.
-    """
+    """Build the toolkit's trainer. Raises ConfigError if tools need another chat template."""
     if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
     try:
         with warnings.catch_warnings():
-            # TRL warns that its environment factory is experimental. tests/contract checks what is
-            # used of it.
+            # TRL warns that its environment factory is experimental. tests/contract checks the
+            # parts of the factory that the toolkit uses.
             warnings.filterwarnings("ignore", message=".*environment_factory")
             trainer = GRPOTrainer(
                 **arguments, tools=context.tools, environment_factory=context.episodes
@@ -247,9 +243,7 @@ def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
 
 
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Build the toolkit's trainer from the parts of the run, without upstream's callbacks that
-    print.
-    """
+    """Build the toolkit's trainer from the parts of the run, without callbacks that print."""
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
@@ -290,7 +284,7 @@ def _train(
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
-        trainer_state.check(trainer, found)  # before anything is moved
+        trainer_state.check(trainer, found)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
     with signals.at_steps(), measured(trainer, context.run_dir):
         try:
@@ -298,7 +292,7 @@ def _train(
                 _open_journal(trainer, context, found, options, run_dir_watch)
             begun.append(True)
             if found is not None and trainer_state.step_of(found) >= total:
-                # The run is complete, and transformers would add a step.
+                # The run is complete, and transformers would train one more step.
                 trainer_state.load_policy(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
@@ -309,8 +303,8 @@ def _train(
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
     refuse_lost(trainer, run_dir_watch, peers)
-    # Ranks stop only at a step that they agreed on: a signal after the last step does not stop the
-    # run.
+    # Ranks stop only at a step on which they have agreed. So a signal after the last step does not
+    # stop the run.
     if signals.received is not None and (peers is None or trainer.stopping):
         raise stopped(config, signals.received, begun=True)
     _end(context, before, trainer, options, peers)
@@ -328,13 +322,13 @@ def _end(
     if is_first_rank():
         finish(context, before, after, options.out, base=trainer.base_check)
     elif shares_with_first():
-        # Every process gives its part of the adapter; the first one writes it.
+        # Every process sends its part of the adapter to the first one, which writes the file.
         save_lora(context.model, context.run_dir / "adapter")
     if peers is not None:
         engine = find_engine(context.model)
         if engine is not None:
-            engine.close()  # its groups are made from the process group that is destroyed now
-        peers.leave()  # a launcher stops all when one ends
+            engine.close()  # before ``leave`` destroys the process group that the engine uses
+        peers.leave()  # wait, because a launcher stops all processes when one ends
 
 
 def _open_journal(
@@ -344,9 +338,9 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """The branch and the logs of the run, as the checkpoint ``found`` records them."""
+    """Open the branch and the logs of the run, as the checkpoint ``found`` records them."""
     assert trainer.signals is not None
-    trainer.signals.shield()  # a signal must not interrupt the moves
+    trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
     start = rollback.begin(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
@@ -384,7 +378,7 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 
 def shares_with_first() -> bool:
-    """True in a process that shares a model with the first one of the run."""
+    """True in a process that shares a model with the first process of the run."""
     shared = mesh()
     return shared is not None and shared.replica == 0
 

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 
 FREE_SHARE = 0.9
-"""The share of a GPU's memory that is free if no other process computes on it."""
+"""A GPU counts as free if at least this share of its memory is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The output of a run, and options beside its run file. With ``evaluate`` None, the run file
-    decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this machine.
+    """The output of a run, and options that are not in its run file. If ``evaluate`` is None, the
+    run file decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this
+    machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
@@ -51,7 +52,7 @@ class Options:
 
 @dataclass(slots=True)
 class RunContext:
-    """The parts of a run, after all checks that can reject it."""
+    """The loaded parts of a run that passed all checks."""
 
     config: RunConfig
     run_dir: Path
@@ -101,14 +102,17 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         now, then = parallel.size_of(config.model.tensor_parallel_size), split_of(found)
         if now != then:
             lines.append(
-                f"         written with tensor_parallel_size {then}, now {now}: equal to rounding"
+                f"         written with tensor_parallel_size {then}, now {now}: results are equal "
+                "up to rounding"
             )
     options.out.write("\n".join(lines) + "\n")
     options.out.flush()
 
 
 def _copies(sizing: SizingResult) -> list[str]:
-    """The line on 16-bit copies of 4-bit weights: how large they are, or why there are none."""
+    """The line that shows how large the 16-bit copies of 4-bit weights are, or why there are none.
+    Empty for other weights.
+    """
     if sizing.engine.copies_note is not None:
         return [f"rollouts {sizing.engine.copies_note}"]
     copies = sizing.engine.copies_bytes
@@ -116,16 +120,20 @@ def _copies(sizing: SizingResult) -> list[str]:
 
 
 def _groups(config: RunConfig) -> str:
-    """How the processes share the model, as text; empty if each has its own."""
+    """How the processes share the model, as text. Empty if each process has its own model."""
     size = parallel.size_of(config.model.tensor_parallel_size)
     if size == 1:
         return ""
     replicas = parallel.replicas(world_size(), size)
-    return f": {replicas} of {size} that share a model" if replicas > 1 else " that share a model"
+    return (
+        f": {replicas} groups of {size} that share a model"
+        if replicas > 1
+        else " that share a model"
+    )
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
-    """A hint for a run in one process that could use more GPUs; empty if there are no others."""
+    """A hint for a run in one process, if other GPUs are visible that the run does not use."""
     seen = devices.visible(snapshot).devices
     if world_size() > 1 or len(seen) < 2:
         return []
@@ -153,7 +161,8 @@ def finish(
     base: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter (with full fine-tuning, the model), the evaluation and the report, and
-    print their paths. ``base``, the trainer's checksum of the base weights, goes into the manifest.
+    print their paths. ``base``, the trainer's checksum of the base weights, is added to the
+    manifest.
     """
     if base is not None:
         manifest.add(context.run_dir, base=dict(base))

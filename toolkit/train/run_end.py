@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """Raise an error if a run ended before its last step without a reason.
+    """Raise an error if a run ended before its last step and no known reason explains it.
 
     Raises:
-        DefectError: training ended early, and no known reason explains it.
+        DefectError: training ended early for an unknown reason.
     """
     done = int(trainer.state.global_step)
     if done >= total or trainer.stopping or trainer.lost:
@@ -36,8 +36,8 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
 def refuse_lost(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
-    """Raise an error if the run folder is not in its place: files written from now on would be
-    lost, or in another folder.
+    """Raise an error if the run folder is not at its path. Files that are written later would be
+    lost, or written to another folder.
 
     Raises:
         ConfigError: the run folder was removed, moved or replaced; every rank raises the same
@@ -48,7 +48,7 @@ def refuse_lost(
             raise run_dir_watch.fault()
         return
     fault = None if run_dir_watch is None else run_dir_watch.fault()
-    if peers is not None:  # whichever rank reports it
+    if peers is not None:  # every rank raises the error, and one of them reports it
         mine = None if fault is None else [fault.message, fault.where, fault.fix]
         message, where, fix = peers.exchange("lost", mine)[0]
         fault = ConfigError(message, where=where, fix=fix)
@@ -57,12 +57,12 @@ def refuse_lost(
 
 
 def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """The error for a run that a signal stopped. ``begun``: the run had already chosen the
-    checkpoint that it resumes from.
+    """Return the error for a run that a signal stopped. ``begun`` is true if the run had already
+    chosen the checkpoint from which it resumes.
     """
     run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
     named = asked not in ("auto", "must", "never")
-    fix = "run the same command again: it resumes from there"
+    fix = "run the same command again: it resumes from the last checkpoint"
     if named and not begun:
         saved = f"no step was completed since {asked}"
     else:
@@ -70,14 +70,15 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
         saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
         if steps and (named or asked == "never"):
             fix = (
-                f"run the command again with --resume auto: it resumes from there, not from {asked}"
+                f"run the command again with --resume auto: it resumes from checkpoint-{steps[0]}, "
+                f"not from {asked}"
             )
     return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
-    """Optimizer steps of the whole run, as transformers 5.17 counts them: the micro-batches that
-    remain at the end of an epoch are a step too.
+    """Return the number of optimizer steps of the whole run, counted as in transformers 5.17: the
+    micro-batches that remain at the end of an epoch are one more step.
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)

@@ -1,5 +1,5 @@
-"""Check the arguments that a script passes to the trainer before the first step, as for a run
-file.
+"""Check, before the first step, the arguments that a Python script passes to the trainer. The
+checks are those for a run file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def check(given: MutableMapping[str, Any], model: Any) -> None:
-    """Check the arguments ``given`` to a trainer of ``model``; rewards are wrapped in checks.
+    """Check the arguments ``given`` to a trainer of ``model``. The reward functions in ``given``
+    are replaced by functions that also check the rewards.
 
     Raises:
-        ConfigError: a reward that cannot be called, lengths that leave no room for a completion,
-            an argument that excludes dynamic sampling or the curriculum.
-        MissingExtraError: a tracker or an optimizer whose package is not installed.
+        ConfigError: a reward cannot be called, the lengths leave no room for a prompt, or an
+            argument cannot be used with dynamic sampling or the curriculum.
+        MissingExtraError: the package of a tracker or an optimizer is not installed.
     """
     config = given["args"]
     prompt_choice.refuse(given)
@@ -43,15 +44,15 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
 
 
 def _refuse_no_room(config: Any, longest: int | None) -> None:
-    """Reject a ``max_completion_length`` that leaves no room for a prompt: ``max_seq_length``
-    (``longest``) limits both together, with an engine and without one.
+    """Reject a ``max_completion_length`` that leaves no room for a prompt. ``max_seq_length``
+    (``longest``) limits prompt and completion together, with an engine and without one.
     """
     wanted = config.max_completion_length
     if longest is None or wanted is None or wanted < longest:
         return
     raise ConfigError(
         f"max_completion_length={wanted} leaves no room for a prompt: the model was loaded with"
-        f" max_seq_length={longest} tokens for both",
+        f" max_seq_length={longest} tokens for prompt and completion together",
         where="GRPOConfig",
         fix=f"lower max_completion_length below {longest}, or load the model with a"
         f" max_seq_length above {wanted}",
@@ -68,7 +69,7 @@ def cut_prompts(trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any) 
         trainer.cut_reported = True
         warnings.warn(
             f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}: "
-            "the start of it, often the system prompt, is cut off",
+            "the start of the prompt, often the system prompt, is cut off",
             ToolkitWarning,
             stacklevel=2,
         )

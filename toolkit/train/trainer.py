@@ -1,9 +1,8 @@
 """TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
 
-The class is a subclass with TRL's arguments; upstream's source is not patched. Each override is
-short and names the method of TRL 1.16 or transformers 5.17 that it overrides; the work is done in
-other modules. State has class-level defaults because TRL's own tests build trainers with
-``object.__new__``.
+The class is a subclass with TRL's arguments, and upstream's source is not patched. Each method that
+overrides one of TRL 1.16 or transformers 5.17 is short, and calls other modules for the work. State
+has class-level defaults because TRL's own tests build trainers with ``object.__new__``.
 """
 
 from __future__ import annotations
@@ -70,15 +69,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     _observed: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Takes TRL's arguments. A model from ``FastLanguageModel`` decides the engine, so
-        ``use_vllm`` may be true or false. It also decides gradient checkpointing and dtype, because
-        GRPOConfig sets ``gradient_checkpointing`` and ``bf16`` to true if the user did not. The
-        adapter becomes float32 in every case, and everything is on one GPU.
+        """Takes TRL's arguments. The engine, gradient checkpointing and the dtype are those with
+        which ``FastLanguageModel`` loaded the model. So ``use_vllm`` has no effect, and TRL's
+        defaults ``gradient_checkpointing=True`` and ``bf16=True`` are replaced. The adapter always
+        becomes float32, and everything is on one GPU.
 
         Raises:
-            ConfigValueError: an importance-sampling mode that the loss type cannot use, a format
-                that the engine does not compute in, or base weights that were changed.
-            UnsupportedError: an adapter that the engine cannot sample from.
+            ConfigValueError: the loss type cannot use the importance-sampling mode, the engine
+                computes in another number format, or the base weights were changed.
+            UnsupportedError: the engine cannot sample from the adapter.
         """
         given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
         del given["self"]
@@ -98,8 +97,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """Set up the engine after TRL's ``__init__``, which would build its own VLLMGeneration if
-        ``use_vllm`` were set in it.
+        """Set up the engine. This runs after TRL's ``__init__``, which would build its own
+        VLLMGeneration if ``use_vllm`` were set before.
         """
         modes = ("token_truncate", "token_mask")
         if (
@@ -120,7 +119,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL; then ``base_check`` verifies that the base weights did not change.
+        """Train as in TRL, then check that the base weights did not change. The result of the check
+        is in ``base_check``.
 
         Raises:
             DefectError: the base weights changed.
@@ -140,8 +140,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """The totals of the difference between engine and trainer: of training, or of the
-        evaluation that is running.
+        """The totals of the differences between the log-probabilities of engine and trainer.
+        Training and evaluation have separate totals. These are the totals of the current mode.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
@@ -150,19 +150,19 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """The numbers, in the whole batch, of the completions that this rank draws."""
+        """The numbers that the completions of this rank have in the batch of all ranks."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     @property
     def prompt_choice(self) -> PromptChoice:
-        """The choice of the prompts of a generation, in addition to TRL's sampler."""
+        """Chooses the prompts of a generation for dynamic sampling and the curriculum."""
         if self._prompt_choice is None:
             self._prompt_choice = PromptChoice(self)
         return self._prompt_choice
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """As in TRL; then groups without spread are replaced if ``dynamic_sampling`` is on."""
+        """As in TRL. Then ``dynamic_sampling`` replaces groups whose rewards are all equal."""
         self.rows.begin(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
@@ -177,7 +177,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in TRL, which also calls it in the tool loop, but each completion has its own seed."""
+        """As in TRL, but each completion has its own seed. TRL calls this in the tool loop too."""
         parent = super()._generate_single_turn
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
@@ -196,8 +196,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL, but calls of a training batch are kept for the log, and a tool can end the
-        run.
+        """As in TRL, but tool calls of a training batch are recorded for the log, and a tool can
+        end the run.
         """
         loop, log = super()._tool_call_loop, self.tool_log
         try:
@@ -215,12 +215,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         if self._generation is not None and self._generation.rewards is not None:
             return self._generation.rewards  # each completion is scored once
-        self._logs["extra"].clear()  # of the previous generation: a reward need not log every time
+        # Remove the values of the previous generation, because a reward need not log every time.
+        self._logs["extra"].clear()
         rewards = super()._calculate_rewards
         with self.timers("reward_s"):
             if mesh() is None:
                 return rewards(*args, **kwargs)
-            # On the host, because a process cannot use the device of another one.
+            # Moved to the CPU, because a process cannot use the device of another process.
             found = by_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
@@ -291,8 +292,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in TRL, but part by part if the batch is split: into packs, or after memory ran
-        out.
+        """As in TRL, but if the batch is split, the loss is computed part by part. A batch is split
+        into packs, and into smaller parts after memory ran out.
         """
         loss = super().compute_loss
         if not self.model.training:
@@ -304,14 +305,16 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As in transformers, but if processes share a model, by the norm of the whole adapter."""
+        """As in transformers, but if processes share a model, the norm is that of the whole
+        adapter, not of the part in this process.
+        """
         if mesh() is None:
             return super()._clip_grad_norm(model)
         return clip_whole(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last method before the optimizer step: a step with NaN or infinite values is skipped
-        here.
+        """As in transformers, but skips a step with NaN or infinite values. This is the last method
+        that transformers calls before the optimizer step.
         """
         if grad_norm is None and mesh() is not None:
             grad_norm = clip_whole(model.parameters(), math.inf)
@@ -322,14 +325,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         else:
             self.bad_steps = 0
         if self.signals is not None:
-            self.signals.shield()  # weights change from here
+            self.signals.shield()  # the weights change after this
         return norm
 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but the losses of the last batch are not limited to the number of
-        dataset rows: TRL's sampler repeats each row, so losses of the last processes would be lost.
+        """As in transformers, but all losses of the last batch are kept. transformers would keep
+        only as many as the dataset has rows. TRL's sampler repeats each row, so the losses of the
+        last processes would be lost.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
@@ -343,15 +347,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         importance_sampling.warn_of_gap(self)
         super().log(logs, start_time)
         if self.signals is not None:
-            # Keep only the last row: the list is copied at each step, and the log files have all
-            # rows.
+            # Keep only the last row, because the list is copied at each step. The log files have
+            # all rows.
             self.state.log_history[:-1] = []
 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """In the block, TRL's ``__init__`` does not build its own engine, and does not read vLLM's
-    keywords as those of Hugging Face.
+    """In the block, TRL's ``__init__`` does not build its own engine. It also does not read
+    ``generation_kwargs``, which it would take as keywords of Hugging Face instead of vLLM.
     """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None

@@ -1,8 +1,9 @@
-"""The part of the trainer that other modules of ``train`` may use; only this module uses TRL's
+"""The part of the trainer that other modules of ``train`` may use. Only this module uses TRL's
 private names.
 
-``TrainerSeam`` is its type. ``TrlState`` has public properties for the private attributes of TRL
-1.16 and transformers 5.17 that the run needs (tests/contract/test_trl_seams.py checks them).
+``TrainerSeam`` is the type of this part. ``TrlState`` has public properties for the private
+attributes of TRL 1.16 and transformers 5.17 that a run needs (tests/contract/test_trl_seams.py
+checks that they exist).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ COMPLETION_METRICS = "completions/"
 
 
 class Drawn(NamedTuple):
-    """What TRL 1.16's ``_generate`` returns, in its order: this rank's completions."""
+    """The completions of this rank: the values that TRL 1.16's ``_generate`` returns, in its
+    order.
+    """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -48,7 +51,9 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
-        """Metric name -> its values since the last log row, of training or of evaluation."""
+        """Metric name -> its values since the last log row. In an evaluation, these are the metrics
+        of the evaluation, else those of training.
+        """
         found: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
         return found
 
@@ -99,7 +104,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def text_tokenizer(self) -> Any:
-        """The tokenizer, also where the processing class is a processor."""
+        """The tokenizer, also if the processing class is a multimodal processor."""
         return self._tokenizer
 
     @property
@@ -109,7 +114,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def training_rows(self) -> Any:
-        """The rows of training by number, with the columns that a batch has."""
+        """The rows of the training dataset, by index, with the columns that a batch has."""
         rows = self.__dict__.get("_training_rows")
         if rows is None:
             rows = self._remove_unused_columns(self.train_dataset, description="training")
@@ -144,9 +149,12 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     def describe_completions(
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of completions that were drawn already, in place of those since
-        ``counts``. TRL computes these metrics in ``_generate``, which gets the completions from
-        ``rollout_func``. The count of tokens seen does not change: all drawn tokens were processed.
+        """Log TRL's metrics of the completions ``drawn``. They replace the metrics of completions
+        that were logged after ``counts``.
+
+        TRL computes these metrics in ``_generate``, so that method runs with a ``rollout_func``
+        that returns ``drawn``. The number of tokens seen does not change, because it already
+        includes all drawn tokens.
         """
         values = self.train_metric_values
         for name in list(values):
@@ -175,7 +183,7 @@ class PhaseTimers(Protocol):
 
 
 class RowNumbers(Protocol):
-    """The numbers of completions (rollout.completion_index.CompletionIndex)."""
+    """The numbers that identify completions (rollout.completion_index.CompletionIndex)."""
 
     @property
     def generation(self) -> int: ...
@@ -186,7 +194,7 @@ class RowNumbers(Protocol):
 
 
 class PromptRecords(Protocol):
-    """The records of prompts (rollout.prompt_choice.PromptChoice)."""
+    """The records of prompts for the curriculum (rollout.prompt_choice.PromptChoice)."""
 
     def state(self) -> dict[str, torch.Tensor] | None: ...
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None: ...
@@ -220,10 +228,10 @@ class MemoryPeaks(Protocol):
 
 
 class TrainerSeam(Protocol):
-    """The part of the trainer that other modules may use. Its parts are protocols too, so that this
-    module imports none of the modules that use it.
+    """The part of the trainer that other modules may use. The types of its attributes are protocols
+    too, so that this module imports none of the modules that use it.
 
-    Names without a comment are TRL's or transformers' own public attributes.
+    Names without a comment are public attributes of TRL or transformers.
     """
 
     accelerator: Any

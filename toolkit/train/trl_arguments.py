@@ -1,4 +1,4 @@
-"""Build TRL's GRPOConfig from a resolved run: values of the run file, and values that depend on the
+"""Build TRL's GRPOConfig from a resolved run. Its values come from the run file, or depend on the
 machine.
 """
 
@@ -33,8 +33,8 @@ ENGINE_KEYS = ("use_vllm", "vllm_mode")
 def grpo_config(
     config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
 ) -> Any:
-    """TRL's arguments for ``config``; ``build`` is the class GRPOConfig. The toolkit logs metrics
-    at every step; TRL writes nothing.
+    """Return TRL's arguments for ``config``, as an instance of ``build`` (the class GRPOConfig).
+    The toolkit logs metrics at every step, and TRL writes nothing.
 
     Raises:
         ConfigError: TRL rejects a value.
@@ -44,19 +44,19 @@ def grpo_config(
     }
     on_cpu = not torch.cuda.is_available()
     run = resolve_run(config, situation())
-    half = run.dtype  # what the engine samples in
+    half = run.dtype  # the number format of the engine
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None
     defaults = {
         "save_strategy": "steps",
-        # TRL sets bf16 if neither is set, and rejects both.
+        # TRL sets bf16 if neither bf16 nor fp16 is set, and rejects a config that sets both.
         "bf16": half == "bfloat16" and not written_half,
         "fp16": half == "float16" and not written_half,
         # lora.use_gradient_checkpointing has already switched it on or off.
         "gradient_checkpointing": False,
-        # Every adapter weight takes part in every loss. For all models except its own class,
-        # transformers 5.17 lets DDP search for unused parameters, which walks through the graph at
-        # each step.
+        # Every adapter weight takes part in every loss, so there are no unused parameters. For
+        # models that are not a PreTrainedModel, transformers 5.17 would make DDP search for them,
+        # which traverses the autograd graph at each step.
         "ddp_find_unused_parameters": False,
     }
     if written.get("eval_strategy", "no") != "no" and not has_eval:
@@ -67,7 +67,7 @@ def grpo_config(
         )
     forced = {
         "output_dir": str(run_dir),
-        "report_to": [],  # train/tracking calls the trackers, each beside the run
+        "report_to": [],  # train/tracking calls the trackers, not TRL
         "logging_strategy": "steps",
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -76,18 +76,20 @@ def grpo_config(
         "log_completions": uploads,
         "push_to_hub": False,
         "use_cpu": on_cpu,
-        # transformers would count tokens in the output of the data loader, which is prompts. Every
-        # log row would then also have "train_runtime", which marks the summary at the end of a run.
+        # transformers would count the tokens of the data loader's output, which has only prompts.
+        # In addition, every log row would have "train_runtime", which marks the summary at the end
+        # of a run.
         "include_num_input_tokens_seen": "no",
-        # The process group already exists (engine/mesh). transformers would look for
-        # another kind of group, and fails with one process.
+        # The process group already exists (engine/mesh). With this value, transformers would look
+        # for another kind of group, and would fail if there is one process.
         "ddp_backend": None,
         "remove_unused_columns": False,  # rewards read columns that the model does not use
-        # No compute_metrics would use these, and collecting them fails.
+        # Only compute_metrics uses these values. GRPO has no compute_metrics, and collecting the
+        # values fails.
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
-    if run.engine == "vllm":  # rule KEY008 reports that it has no effect then
+    if run.engine == "vllm":  # no effect with vLLM, as rule KEY008 reports
         forced["use_transformers_continuous_batching"] = False
     if uploads:
         forced["num_completions_to_print"] = 0
@@ -106,7 +108,8 @@ def grpo_config(
 
 
 def _as_typed(name: str, value: Any) -> Any:
-    """``value`` with the number type of TRL's default; "none" for an empty list of trackers.
+    """Return ``value`` with the number type of TRL's default. ``report_to`` without a value becomes
+    an empty list.
 
     A run file may write a float as an integer (``adam_beta1: 0``), but torch needs both betas of
     the same type.
@@ -162,9 +165,9 @@ def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | Non
 def make_reproducible() -> None:
     """Use deterministic kernels where torch has them.
 
-    On the CPU, runs with the same number of threads give equal results without this. On a GPU it
-    covers cuBLAS and cuDNN; operations without a deterministic form, such as some scatter-adds,
-    only warn.
+    On the CPU, runs with the same number of threads have equal results without this function. On a
+    GPU, it makes cuBLAS and cuDNN deterministic. Operations without a deterministic kernel, such as
+    some scatter-adds, only warn.
     """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 OURS = Path(__file__).resolve().parents[1]
 MOST_NAMED = 4
 A_CLASS = 16
-"""A word of the exception's text with at least this length may match a part of a key, because
-upstream reads such a key into a class with a similar name.
+"""A word of the exception's text with at least this many characters may match a part of a key.
+Such a word is the name of the class into which upstream reads the key: AcceleratorConfig for
+``accelerator_config``.
 """
 
 
@@ -35,7 +36,7 @@ class Phase(NamedTuple):
     places: tuple[str, ...]
     """Each is ``file`` or ``file:function``; a name that ends with / is a folder."""
     keys: tuple[str, ...] | None
-    """None: the keys that the exception names."""
+    """None means the keys that the exception names."""
 
 
 _SIZES = (
@@ -184,7 +185,7 @@ class Blame(NamedTuple):
 
 
 def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
-    """The keys of ``written`` (the run file's ``grpo``) that caused ``error``; None if no key did.
+    """Return the keys of ``written`` (the run file's ``grpo``) that caused ``error``, or None.
 
     Frames are searched from the innermost outwards, up to the first frame of the toolkit.
     """
@@ -202,8 +203,8 @@ def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
 def config_fault(
     error: BaseException, written: Mapping[str, Any], where: str
 ) -> ConfigError | None:
-    """``error`` as a ConfigError for keys of the run file, with upstream's text; None if no key
-    caused it.
+    """Return ``error`` as a ConfigError that names the keys of the run file and has upstream's
+    text. Return None if no key caused ``error``.
     """
     found = blame(error, written)
     if found is None:
@@ -220,8 +221,8 @@ def config_fault(
 
 
 def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
-    """The keys that the exception's text names as words, or by the class that holds them
-    (AcceleratorConfig, ContinuousBatchingConfig).
+    """Return the keys that the exception's text names directly, or by the class into which upstream
+    reads them (AcceleratorConfig, ContinuousBatchingConfig).
     """
     words = {word.lower().replace("_", "") for word in re.findall(r"\w+", str(error))}
     plain = {key: key.replace("_", "") for key in written}
@@ -233,7 +234,9 @@ def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """(file, function) of each frame, the innermost first, up to the first frame of the toolkit."""
+    """Yield (file, function) of each frame, the innermost first, up to the first frame of the
+    toolkit.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(OURS):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 class UserCode(NamedTuple):
     """The user's data, rewards, tools and environment. ``episodes`` makes the environments of
-    rollouts with steps; it is None if the run has none.
+    multi-step rollouts. It is None if the run has no such rollouts.
     """
 
     data: Data
@@ -39,7 +39,7 @@ class UserCode(NamedTuple):
     episodes: EpisodeHost | None
 
     def digests(self) -> dict[str, str]:
-        """sha256 of each split."""
+        """Return the SHA-256 of each split of the data."""
         reports = {"train": self.data.report.train, "eval": self.data.report.eval}
         return {n: r.digest.removeprefix("sha256:") for n, r in reports.items() if r is not None}
 
@@ -48,7 +48,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
     """Load data, rewards, tools and environment, each in the process that the run file selects.
 
     Raises:
-        ToolkitError: something is missing, not allowed, or fails.
+        ToolkitError: a part is missing, is not allowed, or fails to load.
     """
     code, seconds, section = code_of(config), config.reward.timeout_s, config.environment
     workers = Workers.of(section.python if section else None)
@@ -72,7 +72,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         episodes = EpisodeHost(code, workers.environment, seconds)
     if (tools or episodes) and not data.report.train.chat:
         raise ConfigError(
-            "tools are called in a chat, and the prompts are plain text",
+            "tools are called in a chat, but the prompts are plain text",
             where="dataset.chat",
             fix="use a model with a chat template, or remove the section "
             + ("tools" if tools else "environment"),

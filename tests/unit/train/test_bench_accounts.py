@@ -47,7 +47,7 @@ def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
     assert any(row["name"] == "aten::mm" for row in shown["top"])
     rows = kernel_account.table_of("decode step", shown)
     assert rows[0][0].strip() == "decode step"
-    assert rows[-1][0].strip() == "host, nothing running"
+    assert rows[-1][0].strip() == "host, no kernel running"
 
 
 def test_a_prefill_is_taken_off() -> None:

@@ -124,7 +124,7 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
         written.writestr(real_model.MEMBER, "x")
     gguf.write_bytes(b"GGUF")
     for path in (wheel, gguf):
-        with pytest.raises(InputError, match="its SHA-256 is") as caught:
+        with pytest.raises(InputError, match="the SHA-256 of the file is") as caught:
             real_model.find_gguf(path, tmp_path, print)
         assert str(path) in str(caught.value)
     with pytest.raises(InputError, match="does not exist"):
@@ -145,7 +145,7 @@ def test_time_to_the_accuracy_is_the_median_of_the_seeds() -> None:
     assert ours.to_target_step == pytest.approx((15 + 10 * 0.4 / 0.45) / 2)
     assert trl.to_target_s == pytest.approx((20 + 20 * 0.2 / 0.35 + 20) / 2)
     assert headline([ours, trl], 0.5) == (
-        "Time to 50% accuracy: toolkit 7 s, TRL 26 s; 0.27 of the better peer's time"
+        "Time to 50% accuracy: toolkit 7 s, TRL 26 s; toolkit / fastest other arm: 0.27"
     )
 
 
@@ -199,7 +199,7 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
     told: list[str] = []
     learn._keep_or_clear(SETTINGS, tmp_path)
     learn._train(SETTINGS, "ours", tmp_path, told.append, 1.0)
-    assert told == ["ours-1: kept from before"]
+    assert told == ["ours-1: the result of an earlier run is kept"]
     learn._keep_or_clear(replace(SETTINGS, learning_rate=1.0), tmp_path)
     assert learn.stored(tmp_path) == []
 
@@ -225,4 +225,4 @@ def test_options_that_are_refused(options: list[str], said: str) -> None:
 def test_the_report_is_json() -> None:
     report = json.loads(json.dumps(learn.summary(SETTINGS, RESULTS, 0.5, "CPU")))
     assert report["runs"][4]["not_run"] == "Unsloth is not installed"
-    assert report["time"].startswith("optimizer steps alone")
+    assert report["time"].startswith("optimizer steps only")

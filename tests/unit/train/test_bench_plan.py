@@ -66,4 +66,4 @@ def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpe
     written = Settings(model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False)
     assert bench_plan.fill(written, spec, _device("h100")) == written
     plain = bench_plan.fill(Settings(model="m"), spec, None)
-    assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache awake"
+    assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache kept"

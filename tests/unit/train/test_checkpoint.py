@@ -119,12 +119,12 @@ def test_rotate_keeps_the_latest_and_the_named(tmp_path):
 def test_what_resume_chooses(tmp_path):
     assert branch.choose(tmp_path, "auto") == (None, [])
     assert branch.choose(tmp_path, "never") == (None, [])
-    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+    with pytest.raises(ConfigError, match="there is no checkpoint to resume from"):
         branch.choose(tmp_path, "must")
     folder = write(tmp_path, 3)
     for asked in ("auto", "must", str(folder)):
         assert branch.choose(tmp_path, asked) == (folder, [])
-    with pytest.raises(ConfigError, match=r"contains a run, and runtime.resume is never"):
+    with pytest.raises(ConfigError, match=r"never, but the folder contains a run"):
         branch.choose(tmp_path, "never")
     with pytest.raises(InputError, match="the checkpoint does not exist"):
         branch.choose(tmp_path, str(tmp_path / "nowhere"))

@@ -52,7 +52,7 @@ def test_empty_duplicate_and_long_prompts_are_counted(tmp_path: Path) -> None:
     assert data.report.lines() == [
         f"4 plain prompts from {tmp_path}/train.jsonl",
         "3 of 7 rows have no prompt and were left out",
-        "2 prompts are duplicates of an earlier one (kept)",
+        "2 prompts are duplicates of earlier prompts (kept)",
         "1 prompts were longer than grpo.max_prompt_length: their first tokens were removed "
         "(the longest had 5 tokens)",
     ]
@@ -73,7 +73,7 @@ def test_a_text_becomes_a_user_message_where_there_is_a_template(tmp_path: Path)
     asked = load(path, chat)
     assert asked.train["prompt"][0] == [user("w1")]
     assert asked.report.lines() == [
-        f"1 chats from {path}, each text a user message of the chat template (dataset.chat)"
+        f"1 chats from {path}; each text becomes a user message of the chat template (dataset.chat)"
     ]
     assert load(path, chat, system="w9").train["prompt"][0] == [
         {"role": "system", "content": "w9"},
@@ -173,11 +173,11 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
     ("section", "message"),
     [
         ({"prompt": "quest"}, "'quest', which does not exist; the columns are q, a"),
-        ({"prompt": "qq"}, "fix: dataset.prompt: q"),
+        ({"prompt": "qq"}, "fix: set dataset.prompt: q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         (
             {"eval_split": "test"},
-            "a file has no splits, but the run file asks for the split 'test'",
+            "is a file, which has no splits, but the run file sets the split 'test'",
         ),
         ({"path": None}, "no data set is set, so there are no prompts to train on"),
     ],
@@ -200,7 +200,7 @@ def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message
 @pytest.mark.parametrize("key", ["path", "eval_path"])
 def test_a_missing_file_is_told_with_its_key(tmp_path: Path, key: str) -> None:
     there = {"path": write(tmp_path, [{"q": "w1", "a": 0}])}
-    with pytest.raises(InputError, match="there is no such file") as told:
+    with pytest.raises(InputError, match="the file does not exist") as told:
         load(**there | {key: str(tmp_path / "missing.jsonl")})
     assert told.value.where == f"dataset.{key}: {tmp_path}/missing.jsonl"
 
@@ -210,8 +210,8 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     data = load(write(tmp_path, rows))
     assert data.train.to_list() == [{"q": "w1", "a": 1, "prompt": "w1", "answer": 1}]
     assert data.report.train.notes == (
-        "the column 'prompt' is left out: dataset.prompt names the column 'q' for it",
-        "the column 'answer' is left out: dataset.answer names the column 'a' for it",
+        "the column 'prompt' is left out, because dataset.prompt is the column 'q'",
+        "the column 'answer' is left out, because dataset.answer is the column 'a'",
         "the column 'completions' is left out: rewards receive something else as completions",
     )
 

@@ -184,9 +184,11 @@ def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", "")
-    with pytest.raises(InputError, match=r"no such file[\s\S]*train\.jsonl"):
+    with pytest.raises(InputError, match=r"file does not exist[\s\S]*train\.jsonl"):
         read_file(tmp_path / "trian.jsonl")
-    with pytest.raises(InputError, match=r"no such file[\s\S]*the folder .*nowhere does not exist"):
+    with pytest.raises(
+        InputError, match=r"file does not exist[\s\S]*the folder .*nowhere does not exist"
+    ):
         read_file(tmp_path / "nowhere" / "x.jsonl")
 
 

@@ -67,9 +67,9 @@ def test_a_group_has_cards_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("then", "now", "size", "said", "fix"),
     [
-        (2, 1, 1, "written by 2 processes, this run has 1", "--nproc-per-node 2"),
-        (1, 2, 1, "written by 1 process, this run has 2", "--nproc-per-node 1"),
-        (2, 1, 2, "written by 2 replicas, this run has 1", "--nproc-per-node 4"),
+        (2, 1, 1, "written by 2 processes, but this run has 1", "--nproc-per-node 2"),
+        (1, 2, 1, "written by 1 process, but this run has 2", "--nproc-per-node 1"),
+        (2, 1, 2, "written by 2 replicas, but this run has 1", "--nproc-per-node 4"),
     ],
 )
 def test_a_checkpoint_is_of_so_many_replicas(

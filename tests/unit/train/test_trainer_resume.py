@@ -166,7 +166,7 @@ def test_another_world_size_is_refused(tmp_path):
     described["world_size"] = 2
     (tmp_path / ".checkpoint-2.partial" / "state.json").write_text(json.dumps(described))
     checkpoint.commit(tmp_path / ".checkpoint-2.partial", 2)
-    with pytest.raises(ConfigError, match="written by 2 processes, this run has 1") as refused:
+    with pytest.raises(ConfigError, match="written by 2 processes, but this run has 1") as refused:
         make_trainer(tmp_path).train(str(folder))
     assert "--nproc-per-node 2" in refused.value.fix
 
@@ -205,7 +205,7 @@ def test_flatten_gives_back_what_it_was_given():
     assert back["a"] == value["a"]
     assert type(back["a"][3]) is tuple
     assert torch.equal(back[3]["t"], value[3]["t"])
-    with pytest.raises(NotImplementedError, match="cannot be stored without pickle: set"):
+    with pytest.raises(NotImplementedError, match="a set cannot be stored without pickle"):
         state_files.flatten({"s": {1}}, {}, "v")
 
 

@@ -32,8 +32,8 @@ def bench(
     *,
     limit_s: float,
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Run the benchmark. Returns the report, which is also written to ``folder/bench.json`` after
-    each arm, and the rows of the table.
+    """Run the benchmark. Return the report and the rows of the table. The report is also written to
+    ``folder/bench.json`` after each arm.
 
     The checkpoint is created and the GPU measured in separate processes, because this process must
     not use device memory while the arms run.
@@ -65,7 +65,7 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
 
 
 def node_device() -> Device | None:
-    """The GPU as NVML reports it; None without a GPU."""
+    """Return the GPU as NVML reports it, or None if there is no GPU."""
     snapshot = take()
     gpu = select(snapshot)
     return None if gpu is None else Device.from_node(snapshot, gpu)

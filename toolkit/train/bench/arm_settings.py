@@ -42,11 +42,12 @@ class Settings:
     With ``mean_tokens``, completion lengths are geometric with that mean and at most
     ``completion_tokens``. Without it, all completions have ``completion_tokens``.
 
-    The ``ours_`` fields are for the toolkit's arm: the micro-batch, the tokens of a pass,
-    checkpointing and KV sleep. ``bench_plan.fill`` chooses each field with the value None. If
-    ``ours_batch`` is set, it limits the rows of a pass. Each optimizer step trains on the same
-    completions in every arm, so the work is the same. ``ours_cards`` is the number of cards over
-    which the toolkit's arm splits the model, with one process for each.
+    The ``ours_`` fields are for the toolkit's arm only: its micro-batch (``ours_batch``), the
+    tokens of a forward pass, gradient checkpointing, and whether the KV cache is freed during
+    training (``ours_sleep``). ``bench_plan.fill`` chooses a value for each field with the value
+    None. If ``ours_batch`` is set, it also limits the rows of a pass. An optimizer step has the
+    same number of completions in every arm, so the work is the same. ``ours_cards`` is the number
+    of cards over which the toolkit's arm splits the model, with one process per card.
     """
 
     model: str
@@ -101,7 +102,7 @@ class Settings:
         """The ``ours_`` fields as text."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
-        sleep = "KV cache asleep while training" if self.ours_sleep else "KV cache awake"
+        sleep = "KV cache freed while training" if self.ours_sleep else "KV cache kept"
         size = f"micro-batch {batch} x {self.sequences // batch}"
         if self.ours_tokens is not None:
             size = f"passes of at most {self.ours_tokens:,} tokens"
@@ -126,7 +127,7 @@ class Settings:
 @dataclass(slots=True)
 class Result:
     """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
-    have is None.
+    have is None or an empty list. To publish is to copy the trained policy to the engine.
     """
 
     arm: str
@@ -186,7 +187,7 @@ class Result:
     @property
     def padding_share(self) -> float | None:
         """The share of padding tokens in a padded batch of these lengths. A padded pass computes
-        them although nothing uses them.
+        the padding tokens although nothing uses the results.
         """
         if not sum(self.padded_tokens):
             return None
@@ -206,7 +207,7 @@ class Result:
         beside.replace(path)
 
     def to_json(self) -> dict[str, Any]:
-        """All values, with the derived ones."""
+        """Return all values, also the derived ones."""
         derived = (
             "first_step_s",
             "median_step_s",

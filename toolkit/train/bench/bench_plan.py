@@ -1,10 +1,10 @@
-"""Choose micro-batch, checkpointing and KV sleep of the toolkit's arm within the memory of the
-other arms.
+"""Choose the settings of the toolkit's arm so that it needs no more memory than the other arms: the
+micro-batch, gradient checkpointing, and whether the KV cache is freed during training.
 
-The other arms get a micro-batch and gradient checkpointing from the settings. The toolkit's arm
-uses the sizer, as a run with "auto" does. Its memory limit is the peak that sizing predicts for
-Unsloth's arm, the smaller of the other two, because Unsloth moves activation checkpoints to the
-host. So the arms are compared by time, and the toolkit's arm uses no more memory.
+The other arms get their micro-batch and gradient checkpointing from the settings. The toolkit's arm
+uses the sizer, as a run with "auto" does. Its memory limit is the peak that the sizer predicts for
+Unsloth's arm. This peak is smaller than that of TRL's arm, because Unsloth moves activation
+checkpoints to the host. So the arms can be compared by time alone.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
-    """``settings`` with a value for every ``ours_`` field left at None.
+    """Return ``settings`` with a value for every ``ours_`` field whose value is None.
 
-    The values are those with the shortest step, as the sizer estimates it, among those whose peak
-    memory is within that of the other arms. Without a GPU, or if none is within it, the toolkit's
-    arm gets the micro-batch of the other arms.
+    Candidates are settings whose peak memory is at most that of the other arms. The candidate with
+    the shortest step, as the sizer estimates it, is chosen. Without a GPU, or if there is no
+    candidate, the toolkit's arm gets the micro-batch of the other arms.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
         return by_hand
-    # The other arms do not split the model, so if the toolkit's arm does, only the card limits its
-    # memory.
+    # The other arms cannot split the model. If the toolkit's arm splits it, only the memory of the
+    # card is the limit.
     limit = peers_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
     best, fastest = by_hand, math.inf
     for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
@@ -51,8 +51,8 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
 
 
 def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
-    """Predicted peak with the settings of the other arms: one copy of the weights, the KV cache
-    awake, and checkpoints moved to the host, as in Unsloth.
+    """Return the predicted peak memory with the settings of the other arms: one copy of the
+    weights, a KV cache that is not freed, and activation checkpoints on the host, as in Unsloth.
     """
     theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
     sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
@@ -60,8 +60,9 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
 
 
 def _budgets(settings: Settings) -> list[int]:
-    """Candidates for the tokens of a pass, the largest first: the whole step at its maximum length,
-    its parts, down to one sequence. A value that the user set is kept.
+    """Return the candidates for the tokens of a pass, the largest first: the tokens of the whole
+    step at its maximum length, then smaller parts of it, down to one sequence. If the user set a
+    value, it is the only candidate.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
@@ -76,7 +77,7 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """``settings`` with these values in each ``ours_`` field that the user did not set."""
+    """Return ``settings`` with these values in the ``ours_`` fields that the user did not set."""
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
@@ -98,8 +99,8 @@ def size(
     checkpointing: Checkpointing | None = None,
     padded: bool = False,
 ) -> SizingResult:
-    """The sizing result for the toolkit's arm. ``checkpointing`` replaces the value in
-    ``settings``; ``padded`` sizes padded rows and plain layers, as in TRL.
+    """Return the sizing result for the toolkit's arm. ``checkpointing`` replaces the value in
+    ``settings``. With ``padded``, rows are padded and layers are not fused, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:

@@ -30,9 +30,9 @@ def compare(
     """Run each arm in its own process, so that no memory of an earlier arm is in use. The output of
     an arm goes to a log.
 
-    Yields the results so far after each arm. An arm that takes longer than ``limit_s`` seconds is
-    stopped, and its results until then count. Results of other arms with the same settings that are
-    already in the folder come first.
+    Yields all results so far after each arm. An arm that takes longer than ``limit_s`` seconds is
+    stopped, and its results until then count. The folder may already have results of other arms
+    with the same settings. Those results come first.
     """
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
@@ -48,7 +48,9 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """The existing results of arms that do not run now. Deletes results with other settings."""
+    """Return the existing results of arms that do not run now. Delete results with other
+    settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
     stored = folder / "settings.json"
@@ -60,7 +62,7 @@ def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]
 
 
 def lacking(arm: str, gpu: bool) -> str | None:
-    """Why ``arm`` cannot run on this machine; None if it can."""
+    """Return why ``arm`` cannot run on this machine, or None if it can."""
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
         return "Unsloth is not installed"
     if arm == "trl" and not gpu:
@@ -73,7 +75,9 @@ def lacking(arm: str, gpu: bool) -> str | None:
 
 
 def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
-    """Run one arm and return its result: with one process per card, that of the first process."""
+    """Run one arm and return its result. If the arm has a process per card, the first process
+    writes the result.
+    """
     answers = [folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)]
     answer = answers[0]
     answer.unlink(missing_ok=True)
@@ -94,8 +98,8 @@ ENDED = "the process ended unexpectedly; see its log"
 
 
 def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
-    """Run a module of the benchmark in its own process, with its output in ``log``. Returns why the
-    module did not finish, or None.
+    """Run a module of the benchmark in its own process, with its output in ``log``. Return why the
+    module did not finish, or None if it finished.
     """
     with log.open("w") as output:
         try:
@@ -112,7 +116,9 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
 
 
 def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
-    """``run_module("arms")`` in several processes that share a model, each with its ``values``."""
+    """Run the module ``arms`` in several processes that share a model, one for each item of
+    ``values``. Return why they did not finish, or None.
+    """
     port = free_port()
     with log.open("w") as output:
         running = [
@@ -136,8 +142,9 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
 
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
-    """Wait until all processes of an arm have ended; False if that takes longer than ``limit_s``.
-    If one process fails, the others wait for it forever, so this returns True after ``PATIENCE_S``.
+    """Wait until all processes of an arm have ended. Return False if that takes longer than
+    ``limit_s``. If one process fails, the others would wait for it forever. So this function then
+    returns True after ``PATIENCE_S``.
     """
     end, last = time.monotonic() + limit_s, None
     while any(one.poll() is None for one in running):
@@ -155,7 +162,9 @@ def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
 def report(
     settings: Settings, results: Sequence[Result], floor: dict[str, float], card: str
 ) -> dict[str, Any]:
-    """The JSON of the benchmark: settings, card, floor, every arm with its ratio to the floor."""
+    """Return the JSON of the benchmark: settings, card, floor, and every arm with the ratio of its
+    step time to the floor.
+    """
     arms = []
     for result in results:
         median = result.median_step_s
@@ -166,8 +175,8 @@ def report(
 
 
 def table(results: Sequence[Result], floor: dict[str, float]) -> list[tuple[str, ...]]:
-    """The table as rows of text: a header with the arms, then one measurement per row; ``-`` if an
-    arm does not have it.
+    """Return the table as rows of text: a header with the arms, then one measurement per row. A
+    cell is ``-`` if the arm does not have the measurement.
     """
     rows: list[tuple[str, ...]] = [("", *(result.arm for result in results))]
     for title, figure in _figures(floor):
@@ -188,10 +197,10 @@ def _figures(floor: dict[str, float]) -> list[tuple[str, Callable[[Result], str 
         ("median step, s", lambda r: _number(r.median_step_s, 2)),
         ("median rollout, s", lambda r: _number(r.median_rollout_s, 2)),
         ("median training, s", lambda r: _number(r.median_training_s, 2)),
-        ("step over its floor", lambda r: _number(_over(r.median_step_s, floor["step"]), 1, "x")),
+        ("step / floor", lambda r: _number(_over(r.median_step_s, floor["step"]), 1, "x")),
         ("rollout, tokens/s", lambda r: _number(r.rollout_tokens_s, 0)),
         ("training, tokens/s", lambda r: _number(r.train_tokens_s, 0)),
-        ("padding of a padded batch", lambda r: _number(_percent(r.padding_share), 0, " %")),
+        ("padding in a padded batch", lambda r: _number(_percent(r.padding_share), 0, " %")),
         ("publish, s", lambda r: _number(_median(r.publish_s), 3)),
         ("peak torch memory", lambda r: _bytes(r.peak_torch_bytes)),
         ("peak device memory", lambda r: _bytes(r.peak_device_bytes)),

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Measured rates of this device: bytes per second of a copy, bf16 operations per second of a
-    matrix product.
+    """Measured rates of this device: bytes per second of a copy, and bf16 operations per second of
+    a matrix product.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The sizes of one step: sequences, tokens, and the model. ``decode_steps``: tokens of the
-    longest completion; ``usual_tokens``: mean tokens of a completion.
+    """The sizes of the model and of one step. ``decode_steps`` is the number of tokens of the
+    longest completion, ``usual_tokens`` the mean number of tokens of a completion.
     """
 
     parameters: int
@@ -45,8 +45,8 @@ class Work:
 
 
 def measure_card() -> Card:
-    """Measure the copy and the product of large bf16 matrices; the best of five measurements
-    counts. On a CPU the matrices are smaller and float32.
+    """Measure a copy and a product of large bf16 matrices. The fastest of five measurements counts.
+    On a CPU, the matrices are smaller and float32.
     """
     import torch  # noqa: PLC0415 - heavy
 
@@ -86,7 +86,7 @@ def floor_seconds(work: Work, card: Card) -> dict[str, float]:
     decode = (work.decode_steps * work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s
     prompt_tokens = work.prompts * work.prompt_tokens
     prefill = 2 * work.parameters * prompt_tokens / card.matmul_ops_s
-    # Each prompt once: the completions of a group share it.
+    # Each prompt counts once, because the completions of a group share the pass over the prompt.
     trained = prompt_tokens + work.sequences * work.usual_tokens
     train = 4 * work.parameters * trained / card.matmul_ops_s
     return {"decode": decode, "prefill": prefill, "train": train, "step": decode + prefill + train}

@@ -1,8 +1,9 @@
-"""Measure how much of a decode step and of a training step each kind of kernel takes, and the host.
+"""Measure the time of each kind of kernel, and of the host, in a decode step and a training step.
 
-Both steps are measured with torch.profiler. On the CPU, torch's operations replace kernels, each
-without the time of operations that it calls. The rest of the wall clock is host time: Python, the
-scheduler, launches that the device waits for. The profiler itself slows the host down.
+The measurements are made with torch.profiler. On the CPU, torch's operations are measured instead
+of kernels. The time of an operation does not include the operations that it calls. The rest of the
+wall clock is host time: Python, the scheduler, and launches for which the device waits. The
+profiler itself slows the host down.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ TOP = 12
 
 @dataclass(slots=True)
 class Account:
-    """The profile of ``steps`` steps, summed. ``kinds`` maps a kind to [seconds, calls]."""
+    """The times of ``steps`` steps, summed. ``kinds`` maps a kind of kernel to [seconds, calls].
+    ``top`` has the kernels that take longest: (name, seconds, calls).
+    """
 
     steps: int
     wall_s: float
@@ -60,11 +63,11 @@ class Account:
 
     @property
     def host_s(self) -> float:
-        """The rest of the wall clock."""
+        """Seconds of the wall clock outside of kernels."""
         return max(0.0, self.wall_s - self.busy_s)
 
     def less(self, other: Account, steps: int) -> Account:
-        """This account minus ``other``, as an account of ``steps`` steps."""
+        """Return this account minus ``other``, as an account of ``steps`` steps."""
         left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
             before = other.kinds.get(kind, [0.0, 0])
@@ -72,7 +75,7 @@ class Account:
         return left
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds and calls of one step."""
+        """Return the seconds and calls per step."""
         return {
             "steps": self.steps,
             "wall_s": self.wall_s / self.steps,
@@ -92,7 +95,7 @@ class Account:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a kernel or operation, by its name."""
+    """Return the kind of a kernel or operation, from its name."""
     low = name.lower()
     return next((kind for kind, pattern in KINDS if re.search(pattern, low)), OTHER)
 
@@ -118,7 +121,7 @@ class Recorder:
         self._profiler.stop()
 
     def account(self, steps: int) -> Account:
-        """The account of the recorded block, which has ``steps`` steps."""
+        """Return the account of the profiled block, which has ``steps`` steps."""
         sums: dict[str, list[float]] = {}
         for event in self._profiler.key_averages():
             on_device = event.device_type.name != "CPU"
@@ -155,8 +158,9 @@ def recorded() -> Iterator[Recorder]:
 
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
-    """The account of decode steps of ``len(prompts) * generations`` sequences on ``engine``: the
-    difference of two rollouts, of which the second is ``DECODE_STEPS`` tokens longer.
+    """Return the account of ``DECODE_STEPS`` decode steps of ``len(prompts) * generations``
+    sequences on ``engine``. It is the difference of two rollouts: one of a single token, and one
+    that is ``DECODE_STEPS`` tokens longer.
     """
 
     def run(tokens: int) -> Recorder:
@@ -172,7 +176,7 @@ def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: i
 
 
 class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Records the last optimizer step, from the end of its rollout on."""
+    """Profiles the last optimizer step, beginning at the end of its rollout."""
 
     def __init__(self, settings: Settings) -> None:
         self.last = settings.steps - 1
@@ -193,12 +197,14 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: a kind, milliseconds per step, calls per step, share of the wall clock."""
+    """Return rows of text: the kind of kernel, milliseconds per step, calls per step, and the share
+    of the wall clock.
+    """
     wall = account["wall_s"] or 1.0
     rows = [[name, f"{1e3 * wall:.2f} ms", "", ""]]
     for kind, found in account["kinds"].items():
         share = f"{found['s'] / wall:.0%}"
         rows.append([f"  {kind}", f"{1e3 * found['s']:.2f} ms", f"{found['calls']:.0f}", share])
     host = account["host_s"]
-    rows.append(["  host, nothing running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
+    rows.append(["  host, no kernel running", f"{1e3 * host:.2f} ms", "", f"{host / wall:.0%}"])
     return rows

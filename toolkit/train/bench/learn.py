@@ -1,7 +1,8 @@
-"""``toolkit bench --learn``: how fast each arm learns, on a real model and tasks with answers.
+"""``toolkit bench --learn``: measure how fast each arm learns, on a real model and problems with
+answers.
 
-Every arm trains every seed in a process of its own. Then one process evaluates all saved adapters.
-``learn.json`` has every figure, ``learn.svg`` is the picture.
+Each arm trains with each seed in its own process. Then one process evaluates all saved adapters.
+``learn.json`` has all numbers, ``learn.svg`` is the picture.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ OURS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep")
 def learn(
     settings: LearnSettings, wanted: Runs, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run every arm and seed that has no result with these settings in ``folder``, evaluate them,
-    and write ``learn.json`` and ``learn.svg``. Returns the report.
+    """Train each arm with each seed, evaluate the saved adapters, and write ``learn.json`` and
+    ``learn.svg``. Return the report. Results with the same settings that are already in ``folder``
+    are kept.
 
-    The settings of the toolkit's arm are completed as in the speed benchmark: the same optimizer
-    step, in micro-batches that need no more memory than the other arms.
+    The settings of the toolkit's arm are completed as in the speed benchmark: it has the same
+    optimizer step, in micro-batches that need no more memory than the other arms.
     """
     device = arm_process.node_device()
     filled = bench_plan.fill(settings, read_spec(settings.model), device)
@@ -78,21 +80,21 @@ def _prepare(folder: Path, given: Path | None) -> None:
 
 
 def stored(folder: Path) -> list[LearnResult]:
-    """The results in ``folder``, by arm and seed."""
+    """Return the results in ``folder``, in the order of arms and seeds."""
     return [LearnResult.read(path) for path in sorted(folder.glob("*-*.json"))]
 
 
 def summary(
     settings: LearnSettings, results: Sequence[LearnResult], target: float, card: str
 ) -> dict[str, Any]:
-    """The report: headline, settings, a curve for each arm, and every run."""
+    """Return the report: headline, settings, a curve for each arm, and every run."""
     found = curves(results, target)
     return {
         "headline": headline(found, target),
         "note": _note(settings, found, results, card),
         "model": NAME,
         "target_accuracy": target,
-        "time": "optimizer steps alone: without loading, saving adapters and evaluation",
+        "time": "optimizer steps only, without loading, saving adapters and evaluation",
         "settings": asdict(settings),
         "card": card,
         "curves": [asdict(curve) for curve in found],
@@ -130,13 +132,13 @@ def _keep_or_clear(settings: LearnSettings, folder: Path) -> None:
 def _train(
     settings: LearnSettings, arm: str, folder: Path, say: Callable[[str], None], limit_s: float
 ) -> None:
-    """Train one arm with one seed, unless ``folder`` has its complete result."""
+    """Train one arm with one seed, unless ``folder`` already has the complete result."""
     empty = LearnResult(arm, settings.seed)
     answer = folder / f"{empty.name}.json"
     if answer.is_file():
         before = LearnResult.read(answer)
         if before.not_run is None and before.points and before.points[-1].step == settings.steps:
-            say(f"{empty.name}: kept from before")
+            say(f"{empty.name}: the result of an earlier run is kept")
             return
         answer.unlink()
     empty.not_run = compare.lacking(arm, gpu=True)
@@ -154,7 +156,7 @@ def _train(
 
 
 def table(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of text: a header with the arms, then one measurement per row."""
+    """Return the table as rows of text: a header with the arms, then one measurement per row."""
     found, runs = report["curves"], report["runs"]
     arms = sorted({run["arm"] for run in runs}, key=list(LABELS).index)
     by_arm = {curve["arm"]: curve for curve in found}

@@ -1,10 +1,10 @@
 """One arm of ``bench --learn`` with one seed, in its own process: ``python -m
 toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
-Adapters are saved while the arm trains and evaluated after it (``learn_eval``), so that one
-evaluator is used for all arms and the training time includes no evaluation. The clock is stopped
-while an adapter is saved. It starts at the first optimizer step: the time of loading is reported
-separately.
+Adapters are saved during the training and evaluated afterwards (``learn_eval``). So all arms have
+the same evaluator, and the training time includes no evaluation. The clock starts at the first
+optimizer step, because the time of loading is reported separately. It is stopped while an adapter
+is saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from toolkit.train.bench.tasks import training_problems
 
 
 def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
-    """Load and train; after each saved adapter, ``result`` is written to ``path``."""
+    """Load the model and train. After each saved adapter, ``result`` is written to ``path``."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
     start = time.perf_counter()
     trainer = arms.BUILDERS[result.arm](settings, job())
@@ -46,12 +46,12 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Chats with a question, scored by the built-in reward that compares numbers."""
+    """Return the job of the arm: chats with a question, and a reward that compares numbers."""
     return arms.Job(rows=rows, reward=number_is_right)
 
 
 def rows(settings: Any) -> list[dict[str, Any]]:
-    """The training problems of the settings' seed as chats."""
+    """Return the training problems for the seed in ``settings``, as chats."""
     count = settings.prompts * settings.steps
     return [
         {"prompt": [{"role": "user", "content": problem.question}], "answer": problem.answer}
@@ -60,7 +60,9 @@ def rows(settings: Any) -> list[dict[str, Any]]:
 
 
 def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
-    """The toolkit's reward ``numeric_match``, with the name that TRL logs."""
+    """Score completions with the toolkit's reward ``numeric_match``. TRL logs the name of this
+    function.
+    """
     from toolkit.train.rewards.builtin import NumericMatch  # noqa: PLC0415 - after the arm
 
     scores = NumericMatch()(prompts, completions, answer=answer)
@@ -73,7 +75,7 @@ def main(arm: str, settings_path: str, result_path: str) -> None:
     result = LearnResult(arm, settings.seed)
     try:
         run_arm(settings, result, Path(result_path))
-    except Exception as error:  # a failed arm is reported; its log has the traceback
+    except Exception as error:  # reported in the result; the arm's log has the traceback
         result.not_run = f"{type(error).__name__}: {first_line(error)}"
         raise
     finally:

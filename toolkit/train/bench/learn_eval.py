@@ -1,8 +1,8 @@
 """Measure the held-out accuracy of saved adapters, with one evaluator for all arms: ``python -m
 toolkit.train.bench.learn_eval SETTINGS FOLDER``.
 
-Answers are decoded greedily with transformers, to the same problems for every adapter. An answer is
-right if the reward of training scores it 1.
+With every adapter, the model answers the same problems, with greedy decoding in transformers. An
+answer is right if the reward function of the training scores it 1.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Evaluator:
         """The share of held-out problems that the base model with this adapter answers correctly.
 
         Raises:
-            InputError: the file has other tensors than an adapter of these settings.
+            InputError: the tensors in the file are not those of an adapter with these settings.
         """
         stored = load_file(adapter)
         mine = adapter_tensors(self.model)
         if stored.keys() != mine.keys():
             odd = sorted(stored.keys() ^ mine.keys())
             raise InputError(
-                f"it has {len(stored)} tensors and an adapter of these settings {len(mine)}; "
-                f"{len(odd)} names differ, the first is {odd[0]}",
+                f"the file has {len(stored)} tensors, but an adapter of these settings has "
+                f"{len(mine)}; {len(odd)} names differ, the first is {odd[0]}",
                 where=str(adapter),
                 fix="delete the folder of results and run the benchmark again",
             )
@@ -96,7 +96,9 @@ class Evaluator:
 
 
 def evaluate(settings: LearnSettings, folder: Path) -> None:
-    """Measure the accuracy of every point without one, of all runs in ``folder``, and store it."""
+    """Measure the accuracy of each saved adapter of the runs in ``folder``, and store it. An
+    adapter whose accuracy is already stored is skipped.
+    """
     evaluator: Any = None
     for path in sorted(folder.glob("*-*.json")):
         result = LearnResult.read(path)

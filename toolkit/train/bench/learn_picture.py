@@ -1,7 +1,7 @@
 """Draw the curves of ``bench --learn`` as one SVG file: accuracy over training time and over steps.
 
-The picture is drawn with the report's charts (train/report/chart). The file is complete: it has its
-own style, no scripts, and loads nothing.
+The picture is drawn with the report's charts (train/report/chart). The file contains its style
+sheet, has no scripts, and loads no other file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weig
 
 
 def draw(found: Sequence[Curve], target: float, note: str) -> str:
-    """The picture as text of an SVG file: the headline, a legend, two panels with a line for each
-    arm, a band from the lowest to the highest seed, and the target as a dashed line.
+    """Return the picture as text of an SVG file. It has the headline, a legend and two panels. A
+    panel has a line for each arm, a band from the lowest to the highest seed, and a dashed line at
+    the target.
     """
     said = headline(found, target)
     parts = [
@@ -49,7 +50,7 @@ def draw(found: Sequence[Curve], target: float, note: str) -> str:
 
 
 def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
-    """The panel with accuracy over seconds (``index`` 0) or over steps (1)."""
+    """Return the panel with the accuracy over seconds (``index`` 0) or over steps (``index`` 1)."""
     places = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in found]
     last = max((xs[-1] for xs in places if xs), default=0.0) or 1.0
     highest = max([target, *(value for curve in found for value in curve.high)])

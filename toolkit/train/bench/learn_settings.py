@@ -40,8 +40,8 @@ class LearnSettings(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
-    """Which arms train with which seeds, the accuracy whose time is reported, and the time limit of
-    a run in seconds.
+    """The arms, the seeds with which each arm trains, the target accuracy (the report has the time
+    until it is reached), and the time limit of a run in seconds.
     """
 
     arms: Sequence[str]
@@ -64,7 +64,9 @@ class Point:
 
 @dataclass(slots=True)
 class LearnResult:
-    """The result of one arm with one seed. ``generation`` names what draws the completions."""
+    """The result of one arm with one seed. ``generation`` is the library that draws the
+    completions.
+    """
 
     arm: str
     seed: int
@@ -97,8 +99,9 @@ class LearnResult:
         return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
-        """(seconds, steps) at which the run reaches ``accuracy``, interpolated between the first
-        evaluation that has it and the evaluation before; None if no evaluation has it.
+        """Return (seconds, steps) until the run reaches ``accuracy``, or None if it never does. The
+        values are interpolated between the first evaluation with this accuracy and the evaluation
+        before it.
         """
         before: tuple[float, float, float] | None = None
         for point in self.points:
@@ -117,9 +120,9 @@ class LearnResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One arm, summarised over its seeds: for each evaluation the step, the mean seconds, and the
-    lowest, mean and highest accuracy. ``to_target_s`` and ``to_target_step`` are medians over the
-    seeds, None if a seed does not reach the target.
+    """One arm, summarised over its seeds. For each evaluation, the lists have the step, the mean
+    seconds, and the lowest, mean and highest accuracy. ``to_target_s`` and ``to_target_step`` are
+    medians over the seeds. They are None if a seed does not reach the target.
     """
 
     arm: str
@@ -134,8 +137,8 @@ class Curve:
 
 
 def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
-    """A curve for each arm with at least one evaluated run, in the order of ``ARMS``. Evaluations
-    that a seed does not have are left out.
+    """Return a curve for each arm with at least one evaluated run, in the order of ``ARMS``. A
+    curve has only the evaluations that all seeds of the arm have.
     """
     found = []
     for arm in ARMS:
@@ -170,8 +173,8 @@ def _accuracies(run: LearnResult) -> list[float]:
 
 
 def headline(found: Sequence[Curve], target: float) -> str:
-    """One sentence: the time in which each arm reaches ``target``, and the ratio between the
-    toolkit's time and that of the fastest other arm.
+    """Return one sentence: the time in which each arm reaches ``target``, and the toolkit's time
+    divided by the time of the fastest other arm.
     """
     times = {curve.arm: curve.to_target_s for curve in found}
     said = [
@@ -181,7 +184,7 @@ def headline(found: Sequence[Curve], target: float) -> str:
     peers = [s for arm, s in times.items() if arm != "ours" and s is not None]
     ours, more = times.get("ours"), ""
     if ours is not None and peers and min(peers) > 0:
-        more = f"; {ours / min(peers):.2f} of the better peer's time"
+        more = f"; toolkit / fastest other arm: {ours / min(peers):.2f}"
     return f"Time to {target:.0%} accuracy: {', '.join(said) or 'not measured'}{more}"
 
 

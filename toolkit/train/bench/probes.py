@@ -1,4 +1,4 @@
-"""Measure an arm's trainer from outside through public hooks, without changing it."""
+"""Measure an arm's trainer through public hooks, without changing the trainer."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.result, self.save, self.last = result, save, 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start of the first step."""
+        """Start the clock of the first step."""
         self.last = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """End of one optimizer step."""
+        """Record the seconds of the optimizer step, save, and restart the clock."""
         now = clock()
         self.result.step_s.append(now - self.last)
         self.save()
         self.last = clock()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Record TRL's own log-probability differences, if the arm logs them."""
+        """Record the differences between the log-probabilities of engine and trainer, if the arm
+        logs them.
+        """
         for ours, names in (
             ("logp_gap_mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("logp_gap_max", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
@@ -55,21 +57,21 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class TimedGeneration:
-    """Replaces TRL's generation object, passes every call to it, and measures the time."""
+    """Wraps TRL's generation object: passes every call on and measures the time of the call."""
 
     def __init__(self, inner: Any, result: Result) -> None:
         self.inner, self.result = inner, result
         self.after: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
-        """Time the publish of the policy to the engine."""
+        """Measure the time in which the new policy is copied to the engine."""
         start = clock()
         out = self.inner.sync_weights()
         self.result.publish_s.append(clock() - start)
         return out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Time the rollout of one generation batch."""
+        """Measure the time of the rollout of one generation batch."""
         start = clock()
         out = self.inner.generate(*args, **kwargs)
         self.result.rollout_s.append(clock() - start)
@@ -87,7 +89,9 @@ class TimedGeneration:
 
 
 def base_digests(model: torch.nn.Module) -> dict[str, str]:
-    """A digest of every parameter outside adapters, by its name without PEFT's wrappers."""
+    """Return a digest of every parameter that is not an adapter's, by its name without PEFT's
+    wrappers.
+    """
     digests = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -99,8 +103,8 @@ def base_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _digest(raw: torch.Tensor) -> str:
-    """A digest of the bytes: SHA-256 on the CPU, and two sums on a GPU, because copying a model to
-    the host takes longer than a step.
+    """Return a digest of the bytes: their SHA-256 on the CPU, two sums on a GPU. Copying a model
+    from a GPU to the host for SHA-256 would take longer than a step.
 
     The second sum is weighted by position, so that it also detects swapped bytes.
     """
@@ -116,11 +120,11 @@ def _digest(raw: torch.Tensor) -> str:
 
 
 class MemoryWatch:
-    """Measures the peak of bytes in use on the device while the block runs, every 20 ms.
+    """Measures the peak memory of the device while the block runs: ``peak_torch_bytes`` as torch
+    counts it, ``peak_device_bytes`` as the driver reports it every 20 ms.
 
-    torch's own peak counts a sleeping KV cache as allocated, although its memory is free again. The
-    memory that a GPU needs is what the driver reports. ``peak_torch_bytes`` and
-    ``peak_device_bytes`` stay None on a CPU.
+    torch's peak includes a KV cache that is asleep, although its memory is freed during training.
+    So the driver's peak is the memory that a run needs. On a CPU, both fields stay None.
     """
 
     def __init__(self, result: Result) -> None:

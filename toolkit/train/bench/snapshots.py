@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Saves the adapter before the first step, then every ``settings.every`` steps and after the
-    last one. The seconds of a point are those of the optimizer steps before it.
+    """Saves the adapter before the first step, then every ``settings.every`` steps, and after the
+    last step. Each saved adapter is a point of the result. The seconds of a point are the time of
+    the optimizer steps until then.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.spent_s, self.started = 0.0, 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Before the first step."""
+        """Save the adapter before the first step, and start the clock."""
         self._keep(0)
         self.started = clock()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
-        """After an optimizer step: stop the clock, save if it is time, start the clock."""
+        """After an optimizer step, stop the clock, save the adapter if it is due, and restart the
+        clock.
+        """
         now = clock()
         self.spent_s += now - self.started
         step = int(state.global_step)
@@ -48,7 +51,9 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.started = clock()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the mean reward of the step, and the gap between engine and trainer."""
+        """Record the mean reward of the step, and the largest differences between the
+        log-probabilities of engine and trainer.
+        """
         logs = logs or {}
         if "reward" in logs:
             self.result.rewards.append(float(logs["reward"]))
@@ -66,7 +71,9 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's parameters by their names without PEFT's and compile wrappers."""
+    """Return the adapter's parameters, by their names without the parts that PEFT and torch.compile
+    add.
+    """
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -76,7 +83,7 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
-    """Write the adapter in float32; returns the file's name below the folder of results."""
+    """Write the adapter in float32. Return the file's path, relative to the folder of results."""
     path = folder / f"step-{step:05d}.safetensors"
     tensors = adapter_tensors(model)
     save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, path)
@@ -84,5 +91,5 @@ def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
 
 
 def generation_of(trainer: Any) -> str:
-    """The name of what draws the completions of ``trainer``."""
+    """Return the name of the library that draws the completions of ``trainer``."""
     return "vLLM" if getattr(trainer, "use_vllm", False) else "transformers"

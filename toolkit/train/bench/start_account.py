@@ -1,8 +1,8 @@
 """Measure the phases between the start of a process and the end of its first step.
 
-Phases end at calls of the toolkit and at log messages of vLLM during its start
+A phase ends at a call of the toolkit, or at a log message that vLLM writes during its start
 (tests/contract/test_vllm_seams.py checks the texts, for 0.25.1 and 0.31.0). If a message is
-missing, its time counts for the next phase.
+missing, the time of its phase counts for the next phase.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 VLLM_MARKS = (
     ("Starting to load model", "configuration of vLLM"),
     ("Loading weights took", "making the model, reading safetensors"),
-    ("Model loading took", "weights into kernel form, LoRA slots"),
+    ("Model loading took", "converting weights for the kernels, LoRA slots"),
     ("Graph capturing finished", "profiling run, KV cache, graph capture"),
     ("init engine (profile", "warm-up of the engine"),
 )
-"""Pairs: how a message of vLLM begins, and the phase that ends with it."""
+"""Pairs: the beginning of a message of vLLM, and the phase that ends with this message."""
 
 
 class StartAccount(logging.Handler):
-    """Measures the seconds of each phase, in their order. Call ``begin`` before anything heavy is
-    imported.
+    """Measures the seconds of each phase, in the order of the phases. Call ``begin`` before any
+    heavy library is imported.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StartAccount(logging.Handler):
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """Import the packages of a run, measure each import, and listen to vLLM from then on."""
+        """Import the packages of a run, measure each import, and begin to read vLLM's messages."""
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 
@@ -61,18 +61,20 @@ class StartAccount(logging.Handler):
         self._last = now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """logging's method: a message of vLLM may end a phase."""
+        """End a phase if ``record``, a message of vLLM, marks its end. Called by ``logging``."""
         text = str(record.msg)
         phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
         if phase is not None:
             self.mark(phase)
 
     def end(self) -> None:
-        """Stop listening."""
+        """Stop reading vLLM's messages."""
         logging.getLogger("vllm").removeHandler(self)
 
 
 def table_of(phases: dict[str, float]) -> list[list[str]]:
-    """Rows of text: a phase, seconds."""
+    """Return the phases as rows of text: the name of a phase and its seconds. The first row is the
+    sum.
+    """
     rows = [["start and first step", f"{sum(phases.values()):.1f} s"]]
     return [*rows, *([f"  {name}", f"{seconds:.1f} s"] for name, seconds in phases.items())]

@@ -1,8 +1,9 @@
-"""Arithmetic problems with answers, made from a seed: training problems, and held-out ones that no
-training seed draws.
+"""Make arithmetic problems with answers from a seed: training problems, and held-out problems that
+are never used for training.
 
-A problem is held out if its digest is in a fixed eighth of all digests, so the two sets are
-disjoint for every seed and size. The held-out problems are the same for all seeds.
+A problem is held out if its digest is in a fixed eighth of all digests. So training problems and
+held-out problems are disjoint for every seed and size. The held-out problems are the same for all
+seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_PARTS = 8
 MOST_HELD_OUT = 1000
-"""Every task has more different held-out problems than this."""
+"""The largest number of held-out problems that can be drawn. Every task has more than this."""
 
 
 class Problem(NamedTuple):
@@ -28,7 +29,7 @@ class Problem(NamedTuple):
 
 
 def _sums(draw: random.Random) -> Problem:
-    """Two or three numbers up to 30, added and subtracted; the result is not negative."""
+    """Make a problem with two or three numbers up to 30. The result is not negative."""
     while True:
         values = [draw.randint(1, 30) for _ in range(draw.choice((2, 2, 3)))]
         signs = [draw.choice((1, 1, -1)) for _ in values[1:]]
@@ -50,12 +51,12 @@ TASKS: Mapping[str, Callable[[random.Random], Problem]] = MappingProxyType(
 
 
 def training_problems(task: str, count: int, seed: int) -> list[Problem]:
-    """``count`` problems, none of them held out; repetitions are possible."""
+    """Return ``count`` training problems. Repetitions are possible."""
     return _draw(task, count, f"train {seed}", held_out=False)
 
 
 def held_out_problems(task: str, count: int) -> list[Problem]:
-    """``count`` different held-out problems, at most ``MOST_HELD_OUT``."""
+    """Return ``count`` different held-out problems. ``count`` is at most ``MOST_HELD_OUT``."""
     return _draw(task, count, "held out", held_out=True)
 
 

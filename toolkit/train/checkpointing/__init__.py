@@ -1,1 +1,1 @@
-"""The run folder: checkpoints, branches, resume, and stopping on purpose."""
+"""The run folder: checkpoints, branches, resume, and stopping on a signal."""

@@ -1,10 +1,10 @@
 """Find the checkpoints of a run folder that belong to the current branch of the run.
 
-A run that resumes from an older checkpoint begins a new branch: the later steps in the folder are
-no longer part of the run. So each checkpoint records its branch, with the branches that it came
-from and the last step of each. The run folder records its branch in ``.branch.json``. A checkpoint
-is valid if its files are intact, its name has its own step, and it is on the run's branch. Only
-valid checkpoints are chosen, scored or removed.
+A run that resumes from an older checkpoint begins a new branch, because the later steps in the
+folder are no longer part of the run. Each checkpoint records its branch, the earlier branches from
+which that branch continues, and the last step of each. The run folder records its branch in
+``.branch.json``. A checkpoint is valid if its files are intact, the step in its name is correct,
+and it belongs to the run's branch. Only valid checkpoints are chosen, scored or removed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RECORD = ".branch.json"
 TRAINER_STATE = "trainer_state.json"
 EARLIER = ""
-"""The branch of checkpoints of earlier releases, which recorded none."""
+"""The name of the branch in checkpoints of earlier releases, which did not record a branch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Branch:
         return name == self.name or any(name == n and step <= last for n, last in self.parents)
 
     def fork(self, step: int) -> Branch:
-        """A new branch that continues from ``step`` of this one."""
+        """Return a new branch that continues from ``step`` of this branch."""
         return Branch(parents=(*self.parents, (self.name, step)))
 
     @property
@@ -53,7 +53,7 @@ class Branch:
 
     @property
     def root(self) -> int | None:
-        """The step that the branch continues from; None for the first branch of a run."""
+        """The step from which the branch continues, or None for the first branch of a run."""
         return self.parents[-1][1] if self.parents else None
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +62,8 @@ class Branch:
 
 
 def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
-    """The branch that wrote an intact checkpoint, and the step that the checkpoint records, or
-    None.
+    """Return the branch that wrote an intact checkpoint, and the step that the checkpoint records
+    (None if it records no step).
     """
     try:
         state = checkpoint.read_json(folder, checkpoint.STATE)
@@ -75,7 +75,9 @@ def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
 
 
 def current(run_dir: Path) -> Branch:
-    """The branch of a run folder: the recorded one, else that of its latest intact checkpoint."""
+    """Return the branch that a run folder records, or else the branch of its latest intact
+    checkpoint.
+    """
     try:
         recorded = _parsed(files.read_json(run_dir / RECORD))
     except InputError:
@@ -93,14 +95,15 @@ def record(run_dir: Path, branch: Branch) -> None:
 
 
 def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
-    """The steps of the valid checkpoints, the latest first."""
+    """Return the steps of the valid checkpoints, the latest first."""
     branch = branch or current(run_dir)
     return [step for folder, step in _sound(run_dir) if branch.holds(_writer(folder), step)]
 
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
-    """The steps of checkpoints that are no longer part of the run: ``before``, or a parent of
-    ``after``, wrote them after the step from which ``after`` continues.
+    """Return the steps of checkpoints that are not part of the run after it changes from branch
+    ``before`` to ``after``. ``before`` or a parent of ``after`` wrote these checkpoints, later than
+    the step from which ``after`` continues.
     """
     known = before.names | after.names
     return [
@@ -111,14 +114,18 @@ def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The latest valid checkpoint, or None; and a line for each later one that is not valid."""
+    """Return the latest valid checkpoint, or None, and a line for each later checkpoint that is not
+    valid.
+    """
     branch, passed = current(run_dir), list[str]()
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if not checkpoint.is_sound(folder):
             passed.append(f"{folder}: {'; '.join(checkpoint.faults(folder))}")
         elif _step(folder) != step:
-            passed.append(f"{folder}: contains step {_step(folder)}")
+            passed.append(
+                f"{folder}: contains step {_step(folder)}, which is not the step in its name"
+            )
         elif not branch.holds(_writer(folder), step):
             passed.append(f"{folder}: belongs to another branch or another run")
         else:
@@ -127,12 +134,13 @@ def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``runtime.resume`` selects, and a line for each one that was skipped.
+    """Return the checkpoint that ``resume`` (``runtime.resume``) selects, or None, and a line for
+    each checkpoint that was skipped.
 
     Raises:
-        ConfigError: ``never`` in a folder that contains a run; ``must`` without a checkpoint to
-            resume from.
-        InputError: the path is not an intact checkpoint.
+        ConfigError: ``resume`` is ``never`` and the folder contains a run, or ``resume`` is
+            ``must`` and there is no checkpoint to resume from.
+        InputError: ``resume`` is a path, but not of an intact checkpoint.
     """
     if resume in ("auto", "must"):
         found, passed = latest(run_dir)
@@ -141,12 +149,12 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
                 "no checkpoint in this folder is intact and belongs to this run"
                 + "".join(f"\n  skipped: {line}" for line in passed),
                 where=str(run_dir),
-                fix="remove them to start again, name one with runtime.resume, or set another "
-                "runtime.output_dir",
+                fix="remove the checkpoints to start again, set runtime.resume to one of them, or "
+                "set another runtime.output_dir",
             )
         if found is None and resume == "must":
             raise ConfigError(
-                "no checkpoint to resume from, and runtime.resume is must",
+                "runtime.resume is must, but there is no checkpoint to resume from",
                 where=str(run_dir),
                 fix="check runtime.output_dir, or set runtime.resume: auto to begin a new run",
             )
@@ -154,7 +162,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "never":
         if checkpoint.list_steps(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
-                "the folder contains a run, and runtime.resume is never",
+                "runtime.resume is never, but the folder contains a run",
                 where=str(run_dir),
                 fix="set another runtime.output_dir, or runtime.resume: auto",
             )
@@ -170,7 +178,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
         raise InputError(
             f"the checkpoint is damaged: {'; '.join(found_faults)}",
             where=resume,
-            fix="name another checkpoint, or set runtime.resume: auto",
+            fix="set runtime.resume to another checkpoint, or to auto",
         )
     return folder, []
 
@@ -178,8 +186,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 def rotate(
     run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
-    """Remove valid checkpoints, except the ``keep_last`` latest and the steps in ``keep``.
-    ``keep_last`` 0 keeps all.
+    """Remove valid checkpoints, except the ``keep_last`` latest ones and the steps in ``keep``. If
+    ``keep_last`` is 0, all checkpoints are kept.
     """
     if keep_last <= 0:
         return
@@ -190,7 +198,7 @@ def rotate(
 
 
 def _sound(run_dir: Path) -> Iterable[tuple[Path, int]]:
-    """Intact checkpoints whose name has their own step, the latest first."""
+    """Yield (folder, step) of each intact checkpoint with a correct name, the latest first."""
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if checkpoint.is_sound(folder) and _step(folder) == step:
@@ -207,7 +215,7 @@ def _writer(folder: Path) -> str:
 
 
 def _parsed(value: Mapping[str, Any] | Any) -> Branch | None:
-    """A branch from JSON; None if the value is not a branch."""
+    """Return the branch that a JSON value describes, or None if it is not a branch."""
     try:
         parents = tuple((str(name), int(last)) for name, last in value["parents"])
         return Branch(str(value["name"]), parents)

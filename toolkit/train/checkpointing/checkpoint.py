@@ -1,7 +1,7 @@
 """A checkpoint is a folder that is complete or does not exist.
 
-The folder gets a temporary name at first; when its files are synced and have checksums, it is
-renamed. A reader verifies every checksum before it uses the files. All files are JSON or
+The folder has a temporary name at first. It is renamed after its files are synced and have
+checksums. A reader verifies every checksum before it uses the files. All files are JSON or
 safetensors, so that loading a checkpoint cannot run code.
 """
 
@@ -25,7 +25,7 @@ STATE = "state.json"
 FORMAT = 1
 MAX_STATE_BYTES = GIB  # trainer_state.json has one row per step
 ASIDE = "abandoned-"
-MOST_FAULTS = 20  # the most that are reported for one checkpoint
+MOST_FAULTS = 20  # at most this many faults of one checkpoint are reported
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
 _ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,7}})")
 Kind = TypeVar("Kind")
@@ -42,13 +42,13 @@ def place(run_dir: Path, step: int) -> Path:
 
 
 def partial_place(run_dir: Path, step: int) -> Path:
-    """The temporary path next to that of the checkpoint, with a name that readers ignore."""
+    """The temporary path of a checkpoint while it is written. Readers ignore this name."""
     return run_dir / f".checkpoint-{step}.partial"
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """Create the empty temporary folder for ``checkpoint-<step>``; leftovers of a killed writer are
-    removed.
+    """Create the empty temporary folder for ``checkpoint-<step>``, and return its path. Temporary
+    folders that a killed process left are removed.
     """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
@@ -64,8 +64,8 @@ def begin(run_dir: Path, step: int) -> Path:
 def commit(partial: Path, step: int) -> Path:
     """Checksum, sync and rename ``partial``; return ``checkpoint-<step>``.
 
-    Anything that is already at that path (a damaged checkpoint, a link, another folder) is renamed,
-    never removed: see ``set_aside``. Raises OSError.
+    If something is already at that path (a damaged checkpoint, a link, another folder), it is moved
+    by ``set_aside``, never removed. Raises OSError.
     """
     for file in sorted(partial.iterdir()):
         with file.open("rb") as handle:
@@ -85,15 +85,16 @@ def commit(partial: Path, step: int) -> Path:
 
 
 def next_aside(run_dir: Path) -> Path:
-    """The next free ``abandoned-<n>`` in the run folder, after all existing ones."""
+    """Return the path ``abandoned-<n>`` with the next free number in the run folder."""
     number = _asides(run_dir) + 1
-    while os.path.lexists(run_dir / f"{ASIDE}{number}"):  # too many digits for a step
+    # ``_asides`` ignores a name with more digits than ``_ASIDE`` allows.
+    while os.path.lexists(run_dir / f"{ASIDE}{number}"):
         number += 1
     return run_dir / f"{ASIDE}{number}"
 
 
 def newest_aside(run_dir: Path) -> Path | None:
-    """The last ``abandoned-<n>`` of the run folder, or None."""
+    """Return the path ``abandoned-<n>`` with the largest number in the run folder, or None."""
     number = _asides(run_dir)
     return run_dir / f"{ASIDE}{number}" if number else None
 
@@ -104,23 +105,23 @@ def _asides(run_dir: Path) -> int:
 
 
 def set_aside(path: Path, folder: Path) -> Path:
-    """Move ``path`` into ``folder``, which is created if needed; readers do not look for
-    checkpoints there. Raises OSError.
+    """Move ``path`` into ``folder``, and return its new path. ``folder`` is created if needed.
+    Readers do not look for checkpoints there. Raises OSError.
     """
     make_folder(folder)
     return path.rename(folder / path.name)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a reader never finds half of it under its
-    name.
+    """Remove a checkpoint. Its folder is renamed first, so that a reader never finds a checkpoint
+    of which some files are removed.
     """
     _READ.pop(folder, None)
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line per fault; empty if it is intact."""
+    """Return the faults of a checkpoint, one line each. An intact checkpoint has none."""
     try:
         if not os.path.lexists(folder / CHECKSUMS):
             return [f"{CHECKSUMS} is missing, so the checkpoint was not completed"]
@@ -132,7 +133,7 @@ def faults(folder: Path) -> list[str]:
                 f"{CHECKSUMS}: the format is {listed['format']!r}, but this release reads {FORMAT}"
             ]
         if _canonical(files) != text.decode():
-            return [f"{CHECKSUMS}: altered"]
+            return [f"{CHECKSUMS} was altered"]
     except InputError as problem:
         return [f"{CHECKSUMS}: {problem.message}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -214,37 +215,38 @@ def _is_ours(folder: Path) -> bool:
 
 
 def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
-    """Check that a run has as many processes as the run that wrote the checkpoint, which stores
-    buffered rollouts and random generators for each process. The ``size`` processes that share a
-    model have the same state and count as one.
+    """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
+    stores the buffered rollouts and random generators of each process. The ``size`` processes that
+    share a model have the same state and count as one (a replica).
 
     Raises:
-        ConfigError: another number of processes wrote it.
+        ConfigError: another number of processes wrote the checkpoint.
     """
     then = read_state(folder, "world_size", int)
     if then != replicas:
         one, several = ("process", "processes") if size == 1 else ("replica", "replicas")
         raise ConfigError(
-            f"written by {then} {several if then > 1 else one}, this run has {replicas}",
+            f"the checkpoint was written by {then} {several if then > 1 else one}, but this run "
+            f"has {replicas}",
             where=str(folder),
-            fix=f"start {then * size} (on one node: --nproc-per-node {then * size}), or begin "
-            "another run with --output-dir",
+            fix=f"start {then * size} processes (on one node: --nproc-per-node {then * size}), or "
+            "begin another run with --output-dir",
         )
 
 
 def split_of(folder: Path) -> int:
-    """The number of processes over which the model was split when a checkpoint was written."""
+    """Return the number of processes over which the model was split when ``folder`` was written."""
     state = read_json(folder, STATE)
     size = state.get("tensor_parallel_size", 1) if isinstance(state, dict) else 1
     return size if isinstance(size, int) else 1
 
 
 def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
-    """The value of ``key`` in state.json of a checkpoint that has been verified.
+    """Return the value of ``key`` in state.json of a checkpoint whose checksums were verified.
 
     Raises:
-        InputError: the value is missing or not a ``kind``: the checksums match, but the toolkit did
-            not write it.
+        InputError: the value is missing or not of type ``kind``, because another program wrote the
+            checkpoint.
     """
     state = read_json(folder, STATE)
     value = state.get(key) if isinstance(state, dict) else None
@@ -258,7 +260,7 @@ def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """Read a JSON file of a checkpoint that has been verified; NaN is allowed.
+    """Read a JSON file of a checkpoint whose checksums were verified. NaN is allowed.
 
     Raises:
         InputError: the file is not a regular file, or not JSON.

@@ -1,7 +1,7 @@
 """Before training, find objects in a run folder that prevent the run from writing its files.
 
-A link points outside the folder, and a pipe waits for a reader. A folder in place of a file (or the
-reverse) would otherwise cause an error only after the training.
+A link may point outside of the folder, and a write to a pipe waits for a reader. A folder in place
+of a file (or a file in place of a folder) would cause an error only after the training.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ REPLACED = (
     "preflight.json",
     "report.html",
 )
-"""Files that are written under a temporary name and renamed. A link is replaced; anything else
-except a file prevents the write.
+"""Files that are written under a temporary name and renamed. The new file replaces a file or a link
+with its name. Any other object with its name prevents the write.
 """
 
 
@@ -80,12 +80,12 @@ def _mode(path: Path) -> int | None:
 def _what(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "is a link"
-    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is something else"
+    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is not a regular file"
 
 
 def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
     return ConfigError(
         f"{what}, but the run writes {expected} with this name",
         where=str(path),
-        fix="remove or rename it, or name another folder with --output-dir",
+        fix="remove or rename it, or set another folder with --output-dir",
     )

@@ -1,8 +1,8 @@
 """Keep an automatically chosen micro-batch when the run is resumed.
 
-The split of a batch into micro-batches decides the order of sums, and what a checkpoint in the
-middle of a generation contains. So a run keeps the split that it began with. A checkpoint records
-it as numbers, which are not chosen again on another GPU.
+The split of a batch into micro-batches decides the order of sums, and the content of a checkpoint
+in the middle of a generation. So a run keeps the split with which it began. A checkpoint records
+the split as numbers. When the run resumes, also on another GPU, these numbers are used.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ KEYS = (MICRO, ACCUMULATION)
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """``config`` with auto replaced by the micro-batch that the checkpoint ``found`` records.
+    """Return ``config`` with auto replaced by the micro-batch that the checkpoint ``found``
+    records.
 
-    If the size of the run changed, the numbers do not apply; a later check reports the change.
+    If the number of completions per step changed, the recorded numbers do not fit, and ``config``
+    is returned unchanged. A later check reports the change.
     """
     if found is None or not is_auto(config.grpo):
         return config
     then = checkpoint.read_state(found, "run", dict)
     cut = {key: then.get(f"grpo.{key}") for key in KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
-    # A checkpoint without the number comes from a version that split by rows; the run keeps to
-    # that.
+    # A checkpoint without ``pack_tokens`` comes from a version that split batches by rows. The
+    # resumed run splits them in the same way.
     tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
@@ -50,8 +52,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """The config that a checkpoint records: ``config`` as the user wrote it, with the micro-batch
-    of ``resolved``.
+    """Return the config that a checkpoint records. It is ``config``, as the user wrote it, with the
+    micro-batch of ``resolved``.
     """
     if not is_auto(config.grpo):
         return config
@@ -59,12 +61,11 @@ def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 
 def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
-    """Check that there are enough prompts for one generation. TRL drops the prompts that do not
-    fill a generation at the end of an epoch, so with fewer prompts no step would run.
+    """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops
+    prompts that do not fill a generation. So with fewer prompts, no step would run.
 
     Raises:
-        ConfigError: there are too few prompts; the message says how many there are and how many are
-            needed.
+        ConfigError: there are too few prompts. The message has their number and the number needed.
     """
     _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=processes)
     group = count(config.grpo, "num_generations")
@@ -72,8 +73,8 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
     if prompts >= needed:
         return
     raise ConfigError(
-        f"{prompts} prompts, and one generation takes {needed}: {own * processes} completions "
-        f"({own} in each of {processes} processes) / {group} completions of a prompt; no step "
+        f"{prompts} prompts, but one generation takes {needed}: {own * processes} completions "
+        f"({own} in each of {processes} processes) / {group} completions of a prompt; so no step "
         "would run",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"

@@ -1,8 +1,8 @@
 """Keep changed learning rates and other optimizer settings when a run resumes.
 
-torch restores all settings of a param group and a scheduler. So the checkpoint's settings would
-replace those of the run file, although ``runtime.allow_changed`` allows the change. So the settings
-of the run file are saved before and restored afterwards. If nothing changed, the values are equal.
+When torch loads a checkpoint, it restores all settings of a param group and a scheduler. These
+would replace the settings of the run file, although ``runtime.allow_changed`` allows a change. So
+the settings of the run file are saved before the checkpoint is loaded, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SETTINGS = frozenset(
         "decay_rate",
     }
 )
-"""The entries of a param group that come from the run file. The others come from the checkpoint:
-``lr``, which the schedule decides, and progress that some optimizers keep in the param group
-(schedule-free ones, Prodigy).
+"""The entries of a param group that come from the run file. Other entries come from the checkpoint.
+These are ``lr``, which the schedule sets, and the progress that some optimizers keep in the param
+group (schedule-free optimizers, Prodigy).
 """
 
 
@@ -41,7 +41,7 @@ class FileSettings:
 
 
 def settings_of(trainer: Any) -> FileSettings:
-    """The settings of the optimizer and the scheduler that ``trainer`` has just created."""
+    """Return the settings of the optimizer and the scheduler that ``trainer`` has just created."""
     optimizer, scheduler = _inner(trainer)
     groups = [
         {key: value for key, value in group.items() if key in SETTINGS}
@@ -51,8 +51,8 @@ def settings_of(trainer: Any) -> FileSettings:
 
 
 def apply(trainer: Any, wanted: FileSettings) -> None:
-    """Restore ``wanted`` after the state of a checkpoint was loaded; the next step uses the rate of
-    the schedule at that step.
+    """Restore ``wanted`` after the state of a checkpoint was loaded. The next step then has the
+    learning rate of the schedule at that step.
     """
     optimizer, scheduler = _inner(trainer)
     pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))
@@ -60,7 +60,7 @@ def apply(trainer: Any, wanted: FileSettings) -> None:
         before, now = group.get("initial_lr"), settings.get("initial_lr")
         group.update(settings)
         if before and now is not None and before != now and not _has_lambdas(scheduler):
-            group["lr"] *= now / before  # such a schedule does not compute the rate from the step
+            group["lr"] *= now / before  # this schedule does not compute the rate from the step
     if wanted.base_lrs:
         scheduler.base_lrs = list(wanted.base_lrs)
     if _has_lambdas(scheduler):
@@ -82,6 +82,6 @@ def _has_lambdas(scheduler: Any) -> bool:
 
 
 def _inner(trainer: Any) -> tuple[Any, Any]:
-    """torch's own optimizer and scheduler, inside accelerate's wrappers."""
+    """Return torch's optimizer and scheduler, without accelerate's wrappers."""
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     return getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)

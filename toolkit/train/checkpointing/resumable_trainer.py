@@ -1,6 +1,7 @@
-"""The half of the trainer that stops, saves and resumes a run.
+"""The part of the trainer that stops, saves and resumes a run.
 
-``trainer_state`` defines what is stored; here are the methods of transformers 5.17 that call it.
+It overrides the methods of transformers 5.17 that save and load checkpoints. ``trainer_state``
+defines what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
 
 
 LOST = 1 << 10
-"""Exchanged between ranks like a signal number: the run folder was moved, removed or replaced."""
+"""A flag that ranks exchange in place of a signal number. It means that the run folder was moved,
+removed or replaced.
+"""
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A Trainer that saves and restores its whole state.
 
-    ``journal``, ``run_dir_watch`` and ``signals`` belong to the run, which sets them.
+    A run of ``toolkit train`` sets ``journal``, ``run_dir_watch`` and ``signals``. In a script they
+    are None.
     """
 
     run_dir_watch: RunDirWatch | None = None
@@ -54,7 +58,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     _epochs_done: int = 0
 
     def _any_rank(self, flag: int) -> int:
-        """The largest flag of all ranks."""
+        """Return the largest ``flag`` of all ranks. Every rank must call this."""
         if (shared := mesh()) is not None:
             return shared.largest(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
@@ -79,7 +83,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return self._place or Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL; ``resume_from_checkpoint=True`` resumes from the latest valid checkpoint."""
+        """As in TRL, but ``resume_from_checkpoint=True`` selects the latest valid checkpoint."""
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
             folder, passed = choose(run_dir, "must")
@@ -91,12 +95,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Choose the branch when a script trains without a run."""
+        """Choose the branch of checkpoints if a script trains, not ``toolkit train``."""
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):
             source = None
         elif source is not None:
-            trainer_state.check(self, source)  # before anything is moved
+            trainer_state.check(self, source)  # before ``rollback.begin`` moves files
         if is_first_rank() and run_dir.is_dir():
             start = rollback.begin(run_dir, source, with_logs=False)
             for line in start.notes:
@@ -119,7 +123,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.signals.unshield()
 
     def _asked(self) -> int:
-        """The signal that came, or LOST, or 0."""
+        """Return LOST if the run folder is not in place, else the received signal, or 0."""
         assert self.signals is not None
         return (
             LOST
@@ -128,7 +132,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         )
 
     def _stop(self, flag: int) -> None:
-        """Save and stop training; every rank calls it with the same ``flag``."""
+        """Save and stop training. Every rank calls this with the same ``flag``."""
         assert self.signals is not None
         if flag == LOST:
             self.lost = True
@@ -141,7 +145,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.control.should_training_stop = True
 
     def _find_place(self) -> None:
-        """Set the path to which the run folder was moved, as the first rank finds it, on every
+        """Find on the first rank to which path the run folder was moved, and set this path on every
         rank.
         """
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
@@ -154,8 +158,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.signals is None:
             return super()._evaluate(*args, **kwargs)
-        # Evaluation may be interrupted: the state after the step is saved, with the evaluation
-        # pending.
+        # An evaluation may be interrupted. Then the state after the step is saved, and the resumed
+        # run repeats the evaluation.
         self.snapshot = trainer_state.take(self, pending_evaluation=True)
         self.signals.unshield()
         metrics = super()._evaluate(*args, **kwargs)
@@ -164,15 +168,15 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return metrics
 
     def _stores_adapter(self) -> bool:
-        """True if the checkpoint has the toolkit's format; full fine-tuning, DeepSpeed and FSDP use
-        that of transformers.
+        """True if checkpoints have the toolkit's format. With full fine-tuning, DeepSpeed or FSDP,
+        they have the format of transformers.
         """
         adapted = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
         return adapted and not self._sharded()
 
     def is_world_process_zero(self) -> bool:
-        """Whether this process logs and saves: the first one, also among the processes that share a
-        model.
+        """Whether this process logs and saves. If processes share a model, only their first one
+        does.
         """
         shared = mesh()
         return bool(super().is_world_process_zero() and (shared is None or shared.first))
@@ -182,7 +186,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def save_last(self) -> None:
-        """Save the state before a step that was interrupted. Only for one process."""
+        """Save the state from before the interrupted step. Only for runs with one process."""
         if self.run_dir_watch is not None and not self.run_dir_watch.is_whole():
             self.lost = True
             self._find_place()
@@ -199,7 +203,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
         """Write the checkpoint of a snapshot unless it exists, and remove checkpoints beyond the
-        limit. Every rank calls it.
+        limit. Every rank must call this.
         """
         step = snapshot.hf_state.global_step
         if self._saved_step == step:
@@ -211,8 +215,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, run_dir: Path, written: int) -> None:
-        """Remove old checkpoints. The last one, the one that the run resumed from, and the one
-        where its branch begins are kept.
+        """Remove old checkpoints. In addition to the limits that the user set, these are kept: the
+        checkpoint that was just ``written``, the one from which the run resumed, and the one at
+        which its branch begins.
         """
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
         kept = {
@@ -228,8 +233,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but no checkpoint is removed: with a limit of 1 transformers would
-        keep only the best, and here ``_rotate`` decides.
+        """As in transformers, but no checkpoint is removed, because ``_rotate`` does this. With a
+        limit of 1, transformers would keep only the best checkpoint.
         """
         limit = self.args.save_total_limit
         if self._stores_adapter():
@@ -258,7 +263,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             trainer_state.load_progress(self, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, after the first batch has been fetched: a pending evaluation runs here."""
+        """Restore the random generators, then run a pending evaluation. transformers calls this
+        once, after the first batch has been fetched.
+        """
         if checkpoint is None or not trainer_state.is_ours(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
             return
@@ -267,8 +274,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """TRL's sampler, whose generator draws one order per epoch: it is advanced to the resumed
-        epoch.
+        """Return TRL's sampler. Its generator draws one order of the rows per epoch. So the
+        generator is advanced to the resumed epoch.
         """
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self._epochs_done if self.shuffle_dataset else 0):

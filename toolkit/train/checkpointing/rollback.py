@@ -1,9 +1,11 @@
-"""Choose the branch on which a run resumes: its own, or a new one that moves later results aside.
+"""Choose the branch on which a run resumes: its own branch, or a new branch if it resumes from an
+older checkpoint.
 
-Nothing of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
-into ``abandoned-<n>`` of the run folder, and can be resumed by path from there. If the process is
-killed at any point, the same command, or ``resume: auto``, can resume: first the files to keep are
-copied, then the new branch is recorded, then later checkpoints are moved.
+No file of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
+into ``abandoned-<n>`` of the run folder. A run can resume from a checkpoint there by its path.
+
+The files to keep are copied first. Then the new branch is recorded, and then later checkpoints are
+moved. So if the process is killed at any point, the same command, or ``resume: auto``, can resume.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.branch import Branch
 
 RESULTS = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
-"""Files of a run other than its logs. A rollback moves them aside, because they belong to the other
-branch.
+"""Files of a run other than its logs. A rollback moves them into ``abandoned-<n>``, because they
+belong to the old branch.
 """
 RECORD = "abandoned.json"
 CHUNK = 1 << 20
@@ -48,8 +50,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log as a checkpoint records it: its first ``keep`` bytes are in the file ``source``; None
-    if no file has them.
+    """A log as a checkpoint records it. Its first ``keep`` bytes are in the file ``source``.
+    ``source`` is None if no file has them.
     """
 
     name: str
@@ -64,11 +66,11 @@ def begin(
     with_logs: bool = True,
     bad_rewards_bytes: int | None = None,
 ) -> Start:
-    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run). Rows
-    of bad_rewards.jsonl after the first ``bad_rewards_bytes`` belong to this run (None: no rows
-    do).
+    """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run), and
+    move the files of an abandoned branch. This process has written the rows of bad_rewards.jsonl
+    after the first ``bad_rewards_bytes`` (None: it has written no rows).
 
-    The first rank calls it, after all checks that can reject the run. Raises OSError.
+    Only the first rank calls this, after all checks that can reject the run. Raises OSError.
     """
     if found is None:
         said = _begin_again(run_dir, bad_rewards_bytes) if with_logs else ()
@@ -88,7 +90,7 @@ def begin(
             checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
         if left:
             moved = ", ".join(f"checkpoint-{step}" for step in sorted(left))
-            notes.append(f"moved to {aside}: {moved}, later than {found}")
+            notes.append(f"moved to {aside}: {moved} (later than {found})")
     elif not (run_dir / branches.RECORD).exists():
         branches.record(run_dir, branch)
     for log in foreign:
@@ -99,8 +101,9 @@ def begin(
 
 
 def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
-    """Move the files of an earlier start aside if the folder has no checkpoint: the start was
-    stopped before its first one, or somebody removed them. Returns what to tell the user.
+    """Move the files of an earlier start into ``abandoned-<n>`` if the folder has no checkpoint.
+    The earlier start was stopped before its first checkpoint, or a user removed the checkpoints.
+    Return the messages for the user.
     """
     logs = [_Log(name, 0, None) for name in _names(run_dir, None)]
     before = branches.current(run_dir)
@@ -109,13 +112,13 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
         return ()
     steps = _rows(aside / LOGS[0])
     return (
-        f"no checkpoint in {run_dir}, which holds {plural(steps, 'row')} of metrics of an earlier"
-        f" start: training begins again at step 0; what was there is moved to {aside}",
+        f"no checkpoint in {run_dir}, which has {plural(steps, 'row')} of metrics of an earlier"
+        f" start: training begins again at step 0, and the earlier files are moved to {aside}",
     )
 
 
 def _names(run_dir: Path, found: Path | None) -> list[str]:
-    """The names of the run's logs, with those of tools if the run has or had tools."""
+    """Return the names of the run's logs, with the tool logs if the run has or had tools."""
     kept = {} if found is None else checkpoint.read_state(found, "positions", dict)
     more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
     return [*LOGS, *more]
@@ -130,7 +133,7 @@ def _rows(log: Path) -> int:
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """``before`` if ``found`` is its last step, else a new branch."""
+    """Return ``before`` if ``found`` is its last step, else a new branch."""
     lineage, step = branches.of_checkpoint(found)
     if step is None:
         step = checkpoint.step_named(found.resolve().name) or 0
@@ -159,7 +162,9 @@ def _log(run_dir: Path, found: Path, name: str) -> _Log:
 
 
 def prefix(file: Path, length: int) -> str | None:
-    """sha256 of the first ``length`` bytes; None if the file is shorter."""
+    """Return the SHA-256 of the first ``length`` bytes, or None if the file is shorter or cannot be
+    read.
+    """
     digest = hashlib.sha256()
     if length == 0:
         return digest.hexdigest()
@@ -181,9 +186,9 @@ def _keep_aside(
     left: list[int],
     bad_rewards_bytes: int | None,
 ) -> Path:
-    """Copy the logs and move the results of the abandoned branch into a folder, and return the
-    folder. If an earlier rollback was killed before its branch was recorded, its folder is used
-    again.
+    """Copy the logs and move the results of the abandoned branch into ``abandoned-<n>``, and return
+    this folder. If an earlier rollback was killed before its branch was recorded, the folder of
+    that rollback is used again. The folder is not created if there is nothing to keep.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
@@ -227,7 +232,9 @@ def _return_rest(aside: Path, own: Path, length: int) -> None:
 
 
 def _put_back(own: Path, log: _Log) -> None:
-    """Restore ``own`` to the log that the checkpoint recorded; empty if no file has it."""
+    """Restore ``own`` to the log that the checkpoint recorded. Make it empty if no file has this
+    log.
+    """
     if log.source is None:
         if own.exists():
             write_file(own, b"")

@@ -1,7 +1,7 @@
 """Detect during a run that its folder was moved, removed or replaced.
 
-Writes into such a folder succeed silently. So the run keeps the folder open and compares it at each
-step.
+Writes into a moved or removed folder succeed silently. So the run keeps the folder open, and checks
+at each step that the folder at its path is still the open one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RunDirWatch:
         self.journal: Journal | None = None
         bad = path / BAD_REWARDS_FILE
         self.bad_rewards_bytes = bad.stat().st_size if bad.is_file() else 0
-        """The size of bad_rewards.jsonl before this process."""
+        """The size of bad_rewards.jsonl when this process started."""
         self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __enter__(self) -> RunDirWatch:
@@ -50,7 +50,7 @@ class RunDirWatch:
             return False
 
     def place(self) -> Path | None:
-        """The current path of the folder; None if it was removed."""
+        """Return the current path of the folder, or None if it was removed."""
         if self.in_place():
             return self.path
         try:
@@ -61,11 +61,13 @@ class RunDirWatch:
         return found if same else None
 
     def is_whole(self) -> bool:
-        """Whether the folder is still at its path, with the logs in it."""
+        """Whether the folder is still at its path and contains the logs."""
         return self.in_place() and not (self.journal is not None and self.journal.missing())
 
     def fault(self) -> ConfigError:
-        """The error if ``is_whole`` is false: what happened to the folder, and what is saved."""
+        """Return the error for a run whose ``is_whole`` is false. The message has what happened to
+        the folder or the logs, and which checkpoint was saved.
+        """
         place = self.place()
         steps = own_steps(place) if place is not None else []
         told = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 FREE_TO_CHANGE = (
     "runtime",
     "source",
-    # The digest of the data covers these keys.
+    # The digests of the data are compared instead of these paths.
     "dataset.path",
     "dataset.eval_path",
-    "reward.timeout_s",  # only decides what happens to a reward that hangs
-    "reward.isolate",  # only decides in which process a reward runs
+    "reward.timeout_s",  # only limits the time of a reward function
+    "reward.isolate",  # only selects the process in which a reward function runs
     "grpo.ddp_timeout",
     "grpo.disable_tqdm",
     "grpo.logging_steps",
@@ -77,7 +77,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         raise RetryError(
             "another run is writing to this folder",
             where=str(run_dir),
-            fix="wait for it to end, or set another runtime.output_dir",
+            fix="wait for that run to end, or set another runtime.output_dir",
         ) from problem
     try:
         yield run_dir
@@ -86,7 +86,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
 
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
-    """The run as plain JSON values, section by section, as config.json records it."""
+    """Return the run as plain JSON values by section, as config.json records it."""
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
     # A run without an environment or tools has no such section.
@@ -94,7 +94,7 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> Path:
-    """Write config.json: the resolved run, without secrets. The file is itself a valid run file.
+    """Write config.json, the resolved run without secrets. This file is also a valid run file.
     Raises OSError.
     """
     text = json.dumps(redact_tree(as_mapping(config)), indent=2) + "\n"
@@ -102,11 +102,13 @@ def write_config(run_dir: Path, config: RunConfig) -> Path:
 
 
 def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
-    """The values that must not change when a run is resumed, by dotted key."""
+    """Return the values that must not change when a run is resumed, by dotted key. ``data`` has the
+    digest of each split.
+    """
     flat = {f"data.{name}": digest for name, digest in data.items()}
     _flatten(as_mapping(config), "", flat)
     tokens = flat[PACK_TOKENS]
-    # The number of tokens per pass decides the order of sums.
+    # The number of tokens per pass changes the order of sums, so it must not change.
     kept = {} if tokens == "auto" else {PACK_TOKENS: tokens}
     return kept | {
         key: value

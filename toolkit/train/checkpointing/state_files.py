@@ -1,5 +1,5 @@
-"""Convert the state of a run to JSON and tensors, and back without any change: random generators,
-optimizer, buffered rollouts.
+"""Convert the state of a run (random generators, optimizer, buffered rollouts) to JSON and tensors,
+and back without any change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def generators() -> tuple[dict[str, Any], Tensors]:
-    """The state of every random generator of this process: python's and numpy's as JSON, torch's
-    (CPU and current CUDA device) as bytes.
+    """Return the state of every random generator of this process. The states of Python and numpy
+    are JSON, those of torch (CPU and current CUDA device) are byte tensors.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -37,7 +37,7 @@ def generators() -> tuple[dict[str, Any], Tensors]:
 
 
 def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore what ``generators`` returned."""
+    """Restore the states that ``generators`` returned."""
     version, words, gauss = described["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = described["numpy"]
@@ -48,11 +48,11 @@ def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch
 
 
 def flatten(value: Any, tensors: Tensors, path: str) -> Any:
-    """``value`` as JSON, its tensors moved to ``tensors`` under their path. Dicts keep their keys'
-    types.
+    """Return ``value`` as JSON, and add a copy of each tensor in it to ``tensors``, under the path
+    of the tensor. Dicts keep the types of their keys.
 
     Raises:
-        UnsupportedError: a value that is neither JSON nor a tensor, named by its path.
+        UnsupportedError: a value is neither JSON nor a tensor. The message has its path.
     """
     if isinstance(value, torch.Tensor):
         # A copy, because the tensor may change later, and safetensors does not accept shared
@@ -68,7 +68,8 @@ def flatten(value: Any, tensors: Tensors, path: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise UnsupportedError(
-        f"cannot be stored without pickle: {type(value).__name__}", where=f"checkpoint state {path}"
+        f"a {type(value).__name__} cannot be stored without pickle",
+        where=f"checkpoint state {path}",
     )
 
 
@@ -77,7 +78,7 @@ def unflatten(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Undo ``flatten``; tensors go to ``device``."""
+    """Undo ``flatten``. Tensors are moved to ``device``."""
     ((kind, inner),) = described.items()
     if kind == "tensor":
         return tensors[inner].to(device)
@@ -104,15 +105,15 @@ def trainable(model: Any) -> Tensors:
 
 
 def whole_trainable(model: Any) -> Tensors:
-    """``trainable`` as whole tensors, also if processes share a model; then all of them must call
-    this.
+    """Return the parameters of ``trainable`` as whole tensors. If processes share a model, each has
+    only a part of a tensor, and all of them must call this.
     """
     return {name: gather_parts(parameter) for name, parameter in trainable(model).items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state_dict as one process would have it: where processes share a model, the
-    parts of each state are joined.
+    """Return the optimizer's state_dict as one process would have it. If processes share a model,
+    their parts of each state are joined.
     """
     return _state_as(optimizer, optimizer.state_dict(), gather_parts)
 
@@ -150,7 +151,8 @@ def copy_into(
     values.
 
     Raises:
-        ConfigError: they do not match; the message names the first difference.
+        ConfigError: names or shapes differ, or a value is not finite. The message has the first
+            fault.
     """
     problem = difference(parameters, stored)
     if problem:
@@ -167,7 +169,7 @@ def copy_into(
 def difference(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> str | None:
-    """Why ``stored`` cannot be copied into ``parameters``, or None."""
+    """Return why ``stored`` cannot be copied into ``parameters``, or None."""
     if missing := sorted(set(parameters) - set(stored)):
         return f"{len(missing)} tensors are missing, the first is {missing[0]}"
     if extra := sorted(set(stored) - set(parameters)):
@@ -184,9 +186,7 @@ def difference(
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """The dotted keys whose values differ, except those that ``allowed`` names directly or by a
-    parent key.
-    """
+    """Return the dotted keys whose values differ, except keys in or below those in ``allowed``."""
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]
     return [

@@ -1,10 +1,10 @@
-"""Stop on a signal at the next safe point; a step that takes too long is abandoned.
+"""Stop on a signal at the next safe point. A step that takes too long is abandoned.
 
 SIGTERM, SIGINT, SIGUSR1 (Slurm's warning) and SIGHUP (a terminal that closes) set a flag that the
 trainer reads at the end of a step. If no step ends within ``GRACE_S``, an exception in the main
-thread abandons the current step, and the state at its beginning is saved. ``shielded`` code is
-never interrupted. A second SIGINT stops at once, unless a checkpoint is being written or the run
-has begun to end. A SIGHUP that was already ignored (nohup) stays ignored.
+thread abandons the current step, and the state at its beginning is saved. Code between ``shield``
+and ``unshield`` is never interrupted. A second SIGINT stops at once, unless a checkpoint is being
+written or the run has begun to end. A SIGHUP that was already ignored (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def heard() -> tuple[signal.Signals, ...]:
 
 
 class StopSignals:
-    """Which stop was requested, and when it may take effect.
+    """Records the first signal that was received, and decides when it may stop the run.
 
-    ``immediate`` is true while there is nothing to save (loading, checks): then a signal stops at
-    once. ``abandon`` is False if ranks must stop together: then a step is never interrupted.
+    ``immediate`` is true while there is nothing to save (loading, checks). A signal then stops the
+    run at once. ``abandon`` is False if ranks must stop together. A step is then never interrupted.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:
@@ -57,7 +57,8 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Handle signals while the block runs, and restore the previous handlers. Main thread only.
 
-        If the run has begun to end (``end``), the previous handlers ignore signals too.
+        A previous handler may belong to another ``StopSignals``. If the run has begun to end
+        (``end``), that object ignores signals too.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -74,7 +75,7 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def ignore(self) -> None:
-        """Ignore further signals: the process is about to end by itself and must first write its
+        """Ignore further signals, because the process will end by itself and must first write its
         output.
         """
         self._ignored = True
@@ -83,12 +84,14 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def end(self) -> None:
-        """Begin to end the run because of the received signal; later signals do not change that."""
+        """Begin to end the run because of the received signal. Later signals are ignored."""
         self._ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agree(self, number: int) -> None:
-        """The ranks have agreed to stop for signal ``number``, which came to one of them."""
+        """Record that the ranks have agreed to stop for signal ``number``, which one of them
+        received.
+        """
         self.received = self.received or signal.Signals(number).name
 
     @property
@@ -134,8 +137,8 @@ class StopSignals:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1 and not self._shields:
-                # While loading, treat it as the first one: the exception of the first may have been
-                # lost.
+                # While loading, treat the second SIGINT like the first, whose exception may have
+                # been lost.
                 raise StepAbandoned(self.received) if self.immediate else KeyboardInterrupt
         if again:
             return
@@ -146,7 +149,7 @@ class StopSignals:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        # If no signal was received, a reward set the alarm.
+        # If no signal was received, a reward function set the alarm.
         if self.immediate or self._ended or self.received is None:
             return
         if self._shields:
@@ -156,7 +159,9 @@ class StopSignals:
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:
-    """Tell the listeners among ``handlers`` that the process has begun to end."""
+    """Call ``end`` of each ``StopSignals`` whose method is among the signal ``handlers``, because
+    the process has begun to end.
+    """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, StopSignals):

@@ -21,8 +21,8 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run folder to read. ``config`` is the resolved one. ``adapter`` is the folder of the
-    finished adapter; ``checkpoint``, if set, is the folder to read instead.
+    """A run folder to read. ``config`` is the resolved config of the run. Either ``adapter``, the
+    folder of the finished adapter, or ``checkpoint``, the folder of a checkpoint, is set.
     """
 
     folder: Path
@@ -34,17 +34,18 @@ class FinishedRun:
 def open_run(
     folder: Path, *, step: int | None = None, trust_remote_code: bool = False
 ) -> FinishedRun:
-    """The run in ``folder``, with its finished adapter, ``checkpoint-<step>``, or its latest valid
-    checkpoint.
+    """Return the run in ``folder``, with ``checkpoint-<step>`` if ``step`` is set. Otherwise the
+    finished adapter is used, or the latest valid checkpoint if the run has not finished.
 
-    The rules for run files are not checked again, because data that has moved does not matter here.
-    The folder may come from another person, so code of its model runs only with
+    The rules for run files are not checked again, because the data of the run is not needed. The
+    folder may come from another person, so the code that comes with its model runs only with
     ``trust_remote_code``.
 
     Raises:
         InputError: ``folder`` is not a run folder.
-        ConfigValueError: the run has no policy, or its config.json asks for code that the caller
-            did not allow.
+        UnsupportedError: the run trained every weight, so it has no adapter.
+        ConfigValueError: the run has no checkpoint and no adapter, or its model needs
+            ``trust_remote_code``.
     """
     from toolkit.train.checkpointing import branch, checkpoint  # noqa: PLC0415 - light start
 
@@ -53,7 +54,7 @@ def open_run(
         raise InputError(
             "is not a run folder: config.json is missing",
             where=str(folder),
-            fix="give the output_dir of a run of `toolkit train`",
+            fix="pass the output_dir of a run of `toolkit train`",
         )
     document = load_document(path)
     try:
@@ -70,7 +71,7 @@ def open_run(
         )
     if config.model.trust_remote_code and not trust_remote_code:
         raise ConfigValueError(
-            "its config.json sets model.trust_remote_code, so loading the model runs code that "
+            "this file sets model.trust_remote_code, so loading the model runs code that "
             f"comes with {config.model.model_name}",
             where=str(path),
             fix="read that code, then allow it with --trust-remote-code",
@@ -86,12 +87,13 @@ def open_run(
         if step is None
         else f"has no intact checkpoint-{step}",
         where=str(folder),
-        fix="let the run write a checkpoint, or name another one with --checkpoint",
+        fix="let the run write a checkpoint, or select another checkpoint with --checkpoint",
     )
 
 
 def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") -> tuple[Any, Any]:
-    """(model with the trained adapter, tokenizer), ready for ``fast_generate``, in evaluation mode.
+    """Return (model with the trained adapter, tokenizer). The model is in evaluation mode, ready
+    for ``fast_generate``.
 
     Raises:
         The errors of ``policy.model_loading.load``.
@@ -111,8 +113,8 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
 
 
 def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
-    """``config`` for generation only, on ``engine``: without gradient checkpointing, and with
-    "auto" resolved by the engine. The adapter that the run started from is dropped.
+    """Return ``config`` for generation on ``engine``, without training. Gradient checkpointing is
+    off, and ``lora.adapter_path``, the adapter with which the run started, is removed.
     """
     return replace(
         config,
@@ -131,11 +133,9 @@ def read_checkpoint(model: Any, folder: Path) -> None:
 
 
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
-    """Write the run's adapter to ``to``, or with ``merge`` the base model with the adapter merged
-    into it.
-
-    An adapter is written as a PEFT folder with the tokenizer; merged weights load with plain
-    transformers.
+    """Write the run's adapter to ``to``, as a PEFT folder with the tokenizer. With ``merge``, write
+    the base model with the adapter merged into it, which plain transformers can load. Return the
+    path.
 
     Raises:
         ConfigValueError: ``to`` is not empty.
@@ -169,14 +169,15 @@ def complete(
     engine: EngineName = "transformers",
     **options: Any,
 ) -> list[list[str]]:
-    """Completions of each prompt, as text; with ``base``, of the base model without the adapter.
+    """Return the completions of each prompt, as text. With ``base``, the base model generates them,
+    without the adapter.
 
-    With ``chat`` a prompt becomes a user message after the run's system prompt, in the tokenizer's
-    template. With None, prompts get the format that the run's data had. ``options`` are those of
-    ``fast_generate``.
+    With ``chat``, a prompt becomes a user message after the run's system prompt, in the tokenizer's
+    template. If ``chat`` is None, prompts get the format that the run's data had. ``options`` are
+    those of ``fast_generate``.
 
     Raises:
-        ConfigValueError: ``chat`` without a chat template, or prompts that do not fit.
+        ConfigValueError: ``chat`` is true but there is no chat template, or a prompt is too long.
     """
     from toolkit.train.data.prompt_format import formatted, token_ids  # noqa: PLC0415 - loads torch
 
@@ -200,8 +201,8 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Whether the run's prompts were chats. config.json records it; for a run of an older version,
-    its first completion or its system prompt shows it.
+    """Whether the run's prompts were chats. config.json records this. In a run of an older version,
+    it follows from the first completion in the log, or from the system prompt.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):

@@ -1,9 +1,9 @@
 """Save and restore everything that a trainer needs to resume exactly.
 
-The Trainer of transformers stores weights, optimizer and generators. TRL does not store its own
-state: the micro-step counter, the buffered rollouts with their log-probabilities, and the order of
-later epochs are lost (TRL 1.16, transformers 5.17). This module stores all of them. Nothing is
-pickled.
+The Trainer of transformers stores weights, optimizer and random generators. TRL does not store its
+own state (TRL 1.16, transformers 5.17). So the micro-step counter, the buffered rollouts with their
+log-probabilities, and the order of later epochs would be lost. This module stores all of this
+state, without pickle.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class TrainerSnapshot:
     log_sha256: dict[str, str] = field(default_factory=dict)
     pending_evaluation: bool = False
     choice: dict[str, torch.Tensor] | None = None
-    """The records of the curriculum, equal on all ranks."""
+    """The records of the curriculum, which are equal on all ranks."""
 
 
 def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
-    """A snapshot of ``trainer``. It is cheap: rollouts are not copied."""
+    """Take a snapshot of ``trainer``. This is cheap, because rollouts are not copied."""
     described, tensors = generators()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
@@ -95,9 +95,9 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSn
 
 
 def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
-    """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors); equal
-    values give equal bytes. ``tensors`` are the adapter's values, if ``model`` has only a part of
-    them.
+    """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors). Equal
+    values result in equal bytes. If ``model`` has only a part of the adapter, ``tensors`` is the
+    whole adapter.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -118,8 +118,8 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
 
 
 def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path | None:
-    """Write ``checkpoint-<step>`` of a snapshot; every rank calls it. Returns the folder on the
-    first rank.
+    """Write ``checkpoint-<step>`` of a snapshot. Every rank must call this. Return the folder on
+    the first rank, None on others.
 
     Raises:
         ToolkitError: the disk failed or is full; the message has the size of the checkpoint.
@@ -129,7 +129,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     partial = checkpoint.partial_place(run_dir, step)
     model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), mesh()
     try:
-        # Every process gives its part, the first one writes.
+        # Every process sends its part, and the first process writes the files.
         adapter = whole_trainable(model)
         state = optimizer_state(_inner(trainer.optimizer))
         if first:
@@ -144,7 +144,8 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)  # before the cleanup: it reports the free space
+        # Before ``disk.translate``, which reports the free space.
+        shutil.rmtree(partial, ignore_errors=True)
         known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
         if known is None or known is error:
             raise
@@ -154,7 +155,9 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
 
 
 def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
-    """Estimated size of a checkpoint in bytes: the tensors of all ranks."""
+    """Return the estimated size of a checkpoint in bytes, which is that of the tensors of all
+    ranks.
+    """
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
     shared = [
@@ -171,7 +174,7 @@ def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
 def _save_shared(
     trainer: TrainerSeam, snapshot: TrainerSnapshot, folder: Path, state: Mapping[str, Any]
 ) -> None:
-    """Write the files that are not per rank. ``state`` is the optimizer's."""
+    """Write the files that all ranks share. ``state`` is the state of the optimizer."""
     snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
     tensors: Tensors = {}
     optimizer = flatten(state, tensors, "optimizer")
@@ -208,25 +211,25 @@ def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
 
 
 def check(trainer: TrainerSeam, folder: Path) -> None:
-    """Reject a checkpoint that is damaged, has another world size, or belongs to another run. Loads
-    nothing.
+    """Reject a checkpoint that is damaged, has another world size, or has an unusable state.
+    Nothing is loaded into ``trainer``.
 
     Raises:
-        ConfigError: the message names the fault or the difference.
+        ConfigError: the checkpoint is damaged, or has another world size.
+        InputError: another program or release wrote the state.
     """
     if found := checkpoint.faults(folder):
         raise ConfigError(
             f"the checkpoint is damaged: {'; '.join(found)}",
             where=str(folder),
             fix=(
-                "name an earlier checkpoint, or set runtime.resume: auto to use the latest valid "
-                "one"
+                "set runtime.resume to an earlier checkpoint, or to auto for the latest valid one"
             ),
         )
     size = 1 if (shared := mesh()) is None else shared.size
     checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
     with _usable(folder):
-        # transformers reads the file again and uses its rows as its own log history.
+        # Check that transformers can read this file as its own state, which it does later.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
 
 
@@ -238,7 +241,7 @@ def load_policy(trainer: TrainerSeam, folder: Path) -> None:
 
 def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     """Restore optimizer, scheduler, counters and buffered rollouts from a checkpoint. Raises
-    InputError.
+    InputError if its state is unusable.
     """
     with _usable(folder):
         described = checkpoint.read_json(folder, STATE)
@@ -261,7 +264,7 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
 
 
 def load_generators(trainer: TrainerSeam, folder: Path) -> None:
-    """Restore the random generators of this rank. Raises InputError."""
+    """Restore the random generators of this rank. Raises InputError if their state is unusable."""
     with _usable(folder):
         rank, tensors = _read_rank(trainer, folder)
         restore_generators(rank["generators"], tensors)
@@ -269,8 +272,8 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Raise InputError if the block cannot use the content of a checkpoint with correct checksums:
-    another program or another release wrote it.
+    """Raise InputError if the block cannot use the content of a checkpoint. The checksums were
+    correct, so another program or another release wrote the content.
     """
     try:
         yield
@@ -286,7 +289,7 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a checkpoint of the toolkit, also a damaged one; False for one of plain
+    """True for a checkpoint of the toolkit, also if it is damaged. False for a checkpoint of plain
     transformers.
     """
     ours = (checkpoint.CHECKSUMS, STATE)
@@ -304,7 +307,9 @@ def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[
 
 
 def score(state: Any) -> float | None:
-    """The last logged reward; that of evaluation if there is one."""
+    """Return the last logged reward of an evaluation. Without an evaluation, return the last logged
+    reward of training, or None.
+    """
     for name in ("eval_reward", "reward"):
         for row in reversed(state.log_history):
             if row.get(name) is not None:
@@ -313,13 +318,13 @@ def score(state: Any) -> float | None:
 
 
 def epochs_done(folder: Path) -> int:
-    """Number of complete epochs before this checkpoint."""
+    """Return the number of complete epochs before this checkpoint."""
     with _usable(folder):
         return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
 
 
 def step_of(folder: Path) -> int:
-    """The number of optimizer steps before this checkpoint."""
+    """Return the number of optimizer steps before this checkpoint."""
     with _usable(folder):
         return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
 

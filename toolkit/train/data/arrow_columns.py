@@ -1,4 +1,6 @@
-"""Convert the rows of a file to Arrow columns; an error names the row whose value does not fit."""
+"""Convert the rows of a file to Arrow columns. If a value has another type than the rest of its
+column, the error has the row.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, Typ
 
 
 class Rows(NamedTuple):
-    """A table; ``place(i)`` is the place of row ``i`` in the file ("train.jsonl:12", "train.csv row
-    7").
+    """A table of rows. ``place(i)`` returns the place of row ``i`` in the file ("train.jsonl:12",
+    "train.json row 7").
     """
 
     table: pa.Table
@@ -31,7 +33,7 @@ class Rows(NamedTuple):
 def from_rows(
     rows: list[dict[str, Any]], place: Callable[[int], str], names: list[str] | None = None
 ) -> Rows:
-    """Rows as columns; a key that a row lacks becomes null."""
+    """Convert rows to columns. If a row does not have a key, its value is null."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
     if fault := names_fault(keys):
         first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
@@ -41,9 +43,12 @@ def from_rows(
 
 
 def checked(rows: Rows, path: Path) -> Rows:
-    """Check and convert a Parquet or Arrow table for training. Column names must be distinct texts,
-    texts must be UTF-8, and maps become lists of {key, value}. Raises InputError, or ConfigError
-    for a type that a data set column cannot have.
+    """Check a table for training, and convert map columns to lists of {key, value}.
+
+    Raises:
+        InputError: column names are not distinct texts, or a value (such as a text that is not
+            UTF-8) cannot be read.
+        ConfigError: a column has a type that the toolkit cannot read.
     """
     table = rows.table
     try:
@@ -62,7 +67,7 @@ def checked(rows: Rows, path: Path) -> Rows:
 
 
 def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert a map to a list of {key, value}: a data set cannot have a map column."""
+    """Convert maps to lists of {key, value}, because a data set cannot have a map column."""
     kind = column.type
     item = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
     rows = [
@@ -87,7 +92,7 @@ def _check_types(table: pa.Table, path: Path) -> None:
 
 
 def in_memory(table: pa.Table) -> pa.Table:
-    """A copy of ``table`` in memory that does not depend on a mapped file."""
+    """Return a copy of ``table`` in memory. The copy does not depend on a mapped file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -95,9 +100,9 @@ def in_memory(table: pa.Table) -> pa.Table:
 
 
 def without_nulls(value: Any) -> Any:
-    """Remove the null keys that Arrow added to messages. Arrow gives each object in a column the
-    keys of all objects, and fills missing ones with null. Chat templates would take such a null for
-    a value. ``content`` stays, because it may be null next to tool calls.
+    """Remove the null keys that Arrow added to messages. In a column, Arrow adds the keys of all
+    objects to each object, with the value null. Chat templates would treat such a null as a value
+    of the user. ``content`` is kept, because it may be null in a message with tool calls.
     """
     if isinstance(value, dict):
         return {
@@ -111,8 +116,8 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
-    """``table`` as a Dataset for the trainer; rows of the chat column ``chats`` are read with
-    ``without_nulls``.
+    """Return ``table`` as a Dataset for the trainer. Values of the column ``chats``, if there is
+    one, are read with ``without_nulls``.
     """
     dataset = datasets.Dataset(table)
     if chats is None or without_nulls(first := table[chats].to_pylist()) == first:
@@ -149,8 +154,8 @@ def _first_misfit(values: list[Any]) -> int:
 
 
 def broken(where: str, what: str) -> NoReturn:
-    """Raise InputError for a data file whose content is not of the format that its name gives."""
-    raise InputError(what, where=where, fix="correct or remove it")
+    """Raise InputError for invalid content of a data file: ``what`` is wrong at ``where``."""
+    raise InputError(what, where=where, fix="correct or remove this row or file")
 
 
 def _has_surrogate(value: Any) -> bool:
@@ -158,7 +163,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Each character of every text and key in a tree."""
+    """Yield each character of every text and key in a nested value."""
     if isinstance(value, str):
         yield from value
     elif isinstance(value, dict):

@@ -1,9 +1,8 @@
 """Keep the chat format of a run the same when the run is resumed or used for generation.
 
-A checkpoint and config.json record ``dataset.chat`` as true or false. Versions before
-``dataset.chat`` did not record it: they made a text a chat only with ``dataset.system`` and a
-tokenizer that has a chat template. For such a run the format is read from the first completion in
-its log.
+A checkpoint and config.json record ``dataset.chat`` as true or false. Older versions did not have
+this key. There, a text became a chat only if ``dataset.system`` was set and the tokenizer had a
+chat template. For a run of such a version, the format is read from the first completion in its log.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ KEY = "dataset.chat"
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """``config`` with auto replaced by the format that the checkpoint ``found`` records."""
+    """Return ``config`` with auto replaced by the chat format that the checkpoint ``found``
+    records.
+    """
     if found is None or config.dataset.chat != "auto":
         return config
     then = recorded(checkpoint.read_state(found, "run", dict), found)
@@ -34,15 +35,15 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """The config that a checkpoint records: ``config`` as the user wrote it, with the chat format
-    of ``resolved``.
+    """Return the config that a checkpoint records. It is ``config``, as the user wrote it, with the
+    chat format of ``resolved``.
     """
     return _with(config, resolved.dataset.chat)
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """The fingerprint ``then`` of the checkpoint ``found``, with the chat format filled in; None if
-    it is unknown, but auto still resolves to the same format.
+    """Return the fingerprint ``then`` of the checkpoint ``found``, with the chat format filled in.
+    The format is None if it is unknown. ``auto`` then resolves to the same format as in that run.
     """
     if then.get(KEY) is not None:
         return dict(then)
@@ -53,8 +54,8 @@ def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
 
 
 def was_chat(run_dir: Path) -> bool | None:
-    """Whether the prompts of a run were chats, judged by the first completion in its log; None if
-    the log has no completion.
+    """Whether the prompts of a run were chats, according to the first completion in its log. None
+    if the log has no completion.
     """
     try:
         with files.open_bytes(run_dir / "completions.jsonl") as file:

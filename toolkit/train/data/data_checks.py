@@ -1,5 +1,5 @@
 """Find common mistakes in a data set: chats written as JSON text, missing answers, prompts far
-longer than the limit, and columns whose names the trainer uses for something else.
+longer than the limit, and columns with names that the trainer uses for other values.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
     from toolkit.train.data.prompt_format import Prompt
 
-MIN_CHARACTERS = 1 << 16  # characters; shorter prompts are always read whole
-CHARACTERS_PER_TOKEN = 64  # fewest characters that are kept per token of the limit
-MOST_CHARACTERS_PER_TOKEN = 256  # most, for a vocabulary with longer tokens
+MIN_CHARACTERS = 1 << 16  # prompts of at most this many characters are always read whole
+CHARACTERS_PER_TOKEN = 64  # at least this many characters are kept per token of the limit
+MOST_CHARACTERS_PER_TOKEN = 256  # at most this many, if the vocabulary has longer tokens
 
 
 def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
-    """The prompts of a column, and notes for the user on how they were read.
+    """Return the prompts of a column, and notes for the user on how they were read.
 
-    If every text of a column is a chat in JSON, the prompts are chats. If only some are, all
-    prompts stay texts.
+    If every text of the column is a chat in JSON, the prompts are read as chats. If only some texts
+    are, all prompts stay texts.
     """
     texts = [value for value in values if isinstance(value, str) and value.strip()]
     chats = {text: chat for text in texts if (chat := chat_in(text)) is not None}
@@ -39,7 +39,7 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
     if written < len(texts):
         note = (
             f"{written} of {len(texts)} prompts are chats written as JSON text, the others are "
-            "not: all are used as plain texts"
+            "not: all prompts are used as plain texts"
         )
         return values, [note]
     found = [chats.get(value, value) if isinstance(value, str) else value for value in values]
@@ -47,10 +47,10 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
 
 
 def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
-    """The answers, with each NaN (which pandas writes for a missing value) replaced by null, and
-    how many are null.
+    """Return the answers, and the number of null answers. NaN, which pandas writes for a missing
+    value, is replaced by null.
 
-    Rewards that compare with the answer return None for a null answer. Raises ConfigError where all
+    Rewards that compare with the answer return None for a null answer. Raises ConfigError if all
     answers are null.
     """
     if pa.types.is_floating(column.type):
@@ -65,7 +65,7 @@ def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.Chunke
 
 
 def answer_note(missing: int, rows: int) -> list[str]:
-    """How many answers are missing, for the report."""
+    """Return a line for the report on how many answers are missing, if any."""
     if not missing:
         return []
     verb = "has" if missing == 1 else "have"
@@ -74,8 +74,8 @@ def answer_note(missing: int, rows: int) -> list[str]:
 
 
 def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
-    """The columns that are not passed to the trainer, each with the reason, unless the run file
-    uses them under another name.
+    """Return the columns of ``names`` that are not passed to the trainer, each with the reason.
+    Columns in ``used`` are not among them, because the run file uses them as prompt or answer.
     """
     return {
         name: LEFT_OUT[name].format(name=name)
@@ -85,9 +85,9 @@ def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """Shorten very long prompts before they are tokenized, so that megabytes are not tokenized to
-    keep a few hundred tokens. Only text that cannot fit in ``limit`` tokens is removed, from the
-    beginning; the rest is still longer than the limit.
+    """Shorten very long prompts before they are tokenized. Otherwise megabytes would be tokenized
+    to keep a few hundred tokens. Text is removed from the beginning, and only text that cannot fit
+    into ``limit`` tokens. So the rest is still longer than the limit.
     """
     if limit is None or all(_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
@@ -106,8 +106,8 @@ def _characters(prompt: Prompt) -> int:
 
 
 def _last(prompt: Prompt, most: int) -> Prompt:
-    """The last ``most`` characters of a prompt; of a chat, those of its messages except the system
-    message.
+    """Return the last ``most`` characters of a prompt. In a chat, the system message is kept, and
+    its characters are not counted.
     """
     if isinstance(prompt, str):
         return prompt[-most:]

@@ -1,5 +1,5 @@
-"""Load the dataset section of a run file: prompts and columns for the trainer, counts for the
-report.
+"""Load the data that the dataset section of a run file names. The trainer gets the prompts and the
+other columns, the report gets the counts.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 HELD_OUT = 1 << 31
-"""The distance from an environment's seed for training to the seed of its held-out problems."""
+"""The seed of an environment's held-out problems is its training seed plus this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What was found in one split. ``digest`` goes into the manifest, the counts into the report.
-    ``wrapped`` is true if the prompts were texts and dataset.chat made each one a user message.
+    """The facts about one split. The manifest has ``digest``, the report has the counts.
+    ``wrapped`` is true if the prompts were texts, and dataset.chat made each text a user message.
     """
 
     source: str
@@ -55,16 +55,16 @@ class SplitReport:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The lines of the report; the first is a summary, the others are warnings."""
+        """Return the lines of the report. The first line is a summary, the others are warnings."""
         kind = "chats" if self.chat else "plain prompts"
         summary = f"{self.used} {kind} from {self.source}"
         if self.wrapped:
-            summary += ", each text a user message of the chat template (dataset.chat)"
+            summary += "; each text becomes a user message of the chat template (dataset.chat)"
         found = [summary]
         if self.empty:
             found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
-            found.append(f"{self.duplicates} prompts are duplicates of an earlier one (kept)")
+            found.append(f"{self.duplicates} prompts are duplicates of earlier prompts (kept)")
         if self.truncated:
             found.append(
                 f"{self.truncated} prompts were longer than grpo.max_prompt_length: their first "
@@ -81,20 +81,20 @@ class DataReport:
     eval: SplitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return the report as plain values for the manifest."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The lines of both reports; those of the held-out split are marked."""
+        """Return the lines of both reports. Lines of the held-out split begin with "held out:"."""
         held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
         return [*self.train.lines(), *held_out]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """``train`` and ``eval`` have a ``prompt`` column (text, or list of messages), an ``answer``
-    column where dataset.answer names one, and all other columns of the source. The trainer passes
-    them to the rewards.
+    """The splits of the data set, and the report on them. ``train`` and ``eval`` have a ``prompt``
+    column (text, or list of messages), an ``answer`` column if dataset.answer is set, and all other
+    columns of the source. The trainer passes the columns to the rewards.
     """
 
     train: datasets.Dataset
@@ -113,13 +113,15 @@ def load_data(
 ) -> Data:
     """Read, check and prepare the training split, and the held-out split if the section names one.
 
-    With an ``environment``, both splits are problems that ``make(seed=, size=, start=)`` makes
+    With an ``environment``, ``make(seed=, size=, start=)`` makes the problems of both splits
     (rewards/problems), and only the keys ``system`` and ``chat`` of ``section`` apply.
-    ``max_prompt_length`` is in tokens, with special tokens and template; longer prompts lose their
-    first tokens. ``template`` is ``grpo.chat_template_kwargs``.
+    ``max_prompt_length`` is in tokens, with special tokens and template. The first tokens of longer
+    prompts are removed. ``template`` is ``grpo.chat_template_kwargs``.
 
-    Raises ConfigError if the user must change something, InputError if a file cannot be read,
-    RetryError if the hub does not answer.
+    Raises:
+        ConfigError: the data or the run file is invalid.
+        InputError: a file cannot be read.
+        RetryError: the hub does not answer.
     """
     if environment is not None:
         assert make is not None
@@ -164,10 +166,10 @@ def _of_environment(
     train, train_report = split(environment.seed, environment.size)
     if environment.eval_size is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
-    if environment.adapter == "verifiers":  # a list of tasks: those after the training tasks
+    if environment.adapter == "verifiers":  # held-out tasks follow the training tasks in one list
         evaluated, eval_report = split(environment.seed, environment.eval_size, environment.size)
     else:
-        # Far from the seeds of training: problem i of a task is made from seed + i.
+        # A seed far from the training seeds, because problem i of a task is made from seed + i.
         held_out = (environment.seed + HELD_OUT) % 2**32
         evaluated, eval_report = split(held_out, environment.eval_size)
     return Data(
@@ -177,7 +179,7 @@ def _of_environment(
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Add to an error the key of the run file that names the data."""
+    """Add ``key``, the key of the run file that names the data, to an error in the block."""
     try:
         yield
     except ToolkitError as error:
@@ -186,7 +188,7 @@ def _about(key: str) -> Iterator[None]:
 
 
 class Rendering(NamedTuple):
-    """How prompts become tokens."""
+    """The settings with which prompts become tokens."""
 
     tokenizer: Any
     max_prompt_length: int | None
@@ -262,13 +264,15 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
         f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
         f"{', '.join(table.column_names)}",
         where=path,
-        fix=f"dataset.{key}: {near[0]}" if near else f"set dataset.{key} to one of these columns",
+        fix=f"set dataset.{key}: {near[0]}"
+        if near
+        else f"set dataset.{key} to one of these columns",
     )
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """The prompts shortened to the limit in tokens, how many were shortened, and the token count of
-    the longest prompt before that.
+    """Return the prompts, shortened to the limit in tokens, the number of prompts that were
+    shortened, and the token count of the longest prompt before that (None without a limit).
     """
     tokenizer, limit, template = rendering
     if limit is None:
@@ -284,8 +288,8 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 def _columns(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
-    """The rows that are kept, with ``prompt`` and ``answer``; notes on columns that were left out;
-    the number of missing answers.
+    """Return the rows ``kept`` with the columns ``prompt`` and ``answer``, notes on columns that
+    were left out, and the number of missing answers.
     """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}
@@ -295,8 +299,8 @@ def _columns(
         new["answer"] = answers
     notes = [
         (
-            f"the column {name!r} is left out: dataset.{name} names the column "
-            f"{getattr(section, name)!r} for it"
+            f"the column {name!r} is left out, because dataset.{name} is the column "
+            f"{getattr(section, name)!r}"
         )
         for name in new
         if name in table.column_names and getattr(section, name) != name

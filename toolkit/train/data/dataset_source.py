@@ -1,4 +1,4 @@
-"""Load the source of prompts and its digest: a file, a folder written by datasets, or the hub."""
+"""Load prompts from a file, a folder written by ``datasets``, or the hub, and compute a digest."""
 
 from __future__ import annotations
 
@@ -36,10 +36,15 @@ _CHUNK_BYTES = 1 << 20
 def read_source(
     path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """The first ``limit`` rows, and the digest of the source, which goes into the manifest.
+    """Return the first ``limit`` rows, and the digest of the source for the manifest.
 
-    The digest ``sha256:...`` is made of the bytes of a file, the data files of a saved folder, or
-    the rows from the hub. Raises InputError, ConfigError, or RetryError if the hub does not answer.
+    The digest ``sha256:...`` is computed from the bytes of a file, the data files of a saved
+    folder, or the rows from the hub.
+
+    Raises:
+        InputError: a file cannot be read, or changed while it was read.
+        ConfigError: the source or the split does not exist.
+        RetryError: the hub does not answer.
     """
     local = Path(path).expanduser()
     if fault := path_fault(local) if os.path.lexists(local) else None:
@@ -49,12 +54,9 @@ def read_source(
     if local.exists() or is_path_only(path):
         if split != "train":
             raise ConfigError(
-                (
-                    "is a file, and a file has no splits, but the run file asks for the split "
-                    f"{split!r}"
-                ),
+                (f"is a file, which has no splits, but the run file sets the split {split!r}"),
                 where=path,
-                fix="remove the split, and name the held-out file in dataset.eval_path",
+                fix="remove the split, and set dataset.eval_path to the held-out file",
             )
         before = _identity([local])
         rows = read_file(local, limit)
@@ -77,7 +79,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
         raise ConfigError(
             "is a folder that was not written by datasets' save_to_disk",
             where=str(folder),
-            fix=f"name a file in it: {', '.join(inside[:8])}" if inside else None,
+            fix=f"use a file in it: {', '.join(inside[:8])}" if inside else None,
         )
     files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
     check_folder(folder)
@@ -104,7 +106,7 @@ def _list_in(path: Path, key: str) -> list[Any]:
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
-    """The path of a data file that state.json names; it must be inside the folder."""
+    """Return the path of a data file that state.json names. It must be inside the folder."""
     name = entry.get("filename") if isinstance(entry, dict) else None
     if not isinstance(name, str):
         raise InputError("does not name a data file", where=str(folder / "state.json"))
@@ -127,15 +129,15 @@ def _read_hub(
                 f"cache, and {why}"
             ),
             fix="for a file, write a path that starts with ./ or /; for a hub dataset, download "
-            "it on a machine with network access, save it with save_to_disk, and name that "
-            "folder",
+            "it on a machine with network access, save it with save_to_disk, and use the path of "
+            "that folder",
         ) from error
     except FileNotFoundError as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ConfigError(
             f"dataset {path!r} is not a file or folder on this machine and not a hub dataset that "
             f"this account can read ({first_line(error)})",
         ) from error
-    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, a script
+    except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, or a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
     table = _table(dataset, limit)
     rows = checked(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
@@ -143,15 +145,15 @@ def _read_hub(
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
-    """Copy the first ``limit`` rows into memory. datasets maps the files of a saved folder and of
-    the cache, and these may change during the run.
+    """Copy the first ``limit`` rows into memory. ``datasets`` only maps files into memory, and
+    these files may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return in_memory(dataset.with_format("arrow")[:count])
 
 
 def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
-    """Identity, size and time of each file that exists, to detect a change."""
+    """Return inode, size and modification time of each file that exists, to detect a change."""
     found = []
     for path in sorted(paths):
         with contextlib.suppress(OSError):
@@ -161,8 +163,8 @@ def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 
 def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
-    """sha256 over the bytes of the files, in the order of their names. Raises InputError if a file
-    differs from ``before``, its state before it was read.
+    """Return the SHA-256 of the bytes of the files, in the order of their names. ``before`` is the
+    ``_identity`` of the files before they were read. Raises InputError if it changed.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -173,7 +175,7 @@ def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
         raise InputError(
             "the data changed while it was read",
             where=", ".join(str(path) for path in paths[:3]),
-            fix="start again when no process writes to it",
+            fix="start again when no process writes to these files",
         )
     return f"sha256:{digest.hexdigest()}"
 

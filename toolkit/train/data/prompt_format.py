@@ -1,8 +1,8 @@
 """Convert prompts to the trainer's format: texts, or chats that the tokenizer's template renders.
 
-With ``dataset.chat`` a text becomes a user message. A system prompt becomes the first message of a
-chat, unless the chat already has a system message. A text that stays a text begins with the system
-prompt and an empty line.
+With ``dataset.chat``, a text becomes a user message. A system prompt becomes the first message of a
+chat, unless the chat already has a system message. If a prompt stays a text, the system prompt and
+an empty line are put before it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Prompt = str | list[dict[str, Any]]
 SAMPLED = 64
 """Number of prompts whose tokens are compared with the unknown token."""
 UNKNOWN_SHARE = 0.05
-"""Share of unknown tokens from which the run says so; rare characters are normal."""
+"""From this share of unknown tokens on, the run warns. A few rare characters are normal."""
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
-    """Whether the column holds chats and not texts. Raises ConfigError, which names the first bad
-    row.
+    """Return True if the column has chats, False if it has texts. Raises ConfigError with the place
+    of the first row that does not fit.
     """
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)
@@ -46,7 +46,9 @@ def is_empty(prompt: Any) -> bool:
 
 
 def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
-    """``prompt`` with a system prompt, by the rule in this module's docstring."""
+    """Return ``prompt`` with the system prompt, in the format that this module's docstring
+    describes.
+    """
     if isinstance(prompt, str):
         if not chat:
             return f"{system}\n\n{prompt}" if system else prompt
@@ -59,8 +61,10 @@ def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
 def check_template(
     tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
 ) -> None:
-    """Render one chat, so that a template that rejects it is reported now and not in the first
-    step.
+    """Render one chat. So a template that rejects chats is reported now, not in the first step.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or the template rejects the chat.
     """
     if not chat_format.usable(getattr(tokenizer, "chat_template", None)):
         raise ConfigError(
@@ -69,9 +73,9 @@ def check_template(
         )
     try:
         length_of(tokenizer, prompt, template)
-    except ConfigError:  # also of a template that exceeds its limits
+    except ConfigError:  # for example, the template exceeds its limits
         raise
-    except Exception as error:  # a tokenizer of a script's own
+    except Exception as error:  # the tokenizer may come from a user's script
         raise refused(tokenizer, error) from error
 
 
@@ -96,8 +100,8 @@ def token_ids(
 def unknown_note(
     tokenizer: Any, prompts: Sequence[Prompt], template: TemplateArguments = None
 ) -> list[str]:
-    """A note for the user if the tokenizer has no token for much of the first prompts: the model
-    then sees its unknown token in their place.
+    """Return a note for the user if the tokenizer has no tokens for a large part of the first
+    prompts. The model then gets its unknown token in their place.
     """
     unknown = _unknown_id(tokenizer)
     if unknown is None or not prompts:
@@ -116,7 +120,9 @@ def unknown_note(
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
-    """The id of the unknown token; tokenizers without the attribute may have one in their model."""
+    """Return the id of the unknown token, or None. Some tokenizers have it only in their backend's
+    model, not as an attribute.
+    """
     if (found := getattr(tokenizer, "unk_token_id", None)) is not None:
         return int(found)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -126,7 +132,7 @@ def _unknown_id(tokenizer: Any) -> int | None:
 
 
 def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
-    """Number of tokens of a prompt, as the trainer counts them."""
+    """Return the number of tokens of a prompt, as the trainer counts them."""
     return len(token_ids([prompt], tokenizer, template)[0])
 
 
@@ -135,9 +141,8 @@ def truncate(
 ) -> Prompt:
     """Remove the beginning of ``prompt``, so that it has at most ``limit`` tokens.
 
-    A text loses its first tokens. A chat keeps its system message, its template and the order of
-    its messages; the oldest of the other messages lose their first tokens. Raises ConfigError where
-    that is not enough.
+    The first tokens of a text are removed. In a chat, the first tokens of the oldest messages are
+    removed, but the system message is kept. Raises ConfigError if the prompt is still too long.
     """
     if isinstance(prompt, str):
         rest = _cut(tokenizer, prompt, lambda text: length_of(tokenizer, text) - limit)
@@ -169,9 +174,10 @@ def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
 
 
 def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
-    """Remove first tokens of ``text`` until ``over(text)`` is at most 0, or the text is empty.
+    """Remove the first tokens of ``text`` until ``over(text)``, the number of excess tokens, is at
+    most 0 or the text is empty. Return the rest.
 
-    The rest is counted again, because the first tokens of the rest may merge differently.
+    The tokens of the rest are counted again, because its first characters may become other tokens.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0
@@ -184,7 +190,7 @@ def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
 
 
 def _token_starts(tokenizer: Any, text: str) -> list[int]:
-    """The character offset at which each token of ``text`` begins."""
+    """Return the character offset at which each token of ``text`` begins."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]

@@ -1,7 +1,7 @@
 """Read data files as Arrow tables, with the location of each row for error messages.
 
-JSONL and JSON are parsed here, because errors of pandas and pyarrow do not name the line. Values
-keep their types; in CSV all values are texts.
+JSONL and JSON are parsed here, because errors of pandas and pyarrow do not have the line number.
+Values keep their types. In CSV, all values are texts.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any numbe
 
 
 def read_file(path: Path, limit: int | None = None) -> Rows:
-    """Read the first ``limit`` rows of a file, in the format of its suffix; no file stays mapped
-    into memory.
+    """Read the first ``limit`` rows of a file, whose suffix decides the format. The rows do not
+    depend on the file afterwards, because it is not mapped into memory.
 
-    Raises InputError if the file is missing, unreadable, not a regular file, or broken (with the
-    line). Raises ConfigError if a column mixes types, or the suffix is unknown.
+    Raises:
+        InputError: the file is missing, unreadable, not a regular file, or invalid. The message has
+            the line of an invalid row.
+        ConfigError: a column mixes types, or the suffix is unknown.
     """
     if is_archive(path):
         return _read_archive(path, limit)
@@ -55,7 +57,7 @@ def read_file(path: Path, limit: int | None = None) -> Rows:
         what, fix = no_kind(path)
         raise ConfigError(what, where=str(path), fix=fix)
     if not path.exists() and not path.is_symlink():
-        raise InputError("there is no such file", where=str(path), fix=_nearest(path))
+        raise InputError("the file does not exist", where=str(path), fix=_nearest(path))
     try:
         with open_data(path, limit=LIMITS.get(kind.suffix, MAX_DATA_BYTES)) as file:
             return checked(READERS[kind.suffix](file, path, limit), path)
@@ -191,7 +193,7 @@ LIMITS = {".json": MAX_JSON_DATA_BYTES}
 
 
 def _read_archive(path: Path, limit: int | None) -> Rows:
-    """The one data file in an archive; its name is shown as ``archive/member``."""
+    """Read the only data file in an archive. Its name in messages is ``archive/member``."""
     with tempfile.TemporaryDirectory(prefix="toolkit-data-") as temporary:
         folder = unpack(path, Path(temporary) / "data")
         files = [
@@ -203,7 +205,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
             raise ConfigError(
                 not_one(len(files)),
                 where=str(path),
-                fix="unpack it and name the file",
+                fix="unpack the archive, and use the path of one data file",
             )
         try:
             rows = read_file(files[0], limit)
@@ -229,6 +231,6 @@ def _parse(text: str, where: str) -> Any:
 def _nearest(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
-        return f"the folder {folder} does not exist either"
+        return f"correct the path; the folder {folder} does not exist either"
     there = sorted(item.name for item in folder.iterdir() if data_kind(item))
-    return f"data files in {folder}: {', '.join(there[:8])}" if there else None
+    return f"use a data file in {folder}: {', '.join(there[:8])}" if there else None
