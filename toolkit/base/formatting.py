@@ -1,6 +1,7 @@
 """Format bytes, durations and counts in readable units, and make unprintable characters visible.
 
-Names in other modules contain their unit: ``_bytes``, ``_gib``, ``_tokens``, ``_s``.
+The names of variables in other modules end with their unit: ``_bytes``, ``_gib``, ``_tokens``,
+``_s``.
 """
 
 from __future__ import annotations
