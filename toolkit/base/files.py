@@ -89,7 +89,7 @@ def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tupl
 
 @contextmanager
 def open_bytes(path: str | Path, *, limit: int | None = None) -> Iterator[IO[bytes]]:
-    """Open a regular file of at most ``limit`` bytes as a buffered binary file. Raises InputError."""
+    """Open a regular file of at most ``limit`` bytes as a binary file. Raises InputError."""
     with (
         open_regular(path, limit=limit) as (descriptor, _),
         open(descriptor, "rb", closefd=False) as file,
