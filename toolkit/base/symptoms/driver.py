@@ -50,8 +50,8 @@ ENTRIES = (
         "cuda-804",
         "CUDA error 804: forward compatibility was tried on a card that does not support it",
         "driver.compat",
-        "remove the cuda-compat folder from LD_LIBRARY_PATH, and use a CUDA version that the driver "
-        "itself supports",
+        "remove the cuda-compat folder from LD_LIBRARY_PATH, and use a CUDA version that the "
+        "driver itself supports",
         1,
         "error 804:",
         "error: 804",

@@ -162,7 +162,7 @@ def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Add the remedy to halve max_num_seqs, which is the number of dummy requests in the message."""
+    """Add the remedy to halve max_num_seqs, the number of dummy requests in the message."""
     del around
     half = max(1, int(float(hit.group(1))) // 2)
     return symptom.but(

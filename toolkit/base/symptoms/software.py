@@ -100,8 +100,8 @@ ENTRIES = (
         "A Triton kernel needs more shared memory than this card has",
         "none: the kernel's size is known once it is compiled for the card",
         "use another attention backend, a newer vLLM or Triton, or another card: a kernel's block "
-        "can use 64 KiB on Turing, 99 KiB on GeForce and workstation cards since Ampere, and 163 to "
-        "227 KiB on A100, H100 and B200",
+        "can use 64 KiB on Turing, 99 KiB on GeForce and workstation cards since Ampere, and 163 "
+        "to 227 KiB on A100, H100 and B200",
         1,
         "out of resource: shared memory",
     ),
