@@ -102,7 +102,7 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
     if _by_kernel(spec, step):
         return one.keys * elements * step.compute_bytes
     repeated = 2 * spec.heads * spec.head_dim
-    # The copy of each token's keys and values is counted with the queries.
+    # ``_attention_saved`` counts each token's own keys and values.
     return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
 
 
@@ -172,7 +172,7 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     """The temporary bytes per token of one layer's backward pass: the gradients of the MLP's inner
     tensors.
 
-    The gradients are float32 where PEFT cast an adapted input up. The hidden gradient exists twice.
+    The gradients are float32 where PEFT cast an adapted input up. The gradient of the hidden state exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -192,7 +192,7 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
         mlp = 2 * step.compute_bytes * inner
     else:
         # There are three gradients. An adapted down projection frees its saved input before the
-        # third exists.
+        # third gradient exists.
         copies = ((4 if _casts(work, step) else 2) if targeted else 3) - less
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
@@ -209,8 +209,8 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
 
 
 def _fused_mlp(block: Block, step: StepPlan) -> bool:
-    """Whether a fused kernel computes the MLP: the MLP has separate gate and up projections and no
-    experts.
+    """Whether a fused kernel computes the MLP. The kernel requires separate gate and up projections
+    and no experts.
     """
     leaves = {linear.leaf for linear in block.linears if linear.copies == 1}
     return step.fused and not block.active_experts and {"gate_proj", "up_proj"} <= leaves

@@ -1,5 +1,6 @@
-"""Build the SizingResult of a candidate (an engine plan and a step plan) and its fit: the parts,
-the choice, the peaks, and the budget of all terms.
+"""Build the SizingResult of a candidate (an engine plan and a step plan) and its fit. It contains
+the sizes of model, engine and trainer, the choice (a value for every "auto"), the predicted peaks,
+and all memory terms.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ LOGIT_BYTES = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
-    """Return the terms of sampling with transformers. They are the KV cache of all rollouts at once
-    (the cache of one layer counts twice, because it grows by concatenation) and the temporary
-    tensors of sampling.
+    """Return the terms of sampling with transformers: the KV cache of all rollouts at once, two
+    more copies of one layer's cache (because a layer's cache grows by concatenation), and the
+    temporary tensors of sampling.
     """
     width = DTYPE_BYTES[plan.dtype]
     sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)

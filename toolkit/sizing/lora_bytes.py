@@ -60,16 +60,16 @@ def engine_elements(
             for linear in block.linears
             if modules is None or _has_slots(linear, modules)
         )
-    # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A (r,
-    # hidden), B (vocab, r).
+    # Shapes in VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r). Shapes in
+    # LogitsProcessorWithLoRA: A (r, hidden), B (vocab, r).
     tables = len(spec.lora_tables) if modules is None else 0
     total += tables * rank * (spec.vocab_size + spec.hidden_size)
     return slots * total
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """(rows of each slice, columns) of the layers with adapter slots, fused as the engine fuses
-    them: q, k and v are three slices of one layer.
+    """Return (rows of each slice, columns) of the layers with adapter slots, fused as the engine
+    fuses them: q, k and v are three slices of one layer.
     """
     found = set()
     for block in spec.blocks:
@@ -85,8 +85,8 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The names of the layers that get slots in the toolkit's engine: all layers that can be
-    trained with it.
+    """Return the names of the layers that get slots in the toolkit's engine: all layers that can be
+    trained with this engine.
     """
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
@@ -185,8 +185,8 @@ def adapter_parameters(
     """The number of trainable parameters of the adapter: r x (in + out) per targeted module (arXiv
     2106.09685).
 
-    For experts, A is (E r, in) and B is (out, E r); the fused gate and up projection has twice the
-    rank.
+    For E experts, A is (E r, in) and B is (out, E r). The fused gate and up projection has twice
+    the rank.
     """
     moved = expert_targets(spec, targets)
     total = 0

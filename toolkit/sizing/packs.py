@@ -41,9 +41,9 @@ class Pass:
 
 
 def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether training merges its micro-batches and splits them by tokens, as far as run file and
-    architecture decide it. If this function returns False, sizing counts padded rows, which need
-    more memory.
+    """Whether training uses packs, which means that it merges its micro-batches and splits them by
+    tokens, as far as run file and architecture decide it. If this function returns False, sizing
+    counts padded rows, which need more memory.
     """
     grpo = config.grpo
     if not config.runtime.padding_free or config.model.attn_implementation not in (
@@ -62,13 +62,15 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
 
 
 def longest_pair(work: Workload) -> tuple[int, int]:
-    """(tokens of the shared prompt, tokens of the completion) of the longest sequence."""
+    """Return (tokens of the shared prompt, tokens of the completion) of the longest sequence."""
     completion = min(work.completion_tokens, work.sequence_tokens)
     return work.sequence_tokens - completion, completion
 
 
 def groups_of(work: Workload) -> int:
-    """The maximum number of groups that the rollouts of one process belong to."""
+    """The maximum number of groups (the completions of one prompt) that the rollouts of one process
+    belong to.
+    """
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
         return rows // group

@@ -68,8 +68,8 @@ def solve(
 def resolve(
     config: RunConfig, device: Device | None, *, world_size: int = 1
 ) -> tuple[RunConfig, SizingResult]:
-    """Read the model, solve, and replace every "auto". Raises ConfigError with the list of remedies
-    if the run does not fit.
+    """Read the model, size the run, and return the run file with every "auto" replaced, and the
+    sizes. Raises ConfigError with the list of remedies if the run does not fit.
     """
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world_size)
@@ -99,7 +99,7 @@ def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
     """Return the best candidate for the run, with its fit. Candidates differ in gradient
-    checkpointing, KV sleep and micro-batch.
+    checkpointing, KV sleep (freeing the KV cache while training) and micro-batch.
 
     A candidate is suitable if ``Fit.holds_rollout`` is true and its values are those that the run
     file sets. The best one is the suitable candidate with the fastest training step.

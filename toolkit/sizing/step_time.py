@@ -1,5 +1,5 @@
 """Estimate the time of a training step roughly, to rank candidates that differ in micro-batch,
-checkpointing and KV sleep.
+checkpointing and KV sleep (freeing the KV cache while training).
 
 The time of a micro-batch is the larger of the card's compute time and the time in which the host
 launches the kernels. The rates of card and host were measured on one H100 with an 8B Llama and 64

@@ -108,7 +108,7 @@ def _attention(
 
 
 def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
-    """(linears, number of vector parameters, active experts) of the MLP and the experts."""
+    """Return (linears, number of vector parameters, active experts) of the MLP and the experts."""
     double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
     linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
     if not fields.flag("enable_moe_block", False):

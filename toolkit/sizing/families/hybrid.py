@@ -47,7 +47,7 @@ def qwen3_5(fields: Fields) -> Shape:
 
 
 def qwen3_5_moe(fields: Fields) -> Shape:
-    """The shape of Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as a text_config."""
+    """The shape of Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as text_config."""
     text = fields.section("text_config") or fields
     sparse = _sparse(text, experts_default=256, active_default=8)
     return _tied_by(fields, _hybrid(text, sparse, fused=False))
@@ -61,7 +61,7 @@ def _tied_by(fields: Fields, shape: Shape) -> Shape:
 def _sparse(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
-    """(linears, active experts) of routed experts with a gated shared expert."""
+    """Return (linears, active experts) of routed experts with a gated shared expert."""
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)

@@ -74,7 +74,7 @@ def deepseek(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, hidden: int, heads: int, sizes: tuple[int, int, int, int]
 ) -> tuple[list[Linear], int]:
-    """(projections, number of norm parameters) of a layer with latent attention."""
+    """Return (projections, number of norm parameters) of a layer with latent attention."""
     nope, rope, latent, value = sizes
     bias = fields.flag("attention_bias", False)
     query_rank = fields.integer("q_lora_rank", default=0, low=0)

@@ -135,7 +135,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
 
 
 def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, Cache, int]:
-    """(linears, number of vector parameters, cache, active experts) of one kind of layer."""
+    """Return (linears, number of vector parameters, cache, active experts) of one kind of layer."""
     none = Cache(kind="none")
     if kind == "attention":
         bias = fields.flag("attention_bias", False)
