@@ -20,7 +20,7 @@ def exit_past_them(code: object) -> None:
 
     ``code`` is the code of a SystemExit: a number, None (exit code 0), or a text (exit code 1),
     which is printed. Functions that libraries registered for the end of the process are not called.
-    The caller must write buffered output before.
+    The caller must write buffered output before the call.
     """
     if not any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
         return

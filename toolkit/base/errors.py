@@ -1,9 +1,10 @@
-"""One family of errors, each with the exit code that schedulers act on.
+"""The classes of the toolkit's errors, each with the exit code that schedulers act on.
 
 An error tells the user what went wrong, where, and what to do. The command line prints it as one
-block and never as a traceback; ``--debug`` shows the traceback. The drop-in API raises the
-subclasses that are also a ``ValueError``, ``TypeError``, ``NotImplementedError`` or
-``ImportError``, so code that catches the original's errors still works.
+block and never as a traceback; ``--debug`` shows the traceback. The drop-in API (classes with the
+names and parameters of Unsloth's and TRL's) raises the subclasses that are also a ``ValueError``,
+``TypeError``, ``NotImplementedError`` or ``ImportError``. So code that catches the errors of the
+original classes still works.
 """
 
 from __future__ import annotations

@@ -145,7 +145,9 @@ def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
 
 
 def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
-    """The XID and SXID events since boot: number, bus id, and age in seconds if known."""
+    """The XID and SXID events (faults that the driver reported) since boot: number, bus id, and age
+    in seconds if known.
+    """
     try:
         return of(_events(root / "dev/kmsg"))
     except OSError as error:
@@ -163,8 +165,8 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
 
 
 def _events(kmsg: Path) -> list[dict[str, Any]]:
-    """The records of the kernel's ring buffer. One read returns one record; reading ends when a
-    read would block, or after a time limit.
+    """The XID and SXID events in the kernel's ring buffer. One read returns one record. Reading
+    ends when a read would block, or after a time limit.
     """
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     events, until = [], time.monotonic() + _LOG_SECONDS

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # A failing driver can block a query for ever (processes in state D). This limit is far above the
-# time of a healthy node (8 cards without persistence mode need some seconds to initialize).
+# time that a healthy node needs (8 cards without persistence mode take some seconds to initialize).
 DEADLINE_S = 30.0
 
 # NVML's codes for a query that is not supported: NOT_SUPPORTED, FUNCTION_NOT_FOUND,

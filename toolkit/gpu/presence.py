@@ -60,7 +60,7 @@ def presence(snapshot: NodeSnapshot) -> Presence:
         return Presence(
             "no permission",
             "the driver refuses this user, who cannot open the NVIDIA device files",
-            "give this user access to /dev/nvidia* (their group or mode), or correct the "
+            "give this user access to /dev/nvidia* (change their group or mode), or correct the "
             "container's device rule",
         )
     if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
@@ -74,7 +74,7 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     return Presence(
         "broken",
         f"NVML does not start: {start.reason} (code {start.code})",
-        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
     )
 
 
@@ -89,7 +89,9 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
-            return Presence("not passed in", f"{many}, but none was passed in", how)
+            return Presence(
+                "not passed in", f"{many}, but none was passed into this environment", how
+            )
         return Presence(
             "no driver",
             f"{many}, but no NVIDIA driver: libnvidia-ml.so.1 is not installed",
@@ -104,7 +106,7 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     return Presence(
         "broken",
         f"{many}, but the driver reports none of them",
-        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
     )
 
 

@@ -69,7 +69,11 @@ def exposition(
     """Return the metrics of a snapshot and of its checks, each with its HELP and TYPE lines."""
     families = [
         _family("info", "Versions of the tool and the driver.", [(_info(snapshot), 1)]),
-        _family("gpu_answers", "0 if the card is lost.", _each(snapshot, lambda g: not g.lost)),
+        _family(
+            "gpu_answers",
+            "1 if the card responds, 0 if it is lost.",
+            _each(snapshot, lambda g: not g.lost),
+        ),
         _family("gpu_memory_total_bytes", "Total memory.", _memory(snapshot, "total_bytes")),
         _family("gpu_memory_free_bytes", "Free memory.", _memory(snapshot, "free_bytes")),
     ]

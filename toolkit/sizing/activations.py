@@ -172,7 +172,8 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     """The temporary bytes per token of one layer's backward pass: the gradients of the MLP's inner
     tensors.
 
-    The gradients are float32 where PEFT cast an adapted input up. The gradient of the hidden state exists twice.
+    The gradients are float32 where PEFT cast an adapted input up. The gradient of the hidden state
+    exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),

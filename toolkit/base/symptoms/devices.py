@@ -208,7 +208,7 @@ ENTRIES = (
     ),
     entry(
         "slurm",
-        "The Slurm job was not given the GPUs that it uses",
+        "The Slurm job did not get the GPUs that it uses",
         "place.slurm",
         "request GPUs for the job (--gres=gpu:N or --gpus=N), and start the step with srun",
         1,

@@ -77,8 +77,8 @@ ENTRIES = (
         "driver-too-old",
         "The driver is too old for the CUDA of the installed torch",
         "driver.cuda",
-        "use a node with a newer driver, or the torch build of an older CUDA; on data centre "
-        "cards the cuda-compat folder in LD_LIBRARY_PATH also works",
+        "use a node with a newer driver, or a torch build for an older CUDA; on data centre "
+        "cards you can instead put the cuda-compat folder into LD_LIBRARY_PATH",
         3,
         "NVIDIA driver on your system is too old",
         "CUDA driver version is insufficient for CUDA runtime version",

@@ -93,7 +93,7 @@ def context_from_json(data: Any) -> CheckContext:
         raise ValueError("the context must be an object")
     known = {item.name for item in fields(CheckContext)}
     if set(data) - known:
-        raise ValueError(f"unknown in the context: {', '.join(sorted(set(data) - known))}")
+        raise ValueError(f"the context has unknown names: {', '.join(sorted(set(data) - known))}")
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
     }

@@ -53,9 +53,10 @@ def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         lost = [gpu.label for gpu in snapshot.gpus if gpu.lost]
         because = f" ({', '.join(lost)} lost)" if lost else ""
         return fail(
-            "node" if lost else "user", f"{wanted} GPUs needed, but {seen} visible{because}"
+            "node" if lost else "user",
+            f"the job needs {wanted} GPUs, but CUDA sees {seen}{because}",
         )
-    return ok(f"{seen} visible, {wanted} needed")
+    return ok(f"CUDA sees {seen}, the job needs {wanted}")
 
 
 def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -87,7 +88,9 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if least and low:
         has = ".".join(map(str, low[0].capability or ())) or "unknown"
         wanted = ".".join(map(str, least))
-        return fail("user", f"{low[0].label}: compute capability {has}, but {wanted} required")
+        return fail(
+            "user", f"{low[0].label} has compute capability {has}, but {wanted} is required"
+        )
     return ok(", ".join(sorted(names)))
 
 
@@ -114,7 +117,7 @@ def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
     if by_bus or not mixed(snapshot):
-        return ok("cards in the order of the PCI bus")
+        return ok("CUDA numbers the cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
     return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, probably {guess}")
 
@@ -131,7 +134,8 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         )
     if context.gpus_wanted > 1:
         return fail(
-            "user", f"{context.gpus_wanted} GPUs needed, but CUDA uses one MIG slice per process"
+            "user",
+            f"the job needs {context.gpus_wanted} GPUs, but CUDA uses one MIG slice per process",
         )
     if empty:
         return warn(f"{empty[0].label} is in MIG mode but has no slice: CUDA ignores it")
@@ -189,7 +193,7 @@ CHECKS = (
         "The card is the required one",
         "The user requires a card with --require h200, or a compute capability with --require "
         "'cc>=9.0'.",
-        "use a node with that card",
+        "use a node with the required card",
         kind,
     ),
     Check(
@@ -222,7 +226,7 @@ CHECKS = (
         "A job on several cards is limited by the smallest memory and the slowest card. Cards that "
         "share a model (model.tensor_parallel_size) must be equal, because different cards use "
         "different kernels, which round differently and so sample different tokens.",
-        "choose equal cards with CUDA_VISIBLE_DEVICES",
+        "list only equal cards in CUDA_VISIBLE_DEVICES",
         alike,
     ),
 )

@@ -1,5 +1,5 @@
-"""Checks of the driver: whether there is one, which libcuda is loaded, and whether it runs the CUDA
-that torch needs.
+"""Checks of the driver: whether a driver is loaded, which libcuda is loaded, and whether the driver
+runs the CUDA version that torch needs.
 
 The causes of CUDA errors 802, 803 and 804 are found without creating a CUDA context.
 """
@@ -85,7 +85,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     least = MINIMUM_DRIVER.get(major)
     if least is None:
         return unknown(
-            f"torch was built for CUDA {wanted}, whose minimum driver is not in the table"
+            f"torch was built for CUDA {wanted}, but the driver that it needs is unknown"
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
@@ -178,7 +178,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
             f"{first['path']} needs forward compatibility, but {consumer[0].label} "
             f"({consumer[0].name.value}) does not support it: CUDA error 804",
         )
-    return ok(f"forward compatibility {version} on data-centre cards")
+    return ok(f"forward compatibility {version} works on these data-centre cards")
 
 
 def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
@@ -197,7 +197,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     blame = "user" if _contained(snapshot) else "node"
     if missing:
         # mypy widens the conditional literal
-        return fail(blame, f"missing: {', '.join(missing)}; CUDA cannot start without them")  # type: ignore[arg-type]
+        return fail(blame, f"CUDA cannot start without {', '.join(missing)}")  # type: ignore[arg-type]
     shut = [path for path in wanted if not usable[path]]
     if shut:
         return fail("node", f"this user cannot open {', '.join(shut)}")

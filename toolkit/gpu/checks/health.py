@@ -194,7 +194,7 @@ _ROWS = (
         "health.lost",
         "Every GPU responds",
         "A card that fell off the bus (XID 79) fails every query. CUDA may still start on the "
-        "other cards, with different numbers.",
+        "other cards, but numbers them differently.",
         "reset the card or reboot the node; if the card is lost again, check its power and seating",
         lost,
     ),

@@ -32,7 +32,7 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """
     space = snapshot.host.shm
     if space.value is None:
-        return unknown(f"/dev/shm: {space.reason}")
+        return unknown(f"/dev/shm could not be read: {space.reason}")
     text = f"/dev/shm: {format_bytes(space.value['free'])} free"
     text += f" of {format_bytes(space.value['total'])}"
     on_cards = bool(snapshot.gpus) or gpu_needed(snapshot, context) is not None
@@ -66,15 +66,15 @@ def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Main memory, within the cgroup's limit, is enough to load the model."""
     free = available_memory(snapshot)
     if free is None:
-        return unknown(f"main memory: {snapshot.host.memory.reason}")
+        return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("memory_limit")
     text = f"{format_bytes(free)} of main memory available"
     text += f" (cgroup limit {format_bytes(limit)})" if limit else ""
     weights = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
     if free < MEMORY_LEAST:
         return fail("user" if limit else "retry", text)
-    # With a GPU the weights pass through the page cache. On the CPU they stay in memory, as float32
-    # in the worst case.
+    # With a GPU, the weights pass through the page cache. On the CPU they stay in memory, as
+    # float32 in the worst case.
     needed = weights if snapshot.gpus else 2 * weights
     if needed and free < needed + MEMORY_LEAST:
         return warn(f"{text}; the model's weights need {format_bytes(weights)}")
@@ -85,7 +85,7 @@ def cpus(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The job has enough CPUs for the engine, the trainer and the rewards."""
     count = snapshot.host.cpus.value
     if count is None:
-        return unknown(f"CPUs: {snapshot.host.cpus.reason}")
+        return unknown(f"the CPUs could not be read: {snapshot.host.cpus.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("cpu_limit")
     usable = min(count, limit) if limit else count
     text = f"{usable:g} CPUs" + (f" (cgroup limit; the host has {count})" if limit else "")
@@ -96,7 +96,7 @@ def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The limits on open files and locked memory are not too low."""
     values = snapshot.host.limits.value
     if values is None:
-        return unknown(f"limits: {snapshot.host.limits.reason}")
+        return unknown(f"the limits could not be read: {snapshot.host.limits.reason}")
     low = []
     if values["nofile"] is not None and values["nofile"] < FILES_WANTED:
         low.append(f"open files {values['nofile']} (ulimit -n {FILES_WANTED})")
@@ -110,7 +110,7 @@ def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
     disks = snapshot.host.disks
     if disks.value is None:
-        return unknown(f"disks: {disks.reason}")
+        return unknown(f"the disks could not be read: {disks.reason}")
     return disks.value or None
 
 
@@ -156,7 +156,7 @@ def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The clock is accurate enough for TLS, caches and the order of files."""
     state = snapshot.host.clock.value
     if state is None:
-        return unknown(f"clock: {snapshot.host.clock.reason}")
+        return unknown(f"the clock could not be read: {snapshot.host.clock.reason}")
     if state["now"] < WRITTEN:
         return fail("node", "the clock is years behind")
     if not state["synchronised"]:
@@ -221,7 +221,8 @@ _ROWS = (
         "host.shm",
         "/dev/shm has enough space",
         "Containers get 64 MiB by default. With several cards, NCCL and vLLM's ranks share memory "
-        "through it. When it is full, they fail with a bus error or 'No space left on device'.",
+        "through /dev/shm. When it is full, both fail with a bus error or 'No space left on "
+        "device'.",
         "start the container with --shm-size 8g or --ipc host; in Kubernetes mount an emptyDir of "
         "medium Memory at /dev/shm",
         shm,
@@ -278,7 +279,7 @@ _ROWS = (
         "An allocator without expandable segments loses memory to fragmentation. "
         "CUDA_LAUNCH_BLOCKING makes every kernel wait. A preloaded library can change any "
         "behaviour.",
-        "unset the variable that the check names",
+        "unset the variable that is named",
         env,
     ),
     (

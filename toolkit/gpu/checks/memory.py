@@ -104,7 +104,7 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
         if memory is None:
-            return unknown(f"memory not reported: {gpu.memory.reason}")
+            return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         size = f"{format_bytes(memory.free_bytes)} free of {format_bytes(memory.total_bytes)}"
         if memory.integrated:
             return ok(f"{size}, shared with the CPU")
@@ -124,7 +124,7 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
         if memory is None:
-            return unknown(f"memory not reported: {gpu.memory.reason}")
+            return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         wanted = max(least, int((share or 0) * memory.total_bytes))
         what = f"gpu_memory_utilization {share:g}" if share else "--require"
         amount = f"{format_bytes(wanted)} needed ({what}), {format_bytes(memory.free_bytes)} free"
@@ -185,7 +185,8 @@ CHECKS = (
         "memory.tenant",
         "No other process uses much of the card",
         "If another process frees or allocates memory while vLLM measures, vLLM fails to start. "
-        "If its memory grows later, the run fails. In a container its pid may be invisible.",
+        "If the other process allocates more later, the run fails. In a container its pid may be "
+        "invisible.",
         "wait for the process to end, or end it, or choose another card with CUDA_VISIBLE_DEVICES",
         tenant,
     ),

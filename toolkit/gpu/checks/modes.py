@@ -28,7 +28,9 @@ def persistence(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
         mode = gpu.persistence_mode
         if mode.value is None:
             return unread(mode, "persistence mode")
-        return ok("on") if mode.value else warn("off: each start waits for the card to initialize")
+        return (
+            ok("on") if mode.value else warn("off: each start waits until the card is initialized")
+        )
 
     return each(judged_cards(snapshot, context), look)
 

@@ -35,7 +35,7 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The container was started with a request for CUDA's library."""
+    """NVIDIA_DRIVER_CAPABILITIES includes compute, with which the container gets CUDA's library."""
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None
@@ -79,7 +79,7 @@ _ROWS = (
         "The container has its GPUs",
         "A container sees a GPU only if it was started with one: --gpus all (Docker), --device "
         "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
-        "start the container with the GPU",
+        "start the container with a GPU",
         runtime,
     ),
     (
@@ -93,7 +93,8 @@ _ROWS = (
     (
         "place.slurm",
         "The Slurm job has its GPUs",
-        "Slurm assigns GPUs on request (--gpus) and lists them in CUDA_VISIBLE_DEVICES.",
+        "Slurm assigns GPUs only if the job requests them (--gpus), and lists them in "
+        "CUDA_VISIBLE_DEVICES.",
         "request the GPUs with --gpus=N, and do not set CUDA_VISIBLE_DEVICES yourself",
         slurm,
     ),

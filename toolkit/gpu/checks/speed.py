@@ -131,7 +131,7 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
     if bad:
         return warn(f"no peer access between {', '.join(bad[:6])}: copies go through the host")
-    return ok("peer access between all")
+    return ok("all cards can read each other's memory")
 
 
 def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -200,7 +200,7 @@ _ROWS = (
         "Cards that share a model have NVLink between them",
         "With model.tensor_parallel_size above 1, the cards of a group add up their results four "
         "times per layer in a training step, and twice per layer for each sampled token.",
-        "use cards with NVLink, or a tensor_parallel_size as small as the memory allows",
+        "use cards with NVLink, or set tensor_parallel_size as low as the memory allows",
         group_link,
     ),
 )
