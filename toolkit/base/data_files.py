@@ -57,7 +57,7 @@ def no_kind(path: Path) -> tuple[str, str]:
     if suffix in OTHER_PACKERS:
         return what, f"unpack the file ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
     known = ", ".join(FILE_SUFFIXES)
-    return what, f"use a file that ends with one of {known}, or a folder of datasets' save_to_disk"
+    return what, f"use a file with suffix {known}, or a folder made by datasets' save_to_disk"
 
 
 def unreadable_table(kind: str, why: str) -> str:

@@ -42,7 +42,7 @@ def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
 
 def memory(nvml: Any, handle: Any) -> dict[str, Any]:
     """The memory of a card in bytes. Version 2 of the call reports the memory that the driver
-    reserves separately; version 1 counts it as used.
+    reserves as a separate value. Version 1 includes it in the used memory.
     """
 
     def version_2() -> dict[str, Any]:

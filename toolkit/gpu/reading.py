@@ -38,7 +38,7 @@ class Reading(Generic[T_co]):
 
     def to_json(self) -> dict[str, Any]:
         """Return this reading as JSON: ``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed":
-        why}``. The latter two contain the code if there is one.
+        why}``. ``unsupported`` and ``failed`` come with the code if there is one.
         """
         if self.known:
             return {"value": self.value}
@@ -65,7 +65,7 @@ NOT_ASKED: Reading[Any] = failed("not asked")
 
 
 def from_json(answer: Any) -> Reading[Any]:
-    """The inverse of ``Reading.to_json``. Raises ValueError if the object is not a reading."""
+    """The inverse of ``Reading.to_json``. Raises ValueError if ``answer`` is not a reading."""
     if isinstance(answer, dict):
         code = answer.get("code")
         if "value" in answer:

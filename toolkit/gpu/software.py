@@ -76,7 +76,7 @@ def version_of(name: str) -> str | None:
 
 def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
     """Return the path of libnuma.so.1 next to this Python (for conda) or on the usual search path;
-    None if it is in neither.
+    None if it is not found.
     """
     own = Path(sys.base_prefix, "lib", "libnuma.so.1")
     if own.is_file():

@@ -80,7 +80,7 @@ def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
     """Do the same as ``resolve`` for a run whose processes use ``devices``. All processes get the
-    same values: those for the device with the least free memory, which is the third result.
+    same values: those for the device with the least free memory. This device is the third result.
 
     Raises:
         ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
@@ -207,8 +207,8 @@ def fuses(config: RunConfig, device: Device | None) -> bool:
 
 
 def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
-    """Return ``candidate`` with as many 16-bit copies of 4-bit weights as fit, if the run file has
-    "auto" for them; else unchanged.
+    """Return ``candidate`` with as many 16-bit copies of 4-bit weights as fit. Return it unchanged
+    unless the run file has "auto" for the copies.
     """
     if candidate.config.model.dequantized_rollouts != "auto" or not candidate.work.uses_engine:
         return candidate, fit
@@ -298,7 +298,7 @@ def _largest_micro_batch(candidate: Candidate) -> int:
     """The largest micro-batch that fits and divides the generation batch evenly; 0 if not even 1
     fits.
 
-    The KV cache must hold all sequences of a rollout, as in ``best_case``.
+    As in ``best_case``, the KV cache must be large enough for all sequences of a rollout.
     """
 
     def fits(micro: int) -> bool:

@@ -172,6 +172,6 @@ def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -
         return []
     share = stored.elements / max(spec.parameters, 1) - 1
     return [
-        f"the headers have {stored.elements:,} values, but the config gives {spec.parameters:,} "
+        f"the headers have {stored.elements:,} values, but the config implies {spec.parameters:,} "
         f"({share:+.1%})"
     ]

@@ -57,8 +57,8 @@ def training_seconds(candidate: Candidate) -> float:
     step = candidate.step
     again = bool(step.checkpointing)
     host = candidate.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
-    # The forward pass, and the backward pass to the activations, take 2 operations each per
-    # parameter and token.
+    # Per parameter and token, the forward pass takes 2 operations, and the backward pass to the
+    # activations takes 2 more. Checkpointing adds a second forward pass.
     operations = (6 if again else 4) * active_parameters(candidate.spec)
     tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:

@@ -89,7 +89,14 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         )
     if step.packed:
         unpacked = dequantized_bytes(spec, plan)
-        terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
+        terms.append(
+            Term(
+                "trainer.dequantized",
+                unpacked,
+                "the largest weight, unpacked to 16 bits",
+                "training",
+            )
+        )
         if step.compute_bytes < MASTER_BYTES:
             copies = count * step.compute_bytes
             what = f"autocast's copy of the adapter, {step.compute_bytes} bytes per parameter"

@@ -80,7 +80,7 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
         )
     share = math.ceil(short / total * 100) / 100
     return symptom.but(
-        title=f"CUDA ran out of memory: {short:.2f} GiB of {total:.2f} GiB are missing",
+        title=f"CUDA ran out of memory: {short:.2f} GiB are missing on a card of {total:.2f} GiB",
         remedy=f"set gpu_memory_utilization lower by at least {share:.2f} ({short:.2f} GiB of "
         f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or "
         "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves",
@@ -93,7 +93,7 @@ def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
         title=f"Other processes use {sum(held.values()):.2f} of the card's {total:.2f} GiB",
         check="memory.tenant, memory.free",
         remedy=f"wait for {who} or end it (`envcheck probe` shows its name), or use another card. "
-        "If it is a rank of this run, give each rank its own card",
+        "If that process is a rank of this run, give each rank its own card",
         exit_code=4,
     )
 

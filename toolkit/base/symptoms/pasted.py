@@ -34,7 +34,7 @@ _PREFIX = re.compile(
     r"[\w.-]{1,60}[ \t]+\|(?=\s))[ \t]*){1,8}"
 )
 _RANK = re.compile(r"\[rank(\d{1,4})\]:|\(([^()\n]{0,80}\bpid=\d{1,9})\)")
-_FRAME = " \t\r│┃"  # characters that these programs add at the end of a line
+_FRAME = " \t\r│┃"  # characters that terminals and loggers add at the end of a line
 
 
 def condensed(text: str, longest: int = LONGEST_TEXT) -> str:

@@ -32,10 +32,10 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` is true if the values come from a run file. Then the job needs only what they
-    require. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
-    ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
-    the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
+    ``configured`` is true if the values come from a run file. Then the job needs only what the run
+    file requires. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means
+    auto. ``world_size`` counts this node's processes. ``node`` checks every card of the node and
+    ignores the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
     ``model_type`` values for which the sizer is exact. ``absent_packages`` are the packages that
     the run file's ``environment`` section needs and that are not installed, each with the command
     that installs it.

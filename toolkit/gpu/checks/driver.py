@@ -92,7 +92,9 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if as_version(driver) >= as_version(least):
         return ok(f"driver {driver} (CUDA {cuda_of(driver)}) runs torch's CUDA {wanted}")
     if first and as_version(first) >= as_version(least):
-        return warn(f"driver {driver} runs CUDA {wanted} only through libcuda {first} (compat)")
+        return warn(
+            f"driver {driver} runs CUDA {wanted} only through libcuda {first} (cuda-compat)"
+        )
     return fail(
         "node",
         f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
@@ -226,7 +228,7 @@ CHECKS = (
         "driver.present",
         "The NVIDIA driver is present and reports a GPU",
         "A missing driver, an unfinished driver update and a container without GPUs all cause "
-        "the same error 'no CUDA-capable device'. NVML distinguishes them.",
+        "the same error 'no CUDA-capable device'. NVML shows which of these causes it is.",
         "install or reload the driver, or pass the GPU into the container",
         present,
         about_node=True,
@@ -234,8 +236,9 @@ CHECKS = (
     Check(
         "driver.cuda",
         "The driver runs the CUDA that torch was built for",
-        "CUDA 13.x needs driver 580 or newer, CUDA 12.x driver 525 or newer. Newer minor releases "
-        "of the same CUDA also run on these drivers, except for code that is compiled at run time.",
+        "CUDA 13.x needs driver 580 or newer, CUDA 12.x driver 525 or newer. Within a "
+        "major release of CUDA, newer minor releases also run on these drivers, except for code "
+        "that is compiled at run time.",
         "update the driver, use a node with a newer one, or install torch for an older CUDA",
         cuda,
     ),

@@ -265,7 +265,7 @@ _ROWS = (
         "health.mps",
         "No MPS daemon limits the job",
         "With MPS (CUDA's multi-process service), the daemon's limits on memory and threads apply, "
-        "and an error of one process can end the others.",
+        "and an error of one process can end the other processes.",
         "stop the daemon (`echo quit | nvidia-cuda-mps-control`) or unset CUDA_MPS_PIPE_DIRECTORY",
         mps,
     ),

@@ -89,7 +89,7 @@ def cpus(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     limit = (snapshot.host.cgroup.value or {}).get("cpu_limit")
     usable = min(count, limit) if limit else count
     text = f"{usable:g} CPUs" + (f" (cgroup limit; the host has {count})" if limit else "")
-    return ok(text) if usable >= 2 else warn(f"{text}: the host limits the speed of rollouts")
+    return ok(text) if usable >= 2 else warn(f"{text}: so few CPUs limit the speed of rollouts")
 
 
 def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -148,7 +148,7 @@ def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
     if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
-        return warn(f"{text} (not necessary: the model is already complete)")
+        return warn(f"{text} (the run does not need it, because the model is already complete)")
     return fail("user", text)
 
 
@@ -221,8 +221,8 @@ _ROWS = (
         "host.shm",
         "/dev/shm has enough space",
         "Containers get 64 MiB by default. With several cards, NCCL and vLLM's ranks share memory "
-        "through /dev/shm. When it is full, both fail with a bus error or 'No space left on "
-        "device'.",
+        "through /dev/shm. When /dev/shm is full, NCCL and vLLM fail with a bus error or 'No space "
+        "left on device'.",
         "start the container with --shm-size 8g or --ipc host; in Kubernetes mount an emptyDir of "
         "medium Memory at /dev/shm",
         shm,
@@ -247,7 +247,7 @@ _ROWS = (
         "Limits on open files and locked memory are not low",
         "Weights in many shards and data workers need many open files. Collectives over several "
         "cards lock memory.",
-        "raise them with ulimit, or with docker run --ulimit nofile=65536 --ulimit memlock=-1",
+        "raise the limits with ulimit; in Docker with --ulimit nofile=65536 --ulimit memlock=-1",
         limits,
     ),
     (
@@ -279,7 +279,7 @@ _ROWS = (
         "An allocator without expandable segments loses memory to fragmentation. "
         "CUDA_LAUNCH_BLOCKING makes every kernel wait. A preloaded library can change any "
         "behaviour.",
-        "unset the variable that is named",
+        "unset the variable that this check names",
         env,
     ),
     (

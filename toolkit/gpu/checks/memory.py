@@ -37,8 +37,8 @@ CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Return the bytes that other processes use. Version 1 of NVML's memory call includes the
-    memory that the driver reserves.
+    """Return the bytes that other processes use. With version 1 of NVML's memory call, the result
+    includes the memory that the driver reserves.
     """
     memory = gpu.memory.value
     if memory is None:

@@ -77,7 +77,7 @@ _ROWS = (
     (
         "place.runtime",
         "The container has its GPUs",
-        "A container sees a GPU only if it was started with one: --gpus all (Docker), --device "
+        "A container can use a GPU only if it was started with one: --gpus all (Docker), --device "
         "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
         "start the container with a GPU",
         runtime,

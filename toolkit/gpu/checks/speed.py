@@ -77,7 +77,7 @@ def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
             return unread(gpu.temperature_c, "temperature")
         if limit is None:
             return ok(f"{now} C")
-        text = f"{now} C, slows down at {limit} C"
+        text = f"{now} C; the card slows down at {limit} C"
         return ok(text) if now < limit - _NEAR_SLOWDOWN_C else warn(text)
 
     return each(judged_cards(snapshot, context), look)
