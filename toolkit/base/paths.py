@@ -54,7 +54,7 @@ def safe_join(
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
-            fix="the file is damaged or malicious: get it again from a source that you trust",
+            fix="get the file again from a source that you trust: it is damaged or malicious",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):

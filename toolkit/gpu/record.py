@@ -143,5 +143,5 @@ def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
         return node_from_json(data["node"]), context_from_json(data.get("context", {})), verdicts
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"not a recording: {error}", fix="create one with `envcheck record FILE`"
+            f"not a recording: {error}", fix="create a recording with `envcheck record FILE`"
         ) from None

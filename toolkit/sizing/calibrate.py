@@ -105,7 +105,7 @@ def calibrate(run_dir: Path) -> Calibration:
         raise InputError(
             "the folder has no preflight.json, so it is not a run folder",
             where=str(run_dir),
-            fix="name the folder that is runtime.output_dir of a run",
+            fix="name the folder that a run file sets as runtime.output_dir",
         )
     written = read_json(run_dir / "preflight.json")
     sizing = written.get("sizing") if isinstance(written, dict) else None

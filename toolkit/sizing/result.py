@@ -268,7 +268,8 @@ class SizingResult:
         return ConfigError(
             f"{written} is {bound} for this run on this device ({why})",
             where="model.gpu_memory_utilization",
-            fix=f"set it to a value from {interval.min} to {interval.max}, or to auto",
+            fix=f"set gpu_memory_utilization to a value from {interval.min} to {interval.max}, "
+            "or to auto",
         )
 
     def apply(self, config: RunConfig) -> RunConfig:

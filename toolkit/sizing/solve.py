@@ -235,7 +235,8 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
             f"{written} is less than {least}, the cache of one sequence of model.max_seq_length"
             f" {plan.max_model_len} and an empty block",
             where="model.kv_cache_bytes",
-            fix=f"set it to auto, or to {least} or more, or lower model.max_seq_length",
+            fix=f"set model.kv_cache_bytes to auto or to at least {least}, or lower "
+            "model.max_seq_length",
         )
 
 

@@ -81,8 +81,8 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     share = math.ceil(short / total * 100) / 100
     return symptom.but(
         title=f"CUDA ran out of memory: {short:.2f} GiB are missing on a card of {total:.2f} GiB",
-        remedy=f"set gpu_memory_utilization lower by at least {share:.2f} ({short:.2f} GiB of "
-        f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or "
+        remedy=f"lower gpu_memory_utilization by at least {share:.2f} ({short:.2f} GiB of "
+        f"{total:.2f}), lower per_device_train_batch_size or max_completion_length, or "
         "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves",
     )
 

@@ -57,7 +57,9 @@ def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
             near = did_you_mean.near(entry, [*families, *checks], cutoff=0.5, within=1)
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
-            raise InputError(f"no check named {entry!r}", fix=f"{fix}families of checks: {names}")
+            raise InputError(
+                f"no check named {entry!r}", fix=f"{fix}use the id of a check, or a family: {names}"
+            )
     return [
         check
         for check in checks.values()

@@ -132,7 +132,9 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if state["state"] == _NO_FABRIC:
             return ok("no NVSwitch fabric")
         if state["state"] == _IN_PROGRESS:
-            return fail("retry", "the fabric is being set up", "wait for the fabric manager")
+            return fail(
+                "retry", "the fabric is being set up", "wait until the fabric manager is ready"
+            )
         if state["state"] != _COMPLETED:
             return fail("node", "the fabric is not started: CUDA error 802")
         if state["status"]:
