@@ -198,8 +198,11 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     missing = [path for path in wanted if path not in usable]
     blame = "user" if _contained(snapshot) else "node"
     if missing:
+        text = (
+            f"these device files are missing: {', '.join(missing)}; CUDA cannot start without them"
+        )
         # mypy widens the conditional literal
-        return fail(blame, f"CUDA cannot start without {', '.join(missing)}")  # type: ignore[arg-type]
+        return fail(blame, text)  # type: ignore[arg-type]
     shut = [path for path in wanted if not usable[path]]
     if shut:
         return fail("node", f"this user cannot open {', '.join(shut)}")
