@@ -117,7 +117,8 @@ def test_a_limit_of_the_file_size(undisturbed, tmp_path, limit):
     code, said = go(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
     assert code == 1, said
     assert told(said) == 1, said
-    assert "may not become as large as it has to (File too large)" in said
+    assert "would be larger than the limit of this process" in said
+    assert "(File too large)" in said
     assert "ulimit -f" in said
     assert "Traceback" not in said
     is_whole(run_dir)

@@ -88,7 +88,7 @@ def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> Non
     run_file.write_text(text.replace("grpo:", "grpo:\n  router_aux_loss_coef: 0.0"))
     told = call("size", run_file, "--gpu", "h200").stdout
     assert "q_proj, k_proj, v_proj, o_proj" in told
-    assert "note: a mixture of experts: the adapter is on" in " ".join(told.split())
+    assert "note: in this mixture of experts the adapter is on" in " ".join(told.split())
     named = ["--set", "lora.target_modules=[q_proj, up_proj]"]
     refused = call("size", run_file, "--gpu", "h200", *named, code=1)
     assert "LORA013" in refused.stdout + refused.stderr

@@ -1,4 +1,4 @@
-"""Threads that nobody waits for, and how a process ends while such a thread still hangs.
+"""End a process although an abandoned thread, which no other thread waits for, still runs.
 
 A library that was called in such a thread may wait for its server when the interpreter ends (W&B
 does). If the server does not answer, the finished process would never end.
@@ -12,15 +12,15 @@ import threading
 from contextlib import suppress
 
 PREFIX = "abandoned: "
-"""The name of such a thread begins with this text."""
+"""The names of abandoned threads begin with this text."""
 
 
 def exit_past_them(code: object) -> None:
-    """End the process with ``code`` if a thread that nobody waits for still runs; else return.
+    """End the process with ``code`` if an abandoned thread still runs; else return.
 
-    Functions that libraries registered for the end of the process are not called. ``code`` is that
-    of a SystemExit: a number, None (0), or a text (1), which is printed. Buffered output is written
-    before.
+    ``code`` is the code of a SystemExit: a number, None (exit code 0), or a text (exit code 1),
+    which is printed. Functions that libraries registered for the end of the process are not called.
+    The caller must write buffered output before the call.
     """
     if not any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
         return

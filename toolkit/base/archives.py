@@ -1,9 +1,9 @@
-"""Unpack an archive from someone else: members stay inside, links and devices are refused, size is
-bounded.
+"""Unpack an archive from an untrusted source: every member stays inside the target folder, links
+and devices are refused, and the unpacked size is limited.
 
-tarfile's and zipfile's own extractors silently clean some names and follow some links. Here nothing
-is repaired: an archive is read twice, and one bad member in the first pass refuses the whole
-archive before anything is written. Extra files that macOS adds are ignored.
+The extractors of tarfile and zipfile silently change some names and follow some links. This module
+changes nothing. It reads an archive twice: if the first pass finds a bad member, the whole archive
+is refused before anything is written. Extra files that macOS adds are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
-MAX_MEMBERS = 10_000  # one archive has one data file and a few files beside it
+MAX_MEMBERS = 10_000  # an archive has one data file and a few other files
 MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
 _ENCRYPTED = 1  # a bit of a zip member's flags that means: the member is encrypted
 UNREADABLE = (
@@ -46,7 +46,7 @@ UNREADABLE = (
 
 
 class Member(NamedTuple):
-    """A regular file or a folder inside an archive; ``open`` gives its content."""
+    """A regular file or a folder inside an archive. ``open`` returns a stream of its content."""
 
     name: str
     size_bytes: int
@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name is that of an archive that ``unpack`` reads."""
+    """Whether ``unpack`` can read the file, by its name."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
@@ -63,10 +63,10 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """Unpack a zip or tar file into the folder ``into``, which must be empty or absent; return
     ``into``.
 
-    Raises ConfigError for a member that leads outside, is a link or a device, occurs twice, or
-    makes the total larger than ``limit_bytes`` (counted while reading, because the sizes in the
-    headers may be wrong); InputError if unreadable. Errors name the archive and its members, never
-    ``into``, which the user may not know.
+    Raises ConfigError if a member leads outside ``into``, is a link or a device, or occurs twice,
+    and if the unpacked size is above ``limit_bytes``. The size is counted while reading, because
+    the sizes in the headers may be wrong. Raises InputError if the archive cannot be read. Errors
+    name the archive and its members, never ``into``, which the user may not know.
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
@@ -82,15 +82,15 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 
 
 def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
-    """The names of the files in an archive that ``unpack`` would write; nothing is written. None if
-    more than ``most_bytes_read`` bytes would have to be unpacked to find all names.
+    """Return the names of the files that ``unpack`` would write, without writing anything. Return
+    None if more than ``most_bytes_read`` bytes would have to be unpacked to find all names.
 
     Raises the same errors as ``unpack``. Only headers are read, not the contents of members.
     """
     names: list[str] = []
     total_bytes = 0
     most = most_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
-    listed = zipfile.is_zipfile(archive)  # its members are, and none is unpacked
+    listed = zipfile.is_zipfile(archive)  # a zip file lists its members: none is unpacked
     with (
         open_bytes(archive) as file,
         _reading(archive),
@@ -106,13 +106,13 @@ def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[None]:
-    """Inside the block, an error about the bytes of an archive becomes an InputError that
-    names it.
+    """Inside the block, an error about the bytes of an archive becomes an InputError that names the
+    archive.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # errors of gzip and bz2
+        if error.errno is None:  # gzip and bz2 raise OSError without a number
             raise _unreadable(archive, error) from error
         raise InputError(
             f"cannot be unpacked: {error.strerror or error}", where=str(archive)
@@ -140,7 +140,7 @@ def _checked(
     for member in members:
         path = safe_join(into, member.name, what="a member", where=archive)
         if path in seen and not member.is_folder:
-            raise ConfigError(f"holds the member {member.name!r} twice", where=str(archive))
+            raise ConfigError(f"contains the member {member.name!r} twice", where=str(archive))
         seen.add(path)
         total_bytes += member.size_bytes
         if member.size_bytes < 0 or total_bytes > limit_bytes:
@@ -182,7 +182,9 @@ def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
 
 @contextmanager
 def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
-    """The members in their order. Read the content of a member before requesting the next one."""
+    """Yield an iterator over the members, in the order of the archive. Read the content of a member
+    before requesting the next one.
+    """
     file.seek(0)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(_Capped(archive, file)) as zipped:
@@ -213,19 +215,21 @@ class _Capped:
 
 
 def _counted(archive: Path, number: int) -> None:
-    """Raise ConfigError if ``number``, the number of this member, is above the limit. Ignored
-    members count too.
+    """Raise ConfigError if ``number``, the position of a member in the archive, is above the limit.
+    Ignored members count too.
     """
     if number > MAX_MEMBERS:
         raise ConfigError(
-            f"holds more than {MAX_MEMBERS} members",
+            f"contains more than {MAX_MEMBERS} members",
             where=str(archive),
-            fix="unpack it and name the data file",
+            fix="unpack the archive and name its data file",
         )
 
 
 def _is_extra(name: str) -> bool:
-    """Extra members that macOS archivers add, and the entry of the packed folder itself (./)."""
+    """Whether a member is an extra file of a macOS archiver, or the entry of the packed folder
+    itself (./).
+    """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return (
         (not parts and name != "")
@@ -255,7 +259,7 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
         raise ConfigError(
             f"the member {info.filename!r} is encrypted",
             where=str(archive),
-            fix="pack it without a password",
+            fix="pack the archive without a password",
         )
     return Member(info.filename, info.file_size, info.is_dir(), lambda: zipped.open(info))
 
@@ -268,9 +272,9 @@ def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[M
             continue
         if info.issparse():
             raise ConfigError(
-                f"holds a sparse file: {info.name!r}",
+                f"contains a sparse file: {info.name!r}",
                 where=str(archive),
-                fix="pack it without --sparse",
+                fix="pack the archive without --sparse",
             )
         if not info.isdir() and content is None:
             raise _not_a_file(archive, info.name)
@@ -287,7 +291,7 @@ def _opener(content: IO[bytes] | None) -> Callable[[], IO[bytes]]:
 
 def _not_a_file(archive: Path, name: str) -> ConfigError:
     return ConfigError(
-        f"holds a link or a device: {name!r}",
+        f"contains a link or a device: {name!r}",
         where=str(archive),
         fix="pack the files themselves (tar --dereference)",
     )

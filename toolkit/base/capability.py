@@ -1,16 +1,16 @@
 """What a card supports, by its compute capability.
 
-Rules and the sizer use it for a named card, checks and remedies for an installed card. One table
-contains the number formats. Another contains the cards that the builds of torch and vLLM support,
-for each CUDA version and machine type.
+Rules and the sizer use this module for a card that the user names. Checks and remedies use it for
+an installed card. The constants are the lowest capabilities for each number format. Two tables list
+the capabilities that the builds of torch and vLLM support, for each CUDA version and machine type.
 """
 
 from __future__ import annotations
 
 FOUR_BIT = (7, 0)  # bitsandbytes' NF4 kernels need Volta or newer
 BFLOAT16 = (8, 0)  # Ampere and newer
-FLOAT8_CACHE = (8, 0)  # stored in 8 bits and converted at every use ...
-FLOAT8_NATIVE = (8, 9)  # ... before Ada, which computes in 8 bits
+FLOAT8_CACHE = (8, 0)  # cards before Ada only store 8-bit values and convert them at every use
+FLOAT8_NATIVE = (8, 9)  # Ada and newer cards compute with 8-bit values
 
 LOCKED_CUDA = "13.0"
 """The CUDA version of the torch and vLLM builds in the lock files."""
@@ -31,10 +31,10 @@ _TORCH: dict[tuple[str, str], str] = {
     (AARCH64, "13.0"): "8.0 9.0 10.0 11.0 12.0",
 }
 
-# The releases of vLLM since 0.20: CUDA_ARCH_X86 and CUDA_ARCH_AARCH64 of its
+# For the releases of vLLM since 0.20. Source: CUDA_ARCH_X86 and CUDA_ARCH_AARCH64 of its
 # .buildkite/release-pipeline.yaml, from https://github.com/vllm-project/vllm/pull/39878 (Thor:
-# .../pull/31544). The wheels for other CUDA versions are older; this table does not contain their
-# lists.
+# .../pull/31544). Wheels for other CUDA versions are of older releases, which this table does not
+# cover.
 _VLLM: dict[tuple[str, str], str] = {
     (X86_64, "12.9"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
     (X86_64, "13.0"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
@@ -66,8 +66,8 @@ def _known(table: dict[tuple[str, str], str], cuda: str, machine: str) -> tuple[
 def build_problem(
     capability: tuple[int, int], *, machine: str, cuda: str = LOCKED_CUDA, vllm: bool = True
 ) -> str | None:
-    """Why the builds of torch (and of vLLM) for this CUDA do not support a card; None if they do or
-    if it is unknown.
+    """Return why the builds of torch (and of vLLM) for this CUDA do not support a card; None if
+    they support it or if that is unknown.
 
     Compiled code runs on its own capability and on higher ones with the same major number.
     """

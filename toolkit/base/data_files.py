@@ -1,8 +1,7 @@
-"""Which files are data files, and how their bytes are read. The validator and training use the same
-functions.
+"""Recognise data files and read their bytes. The validator and training use the same functions.
 
-The suffix gives the type of a file. A text file with an additional ``.gz`` is unpacked while
-reading, with a limit on the unpacked size.
+The suffix gives the type of a file. A text file with an additional ``.gz`` is unpacked while it is
+read, with a limit on the unpacked size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TABLES = (".parquet", ".arrow")
 PACKED = ".gz"
 FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
 MAX_COLUMNS = 2_000
-MAX_JSON_DATA_BYTES = GIB  # suffixes of files that are read as a whole, not line by line
+MAX_JSON_DATA_BYTES = GIB  # limit for a .json file, which is read as a whole
 OTHER_PACKERS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
@@ -52,12 +51,13 @@ def data_kind(path: Path) -> Kind | None:
 
 
 def no_kind(path: Path) -> tuple[str, str]:
-    """The message and the fix, as (what, fix), for a file whose name is not that of a data file."""
+    """Return the message and the fix for a file whose name is not that of a data file."""
     suffix = path.suffix.lower()
     what = f"is not a supported type of data file: {suffix or 'no suffix'!r}"
     if suffix in OTHER_PACKERS:
-        return what, f"unpack it ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
-    return what, f"one of {', '.join(FILE_SUFFIXES)}, or a folder made by datasets' save_to_disk"
+        return what, f"unpack the file ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
+    known = ", ".join(FILE_SUFFIXES)
+    return what, f"use a file with suffix {known}, or a folder made by datasets' save_to_disk"
 
 
 def unreadable_table(kind: str, why: str) -> str:
@@ -67,12 +67,12 @@ def unreadable_table(kind: str, why: str) -> str:
 
 def not_one(count: int) -> str:
     """The message for an archive that contains ``count`` data files instead of one."""
-    return f"holds {count} data files, not one"
+    return f"contains {count} data files instead of one"
 
 
 def path_fault(path: Path) -> str | None:
-    """A message that says why ``path`` cannot be read as a file; None if it can, or if it is a
-    folder.
+    """Return a message that says why ``path`` cannot be read as a file; None if it can be read or
+    is a folder.
     """
     try:
         mode = path.stat().st_mode
@@ -83,8 +83,8 @@ def path_fault(path: Path) -> str | None:
 
 @contextmanager
 def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]:
-    """The bytes of a data file, unpacked, at most ``limit`` of them. Raises InputError, also while
-    reading.
+    """Open a data file as a stream of its unpacked bytes. Raises InputError if it cannot be read or
+    has more than ``limit`` bytes, also while reading.
     """
     with open_bytes(path, limit=limit) as file:
         kind = data_kind(path)
@@ -112,7 +112,7 @@ def decoded(raw: bytes, where: str) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
-        raise InputError(what, where=where, fix="correct or remove it") from None
+        raise InputError(what, where=where, fix="convert the text to UTF-8, or remove it") from None
 
 
 def json_value(text: str) -> Any:
@@ -140,8 +140,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_obje
 
 
 def chat_in(text: str) -> list[dict[str, Any]] | None:
-    """The chat that a text contains as JSON, a list of {role, content}; None if it does not contain
-    one.
+    """Return the chat (a list of {role, content}) that a text contains as JSON; None if it contains
+    no chat.
     """
     if '"role"' not in text or not text.lstrip().startswith("["):
         return None
@@ -158,8 +158,8 @@ def chat_in(text: str) -> list[dict[str, Any]] | None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether every string in a JSON value is valid text: JSON can contain half of a character (a
-    lone surrogate).
+    """Whether every string in a JSON value is valid text. JSON can contain a lone surrogate, which
+    is half of a character.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -169,7 +169,7 @@ def is_text(value: Any) -> bool:
 
 
 def names_fault(names: Iterable[str]) -> str | None:
-    """A message that says what is wrong with column names; None if nothing is."""
+    """Return a message that says what is wrong with column names; None if all are valid."""
     seen: set[str] = set()
     for name in names:
         if not is_text(name):

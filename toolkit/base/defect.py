@@ -34,7 +34,7 @@ MAX_TRACEBACK_CHARACTERS = 200_000
 
 
 class Work:
-    """What this process works on: the folder and the run, for the report."""
+    """The run folder of this process, and a function that describes its run, for the report."""
 
     folder: Path | None = None
     run: Callable[[], Mapping[str, Any]] | None = None
@@ -48,9 +48,9 @@ def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None)
 
 
 def write_report(error: BaseException) -> Path | None:
-    """Write the report of ``error`` into the run folder. If there is none, write it into the
-    current folder, else into the folder for temporary files. Returns None if none of them is
-    writable.
+    """Write the report of ``error`` into the run folder. If there is no run folder, write the
+    report into the current folder, else into the folder for temporary files. Return its path; None
+    if none of these folders is writable.
     """
     text = report(error)
     name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
@@ -93,7 +93,9 @@ def versions() -> dict[str, str]:
 
 
 def _run() -> str:
-    """The resolved run as JSON. If describing it fails, the report must still be written."""
+    """Return the resolved run as JSON. If the run cannot be described, return the reason, because
+    the report must be written in any case.
+    """
     if Work.run is None:
         return "no run was loaded"
     try:
@@ -111,6 +113,6 @@ def _folders() -> list[Path]:
 
 
 def _without_home(text: str) -> str:
-    """Hide the home folder, because its name is the user's name."""
+    """Replace the home folder by ~, because its name contains the user's name."""
     home = os.path.expanduser("~")
     return text.replace(home, "~") if len(home) > 1 and home != "~" else text

@@ -1,8 +1,8 @@
-"""Turn a disk failure, from whichever library, into an error with an exit code.
+"""Turn a disk failure that any library reports into an error with an exit code.
 
 An OSError has an error number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into
-the message, and Arrow writes "[errno 28]". torch's archive writer gives no number, but either the
-original error is chained to its error, or the disk is full afterwards.
+the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number: its
+cause may be an error that has one, or the disk is full afterwards.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. un
 
 
 def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:
-    """(errno, file name if known) of a disk failure in ``error`` or its causes; None if there is
-    none. ``near`` is the path that was written to, for writers that report no details.
+    """Return (errno, file name or None) of the disk failure that ``error`` or one of its causes
+    reports; None if there is no disk failure. ``near`` is the path that was written to. Its free
+    space is checked if the error has no number.
     """
     seen = set[int]()
     silent = False
@@ -49,7 +50,8 @@ def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, 
             return number, name if isinstance(name, str) else None
         writer = bool(_WRITERS.search(str(error)))
         silent = silent or writer
-        # An error that was already handled is not a cause, except while a writer closes its file.
+        # An error that was already handled is not a cause, unless a writer raised the next error
+        # while it closed its file.
         error = error.__cause__ or (error.__context__ if writer else None)
     if silent and near is not None:
         free = free_bytes(near)
@@ -77,11 +79,12 @@ def translate(
     needed: int | None = None,
     kept: str = "; the last checkpoint is intact",
 ) -> ToolkitError | None:
-    """The error to report; None if no disk failed.
+    """Return the error to report for a disk failure; None if ``error`` is not a disk failure.
 
-    ``where`` is the path that was written to, unless the error names a file. ``needed`` is the
-    number of bytes to write. ``kept`` says what is not lost. A full or read-only file system has
-    exit code 1 (the user must act), a failing one exit code 3 (the node is bad).
+    ``where`` is the path that was written to; a file that ``error`` names takes precedence.
+    ``needed`` is the number of bytes to write. ``kept`` is added to the message and says what is
+    not lost. For a full or read-only file system the exit code is 1 (the user must act), for a
+    failing one 3 (the node is bad).
     """
     found = reason(error, Path(where))
     if found is None:
@@ -101,8 +104,8 @@ def translate(
         )
     if number in LIMITED:
         return ConfigError(
-            f"a file may not become as large as it has to ({said}): the limit of this process"
-            f" (ulimit -f) or of the file system{kept}",
+            f"the file would be larger than the limit of this process (ulimit -f) or of the file"
+            f" system ({said}){kept}",
             where=f"{place}{system}",
             fix="raise the limit or name another runtime.output_dir, then start the same command"
             " again",
@@ -120,8 +123,8 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """Like ``translate``, for a command that knows only the error and not the path. This function
-    covers a full, read-only or failing disk, but not a file without read permission.
+    """Do the same as ``translate`` for a command that knows only the error and not the path. This
+    function covers a full, read-only or failing disk, but not a file without read permission.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):
@@ -130,7 +133,7 @@ def failed(error: Exception) -> ToolkitError | None:
 
 
 def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
-    """A text with the needed, the free and the missing space."""
+    """Return a text with the needed, the free and the missing space."""
     free = None if number == errno.EDQUOT else free_bytes(place)
     wanted = "" if needed is None else f"{format_bytes(needed)} needed"
     if free is None:
@@ -140,7 +143,7 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= LEAST_FREE:
         where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
-        parts.append(f"the file is not named: look at {where}")
+        parts.append(f"the error does not name the file: look at {where}")
     return f": {', '.join(parts)}"
 
 
@@ -159,8 +162,8 @@ def free_bytes(path: Path) -> int | None:
 
 
 def file_system(path: Path) -> str:
-    """A text with the file system of ``path``, `` (file system /data, ext4)``; empty if the kernel
-    does not report it.
+    """Return a text that names the file system of ``path``, such as `` (file system /data, ext4)``;
+    empty if the kernel does not report it.
     """
     try:
         real = str(_existing(path).resolve())

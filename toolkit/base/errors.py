@@ -1,9 +1,10 @@
-"""One family of errors, each with the exit code that schedulers act on.
+"""The classes of the toolkit's errors, each with the exit code that schedulers act on.
 
 An error tells the user what went wrong, where, and what to do. The command line prints it as one
-block and never as a traceback; ``--debug`` shows the traceback. The drop-in API raises the
-subclasses that are also a ``ValueError``, ``TypeError``, ``NotImplementedError`` or
-``ImportError``, so code that catches the original's errors still works.
+block and never as a traceback; ``--debug`` shows the traceback. The drop-in API (classes with the
+names and parameters of Unsloth's and TRL's) raises the subclasses that are also a ``ValueError``,
+``TypeError``, ``NotImplementedError`` or ``ImportError``. So code that catches the errors of the
+original classes still works.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ EXIT_CODES: dict[int, str] = {
 
 
 class ToolkitError(Exception):
-    """The base class: what happened (``message``), where (``where``) and what to do (``fix``)."""
+    """The base class of the toolkit's errors. ``message`` says what happened, ``where`` names the
+    place, and ``fix`` says what to do.
+    """
 
     exit_code: ClassVar[int] = 70
 
@@ -100,9 +103,9 @@ class DefectError(ToolkitError):
 
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
-    """The message of an error of another library, in one line of at most ``longest`` characters. If
-    the message is empty (``MemoryError()``), the name of the error's class. For a pydantic error,
-    its single messages, because its text begins with a count.
+    """Return the message of an error of another library, in one line of at most ``longest``
+    characters. For an empty message (``MemoryError()``), return the name of the error's class. For
+    a pydantic error, return its single messages, because its text begins with a count.
     """
     judged = getattr(error, "errors", None)
     if callable(judged) and "validation error" in str(error):

@@ -1,8 +1,9 @@
-"""The only way to read a user's file: a regular file of limited size, in limited time.
+"""Read a user's file: a regular file of limited size, in limited time. All code of the toolkit
+reads such files with this module.
 
 A path in a run file, a model's folder or an archive may lead to a pipe without a writer, an endless
-device, a loop of links, or a file that is far too large. Each raises ``InputError`` with the same
-message in every command.
+device, a loop of links, or a file that is far too large. In each case this module raises
+``InputError`` with the same message in every command.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_DATA_BYTES = 64 * GIB
 MAX_LINE_BYTES = 256 * MIB  # limit for one row of a data file
 MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
-FIX_AGAIN = "get the file again: it is truncated, or is not what its name says"
+FIX_AGAIN = "get the file again: it is truncated, or its content does not match its name"
 FIX_COPY = "put a regular file at this path"
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -46,14 +47,14 @@ def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> Inp
 
 
 def kind_fault(mode: int) -> str | None:
-    """Why a file with this mode is not read; None for a regular file."""
+    """Return why a file with this mode is not read; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
 
 
 def os_fault(error: OSError | ValueError) -> str:
-    """A few words that say why a file cannot be opened."""
+    """Return a short text that says why a file cannot be opened."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "cannot be opened: its links form a loop"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -62,7 +63,7 @@ def os_fault(error: OSError | ValueError) -> str:
 
 @contextmanager
 def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tuple[int, int]]:
-    """``(descriptor, size in bytes)`` of a regular file of at most ``limit`` bytes.
+    """Open a regular file of at most ``limit`` bytes, and yield ``(descriptor, size in bytes)``.
 
     Opening never blocks. Raises InputError if the file cannot be opened, is not a regular file, or
     is larger.
@@ -88,7 +89,7 @@ def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tupl
 
 @contextmanager
 def open_bytes(path: str | Path, *, limit: int | None = None) -> Iterator[IO[bytes]]:
-    """A regular file of at most ``limit`` bytes as a buffered binary file. Raises InputError."""
+    """Open a regular file of at most ``limit`` bytes as a binary file. Raises InputError."""
     with (
         open_regular(path, limit=limit) as (descriptor, _),
         open(descriptor, "rb", closefd=False) as file,
@@ -123,12 +124,14 @@ def read_text(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file of at most ``limit`` bytes. Raises InputError for anything else."""
+    """Return the value in a JSON file of at most ``limit`` bytes. Raises InputError if the file is
+    too large or not valid JSON.
+    """
     return parse_json(read_bytes(path, limit=limit), path)
 
 
 def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError if the file contains anything else."""
+    """Return the object in a JSON file. Raises InputError if the file contains anything else."""
     value = read_json(path, limit=limit)
     if not isinstance(value, dict):
         raise unusable(path, "is not a JSON object")
@@ -164,8 +167,8 @@ def _no_constant(name: str) -> Any:
 def lines_of(
     file: IO[bytes], path: str | Path, *, longest: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
-    """The lines of a binary file. A line of more than ``longest`` bytes raises InputError before it
-    is read completely.
+    """Yield the lines of a binary file. A line of more than ``longest`` bytes raises InputError
+    before it is read completely.
     """
     number = blank = 0
     while line := file.readline(longest + 1):
@@ -183,8 +186,8 @@ def lines_of(
 
 
 def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """``(name, what is wrong)`` of every entry of a folder that could block a library that opens
-    it: pipes, devices, sockets, loops of links.
+    """Yield ``(name, what is wrong)`` for every entry of a folder that could block a library that
+    opens it: pipes, devices, sockets, loops of links.
 
     Folders are skipped, and so are broken links, which libraries treat as missing files. Raises
     InputError if the folder cannot be listed or has too many files.
@@ -211,8 +214,8 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that a library is about to read if ``irregular_files`` finds an entry in it.
-    Raises InputError.
+    """Raise InputError if ``irregular_files`` finds an entry in a folder that a library is about to
+    read.
     """
     for name, fault in irregular_files(folder):
         raise unusable(Path(folder) / name, fault, fix=FIX_COPY)

@@ -1,6 +1,7 @@
 """Format bytes, durations and counts in readable units, and make unprintable characters visible.
 
-Names in other modules contain their unit: ``_bytes``, ``_gib``, ``_tokens``, ``_s``.
+The names of variables in other modules end with their unit: ``_bytes``, ``_gib``, ``_tokens``,
+``_s``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """``text`` with each unprintable character replaced by its number: ``[U+202E]``. Line feeds and
-    tabs stay.
+    """Return ``text`` with each unprintable character replaced by its number: ``[U+202E]``. Line
+    feeds and tabs stay.
     """
     return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
@@ -28,7 +29,7 @@ GIB = 1024 * MIB
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes in binary units: ``1.50 GiB``, ``12.0 MiB``, ``17 B``."""
+    """Format a number of bytes in binary units: ``1.50 GiB``, ``12.0 MiB``, ``17 B``."""
     sign, size = ("-", -count) if count < 0 else ("", count)
     if size >= GIB:
         return f"{sign}{size / GIB:.2f} GiB"
@@ -40,17 +41,17 @@ def format_bytes(count: float) -> str:
 
 
 def format_parameters(count: int) -> str:
-    """A number of parameters of a model or an adapter: ``8.030 B``, ``0.46 M``."""
+    """Format the number of parameters of a model or an adapter: ``8.030 B``, ``0.46 M``."""
     return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun: ``1 warning``, ``2 warnings``."""
+    """Format a count with its noun: ``1 warning``, ``2 warnings``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``."""
+    """Format seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

@@ -32,8 +32,9 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def cached_model(name: str, revision: str | None, environ: Mapping[str, str]) -> Path | None:
-    """The snapshot folder of a model in the cache, at a branch, a tag or a commit (None: main);
-    None if it is not cached, or if ``name`` or ``revision`` is not valid on the hub.
+    """Return the snapshot folder of a cached model at a branch, a tag or a commit (None: the branch
+    main). Return None if the model is not cached, or if ``name`` or ``revision`` is not valid on
+    the hub.
     """
     if not MODEL_ID.fullmatch(name) or ".." in name:
         return None

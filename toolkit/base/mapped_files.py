@@ -1,10 +1,10 @@
 """Copy weights out of memory-mapped files, and end the process with a clear message on a bus error.
 
-safetensors maps a file into memory, and on a CPU loaders keep tensors that are in the map. If the
-file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the
-weights of the model change silently. So tensors are copied out of such maps. This module does not
-import torch: it uses the methods of the model's own tensors. For files that stay mapped,
-``report_bus_errors`` prints one line and ends the process with exit code 2.
+safetensors maps a file into memory, and on a CPU the loaders use the mapped memory as tensors. If
+the file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the
+weights of the model change silently. So tensors are copied out of mapped files. For files that stay
+mapped, ``report_bus_errors`` prints one line and ends the process with exit code 2. This module
+does not import torch: it uses the methods of the model's own tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from toolkit.base.errors import InputError
 TEXT = (
     "error: part of a file that is mapped into memory no longer exists (SIGBUS): a model or "
     "data file was truncated during the run, or its disk failed; restore the file and start "
-    "again, the run resumes from its last checkpoint\n"
+    "again: the run resumes from its last checkpoint\n"
 )
 _LINE = TEXT.encode()
 _kept: list[Any] = []  # keeps a reference to the C function, which must not be freed
@@ -31,8 +31,8 @@ def _end(_number: int) -> None:
 
 
 def report_bus_errors() -> None:
-    """After this call a bus error ends this process with one line and exit code 2. Does nothing if
-    it was called before or if other code handles the signal.
+    """Make a bus error end this process with one line and exit code 2 from now on. Does nothing if
+    this function was called before or if other code handles the signal.
     """
     if _kept or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
         return

@@ -15,22 +15,22 @@ from toolkit.base.formatting import MIB, format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_RATIO = 200  # limit of unpacked bytes per packed byte ...
-RATIO_FREE_BYTES = 64 * MIB  # ... checked after this many bytes
+MAX_RATIO = 200  # the most unpacked bytes per packed byte
+RATIO_FREE_BYTES = 64 * MIB  # below this many unpacked bytes the ratio is not checked
 XZ_MEMORY_BYTES = 256 * MIB
 READ_BYTES = MIB // 4
-FIX = "unpack it and check its content"
+FIX = "unpack the file yourself and check its content"
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """The most bytes that ``packed_bytes`` may unpack to, at most ``limit``."""
+    """The largest allowed unpacked size of ``packed_bytes`` packed bytes; at most ``limit``."""
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
 def source_of(file: IO[bytes]) -> IO[bytes] | None:
-    """The unpacked stream of a file, whose first bytes show the format; None if it is not
-    packed.
+    """Return a stream of the unpacked bytes of ``file``; None if it is not packed. The format is
+    recognised by the first bytes.
     """
     start = file.read(6)
     file.seek(0)
@@ -74,8 +74,8 @@ class _Xz:
 
 
 class Unpacked(io.RawIOBase):
-    """The bytes of ``source``, which unpacks ``file``: at most ``limit`` bytes, and at most
-    ``MAX_RATIO`` per packed byte. Raises InputError while reading.
+    """A stream of the bytes of ``source``, which unpacks ``file``: at most ``limit`` bytes, and at
+    most ``MAX_RATIO`` bytes per packed byte. Beyond that, reading raises InputError.
     """
 
     def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:

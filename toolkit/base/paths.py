@@ -1,9 +1,9 @@
-"""Join paths that cannot leave their folder, and write files with mode 0644 at most (folders:
-0755).
+"""Access files safely: join an untrusted name to a folder, and create files that only their owner
+can change.
 
-Names from a file (a weights index, the state of a saved dataset, a member of an archive) are joined
-with ``safe_join``. The toolkit writes with ``make_folder``, ``write_file`` and ``append_line``, and
-changes a user's file with ``rewrite_file``.
+Names that come from a file (a weights index, the state of a saved dataset, a member of an archive)
+are joined with ``safe_join``. ``make_folder``, ``write_file`` and ``append_line`` create files with
+mode 0644 or stricter (folders: 0755). ``rewrite_file`` changes a user's file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FOLDER_MODE = 0o755
 
 def tighten_umask() -> int:
     """Remove write permission for group and others from all files that this process creates from
-    now on; return the old umask.
+    now on. Return the old umask.
 
-    Libraries (safetensors, transformers, datasets) write with 0666 and rely on the umask, which
-    clusters often set to 0. A stricter umask is kept.
+    Libraries (safetensors, transformers, datasets) create files with mode 0666 and rely on the
+    umask, which clusters often set to 0. A stricter umask is kept.
     """
     old = os.umask(0o022)
     os.umask(old | 0o022)
@@ -40,11 +40,13 @@ def safe_join(
     where: Path | None = None,
     links: bool = False,
 ) -> Path:
-    """``root / name`` for a ``name`` from an untrusted source: it must not lead outside ``root``.
+    """Return ``root / name`` for a ``name`` from an untrusted source. The result must not be
+    outside ``root``.
 
-    Raises ConfigError at ``where`` (default ``root``) for an absolute path, a drive, ``..``, a NUL
-    or an empty name. A link that leads outside also raises ConfigError, unless ``links`` is true
-    (the hub cache consists of links).
+    Raises ConfigError if ``name`` is empty or an absolute path, or if it contains a drive, ``..``
+    or a NUL character. Also raises ConfigError if the path is a link to a place outside ``root``,
+    unless ``links`` is true (the hub cache consists of such links). The error is reported at
+    ``where`` (default ``root``), and ``what`` describes the name in its message.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
@@ -52,7 +54,7 @@ def safe_join(
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
-            fix="the file is damaged or malicious: get it again from a source that you trust",
+            fix="get the file again from a source that you trust: it is damaged or malicious",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):
@@ -65,7 +67,7 @@ def safe_join(
 
 
 def make_folder(path: Path) -> Path:
-    """Make ``path`` and its parents with mode 0755 at most, under any umask. Existing folders keep
+    """Create ``path`` and its missing parents with mode 0755 minus the umask. Existing folders keep
     their mode.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -77,12 +79,12 @@ def make_folder(path: Path) -> Path:
 def write_file(
     path: Path, content: str | bytes, *, durable: bool = False, mode: int = FILE_MODE
 ) -> Path:
-    """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one,
-    never half of it.
+    """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one, never
+    half of it.
 
-    The mode is 0644 or ``mode``, minus the umask. With ``durable``, file and folder are on the disk
-    when this returns. A link is replaced by the file; a device, a pipe or a socket is not replaced.
-    Raises OSError.
+    The new file has the mode ``mode`` minus the umask. With ``durable``, the file and its name are
+    on the disk when this function returns. If ``path`` is a link, the file replaces the link.
+    Raises OSError, also if ``path`` is a device, a pipe or a socket.
     """
     _refuse_special(path)
     data = content.encode() if isinstance(content, str) else content
@@ -104,8 +106,8 @@ def write_file(
 
 
 def write_named_file(path: Path, content: str) -> Path:
-    """``write_file`` for a path that the user named: if the path is a link, the file that it leads
-    to is replaced. Raises OSError.
+    """Call ``write_file`` for a path that the user named. If the path is a link, replace the file
+    that the link leads to, and keep the link. Raises OSError.
     """
     if path.is_symlink() and path.exists():
         _refuse_special(path.resolve())
@@ -139,7 +141,8 @@ def rewrite_file(path: Path, content: str) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append one line in one write, so that lines of several processes do not mix.
 
-    A link is not followed, and a pipe is not waited for. Raises OSError.
+    Raises OSError. A link and a pipe are errors too, so this function never follows a link and
+    never waits for the reader of a pipe.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     handle = os.open(path, flags, FILE_MODE)
@@ -152,22 +155,22 @@ def append_line(path: Path, line: str) -> None:
 
 
 def set_mode(path: Path) -> None:
-    """Set 0644 (a folder: 0755) minus the umask, for files that a library created with other modes.
-    Raises OSError.
+    """Set the mode of a file to 0644 (of a folder: 0755) minus the umask, because a library created
+    it with another mode. Raises OSError.
     """
     mode = FOLDER_MODE if path.is_dir() else FILE_MODE
     path.chmod(mode & ~_umask())
 
 
 def set_modes(folder: Path) -> None:
-    """``set_mode`` for a folder and everything in it. Raises OSError."""
+    """Call ``set_mode`` for a folder and everything in it. Raises OSError."""
     for path in (*folder.rglob("*"), folder):
         set_mode(path)
 
 
 def _umask() -> int:
-    """The umask of this process. If /proc does not have it, the umask is changed for a moment in
-    order to read it.
+    """Return the umask of this process. If /proc does not report the umask, change it for a moment,
+    because that is the only other way to read it.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -179,7 +182,9 @@ def _umask() -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk. After a rename alone they may not be."""
+    """Wait until the names of the files in a folder are on the disk. A rename alone does not
+    guarantee this.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

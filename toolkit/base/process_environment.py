@@ -1,5 +1,6 @@
-"""Environment variables that other programs set for this process: its rank and the world size
-(torchrun's names), and torch's CUDA allocator. Without these variables the world size is 1.
+"""Read environment variables that other programs set for this process: its rank and the world size
+(torchrun's names), and the settings of torch's CUDA allocator. Without these variables the world
+size is 1.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WANTED = "expandable_segments:True"
 
 
 def expands(setting: str) -> bool:
-    """Whether ``setting``, a value of these variables, turns on expandable_segments."""
+    """Whether ``setting``, a value of one of ``VARIABLES``, turns on expandable_segments."""
     return WANTED.lower() in setting.lower().replace(" ", "")
 
 
@@ -29,8 +30,8 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of this run on this node; all processes of the run if only the world
-    size is set. Raises InputError.
+    """The number of processes of this run on this node (LOCAL_WORLD_SIZE). If that variable is not
+    set, the number of all processes of the run. Raises InputError.
     """
     name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
     return _number(environ, name, least=1)
@@ -49,15 +50,15 @@ def local_rank(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def node_count(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of nodes on each of which ``--nproc-per-node`` is started: PET_NNODES, torchrun's
-    name. Raises InputError.
+    """The number of nodes of the run, from torchrun's variable PET_NNODES; 1 if it is not set.
+    Raises InputError.
     """
     return _number(environ, "PET_NNODES", least=1)
 
 
 def node_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this node among the nodes of the run, from 0: PET_NODE_RANK. Raises
-    InputError.
+    """The number of this node among the nodes of the run, from 0 (torchrun's variable
+    PET_NODE_RANK). Raises InputError.
     """
     return _number(environ, "PET_NODE_RANK", least=0)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int:
-    """Peak resident memory of this process in bytes, since its program began.
+    """Return the peak resident memory of this process in bytes, since its program began.
 
-    Linux counts in ru_maxrss also what the parent process held when it started this one. VmHWM of
-    /proc/self/status counts from the start of the program.
+    On Linux, ru_maxrss also includes the memory of the parent process at the moment when it started
+    this process. VmHWM of /proc/self/status counts only from the start of the program.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -1,8 +1,8 @@
 """Read files of weights into the operating system's cache while other modules are imported.
 
 With a cold cache, the first half minute of a start is spent on imports, which need one core and no
-disk; after that the start waits for the disk. This module discards the bytes that it reads. The
-loader of the weights then finds them in memory.
+disk. After that, the start waits for the disk. The bytes that this module reads stay in the cache,
+so the loader of the weights finds them in memory.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ class ReadAhead:
 
 
 def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
-    """Start to read the weights in ``folder``, once per process. Return None if there is nothing to
-    read, or too little memory to keep the weights.
+    """Start to read the weights in ``folder``, and return the running ReadAhead. Return None if
+    this process already read the folder, if the folder has no weights, or if there is too little
+    memory to keep them.
     """
     path = Path(folder)
     if path in _begun or not path.is_dir():

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 REDACTED = "[redacted]"
 _STREAMS = ("stdout", "stderr", "__stdout__", "__stderr__")
 
-# name -> pattern. The text of a group "keep" stays, to show what was redacted.
+# Maps the kind of a secret to its pattern. The text of a group "keep" stays, to show what was
+# redacted.
 PATTERNS: dict[str, re.Pattern[str]] = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -50,8 +51,8 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     }.items()
 }
 
-# The last words of a key that holds a secret. Plain "token" counts only alone or after a service's
-# name: pad_token, eos_token and max_tokens are not secrets.
+# Matches keys whose last words name a secret. "token" alone is a secret, and so is "token" after
+# the name of a service; pad_token, eos_token and max_tokens are not secrets.
 _SECRET_KEY = re.compile(
     r"^token$|(?:^|[_.\-])(?:api[_-]?key|access[_-]?key(?:[_-]id)?|secret(?:[_-]?key)?"
     r"|private[_-]?key|client[_-]?secret|passw(?:or)?d|passphrase|credentials?|authorization"
@@ -63,9 +64,10 @@ _SECRET_VARIABLE = re.compile(
     r"|COOKIE|CONNECTION_STRING|ACCESS_?KEY_ID|KEY_BASE64|WEBHOOK_URL|DOCKER_AUTH_CONFIG)$"
     r"|(?:_KEY|_PWD|APIKEY|PASSW(?:OR)?D)$"
 )
-# A password in any variable that contains a URL, such as DATABASE_URL or http_proxy.
+# Finds a password in a variable that contains a URL, such as DATABASE_URL or http_proxy.
 _USER_INFO = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:([^\s/]+)@")
-# Shorter values of a variable ("1", "none", "secret") would redact ordinary words.
+# The shortest value of a variable that is redacted. Shorter values ("1", "none", "secret") are
+# ordinary words, which must stay readable.
 _SHORTEST_VALUE = 8
 
 
@@ -75,15 +77,15 @@ def is_secret_key(name: str) -> bool:
 
 
 def find_secret(text: str) -> str | None:
-    """The kind of the first secret in ``text`` ("Hugging Face token"), by its form; None if there
-    is none.
+    """Return the kind of the first secret in ``text``, such as "Hugging Face token"; None if there
+    is none. A secret is recognised by its form.
     """
     return next((kind for kind, pattern in PATTERNS.items() if pattern.search(text)), None)
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """``text`` with every secret replaced by ``[redacted: kind]``; ``environ`` defaults to that of
-    this process.
+    """Return ``text`` with every secret replaced by ``[redacted: kind]``. ``environ`` is the
+    environment whose secrets are removed, by default that of this process.
     """
     known = _known_here() if environ is None else _known_values(frozenset(environ.items()))
     for name, value in known:
@@ -95,8 +97,9 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """A copy of a tree of mappings, lists and scalars without secrets. A secret is found by the
-    name of its key, by its form, and by the values of the environment.
+    """Return a copy of a tree of mappings, lists and scalars without secrets. A secret is
+    recognised by the name of its key, by its form, or by being the value of a secret environment
+    variable.
     """
     if isinstance(value, str):
         return redact(value, environ)
@@ -115,10 +118,10 @@ def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def protect_output() -> Callable[[], None]:
-    """After this call no secret reaches stdout, stderr or a log record of this process, including
-    threads and exit handlers.
+    """Remove secrets from everything that this process writes to stdout, stderr and log records
+    from now on, also in threads and exit handlers.
 
-    Call the returned function to remove the protection. Code that writes directly to the file
+    Return a function that removes this protection. Code that writes directly to the file
     descriptors is not covered.
     """
     streams = {name: getattr(sys, name) for name in _STREAMS}
@@ -195,14 +198,14 @@ def _message(record: logging.LogRecord) -> str:
             return f"{type(record.msg).__name__} that cannot be displayed"
 
 
-# secret -> its variable; every secret that this process's environment has had so far
+# Maps every secret that this process's environment has had so far to the name of its variable.
 _seen: dict[str, str] = {}
 _order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
 
 
 def _known_here() -> tuple[tuple[str, str], ...]:
-    """The secrets of this process, including variables that were removed from its environment
-    later.
+    """Return the secrets of this process, including those of variables that were removed from its
+    environment later.
     """
     global _order
     environ = frozenset(os.environ.items())
@@ -215,8 +218,8 @@ def _known_here() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=4)
 def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """(variable, value) of the environment's secrets, in every form in which they may be printed,
-    longest first.
+    """Return (variable, value) for the environment's secrets, in every form in which they may be
+    printed, longest first.
     """
     found: dict[str, str] = {}
     for name, value in sorted(environ):
@@ -245,8 +248,8 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """The forms in which a secret may be printed: unchanged, and as ``repr`` (also of bytes, and
-    applied twice), JSON, URLs and ``visible`` write it.
+    """Return the forms in which a secret may be printed: unchanged, and as ``repr`` (also of bytes,
+    and applied twice), JSON, URLs and ``visible`` write it.
     """
     once = _quoted(secret)
     forms = [
@@ -269,8 +272,8 @@ def _quoted(text: str) -> list[str]:
     for quote_it in (repr, ascii):
         found += [
             quote_it(text)[1:-1],
-            # ``repr`` of a text that contains both quote characters escapes the single one
+            # ``repr`` of a text with both quote characters escapes the single quotes
             quote_it(f"{text}'\"")[1:-4],
-            quote_it(f"{text}'")[1:-2],  # ``repr`` of a text with only single quotes escapes none
+            quote_it(f"{text}'")[1:-2],  # with only single quotes, nothing is escaped
         ]
     return found

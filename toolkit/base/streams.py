@@ -1,8 +1,8 @@
 """Keep a run alive when its standard output or error is lost.
 
-The reader may end (``| head``, a log shipper that died), the disk under a redirected stream may be
-full, the terminal may close, or a stream may be closed from the start. The run continues without
-it.
+The reader of a pipe may end (``| head``, a log shipper that died), the disk under a redirected
+stream may be full, the terminal may close, or a stream may be closed from the start. The run
+continues without that stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ STANDARD = 3
 
 def open_missing() -> None:
     """Connect a closed stdin, stdout or stderr (``>&-``) to the null device. Otherwise the next
-    opened file would get its number, and prints would go into that file.
+    file that is opened would get the descriptor of the closed stream, and prints would go into that
+    file.
     """
     for number in range(STANDARD):
         try:
@@ -53,8 +54,8 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that is replaced by the null device after its first failure. ``other`` is the
-    stream that gets the warning. All other attributes are those of the stream.
+    """A text stream that is replaced by the null device after its first failure. The warning about
+    the failure is written to the stream ``other``. All other attributes are those of the stream.
     """
 
     def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:
@@ -98,8 +99,9 @@ class Outliving:
 
 
 def discard(stream: TextIO) -> None:
-    """Connect the descriptor of ``stream`` to the null device. Buffered output then goes there;
-    otherwise its failure at the end of the process would change the exit code (to 120).
+    """Connect the descriptor of ``stream`` to the null device, so that the buffered output of a
+    failed stream goes there. Otherwise its failure at the end of the process would change the exit
+    code to 120.
     """
     with suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()
@@ -111,7 +113,9 @@ def discard(stream: TextIO) -> None:
 
 
 def settle() -> None:
-    """At the end of a process: write what the streams still buffer, or drop it if that fails."""
+    """Write the buffered output of stdout and stderr at the end of the process. If writing fails,
+    drop the output.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

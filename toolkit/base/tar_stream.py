@@ -1,8 +1,8 @@
-"""The members of a tar file, read once from front to back, with limits.
+"""Read the members of a tar file once, from front to back, with limits.
 
 tarfile reads a header of any stated size into memory, follows headers that point backwards, and
 unpacks whatever is between two headers. ``Forward``, the stream that tarfile reads from, prevents
-all three.
+these three problems.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-MAX_HEADER_BYTES = MIB  # limit for one member, extended headers included
-MAX_HEADERS_BYTES = 16 * MIB  # limit for all members
+MAX_HEADER_BYTES = MIB  # limit for the headers of one member
+MAX_HEADERS_BYTES = 16 * MIB  # limit for the headers of all members
 
 
 class Forward:
-    """The stream that tarfile reads from. The stream reads only forwards, and limits the size of
-    one read.
-    """
+    """A stream for tarfile that reads only forwards and limits the size of one read."""
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
         self.path = path
@@ -45,7 +43,7 @@ class Forward:
         return self.at
 
     def read(self, count: int) -> bytes:
-        """A header, or a piece of a member's data."""
+        """Read a header, or a part of a member's data."""
         if not 0 <= count <= MAX_HEADER_BYTES:
             what = f"has a header of {count} bytes; the limit is {MAX_HEADER_BYTES}"
             raise ConfigError(what, where=str(self.path))
@@ -74,8 +72,9 @@ class Forward:
 def tar_members(
     path: Path, file: IO[bytes], limit: int
 ) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """Each member with its content (None except for regular files), which must be read before the
-    next member. Raises tarfile.TarError, RecursionError, InputError or ConfigError.
+    """Yield each member with a stream of its content, or with None if it is not a regular file.
+    Read the content before requesting the next member. Raises tarfile.TarError, RecursionError,
+    InputError or ConfigError.
     """
     stream = Forward(path, file, limit)
     with tarfile.TarFile(fileobj=stream, mode="r", errorlevel=2) as tar:  # type: ignore[arg-type]
@@ -83,5 +82,5 @@ def tar_members(
             stream.in_headers = False
             yield info, tar.extractfile(info) if info.isreg() and not info.issparse() else None
             stream.in_headers = True
-            # tarfile keeps every member; this list is not needed
+            # tarfile would keep all members in this list, which is not needed
             tar.members = []  # type: ignore[attr-defined]

@@ -1,11 +1,13 @@
 """Call code that may never end, with a limit on time and memory.
 
-A thread cannot be stopped: a loop continues to use the interpreter's time, and a pattern that
-backtracks without end holds the interpreter lock, so no other thread can act. A timer signal in the
-main thread interrupts loops, sleeps, sockets, locks and patterns, and leaves no thread behind. So
-the main thread uses the signal. Other threads use a daemon thread that is abandoned when its time
-is over. Neither stops native code that never returns to Python, nor code that catches every
-exception in a loop. For these, the user's rewards run in a process that can be killed
+A thread cannot be stopped: a loop continues to use the interpreter's time, and a regular expression
+that backtracks without end keeps the interpreter lock, so no other thread can act. A timer signal
+in the main thread interrupts loops, sleeps, sockets, locks and regular expressions, and leaves no
+thread behind. So calls in the main thread are limited by a signal. Calls in other threads run in a
+daemon thread, which is abandoned when its time is over.
+
+Neither method stops native code that never returns to Python, or code that catches every exception
+in a loop. Because of such code, the user's rewards run in a process that can be killed
 (train/rewards/worker).
 """
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
-_AGAIN_S = 1.0  # the alarm repeats, so code that catches one is stopped by a later one
+_AGAIN_S = 1.0  # the alarm repeats, because the called code may catch the first one
 
 
 class OutOfTime(Exception):
@@ -39,7 +41,9 @@ class _Cut(BaseException):
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises; OutOfTime after ``seconds`` (None: no limit)."""
+    """Return what ``call`` returns, or raise what it raises. Raises OutOfTime after ``seconds``
+    (None: no limit).
+    """
     if seconds is None:
         return call()
     if threading.current_thread() is threading.main_thread():
@@ -77,9 +81,9 @@ def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
         armed = False
         left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
         if left and interval != _AGAIN_S and callable(old_handler):
-            # The run set this alarm during the call, so it continues.
+            # The called code set this alarm, so it must stay set.
             old_left, old_interval = left, interval
-        elif old_left:  # an outer limit continues to count
+        elif old_left:  # the alarm that was set before the call continues
             old_left = max(old_left - (time.monotonic() - started), 1e-3)
         signal.signal(signal.SIGALRM, old_handler or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, old_left, old_interval)
@@ -102,7 +106,7 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
 
 @contextmanager
 def memory_within(more_bytes: int) -> Iterator[None]:
-    """Inside the block this process may allocate at most ``more_bytes`` more; beyond that
+    """Limit the memory that this process can allocate inside the block: after ``more_bytes`` more,
     MemoryError is raised.
 
     The limit applies to all threads, so keep the block short and run no other thread in it.
@@ -111,7 +115,7 @@ def memory_within(more_bytes: int) -> Iterator[None]:
     try:
         has = _address_space()
     except OSError:
-        yield  # without /proc there is no limit on memory
+        yield  # without /proc the memory is not limited
         return
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([has + more_bytes, *limits]), hard))

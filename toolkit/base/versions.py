@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @cache
 def as_version(text: str) -> Version:
-    """The version in ``2.13.0+cpu`` or in a driver's ``580.159.04``, for comparison. If a text is
-    not a version, such as ``580.65.06-server``, only the numbers at its start count.
+    """Parse a version such as ``2.13.0+cpu`` or a driver's ``580.159.04``, for comparison. If a
+    text is not a version, such as ``580.65.06-server``, only the numbers at its start count.
     """
     from packaging.version import InvalidVersion, Version  # noqa: PLC0415 - see above
 
@@ -27,7 +27,9 @@ def as_version(text: str) -> Version:
 
 
 def satisfies(installed: str, requirement: str) -> bool:
-    """Whether ``2.11.0`` meets ``>=2.11,<2.14``; a requirement that cannot be read is not met."""
+    """Whether the version ``installed`` (``2.11.0``) meets ``requirement`` (``>=2.11,<2.14``).
+    False if the requirement cannot be read.
+    """
     from packaging.specifiers import InvalidSpecifier, SpecifierSet  # noqa: PLC0415 - see above
 
     try:

@@ -1,24 +1,27 @@
 """The cards known by name, and the MIG slices of those that support MIG.
 
-``nvml`` is the total that ``nvidia-smi`` prints, in MiB. ``cuda`` is the total that CUDA sees
-(``cudaMemGetInfo``, and what torch prints as "total capacity"), in GiB: it is below NVML's total,
-because the driver reserves a part. Sources:
+``nvml`` is the total memory that ``nvidia-smi`` prints, in MiB. ``cuda`` is the total memory that
+CUDA reports (``cudaMemGetInfo``, and "total capacity" in torch's messages), in GiB. It is below
+NVML's total, because the driver reserves a part. The source of a row is one of these words:
 
-- ``read``: both sizes were read on the card. - ``log``: ``cuda`` as torch, vLLM, deviceQuery,
-Ollama or another engine prints it in the public log at the address in card_sources, ``nvml`` as
-``nvidia-smi`` prints it in public logs. - ``reserved``: NVML's total less what ``nvidia-smi -q``
-calls "Reserved", in the log at the address. - ``reported``: ``cuda`` as commonly reported on
-today's drivers; no log with the card's name was found. An address in card_sources is that of NVML's
-total, or of the size on an older driver, which reserved less. - ``alike``: ``nvml`` as
-``nvidia-smi`` prints it, ``cuda`` as on the card of the same chip and memory in this table. -
-``computed``: ``nvml`` as ``nvidia-smi`` prints it in public logs, or the data sheet's size;
-``cuda`` is less by what the driver reserves on cards of that size (the largest value seen): 500 MiB
-up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above. - ``host``: integrated memory, which is a part
-of the host's memory.
+- ``read``: both sizes were read on the card.
+- ``log``: ``nvml`` is what ``nvidia-smi`` prints in public logs. ``cuda`` is what torch, vLLM,
+  deviceQuery, Ollama or another engine prints in the public log at the address in card_sources.
+- ``reserved``: ``cuda`` is NVML's total minus the part that ``nvidia-smi -q`` calls "Reserved" in
+  the log at the address.
+- ``reported``: ``cuda`` is commonly reported for current drivers, but no log that names the card
+  was found. An address in card_sources is the source of NVML's total, or of the size with an older
+  driver, which reserved less.
+- ``alike``: ``nvml`` is what ``nvidia-smi`` prints. ``cuda`` is that of a card with the same chip
+  and memory in this table.
+- ``computed``: ``nvml`` is what ``nvidia-smi`` prints in public logs, or the size in the data
+  sheet. ``cuda`` is ``nvml`` minus the largest part that the driver was seen to reserve on cards of
+  that size: 500 MiB up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above.
+- ``host``: the card has integrated memory, which is a part of the host's memory.
 
-The ``gib`` of a slice is what ``nvidia-smi mig -lgip`` prints in the public logs of card_sources
-(the smallest, where drivers differ) and in NVIDIA's MIG guide; a ``computed`` one is the smallest
-share of the card that a published slice with the same number of eighths has.
+The size of a slice is what ``nvidia-smi mig -lgip`` prints in the public logs of card_sources and
+in NVIDIA's MIG guide; if drivers differ, it is the smallest. A computed size is the smallest share
+of its card that a published slice with the same number of eighths has.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Find a card by its name, whether this machine has one or not. This module defines ``--gpu h200``,
-``--gpu h100:3g.40gb`` and ``--gpu 24GiB:8.9``, and the cards that ``--require`` accepts.
+"""Find a card by its name, even if this machine does not have one. This module defines the values
+of ``--gpu`` (``h200``, ``h100:3g.40gb``, ``24GiB:8.9``) and the cards that ``--require`` accepts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from toolkit.gpu import card_sources, card_table
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One model of card, or one MIG slice of it. ``total_bytes`` is NVML's total, ``cuda_bytes``
-    the total that CUDA sees. ``source`` is a source of card_table, ``addresses`` and
-    ``slice_addresses`` say where the sizes were read. ``machine`` is aarch64 for cards that exist
-    only there.
+    """One model of card, or one of its MIG slices.
+
+    ``total_bytes`` is NVML's total, ``cuda_bytes`` the total that CUDA reports. ``source`` is one
+    of the words that card_table explains. ``addresses`` and ``slice_addresses`` are the places
+    where the sizes were read. ``machine`` is aarch64 for cards that exist only in such machines.
     """
 
     name: str
@@ -46,14 +47,15 @@ ARCHITECTURES = {
     "hopper": ((9, 0), (9, 9)),
     "blackwell": ((10, 0), (12, 9)),
 }
-"""Architecture -> compute capabilities, for --require."""
+"""Maps an architecture, as written in --require, to its lowest and highest compute capability."""
 
 ASSUMED_CAPABILITY = (8, 0)
 """The compute capability of a card that is given only by its size: the lowest one that supports
 every number format of the toolkit.
 """
 
-# The most MiB that the driver reserves on a card of up to so many MiB (see card_table).
+# (largest total in MiB, MiB that the driver reserves on such cards); see ``computed`` in
+# card_table.
 _RESERVED = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb|g|mib)(?::(\d+)\.(\d))?")
 _OTHERS = (
@@ -99,8 +101,8 @@ CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip()
 
 
 def _key(name: str) -> str:
-    """A name in the form for comparison: ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090``
-    are equal.
+    """Return a name in the form that is compared: ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and
+    ``RTX4090`` become equal.
     """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 
@@ -112,7 +114,8 @@ def find(name: str, *, where: str = "--gpu") -> Card:
     """Find a card. ``name`` is the name or alias of a card, ``CARD:PROFILE`` for a MIG slice
     (``h100:3g.40gb``), or a size (``24GiB``, or ``24GiB:8.9`` with the compute capability).
 
-    Raises ConfigError at ``where`` for an unknown card or profile; the fix names the nearest.
+    Raises ConfigError at ``where`` for an unknown card or profile; its fix names the most similar
+    cards.
     """
     if plain := _SIZE.fullmatch(name.strip().lower()):
         return _plain(plain)
@@ -145,8 +148,12 @@ def _unknown(name: str, where: str) -> ConfigError:
     near = did_you_mean.near(_key(name), _BY_KEY, cutoff=0.4, within=1)
     hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
-    size = "; or give its memory: 24GiB, or 24GiB:8.9 with the compute capability"
-    fix = f"did you mean {hint}? Known: {known}" if hint else f"known cards: {known}"
+    size = "; or give the card's memory: 24GiB, or 24GiB:8.9 with the compute capability"
+    fix = (
+        f"did you mean {hint}? Known cards: {known}"
+        if hint
+        else f"use one of the known cards: {known}"
+    )
     return ConfigError(f"unknown card {name!r}", where=where, fix=fix + size)
 
 
@@ -161,14 +168,13 @@ def _slice(card: Card, profile: str, where: str) -> Card:
                 source,
                 card.machine,
             )
-    known = ", ".join(card.mig_profiles) or "none: this card has no MIG"
-    raise ConfigError(
-        f"{card.name} has no MIG profile {profile!r}", where=where, fix=f"profiles: {known}"
-    )
+    known = ", ".join(card.mig_profiles)
+    fix = f"use one of its profiles: {known}" if known else "use a card that supports MIG"
+    raise ConfigError(f"{card.name} has no MIG profile {profile!r}", where=where, fix=fix)
 
 
 def of_name(name: str) -> Card | None:
-    """The card with this NVML name; None if the table does not have it."""
+    """Return the card with this NVML name; None if the table does not contain it."""
     return _BY_KEY.get(_key(name))
 
 
@@ -183,10 +189,14 @@ def check_family(wanted: str, *, where: str = "--require") -> None:
 
 
 def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
-    """Whether the card ``name`` is one of ``wanted``: every word of ``wanted`` is a word of the
-    name (``h100`` matches every H100, ``a100-80gb`` both cards of that size), or ``wanted`` is a
-    GeForce series (``rtx-40``), an architecture (``hopper``), or another name of the card in the
-    table.
+    """Whether the card ``name`` is one of the cards that ``wanted`` describes.
+
+    These values of ``wanted`` are possible:
+
+    - words of the name: ``h100`` matches every H100, ``a100-80gb`` every A100 with 80 GB,
+    - a GeForce series (``rtx-40``),
+    - an architecture (``hopper``),
+    - another name of the card in the table.
     """
     text = wanted.strip().lower()
     if text in ARCHITECTURES:

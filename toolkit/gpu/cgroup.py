@@ -14,13 +14,14 @@ _NO_LIMIT = 1 << 60
 
 
 def read_cgroup(root: Path) -> dict[str, Any]:
-    """{version, memory_limit, memory_used, cpu_limit}: bytes and CPUs, None for no limit.
+    """Return {version, memory_limit, memory_used, cpu_limit} in bytes and CPUs. A limit of None
+    means that there is no limit.
 
     The limits of all parent groups apply too, so the smallest one is returned.
 
     Raises:
         OSError: there is no cgroup file system.
-        ValueError: files in an unknown form.
+        ValueError: a cgroup file has an unknown form.
     """
     groups = _groups(root)
     base = root / "sys/fs/cgroup"
@@ -43,7 +44,7 @@ def read_cgroup(root: Path) -> dict[str, Any]:
 
 
 def _groups(root: Path) -> dict[str, str]:
-    """Controller -> path of this process's group. For version 2 the only key is ""."""
+    """Map each controller to the path of this process's group. For version 2 the only key is ""."""
     groups: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         parts = line.split(":", 2)
@@ -53,7 +54,7 @@ def _groups(root: Path) -> dict[str, str]:
 
 
 def _chain(base: Path, group: str) -> list[Path]:
-    """The group's folder and its parents up to ``base``.
+    """Return the group's folder and its parents up to ``base``.
 
     In a container, the path of the group may be a path on the host that does not exist here. Then
     only ``base`` is returned.
@@ -76,7 +77,9 @@ def _number(path: Path) -> int | None:
 
 
 def _used(folder: Path, name: str, prefix: str = "") -> int | None:
-    """Bytes in use without the page cache, which the kernel frees before it kills a process."""
+    """Return the bytes in use without the page cache, because the kernel frees the page cache
+    before it kills a process.
+    """
     used = _number(folder / name)
     if used is None:
         return None
@@ -90,7 +93,9 @@ def _used(folder: Path, name: str, prefix: str = "") -> int | None:
 
 
 def _share(folder: Path) -> float | None:
-    """CPUs from version 2's ``cpu.max``: quota and period in microseconds."""
+    """Return the number of CPUs in version 2's ``cpu.max``, which contains a quota and a period in
+    microseconds.
+    """
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
     except FileNotFoundError:

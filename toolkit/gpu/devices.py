@@ -40,11 +40,11 @@ class Memory:
 
 
 def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
-    """All cards that respond, in CUDA's own order, before CUDA_VISIBLE_DEVICES is applied.
+    """Return all cards that respond, in CUDA's own order, before CUDA_VISIBLE_DEVICES is applied.
 
     Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with an undocumented rule. Equal cards
-    keep the bus order. For unequal cards this function guesses by capability and memory, and the
-    check ``devices.order`` reports that it is a guess.
+    keep the order of the PCI bus. For unequal cards this function guesses the order by capability
+    and memory, and the check ``devices.order`` reports that the order is a guess.
     """
     answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
     by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
@@ -58,7 +58,7 @@ def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
 
 
 def mixed(snapshot: NodeSnapshot) -> bool:
-    """Whether the node holds cards of different kinds."""
+    """Whether the node has cards of different kinds."""
     return len({gpu.name.value for gpu in snapshot.gpus if gpu.name.known}) > 1
 
 
@@ -109,8 +109,8 @@ def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
 
 
 def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
-    """The visible devices, with a slice in place of each card in MIG mode. Such a card can only be
-    used through a slice, and CUDA uses exactly one.
+    """Return the visible devices. A card in MIG mode can only be used through a slice, and CUDA
+    uses exactly one, so if there is a slice, only the first one is returned.
     """
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
@@ -139,16 +139,16 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
             f"GPU {index} was requested, but CUDA sees {len(seen.devices)} on this node"
             + (f" ({seen.problem})" if seen.problem else ""),
             where="--gpu-index",
-            fix="indices count from 0 in CUDA's order, after CUDA_VISIBLE_DEVICES",
+            fix=f"use an index below {len(seen.devices)}: CUDA numbers the cards from 0, after it "
+            "has applied CUDA_VISIBLE_DEVICES",
         )
     return seen.devices[index or 0]
 
 
 def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
-    """The memory of a device that CUDA can use; with integrated memory, the available memory of the
-    host.
-
-    On GB10 and Jetson, where CPU and GPU share memory, NVML reports "not supported".
+    """Return the memory of a device that CUDA can use. On GB10 and Jetson, where CPU and GPU share
+    memory, NVML reports "not supported"; there, return the available memory of the host. Return
+    None if the memory is unknown.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return Memory(gpu.total_bytes, gpu.free_bytes)
@@ -159,8 +159,8 @@ def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
 
 
 def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
-    """The whole card of a slice; for a card, the card itself. Health is a property of the card,
-    memory one of the slice.
+    """Return the card that a slice belongs to; for a card, the card itself. Health is a property of
+    the card, memory a property of the slice.
     """
     if gpu.parent is None:
         return gpu
@@ -168,8 +168,8 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
 
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
-    """The node's machine type (x86_64, aarch64). If a recording does not have it, the machine type
-    of the card.
+    """Return the node's machine type (x86_64, aarch64). If the snapshot does not contain it, return
+    the machine type of the card in the table.
     """
     if snapshot.software.machine.value:
         return snapshot.software.machine.value

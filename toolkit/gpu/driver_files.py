@@ -1,5 +1,5 @@
-"""Read facts about the driver from the file system: which libcuda is loaded, device nodes, the
-kernel's log.
+"""Read facts about the driver from the file system: which libcuda is loaded, the device files, and
+the kernel's log.
 
 No library is loaded: a library's version is read from its file name, and the loader's cache is read
 as bytes. Paths are relative to ``root`` so that tests can create their own node.
@@ -41,8 +41,8 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
 
 
 def asked(question: Callable[[], Any]) -> Reading[Any]:
-    """The reading of the value that ``question`` returns, a function that reads files. A missing
-    file becomes "not supported".
+    """Call ``question``, a function that reads files, and return its result as a reading. A missing
+    file becomes "not supported", another error "failed".
     """
     try:
         return of(question())
@@ -56,7 +56,8 @@ def kernel_module(root: Path = ROOT) -> str:
     """Version of the loaded kernel module.
 
     Raises:
-        OSError: it is not loaded.
+        OSError: the module is not loaded.
+        ValueError: its version file has an unknown form.
     """
     text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     found = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
@@ -66,8 +67,8 @@ def kernel_module(root: Path = ROOT) -> str:
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Every libcuda.so.1 in the loader's order (the first one is loaded), each with the place where
-    it was found.
+    """Return every libcuda.so.1 with its version and the source of its path, in the loader's order.
+    The first one is loaded.
     """
     found: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
@@ -80,8 +81,8 @@ def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any
 def shared_library(
     name: str, environ: Mapping[str, str], root: Path = ROOT
 ) -> Iterator[tuple[Path, Path, str]]:
-    """Every file of this name on the loader's search path, in its order: path, resolved file, and
-    the source of the path.
+    """Yield every file of this name on the loader's search path, in its order, as (path, path
+    without links, source of the path).
     """
     places = [
         ("LD_LIBRARY_PATH", Path(folder))
@@ -99,7 +100,9 @@ def shared_library(
 
 
 def _cached(name: str, root: Path) -> list[Path]:
-    """The paths of a library in the loader's cache, which is a table of NUL-terminated strings."""
+    """Return the paths of a library in the loader's cache, which is a table of NUL-terminated
+    strings.
+    """
     try:
         data = (root / "etc/ld.so.cache").read_bytes()
     except OSError:
@@ -142,7 +145,9 @@ def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
 
 
 def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
-    """The XID and SXID events since boot: number, bus id, and age in seconds if known."""
+    """The XID and SXID events (faults that the driver reported) since boot: number, bus id, and age
+    in seconds if known.
+    """
     try:
         return of(_events(root / "dev/kmsg"))
     except OSError as error:
@@ -160,8 +165,8 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
 
 
 def _events(kmsg: Path) -> list[dict[str, Any]]:
-    """The records of the kernel's ring buffer. One read returns one record; reading ends when a
-    read would block, or after a time limit.
+    """The XID and SXID events in the kernel's ring buffer. One read returns one record. Reading
+    ends when a read would block, or after a time limit.
     """
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     events, until = [], time.monotonic() + _LOG_SECONDS

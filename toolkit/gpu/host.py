@@ -1,5 +1,5 @@
-"""Read the host as the job will see it: the limits of its cgroup instead of the machine's totals,
-disks, clock.
+"""Read the facts about the host that apply to the job: the limits of its cgroup instead of the
+machine's totals, disks, and the clock.
 
 Nothing is written: the kernel reports whether a folder is writable (``access``). Paths are relative
 to ``root`` so that tests can create their own host.
@@ -54,9 +54,16 @@ VARIABLES = (
 
 @dataclass(frozen=True, slots=True)
 class HostSnapshot:
-    """Bytes, counts, seconds. ``cgroup`` {version, memory_limit, memory_used, cpu_limit};
-    ``disks`` a list of {role, path, total, free, free_inodes, writable}; ``limits`` {memlock,
-    nofile} with None for unlimited; ``place`` {container, kubernetes, slurm, wsl}.
+    """What is known about the host, in bytes, counts and seconds.
+
+    Some fields have several values:
+
+    - ``place``: {container, kubernetes, slurm, wsl}.
+    - ``memory`` and ``shm``: the total, and the available or free bytes.
+    - ``cgroup``: {version, memory_limit, memory_used, cpu_limit}.
+    - ``limits``: {memlock, nofile}, None for unlimited.
+    - ``disks``: a list of {role, path, total, free, free_inodes, writable}.
+    - ``clock``: {now, synchronised}.
     """
 
     place: Reading[dict[str, Any]] = NOT_ASKED
@@ -76,7 +83,7 @@ def relevant(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROOT) -> HostSnapshot:
-    """All facts about the host, each read separately."""
+    """Read all facts about the host. If one cannot be read, the others are still returned."""
     return HostSnapshot(
         place=asked(lambda: place(environ, root)),
         memory=read_memory(root),
@@ -91,7 +98,7 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
 
 
 def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
-    """Bytes of main memory: the total, and the memory that is available without swapping."""
+    """Return the total bytes of main memory, and those that are available without swapping."""
     return asked(lambda: _memory(root))
 
 
@@ -109,8 +116,8 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def disk(role: str, path: Path) -> dict[str, Any]:
-    """Facts about the file system of a folder. If the folder does not exist yet, its nearest parent
-    counts.
+    """Return facts about the file system of a folder. If the folder does not exist yet, use its
+    nearest existing parent.
     """
     existing = path.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
@@ -150,7 +157,9 @@ def clock() -> Reading[dict[str, Any]]:
 
 
 def _user(environ: Mapping[str, str]) -> Reading[str]:
-    """The account name. torch and triton need it and fail if the user id has no name."""
+    """Return where the name of the account comes from. torch and triton need a name and fail if the
+    user id has none.
+    """
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):
             return of("from the environment")
@@ -162,8 +171,8 @@ def _user(environ: Mapping[str, str]) -> Reading[str]:
 
 
 def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
-    """The container engine, orchestrator, scheduler and WSL, recognised by their files and
-    variables.
+    """Return the container engine, and whether Kubernetes, Slurm and WSL are in use. They are
+    recognised by their files and environment variables.
     """
     container = None
     if "APPTAINER_CONTAINER" in environ or "SINGULARITY_CONTAINER" in environ:

@@ -1,9 +1,8 @@
-"""Read the model's files before anything loads them, and find out whether they are complete: in a
-local folder or a cached hub snapshot.
+"""Find out whether the files of a model are complete, before anything loads them. The model is in a
+local folder or in a snapshot of the hub cache.
 
 Only JSON files and directory listings are read. Sizes are limited, links are followed once and
-loops are detected. This module checks that the files are complete; the sizer reads parameters and
-shapes.
+loops are detected. The sizer, not this module, reads parameters and shapes.
 """
 
 from __future__ import annotations
@@ -32,10 +31,14 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 @dataclass(frozen=True, slots=True)
 class ModelSnapshot:
-    """``location`` {kind: folder | cache | hub, path}; ``files`` {count, weight_bytes, weights,
-    dangling, unreadable, irregular, missing_shards, index}; ``tokenizer`` the names found;
-    ``config`` {architectures, model_type, quantization, needs_code}; ``vllm_knows`` whether the
-    installed vLLM's registry lists the architecture.
+    """What is known about a model's files.
+
+    - ``location``: {kind: folder | cache | hub, path}.
+    - ``files``: {count, weights, weight_bytes, empty_weights, dangling, unreadable, irregular,
+      index, missing_shards}.
+    - ``tokenizer``: the names of the tokenizer files.
+    - ``config``: {architectures, model_type, quantization, needs_code}.
+    - ``vllm_knows``: whether the installed vLLM's registry lists the architecture.
     """
 
     location: Reading[dict[str, Any]] = NOT_ASKED
@@ -66,7 +69,7 @@ def read(
 
 
 def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[str, Any]:
-    """The location of the model's files.
+    """Return the location of the model's files as {kind, path}.
 
     Raises OSError for a path that does not exist or is not a folder.
     """
@@ -86,7 +89,7 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
 def _load(path: Path) -> Any:
     """Parse a JSON file of limited size.
 
-    Raises OSError if it does not exist, and ValueError with the reason if it cannot be read.
+    Raises OSError if the file does not exist, and ValueError with the reason if it cannot be read.
     """
     if not path.is_symlink() and not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))

@@ -1,8 +1,9 @@
 """Read NVML, one query at a time.
 
-This is the only module that imports pynvml. Every result is a ``Reading``; a lost card affects only
-its own row. No setting of a card is changed. ``nvmlSystemGetCudaDriverVersion`` is not called,
-because it opens libcuda; the driver's version shows which CUDA it can run.
+This is the only module that imports pynvml. Every result is a ``Reading``, so a lost card affects
+only its own readings. No setting of a card is changed. ``nvmlSystemGetCudaDriverVersion`` is not
+called, because it opens libcuda; the CUDA version that a driver supports follows from the driver's
+version.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # A failing driver can block a query for ever (processes in state D). This limit is far above the
-# time of a healthy node (8 cards without persistence mode need some seconds to initialize).
+# time that a healthy node needs (8 cards without persistence mode take some seconds to initialize).
 DEADLINE_S = 30.0
 
-# NOT_SUPPORTED, FUNCTION_NOT_FOUND, VGPU_ECC_NOT_SUPPORTED, ARGUMENT_VERSION_MISMATCH, DEPRECATED
+# NVML's codes for a query that is not supported: NOT_SUPPORTED, FUNCTION_NOT_FOUND,
+# VGPU_ECC_NOT_SUPPORTED, ARGUMENT_VERSION_MISMATCH, DEPRECATED
 _UNSUPPORTED_CODES = {3, 13, 22, 25, 26}
 GPU_IS_LOST = 15
 MAX_NVLINKS = 18
@@ -32,9 +34,10 @@ Answers = dict[str, Any]  # field name -> Reading[Any]
 
 @dataclass
 class NvmlAnswers:
-    """NVML's results: ``start`` is whether it started at all, and ``gpus`` has one row per card.
+    """NVML's results. ``start`` is NVML's version, or why NVML did not start.
 
-    A row is ``{field of GpuSnapshot: Reading}``; its ``slices`` are rows of MIG devices.
+    ``gpus`` has a pair for each card: the readings of the card, and a list with the readings of
+    each of its MIG devices. The readings are ``{field of GpuSnapshot: Reading}``.
     """
 
     start: Reading[str]
@@ -46,10 +49,10 @@ class NvmlAnswers:
 
 
 def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
-    """Run one query and keep its outcome.
+    """Run one query and return its outcome as a Reading.
 
-    If the driver is older than the call, newer pynvml raises NVMLLibraryMismatchError, which is not
-    an NVMLError; that also counts as "not supported".
+    If the driver is older than the call, newer versions of pynvml raise NVMLLibraryMismatchError,
+    which is not an NVMLError. This outcome is also "not supported".
     """
     try:
         return of(query(*arguments))
@@ -122,8 +125,8 @@ def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
 
 
 def _slices(nvml: Any, parent: Any) -> list[Answers]:
-    """The MIG devices of a card. Their numbers may have gaps; they end when NVML returns "not
-    found".
+    """Return the readings of each MIG device of a card. Every possible index is tried, because the
+    indices may have gaps.
     """
     rows = []
     most = ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
@@ -137,7 +140,9 @@ def _slices(nvml: Any, parent: Any) -> list[Answers]:
 
 
 def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
-    """For each NVLink of the card 1 (up) or 0, up to the first link that the card does not have."""
+    """Return 1 (up) or 0 for each NVLink of the card, up to the first link that the card does not
+    have.
+    """
     states: list[int] = []
     for link in range(MAX_NVLINKS):
         state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
@@ -148,8 +153,8 @@ def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
 
 
 def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
-    """The action that the driver requests: 0 nothing, 1 reset, 2 reboot, 3 and 4 drain (driver >=
-    570).
+    """Return the action that the driver requests (driver 570 and newer): 0 nothing, 1 reset, 2
+    reboot, 3 and 4 drain.
     """
     answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:
@@ -161,7 +166,9 @@ def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
 
 
 def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
-    """For each pair of cards, ``[i, j, status]`` of P2P reads; status 0 is OK."""
+    """Return ``[i, j, status]`` for each pair of cards, where status 0 means that the cards can
+    read each other's memory.
+    """
     if len(handles) < 2:
         return unsupported("fewer than two GPUs")
     pairs = []

@@ -1,8 +1,9 @@
-"""The NVML queries about a card. The table maps each field of ``GpuSnapshot`` to a function.
+"""The NVML queries about a card. The table maps each field of ``GpuSnapshot`` to a query, which is
+a function.
 
-A query gets the pynvml module and a device handle and returns plain values (what JSON can hold). A
-query does not catch NVMLError; ``nvml.ask`` records it. Units are those of NVML: bytes (never MiB),
-mW, MHz, degrees Celsius.
+A query gets the pynvml module and a device handle, and returns plain values that JSON can
+represent. It does not catch NVMLError: ``nvml.ask``, which calls it, records the error. Units are
+those of NVML: bytes (never MiB), mW, MHz, degrees Celsius.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _SLOWDOWN = 1
 
 
 def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
-    """The result of the first query that this driver supports; older drivers lack the newer
-    calls.
+    """Return the result of the first query that this driver supports, because older drivers lack
+    the newer calls.
     """
     for query in queries[:-1]:
         try:
@@ -41,7 +42,7 @@ def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
 
 def memory(nvml: Any, handle: Any) -> dict[str, Any]:
     """The memory of a card in bytes. Version 2 of the call reports the memory that the driver
-    reserves separately; version 1 counts it as used.
+    reserves as a separate value. Version 1 includes it in the used memory.
     """
 
     def version_2() -> dict[str, Any]:
@@ -104,8 +105,8 @@ def _command(pid: int) -> str | None:
 
 
 def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
-    """The state of the NVSwitch fabric: state 3 is ready; status is an NVML code, valid only in
-    state 3.
+    """Return the state of the NVSwitch fabric: ``state`` 3 means ready, ``status`` is an NVML code
+    that is valid only in state 3, and ``health`` is None with older drivers.
     """
 
     def newer(kind: Any) -> dict[str, int | None]:
@@ -131,7 +132,9 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
 
 
 def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
-    """The number of memory rows that were remapped (Ampere and later)."""
+    """Return the number of remapped memory rows after correctable and after uncorrectable errors,
+    and whether a remap is pending or failed (Ampere and later).
+    """
     correctable, uncorrectable, pending, failure = nvml.nvmlDeviceGetRemappedRows(handle)
     return {
         "correctable": int(correctable),
@@ -142,8 +145,8 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """The number of memory pages that were retired (before Ampere) after many single-bit errors or
-    one double-bit error.
+    """Return the number of memory pages that were retired after many single-bit errors or after one
+    double-bit error, and whether a retirement is pending (cards before Ampere).
     """
     return {
         "single_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 0)),
@@ -153,8 +156,8 @@ def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def pcie(nvml: Any, handle: Any) -> dict[str, int]:
-    """Current and best PCIe link. An idle card lowers the generation to save power, but not the
-    width.
+    """Return the current and the maximum generation and width of the PCIe link. An idle card lowers
+    the generation to save power, but not the width.
     """
     return {
         "generation": int(nvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
@@ -175,7 +178,9 @@ def clocks(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clock_reasons(nvml: Any, handle: Any) -> int:
-    """The bit mask of reasons for lowered clocks; drivers before 535 call it throttle reasons."""
+    """Return the bit mask of reasons for lowered clocks. Drivers before 535 call them throttle
+    reasons.
+    """
     return int(
         first_of(
             nvml,

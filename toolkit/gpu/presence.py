@@ -1,5 +1,5 @@
-"""Find out why there is no usable GPU, and whether a job needs one. There is a text for each cause:
-no card, no driver, a version mismatch, no permission, or no response.
+"""Find out why there is no usable GPU, and whether a job needs one. Each cause has its own text: no
+card, no driver, a version mismatch, no permission, or no response.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PASS_IN = {
     "apptainer": "run apptainer with --nv",
 }
 _KUBERNETES = "give the pod resources.limits: {nvidia.com/gpu: 1}"
-_SLURM = "request one from Slurm, e.g. --gpus=1"
+_SLURM = "request a GPU from Slurm, e.g. --gpus=1"
 _ELSEWHERE = "use a machine with an NVIDIA GPU"
 
 
@@ -51,7 +51,7 @@ def presence(snapshot: NodeSnapshot) -> Presence:
         module = snapshot.driver.kernel_module.value
         return Presence(
             "mismatch",
-            "driver and library do not match: the driver was updated and the old kernel module"
+            "driver and library do not match: the driver was updated, but the old kernel module"
             + (f" ({module})" if module else "")
             + " is still loaded",
             "reload the nvidia kernel modules with no process on the GPU, or reboot the node",
@@ -59,8 +59,8 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     if start.code == _NO_PERMISSION:
         return Presence(
             "no permission",
-            "the driver refuses this user: it cannot open the NVIDIA device files",
-            "give this user access to /dev/nvidia* (their group or mode), or correct the "
+            "the driver refuses this user, who cannot open the NVIDIA device files",
+            "give this user access to /dev/nvidia* (change their group or mode), or correct the "
             "container's device rule",
         )
     if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
@@ -74,13 +74,13 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     return Presence(
         "broken",
         f"NVML does not start: {start.reason} (code {start.code})",
-        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
     )
 
 
 def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
-    """What is missing if NVML does not start: the card, the library or the kernel module. ``cards``
-    is the number of cards on the PCI bus.
+    """Return which part is missing if NVML does not start: the card, the library or the kernel
+    module. ``cards`` is the number of cards on the PCI bus.
     """
     start = snapshot.driver.nvml
     if not cards:
@@ -89,7 +89,9 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
-            return Presence("not passed in", f"{many}, but none was passed in", how)
+            return Presence(
+                "not passed in", f"{many}, but none was passed into this environment", how
+            )
         return Presence(
             "no driver",
             f"{many}, but no NVIDIA driver: libnvidia-ml.so.1 is not installed",
@@ -99,17 +101,19 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
         return Presence(
             "no driver",
             f"{many}, but the driver's kernel module is not loaded",
-            "load it (`modprobe nvidia`), or reinstall the driver for the running kernel",
+            "load the module (`modprobe nvidia`), or reinstall the driver for the running kernel",
         )
     return Presence(
         "broken",
         f"{many}, but the driver reports none of them",
-        "check the kernel's log (dmesg, NVRM) and reset or reboot the node",
+        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
     )
 
 
 def how_to_pass_in(snapshot: NodeSnapshot) -> str:
-    """What this environment needs to give a job a GPU."""
+    """Return the remedy that gives a job a GPU in this environment (a container, Kubernetes, Slurm
+    or none of them).
+    """
     place = snapshot.host.place.value or {}
     if place.get("kubernetes"):
         return _KUBERNETES
@@ -119,20 +123,20 @@ def how_to_pass_in(snapshot: NodeSnapshot) -> str:
 
 
 def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
-    """Why this job cannot run without a GPU; None if it can, or if nothing requires one.
+    """Return why this job cannot run without a GPU; None if it can.
 
-    The transformers engine and the CPU build of vLLM run without one. So if this function finds no
-    reason, a missing GPU is reported but is not a failure.
+    The transformers engine and the CPU build of vLLM need no GPU. So if this function returns None,
+    a missing GPU is reported but is not a failure.
     """
     packages = snapshot.software.packages.value or {}
     reasons = (
-        (context.load_in_4bit, "model.load_in_4bit needs one"),
-        (context.load_in_8bit, "model.load_in_8bit needs one"),
-        (context.float8_kv_cache, "model.float8_kv_cache needs one"),
-        (context.required_gpus > 0 or context.required_card, "--require demands one"),
+        (context.load_in_4bit, "model.load_in_4bit needs a GPU"),
+        (context.load_in_8bit, "model.load_in_8bit needs a GPU"),
+        (context.float8_kv_cache, "model.float8_kv_cache needs a GPU"),
+        (context.required_gpus > 0 or context.required_card, "--require demands a GPU"),
         (context.required_capability, "--require demands a compute capability"),
         (context.required_free_bytes, "--require demands GPU memory"),
-        (context.gpu_index is not None, "--gpu-index names one"),
+        (context.gpu_index is not None, "--gpu-index selects a GPU"),
         (
             context.configured
             and context.engine == "vllm"

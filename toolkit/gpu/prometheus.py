@@ -29,9 +29,12 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
         "Fraction of time in which a kernel ran.",
         lambda gpu: _scaled(gpu.utilization_percent, 100),
     ),
-    "temperature_celsius": ("Temperature.", lambda gpu: gpu.temperature_c.value),
-    "power_watts": ("Power drawn.", lambda gpu: _scaled(gpu.power_mw, 1000)),
-    "power_limit_watts": ("Enforced limit.", lambda gpu: _scaled(gpu.power_limit_mw, 1000)),
+    "temperature_celsius": ("Temperature of the GPU.", lambda gpu: gpu.temperature_c.value),
+    "power_watts": ("Power that the card draws.", lambda gpu: _scaled(gpu.power_mw, 1000)),
+    "power_limit_watts": (
+        "Enforced power limit.",
+        lambda gpu: _scaled(gpu.power_limit_mw, 1000),
+    ),
     "ecc_uncorrected_errors": (
         "Uncorrected ECC errors since the driver was loaded.",
         lambda gpu: gpu.ecc_uncorrected.value,
@@ -45,7 +48,7 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
         lambda gpu: _part(gpu.remapped_rows, "failure"),
     ),
     "fabric_state": (
-        "0 none, 1 not started, 2 in progress, 3 ready.",
+        "State of the NVSwitch fabric: 0 none, 1 not started, 2 in progress, 3 ready.",
         lambda gpu: _part(gpu.fabric, "state"),
     ),
     "clock_event_reasons": (
@@ -63,11 +66,15 @@ def _scaled(reading: Reading[int], divisor: int) -> float | None:
 def exposition(
     snapshot: NodeSnapshot, results: Sequence[CheckResult] = (), exit_code: int | None = None
 ) -> str:
-    """The metrics of a snapshot and of its checks; each family with its HELP and TYPE."""
+    """Return the metrics of a snapshot and of its checks, each with its HELP and TYPE lines."""
     families = [
-        _family("info", "The tool and the driver.", [(_info(snapshot), 1)]),
-        _family("gpu_answers", "0 if the card is lost.", _each(snapshot, lambda g: not g.lost)),
-        _family("gpu_memory_total_bytes", "Memory.", _memory(snapshot, "total_bytes")),
+        _family("info", "Versions of the tool and the driver.", [(_info(snapshot), 1)]),
+        _family(
+            "gpu_answers",
+            "1 if the card responds, 0 if it is lost.",
+            _each(snapshot, lambda g: not g.lost),
+        ),
+        _family("gpu_memory_total_bytes", "Total memory.", _memory(snapshot, "total_bytes")),
         _family("gpu_memory_free_bytes", "Free memory.", _memory(snapshot, "free_bytes")),
     ]
     for name, (text, value) in _GAUGES.items():
@@ -76,7 +83,9 @@ def exposition(
         samples: list[tuple[dict[str, str], float]] = [
             ({"check": one.id, "blame": one.blame or ""}, VERDICTS[one.verdict]) for one in results
         ]
-        families.append(_family("check", "0 ok, 1 warn, 2 fail, 3 unknown.", samples))
+        families.append(
+            _family("check", "Result of a check: 0 ok, 1 warn, 2 fail, 3 unknown.", samples)
+        )
     if exit_code is not None:
         families.append(_family("exit_code", "Exit code of the check.", [({}, exit_code)]))
     return "".join(families)

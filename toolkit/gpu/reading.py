@@ -1,6 +1,6 @@
 """The result of one query: a value, "not supported", or "failed".
 
-An unknown value is never a pass: code that reads ``value`` must handle its absence.
+An unknown value never counts as a pass: code that reads ``value`` must handle its absence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T_co]):
-    """``value`` if the query succeeded, else ``reason`` and, from NVML, its ``code``.
+    """The result of a query: ``value`` if it succeeded, else ``reason`` and, for an NVML query,
+    NVML's ``code``.
 
     ``unsupported`` is true if this hardware or driver does not provide the value (normal on many
     cards), and false if the query should have worked but failed.
@@ -36,8 +37,8 @@ class Reading(Generic[T_co]):
         return self.reason is not None and not self.unsupported
 
     def to_json(self) -> dict[str, Any]:
-        """This reading as JSON: ``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed":
-        why}``, with the code.
+        """Return this reading as JSON: ``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed":
+        why}``. ``unsupported`` and ``failed`` come with the code if there is one.
         """
         if self.known:
             return {"value": self.value}
@@ -64,7 +65,7 @@ NOT_ASKED: Reading[Any] = failed("not asked")
 
 
 def from_json(answer: Any) -> Reading[Any]:
-    """The inverse of ``Reading.to_json``. Raises ValueError if the object is not a reading."""
+    """The inverse of ``Reading.to_json``. Raises ValueError if ``answer`` is not a reading."""
     if isinstance(answer, dict):
         code = answer.get("code")
         if "value" in answer:

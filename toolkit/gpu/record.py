@@ -37,8 +37,8 @@ _DROPPED = {"SLURM_JOB_ID": "1"}
 def recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
-    """The content of the file, redacted. ``verdicts`` are the recorded results; ``replay`` compares
-    its own results with them.
+    """Return the content of the file, without secrets and names. ``verdicts`` are the recorded
+    results; ``replay`` compares its own results with them.
     """
     data: dict[str, Any] = {
         "schema": SCHEMA_ID,
@@ -54,7 +54,7 @@ def recording(
     return redacted
 
 
-# The user's lock file is not kept, so a replay cannot check against it.
+# The user's lock file is not recorded, so ``replay`` cannot repeat this check.
 _LOCK = "software.lock"
 
 
@@ -70,7 +70,9 @@ def _names_here() -> dict[str, str]:
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
-    """The same object with every text redacted, and every process without its name and pid."""
+    """Return a copy of ``data`` in which ``names`` and UUIDs are replaced in every text, pids are
+    replaced by small numbers, and processes have no names.
+    """
     pids: dict[int, int] = {}
     salt = os.urandom(16)
 
@@ -116,8 +118,9 @@ def _other(uuid: str, salt: bytes) -> str:
     """Replace a UUID digit by digit: each digit is shifted by an amount that depends on the digits
     before it.
 
-    So different cards stay different and a prefix stays a prefix (CUDA_VISIBLE_DEVICES may contain
-    one). The salt is discarded, so that nobody can recover the UUID by trying digits.
+    So different cards still have different UUIDs, and a prefix of a UUID (CUDA_VISIBLE_DEVICES may
+    contain one) becomes a prefix of the new UUID. The salt is discarded, so that nobody can find
+    the old UUID by trying digits.
     """
     turned = []
     for position, digit in enumerate(uuid):
@@ -129,7 +132,7 @@ def _other(uuid: str, salt: bytes) -> str:
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
     """Read what ``recording`` wrote: the node, its requirements, and the recorded verdicts.
 
-    Raises InputError if it is not a recording of this format.
+    Raises InputError if ``data`` is not a recording of this format.
     """
     try:
         if not isinstance(data, dict) or data.get("kind") != "record":
@@ -140,5 +143,5 @@ def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
         return node_from_json(data["node"]), context_from_json(data.get("context", {})), verdicts
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"not a recording: {error}", fix="create one with `envcheck record FILE`"
+            f"not a recording: {error}", fix="create a recording with `envcheck record FILE`"
         ) from None

@@ -37,8 +37,9 @@ def check_report(
     node: bool = False,
     run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report of a node and of every check. ``run`` is added for the preflight.json of a run:
-    ``device`` (the card that the run is sized for; None is the CPU) and ``sizing``.
+    """Return the report of a node and of every check. ``run`` is added in the preflight.json of a
+    run. It has the keys ``device`` (the card that the run is sized for; None is the CPU) and
+    ``sizing``.
     """
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
@@ -53,7 +54,7 @@ def check_report(
 
 
 def overall(results: Sequence[CheckResult]) -> str:
-    """The overall verdict: the worst of the results, in the order fail, unknown, warn."""
+    """Return the worst verdict of the results: fail, else unknown, else warn, else ok."""
     verdicts = {result.verdict for result in results}
     return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
 

@@ -1,5 +1,5 @@
-"""A snapshot holds the facts of a node as plain values. ``take`` reads a node, ``record`` writes a
-snapshot to a file, and checks judge it.
+"""A snapshot contains the facts about a node as plain values. ``take`` reads a node, ``record``
+writes a snapshot to a file, and the checks evaluate it.
 
 ``GpuSnapshot`` and ``NodeSnapshot`` contain only ``Reading``s, so a snapshot of another node (or of
 a broken one) has the same type.
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One card (or one MIG slice of it: ``parent`` is then the card's index), in NVML's order.
+    """One card or one MIG slice, in NVML's order. For a slice, ``parent`` is the index of its card.
 
-    Units: bytes, mW, MHz, degrees Celsius. ``memory`` is {total, free, used, reserved, version};
-    ``fabric`` {state, status, health}; ``remapped_rows`` {correctable, uncorrectable, pending,
-    failure}; ``retired_pages`` {single_bit, double_bit, pending}; ``pcie`` {generation,
-    max_generation, width, max_width}; ``clocks_mhz`` {sm, max_sm, memory, max_memory}.
+    Units: bytes, mW, MHz, degrees Celsius. The fields with several values are:
+
+    - ``memory``: {total, free, used, reserved, version}.
+    - ``fabric``: {state, status, health}.
+    - ``remapped_rows``: {correctable, uncorrectable, pending, failure}.
+    - ``retired_pages``: {single_bit, double_bit, pending}.
+    - ``pcie``: {generation, max_generation, width, max_width}.
+    - ``clocks_mhz``: {sm, max_sm, memory, max_memory}.
     """
 
     index: int
@@ -94,9 +98,10 @@ class GpuSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DriverSnapshot:
-    """``nvml`` is NVML's version, or why it did not start; ``version`` is the driver's.
+    """What is known about the driver. ``nvml`` is NVML's version, or why NVML did not start.
+    ``version`` is the driver's version.
 
-    ``p2p`` is [i, j, status] per pair of cards (0 is OK). The other fields come from
+    ``p2p`` has [i, j, status] for each pair of cards (status 0 is OK). The other fields come from
     ``driver_files``.
     """
 
@@ -113,7 +118,7 @@ class DriverSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """One node at one moment. ``environment`` holds only the variables that checks read."""
+    """One node at one moment. ``environment`` contains only the variables that checks read."""
 
     driver: DriverSnapshot = field(default_factory=DriverSnapshot)
     gpus: tuple[GpuSnapshot, ...] = ()
@@ -133,9 +138,12 @@ def take(
     """Read this node: NVML, the host and the installed software. Writes nothing and needs no
     privileges.
 
-    Args: paths: folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...); for a folder
-    that does not exist yet, its nearest existing parent is used. model: folder or hub id of a model
-    whose files matter, and its ``revision``. environ: instead of ``os.environ``.
+    Args:
+        paths: the folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...). For a
+            folder that does not exist yet, its nearest existing parent is used.
+        model: the folder or hub id of the model whose files matter.
+        revision: the revision of ``model`` on the hub.
+        environ: the environment variables to use instead of ``os.environ``.
     """
     variables = os.environ if environ is None else environ
     driver, gpus = _ask_nvml()

@@ -39,7 +39,7 @@ _NOT_READINGS = {"index", "parent", "slices"}
 
 
 def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """A card and its slices as plain objects, without the queries that were not made."""
+    """Return a card and its slices as plain objects. Queries that were not made are left out."""
     readings = {
         item.name: getattr(gpu, item.name).to_json()
         for item in fields(gpu)
@@ -49,7 +49,7 @@ def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
 
 
 def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
-    """The fields of ``kind`` that ``data`` has.
+    """Return the readings in ``data`` that are fields of the class ``kind``.
 
     Raises ValueError if ``data`` is not an object of readings.
     """
@@ -60,7 +60,7 @@ def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
 
 
 def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
-    """The inverse of ``gpu_to_json``. Raises ValueError if it is not a recorded card."""
+    """The inverse of ``gpu_to_json``. Raises ValueError if ``data`` is not a recorded card."""
     readings = readings_from_json(GpuSnapshot, data)
     number = data.get("index", index)
     parts: Sequence[Any] = data.get("slices", [])
@@ -73,7 +73,7 @@ def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSn
 def node_from_json(data: Any) -> NodeSnapshot:
     """The inverse of ``node_to_json``.
 
-    Raises ValueError if it is not a recorded node, or has a newer format.
+    Raises ValueError if ``data`` is not a recorded node, or has another format.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a snapshot of format {FORMAT}")

@@ -34,10 +34,14 @@ OURS = "grpo-toolkit"
 
 @dataclass(frozen=True, slots=True)
 class SoftwareSnapshot:
-    """``machine`` is x86_64, aarch64 ...; ``packages`` name -> version (None: not installed);
-    ``pins`` {name, requires, installed} of the toolkit's metadata; ``torch_cuda`` the CUDA that
-    torch was built for, None for a CPU build; ``libnuma`` the path where the loader finds that
-    library, else None.
+    """What is known about the installed software.
+
+    - ``python``: the version of Python.
+    - ``machine``: x86_64, aarch64 ...
+    - ``packages``: name -> version, None for a package that is not installed.
+    - ``pins``: {name, requires, extra} for each requirement in the toolkit's metadata.
+    - ``torch_cuda``: the CUDA version that torch was built for, None for a CPU build.
+    - ``libnuma``: the path where the loader finds that library, None if it does not.
     """
 
     python: Reading[str] = NOT_ASKED
@@ -71,7 +75,9 @@ def version_of(name: str) -> str | None:
 
 
 def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
-    """The path of libnuma.so.1: next to this Python (for conda), or on the usual search path."""
+    """Return the path of libnuma.so.1 next to this Python (for conda) or on the usual search path;
+    None if it is not found.
+    """
     own = Path(sys.base_prefix, "lib", "libnuma.so.1")
     if own.is_file():
         return str(own)
@@ -100,7 +106,8 @@ def on_import_path(name: str) -> Path | None:
 
 
 def _pins() -> list[dict[str, Any]]:
-    """The requirements in the toolkit's metadata, each with the installed version.
+    """Return the requirements in the toolkit's metadata that limit the version of one of
+    ``PACKAGES``.
 
     Raises FileNotFoundError in a checkout that is not installed.
     """

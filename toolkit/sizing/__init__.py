@@ -1,7 +1,7 @@
 """Compute how much memory a run needs, only from config.json and safetensors headers.
 
 The package never imports torch. Training calls ``resolve(config, device)``, which reads the model,
-solves, and replaces every "auto".
+computes the sizes, and replaces every "auto" in the run file.
 """
 
 from __future__ import annotations

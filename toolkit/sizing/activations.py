@@ -1,6 +1,6 @@
 """Count the activations of a training step, tensor by tensor, as autograd saves them.
 
-Written for transformers 5.17 and PEFT 0.21.2; tests/contract/test_sizing_activations.py compares
+Written for transformers 5.17 and PEFT 0.21.2. tests/contract/test_sizing_activations.py compares
 the count with the bytes that autograd saves in these versions.
 """
 
@@ -25,8 +25,8 @@ def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
-    """(bytes that all layers keep, bytes that one layer keeps while it is recomputed, temporary
-    bytes of that layer's backward pass).
+    """Return (bytes that all layers keep, bytes that one layer keeps while it is recomputed,
+    temporary bytes of that layer's backward pass).
     """
     one = pass_of(work, step)
     tokens = one.tokens
@@ -76,25 +76,25 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
-    """Whether PEFT's own forward pass runs. PEFT casts each adapted input up and autocast casts it
-    down again, which makes one copy per module. policy/lora_layer.py avoids the copies, but uses
-    PEFT's forward pass if the adapter has dropout.
+    """Whether PEFT's own forward pass runs, which makes one more copy of the input per module: PEFT
+    casts each adapted input up, and autocast casts it down again. policy/lora_layer.py avoids the
+    copies, but uses PEFT's forward pass if the adapter has dropout.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
 def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
-    """Whether ``varlen_attn`` computes attention over packs
-    (policy/packed_attention.can_use_kernel).
+    """Whether the kernel ``varlen_attn`` computes attention over packs, which are rows merged
+    without padding (policy/packed_attention.can_use_kernel).
     """
     half = step.compute_bytes < MASTER_BYTES
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The keys and values that a layer keeps for packs, arranged segment by segment. The kernel
-    uses them unchanged. Without the kernel they are repeated for the query heads, in batches of
-    which up to a quarter is padding.
+    """The bytes of the keys and values that a layer keeps for packs, arranged segment by segment.
+    The kernel uses them unchanged. Without the kernel they are repeated for the query heads, in
+    batches of which up to a quarter is padding.
     """
     if step.pack_tokens is None:
         return 0
@@ -102,14 +102,14 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
     if _by_kernel(spec, step):
         return one.keys * elements * step.compute_bytes
     repeated = 2 * spec.heads * spec.head_dim
-    # The copy of each token's keys and values is counted with the queries.
+    # ``_attention_saved`` counts each token's own keys and values.
     return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
 
 
 def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The temporary tensors of attention's backward pass over packs: the gradients of all keys and
-    values, and their float32 sums over the segments. They exist after the tensors saved by the MLP
-    are freed.
+    """The bytes of the temporary tensors of attention's backward pass over packs: the gradients of
+    all keys and values, and their float32 sums over the segments. These tensors exist after the
+    tensors that the MLP saved are freed.
     """
     if step.pack_tokens is None:
         return 0
@@ -132,9 +132,9 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
     norms = block.vectors % spec.hidden_size
     norm_bytes = width if step.fused else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
-    if _by_kernel(spec, step):  # keys and values are counted per key, and there is no mask
+    if _by_kernel(spec, step):  # ``_keys_saved`` counts keys and values, and there is no mask
         return width * (query + out) + 4 * spec.heads + head_norms
-    # One KV head is broadcast without a copy; several are repeated for their queries.
+    # One KV head is broadcast without a copy. Several KV heads are repeated for their queries.
     keys, values = query, out
     if block.cache.kind != "mla" and block.cache.key_elements == spec.head_dim:
         keys = values = spec.head_dim
@@ -172,7 +172,8 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     """The temporary bytes per token of one layer's backward pass: the gradients of the MLP's inner
     tensors.
 
-    The gradients are float32 where PEFT cast an adapted input up. The hidden gradient exists twice.
+    The gradients are float32 where PEFT cast an adapted input up. The gradient of the hidden state
+    exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -191,8 +192,8 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     elif step.compute_bytes == MASTER_BYTES:
         mlp = 2 * step.compute_bytes * inner
     else:
-        # There are three gradients; an adapted down projection frees its saved input before the
-        # third.
+        # There are three gradients. An adapted down projection frees its saved input before the
+        # third gradient exists.
         copies = ((4 if _casts(work, step) else 2) if targeted else 3) - less
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
     return max(mlp, _scores_moving(block, spec, work, step))
@@ -209,8 +210,8 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
 
 
 def _fused_mlp(block: Block, step: StepPlan) -> bool:
-    """Whether a fused kernel computes the MLP: the MLP has separate gate and up projections and no
-    experts.
+    """Whether a fused kernel computes the MLP. The kernel requires separate gate and up projections
+    and no experts.
     """
     leaves = {linear.leaf for linear in block.linears if linear.copies == 1}
     return step.fused and not block.active_experts and {"gate_proj", "up_proj"} <= leaves

@@ -1,5 +1,6 @@
-"""Build the SizingResult of a candidate and its fit: the parts, the choice, the peaks, and the
-budget of all terms.
+"""Build the SizingResult of a candidate (an engine plan and a step plan) and its fit. It contains
+the sizes of model, engine and trainer, the choice (a value for every "auto"), the predicted peaks,
+and all memory terms.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def assemble(
     remedies: tuple[Remedy, ...] = (),
     longest: int | None = None,
 ) -> SizingResult:
-    """The result of ``candidate``. ``largest`` is the largest micro-batch that fits, ``longest``
-    the longest sequence that fits (``longest.longest_that_fits``).
+    """Return the result of ``candidate``. ``largest`` is the largest micro-batch that fits.
+    ``longest`` is the longest sequence that fits (``longest.longest_that_fits``).
     """
     interval, utilization = _interval(candidate, fit)
     kv_bytes = _kv_bytes(candidate, fit, utilization)
@@ -76,8 +77,8 @@ def assemble(
 
 
 def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
-    """The interval, rounded inwards, and the chosen utilization: the value in the run file, else
-    the upper end of the interval.
+    """Return the interval of gpu_memory_utilization, rounded inwards, and the chosen utilization:
+    the value in the run file, else the upper end of the interval.
     """
     if candidate.device is None or not candidate.work.uses_engine:
         return Interval(
@@ -168,7 +169,7 @@ def _model(candidate: Candidate, fit: Fit) -> ModelPart:
 
 
 def _format(candidate: Candidate) -> str:
-    """The name of the format of the weights in memory."""
+    """Return the name of the format of the weights in memory."""
     if candidate.spec.weights_by_headers:
         return "as stored"
     return (
@@ -177,18 +178,18 @@ def _format(candidate: Candidate) -> str:
 
 
 def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
-    """A note if the engine makes 16-bit copies of only some of the 4-bit weights, or of none,
-    unless the run file decides the number of copies.
+    """Return a note if the engine makes 16-bit copies of only some of the 4-bit weights, or of
+    none. Return None if it copies all weights, or if the run file sets the number of copies.
     """
     copies, whole = candidate.plan.dequantized, all_copies(candidate.spec, candidate.plan)
     left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
     if not left_open or copies >= whole:
         return None
     left = room_for_copies(candidate, fit) + copies
-    made = f"{format_bytes(copies)} of them are made" if copies else "none are made"
+    made = f"copies of {format_bytes(copies)} are made" if copies else "no copies are made"
     return (
-        f"4-bit weights: 16-bit copies for the rollouts would take {format_bytes(whole)}, and "
-        f"{format_bytes(max(left, 0))} are left beside the KV cache; {made}"
+        f"16-bit copies of all 4-bit weights for rollouts would need {format_bytes(whole)}, but "
+        f"only {format_bytes(max(left, 0))} are free beside the KV cache, so {made}"
     )
 
 
@@ -197,8 +198,8 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
     experts = any(block.active_experts for block in candidate.spec.blocks)
     if experts and candidate.work.targets == candidate.spec.targets:
         notes.append(
-            f"a mixture of experts: the adapter is on {', '.join(candidate.spec.targets)}, for "
-            "which the engine has LoRA slots"
+            "in this mixture of experts the adapter is on the layers for which the engine has LoRA "
+            f"slots: {', '.join(candidate.spec.targets)}"
         )
     if not candidate.work.adapter_parameters(candidate.spec):
         notes.append("lora.target_modules names no layer of this model: no adapter is counted")
@@ -281,7 +282,7 @@ def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: 
         dequantized_rollouts=_dequantized(candidate),
         target_modules=candidate.work.targets,
         tensor_parallel_size=candidate.plan.tensor_parallel,
-        # If the run file sets the rows of a micro-batch, a pass has at most that many rows, padded
-        # as sampled.
+        # If the run file sets the micro-batch, the number of rows limits a pass, so no limit on
+        # tokens is chosen.
         pack_tokens=candidate.step.pack_tokens if is_auto(candidate.config.grpo) else None,
     )

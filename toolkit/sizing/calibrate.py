@@ -44,8 +44,8 @@ PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The predicted and the measured bytes of one term; ``measured`` is None if nothing measured
-    it.
+    """The predicted and the measured bytes of one term. ``measured`` is None if the run did not
+    measure the term.
     """
 
     term: str
@@ -98,20 +98,22 @@ class Calibration:
 
 
 def calibrate(run_dir: Path) -> Calibration:
-    """Compare the files of a run folder. Raises InputError if there is no prediction."""
+    """Compare the predicted with the measured memory in the files of a run folder. Raises
+    InputError if there is no prediction.
+    """
     if not (run_dir / "preflight.json").is_file():
         raise InputError(
-            "it has no preflight.json, so it is not a run folder",
+            "the folder has no preflight.json, so it is not a run folder",
             where=str(run_dir),
-            fix="give runtime.output_dir of a run",
+            fix="name the folder that a run file sets as runtime.output_dir",
         )
     written = read_json(run_dir / "preflight.json")
     sizing = written.get("sizing") if isinstance(written, dict) else None
     if not isinstance(sizing, dict):
         raise InputError(
-            "it contains no sizing",
+            "the file contains no sizing",
             where=str(run_dir / "preflight.json"),
-            fix="give the folder of a run of this version",
+            fix="name the folder of a run that was made with this version",
         )
     measured: dict[str, Any] = {}
     if (run_dir / "memory.json").is_file():
@@ -124,9 +126,10 @@ def calibrate(run_dir: Path) -> Calibration:
 
 
 def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
-    """The rows of every term that can be measured. ``sizing`` is ``SizingResult.to_json()``.
+    """Compare every term that can be measured. ``sizing`` is ``SizingResult.to_json()``, and
+    ``measured`` maps the names in ``MEASURED_AS`` and ``PEAKS`` to bytes.
 
-    Raises InputError if parts are missing.
+    Raises InputError if parts of ``sizing`` are missing.
     """
     try:
         predicted = {line["term"]: int(line["bytes"]) for line in sizing["budget"]}

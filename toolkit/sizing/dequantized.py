@@ -1,5 +1,5 @@
 """Size the 16-bit copies of 4-bit weights that exist during a rollout (engine/dequantized): how
-many bytes they take, and how many bytes of copies fit next to the KV cache of a rollout.
+many bytes they need, and how many bytes of copies fit beside the KV cache of a rollout.
 
 The copies exist while sampling and not while training. So they compete for memory with the KV cache
 and not with the activations of a training step.
@@ -21,14 +21,14 @@ COPY_BYTES = 2
 """Bytes of one weight in a copy, which is bfloat16 for every dtype of the run."""
 TERM = "engine.dequantized"
 SPARE_SHARE = 0.01
-"""The share of the card's memory that stays free next to copies that are sized to fit."""
+"""The share of the card's memory that stays free if as many copies are made as fit."""
 LEAST_SHARE = 0.1
 """Copies of less than this share of the weights are not worth their memory."""
 
 
 def all_copies(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of the copies of all linear layers that are 4-bit in the engine, without routed
-    experts, which have their own kernels; 0 if the engine has no such layers.
+    """The bytes of copies of all linear layers that are 4-bit in the engine; 0 if the engine has no
+    such layers. Routed experts are not copied, because they have their own kernels.
     """
     how = plan.quantization
     if not plan.on_gpu or plan.tensor_parallel > 1 or how is None or how.method != "bnb-nf4":
@@ -50,7 +50,7 @@ def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def room_for_copies(candidate: Candidate, fit: Fit) -> int:
-    """The bytes that are free if the KV cache holds every sequence of a rollout."""
+    """The bytes that are free if the KV cache is large enough for every sequence of a rollout."""
     most, spare = fit.max_sampling_bytes, 0
     written = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:
@@ -61,8 +61,8 @@ def room_for_copies(candidate: Candidate, fit: Fit) -> int:
 
 
 def best_copies(candidate: Candidate, fit: Fit) -> int:
-    """The bytes of copies to add to ``candidate``, which fits without copies: all copies, those of
-    the largest layers that fit (the engine selects them), or 0.
+    """Return the bytes of copies to add to ``candidate``, which fits without copies: the bytes of
+    all copies, or of as many as fit (the engine copies the largest layers first), or 0.
     """
     whole = all_copies(candidate.spec, candidate.plan)
     fitting = min(whole, room_for_copies(candidate, fit))

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 # Memory of a process's CUDA context outside torch's allocator, including libraries that are loaded
 # on first use: 682 MiB on an H100 (driver 580, torch 2.11, CUDA 13).
 CONTEXT_BYTES = 682 * MIB
-# NVML's total includes what the driver reserves; cudaMemGetInfo's total, which vLLM multiplies by
-# gpu_memory_utilization, does not. On H100 and H200 the difference is 0.4 to 0.6 % of the card.
+# NVML's total includes the memory that the driver reserves. The total of cudaMemGetInfo, which vLLM
+# multiplies by gpu_memory_utilization, does not. On H100 and H200 the difference is 0.4 to 0.6 % of
+# the card.
 RESERVED_SHARE = 0.0055
 
 
@@ -63,8 +64,8 @@ class Device:
 
     @classmethod
     def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
-        """The device for ``gpu`` of a node. On a GPU with integrated memory, the free bytes are
-        those that the host has available.
+        """Return the device for ``gpu`` of a node. On a GPU with integrated memory, the free bytes
+        are those that the host has available.
 
         A MIG slice is sized by its own memory, not by its card's. Raises ConfigError if NVML does
         not report the memory.
@@ -104,8 +105,8 @@ class Device:
 
 
 def situation_of(device: Device | None, world_size: int = 1) -> Situation:
-    """The situation of a run on ``device`` (None is the CPU). For a card that is not in this node,
-    vLLM is assumed to be installed.
+    """Return the situation (card, number of processes, installed vLLM) of a run on ``device``; None
+    is the CPU. For a card that is not in this node, vLLM is assumed to be installed there.
     """
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)
@@ -118,8 +119,9 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
 def situation_here(
     snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
 ) -> Situation:
-    """The situation of a run on this node: on the GPU that CUDA numbers ``gpu_index`` (the first
-    GPU for None or if there are fewer), or on the CPU.
+    """Return the situation of a run on this node. Its card is the GPU that CUDA numbers
+    ``gpu_index``, or the first GPU for None or if there are fewer GPUs. Without a GPU the run uses
+    the CPU.
     """
     seen = visible(snapshot).devices
     facts = DeviceFacts("no GPU", None)
@@ -130,8 +132,8 @@ def situation_here(
 
 
 def smallest(found: Sequence[Device | None]) -> Device | None:
-    """The device with the least free memory among those of all processes of a run; None if all are
-    the CPU.
+    """Return the device with the least free memory among those of all processes of a run; None if
+    all processes run on the CPU.
 
     Raises:
         ConfigError: some processes have a GPU and others do not.

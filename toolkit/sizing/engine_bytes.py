@@ -1,5 +1,5 @@
-"""Compute the memory of the engine besides weights, LoRA and KV cache: the activations of its
-profiling run, the sampler, CUDA graphs, and its runtime.
+"""Compute the memory of the engine besides its KV cache: the weights, LoRA buffers, the activations
+of its profiling run, the sampler, CUDA graphs, and its runtime.
 
 Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``):
 gpu_memory_utilization x total includes all of these terms, and the rest is the KV cache.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.weight_formats import Quantization
 
-# Bytes of cuBLAS workspaces, the attention backend's buffers and Triton's buffers: they are outside
-# torch's allocator or in small persistent tensors.
+# Bytes of cuBLAS workspaces, the attention backend's buffers and Triton's buffers. They are outside
+# torch's allocator or in small tensors that stay.
 RUNTIME_BYTES = 192 * MIB
 # Bytes of one captured graph of one layer (driver structures and its private pool), from published
 # start-up logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
@@ -37,8 +37,8 @@ SAMPLER_BYTES = 18
 
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
-    """Every term of the engine except the KV cache; ``spec`` is the part on one card
-    (``split.one_card``).
+    """Return every term of the engine's memory except the KV cache. ``spec`` is the part of the
+    model on one card (``split.one_card``).
     """
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
@@ -67,11 +67,11 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
                 graph_bytes(spec, plan),
                 f"{graphs} sizes x {spec.layers} layers, estimated"
                 if not plan.enforce_eager
-                else "none: enforce_eager",
+                else "none, because of enforce_eager",
             ),
         ]
     if plan.dequantized:
-        what = "16-bit copies of 4-bit weights, given back after a rollout"
+        what = "16-bit copies of 4-bit weights, freed after a rollout"
         terms.append(Term("engine.dequantized", plan.dequantized, what, "rollout"))
     forward = forward_bytes(spec, plan)
     sampler = sampler_bytes(spec, plan)
@@ -96,8 +96,8 @@ def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The peak bytes of one compiled forward pass of max_num_batched_tokens tokens: the larger of
-    attention and MLP of one layer.
+    """The peak bytes of one compiled forward pass of max_num_batched_tokens tokens: those of the
+    attention or the MLP of one layer, whichever needs more.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0

@@ -1,5 +1,5 @@
-"""Choose the settings of an engine, with a candidate value for each "auto". Every engine term is
-computed from them.
+"""Choose the settings of an engine, with a candidate value for each "auto". The memory of the
+engine is computed from these settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
     from toolkit.sizing.workload import Workload
 
-MAX_SEQUENCES = 1024  # vLLM's default on large cards; more only costs sampler and graph memory
+MAX_SEQUENCES = (
+    1024  # vLLM's default on large cards; more sequences only cost sampler and graph memory
+)
 BATCHED_TOKENS = 8192
 
 
@@ -57,8 +59,9 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """The engine plan for ``config`` (resolved: its dtype is known): values that the run file sets
-    are unchanged, the others are computed from the workload. Raises ConfigError on an illegal rank.
+    """Return the engine plan for ``config``, whose dtype must be resolved. Values that the run file
+    sets are unchanged, the others are computed from the workload. Raises ConfigError on a rank that
+    vLLM does not support.
     """
     model = config.model
     if model.max_num_seqs == "auto":
@@ -69,7 +72,8 @@ def plan_engine(
         sequences = model.max_num_seqs
     if model.max_num_batched_tokens == "auto":
         # A scheduler step never needs more tokens than all prompts and completions have together,
-        # but it needs at least one token of each. Without chunked prefill a whole prompt must fit.
+        # but it needs at least one token of each sequence. Without chunked prefill a whole prompt
+        # must fit.
         needed = max(sequences * work.sequence_tokens, model.max_seq_length, 256)
         least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
         batched = max(min(BATCHED_TOKENS, needed), least)

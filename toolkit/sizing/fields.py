@@ -1,4 +1,4 @@
-"""Read typed values from an untrusted config.json: every value is checked and limited before
+"""Read typed values from an untrusted config.json. Every value is checked and limited before
 arithmetic uses it.
 
 A size that is missing, has a wrong type, or is negative or absurd (a vocabulary of 2**60) raises

@@ -1,14 +1,16 @@
-"""Fit one candidate (an engine plan and a step plan) on one card: its terms, and the possible range
-of gpu_memory_utilization.
+"""Fit one candidate (an engine plan and a step plan) on one card: compute its terms, and the
+possible range of gpu_memory_utilization, which is called u here.
 
 u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
 u_max is the largest u with which both phases fit into the free memory:
 
     rollouts  context + u x total + what the trainer keeps
-    training  context + u x total - activations given back + what the trainer keeps + a step
+    training  context + u x total - activations that the engine freed + what the trainer keeps
+              + a step
 
-With KV sleep the second line has no cache, so it is the same at every u. The first line then
-includes the step's margin, for memory that stays reserved by torch.
+With KV sleep (the KV cache is freed while training) the second sum contains no cache, so it is the
+same at every u. The first sum then includes the margin of a step, for memory that torch keeps
+reserved after the step.
 """
 
 from __future__ import annotations
@@ -48,14 +50,15 @@ def available_bytes() -> int:
     return found if limit is None else min(found, max(int(limit) - int(used or 0), 0))
 
 
-# The tensors of one position in ``_sample`` (generation/utils.py), all float32: logits, scores,
-# sorted copies and probabilities.
+# Bytes per logit of the tensors that ``_sample`` (generation/utils.py) makes for one position, all
+# float32: logits, scores, sorted copies and probabilities.
 LOGIT_BYTES = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
-    """The terms of sampling with transformers: the KV cache of all rollouts at once (twice while
-    the cache of a layer grows by concatenation), and the temporary tensors of sampling.
+    """Return the terms of sampling with transformers: the KV cache of all rollouts at once, two
+    more copies of one layer's cache (because a layer's cache grows by concatenation), and the
+    temporary tensors of sampling.
     """
     width = DTYPE_BYTES[plan.dtype]
     sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
@@ -78,15 +81,16 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
     ]
 
 
-# The margins: possible errors of the estimates, and memory that the caching allocator reserves but
-# that is not in use. With expandable segments (policy/cuda_allocator.py) the latter is a few pages.
+# The margins cover possible errors of the estimates, and memory that the caching allocator reserves
+# without using it. With expandable segments (policy/cuda_allocator.py) the unused memory is a few
+# pages.
 STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
 ENGINE_MARGIN = 0.05
-# tokens are routed unevenly to experts, and no measurement bounds their number
+# Tokens are routed unevenly to experts, and no measurement bounds the number of tokens per expert.
 EXPERT_MARGIN = 0.10
 # The engine frees its activations to the allocator after its profiling run, and the training step
-# reuses them. Compiled activations are smaller than the bound in u_min, so only this fraction
-# counts as reusable.
+# reuses this memory. Compiled activations are smaller than the bound in u_min, so only this
+# fraction counts as reusable.
 RETURNED_SHARE = 0.5
 ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
 CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
@@ -97,7 +101,7 @@ CPU_SHARE = 0.8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """The input of one evaluation. ``unsplit`` is the spec of the whole model, ``spec`` that of the
-    part on one card. They are equal if the model is not split.
+    part on one card. Both are equal if the model is not split over cards.
     """
 
     config: RunConfig
@@ -113,11 +117,14 @@ class Candidate:
 class Fit:
     """The terms of one candidate, and whether they fit.
 
-    ``min_bytes`` and ``max_bytes`` are the ends of u x total; ``short_bytes`` is the missing memory
-    (<= 0: the candidate fits). ``kv_sequence_bytes`` is the KV cache of one sequence,
-    ``kv_wanted_bytes`` that of all sequences of a rollout, ``kv_bytes`` that of a CPU engine.
-    ``max_sampling_bytes`` is the limit that the rollout phase alone puts on ``max_bytes``. The
-    ``margin`` fields are the margins in the two ends.
+    - ``min_bytes``, ``max_bytes``: the ends of u x total. ``binding_min`` and ``binding_max`` name
+      what limits them.
+    - ``short_bytes``: the missing memory. The candidate fits if it is 0 or less.
+    - ``kv_sequence_bytes``: the KV cache of one sequence.
+    - ``kv_wanted_bytes``: the KV cache of all sequences of a rollout.
+    - ``kv_bytes``: the KV cache of a CPU engine.
+    - ``max_sampling_bytes``: the limit that the rollout phase alone puts on ``max_bytes``.
+    - ``min_margin_bytes``, ``max_margin_bytes``: the margins that the two ends contain.
     """
 
     terms: tuple[Term, ...]
@@ -146,7 +153,7 @@ class Fit:
 
 
 def evaluate(candidate: Candidate) -> Fit:
-    """The terms of ``candidate`` and whether they fit."""
+    """Compute the terms of ``candidate`` and whether they fit."""
     trainer = trainer_terms(candidate.spec, candidate.plan, candidate.work, candidate.step)
     if not candidate.work.uses_engine:
         rollout = transformers_terms(candidate.spec, candidate.plan, candidate.work)
@@ -203,7 +210,8 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
         "free memory - context - what the trainer keeps (rollout phase)": room - kept,
         "the card": device.cuda_total_bytes,
     }
-    # The sleeping KV cache is mapped again while torch still reserves memory of the last step.
+    # After a training step the KV cache is mapped again while torch still reserves memory of the
+    # step.
     pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
     beside_pieces = room - kept - pieces
     most_sampling = min(*ends.values(), beside_pieces)
@@ -214,10 +222,10 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
         )
         ends[name] = beside_pieces
     least = fixed + one
-    missing = least - room  # without KV sleep: at most the amount missing for u_min
+    missing = least - room  # without KV sleep, at most the bytes missing for u_min
     if candidate.plan.sleep:
-        # Memory missing while the cache sleeps is missing at every u, so the interval is empty by
-        # that amount.
+        # Memory that is missing while the KV cache sleeps is missing at every u, so the interval is
+        # empty by that amount.
         missing = fixed - given_back + kept + step - room
         name = f"a training step while the KV cache sleeps ({_largest(others, 'training')})"
         ends |= {name: least - missing} if missing > 0 else {}
@@ -265,8 +273,8 @@ def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
 
 
 def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
-    """The fit of a run without an engine: the trainer's own model, which also samples with
-    transformers' generate.
+    """The fit of a run without an engine: the trainer's own model also samples, with transformers'
+    generate.
     """
     device = candidate.device
     need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))

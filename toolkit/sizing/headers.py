@@ -65,7 +65,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if length > MAX_HEADER_BYTES:
             raise _bad(
                 path,
-                f"says that its header is {length} bytes long; the limit is {MAX_HEADER_BYTES}",
+                f"states a header of {length} bytes; the limit is {MAX_HEADER_BYTES}",
             )
         if 8 + length > size:
             raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
@@ -83,7 +83,7 @@ def _check(header: dict[str, Any], data_bytes: int, path: Path) -> dict[str, Sto
     for name, entry in header.items():
         tensor, begin, end = _entry(name, entry, path)
         if end > data_bytes:
-            raise _bad(path, f"ends before its tensor {name[:80]!r} does")
+            raise _bad(path, f"is too short for its tensor {name[:80]!r}")
         tensors[name] = tensor
         spans.append((begin, end, name))
     spans.sort()
@@ -121,8 +121,8 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 
 def read_stored(folder: Path) -> StoredWeights | None:
-    """The headers of every shard in ``folder``; None if it contains no safetensors. Raises
-    InputError.
+    """Read the headers of every shard in ``folder``; return None if it contains no safetensors.
+    Raises InputError.
     """
     files = _shards(folder)
     if not files:
@@ -160,7 +160,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
-    """The distinct shard names; a name that points outside the folder is refused."""
+    """Return the distinct shard names. Raises InputError if a name leads outside the folder."""
     distinct = list(dict.fromkeys(name if isinstance(name, str) else "" for name in names))
     for name in distinct:
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):

@@ -1,4 +1,5 @@
 """Compute the memory of the engine's KV cache: per token, per sequence, and for all sequences.
+
 tests/contract/test_sizing_engine.py compares the results with vLLM's KVCacheSpec (page_size_bytes /
 block_size and max_memory_usage_bytes).
 """
@@ -41,11 +42,12 @@ def sequence_bytes(
 
 
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
-    """The number of layers for each kind of cache, padded as in the engine.
+    """Return the number of layers for each kind of cache, padded as in the engine.
 
-    Layers of different kinds share pools of pages, so vLLM puts them into groups of equal size. The
-    size is the number of layers of the rarest kind, or of the commonest kind if that has less than
-    1.5 times as many (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    Layers of different kinds share pools of pages, so vLLM puts them into groups of equal size.
+    Usually the group size is the number of layers of the rarest kind. If the commonest kind has
+    less than 1.5 times as many layers, the group size is the number of layers of the commonest kind
+    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()
     for block in spec.blocks:
@@ -63,7 +65,7 @@ def _layer_bytes(
     cache: Cache, tokens: int, element_bytes: int, block_tokens: int, batched_tokens: int
 ) -> int:
     if cache.kind == "linear":
-        # With prefix caching there are two states per sequence (MambaSpec, mode "align"), which are
+        # With prefix caching there are two states per sequence (MambaSpec, mode "align"). They are
         # never stored in 8 bits.
         return STATES * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens

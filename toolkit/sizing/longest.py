@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
 
 SHORTEST = 32
-"""Lengths in tokens below this one are not tried."""
+"""The shortest length, in tokens, that is tried."""
 
 
 def longest_that_fits(
     config: RunConfig, candidate: Candidate, attempt: Callable[[RunConfig], Fit]
 ) -> int | None:
-    """The largest number of tokens of a sequence (prompt and completion) with which the run fits,
-    with one sequence per pass. 0 if no length fits. None if the length is not the problem: the run
-    fits with one sequence per pass, or its sequences have at most ``SHORTEST`` tokens.
+    """Return the longest sequence (prompt and completion, in tokens) with which the run fits, with
+    one sequence per pass. Return 0 if no length fits.
+
+    Return None if the length is not the problem: the run fits with one sequence per pass, or its
+    sequences have at most ``SHORTEST`` tokens.
     """
     whole = candidate.work.sequence_tokens
 

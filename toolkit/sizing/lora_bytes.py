@@ -1,9 +1,9 @@
-"""Count the bytes of LoRA: the engine's slot buffers at max_lora_rank, and the trained adapter at
-r.
+"""Count the bytes of LoRA: the engine's slot buffers, whose rank is max_lora_rank, and the trained
+adapter, whose rank is r.
 
-vLLM gives layers buffers of max_loras slots (vllm/lora/layers/*.py, ``create_lora_weights``): every
-linear layer, the experts and, in some models, embeddings and head. A list of modules limits the
-layers, and the toolkit's engine limits them to the projections.
+vLLM allocates buffers for max_loras adapters (slots) in every linear layer, in the experts and, in
+some models, in embeddings and head (vllm/lora/layers/*.py, ``create_lora_weights``). A list of
+modules limits these layers; the toolkit's engine limits them to the projections.
 tests/contract/test_sizing_engine.py checks that the bytes equal vLLM's allocation.
 """
 
@@ -32,8 +32,8 @@ FUSED = (
 
 
 def legal_rank(rank: int) -> int:
-    """The smallest legal max_lora_rank of at least ``rank``. Raises ConfigError above the
-    largest.
+    """Return the smallest legal max_lora_rank that is at least ``rank``. Raises ConfigError if
+    ``rank`` is above the largest.
     """
     if legal := smallest_rank(rank):
         return legal
@@ -60,16 +60,16 @@ def engine_elements(
             for linear in block.linears
             if modules is None or _has_slots(linear, modules)
         )
-    # VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r); LogitsProcessorWithLoRA: A (r,
-    # hidden), B (vocab, r).
+    # Shapes in VocabParallelEmbeddingWithLoRA: A (vocab, r), B (hidden, r). Shapes in
+    # LogitsProcessorWithLoRA: A (r, hidden), B (vocab, r).
     tables = len(spec.lora_tables) if modules is None else 0
     total += tables * rank * (spec.vocab_size + spec.hidden_size)
     return slots * total
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """(rows of each slice, columns) of the layers with adapter slots, fused as the engine fuses
-    them: q, k and v are three slices of one layer.
+    """Return (rows of each slice, columns) of the layers with adapter slots, fused as the engine
+    fuses them: q, k and v are three slices of one layer.
     """
     found = set()
     for block in spec.blocks:
@@ -85,8 +85,8 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The names of the layers that get slots in the toolkit's engine: all layers that can be
-    trained with it.
+    """Return the names of the layers that get slots in the toolkit's engine: all layers that can be
+    trained with this engine.
     """
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
@@ -106,15 +106,15 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Those of gate_proj, up_proj and down_proj in ``targets`` that PEFT applies to this model's
-    stacked experts.
+    """Return those names of gate_proj, up_proj and down_proj in ``targets`` that PEFT applies to
+    this model's stacked experts.
     """
     return names.expert_targets(spec.family, targets)
 
 
 def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
-    """Whether PEFT adapts this module: its last name or dotted end is in the list ``targets``, or
-    its full name matches the regular expression ``targets``.
+    """Whether PEFT adapts this module. If ``targets`` is a list, the module's last name or dotted
+    end must be in the list. If ``targets`` is a regular expression, the full name must match.
 
     Stacked experts are not modules: ``expert_targets`` handles them.
     """
@@ -185,8 +185,8 @@ def adapter_parameters(
     """The number of trainable parameters of the adapter: r x (in + out) per targeted module (arXiv
     2106.09685).
 
-    For experts, A is (E r, in) and B is (out, E r); the fused gate and up projection has twice the
-    rank.
+    For E experts, A is (E r, in) and B is (out, E r). The fused gate and up projection has twice
+    the rank.
     """
     moved = expert_targets(spec, targets)
     total = 0
@@ -210,8 +210,8 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """The number of elements of the expert weights of one layer that have an adapter: PEFT computes
-    the update of all of them at once.
+    """The number of elements of one layer's expert weights that have an adapter. PEFT computes the
+    update of all these weights at once.
     """
     moved = expert_targets(spec, targets)
     return max(

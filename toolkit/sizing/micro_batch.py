@@ -1,9 +1,10 @@
-"""Read micro-batch and accumulation of one process from the run file, or list the candidates for
-"auto".
+"""Read the micro-batch and the gradient accumulation of one process from the run file, or list the
+candidates for "auto".
 
-With ``auto`` a generation batch is one optimizer step, however the batch is split: the micro-batch
-divides the completions of one process, and accumulation is the quotient. The gradient is the same
-for every split (rule GRPO029 refuses losses for which it is not).
+With ``auto`` a generation batch (the completions of one rollout) is one optimizer step, however the
+batch is split. The micro-batch divides the completions of one process, and the accumulation is the
+quotient. The gradient is the same for every split (rule GRPO029 refuses losses for which it is
+not).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ MOST = 1 << 24
 
 
 def is_auto(grpo: Mapping[str, Any]) -> bool:
-    """Whether the sizer chooses the split. Raises ConfigError if only one of the two keys is auto,
-    or if the number of completions is not set.
+    """Whether the sizer chooses the micro-batch and the accumulation, because both keys are auto.
+    Raises ConfigError if only one of them is auto, or if the number of completions is not set.
     """
     keys = (MICRO, ACCUMULATION)
     autos = [key for key in keys if grpo.get(key) == "auto"]
@@ -46,13 +47,13 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
         raise ConfigError(
             f"{autos[0]} is auto, but {other} is not",
             where=f"grpo.{other}",
-            fix=f"{other}: auto",
+            fix=f"set {other}: auto",
         )
     if grpo.get(GENERATION) is None:
         raise ConfigError(
             f"{MICRO} is auto, but no key gives the number of completions per step",
             where=f"grpo.{GENERATION}",
-            fix=f"{GENERATION}: 64, a multiple of num_generations",
+            fix=f"set {GENERATION} to a multiple of num_generations, such as 64",
         )
     return True
 
@@ -60,8 +61,9 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
 def batch_of(
     grpo: Mapping[str, Any], sequence: int, *, on_cpu: bool, world_size: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """For one process: (candidates for the micro-batch, the largest first; accumulation of the
-    first; completions of one generation).
+    """Return (micro-batches, accumulation, completions) of one process: the candidates for the
+    micro-batch, the largest first; the accumulation that belongs to the first candidate; and the
+    number of completions of one generation.
 
     ``sequence`` is the number of tokens of a prompt with its completion. Raises ConfigError for
     impossible numbers.
@@ -80,7 +82,7 @@ def batch_of(
         raise ConfigError(
             f"{whole} completions cannot be divided evenly among {world} processes",
             where=f"grpo.{GENERATION}",
-            fix=f"{GENERATION}: {-(-whole // world) * world}",
+            fix=f"set {GENERATION}: {-(-whole // world) * world}",
         )
     own = whole // world
     micros = divisors(own)

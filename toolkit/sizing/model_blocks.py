@@ -1,9 +1,9 @@
-"""Describe the parts of a model that matter for memory: blocks of linear maps, vectors, and the
-cache of each block per token.
+"""Describe the parts of a model that matter for memory: blocks of linear maps, vectors, and the KV
+cache of each block.
 
-Parameters, weight bytes under a quantization, KV bytes, LoRA buffers and activations are computed
-from these values. So every term uses the same description of an architecture, and a test of one
-term also protects the others.
+Parameters, weight bytes under a quantization, KV bytes, LoRA buffers and activations are all
+computed from these values. So every term uses the same description of an architecture, and a test
+of one term also protects the others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from toolkit.sizing.weight_formats import Quantization
 
 AttentionKind = Literal["full", "sliding", "mla", "linear", "none"]
-# How the trainer computes attention scores: a fused kernel saves no scores, "eager" saves one
-# matrix per head, and "capped" (soft-capping, which Hugging Face's fused default ignores) saves one
-# more.
+# How the trainer computes attention scores. A fused kernel saves no scores. "eager" saves one
+# matrix per head. "capped" (soft-capping, which Hugging Face's fused default ignores) saves one
+# more matrix.
 Scores = Literal["fused", "eager", "capped"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
@@ -28,10 +28,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "f
 @dataclass(frozen=True, slots=True)
 class Linear:
     """``copies`` matrices of (out_features, in_features), each with a bias of out_features if
-    ``bias``.
+    ``bias`` is true.
 
-    ``name`` is the dotted path inside the block under Hugging Face's names; routed experts are one
-    Linear with copies > 1.
+    ``name`` is the dotted path inside the block under Hugging Face's names. The routed experts of a
+    layer are one Linear with copies > 1.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """The cache of one block: bytes per token (full, sliding, mla), or one state per sequence
-    (linear).
+    """The cache of one block: keys and values per token (full, sliding, mla), or one state per
+    sequence (linear). Sizes are numbers of elements.
     """
 
     kind: AttentionKind
@@ -122,7 +122,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     stored: StoredWeights | None = None
     weights_by_headers: bool = False  # True: weights are as large as the files
-    margin: float = 0.0  # of weight and KV terms; 0 for a known architecture
+    margin: float = 0.0  # added to weight and KV terms; 0 for a known architecture
     lora_tables: tuple[str, ...] = ()  # embedding and head, if they have LoRA slots in the engine
     rope_tables: tuple[RopeTable, ...] = ()
     scores: Scores = "fused"

@@ -18,8 +18,8 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The files of a model: ``folder`` contains the weights (None if only a config.json was given);
-    ``config`` is the config.json.
+    """The files of a model. ``folder`` contains the weights; it is None if only a config.json was
+    given. ``config`` is the config.json.
     """
 
     folder: Path | None
@@ -28,9 +28,12 @@ class ModelFiles:
 
 
 def find_model(name: str, revision: str | None = None) -> ModelFiles:
-    """Find the files of ``name``. Raises InputError with the places that were searched."""
+    """Find the files of a model. Raises InputError with the places that were searched."""
     if not name or "\0" in name:
-        raise InputError("the model's name is empty or contains a null byte", fix="name a model")
+        raise InputError(
+            "the model's name is empty or contains a null byte",
+            fix="give the folder or the hub id of a model",
+        )
     path = Path(name).expanduser()
     if path.name == "config.json" or (path.suffix == ".json" and path.is_file()):
         return ModelFiles(path.parent if path.name == "config.json" else None, path, None)
@@ -50,7 +53,7 @@ def _in_cache(name: str, revision: str | None) -> ModelFiles:
         raise InputError(
             f"{name} (revision {revision or 'main'}) is neither a folder nor in the cache"
             f" {hub_cache(os.environ)}",
-            fix=f"hf download {name}, or set HF_HOME to the cache that contains it",
+            fix=f"run `hf download {name}`, or set HF_HOME to the cache that contains the model",
         )
     return _in_folder(snapshot, snapshot.name)
 

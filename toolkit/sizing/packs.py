@@ -1,9 +1,9 @@
 """Compute the training passes over packs: the maximum number of tokens per pass, and the number of
 passes per step.
 
-A pack holds the completions of one pass, and each of their prompts once (train/step/packing). Its
-size is limited by tokens, not by rows. So the sequences of a group share one copy of their prompt
-if they fit into one pack. Lengths here are the longest that the run file allows.
+A pack contains the completions of one pass, and each of their prompts once (train/step/packing).
+Its size is limited by tokens, not by rows. So the sequences of a group share one copy of their
+prompt if they fit into one pack. All lengths here are the longest that the run file allows.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from toolkit.sizing.workload import StepPlan, Workload
 
 PACKED = ("full", "sliding")
-"""Kinds of layers that packs support: tokens interact only through attention, with keys and values
-for each token.
+"""Kinds of layers that packs support: in these layers tokens interact only through attention, and
+each token has its own keys and values.
 """
 _STEP, _CANDIDATES = 256, 512
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward and backward pass: the tokens that the layers compute, the tokens whose hidden
-    states the head reads, and the keys that attention reads (those of a prompt once per
-    completion).
+    """One forward and backward pass.
+
+    - ``tokens``: the tokens that the layers compute.
+    - ``scored_tokens``: the tokens whose hidden states the head reads.
+    - ``keys``: the keys that attention reads. Those of a prompt count once per completion.
     """
 
     tokens: int
@@ -39,8 +41,9 @@ class Pass:
 
 
 def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether training merges its micro-batches and splits them by tokens, as far as run file and
-    architecture decide it. If False, sizing counts padded rows, which is the safe assumption.
+    """Whether training uses packs, which means that it merges its micro-batches and splits them by
+    tokens, as far as run file and architecture decide it. If this function returns False, sizing
+    counts padded rows, which need more memory.
     """
     grpo = config.grpo
     if not config.runtime.padding_free or config.model.attn_implementation not in (
@@ -59,13 +62,15 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
 
 
 def longest_pair(work: Workload) -> tuple[int, int]:
-    """(tokens of the shared prompt, tokens of the completion) of the longest sequence."""
+    """Return (tokens of the shared prompt, tokens of the completion) of the longest sequence."""
     completion = min(work.completion_tokens, work.sequence_tokens)
     return work.sequence_tokens - completion, completion
 
 
 def groups_of(work: Workload) -> int:
-    """The maximum number of groups that the rollouts of one process belong to."""
+    """The maximum number of groups (the completions of one prompt) that the rollouts of one process
+    belong to.
+    """
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
         return rows // group
@@ -79,8 +84,9 @@ def whole_tokens(work: Workload) -> int:
 
 
 def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ...] | None:
-    """The candidates for the tokens per pass, the largest first. None if rows limit a pass: the run
-    file sets the micro-batch, but not ``runtime.pack_tokens``.
+    """Return the candidates for the tokens per pass, the largest first. Return None if the number
+    of rows limits a pass, because the run file sets the micro-batch but not
+    ``runtime.pack_tokens``.
     """
     whole, one = whole_tokens(work), work.sequence_tokens
     written = config.runtime.pack_tokens
@@ -111,7 +117,7 @@ def pass_of(work: Workload, step: StepPlan) -> Pass:
 
 
 def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
-    """The number of packs of at most ``tokens`` tokens per step. Completions have on average
+    """The number of packs of at most ``tokens`` tokens per step, if completions have on average
     ``share`` of their maximum length.
     """
     prompt, longest = longest_pair(work)
@@ -126,8 +132,8 @@ def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
 
 
 def step_tokens(work: Workload, tokens: int) -> int:
-    """The maximum tokens of all passes of a step. If a group is split over packs, each of them
-    contains the prompt.
+    """The maximum tokens of all passes of a step. If a group is split over packs, each of these
+    packs contains the prompt.
     """
     prompt, _ = longest_pair(work)
     number, groups = passes(work, tokens), groups_of(work)

@@ -1,6 +1,6 @@
 """Find changes that make a run fit, ordered by their harm and then by the bytes that they free.
 
-Each change is tried alone; if no single one is enough, the least harmful ones are combined. A
+Each change is tried alone. If no single change is enough, the least harmful ones are combined. A
 change is offered only if the rules accept it for the card (base.capability). ``settings`` are the
 values to set in the run file, so that a remedy can be applied directly.
 """
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
 
     class Attempt(Protocol):
-        """Returns the best case of a changed run, on the same or another card, and on the same
-        number of cards or more.
+        """A function that returns the best case of a changed run (``solve.best_case``).
+        ``world_size`` and ``device`` are those of the run by default.
         """
 
         def __call__(
@@ -46,9 +46,9 @@ HARM = {
     NOTHING: "loses nothing",
     TIME: "costs time",
     PRECISION: "costs precision",
-    ADAPTER: "a smaller adapter",
-    LENGTH: "shorter texts",
-    HARDWARE: "more hardware",
+    ADAPTER: "makes the adapter smaller",
+    LENGTH: "makes the texts shorter",
+    HARDWARE: "needs more hardware",
 }
 _SHORTEST = 128  # completions and prompts are not shortened to fewer tokens
 _MOST_STEPS = 40
@@ -58,8 +58,8 @@ _UNKNOWN_PROMPT = 1024  # tokens that are reserved for prompts of unknown length
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A change: the values to set in the run file (by dotted keys), a text that describes them, and
-    their harm.
+    """A change of a run: the values to set in the run file (by dotted keys), a text that describes
+    them, and their harm.
     """
 
     harm: int
@@ -81,9 +81,9 @@ class _Change:
 def remedies_for(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
-    """The changes of ``config`` that free memory: first those that are enough (alone or combined),
-    then the others. Each group is sorted by harm and then by bytes. ``attempt`` returns the best
-    case of a changed run.
+    """Return the changes of ``config`` that free memory. Those that are enough (alone or combined)
+    come first. Each group is sorted by harm and then by bytes. ``short`` is the missing memory, and
+    ``attempt`` returns the best case of a changed run.
     """
     found = []
     for change in _changes(candidate):
@@ -112,9 +112,9 @@ def _remedy(change: _Change, short: int, left: int) -> Remedy:
 
 
 def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
-    """The combination of the least harmful changes with which the run fits: they are added one by
-    one, and those that turn out not to be needed are removed. None if even all of them are not
-    enough, or if no change is needed.
+    """Return the combination of the least harmful changes with which the run fits. Changes are
+    added one by one until the run fits. Then those that turn out to be unnecessary are removed.
+    Return None if all changes together are not enough, or if no change is needed.
     """
     taken: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
@@ -143,8 +143,8 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The groups of keys to try to undo: single keys first, the last change first; then the keys
-    that only change together.
+    """Return the groups of keys to try to undo: first single keys, the last change first, then keys
+    that can only change together.
     """
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
@@ -157,8 +157,8 @@ def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
 def _next_step(
     config: RunConfig, candidate: Candidate, fit: Fit, attempt: Attempt
 ) -> _Change | None:
-    """The least harmful change that frees memory; among equally harmful ones, the one that frees
-    most.
+    """Return the least harmful change that frees memory. Among equally harmful changes, return the
+    one that frees most. None if no change frees memory.
     """
     by_harm: dict[int, list[_Change]] = {}
     for change in _changes(candidate):
@@ -268,7 +268,7 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
 def _formats(candidate: Candidate) -> Iterator[_Change]:
     split = (
         parallel.size_of(candidate.config.model.tensor_parallel_size) > 1
-    )  # excludes packed weights
+    )  # a split model cannot have 4-bit weights
     if candidate.plan.quantization is None and not split and _has(candidate, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
 
@@ -280,8 +280,8 @@ def _has(candidate: Candidate, needed: tuple[int, int]) -> bool:
 def _second_card(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """The remedy of two cards of this kind, if it frees memory: each gets half of the micro-batch,
-    so the steps do not change.
+    """Return the remedy to use two cards of this kind, if it frees memory. Each card gets half of
+    the micro-batch, so the steps do not change.
     """
     micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
     if candidate.device is None or candidate.step.world_size > 1 or micro % 2:
@@ -300,9 +300,9 @@ def _second_card(
 def _split_model(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """The remedy with the smallest number of cards over which the model can be split so that the
-    run fits: cards of the run if it has enough, else more cards of this kind. The batch of a step
-    does not change.
+    """Return the remedy to split the model over the smallest number of cards with which the run
+    fits. It uses the cards of the run if there are enough, else more cards of this kind. The batch
+    of a step does not change.
     """
     splits = (
         candidate.work.uses_engine
@@ -338,7 +338,7 @@ def _split_model(
 def _larger_card(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """The remedy with the smallest card of the table on which the unchanged run fits."""
+    """Return the remedy to use the smallest card of the table on which the unchanged run fits."""
     if candidate.device is None:
         return []
     larger = sorted(

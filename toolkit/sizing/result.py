@@ -1,5 +1,5 @@
-"""Define the result of sizing: the interval, the choice, the budget of all terms, and the run file
-with every "auto" replaced.
+"""Define the result of sizing: the interval of gpu_memory_utilization, the choice (a value for
+every "auto"), the budget of all memory terms, and the run file with every "auto" replaced.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePart:
-    """The sizes of the engine.
+    """The sizes of the engine, in bytes.
 
-    ``lora_bytes`` is the allocation that vLLM makes by default, with slots on every layer that it
-    can adapt (experts, embeddings and head too). ``lora_slots_bytes`` is that of the toolkit's
-    engine, which requests slots only on the projections. ``copies_bytes`` are 16-bit copies of
-    4-bit weights while sampling, and ``copies_note`` is the reason if some weights have no copy.
-    ``ranks`` has the LoRA bytes for each legal max_lora_rank.
+    - ``lora_bytes``: the LoRA buffers that vLLM makes by default, with slots on every layer that it
+      can adapt (experts, embeddings and head too).
+    - ``lora_slots_bytes``: the LoRA buffers of the toolkit's engine, which requests slots only on
+      the projections.
+    - ``copies_bytes``: the 16-bit copies of 4-bit weights while sampling.
+    - ``copies_note``: the reason if some weights have no copy.
+    - ``ranks``: the LoRA bytes for each legal max_lora_rank.
     """
 
     lora_bytes: int
@@ -63,10 +65,14 @@ class EnginePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPart:
-    """The sizes of training on packs: ``pack_tokens`` is the maximum number of tokens of a pass.
-    ``step_tokens`` and ``passes`` are those of a step in which every sequence has its maximum
-    length; ``passes_half`` is the number of passes if completions have half of it on average;
-    ``padded_tokens`` are the tokens of the same step with padded rows.
+    """The sizes of training on packs (rows merged without padding).
+
+    - ``pack_tokens``: the maximum number of tokens of a pass.
+    - ``step_tokens``, ``passes``: the tokens and the passes of a step in which every sequence has
+      its maximum length.
+    - ``passes_half``: the passes of a step in which completions have half of that length on
+      average.
+    - ``padded_tokens``: the tokens of the same step with padded rows.
     """
 
     pack_tokens: int
@@ -78,11 +84,11 @@ class PackPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
-    """The sizes of the trainer: ``resident_bytes`` exist also during rollouts, ``step_bytes`` only
+    """The sizes of the trainer. ``resident_bytes`` exist also during rollouts, ``step_bytes`` only
     during a micro-batch.
 
-    ``step_s_estimate`` is a rough time of a step without rollouts, which only serves to rank
-    candidates.
+    ``step_s_estimate`` is a rough time in seconds of a step without rollouts, which only serves to
+    rank candidates.
     """
 
     resident_bytes: int
@@ -147,9 +153,11 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Remedy:
     """A change (or several combined), the bytes that it frees, whether that is enough, and its
-    costs. ``harm`` is at least 0 (nothing is lost). ``settings`` are the keys and values to set in
-    the run file; ``world_size`` and ``card`` are the number and kind of cards that the change
-    needs, if they differ from those of the run.
+    costs.
+
+    ``harm`` orders remedies; 0 means that nothing is lost. ``settings`` are the keys and values to
+    set in the run file. ``world_size`` and ``card`` are the number and kind of cards that the
+    change needs, if they differ from those of the run.
     """
 
     change: str
@@ -169,8 +177,8 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingResult:
-    """The result of ``solve``. ``budget`` lists every term; ``short_bytes`` is the missing memory
-    (0 if it fits).
+    """The result of ``solve``. ``budget`` lists every term. ``short_bytes`` is the missing memory;
+    the run fits if it is 0 or less.
     """
 
     device: Mapping[str, Any] | None
@@ -224,7 +232,7 @@ class SizingResult:
         listed = "\n       ".join(str(remedy) for remedy in self.remedies)
         return ConfigError(
             f"the run does not fit on {name}: {format_bytes(self.short_bytes)} are missing "
-            f"(least: {self.interval.binding_min}; most: {self.interval.binding_max})"
+            f"(largest need: {self.interval.binding_min}; limit: {self.interval.binding_max})"
             + self.too_long,
             where="gpu_memory_utilization",
             fix=listed or "use a card with more memory",
@@ -232,19 +240,21 @@ class SizingResult:
 
     @property
     def too_long(self) -> str:
-        """The sentence about a single sequence that does not fit, with the length that fits."""
+        """The part of the message about a single sequence that does not fit, with the length that
+        fits; empty if the length is not the problem.
+        """
         if self.longest_sequence is None:
             return ""
         if self.longest_sequence == 0:
             return "; not even a short sequence fits by itself"
         return (
-            "; a single sequence of model.max_seq_length does not fit, one of"
-            f" {self.longest_sequence:,} tokens (prompt and completion) does"
+            "; a single sequence of model.max_seq_length does not fit, but a sequence of"
+            f" {self.longest_sequence:,} tokens (prompt and completion) fits"
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """The error for a gpu_memory_utilization in the run file that is outside the interval
-        (margins are ignored); None if it is inside.
+        """Return the error if gpu_memory_utilization in the run file is outside the interval
+        (without margins); None if it is inside.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
@@ -258,13 +268,14 @@ class SizingResult:
         return ConfigError(
             f"{written} is {bound} for this run on this device ({why})",
             where="model.gpu_memory_utilization",
-            fix=f"write a value from {interval.min} to {interval.max}, or auto",
+            fix=f"set gpu_memory_utilization to a value from {interval.min} to {interval.max}, "
+            "or to auto",
         )
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """``config`` with every "auto" replaced; raises ConfigError if the run does not fit.
+        """Return ``config`` with every "auto" replaced. Raises ConfigError if the run does not fit.
 
-        Without a GPU gpu_memory_utilization stays "auto", because it is not used there.
+        Without a GPU, gpu_memory_utilization stays "auto", because it is not used there.
         """
         if not self.feasible:
             raise self.error()

@@ -1,5 +1,5 @@
-"""Compute the interval of gpu_memory_utilization, the choice and the budget for a run file, a model
-and a card.
+"""Compute for a run file, a model and a card: the interval of gpu_memory_utilization, a value for
+every "auto", and the budget of all memory terms.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def solve(
 ) -> SizingResult:
     """Size the run on ``device``; None is the CPU.
 
-    If the interval is empty, the result has ``feasible`` False and a list of remedies. Raises
-    ConfigError for values that no run can have (a rank above the engine's largest).
+    If the run does not fit, the result has ``feasible`` False and a list of remedies. Raises
+    ConfigError for values that no run can have (such as a rank above the engine's largest).
     """
     candidate, fit = best_case(config, spec, device, world_size)
     if fit.fits:
@@ -68,8 +68,8 @@ def solve(
 def resolve(
     config: RunConfig, device: Device | None, *, world_size: int = 1
 ) -> tuple[RunConfig, SizingResult]:
-    """Read the model, solve, and replace every "auto". Raises ConfigError with the list of remedies
-    if the run does not fit.
+    """Read the model, size the run, and return the run file with every "auto" replaced, and the
+    sizes. Raises ConfigError with the list of remedies if the run does not fit.
     """
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world_size)
@@ -79,8 +79,8 @@ def resolve(
 def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
-    """Do the same as ``resolve`` for a run whose processes have ``devices``: all get the same
-    values, which are those for the device with the least free memory. Also returns that device.
+    """Do the same as ``resolve`` for a run whose processes use ``devices``. All processes get the
+    same values: those for the device with the least free memory. This device is the third result.
 
     Raises:
         ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
@@ -98,14 +98,17 @@ def resolve_for_all(
 def best_case(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
-    """The candidate with the fastest training step among the suitable ones, with its fit. A
-    candidate is suitable if ``Fit.holds_rollout`` is true and its values are those that the run
-    file sets.
+    """Return the best candidate for the run, with its fit. Candidates differ in gradient
+    checkpointing, KV sleep (freeing the KV cache while training) and micro-batch.
 
-    If no candidate is suitable: among those with the smallest micro-batch, the one that fits with
-    the widest interval, else the one with the least missing memory. Candidates differ in
-    checkpointing and KV sleep, each with its largest suitable micro-batch. With
-    tensor_parallel_size "auto" the result has the smallest number of cards with which the run fits.
+    A candidate is suitable if ``Fit.holds_rollout`` is true and its values are those that the run
+    file sets. The best one is the suitable candidate with the fastest training step.
+
+    If no candidate is suitable, only those with the smallest micro-batch are compared. The best one
+    is then the candidate that fits with the widest interval, or, if none fits, the candidate with
+    the least missing memory.
+
+    With tensor_parallel_size "auto", the smallest number of cards with which the run fits is used.
     """
     numbers = _splits(config, spec, device, world_size)
     tried: list[tuple[Candidate, Fit]] = []
@@ -120,8 +123,8 @@ def best_case(
 def _splits(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> list[int]:
-    """The tensor_parallel_size in the run file, or for "auto" the sizes to try: those with which
-    the completions of a generation divide evenly over the replicas.
+    """Return the tensor_parallel_size in the run file. For "auto" return the sizes to try: those
+    with which the completions of a generation divide evenly over the replicas.
     """
     written = config.model.tensor_parallel_size
     if written != "auto":
@@ -147,7 +150,7 @@ def _deals_evenly(config: RunConfig, replicas: int) -> bool:
 def _best_way(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
-    """``best_case`` for one tensor_parallel_size."""
+    """Do the same as ``best_case`` for one tensor_parallel_size."""
     run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
     config = run.config
     unsplit = spec
@@ -196,7 +199,7 @@ def _best_way(
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
     """Whether the model will use fused kernels. For a card that is not in this node, liger-kernel
-    is assumed to be installed, because it is part of the cuda extra.
+    is assumed to be installed there, because it is part of the cuda extra.
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
@@ -204,8 +207,8 @@ def fuses(config: RunConfig, device: Device | None) -> bool:
 
 
 def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
-    """``candidate`` with the 16-bit copies of 4-bit weights that fit, if the run file has "auto"
-    for them.
+    """Return ``candidate`` with as many 16-bit copies of 4-bit weights as fit. Return it unchanged
+    unless the run file has "auto" for the copies.
     """
     if candidate.config.model.dequantized_rollouts != "auto" or not candidate.work.uses_engine:
         return candidate, fit
@@ -232,15 +235,16 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
             f"{written} is less than {least}, the cache of one sequence of model.max_seq_length"
             f" {plan.max_model_len} and an empty block",
             where="model.kv_cache_bytes",
-            fix=f"set it to auto, or to {least} or more, or lower model.max_seq_length",
+            fix=f"set model.kv_cache_bytes to auto or to at least {least}, or lower "
+            "model.max_seq_length",
         )
 
 
 def _largest(
     way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
-    """The candidate with the first suitable number of ``micros``, which are in descending order;
-    None if none is suitable.
+    """Return the candidate with the first number of ``micros`` that is suitable; None if none is.
+    ``micros`` are in descending order.
     """
     pairs: dict[int, tuple[Candidate, Fit]] = {}
 
@@ -250,8 +254,8 @@ def _largest(
 
     if suits(micros[0]):
         return pairs[micros[0]]
-    # After the first, a smaller micro-batch never needs more memory. The first one needs no
-    # accumulation, so it may need less memory than the next.
+    # After the first number, a smaller micro-batch never needs more memory. The first number needs
+    # no accumulation, so it may need less memory than the next one.
     place = bisect_left(micros, True, lo=1, key=suits)
     return pairs[micros[place]] if place < len(micros) else None
 
@@ -295,7 +299,7 @@ def _largest_micro_batch(candidate: Candidate) -> int:
     """The largest micro-batch that fits and divides the generation batch evenly; 0 if not even 1
     fits.
 
-    The KV cache must hold all sequences of a rollout, as in ``best_case``.
+    As in ``best_case``, the KV cache must be large enough for all sequences of a rollout.
     """
 
     def fits(micro: int) -> bool:

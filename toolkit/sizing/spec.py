@@ -1,5 +1,5 @@
-"""Read a ModelSpec from only config.json and safetensors headers. This needs no torch, downloads
-nothing and reads no weights.
+"""Read a ModelSpec from only config.json and safetensors headers. This module needs no torch,
+downloads nothing and reads no weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The margin that is added to all terms for an unknown architecture.
 UNKNOWN_MARGIN = 0.10
-UNTRAINED = "sized, but training it is not supported"
+UNTRAINED = "the model is sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
@@ -63,11 +63,13 @@ def spec_from_values(
     notes: list[str] = []
     margin = 0.0
     if isinstance(quantization, str):
-        notes.append(f"unknown weight format {quantization!r}: sized from its headers")
+        notes.append(
+            f"unknown weight format {quantization!r}: sizes are those in the safetensors headers"
+        )
         margin = UNKNOWN_MARGIN
         if stored is None:
             raise UnsupportedError(
-                f"unknown weight format {quantization!r}, and there are no headers",
+                f"unknown weight format {quantization!r}, and there are no safetensors headers",
                 where=where,
                 fix="give a folder with the safetensors files",
             )
@@ -78,12 +80,14 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
-        notes.append(f"{UNTRAINED}: it is stored in {stored_in.name}")
+        notes.append(f"{UNTRAINED}, because it is stored in {stored_in.name}")
     if is_multimodal(values):
-        notes.append(f"{UNTRAINED}: a multimodal model, of which the language model is counted")
+        notes.append(f"{UNTRAINED}, because it is multimodal; only its language model is counted")
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
-        notes.append(f"unknown architecture {model_type!r}: sized from its headers")
+        notes.append(
+            f"unknown architecture {model_type!r}: sizes are those in the safetensors headers"
+        )
         margin = UNKNOWN_MARGIN
     else:
         shape = family(fields)
@@ -124,7 +128,7 @@ def _unknown(
             f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
             "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
-            fix=f"give a folder that also contains the weights; known: {known}",
+            fix=f"give a folder that also contains the weights, or a model of these types: {known}",
         )
     inner = fields.section("text_config")
     return shape_from_headers(inner or fields, stored)
@@ -142,7 +146,9 @@ def _dtype(fields: Fields) -> str:
 
 
 def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
-    """A note if unquantized headers have a different number of values than the config describes."""
+    """Return a note if the headers of unquantized weights have a different number of values than
+    the config describes; else nothing.
+    """
     if stored is None or quantization is not None:
         return []
     spec = ModelSpec(
@@ -166,6 +172,6 @@ def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -
         return []
     share = stored.elements / max(spec.parameters, 1) - 1
     return [
-        f"the headers have {stored.elements:,} values, but the config gives {spec.parameters:,} "
+        f"the headers have {stored.elements:,} values, but the config implies {spec.parameters:,} "
         f"({share:+.1%})"
     ]

@@ -1,7 +1,7 @@
-"""Size a model that is split over several cards: the part on one card, as a ModelSpec, and the
-numbers of cards over which a model can be split.
+"""Size a model that is split over several cards: compute the part on one card, as a ModelSpec, and
+the number of cards over which the model can be split.
 
-vLLM splits q, k, v, gate, up and the vocabulary tables by rows, and o and down by columns; every
+vLLM splits q, k, v, gate, up and the vocabulary tables by rows, and o and down by columns. Every
 card has all norms. If there are fewer KV heads than cards, several cards have the same head (vLLM
 0.25.1 and 0.31.0, ``QKVParallelLinear``).
 """
@@ -31,8 +31,8 @@ measured.
 
 
 def one_card(spec: ModelSpec, size: int) -> ModelSpec:
-    """The spec of the part of ``spec`` that is on each of ``size`` cards; ``spec`` itself for one
-    card.
+    """Return the spec of the part of ``spec`` that is on each of ``size`` cards; ``spec`` itself
+    for one card.
 
     Raises:
         ConfigError: the model cannot be split over ``size`` cards.
@@ -42,7 +42,7 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
     facts = facts_of(spec)
     problem = parallel.model_problem(facts) or parallel.shape_problem(facts, size)
     if problem is not None:
-        raise ConfigError(problem, where=parallel.KEY, fix="tensor_parallel_size: 1")
+        raise ConfigError(problem, where=parallel.KEY, fix="set model.tensor_parallel_size: 1")
     stored = spec.stored
     return replace(
         spec,

@@ -1,8 +1,9 @@
-"""Estimate roughly the time of a training step, to rank candidates (micro-batch, checkpointing, KV
-sleep).
+"""Estimate the time of a training step roughly, to rank candidates that differ in micro-batch,
+checkpointing and KV sleep (freeing the KV cache while training).
 
-The time of a micro-batch is the larger of the card's compute time and the host's launch time. Both
-rates were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
+The time of a micro-batch is the larger of the card's compute time and the time in which the host
+launches the kernels. The rates of card and host were measured on one H100 with an 8B Llama and 64
+sequences of 320 tokens per step:
 
     micro-batch    8 plain   16 plain   32, 64 with checkpointing
     seconds        2.46      1.82       2.31, 2.29
@@ -29,20 +30,20 @@ RECOMPUTED = 1.4
 OPERATIONS_S = 4.0e14
 """Operations per second in bfloat16, including the time between matrix products."""
 SLEEP_S = 0.25
-"""Seconds to release the KV cache and map it again, including the memory of a step that torch
-frees.
+"""Seconds to release the KV cache and to map it again, including the time in which torch frees the
+memory of a step.
 """
 
 
 DEQUANTIZE_S = 1.5e-12
-"""Seconds to dequantize one 4-bit weight in one decode step, in addition to its product in 16 bits:
-18 ms per step of an 8B model were measured, of which about 7 are needed with 16-bit weights.
+"""Seconds to dequantize one 4-bit weight in one decode step, in addition to its product in 16 bits.
+A decode step of an 8B model took 18 ms, of which 16-bit weights would also need about 7 ms.
 """
 
 
 def added_seconds(candidate: Candidate) -> float:
-    """The seconds that 4-bit weights add to one rollout, because weights without a copy are
-    dequantized in each step and copies are made once.
+    """The seconds that 4-bit weights add to one rollout: weights without a 16-bit copy are
+    dequantized in each decode step, and copies are made once.
     """
     copies = candidate.plan.dequantized
     weights = (all_copies(candidate.spec, candidate.plan) - copies) // COPY_BYTES
@@ -56,8 +57,8 @@ def training_seconds(candidate: Candidate) -> float:
     step = candidate.step
     again = bool(step.checkpointing)
     host = candidate.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
-    # The forward pass, and the backward pass to the activations, take 2 operations each per
-    # parameter and token.
+    # Per parameter and token, the forward pass takes 2 operations, and the backward pass to the
+    # activations takes 2 more. Checkpointing adds a second forward pass.
     operations = (6 if again else 4) * active_parameters(candidate.spec)
     tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:

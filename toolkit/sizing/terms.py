@@ -1,4 +1,4 @@
-"""Define a term, which is one line of the budget."""
+"""Define a term: one line of the memory budget."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Compute the memory of the trainer: the adapter and its optimizer states permanently; gradients,
-activations and the head during a step.
+"""Compute the memory of the trainer. The adapter and its optimizer states exist permanently.
+Gradients, activations and the head's tensors exist only during a step.
 
 Written for transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
-(trl/kernels/chunked_logprob.py): no (batch, length, vocabulary) tensor exists, only tiles of 4096
-tokens x 32768 entries.
+(trl/kernels/chunked_logprob.py), which never creates a tensor of (batch, length, vocabulary). It
+only creates tiles of 4096 tokens x 32768 vocabulary entries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
 
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
-    """Every term of the trainer; terms of phase "always" exist during rollouts too."""
+    """Return all memory terms of the trainer. Terms of phase "always" exist in rollouts too."""
     count = work.adapter_parameters(spec)
     states = work.optimizer_bytes
     terms = []
@@ -53,7 +53,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         # Gradients are created layer by layer while the saved tensors of those layers are freed.
         gradients, beyond = (
             max(0, gradients - saved),
-            ", beyond the activations that are freed meanwhile",
+            ", minus the activations that are freed meanwhile",
         )
     if step.world_size > 1:
         gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
@@ -75,7 +75,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head, {one.scored_tokens} rows, beyond the activations",
+            f"fused head, {one.scored_tokens} rows, minus activations that are freed before",
             "training",
         ),
     ]
@@ -89,7 +89,14 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         )
     if step.packed:
         unpacked = dequantized_bytes(spec, plan)
-        terms.append(Term("trainer.dequantized", unpacked, "one weight in 16 bits", "training"))
+        terms.append(
+            Term(
+                "trainer.dequantized",
+                unpacked,
+                "the largest weight, unpacked to 16 bits",
+                "training",
+            )
+        )
         if step.compute_bytes < MASTER_BYTES:
             copies = count * step.compute_bytes
             what = f"autocast's copy of the adapter, {step.compute_bytes} bytes per parameter"
@@ -111,7 +118,9 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def is_packed(quantization: Quantization | None) -> bool:
-    """True if bitsandbytes quantizes the base model when it is loaded, or did so in its files."""
+    """Whether the base model has bitsandbytes weights: quantized when it is loaded, or already in
+    its files.
+    """
     return quantization is not None and quantization.method.startswith("bnb")
 
 

@@ -1,5 +1,5 @@
-"""Size an unknown architecture from its headers: matrices by their names and layers, attention by
-the usual keys of config.json.
+"""Describe an unknown architecture for sizing. The matrices are read from the safetensors headers,
+by their names and layers, and the attention from the usual keys of config.json.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 
 def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
-    """A Shape whose parameters are those of the headers; raises UnsupportedError naming the keys
-    that config.json lacks.
+    """Return a Shape whose parameters are those of the headers. Raises UnsupportedError with the
+    names of the keys that config.json lacks.
     """
     if missing := [key for key in NEEDED if not fields.has(key)]:
         raise UnsupportedError(
             f"the architecture is unknown, and its config.json has no {', '.join(missing)}",
             where=fields.where,
-            fix="write the values under these names into a copy of config.json",
+            fix="add these keys with their values to a copy of config.json",
         )
     heads = read_heads(fields)
     layers: dict[int, dict[str, StoredTensor]] = defaultdict(dict)
@@ -74,7 +74,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
 def _groups(
     layers: dict[int, dict[str, StoredTensor]],
 ) -> list[tuple[dict[str, StoredTensor], int]]:
-    """The layers grouped by equal tensors: (tensors, number of layers with them)."""
+    """Group the layers with equal tensors; return (tensors, number of layers) of each group."""
     found: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[dict[str, StoredTensor], int]] = {}
     for tensors in layers.values():
         key = tuple(sorted((name, tensor.shape) for name, tensor in tensors.items()))

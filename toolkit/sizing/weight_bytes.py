@@ -23,8 +23,8 @@ def padded_vocab(vocab: int) -> int:
 
 
 def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
-    """The format of the weights in memory: that of the checkpoint, else the one that ``load_in_*``
-    requests.
+    """Return the format of the weights in memory: that of the checkpoint, or else the format that
+    ``load_in_*`` requests.
     """
     if spec.quantization is not None:
         return spec.quantization
@@ -58,9 +58,9 @@ def weight_bytes(
 
 
 def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization) -> int:
-    """The bytes of W_UK and W_UV, the halves of kv_b_proj. Latent attention keeps them unpacked in
-    addition to a quantized kv_b_proj; if kv_b_proj is not quantized they are views of it
-    (vllm/model_executor/layers/attention/mla_attention.py).
+    """The bytes of W_UK and W_UV, the halves of kv_b_proj in latent attention. If kv_b_proj is
+    quantized, vLLM keeps unpacked copies of both halves. If it is not quantized, they are views of
+    it and need no memory (vllm/model_executor/layers/attention/mla_attention.py).
     """
     return sum(
         linear.weights * width
@@ -85,7 +85,7 @@ def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None)
 
 
 def stays_unquantized(linear: Linear, quantization: Quantization) -> bool:
-    """Whether ``linear`` is not quantized: routers and convolutions stay in 16 bits, and MXFP4
+    """Whether ``linear`` is not quantized. Routers and convolutions stay in 16 bits, and MXFP4
     quantizes only the experts.
     """
     if linear.leaf in ("gate", "router", "shared_expert_gate", "conv1d"):

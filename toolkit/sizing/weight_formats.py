@@ -1,10 +1,13 @@
 """Compute the bytes of a weight, including metadata, in each stored or requested format.
 
-Sources: bitsandbytes functional.quantize_4bit (blocks of 64, one float32 absmax each; double
-quantization: uint8 absmax plus one float32 per 256 blocks and 16 + 256 code floats per tensor);
-AutoAWQ GEMM and AutoGPTQ tensor layouts (qweight int32, qzeros int32, scales float16, g_idx
-int32); compressed-tensors and Transformer-Engine style FP8 (one byte, scales per channel or per
-block); OCP MXFP4 (4 bits and one 8-bit scale per 32).
+Sources:
+
+- bitsandbytes functional.quantize_4bit: blocks of 64 with one float32 absmax each. Double
+  quantization: uint8 absmax, one float32 per 256 blocks, and 16 + 256 code floats per tensor.
+- AutoAWQ GEMM and AutoGPTQ: the tensors qweight int32, qzeros int32, scales float16, g_idx int32.
+- FP8 in the style of compressed-tensors and Transformer Engine: one byte per weight, and scales per
+  channel or per block.
+- OCP MXFP4: 4 bits per weight and one 8-bit scale per 32 weights.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ def _ceil(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` has name fragments of modules that stay in the model's own
-    dtype.
+    """A weight format. ``skipped`` has names, or parts of names, of modules that stay in the
+    model's own dtype.
     """
 
     method: Method
     bits: int = 4
-    group: int = 128  # weights along the input per scale; 0 = one scale per output channel
+    group: int = 128  # input weights that share a scale; 0: one scale per output channel
     block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
     nested: bool = False
     skipped: tuple[str, ...] = ()
@@ -91,8 +94,8 @@ FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "e
 def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | str | None:
     """Read the ``quantization_config`` of a config.json.
 
-    Returns None if there is no quantization, and the method's name (a string) if the method is
-    unknown: the caller then sizes from the safetensors headers.
+    Returns None if there is no quantization. Returns the method's name (a string) if the method is
+    unknown; the caller then sizes the weights from the safetensors headers.
     """
     if values is None:
         return None
@@ -125,8 +128,8 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """The compressed-tensors format with one group of float or integer 8-bit weights. None for
-    other formats, which are sized from the headers.
+    """Return the compressed-tensors format if it has one group of float or integer 8-bit weights.
+    Return None for other formats, which are sized from the headers.
     """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:

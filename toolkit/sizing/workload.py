@@ -1,5 +1,5 @@
-"""Read the numbers of a run file on which memory depends, with the defaults of TRL 1.16's
-GRPOConfig, and the plan of a training step.
+"""Read the numbers of a run file that determine its memory, with the defaults of TRL 1.16's
+GRPOConfig, and define the plan of a training step.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ Checkpointing = bool | Literal["unsloth"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One process's share of a step. A micro-batch is the rows of one forward pass.
+    """One process's share of a step. A micro-batch is the number of rows of one forward pass.
 
-    ``micro_batches`` are the candidates, the largest first; only one if the run file sets it.
-    ``micro_batch`` is the largest of them, and ``accumulation`` belongs to it. ``rank`` is the
-    largest rank of the adapter, ``base_rank`` that of modules which ``layout`` does not name.
+    ``micro_batches`` are the candidates, the largest first; there is only one if the run file sets
+    it. ``micro_batch`` is the largest candidate, and ``accumulation`` belongs to it. ``rank`` is
+    the largest rank of the adapter. ``base_rank`` is the rank of the modules that ``layout`` does
+    not name.
     """
 
     micro_batch: int
@@ -62,10 +63,10 @@ class Workload:
 class StepPlan:
     """The settings of a training step.
 
-    ``pack_tokens`` is the maximum number of tokens of a pass over packs; with None a pass has
-    ``micro_batch`` padded rows. ``passes`` is the number of forward and backward passes of a step;
-    None means ``accumulation``. ``fused``: the model's layers use the kernels of
-    policy/fused_kernels.
+    - ``pack_tokens``: the maximum number of tokens of a pass over packs. If it is None, a pass has
+      ``micro_batch`` padded rows.
+    - ``passes``: the number of forward and backward passes of a step; None means ``accumulation``.
+    - ``fused``: whether the model's layers use the kernels of policy/fused_kernels.
     """
 
     micro_batch: int
@@ -87,7 +88,9 @@ class StepPlan:
 
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
-    """The numbers of ``run``. Raises ConfigError for a value that is not a number of at least 1."""
+    """Return the numbers of ``run``. Raises ConfigError if a value must be a number of at least 1
+    but is not.
+    """
     config, world_size = run.config, run.replicas
     grpo = config.grpo
     completion = count(grpo, "max_completion_length")
@@ -122,7 +125,7 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
 
 
 def layout_of(section: LoraSection) -> lora_bytes.Layout:
-    """The settings of the ``lora`` section for single modules and layers."""
+    """Return the settings of the ``lora`` section that apply to single modules and layers."""
     layers = section.layers_to_transform
     return lora_bytes.Layout(
         exclude=section.exclude_modules,
@@ -132,8 +135,8 @@ def layout_of(section: LoraSection) -> lora_bytes.Layout:
 
 
 def optimizer_bytes(name: str) -> float:
-    """State bytes per trainable parameter, from the longest known name that ``name`` starts with;
-    AdamW's 8 if unknown.
+    """Return the bytes of optimizer state per trainable parameter. The longest known name that
+    ``name`` starts with decides. For an unknown optimizer, return AdamW's 8 bytes.
     """
     known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
     if "8bit" in name and not any("8bit" in key for key in known):

@@ -76,7 +76,7 @@ def test_a_member_that_leads_outside_spoils_the_whole(tmp_path: Path, make, name
 )
 def test_links_and_devices_are_refused(tmp_path: Path, member: tarfile.TarInfo) -> None:
     archive = _tar(tmp_path / "a", member, ("link/x", b"x"))
-    with pytest.raises(ConfigError, match="holds a link or a device"):
+    with pytest.raises(ConfigError, match="contains a link or a device"):
         unpack(archive, tmp_path / "into")
 
 
@@ -86,7 +86,7 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
         info = zipfile.ZipInfo("link")
         info.external_attr = 0o120777 << 16
         zipped.writestr(info, "/etc/passwd")
-    with pytest.raises(ConfigError, match="holds a link or a device"):
+    with pytest.raises(ConfigError, match="contains a link or a device"):
         unpack(archive, tmp_path / "into")
 
 
@@ -241,7 +241,7 @@ def test_what_unpacks_to_far_more_than_it_is_is_refused_in_time(tmp_path: Path) 
 def test_more_members_than_the_limit_end_the_reading(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("toolkit.base.archives.MAX_MEMBERS", 3)
     archive = _tar(tmp_path / "a.tgz", *[(f"{i}", b"") for i in range(4)])
-    with pytest.raises(ConfigError, match="holds more than 3 members"):
+    with pytest.raises(ConfigError, match="contains more than 3 members"):
         unpack(archive, tmp_path / "into")
 
 
@@ -251,7 +251,7 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     subprocess.run(
         ["tar", "-C", tmp_path, "--sparse", "-cf", tmp_path / "a.tar", "holes"], check=True
     )
-    with pytest.raises(ConfigError, match="holds a sparse file: 'holes'"):
+    with pytest.raises(ConfigError, match="contains a sparse file: 'holes'"):
         unpack(tmp_path / "a.tar", tmp_path / "into")
 
 

@@ -37,7 +37,7 @@ def full(name=None):
         (OSError(errno.EROFS, "Read-only file system"), ConfigError, "cannot write: Read-only"),
         (OSError(errno.EIO, "Input/output error"), NodeError, "the disk failed"),
         (OSError(errno.ESTALE, "Stale file handle"), NodeError, "the disk failed: Stale"),
-        (OSError(errno.EFBIG, "File too large"), ConfigError, "may not become as large as it has"),
+        (OSError(errno.EFBIG, "File too large"), ConfigError, "would be larger than the limit"),
         (Rust("I/O error: File too large (os error 27)"), ConfigError, "(ulimit -f)"),
         (Rust("Error while serializing: I/O error: No space left on device (os error 28)"),
          ConfigError, "the disk is full"),

@@ -142,7 +142,7 @@ def test_a_format_that_needs_a_gpu(flag: str) -> None:
     context = CheckContext(configured=True, **{flag: True})
     told = verdict(snapshot_of("cpu"), "driver.present", context)
     assert told.verdict == "fail"
-    assert f"model.{flag} needs one" in told.evidence
+    assert f"model.{flag} needs a GPU" in told.evidence
 
 
 def test_a_driver_can_be_required() -> None:
@@ -189,7 +189,7 @@ def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
 
 def test_hidden_holders_are_said_to_be_hidden() -> None:
     result = verdict(snapshot_of("h200-pid-namespace"), "memory.tenant")
-    assert result.evidence == "GPU 0: 3.20 GiB used by others: hidden processes"
+    assert result.evidence == "GPU 0: 3.20 GiB used by other processes: hidden processes"
 
 
 def test_a_silent_driver_is_a_bad_node() -> None:
@@ -248,7 +248,7 @@ def test_cards_that_share_a_model_want_nvlink() -> None:
     slow = replace(node, gpus=tuple(replace(gpu, nvlinks=of([])) for gpu in node.gpus))
     result = verdict(slow, "speed.group_link", group)
     assert result.verdict == "warn"
-    assert "the 2 cards that share the model talk over PCIe" in result.evidence
+    assert "the 2 cards that share the model communicate over PCIe" in result.evidence
     hidden = replace(node, gpus=tuple(replace(gpu, nvlinks=failed("driver")) for gpu in node.gpus))
     assert verdict(hidden, "speed.group_link", group).verdict == "unknown"
     assert "speed.group_link" not in {one.id for one in run_checks(node, CheckContext())}
@@ -259,7 +259,7 @@ def test_cards_that_share_a_model_are_of_one_kind() -> None:
     group = CheckContext(configured=True, tensor_parallel_size=4, world_size=8)
     result = verdict(node, "devices.alike", group)
     assert (result.verdict, result.blame) == ("fail", "user")
-    assert "cards 4 to 7 would share a model, and are NVIDIA" in result.evidence
+    assert "cards 4 to 7 would share a model, but differ: NVIDIA" in result.evidence
     assert "CUDA_VISIBLE_DEVICES" in str(result.remedy)
     replicas = CheckContext(configured=True, world_size=8)
     assert verdict(node, "devices.alike", replicas).verdict == "warn"

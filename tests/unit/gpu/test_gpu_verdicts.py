@@ -25,7 +25,7 @@ ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
             "rtx4090-wsl",
             "memory.free",
             ASKED,
-            "its programs (hidden processes) hold the rest",
+            "its programs (hidden processes) use the rest",
         ),
     ],
 )
@@ -44,7 +44,7 @@ def test_hidden_processes_hold_the_rest() -> None:
     most = replace(ASKED, gpu_memory_utilization=0.99)
     result = verdict(snapshot_of("h200-pid-namespace"), "memory.free", most)
     assert (result.verdict, result.blame) == ("fail", "retry")
-    assert result.evidence.endswith("hidden processes hold the rest")
+    assert result.evidence.endswith("hidden processes use the rest")
 
 
 def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
@@ -55,7 +55,7 @@ def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
     desktop = replace(snapshot.gpus[0], name=of("NVIDIA GeForce RTX 5090"))
     told = verdict(replace(snapshot, gpus=(desktop,)), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
-    assert "is only for data-centre cards, and this is not one" in str(told.remedy)
+    assert "this card does not support forward compatibility" in str(told.remedy)
 
 
 def test_integrated_memory_follows_the_host() -> None:

@@ -47,8 +47,8 @@ def test_a_smaller_card_holds_the_largest_layers_or_none(spec_of, card, run):
     assert none.choice.dequantized_rollouts is False
     assert term(none) == 0
     assert none.engine.copies_note in none.model.notes
-    assert "none are made" in none.engine.copies_note
-    assert "none are made" in text_of(none, config).replace("\n      ", " ")
+    assert "no copies are made" in none.engine.copies_note
+    assert "no copies are made" in text_of(none, config).replace("\n      ", " ")
 
 
 def test_they_take_nothing_from_the_training_step(spec_of, card, run):

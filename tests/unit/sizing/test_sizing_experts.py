@@ -25,7 +25,7 @@ def test_the_adapter_is_on_attention(spec_of, card, run):
     assert result.model.trainable_parameters == attention
     assert result.choice.target_modules == ATTENTION
     assert not any(term.term == "trainer.expert_updates" for term in result.terms)
-    assert any("adapter is on q_proj, k_proj, v_proj, o_proj" in n for n in result.model.notes)
+    assert any("LoRA slots: q_proj, k_proj, v_proj, o_proj" in n for n in result.model.notes)
     assert result.apply(config).lora.target_modules == ATTENTION
 
 

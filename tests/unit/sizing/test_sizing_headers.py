@@ -42,8 +42,8 @@ def test_a_good_header(tmp_path):
 
 
 BAD = {
-    "length of 2**60": ({"w": TENSOR}, {"length": 1 << 60}, "header is"),
-    "length of 2**64 - 1": ({"w": TENSOR}, {"length": (1 << 64) - 1}, "header is"),
+    "length of 2**60": ({"w": TENSOR}, {"length": 1 << 60}, "states a header of"),
+    "length of 2**64 - 1": ({"w": TENSOR}, {"length": (1 << 64) - 1}, "states a header of"),
     "ends inside": ({"w": TENSOR}, {"length": 5000}, "ends inside"),
     "not JSON": (b"{{{{", {}, "JSON"),
     "not UTF-8": (b"\xff\xfe{}", {}, "JSON"),
@@ -60,7 +60,11 @@ BAD = {
     "a boolean in a shape": ({"w": {**TENSOR, "shape": [True, 4]}}, {}, "invalid shape"),
     "offsets turned around": ({"w": {**TENSOR, "data_offsets": [8, 0]}}, {}, "offsets"),
     "offsets of another size": ({"w": {**TENSOR, "data_offsets": [0, 6]}}, {}, "disagree"),
-    "data beyond the end": ({"w": {**TENSOR, "data_offsets": [8, 16]}}, {}, "ends before"),
+    "data beyond the end": (
+        {"w": {**TENSOR, "data_offsets": [8, 16]}},
+        {},
+        "too short for its tensor",
+    ),
     "overlapping": (
         {"a": TENSOR, "b": {**TENSOR, "data_offsets": [4, 12]}},
         {"data": b"\0" * 16},

@@ -109,7 +109,7 @@ def test_a_sequence_that_cannot_fit_is_told_with_the_length_that_does(spec_of, c
     longest = result.longest_sequence
     assert not result.feasible
     assert 0 < longest < 18432
-    with pytest.raises(ConfigError, match=f"one of {longest:,} tokens"):
+    with pytest.raises(ConfigError, match=f"a sequence of {longest:,} tokens"):
         result.apply(config)
     assert json.loads(json.dumps(result.to_json()))["longest_sequence"] == longest
     prompt = longest // 2

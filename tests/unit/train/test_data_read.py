@@ -117,7 +117,7 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
     path = tmp_path / "d.tar"
     with tarfile.open(path, "w") as tar:
         tar.add(tmp_path / "data.csv", "data.csv")
-    with pytest.raises(ConfigError, match="holds 0 data files"):
+    with pytest.raises(ConfigError, match="contains 0 data files"):
         read_file(path)
 
 

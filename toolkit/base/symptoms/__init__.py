@@ -1,5 +1,5 @@
-"""The most common error texts. Each has the check that finds the problem beforehand, and what to
-do.
+"""The most common error texts of other libraries, each with the check that finds the problem
+beforehand and with a remedy.
 
 ``match`` searches a traceback or a log. ``envcheck explain -`` prints the result, and ``toolkit``
 commands use it to explain errors of other libraries. The texts are those of vLLM 0.8 to 0.31, torch
@@ -35,17 +35,19 @@ CONSEQUENCES = frozenset(entry.symptom.id for entry in consequences.ENTRIES)
 TEXTS: dict[str, tuple[str, ...]] = {
     entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ALL
 }
-LONGEST_CUT = 100_000  # line breaks inside words come from text copied from a screen
+# In a text copied from a screen, line breaks may split words. Only this many characters at the end
+# of a text are also searched with all line breaks removed.
+LONGEST_CUT = 100_000
 _ALIKE = 0.5  # the least share of a known text's words that must occur
 _NEAREST = 3
 
 
 def match(text: str) -> list[Symptom]:
-    """The known failures in a pasted traceback or log, the most specific first; empty if there are
-    none. An error that only follows another error counts only if no other error is found.
+    """Return the known failures in a pasted traceback or log, the most specific first; empty if
+    there are none. An error that only follows another error counts only if no other error is found.
 
-    Ignores colours, log prefixes, mixed output of several ranks, and line breaks, also inside a
-    word.
+    Colours, log prefixes, mixed output of several ranks, and line breaks (also inside a word) are
+    ignored.
     """
     wrapped, joined = streams(condensed(text))
     forms = [(one, one.lower()) for one in (wrapped, joined[-LONGEST_CUT:])]
@@ -66,8 +68,8 @@ def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Sym
 
 
 def nearest(text: str) -> list[Symptom]:
-    """At most three symptoms for a text without a known error: those whose texts share the most
-    words with its error lines, best first.
+    """Return at most three symptoms for a text without a known error, the most similar first. These
+    are the symptoms whose texts share the most words with the error lines of the text.
     """
     lines = [words_of(line) for line in telling_lines(condensed(text))]
     scores: dict[Symptom, float] = {}

@@ -13,9 +13,9 @@ ENTRIES = (
         "rank-waited",
         "The ranks waited for each other longer than their limit",
         "speed.group_link, speed.p2p",
-        "search the logs of all ranks for the first error and paste it. Without one, a rank was "
-        "busy for longer than the limit (a slow reward, a download), or the link hangs: `envcheck "
-        "check --deep` tests it",
+        "search the logs of all ranks for the first error and paste it. If there is none, a rank "
+        "was busy for longer than the limit (a slow reward, a download), or the link between the "
+        "ranks hangs: `envcheck check --deep` tests the link",
         5,
         "Watchdog caught collective operation timeout",
         "Some NCCL operations have failed or timed out",
@@ -25,7 +25,7 @@ ENTRIES = (
         "rank-ended",
         "Another rank ended first",
         _FIRST,
-        "search the logs of all ranks for the first error (the earliest time) and paste that",
+        "search the logs of all ranks for the first error (the earliest time) and paste that error",
         5,
         "NCCL error: remote process exited or there was a network error",
         "remote process exited or there was a network error",

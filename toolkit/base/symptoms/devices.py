@@ -41,7 +41,7 @@ USER_XIDS: dict[int, str] = {
 
 
 def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Add to the symptom of an XID who must act, by its number."""
+    """Return the symptom of an XID with the meaning of its number, and with who must act."""
     del around
     number = int(hit.group(2).rstrip("."))
     if number in FATAL_XIDS:
@@ -49,29 +49,30 @@ def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     if number in USER_XIDS:
         return symptom.but(
             title=f"XID {number}: {USER_XIDS[number]}, usually a fault of the program",
-            remedy="run it with CUDA_LAUNCH_BLOCKING=1 to find the kernel; if other programs "
-            "also show it on this card, the node is bad",
+            remedy="run the program with CUDA_LAUNCH_BLOCKING=1 to find the kernel; if other "
+            "programs also cause this XID on this card, the node is bad",
             exit_code=1,
         )
     return symptom.but(
-        title=f"XID {number} in the kernel's log",
-        remedy="look the number up in NVIDIA's XID catalogue; `envcheck check --only health`",
+        title=f"The kernel's log contains XID {number}",
+        remedy="look the number up in NVIDIA's XID catalogue, and run `envcheck check --only "
+        "health`",
         exit_code=5,
     )
 
 
 _SLOWED = (
-    "the run is slower than the card allows: check cooling, power supply and power limit of the "
-    "node (`envcheck check --only speed`)"
+    "check cooling, power supply and power limit of the node (`envcheck check --only speed`): the "
+    "run is slower than the card allows"
 )
 
 ENTRIES = (
     entry(
         "slow-link",
-        "The cards of a group do not reach each other directly",
+        "The cards that share a model are not linked by NVLink",
         "speed.group_link",
-        "the run works, but sums between the cards are slow: use cards that are linked by NVLink "
-        "(`nvidia-smi topo -m`), or model.tensor_parallel_size: 1",
+        "use cards that are linked by NVLink (`nvidia-smi topo -m` shows the links), or set "
+        "model.tensor_parallel_size: 1; without NVLink the run works, but is slow",
         1,
         "Custom allreduce is disabled because it's not supported on more than two PCIe-only GPUs",
     ),
@@ -92,8 +93,8 @@ ENTRIES = (
         "ecc",
         "The card has memory errors that it could not correct",
         "health.ecc",
-        "reset the GPU (`nvidia-smi --gpu-reset`) or reboot; if it comes back, have the card "
-        "replaced",
+        "reset the GPU (`nvidia-smi --gpu-reset`) or reboot the node; if the errors return, have "
+        "the card replaced",
         3,
         "uncorrectable ECC error encountered",
         "CUDA_ERROR_ECC_UNCORRECTABLE",
@@ -128,8 +129,8 @@ ENTRIES = (
         "recovery",
         "The driver requests a reset of the card",
         "health.recovery",
-        "drain the node, reset the GPU (`nvidia-smi --gpu-reset`) or reboot, whichever the "
-        "text says",
+        "drain the node, then reset the GPU (`nvidia-smi --gpu-reset`) or reboot the node, "
+        "whichever the driver requests",
         3,
         "GPU recovery action changed from",
         "GPU requires reset",
@@ -152,7 +153,7 @@ ENTRIES = (
         "sxid",
         "An NVSwitch reported a fault",
         "health.xid, health.fabric",
-        "drain the node; restart nvidia-fabricmanager or reboot",
+        "drain the node, then restart nvidia-fabricmanager or reboot the node",
         3,
         "SXid (PCI:",
     ),
@@ -172,8 +173,8 @@ ENTRIES = (
         "busy",
         "The card is busy, or in exclusive mode with a process on it",
         "health.compute_mode, memory.tenant",
-        "wait for the other process (`envcheck probe` names it), or ask for compute mode Default "
-        "(`nvidia-smi -c 0`)",
+        "wait for the other process (`envcheck probe` names it), or ask the node's owner to set "
+        "compute mode Default (`nvidia-smi -c 0`)",
         4,
         "CUDA-capable device(s) is/are busy or unavailable",
         "all CUDA-capable devices are busy or unavailable",
@@ -198,8 +199,7 @@ ENTRIES = (
         "This vLLM release reads CUDA_VISIBLE_DEVICES as numbers only",
         "devices.uuid",
         "write the index of the GPU instead of its UUID, or install vllm 0.25.1 (releases up to "
-        "0.20 "
-        "are known to fail)",
+        "0.20 are known to fail)",
         1,
         "invalid literal for int() with base 10: 'MIG-",
         "invalid literal for int() with base 10: 'GPU-",
@@ -208,7 +208,7 @@ ENTRIES = (
     ),
     entry(
         "slurm",
-        "The Slurm job was not given the GPUs that it uses",
+        "The Slurm job did not get the GPUs that it uses",
         "place.slurm",
         "request GPUs for the job (--gres=gpu:N or --gpus=N), and start the step with srun",
         1,
@@ -221,7 +221,8 @@ ENTRIES = (
         "card-kind",
         "No node has the card or the number of cards that the job requests",
         "devices.kind, devices.count",
-        "request a card and a number that the cluster has (sinfo -o %G, kubectl describe node)",
+        "request a kind and a number of cards that the cluster has (`sinfo -o %G` or `kubectl "
+        "describe node` lists them)",
         1,
         "Insufficient nvidia.com/gpu",
         "Batch job submission failed: Requested node configuration is not available",
@@ -241,11 +242,10 @@ ENTRIES = (
     ),
     entry(
         "ordinal",
-        "A process asked for a GPU index that does not exist",
+        "A process requested a GPU index that does not exist",
         "devices.count, devices.index",
         "start at most as many processes as CUDA_VISIBLE_DEVICES names GPUs (`envcheck probe` "
-        "lists "
-        "them), and count from 0",
+        "lists them); indices count from 0",
         1,
         "invalid device ordinal",
         "cudaErrorInvalidDevice",
@@ -269,8 +269,8 @@ ENTRIES = (
         "no-gpu",
         "CUDA sees no GPU",
         "devices.visible",
-        "check CUDA_VISIBLE_DEVICES (empty, -1 or a missing index hides all GPUs), the job's "
-        "request for GPUs, and `envcheck probe`",
+        "check CUDA_VISIBLE_DEVICES (empty, -1 or a missing index hides all GPUs) and the job's "
+        "request for GPUs; `envcheck probe` shows which GPUs CUDA finds",
         1,
         "No CUDA GPUs are available",
         "no CUDA-capable device is detected",
@@ -291,7 +291,8 @@ ENTRIES = (
         "unlike-cards",
         "The job uses cards of different kinds",
         "devices.alike",
-        "list cards of one kind in CUDA_VISIBLE_DEVICES; the smallest card limits all others",
+        "list only cards of one kind in CUDA_VISIBLE_DEVICES, because the smallest card limits all "
+        "others",
         1,
         "There is an imbalance between your GPUs",
         "GPUs have different compute capabilities",
@@ -323,7 +324,7 @@ ENTRIES = (
         "nvlink",
         "An NVLink is down",
         "speed.nvlink",
-        "drain the node: reset the GPUs or reseat the link",
+        "drain the node, then reset the GPUs or reseat the link",
         3,
         "Link {n}: <inactive>",
         "NVLink is down",
@@ -345,7 +346,7 @@ ENTRIES = (
         "A kernel read or wrote outside its memory, or the card failed",
         "health.xid",
         "check the kernel's log (`envcheck check --only health` reads XIDs). A fatal XID means "
-        "a bad node; without one run again with CUDA_LAUNCH_BLOCKING=1",
+        "a bad node. Without a fatal XID, run again with CUDA_LAUNCH_BLOCKING=1 to find the kernel",
         3,
         "an illegal memory access was encountered",
         "CUDA error: unspecified launch failure",

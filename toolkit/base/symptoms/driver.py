@@ -10,7 +10,7 @@ ENTRIES = (
         "nvml-mismatch",
         "The driver was updated while its kernel module stayed loaded",
         "driver.present, driver.libcuda",
-        "reload the NVIDIA modules or reboot the node; in a container, start it again after that",
+        "reload the NVIDIA kernel modules or reboot the node, then restart its containers",
         3,
         "Driver/library version mismatch",
         "NVML_ERROR_LIB_RM_VERSION_MISMATCH",
@@ -35,8 +35,8 @@ ENTRIES = (
         "cuda-803",
         "CUDA error 803: libcuda.so.1 and the kernel module have different versions",
         "driver.libcuda",
-        "a libcuda that is not the driver's is found first: remove compat or stubs folders from "
-        "LD_LIBRARY_PATH, or reload the driver after its update",
+        "remove compat and stubs folders from LD_LIBRARY_PATH, because their libcuda is found "
+        "before the driver's own; after an update of the driver, reload it",
         3,
         "error 803:",
         "error: 803",
@@ -50,8 +50,8 @@ ENTRIES = (
         "cuda-804",
         "CUDA error 804: forward compatibility was tried on a card that does not support it",
         "driver.compat",
-        "remove the cuda-compat folder from LD_LIBRARY_PATH, and use a CUDA that the driver itself "
-        "supports",
+        "remove the cuda-compat folder from LD_LIBRARY_PATH, and use a CUDA version that the "
+        "driver itself supports",
         1,
         "error 804:",
         "error: 804",
@@ -64,9 +64,9 @@ ENTRIES = (
         "container-requirement",
         "The image requires a newer CUDA or driver than the node has",
         "driver.cuda, driver.required",
-        "use a node with a newer driver, or an image with an older CUDA; on data centre cards "
-        "the container's cuda-compat folder also works (NVIDIA_DISABLE_REQUIRE=1, then "
-        "`envcheck check --only driver`)",
+        "use a node with a newer driver, or an image with an older CUDA; on data centre cards you "
+        "can instead set NVIDIA_DISABLE_REQUIRE=1 and use the image's cuda-compat folder "
+        "(`envcheck check --only driver` shows whether that works)",
         3,
         "unsatisfied condition: cuda",
         "unsatisfied condition: driver",
@@ -77,8 +77,8 @@ ENTRIES = (
         "driver-too-old",
         "The driver is too old for the CUDA of the installed torch",
         "driver.cuda",
-        "use a node with a newer driver, or the torch build of an older CUDA; on data centre "
-        "cards the cuda-compat folder in LD_LIBRARY_PATH also works",
+        "use a node with a newer driver, or a torch build for an older CUDA; on data centre "
+        "cards you can instead put the cuda-compat folder into LD_LIBRARY_PATH",
         3,
         "NVIDIA driver on your system is too old",
         "CUDA driver version is insufficient for CUDA runtime version",
@@ -116,9 +116,8 @@ ENTRIES = (
         "container-without-gpu",
         "The container was started without the NVIDIA runtime",
         "place.runtime",
-        "start it with --gpus all (docker), --device nvidia.com/gpu=all (podman) or --nv "
-        "(apptainer), "
-        "and install nvidia-container-toolkit on the node",
+        "start the container with --gpus all (docker), --device nvidia.com/gpu=all (podman) or "
+        "--nv (apptainer), and install nvidia-container-toolkit on the node",
         3,
         "could not select device driver{..}capabilities: [[gpu]]",
         'could not select device driver "nvidia" with capabilities',
@@ -145,9 +144,9 @@ ENTRIES = (
         "device-files",
         "This process has no access to the device files of the GPU",
         "driver.nodes",
-        "give the container the /dev/nvidia* files again (it loses them when systemd reloads "
-        "its cgroup: start it again, or use CDI); on the node run nvidia-modprobe and check the "
-        "group of /dev/nvidia*",
+        "in a container: start the container again, or use CDI, because a container loses the "
+        "/dev/nvidia* files when systemd reloads its cgroup. On the node itself: run "
+        "nvidia-modprobe and check the group of /dev/nvidia*",
         3,
         "Failed to initialize NVML: Unknown Error",
         "Failed to initialize NVML: Insufficient Permissions",
@@ -160,8 +159,7 @@ ENTRIES = (
         "The NVIDIA driver is not loaded on this node",
         "driver.present",
         "load or install the driver on the node (`nvidia-smi` must work there first), or use "
-        "another "
-        "node",
+        "another node",
         3,
         "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver",
         "Failed to initialize NVML: Driver Not Loaded",

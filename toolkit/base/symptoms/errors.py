@@ -35,8 +35,8 @@ AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
-    """``problem`` as an error with the exit code and the remedy of its symptom; None if it shows no
-    known cause. ``again`` says what to do after the remedy.
+    """Return ``problem`` as an error with the exit code and the remedy of its symptom; None if no
+    symptom matches. ``again`` says what to do after the remedy.
     """
     for error in chain(problem):
         for symptom in match(f"{type(error).__name__}: {error}"):

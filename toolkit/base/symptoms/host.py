@@ -29,7 +29,7 @@ ENTRIES = (
         "The host's main memory, or the job's share of it, ran out",
         "host.memory",
         "request more host memory (--mem, --memory, resources.limits.memory), or use fewer "
-        "loader workers and no offload; `envcheck check` prints what is needed",
+        "loader workers and no offload; `envcheck check` prints how much is needed",
         1,
         "Detected {n} oom_kill event",
         "Detected {n} oom-kill event",
@@ -52,9 +52,9 @@ ENTRIES = (
         "limits",
         "A limit of the account is too low",
         "host.limits",
-        "raise it: ulimit -n 65536, ulimit -u, ulimit -l unlimited (docker: --ulimit memlock=-1 "
-        "--ulimit "
-        "nofile=65536)",
+        "raise the limit that the error names: `ulimit -n 65536` (open files), `ulimit -u` "
+        "(processes), `ulimit -l unlimited` (locked memory); with docker: --ulimit nofile=65536 "
+        "--ulimit memlock=-1",
         1,
         "[Errno 24] Too many open files",
         "received 0 items of ancdata",
@@ -69,7 +69,7 @@ ENTRIES = (
         "A disk is full",
         "host.disk",
         "free space, or set HF_HOME, TMPDIR and runtime.output_dir to a folder with free space "
-        "(`envcheck check --only host` prints what is free)",
+        "(`envcheck check --only host` prints the free space)",
         1,
         "[Errno 28] No space left on device",
         "No space left on device (os error 28)",
@@ -127,8 +127,8 @@ ENTRIES = (
         "forked",
         "A process that already used CUDA was forked",
         "none: your script used CUDA before the engine started its processes",
-        "set VLLM_WORKER_MULTIPROCESSING_METHOD=spawn and put the script's start behind `if "
-        '__name__ == "__main__":`, and do not call torch.cuda before the trainer is made',
+        "set VLLM_WORKER_MULTIPROCESSING_METHOD=spawn, start the script's work under `if "
+        '__name__ == "__main__":`, and do not call torch.cuda before the trainer is created',
         1,
         "Cannot re-initialize CUDA in forked subprocess",
     ),

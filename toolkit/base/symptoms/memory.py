@@ -20,8 +20,8 @@ ENTRIES = (
         "free-below-request",
         "Less memory is free than gpu_memory_utilization requests",
         "memory.free",
-        "another process holds memory: wait for it or end it (`envcheck probe` names it), or lower "
-        "gpu_memory_utilization to interval.max of `envcheck size run.yaml`",
+        "wait for the process that uses the memory, or end it (`envcheck probe` names it), or "
+        "lower gpu_memory_utilization to interval.max of `envcheck size run.yaml`",
         4,
         "Free memory on device{..}is less than desired GPU memory utilization",
         read=numbers.free_share,
@@ -90,7 +90,7 @@ ENTRIES = (
         "size: trainer peak at the longest completion",
         "lower gpu_memory_utilization, per_device_train_batch_size or max_completion_length, or "
         "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves. In the "
-        "first seconds of a run another process may hold memory: `envcheck probe` shows it",
+        "first seconds of a run, another process may use the memory: `envcheck probe` names it",
         1,
         "CUDA out of memory",
         "CUDA error: out of memory",
@@ -106,8 +106,8 @@ ENTRIES = (
         "cublas-allocation",
         "cuBLAS found no memory for its workspace: the card is full",
         "size: trainer peak at the longest completion",
-        "set gpu_memory_utilization lower by 0.01 to 0.02: cuBLAS takes its handle and workspace "
-        "(up to some 100 MiB) outside torch's pool",
+        "lower gpu_memory_utilization by 0.01 to 0.02: cuBLAS allocates its handle and workspace "
+        "(up to about 100 MiB) outside torch's pool",
         1,
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
@@ -117,8 +117,8 @@ ENTRIES = (
         "neighbour-moved",
         "Another process freed or took GPU memory while the engine was measuring",
         "memory.tenant",
-        "start again; if it recurs, find the other process with `envcheck probe` and use the "
-        "card exclusively",
+        "start again; if the error recurs, find the other process with `envcheck probe` and use "
+        "the card exclusively",
         4,
         "Error in memory profiling. Initial free memory",
         "Error in memory profiling.Initial free memory",
@@ -137,7 +137,7 @@ ENTRIES = (
         "allocator-setting",
         "An allocator setting in the environment is not accepted or is out of date",
         "host.env",
-        "unset PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF: `toolkit train` sets what it needs",
+        "unset PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF: `toolkit train` sets both as needed",
         1,
         "Unrecognized CachingAllocator option",
         "PYTORCH_CUDA_ALLOC_CONF is deprecated, use PYTORCH_ALLOC_CONF",
@@ -149,8 +149,8 @@ ENTRIES = (
         "The driver does not report this card's memory (integrated memory, or a vGPU without "
         "permission)",
         "memory.readable",
-        "give the free memory with --free, or size for the card by name with --gpu; with "
-        "integrated memory the host's free memory counts",
+        "give the free memory with --free, or the name of the card with --gpu; for integrated "
+        "memory, give the host's free memory",
         5,
         "nvmlDeviceGetMemoryInfo{..}Not Supported",
         "Memory-Usage : Not Supported",

@@ -25,7 +25,7 @@ ENTRIES = (
         "The model is gated, private or does not exist for this account",
         "model.location",
         "accept the model's terms on its page and provide a token of that account (HF_TOKEN, "
-        "`hf auth login`), or name a folder on this machine",
+        "`hf auth login`), or set model_name to a folder on this machine",
         1,
         "Cannot access gated repo",
         "GatedRepoError",
@@ -52,8 +52,8 @@ ENTRIES = (
         "hub-offline",
         "The model is not on this machine and the Hub cannot be reached",
         "model.location",
-        "download it on a machine with network access (`hf download NAME`), share HF_HOME, or "
-        "name the folder; with network access unset HF_HUB_OFFLINE",
+        "download the model on a machine with network access (`hf download NAME`), then use that "
+        "folder or that HF_HOME here; if this machine has network access, unset HF_HUB_OFFLINE",
         1,
         "We couldn't connect to 'https://huggingface.co'",
         "outgoing traffic has been disabled",
@@ -87,7 +87,8 @@ ENTRIES = (
         "model-config",
         "The model's config.json is missing or cannot be read",
         "model.config",
-        "name the folder that contains config.json, and download it again if it is damaged",
+        "set model_name to the folder that contains config.json; download config.json again if it "
+        "is damaged",
         1,
         "does not appear to have a file named config.json",
         "It looks like the config file at '{w}' is not a valid JSON file",
@@ -99,8 +100,8 @@ ENTRIES = (
         "tokenizer",
         "The model has no tokenizer that can be loaded",
         "model.tokenizer",
-        "name a completely downloaded folder with tokenizer.json (or tokenizer.model and "
-        "sentencepiece)",
+        "use a completely downloaded folder that contains tokenizer.json (or tokenizer.model, for "
+        "which sentencepiece must be installed)",
         1,
         "Can't load tokenizer for",
         "Couldn't instantiate the backend tokenizer",
@@ -118,7 +119,7 @@ ENTRIES = (
     ),
     entry(
         "architecture",
-        "The installed vLLM or transformers does not know this model",
+        "The installed vLLM or transformers does not support this model",
         "model.architecture",
         "use a supported model, or a release of vLLM and transformers that supports it",
         1,

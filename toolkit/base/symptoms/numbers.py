@@ -1,5 +1,5 @@
-"""Read the numbers in an error text, and add to the symptom who holds the memory, what is missing
-and what fits.
+"""Read the numbers in an error text, and add to its symptom which process uses the memory, how much
+is missing, and which value fits.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def floor_share(value: float) -> float:
 
 
 def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read torch's message about a failed allocation: whether another process, the allocator or too
-    large a run caused it, and by how much.
+    """Read torch's message about a failed allocation. Return the symptom with the cause (another
+    process, the allocator, or a run that is too large) and the missing memory.
     """
     del hit
     said = around[:_RAISED_LATEST]
@@ -59,9 +59,9 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
         return symptom.but(
             title=f"CUDA ran out of memory although {unused:.2f} GiB are reserved in unused pieces",
             check="host.env",
-            remedy="set PYTORCH_ALLOC_CONF=expandable_segments:True, and "
-            "PYTORCH_CUDA_ALLOC_CONF likewise, or leave both unset: `toolkit train` then "
-            f"sets them. {unused:.2f} GiB are reserved but unallocated; {tried:.2f} GiB "
+            remedy="set PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF to "
+            "expandable_segments:True, or leave them unset, because `toolkit train` then sets "
+            f"them. {unused:.2f} GiB are reserved but unallocated; {tried:.2f} GiB "
             "were requested",
         )
     if tried >= total:
@@ -74,15 +74,15 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     if short <= 0:  # the process or WSL has a limit, or the free pieces are too small
         return symptom.but(
             title=f"CUDA ran out of memory although {free:.2f} GiB of {total:.2f} GiB are free",
-            remedy="lower gpu_memory_utilization, and under WSL give it more of the host's memory "
-            "(.wslconfig): it limits what a process may take. Otherwise set "
+            remedy="lower gpu_memory_utilization. Under WSL, which limits the memory of a process, "
+            "give WSL more of the host's memory (.wslconfig). If that does not help, set "
             "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF to expandable_segments:True",
         )
     share = math.ceil(short / total * 100) / 100
     return symptom.but(
-        title=f"CUDA ran out of memory: {short:.2f} GiB of {total:.2f} GiB are missing",
-        remedy=f"set gpu_memory_utilization lower by at least {share:.2f} ({short:.2f} GiB of "
-        f"{total:.2f}), or lower per_device_train_batch_size or max_completion_length, or "
+        title=f"CUDA ran out of memory: {short:.2f} GiB are missing on a card of {total:.2f} GiB",
+        remedy=f"lower gpu_memory_utilization by at least {share:.2f} ({short:.2f} GiB of "
+        f"{total:.2f}), lower per_device_train_batch_size or max_completion_length, or "
         "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves",
     )
 
@@ -90,17 +90,17 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
     who = ", ".join(f"process {pid} ({amount:.2f} GiB)" for pid, amount in held.items())
     return symptom.but(
-        title=f"Another process holds {sum(held.values()):.2f} of the card's {total:.2f} GiB",
+        title=f"Other processes use {sum(held.values()):.2f} of the card's {total:.2f} GiB",
         check="memory.tenant, memory.free",
-        remedy=f"wait for {who} or end it (`envcheck probe` names it), or use another card. If it "
-        "is a rank of this run, give each rank its own card",
+        remedy=f"wait for {who} or end it (`envcheck probe` shows its name), or use another card. "
+        "If that process is a rank of this run, give each rank its own card",
         exit_code=4,
     )
 
 
 def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     """Read free and total memory, and add the largest utilization that fits. On a nearly empty card
-    no other process holds memory, so waiting would not help.
+    no other process uses memory, so waiting would not help.
     """
     del hit
     amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", around[:300])
@@ -110,19 +110,21 @@ def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     fits = floor_share(free / total)
     if free < _NEARLY_EMPTY * total:
         return symptom.but(
-            remedy=f"another process holds {total - free:.2f} GiB: wait for it or end it "
-            f"(`envcheck probe` names it), or set gpu_memory_utilization to at most {fits:.2f} "
-            "(`envcheck size run.yaml` says whether that is enough)"
+            remedy=f"wait for the process that uses {total - free:.2f} GiB, or end it (`envcheck "
+            f"probe` names it), or set gpu_memory_utilization to at most {fits:.2f} (`envcheck "
+            "size run.yaml` shows whether that is enough)"
         )
     return symptom.but(
-        remedy="the card is empty, but the request is larger than the card: set "
-        f"gpu_memory_utilization to at most {fits:.2f}, or to auto",
+        remedy=f"set gpu_memory_utilization to at most {fits:.2f}, or to auto: the card is empty, "
+        "but smaller than the requested memory",
         exit_code=1,
     )
 
 
 def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read vLLM's message: the longest sequence that fits, and the missing size of the cache."""
+    """Read from vLLM's message the longest sequence that fits and the missing size of the cache,
+    and add both to the symptom's remedy.
+    """
     del hit
     said = around[:900]
     longest = re.search(r"estimated maximum model length is (\d+)", said, re.I) or re.search(
@@ -138,7 +140,7 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
         steps.append(f"set max_seq_length to at most {longest[1]}")
     if sizes:
         more = float(sizes[1]) - float(sizes[2])
-        steps.append(f"give the engine {more:.2f} GiB more (gpu_memory_utilization)")
+        steps.append(f"raise gpu_memory_utilization so that the engine has {more:.2f} GiB more")
     if not steps:
         return symptom
     return symptom.but(
@@ -160,7 +162,7 @@ def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Propose half of the dummy requests of the warm-up."""
+    """Add the remedy to halve max_num_seqs, the number of dummy requests in the message."""
     del around
     half = max(1, int(float(hit.group(1))) // 2)
     return symptom.but(
@@ -170,7 +172,7 @@ def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Sympto
 
 
 def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the model's maximum length, if the text states it."""
+    """Read the model's maximum length, if the text states it, and add it to the remedy."""
     del hit
     longest = re.search(
         r"(?:max_position_embeddings|derived_max_model_len|max_model_len|maximum context length is"
@@ -184,7 +186,9 @@ def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the required and the actual compute capability, written as 8.9 or 89."""
+    """Read the required and the actual compute capability (written as 8.9 or 89), and add them to
+    the title.
+    """
     del hit
     numbers = re.search(
         r"capability(?: of at least)?:? (\d+\.?\d*)\b.{0,80}?capability:? (\d+\.?\d*)",
@@ -201,7 +205,9 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the CUDA version that the driver supports: ``12040`` means CUDA 12.4."""
+    """Read the CUDA version that the driver supports (``12040`` means CUDA 12.4) or that the image
+    requires, and add it to the title.
+    """
     del hit
     found = re.search(r"found version (\d+)", around[:300], re.I)
     needed = re.search(r"cuda ?>= ?(\d+\.\d+)", around[:300], re.I)
@@ -215,7 +221,7 @@ def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the size of the segment that NCCL could not create."""
+    """Read the size of the segment that NCCL could not create, and add it to the title."""
     del hit
     size = re.search(r"\(size (\d+)\)", around[:400])
     if size is None:
@@ -226,7 +232,7 @@ def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the requested and the available number of cards."""
+    """Read the requested and the available number of cards, and add them to the remedy."""
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     if len(numbers) < 2:

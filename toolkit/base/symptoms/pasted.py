@@ -13,9 +13,9 @@ _END = 60_000
 _AROUND = 300
 _MOST_ALIKE = 3
 _NO_DIGITS = dict.fromkeys(map(ord, "0123456789"))
-_MOST_HITS = 400  # of one word, counted from the start and from the end
-# Parts of the words that mark an error, from the start and from the end of a log. The first letter
-# of a word is left out, so that an exact search finds it in upper and lower case.
+_MOST_HITS = 400  # of one word: as many from the start of the log, and as many from its end
+# Parts of the words that mark an error. The first letter of a word is left out, so that an exact
+# search finds it in upper and lower case.
 _TELLING = (
     "rror", "RROR", "GPU", "memory", "pport", "CUDA_", "ailed", "AILED", "annot", "No ", "is not",
     "ould not", "ouldn't", "Active", "ailure", "not found", "undefined symbol", "Xid", "mismatch",
@@ -34,12 +34,12 @@ _PREFIX = re.compile(
     r"[\w.-]{1,60}[ \t]+\|(?=\s))[ \t]*){1,8}"
 )
 _RANK = re.compile(r"\[rank(\d{1,4})\]:|\(([^()\n]{0,80}\bpid=\d{1,9})\)")
-_FRAME = " \t\r│┃"  # what such programs add at the end of a line
+_FRAME = " \t\r│┃"  # characters that terminals and loggers add at the end of a line
 
 
 def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
-    """``text`` unchanged if it is at most ``longest``; else its error lines with context, and its
-    end.
+    """Return ``text`` unchanged if it has at most ``longest`` characters; else only its error lines
+    with some context, and its end.
     """
     if len(text) <= longest:
         return text
@@ -62,8 +62,8 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _without_repeats(text: str) -> str:
-    """``text`` without lines that differ only in their numbers from three earlier lines. So an
-    error between a million progress lines is still found. The end of the text is kept.
+    """Return ``text`` without lines that differ only in their numbers from three earlier lines, so
+    that an error between a million progress lines is still found. The end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}
@@ -94,8 +94,8 @@ def _hits(text: str) -> set[int]:
 
 
 def _ends(text: str, longest: int) -> str:
-    """The first and the last part of a text that is still too long: they contain the first and the
-    last error.
+    """Return the first and the last part of a text that is still too long, because these parts
+    contain the first and the last error.
     """
     if len(text) <= longest:
         return text
@@ -104,8 +104,8 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """``text`` without prefixes and suffixes, with the lines of each rank together. The first
-    result has a space for each line break, the second has nothing.
+    """Return ``text`` without prefixes and suffixes, with the lines of each rank together. In the
+    first result a space replaces each line break; in the second, line breaks are removed.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)

@@ -11,7 +11,7 @@ ENTRIES = (
         "The card does not support bfloat16",
         "software.features, LOAD005",
         "set model.dtype: auto (float16 on such a card), and grpo.bf16: false; in a script on a "
-        "machine without a GPU, GRPOConfig(use_cpu=True)",
+        "machine without a GPU, use GRPOConfig(use_cpu=True)",
         1,
         "Bfloat16 is only supported on GPUs with compute capability of at least",
         "Your setup doesn't support bf16/gpu",
@@ -24,7 +24,8 @@ ENTRIES = (
         "quantization-capability",
         "The card does not support the model's quantization",
         "software.features, model.architecture",
-        "use an unquantized checkpoint, load_in_4bit: true, or a card of that capability",
+        "use an unquantized checkpoint, set load_in_4bit: true, or use a card with the required "
+        "compute capability",
         1,
         "The quantization method {w} is not supported for the current GPU",
         "type fp8e4nv not supported in this architecture",
@@ -49,8 +50,8 @@ ENTRIES = (
         "no-kernel-image",
         "The installed torch or vLLM does not support this card",
         "software.arch",
-        "install the build for this card's compute capability (`envcheck check --only software` "
-        "shows both)",
+        "install a build that supports this card's compute capability (`envcheck check --only "
+        "software` shows the build and the capability)",
         1,
         "no kernel image is available for execution",
         "with CUDA capability sm_{n} is not compatible with the current PyTorch",
@@ -62,7 +63,7 @@ ENTRIES = (
         "build-tools",
         "A kernel must be compiled at run time, but a tool for it is missing",
         "software.engine",
-        "install what the text names (ninja, a C compiler, Python's headers, the CUDA toolkit's "
+        "install what the error names (ninja, a C compiler, Python's headers, the CUDA toolkit's "
         "ptxas and nvcc of torch's CUDA); the containers of this project contain them",
         1,
         "Ninja is required to load C++ extensions",
@@ -98,9 +99,9 @@ ENTRIES = (
         "kernel-shared-memory",
         "A Triton kernel needs more shared memory than this card has",
         "none: the kernel's size is known once it is compiled for the card",
-        "use another attention backend, a newer vLLM or Triton, or another card: a block has "
-        "64 KiB on Turing, 99 KiB on GeForce and workstation cards since Ampere, and 163 to "
-        "227 KiB on A100, H100 and B200",
+        "use another attention backend, a newer vLLM or Triton, or another card: a kernel's block "
+        "can use 64 KiB on Turing, 99 KiB on GeForce and workstation cards since Ampere, and 163 "
+        "to 227 KiB on A100, H100 and B200",
         1,
         "out of resource: shared memory",
     ),
@@ -108,9 +109,9 @@ ENTRIES = (
         "no-device-type",
         "vLLM found no device: the build is for other hardware, or no driver was found",
         "driver.present, software.engine",
-        "run `envcheck check --only driver,software`: install the vLLM build of this machine "
-        "(extra "
-        "`cuda` with a GPU, `cpu-engine` without), and give the container its GPUs",
+        "install the vLLM build for this machine (extra `cuda` with a GPU, `cpu-engine` without "
+        "one), and start a container with its GPUs; `envcheck check --only driver,software` shows "
+        "what is missing",
         1,
         "Failed to infer device type",
         "Device string must not be empty",
@@ -162,10 +163,10 @@ ENTRIES = (
     ),
     entry(
         "other-release",
-        "A package is of another release than the code that uses it",
+        "The release of a package does not suit the code that uses it",
         "software.pins",
         "install the lock file unchanged: `uv sync --locked` (or `pip install -r locks/*.txt`) "
-        "in a new environment; a script of your own must fit those releases",
+        "in a new environment; your own script must suit the releases in that file",
         1,
         "Failed to import trl.{w} because of the following error",
         "Failed to import transformers.{w} because of the following error",
@@ -186,7 +187,7 @@ ENTRIES = (
         "pynvml",
         "Another package shadows nvidia-ml-py",
         "software.pynvml",
-        "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py",
+        "run `pip uninstall pynvml`, then `pip install --force-reinstall nvidia-ml-py`",
         1,
         "The pynvml package is deprecated. Please install nvidia-ml-py instead",
         "module 'pynvml' has no attribute",

@@ -26,9 +26,9 @@ _MOST_PLACES = 12  # number of occurrences checked from the start, and the same 
 class Symptom:
     """One known failure.
 
-    ``check`` names the checks, the rules or the part of ``envcheck size`` that find it before any
-    GPU time is used; after ``none: `` it says why nothing does. ``exit_code`` is one of
-    ``base.errors.EXIT_CODES`` and shows who must act.
+    ``check`` names the checks, the rules or the part of ``envcheck size`` that find the failure
+    before any GPU time is used. If nothing finds it beforehand, ``check`` is ``none: `` and the
+    reason. ``exit_code`` is one of ``base.errors.EXIT_CODES`` and shows who must act.
     """
 
     id: str
@@ -43,7 +43,9 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """This symptom with ``values``, details from the numbers in a text."""
+        """Return a copy of this symptom with the fields in ``values`` replaced, for details that
+        were read from the numbers in a text.
+        """
         return replace(self, **values)  # type: ignore[arg-type]
 
 
@@ -72,8 +74,8 @@ class Text:
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
     def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
-        """The match of this text in ``text``, with the characters around it; None if the text does
-        not occur.
+        """Return the match of this pattern in ``text``, with the characters around it; None if
+        there is no match. ``lowered`` is ``text`` in lower case.
         """
         for at in places(lowered, self.anchor):
             around = text[max(0, at - self.window) : at + self.window]
@@ -110,8 +112,8 @@ def places(text: str, wanted: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A symptom with its texts. ``read`` adds details from the numbers in the text. ``unless``
-    names symptoms that explain the same text better.
+    """A symptom with the error texts that show it. ``read`` is a function that adds details from
+    the numbers in the text. ``unless`` names symptoms that explain the same text better.
     """
 
     symptom: Symptom
@@ -120,7 +122,9 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """The symptom, if one of its texts occurs: the first that does."""
+        """Return the symptom if one of its texts occurs in ``text``, else None. Details come from
+        the first of its texts that occurs.
+        """
         for one in self.texts:
             if found := one.find(text, lowered):
                 return self.read(self.symptom, *found) if self.read else self.symptom

@@ -44,7 +44,8 @@ def catalogue() -> dict[str, Check]:
 
 
 def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
-    """The checks that ``only`` and ``skip`` select; each entry is a family or an id.
+    """Return the checks that ``only`` and ``skip`` select. Each entry is the id of a check, or a
+    family: the part of an id before the dot.
 
     Raises InputError for any other entry.
     """
@@ -56,7 +57,9 @@ def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
             near = did_you_mean.near(entry, [*families, *checks], cutoff=0.5, within=1)
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
-            raise InputError(f"no check named {entry!r}", fix=f"{fix}families: {names}")
+            raise InputError(
+                f"no check named {entry!r}", fix=f"{fix}use the id of a check, or a family: {names}"
+            )
     return [
         check
         for check in checks.values()
@@ -79,12 +82,12 @@ def run_checks(
 
 
 def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
-    """Who must act, as one of ``base.errors.EXIT_CODES``.
+    """Return who must act, as one of ``base.errors.EXIT_CODES``.
 
-    A bad node (3) takes precedence over a user error (1), because the first can cause the second
-    (eight cards requested, but only seven respond). With ``node`` only a bad node counts, so that a
-    scheduler's prolog does not drain a node because of a job's mistake or a process that is just
-    ending.
+    A bad node (3) takes precedence over a user error (1), because a bad node can cause the user
+    error (eight cards requested, but only seven respond). With ``node`` only a bad node counts, so
+    that a scheduler's prolog does not drain a node because of a job's mistake or a process that is
+    just ending. With ``strict`` an unknown result counts too (5).
     """
     blames = {result.blame for result in results if result.verdict == "fail"}
     for blame, code in (("node", 3), ("user", 1), ("retry", 4)):

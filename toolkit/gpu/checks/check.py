@@ -1,5 +1,5 @@
-"""A check is a small function that gets a snapshot and a context and returns an outcome, with texts
-for people.
+"""The classes of checks. A check is a small function that gets a snapshot and a context and returns
+an outcome, with texts for people.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Blame = Literal["user", "node", "retry"]
 _SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
 
 
-# An unknown result does not mean that something is broken, so the check's own remedy would mislead.
+# The remedy for an unknown result, which does not mean that something is broken: the check's own
+# remedy would mislead.
 ASK_AGAIN = (
     "run the check again, with more rights if a file is not readable; use --skip if the "
     "check does not matter"
@@ -31,12 +32,13 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` is true if the values come from a run file. Then the job needs only what they
-    require. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means auto.
-    ``world_size`` counts this node's processes. ``node`` checks every card of the node and ignores
-    the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
-    ``model_type`` values that the sizer knows exactly. ``absent_packages`` are those of the run's
-    environment that are not installed, each with the line that installs it.
+    ``configured`` is true if the values come from a run file. Then the job needs only what the run
+    file requires. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means
+    auto. ``world_size`` counts this node's processes. ``node`` checks every card of the node and
+    ignores the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
+    ``model_type`` values for which the sizer is exact. ``absent_packages`` are the packages that
+    the run file's ``environment`` section needs and that are not installed, each with the command
+    that installs it.
     """
 
     configured: bool = False
@@ -85,13 +87,13 @@ def _plain(value: Any) -> Any:
 def context_from_json(data: Any) -> CheckContext:
     """The inverse of ``CheckContext.to_json``.
 
-    Raises ValueError for unknown names or if it is not a recorded context.
+    Raises ValueError for unknown names or if ``data`` is not a recorded context.
     """
     if not isinstance(data, dict):
         raise ValueError("the context must be an object")
     known = {item.name for item in fields(CheckContext)}
     if set(data) - known:
-        raise ValueError(f"unknown in the context: {', '.join(sorted(set(data) - known))}")
+        raise ValueError(f"the context has unknown names: {', '.join(sorted(set(data) - known))}")
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
     }
@@ -100,8 +102,8 @@ def context_from_json(data: Any) -> CheckContext:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of a check. ``remedy`` replaces the check's own remedy if this case has a better
-    one.
+    """The outcome of a check. ``evidence`` says what was found, ``blame`` who must act. ``remedy``
+    replaces the check's own remedy if this case has a better one.
     """
 
     verdict: Verdict
@@ -112,7 +114,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the result. ``remedy`` and ``blame`` are None if nothing is wrong."""
+    """The result of one check. ``remedy`` and ``blame`` are None if nothing is wrong."""
 
     id: str
     verdict: Verdict
@@ -127,10 +129,11 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """``run`` returns None if the check does not apply (no GPU, no run file, no model).
+    """A check with its texts. ``run`` returns None if the check does not apply (no GPU, no run
+    file, no model).
 
-    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` marks the checks of
-    ``--node``: the node's own health, independent of any job.
+    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` marks the checks that
+    ``--node`` runs: they concern the node's own health, independent of any job.
     """
 
     id: str
@@ -188,17 +191,17 @@ def unknown(evidence: str, remedy: str | None = None) -> Outcome:
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """The outcome for a reading without a value. If the driver does not support the query, there is
-    nothing to check. If the query failed, the result is unknown, never a pass. None if there is a
-    value.
+    """Return the outcome for a reading that has no value. If the query failed, the outcome is
+    unknown, never a pass. If the driver does not support the query, there is nothing to check, so
+    return None.
     """
-    return None if reading.unsupported else unknown(f"{what} not read: {reading.reason}")
+    return None if reading.unsupported else unknown(f"{what} could not be read: {reading.reason}")
 
 
 def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """The cards and slices that the job would use; with ``node``, every card.
+    """Return the cards and slices that the job would use; with ``node``, every card.
 
-    If neither CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, lost cards are checked too: CUDA
+    If neither CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, lost cards are included too. CUDA
     does not count them, so the job would get a different card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
@@ -211,7 +214,7 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
 
 
 def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """The whole cards of the devices in ``judged``, because health is a property of the card, even
+    """Return the whole cards of the devices in ``judged``. Health is a property of the card, even
     if the job has only a slice of it.
     """
     cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
@@ -221,7 +224,7 @@ def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnap
 def each(
     gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """One outcome for all cards: the worst one, with every card that has it. Lost cards are
+    """Return one outcome for all cards: the worst one, with every card that has it. Lost cards are
     skipped, because the check ``health.lost`` reports them.
     """
     seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]

@@ -23,8 +23,8 @@ from toolkit.gpu.presence import gpu_needed
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
-# vLLM turns entries of CUDA_VISIBLE_DEVICES into numbers. 0.20.1 still fails on UUIDs (issue
-# 41848); 0.25.1 and 0.31 ask NVML for the index (vllm/platforms/cuda.py).
+# vLLM turns entries of CUDA_VISIBLE_DEVICES into numbers. Release 0.20.1 still fails on UUIDs
+# (issue 41848). Releases 0.25.1 and 0.31 query NVML for the index (vllm/platforms/cuda.py).
 VLLM_READS_UUIDS = (0, 25)
 
 
@@ -39,7 +39,7 @@ def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if seen.devices or gpu_needed(snapshot, context):
         return fail("user", seen.problem)
     if snapshot.environment.get(VISIBLE, "x").strip() in ("", "-1"):
-        return ok(f"{VISIBLE} hides every GPU: a CPU run")
+        return ok(f"{VISIBLE} hides every GPU: the run uses the CPU")
     return fail("user", seen.problem)
 
 
@@ -53,9 +53,10 @@ def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         lost = [gpu.label for gpu in snapshot.gpus if gpu.lost]
         because = f" ({', '.join(lost)} lost)" if lost else ""
         return fail(
-            "node" if lost else "user", f"{wanted} GPUs needed, but {seen} visible{because}"
+            "node" if lost else "user",
+            f"the job needs {wanted} GPUs, but CUDA sees {seen}{because}",
         )
-    return ok(f"{seen} visible, {wanted} needed")
+    return ok(f"CUDA sees {seen}, the job needs {wanted}")
 
 
 def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -79,13 +80,17 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if wanted_card and not any(
         cards.is_of(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
     ):
-        return fail("user", f"{wanted_card} required, but found: {', '.join(sorted(names))}")
+        return fail(
+            "user", f"{wanted_card} is required, but the job has: {', '.join(sorted(names))}"
+        )
     least = context.required_capability
     low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
     if least and low:
         has = ".".join(map(str, low[0].capability or ())) or "unknown"
         wanted = ".".join(map(str, least))
-        return fail("user", f"{low[0].label}: compute capability {has}, but {wanted} required")
+        return fail(
+            "user", f"{low[0].label} has compute capability {has}, but {wanted} is required"
+        )
     return ok(", ".join(sorted(names)))
 
 
@@ -99,8 +104,8 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
     if "MIG-" in entries:
         return warn(
-            f"vLLM {installed} reads the memory of a MIG device from NVML by index: it may get "
-            "that of the whole card",
+            f"vLLM {installed} reads the memory of a MIG device from NVML by index, so it may use "
+            "the memory size of the whole card",
             "set gpu_memory_utilization from `envcheck size`, which uses the slice's own memory",
         )
     return ok(f"vLLM {installed} reads UUIDs")
@@ -112,7 +117,7 @@ def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
     if by_bus or not mixed(snapshot):
-        return ok("cards in the order of the PCI bus")
+        return ok("CUDA numbers the cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
     return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, probably {guess}")
 
@@ -129,7 +134,8 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         )
     if context.gpus_wanted > 1:
         return fail(
-            "user", f"{context.gpus_wanted} GPUs needed, but CUDA uses one MIG slice per process"
+            "user",
+            f"the job needs {context.gpus_wanted} GPUs, but CUDA uses one MIG slice per process",
         )
     if empty:
         return warn(f"{empty[0].label} is in MIG mode but has no slice: CUDA ignores it")
@@ -138,7 +144,9 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All cards of the job are of one kind. For cards that share a model this is a requirement."""
+    """All cards of the job are of one kind. This is a requirement for cards that share a model,
+    else a recommendation.
+    """
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
         return None
@@ -147,11 +155,11 @@ def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         group = sorted({str(gpu.name.value) for gpu in seen[start : start + size]})
         if len(group) > 1:
             last = min(start + size, len(seen)) - 1
-            what = f"cards {start} to {last} would share a model, and are {' and '.join(group)}"
+            what = f"cards {start} to {last} would share a model, but differ: {' and '.join(group)}"
             return fail("user", what)
     names = {gpu.name.value for gpu in seen}
     if len(names) > 1:
-        return warn(f"the job would span {' and '.join(sorted(map(str, names)))}")
+        return warn(f"the job would use cards that differ: {' and '.join(sorted(map(str, names)))}")
     return ok(f"{len(seen)} x {names.pop()}")
 
 
@@ -175,30 +183,32 @@ CHECKS = (
     Check(
         "devices.index",
         "--gpu-index names an existing card",
-        "Indices are CUDA's, after CUDA_VISIBLE_DEVICES.",
+        "An index is CUDA's number of a card. CUDA numbers the cards from 0, after it has applied "
+        "CUDA_VISIBLE_DEVICES.",
         "use an index below the number of visible GPUs",
         index,
     ),
     Check(
         "devices.kind",
         "The card is the required one",
-        "Required with --require h200 or --require 'cc>=9.0'.",
-        "use a node with that card",
+        "The user requires a card with --require h200, or a compute capability with --require "
+        "'cc>=9.0'.",
+        "use a node with the required card",
         kind,
     ),
     Check(
         "devices.uuid",
         "vLLM understands the form of CUDA_VISIBLE_DEVICES",
-        "vLLM up to at least 0.20.1 fails on UUIDs (invalid literal for int()); 0.25.1 and "
-        "later ask NVML for the index.",
+        "vLLM up to at least 0.20.1 fails on UUIDs (invalid literal for int()). vLLM 0.25.1 and "
+        "later queries NVML for the index.",
         "write the index of the GPU instead of its UUID, or install vllm 0.25.1",
         uuid,
     ),
     Check(
         "devices.order",
         "CUDA numbers the cards like nvidia-smi",
-        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA numbers unequal cards by speed, nvidia-smi "
-        "by bus: a job pinned to 'GPU 1' runs on a different card.",
+        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers unequal cards by speed, but nvidia-smi "
+        "numbers them by bus. So a job that selects 'GPU 1' may run on a different card.",
         "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
         order,
     ),
@@ -207,16 +217,16 @@ CHECKS = (
         "A card in MIG mode has a slice for the job",
         "A card in MIG mode without slices is not a CUDA device. A process can use only one "
         "slice, so tensor parallelism over slices does not work.",
-        "create a slice (`nvidia-smi mig -cgi PROFILE -C`), or ask for a whole card",
+        "create a slice (`nvidia-smi mig -cgi PROFILE -C`), or use a whole card",
         mig,
     ),
     Check(
         "devices.alike",
         "All cards of the job are of one kind",
         "A job on several cards is limited by the smallest memory and the slowest card. Cards that "
-        "share a model (model.tensor_parallel_size) must be equal: other kernels round otherwise, "
-        "and then they draw other tokens.",
-        "choose equal cards with CUDA_VISIBLE_DEVICES",
+        "share a model (model.tensor_parallel_size) must be equal, because different cards use "
+        "different kernels, which round differently and so sample different tokens.",
+        "list only equal cards in CUDA_VISIBLE_DEVICES",
         alike,
     ),
 )

@@ -1,5 +1,5 @@
-"""Checks of the driver: whether there is one, which libcuda is loaded, and whether it runs the CUDA
-that torch needs.
+"""Checks of the driver: whether a driver is loaded, which libcuda is loaded, and whether the driver
+runs the CUDA version that torch needs.
 
 The causes of CUDA errors 802, 803 and 804 are found without creating a CUDA context.
 """
@@ -68,9 +68,9 @@ def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
         # mypy widens the conditional literal
         return fail(blame, f"{found.text}; {needed}", found.remedy)  # type: ignore[arg-type]
     if found.kind == "none":
-        return ok(f"{found.text}: a CPU run")
+        return ok(f"{found.text}: the run uses the CPU")
     if context.configured or found.kind == "not passed in":
-        return warn(f"{found.text}; a CPU run needs none", found.remedy)
+        return warn(f"{found.text}; a run on the CPU needs no GPU", found.remedy)
     return fail("node", found.text, found.remedy)
 
 
@@ -85,14 +85,16 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     least = MINIMUM_DRIVER.get(major)
     if least is None:
         return unknown(
-            f"torch was built for CUDA {wanted}, whose minimum driver is not in the table"
+            f"torch was built for CUDA {wanted}, but the driver that it needs is unknown"
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
     if as_version(driver) >= as_version(least):
         return ok(f"driver {driver} (CUDA {cuda_of(driver)}) runs torch's CUDA {wanted}")
     if first and as_version(first) >= as_version(least):
-        return warn(f"driver {driver} runs CUDA {wanted} only through libcuda {first} (compat)")
+        return warn(
+            f"driver {driver} runs CUDA {wanted} only through libcuda {first} (cuda-compat)"
+        )
     return fail(
         "node",
         f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
@@ -102,17 +104,19 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
-    """The remedy for an old driver. It names forward compatibility only if the cards support it."""
+    """Return the remedy for an old driver. The remedy names forward compatibility only if the cards
+    support it.
+    """
     newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
     if any(_no_compat(gpu) for gpu in snapshot.gpus):
-        return f"{newer}; forward compatibility is only for data-centre cards, and this is not one"
+        return f"{newer}; this card does not support forward compatibility"
     package = f"cuda-compat-{wanted.replace('.', '-')}"
     switch = "set TOOLKIT_CUDA_COMPAT=1 in this project's container"
     return f"{newer}; or use forward compatibility: {switch}, or elsewhere install {package}"
 
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
-    """Whether the card does not support forward compatibility: desktop cards and cards with
+    """Whether the card does not support forward compatibility. Desktop cards and cards with
     integrated memory do not.
     """
     name = gpu.name.value or ""
@@ -132,17 +136,21 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail(
             "user" if _contained(snapshot) else "node",
             "NVML works, but libcuda.so.1 is not on the library search path: CUDA cannot start",
-            "pass the compute capability into the container "
-            "(NVIDIA_DRIVER_CAPABILITIES=compute,utility), or install the driver's CUDA library",
+            "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the "
+            "driver's CUDA library",
         )
     first, module = found[0], snapshot.driver.kernel_module.value
     where = f"{first['path']} ({first['source']})"
     if "/stubs/" in first["path"]:
-        return fail("user", f"{where} is a stub for linking only: CUDA finds no driver through it")
+        return fail("user", f"{where} is only a stub for linking: CUDA finds no driver through it")
     module = module or snapshot.driver.version.value
     if first["version"] is None or module is None:
         place = snapshot.host.place.value or {}
-        return ok(f"{where} of WSL") if place.get("wsl") else unknown(f"{where}: version unknown")
+        return (
+            ok(f"{where} belongs to WSL")
+            if place.get("wsl")
+            else unknown(f"{where}: version unknown")
+        )
     if first["version"] == module:
         return ok(f"{where} is the driver's own, {module}")
     if as_version(first["version"]) > as_version(module) and "compat" in first["path"]:
@@ -151,7 +159,7 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         )
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
-        f"{where} is of driver {first['version']}, but the kernel module is of {module}: CUDA "
+        f"{where} belongs to driver {first['version']}, but the kernel module to {module}: CUDA "
         "error 803",
     )
 
@@ -164,7 +172,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not snapshot.gpus or not version or not module or "compat" not in first["path"]:
         return None
     if as_version(version) <= as_version(module):
-        return warn(f"{first['path']} is older than driver {module} and hides its libcuda")
+        return warn(f"{first['path']} is older than driver {module} and hides its own libcuda")
     consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
     if consumer:
         return fail(
@@ -172,7 +180,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
             f"{first['path']} needs forward compatibility, but {consumer[0].label} "
             f"({consumer[0].name.value}) does not support it: CUDA error 804",
         )
-    return ok(f"forward compatibility {version} on data-centre cards")
+    return ok(f"forward compatibility {version} works on these data-centre cards")
 
 
 def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
@@ -190,11 +198,14 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     missing = [path for path in wanted if path not in usable]
     blame = "user" if _contained(snapshot) else "node"
     if missing:
+        text = (
+            f"these device files are missing: {', '.join(missing)}; CUDA cannot start without them"
+        )
         # mypy widens the conditional literal
-        return fail(blame, f"missing: {', '.join(missing)}; CUDA cannot start without them")  # type: ignore[arg-type]
+        return fail(blame, text)  # type: ignore[arg-type]
     shut = [path for path in wanted if not usable[path]]
     if shut:
-        return fail("node", f"this user may not open: {', '.join(shut)}")
+        return fail("node", f"this user cannot open {', '.join(shut)}")
     return ok(f"this user can open all {len(wanted)} device files")
 
 
@@ -220,7 +231,7 @@ CHECKS = (
         "driver.present",
         "The NVIDIA driver is present and reports a GPU",
         "A missing driver, an unfinished driver update and a container without GPUs all cause "
-        "the same error 'no CUDA-capable device'. NVML distinguishes them.",
+        "the same error 'no CUDA-capable device'. NVML shows which of these causes it is.",
         "install or reload the driver, or pass the GPU into the container",
         present,
         about_node=True,
@@ -228,9 +239,9 @@ CHECKS = (
     Check(
         "driver.cuda",
         "The driver runs the CUDA that torch was built for",
-        "CUDA 13.x needs a driver of at least 580, CUDA 12.x one of 525; within a major "
-        "release, newer minor releases run on older drivers, except for code that is compiled "
-        "at run time.",
+        "CUDA 13.x needs driver 580 or newer, CUDA 12.x driver 525 or newer. Within a "
+        "major release of CUDA, newer minor releases also run on these drivers, except for code "
+        "that is compiled at run time.",
         "update the driver, use a node with a newer one, or install torch for an older CUDA",
         cuda,
     ),
@@ -239,14 +250,15 @@ CHECKS = (
         "The loaded libcuda.so.1 is the driver's own",
         "If a different libcuda is found first (an image's compat folder, a stub, a leftover of "
         "an update), CUDA fails to start with error 803 while NVML still works.",
-        "remove the folder from LD_LIBRARY_PATH, or reload the driver after its update",
+        "remove the folder of that libcuda from LD_LIBRARY_PATH; after an update of the driver, "
+        "reload it",
         libcuda,
     ),
     Check(
         "driver.compat",
         "The cards support forward compatibility, if it is used",
-        "The cuda-compat package lets newer CUDA run on older drivers on data-centre cards "
-        "only; on other cards CUDA fails to start with error 804.",
+        "With the cuda-compat package, newer CUDA runs on older drivers, but only on data-centre "
+        "cards. On other cards CUDA fails to start with error 804.",
         "remove the compat folder from LD_LIBRARY_PATH",
         compat,
     ),
@@ -262,7 +274,7 @@ CHECKS = (
     Check(
         "driver.required",
         "The driver is at least the required one",
-        "Required with `--require driver>=VERSION`.",
+        "The user requires a version with `--require driver>=VERSION`.",
         "use a node with a newer driver",
         required,
     ),

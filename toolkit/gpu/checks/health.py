@@ -56,14 +56,15 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome | None:
         if gpu.ecc_mode.value == 0:
             return warn(
-                "ECC is off: memory errors are not detected", "nvidia-smi -e 1 (by the owner)"
+                "ECC is off: memory errors are not detected",
+                "ask the node's owner to run `nvidia-smi -e 1`",
             )
         errors = gpu.ecc_uncorrected
         if errors.value is None:
             return unread(errors, "ECC errors")
         if errors.value:
             found = plural(errors.value, "uncorrected ECC error")
-            return fail("node", f"{found} since the driver loaded")
+            return fail("node", f"{found} since the driver was loaded")
         before = gpu.ecc_uncorrected_lifetime.value or 0
         return ok(f"no uncorrected ECC error ({before} in the card's life)")
 
@@ -120,8 +121,8 @@ def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The NVSwitch fabric is ready; without it CUDA fails to start with error 802, even on one
-    card.
+    """The NVSwitch fabric is ready. Without the fabric, CUDA fails to start with error 802, even on
+    one card.
     """
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
@@ -131,7 +132,9 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if state["state"] == _NO_FABRIC:
             return ok("no NVSwitch fabric")
         if state["state"] == _IN_PROGRESS:
-            return fail("retry", "the fabric is being set up", "wait for the fabric manager")
+            return fail(
+                "retry", "the fabric is being set up", "wait until the fabric manager is ready"
+            )
         if state["state"] != _COMPLETED:
             return fail("node", "the fabric is not started: CUDA error 802")
         if state["status"]:
@@ -149,7 +152,7 @@ XID_RECENT_S = 3600
 
 
 def _meaning(event: dict[str, Any]) -> str:
-    """A few words that say what an event of the kernel's log means."""
+    """Return a short text with the meaning of an event in the kernel's log."""
     if event["kind"] == "sxid":
         return "NVSwitch fault"
     number = event["number"]
@@ -180,8 +183,8 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _bus(text: str) -> str:
-    """A short bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become ``3b:00``. The domain is kept
-    if it is not 0.
+    """Return a short bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become ``3b:00``. The PCI
+    domain is kept if it is not 0.
     """
     domain, _, rest = text.lower().partition(":")
     short = rest.split(".")[0]
@@ -193,22 +196,23 @@ _ROWS = (
         "health.lost",
         "Every GPU responds",
         "A card that fell off the bus (XID 79) fails every query. CUDA may still start on the "
-        "other cards, with different numbers.",
-        "reset or reboot the node; if it recurs, check power and seating",
+        "other cards, but numbers them differently.",
+        "reset the card or reboot the node; if the card is lost again, check its power and seating",
         lost,
     ),
     (
         "health.ecc",
         "No uncorrected memory error",
         "An uncorrected ECC error ends the process that hits it, and soon the next one.",
-        "reset the GPU (`nvidia-smi -r` by the owner) and drain the node if it recurs",
+        "ask the node's owner to reset the GPU (`nvidia-smi -r`), and to drain the node if the "
+        "error recurs",
         ecc,
     ),
     (
         "health.rows",
         "No row remap is pending or failed",
-        "Ampere and newer cards remap bad memory rows. The remapping takes effect at a reset; "
-        "until then the bad row is in use.",
+        "Ampere and newer cards replace bad memory rows by spare rows (remap). The remap takes "
+        "effect at a reset. Until then the bad row is in use.",
         "reset the GPU with no process on it, then check again",
         rows,
     ),
@@ -223,7 +227,7 @@ _ROWS = (
     (
         "health.recovery",
         "The driver requests no recovery",
-        "Drivers from 570 on report whether a card needs a reset or the node a reboot.",
+        "Drivers from 570 on report whether the card must be reset or the node rebooted.",
         "do what the driver requests, with no process on the card",
         recovery,
     ),
@@ -232,7 +236,8 @@ _ROWS = (
         "The kernel's log has no XID of a bad card",
         "XID and SXID lines are the driver's own reports of faults. Some are caused by a "
         "program (13, 31, 43, 45), others by the card (48, 64, 74, 79, 94, 95, 119, 120 ...).",
-        "drain the node and follow NVIDIA's XID catalogue; reading the log needs permission",
+        "drain the node and follow NVIDIA's XID catalogue; if the log could not be read, run the "
+        "check with the permission to read it",
         xid,
     ),
     (
@@ -246,24 +251,24 @@ _ROWS = (
     (
         "health.persistence",
         "Persistence mode is on",
-        "Without it the driver unloads its state when the last process ends, so each start "
-        "takes seconds per card. This tool never sets it.",
-        "run nvidia-persistenced (the node's owner)",
+        "Without persistence mode the driver unloads its state when the last process ends, so each "
+        "start takes seconds per card. The toolkit never changes the mode.",
+        "ask the node's owner to start nvidia-persistenced",
         persistence,
     ),
     (
         "health.compute_mode",
         "The compute mode allows the job",
-        "'Prohibited' refuses every CUDA context; 'exclusive process' allows only one.",
-        "nvidia-smi -c 0 (the node's owner)",
+        "The mode 'prohibited' refuses every CUDA context; 'exclusive process' allows only one.",
+        "ask the node's owner to run `nvidia-smi -c 0`",
         compute_mode,
     ),
     (
         "health.mps",
         "No MPS daemon limits the job",
-        "With MPS the daemon's limits on memory and threads apply, and an error of one client "
-        "can end the others.",
-        "stop it (`echo quit | nvidia-cuda-mps-control`) or leave CUDA_MPS_PIPE_DIRECTORY unset",
+        "With MPS (CUDA's multi-process service), the daemon's limits on memory and threads apply, "
+        "and an error of one process can end the other processes.",
+        "stop the daemon (`echo quit | nvidia-cuda-mps-control`) or unset CUDA_MPS_PIPE_DIRECTORY",
         mps,
     ),
 )

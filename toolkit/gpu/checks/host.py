@@ -25,14 +25,14 @@ WRITTEN = 1_790_000_000
 def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """/dev/shm has enough space for the data that the processes of a job on several cards exchange.
 
-    NCCL takes about 10 MiB of it for each channel to a neighbour (nccl issue 342: 64 MB are not
-    enough for four cards), and every group of vLLM ranks uses a ring buffer of 24 MiB
-    (shm_broadcast, vLLM 0.25 and 0.31). A single process uses none: the engine runs inside it, and
-    GRPO's data are texts. Ranks on CPUs communicate over sockets.
+    NCCL uses about 10 MiB of /dev/shm for each channel to a neighbour (nccl issue 342: 64 MB are
+    not enough for four cards). Every group of vLLM ranks uses a ring buffer of 24 MiB
+    (shm_broadcast, vLLM 0.25 and 0.31). A job with a single process uses none, because the engine
+    runs inside this process and GRPO's data are texts. Ranks on CPUs communicate over sockets.
     """
     space = snapshot.host.shm
     if space.value is None:
-        return unknown(f"/dev/shm: {space.reason}")
+        return unknown(f"/dev/shm could not be read: {space.reason}")
     text = f"/dev/shm: {format_bytes(space.value['free'])} free"
     text += f" of {format_bytes(space.value['total'])}"
     on_cards = bool(snapshot.gpus) or gpu_needed(snapshot, context) is not None
@@ -51,7 +51,9 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def available_memory(snapshot: NodeSnapshot) -> int | None:
-    """Bytes of main memory for this job: the host's, or less if its cgroup has a limit."""
+    """Return the bytes of main memory for this job: those that the host has available, or less if
+    its cgroup has a limit.
+    """
     memory, cgroup = snapshot.host.memory.value, snapshot.host.cgroup.value or {}
     if memory is None:
         return None
@@ -64,15 +66,15 @@ def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Main memory, within the cgroup's limit, is enough to load the model."""
     free = available_memory(snapshot)
     if free is None:
-        return unknown(f"main memory: {snapshot.host.memory.reason}")
+        return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("memory_limit")
     text = f"{format_bytes(free)} of main memory available"
     text += f" (cgroup limit {format_bytes(limit)})" if limit else ""
     weights = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
     if free < MEMORY_LEAST:
         return fail("user" if limit else "retry", text)
-    # With a GPU the weights pass through the page cache. On the CPU they stay in memory, as float32
-    # in the worst case.
+    # With a GPU, the weights pass through the page cache. On the CPU they stay in memory, as
+    # float32 in the worst case.
     needed = weights if snapshot.gpus else 2 * weights
     if needed and free < needed + MEMORY_LEAST:
         return warn(f"{text}; the model's weights need {format_bytes(weights)}")
@@ -83,18 +85,18 @@ def cpus(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The job has enough CPUs for the engine, the trainer and the rewards."""
     count = snapshot.host.cpus.value
     if count is None:
-        return unknown(f"CPUs: {snapshot.host.cpus.reason}")
+        return unknown(f"the CPUs could not be read: {snapshot.host.cpus.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("cpu_limit")
     usable = min(count, limit) if limit else count
-    text = f"{usable:g} CPUs" + (f" (cgroup limit; {count} on the host)" if limit else "")
-    return ok(text) if usable >= 2 else warn(f"{text}: the host limits the speed of rollouts")
+    text = f"{usable:g} CPUs" + (f" (cgroup limit; the host has {count})" if limit else "")
+    return ok(text) if usable >= 2 else warn(f"{text}: so few CPUs limit the speed of rollouts")
 
 
 def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The limits on open files and locked memory are not too low."""
     values = snapshot.host.limits.value
     if values is None:
-        return unknown(f"limits: {snapshot.host.limits.reason}")
+        return unknown(f"the limits could not be read: {snapshot.host.limits.reason}")
     low = []
     if values["nofile"] is not None and values["nofile"] < FILES_WANTED:
         low.append(f"open files {values['nofile']} (ulimit -n {FILES_WANTED})")
@@ -108,7 +110,7 @@ def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
     disks = snapshot.host.disks
     if disks.value is None:
-        return unknown(f"disks: {disks.reason}")
+        return unknown(f"the disks could not be read: {disks.reason}")
     return disks.value or None
 
 
@@ -146,7 +148,7 @@ def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
     if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
-        return warn(f"{text} (not needed: the model is complete)")
+        return warn(f"{text} (the run does not need it, because the model is already complete)")
     return fail("user", text)
 
 
@@ -154,7 +156,7 @@ def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The clock is accurate enough for TLS, caches and the order of files."""
     state = snapshot.host.clock.value
     if state is None:
-        return unknown(f"clock: {snapshot.host.clock.reason}")
+        return unknown(f"the clock could not be read: {snapshot.host.clock.reason}")
     if state["now"] < WRITTEN:
         return fail("node", "the clock is years behind")
     if not state["synchronised"]:
@@ -181,8 +183,8 @@ def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _rigid(variables: Mapping[str, str]) -> list[str]:
-    """Allocator settings that lack expandable segments. Training sets them if nothing is set
-    (policy/cuda_allocator.py), and the sizer assumes them.
+    """Return the allocator settings that lack expandable segments. Training sets expandable
+    segments if no setting exists (policy/cuda_allocator.py), and the sizer assumes them.
     """
     written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [
@@ -194,12 +196,14 @@ def _rigid(variables: Mapping[str, str]) -> list[str]:
 
 
 def harmful(variables: Mapping[str, str]) -> list[str]:
-    """The variables that slow a run down or change what it runs on."""
+    """Return the variables that slow a run down or change which code and cards it uses, each with
+    the reason.
+    """
     found = []
     if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _ON:
         found.append("CUDA_LAUNCH_BLOCKING=1: every kernel waits for the previous one")
     if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _ON:
-        found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation goes to the driver")
+        found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation calls the slow driver")
     if variables.get("LD_PRELOAD"):
         names = ", ".join(part.rpartition("/")[2] for part in variables["LD_PRELOAD"].split(":"))
         found.append(f"LD_PRELOAD loads {names} into every process")
@@ -208,7 +212,7 @@ def harmful(variables: Mapping[str, str]) -> list[str]:
     if variables.get("NCCL_P2P_DISABLE") == "1":
         found.append("NCCL_P2P_DISABLE=1: copies between cards go through the host")
     if variables.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
-        found.append(f"NCCL_DEBUG={variables['NCCL_DEBUG']}: floods the log")
+        found.append(f"NCCL_DEBUG={variables['NCCL_DEBUG']}: NCCL writes too many log lines")
     return found
 
 
@@ -217,15 +221,17 @@ _ROWS = (
         "host.shm",
         "/dev/shm has enough space",
         "Containers get 64 MiB by default. With several cards, NCCL and vLLM's ranks share memory "
-        "through it. When it is full, they fail with a bus error or 'No space left on device'.",
-        "docker run --shm-size 8g (or --ipc host); Kubernetes: an emptyDir of medium Memory",
+        "through /dev/shm. When /dev/shm is full, NCCL and vLLM fail with a bus error or 'No space "
+        "left on device'.",
+        "start the container with --shm-size 8g or --ipc host; in Kubernetes mount an emptyDir of "
+        "medium Memory at /dev/shm",
         shm,
     ),
     (
         "host.memory",
         "Main memory, within the cgroup's limit, is enough",
-        "The job's limit counts, not the host's total. Above it the kernel kills the job "
-        "without a message.",
+        "The limit of the job's cgroup counts, not the host's total. If the job uses more than its "
+        "limit, the kernel kills it without a message.",
         "request more memory (--mem in Slurm, resources.limits.memory in Kubernetes)",
         memory,
     ),
@@ -241,7 +247,7 @@ _ROWS = (
         "Limits on open files and locked memory are not low",
         "Weights in many shards and data workers need many open files. Collectives over several "
         "cards lock memory.",
-        "raise them with ulimit, or docker run --ulimit nofile=65536 --ulimit memlock=-1",
+        "raise the limits with ulimit; in Docker with --ulimit nofile=65536 --ulimit memlock=-1",
         limits,
     ),
     (
@@ -255,7 +261,7 @@ _ROWS = (
         "host.writable",
         "Output and cache folders are writable",
         "In read-only images or under a different user, HF_HOME and the caches of Triton and "
-        "vLLM may not be writable. Without this check that shows only minutes after the start.",
+        "vLLM may not be writable. Without this check the run fails minutes after its start.",
         "set output_dir, HF_HOME, TRITON_CACHE_DIR and VLLM_CACHE_ROOT to folders that you "
         "can write to",
         writable,
@@ -264,7 +270,7 @@ _ROWS = (
         "host.clock",
         "The clock is right",
         "A wrong clock breaks TLS and confuses caches and logs.",
-        "start chrony or systemd-timesyncd (the node's owner)",
+        "ask the node's owner to start chrony or systemd-timesyncd",
         clock,
     ),
     (
@@ -273,7 +279,7 @@ _ROWS = (
         "An allocator without expandable segments loses memory to fragmentation. "
         "CUDA_LAUNCH_BLOCKING makes every kernel wait. A preloaded library can change any "
         "behaviour.",
-        "unset the named variable",
+        "unset the variable that this check names",
         env,
     ),
     (

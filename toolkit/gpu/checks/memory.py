@@ -1,5 +1,5 @@
-"""Checks of the card's memory: how much is free, who uses the rest, and whether the job's share is
-free.
+"""Checks of the card's memory: how much is free, which processes use the rest, and whether the
+memory that the job needs is free.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # An empty card still shows some MiB (driver, display, a persistence daemon's context).
 NEGLIGIBLE_BYTES = 700 * MIB
-# if others use more than this fraction of the card, a job sized for it does not fit
+# If other processes use more than this fraction of the card, a job sized for the card does not fit.
 TENANT_SHARE = 0.2
-# If the display uses more than this fraction of the memory that others use, the card drives a
-# display, and waiting does not help.
+# If graphics processes use more than this fraction of the memory that other processes use, the card
+# drives a display, and waiting does not help.
 DISPLAY_SHARE = 0.5
 DISPLAY = "the display"
 # Memory of the job's own CUDA context and cuBLAS, before the job allocates a byte (measured on an
@@ -37,8 +37,8 @@ CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Bytes in use by other processes. Version 1 of NVML's memory call counts the memory that the
-    driver reserves as used.
+    """Return the bytes that other processes use. With version 1 of NVML's memory call, the result
+    includes the memory that the driver reserves.
     """
     memory = gpu.memory.value
     if memory is None:
@@ -50,8 +50,8 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """The program that drives the display, if it uses most of the memory that others use: a
-    desktop, or Windows with WSL; else None. Waiting does not free this memory.
+    """Return what drives the display (a desktop, or Windows with WSL) if it uses most of the memory
+    that other processes use; else None. Waiting does not free this memory.
     """
     held = held_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
@@ -77,14 +77,14 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 def beside_display(gpu: GpuSnapshot) -> str:
     """The remedy if a display uses memory of the card."""
     return (
-        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size says "
+        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size shows "
         "whether that is enough), close graphical programs, or use another card for the display"
     )
 
 
 def holders(gpu: GpuSnapshot) -> str:
-    """A text with the processes that use memory, by pid. In a pid namespace NVML's list is empty or
-    has the host's pids.
+    """Return a text with the processes that use memory, by pid. In a pid namespace NVML's list is
+    empty or contains the host's pids.
     """
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
@@ -104,12 +104,12 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
         if memory is None:
-            return unknown(f"memory not reported: {gpu.memory.reason}")
+            return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         size = f"{format_bytes(memory.free_bytes)} free of {format_bytes(memory.total_bytes)}"
         if memory.integrated:
             return ok(f"{size}, shared with the CPU")
         if gpu.memory.value and gpu.memory.value["version"] == 1:
-            return ok(f"{size} (an older driver: 'used' includes what the driver reserves)")
+            return ok(f"{size} (older driver: 'used' includes the memory that it reserves)")
         return ok(size)
 
     return each(judged(snapshot, context), look)
@@ -124,7 +124,7 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
         if memory is None:
-            return unknown(f"memory not reported: {gpu.memory.reason}")
+            return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         wanted = max(least, int((share or 0) * memory.total_bytes))
         what = f"gpu_memory_utilization {share:g}" if share else "--require"
         amount = f"{format_bytes(wanted)} needed ({what}), {format_bytes(memory.free_bytes)} free"
@@ -133,13 +133,13 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if wanted > memory.total_bytes - CONTEXT_BYTES:
             return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: it can never fit")
         if who := display(snapshot, gpu):
-            hold = "holds" if who == DISPLAY else "hold"
-            text = f"{amount}; {who} ({holders(gpu)}) {hold} the rest"
+            verb = "uses" if who == DISPLAY else "use"
+            text = f"{amount}; {who} ({holders(gpu)}) {verb} the rest"
             return fail("user", text, beside_display(gpu))
         if (held_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
             who = holders(gpu)
-            hold = "holds" if who.startswith("pid") and "," not in who else "hold"
-            return fail("retry", f"{amount}; {who} {hold} the rest")
+            verb = "uses" if who.startswith("pid") and "," not in who else "use"
+            return fail("retry", f"{amount}; {who} {verb} the rest")
         return fail("user", amount)
 
     return each(judged(snapshot, context), look)
@@ -151,10 +151,10 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     def look(gpu: GpuSnapshot) -> Outcome | None:
         held, total = held_by_others(gpu), gpu.total_bytes
         if held is None or not total:
-            return None  # the memory is integrated, or memory.readable says why
+            return None  # the memory is integrated, or memory.readable reports the reason
         if held <= NEGLIGIBLE_BYTES:
             return ok("no other process uses memory")
-        evidence = f"{format_bytes(held)} used by others: {holders(gpu)}"
+        evidence = f"{format_bytes(held)} used by other processes: {holders(gpu)}"
         large = held / total >= TENANT_SHARE and context.gpu_memory_utilization is None
         if who := display(snapshot, gpu):
             evidence = f"{format_bytes(held)} used by {who}: {holders(gpu)}"
@@ -171,21 +171,22 @@ CHECKS = (
         "The card reports its memory",
         "The sizer needs the total and the free memory. On GB10 and Jetson NVML reports 'not "
         "supported', and the host's available memory is used.",
-        "give the card yourself: `envcheck size --gpu CARD`",
+        "name the card yourself: `envcheck size --gpu CARD`",
         readable,
     ),
     Check(
         "memory.free",
         "The memory that the job needs is free",
         "vLLM refuses to start if less memory is free than gpu_memory_utilization x total.",
-        "lower gpu_memory_utilization or set it to auto; or wait for the other process",
+        "lower gpu_memory_utilization, set it to auto, or wait for the other process",
         free,
     ),
     Check(
         "memory.tenant",
         "No other process uses much of the card",
         "If another process frees or allocates memory while vLLM measures, vLLM fails to start. "
-        "If it grows later, the run ends. In a container its pid may be invisible.",
+        "If the other process allocates more later, the run fails. In a container its pid may be "
+        "invisible.",
         "wait for the process to end, or end it, or choose another card with CUDA_VISIBLE_DEVICES",
         tenant,
     ),

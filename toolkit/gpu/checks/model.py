@@ -14,7 +14,9 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
-    """The location of the model's files, if the job has a model and it is on this machine."""
+    """Return the location of the model's files; None if the job has no model or the files are not
+    on this machine.
+    """
     if context.model is None:
         return None
     place = snapshot.model.location.value
@@ -77,7 +79,7 @@ def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not found.value["architectures"]:
         return fail("user", f"{path}/config.json names no architecture")
     if found.value["needs_code"]:
-        return warn(f"{found.value['architectures'][0]} may need the code of the model's author")
+        return warn(f"{found.value['architectures'][0]} may need code from the model's repository")
     return ok(", ".join(found.value["architectures"]))
 
 
@@ -111,11 +113,11 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
     kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
     if known is not None and kind not in known:
         return warn(
-            f"the sizer does not know {kind or names[0]} and uses a larger margin",
+            f"the sizer does not support {kind or names[0]} exactly and uses a larger margin",
             "leave more memory free, or run `envcheck calibrate` on a short run",
         )
     return ok(
-        f"{names[0]}: known" + ("" if knows.known else " to the sizer; vLLM is not installed")
+        f"{names[0]} is supported" + ("" if knows.known else " by the sizer; vLLM is not installed")
     )
 
 
@@ -123,22 +125,22 @@ _ROWS = (
     (
         "model.location",
         "The model is on this machine or can be downloaded",
-        "A hub id is first searched in the cache. Offline it must already be there.",
+        "A hub id is first searched in the cache. Offline, the model must already be in the cache.",
         "download it first (`hf download MODEL`), or correct model_name and revision",
         location,
     ),
     (
         "model.weights",
         "All weights are present",
-        "After an interrupted download, shards are missing or links are broken. Loading then fails "
-        "only after minutes.",
+        "After an interrupted download, shards are missing or links are broken. Without this "
+        "check, loading fails only after minutes.",
         "download the model again (`hf download MODEL`), or copy the missing files",
         weights,
     ),
     (
         "model.config",
         "config.json is readable",
-        "Everything about the model's shape comes from it.",
+        "The toolkit and vLLM read the shape of the model from config.json.",
         "download config.json from the model's page again",
         config,
     ),
@@ -152,8 +154,8 @@ _ROWS = (
     (
         "model.architecture",
         "The sizer and vLLM support the architecture",
-        "vLLM runs the architectures of its registry. The sizer is exact only for those that "
-        "it knows.",
+        "vLLM runs only the architectures in its registry. The sizer is exact only for the "
+        "architectures that it has rules for; for others it adds a margin.",
         "use runtime.engine: transformers, or a model of a supported architecture",
         architecture,
     ),

@@ -28,7 +28,9 @@ def persistence(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
         mode = gpu.persistence_mode
         if mode.value is None:
             return unread(mode, "persistence mode")
-        return ok("on") if mode.value else warn("off: each start waits for the card to initialize")
+        return (
+            ok("on") if mode.value else warn("off: each start waits until the card is initialized")
+        )
 
     return each(judged_cards(snapshot, context), look)
 
@@ -45,11 +47,14 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             return fail("node", "compute mode is 'prohibited': no CUDA context can be created")
         if mode.value == _EXCLUSIVE and others:
             return fail(
-                "retry", f"exclusive, and pid {others[0]['pid']} uses it", "wait for it to end"
+                "retry",
+                f"the mode is exclusive, and process {others[0]['pid']} uses the card",
+                "wait for that process to end",
             )
         if mode.value == _EXCLUSIVE:
             return warn(
-                "exclusive: only one process, so the engine must run in the trainer's process"
+                "the mode is exclusive: only one process can use the card, so the engine must run "
+                "in the trainer's process"
             )
         return ok("shared (default)")
 

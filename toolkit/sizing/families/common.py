@@ -1,5 +1,5 @@
-"""The shared code of the families: attention and MLP linears, layer kinds, and the class ``Shape``
-that each family function returns.
+"""Code that all architecture families share: the linear maps of attention and MLP, the kinds of
+layers, and the class ``Shape`` that each family function returns.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Heads:
 
 
 def read_heads(fields: Fields, *, default_head_dim: int | None = None) -> Heads:
-    """The heads with the defaults of transformers: if config.json does not set them, kv heads =
-    heads and head_dim = hidden // heads.
+    """Read the attention heads with the defaults of transformers: if config.json does not set them,
+    num_key_value_heads = num_attention_heads and head_dim = hidden_size // num_attention_heads.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -102,13 +102,13 @@ def gated_mlp(hidden: int, inner: int, *, bias: bool = False, prefix: str = "mlp
 
 
 def layer_count(fields: Fields) -> int:
-    """``num_hidden_layers``. Raises InputError if it is not an integer within bounds."""
+    """Return ``num_hidden_layers``. Raises InputError if it is not an integer within bounds."""
     return fields.integer("num_hidden_layers", high=MAX_LAYERS)
 
 
 def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...]:
-    """``layer_types`` if config.json has it, else ``default(index)`` for every layer. Raises
-    InputError on a wrong length.
+    """Return ``layer_types`` of config.json, or ``default(index)`` for every layer if config.json
+    has none. Raises InputError on a wrong length.
     """
     count = layer_count(fields)
     written = fields.items("layer_types", str)
@@ -124,8 +124,8 @@ def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...
 
 
 def kv_cache(heads: Heads, window: int | None = None) -> Cache:
-    """The cache of an attention layer per token; ``window`` is in tokens, None if the layer attends
-    to all tokens.
+    """Return the KV cache of an attention layer. ``window`` is in tokens; None means that the layer
+    attends to all tokens.
     """
     return Cache(
         kind="full" if window is None else "sliding",
@@ -136,7 +136,7 @@ def kv_cache(heads: Heads, window: int | None = None) -> Cache:
 
 
 def blocks_by_kind(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
-    """One Block for each kind of layer, with its count."""
+    """Return one Block for each kind of layer, with the number of its layers."""
     return tuple(make(kind, count) for kind, count in Counter(kinds).items())
 
 

@@ -1,7 +1,7 @@
 """Shapes of dense decoders: Llama and models with its architecture, Mistral, Qwen2/2.5, Qwen3,
 SmolLM, Granite, OLMo 2/3, Phi-3/4.
 
-Written from the configuration and modeling classes of transformers 5.17;
+Written from the configuration and modeling classes of transformers 5.17.
 tests/contract/test_sizing_parameters.py compares the parameter counts with those of the classes.
 """
 
@@ -44,7 +44,7 @@ def _uniform(
 
 
 def llama(fields: Fields) -> Shape:
-    """Llama 1-3, SmolLM, TinyLlama, DeepSeek distills of Llama."""
+    """The shape of Llama 1-3, SmolLM, TinyLlama and DeepSeek's distilled Llama models."""
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     mlp_bias = fields.flag("mlp_bias", False)
@@ -56,12 +56,14 @@ def llama(fields: Fields) -> Shape:
 
 
 def granite(fields: Fields) -> Shape:
-    """Granite 3: Llama with four scalar multipliers."""
+    """The shape of Granite 3, which is Llama with four scalar multipliers."""
     return llama(fields)
 
 
 def smollm3(fields: Fields) -> Shape:
-    """SmolLM3: Llama without rotary on every fourth layer; tied by default."""
+    """The shape of SmolLM3, which is Llama without rotary embeddings on every fourth layer.
+    Embedding and head are tied by default.
+    """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     mlp_bias = fields.flag("mlp_bias", False)
@@ -72,7 +74,9 @@ def smollm3(fields: Fields) -> Shape:
 
 
 def mistral(fields: Fields) -> Shape:
-    """Mistral: no biases; every layer uses a sliding window if sliding_window is set."""
+    """The shape of Mistral. It has no biases. Every layer uses a sliding window if sliding_window
+    is set.
+    """
     heads = read_heads(fields)
     window = fields.integer("sliding_window", default=0, low=0) or None
     linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
@@ -103,8 +107,8 @@ def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> 
 
 
 def qwen2(fields: Fields) -> Shape:
-    """Qwen2 and 2.5, DeepSeek distills of Qwen: q, k and v always have biases, for every value in
-    the config.
+    """The shape of Qwen2, Qwen2.5 and DeepSeek's distilled Qwen models. q, k and v always have
+    biases, whatever the config contains.
     """
     heads = read_heads(fields)
     linears = attention(heads, qkv_bias=True)
@@ -114,7 +118,9 @@ def qwen2(fields: Fields) -> Shape:
 
 
 def qwen3(fields: Fields) -> Shape:
-    """Qwen3: separate head_dim (128 by default), a norm on each query and key head."""
+    """The shape of Qwen3. head_dim is set separately (128 by default), and each query and key head
+    has a norm.
+    """
     heads = read_heads(fields, default_head_dim=128)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -125,8 +131,8 @@ def qwen3(fields: Fields) -> Shape:
 
 
 def olmo2(fields: Fields) -> Shape:
-    """OLMo 2: norms after attention and MLP, and norms over all query heads and all key heads
-    together.
+    """The shape of OLMo 2. It has norms after attention and MLP, and norms over all query heads and
+    all key heads together.
     """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
@@ -138,7 +144,9 @@ def olmo2(fields: Fields) -> Shape:
 
 
 def olmo3(fields: Fields) -> Shape:
-    """OLMo 3: OLMo 2 with three sliding-window layers for each full-attention layer."""
+    """The shape of OLMo 3, which is OLMo 2 with three sliding-window layers for each full-attention
+    layer.
+    """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
@@ -160,7 +168,7 @@ def olmo3(fields: Fields) -> Shape:
 
 
 def phi3(fields: Fields) -> Shape:
-    """Phi-3 and Phi-4: the checkpoint itself has fused qkv and gate/up tensors."""
+    """The shape of Phi-3 and Phi-4, whose checkpoints have fused qkv and gate/up tensors."""
     heads = read_heads(fields)
     inner = fields.integer("intermediate_size")
     linears = [

@@ -1,5 +1,5 @@
-"""Shapes of Gemma 2 and 3: four norms per layer, some layers with sliding windows and some with
-full attention. Gemma 3 has many class defaults that config files omit.
+"""Shapes of Gemma 2 and 3. They have four norms per layer, and some layers use sliding windows
+while the others use full attention. Gemma 3 has many class defaults that config files omit.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
 
 
 def gemma2(fields: Fields) -> Shape:
-    """Gemma 2: every other layer uses a sliding window. Scores are soft-capped unless the config
-    has null for the cap.
+    """The shape of Gemma 2. Every other layer uses a sliding window. Scores are soft-capped unless
+    the config has null for the cap.
     """
     full = _with_defaults(fields, GEMMA2_DEFAULTS)
     capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
@@ -91,8 +91,8 @@ def gemma2(fields: Fields) -> Shape:
 
 
 def gemma3_text(fields: Fields) -> Shape:
-    """Gemma 3, text only: five sliding-window layers for each full-attention layer, a norm on each
-    query and key head.
+    """The shape of the text-only Gemma 3. It has five sliding-window layers for each full-attention
+    layer, and a norm on each query and key head.
     """
     full = _with_defaults(fields, GEMMA3_DEFAULTS)
     pattern = full.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
@@ -100,8 +100,8 @@ def gemma3_text(fields: Fields) -> Shape:
 
 
 def gemma3(fields: Fields) -> Shape:
-    """Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError if the config has no
-    text_config.
+    """The shape of Gemma 3 with its vision tower (SigLIP) and projector. Raises InputError if the
+    config has no text_config.
     """
     text = fields.section("text_config")
     if text is None:

@@ -1,6 +1,11 @@
-"""The shape of Gemma 4: full-attention layers have larger heads, whose keys are also the values;
-some layers share the cache of an earlier layer; each layer has its own embedding; experts are added
-to the MLP.
+"""The shape of Gemma 4.
+
+The model differs from Gemma 3 in these points:
+
+- Full-attention layers have larger heads, whose keys may also be the values.
+- Some layers use the KV cache of an earlier layer.
+- Each layer has its own embedding.
+- Some models add experts to the MLP.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def gemma4(fields: Fields) -> Shape:
-    """The language model of Gemma 4 (transformers' Gemma4TextConfig), alone or as a text_config.
-    Towers for images and sound are not counted.
+    """The shape of the language model of Gemma 4 (transformers' Gemma4TextConfig), alone or as a
+    text_config. Towers for images and sound are not counted.
     """
     text = fields.section("text_config") or fields
     shape = _text(text)
@@ -89,7 +94,9 @@ def _text(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, heads: Heads, *, alone: bool, values: bool
 ) -> tuple[list[Linear], int]:
-    """The projections and head norms of attention. A layer that shares a cache has only queries."""
+    """Return the projections of attention and the number of parameters of its head norms. A layer
+    that uses the cache of another layer has only queries.
+    """
     bias = fields.flag("attention_bias", False)
     linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
     if alone:
@@ -101,7 +108,7 @@ def _attention(
 
 
 def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
-    """(linears, number of vector parameters, active experts) of the MLP and the experts."""
+    """Return (linears, number of vector parameters, active experts) of the MLP and the experts."""
     double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
     linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
     if not fields.flag("enable_moe_block", False):

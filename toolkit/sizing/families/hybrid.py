@@ -1,5 +1,5 @@
-"""Shapes of Qwen3-Next and Qwen3.5 / 3.6: three gated delta-net layers (with one state per
-sequence) for each full-attention layer. All layers of a model have experts, or none has.
+"""Shapes of Qwen3-Next and Qwen3.5 / 3.6. They have three gated delta-net layers (with one state
+per sequence) for each full-attention layer. Either all layers of a model have experts, or none has.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
 STATES_NOTE = (
-    "linear attention keeps one state per sequence: KV bytes per token count only the other layers"
+    "linear attention has one state per sequence; KV bytes per token count only other layers"
 )
 
 
 def qwen3_next(fields: Fields) -> Shape:
-    """Qwen3-Next (transformers' Qwen3NextConfig); q_proj also computes the output gate."""
+    """The shape of Qwen3-Next (transformers' Qwen3NextConfig), whose q_proj also computes the
+    output gate.
+    """
     return _hybrid(fields, _sparse(fields, experts_default=512, active_default=10), fused=True)
 
 
 def qwen3_5(fields: Fields) -> Shape:
-    """Qwen3.5 and 3.6, dense (Qwen3_5TextConfig), alone or as the text_config of the multimodal
-    model, whose vision tower is not counted.
+    """The shape of the dense Qwen3.5 and 3.6 (Qwen3_5TextConfig), alone or as the text_config of
+    the multimodal model, whose vision tower is not counted.
     """
     text = fields.section("text_config") or fields
     inner = text.integer("intermediate_size", default=12288)
@@ -45,7 +47,7 @@ def qwen3_5(fields: Fields) -> Shape:
 
 
 def qwen3_5_moe(fields: Fields) -> Shape:
-    """Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as a text_config."""
+    """The shape of Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as text_config."""
     text = fields.section("text_config") or fields
     sparse = _sparse(text, experts_default=256, active_default=8)
     return _tied_by(fields, _hybrid(text, sparse, fused=False))
@@ -59,7 +61,7 @@ def _tied_by(fields: Fields, shape: Shape) -> Shape:
 def _sparse(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
-    """(linears, active experts) of routed experts with a gated shared expert."""
+    """Return (linears, active experts) of routed experts with a gated shared expert."""
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)

@@ -1,5 +1,5 @@
-"""Shapes of DeepSeek V2 and V3: multi-head latent attention (arXiv 2405.04434) caches one latent
-and one rotary key for all heads together.
+"""Shapes of DeepSeek V2 and V3. Their multi-head latent attention (arXiv 2405.04434) caches one
+latent vector and one rotary key for all heads together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def deepseek(fields: Fields) -> Shape:
-    """DeepSeek V2, V2-Lite (q_lora_rank null: one plain query projection), V3 and R1.
+    """The shape of DeepSeek V2, V2-Lite (q_lora_rank null: one plain query projection), V3 and R1.
 
     The correction bias of V3's router is a buffer in transformers, so no parameter count includes
     it.
@@ -34,8 +34,8 @@ def deepseek(fields: Fields) -> Shape:
     shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
     step = fields.integer("moe_layer_freq", default=1)
-    # Per token one latent and one rotary key are cached, for any number of heads; values are not
-    # cached.
+    # Per token one latent vector and one rotary key are cached, for any number of heads. Values are
+    # not cached.
     cache = Cache(kind="mla", key_elements=latent + rope)
 
     def make(kind: str, count: int) -> Block:
@@ -74,7 +74,7 @@ def deepseek(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, hidden: int, heads: int, sizes: tuple[int, int, int, int]
 ) -> tuple[list[Linear], int]:
-    """(projections, number of norm parameters) of a layer with latent attention."""
+    """Return (projections, number of norm parameters) of a layer with latent attention."""
     nope, rope, latent, value = sizes
     bias = fields.flag("attention_bias", False)
     query_rank = fields.integer("q_lora_rank", default=0, low=0)

@@ -35,7 +35,7 @@ def experts(hidden: int, inner: int, count: int) -> list[Linear]:
 
 
 def mixtral(fields: Fields) -> Shape:
-    """Mixtral (arXiv 2401.04088)."""
+    """The shape of Mixtral (arXiv 2401.04088)."""
     heads = read_heads(fields)
     count = fields.integer("num_local_experts", default=8, high=MAX_EXPERTS)
     inner = fields.integer("intermediate_size")
@@ -53,7 +53,9 @@ def mixtral(fields: Fields) -> Shape:
 
 
 def qwen3_moe(fields: Fields) -> Shape:
-    """Qwen3-MoE: every decoder_sparse_step-th layer has experts unless mlp_only_layers names it."""
+    """The shape of Qwen3-MoE. Every decoder_sparse_step-th layer has experts unless mlp_only_layers
+    names it.
+    """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
     count = fields.integer("num_experts", "num_local_experts", default=128, high=MAX_EXPERTS)
@@ -88,8 +90,8 @@ def qwen3_moe(fields: Fields) -> Shape:
 
 
 def glm4_moe(fields: Fields) -> Shape:
-    """GLM-4.5 to 4.7 (transformers' Glm4MoeConfig): the first layers are dense, the others have
-    experts and a shared expert; half of each head is rotated.
+    """The shape of GLM-4.5 to 4.7 (transformers' Glm4MoeConfig). The first layers are dense, the
+    others have routed experts and a shared expert. Rotary embeddings cover half of each head.
     """
     heads = read_heads(fields)
     bias = fields.flag("attention_bias", False)
@@ -122,8 +124,8 @@ def glm4_moe(fields: Fields) -> Shape:
 
 
 def gpt_oss(fields: Fields) -> Shape:
-    """gpt-oss: biases on all linears and experts, one attention sink per head, a sliding window on
-    every other layer.
+    """The shape of gpt-oss. It has biases on all linear maps and experts, one attention sink per
+    head, and a sliding window on every other layer.
     """
     heads = read_heads(fields, default_head_dim=64)
     count = fields.integer("num_local_experts", "num_experts", default=128, high=MAX_EXPERTS)

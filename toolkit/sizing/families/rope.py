@@ -1,6 +1,7 @@
-"""Size the engine's tables of cosines and sines: one table per kind of rotary embedding in a model.
+"""Size the engine's tables of cosines and sines. There is one table per kind of rotary embedding in
+a model.
 
-The tables have one row per possible position, for every max_seq_length
+A table has one row per possible position, whatever max_seq_length is
 (vllm/model_executor/layers/rotary_embedding; checked by tests/contract/test_sizing_engine.py).
 """
 
@@ -20,8 +21,8 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def rope_tables(
     fields: Fields, columns: int, max_position: int, *, local: bool = False
 ) -> tuple[RopeTable, ...]:
-    """The tables of a model. Its scaling is under rope_parameters (transformers 5) or rope_scaling.
-    ``local``: sliding-window layers have their own unscaled table.
+    """Return the tables of a model. Their scaling is under rope_parameters (transformers 5) or
+    rope_scaling. ``local`` is true if sliding-window layers have their own unscaled table.
     """
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]

@@ -1,5 +1,5 @@
-"""Shapes of hybrids of attention with short convolutions (LFM2) or with Mamba 2 (Nemotron-H).
-Convolution and Mamba layers have one state per sequence instead of a cache.
+"""Shapes of hybrid models, which combine attention with short convolutions (LFM2) or with Mamba 2
+(Nemotron-H). Convolution and Mamba layers have one state per sequence instead of a KV cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _WRITTEN = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def lfm2(fields: Fields) -> Shape:
-    """LFM2 (transformers' Lfm2Config): gated short convolutions, attention with head norms."""
+    """The shape of LFM2 (transformers' Lfm2Config), with gated short convolutions, and attention
+    with a norm on each head.
+    """
     heads = read_heads(fields)
     inner = fields.integer("intermediate_size", default=12288)
     if fields.flag("block_auto_adjust_ff_dim", True):
@@ -84,8 +86,8 @@ def lfm2(fields: Fields) -> Shape:
 
 
 def nemotron_h(fields: Fields) -> Shape:
-    """Nemotron-H (transformers' NemotronHConfig): each layer is one of Mamba 2, attention without
-    positions, an MLP without a gate, or experts.
+    """The shape of Nemotron-H (transformers' NemotronHConfig). Each layer is one of Mamba 2,
+    attention without positions, an MLP without a gate, or experts.
     """
     heads = read_heads(fields, default_head_dim=128)
 
@@ -113,8 +115,8 @@ def nemotron_h(fields: Fields) -> Shape:
 
 
 def _kinds(fields: Fields) -> tuple[str, ...]:
-    """The kinds of the layers: ``layers_block_type``, or ``hybrid_override_pattern``, which has the
-    letters M, *, - and E.
+    """Return the kinds of the layers, from ``layers_block_type`` or from the letters M, *, - and E
+    of ``hybrid_override_pattern``.
     """
     written = fields.items("layers_block_type", str)
     if written is None:
@@ -124,7 +126,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
     wrong = sorted(set(kinds) - set(_PATTERN.values()))
     if not kinds or wrong or len(kinds) > MAX_LAYERS:
         raise InputError(
-            f"unknown kinds of layers: {', '.join(wrong) or 'none is written'}",
+            f"unknown kinds of layers: {', '.join(wrong) or 'config.json lists no layers'}",
             where=fields.where,
             fix="set layers_block_type in config.json, or hybrid_override_pattern with the letters "
             "M, *, - and E",
@@ -133,7 +135,7 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
 
 
 def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, Cache, int]:
-    """(linears, number of vector parameters, cache, active experts) of one kind of layer."""
+    """Return (linears, number of vector parameters, cache, active experts) of one kind of layer."""
     none = Cache(kind="none")
     if kind == "attention":
         bias = fields.flag("attention_bias", False)
