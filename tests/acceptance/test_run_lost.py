@@ -95,7 +95,8 @@ def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
 
     code, said = run_with(run_file, run_dir, replace)
     assert code == 1
-    assert f"was replaced by another during the run, and is now {moved}; checkpoint-4 is" in said
+    assert f"was replaced by another folder during the run, and is now {moved}; " in said
+    assert "checkpoint-4 was saved" in said
     assert [path.name for path in run_dir.iterdir()] == ["of-another"]
     assert checkpoint.faults(moved / "checkpoint-4") == []
 

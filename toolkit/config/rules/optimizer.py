@@ -110,7 +110,8 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
                 ARGS, f"{name} must be a number of at least 0, got {value!r}", related=(OPTIM,)
             )
     nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
-    if optim == "sgd" and nesterov and float(given.get("momentum", "0") or 0) == 0:
+    momentum = given.get("momentum", "0")
+    if optim == "sgd" and nesterov and _is_number(momentum) and float(momentum) == 0:
         yield RuleViolation(
             ARGS,
             "nesterov needs a momentum above 0",

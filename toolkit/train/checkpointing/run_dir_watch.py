@@ -86,7 +86,7 @@ class RunDirWatch:
                 where=str(self.path),
                 fix="do not move or remove the folder of a run while it runs; start the run again",
             )
-        what = "was replaced by another" if self.path.exists() else "was moved"
+        what = "was replaced by another folder" if self.path.exists() else "was moved"
         return ConfigError(
             f"the run folder {what} during the run, and is now {place}; {told}",
             where=str(self.path),
