@@ -36,6 +36,7 @@ COMMANDS = {
     "generate": ("toolkit", "generate", "done", "hi", "--chat", "--max-tokens", "2"),
     "export": ("toolkit", "export", "done", "--to", "exported"),
 }
+NAMED = ("chat template",)
 QUIET = ("validate", "size", "dry run", "export")  # no chat is rendered
 
 
@@ -88,4 +89,6 @@ def test_a_template_from_a_foe_with_every_command(chats, tmp_path, name):
         assert not (folder / "pwned").exists()
         if command not in QUIET:
             assert shown.stderr.count("error: ") == 1, (command, shown.stderr)
-            assert "chat template" in shown.stderr, (command, shown.stderr)
+            # A template that ends within the time limit can still make too long a prompt.
+            reasons = ("chat template", "has 200000 tokens") if name == "is long" else NAMED
+            assert any(reason in shown.stderr for reason in reasons), (command, shown.stderr)
