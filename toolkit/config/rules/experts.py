@@ -31,10 +31,10 @@ lora:
 def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, routed experts cannot have an adapter.
 
-    On Qwen3-MoE and DeepSeek, PEFT applies gate_proj, up_proj and down_proj to the experts. The
-    engine reserves no LoRA slots there, because they would take gigabytes. auto adapts the
-    attention of a mixture-of-experts model. Without the engine experts can be trained. Checked when
-    the model is on this machine.
+    On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
+    experts. The engine reserves no memory for adapters on experts, because it would take gigabytes.
+    target_modules: auto adapts only the attention of a mixture-of-experts model. With
+    runtime.engine: transformers, experts can be trained. Checked when the model is on this machine.
     """
     if run.engine == "transformers" or run.model is None or run.ask("model.full_finetuning"):
         return
@@ -47,7 +47,7 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
         names = ", ".join(name for name in MLP if name in found)
         yield RuleViolation(
             _TARGETS,
-            f"{names} are the experts of this model, and the engine has no LoRA slots for them",
+            f"{names} are the experts of this model, which cannot have an adapter in the engine",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(_listed(default_targets(run.model.config))),
