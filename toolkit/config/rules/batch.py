@@ -32,7 +32,7 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The world size as text, for the arithmetic of a finding."""
+    """The world size (the number of processes) as text for a finding."""
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 
@@ -58,7 +58,7 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
-        return  # GRPO002 or GRPO003 reports it
+        return  # GRPO002 or GRPO003 reports this fault
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return

@@ -38,7 +38,7 @@ def _written_text(run: Run, key: str) -> str | None:
     fix="prompt: question",
 )
 def columns_exist(run: Run) -> Iterator[RuleViolation]:
-    """The data set has the columns that prompt and answer name.
+    """The data set has the columns that dataset.prompt and dataset.answer name.
 
     JSONL, JSON, CSV and Parquet files, and folders that save_to_disk wrote, are read if they are on
     this machine.
@@ -55,7 +55,7 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 f"dataset.{key}",
                 f"{data.path.name} has no column {column}",
-                notes=(f"it has: {', '.join(map(str, data.columns[:20]))}",),
+                notes=(f"its columns: {', '.join(map(str, data.columns[:20]))}",),
                 fixes=(run.to(f"dataset.{key}", close),) if close else (),
                 related=(f"dataset.{which}",),
             )
@@ -71,8 +71,8 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
 def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
     """No prompt is empty or repeated.
 
-    Training skips rows with an empty prompt. A repeated prompt has double weight. In a large file
-    only the first rows are checked.
+    Training skips rows with an empty prompt. A repeated prompt counts twice. In a large file only
+    the first rows are checked.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -141,7 +141,7 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             f"dataset.{key}",
             f"{data.path.name} is a file, which has no split {name}",
-            fixes=(Fix("name the evaluation file in dataset.eval_path and remove the split"),),
+            fixes=(Fix(f"set dataset.eval_path to the evaluation file, and remove {key}"),),
         )
 
 
@@ -302,7 +302,7 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 f"dataset.{which}",
                 f"{data.path.name} {data.refused}",
-                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct that row"),),
+                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct the row"),),
                 related=("dataset.prompt",),
             )
 

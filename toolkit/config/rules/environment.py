@@ -30,8 +30,8 @@ _TOOLS = "tools.functions"
 
 
 def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
-    """Yield the path of each key that names an environment adapter, and the name. An environment
-    adapter is support for a package such as reasoning_gym, as an environment or as a reward.
+    """Yield the key path and the name of each environment adapter that the run uses. An adapter
+    connects a package such as reasoning_gym, which can be the environment or a reward.
     """
     if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
@@ -63,7 +63,7 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
             told.add(module)
             yield RuleViolation(
                 at,
-                f"code of {module} is not allowed to run",
+                f"runtime.allow_code does not allow code of {module} to run",
                 notes=(run.operand("runtime.allow_code"),),
                 fixes=(Fix(f"runtime: {{allow_code: [{module}]}}"),),
             )
@@ -113,7 +113,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         at = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield RuleViolation(at, f"{name} is not of the form module:function")
+            yield RuleViolation(at, f"{name} must have the form module:function")
         else:
             yield from unusable(run, at, module, function)
 
@@ -188,8 +188,8 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
     fix="environment: {adapter: openenv, task: my_game:Game}",
 )
 def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
-    """If environment.task names your own module, it has the form that the adapter requires, and
-    runtime.allow_code names the module.
+    """environment.task has the form that its adapter requires. If the task names your own module,
+    runtime.allow_code names this module too.
 
     For verifiers the task is the id of a taskset, and verifiers imports the module of this name.
     For openenv the task is module:Class.
@@ -208,7 +208,7 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
         top = module.partition(".")[0]
         yield RuleViolation(
             _TASK,
-            f"code of {module} is not allowed to run",
+            f"runtime.allow_code does not allow code of {module} to run",
             notes=(run.operand("runtime.allow_code"),),
             fixes=(Fix(f"runtime: {{allow_code: [{ADAPTERS[adapter].modules[0]}, {top}]}}"),),
             related=("runtime.allow_code",),

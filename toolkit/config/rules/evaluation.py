@@ -75,7 +75,7 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         METRIC,
         f"the evaluation has no metric {metric}",
-        notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
+        notes=(f"its metrics: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
         # A name from metrics.jsonl (eval/reward) is never a metric of the trainer, even if reward
         # functions log metrics.

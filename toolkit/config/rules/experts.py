@@ -34,7 +34,8 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
     experts. The engine reserves no memory for adapters on experts, because it would take gigabytes.
     target_modules: auto adapts only the attention of a mixture-of-experts model. With
-    runtime.engine: transformers, experts can be trained. Checked when the model is on this machine.
+    runtime.engine: transformers, experts can be trained. The rule is checked if the model is on
+    this machine.
     """
     if run.engine == "transformers" or run.model is None or run.ask("model.full_finetuning"):
         return

@@ -1,5 +1,6 @@
-"""Rules on settings that the model loader would refuse: load_in_* flags, attention functions, and
-number formats of the machine. ``config.supported_features`` decides which ones.
+"""Rules on settings that the model loader would refuse: load_in_* flags, attention functions,
+number formats, and models that vLLM cannot run on a CPU. The conditions are in
+``config.supported_features``.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
-    """The violation for a problem that ``config.supported_features`` found, with fixes that --fix
-    can apply.
-    """
+    """The violation for a ``Problem`` of ``config.supported_features``, with its fixes."""
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)
@@ -74,13 +73,13 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
     A weight is stored in either 16 or 32 bits. A weight that is quantized to 4 or 8 bits has no
-    gradient, so it cannot be trained itself.
+    gradient, so full fine-tuning cannot train it.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
     values = {name: run.ask(f"model.{name}") for name in names}
     for problem in flag_problems(**values):
         if run.engine == "vllm" and values["full_finetuning"]:
-            continue  # LOAD003 reports it
+            continue  # LOAD003 reports this fault
         involved = (problem.key, *(key for key, _ in problem.fixes))
         note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
         yield fault_of(run, problem, note=note)
@@ -122,8 +121,9 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
 def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
     """flash_attention_N needs a GPU, a 16-bit dtype and its package. flex_attention needs a GPU.
 
-    torch has no backward pass of flex attention on a CPU. Checked with --gpu. `envcheck check` also
-    checks on the machine that trains whether the package is installed.
+    torch has no backward pass of flex attention on a CPU. `envcheck validate` checks the rule only
+    with --gpu. `envcheck check` also checks on the machine that trains whether the package is
+    installed.
     """
     device = run.situation.device
     if device is None:
@@ -152,7 +152,7 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     Without a GPU there is no float16 mixed precision and no loss scaling. A float32 model is then
     trained in float32, and a float16 model without loss scaling. The finding is a warning. On a CPU
     the vLLM engine samples in float32 unless model.dtype is set. If sampler and trainer have
-    different formats, the finding is an error. Checked with --gpu.
+    different formats, the finding is an error. `envcheck validate` checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
@@ -161,7 +161,7 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
     refused = run.engine == "vllm" and dtype != "float16"
     if (refused and written != "auto") or run.ask("grpo.bf16"):
-        return  # RUN020 and GRPO023 report it
+        return  # RUN020 and GRPO023 report this fault
     if refused:
         what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
     elif dtype == "float16":
@@ -191,7 +191,7 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
     """Without a GPU, vLLM must have CPU kernels for the model's attention head size and for its
     experts.
 
-    Checked with --gpu none, when the model is on this machine.
+    `envcheck validate` checks the rule with --gpu none if the model is on this machine.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or run.model is None:
@@ -210,7 +210,8 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
 def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, dtype float16 needs a model that vLLM runs in float16.
 
-    Gemma 2 and 3 and GLM-4 overflow in float16. Checked when the model is on this machine.
+    Gemma 2 and 3 and GLM-4 overflow in float16. The rule is checked if the model is on this
+    machine.
     """
     if run.model is None or run.engine != "vllm":
         return

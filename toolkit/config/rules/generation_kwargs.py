@@ -47,7 +47,7 @@ def _finite(value: Any) -> bool:
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """The engines that may generate. If there are two, the first one is used where it is
+    """The engines that may generate. If there are two, the run uses the first one if it is
     installed.
     """
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
@@ -96,7 +96,7 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     "GRPO030",
     _KEYS,
     example="grpo:\n  generation_kwargs: {seed: 7}\nruntime:\n  engine: vllm",
-    fix="leave seed out of generation_kwargs",
+    fix="remove seed from generation_kwargs",
 )
 def owned_keywords(run: Run) -> Iterator[RuleViolation]:
     """generation_kwargs must not contain keywords that the toolkit sets itself.
@@ -157,16 +157,16 @@ def keyword_values(run: Run) -> Iterator[RuleViolation]:
     "GRPO063",
     f"{_KEYS} {_REGEX}",
     example="grpo:\n  generation_kwargs: {logit_bias: {9: 2.0}}\nruntime:\n  engine: vllm",
-    fix="leave logit_bias out of generation_kwargs",
+    fix="remove logit_bias from generation_kwargs",
     severity=Severity.WARNING,
 )
 def followed_keywords(run: Run) -> Iterator[RuleViolation]:
     """Training can reproduce every change that sampling keywords make to the token distribution.
 
     Training also applies temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and
-    frequency_penalty. It does not apply other keywords that ban, force or bias tokens. Importance
-    weights correct for the difference, but over long completions these weights may reach 0, and the
-    gradient with them.
+    frequency_penalty. Training does not apply other keywords that ban, force or bias tokens.
+    Importance weights correct for the difference, but over long completions these weights and the
+    gradient may become 0.
     """
     engine = _engines(run)[0]
     for name in not_reproduced(_written(run), engine):
@@ -179,7 +179,7 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
                 on_key=True,
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
-    if there and _no_automaton(run) is None:  # GRPO064 reports it
+    if there and _no_automaton(run) is None:  # GRPO064 reports this fault
         yield RuleViolation(
             _REGEX,
             "training does not apply this constraint to its token distribution",

@@ -71,7 +71,8 @@ def builds_have_code(run: Run) -> Iterator[RuleViolation]:
 def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0 or above.
 
-    The kernels of bitsandbytes run on Volta and newer GPUs. Checked with --gpu.
+    The kernels of bitsandbytes run on Volta and newer GPUs. `envcheck validate` checks the rule
+    only with --gpu.
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"
@@ -102,8 +103,8 @@ def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
 def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true needs a CUDA GPU and the package liger-kernel.
 
-    With auto, the kernels are used if the GPU and the package are available. Checked by `envcheck
-    validate --gpu`, `envcheck check` and `toolkit train`.
+    With auto, the kernels are used if the GPU and the package are available. `envcheck validate
+    --gpu`, `envcheck check` and `toolkit train` check the rule.
     """
     device = run.situation.device
     if device is None or run.value("runtime.fused_kernels") is not True:
@@ -132,7 +133,7 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """float8_kv_cache needs compute capability 8.0 or above, and is fast only with 8.9 or above.
 
     Ampere cards (8.0) store the cache in 8 bits and convert it at every use. Ada (8.9) and Hopper
-    cards compute in 8 bits. Checked with --gpu.
+    cards compute in 8 bits. `envcheck validate` checks the rule only with --gpu.
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
         return  # Hugging Face generation does not read the key, which KEY008 reports
@@ -158,7 +159,7 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """bfloat16 needs compute capability 8.0 or above, or a CPU.
 
     Cards before Ampere support only float16. dtype: auto chooses a format that the card supports.
-    Checked with --gpu.
+    `envcheck validate` checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is None:

@@ -128,8 +128,8 @@ def has_turns(run: Run) -> bool:
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield each key that the run's engine does not read, with the reason. The run file may set the
-    key or not.
+    """Yield each key that the run's engine does not read, with the reason, whether the run file
+    sets the key or not.
     """
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
@@ -222,7 +222,7 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
     for old, moved in MOVED.items():
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
-            continue  # GRPO019 reports it
+            continue  # GRPO019 reports this fault
         yield RuleViolation(
             old,
             moved.sentence,

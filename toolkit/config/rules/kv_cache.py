@@ -29,8 +29,8 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
 
     With a smaller cache vLLM does not start. The cache of one sequence has layers x 2 x KV heads x
     head size x bytes per value x tokens, rounded up to whole blocks. vLLM needs one more block,
-    which stays empty. `envcheck size` shows the exact number. Checked if the model is on this
-    machine.
+    which stays empty. `envcheck size` shows the exact number. The rule is checked if the model is
+    on this machine.
     """
     written, length = run.value(_CACHE), run.value(_LENGTH)
     if type(written) is not int or type(length) is not int:

@@ -1,4 +1,6 @@
-"""Rules on lengths: prompt and completion must fit into max_seq_length, and this into the model."""
+"""Rules on lengths. Prompt and completion must fit into max_seq_length, and max_seq_length must not
+exceed the model's maximum.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,7 @@ def within_the_model(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is at most the model's maximum length.
 
     The limit is max_position_embeddings in the model's config.json, extended by its rope scaling.
-    Checked when the model is on this machine.
+    The rule is checked if the model is on this machine.
     """
     model = run.model
     if model is None or model.max_length is None:
@@ -151,8 +153,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
 
     If max_seq_length is above original_max_position_embeddings, vLLM uses the long rope factors for
     every sequence. The trainer uses them only for sequences that are longer than
-    original_max_position_embeddings. The run would sample a different policy than it trains.
-    Checked when the model is on this machine.
+    original_max_position_embeddings. The run would sample a different policy than it trains. The
+    rule is checked if the model is on this machine.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:

@@ -144,8 +144,8 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
 def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     """runtime.engine and model.fast_inference do not contradict each other.
 
-    Both keys choose the engine. fast_inference: true means the vLLM engine, as in the drop-in API
-    (the one that Unsloth scripts use). runtime.engine names the engine.
+    Both keys choose the engine. runtime.engine chooses it by name, and fast_inference: true chooses
+    the vLLM engine.
     """
     engine, fast = run.value(_ENGINE), run.value(_FAST)
     wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))

@@ -51,7 +51,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights: loftq needs base weights that are not quantized.
 
     LoftQ quantizes the base weights itself and initializes the adapter with the quantization error.
-    It needs the original weights, which a quantized model no longer has.
+    LoftQ needs the original weights, which a quantized model no longer has.
     """
     if run.value(_INIT) != "loftq":
         return
@@ -97,7 +97,7 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         _INIT,
         f"{value} is not an initialization of {legal.origin}",
-        notes=(f"known: true, false, {', '.join(names)}, pissa_niter_16",),
+        notes=(f"legal values: true, false, {', '.join(names)}, pissa_niter_16",),
         fixes=(run.to(_INIT, close or True),),
     )
 
@@ -109,11 +109,12 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_exist(run: Run) -> Iterator[RuleViolation]:
-    """target_modules names modules of the model, or is a regular expression that matches some.
+    """target_modules names modules of the model, or is a regular expression that matches modules of
+    the model.
 
     A list item matches the end of a module name. A string is one regular expression for whole
-    module names, or all-linear. auto chooses the model's projections. The names are compared with
-    the model's weights when they are on this machine.
+    module names, or all-linear. auto chooses the model's projections. If the model's weights are on
+    this machine, the names are compared with them.
     """
     targets = run.value(_TARGETS)
     if targets == "auto":
@@ -133,7 +134,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"the model has no module {name}",
-                notes=(f"it has: {', '.join(last[:14])}",),
+                notes=(f"its modules: {', '.join(last[:14])}",),
                 fixes=(run.replace(node.value[index], close),) if close else (),
             )
 

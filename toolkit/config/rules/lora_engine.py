@@ -31,8 +31,8 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
     vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512. If vLLM is installed, the list is
-    read from it. auto chooses the smallest of these ranks that is at least lora.r. The toolkit
-    never changes a value that the run file sets.
+    read from the installed vLLM. auto chooses the smallest of these ranks that is at least lora.r.
+    The toolkit never changes a value that the run file sets.
     """
     node = run.node(_ROOM)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
@@ -44,7 +44,7 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         _ROOM,
         f"{node.value} is not a rank that is supported by {legal.origin}",
-        notes=(f"legal: auto, {', '.join(map(str, legal.values))}",),
+        notes=(f"legal values: auto, {', '.join(map(str, legal.values))}",),
         fixes=(run.to(_ROOM, up),),
     )
 
@@ -66,7 +66,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
     room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
     if room != "auto" and room not in legal.values:
-        return  # LORA002 reports it
+        return  # LORA002 reports this fault
     most = largest if room == "auto" else room
     for at, operand, rank in _ranks(run):
         if rank <= most:
@@ -162,7 +162,7 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
         yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports it
+    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports this fault
     if wrong_init is not None and not told:
         yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
 

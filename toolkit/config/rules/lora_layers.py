@@ -33,7 +33,7 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     """layers_to_transform names layers that the model has.
 
     Layers are counted from 0. PEFT silently skips a layer that does not exist, so fewer layers than
-    the run file names would get the adapter. Checked when the model is on this machine.
+    the run file names would get the adapter. The rule is checked if the model is on this machine.
     """
     layers = run.value(_LAYERS)
     count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
@@ -70,7 +70,7 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     if why is None or run.engine != "transformers":
         return  # with the engine, LORA004 reports the method
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
-        return  # LORA005 reports it
+        return  # LORA005 reports this fault
     yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
 
 
@@ -115,7 +115,7 @@ def _there(run: Run, leaf: str) -> bool:
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
-        return False  # LORA028 reports it
+        return False  # LORA028 reports this fault
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
 
 
@@ -129,7 +129,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     """layers_pattern names the list of layers inside the model.
 
     The name of this list is the part of a module name before the layer number, such as layers in
-    model.layers.0.mlp. Checked when the model's weights are on this machine.
+    model.layers.0.mlp. The rule is checked if the model's weights are on this machine.
     """
     pattern = run.value(_PATTERN)
     modules = run.model.modules if run.model is not None else None
@@ -146,7 +146,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _PATTERN,
             f"the model has no list of layers named {' or '.join(named)}",
-            notes=(f"it has: {', '.join(sorted(lists))}",),
+            notes=(f"its lists of layers: {', '.join(sorted(lists))}",),
             fixes=(run.to(_PATTERN, min(lists)),) if len(lists) == 1 else (),
         )
 
@@ -162,7 +162,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
 
     modules_to_save lists the modules that are fully trained. PEFT silently skips a name that it
     does not find, so nothing would be trained for this name. A fully trained module cannot also
-    have an adapter. Checked when the model's weights are on this machine.
+    have an adapter. The rule is checked if the model's weights are on this machine.
     """
     named = run.value("lora.modules_to_save")
     modules = run.model.modules if run.model is not None else None
@@ -179,7 +179,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"the model has no module {name}",
-                notes=(f"it has: {', '.join(last[:14])}",),
+                notes=(f"its modules: {', '.join(last[:14])}",),
                 fixes=(Fix(f"write {close}"),) if close else (),
             )
         elif name in adapted:

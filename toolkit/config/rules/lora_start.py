@@ -30,7 +30,8 @@ WEIGHTS = "adapter_model.safetensors"
     fix="remove r, or set r: 8",
 )
 def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match it.
+    """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match this
+    adapter.
 
     Keys of the lora section that are not set have the adapter's values. A key with a different
     value would not fit the adapter's tensors. When model and adapter are loaded, the run checks
@@ -73,7 +74,8 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
         if _comparable(ours, name) != _comparable(theirs, name):
             yield RuleViolation(
                 key,
-                f"{show(ours)} here, but the adapter that the run starts from has {show(theirs)}",
+                f"the run file sets {show(ours)}, but the adapter that the run starts from has "
+                f"{show(theirs)}",
                 notes=(run.operand(_PATH),),
                 fixes=(Fix(f"remove {name}, so that the adapter's value is used"),),
                 related=(_PATH,),
@@ -87,8 +89,8 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     fix="use an adapter that was trained with init_lora_weights: true",
 )
 def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
-    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and a
-    lora section can describe it.
+    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and the
+    keys of the lora section can describe it.
 
     PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base weights before training, so the tensors
     of such an adapter are wrong for the weights of the checkpoint. The lora section has no keys for
@@ -98,7 +100,7 @@ def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
     node = run.node(_PATH)
     values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
     if values is None or values.get("peft_type") != "LORA":
-        return  # LORA024 reports it
+        return  # LORA024 reports this fault
     problem = start_problem(values)
     if problem is not None:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
@@ -127,8 +129,8 @@ def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
     """Each key of rank_pattern and alpha_pattern matches a module that has an adapter.
 
     A key is a regular expression for a module name or the end of a module name. A key that matches
-    no module would have no effect. The names are compared with the model's weights when they are on
-    this machine.
+    no module would have no effect. If the model's weights are on this machine, the names are
+    compared with them.
     """
     modules = _adapted(run)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -155,7 +157,7 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
     """exclude_modules excludes at least one of the target modules, but not all of them.
 
     A list item matches the end of a module name. A string is one regular expression for whole
-    module names. The names are compared with the model's weights when they are on this machine.
+    module names. If the model's weights are on this machine, the names are compared with them.
     """
     exclude = run.value(_EXCLUDE)
     if exclude is None:

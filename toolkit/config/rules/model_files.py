@@ -111,8 +111,8 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     """The model is a text-only causal language model.
 
     The loader refuses multimodal models and encoders. The code of the model is in transformers, or
-    in the checkpoint itself. Code in the checkpoint needs trust_remote_code: true. Checked with the
-    installed transformers when the model is on this machine.
+    in the checkpoint itself. Code in the checkpoint needs trust_remote_code: true. If the model is
+    on this machine, the rule checks it with the installed transformers.
     """
     if run.model is None:
         return
@@ -140,8 +140,8 @@ def trained_format(run: Run) -> Iterator[RuleViolation]:
     """A quantized checkpoint is a bitsandbytes checkpoint, and its load_in flag is true.
 
     Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
-    bitsandbytes weights are supported without the vLLM engine. Checked when the model is on this
-    machine.
+    bitsandbytes weights are supported without the vLLM engine. The rule is checked if the model is
+    on this machine.
     """
     if run.model is None or stored_format(run.model.config) is None:
         return
@@ -164,7 +164,7 @@ def trained_format(run: Run) -> Iterator[RuleViolation]:
 def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the installed vLLM supports the model's architecture.
 
-    Checked when the model is on this machine and vLLM is installed.
+    The rule is checked if the model is on this machine and vLLM is installed.
     """
     if run.engine == "transformers" or run.model is None:
         return

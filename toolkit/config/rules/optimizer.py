@@ -129,7 +129,7 @@ def _unread(
     left = {one: value for one, value in given.items() if one != name}
     return RuleViolation(
         ARGS,
-        f"{optim} does not read {name}; it reads: {', '.join(options) or 'nothing'}",
+        f"{optim} does not read {name}; its options: {', '.join(options) or 'none'}",
         notes=(run.operand(OPTIM),),
         fixes=(_args(run, renamed if close else left),),
         related=(OPTIM,),

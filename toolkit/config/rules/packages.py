@@ -58,7 +58,7 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             place,
             f"{name} is not a tracker that transformers supports",
-            notes=(f"known: {', '.join((*TRACKERS, *NO_TRACKER))}",),
+            notes=(f"legal values: {', '.join((*TRACKERS, *NO_TRACKER))}",),
             fixes=(Fix(f"report_to: {close}" if close else fix.text, fix.edits),),
         )
 

@@ -54,7 +54,7 @@ reward:
     fix="set one weight for each function",
 )
 def one_weight_each(run: Run) -> Iterator[RuleViolation]:
-    """Each reward function has one finite weight, written in one place.
+    """Each reward function has one finite weight, and the weights are set in only one place.
 
     The weight is a key of its function (reward.functions[].weight). TRL's list grpo.reward_weights
     is also accepted if it has one item per function and no function has its own weight.
@@ -67,7 +67,8 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
     if len(weights) != len(functions):
         yield RuleViolation(
             _WEIGHTS,
-            f"{len(weights)} weights for {len(functions)} reward functions",
+            f"the number of weights is {len(weights)}, but the number of reward functions is "
+            f"{len(functions)}",
             notes=(run.operand(_FUNCTIONS),),
             related=(_FUNCTIONS,),
         )
@@ -139,7 +140,7 @@ def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[Rule
         top = module.partition(".")[0]
         yield RuleViolation(
             at,
-            f"code of {module} is not allowed to run",
+            f"runtime.allow_code does not allow code of {module} to run",
             notes=(run.operand("runtime.allow_code"),),
             fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
         )
@@ -153,7 +154,7 @@ def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[Rule
 def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
     close = nearest(name.value, list(BUILTIN_OPTIONS))
     fixes = (run.replace(name, close),) if close else ()
-    known = f"built in: {', '.join(BUILTIN_OPTIONS)}; your own: module:function"
+    known = f"built-in rewards: {', '.join(BUILTIN_OPTIONS)}; your own function: module:function"
     return RuleViolation(
         at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes
     )
@@ -168,8 +169,8 @@ def _allowed(run: Run, module: str) -> bool:
 
 
 def _function(run: Run, name: Node) -> Found | None:
-    """What the source of a user's function shows; None if its module is not allowed or not on this
-    machine.
+    """The parameters of a user's function, read from its source; None if its module is not allowed
+    or not on this machine.
     """
     module, colon, function = str(name.value).partition(":")
     if not colon or not _identifiers(module) or not _allowed(run, module):
@@ -189,8 +190,8 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
 
     TRL calls the function with keyword arguments: prompts, completions, completion_ids,
     trainer_state and others, and one argument for every other column of the data set. The function
-    must accept all of them. Any argument that it requires must be one of them or one of its
-    options.
+    must accept all of them. An argument that the function requires must be one of these arguments
+    or an option of the function.
     """
     for path, members, name in _named(run):
         found = _function(run, name)
@@ -221,7 +222,7 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
 
 
 def _columns(run: Run) -> set[str] | None:
-    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - reads the data set
+    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - only this rule reads the data
 
     data = data_of(run.document, "path")
     return set(data.columns) if data is not None and data.columns is not None else None
@@ -253,7 +254,7 @@ def known_options(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 (*path, "options", option),
                 f"{name.value} has no option {option}",
-                notes=(f"it has: {', '.join(known) or 'none'}",),
+                notes=(f"its options: {', '.join(known) or 'none'}",),
                 fixes=(run.rename(node, close),) if close else (),
                 on_key=True,
             )
@@ -286,7 +287,7 @@ def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
     if any(":" in name.value for *_, name in _named(run)):
         yield RuleViolation(
             "reward.timeout_s",
-            "nothing stops a reward function that hangs",
+            "without a time limit, nothing stops a reward function that hangs",
             notes=("reward.isolate is false: the function runs in the training process",),
             fixes=(run.to("reward.timeout_s", 600),),
             related=("reward.isolate",),

@@ -57,7 +57,7 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     rows, origin = _rows(run)
     batch, formula, factor = generation_batch(run)
     group = run.value(GROUP)
-    if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports it
+    if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports this fault
         return
     needed = batch // group
     if rows >= needed:

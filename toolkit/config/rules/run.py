@@ -170,7 +170,7 @@ class Run:
     @cached_property
     def adapter(self) -> dict[str, Any]:
         """The facts of the adapter at ``lora.adapter_path``; {} without this key."""
-        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only when a rule asks
+        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("lora.adapter_path")
         return {} if node is None else inherited(node)
@@ -178,7 +178,7 @@ class Run:
     @cached_property
     def model(self) -> ModelFacts | None:
         """The facts in the model's config.json; None if the model is not on this machine."""
-        from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only when a rule asks
+        from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("model.model_name")
         if node is None or not isinstance(node.value, str):
@@ -191,6 +191,6 @@ class Run:
         """Whether the model's tokenizer has a chat template; None if the tokenizer is not on this
         machine.
         """
-        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only when a rule asks
+        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only if a rule needs it
 
         return None if self.model is None else template_in(self.model.folder)

@@ -107,7 +107,7 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
     Without padding_free the batch is padded, and is split into parts of per_device_train_batch_size
-    rows. A number of tokens would have no effect.
+    rows. A number of tokens per part would have no effect.
     """
     if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
         return

@@ -31,7 +31,7 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
 
     The trainer computes in only one number format. model.dtype: auto chooses the format that the
     card supports, or float16 if fp16 is true. If model.dtype is a 16-bit format, the engine samples
-    in it, and the trainer must compute in the same format.
+    in this format, and the trainer must compute in the same format.
     """
     for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
         if run.ask(half) and run.ask("model.dtype") == weights:

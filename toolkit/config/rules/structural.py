@@ -57,7 +57,7 @@ RULE_TEXTS: dict[str, RuleText] = {
         "A run file has one YAML document.",
         "A second document after --- would be ignored.",
         "model: {model_name: x}\n---\nmodel: {model_name: y}",
-        "write one run per file, and share settings with extends:",
+        "write one run per file, and share settings with the key extends",
     ),
     "DOC006": RuleText(
         "Numbers are finite.",
@@ -156,7 +156,7 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "KEY001": RuleText(
         "Every key is known.",
-        "An unknown key would be ignored, and the run would differ from its file.",
+        "An unknown key would be ignored, so the run would differ from its run file.",
         "lora:\n  lora_alfa: 16",
         "lora:\n  lora_alpha: 16",
     ),

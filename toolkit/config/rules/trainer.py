@@ -45,8 +45,8 @@ grpo:
 def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     """router_aux_loss_coef above 0 needs a mixture of experts that returns its router's logits.
 
-    The auxiliary loss balances the experts and is computed from these logits. Checked when the
-    model is on this machine.
+    The auxiliary loss balances the experts and is computed from these logits. The rule is checked
+    if the model is on this machine.
     """
     coefficient = run.value(ROUTER)
     if not coefficient or run.model is None:
@@ -138,7 +138,7 @@ def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -
     return RuleViolation(
         place,
         f"accelerate has no key {name}",
-        notes=(f"it has: {', '.join(ACCELERATOR)}",),
+        notes=(f"its keys: {', '.join(ACCELERATOR)}",),
         fixes=(run.rename(member, close) if close else Fix(f"remove {name}"),),
         on_key=True,
     )
@@ -213,7 +213,8 @@ def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
 def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """tf32 needs compute capability 8.0 or above.
 
-    TensorFloat-32 is a format of Ampere GPUs and newer. Checked with --gpu.
+    TensorFloat-32 is a format of Ampere GPUs and newer. `envcheck validate` checks the rule only
+    with --gpu.
     """
     why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
     if why:
@@ -243,7 +244,7 @@ def cache_is_known(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             key,
             f"{name} is not a cache of transformers",
-            notes=(f"known: {', '.join(CACHES)}",),
+            notes=(f"legal values: {', '.join(CACHES)}",),
             fixes=(run.to(key, close),),
         )
         return
@@ -278,7 +279,7 @@ def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             ("grpo", name, key),
             f"{key} is not a key of transformers' ContinuousBatchingConfig",
-            notes=(f"known: {', '.join(BATCHING)}",),
+            notes=(f"its keys: {', '.join(BATCHING)}",),
             fixes=(run.rename(member, close) if close else Fix(f"remove {key}"),),
             on_key=True,
         )

@@ -60,9 +60,9 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
     masking and an adapter on lm_head.
 
     Liger's fused loss never creates the logits. An entropy bonus, top_entropy_quantile below 1 and
-    off_policy_mask_threshold are computed from the logits, so they cannot be combined with it. The
-    fused loss also cannot use an adapter on lm_head. TRL deprecates use_liger_kernel, because TRL's
-    own loss now processes the tokens in chunks.
+    off_policy_mask_threshold are computed from the logits, so they cannot be combined with this
+    loss. The fused loss also cannot use an adapter on lm_head. TRL deprecates use_liger_kernel,
+    because TRL's own loss now processes the tokens in chunks.
     """
     if not run.ask(_LIGER):
         return
