@@ -137,7 +137,7 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
         installed=not here or package_folder("flash_attn") is not None,
     )
     if problem is not None:
-        yield fault_of(run, problem, note=f"on {device.name}")
+        yield fault_of(run, problem, note=f"card: {device.name}")
 
 
 @rule(

@@ -66,7 +66,7 @@ def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
             continue
         engine, problem = problems[0]
         certain = len(problems) == len(engines)
-        notes = () if certain else (f"this applies if {NAMES[engine]} generates; {_CHOOSE}",)
+        notes = () if certain else (f"this applies if the run uses {NAMES[engine]}; {_CHOOSE}",)
         yield RuleViolation(
             f"{_KWARGS}.{name}",
             problem.message,

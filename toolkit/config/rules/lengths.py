@@ -165,7 +165,7 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _CONTEXT,
             f"{context} is more than {original}: vLLM would use the long rope factors for every "
-            "sequence, but the trainer only for longer sequences",
+            f"sequence, but the trainer only for sequences of more than {original} tokens",
             notes=(f"original_max_position_embeddings in {model.source}",),
             fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
             related=("model.model_name",),

@@ -183,7 +183,7 @@ def _function(run: Run, name: Node) -> Found | None:
     "REWARD002",
     f"{_FUNCTIONS} dataset.answer",
     example="reward:\n  functions: [{name: 'my_pkg.rewards:tone'}]  # def tone(text): ...",
-    fix="def tone(prompts, completions, **columns)",
+    fix="write def tone(prompts, completions, **columns)",
 )
 def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
     """A reward function takes (prompts, completions, **columns).
@@ -205,7 +205,7 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
                 at,
                 f"{found.shown} does not accept **columns, but TRL passes more arguments than "
                 "the function names",
-                fixes=(Fix(f"def {found.name}(prompts, completions, **columns)"),),
+                fixes=(Fix(f"write def {found.name}(prompts, completions, **columns)"),),
             )
             continue
         for parameter in found.needed:

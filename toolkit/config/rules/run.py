@@ -143,21 +143,26 @@ class Run:
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
             return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
-        fix = self.replace(node, value)
-        return Fix(f"{name}: {fix.text}", fix.edits)
+        edits = self.replace(node, value).edits
+        if not edits:
+            return Fix(f"remove {name}")
+        return Fix(f"{name}: {spell(value, node.source.format)}", edits)
 
     def replace(self, node: Node, value: Any) -> Fix:
-        """The fix that replaces a scalar by ``value``."""
+        """The fix that replaces a scalar by ``value``. It has no edits if the file cannot contain
+        ``value``.
+        """
         if value is None and node.source.format == "toml":
             return Fix("remove the key")  # TOML has no null
         spelling = spell(value, node.source.format)
-        return Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
+        text = f"write {spelling}"
+        return Fix(text, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
 
     def rename(self, node: Node, name: str) -> Fix:
         """The fix that renames the key of ``node``."""
         if node.key is None or node.source.is_override:
-            return Fix(f"rename it to {name}")
-        return Fix(f"rename it to {name}", (rename(node.source, node.key, name),))
+            return Fix(f"rename the key to {name}")
+        return Fix(f"rename the key to {name}", (rename(node.source, node.key, name),))
 
     @cached_property
     def engine(self) -> Engine:

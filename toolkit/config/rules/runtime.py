@@ -73,7 +73,7 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
     if not path.is_dir():
         yield RuleViolation(
             _RESUME,
-            f"{resume} is neither auto, never or must, nor a checkpoint folder",
+            f"{resume} must be auto, never, must, or the folder of a checkpoint",
             fixes=(run.to(_RESUME, "auto"),),
         )
 

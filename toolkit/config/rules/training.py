@@ -83,9 +83,13 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
     if adapts_head(run):
         clashes.append(_TARGETS)
     if clashes:
+        names = [
+            "an adapter on lm_head" if key == _TARGETS else key.rpartition(".")[2]
+            for key in clashes
+        ]
         yield RuleViolation(
             _LIGER,
-            f"Liger cannot be used with {', '.join(key.rpartition('.')[2] for key in clashes)}",
+            f"Liger cannot be used with {', '.join(names)}",
             notes=("; ".join(run.operand(key) for key in clashes),),
             fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
