@@ -21,7 +21,7 @@ _THEMES = (
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """The rules by id, in the order of their topics."""
+    """All rules by id, topic by topic."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES

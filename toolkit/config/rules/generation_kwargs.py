@@ -42,7 +42,7 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether a value contains no number that rule DOC006 refuses."""
+    """Whether a value is not NaN or infinity. Rule DOC006 reports NaN and infinity."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -82,7 +82,7 @@ _CHOOSE = "set runtime.engine to choose the engine"
 
 def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     """The fix of ``problem``. --fix can correct a misspelled keyword if its value is valid for the
-    keyword that was meant.
+    keyword with the correct spelling.
     """
     meant = problem.meant
     if meant is None or any(judge(meant, node.to_plain(), one) for one in _engines(run)):
@@ -215,6 +215,6 @@ def _no_automaton(run: Run) -> str | None:
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        # vLLM's syntax differs from Python's. Only faults that are faults in both are reported.
+        # vLLM's syntax differs from Python's. Only faults in both syntaxes are reported.
         return f"not a regular expression: {error}" if str(error).startswith(_BROKEN) else None
     return None

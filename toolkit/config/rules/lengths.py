@@ -34,10 +34,10 @@ grpo:
 def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
     """max_prompt_length + max_completion_length is at most max_seq_length.
 
-    The engine supports at most max_seq_length tokens per sequence. Without max_prompt_length, a
-    prompt may use all tokens that max_completion_length leaves, which must be at least one. TRL
-    removed max_prompt_length in 0.28, but the toolkit supports it. Longer prompts are truncated
-    from the left, and the run reports their number.
+    The engine supports at most max_seq_length tokens per sequence. If max_prompt_length is not set,
+    max_completion_length must leave at least one token for a prompt. TRL removed max_prompt_length
+    in 0.28, but the toolkit supports it. Longer prompts are truncated from the left, and the run
+    reports their number.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     needed = (prompt or 1) + completion

@@ -188,7 +188,7 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
     """The names of the modules that get the adapter; [] if the weights are not on this machine or
-    target_modules is a string. With ``excluded`` false, exclude_modules is ignored.
+    target_modules is a string. If ``excluded`` is false, exclude_modules is ignored.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None

@@ -106,8 +106,9 @@ def _names(folder: Path) -> list[str]:
 def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
-    Without padding_free the batch is padded, and is split into parts of per_device_train_batch_size
-    rows. A number of tokens per part would have no effect.
+    pack_tokens limits the number of tokens in one forward and backward pass. Only a batch without
+    padding is split by tokens. With padding_free: false, a batch is split into parts of
+    per_device_train_batch_size rows.
     """
     if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
         return
@@ -129,9 +130,10 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
 def one_liger(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true and use_liger_kernel: true exclude each other.
 
-    Both keys apply liger-kernel to the model. With fused_kernels the toolkit compares each kernel
-    with the layer that the kernel replaces. use_liger_kernel is TRL's own key. With fused_kernels:
-    auto, use_liger_kernel decides.
+    Both keys replace layers of the model by kernels of the package liger-kernel. fused_kernels is
+    the toolkit's key, and compares each kernel with the layer that the kernel replaces.
+    use_liger_kernel is TRL's key. With fused_kernels: auto and use_liger_kernel: true, only
+    use_liger_kernel has an effect.
     """
     if run.value("runtime.fused_kernels") is True and run.value("grpo.use_liger_kernel"):
         yield RuleViolation(

@@ -84,8 +84,8 @@ def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
 
 
 def _shown(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
-    """The node at which a violation is reported. It is the first of these that the run file
-    contains: the key at ``path``, a related key, the section of the key. Else it is the whole file.
+    """The node at which a violation is reported: the key at ``path`` if the run file sets it. Else
+    a related key that the run file sets, the section of the key, or the whole file.
     """
     for candidate in (path, *(parts_of(one) for one in related), path[:1]):
         node = run.document.node(candidate)
