@@ -45,9 +45,9 @@ def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
         return
     if prompt is None:
         message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
-        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 = {needed}"
+        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 token = {needed}"
     else:
-        message = f"{prompt} and max_completion_length {completion} are more than max_seq_length"
+        message = f"{prompt} plus max_completion_length {completion} is more than max_seq_length"
         sums = f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}"
     fixes = []
     if _fits_model(run, needed):
