@@ -1,4 +1,4 @@
-"""Rules on LoRA for a mixture-of-experts model."""
+"""Rules on adapters of routed experts in a mixture-of-experts model."""
 
 from __future__ import annotations
 
@@ -71,11 +71,12 @@ lora:
     fix="target_modules: [q_proj, gate_proj, up_proj]",
 )
 def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """gate_proj and up_proj of routed experts need an adapter together, or neither gets one.
+    """target_modules names both gate_proj and up_proj of routed experts, or neither of them.
 
-    transformers stores the two layers of an expert as one parameter, gate_up_proj, and PEFT adapts
-    it only if both names are in target_modules. Checked for the transformers engine when the model
-    is on this machine. LORA013 reports experts with the vLLM engine.
+    transformers stores gate_proj and up_proj of an expert as one parameter, gate_up_proj. PEFT
+    adapts this parameter only if both names are in target_modules. The rule is checked for the
+    transformers engine if the model is on this machine. With the vLLM engine, LORA013 reports
+    adapters on experts.
     """
     if run.model is None or not run.model.experts or run.ask("model.full_finetuning"):
         return
@@ -94,8 +95,8 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
         fixes = (Fix(_listed(with_both)), *((Fix(_listed(with_neither)),) if with_neither else ()))
     yield RuleViolation(
         _TARGETS,
-        f"{present[0]} is adapted without {missing}, but the experts of this model store both as "
-        "one parameter, gate_up_proj",
+        f"{present[0]} is named without {missing}, but the experts of this model store gate_proj "
+        "and up_proj as one parameter",
         notes=(f"experts from {run.model.source}",),
         fixes=fixes,
     )
