@@ -127,7 +127,7 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
         return
     if node.value != node.value:
         return
-    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # per cent
+    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # 90: a percentage
     yield RuleViolation(
         _SHARE,
         f"{node.value} is out of range: it must be a fraction above 0 and below 1",
