@@ -21,7 +21,7 @@ _THEMES = (
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """The rules by id, in the order of their topics."""
+    """All rules by id, topic by topic."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES
@@ -29,7 +29,9 @@ def all_rules() -> dict[str, Rule]:
 
 @cache
 def judging_rules() -> tuple[Rule, ...]:
-    """The rules that check a run directly, without the rules that loading and the schema report."""
-    from toolkit.config.rules.structural import RULE_TEXTS  # noqa: PLC0415 - after all topics
+    """The rules with a function that checks a run. The other rules only describe faults that are
+    found while the run file is read.
+    """
+    from toolkit.config.rules.structural import RULE_TEXTS  # noqa: PLC0415 - registers rules after all topics
 
     return tuple(rule for name, rule in all_rules().items() if name not in RULE_TEXTS)

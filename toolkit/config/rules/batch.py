@@ -1,4 +1,6 @@
-"""Batches and groups: what TRL's GRPOConfig and trainer require of the batch sizes."""
+"""Rules on batch sizes and groups, as TRL's GRPOConfig and trainer require. A group is the
+num_generations completions of one prompt.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The world size as text, for the arithmetic of a finding."""
+    """The world size (the number of processes) as text for a finding."""
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 
@@ -48,14 +50,15 @@ grpo:
 def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """num_generations divides the generation batch.
 
-    A generation batch is per_device_train_batch_size x world size x steps_per_generation
-    (gradient_accumulation_steps when that is not set) completions, or generation_batch_size. It
-    must hold whole groups: advantages compare the completions of one prompt with each other. The
-    batch is counted in completions, not prompts, over all processes.
+    A generation batch has generation_batch_size completions. If this key is not set, it has
+    per_device_train_batch_size x world size x steps_per_generation completions. If
+    steps_per_generation is not set either, gradient_accumulation_steps is used in its place. The
+    number counts the completions of all processes. Advantages compare the num_generations
+    completions of one prompt, so the batch must contain all of them for each prompt.
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
-        return  # GRPO002 or GRPO003 reports it
+        return  # GRPO002 or GRPO003 reports this fault
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return
@@ -83,8 +86,8 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """The number of completions of one generation, its formula, and the key that is easiest to
-    change.
+    """The number of completions of one generation batch, its formula as text, and the key that is
+    easiest to change.
     """
     size = run.value(SIZE)
     if size is not None:
@@ -103,8 +106,9 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
 def at_least_two(run: Run) -> Iterator[RuleViolation]:
     """num_generations is at least 2.
 
-    The advantage of a completion is its reward against the mean of its group: a group of one always
-    has advantage 0, so the model learns nothing.
+    The advantage of a completion compares its reward with the mean reward of its group, which is
+    all completions of one prompt. In a group of one completion the advantage is always 0, so the
+    model learns nothing.
     """
     node = run.node(GROUP)
     if node is None or type(node.value) is not int or node.value >= 2:
@@ -124,12 +128,13 @@ def at_least_two(run: Run) -> Iterator[RuleViolation]:
     "GRPO003",
     f"{SIZE} {STEPS}",
     example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
-    fix="keep one of the two",
+    fix="remove generation_batch_size or steps_per_generation",
 )
 def size_or_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size and steps_per_generation are mutually exclusive.
 
-    Each determines the other: size = per_device_train_batch_size x world size x steps.
+    Each of the two determines the other: generation_batch_size = per_device_train_batch_size x
+    world size x steps_per_generation.
     """
     size, steps = run.value(SIZE), run.value(STEPS)
     if size is None or steps is None:
@@ -158,8 +163,9 @@ grpo:
 def whole_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
-    Every process trains on a generation in whole micro-batches. An auto micro-batch can divide the
-    share of one process in any way, so a multiple of the world size is enough.
+    Every process splits its share of the generation batch into whole micro-batches. With
+    per_device_train_batch_size: auto, a micro-batch can have any size, so a multiple of the world
+    size is enough.
     """
     size, micro = run.value(SIZE), run.value(MICRO)
     if size is None or run.value(STEPS) is not None:
@@ -198,8 +204,8 @@ grpo:
 def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
     """num_generations_eval divides the evaluation batch of all processes.
 
-    Without num_generations_eval, num_generations is used. The rule applies only if eval_strategy or
-    eval_on_start turns evaluation on.
+    If num_generations_eval is not set, num_generations is used. The rule applies only if
+    eval_strategy or eval_on_start turns evaluation on.
     """
     if run.value("grpo.eval_strategy") == "no" and not run.ask("grpo.eval_on_start"):
         return
@@ -234,8 +240,8 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
 def no_sequence_parallelism(run: Run) -> Iterator[RuleViolation]:
     """Sequence and context parallelism are refused.
 
-    GRPO builds the model's inputs inside the trainer, after generation, where the batch can no
-    longer be split along the sequence. To use several GPUs, start data-parallel processes with
+    GRPO builds the model's inputs inside the trainer, after generation. At that point the batch can
+    no longer be split along the sequence. To use several GPUs, start data-parallel processes with
     torchrun.
     """
     if run.node("grpo.parallelism_config") is not None:
@@ -253,8 +259,9 @@ def divisors_from(number: int, least: int) -> list[int]:
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` that is closest to ``wanted``; if two are equally close, the
-    smaller one. A divisor that leaves more than one group is preferred.
+    """The divisor of ``number`` that is at least ``least`` and closest to ``wanted``; None if there
+    is no such divisor. If two are equally close, the smaller one is returned. ``number`` itself is
+    returned only if no other divisor fits.
     """
     every = divisors_from(number, least) if 0 < number < 10**9 else []
     found = [one for one in every if one < number] or every

@@ -1,5 +1,5 @@
-"""Rules on an auto micro-batch, whose size the sizer chooses: what the run file must set, and which
-losses depend on the size.
+"""Rules on per_device_train_batch_size: auto, with which the sizer chooses the micro-batch size.
+They check what else the run file must set, and that the loss does not depend on the chosen size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 ROUTER = "grpo.router_aux_loss_coef"
-USUAL, USUAL_MICRO = 64, 8  # completions per step, and per micro-batch
+USUAL, USUAL_MICRO = 64, 8  # usual completions per optimizer step, and per micro-batch
 
 
 @rule(
@@ -29,13 +29,14 @@ USUAL, USUAL_MICRO = 64, 8  # completions per step, and per micro-batch
 def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     """auto_find_batch_size is refused.
 
-    transformers would halve the batch after an out-of-memory error, so the batch no longer holds
-    whole groups. `envcheck size` finds a batch that fits before the run starts.
+    transformers would halve the batch after an out-of-memory error. The batch would then no longer
+    contain all num_generations completions of each prompt. `envcheck size` finds a batch that fits
+    before the run starts.
     """
     if run.value("grpo.auto_find_batch_size"):
         yield RuleViolation(
             "grpo.auto_find_batch_size",
-            "a batch that is halved automatically no longer holds whole groups",
+            "would halve the batch, which then no longer contains all completions of each prompt",
             fixes=(run.to("grpo.auto_find_batch_size", False),),
         )
 
@@ -44,15 +45,17 @@ def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     "GRPO028",
     f"{MICRO} {ACCUMULATION} {SIZE} {STEPS}",
     example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
-    fix="gradient_accumulation_steps: auto, and generation_batch_size: 64",
+    fix="set gradient_accumulation_steps: auto and generation_batch_size: 64",
 )
 def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
-    """An auto micro-batch needs auto accumulation and a generation_batch_size.
+    """per_device_train_batch_size: auto needs gradient_accumulation_steps: auto and a
+    generation_batch_size.
 
-    The generation batch is one optimizer step. The sizer splits it into as few micro-batches as the
-    card's memory allows. So both factors must be auto, and generation_batch_size gives the number
-    of completions to split. steps_per_generation counts micro-batches, so it must be left out.
-    num_iterations still counts optimizer steps on the same generation.
+    Each optimizer step then trains on one generation batch. The sizer splits this batch into as few
+    micro-batches as the card's memory allows, so it chooses the values of both auto keys.
+    generation_batch_size sets the number of completions to split. steps_per_generation counts
+    micro-batches, so it must not be set. num_iterations still counts the optimizer steps on the
+    same generation batch.
     """
     autos = [key for key in (MICRO, ACCUMULATION) if run.value(key) == "auto"]
     if not autos:
@@ -62,9 +65,9 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
         name, written = autos[0].rpartition(".")[2], run.written(other)
         yield RuleViolation(
             other if written else autos[0],
-            f"{run.value(other)} while {name} is auto"
+            f"must be auto because {name} is auto, got {run.value(other)}"
             if written
-            else f"auto while {other.rpartition('.')[2]} is not",
+            else f"is auto, but {other.rpartition('.')[2]} is not: both must be auto",
             notes=(run.operand(autos[0] if written else other),),
             fixes=(run.to(other, "auto"),),
             related=(autos[0],),
@@ -76,7 +79,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     if run.value(STEPS) is not None:
         yield RuleViolation(
             STEPS,
-            "it counts micro-batches, and their size is auto",
+            "cannot be set while the micro-batch size is auto, because it counts micro-batches",
             notes=(run.operand(MICRO),),
             fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
             related=(MICRO,),
@@ -84,7 +87,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     elif run.value(SIZE) is None:
         yield RuleViolation(
             MICRO,
-            "auto, but no key gives the number of completions per step",
+            "is auto, but generation_batch_size does not set the number of completions to split",
             notes=(run.operand(SIZE),),
             fixes=(run.to(SIZE, size),),
         )
@@ -96,7 +99,8 @@ def _in_place(run: Run, size: int) -> Fix:
     assert node is not None
     name = SIZE.rpartition(".")[2]
     edits = (*run.rename(node, name).edits, *run.to(STEPS, size).edits)
-    return Fix(f"{name}: {size} in its place", edits if len(edits) == 2 else ())
+    text = f"replace steps_per_generation by {name}: {size}"
+    return Fix(text, edits if len(edits) == 2 else ())
 
 
 @rule(
@@ -110,15 +114,15 @@ grpo:
   generation_batch_size: 64
   loss_type: bnpo
 """,
-    fix="loss_type: dapo, or numbers in place of auto",
+    fix="set loss_type: dapo, or write numbers instead of auto",
 )
 def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
-    """An auto micro-batch needs a loss that does not depend on the micro-batch size.
+    """per_device_train_batch_size: auto needs a loss that does not depend on the micro-batch size.
 
-    bnpo averages over the tokens of each micro-batch. An entropy bonus, top_entropy_quantile below
-    1 and a router loss are also computed per micro-batch. With these, a card with a different
-    micro-batch would train a different model: write the number instead. For all other losses the
-    split changes only rounding.
+    loss_type: bnpo averages over the tokens of each micro-batch. An entropy bonus,
+    top_entropy_quantile below 1 and a router loss are also computed per micro-batch. With these
+    settings the trained model would depend on the memory of the card, so write a number instead of
+    auto. With all other losses the micro-batch size changes only rounding.
     """
     if run.value(MICRO) != "auto":
         return
@@ -129,12 +133,12 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     fixes = [_numbers(run)]
     if ROUTER not in clashes and run.ask(ROUTER) is None and (weight := _router_loss(run)):
         clashes.append(ROUTER)
-        told.append(f"router_aux_loss_coef {weight} of the model's config")
+        told.append(f"router_aux_loss_coef {weight} (from the model's config.json)")
         fixes.insert(0, run.to(ROUTER, 0.0))
     if clashes:
         yield RuleViolation(
             MICRO,
-            "auto, and this loss depends on the micro-batch size that is chosen",
+            "is auto, but the loss depends on the micro-batch size",
             notes=("; ".join(told),),
             fixes=tuple(fixes),
             related=tuple(clashes),
@@ -142,7 +146,9 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
 
 
 def _numbers(run: Run) -> Fix:
-    """The fix that sets both numbers, so that they split the generation batch."""
+    """The fix that sets per_device_train_batch_size and gradient_accumulation_steps to numbers
+    that split the generation batch exactly.
+    """
     size = run.value(SIZE)
     own = size // run.world_size if size and size % run.world_size == 0 else USUAL
     micro = next(one for one in range(USUAL_MICRO, 0, -1) if own % one == 0)
@@ -153,8 +159,8 @@ def _numbers(run: Run) -> Fix:
 
 
 def _router_loss(run: Run) -> float:
-    """The router loss weight that the model's config declares; 0 if the config is not available or
-    declares none.
+    """The router loss weight in the model's config.json; 0 if the model is not on this machine or
+    its config.json has no such weight.
     """
     if run.model is None or not run.model.experts:
         return 0.0

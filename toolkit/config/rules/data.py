@@ -38,9 +38,10 @@ def _written_text(run: Run, key: str) -> str | None:
     fix="prompt: question",
 )
 def columns_exist(run: Run) -> Iterator[RuleViolation]:
-    """The data set has the columns that prompt and answer name.
+    """The data set has the columns that dataset.prompt and dataset.answer name.
 
-    JSONL, JSON, CSV, Parquet files and saved folders are read if they are on this machine.
+    JSONL, JSON, CSV and Parquet files, and folders that save_to_disk wrote, are read if they are on
+    this machine.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -54,7 +55,7 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 f"dataset.{key}",
                 f"{data.path.name} has no column {column}",
-                notes=(f"it has: {', '.join(map(str, data.columns[:20]))}",),
+                notes=(f"its columns: {', '.join(map(str, data.columns[:20]))}",),
                 fixes=(run.to(f"dataset.{key}", close),) if close else (),
                 related=(f"dataset.{which}",),
             )
@@ -64,14 +65,14 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
     "DATA002",
     "dataset.path dataset.eval_path dataset.prompt",
     example="dataset:\n  path: train.jsonl  # some rows have an empty prompt",
-    fix="remove the rows",
+    fix="remove rows without a prompt, and rows that repeat a prompt",
     severity=Severity.WARNING,
 )
 def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
     """No prompt is empty or repeated.
 
-    Training skips rows with an empty prompt; a repeated prompt has double weight. In a large file
-    only the first rows are checked.
+    Training skips rows with an empty prompt. A repeated prompt counts twice. In a large file only
+    the first rows are checked.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -96,7 +97,8 @@ def data_is_here(run: Run) -> Iterator[RuleViolation]:
     """The data set is on this machine and can be read.
 
     A missing file is a warning, because the run may be meant for another machine (with --strict it
-    is an error). A file that exists but is broken is an error. Hub ids are not looked up.
+    is an error). A file that exists but cannot be read is an error. Data sets of the hub are not
+    looked up.
     """
     for which in _PATHS:
         key = f"dataset.{which}"
@@ -122,12 +124,12 @@ def data_is_here(run: Run) -> Iterator[RuleViolation]:
     "DATA004",
     "dataset.split dataset.eval_split",
     example="dataset:\n  path: train.jsonl\n  split: test",
-    fix="eval_path: test.jsonl",
+    fix="remove split, and set eval_path: test.jsonl",
 )
 def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
-    """split names a split of a saved folder or of a hub data set.
+    """split and eval_split are only for hub data sets and folders that save_to_disk wrote.
 
-    A single file has one split, called train.
+    A single file has only one split, called train.
     """
     for which, key in (("path", "split"), ("eval_path", "eval_split")):
         data: DataFacts | None = data_of(run.document, which)
@@ -139,7 +141,7 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             f"dataset.{key}",
             f"{data.path.name} is a file, which has no split {name}",
-            fixes=(Fix("name the evaluation file in dataset.eval_path and remove the split"),),
+            fixes=(Fix(f"set dataset.eval_path to the evaluation file, and remove {key}"),),
         )
 
 
@@ -152,7 +154,7 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
 def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
     """eval_strategy needs dataset.eval_path or dataset.eval_split.
 
-    Without them there is no data to evaluate on.
+    Without one of these keys there is no data to evaluate on.
     """
     strategy = run.value("grpo.eval_strategy")
     if strategy == "no":
@@ -160,7 +162,7 @@ def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
     if run.value("dataset.eval_path") is None and run.value("dataset.eval_split") is None:
         yield RuleViolation(
             "grpo.eval_strategy",
-            f"{strategy}, but there is no data to evaluate on",
+            f"is {strategy}, but there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
             fixes=(run.to("grpo.eval_strategy", "no"),),
         )
@@ -175,8 +177,8 @@ def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
 def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
     """dataset.chat: true needs a tokenizer with a chat template.
 
-    The template turns messages into the text format that the model was trained on. auto turns text
-    prompts into user messages if the tokenizer has a template, and leaves them as plain text
+    The template turns messages into the text format that the model was trained on. With chat: auto,
+    text prompts become user messages if the tokenizer has a template, and stay plain text
     otherwise.
     """
     if run.value("dataset.chat") is not True or run.chat_template is not False:
@@ -187,7 +189,7 @@ def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
         notes=(f"{run.operand('dataset.chat')}; {run.operand('model.model_name')}",),
         fixes=(
             run.to("dataset.chat", False),
-            Fix("name a model with a chat template (an instruct model)"),
+            Fix("use a model with a chat template (an instruct model)"),
         ),
         related=("model.model_name",),
     )
@@ -201,21 +203,21 @@ def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
-    """A system prompt is a message, and dataset.chat: false makes no messages.
+    """dataset.system, the system prompt, needs dataset.chat to be auto or true.
 
-    The text of dataset.system is then put before each prompt, followed by an empty line. A
-    pretrained model without a chat template can use this format. A model with a chat template was
-    not trained on it.
+    With dataset.chat: false there are no messages, so the text of dataset.system is put before each
+    prompt, followed by an empty line. A model without a chat template can use this format. A model
+    with a chat template was not trained on it.
     """
     if run.value("dataset.chat") is not False or not run.value("dataset.system"):
         return
     if run.chat_template is False:
-        return  # this module reads only plain text
+        return  # a model without a chat template reads only plain text
     yield RuleViolation(
         "dataset.system",
-        "it is put before each prompt as plain text, because dataset.chat is false",
+        "is put before each prompt as plain text, because dataset.chat is false",
         notes=(run.operand("dataset.chat"),),
-        fixes=(run.to("dataset.chat", "auto"), Fix("leave dataset.system out")),
+        fixes=(run.to("dataset.chat", "auto"), Fix("remove dataset.system")),
         related=("dataset.chat",),
     )
 
@@ -242,7 +244,10 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
                 "dataset.chat",
                 NOT_CHATS.format(column=column),
                 notes=(f"read from {data.path.name}",),
-                fixes=(run.to("dataset.chat", "auto"), Fix("name a column that holds text")),
+                fixes=(
+                    run.to("dataset.chat", "auto"),
+                    Fix("set dataset.prompt to a column of texts"),
+                ),
                 related=("dataset.prompt", f"dataset.{which}"),
             )
             return
@@ -263,17 +268,17 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     fix="path: train.jsonl",
 )
 def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
-    """There is a data set to train on.
+    """dataset.path names a data set to train on.
 
-    Every completion answers a prompt of the data set, so a run needs a data set for any value of
-    grpo.max_steps.
+    Every completion answers a prompt of the data set, so every run needs a data set, for any value
+    of grpo.max_steps. Only a run with an environment needs none.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
         yield RuleViolation(
             "dataset.path",
             NO_DATA,
             notes=(run.operand("dataset.path"),),
-            fixes=(Fix("dataset.path: a file (train.jsonl), a saved folder, or a hub id"),),
+            fixes=(Fix("set dataset.path to a file (train.jsonl), a folder, or a hub id"),),
             related=("model.model_name",),
         )
 
@@ -282,7 +287,7 @@ def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     "DATA040",
     "dataset.path dataset.eval_path dataset.prompt",
     example='dataset:\n  path: train.jsonl  # {"question": true}',
-    fix="give every row of a column the same type, and every prompt a text or messages",
+    fix="give all values of a column the same type, and make every prompt a text or messages",
 )
 def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     """A column must have one type for all rows. A prompt must be text or messages, not a number or
@@ -297,7 +302,7 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 f"dataset.{which}",
                 f"{data.path.name} {data.refused}",
-                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct that row"),),
+                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct the row"),),
                 related=("dataset.prompt",),
             )
 
@@ -312,9 +317,10 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
 def model_is_here(run: Run) -> Iterator[RuleViolation]:
     """The model is on this machine.
 
-    It is a folder with config.json, or a snapshot in the hub cache. If it is missing, lengths,
-    heads and target modules cannot be checked: a warning (with --strict an error). A folder that
-    contains a pipe, a device or a loop of links cannot be loaded: an error.
+    The model is a folder with config.json, or a snapshot in the hub cache. A missing model is a
+    warning (with --strict an error), because lengths, heads and target modules cannot be checked. A
+    folder that contains a pipe, a device or a loop of links is an error, because it cannot be
+    loaded.
     """
     text = _written_text(run, "model.model_name")
     if text is None:

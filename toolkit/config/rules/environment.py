@@ -30,8 +30,8 @@ _TOOLS = "tools.functions"
 
 
 def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
-    """Each adapter that the run uses, as its environment or as a reward, with the path of the key
-    that names it.
+    """Yield the key path and the name of each environment adapter that the run uses. An adapter
+    connects a package such as reasoning_gym, which can be the environment or a reward.
     """
     if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
@@ -52,8 +52,8 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
 def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
     """runtime.allow_code names the package of an environment.
 
-    The package makes the prompts and scores the completions, so its code runs, like the code of a
-    reward function.
+    The package makes the prompts and scores the completions, so its code runs during training, like
+    the code of a reward function.
     """
     allowed = run.value("runtime.allow_code")
     told = set()
@@ -63,7 +63,7 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
             told.add(module)
             yield RuleViolation(
                 at,
-                f"code of {module} is not allowed to run",
+                f"runtime.allow_code does not allow code of {module} to run",
                 notes=(run.operand("runtime.allow_code"),),
                 fixes=(Fix(f"runtime: {{allow_code: [{module}]}}"),),
             )
@@ -89,7 +89,7 @@ def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
         if run.value(key) is not None:
             yield RuleViolation(
                 key,
-                "there is an environment, which makes the prompts",
+                "cannot be set together with an environment, which makes the prompts",
                 fixes=(Fix(f"remove {key}, or the section environment"),),
                 related=("environment",),
             )
@@ -102,10 +102,10 @@ def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
     fix="tools: {functions: [my_tools:search]}",
 )
 def tools_exist(run: Run) -> Iterator[RuleViolation]:
-    """A tool is module:function, and runtime.allow_code allows the module.
+    """A tool has the form module:function, and runtime.allow_code allows the module.
 
-    The module is searched next to the run file and on the Python path. Its source is read, not
-    imported. A missing module is a warning (with --strict an error).
+    The module is searched next to the run file and on the Python path. Validation reads its source
+    and does not import it. A missing module is a warning (with --strict an error).
     """
     if run.node(_TOOLS) is None or not run.written(_TOOLS):
         return
@@ -113,7 +113,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         at = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield RuleViolation(at, f"{name} is not of the form module:function")
+            yield RuleViolation(at, f"{name} must have the form module:function")
         else:
             yield from unusable(run, at, module, function)
 
@@ -128,15 +128,15 @@ dataset: {chat: false}
     fix="dataset: {chat: true}",
 )
 def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
-    """Tools are called in a chat.
+    """Tools need prompts that are chats.
 
-    A call and its result are messages. Only a chat template can put them into the text.
+    A tool call and its result are messages of a chat. Only a chat template can turn them into text.
     """
     if run.node(_TOOLS) is None or run.value("dataset.chat") is not False:
         return
     yield RuleViolation(
         "dataset.chat",
-        "tools are called in a chat, and the prompts are plain text",
+        "tools can be called only in a chat, but the prompts are plain text",
         fixes=(Fix("chat: auto"),),
         related=(_TOOLS,),
     )
@@ -164,8 +164,9 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
     """The package of an environment is installed for the interpreter that the environment uses.
 
     A missing package is a warning, because the run may be meant for another machine (with --strict
-    it is an error). Training refuses it before the engine starts. OpenEnv and vLLM need different
-    releases of mcp: install OpenEnv into a virtual environment of its own (environment.python).
+    it is an error). Training stops before the engine starts if the package is missing. OpenEnv and
+    vLLM need different releases of the package mcp. So install OpenEnv into its own virtual
+    environment, and name the interpreter of this environment in environment.python.
     """
     adapter, python = _adapter(run), _python(run)
     missing = None if adapter is None else missing_package(adapter, python)
@@ -187,10 +188,11 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
     fix="environment: {adapter: openenv, task: my_game:Game}",
 )
 def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
-    """A task that is a module of your own has the form of its adapter, and runtime.allow_code
-    names the module.
+    """environment.task has the form that its adapter requires. If the task names your own module,
+    runtime.allow_code names this module too.
 
-    verifiers imports the module that a taskset's id names. For openenv a task is module:Class.
+    For verifiers the task is the id of a taskset, and verifiers imports the module of this name.
+    For openenv the task is module:Class.
     """
     adapter, node = _adapter(run), run.node(_TASK)
     if adapter is None or node is None or not isinstance(node.value, str):
@@ -199,14 +201,14 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     if module is None:
         return
     if not all(map(str.isidentifier, module.split("."))):
-        yield RuleViolation(_TASK, f"{task} does not name a module of Python")
+        yield RuleViolation(_TASK, f"{task} does not name a Python module")
     elif adapter in IN_STEPS and not task.partition(":")[2].isidentifier():
         yield RuleViolation(_TASK, f"{task} must have the form module:Class")
     elif not is_allowed(module, run.value("runtime.allow_code")):
         top = module.partition(".")[0]
         yield RuleViolation(
             _TASK,
-            f"code of {module} is not allowed to run",
+            f"runtime.allow_code does not allow code of {module} to run",
             notes=(run.operand("runtime.allow_code"),),
             fixes=(Fix(f"runtime: {{allow_code: [{ADAPTERS[adapter].modules[0]}, {top}]}}"),),
             related=("runtime.allow_code",),
@@ -220,10 +222,12 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     fix="remove environment.eval_size",
 )
 def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
-    """An environment with several turns is for training only, in a chat.
+    """An environment with several turns cannot be used for evaluation, and needs prompts that are
+    chats.
 
-    The evaluation before and after a run asks for one answer to each prompt. It does not act in the
-    environment, so there would be nothing to score.
+    The evaluation before and after a run asks for one answer to each prompt. The model does not act
+    in the environment, so there would be nothing to score. In training the model acts by tool
+    calls, which are messages of a chat.
     """
     if _adapter(run) not in IN_STEPS:
         return
@@ -237,7 +241,7 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     if run.value("dataset.chat") is False:
         yield RuleViolation(
             "dataset.chat",
-            "the model acts with a tool call, which is a message of a chat",
+            "cannot be false: the model acts by tool calls, which are messages of a chat",
             fixes=(Fix("chat: auto"),),
             related=(_ADAPTER,),
         )
@@ -251,16 +255,18 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
-    """The interpreter of an environment is a file that can be executed.
+    """environment.python, the Python interpreter of the environment, is an executable file.
 
-    A missing one is a warning, because the run may be meant for another machine (with --strict it
-    is an error).
+    A missing interpreter is a warning, because the run may be meant for another machine (with
+    --strict it is an error).
     """
     python = _python(run)
     if python is not None and not is_interpreter(python):
         yield RuleViolation(
             _PYTHON,
             f"{python} is not an executable file",
-            fixes=(Fix("python -m venv openenv-venv, and python: openenv-venv/bin/python"),),
+            fixes=(
+                Fix("run python -m venv openenv-venv, and set python: openenv-venv/bin/python"),
+            ),
             unknown=True,
         )

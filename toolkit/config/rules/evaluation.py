@@ -38,7 +38,7 @@ SOMETIMES = (
     "tools/call_frequency", "tools/failure_frequency", "epoch", "model_preparation_time",
 )  # fmt: skip
 """Metrics that exist only with some losses, options or engines."""
-# Names of metrics.jsonl that differ from the trainer's.
+# metric name in metrics.jsonl -> the trainer's name of the same metric, if it differs
 _OURS = {"completion_length": "completions/mean_length"}
 
 
@@ -57,10 +57,10 @@ def has_evaluation_data(run: Run) -> bool:
 def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     """metric_for_best_model is a metric of the evaluation.
 
-    transformers looks it up after each evaluation and fails if it is missing. GRPO has reward,
-    reward_std, loss, rewards/NAME/mean of each reward function and others, with or without the
-    prefix eval_. Your own reward functions can log more (log_metric); with such functions this is a
-    warning.
+    transformers looks up the metric after each evaluation and fails if it is missing. The metrics
+    are reward, reward_std, loss, rewards/NAME/mean for each reward function, and others. The prefix
+    eval_ is optional. Your own reward functions can log further metrics (log_metric), so with such
+    functions the finding is a warning.
     """
     metric = run.value(METRIC)
     if not metric or run.ask(_STRATEGY) == "no":
@@ -75,10 +75,10 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         METRIC,
         f"the evaluation has no metric {metric}",
-        notes=(f"it has: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
+        notes=(f"its metrics: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
         fixes=(run.to(METRIC, close),),
-        # A name from metrics.jsonl (eval/reward) is never a metric here, even if rewards log
-        # metrics.
+        # A name from metrics.jsonl (eval/reward) is never a metric of the trainer, even if reward
+        # functions log metrics.
         severity=None if only_ours or name != plain else Severity.WARNING,
     )
 
@@ -93,15 +93,15 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
     """save_strategy: best needs eval_strategy and metric_for_best_model.
 
     An evaluation metric decides which checkpoint is the best. Without evaluations no checkpoint is
-    ever saved. load_best_model_at_end uses loss if no metric is named, and the GRPO loss says
-    little about quality.
+    ever saved. If no metric is named, load_best_model_at_end uses the loss, but the loss of GRPO is
+    a poor measure of quality.
     """
     if run.value(_SAVE) != "best":
         return
     if run.value(_STRATEGY) == "no":
         yield RuleViolation(
             _SAVE,
-            "best, but there are no evaluations: no checkpoint would be saved",
+            "best needs evaluations, but there are none: no checkpoint would be saved",
             notes=(run.operand(_STRATEGY),),
             fixes=(run.to(_SAVE, "steps"),),
             related=(_STRATEGY,),
@@ -126,8 +126,8 @@ def _rewards(run: Run) -> tuple[list[str], bool]:
 
 
 def _follows(run: Run) -> bool:
-    """Whether the learning rate schedule depends on a metric. Then transformers has a default
-    metric.
+    """Whether the learning rate schedule depends on a metric. For such a schedule transformers has
+    a default metric.
     """
     return run.ask(_SCHEDULER) in FOLLOWERS
 
@@ -139,9 +139,9 @@ def _follows(run: Run) -> bool:
     fix="eval_on_start: false",
 )
 def first_evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
-    """eval_on_start needs dataset.eval_path or dataset.eval_split.
+    """eval_on_start needs dataset.eval_path, dataset.eval_split or environment.eval_size.
 
-    Without them there is no data to evaluate on.
+    Without one of these keys there is no data to evaluate on.
     """
     if run.value(_ON_START) and not has_evaluation_data(run):
         yield RuleViolation(

@@ -1,4 +1,4 @@
-"""Rules on LoRA for a mixture-of-experts model."""
+"""Rules on adapters of routed experts in a mixture-of-experts model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ lora:
 def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, routed experts cannot have an adapter.
 
-    On Qwen3-MoE and DeepSeek, PEFT applies gate_proj, up_proj and down_proj to the experts. The
-    engine reserves no LoRA slots there, because they would take gigabytes. auto adapts the
-    attention of a mixture-of-experts model. Without the engine experts can be trained. Checked when
-    the model is on this machine.
+    On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
+    experts. The engine reserves no memory for adapters on experts, because it would take gigabytes.
+    target_modules: auto adapts only the attention of a mixture-of-experts model. With
+    runtime.engine: transformers, experts can be trained. The rule is checked if the model is on
+    this machine.
     """
     if run.engine == "transformers" or run.model is None or run.ask("model.full_finetuning"):
         return
@@ -47,7 +48,7 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
         names = ", ".join(name for name in MLP if name in found)
         yield RuleViolation(
             _TARGETS,
-            f"{names} are the experts of this model, and the engine has no LoRA slots for them",
+            f"{names} are the experts of this model, which cannot have an adapter in the engine",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(_listed(default_targets(run.model.config))),
@@ -70,11 +71,12 @@ lora:
     fix="target_modules: [q_proj, gate_proj, up_proj]",
 )
 def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """gate_proj and up_proj of routed experts need an adapter together, or neither gets one.
+    """target_modules names both gate_proj and up_proj of routed experts, or neither of them.
 
-    transformers stores the two layers of an expert as one parameter, gate_up_proj, and PEFT adapts
-    it only if both names are in target_modules. Checked for the transformers engine when the model
-    is on this machine. LORA013 reports experts with the vLLM engine.
+    transformers stores gate_proj and up_proj of an expert as one parameter, gate_up_proj. PEFT
+    adapts this parameter only if both names are in target_modules. The rule is checked for the
+    transformers engine if the model is on this machine. With the vLLM engine, LORA013 reports
+    adapters on experts.
     """
     if run.model is None or not run.model.experts or run.ask("model.full_finetuning"):
         return
@@ -93,8 +95,8 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
         fixes = (Fix(_listed(with_both)), *((Fix(_listed(with_neither)),) if with_neither else ()))
     yield RuleViolation(
         _TARGETS,
-        f"{present[0]} is adapted without {missing}, but the experts of this model store both as "
-        "one parameter, gate_up_proj",
+        f"{present[0]} is named without {missing}, but the experts of this model store gate_proj "
+        "and up_proj as one parameter",
         notes=(f"experts from {run.model.source}",),
         fixes=fixes,
     )

@@ -1,5 +1,6 @@
-"""Rules on settings that the loader would refuse: flags, attention, machine. The table of supported
-features has the reasons.
+"""Rules on settings that the model loader would refuse: load_in_* flags, attention functions,
+number formats, and models that vLLM cannot run on a CPU. The conditions are in
+``config.supported_features``.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
-    """The violation for a problem from the table, with the values in the run file and fixes that
-    can be applied.
-    """
+    """The violation for a ``Problem`` of ``config.supported_features``, with its fixes."""
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)
@@ -53,8 +52,8 @@ def fault_of(
 def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     """load_in_fp8 is false.
 
-    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit is supported
-    and needs even less memory.
+    Training an adapter on 8-bit floating-point weights is not supported. load_in_4bit: true is
+    supported and needs even less memory.
     """
     if run.value("model.load_in_fp8"):
         yield RuleViolation(
@@ -74,13 +73,13 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
     A weight is stored in either 16 or 32 bits. A weight that is quantized to 4 or 8 bits has no
-    gradient.
+    gradient, so full fine-tuning cannot train it.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
     values = {name: run.ask(f"model.{name}") for name in names}
     for problem in flag_problems(**values):
         if run.engine == "vllm" and values["full_finetuning"]:
-            continue  # LOAD003 reports it
+            continue  # LOAD003 reports this fault
         involved = (problem.key, *(key for key, _ in problem.fixes))
         note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
         yield fault_of(run, problem, note=note)
@@ -93,11 +92,12 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     fix="attn_implementation: flash_attention_2",
 )
 def attention_is_one(run: Run) -> Iterator[RuleViolation]:
-    """attn_implementation is a transformers name and computes the model's attention correctly.
+    """attn_implementation names an attention function of transformers that computes the model's
+    attention correctly.
 
-    Some models have no sdpa or flex attention (gpt-oss has sinks), and sdpa ignores the soft cap of
-    Gemma 2. The model is checked when it is on this machine. Names with a slash are code from the
-    hub.
+    Some models have no sdpa or flex attention, for instance gpt-oss because of its attention sinks.
+    sdpa ignores the soft cap of Gemma 2. A name with a slash is code from the hub and needs
+    trust_remote_code. The model is checked when it is on this machine.
     """
     asked = run.value(_ATTENTION)
     config = run.model.text if run.model is not None else {}
@@ -119,10 +119,11 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
     fix="attn_implementation: sdpa",
 )
 def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
-    """flash_attention_N needs a GPU, a 16-bit dtype and its package; flex_attention needs a GPU.
+    """flash_attention_N needs a GPU, a 16-bit dtype and its package. flex_attention needs a GPU.
 
-    torch has no backward pass of flex attention on a CPU. Checked with --gpu. `envcheck check`
-    looks for the package on the machine that trains.
+    torch has no backward pass of flex attention on a CPU. `envcheck validate` checks the rule only
+    with --gpu. `envcheck check` also checks on the machine that trains whether the package is
+    installed.
     """
     device = run.situation.device
     if device is None:
@@ -136,7 +137,7 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
         installed=not here or package_folder("flash_attn") is not None,
     )
     if problem is not None:
-        yield fault_of(run, problem, note=f"on {device.name}")
+        yield fault_of(run, problem, note=f"card: {device.name}")
 
 
 @rule(
@@ -148,10 +149,10 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
 def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
-    Without one there is no mixed precision in float16, and no loss scaling: a float32 model is
-    trained in float32, and a float16 model without scaling. Both are warnings. On a CPU the vLLM
-    engine samples in float32 unless model.dtype is set. Then sampler and trainer have different
-    formats, which is an error. Checked with --gpu.
+    Without a GPU there is no float16 mixed precision and no loss scaling. A float32 model is then
+    trained in float32, and a float16 model without loss scaling. The finding is a warning. On a CPU
+    the vLLM engine samples in float32 unless model.dtype is set. If sampler and trainer have
+    different formats, the finding is an error. `envcheck validate` checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
@@ -160,13 +161,13 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
     refused = run.engine == "vllm" and dtype != "float16"
     if (refused and written != "auto") or run.ask("grpo.bf16"):
-        return  # RUN020 and GRPO023 report it
+        return  # RUN020 and GRPO023 report this fault
     if refused:
         what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
     elif dtype == "float16":
         what = "there is no GPU, so the loss is not scaled: gradients below 6e-8 become 0"
     else:
-        what = f"it has no effect: there is no GPU, and the run computes in {dtype}"
+        what = f"has no effect: there is no GPU, and the run computes in {dtype}"
     yield RuleViolation(
         "grpo.fp16",
         what,
@@ -190,7 +191,7 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
     """Without a GPU, vLLM must have CPU kernels for the model's attention head size and for its
     experts.
 
-    Checked with --gpu none, when the model is on this machine.
+    `envcheck validate` checks the rule with --gpu none if the model is on this machine.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or run.model is None:
@@ -209,7 +210,8 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
 def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, dtype float16 needs a model that vLLM runs in float16.
 
-    Gemma 2 and 3 and GLM-4 overflow in float16. Checked when the model is on this machine.
+    Gemma 2 and 3 and GLM-4 overflow in float16. The rule is checked if the model is on this
+    machine.
     """
     if run.model is None or run.engine != "vllm":
         return

@@ -1,5 +1,5 @@
-"""Rules on sampling keywords: what the run's engine does with each key of
-``grpo.generation_kwargs``.
+"""Rules on ``grpo.generation_kwargs``: whether the run's engine accepts each sampling keyword and
+its value, and whether training can apply the keyword too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
 def _written(run: Run) -> Mapping[str, Node]:
-    """The keywords in the run file, without those whose value is already invalid by itself."""
+    """The keywords in the run file, except those whose value another rule reports as invalid."""
     node = run.node(_KWARGS)
     if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
         return {}
@@ -42,18 +42,20 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether a value contains no number that rule DOC006 refuses."""
+    """Whether a value is not NaN or infinity. Rule DOC006 reports NaN and infinity."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """The engines that may generate. The first one generates if it is installed."""
+    """The engines that may generate. If there are two, the run uses the first one if it is
+    installed.
+    """
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
 
 def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
-    """A violation for each keyword whose first problem is of ``kind``. If one of two possible
-    engines accepts the keyword, the violation is a warning.
+    """Yield a violation for each keyword that has a problem of this ``kind``. If two engines are
+    possible and one of them accepts the keyword, the violation is a warning.
     """
     engines = _engines(run)
     for name, node in _written(run).items():
@@ -64,7 +66,7 @@ def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
             continue
         engine, problem = problems[0]
         certain = len(problems) == len(engines)
-        notes = () if certain else (f"this applies if {NAMES[engine]} generates; {_CHOOSE}",)
+        notes = () if certain else (f"this applies if the run uses {NAMES[engine]}; {_CHOOSE}",)
         yield RuleViolation(
             f"{_KWARGS}.{name}",
             problem.message,
@@ -75,12 +77,12 @@ def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
         )
 
 
-_CHOOSE = "set runtime.engine to choose one"
+_CHOOSE = "set runtime.engine to choose the engine"
 
 
 def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     """The fix of ``problem``. --fix can correct a misspelled keyword if its value is valid for the
-    keyword that was meant.
+    keyword with the correct spelling.
     """
     meant = problem.meant
     if meant is None or any(judge(meant, node.to_plain(), one) for one in _engines(run)):
@@ -94,10 +96,10 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
     "GRPO030",
     _KEYS,
     example="grpo:\n  generation_kwargs: {seed: 7}\nruntime:\n  engine: vllm",
-    fix="leave seed out of generation_kwargs",
+    fix="remove seed from generation_kwargs",
 )
 def owned_keywords(run: Run) -> Iterator[RuleViolation]:
-    """generation_kwargs must not contain what the toolkit sets itself.
+    """generation_kwargs must not contain keywords that the toolkit sets itself.
 
     The toolkit derives a seed for each completion, takes the number of completions from
     num_generations, and reads the engine's output in one fixed layout.
@@ -112,10 +114,10 @@ def owned_keywords(run: Run) -> Iterator[RuleViolation]:
     fix="generation_kwargs: {stop: [END]}",
 )
 def read_keywords(run: Run) -> Iterator[RuleViolation]:
-    """The run's engine reads every keyword of generation_kwargs. vLLM and Hugging Face generation
-    have different keywords.
+    """The run's engine supports every keyword of generation_kwargs.
 
-    An unknown keyword would have no effect, or would end the run after the model is loaded.
+    vLLM and Hugging Face generation have different keywords. An unknown keyword would have no
+    effect, or would end the run after the model is loaded.
     """
     yield from _faults(run, "unread")
 
@@ -124,14 +126,14 @@ def read_keywords(run: Run) -> Iterator[RuleViolation]:
     "GRPO061",
     _KEYS,
     example="grpo:\n  generation_kwargs: {temperature: 0.7}",
-    fix="temperature: 0.7, as a key of grpo",
+    fix="set grpo.temperature: 0.7",
 )
 def doubled_keywords(run: Run) -> Iterator[RuleViolation]:
     """generation_kwargs must not repeat keys of grpo.
 
-    The training pass and the sizer read grpo.temperature, grpo.top_p and max_completion_length. A
-    value here would change only the sampler, and the run would train a different policy than it
-    samples.
+    Training and the sizer read grpo.temperature, grpo.top_p and grpo.max_completion_length. A value
+    in generation_kwargs would change only the sampling, so the run would train a different policy
+    than it samples.
     """
     yield from _faults(run, "field")
 
@@ -155,36 +157,34 @@ def keyword_values(run: Run) -> Iterator[RuleViolation]:
     "GRPO063",
     f"{_KEYS} {_REGEX}",
     example="grpo:\n  generation_kwargs: {logit_bias: {9: 2.0}}\nruntime:\n  engine: vllm",
-    fix="leave logit_bias out of generation_kwargs",
+    fix="remove logit_bias from generation_kwargs",
     severity=Severity.WARNING,
 )
 def followed_keywords(run: Run) -> Iterator[RuleViolation]:
-    """The training pass can reproduce every change that sampling makes to the distribution.
-    temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and frequency_penalty are
-    applied in training too.
+    """Training can reproduce every change that sampling keywords make to the token distribution.
 
-    If tokens are banned, forced or biased in other ways, importance weights correct for the
-    difference. Over long completions these weights, and with them the gradient, may reach 0.
+    Training also applies temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and
+    frequency_penalty. Training does not apply other keywords that ban, force or bias tokens.
+    Importance weights correct for the difference, but over long completions these weights and the
+    gradient may become 0.
     """
     engine = _engines(run)[0]
     for name in not_reproduced(_written(run), engine):
         if judge(name, _written(run)[name].to_plain(), engine) is None:
             yield RuleViolation(
                 f"{_KWARGS}.{name}",
-                "the training pass does not reproduce it",
+                "training does not apply this keyword to its token distribution",
                 notes=(what_follows(engine),),
-                fixes=(Fix(f"remove {name}, and let a reward score it instead"),),
+                fixes=(Fix(f"remove {name}, and use a reward for the same purpose"),),
                 on_key=True,
             )
     there = run.engine != "transformers" and run.value(_REGEX) is not None
-    if there and _no_automaton(run) is None:  # GRPO064 reports it
+    if there and _no_automaton(run) is None:  # GRPO064 reports this fault
         yield RuleViolation(
             _REGEX,
-            "the training pass does not reproduce it",
+            "training does not apply this constraint to its token distribution",
             notes=(what_follows("vllm"),),
-            fixes=(
-                Fix("remove it, and reward the format instead (functions: [{name: regex_match}])"),
-            ),
+            fixes=(Fix("remove the key, and reward the format: functions: [{name: regex_match}]"),),
         )
 
 
@@ -197,8 +197,9 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
 def regex_is_an_automaton(run: Run) -> Iterator[RuleViolation]:
     """vllm_structured_outputs_regex is a regular expression that vLLM can apply token by token.
 
-    vLLM compiles it to an automaton, which supports neither look-around nor back-references. vLLM
-    would refuse them in the first step, after the model has loaded.
+    vLLM compiles the expression to an automaton, which supports neither look-around nor
+    back-references. vLLM would refuse such an expression only in the first step, after the model
+    has loaded.
     """
     wrong = _no_automaton(run)
     if wrong is not None:
@@ -214,6 +215,6 @@ def _no_automaton(run: Run) -> str | None:
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        # vLLM's syntax differs from Python's: only what is wrong in both is reported.
+        # vLLM's syntax differs from Python's. Only faults in both syntaxes are reported.
         return f"not a regular expression: {error}" if str(error).startswith(_BROKEN) else None
     return None

@@ -1,5 +1,5 @@
-"""Rules on data that will not be used as it seems: columns that the trainer does not pass on,
-missing answers, chats written as text.
+"""Rules on data that training would use differently than expected: columns that rewards do not
+receive, missing answers, and chats that are written as text.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _PATHS = ("path", "eval_path")
 def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     """No column has a name that the trainer reserves.
 
-    Such a column is dropped and rewards do not receive it. A column that dataset.prompt or
-    dataset.answer names is used under that name and is allowed.
+    The trainer drops such a column, so rewards do not receive it. dataset.prompt and dataset.answer
+    may name such a column, because rewards receive it as the prompt or the answer.
     """
     used = {run.value("dataset.prompt"), run.value("dataset.answer")}
     for which in _PATHS:
@@ -50,14 +50,14 @@ def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     "DATA021",
     "dataset.path dataset.eval_path dataset.answer",
     example="dataset:\n  path: train.jsonl  # some rows have a null answer\n  answer: answer",
-    fix="remove the rows, or fill in their answers",
+    fix="remove the rows without an answer, or fill in their answers",
     severity=Severity.WARNING,
 )
 def answers_are_there(run: Run) -> Iterator[RuleViolation]:
     """No answer is null.
 
-    Rewards that compare with the answer skip such a row, so training learns nothing from it. If
-    every answer is null, it is an error.
+    Rewards that compare a completion with the answer skip a row without an answer, so training
+    learns nothing from this row. The finding is an error if every answer is null.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -69,7 +69,7 @@ def answers_are_there(run: Run) -> Iterator[RuleViolation]:
             f"dataset.{which}",
             f"{data.unanswered} of {data.rows}{first} rows have no answer (null)",
             related=("dataset.answer",),
-            fixes=(Fix("remove the rows, or fill in their answers"),),
+            fixes=(Fix("remove the rows without an answer, or fill in their answers"),),
             severity=Severity.ERROR if every else None,
         )
 
@@ -82,10 +82,10 @@ def answers_are_there(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
-    """If one prompt is a chat written as JSON text, all prompts must be such texts.
+    """If one prompt is a chat written as JSON text, all prompts must be chats written as JSON text.
 
-    If all prompts are, they are read as chats. If only some are, all prompts are read as plain
-    text, and the model sees the JSON.
+    If all prompts are chats in JSON, they are read as chats. If only some are, all prompts are read
+    as plain text, and the model sees the JSON.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -94,7 +94,7 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             f"dataset.{which}",
             f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats "
-            "written as JSON text, the others are not: all are read as plain text",
+            "written as JSON text, but the others are not, so all are read as plain text",
             related=("dataset.prompt",),
             fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),
         )

@@ -1,4 +1,6 @@
-"""Rules on what a GPU must support, for the card of --gpu NAME or for --gpu none."""
+"""Rules on what the GPU must support. They check the card that --gpu names, or a machine without a
+GPU (--gpu none).
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def lacks(run: Run, needed: tuple[int, int]) -> str | None:
-    """Why the card does not have the compute capability ``needed``; None if it has, or if no card
-    is named.
+    """The reason, as text, why the card of --gpu lacks the compute capability ``needed``. None if
+    the card has it, or without --gpu.
     """
     device = run.situation.device
     if device is None:
@@ -46,9 +48,10 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
 def builds_have_code(run: Run) -> Iterator[RuleViolation]:
     """The locked builds of torch and vLLM support the card.
 
-    They are built for CUDA 13, which supports compute capability 7.5 and above; torch's aarch64
-    build supports 8.0 and above (a T4G has 7.5). --gpu checks any card, present or not; `envcheck
-    check` checks what is installed.
+    The builds of torch and vLLM in the lock file are for CUDA 13, which supports compute capability
+    7.5 and above. torch's build for aarch64 supports only 8.0 and above, so it cannot use a T4G
+    (7.5). --gpu checks any card, whether it is in this machine or not. `envcheck check` checks the
+    installed builds.
     """
     device = run.situation.device
     if device is None or not device.compute_capability or device.machine is None:
@@ -66,9 +69,10 @@ def builds_have_code(run: Run) -> Iterator[RuleViolation]:
     fix="load_in_4bit: false",
 )
 def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
-    """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0.
+    """load_in_4bit and load_in_8bit need bitsandbytes and compute capability 7.0 or above.
 
-    The kernels of bitsandbytes run on Volta and newer GPUs. Checked with --gpu.
+    The kernels of bitsandbytes run on Volta and newer GPUs. `envcheck validate` checks the rule
+    only with --gpu.
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"
@@ -99,8 +103,8 @@ def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
 def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true needs a CUDA GPU and the package liger-kernel.
 
-    With auto, the kernels are used where both are there. Checked with --gpu, by envcheck check and
-    by train.
+    With auto, the kernels are used if the GPU and the package are available. `envcheck validate
+    --gpu`, `envcheck check` and `toolkit train` check the rule.
     """
     device = run.situation.device
     if device is None or run.value("runtime.fused_kernels") is not True:
@@ -126,18 +130,20 @@ def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     fix="float8_kv_cache: false",
 )
 def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
-    """float8_kv_cache needs compute capability 8.0, and 8.9 to be fast.
+    """float8_kv_cache needs compute capability 8.0 or above, and is fast only with 8.9 or above.
 
-    Ampere stores the cache in 8 bits and converts it at every use; Ada and Hopper compute in 8
-    bits. Checked with --gpu.
+    Ampere cards (8.0) store the cache in 8 bits and convert it at every use. Ada (8.9) and Hopper
+    cards compute in 8 bits. `envcheck validate` checks the rule only with --gpu.
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
-        return  # no engine reads it (KEY008 reports that)
+        return  # Hugging Face generation does not read the key, which KEY008 reports
     why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
     if why or slow:
         yield RuleViolation(
             "model.float8_kv_cache",
-            f"an 8-bit cache cannot be used: {why}" if why else f"converted at every use: {slow}",
+            f"an 8-bit cache cannot be used: {why}"
+            if why
+            else f"an 8-bit cache is slow, because it is converted at every use: {slow}",
             fixes=(run.to("model.float8_kv_cache", False),),
             severity=Severity.ERROR if why else Severity.WARNING,
         )
@@ -150,10 +156,10 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     fix="dtype: auto",
 )
 def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
-    """bfloat16 needs compute capability 8.0 (or a CPU).
+    """bfloat16 needs compute capability 8.0 or above, or a CPU.
 
     Cards before Ampere support only float16. dtype: auto chooses a format that the card supports.
-    Checked with --gpu.
+    `envcheck validate` checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is None:

@@ -15,6 +15,7 @@ from toolkit.config.migration import FORCED, INERT, MOVED, converted
 from toolkit.config.rules.evaluation import FOLLOWERS, has_evaluation_data
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.schemas import find_schema
+from toolkit.config.wording import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ _TRANSFORMERS_ONLY = (
     "cache_implementation", "use_transformers_continuous_batching",
     "transformers_continuous_batching_config",
 )  # fmt: skip
-# key, the key that turns it on, the value that turns it on (None: any value)
+# (key, the second key that turns it on, the value that the second key must have)
 _SWITCHED = (
     ("grpo.eval_steps", "grpo.eval_strategy", "steps"),
     ("grpo.save_steps", "grpo.save_strategy", "steps"),
@@ -72,10 +73,11 @@ _REFUSED_ELSEWHERE = ("parallelism_config",)
     fix="runtime.engine: vllm",
 )
 def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
-    """Some fields of GRPOConfig are set by the toolkit itself, or are refused.
+    """A run file does not set fields of GRPOConfig that the toolkit sets itself or does not
+    support.
 
-    The engine, the run folder, resuming and model loading have their own keys. If a second key set
-    the same thing, one of the two would be silently ignored.
+    The engine, the run folder, resuming and model loading have their own keys outside the section
+    grpo. If two keys set the same thing, one of them would be silently ignored.
     """
     grpo = run.node("grpo")
     if grpo is None or not isinstance(grpo.value, dict):
@@ -88,7 +90,7 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
         use = refused["use"]
         yield RuleViolation(
             ("grpo", name),
-            f"not in a run file: {refused['why']}",
+            f"cannot be set in a run file: {refused['why']}",
             fixes=(_today(run, f"grpo.{name}", use),),
             on_key=node.key is not None,
         )
@@ -98,14 +100,15 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
     "KEY008",
     "lora model grpo dataset runtime",
     example="runtime:\n  engine: transformers\nmodel:\n  max_lora_rank: 64",
-    fix="remove the key, or change what switches it off",
+    fix="remove the key, or change the setting that turns it off",
     severity=Severity.WARNING,
 )
 def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     """Every key that is set has an effect.
 
-    LoRA keys have no effect with full_finetuning, engine keys have none with engine: transformers,
-    and some keys need another key to be on. A key without effect misleads the reader.
+    LoRA keys have no effect with full_finetuning. Keys of the vLLM engine have no effect with
+    engine: transformers. Some other keys have an effect only if a second key is on. A key without
+    effect misleads the reader of the run file.
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
@@ -113,35 +116,41 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
         if run.node(key) is not None and run.ask(switch) != on:
-            yield RuleViolation(key, f"has no effect: {run.operand(switch)}", on_key=True)
+            needed = f"{switch.rpartition('.')[2]} {show(on)}"
+            why = f"it needs {needed}, but the run has {run.operand(switch)}"
+            yield RuleViolation(key, f"has no effect: {why}", on_key=True)
 
 
 def has_turns(run: Run) -> bool:
-    """Whether the model may act before it answers: with tools, or in an environment."""
+    """Whether the model may act before it answers: call tools, or take steps in an environment."""
     adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
     return run.node("tools") is not None or adapter in IN_STEPS
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield each key that this engine does not read, set or not, with the reason."""
+    """Yield each key that the run's engine does not read, with the reason, whether the run file
+    sets the key or not.
+    """
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
-        why = f"{run.operand(key)}, but only the vLLM engine reads it"
+        why = f"{run.operand(key)}, but only the vLLM engine reads this key"
         yield from ((f"model.{name}", why) for name in OPTIONS)
         yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
     elif run.engine == "vllm":
-        why = "the vLLM engine generates, but only transformers reads it"
+        why = "the vLLM engine generates, but only Hugging Face generation reads this key"
         yield from ((f"grpo.{name}", why) for name in _TRANSFORMERS_ONLY)
 
 
 def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
     if run.ask("model.full_finetuning"):
-        yield "lora", run.operand("model.full_finetuning")
+        why = f"{run.operand('model.full_finetuning')} trains all weights without an adapter"
+        yield "lora", why
     if run.ask("grpo.max_steps") > 0:
-        yield "grpo.num_train_epochs", run.operand("grpo.max_steps")
+        why = f"{run.operand('grpo.max_steps')} sets the length of the run"
+        yield "grpo.num_train_epochs", why
     if run.ask("dataset.eval_path") is None and run.ask("dataset.eval_split") is None:
-        why = f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}"
-        yield "dataset.eval_limit", why
+        keys = f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}"
+        yield "dataset.eval_limit", f"there is no evaluation data: {keys}"
     if all(
         data_of(run.document, key) for key in ("path", "eval_path") if run.ask(f"dataset.{key}")
     ):
@@ -155,7 +164,8 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         for data in (data_of(run.document, key) for key in ("path", "eval_path"))
     )
     if texts and chosen(run.ask("dataset.chat"), run.chat_template) is False:
-        why = "no chat template" if run.chat_template is False else run.operand("dataset.chat")
+        no_template = run.chat_template is False
+        why = "the tokenizer has no chat template" if no_template else run.operand("dataset.chat")
         yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
     kind = run.ask("grpo.lr_scheduler_type")
     if kind in _NO_WARMUP:
@@ -169,8 +179,8 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield the evaluation keys of a run without evaluation, and metric keys that have no
-    effect.
+    """Yield, with the reason, the evaluation keys if the run has no evaluation, and the metric keys
+    if the run uses no metric.
     """
     evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
@@ -179,18 +189,19 @@ def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
     follows = run.ask("grpo.lr_scheduler_type") in FOLLOWERS
     best = run.ask("grpo.save_strategy") == "best" or run.ask("grpo.load_best_model_at_end")
     if not best and not follows:
-        why = f"no checkpoint is chosen by it: {run.operand('grpo.save_strategy')}"
+        why = f"the run chooses no checkpoint by a metric: {run.operand('grpo.save_strategy')}"
         yield "grpo.metric_for_best_model", why
         yield "grpo.greater_is_better", why
     elif run.ask("grpo.metric_for_best_model") is None:
-        yield "grpo.greater_is_better", run.operand("grpo.metric_for_best_model")
+        why = f"no metric is named: {run.operand('grpo.metric_for_best_model')}"
+        yield "grpo.greater_is_better", why
 
 
 def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield the keys of trackers that report_to does not name."""
+    """Yield, with the reason, the keys of trackers that report_to does not name."""
     asked = run.ask("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
-    why = run.operand("grpo.report_to")
+    why = f"report_to names no tracker that reads this key: {run.operand('grpo.report_to')}"
     if not [name for name in named if name != "none"]:
         yield from ((f"grpo.{name}", why) for name in _TRACKED)
     if "trackio" not in named and "all" not in named:
@@ -204,14 +215,14 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     fix="max_completion_length: 256",
 )
 def older_names(run: Run) -> Iterator[RuleViolation]:
-    """Keys of older TRL, Unsloth and PEFT versions use their current name.
+    """Keys that TRL, Unsloth or PEFT renamed have their current name.
 
-    Old names are not read. The finding says what replaced each of them.
+    The toolkit does not read old names. The finding names the key that replaced the old one.
     """
     for old, moved in MOVED.items():
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
-            continue  # GRPO019 reports it
+            continue  # GRPO019 reports this fault
         yield RuleViolation(
             old,
             moved.sentence,
@@ -221,12 +232,12 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
 
 
 def _today(run: Run, old: str, use: str | None) -> Fix:
-    """The fix for an old key: an edit if a current key has the same meaning, else advice."""
+    """The fix for an old key: an edit if a current key has the same meaning, else only a text."""
     path = tuple(old.split("."))
     node = run.document.node(path)
     assert node is not None
     today = converted(old, node.value)
     if today is None:
-        return Fix(f"use {use}" if use else "remove it")
+        return Fix(f"use {use}" if use else "remove the key")
     to, value = today
     return drop(run.document.root, path) if to is None else move(run.document.root, path, to, value)

@@ -25,12 +25,12 @@ _LENGTH = "model.max_seq_length"
     fix="kv_cache_bytes: auto",
 )
 def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
-    """kv_cache_bytes holds one sequence of max_seq_length tokens.
+    """kv_cache_bytes is large enough for one sequence of max_seq_length tokens.
 
-    With a smaller cache vLLM does not start, because it could not hold one sequence of full length.
-    Checked if the model is on this machine. The size follows from config.json: layers x 2 x KV
-    heads x head size x bytes per value x tokens, in whole blocks, and one block that vLLM keeps
-    empty. envcheck size has the exact number.
+    With a smaller cache vLLM does not start. The cache of one sequence has layers x 2 x KV heads x
+    head size x bytes per value x tokens, rounded up to whole blocks. vLLM needs one more block,
+    which stays empty. `envcheck size` shows the exact number. The rule is checked if the model is
+    on this machine.
     """
     written, length = run.value(_CACHE), run.value(_LENGTH)
     if type(written) is not int or type(length) is not int:
@@ -54,9 +54,12 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     if written < least:
         yield RuleViolation(
             _CACHE,
-            f"{written} is less than {least} ({format_bytes(least)}), the cache of one sequence of"
-            f" {length} tokens and an empty block",
-            notes=(f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; shape: {run.model.source}",),
+            f"{written} is less than {least} ({format_bytes(least)}), which one sequence of "
+            f"{length} tokens and an empty block need",
+            notes=(
+                f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; model shape from "
+                f"{run.model.source}",
+            ),
             fixes=(run.to(_CACHE, "auto"),),
             related=(_LENGTH,),
         )

@@ -1,4 +1,6 @@
-"""Rules on lengths that must fit into the context."""
+"""Rules on lengths. Prompt and completion must fit into max_seq_length, and max_seq_length must not
+exceed the model's maximum.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,10 @@ grpo:
 def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
     """max_prompt_length + max_completion_length is at most max_seq_length.
 
-    The engine holds max_seq_length tokens per sequence. Without max_prompt_length, a prompt may use
-    all tokens that the completion leaves; at least one must be left. TRL removed max_prompt_length
-    in 0.28. Here longer prompts are truncated from the left, and the run reports how many.
+    The engine supports at most max_seq_length tokens per sequence. If max_prompt_length is not set,
+    max_completion_length must leave at least one token for a prompt. TRL removed max_prompt_length
+    in 0.28, but the toolkit supports it. Longer prompts are truncated from the left, and the run
+    reports their number.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     needed = (prompt or 1) + completion
@@ -42,9 +45,9 @@ def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
         return
     if prompt is None:
         message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
-        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 = {needed}"
+        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 token = {needed}"
     else:
-        message = f"{prompt} and max_completion_length {completion} are more than max_seq_length"
+        message = f"{prompt} plus max_completion_length {completion} is more than max_seq_length"
         sums = f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}"
     fixes = []
     if _fits_model(run, needed):
@@ -86,10 +89,10 @@ grpo:
 def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is not much larger than prompt and completion together.
 
-    The engine reserves KV cache for at least one sequence of max_seq_length, and sizes its tables
-    and prompt passes for it. A sequence never has more than max_prompt_length +
-    max_completion_length tokens. A max_seq_length above 4 times this sum is a warning. Checked if
-    max_prompt_length is set.
+    The engine reserves KV cache for at least one sequence of max_seq_length tokens. It sizes its
+    tables and prompt passes for the same length. A sequence never has more than max_prompt_length +
+    max_completion_length tokens. A max_seq_length above 4 times this sum is a warning. The rule is
+    checked if max_prompt_length is set.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
@@ -98,8 +101,8 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     if context > MANY_TIMES * needed:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is {context // needed} times the length that the run uses: it reserves "
-            "cache and tables that are never used",
+            f"{context} is {context // needed} times the length that the run uses: the engine "
+            "reserves cache and tables that it never uses",
             notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
             fixes=(run.to(_CONTEXT, needed),),
             related=(_PROMPT, _COMPLETION),
@@ -117,7 +120,7 @@ def within_the_model(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is at most the model's maximum length.
 
     The limit is max_position_embeddings in the model's config.json, extended by its rope scaling.
-    Checked when the model is on this machine.
+    The rule is checked if the model is on this machine.
     """
     model = run.model
     if model is None or model.max_length is None:
@@ -148,9 +151,10 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, max_seq_length of a LongRoPE model (Phi-3) is at most its original
     length.
 
-    Above original_max_position_embeddings vLLM uses the long factors for every sequence, but the
-    trainer uses them only for sequences that are longer than this length. The run would sample a
-    different policy than it trains. Checked when the model is on this machine.
+    If max_seq_length is above original_max_position_embeddings, vLLM uses the long rope factors for
+    every sequence. The trainer uses them only for sequences that are longer than
+    original_max_position_embeddings. The run would sample a different policy than it trains. The
+    rule is checked if the model is on this machine.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:
@@ -160,8 +164,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     if context > original:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is more than {original}: above it vLLM uses the long rope factors for "
-            "every sequence, the trainer only for long sequences",
+            f"{context} is more than {original}: vLLM would use the long rope factors for every "
+            f"sequence, but the trainer only for sequences of more than {original} tokens",
             notes=(f"original_max_position_embeddings in {model.source}",),
             fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
             related=("model.model_name",),

@@ -26,7 +26,7 @@ _SHARE = "model.gpu_memory_utilization"
     "LOAD001",
     " ".join(f"model.{name}" for name in _FORMATS),
     example="model:\n  load_in_4bit: true\n  load_in_8bit: true",
-    fix="keep one of them",
+    fix="set load_in_8bit: false",
 )
 def one_format(run: Run) -> Iterator[RuleViolation]:
     """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
@@ -37,7 +37,7 @@ def one_format(run: Run) -> Iterator[RuleViolation]:
     if len(chosen) > 1:
         yield RuleViolation(
             f"model.{chosen[1]}",
-            f"the base is kept in one format, and {' and '.join(chosen)} are true",
+            f"weights can be stored in only one format, but {' and '.join(chosen)} are true",
             notes=("; ".join(run.operand(f"model.{name}") for name in chosen),),
             fixes=tuple(run.to(f"model.{name}", False) for name in chosen[1:]),
             related=tuple(f"model.{name}" for name in chosen),
@@ -54,7 +54,8 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     """fast_inference excludes trust_remote_code, full_finetuning and load_in_8bit.
 
     The engine runs its own model code, not the checkpoint's. Engine and trainer share the base
-    weights, so these must not change. The engine has no 8-bit bitsandbytes kernels for LoRA.
+    weights, so training must not change them. The engine has no 8-bit bitsandbytes kernels for
+    LoRA.
     """
     if run.engine == "transformers":
         return
@@ -79,7 +80,8 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     fix="max_num_batched_tokens: 256",
 )
 def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
-    """max_num_batched_tokens is at least max_num_seqs, and max_seq_length without chunked prefill.
+    """max_num_batched_tokens is at least max_num_seqs. Without chunked prefill it is also at least
+    max_seq_length.
 
     A decoding step processes one token of each sequence. Without chunked prefill a whole prompt
     must fit into one step.
@@ -116,16 +118,16 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
     """gpu_memory_utilization is above 0 and below 1, and in the range that the sizer finds for the
     card.
 
-    gpu_memory_utilization is the fraction of the card's memory that vLLM may use. The range is
-    checked with --gpu NAME when the model is on this machine; `envcheck size` shows the whole
-    budget.
+    gpu_memory_utilization is the fraction of the card's memory that vLLM may use. The sizer's range
+    is checked with --gpu NAME when the model is on this machine. `envcheck size` shows the whole
+    memory budget.
     """
     node = run.node(_SHARE)
     if node is None or type(node.value) not in (int, float) or 0 < node.value < 1:
         return
     if node.value != node.value:
         return
-    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # per cent
+    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # 90: a percentage
     yield RuleViolation(
         _SHARE,
         f"{node.value} is out of range: it must be a fraction above 0 and below 1",
@@ -142,8 +144,8 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
 def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     """runtime.engine and model.fast_inference do not contradict each other.
 
-    fast_inference is the drop-in API's name for using the vLLM engine; runtime.engine chooses the
-    engine by name.
+    Both keys choose the engine. runtime.engine chooses it by name, and fast_inference: true chooses
+    the vLLM engine.
     """
     engine, fast = run.value(_ENGINE), run.value(_FAST)
     wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))
@@ -179,7 +181,7 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
         if run.value(other) != wanted:
             yield RuleViolation(
                 key,
-                "has no effect: nothing is dequantized before a rollout",
+                "has no effect: no weights are dequantized before completions are sampled",
                 notes=(run.operand(other),),
                 fixes=(run.to(key, "auto"),),
                 related=(other,),

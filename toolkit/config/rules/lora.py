@@ -1,4 +1,4 @@
-"""Rules on the adapter that apply without the engine: what PEFT requires."""
+"""Rules on the adapter that apply with every engine, as PEFT requires."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _INIT = "lora.init_lora_weights"
 def positive_rank(run: Run) -> Iterator[RuleViolation]:
     """lora.r is an integer above 0.
 
-    The adapter of a layer is the product B times A. B has r columns and A has r rows.
+    The adapter of a layer is the product of two matrices, B times A. B has r columns and A has r
+    rows.
     """
     node = run.node(_R)
     if node is not None and type(node.value) is int and node.value <= 0:
@@ -50,7 +51,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights: loftq needs base weights that are not quantized.
 
     LoftQ quantizes the base weights itself and initializes the adapter with the quantization error.
-    For weights that are already quantized, the original weights are missing.
+    LoftQ needs the original weights, which a quantized model no longer has.
     """
     if run.value(_INIT) != "loftq":
         return
@@ -65,19 +66,25 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     if reason:
         yield RuleViolation(
             _INIT,
-            "loftq quantizes the base itself, but this base is already quantized",
+            "loftq quantizes the base weights itself, but they are already quantized",
             notes=(reason,),
             fixes=(run.to(_INIT, True),),
             related=("model.load_in_4bit", "model.load_in_8bit"),
         )
 
 
-@rule("LORA006", _INIT, example="lora:\n  init_lora_weights: guassian", fix="gaussian")
+@rule(
+    "LORA006",
+    _INIT,
+    example="lora:\n  init_lora_weights: guassian",
+    fix="init_lora_weights: gaussian",
+)
 def known_init(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is one of PEFT's values.
 
-    The values are true (B = 0), false (random), or the name of a method. pissa_niter_N takes N
-    iterations, at most 999. The names are read from the installed PEFT.
+    The values are true (the adapter matrix B starts at 0), false (B starts at random values), or
+    the name of a method. In pissa_niter_N, N is a number of iterations up to 999. The names are
+    read from the installed PEFT.
     """
     value = run.value(_INIT)
     if isinstance(value, bool):
@@ -90,7 +97,7 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         _INIT,
         f"{value} is not an initialization of {legal.origin}",
-        notes=(f"known: true, false, {', '.join(names)}, pissa_niter_16",),
+        notes=(f"legal values: true, false, {', '.join(names)}, pissa_niter_16",),
         fixes=(run.to(_INIT, close or True),),
     )
 
@@ -102,11 +109,12 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_exist(run: Run) -> Iterator[RuleViolation]:
-    """target_modules is a valid regular expression, or names that the model has.
+    """target_modules names modules of the model, or is a regular expression that matches modules of
+    the model.
 
     A list item matches the end of a module name. A string is one regular expression for whole
-    names, or all-linear. auto chooses the model's projections. The names are compared with the
-    model's weights when they are on this machine.
+    module names, or all-linear. auto chooses the model's projections. If the model's weights are on
+    this machine, the names are compared with them.
     """
     targets = run.value(_TARGETS)
     if targets == "auto":
@@ -126,7 +134,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"the model has no module {name}",
-                notes=(f"it has: {', '.join(last[:14])}",),
+                notes=(f"its modules: {', '.join(last[:14])}",),
                 fixes=(run.replace(node.value[index], close),) if close else (),
             )
 
@@ -148,7 +156,8 @@ def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
         if re.fullmatch(text, module):
             yield RuleViolation(
                 _TARGETS,
-                f"it matches {module}, which is not a linear layer; PEFT would refuse it",
+                f"the expression matches {module}, which PEFT would refuse because it is not a "
+                "linear layer",
                 notes=("the expression must match whole names, for instance .*\\.q_proj",),
             )
             return
@@ -167,9 +176,10 @@ def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
     fix="layers_to_transform: [0, 1]",
 )
 def layers_go_together(run: Run) -> Iterator[RuleViolation]:
-    """layers_pattern needs layers_to_transform, and neither works with target_modules as a string.
+    """layers_pattern needs layers_to_transform. Neither key can be used if target_modules is a
+    string.
 
-    A regular expression in target_modules chooses the layers itself.
+    A string is a regular expression for whole module names, so it chooses the layers itself.
     """
     pattern, layers = run.value("lora.layers_pattern"), run.value("lora.layers_to_transform")
     if isinstance(run.value(_TARGETS), str) and run.value(_TARGETS) != "auto":
@@ -203,13 +213,14 @@ def dropout_differs(run: Run) -> Iterator[RuleViolation]:
     """lora_dropout is 0.
 
     With dropout the trainer's log-probabilities differ from those of the policy that the engine
-    sampled from. The old log-probabilities must be computed again, so each step is slower.
+    sampled from. The trainer must then compute the log-probabilities of the sampled tokens once
+    more, so each step is slower.
     """
     dropout = run.value("lora.lora_dropout")
     if dropout:
         yield RuleViolation(
             "lora.lora_dropout",
-            f"{dropout} makes steps slower, and the trainer's log-probabilities differ from "
+            f"{dropout} makes steps slower, and makes the trainer's log-probabilities differ from "
             "the engine's",
             fixes=(run.to("lora.lora_dropout", 0.0),),
         )

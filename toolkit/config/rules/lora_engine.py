@@ -1,4 +1,4 @@
-"""Rules on the adapter in the engine: what vLLM supports."""
+"""Rules on the adapter that apply with the vLLM engine: ranks and adapters that vLLM supports."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _TARGETS = "lora.target_modules"
 def legal_room(run: Run) -> Iterator[RuleViolation]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
-    vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512 (read from the installed vLLM, if
-    any). auto chooses the smallest of these that is at least lora.r. A value that the run file sets
-    is never changed.
+    vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512. If vLLM is installed, the list is
+    read from the installed vLLM. auto chooses the smallest of these ranks that is at least lora.r.
+    The toolkit never changes a value that the run file sets.
     """
     node = run.node(_ROOM)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
@@ -43,8 +43,8 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
     up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
     yield RuleViolation(
         _ROOM,
-        f"{node.value} is not a rank of {legal.origin}",
-        notes=(f"legal: auto, {', '.join(map(str, legal.values))}",),
+        f"{node.value} is not a rank that is supported by {legal.origin}",
+        notes=(f"legal values: auto, {', '.join(map(str, legal.values))}",),
         fixes=(run.to(_ROOM, up),),
     )
 
@@ -58,15 +58,15 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
 def rank_fits(run: Run) -> Iterator[RuleViolation]:
     """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
-    The engine allocates its adapter slots for max_lora_rank when it starts. Without this rule vLLM
-    would fail in the first step, after everything is loaded.
+    When the engine starts, it allocates memory for adapters of max_lora_rank. With an adapter of a
+    higher rank vLLM would fail in the first step, after everything is loaded.
     """
     if run.engine == "transformers":
         return
     room, legal = run.value(_ROOM), known("lora_ranks")
     largest = max(legal.values)
     if room != "auto" and room not in legal.values:
-        return  # LORA002 reports it
+        return  # LORA002 reports this fault
     most = largest if room == "auto" else room
     for at, operand, rank in _ranks(run):
         if rank <= most:
@@ -75,7 +75,8 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
         if room == "auto":
             yield RuleViolation(
                 at,
-                f"{rank} is more than {largest}, the largest rank of {legal.origin}",
+                f"{rank} is more than {largest}, the largest rank that is supported by "
+                f"{legal.origin}",
                 fixes=(lower,),
             )
             continue
@@ -90,8 +91,8 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
 
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
-    """Yield each rank that the run file sets: its key path, its text for the arithmetic, and its
-    value.
+    """Yield lora.r and each rank of lora.rank_pattern: its key path, a text with its origin for the
+    finding, and its value.
     """
     yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():
@@ -114,12 +115,12 @@ def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
     fix="use_dora: false, or runtime.engine: transformers",
 )
 def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
-    """With the vLLM engine, the adapter is plain LoRA on linear layers. vLLM does not support
-    trained biases, DoRA or modules_to_save.
+    """With the vLLM engine, the adapter is plain LoRA on linear layers.
 
-    It does not support an adapter on embed_tokens or lm_head. Its latent attention (DeepSeek)
-    ignores an adapter on kv_b_proj. An initialization that rewrites the base weights (PiSSA, OLoRA,
-    CorDA, LoftQ, EVA, LoRA-GA) would change the weights that engine and trainer share.
+    vLLM does not support trained biases, DoRA, modules_to_save, or an adapter on embed_tokens or
+    lm_head. vLLM's latent attention (DeepSeek) ignores an adapter on kv_b_proj. PiSSA, OLoRA,
+    CorDA, LoftQ, EVA and LoRA-GA cannot be used: they rewrite the base weights that engine and
+    trainer share, or need inputs that a run file cannot set.
     """
     if run.engine == "transformers" or run.ask("model.full_finetuning"):
         return
@@ -127,7 +128,7 @@ def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
     for key, wrong, fix in _unfollowed(run):
         yield RuleViolation(
             key,
-            wrong if run.engine == "vllm" else f"{wrong} (engine auto is vLLM where installed)",
+            wrong if run.engine == "vllm" else f"{wrong} (engine: auto uses vLLM if installed)",
             notes=(run.operand("runtime.engine"),),
             fixes=(fix, run.to("runtime.engine", "transformers")) if fix is not NO_HEAD else (fix,),
             severity=severity,
@@ -152,16 +153,16 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
         yield (
             _TARGETS,
             "vLLM does not support an adapter on embed_tokens",
-            Fix("remove embed_tokens"),
+            Fix("remove embed_tokens from target_modules"),
         )
     if "kv_b_proj" in targets:
         wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
-        yield _TARGETS, wrong, Fix("remove kv_b_proj")
+        yield _TARGETS, wrong, Fix("remove kv_b_proj from target_modules")
     if adapts_head(run) and not _head_reported_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
     init = run.ask("lora.init_lora_weights")
     wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports it
+    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports this fault
     if wrong_init is not None and not told:
         yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
 
@@ -180,8 +181,8 @@ def _head_reported_elsewhere(run: Run) -> bool:
 def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     """lm_head cannot have an adapter.
 
-    TRL computes log-probabilities from lm_head.weight directly, so an adapter on it would be
-    ignored and never trained. TRL would refuse it after the model has loaded.
+    TRL computes log-probabilities from lm_head.weight directly, so an adapter on lm_head would
+    never be trained. TRL refuses such an adapter, but only after the model has loaded.
     """
     if run.engine == "transformers" and adapts_head(run) and not _head_reported_elsewhere(run):
         yield RuleViolation(

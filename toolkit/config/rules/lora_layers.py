@@ -1,5 +1,5 @@
-"""Rules on where the adapter is: existing layers, modules that can have an adapter, engine
-slots.
+"""Rules on the layers and modules that get the adapter. They must exist, be able to have an
+adapter, and have LoRA slots in the engine.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _INIT = "lora.init_lora_weights"
 def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     """layers_to_transform names layers that the model has.
 
-    Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
-    have fewer layers than the run file names. Checked when the model is on this machine.
+    Layers are counted from 0. PEFT silently skips a layer that does not exist, so fewer layers than
+    the run file names would get the adapter. The rule is checked if the model is on this machine.
     """
     layers = run.value(_LAYERS)
     count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
@@ -62,15 +62,16 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
 def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a method that a run file can configure completely.
 
-    CorDA, EVA and LoRA-GA need data before the adapter is created, and LoftQ needs its own
-    settings. Without these PEFT refuses the method or starts from random values.
+    CorDA, EVA and LoRA-GA need data before the adapter is created. LoftQ needs a loftq_config. A
+    run file cannot provide such data or a loftq_config. Without them PEFT refuses the method or
+    starts from random values.
     """
     init = run.value(_INIT)
     why = DATA_INITS.get(init) if isinstance(init, str) else None
     if why is None or run.engine != "transformers":
         return  # with the engine, LORA004 reports the method
     if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
-        return  # LORA005 reports it
+        return  # LORA005 reports this fault
     yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
 
 
@@ -81,10 +82,11 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
-    """With the vLLM engine, every target is a layer for which the engine has LoRA slots.
+    """With the vLLM engine, target_modules names only layers for which the engine has LoRA slots.
 
-    These are the projections of attention and MLP. Slots for all linear layers would cost memory,
-    and time at every token. LORA004 reports embeddings and lm_head, LORA013 experts.
+    A slot is memory in which the engine keeps an adapter. The engine has slots for the projections
+    of attention and MLP. Slots for all linear layers would cost memory, and time for every token.
+    LORA004 reports adapters on embeddings and lm_head. LORA013 reports adapters on experts.
     """
     targets = run.value(_TARGETS)
     if run.engine == "transformers" or isinstance(targets, str):
@@ -99,7 +101,7 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             ("lora", "target_modules", index) if written else "lora.adapter_path",
             f"the vLLM engine has no LoRA slots for {leaf}",
-            notes=(f"it has them for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
+            notes=(f"it has slots for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
             fixes=(
                 *((Fix(f"remove {name}"),) if written else ()),
                 run.to("runtime.engine", "transformers"),
@@ -114,7 +116,7 @@ def _there(run: Run, leaf: str) -> bool:
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
-        return False  # LORA028 reports it
+        return False  # LORA028 reports this fault
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
 
 
@@ -127,8 +129,8 @@ def _there(run: Run, leaf: str) -> bool:
 def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     """layers_pattern names the list of layers inside the model.
 
-    It is the part of a module's name before the layer number. Checked when the model's weights are
-    on this machine.
+    The name of this list is the part of a module name before the layer number, such as layers in
+    model.layers.0.mlp. The rule is checked if the model's weights are on this machine.
     """
     pattern = run.value(_PATTERN)
     modules = run.model.modules if run.model is not None else None
@@ -145,7 +147,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _PATTERN,
             f"the model has no list of layers named {' or '.join(named)}",
-            notes=(f"it has: {', '.join(sorted(lists))}",),
+            notes=(f"its lists of layers: {', '.join(sorted(lists))}",),
             fixes=(run.to(_PATTERN, min(lists)),) if len(lists) == 1 else (),
         )
 
@@ -157,11 +159,11 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     fix="modules_to_save: [lm_head]",
 )
 def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
-    """modules_to_save names existing modules without an adapter.
+    """modules_to_save names modules that exist and have no adapter.
 
-    PEFT silently skips a name that it does not find, so that module would not be trained. A fully
-    trained module cannot also have an adapter. Checked when the model's weights are on this
-    machine.
+    modules_to_save lists the modules that are fully trained. PEFT silently skips a name that it
+    does not find, so nothing would be trained for this name. A fully trained module cannot also
+    have an adapter. The rule is checked if the model's weights are on this machine.
     """
     named = run.value("lora.modules_to_save")
     modules = run.model.modules if run.model is not None else None
@@ -178,7 +180,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"the model has no module {name}",
-                notes=(f"it has: {', '.join(last[:14])}",),
+                notes=(f"its modules: {', '.join(last[:14])}",),
                 fixes=(Fix(f"write {close}"),) if close else (),
             )
         elif name in adapted:
@@ -186,7 +188,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
                 at,
                 f"{name} would be fully trained and also get an adapter from target_modules",
                 notes=(run.operand(_TARGETS),),
-                fixes=(Fix(f"remove {name} from one of them"),),
+                fixes=(Fix(f"remove {name} from modules_to_save or from target_modules"),),
             )
 
 
@@ -197,10 +199,11 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj]",
 )
 def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
-    """target_modules names no norm.
+    """target_modules names no normalization layer.
 
-    An adapter is a product of two matrices that is added to a weight matrix. The weight of a norm
-    is a vector. PEFT would refuse it after the model has loaded.
+    An adapter is a product of two matrices that is added to a weight matrix. The weight of a
+    normalization layer is a vector. PEFT refuses such a target, but only after the model has
+    loaded.
     """
     targets = run.value(_TARGETS)
     if isinstance(targets, str):
@@ -209,6 +212,7 @@ def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
         if str(name).lower().endswith("norm") and run.written(_TARGETS):
             yield RuleViolation(
                 ("lora", "target_modules", index),
-                f"{name} is a norm, whose weight is a vector: it cannot have an adapter",
+                f"{name} cannot have an adapter: it is a normalization layer, and its weight is a "
+                "vector",
                 fixes=(Fix(f"remove {name}"),),
             )

@@ -27,13 +27,14 @@ WEIGHTS = "adapter_model.safetensors"
     "LORA024",
     f"{_PATH} {' '.join(f'lora.{name}' for name in INHERITED)}",
     example="lora:\n  adapter_path: runs/first/adapter  # of rank 8\n  r: 16",
-    fix="remove r, or r: 8",
+    fix="remove r, or set r: 8",
 )
 def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match it.
+    """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match this
+    adapter.
 
-    Keys of the lora section that are not set come from the adapter. A key that is set to a
-    different value would need different tensors. When model and adapter are loaded, the run checks
+    Keys of the lora section that are not set have the adapter's values. A key with a different
+    value would not fit the adapter's tensors. When model and adapter are loaded, the run checks
     that the adapter was trained on this model.
     """
     node = run.node(_PATH)
@@ -50,7 +51,8 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
         return
     if values.get("peft_type") != "LORA":
         yield RuleViolation(
-            _PATH, f"its peft_type is {values.get('peft_type')}, but only LORA is supported"
+            _PATH,
+            f"the adapter has peft_type {values.get('peft_type')}, but only LORA is supported",
         )
         return
     init = "lora.init_lora_weights"
@@ -72,9 +74,10 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
         if _comparable(ours, name) != _comparable(theirs, name):
             yield RuleViolation(
                 key,
-                f"{show(ours)} here, but the adapter that the run starts from has {show(theirs)}",
+                f"the run file sets {show(ours)}, but the adapter that the run starts from has "
+                f"{show(theirs)}",
                 notes=(run.operand(_PATH),),
-                fixes=(Fix(f"remove {name}: it comes from the adapter"),),
+                fixes=(Fix(f"remove {name}, so that the adapter's value is used"),),
                 related=(_PATH,),
             )
 
@@ -83,29 +86,29 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     "LORA040",
     _PATH,
     example="lora:\n  adapter_path: runs/pissa/adapter  # init_lora_weights: pissa",
-    fix="an adapter with init_lora_weights true",
+    fix="use an adapter that was trained with init_lora_weights: true",
 )
 def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
-    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and a
-    lora section can describe it.
+    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and the
+    keys of the lora section can describe it.
 
     PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base weights before training, so the tensors
-    of such an adapter are wrong for the weights of the checkpoint. target_parameters and other
-    fields of PEFT that the lora section does not have would create a different adapter than the one
-    that is sized.
+    of such an adapter are wrong for the weights of the checkpoint. The lora section has no keys for
+    target_parameters and some other fields of PEFT. The memory of an adapter with such fields would
+    be computed incorrectly.
     """
     node = run.node(_PATH)
     values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
     if values is None or values.get("peft_type") != "LORA":
-        return  # LORA024 reports it
+        return  # LORA024 reports this fault
     problem = start_problem(values)
     if problem is not None:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
 
 def _comparable(value: Any, name: str) -> Any:
-    """The value in a form that can be compared: lists of names as sets, numbers of one type,
-    missing values as PEFT's default.
+    """The value in a form that can be compared. A list is sorted, an integer becomes a float, and a
+    missing value becomes PEFT's default for the key ``name``.
     """
     if isinstance(value, (list, tuple)):
         return sorted(map(str, value))
@@ -123,10 +126,11 @@ def _comparable(value: Any, name: str) -> Any:
     fix="rank_pattern: {q_proj: 8}",
 )
 def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
-    """A key of rank_pattern or alpha_pattern matches an adapted module's name or the end of it.
+    """Each key of rank_pattern and alpha_pattern matches a module that has an adapter.
 
-    A key is a regular expression. A key that matches nothing would have no effect. The names are
-    compared with the model's weights when they are on this machine.
+    A key is a regular expression for a module name or the end of a module name. A key that matches
+    no module would have no effect. If the model's weights are on this machine, the names are
+    compared with them.
     """
     modules = _adapted(run)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -150,10 +154,10 @@ def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
     fix="exclude_modules: [layers.0.self_attn.q_proj]",
 )
 def something_is_left(run: Run) -> Iterator[RuleViolation]:
-    """exclude_modules excludes at least one target module, but not all.
+    """exclude_modules excludes at least one of the target modules, but not all of them.
 
-    A list item matches the end of a module name; a string is one regular expression for whole
-    names. The names are compared with the model's weights when they are on this machine.
+    A list item matches the end of a module name. A string is one regular expression for whole
+    module names. If the model's weights are on this machine, the names are compared with them.
     """
     exclude = run.value(_EXCLUDE)
     if exclude is None:
@@ -169,22 +173,22 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
     if not left:
         yield RuleViolation(
             _EXCLUDE,
-            f"it excludes all {len(modules)} modules that target_modules names",
+            f"excludes all {len(modules)} modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),
             fixes=(run.to(_EXCLUDE, None),),
         )
     elif len(left) == len(modules):
         yield RuleViolation(
             _EXCLUDE,
-            "it excludes none of the modules that target_modules names",
+            "excludes none of the modules that target_modules names",
             notes=(run.operand("lora.target_modules"),),
             severity=Severity.WARNING,
         )
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
-    """Modules of the model that get the adapter, found by their names; [] if the weights are not on
-    this machine or the targets are a regular expression.
+    """The names of the modules that get the adapter; [] if the weights are not on this machine or
+    target_modules is a string. If ``excluded`` is false, exclude_modules is ignored.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None

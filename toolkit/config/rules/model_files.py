@@ -38,14 +38,14 @@ def _folder(run: Run) -> Path | None:
     fix="remove revision",
 )
 def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
-    """revision is for a hub id.
+    """revision is set only if model_name is a model id of the Hugging Face hub.
 
-    A local folder has no revisions, and the loader refuses one.
+    A local folder has no revisions, and the loader refuses a revision for a folder.
     """
     if run.value("model.revision") is not None and _folder(run) is not None:
         yield RuleViolation(
             "model.revision",
-            "is for hub ids, but the model is a folder",
+            "is only for models of the hub, but model_name is a folder",
             notes=(run.operand(_NAME),),
             fixes=(run.to("model.revision", None),),
         )
@@ -55,13 +55,13 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
     "MODEL003",
     _NAME,
     example="model:\n  model_name: runs/old/adapter",
-    fix="model_name: the base model, with lora.adapter_path: runs/old/adapter",
+    fix="set model_name to the base model, and lora.adapter_path: runs/old/adapter",
 )
 def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
 
-    lora.adapter_path starts from an adapter; its adapter_config.json names the model that it
-    belongs to.
+    To start from an adapter, set lora.adapter_path to its folder. adapter_config.json in this
+    folder names the base model, which is the value for model_name.
     """
     folder = _folder(run)
     if folder is None or not is_adapter(folder):
@@ -74,7 +74,7 @@ def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
         _NAME,
         f"is the folder of an adapter of {base}, not a model",
         notes=(str(folder / ADAPTER_CONFIG),),
-        fixes=(Fix(f"model_name: {base}, and lora.adapter_path: {written} to start from it"),),
+        fixes=(Fix(f"set model_name to {base}, and lora.adapter_path to {written}"),),
     )
 
 
@@ -82,10 +82,10 @@ def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     "MODEL004",
     _NAME,
     example="model:\n  model_name: ./pickled  # pytorch_model.bin alone",
-    fix="model_name: the checkpoint in safetensors",
+    fix="use a checkpoint in safetensors format",
 )
 def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
-    """The folder of a model holds safetensors files.
+    """The folder of a model contains safetensors files.
 
     A pickle (*.bin) can run code when it is read, and no key of a run file can allow that.
     """
@@ -96,7 +96,7 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
         return
     yield RuleViolation(
         _NAME,
-        "the folder holds only pickled weights (*.bin), and a pickle can run code",
+        "the folder contains only pickled weights (*.bin), and reading a pickle can run code",
         notes=(str(folder),),
     )
 
@@ -105,14 +105,14 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
     "MODEL005",
     f"{_NAME} model.trust_remote_code",
     example="model:\n  model_name: google/gemma-3-27b-it",
-    fix="model_name: a text-only checkpoint",
+    fix="use a text-only checkpoint",
 )
 def trained_architecture(run: Run) -> Iterator[RuleViolation]:
-    """The model is a causal language model for text only, known to transformers or with its own
-    code.
+    """The model is a text-only causal language model.
 
-    The loader refuses multimodal models and encoders. A checkpoint with its own code needs
-    trust_remote_code. Checked with the installed transformers when the model is on this machine.
+    The loader refuses multimodal models and encoders. The code of the model is in transformers, or
+    in the checkpoint itself. Code in the checkpoint needs trust_remote_code: true. If the model is
+    on this machine, the rule checks it with the installed transformers.
     """
     if run.model is None:
         return
@@ -134,14 +134,14 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     "MODEL006",
     f"{_NAME} model.load_in_4bit model.load_in_8bit",
     example="model:\n  model_name: TheBloke/Llama-2-7B-AWQ",
-    fix="model_name: the checkpoint in 16 bits",
+    fix="use the 16-bit checkpoint of the model",
 )
 def trained_format(run: Run) -> Iterator[RuleViolation]:
     """A quantized checkpoint is a bitsandbytes checkpoint, and its load_in flag is true.
 
     Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
-    bitsandbytes weights are supported without the vLLM engine. Checked when the model is on this
-    machine.
+    bitsandbytes weights are supported without the vLLM engine. The rule is checked if the model is
+    on this machine.
     """
     if run.model is None or stored_format(run.model.config) is None:
         return
@@ -164,7 +164,7 @@ def trained_format(run: Run) -> Iterator[RuleViolation]:
 def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the installed vLLM supports the model's architecture.
 
-    Checked when the model is on this machine and vLLM is installed.
+    The rule is checked if the model is on this machine and vLLM is installed.
     """
     if run.engine == "transformers" or run.model is None:
         return

@@ -1,4 +1,4 @@
-"""Rules on the optimizer: its package, its targets and its arguments."""
+"""Rules on the optimizer: its package, its arguments, and the modules that it is applied to."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _WORDS = (
     "GRPO035",
     f"{OPTIM} {TARGETS} {ACCUMULATION}",
     example="grpo:\n  optim: galore_adamw",
-    fix="optim: adamw_torch_fused, or optim_target_modules: all-linear",
+    fix="set optim: adamw_torch_fused, or optim_target_modules: all-linear",
 )
 def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
-    """GaLore and APOLLO need optim_target_modules; their layerwise forms also need one micro-batch
-    per step.
+    """The optimizers GaLore and APOLLO need optim_target_modules. Their layerwise forms also need
+    gradient_accumulation_steps: 1 and a single process.
 
-    They project the gradients of the named modules. The layerwise forms update weights inside the
-    backward pass, so gradients cannot be summed over micro-batches or processes.
+    These optimizers project the gradients of the modules that optim_target_modules names. The
+    layerwise forms update weights inside the backward pass, so gradients cannot be summed over
+    micro-batches or processes.
     """
     optim = run.value(OPTIM)
     if not str(optim).startswith(TARGETED):
@@ -71,7 +72,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     if run.world_size > 1:
         yield RuleViolation(
             OPTIM,
-            f"{optim} trains in one process",
+            f"{optim} can train in only one process",
             notes=(f"world size {run.world_size}",),
             fixes=(run.to(OPTIM, _PLAIN),),
         )
@@ -84,10 +85,10 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     fix='optim_args: "momentum=0.9"',
 )
 def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
-    """optim_args is a list of name=value pairs, separated by commas, that the optimizer reads.
+    """optim_args contains name=value pairs, separated by commas, that the optimizer reads.
 
     transformers silently ignores pairs that the optimizer does not read. The learning rate and
-    AdamW's betas, epsilon and weight decay have their own keys.
+    AdamW's betas, epsilon and weight decay have their own keys in grpo.
     """
     text, optim = run.value(ARGS), run.value(OPTIM)
     if not text or optim not in OPTIMIZERS:
@@ -128,7 +129,7 @@ def _unread(
     left = {one: value for one, value in given.items() if one != name}
     return RuleViolation(
         ARGS,
-        f"{optim} does not read {name}; it reads: {', '.join(options) or 'nothing'}",
+        f"{optim} does not read {name}; its options: {', '.join(options) or 'none'}",
         notes=(run.operand(OPTIM),),
         fixes=(_args(run, renamed if close else left),),
         related=(OPTIM,),
@@ -151,13 +152,13 @@ def _is_number(text: str) -> bool:
     "GRPO039",
     f"{TARGETS} {OPTIM}",
     example="grpo:\n  optim_target_modules: all-linear",
-    fix="remove it",
+    fix="remove optim_target_modules",
     severity=Severity.WARNING,
 )
 def targets_are_read(run: Run) -> Iterator[RuleViolation]:
-    """optim_target_modules is for GaLore and APOLLO.
+    """optim_target_modules is only for the optimizers GaLore and APOLLO.
 
-    No other optimizer reads it.
+    No other optimizer reads the key.
     """
     if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(TARGETED):
         return

@@ -1,4 +1,4 @@
-"""Rules on the names of trackers, and on packages that a key needs."""
+"""Rules on the trackers in report_to, and on packages that must be installed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     fix="report_to: wandb",
 )
 def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
-    """report_to names trackers that transformers knows.
+    """report_to names trackers that transformers supports.
 
-    The value is one tracker, a list of them, all (the installed ones) or none. The run always
-    writes its own metrics.jsonl and report.html.
+    The value is one tracker, a list of trackers, all (every installed tracker), or none. With any
+    value the run writes metrics.jsonl and report.html.
     """
     named = _written_trackers(run)
     for index, (name, node) in enumerate(named):
@@ -48,15 +48,17 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
         place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
         if name in NO_TRACKER:
             yield RuleViolation(
-                place, f"{name} cannot be combined with other trackers", fixes=(Fix("remove it"),)
+                place,
+                f"{name} cannot be combined with other trackers",
+                fixes=(Fix(f"remove {name}"),),
             )
             continue
         close = nearest(name, (*TRACKERS, *NO_TRACKER))
         fix = run.replace(node, close) if close else run.to(REPORT, "none")
         yield RuleViolation(
             place,
-            f"{name} is not a tracker that transformers knows",
-            notes=(f"known: {', '.join((*TRACKERS, *NO_TRACKER))}",),
+            f"{name} is not a tracker that transformers supports",
+            notes=(f"legal values: {', '.join((*TRACKERS, *NO_TRACKER))}",),
             fixes=(Fix(f"report_to: {close}" if close else fix.text, fix.edits),),
         )
 
@@ -72,7 +74,7 @@ def packages_are_installed(run: Run) -> Iterator[RuleViolation]:
     """The packages that report_to, optim and cache_implementation need are installed.
 
     A missing package is a warning, because the run may be meant for another machine (with --strict
-    it is an error). Training refuses it before the engine starts.
+    it is an error). Training stops before the engine starts if a package is missing.
     """
     trackers = tuple(name for name, _ in _written_trackers(run))
     # GRPO013 reports Liger, and GRPO035 optimizers with targets.

@@ -23,7 +23,7 @@ _WEIGHTS = "grpo.reward_weights"
 
 
 def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
-    """The reward functions that are well-formed, each with its path."""
+    """The well-formed items of reward.functions, each with its key path."""
     node = run.node(_FUNCTIONS)
     if node is None or not isinstance(node.value, list):
         return []
@@ -51,10 +51,10 @@ grpo:
 reward:
   functions: [{name: exact_match}]
 """,
-    fix="one weight for each function",
+    fix="set one weight for each function",
 )
 def one_weight_each(run: Run) -> Iterator[RuleViolation]:
-    """Each reward function has one finite weight, written in one place.
+    """Each reward function has one finite weight, and the weights are set in only one place.
 
     The weight is a key of its function (reward.functions[].weight). TRL's list grpo.reward_weights
     is also accepted if it has one item per function and no function has its own weight.
@@ -67,15 +67,16 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
     if len(weights) != len(functions):
         yield RuleViolation(
             _WEIGHTS,
-            f"{len(weights)} weights for {len(functions)} reward functions",
+            f"the number of weights is {len(weights)}, but the number of reward functions is "
+            f"{len(functions)}",
             notes=(run.operand(_FUNCTIONS),),
             related=(_FUNCTIONS,),
         )
     elif own is not None:
         yield RuleViolation(
             _WEIGHTS,
-            "the functions have weights too",
-            notes=(f"reward.functions[{own[2]}] has its own weight",),
+            "cannot be set, because a function in reward.functions has its own weight",
+            notes=(f"reward.functions[{own[2]}] has the key weight",),
             fixes=(run.to(_WEIGHTS, None),),
             related=(_FUNCTIONS,),
         )
@@ -90,7 +91,8 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
 def some_reward(run: Run) -> Iterator[RuleViolation]:
     """There is at least one reward function.
 
-    GRPO learns only from rewards. An environment has its own reward.
+    GRPO learns only from rewards. A run with an environment needs no reward function, because the
+    environment scores the completions.
     """
     if run.node("environment") is not None:
         return
@@ -110,10 +112,11 @@ def some_reward(run: Run) -> Iterator[RuleViolation]:
     fix="name: exact_match",
 )
 def reward_exists(run: Run) -> Iterator[RuleViolation]:
-    """A reward is built in, or is module:function in a module that runtime.allow_code allows.
+    """A reward is the name of a built-in reward, or module:function for your own function.
 
-    The module is searched next to the run file and on the Python path. Its source is read, not
-    imported. A missing module is a warning (with --strict an error).
+    runtime.allow_code must allow the module. The module is searched next to the run file and on the
+    Python path. Validation reads its source and does not import it. A missing module is a warning
+    (with --strict an error).
     """
     for path, _, name in _named(run):
         text = name.value
@@ -130,14 +133,14 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
 
 
 def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[RuleViolation]:
-    """Why the user's ``module:function`` at key ``at`` cannot be called: runtime.allow_code does
-    not allow the module, or its source does not define the function.
+    """Yield a violation if the user's ``module:function`` at key ``at`` cannot be called, because
+    runtime.allow_code does not allow the module or its source does not define the function.
     """
     if not _allowed(run, module):
         top = module.partition(".")[0]
         yield RuleViolation(
             at,
-            f"code of {module} is not allowed to run",
+            f"runtime.allow_code does not allow code of {module} to run",
             notes=(run.operand("runtime.allow_code"),),
             fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
         )
@@ -151,7 +154,7 @@ def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[Rule
 def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
     close = nearest(name.value, list(BUILTIN_OPTIONS))
     fixes = (run.replace(name, close),) if close else ()
-    known = f"built in: {', '.join(BUILTIN_OPTIONS)}; your own: module:function"
+    known = f"built-in rewards: {', '.join(BUILTIN_OPTIONS)}; your own function: module:function"
     return RuleViolation(
         at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes
     )
@@ -166,7 +169,9 @@ def _allowed(run: Run, module: str) -> bool:
 
 
 def _function(run: Run, name: Node) -> Found | None:
-    """The source of a user's function, if it is allowed and on this machine."""
+    """The parameters of a user's function, read from its source; None if its module is not allowed
+    or not on this machine.
+    """
     module, colon, function = str(name.value).partition(":")
     if not colon or not _identifiers(module) or not _allowed(run, module):
         return None
@@ -178,14 +183,15 @@ def _function(run: Run, name: Node) -> Found | None:
     "REWARD002",
     f"{_FUNCTIONS} dataset.answer",
     example="reward:\n  functions: [{name: 'my_pkg.rewards:tone'}]  # def tone(text): ...",
-    fix="def tone(prompts, completions, **columns)",
+    fix="write def tone(prompts, completions, **columns)",
 )
 def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
     """A reward function takes (prompts, completions, **columns).
 
-    TRL calls it with keyword arguments: prompts, completions, completion_ids, trainer_state and
-    more, and every other column of the data set. The function must accept all of them and must not
-    require any other.
+    TRL calls the function with keyword arguments: prompts, completions, completion_ids,
+    trainer_state and others, and one argument for every other column of the data set. The function
+    must accept all of them. An argument that the function requires must be one of these arguments
+    or an option of the function.
     """
     for path, members, name in _named(run):
         found = _function(run, name)
@@ -198,8 +204,8 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"{found.shown} does not accept **columns, but TRL passes more arguments than "
-                "it names",
-                fixes=(Fix(f"def {found.name}(prompts, completions, **columns)"),),
+                "the function names",
+                fixes=(Fix(f"write def {found.name}(prompts, completions, **columns)"),),
             )
             continue
         for parameter in found.needed:
@@ -216,7 +222,7 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
 
 
 def _columns(run: Run) -> set[str] | None:
-    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - reads the data set
+    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - only this rule reads the data
 
     data = data_of(run.document, "path")
     return set(data.columns) if data is not None and data.columns is not None else None
@@ -229,9 +235,9 @@ def _columns(run: Run) -> set[str] | None:
     fix="options: {pattern: 'a+'}",
 )
 def known_options(run: Run) -> Iterator[RuleViolation]:
-    """A built-in reward has every option that is set for it.
+    """The options of a built-in reward exist, and its required options are set.
 
-    Options of your own functions are passed to them as keyword arguments.
+    If the reward is your own function, the options are passed to the function as keyword arguments.
     """
     for path, members, name in _named(run):
         known = BUILTIN_OPTIONS.get(name.value)
@@ -248,7 +254,7 @@ def known_options(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 (*path, "options", option),
                 f"{name.value} has no option {option}",
-                notes=(f"it has: {', '.join(known) or 'none'}",),
+                notes=(f"its options: {', '.join(known) or 'none'}",),
                 fixes=(run.rename(node, close),) if close else (),
                 on_key=True,
             )
@@ -270,17 +276,18 @@ reward:
     severity=Severity.WARNING,
 )
 def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
-    """A function that runs in the training process has a time limit.
+    """A reward function that runs in the training process has a time limit.
 
-    With reward.isolate a signal can stop waiting for a function that hangs. Without reward.isolate
-    only the time limit can, because such a function may catch the exception that the signal raises.
+    With reward.isolate: true the function runs in a process of its own, so a signal such as SIGTERM
+    can end a run whose function hangs. With reward.isolate: false the signal raises an exception
+    that the function may catch. Then only the time limit stops the function.
     """
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return
     if any(":" in name.value for *_, name in _named(run)):
         yield RuleViolation(
             "reward.timeout_s",
-            "nothing stops a reward function that hangs",
+            "without a time limit, nothing stops a reward function that hangs",
             notes=("reward.isolate is false: the function runs in the training process",),
             fixes=(run.to("reward.timeout_s", 600),),
             related=("reward.isolate",),

@@ -1,5 +1,5 @@
-"""Rules on the number of data rows (compared with the prompts of one generation batch), and on the
-length of the run.
+"""Rules that compare the number of data rows with the prompts of one generation batch, and a rule
+on the length of the run.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ grpo:
     fix="gradient_accumulation_steps: 64",
 )
 def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
-    """The data set has rows for at least one generation batch.
+    """The data set has enough rows for at least one generation batch.
 
     A generation batch needs (completions / num_generations) prompts over all processes, each from a
-    different row. TRL drops rows that do not fill a generation batch. With fewer rows nothing is
-    trained. Rows without a prompt do not count. Checked if the rows can be counted or dataset.limit
-    is set.
+    different row. TRL drops rows that do not fill a generation batch, so with too few rows nothing
+    is trained. Rows without a prompt do not count. The rule is checked if the rows can be counted
+    or dataset.limit is set.
     """
     if run.value(_PATH) is None:
         return
     rows, origin = _rows(run)
     batch, formula, factor = generation_batch(run)
     group = run.value(GROUP)
-    if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports it
+    if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports this fault
         return
     needed = batch // group
     if rows >= needed:
@@ -74,8 +74,8 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
 
 
 def _rows(run: Run) -> tuple[int | None, str]:
-    """The largest number of rows to train on, and where the number comes from; (None, text) if it
-    is unknown.
+    """The largest possible number of rows to train on (None if it is unknown), and a text that
+    names the origin of the number.
     """
     limit = run.value(_LIMIT)
     data = data_of(run.document, "path")
@@ -88,7 +88,9 @@ def _rows(run: Run) -> tuple[int | None, str]:
 
 
 def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> tuple[Fix, ...]:
-    """The fixes: a smaller batch that the rows fill, and more rows if dataset.limit is too low."""
+    """The possible fixes: a smaller generation batch that the rows fill, and a higher dataset.limit
+    if the data may have enough rows.
+    """
     fixes = []
     group = run.value(GROUP)
     if factor == SIZE:
@@ -111,7 +113,7 @@ def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> t
 
 
 def _largest(step: int, most: int, group: int) -> int:
-    """The largest multiple of ``step`` up to ``most`` that holds whole groups; 0 if none exists."""
+    """The largest common multiple of ``step`` and ``group`` up to ``most``; 0 if none exists."""
     both = lcm(step, group)
     return most // both * both
 
@@ -127,15 +129,16 @@ grpo:
   generation_batch_size: 32
   num_generations: 8
 """,
-    fix="dynamic_sampling: false, or more rows",
+    fix="set dynamic_sampling: false, or add rows to the data set",
     severity=Severity.WARNING,
 )
 def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
-    """With dynamic_sampling or curriculum, the data set has more rows than a generation batch has
+    """dynamic_sampling and curriculum need a data set with more rows than a generation batch has
     prompts.
 
     Each of the two keys can replace rows of the batch by other rows. If every batch needs all rows,
-    there are no other rows, and the key has no effect. Checked if the rows can be counted.
+    there are no other rows, and the key has no effect. The rule is checked if the rows can be
+    counted.
     """
     on = [key for key in _CHOOSING if run.ask(key) is True]
     if not on:
@@ -152,7 +155,8 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     for key in on:
         yield RuleViolation(
             key,
-            f"has no effect: every generation batch has all {rows} rows, so there are no others",
+            f"has no effect: every generation batch needs all {rows} rows, so no other row can "
+            "replace one",
             notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
                    f"rows = {origin}"),
             fixes=(run.to(key, False),),
@@ -175,7 +179,7 @@ def run_has_a_length(run: Run) -> Iterator[RuleViolation]:
     if epochs == 0 and steps <= 0:
         yield RuleViolation(
             "grpo.num_train_epochs",
-            "0 epochs: nothing is trained",
+            "with 0 epochs nothing is trained",
             notes=(run.operand("grpo.max_steps"),),
             fixes=(run.to("grpo.num_train_epochs", 1.0),),
             related=("grpo.max_steps",),

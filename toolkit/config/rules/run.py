@@ -1,5 +1,5 @@
-"""The input of a rule: values in the run file, defaults, positions, and facts of the model and the
-data if they are available.
+"""The input of a rule: the values in the run file with their positions, the defaults, and the facts
+of the model and the adapter if they are on this machine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["DeviceFacts", "Run", "Situation", "Unjudged", "default", "parts_of"]
 
 
 class Unjudged(Exception):
-    """Raised if a value that a rule needs is invalid and already reported. The rule then reports
-    nothing.
+    """Raised if a value that a rule needs is invalid and already reported. The rule then yields no
+    violation.
     """
 
 
 @cache
 def default(path: str) -> Any:
-    """The schema's default of a dotted key."""
+    """The default of a dotted key in the schema; None if it has no default."""
     schema = find_schema("run")
     for part in path.split("."):
         schema = schema["properties"][part]
@@ -39,12 +39,12 @@ def default(path: str) -> Any:
 
 @cache
 def parts_of(path: str) -> KeyPath:
-    """A dotted key such as ``lora.rank`` as a key path."""
+    """The key path of a dotted key: ``("lora", "r")`` for ``lora.r``."""
     return tuple(path.split("."))
 
 
 class Run:
-    """A document in the form that rules use. Keys are dotted: ``grpo.num_generations``."""
+    """A run file in the form that rules use. Keys are dotted: ``grpo.num_generations``."""
 
     def __init__(self, document: Document, bad: set[KeyPath], situation: Situation) -> None:
         self.document = document
@@ -59,8 +59,8 @@ class Run:
 
     @property
     def world_size(self) -> int:
-        """The number of processes, or of process groups that share one model, that have rows of
-        their own.
+        """The number of processes that train on different rows. Processes that share one model
+        (tensor_parallel_size above 1) train on the same rows and count as one.
         """
         size = self.ask(parallel.KEY)
         return parallel.replicas(self.processes, size if self.engine != "transformers" else 1)
@@ -72,15 +72,17 @@ class Run:
         return self._nodes[path]
 
     def written(self, path: str) -> bool:
-        """Whether the run file sets a key to a value that rules can use."""
+        """Whether the run file sets a key. Raises Unjudged if its value is invalid."""
         parts = parts_of(path)
         if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
             raise Unjudged
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data. If the run file does not set the key: the value of the
-        adapter that the run starts from, else the default.
+        """The value of a key as plain data. Raises Unjudged if the value is invalid.
+
+        A key that the run file does not set has its default. A lora key has the value of the
+        adapter instead if the run starts from an adapter.
         """
         if not self.written(path):
             name = path.removeprefix("lora.")
@@ -95,7 +97,9 @@ class Run:
         return node.value
 
     def mapping(self, path: str) -> dict[str, Any]:
-        """The value of a key that is a mapping, as plain data; {} if it is not a mapping."""
+        """The value of a key that is a mapping, as plain data; {} if the value is not a mapping.
+        Raises Unjudged if any part of the value is invalid.
+        """
         self.value(path)
         parts = parts_of(path)
         if any(bad[: len(parts)] == parts for bad in self.bad):
@@ -115,15 +119,15 @@ class Run:
             return default(path)
 
     def operand(self, path: str) -> str:
-        """A key with its value and line, ``num_generations 8 (line 12)``, for the arithmetic of a
-        finding.
+        """A text with a key, its value and its line, such as ``num_generations 8 (line 12)``.
+        Findings explain their arithmetic with such texts.
         """
         name, node = path.rpartition(".")[2], self.node(path)
         return f"{name} {show(self.ask(path))} ({self.origin(node)})"
 
     def origin(self, node: Node | None) -> str:
-        """Where a value comes from, as text: a line, another file's line, an override, or the
-        default.
+        """Where a value comes from, as text: a line of the run file, a line of another file, --set,
+        or the default.
         """
         if node is None:
             return "default"
@@ -139,40 +143,47 @@ class Run:
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
             return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
-        fix = self.replace(node, value)
-        return Fix(f"{name}: {fix.text}", fix.edits)
+        edits = self.replace(node, value).edits
+        if not edits:
+            return Fix(f"remove {name}")
+        return Fix(f"{name}: {spell(value, node.source.format)}", edits)
 
     def replace(self, node: Node, value: Any) -> Fix:
-        """The fix that replaces a scalar by ``value``."""
+        """The fix that replaces a scalar by ``value``. It has no edits if the file cannot contain
+        ``value``.
+        """
         if value is None and node.source.format == "toml":
-            return Fix("remove it")  # TOML has no null
+            return Fix("remove the key")  # TOML has no null
         spelling = spell(value, node.source.format)
-        return Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
+        text = f"write {spelling}"
+        return Fix(text, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
 
     def rename(self, node: Node, name: str) -> Fix:
         """The fix that renames the key of ``node``."""
         if node.key is None or node.source.is_override:
-            return Fix(f"rename it to {name}")
-        return Fix(f"rename it to {name}", (rename(node.source, node.key, name),))
+            return Fix(f"rename the key to {name}")
+        return Fix(f"rename the key to {name}", (rename(node.source, node.key, name),))
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that generates, as ``config.resolved`` decides."""
+        """The engine that generates: vllm, transformers, or maybe (vLLM where it is installed, else
+        transformers).
+        """
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
         return engine_of(engine, fast, self.situation)
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
-        """The facts of the adapter of ``lora.adapter_path``; empty if there is none."""
-        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only when a rule asks
+        """The facts of the adapter at ``lora.adapter_path``; {} without this key."""
+        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("lora.adapter_path")
         return {} if node is None else inherited(node)
 
     @cached_property
     def model(self) -> ModelFacts | None:
-        """The facts of the model's own config, if it is available."""
-        from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only when a rule asks
+        """The facts in the model's config.json; None if the model is not on this machine."""
+        from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("model.model_name")
         if node is None or not isinstance(node.value, str):
@@ -182,9 +193,9 @@ class Run:
 
     @cached_property
     def chat_template(self) -> bool | None:
-        """Whether the model's tokenizer has a chat template; None if the tokenizer is not
-        available.
+        """Whether the model's tokenizer has a chat template; None if the tokenizer is not on this
+        machine.
         """
-        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only when a rule asks
+        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only if a rule needs it
 
         return None if self.model is None else template_in(self.model.folder)

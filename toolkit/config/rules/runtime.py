@@ -23,7 +23,7 @@ _OUTPUT = "runtime.output_dir"
     "RUN001",
     f"{_OUTPUT} {_RESUME}",
     example="runtime:\n  output_dir: runs/old  # not empty\n  resume: never",
-    fix="resume: auto, or another output_dir",
+    fix="set resume: auto, or use another output_dir",
 )
 def output_is_free(run: Run) -> Iterator[RuleViolation]:
     """With resume: never, output_dir is empty.
@@ -51,7 +51,9 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     fix="resume: auto",
 )
 def something_to_resume(run: Run) -> Iterator[RuleViolation]:
-    """With resume: must or a checkpoint's folder, there is a checkpoint to resume from."""
+    """resume: must needs a checkpoint in output_dir, and resume: FOLDER needs the folder of a
+    checkpoint.
+    """
     resume = run.value(_RESUME)
     if resume in ("auto", "never"):
         return
@@ -71,7 +73,7 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
     if not path.is_dir():
         yield RuleViolation(
             _RESUME,
-            f"{resume} is neither auto, never or must, nor a checkpoint folder",
+            f"{resume} must be auto, never, must, or the folder of a checkpoint",
             fixes=(run.to(_RESUME, "auto"),),
         )
 
@@ -82,8 +84,8 @@ def _folder(run: Run) -> Path:
 
 
 def _something_in(folder: Path) -> bool:
-    """Whether a path is a file, or a folder with more than the lock file. The command train holds
-    this lock when it validates the run file again.
+    """Whether ``folder`` is a file, or a folder that contains more than the lock file. toolkit
+    train has already created this lock file when it validates the run file.
     """
     return exists(folder) and (not folder.is_dir() or bool(set(_names(folder)) - {LOCK_FILE}))
 
@@ -104,14 +106,15 @@ def _names(folder: Path) -> list[str]:
 def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
-    A padded batch is split by rows, per_device_train_batch_size in each part, so a number of tokens
-    would have no effect.
+    pack_tokens limits the number of tokens in one forward and backward pass. Only a batch without
+    padding is split by tokens. With padding_free: false, a batch is split into parts of
+    per_device_train_batch_size rows.
     """
     if run.value("runtime.pack_tokens") == "auto" or run.value("runtime.padding_free"):
         return
     yield RuleViolation(
         "runtime.pack_tokens",
-        "it has no effect on padded batches, which are cut by rows",
+        "has no effect on padded batches, which are split by rows",
         notes=(run.operand("runtime.padding_free"),),
         fixes=(run.to("runtime.pack_tokens", "auto"),),
         related=("runtime.padding_free",),
@@ -127,14 +130,15 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
 def one_liger(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true and use_liger_kernel: true exclude each other.
 
-    Both keys apply liger-kernel to the model. fused_kernels compares each kernel with the layer
-    that it replaces; use_liger_kernel is TRL's own key. With fused_kernels: auto, use_liger_kernel
-    decides.
+    Both keys replace layers of the model by kernels of the package liger-kernel. fused_kernels is
+    the toolkit's key, and compares each kernel with the layer that the kernel replaces.
+    use_liger_kernel is TRL's key. With fused_kernels: auto and use_liger_kernel: true, only
+    use_liger_kernel has an effect.
     """
     if run.value("runtime.fused_kernels") is True and run.value("grpo.use_liger_kernel"):
         yield RuleViolation(
             "grpo.use_liger_kernel",
-            "fused_kernels is true too, and only one of them can be",
+            "cannot be true while fused_kernels is true",
             notes=(run.operand("runtime.fused_kernels"),),
             fixes=(run.to("grpo.use_liger_kernel", False),),
             related=("runtime.fused_kernels",),
@@ -153,10 +157,10 @@ FORMATS = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
 def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
-    A float32 engine with a bfloat16 trainer samples a slightly different policy than it trains: the
-    log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without the engine, the
-    trained model itself samples, so there is only one format. GRPO023 covers two different 16-bit
-    formats.
+    With a float32 engine and a bfloat16 trainer, the run samples a slightly different policy than
+    it trains. The log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without
+    the vLLM engine, the trained model itself samples, so there is only one format. GRPO023 reports
+    two different 16-bit formats.
     """
     if run.engine != "vllm" or run.ask("model.dtype") != "float32":
         return

@@ -1,5 +1,5 @@
-"""Rules on how completions are sampled, and on the importance sampling that corrects for the
-sampler.
+"""Rules on how completions are sampled, and on the importance sampling that corrects for
+differences between the engine's and the trainer's log-probabilities.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CORRECTION = "grpo.vllm_importance_sampling_correction"
 _LEVEL = "grpo.importance_sampling_level"
 _SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
 
-# key -> (what its value must be, the test, the nearest legal value)
+# key -> (its legal range as text, a test of a value, the nearest legal value to a value)
 _RANGES: dict[str, tuple[str, Any, Any]] = {
     "grpo.temperature": ("from 0 to 2", lambda value: 0 <= value <= 2, lambda _: 1.0),
     "grpo.top_p": ("more than 0 and at most 1", lambda value: 0 < value <= 1, lambda _: 1.0),
@@ -37,10 +37,10 @@ _RANGES: dict[str, tuple[str, Any, Any]] = {
     fix="vllm_importance_sampling_clip_min: 0.5",
 )
 def clip_order(run: Run) -> Iterator[RuleViolation]:
-    """vllm_importance_sampling_clip_min is below clip_max.
+    """vllm_importance_sampling_clip_min is below vllm_importance_sampling_clip_max.
 
-    Importance ratios are limited to [clip_min, clip_max]; an empty interval would keep none of
-    them.
+    Importance ratios are limited to the interval from clip_min to clip_max, so the interval must
+    not be empty.
     """
     low, high = run.value(_MIN), run.value(_MAX)
     if low is None or high is None or low < high:
@@ -48,7 +48,7 @@ def clip_order(run: Run) -> Iterator[RuleViolation]:
     fixes = [run.to(_MAX, float(low) * 2 or 1.0), run.to(_MIN, float(high) / 2)]
     yield RuleViolation(
         _MIN,
-        f"{low} is not below clip_max {high}",
+        f"{low} is not below vllm_importance_sampling_clip_max {high}",
         notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
         related=(_MAX,),
@@ -66,7 +66,8 @@ grpo:
     fix="vllm_importance_sampling_clip_max: 3.0",
 )
 def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
-    """A *_truncate importance-sampling mode has clip_min or clip_max.
+    """A *_truncate mode of vllm_importance_sampling_mode needs
+    vllm_importance_sampling_clip_min or vllm_importance_sampling_clip_max.
 
     Truncation without a bound has no effect.
     """
@@ -75,7 +76,7 @@ def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
     if run.value(_MIN) is None and run.value(_MAX) is None:
         yield RuleViolation(
             _MODE,
-            f"{run.value(_MODE)} needs at least one bound, but both are null",
+            f"{run.value(_MODE)} needs at least one bound, but clip_min and clip_max are null",
             notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
             fixes=(run.to(_MAX, 3.0),),
             related=(_MAX, _MIN),
@@ -89,7 +90,7 @@ def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
     fix="vllm_importance_sampling_mode: token_truncate",
 )
 def vespo_per_token(run: Run) -> Iterator[RuleViolation]:
-    """loss_type vespo needs a token mode of importance sampling.
+    """loss_type: vespo needs vllm_importance_sampling_mode: token_truncate or token_mask.
 
     VESPO weights whole sequences itself, so the correction of the engine's log-probabilities must
     be one ratio per token. The default mode is sequence_mask.
@@ -101,7 +102,7 @@ def vespo_per_token(run: Run) -> Iterator[RuleViolation]:
         return
     yield RuleViolation(
         "grpo.loss_type",
-        f"vespo needs a token mode of importance sampling, not {mode}",
+        f"vespo needs vllm_importance_sampling_mode token_truncate or token_mask, not {mode}",
         notes=(run.operand(_MODE),),
         fixes=(run.to(_MODE, "token_truncate"),),
         related=(_MODE,),
@@ -116,10 +117,11 @@ def vespo_per_token(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
-    """Sequence-level ratios need a loss that averages over sequences.
+    """importance_sampling_level: sequence needs a loss that averages over sequences.
 
     The losses bnpo, dr_grpo, dapo and cispo sum over tokens, so with importance_sampling_level:
-    sequence they weight each sequence by its length. GSPO (arXiv 2507.18071) is loss_type: grpo.
+    sequence they weight each sequence by its length. For GSPO (arXiv 2507.18071) set loss_type:
+    grpo.
     """
     loss = run.value("grpo.loss_type")
     if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
@@ -146,7 +148,7 @@ def no_greedy_training(run: Run) -> Iterator[RuleViolation]:
     if run.value("grpo.temperature") == 0:
         yield RuleViolation(
             "grpo.temperature",
-            "0 gives the same completion every time: no exploration, no advantage",
+            "at 0 all completions of a prompt are the same, so every advantage is 0",
             fixes=(run.to("grpo.temperature", 1.0),),
         )
 
@@ -171,6 +173,6 @@ def sampling_ranges(run: Run) -> Iterator[RuleViolation]:
             continue
         yield RuleViolation(
             key,
-            f"{node.value} is out of range: must be {wanted}",
+            f"{node.value} is out of range: it must be {wanted}",
             fixes=(run.to(key, nearest(node.value)),),
         )

@@ -1,4 +1,4 @@
-"""Rules on when the run evaluates, saves and changes its learning rate: what transformers'
+"""Rules on 16-bit formats, evaluation, checkpoints, schedules and data workers, as transformers'
 TrainingArguments requires.
 """
 
@@ -17,7 +17,7 @@ _EVAL, _SAVE = "grpo.eval_strategy", "grpo.save_strategy"
 _EVAL_STEPS, _SAVE_STEPS = "grpo.eval_steps", "grpo.save_steps"
 _BEST = "grpo.load_best_model_at_end"
 _SCHEDULER = "grpo.lr_scheduler_type"
-_PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run this way
+_PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run in millionths
 
 
 @rule(
@@ -29,15 +29,16 @@ _PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run this
 def one_half_precision(run: Run) -> Iterator[RuleViolation]:
     """bf16 and fp16 are mutually exclusive, and so are bf16_full_eval and fp16_full_eval.
 
-    A computation has one format. model.dtype: auto chooses the format that the card supports, or
-    float16 if fp16 is true. The engine samples in a 16-bit model.dtype, so the trainer must compute
-    in the same format.
+    The trainer computes in only one number format. model.dtype: auto chooses the format that the
+    card supports, or float16 if fp16 is true. If model.dtype is a 16-bit format, the engine samples
+    in this format, and the trainer must compute in the same format.
     """
     for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
         if run.ask(half) and run.ask("model.dtype") == weights:
             yield RuleViolation(
                 half,
-                f"the trainer would compute in a different format than the engine: {weights}",
+                f"the trainer and the engine would compute in different formats: the engine in "
+                f"{weights}",
                 notes=(run.operand("model.dtype"),),
                 fixes=(run.to(half, False), run.to("model.dtype", "auto")),
                 related=("model.dtype",),
@@ -74,7 +75,10 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _BEST,
             "a LoRA run ends with its last adapter: no checkpoint would be loaded",
-            notes=("runtime.keep_best: 1 keeps the best checkpoint; toolkit export --checkpoint",),
+            notes=(
+                "runtime.keep_best: 1 keeps the best checkpoint, and toolkit export --checkpoint "
+                "exports it",
+            ),
             fixes=(run.to(_BEST, False),),
         )
         return
@@ -82,7 +86,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
         return
     if run.value(_EVAL) != run.value(_SAVE):
         data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None
-        # otherwise DATA005 refuses it
+        # without evaluation data, DATA005 would refuse the second fix
         evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()
         yield RuleViolation(
             _BEST,
@@ -117,8 +121,8 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
 def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
     """lr_scheduler_type reduce_lr_on_plateau and greedy need eval_strategy.
 
-    They change the learning rate by an evaluation metric, so without evaluations they have no
-    input.
+    These schedules change the learning rate according to an evaluation metric, so they need
+    evaluations.
     """
     kind = run.value(_SCHEDULER)
     if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
@@ -165,7 +169,8 @@ def prefetch_needs_workers(run: Run) -> Iterator[RuleViolation]:
 def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
     """eval_steps and save_steps are whole numbers, or fractions of the run below 1.
 
-    0.1 means every tenth of the run. 10.5 steps are not possible, and every 0 steps means never.
+    0.1 means every tenth of the run. 10.5 steps are not possible, and with 0 steps nothing is ever
+    saved.
     """
     for key, strategy in ((_EVAL_STEPS, _EVAL), (_SAVE_STEPS, _SAVE)):
         steps = run.ask(key)
@@ -173,8 +178,9 @@ def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
             continue
         if steps > 1 and steps != int(steps):
             yield RuleViolation(
-                key, f"{steps} is not a number of steps", fixes=(run.to(key, int(steps)),)
+                key, f"{steps} is not a whole number of steps", fixes=(run.to(key, int(steps)),)
             )
         elif steps == 0 and key == _SAVE_STEPS:
             off = run.to(strategy, "no")
-            yield RuleViolation(key, "every 0 steps means never", fixes=(run.to(key, 500), off))
+            message = "with 0 steps no checkpoint is ever saved"
+            yield RuleViolation(key, message, fixes=(run.to(key, 500), off))

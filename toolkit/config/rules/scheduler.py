@@ -1,4 +1,6 @@
-"""Rules on the learning rate schedule: which keywords its function accepts."""
+"""Rules on the learning rate schedule: its keywords (lr_scheduler_kwargs), its rates and its
+warm-up.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ _GREEDY_MIN_LR = 1e-3  # the lowest rate of greedy without min_lr
 
 
 def _given(run: Run) -> dict[str, Node] | None:
-    """The keywords in the run file; None if lr_scheduler_kwargs is invalid by itself."""
+    """The keywords in the run file; None if lr_scheduler_kwargs is not a mapping."""
     node = run.node(KWARGS)
     if node is None or node.value is None:
         return {}
@@ -48,10 +50,10 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
     fix="lr_scheduler_kwargs: {num_decay_steps: 100}",
 )
 def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
-    """lr_scheduler_type has the keywords that it needs.
+    """lr_scheduler_kwargs has the keywords that lr_scheduler_type needs.
 
-    warmup_stable_decay needs num_decay_steps; cosine_with_min_lr and cosine_warmup_with_min_lr need
-    one of min_lr and min_lr_rate. These are keys of lr_scheduler_kwargs.
+    warmup_stable_decay needs num_decay_steps. cosine_with_min_lr and cosine_warmup_with_min_lr need
+    either min_lr or min_lr_rate.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:
@@ -87,10 +89,11 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     fix="lr_scheduler_kwargs: {num_cycles: 2}",
 )
 def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
-    """lr_scheduler_kwargs contains keywords of the schedule, with valid values.
+    """lr_scheduler_kwargs contains only keywords of the schedule, with valid values.
 
-    Each lr_scheduler_type has different keywords. The trainer passes the number of steps and the
-    warm-up. linear accepts no keywords; constant and constant_with_warmup ignore them.
+    Each lr_scheduler_type has different keywords. The trainer itself passes the number of steps and
+    the warm-up steps. linear accepts no keywords. constant and constant_with_warmup ignore all
+    keywords.
     """
     found, given = _schedule(run), _given(run)
     if found is None or not given:
@@ -101,7 +104,7 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
             KWARGS,
             f"has no effect: {kind} takes no keywords",
             notes=(run.operand(TYPE),),
-            fixes=(Fix("remove it"),),
+            fixes=(Fix("remove lr_scheduler_kwargs"),),
             severity=Severity.WARNING,
             on_key=True,
         )
@@ -120,11 +123,11 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
     """The violation for a keyword that the schedule does not have or that the trainer passes
     itself.
     """
-    fixes: tuple[Fix, ...] = (Fix("remove it"),)
+    fixes: tuple[Fix, ...] = (Fix(f"remove {name}"),)
     known = ", ".join(schedule.keywords) or "none"
-    message = f"{kind} has no keyword {name}; it takes: {known}"
+    message = f"{kind} has no keyword {name}; its keywords: {known}"
     if name in PASSED_BY_THE_TRAINER:
-        message = f"{kind} gets {name} from the trainer (warmup_steps, max_steps)"
+        message = f"the trainer sets {name} of {kind} (from warmup_steps and max_steps)"
     else:
         close = nearest(name, schedule.keywords)
         if close is not None:
@@ -140,7 +143,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
 
 
 def _wanted(name: str, node: Node) -> str | None:
-    """What the keyword accepts, as text, if its value is not valid; else None."""
+    """The values that the keyword accepts, as text; None if its value is valid."""
     value: Any = node.value
     if name in CHOICES:
         return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
@@ -168,9 +171,10 @@ def _wanted(name: str, node: Node) -> str | None:
 def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     """The schedule's lowest rate is below learning_rate.
 
-    polynomial ends at lr_end (default 1e-7) and refuses an lr_end that is not below learning_rate.
-    With min_lr above learning_rate the other schedules increase the rate. greedy's default min_lr
-    is 0.001, far above the rates that GRPO uses, and its first change would jump to it.
+    The schedule polynomial ends at lr_end (default 1e-7), and refuses an lr_end that is not below
+    learning_rate. Other schedules increase the rate if min_lr is above learning_rate. The default
+    min_lr of greedy is 0.001, which is far above the usual rates of GRPO. The first change would
+    raise the rate to 0.001.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:
@@ -202,11 +206,12 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
-    """The warm-up ends within the run, and the decay steps of warmup_stable_decay fit after it.
+    """The warm-up ends within the run, and the decay steps of warmup_stable_decay fit after the
+    warm-up.
 
-    With a warm-up of max_steps or more the run never reaches learning_rate. warmup_steps of 1 or
-    more counts steps; below 1 it is a fraction of the run. Checked if max_steps sets the length of
-    the run.
+    With a warm-up of max_steps or more, the rate never reaches learning_rate. A value of
+    warmup_steps of 1 or more is a number of steps, and a value below 1 is a fraction of the run.
+    The rule is checked if max_steps sets the length of the run.
     """
     steps, warmup, given = run.value("grpo.max_steps"), run.value("grpo.warmup_steps"), _given(run)
     if steps <= 1 or given is None:
@@ -214,7 +219,7 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
     if warmup >= steps:
         yield RuleViolation(
             "grpo.warmup_steps",
-            f"{warmup} warm-up steps, but the run has only {steps} steps: it never reaches "
+            f"{warmup} warm-up steps do not end in a run of {steps} steps: the rate never reaches "
             "learning_rate",
             notes=(run.operand("grpo.max_steps"),),
             fixes=(run.to("grpo.warmup_steps", steps // 10),),

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 SHORTEST = 16
 _WHERE = {
-    "hf": "export HF_TOKEN in the shell, or hf auth login",
+    "hf": "export HF_TOKEN in the shell, or run hf auth login",
     "wandb": "export WANDB_API_KEY in the shell",
 }
 
 
 def _secret_in(value: object) -> str | None:
-    """The kind of secret that a text contains. Short secrets are recognised only inside a URL."""
+    """The kind of secret that a text contains; None if it contains no secret. A text shorter than
+    ``SHORTEST`` is checked only if it is a URL.
+    """
     if not isinstance(value, str) or (len(value) < SHORTEST and "://" not in value):
         return None
     return find_secret(value)
@@ -38,14 +40,14 @@ def _secret_in(value: object) -> str | None:
 def no_secrets(run: Run) -> Iterator[RuleViolation]:
     """A run file contains no token, key or password.
 
-    Secrets are recognised by the key's name or by the form of the value. A run file is copied into
-    the run folder and shared. Put a secret into the environment, or log in with the tool of the
-    service. The value is never printed.
+    A run file is copied into the run folder and shared. Put a secret into an environment variable,
+    or log in with the tool of the service. Secrets are recognised by the name of the key or by the
+    form of the value. The finding never shows the value.
     """
     for path, node in run.document.root.walk():
         name = path[-1] if path else ""
         if isinstance(name, str) and node.value and is_secret_key(name):
-            kind = f"{name} holds a secret"
+            kind = f"{name} is a secret"
         else:
             found = _secret_in(node.value)
             if found is None:
@@ -54,5 +56,5 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
         node.source.hide(node.mark)
         tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
         known = "token" in kind.lower() or tool == "wandb"
-        fix = _WHERE[tool] if known else "read it from the environment"
+        fix = _WHERE[tool] if known else "put the secret into an environment variable"
         yield RuleViolation(path, f"{kind}; a run file must not contain secrets", fixes=(Fix(fix),))

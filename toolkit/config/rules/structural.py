@@ -1,5 +1,5 @@
-"""Descriptions of the findings that loading and the schema report, so that `envcheck explain`
-explains them like rules.
+"""Texts about the faults that are found while a run file is read and compared with the schema. With
+these texts `envcheck explain` explains such faults like rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RuleText(NamedTuple):
-    """The texts that describe one of these rules."""
+    """The texts that `envcheck explain` shows about one kind of fault."""
 
     summary: str
     why: str
@@ -29,21 +29,21 @@ class RuleText(NamedTuple):
 
 RULE_TEXTS: dict[str, RuleText] = {
     "DOC001": RuleText(
-        "The text is valid YAML, JSON or TOML, and a mapping of keys.",
-        "Reading stops at the first syntax error, so each call reports only one.",
+        "A run file is valid YAML, JSON or TOML, and its top level is a mapping.",
+        "Reading stops at the first syntax error, so each validation reports only one.",
         "model: {model_name: x\nlora: {r: 16}",
         "close the bracket",
     ),
     "DOC002": RuleText(
         "No key occurs twice in one mapping.",
-        "Some readers silently use the first one, others the last.",
+        "Some parsers silently use the first value, and others use the last one.",
         "grpo:\n  beta: 0.0\n  beta: 0.1",
-        "remove one of the two",
+        "remove one of the two lines",
     ),
     "DOC003": RuleText(
         "YAML tags are not used.",
         "A tag (!!python/object, !!str, !include) gives a value a type that its spelling does "
-        "not show, and some readers run code for a tag.",
+        "not show. Some parsers run code when they read a tag.",
         "lora:\n  r: !!str 16",
         "lora:\n  r: 16",
     ),
@@ -57,7 +57,7 @@ RULE_TEXTS: dict[str, RuleText] = {
         "A run file has one YAML document.",
         "A second document after --- would be ignored.",
         "model: {model_name: x}\n---\nmodel: {model_name: y}",
-        "write one run per file, and share settings with extends:",
+        "write one run per file, and share settings with the key extends",
     ),
     "DOC006": RuleText(
         "Numbers are finite.",
@@ -68,56 +68,59 @@ RULE_TEXTS: dict[str, RuleText] = {
     "DOC007": RuleText(
         "YAML 1.1 and YAML 1.2 read every value the same way.",
         "Run files are YAML 1.2 (core schema). Other tools, such as PyYAML, read YAML 1.1. "
-        "There 5e-6 is text, no is false, 0755 is octal, 12:30:00 is a number of seconds and "
-        "1_024 is a number. The fix writes the value so that both versions agree.",
+        "YAML 1.1 reads 5e-6 as text, no as false, 0755 as an octal number, 12:30:00 as a number "
+        "of seconds, and 1_024 as a number. The fix writes the value in a form that both versions "
+        "read the same way.",
         "grpo:\n  learning_rate: 5e-6",
         "grpo:\n  learning_rate: 5.0e-6",
         Severity.WARNING,
     ),
     "DOC008": RuleText(
         "YAML merge keys are not used.",
-        "<< is a feature of YAML 1.1 that YAML 1.2 removed, and readers treat it differently.",
+        "The merge key << is a feature of YAML 1.1 that YAML 1.2 removed. Some parsers merge the "
+        "mappings, and others read << as a plain key.",
         "lora:\n  <<: *defaults",
         "extends: base.yaml",
     ),
     "DOC009": RuleText(
         "The size of a run file is limited.",
-        f"It has at most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels, {MAX_NODES:,} values, and "
-        f"{MAX_ALIASED:,} values from aliases. No alias may contain itself. At most "
-        f"{MAX_FINDINGS} findings are shown.",
+        f"A run file has at most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels, {MAX_NODES:,} values, "
+        f"and {MAX_ALIASED:,} values from YAML aliases. An alias must not contain itself. "
+        f"envcheck shows at most {MAX_FINDINGS} findings.",
         "model: &m\n  again: *m",
-        "write the values out",
+        "write the values without an alias",
     ),
     "DOC010": RuleText(
         "Keys are plain names.",
         "YAML allows a list or a mapping as a key, but run files do not.",
         "? [a, b]\n: 1",
-        "write a name",
+        "use a name as the key",
     ),
     "DOC011": RuleText(
-        "extends names another run file, and no file extends itself, even indirectly.",
-        "The path is relative to the file that names it. Mappings are merged. Everything else "
-        "in the extended file is replaced by the value in the file that extends it. Relative "
-        "paths in the extended file stay relative to the extended file.",
+        "extends names an existing run file. A file must not extend itself, even indirectly.",
+        "The path is relative to the file with the key extends. Mappings of the two files are "
+        "merged. Any other value in the file with the key extends replaces the value in the "
+        "extended file. Relative paths in the extended file stay relative to the extended file.",
         "extends: missing.yaml",
         "extends: base.yaml",
     ),
     "DOC012": RuleText(
-        "An override is key=value.",
-        "The key is dotted, with numbers for list items. The value is YAML.",
+        "An override (--set) has the form key=value.",
+        "The key is dotted, and a number selects a list item (reward.functions.0.name). The value "
+        "is YAML.",
         "--set grpo.max_steps",
         "--set grpo.max_steps=10",
     ),
     "DOC013": RuleText(
-        "The text has no control characters.",
-        "YAML allows only tabs and line ends.",
+        "A run file contains no control characters.",
+        "The only control characters that YAML allows are tabs and line ends.",
         'model: {model_name: "\\x01"}',
         "remove the character",
     ),
     "DOC014": RuleText(
         "The file can be read, and is UTF-8 text.",
-        "A missing file, a folder, missing permission, a file that is too large, and other "
-        "encodings end with exit code 2.",
+        "envcheck validate ends with exit code 2 if the file is missing, is a folder, cannot be "
+        "read because of its permissions, is too large, or has another encoding.",
         "envcheck validate missing.yaml",
         "name an existing file",
     ),
@@ -128,32 +131,32 @@ RULE_TEXTS: dict[str, RuleText] = {
         "grpo:\n  max_steps: 1000",
     ),
     "DOC016": RuleText(
-        "extends stays in the run file's folder.",
+        "extends names a file in or below the run file's folder.",
         "A run file from someone else must not read other files on this machine. The extended "
-        "file must be below the folder of the loaded run file, or below a folder in the "
-        "environment variable TOOLKIT_EXTENDS_FROM (separate several with a colon). Links are "
-        "resolved first.",
+        "file must be in or below the folder of the loaded run file, or a folder in the "
+        "environment variable TOOLKIT_EXTENDS_FROM (several folders are separated by colons). "
+        "Symbolic links are resolved before the check.",
         "extends: /etc/shadow",
         "extends: base.yaml",
     ),
     "DOC017": RuleText(
         "extends names a run file.",
-        "The file's name ends in .yaml, .yml, .json or .toml, and the file is a mapping with "
-        "sections of a run file. For any other file, no line of its content is shown.",
+        "The file's name ends in .yaml, .yml, .json or .toml, and its top level is a mapping with "
+        "sections of a run file. If this is not so, the finding shows no line of the file.",
         "extends: notes.txt",
         "extends: base.yaml",
     ),
     "IMPORT001": RuleText(
         "A run file is not another tool's config, script or notebook.",
-        "toolkit import reads files of axolotl, TRL, Unsloth, verl, prime-rl and ms-swift, writes "
-        "a run file with a comment for each line that was translated or left out, and validates "
-        "it. envcheck validate accepts only run files.",
+        "envcheck validate accepts only run files. toolkit import translates files of axolotl, "
+        "TRL, Unsloth, verl, prime-rl and ms-swift into a run file, and validates this run file. "
+        "A comment in the run file describes each line that was translated or left out.",
         "base_model: Qwen/Qwen3-0.6B\nrl: grpo\nadapter: lora",
-        "toolkit import FILE",
+        "run toolkit import FILE",
     ),
     "KEY001": RuleText(
         "Every key is known.",
-        "An unknown key would be ignored, and the run would differ from its file.",
+        "An unknown key would be ignored, so the run would differ from its run file.",
         "lora:\n  lora_alfa: 16",
         "lora:\n  lora_alpha: 16",
     ),
@@ -170,14 +173,14 @@ RULE_TEXTS: dict[str, RuleText] = {
         "lora:\n  r: 8",
     ),
     "KEY004": RuleText(
-        "Values are among those that the key allows.",
-        "The legal values are in the finding, and in envcheck explain KEY.",
+        "A value is one of those that the key allows.",
+        "The finding and envcheck explain KEY list the legal values.",
         "grpo:\n  loss_type: DAPO",
         "grpo:\n  loss_type: dapo",
     ),
     "KEY005": RuleText(
         "Numbers are in range, and strings and lists are not empty.",
-        "The range is in the finding, and in envcheck explain KEY.",
+        "The finding and envcheck explain KEY show the legal range.",
         "grpo:\n  per_device_train_batch_size: 0",
         "grpo:\n  per_device_train_batch_size: 1",
     ),

@@ -1,5 +1,5 @@
-"""Rules on tensor_parallel_size, which splits one model over several cards: its value, the model
-and the other settings.
+"""Rules on tensor_parallel_size, which splits one model over several cards. They check its value,
+the model, and the settings that cannot be combined with it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleVi
 def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
-    Each card of a group holds complete attention heads, and every group has tensor_parallel_size
-    processes. There may be fewer KV heads than cards if tensor_parallel_size is a multiple of their
-    number: then several cards hold the same KV head. The model is checked if it is on this machine.
-    --world-size gives the world size.
+    A group of tensor_parallel_size processes shares one model, and the card of each process has
+    complete attention heads. A model may have fewer KV heads than the group has cards if
+    tensor_parallel_size is a multiple of the number of KV heads. Several cards then have the same
+    KV head. The model is checked if it is on this machine. --world-size sets the number of
+    processes for the check.
     """
     size = run.value(_KEY)
     if size in (1, "auto"):
@@ -61,7 +62,7 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _KEY,
             f"{size} does not divide the world size {run.processes}",
-            notes=("torchrun starts this many processes; --world-size sets it here",),
+            notes=("the world size is torchrun's number of processes; --world-size sets it here",),
             fixes=fixes,
         )
 
@@ -75,13 +76,13 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
 def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size above 1 needs share_weights: true.
 
-    The trainer computes with the part of the model that the engine of its process holds. A second,
-    complete copy in each process would take the memory that splitting saves.
+    The trainer computes with the part of the model that the engine in the same process has loaded.
+    A second, complete copy in each process would take the memory that splitting saves.
     """
     if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
         yield RuleViolation(
             _KEY,
-            f"{run.value(_KEY)} cannot be used with a copy of the weights for the trainer",
+            f"{run.value(_KEY)} cannot be used while the trainer has its own copy of the weights",
             notes=(run.operand(_SHARE),),
             fixes=(run.to(_SHARE, True), run.to(_KEY, 1)),
             related=(_SHARE,),
@@ -98,8 +99,8 @@ def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size above 1 needs a model whose split layers the trainer supports.
 
     The trainer supports dense decoders with separate projections. It does not support a mixture of
-    experts, fused projections (Phi-3), models that vLLM runs through its Transformers backend, and
-    packed 4-bit weights. Checked if the model is on this machine.
+    experts, fused projections (Phi-3), models that vLLM runs through its Transformers backend, or
+    packed 4-bit weights. The model is checked if it is on this machine.
     """
     if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
         return
@@ -139,10 +140,10 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
     fix="top_p: 1.0",
 )
 def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
-    """With tensor_parallel_size above 1, sampling uses no top_p, top_k, min_p and penalties.
+    """With tensor_parallel_size above 1, sampling uses no top_p, top_k, min_p or penalties.
 
-    Training applies these settings to its own logits. Each card holds the logits of only a part of
-    the vocabulary, but the settings depend on the logits of all tokens.
+    Training applies these settings to its own logits. The settings depend on the logits of all
+    tokens, but each card computes the logits of only a part of the vocabulary.
     """
     if not _split(run) or run.engine == "transformers":
         return
@@ -153,7 +154,7 @@ def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
     for name, value in run.mapping("grpo.generation_kwargs").items():
         if name in _PENALTIES and value:
             message = f"{name} {value} {_UNSUPPORTED}"
-            yield _excluded(run, "grpo.generation_kwargs", message, Fix(f"leave {name} out"))
+            yield _excluded(run, "grpo.generation_kwargs", message, Fix(f"remove {name}"))
 
 
 @rule(
@@ -166,9 +167,9 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1, the adapter has no dropout, and its initialization does
     not depend on the base weights.
 
-    With dropout, each process would draw its own mask, so the result would differ from that of one
-    process. Each process holds only a part of the base weights, so an initialization from them
-    would differ too.
+    With dropout, each process would draw its own mask, so the result would differ from that of a
+    single process. Each process has only a part of the base weights, so an initialization that is
+    computed from the base weights would differ too.
     """
     if not _split(run) or run.engine == "transformers":
         return
@@ -177,7 +178,7 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
         yield _excluded(run, "lora.lora_dropout", message, run.to("lora.lora_dropout", 0.0))
     init = run.ask("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
-        message = f"{init} depends on the complete weights, and each card holds a part of them"
+        message = f"{init} needs the complete weights, but each card has only a part of them"
         fix = run.to("lora.init_lora_weights", True)
         yield _excluded(run, "lora.init_lora_weights", message, fix)
 
@@ -191,9 +192,9 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
 def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1, the optimizer updates each value independently.
 
-    Each process holds a part of the adapter. Optimizers that use whole rows or columns (adafactor),
-    blocks of values (8 bits) or the norm of a tensor would make a different step than in one
-    process.
+    Each process updates only a part of the adapter. Some optimizers use whole rows or columns
+    (adafactor), blocks of values (8-bit optimizers) or the norm of a tensor. Their step would
+    differ from the step in a single process.
     """
     if not _split(run) or run.engine == "transformers":
         return

@@ -45,8 +45,8 @@ grpo:
 def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     """router_aux_loss_coef above 0 needs a mixture of experts that returns its router's logits.
 
-    The auxiliary loss balances the experts and is computed from these logits. Checked when the
-    model is on this machine.
+    The auxiliary loss balances the experts and is computed from these logits. The rule is checked
+    if the model is on this machine.
     """
     coefficient = run.value(ROUTER)
     if not coefficient or run.model is None:
@@ -71,9 +71,11 @@ def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     fix="dataloader_num_workers: 1",
 )
 def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
-    """dataloader_persistent_workers and dataloader_multiprocessing_context need workers.
+    """dataloader_persistent_workers and dataloader_multiprocessing_context need
+    dataloader_num_workers above 0.
 
-    They configure the worker processes of dataloader_num_workers; torch refuses them if it is 0.
+    The two keys configure the worker processes that load data. torch refuses the keys if there are
+    no worker processes.
     """
     if run.value(WORKERS) != 0:
         return
@@ -82,7 +84,7 @@ def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
         if run.ask(key) != off:
             yield RuleViolation(
                 key,
-                "it has no effect without worker processes",
+                "has no effect without worker processes",
                 notes=(run.operand(WORKERS),),
                 fixes=(run.to(key, off), run.to(WORKERS, 1)),
                 related=(WORKERS,),
@@ -96,11 +98,13 @@ def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
     fix="remove accelerator_config",
 )
 def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
-    """accelerator_config has keys that accelerate knows, except those that break the groups.
+    """accelerator_config has only keys of accelerate, and does not turn on options that GRPO cannot
+    use.
 
     split_batches would split the batch that TRL has already split. dispatch_batches sends tensors
-    from the first process, but GRPO's batches are texts. use_configured_state needs an existing
-    accelerator. For gradient_accumulation_kwargs.num_steps set gradient_accumulation_steps.
+    from the first process, but GRPO's batches are texts. use_configured_state needs an Accelerator
+    that was created before the run. gradient_accumulation_kwargs.num_steps is replaced by
+    grpo.gradient_accumulation_steps.
     """
     node = run.node(ACCELERATE)
     if node is None or not isinstance(node.value, dict):
@@ -117,14 +121,15 @@ def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 place,
                 "the trainer accumulates gradients itself: set grpo.gradient_accumulation_steps",
-                fixes=(Fix("remove it"),),
+                fixes=(Fix("remove gradient_accumulation_kwargs"),),
             )
 
 
 _REFUSED = {
-    "split_batches": "would split batches that are already split, and break up groups",
+    "split_batches": "would split batches that are already split, and separate completions of a "
+    "prompt",
     "dispatch_batches": "sends tensors between processes, but GRPO's batches are texts",
-    "use_configured_state": "needs an existing accelerator, but a run has none",
+    "use_configured_state": "needs an Accelerator that was created before the run",
 }
 
 
@@ -133,8 +138,8 @@ def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -
     return RuleViolation(
         place,
         f"accelerate has no key {name}",
-        notes=(f"it has: {', '.join(ACCELERATOR)}",),
-        fixes=(run.rename(member, close) if close else Fix("remove it"),),
+        notes=(f"its keys: {', '.join(ACCELERATOR)}",),
+        fixes=(run.rename(member, close) if close else Fix(f"remove {name}"),),
         on_key=True,
     )
 
@@ -164,7 +169,7 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
             what = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
             meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
             known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
-            fix = known if meant else Fix("remove it")
+            fix = known if meant else Fix(f"remove {word or 'the empty item'}")
             yield RuleViolation(place, f"{word} {what}", fixes=(fix,))
 
 
@@ -175,9 +180,9 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
     fix="torch_compile_backend: inductor",
 )
 def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
-    """torch_compile_backend and torch_compile_mode are names that accelerate and torch know.
+    """torch_compile_backend is a backend of accelerate, and torch_compile_mode is a mode of torch.
 
-    Either of them turns torch_compile on. Only inductor has modes.
+    Each of the two keys turns torch_compile on. Only the backend inductor has modes.
     """
     for key, known in ((_BACKEND, COMPILERS), (_MODE, COMPILE_MODES)):
         name = run.ask(key)
@@ -206,9 +211,10 @@ def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
     fix="tf32: false",
 )
 def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
-    """tf32 needs compute capability 8.0.
+    """tf32 needs compute capability 8.0 or above.
 
-    TensorFloat-32 is a format of Ampere GPUs and newer. Checked with --gpu.
+    TensorFloat-32 is a format of Ampere GPUs and newer. `envcheck validate` checks the rule only
+    with --gpu.
     """
     why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
     if why:
@@ -224,9 +230,9 @@ def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     fix="cache_implementation: static",
 )
 def cache_is_known(run: Run) -> Iterator[RuleViolation]:
-    """cache_implementation is one of transformers' caches; offloaded ones need a GPU.
+    """cache_implementation is a cache of transformers. The offloaded caches need a GPU.
 
-    This cache is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked
+    The cache is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked
     with --gpu.
     """
     key = "grpo.cache_implementation"
@@ -238,7 +244,7 @@ def cache_is_known(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             key,
             f"{name} is not a cache of transformers",
-            notes=(f"known: {', '.join(CACHES)}",),
+            notes=(f"legal values: {', '.join(CACHES)}",),
             fixes=(run.to(key, close),),
         )
         return
@@ -258,7 +264,7 @@ grpo:
     fix="transformers_continuous_batching_config: {block_size: 64}",
 )
 def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
-    """transformers_continuous_batching_config has keys of transformers' ContinuousBatchingConfig.
+    """transformers_continuous_batching_config has only keys of ContinuousBatchingConfig.
 
     An unknown key would end the run when the trainer is created.
     """
@@ -272,8 +278,8 @@ def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
         close = nearest(key, BATCHING)
         yield RuleViolation(
             ("grpo", name, key),
-            f"{key} is not one of its keys",
-            notes=(f"known: {', '.join(BATCHING)}",),
-            fixes=(run.rename(member, close) if close else Fix("remove it"),),
+            f"{key} is not a key of transformers' ContinuousBatchingConfig",
+            notes=(f"its keys: {', '.join(BATCHING)}",),
+            fixes=(run.rename(member, close) if close else Fix(f"remove {key}"),),
             on_key=True,
         )

@@ -1,5 +1,5 @@
-"""Rules on losses, reference models and schedules: what TRL's trainer requires besides the
-batch.
+"""Rules on the loss, the reference model, the warm-up and the learning rate, as TRL's trainer
+requires.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def repo_needs_logging(run: Run) -> Iterator[RuleViolation]:
     fix="use_liger_kernel: false",
 )
 def liger_limits(run: Run) -> Iterator[RuleViolation]:
-    """use_liger_kernel needs Liger, and excludes entropy terms, off-policy masking and an adapted
-    lm_head.
+    """use_liger_kernel needs the package liger-kernel, and excludes entropy terms, off-policy
+    masking and an adapter on lm_head.
 
-    Liger's fused loss never creates the logits. So it cannot compute what depends on them (the
-    entropy bonus, top_entropy_quantile below 1, off_policy_mask_threshold), and it cannot use an
-    adapter on lm_head. TRL deprecates use_liger_kernel, because its own loss is chunked now.
+    Liger's fused loss never creates the logits. An entropy bonus, top_entropy_quantile below 1 and
+    off_policy_mask_threshold are computed from the logits, so they cannot be combined with this
+    loss. The fused loss also cannot use an adapter on lm_head. TRL deprecates use_liger_kernel,
+    because TRL's own loss now processes the tokens in chunks.
     """
     if not run.ask(_LIGER):
         return
@@ -82,14 +83,18 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
     if adapts_head(run):
         clashes.append(_TARGETS)
     if clashes:
+        names = [
+            "an adapter on lm_head" if key == _TARGETS else key.rpartition(".")[2]
+            for key in clashes
+        ]
         yield RuleViolation(
             _LIGER,
-            f"Liger cannot be used with {', '.join(key.rpartition('.')[2] for key in clashes)}",
+            f"Liger cannot be used with {', '.join(names)}",
             notes=("; ".join(run.operand(key) for key in clashes),),
             fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
             related=tuple(clashes),
         )
-    # GRPO066 reports the other case
+    # GRPO066 reports use_liger_kernel together with fused_kernels: true
     elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:
         yield RuleViolation(
             _LIGER,
@@ -112,11 +117,12 @@ def _plain(run: Run, key: str) -> object:
     fix="remove lm_head from target_modules",
 )
 def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
-    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and tied weights.
+    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and an lm_head that shares its weight
+    with the embedding.
 
-    The cast replaces lm_head by a float32 copy, so an adapter on it would be lost. If lm_head is
-    tied to the embedding, TRL 1.16 looks for the embedding under a name that a model with an
-    adapter does not have. Checked when the model is on this machine.
+    The cast replaces lm_head by a float32 copy, so an adapter on lm_head would be lost. If lm_head
+    is tied to the embedding, TRL 1.16 looks for the embedding under a name that a model with an
+    adapter does not have. Tied weights are checked when the model is on this machine.
     """
     if not run.value("grpo.cast_lm_head_to_fp32"):
         return
@@ -147,8 +153,7 @@ def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
     """sync_ref_model needs beta above 0 and full fine-tuning.
 
     With beta 0 there is no reference model. With LoRA the reference is a frozen copy of the adapter
-    that the run starts from. Both use the same base weights, so there is no second model to
-    synchronize.
+    that the run starts from, on the same base weights. So there is no second model to synchronize.
     """
     if not run.value("grpo.sync_ref_model"):
         return
@@ -174,8 +179,8 @@ def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
 def one_warmup(run: Run) -> Iterator[RuleViolation]:
     """warmup_steps and warmup_ratio are mutually exclusive.
 
-    transformers 5 has only warmup_steps: 1 or more counts steps, and below 1 it is a fraction of
-    the run, as warmup_ratio was.
+    transformers 5 has only warmup_steps. A value of 1 or more is a number of steps. A value below 1
+    is a fraction of the run, as warmup_ratio was.
     """
     ratio = run.node("grpo.warmup_ratio")
     if ratio is not None and run.written("grpo.warmup_steps"):
@@ -198,8 +203,8 @@ def one_warmup(run: Run) -> Iterator[RuleViolation]:
 def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """learning_rate is between 1e-7 and 1.
 
-    Below this range an adapter hardly changes in thousands of steps; above it, training diverges.
-    Nearly always the exponent is mistyped. Usual for GRPO with LoRA is 1e-6 to 5e-5.
+    Below this range an adapter hardly changes in thousands of steps. Above it, training diverges.
+    The usual cause is a mistyped exponent. Usual values for GRPO with LoRA are 1e-6 to 5e-5.
     """
     rate = run.value("grpo.learning_rate")
     if not SLOWEST <= rate <= FASTEST:

@@ -1,4 +1,7 @@
-"""A rule: a function with an id, texts for people, and the violations that it yields."""
+"""Register rules, and turn their violations into findings.
+
+A rule is a function with an id. It yields a violation for each fault that it finds in a run file.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RuleViolation:
-    """What a rule yields; the registry adds the rule's id and severity."""
+    """One fault that a rule found. ``Rule.judge`` adds the rule's id, its severity and the position
+    in the run file.
+    """
 
     at: str | KeyPath
     message: str
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[str, ...] = ()
-    on_key: bool = False  # whether the key is wrong, not its value
+    on_key: bool = False  # True: the key itself is wrong. False: its value is wrong.
     severity: Severity | None = None  # the severity, if it differs from the rule's own
-    unknown: bool = False
+    unknown: bool = False  # True: this machine lacks the files for the check
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``summary`` and ``why`` are its function's docstring."""
+    """One rule. ``summary`` is the first paragraph of its function's docstring, and ``why`` is the
+    rest.
+    """
 
     id: str
     severity: Severity
@@ -45,7 +52,9 @@ class Rule:
     check: Callable[[Run], Iterator[RuleViolation]]
 
     def judge(self, run: Run) -> Iterator[Finding]:
-        """The findings of this rule on ``run``."""
+        """Yield the findings of this rule on ``run``. If the rule needs a value that is invalid,
+        another rule reports the value, and this rule yields nothing.
+        """
         try:
             for fault in self.check(run):
                 yield _finding(run, self, fault)
@@ -54,7 +63,7 @@ class Rule:
 
 
 def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
-    """The finding for a violation, with its position."""
+    """The finding for a violation, with its position in the run file."""
     path = parts_of(fault.at) if isinstance(fault.at, str) else fault.at
     node = _shown(run, path, fault.related)
     mark = node.key if fault.on_key and node.key is not None else node.mark
@@ -75,8 +84,8 @@ def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
 
 
 def _shown(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
-    """The node to report: the one that the violation names, else one of the related keys in the run
-    file, else the section, else the file.
+    """The node at which a violation is reported: the key at ``path`` if the run file sets it. Else
+    a related key that the run file sets, the section of the key, or the whole file.
     """
     for candidate in (path, *(parts_of(one) for one in related), path[:1]):
         node = run.document.node(candidate)
@@ -91,7 +100,9 @@ RULES: dict[str, Rule] = {}
 def rule(
     name: str, keys: str, *, example: str, fix: str, severity: Severity = Severity.ERROR
 ) -> Callable[[Callable[[Run], Iterator[RuleViolation]]], Callable[[Run], Iterator[RuleViolation]]]:
-    """Register a function as rule ``name`` on ``keys`` (blank-separated, dotted)."""
+    """Register a function as rule ``name``. ``keys`` are the dotted keys that it checks, separated
+    by spaces.
+    """
 
     def register(
         check: Callable[[Run], Iterator[RuleViolation]],
