@@ -150,9 +150,13 @@ def one_run(
 
     spec, device, largest = sizing
     row: dict[str, Any] = {**where, "run": Run(**run).name}
-    utilization = largest.choice.gpu_memory_utilization
-    if utilization is not None:
-        config = replace(config, model=replace(config.model, gpu_memory_utilization=utilization))
+    choice = largest.choice
+    if choice.gpu_memory_utilization is not None:
+        engine = {
+            "gpu_memory_utilization": choice.gpu_memory_utilization,
+            "dequantized_rollouts": choice.dequantized_rollouts,
+        }
+        config = replace(config, model=replace(config.model, **engine))
     result = solve(config, spec, device)
     if not result.feasible:
         append(results, {**row, "terms": [], "skipped": "sizing says that it does not fit"})

@@ -186,6 +186,8 @@ def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     if not left_open or copies >= whole:
         return None
     left = room_for_copies(candidate, fit) + copies
+    if left >= whole:
+        return None  # the run does not fit at the utilization in the run file, which is reported
     made = f"copies of {format_bytes(copies)} are made" if copies else "no copies are made"
     return (
         f"16-bit copies of all 4-bit weights for rollouts would need {format_bytes(whole)}, but "

@@ -30,6 +30,10 @@ RUNTIME_BYTES = 192 * MIB
 # Bytes of one captured graph of one layer (driver structures and its private pool), from published
 # start-up logs of 1B to 8B models: 67 sizes x 32 layers take 0.5 to 0.6 GiB.
 GRAPH_LAYER_BYTES = 256 * 1024
+# With LoRA, vLLM captures every size twice: with an adapter and without one
+# (v1/worker/gpu/lora_utils.py, get_lora_capture_cases). On an H200, 13 sizes of the 8B shape made
+# 26 graphs of 0.27 GiB.
+GRAPHS_PER_SIZE = 2
 # Bytes per logit of the sampler's temporary tensors: bf16 logits, their fp32 copy,
 # log-probabilities, probabilities and the exponential noise (v1/sample/sampler.py and
 # ops/topk_topp_sampler.py).
@@ -65,7 +69,7 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
             Term(
                 "engine.cuda_graphs",
                 graph_bytes(spec, plan),
-                f"{graphs} sizes x {spec.layers} layers, estimated"
+                f"{graphs} sizes, with and without an adapter, x {spec.layers} layers, estimated"
                 if not plan.enforce_eager
                 else "none, because of enforce_eager",
             ),
@@ -150,7 +154,7 @@ def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     if plan.enforce_eager:
         return 0
     sizes = graph_sizes(plan.max_num_seqs, plan.max_num_batched_tokens)
-    return len(sizes) * spec.layers * GRAPH_LAYER_BYTES + 64 * MIB
+    return len(sizes) * GRAPHS_PER_SIZE * spec.layers * GRAPH_LAYER_BYTES + 64 * MIB
 
 
 def kv_element_bytes(plan: EnginePlan) -> int:

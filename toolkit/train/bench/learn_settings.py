@@ -21,10 +21,12 @@ LEARN: Mapping[str, Any] = {
     "completion_tokens": 32,
     "max_seq_length": 256,
     "r": 32,
-    "per_device_batch": 32,
+    "per_device_batch": 128,
     "learning_rate": 2e-4,
 }
-"""The values of ``bench --learn``, which replace the defaults of ``Settings``."""
+"""The values of ``bench --learn``, which replace the defaults of ``Settings``. The micro-batch of the
+other arms is the whole step: with 32, TRL's step took 2.5 times as long.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
