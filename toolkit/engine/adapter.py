@@ -4,10 +4,11 @@ The first publish goes through vLLM's own manager, which registers the adapter a
 Every later publish only copies into the stacked tensors of that slot on the device, so the
 addresses that CUDA graphs captured stay valid.
 
-The scaling (alpha/r, or alpha/sqrt(r) with rsLoRA: arXiv 2106.09685, 2312.03732) is multiplied into
-B during the copy, in the trainer's dtype, and vLLM gets alpha = r. With another alpha vLLM would
-multiply lora_B by alpha/r in place (``LoRALayerWeights.optimize``) and so change the tensors that
-are being trained; and before 0.31 its packing of expert layers ignores rsLoRA.
+The scaling is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732). The copy
+multiplies B by the scaling in the trainer's dtype, and vLLM gets alpha = r, which is a scaling of
+1. With another alpha, vLLM would multiply lora_B by alpha/r in place
+(``LoRALayerWeights.optimize``), and so change the tensors that are being trained. Also, before
+0.31 vLLM ignores rsLoRA when it packs expert layers.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 PLAIN_VARIANTS = ("NoneType", "MiCALinearVariant")
-"""PEFT 0.21's variants that compute W + s B A; MiCA is one of them, with a B that is not
-trained.
+"""The class names of PEFT 0.21's LoRA variants that compute W + s B A. "NoneType" is plain LoRA.
+MiCA computes the same sum, but does not train B.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The tensors A (r, in) and B (out, r) of one adapted layer, not copied, and the factor of B.
-    If the layer is split, A and B are what this process computes with, and ``held`` is the part of
-    B that it trains.
+    """The LoRA tensors A (r, in) and B (out, r) of one adapted layer, and the scaling of B.
+
+    The tensors are references, not copies. If tensor parallelism splits the layer, A and B are the
+    tensors that this process computes with, and ``held`` is the part of B that this process trains.
     """
 
     module: str
@@ -55,7 +57,10 @@ class Pair:
 
 @dataclass(slots=True)
 class Plan:
-    """The trained tensors and the slots that they are copied to, as lists for one fused kernel."""
+    """The trained tensors and the slots that they are copied to, as lists.
+
+    With lists, torch copies all tensors in one fused kernel (``torch._foreach_copy_``).
+    """
 
     signature: tuple[object, ...]
     a_from: list[torch.Tensor] = field(default_factory=list)
@@ -77,7 +82,7 @@ class Plan:
 
 
 def read_pairs(peft_model: Any, name: str) -> list[Pair]:
-    """The tensor pairs of the layers that adapter ``name`` of a PEFT model adapts.
+    """Return the LoRA tensors of each layer that adapter ``name`` of a PEFT model adapts.
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
@@ -137,8 +142,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
 
 
 class AdapterSlots:
-    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager; ``dtype`` and ``device``
-    are those of its slots.
+    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager, and ``module`` is vLLM's
+    module of the model.
     """
 
     def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
@@ -174,8 +179,8 @@ class AdapterSlots:
         plan.run()
 
     def is_active(self, name: str) -> bool:
-        """Whether adapter ``name`` is in its slot: it was published, and no other adapter has
-        replaced it.
+        """Return True if adapter ``name`` was published and no other adapter has replaced it in
+        its slot.
         """
         return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
 
@@ -203,8 +208,8 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Publish copies through vLLM's own functions, because vLLM writes to the tensors that it
-        gets.
+        """Add the adapter with vLLM's own functions. They get copies of the tensors, because vLLM
+        writes to the tensors that it gets.
         """
         for pair in pairs:
             self._places(pair.module)  # raises an error; vLLM would skip the module silently
@@ -214,8 +219,8 @@ class AdapterSlots:
         tensors: dict[str, torch.Tensor] = {}
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
-            # vLLM takes its part of the tensors itself, so they are passed whole also if layers are
-            # split.
+            # If tensor parallelism splits the layer, vLLM selects the part of this process itself.
+            # So vLLM always gets the whole tensors.
             tensors[f"{prefix}.lora_A.weight"] = (
                 gather_parts(pair.a).detach().to("cpu", dtype, copy=True)
             )
@@ -253,8 +258,8 @@ class AdapterSlots:
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """The (vLLM layer, part) slots of an adapted layer: one slot, or one per part if the
-        Hugging Face layer is fused.
+        """Return the (vLLM layer, part) slots of an adapted Hugging Face layer. A layer has one
+        slot, or one slot per part if the layer is fused (such as gate_up_proj).
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module
@@ -264,12 +269,14 @@ class AdapterSlots:
 def find_places(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
-    """The slots for the LoRA of the Hugging Face layer ``module``: vLLM's layers, each with the
-    index of the part among the parts that it fuses.
+    """Return the slots for the LoRA of the Hugging Face layer ``module``.
+
+    Each slot is a vLLM layer and the index of a part. vLLM fuses layers such as q_proj, k_proj and
+    v_proj into one layer, and the index tells which of the fused parts the slot belongs to.
 
     Raises:
-        UnsupportedError: vLLM has no layer with slots there, its model skips adapters under that
-            name, or its latent attention bypasses the layer.
+        UnsupportedError: vLLM has no layer with a LoRA slot for ``module``, vLLM's model class
+            skips adapters under that name, or vLLM's latent attention does not call the layer.
     """
     name = engine_name(vllm_module, module)
     for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():

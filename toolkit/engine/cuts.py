@@ -1,8 +1,8 @@
-"""Find the part of a Hugging Face layer that the engine of this process has.
+"""Find which part of a Hugging Face layer the engine of this process has (tensor parallelism).
 
-vLLM's own layer records how it is split (``ColumnParallelLinear``, ``RowParallelLinear``,
-``VocabParallelEmbedding``, read at 0.25.1 and 0.31.0). This module does not depend on an
-architecture.
+vLLM's layer classes record how a layer is split (``ColumnParallelLinear``, ``RowParallelLinear``,
+``VocabParallelEmbedding``; written for vLLM 0.25.1 and 0.31.0). This module reads only these
+records, so it works for every architecture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WHERE = "model.tensor_parallel_size"
 
 
 class EngineCuts:
-    """How the layers of vLLM's ``module`` are split, by their Hugging Face names."""
+    """Look up how a layer of vLLM's ``module`` is split, by the layer's Hugging Face name."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -43,10 +43,11 @@ class EngineCuts:
 
 
 def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
-    """How vLLM's ``module`` splits the Hugging Face linear layer ``name``.
+    """Return how vLLM's ``module`` splits the Hugging Face linear layer ``name``.
 
     Raises:
-        UnsupportedError: the engine does not have this layer, or has another kind of layer there.
+        UnsupportedError: the engine does not have this layer, or its layer is of a class that the
+            trainer cannot split in the same way.
     """
     shared = mesh()
     assert shared is not None
@@ -57,7 +58,11 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
     if isinstance(layer, ColumnParallelLinear):
         sizes = list(getattr(layer, "output_partition_sizes", []))
         if part >= len(sizes) or (part == 0 and len(sizes) == 1 and layer.gather_output):
-            raise UnsupportedError(f"the engine's layer of {name} is cut otherwise", where=WHERE)
+            raise UnsupportedError(
+                f"the engine splits the layer {name} in a way that the trainer does not support",
+                where=WHERE,
+                fix="set tensor_parallel_size: 1",
+            )
         length = int(sizes[part])
         copies = max(length * shared.size // out_features, 1)
         start = shared.rank // copies * length
@@ -65,20 +70,28 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
     if isinstance(layer, ReplicatedLinear):
         return Cut("whole")
     raise UnsupportedError(
-        f"the engine's layer of {name} is a {type(layer).__name__}, which the trainer does not"
-        " follow when it is split",
+        f"the engine's layer of {name} is a {type(layer).__name__}, and the trainer cannot split"
+        " this class of layer",
         where=WHERE,
-        fix="tensor_parallel_size: 1",
+        fix="set tensor_parallel_size: 1",
     )
 
 
 def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
-    """(the rows of the embedding or head ``name`` in this process, the number of rows of each
-    process including padding).
+    """Return the rows of the embedding or head ``name`` that this process has, and the number of
+    rows per process including padding.
+
+    Raises:
+        UnsupportedError: the engine does not have this layer, or does not split it by vocabulary.
     """
     layer, _ = _layer_of(module, name)
     if not isinstance(layer, VocabParallelEmbedding):
-        raise UnsupportedError(f"the engine's {name} is a {type(layer).__name__}", where=WHERE)
+        raise UnsupportedError(
+            f"the engine's layer of {name} is a {type(layer).__name__}, which is not split by"
+            " vocabulary",
+            where=WHERE,
+            fix="set tensor_parallel_size: 1",
+        )
     held = layer.shard_indices
     start, end = int(held.org_vocab_start_index), int(held.org_vocab_end_index)
     cut = Cut("rows", start, end - start, int(layer.org_vocab_size))
@@ -86,7 +99,9 @@ def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
 
 
 def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
-    """(vLLM's layer, the index of the part in it) for the Hugging Face layer ``name``."""
+    """Return vLLM's layer for the Hugging Face layer ``name``, and the index of its part if vLLM
+    fuses several Hugging Face layers into one layer (else 0).
+    """
     target = engine_name(module, name)
     parent, _, leaf = target.rpartition(".")
     candidates = [(target, 0)]
@@ -100,5 +115,5 @@ def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
             continue
         return getattr(layer, "base_layer", layer), part
     raise UnsupportedError(
-        f"the engine has no layer for {name}", where=WHERE, fix="tensor_parallel_size: 1"
+        f"the engine has no layer for {name}", where=WHERE, fix="set tensor_parallel_size: 1"
     )

@@ -1,14 +1,15 @@
 """Make 16-bit copies of the engine's 4-bit weights for the time of a rollout.
 
 bitsandbytes dequantizes every weight at every decode step, but the weights do not change during a
-rollout. So they are dequantized once at its beginning, and decode steps are plain matrix products
-with the copies. The copies have the values that the 4-bit layer uses (``dequantize_4bit`` of the
-same codes, in bfloat16). The trainer keeps the 4-bit weights. At the end of the rollout the memory
-of the copies is released. Their addresses stay reserved, so captured CUDA graphs stay valid, and
-the next rollout fills the copies again.
+rollout. So this module dequantizes the weights once at the beginning of a rollout, and decode steps
+are plain matrix products with the copies. The copies have the values that the 4-bit layer uses
+(``dequantize_4bit`` of the same codes, in bfloat16). The trainer keeps the 4-bit weights. At the
+end of the rollout the memory of the copies is released. Their addresses stay reserved, so captured
+CUDA graphs stay valid. The next rollout fills the copies again.
 
-``DequantizedMethod`` replaces the quantization method of a layer (``quant_method``, which vLLM's
-linear layers and their LoRA wrappers call). Written for vLLM 0.25.1 and bitsandbytes 0.50.2.
+``DequantizedMethod`` replaces the quantization method of a layer: the attribute ``quant_method``,
+which vLLM's linear layers and their LoRA wrappers call. Written for vLLM 0.25.1 and bitsandbytes
+0.50.2.
 """
 
 from __future__ import annotations
@@ -35,23 +36,25 @@ if TYPE_CHECKING:
 
 TAG = "toolkit_dequantized"
 COPIES = "_toolkit_dequantized"
-"""Attribute that ``attach`` sets on the model: its ``Copies``."""
+"""The name of the model attribute in which ``attach`` stores the ``Copies`` object."""
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""torch keeps the cached memory of the trainer's step if this much memory is free in addition to
-the copies.
+"""The number of bytes that must be free in addition to the copies. With less, torch's cached memory
+from the trainer's step is released before the copies are allocated again.
 """
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
-"""For ``auto`` without a sizer: the share of the engine's memory without weights that copies may
-take, and the bytes that must be left for the KV cache and activations.
+"""Limits of the copies for ``dequantized_rollouts: auto`` if the toolkit's memory estimate did not
+choose their size. ``AUTO_SHARE`` is the largest share of the engine's memory (without weights) that
+the copies may take. ``LEAST_BESIDE_BYTES`` are the bytes that must stay free for the KV cache and
+the activations.
 """
 
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
-    """Write the weight of ``packed`` (n, 1) uint8 to ``out`` (rows, columns), rounded as
-    bitsandbytes rounds it for a product.
+    """Dequantize ``packed`` (n, 1) uint8 into ``out`` (rows, columns). The values are rounded as
+    bitsandbytes rounds them for a matrix product.
     """
     from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
@@ -85,7 +88,7 @@ class Copies:
         """Raise an error if the copies do not fit into the free GPU memory.
 
         Raises:
-            ConfigError: the copies do not fit; the message has their bytes and the free bytes.
+            ConfigError: the copies do not fit. The message contains their size and the free memory.
         """
         free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
         if self.nbytes > free:
@@ -93,11 +96,11 @@ class Copies:
                 f"the 16-bit copies of the 4-bit weights need {format_bytes(self.nbytes)}, but "
                 f"only {format_bytes(free)} of GPU memory are free",
                 where="model.dequantized_rollouts",
-                fix=f"dequantized_rollouts: auto, false, or fewer bytes than {free}",
+                fix=f"set dequantized_rollouts to auto, to false, or to at most {free} bytes",
             )
 
     def weight(self, index: int) -> torch.Tensor:
-        """The copy of layer ``index``, of shape (out, in)."""
+        """Return the copy of layer ``index``, of shape (out, in)."""
         if not self.filled:
             self.fill()
         return self._tensors[index]
@@ -108,7 +111,7 @@ class Copies:
         copies are filled.
 
         Raises:
-            RuntimeError: there is not enough memory; then nothing stays allocated.
+            RuntimeError: there is not enough memory. The memory that was allocated is released.
         """
         if self.filled:
             return
@@ -125,7 +128,7 @@ class Copies:
         self.filled = True
 
     def release(self) -> None:
-        """Release the memory of the copies; on a GPU their addresses stay reserved. A second call
+        """Release the memory of the copies. On a GPU their addresses stay reserved. A second call
         does nothing.
         """
         self.filled = False
@@ -138,7 +141,7 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release memory and addresses of the copies, which cannot be used afterwards."""
+        """Release the memory and the addresses of the copies. They cannot be used afterwards."""
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
@@ -170,8 +173,8 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """Dequantize one layer into ``copy``. A fused layer has the rows of its parts one after
-        another, each part with its own quantization state.
+        """Dequantize one layer into ``copy``. In a fused layer the rows of its parts follow each
+        other, and each part has its own quantization state.
         """
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
@@ -183,7 +186,7 @@ class Copies:
 
 
 class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
-    """The quantization method of one layer, which multiplies with its copy."""
+    """A quantization method for one layer that multiplies by the layer's 16-bit copy."""
 
     def __init__(self, original: Any, copies: Copies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
@@ -195,7 +198,7 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Multiply ``x`` (..., in) by the copy: (..., out) in the dtype of ``x``."""
+        """Multiply ``x`` (..., in) by the copy. Returns (..., out) in the dtype of ``x``."""
         del layer
         weight = self.copies.weight(self.index)
         out = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -209,13 +212,13 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def copy_bytes(packed: torch.Tensor, dtype: torch.dtype = COMPUTE_DTYPE) -> int:
-    """The bytes of the copy of a packed weight."""
+    """Return the number of bytes that the 16-bit copy of a packed weight takes."""
     rows, columns = logical_shape(packed)
     return rows * columns * dtype.itemsize
 
 
 def packed_layers(model: nn.Module) -> list[nn.Module]:
-    """The linear layers whose weights are packed, in the order of the model."""
+    """Return the linear layers whose weights are packed in 4 bits, in the order of the model."""
     found: list[nn.Module] = []
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -225,8 +228,8 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """The layers with the largest copies that together take at most ``most`` bytes; layers of equal
-    size in their order.
+    """Choose layers, largest copy first, until their copies take at most ``most`` bytes together.
+    Layers of equal size keep the order of the model. A layer that no longer fits is skipped.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -244,11 +247,11 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make layers of ``model`` compute with copies: all 4-bit layers (True), or the largest within
-    ``wanted`` bytes. Returns None if no layer has a copy.
+    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns None if no layer gets one.
 
-    Call it after vLLM has loaded the model and before its first forward pass, in which the copies
-    are created. CUDA graphs are captured later.
+    If ``wanted`` is True, all 4-bit layers get a copy. If it is a number, the largest layers whose
+    copies fit into that many bytes get one. Call this function after vLLM has loaded the model and
+    before the first forward pass, which creates the copies. CUDA graphs are captured later.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -262,11 +265,11 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """The bytes of the copies for ``auto`` without a sizer. Warns if they are too few for all
-    layers.
+    """Return the bytes of the copies for ``dequantized_rollouts: auto``. Warns if the bytes are too
+    few for all layers.
 
-    For a run file the sizer decides instead, before the engine starts; its notes report layers
-    without a copy.
+    It is not called for a run file. There the toolkit's memory estimate chooses the bytes before
+    the engine starts, and a note of the estimate reports layers without a copy.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
@@ -275,9 +278,9 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
         what = f"only {format_bytes(made)} are made" if made else "none are made"
         warnings.warn(
             f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
-            f"{format_bytes(whole)}, and {format_bytes(room)} are left for them beside the KV "
-            f"cache; {what}, so decode steps are slower. A higher gpu_memory_utilization leaves "
-            "more",
+            f"{format_bytes(whole)}, but the weights and the KV cache leave only "
+            f"{format_bytes(room)} for them. So {what}, and decode steps are slower. A higher "
+            "gpu_memory_utilization leaves more memory",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -285,8 +288,8 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """The bytes that copies may take: a part of the memory that the engine may use in addition to
-    its weights and a KV cache of configured size.
+    """Return the bytes that the copies may take. They are a share of the memory that the engine
+    may use in addition to its weights and, if its size is configured, to the KV cache.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""Define a started engine, as the rest of the toolkit uses it."""
+"""Define ``Engine``, a running vLLM engine with the interface that the rest of the toolkit uses."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from toolkit.engine.rollout_request import Rollout, Sampling
 
 IN_MEMORY = "in-memory"  # a LoRARequest needs a path even for an adapter in memory
-FILE_IDS_FROM = 1000  # ids of adapters from files begin here, ids of published adapters at 1
+FILE_IDS_FROM = 1000  # first id of adapters from files; the ids of published adapters begin at 1
 
 
 class Engine:
-    """An engine: vLLM in this process. ``open_engine.open_engine`` creates it. It is a context
-    manager and implements ``rollout_engine.RolloutEngine``.
+    """vLLM in this process. ``open_engine.open_engine`` creates an ``Engine``. The class is a
+    context manager and implements ``rollout_engine.RolloutEngine``.
     """
 
     sampler_name: SamplerName = "vllm"
@@ -100,8 +100,8 @@ class Engine:
         """Publish the current values of adapter ``name`` of a PEFT model, and drop cached prefixes
         that were computed with earlier values.
 
-        The PEFT model does not change: the scaling is applied to the copies, which have the
-        engine's dtype.
+        The PEFT model does not change. The scaling is applied only to the copies in the engine,
+        which have the engine's dtype.
 
         Raises:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
@@ -126,22 +126,23 @@ class Engine:
         adapter: bool | str = True,
         rows: Sequence[int] | None = None,
     ) -> Rollout:
-        """``sampling.n`` completions of each prompt.
+        """Draw ``sampling.n`` completions of each prompt.
 
         Args:
             prompts: token ids of each prompt.
             sampling: sampling parameters.
-            seed: the seed of a completion depends on it and on its row
-                (``rollout_request.request_seed``).
+            seed: the seed of the whole batch. The seed of a completion is computed from this seed
+                and the row of the completion (``rollout_request.request_seed``).
             rows: the row of each prompt's first completion, if the call is part of a batch.
-            adapter: True samples from the adapter last published as ``"default"`` (the base model
-                before any publish), a name from the adapter of that name, False from the base
-                model.
+            adapter: which weights to sample from. True means the adapter that was last published
+                as ``"default"``, or the base model if none was published. A name means the adapter
+                of that name. False means the base model.
 
         Raises:
-            ConfigValueError: vLLM rejects a sampling option, or a prompt does not fit.
+            ConfigValueError: vLLM rejects a sampling option, or a prompt is too long.
             NodeError, RetryError, ConfigError: the engine failed; the message names the check that
-                explains it. Out of memory is raised only if a single sequence does not fit.
+                explains the failure. If memory runs out, the batch is retried in smaller parts, so
+                an error is raised only if a single sequence does not fit.
         """
         self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
@@ -174,23 +175,25 @@ class Engine:
         except Exception as problem:
             self._dead = explain(problem, "the rollout failed", START_AGAIN)
             raise self._dead from problem
-        except BaseException:  # interrupted: the next call must not get the outputs of this one
+        except BaseException:  # interrupted: the next call must not get the outputs of this call
             drop_requests(self.llm)
             raise
         return rollout
 
     def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
-        """Call ``vllm.LLM.generate`` with its own arguments; returns its results."""
+        """Call ``vllm.LLM.generate`` with these arguments, and return its results."""
         self._check_alive()
         self.wake()
         return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
 
     def lora_request(self, name: str = "default") -> LoRARequest:
-        """The request for a published adapter, to pass to ``llm.generate``."""
+        """Return vLLM's ``LoRARequest`` for a published adapter, to pass to ``llm.generate``."""
         self._check_alive()
         if self._adapters is None or name not in self._adapters.ids:
             raise ConfigValueError(
-                f"no adapter {name!r} has been published", where="engine", fix="publish it first"
+                f"no adapter {name!r} has been published",
+                where="engine",
+                fix="call publish with this adapter first",
             )
         if not self._adapters.is_active(name):  # an adapter from a file has replaced it in its slot
             self.publish(self._published[name], name)
@@ -200,8 +203,8 @@ class Engine:
         return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
 
     def load_lora(self, folder: str) -> LoRARequest:
-        """The request for the adapter saved in ``folder`` (PEFT's layout); vLLM reads the folder
-        when the request is first used.
+        """Return vLLM's ``LoRARequest`` for the adapter saved in ``folder`` (PEFT's layout). vLLM
+        reads the folder when the request is first used.
         """
         self._check_alive()
         if folder not in self._files:
@@ -209,8 +212,8 @@ class Engine:
         return self._files[folder]
 
     def sleep(self) -> None:
-        """Release the KV cache, if the engine was built with ``sleep``, and the 16-bit copies of
-        4-bit weights. Weights and LoRA slots are not released.
+        """Release the 16-bit copies of 4-bit weights and, if the engine was built with
+        ``enable_sleep_mode``, the KV cache. Weights and LoRA slots are not released.
         """
         if self._copies is not None:
             self._copies.release()
@@ -222,7 +225,7 @@ class Engine:
 
         Raises:
             RetryError, NodeError, ConfigError: there is not enough memory; the message names the
-                check that explains it.
+                check that explains the failure.
         """
         if self._sleep is not None:
             self._sleep.wake()

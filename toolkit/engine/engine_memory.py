@@ -1,4 +1,6 @@
-"""Read vLLM's own memory figures in the terms of sizing, and the bytes of the sleeping KV cache.
+"""Read vLLM's own memory figures, and compute the size of a KV cache that is released (asleep).
+
+The figures are named like the terms of the toolkit's memory estimate, so that they can be compared.
 
 Written for vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
 """
@@ -16,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def engine_memory(llm: LLM) -> dict[str, int]:
-    """The bytes of each term as vLLM's worker measured them at start; empty on the CPU.
+    """Return the bytes of each memory term as vLLM's worker measured them at start. The result is
+    empty on the CPU.
 
     ``engine.loaded`` is the sum of weights, LoRA slots and tables. A term that vLLM did not measure
-    is omitted: with a KV cache of a configured size there is no profiling run.
+    is omitted. For example, vLLM does no profiling run if the size of the KV cache is configured.
     """
     if device_type() != "cuda":
         return {}
@@ -34,7 +37,7 @@ def engine_memory(llm: LLM) -> dict[str, int]:
 
 
 def account(worker: Any) -> dict[str, int]:
-    """The memory terms that one worker measured."""
+    """Return the memory terms (name to bytes) that one vLLM worker measured."""
 
     def read(name: str) -> int:
         return int(getattr(worker, name, 0) or 0)
@@ -42,7 +45,8 @@ def account(worker: Any) -> dict[str, int]:
     loaded = int(worker.model_runner.model_memory_usage)
     graphs, activations = read("cudagraph_memory_estimate"), read("peak_activation_memory")
     runtime = read("non_torch_memory")
-    if hasattr(worker, "total_consumed"):  # 0.31: one total; graphs are part of the activations
+    # vLLM 0.31 measures one total, and counts CUDA graphs as a part of the activations.
+    if hasattr(worker, "total_consumed"):
         runtime = read("total_consumed") - loaded
         activations -= graphs
     found = {
@@ -56,8 +60,8 @@ def account(worker: Any) -> dict[str, int]:
 
 
 def asleep_bytes() -> int:
-    """The bytes of the sleeping KV cache: torch counts them as allocated, but they are not mapped
-    now.
+    """Return the bytes of a KV cache that is asleep. torch counts these bytes as allocated, but no
+    memory is mapped for them now.
     """
     # The module is not imported here, because it needs the CUDA runtime. If it is not loaded, no
     # cache can be asleep.

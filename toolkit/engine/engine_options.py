@@ -28,17 +28,17 @@ OWNED = frozenset(
         "quantization",
     }
 )
-"""vLLM arguments that weight sharing depends on; ``extra`` must not set them."""
+"""vLLM arguments that weight sharing depends on. The toolkit sets them; ``extra`` must not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions(ApiEngineSettings):
     """All options of an engine: those that a user may set, and those that the toolkit decides.
 
-    Lengths are in tokens, memory in bytes; ``gpu_memory_utilization`` is a share of the GPU's total
-    memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM engine argument
-    under vLLM's own name. ``lora_target_modules`` are the layers with adapter slots, by the last
-    part of their name; None means every layer that vLLM supports.
+    Lengths are in tokens, and memory is in bytes. ``gpu_memory_utilization`` is a share of the
+    GPU's total memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM
+    engine argument under vLLM's own name. ``lora_target_modules`` lists the layers that get adapter
+    slots, by the last part of their names. If it is None, every layer that vLLM supports gets one.
     """
 
     model: str
@@ -56,44 +56,47 @@ class EngineOptions(ApiEngineSettings):
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        """Reject unsupported options before anything heavy is imported.
+        """Reject unsupported options before vLLM is imported.
 
         Raises:
-            UnsupportedError: tensor parallelism without shared weights, or remote code.
-            ConfigValueError: an ``extra`` argument that the toolkit sets, or that has its own
-                field.
+            UnsupportedError: the options combine tensor parallelism with unshared weights, or
+                allow remote code.
+            ConfigValueError: ``extra`` contains an argument that the toolkit sets, or one that is a
+                field of this class.
         """
         if self.tensor_parallel_size != 1 and not self.share_weights:
             raise UnsupportedError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: the trainer computes on the"
-                " part of the model that the engine of its process holds, and share_weights is"
-                " false",
+                f"tensor_parallel_size={self.tensor_parallel_size} needs share_weights: true,"
+                " because the trainer computes with the part of the weights that the engine in its"
+                " process has loaded",
                 where="model.tensor_parallel_size",
-                fix="set share_weights: true, or tensor_parallel_size: 1",
+                fix="set share_weights: true, or set tensor_parallel_size: 1",
             )
         if self.trust_remote_code:
             raise UnsupportedError(
-                "an engine on a model with remote code is not supported: its layers cannot be "
-                "compared with vLLM's",
+                "an engine for a model with remote code is not supported, because the toolkit "
+                "cannot check that the layers of the remote code match vLLM's layers",
                 where="model.trust_remote_code",
-                fix="set trust_remote_code: false, or fast_inference: false",
+                fix="set trust_remote_code: false, or set fast_inference: false",
             )
         for name in self.extra:
             if name in OWNED:
                 raise ConfigValueError(
-                    f"the engine argument {name!r} is set by the toolkit",
+                    f"the toolkit sets the engine argument {name!r} itself",
                     where=f"engine option {name}",
-                    fix="leave it out",
+                    fix=f"remove {name}",
                 )
             if name in self.__dataclass_fields__:
                 raise ConfigValueError(
-                    f"{name!r} has its own field",
+                    f"extra contains {name!r}, which is a field of EngineOptions",
                     where="EngineOptions.extra",
-                    fix=f"pass {name}=...",
+                    fix=f"pass {name}=... instead of extra",
                 )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """The keyword arguments of ``vllm.LLM``. For None, vLLM chooses the value."""
+        """Return the keyword arguments of ``vllm.LLM``. Options that are None are left out, so
+        that vLLM chooses their values.
+        """
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,
@@ -102,8 +105,8 @@ class EngineOptions(ApiEngineSettings):
             "dtype": self.dtype,
             "seed": self.seed,
             "skip_tokenizer_init": self.skip_tokenizer_init,
-            # Request log-probabilities after temperature, top-k, top-p, min-p and penalties, which
-            # are those of the distribution that tokens are sampled from.
+            # Request the log-probabilities of the distribution that tokens are sampled from, which
+            # is the one after temperature, top-k, top-p, min-p and penalties.
             "logprobs_mode": "processed_logprobs",
             "use_tqdm_on_load": False,
             **self._settings(device),
@@ -122,8 +125,8 @@ class EngineOptions(ApiEngineSettings):
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _graphs(self) -> dict[str, Any]:
-        """The arguments for CUDA graphs. If the largest batch is known, only a few sizes up to it
-        are captured.
+        """Return vLLM's compilation settings for CUDA graphs. If the largest batch is known, graphs
+        are captured only for a few batch sizes up to the largest.
         """
         sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if not isinstance(sequences, int):
@@ -132,7 +135,7 @@ class EngineOptions(ApiEngineSettings):
         return {**GRAPHS_ONLY, "cudagraph_capture_sizes": sizes}
 
     def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """The options that a user may set, under vLLM's names."""
+        """Return the options that a user may set, under vLLM's names."""
         arguments = {}
         for name, option in API_OPTIONS.items():
             unused = (option.on_gpu and device == "cpu") or (
@@ -145,9 +148,10 @@ class EngineOptions(ApiEngineSettings):
 
 
 GRAPHS_ONLY = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-"""Use CUDA graphs for decode steps and no torch.compile. Rollouts are mostly decode steps, and with
-a graph compilation does not save more time. On an H100 and the Llama-3.2-1B shape (vLLM 0.25.1, 64
-sequences) decode reaches 15k to 17k tokens/s with and without compilation. Without compilation the
-engine starts 27 s faster with a cold cache, and without graphs for mixed batches another 10 s
-faster. ``compilation_config`` overrides these settings.
+"""Use CUDA graphs for decode steps, and do not use torch.compile. Rollouts are mostly decode steps,
+and torch.compile does not make a decode step with a CUDA graph faster. On an H100 with the shape of
+Llama-3.2-1B (vLLM 0.25.1, 64 sequences), decoding reaches 15k to 17k tokens/s with and without
+compilation. Without compilation the engine starts 27 s faster with a cold cache. Without graphs for
+mixed batches (prefill and decode) it starts another 10 s faster. ``compilation_config`` overrides
+these settings.
 """

@@ -1,10 +1,10 @@
 """Run mixtures of experts on a CPU engine with LoRA.
 
 With LoRA, vLLM 0.31 runs experts only with Triton kernels, even if no expert has an adapter, and
-Triton kernels do not run on a CPU. vLLM's CPU kernel would repack the experts, so that they could
-not be shared. This module computes the layer in plain torch on the loaded weights. It is registered
-through vLLM's interface for custom layers (``CustomOp.register_oot``). It is slow and exact, and is
-meant for machines without a GPU.
+Triton kernels do not run on a CPU. vLLM's CPU kernel would repack the expert weights, so that the
+trainer could not share them. This module computes the expert layer in plain torch on the loaded
+weights. The layer is registered through vLLM's interface for custom layers
+(``CustomOp.register_oot``). It is slow but exact, and is meant for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         does not support.
 
         Raises:
-            UnsupportedError: the layer has another activation, biases, or router weights that are
-            applied to its input.
+            UnsupportedError: the layer has an activation that is not in ``ACTIVATIONS``, biases, or
+                router weights that are applied to its input.
         """
         super().process_weights_after_loading(layer)
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
@@ -52,7 +52,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         known = layer.activation.value in ACTIVATIONS
         if not known or self.moe.has_bias or layer.apply_router_weight_on_input:
             raise UnsupportedError(
-                f"experts of this kind ({layer.activation.value}) with LoRA run only on a GPU",
+                f"with LoRA, expert layers of this kind (activation {layer.activation.value}) run "
+                "only on a GPU",
                 where="model.fast_inference",
                 fix="set fast_inference: false on this machine (runtime.engine: transformers)",
             )
@@ -68,8 +69,9 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
     ) -> torch.Tensor:
         """Return (T, H): for each token the weighted sum of the outputs of its K experts.
 
-        ``x`` (T, H), ``topk_weights`` and ``topk_ids`` (T, K); ``layer.w13_weight`` (E, 2 I, H) has
-        the gate rows above the up rows, ``layer.w2_weight`` is (E, H, I).
+        ``x`` is (T, H). ``topk_weights`` and ``topk_ids`` are (T, K). ``layer.w13_weight`` is
+        (E, 2 I, H), with the rows of gate_proj before the rows of up_proj. ``layer.w2_weight`` is
+        (E, H, I).
         """
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
             found: torch.Tensor = super().forward_cpu(
@@ -88,6 +90,6 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
 
 
 def register() -> None:
-    """Make vLLM create ``TorchExperts`` in this process. A second call has no effect."""
+    """Make vLLM use ``TorchExperts`` for experts in this process. A second call has no effect."""
     if op_registry_oot.get(NAME) is not TorchExperts:
         CustomOp.register_oot(name=NAME)(TorchExperts)

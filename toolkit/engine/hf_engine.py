@@ -1,7 +1,7 @@
-"""Hugging Face generation on a model, with the interface of ``rollout_engine.RolloutEngine``.
+"""Generate with Hugging Face transformers, with the interface of ``rollout_engine.RolloutEngine``.
 
-Evaluation and ``fast_generate`` use it for a model without vLLM. Training does not: its rollouts
-are drawn by ``train.rollout.sampler.TransformersGeneration``.
+Evaluation and ``fast_generate`` use this module for a model without vLLM. Training uses
+``train.rollout.sampler.TransformersGeneration`` instead.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WHERE = "sampling"
 
 
 class TransformersEngine:
-    """Samples from the current weights of ``model`` (transformers or PEFT), so nothing has to be
-    published.
+    """An engine that samples from the current weights of ``model`` (transformers or PEFT), so an
+    adapter does not have to be published.
 
-    ``end_ids`` are the token ids that end a completion; ``pad_id`` fills the left of a batch.
-    ``max_model_len`` is in tokens (prompt plus completion); None means the value in the model's
-    config.
+    ``end_ids`` are the token ids that end a completion. ``pad_id`` is the token id that pads
+    shorter prompts on the left. ``max_model_len`` is in tokens (prompt plus completion). If it is
+    None, the value in the model's config is used.
     """
 
     sampler_name: SamplerName = "transformers"
@@ -59,7 +59,11 @@ class TransformersEngine:
             ConfigValueError: ``peft_model`` is another model.
         """
         if peft_model is not self.model:
-            raise ConfigValueError(f"adapter {name!r} is on another model", where="publish")
+            raise ConfigValueError(
+                f"adapter {name!r} is on a model that this engine does not sample from",
+                where="publish",
+                fix="publish the model that the engine was created with",
+            )
 
     def generate(
         self,
@@ -70,17 +74,19 @@ class TransformersEngine:
         adapter: bool | str = True,
         rows: Sequence[int] | None = None,
     ) -> Rollout:
-        """Draw ``sampling.n`` completions of each prompt (token ids). Each depends only on ``seed``
-        and its row; ``rows`` is explained in ``rollout_engine.RolloutEngine``.
+        """Draw ``sampling.n`` completions of each prompt (token ids). The random numbers of a
+        completion depend only on ``seed`` and its row. ``rollout_engine.RolloutEngine`` explains
+        ``rows``.
 
-        Log-probabilities are those of the distribution that tokens are sampled from: after
-        temperature, top-k, top-p, min-p and penalties. ``adapter`` False samples from the base
-        model. The caller's random generators and the model's training mode are restored.
+        The log-probabilities are those of the distribution that tokens are sampled from, which is
+        the one after temperature, top-k, top-p, min-p and penalties. If ``adapter`` is False,
+        tokens are sampled from the base model. The caller's random generators and the model's
+        training mode are restored.
 
         Raises:
-            ConfigValueError: prompts that do not fit, or values that transformers rejects.
-            ConfigTypeError: an ``extra`` keyword that transformers does not know.
-            UnsupportedError: structured outputs, which need the vLLM engine.
+            ConfigValueError: a prompt is too long, or transformers rejects a value.
+            ConfigTypeError: ``sampling.extra`` has a keyword that transformers does not support.
+            UnsupportedError: structured outputs are requested, which need the vLLM engine.
         """
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         if not prompts:
@@ -104,21 +110,23 @@ class TransformersEngine:
         return _collect(prompts, found, sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
-        """Does nothing: there is no memory to free."""
+        """Do nothing. This engine has no memory of its own to release."""
 
     def wake(self) -> None:
-        """Does nothing: ``sleep`` frees no memory."""
+        """Do nothing, because ``sleep`` releases no memory."""
 
     def close(self) -> None:
-        """Does nothing: the model belongs to the caller."""
+        """Do nothing, because the model belongs to the caller."""
 
     def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
-        """``sampling`` as transformers' generation config, with the criterion for stop strings."""
+        """Convert ``sampling`` to transformers' generation config, and return the config and the
+        stopping criterion for stop strings (None without stop strings).
+        """
         if sampling.structured_outputs_regex is not None or "structured_outputs" in sampling.extra:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
                 where=WHERE,
-                fix="load with fast_inference=True, or remove them",
+                fix="load the model with fast_inference=True, or remove the structured outputs",
             )
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
@@ -161,8 +169,8 @@ def _collect(
     scores: Sequence[torch.Tensor],
     sampling: Sampling,
 ) -> Rollout:
-    """The rollout with the generated tokens of each completion, up to and including the token that
-    ended it.
+    """Build the rollout. ``completions`` are the token ids of each completion, up to and including
+    the token that ended it. Log-probabilities are shortened to the same lengths.
     """
     repeated = [list(prompt) for prompt in prompts for _ in range(sampling.n)]
     if sampling.logprobs is None:
@@ -200,10 +208,12 @@ def _check_ranges(sampling: Sampling) -> None:
 def _logprobs(
     scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
-    """(log-probabilities, token ids), each [sequence][position][rank], the most likely token first.
+    """Return log-probabilities and token ids, both as [sequence][position][rank] with the most
+    likely token first.
 
-    ``scores`` are T tensors (B, V) of processed logits. With ``count`` 0 a position has only the
-    sampled token; else the ``count`` most likely tokens, and the sampled one at its rank.
+    ``scores`` are T tensors (B, V) of processed logits. If ``count`` is 0, a position has only the
+    sampled token. Else it has the ``count`` most likely tokens, and then the sampled token if it is
+    not one of them.
     """
     values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]

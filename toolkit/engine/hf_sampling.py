@@ -1,9 +1,9 @@
 """Sample with Hugging Face's generate so that every row has its own seed.
 
 transformers samples a whole batch from one global generator, so the result of a row depends on its
-position in the batch. But a batch may be split over ranks, or halved if memory runs out. So here
-each row has its own generator. It draws one number per token, and selects the token at which the
-cumulative probability reaches this number.
+position in the batch. But a batch may be split over ranks, or halved if memory runs out. So in this
+module each row has its own generator. For each token the generator draws one number in [0, 1). The
+sampled token is the one at which the cumulative probability reaches this number.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 AHEAD = 32
-"""Number of tokens whose random numbers are drawn at once, so that they are copied to the GPU
-together.
+"""The number of tokens whose random numbers are drawn at once. They are then copied to the GPU in
+one copy.
 """
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The last logits processor, which keeps only the sampled token of each row.
 
-    If requested, ``scores`` keeps the input of each call, one (B, V) tensor per token.
+    If ``keep_scores`` is True, ``scores`` collects the input of each call, one (B, V) tensor per
+    token.
     """
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
@@ -56,15 +57,15 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         number_B1 = self._next(scores_BV.device)
         heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = heights_BV[:, -1:].contiguous()
-        # The number is below the total probability also after rounding, so that the selected token
-        # has a positive probability.
+        # Keep the number below the total probability even after rounding, so that the selected
+        # token has a positive probability.
         below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         token_B1 = torch.searchsorted(
             heights_BV, torch.minimum(number_B1 * total_B1, below_B1), right=True
         )
         token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
         drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
-        # For NaN, transformers raises the error.
+        # Scores with NaN are returned unchanged, and transformers raises an error for them.
         return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
 
     def _next(self, device: torch.device) -> torch.Tensor:
@@ -83,8 +84,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Run transformers' own sampling loop with this processor after the others. This is the
-        function for ``generate(custom_generate=...)`` (transformers 5.17).
+        """Run transformers' own sampling loop with this processor after all others. This method is
+        passed to ``generate(custom_generate=...)`` (transformers 5.17).
         """
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
@@ -102,18 +103,18 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 
 
 class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
-    """transformers' repetition penalty without its effect on padding. In 5.17 it also penalizes the
-    padding token of shorter prompts, which is often the token that ends a completion. So a row
-    would depend on the other rows of the batch.
+    """transformers' repetition penalty without its effect on padding.
 
-    ``real_BP`` (B, P) bool: False on the padding left of the prompts.
+    The penalty of transformers 5.17 also applies to the padding token of shorter prompts, which is
+    often the token that ends a completion. So a row would depend on the other rows of the batch.
+    ``real_BP`` (B, P) bool is False on the padding at the left of the prompts.
     """
 
     def __init__(self, penalty: LogitsProcessor, real_BP: torch.Tensor) -> None:
         self._penalty, self._real_BP = penalty, real_BP
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """Return the penalized (B, V) scores; padding counts as the last token of the prompt."""
+        """Return the penalized (B, V) scores. Padding is replaced by the prompt's last token."""
         width = self._real_BP.shape[1]
         last_B1 = input_ids[:, width - 1 : width]
         prompt_BP = torch.where(self._real_BP, input_ids[:, :width], last_B1)
@@ -123,14 +124,14 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
 
 
 class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
-    """The criterion for stop strings. It records the length of each row when the row reached one;
-    the rest of the row is padding.
+    """The stopping criterion for stop strings. It records at which length each row reached a stop
+    string. The rest of that row is padding.
 
-    If ``generate`` gets a callable for decoding, transformers 5.17 does not pass on the tokenizer,
-    so this class has its own.
+    The class has its own tokenizer, because transformers 5.17 does not pass the tokenizer on if
+    ``generate`` gets ``custom_generate``.
 
     Raises:
-        ConfigValueError: transformers cannot stop at these texts or with this tokenizer.
+        ConfigValueError: transformers does not support these stop strings or this tokenizer.
     """
 
     def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
@@ -141,7 +142,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
             raise ConfigValueError(
                 f"transformers cannot stop at {strings}: {first_line(problem)}",
                 where="sampling",
-                fix="remove the stop strings, or load with fast_inference=True",
+                fix="remove the stop strings, or load the model with fast_inference=True",
             ) from problem
         self._met_B: torch.Tensor | None = None
         self._width = 0
@@ -155,7 +156,9 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
-        """The number of tokens of each completion; ``tokens`` for rows without a stop string."""
+        """Return the number of tokens of each completion up to and including its stop string. Rows
+        without a stop string have ``tokens`` tokens.
+        """
         if self._met_B is None:
             return []
         met = self._met_B.tolist()
@@ -163,7 +166,9 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
 
 
 def draws_by_row(config: GenerationConfig) -> bool:
-    """True if ``generate_rows`` supports the options: plain sampling or greedy decoding."""
+    """Return True if ``config`` requests plain sampling or greedy decoding, which are the modes
+    that ``generate_rows`` supports.
+    """
     mode = config.get_generation_mode()
     return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
@@ -173,9 +178,9 @@ def generate_rows(
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Call ``model.generate`` with one seed per row of the output.
 
-    ``inputs``: input_ids and attention_mask, both (B, P) int64, and other arguments of
-    ``generate``. Returns the sequences (B, P + T) and, if ``config.output_scores``, T tensors (B,
-    V) of processed scores. Raises ValueError if transformers rejects an option.
+    ``inputs`` has input_ids and attention_mask, both (B, P) int64, and other arguments of
+    ``generate``. Returns the sequences (B, P + T) and, if ``config.output_scores`` is True, T
+    tensors (B, V) of processed scores. Raises ValueError if transformers rejects an option.
     """
     sampled = config.get_generation_mode() == GenerationMode.SAMPLE
     draws = RowDraws(seeds, keep_scores=bool(config.output_scores))
@@ -193,13 +198,13 @@ def draw(
     seeds: Sequence[int],
     more: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """Draw one completion per seed. Returns rows (B, T) and, if ``config`` requests scores, T x (B,
-    V).
+    """Draw one completion per seed. Returns the completions (B, T) and, if ``config`` requests
+    scores, T tensors (B, V) of processed scores.
 
-    Prompts are padded on the left with ``config.pad_token_id``; ``more`` is passed to ``generate``.
-    Options that ``config`` does not set are off, because the checkpoint's own generation config is
-    ignored. The checkpoint's config, the random generators and the model's training mode are
-    restored. Raises ValueError if transformers rejects an option.
+    Prompts are padded on the left with ``config.pad_token_id``. ``more`` has further arguments of
+    ``generate``. Options that ``config`` does not set are off, because the checkpoint's own
+    generation config is ignored. Afterwards the checkpoint's config, the random generators and the
+    model's training mode are restored. Raises ValueError if transformers rejects an option.
     """
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
@@ -216,8 +221,8 @@ def draw(
 
 
 def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """The maximum number of tokens of each of ``rows`` completions, so that prompt plus completion
-    have at most ``longest`` tokens. Each prompt has the same number of consecutive rows.
+    """Return the maximum number of tokens of each of ``rows`` completions, such that prompt plus
+    completion have at most ``longest`` tokens. Each prompt has the same number of consecutive rows.
     """
     each = rows // len(prompts)
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
@@ -229,9 +234,9 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Each row up to and including its first token of ``ends`` or the end of its stop string, and
-    at most ``most`` tokens of each row. vLLM shortens completions in the same way at the end of its
-    context.
+    """Return each row up to and including its first token of ``ends`` or the end of its stop
+    string. ``most`` has the maximum number of tokens of each row. vLLM shortens completions in the
+    same way when they reach the maximum length.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:
@@ -245,8 +250,8 @@ def cut(
 
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """Set ``model`` to evaluation mode in the block: no dropout, and no gradient checkpointing,
-    which would disable the cache.
+    """Set ``model`` to evaluation mode within the block. This switches off dropout, and gradient
+    checkpointing, which would disable the KV cache.
     """
     was = model.training
     model.eval()
@@ -259,9 +264,11 @@ def _inference(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
-    """Ignore the checkpoint's generation config in the block. transformers takes missing options
-    from it, so for example a no_repeat_ngram_size that the user did not set would become part of
-    the policy.
+    """Ignore the checkpoint's generation config within the block.
+
+    transformers takes options that the user did not set from that config. So, for example, a
+    no_repeat_ngram_size of the checkpoint would change the distribution that tokens are sampled
+    from.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.generation_config
@@ -278,8 +285,8 @@ def _without_defaults(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept_generators(device: torch.device) -> Iterator[None]:
-    """Restore the global random generators after the block. transformers' loop draws from them, but
-    the draws are not used.
+    """Restore the global random generators after the block. transformers' sampling loop draws from
+    them, but this module does not use those draws.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

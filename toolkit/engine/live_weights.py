@@ -1,5 +1,5 @@
-"""List the engine's parameters, not copied, by their plain names, and the parts of its fused
-layers.
+"""List the engine's own parameters (not copies) under names without vLLM's additions, and the parts
+of the engine's fused layers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 READ_NAMES = "_toolkit_read_names"
-"""Attribute that ``engine.weight_loader`` sets on the module: the names of the tensors in the
-checkpoint's files.
+"""The name of the module attribute in which ``engine.weight_loader`` stores the names of the
+tensors in the checkpoint's files.
 """
 
 AS_LOADED = "_toolkit_as_loaded"
-"""Attribute that ``engine.weight_loader`` sets on the module: a mapping from plain name to
-``sample`` of the loaded values.
+"""The name of the module attribute in which ``engine.weight_loader`` stores a few loaded values of
+each parameter: a mapping from plain name to ``sample``.
 """
 SAMPLE_SIZE = 64
 
@@ -33,25 +33,27 @@ class LiveWeights:
     """
 
     parameters: Mapping[str, torch.Tensor]
-    """A mapping from plain name (without ``base_layer``) to tensor; a tied parameter is listed
+    """A mapping from plain name (without ``base_layer``) to tensor. A tied parameter is listed
     under each of its names.
     """
     packed: Mapping[str, tuple[str, ...]]
     """A mapping from fused layer to its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj,
-    v_proj)``; it is the model's own mapping.
+    v_proj)``. vLLM's model class defines it.
     """
     padded: frozenset[str]
-    """Names of embeddings and heads, whose rows (the vocabulary) the engine may have padded."""
+    """Names of the embedding and head parameters. Their rows are the vocabulary, and the engine may
+    have added padding rows.
+    """
     read_names: frozenset[str]
-    """Names of the tensors in the checkpoint; empty if another loader read the checkpoint."""
+    """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read it."""
     rewritten: frozenset[str]
-    """Names of tensors that vLLM rewrote for a kernel after loading: they no longer have the
+    """Names of tensors that vLLM rewrote for a kernel after loading. They no longer have the
     checkpoint's values.
     """
 
 
 def borrow(module: nn.Module) -> LiveWeights:
-    """The engine's own tensors in a vLLM module."""
+    """Return the engine's own tensors of a vLLM module, without copying them."""
     parameters = plain_parameters(module)
     return LiveWeights(
         parameters=parameters,
@@ -63,7 +65,7 @@ def borrow(module: nn.Module) -> LiveWeights:
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of at most ``SAMPLE_SIZE`` values, spread over the tensor."""
+    """Return a copy of at most ``SAMPLE_SIZE`` values, spread evenly over the tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].clone()
 
@@ -71,7 +73,9 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 def rewritten(
     parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
 ) -> frozenset[str]:
-    """Names of tensors that changed after loading; empty if no samples were recorded."""
+    """Return the names of the tensors that changed after loading. Empty if ``as_loaded`` is empty,
+    because the loader recorded no samples.
+    """
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
         before = as_loaded.get(name)
@@ -82,15 +86,17 @@ def rewritten(
 
 
 def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a vLLM module by their names without ``base_layer``, which vLLM adds with
-    LoRA.
+    """Return the parameters of a vLLM module by their plain names, which are the names without
+    ``base_layer``. vLLM adds ``base_layer`` to the names of layers with LoRA.
     """
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named}
 
 
 def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """A mapping from fused layer to its parts, collected from all submodules that define one."""
+    """Return a mapping from each fused layer to its parts. It joins the mappings of all submodules
+    that define one.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for child in module.modules():
         mapping = getattr(child, "packed_modules_mapping", None)
@@ -100,8 +106,8 @@ def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def padded_parameters(module: nn.Module) -> frozenset[str]:
-    """Names of the weights and biases of vocabulary layers, which have ``num_embeddings_padded``
-    (VocabParallelEmbedding).
+    """Return the names of the weights and biases of vocabulary layers. vLLM's vocabulary layers
+    (VocabParallelEmbedding) have an attribute ``num_embeddings_padded``.
     """
     names = set()
     for path, child in module.named_modules(remove_duplicate=False):
@@ -112,11 +118,11 @@ def padded_parameters(module: nn.Module) -> frozenset[str]:
 
 
 def rename_mapper(module: Any) -> Any | None:
-    """The model's name mapper without the fusion of q/k/v, which would give the adapters of q, k
-    and v the same name.
+    """Return vLLM's mapper from Hugging Face names to engine names, or None if the model has none.
 
-    The method is ``get_unstacked_mapper`` in vLLM 0.25.1 and ``get_rename_mapper`` in 0.31.0. None
-    if the model has no mapper.
+    The returned mapper does not fuse q, k and v, because their adapters would then have the same
+    name. The vLLM method for it is ``get_unstacked_mapper`` in 0.25.1 and ``get_rename_mapper`` in
+    0.31.0.
     """
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     if mapper is None:
@@ -126,8 +132,8 @@ def rename_mapper(module: Any) -> Any | None:
 
 
 def engine_name(module: Any, name: str) -> str:
-    """The engine's name of a Hugging Face module or parameter; parts of fused layers keep their own
-    names.
+    """Return the engine's name of a Hugging Face module or parameter. A part of a fused layer keeps
+    its own name, such as q_proj.
     """
     mapper = rename_mapper(module)
     if mapper is None:
@@ -137,7 +143,9 @@ def engine_name(module: Any, name: str) -> str:
 
 
 def uses_transformers_backend(module: Any) -> bool:
-    """True if vLLM has no model class for the architecture and runs Hugging Face's."""
+    """Return True if vLLM has no model class for the architecture, and therefore runs the class of
+    Hugging Face transformers.
+    """
     return type(module).__module__.startswith("vllm.model_executor.models.transformers")
 
 
@@ -146,18 +154,19 @@ OFFSETS = "bnb_shard_offsets"
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
-    """True for a 4-bit weight of the engine.
+    """Return True if ``tensor`` is a 4-bit weight of the engine.
 
-    vLLM (read at 0.25.1) keeps the weights of a fused layer as one packed tensor (n, 1) of uint8,
-    two NF4 values per byte. Its attributes are ``bnb_shard_offsets`` (start of each part, in bytes)
-    and ``bnb_quant_state`` {part: QuantState}, whose absmax is no longer quantized.
+    vLLM 0.25.1 keeps the weights of a fused layer as one packed tensor (n, 1) of uint8, with two
+    NF4 values per byte. The tensor has two attributes. ``bnb_shard_offsets`` is the start of each
+    part in bytes. ``bnb_quant_state`` is a dict {part: QuantState}, and the absmax values in each
+    QuantState are already dequantized.
     """
     return isinstance(getattr(tensor, STATES, None), dict)
 
 
 def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape (out, in) of the weight that is packed in ``tensor``; the shape of ``tensor`` if it
-    is not packed.
+    """Return the shape (out, in) of the weight that is packed in ``tensor``. If ``tensor`` is not
+    packed, return its own shape.
     """
     if not is_packed(tensor):
         return tuple(tensor.shape)
@@ -169,6 +178,6 @@ def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def ordered_states(tensor: torch.Tensor) -> list[Any]:
-    """The quantization states of the parts of ``tensor``, in the order of the parts."""
+    """Return the quantization states of the parts of ``tensor``, in the order of the parts."""
     states: Mapping[int, Any] = getattr(tensor, STATES)
     return [states[index] for index in sorted(states)]

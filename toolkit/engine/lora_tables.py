@@ -1,12 +1,14 @@
 """Choose the table of tuned configurations of vLLM's LoRA kernels for a GPU.
 
-vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from
-VLLM_TUNED_CONFIG_FOLDER; CARD is the device's name (``lora/ops/triton_ops/utils.py``, 0.25.1). A
-table of the toolkit is one file with the contents of all three and the vLLM version that it was
-measured with (``engine.lora_tune`` writes it). In another version the kernels may use the values
-differently, so the table is ignored there. Tables that come with the package are in ``tuned/``, one
-for each class of cards. TOOLKIT_LORA_TABLE names another table, or is ``off``. If the user has set
-VLLM_TUNED_CONFIG_FOLDER, that folder is used.
+vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from the
+folder in VLLM_TUNED_CONFIG_FOLDER. CARD is the device's name (``lora/ops/triton_ops/utils.py``,
+0.25.1). A table of the toolkit is one file. It has the contents of these three files, and the vLLM
+version that the table was measured with. ``engine.lora_tune`` writes it. With another vLLM version
+the table is ignored, because the kernels may use the values differently.
+
+The package contains tables in ``tuned/``, one for each class of cards. The environment variable
+TOOLKIT_LORA_TABLE names another table, or is ``off``. If the user has set
+VLLM_TUNED_CONFIG_FOLDER, vLLM reads that folder and no table of the toolkit is used.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ CLASSES = (
     (r"\bH100\b|\bH800\b|\bH20\b", ("h100", "h200")),
     (r"\bA100\b|\bA800\b", ("a100",)),
 )
-"""Pattern of a device's name, and the tables for it, the best first. H100 and H200 have the same
-multiprocessors.
+"""Pairs of a pattern for the device's name and the names of its tables, best first. H100 and H200
+can use each other's tables, because they have the same multiprocessors.
 """
 
 _told: set[str] = set()
@@ -43,12 +45,16 @@ _made: dict[str, str] = {}
 
 
 def class_of(card: str) -> tuple[str, ...]:
-    """The names of the shipped tables for a device of this name."""
+    """Return the names of the tables in the package that fit a device with the name ``card``, best
+    first.
+    """
     return next((names for pattern, names in CLASSES if re.search(pattern, card)), ())
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """The table for a device: the one in TOOLKIT_LORA_TABLE, else a shipped one, else None."""
+    """Return the path of the table for a device. This is the table in TOOLKIT_LORA_TABLE, else a
+    table of the package, else None.
+    """
     written = os.environ.get(TABLE_VARIABLE)
     if written:
         return None if written == OFF else Path(written).expanduser()
@@ -73,8 +79,9 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
     table = read_table(path)
     if table["vllm"] != vllm_version:
         _warn_once(
-            f"{path} has LoRA kernels tuned for vLLM {table['vllm']}, but this is vLLM "
-            f"{vllm_version}: the table is ignored (`toolkit tune` creates one for this version)"
+            f"{path} has LoRA kernel configurations for vLLM {table['vllm']}, but this is vLLM "
+            f"{vllm_version}. So the table is ignored. `toolkit tune` creates a table for this "
+            "version"
         )
         return None
     folder = _made.get(f"{path}|{card}")
@@ -94,9 +101,10 @@ def read_table(path: Path) -> dict[str, Any]:
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
     if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
-            f"it is not a table of LoRA kernels, which has the keys vllm, {', '.join(OPS)}",
+            "the file is not a table of LoRA kernel configurations, which has the keys vllm, "
+            f"{', '.join(OPS)}",
             where=str(path),
-            fix=f"create one with `toolkit tune`, or set {TABLE_VARIABLE}=off",
+            fix=f"create a table with `toolkit tune`, or set {TABLE_VARIABLE}=off",
         )
     found: dict[str, Any] = table
     return found
@@ -110,8 +118,8 @@ def write_table(table: dict[str, Any], path: Path) -> None:
 
 
 def write_files(table: dict[str, Any], card: str) -> Path:
-    """vLLM's three files for a device of this name, in a new folder that is removed when the
-    process ends.
+    """Write the table as the three files that vLLM reads for the device ``card``. Returns their
+    folder, which is new and is removed when the process ends.
     """
     folder = Path(tempfile.mkdtemp(prefix="toolkit-lora-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,10 +1,12 @@
-"""Measure configurations of vLLM's LoRA kernels on this GPU, and write a table of the fastest.
+"""Measure configurations of vLLM's LoRA kernels on this GPU, and make a table of the fastest.
 
-For each kernel, number of fused slices, shape and batch, the configuration is improved one value at
-a time, starting from vLLM's own choice. A configuration is rejected if it is not faster or gives
-another result. Batches of more than ``LARGEST_TUNED`` prompts keep vLLM's choice. A configuration
-is set through vLLM's own interface (``engine.lora_tables``). The kernel is timed in a captured
-graph over the weights of many layers, so that weights are not in the cache, as in decode steps.
+vLLM has two LoRA kernels: shrink multiplies by A, and expand multiplies by B. The search runs once
+for each kernel, layer shape and batch size. It starts from vLLM's own configuration and changes one
+value at a time. A changed configuration is kept only if it is faster and computes the same result.
+Batches of more than ``LARGEST_TUNED`` tokens keep vLLM's configuration. The search sets a
+configuration through vLLM's own table files (``engine.lora_tables``). It times the kernel in a
+captured CUDA graph over the weights of many layers, so that the weights are not in the GPU's cache,
+as in decode steps.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ LARGEST_TUNED = BATCHES[-1]
 PROMPTS = (1024, 2048, 8192)
 MAX_LORAS = 1
 SLICES = 8
-"""The table has an entry for every number of slices up to this one, because vLLM fails if one is
-missing (0.25.1).
+"""The largest number of fused slices in the table. The table has an entry for every number up to
+this one, because vLLM 0.25.1 fails if an entry is missing.
 """
 VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "shrink": {
@@ -57,14 +59,16 @@ VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 REPEATS = 5
 COLD_BYTES = 128 << 20
-"""The minimum bytes of weights that one measurement reads, from several layers: more than the cache
-of a GPU.
+"""The minimum number of weight bytes that one measurement reads. It is larger than a GPU's cache,
+and the weights of several layers are used to reach it.
 """
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """The shape of a fused LoRA layer: each of its slices has A (rank, wide) and B (rows, rank)."""
+    """The shape of a fused LoRA layer. Each of its slices (fused parts) has A (rank, wide) and B
+    (rows, rank), with one entry of ``rows`` per slice.
+    """
 
     rows: tuple[int, ...]
     wide: int
@@ -77,14 +81,14 @@ class Shape:
 
     @property
     def tall(self) -> int:
-        """The hidden size of an expand kernel, as vLLM counts it."""
+        """The hidden size that vLLM uses to look up an expand kernel: the largest of ``rows``."""
         return max(self.rows)
 
 
 @dataclass(slots=True)
 class Tuner:
-    """Measures the kernels. ``seconds`` limits the total time; kernels that are not reached keep
-    vLLM's own choice.
+    """Measures the kernels. ``seconds`` limits the total time. Kernels that are not measured within
+    this time keep vLLM's own configuration.
     """
 
     card: str
@@ -94,7 +98,9 @@ class Tuner:
     gains: list[tuple[str, Shape, int, float, float]] = field(default_factory=list)
 
     def tune(self, shapes: Sequence[Shape]) -> dict[str, Any]:
-        """Measure and return the table for ``shapes`` (written by ``lora_tables.write_table``)."""
+        """Measure the kernels of ``shapes``, and return the table that ``lora_tables.write_table``
+        writes.
+        """
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
             # The batch sizes of rollouts come first, in case the time is too short for all.
@@ -126,8 +132,8 @@ class Tuner:
         )
 
     def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
-        """The configurations of all operations, nested as vLLM reads them: loras, slices, tokens,
-        in, out.
+        """Return the table of the best configurations. As vLLM reads it, the table is nested by
+        number of adapters, slices and tokens, then by input size and output size.
         """
         ops: dict[str, Any] = {}
         for shape in shapes:
@@ -158,16 +164,18 @@ class Tuner:
 def tune_card(
     shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
-    """(table for this machine's GPU, seconds of all kernels before tuning, seconds after tuning).
+    """Measure the kernels of ``shapes`` on this machine's GPU.
+
+    Returns the table, and the sum of the seconds of all kernels before and after tuning.
 
     Raises:
         NodeError: there is no CUDA GPU.
     """
     if not torch.cuda.is_available():
         raise NodeError(
-            "no CUDA GPU is visible, but kernels must be measured on one",
+            "no CUDA GPU is visible, but the kernels must be measured on a GPU",
             where="tune",
-            fix="run it on the kind of GPU that will train",
+            fix="run `toolkit tune` on a machine with the kind of GPU that will train",
         )
     tuner = Tuner(torch.cuda.get_device_name(), seconds, say)
     table = tuner.tune(sorted(shapes))
@@ -176,7 +184,7 @@ def tune_card(
 
 
 def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
-    """The kernel configuration that vLLM uses without a table."""
+    """Return the kernel configuration that vLLM uses without a table."""
     os.environ.pop(FOLDER_VARIABLE, None)
     forget()
     return dict(
@@ -193,13 +201,13 @@ def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
 
 
 def forget() -> None:
-    """Make vLLM read its table files again."""
+    """Clear vLLM's caches of its table files, so that vLLM reads the files again."""
     upstream.load_lora_op_config.cache_clear()
     upstream.get_lora_op_configs.cache_clear()
 
 
 class KernelCase:
-    """One kernel with one shape and batch size, where all tokens use one adapter."""
+    """One kernel with one shape and one batch size. All tokens of the batch use one adapter."""
 
     def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
@@ -222,7 +230,7 @@ class KernelCase:
         self.meta.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
 
     def default(self) -> dict[str, Any]:
-        """The configuration that vLLM uses without a table."""
+        """Return the configuration that vLLM uses without a table."""
         return default_config(self.op, self.shape, self.batch)
 
     def use(self, config: Mapping[str, Any]) -> None:
@@ -249,8 +257,8 @@ class KernelCase:
             )
 
     def result(self, config: Mapping[str, Any]) -> torch.Tensor:
-        """The kernel's result for the first layer with ``config``; the output buffer is
-        restored.
+        """Run the kernel with ``config`` on the first layer, and return its result. The output
+        buffer is restored.
         """
         self.use(config)
         out = self.narrow if self.op == "shrink" else self.wide
@@ -261,8 +269,8 @@ class KernelCase:
         return made
 
     def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
-        """The seconds of one launch with ``config``; None if the kernel does not compile or its
-        result is not ``wanted``.
+        """Return the seconds of one launch with ``config``. Returns None if the kernel does not
+        compile, or its result differs from ``wanted``.
         """
         try:
             found = self.result(config)
@@ -270,14 +278,14 @@ class KernelCase:
                 return None
             return self.seconds(config)
         except Exception:  # noqa: BLE001
-            # A configuration that fails for any reason is not used: it may need too much shared
-            # memory or too many registers, or Triton may reject a block size.
+            # A configuration that fails for any reason is not used. For example, the kernel may
+            # need too much shared memory or too many registers, or Triton may reject a block size.
             torch.cuda.synchronize()
             return None
 
     def seconds(self, config: Mapping[str, Any]) -> float:
-        """The seconds of one launch: the median of a few runs of a graph with one launch per
-        layer.
+        """Return the seconds of one launch with ``config``. This is the median of ``REPEATS`` runs
+        of a CUDA graph, which has one launch per layer, divided by the number of layers.
         """
         self.use(config)
         for layer in self.layers[:2]:

@@ -1,11 +1,13 @@
-"""Arrange the processes of a run as a mesh: groups of N processes that share one model; each group
-has one replica of the model.
+"""Arrange the processes of a run as a mesh for tensor parallelism. Each group of N processes splits
+one replica of the model.
 
-vLLM assigns the ranks (external_launcher, read at 0.25.1 and 0.31.0): ranks 0 to N-1 are the first
-group, the next N ranks the second. The group of a model is vLLM's tensor-parallel group, which the
-trainer uses too. accelerate, TRL and DistributedDataParallel use torch.distributed's default group
-as the whole run. While a mesh is open, the default group has the ranks with the same part of the
-model, one of each replica. These ranks train data-parallel and do not communicate with the others.
+vLLM assigns the ranks (external_launcher, 0.25.1 and 0.31.0): ranks 0 to N-1 are the first group,
+and the next N ranks are the second group. A group is vLLM's tensor-parallel group, and the trainer
+uses it too.
+
+accelerate, TRL and DistributedDataParallel treat torch.distributed's default group as the whole
+run. So while a mesh is open, the default group is replaced. It then has the ranks with the same
+part of the model, one of each replica. These ranks train data-parallel.
 
 vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
 """
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This process's place in the mesh: ``size`` processes share a model, and this process has
-    number ``rank`` among them. ``replica`` is the number of their group. ``group`` transfers
-    tensors on their device, ``host_group`` transfers objects.
+    """This process's place in the mesh.
+
+    ``size`` is the number of processes that share a model. ``rank`` is the number of this process
+    among them. ``replica`` is the number of their group, of ``replicas`` groups. ``group`` is the
+    torch process group that transfers tensors on their device. ``host_group`` has the same
+    processes, and transfers Python objects over the CPU.
     """
 
     size: int
@@ -52,32 +57,32 @@ class Mesh:
         return self.rank == 0
 
     def from_first(self, value: Any) -> Any:
-        """The ``value`` that the first process of the group passed; every process of the group must
-        call this method.
+        """Return the ``value`` that the first process of the group passed. Every process of the
+        group must call this method.
         """
         held = [value]
         distributed.broadcast_object_list(held, group_src=0, group=self.host_group)
         return held[0]
 
     def largest(self, flag: int, device: torch.device) -> int:
-        """The largest ``flag`` of all processes of the run; every process of the run must call this
-        method.
+        """Return the largest ``flag`` of all processes of the run. Every process of the run must
+        call this method.
         """
         told = torch.tensor([int(flag)], device=device)
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world)
         return int(told)
 
     def from_first_of_all(self, value: Any) -> Any:
-        """The ``value`` that the first process of the run passed; every process of the run must
-        call this method.
+        """Return the ``value`` that the first process of the run passed. Every process of the run
+        must call this method.
         """
         held = [value]
         distributed.broadcast_object_list(held, group_src=0, group=self.world)
         return held[0]
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The ``tensor`` of each process of the group, in the order of the processes. All must have
-        one shape.
+        """Return the ``tensor`` of each process of the group, in the order of the processes. All
+        tensors must have the same shape.
         """
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(parts, tensor.contiguous(), group=self.group)
@@ -89,25 +94,25 @@ class Mesh:
         return tensor
 
     def digest_of_all(self, own: str) -> str:
-        """One digest of the digests ``own`` of all processes of the group; every process of the
-        group must call this method.
+        """Return one digest of the digests ``own`` of all processes of the group. Every process of
+        the group must call this method.
         """
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, own, group=self.host_group)
         return hashlib.sha256("".join(told).encode()).hexdigest()[:16]
 
     def check_same(self, what: str, values: Sequence[Sequence[int]]) -> None:
-        """Raise an error if the processes of the group have sampled different tokens.
+        """Compare ``values`` (token ids) over the processes of the group.
 
         Raises:
-            DefectError: the tokens differ.
+            DefectError: the processes have sampled different tokens.
         """
         own = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, own, group=self.host_group)
         if len(set(told)) > 1:
             raise DefectError(
-                f"the {self.size} processes that share a model have {what} that differ",
+                f"the {self.size} processes that share a model have sampled different {what}",
                 where=f"process {rank()}",
                 fix="start the same command again: it resumes from the last checkpoint",
             )
@@ -117,8 +122,8 @@ _open: Mesh | None = None
 
 
 def by_first(call: Callable[[], Any]) -> Any:
-    """Return the result of ``call()``. If several processes share a model, only the first of them
-    calls it, and all get its result.
+    """Return the result of ``call()``. If several processes share a model, only the first process
+    runs ``call``, and all processes get its result.
     """
     if _open is None:
         return call()
@@ -126,7 +131,7 @@ def by_first(call: Callable[[], Any]) -> Any:
 
 
 def mesh() -> Mesh | None:
-    """The mesh of this process; None if each process has a whole model."""
+    """Return the mesh of this process, or None if each process has a whole model."""
     return _open
 
 
@@ -147,8 +152,9 @@ def open_mesh(size: int) -> Mesh | None:
 
 
 def settle(size: int, group: Any, host_group: Any) -> Mesh:
-    """Create the mesh of models that are shared over ``group``, and make the group of the replicas
-    the default group. Every process of the run must call this function.
+    """Create the mesh in which the ``size`` processes of ``group`` share a model. The ranks with
+    the same part of each replica become the default group. Every process of the run must call this
+    function.
     """
     global _open
     whole, number = distributed.get_world_size(), distributed.get_rank()
@@ -165,7 +171,7 @@ def settle(size: int, group: Any, host_group: Any) -> Mesh:
         host_group=host_group,
         world=distributed.group.WORLD,
     )
-    # In torch 2.11 and 2.13, functions without a group argument read only this attribute.
+    # In torch 2.11 and 2.13, functions that are called without a group read only this setting.
     distributed_c10d._update_default_pg(own)
     return _open
 
@@ -181,16 +187,17 @@ def close_mesh() -> None:
 
 
 TIMEOUT_S = 1800.0
-"""Seconds that a rank waits for another one in a collective call; transformers' default of
-``ddp_timeout``.
+"""The seconds that a rank waits for the other ranks in a collective call. The value is the default
+of ``ddp_timeout`` in transformers.
 """
 
 
 def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
-    """Create the default group of all processes of the run: NCCL with a GPU, else gloo.
+    """Create the default group of all processes of the run, with NCCL if there is a GPU, else with
+    gloo.
 
-    Does nothing in a run of one process, or if the group already exists. With ``store`` None, the
-    rendezvous is at ``MASTER_ADDR``. Raises RuntimeError.
+    Does nothing in a run of one process, or if the group already exists. If ``store`` is None, the
+    processes meet at ``MASTER_ADDR``. Raises RuntimeError if they cannot connect.
     """
     if world_size() == 1 or distributed.is_initialized():
         return
@@ -204,10 +211,10 @@ def join_group(timeout_s: float | None = None, store: Store | None = None) -> No
 
 
 def exchange(value: Any) -> list[Any]:
-    """The ``value`` of each process of the run, by rank. Every process must call this function,
-    which joins the default group.
+    """Return the ``value`` of each process of the run, by rank. Every process must call this
+    function. The function creates the default group if it does not exist.
 
-    The values are sent by the CPU, because this process has not chosen its GPU yet.
+    The values are sent over the CPU, because this process has not chosen its GPU yet.
     """
     if world_size() == 1:
         return [value]

@@ -1,8 +1,8 @@
-"""Retry a rollout in smaller parts if memory runs out, with the same completions.
+"""Retry a rollout in smaller parts if memory runs out. The completions stay the same.
 
 A completion depends only on the seed and its row (``rollout_request.request_seed``), not on the
-other completions of the call. So a call that did not fit is repeated in halves with the same
-result, and only time is lost.
+other completions of the call. So if a call runs out of memory, its two halves give the same
+completions, and only time is lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _OOM = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's out-of-memory class, and for RuntimeErrors with the text of an allocator."""
+    """Return True if ``error`` is of torch's or Python's out-of-memory class, or is a RuntimeError
+    with an allocator's out-of-memory message.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_OOM.search(str(error)))
@@ -50,8 +52,8 @@ class Part:
         return len(self.prompts) * self.n
 
     def halves(self) -> tuple[Part, Part]:
-        """Split this part by its prompts, or a single prompt by its completions; the halves are in
-        order.
+        """Split this part into two halves, in order. A part with several prompts is split by
+        prompts. A part with one prompt is split by completions.
         """
         if len(self.prompts) > 1:
             middle = len(self.prompts) // 2
@@ -63,8 +65,8 @@ class Part:
         return Part(self.prompts, [row], middle), rest
 
     def fit(self, most: int | None) -> list[Part]:
-        """Split this part into parts of at most ``most`` completions, in order; None means no
-        limit.
+        """Split this part into parts of at most ``most`` completions, in order. If ``most`` is
+        None, there is no limit.
         """
         if most is None or self.size <= max(most, 1):
             return [self]
@@ -79,12 +81,15 @@ def in_parts(
     at_once: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """(rollout of ``whole``, the number of completions at a time that fits; ``most`` if no call
-    failed).
+    """Draw the rollout of ``whole``, in smaller parts if memory runs out.
 
-    ``draw`` samples one part. ``at_once`` is the number of sequences that the engine runs at a
-    time. ``recover`` makes the engine usable after a failed call. An error other than out of memory
-    is raised, and so is out of memory with a single completion.
+    ``draw`` samples one part. ``most`` is the maximum number of completions per call (None: no
+    limit). ``at_once`` is the number of sequences that the engine runs at a time. ``recover`` makes
+    the engine usable after a failed call.
+
+    Returns the rollout, and the new maximum number of completions per call, which is ``most`` if
+    no call failed. An out-of-memory error is raised only for a part with a single completion. Other
+    errors are always raised.
     """
     waiting, done = whole.fit(most), []
     while waiting:
@@ -96,8 +101,8 @@ def in_parts(
             if part.size < 2 or not is_out_of_memory(error):
                 raise
             failure = str(error).strip().partition("\n")[0][:300]
-        # This is outside the exception handler, because the traceback references tensors of the
-        # failed call.
+        # The rest is outside the exception handler. Within it, the traceback would keep the tensors
+        # of the failed call in memory.
         tried = min(part.size, at_once)
         most = tried // 2
         logger.warning(
@@ -112,7 +117,7 @@ def in_parts(
 
 
 def _joined(rollouts: Sequence[Rollout]) -> Rollout:
-    """One rollout with the completions of ``rollouts`` in their order."""
+    """Join ``rollouts`` into one rollout with all their completions, in order."""
     if len(rollouts) == 1:
         return rollouts[0]
     logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]

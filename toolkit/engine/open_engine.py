@@ -17,27 +17,29 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
 
 REQUIRED_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Weight sharing needs these values: the engine's core must run in this process."""
+"""Environment variables with the values that weight sharing needs. The value 0 makes vLLM run the
+engine's core in this process.
+"""
 
 DEFAULT_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # FlashInfer's sampler is compiled on first use and needs a CUDA toolkit, which the run-time
-    # image does not have; and it does not support processed log-probabilities.
+    # FlashInfer's sampler does not support processed log-probabilities. Also, it is compiled on
+    # first use and needs NVIDIA's CUDA toolkit, which the run-time image does not have.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
-"""Values that are set unless the user has set the variables."""
+"""Environment variables that are set to these values, if the user has not set them."""
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """Start vLLM on ``options.model`` in this process. The result is a context manager; ``close``
-    frees the memory.
+    """Start vLLM with ``options.model`` in this process. The returned engine is a context manager,
+    and its ``close`` frees the memory.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        UnsupportedError: FP8 weights, an architecture that vLLM does not know, or for which it does
-            not support LoRA.
+        UnsupportedError: the model has FP8 weights, or an architecture for which vLLM has no model
+            class or no LoRA support.
         ConfigError, NodeError, RetryError: vLLM did not start; the message names the check that
             explains the failure, and a fix.
     """
@@ -46,24 +48,25 @@ def open_engine(options: EngineOptions) -> Engine:
             "fast_inference needs vLLM, which is not installed",
             where="model.fast_inference",
             fix=(
-                "pip install 'grpo-toolkit[cuda]' (CUDA) or 'grpo-toolkit[cpu-engine]'"
+                "run pip install 'grpo-toolkit[cuda]' (CUDA) or 'grpo-toolkit[cpu-engine]'"
                 " (CPU), or set fast_inference: false"
             ),
         )
     prepare_environment()
     read_ahead(options.model, free_bytes())
-    # Imported here, because vLLM reads its environment during the import, which takes seconds.
+    # Imported here, because vLLM reads its environment variables during the import. The import also
+    # takes seconds.
     from toolkit.engine.start import start  # noqa: PLC0415
 
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # hides warnings of upstream during import and start, but no errors
+        )  # hides warnings of vLLM and its libraries during import and start, but no errors
         return start(options)
 
 
 def prepare_environment() -> None:
-    """Set vLLM's environment variables; values that the user has set are kept.
+    """Set vLLM's environment variables. Values that the user has set are kept.
 
     Raises:
         ConfigError: the user has set a variable to a value that prevents weight sharing.
@@ -72,8 +75,8 @@ def prepare_environment() -> None:
         found = os.environ.setdefault(name, value)
         if found != value:
             raise ConfigError(
-                f"{name}={found} puts the engine into another process, where its"
-                " weights cannot be shared",
+                f"{name}={found} makes vLLM run the engine in another process, where the trainer"
+                " cannot share its weights",
                 where=f"environment variable {name}",
                 fix=f"unset {name}",
             )

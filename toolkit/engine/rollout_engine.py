@@ -1,5 +1,6 @@
-"""Define the interface of a sampler for training, and check that vLLM is installed. This module
-imports neither torch nor vLLM.
+"""Define the interface of an engine that samples rollouts, and check whether vLLM is installed.
+
+This module imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the policy that is trained. The vLLM engine and Hugging Face generation
-    implement this interface.
+    """The interface of an engine that samples completions from the policy (the model in training).
+    The vLLM engine and Hugging Face generation implement it.
     """
 
     sampler_name: SamplerName
-    """The library whose names of sampling options and order of sampling steps the engine uses."""
+    """The library that the engine samples with. It determines the names of the sampling options and
+    the order of the sampling steps.
+    """
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Publish the current values of adapter ``name`` of ``peft_model``; the next ``generate``
-        samples from it.
+        """Copy the current values of adapter ``name`` of ``peft_model`` to the engine. The next
+        ``generate`` samples from them.
         """
 
     def generate(
@@ -40,23 +43,23 @@ class RolloutEngine(Protocol):
         """Sample ``sampling.n`` completions of each prompt (token ids). The same seed, prompts and
         policy give the same completions.
 
-        If the call is part of a batch, ``rows`` has the index in the batch of each prompt's first
-        completion. A completion depends only on the seed and its row, not on the rest of the call.
-        None means 0, n, 2n and so on.
+        The row of a completion is its index in the batch. A completion depends only on the seed and
+        its row, not on the other prompts of the call. If the call is part of a larger batch,
+        ``rows`` has the row of each prompt's first completion. None means 0, n, 2n and so on.
         """
 
     def sleep(self) -> None:
-        """Free memory that only sampling needs; the weights stay. Does nothing if there is no such
-        memory.
+        """Free the memory that only sampling needs. The weights stay in memory. Does nothing if the
+        engine has no such memory.
         """
 
     def wake(self) -> None:
-        """Allocate the memory that ``sleep`` freed; called before the next ``generate``."""
+        """Allocate the memory that ``sleep`` freed. Called before the next ``generate``."""
 
     def close(self) -> None:
         """Release the engine and its memory. A second call does nothing."""
 
 
 def vllm_available() -> bool:
-    """True if vLLM can be imported here. The check does not import it."""
+    """Return True if vLLM is installed. This check does not import vLLM."""
     return find_spec("vllm") is not None

@@ -1,5 +1,5 @@
-"""Define the request to a sampler and its result, in TRL's layout, as plain values without torch or
-vLLM.
+"""Define the sampling parameters of a rollout and its result, in TRL's layout. The values are plain
+Python, and this module imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SEED_LIMIT = 2**62
-"""Upper limit of a batch's seed, so that seed plus row stays within a signed 64-bit integer.
+"""Upper limit of a batch's seed. It is such that seed plus row is within a signed 64-bit integer.
 """
 
 
@@ -24,10 +24,11 @@ SEED_LIMIT = 2**62
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs``: None requests none, 0 those of the sampled tokens, k also
-    those of the k most likely tokens. They belong to the distribution that tokens are sampled from
-    (after temperature, top-k, top-p, min-p and penalties). ``extra`` holds ``generation_kwargs``:
-    any other sampling argument of the engine under its own name. It takes precedence over the
+    ``top_k`` 0 means off. ``logprobs`` is which log-probabilities are returned. None means none, 0
+    means those of the sampled tokens, and k means also those of the k most likely tokens. The
+    log-probabilities are those of the distribution that tokens are sampled from (after temperature,
+    top-k, top-p, min-p and penalties). ``extra`` has the ``generation_kwargs`` of a run file, which
+    are other sampling arguments of the engine under its own names. They take precedence over the
     fields.
     """
 
@@ -44,11 +45,12 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        """Reject values that break the layout; the engine checks ranges.
+        """Check ``n``, ``max_tokens`` and the keys of ``extra``. The engine checks the ranges of
+        the other fields.
 
         Raises:
-            ConfigValueError: ``n`` or ``max_tokens`` below 1, or an ``extra`` key that the toolkit
-                sets.
+            ConfigValueError: ``n`` or ``max_tokens`` is below 1, or ``extra`` has a key that the
+                toolkit sets.
         """
         if self.n < 1 or self.max_tokens < 1:
             raise ConfigValueError(
@@ -58,9 +60,9 @@ class Sampling:
         for name in self.extra:
             if name in OWNED_KEYWORDS:
                 raise ConfigValueError(
-                    f"{name!r} is set by the toolkit: {OWNED_KEYWORDS[name]}",
+                    f"the toolkit sets {name!r} itself: {OWNED_KEYWORDS[name]}",
                     where=f"grpo.generation_kwargs.{name}",
-                    fix="leave it out",
+                    fix=f"remove {name}",
                 )
 
 
@@ -69,10 +71,11 @@ class Rollout:
     """Completions in the layout of ``trl.generation.vllm_generation.VLLMGeneration.generate`` (TRL
     1.16).
 
-    The four lists have ``len(prompts) * n`` entries; the n completions of a prompt are adjacent.
-    ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], the most likely token
-    first (with ``logprobs=0`` only the sampled token); both are None if none were requested. A
-    log-probability that is NaN becomes None.
+    Each of the four lists has ``len(prompts) * n`` entries, and the n completions of a prompt are
+    adjacent. ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], with the most
+    likely token first. With ``Sampling.logprobs`` 0 a position has only the sampled token. Both
+    lists are None if no log-probabilities were requested. A log-probability that is NaN becomes
+    None.
     """
 
     prompt_ids: list[list[int]]
@@ -81,35 +84,38 @@ class Rollout:
     logprob_token_ids: list[list[list[int]]] | None
 
     def as_tuple(self) -> tuple[Any, Any, Any, Any]:
-        """(prompt_ids, completion_ids, logprobs, logprob_token_ids), as TRL unpacks it."""
+        """Return (prompt_ids, completion_ids, logprobs, logprob_token_ids), the order in which TRL
+        unpacks a rollout.
+        """
         return self.prompt_ids, self.completion_ids, self.logprobs, self.logprob_token_ids
 
 
 def request_seed(seed: int, row: int) -> int:
-    """The seed of completion ``row`` of a batch with ``seed``: a hash of ``seed``, so that batches
-    do not overlap, plus ``row``.
+    """Return the seed of the completion in row ``row`` of a batch with ``seed``.
 
-    vLLM samples the n completions of one request with seeds from this seed to seed + n - 1. These
-    are the same as those of n requests with their own rows. So a group may be one request, or split
-    over ranks. The result is within a signed 64-bit integer.
+    The result is a hash of ``seed`` plus ``row``, within a signed 64-bit integer. ``seed`` is
+    hashed so that the seeds of different batches do not overlap. vLLM samples the n completions of
+    one request with consecutive seeds, from the request's seed to seed + n - 1. These are the seeds
+    that n single requests with rows ``row`` to ``row`` + n - 1 would have. So the completions of a
+    prompt are the same whether they are one request or are split over ranks.
     """
     digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT + row
 
 
 def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
-    """The seed of one call of ``generate``, computed from the run's seed, the optimizer step, and
-    the number of the call in that step.
+    """Return the seed of one call of ``generate``. It is computed from the run's seed, the
+    optimizer step, and the number of the call in that step.
     """
     digest = hashlib.blake2b(f"{run_seed}|{step}|{call}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Raise an error for prompts that are empty, or too long for at least one completion token.
+    """Check that no prompt is empty, and that each prompt leaves space for a completion token.
 
     Raises:
-        ConfigValueError: the message names the first such prompt and a fix.
+        ConfigValueError: a prompt is empty or too long. The message names the first such prompt.
     """
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -124,7 +130,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
                 f"{max_model_len} tokens for prompt and completion together",
                 where="rollout",
                 fix=(
-                    f"raise model.max_seq_length (prompt + {max_tokens} would fit all),"
-                    " or set grpo.max_prompt_length"
+                    f"set model.max_seq_length to the longest prompt + {max_tokens} (tokens of a"
+                    " completion), or set grpo.max_prompt_length"
                 ),
             )

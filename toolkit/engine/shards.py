@@ -1,5 +1,6 @@
-"""Mark parameters of which each process of a group has only a part, and put the parts together
-again.
+"""Mark parameters that are split over the processes of a group, and join their parts.
+
+With tensor parallelism each process of a group has only a part of some parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from toolkit.base.errors import DefectError
 from toolkit.engine.mesh import mesh
 
 MARK = "_toolkit_shard"
-"""Attribute of an adapter's parameter that is a part of a larger parameter: its ``Shard``."""
+"""The name of the parameter attribute in which ``mark`` stores the ``Shard`` of a part."""
 
 
 Style = Literal["rows", "columns", "whole"]
@@ -21,9 +22,11 @@ Style = Literal["rows", "columns", "whole"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a layer is split: this process has the ``rows`` or ``columns`` of its weight from
-    ``start`` on, ``length`` of ``total``. ``repeated``: other processes have the same ones, because
-    there are fewer KV heads than processes.
+    """How the weight of a layer is split over the processes.
+
+    This process has ``length`` of the ``total`` rows or columns (``style``), from ``start`` on. If
+    ``repeated`` is True, other processes have the same rows, because there are fewer KV heads than
+    processes.
     """
 
     style: Style
@@ -35,28 +38,34 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The mark on a parameter: this process has its equal part of ``total`` along ``dim``."""
+    """The mark on a parameter that is a part of a larger one. The larger parameter has size
+    ``total`` along dimension ``dim``, and each process has an equal part.
+    """
 
     dim: int
     total: int
 
 
 def mark(parameter: torch.Tensor, dim: int, total: int) -> None:
-    """Mark ``parameter`` as this process's part of ``total`` along ``dim``."""
+    """Mark ``parameter`` as this process's part of a parameter of size ``total`` along ``dim``."""
     setattr(parameter, MARK, Shard(dim, total))
 
 
 def shard_of(parameter: Any) -> Shard | None:
-    """The mark on a parameter; None if every process of the group has the whole parameter."""
+    """Return the mark on a parameter. None means that every process of the group has the whole
+    parameter.
+    """
     found: Shard | None = getattr(parameter, MARK, None)
     return found
 
 
 @torch.no_grad()
 def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
-    """The whole tensor of which ``tensor`` is this process's part. ``tensor`` is split as the
-    parameter ``like`` is, or, for None, by its own mark. Every process of the group must call
-    this function. A tensor that is not split is returned unchanged.
+    """Return the whole tensor of which ``tensor`` is this process's part. A tensor that is not
+    split is returned unchanged. Every process of the group must call this function.
+
+    The mark of the parameter ``like`` tells how ``tensor`` is split. If ``like`` is None, the mark
+    of ``tensor`` itself is used.
     """
     shard, shared = shard_of(tensor if like is None else like), mesh()
     if shard is None:
@@ -67,23 +76,23 @@ def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
 
 
 def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """This process's part of the whole ``tensor``, which is split as the parameter ``like`` is."""
+    """Return this process's part of the whole ``tensor``, split like the parameter ``like``."""
     shard, shared = shard_of(like), mesh()
     if shard is None:
         return tensor
     if shared is None:
         raise DefectError("a part of a parameter, and its engine is closed")
     if tensor.dim() == 0 or tensor.shape[shard.dim] != shard.total:
-        return tensor  # its shape is wrong, which the caller reports
+        return tensor  # the shape is wrong, and the caller reports that
     length = shard.total // shared.size
     own = tensor.narrow(shard.dim, shared.rank * length, length)
-    # This is a copy, because fused optimizers read memory in order, and the whole tensor should be
-    # freed.
+    # Return a contiguous copy. Fused optimizers need contiguous memory, and a view would keep the
+    # whole tensor in memory.
     return own.clone(memory_format=torch.contiguous_format)
 
 
 def whole_shape(parameter: Any) -> torch.Size:
-    """The shape of the whole parameter, of which ``parameter`` may be a part."""
+    """Return the shape of the whole parameter, also if ``parameter`` is only a part of it."""
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:
         shape[shard.dim] = shard.total

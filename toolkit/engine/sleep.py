@@ -1,10 +1,10 @@
-"""Release the memory of the KV cache while the trainer works, and keep the shared weights (KV-only
-sleep).
+"""Release the memory of the KV cache while the trainer works, and keep the shared weights.
 
-vLLM's own sleep also unmaps the weights (level 1 moves them to the host, level 2 drops them), so
-the trainer's views would point to unmapped memory. vLLM's factory of sleep backends
-(``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0) supports other backends:
-``KvOnlyBackend`` releases only the allocations with the tag ``kv_cache``.
+vLLM's own sleep also unmaps the weights: level 1 moves them to the host, and level 2 drops them.
+Then the trainer's views of the weights would point to unmapped memory. So this module registers
+its own backend in vLLM's factory of sleep backends
+(``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0). ``KvOnlyBackend`` releases only
+the allocations with the tag ``kv_cache``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
     """
 
     def suspend(self, level: int = 1) -> None:
-        """Release the KV cache, for every ``level``."""
+        """Release the KV cache. ``level`` has no effect."""
         del level
         self._state = "SUSPENDED"
         release_tag(KV_TAG)
 
     def resume(self, tags: list[str] | None = None) -> None:
-        """Map the KV cache again, unless ``tags`` has only other tags."""
+        """Map the KV cache again if ``tags`` is None or contains ``kv_cache``."""
         if tags is not None and KV_TAG not in tags:
             return
         self._state = "RESUMING"
@@ -45,30 +45,32 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
         self._state = "RUNNING"
 
     def discard(self, tags: tuple[str, ...]) -> None:
-        """Release the KV cache if it is among ``tags``; weights are never released."""
+        """Release the KV cache if ``tags`` contains ``kv_cache``. Weights are never released."""
         if KV_TAG in tags:
             self._state = "SUSPENDED"
             release_tag(KV_TAG)
 
     @classmethod
     def preserves_communicators(cls) -> bool:
-        """True, because communicator buffers are outside the pool."""
+        """Return True, because communicator buffers are not in the memory that is released."""
         return True
 
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
-        """True, because addresses stay reserved, so compiled code and CUDA graphs stay valid."""
+        """Return True, because addresses stay reserved. So compiled code and CUDA graphs stay
+        valid.
+        """
         return True
 
 
 def register() -> None:
-    """Register the backend in vLLM's factory, once."""
+    """Register ``KvOnlyBackend`` in vLLM's factory. A second call has no effect."""
     if NAME not in SleepModeBackendFactory._registry:
         SleepModeBackendFactory.register_backend(NAME, __name__, KvOnlyBackend.__name__)
 
 
 def release_tag(tag: str) -> None:
-    """Release the memory of every mapped allocation with the tag ``tag``; its addresses stay
+    """Release the memory of every mapped allocation with the tag ``tag``. The addresses stay
     reserved.
     """
     allocator, unmap_and_release, _ = _allocator()
@@ -80,8 +82,11 @@ def release_tag(tag: str) -> None:
 
 
 def map_tag(tag: str, spare_bytes: int | None = None) -> None:
-    """Map memory at the addresses of every released allocation with the tag ``tag``; its contents
-    are undefined. torch keeps its cached memory if ``spare_bytes`` stay free in addition.
+    """Map memory at the addresses of every released allocation with the tag ``tag``. The contents
+    are undefined.
+
+    torch's cached memory is released first. It is kept if more than the needed memory is free, by
+    at least ``spare_bytes``.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -90,9 +95,9 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     needed = sum(int(data.handle[1]) for data in asleep)
     enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
     if asleep and not enough:
-        # The trainer's step leaves memory of its activations in torch's cache. Without this call
-        # the GPU would need memory for the activations and the KV cache at once, which sleep must
-        # avoid.
+        # After the trainer's step, torch's cache still has the memory of the activations. Without
+        # this call the GPU would need memory for the activations and the KV cache at the same time.
+        # Sleep mode exists to avoid that.
         torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)
@@ -101,8 +106,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
-    """Tensors that are created in the block can be released and mapped by ``tag``, also without
-    ``enable_sleep_mode``. Each tag has one pool.
+    """Allocate the tensors that are created within the block from the memory pool of ``tag``. Their
+    memory can then be released and mapped by ``tag``, also without ``enable_sleep_mode``.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -110,11 +115,11 @@ def tagged_pool(tag: str) -> Iterator[None]:
 
 
 def drop_pool(tag: str) -> None:
-    """Free the pool of ``tag`` after its tensors were dropped. vLLM keeps pools for the process,
-    and counts their memory before it loads another model.
+    """Free the memory pool of ``tag``. Its tensors must have been dropped before.
 
-    torch's pool must be freed before the allocator that it references
-    (``CuMemAllocator.release_pools``).
+    vLLM itself would keep the pool until the process ends, and would count its memory as used when
+    it loads another model. torch's pool must be freed before the allocator that it references
+    (as in ``CuMemAllocator.release_pools``).
     """
     allocator, _, _ = _allocator()
     entry = allocator.allocator_and_pools.pop(tag, None)
@@ -128,8 +133,8 @@ def drop_pool(tag: str) -> None:
 
 
 def _allocator() -> tuple[Any, Any, Any]:
-    """vLLM's allocator of this process and its two primitives. The import is here because it needs
-    CUDA.
+    """Return vLLM's allocator of this process, and its functions that unmap and map memory. The
+    import is in this function because it needs CUDA.
     """
     from vllm.device_allocator import cumem  # noqa: PLC0415 - needs the CUDA runtime library
 
@@ -137,25 +142,23 @@ def _allocator() -> tuple[Any, Any, Any]:
 
 
 class KvSleep:
-    """Puts one engine that was built with ``enable_sleep_mode`` to sleep and wakes it."""
+    """Releases and maps the KV cache of one engine that was built with ``enable_sleep_mode``."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self.asleep = False
-        # The worker looks up its backend by this name at its first sleep; there is no engine
-        # argument for it (0.25.1, 0.31.0).
+        # The worker looks up its sleep backend by this name at its first sleep. vLLM has no engine
+        # argument for the name (0.25.1, 0.31.0), so the config is changed here.
         llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
 
     def sleep(self) -> None:
-        """Release the KV cache. With level 1 the worker does not copy buffers."""
+        """Release the KV cache. Level 1 is used because vLLM's worker then copies no buffers."""
         if not self.asleep:
             self._llm.sleep(level=1)
             self.asleep = True
 
     def wake(self) -> None:
-        """Map the KV cache again: first its tag, then the rest, which has no effect because weights
-        were not released.
-        """
+        """Map the KV cache again. Does nothing if the engine is awake."""
         if self.asleep:
             self._llm.wake_up()
             self.asleep = False

@@ -1,5 +1,5 @@
-"""Start an engine from its options. This module imports vLLM; call it only through ``open_engine``,
-which prepares the environment.
+"""Start an engine from its options. This module imports vLLM. Call it only through ``open_engine``,
+which sets vLLM's environment variables before the import.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _started: weakref.ref[Engine] | None = None
 
 
 def start(options: EngineOptions) -> Engine:
-    """Run cheap checks, then start vLLM and get its internals."""
+    """Run quick checks, then start vLLM. Returns the engine."""
     global _started
     again = _started is not None
     if again:
@@ -70,9 +70,9 @@ def start(options: EngineOptions) -> Engine:
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _started = weakref.ref(engine)
         if again:
-            # vLLM has frozen all existing objects for the garbage collector, also the model of a
-            # previous engine. Unfreeze them, so that the weights of that model are freed when the
-            # caller drops it.
+            # vLLM has called gc.freeze(), which also freezes the model of a previous engine.
+            # Unfreeze all objects, so that the weights of that model are freed when the caller
+            # drops the model.
             gc.unfreeze()
         return engine
     except ToolkitError:
@@ -81,18 +81,18 @@ def start(options: EngineOptions) -> Engine:
         raise explain(problem, "the engine did not start") from problem
     finally:
         # vLLM seeds torch's generator, and its CPU worker replaces ``set_num_threads`` by a
-        # function without effect (0.31.0). Restore both, because the trainer runs in this process
-        # too.
+        # function without effect (0.31.0). Restore the generator and the function, because the
+        # trainer runs in this process too.
         torch.set_rng_state(state)
         torch.set_num_threads = _SET_NUM_THREADS
 
 
 def sum_over_gloo() -> None:
-    """Make vLLM's CPU workers add up over torch.distributed (gloo).
+    """Make vLLM's CPU workers sum over torch.distributed (gloo) instead of over shared memory.
 
-    vLLM's own sums over shared memory (``CpuCommunicator``, 0.31.0) wait without end for a process
-    that has ended, and with external_launcher all runs on a machine use one name for the shared
-    memory.
+    vLLM's own sums over shared memory (``CpuCommunicator``, 0.31.0) have two problems. They wait
+    forever if another process has ended. And with external_launcher, all runs on a machine use the
+    same name for the shared memory.
     """
     from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
 
@@ -101,9 +101,10 @@ def sum_over_gloo() -> None:
 
 
 def make_room() -> None:
-    """Free a previous engine that is no longer referenced, and raise an error if another engine is
-    open. vLLM has its groups and the memory pool of a sleeping KV cache once per process, so
-    closing one of two engines would break the other.
+    """Free a previous engine that is no longer referenced, and check that no other engine is open.
+
+    Two engines cannot be open in one process. vLLM has only one set of process groups and one
+    memory pool for sleep mode per process, so closing one engine would break the other.
 
     Raises:
         ConfigError: another engine is open and referenced.
@@ -115,11 +116,11 @@ def make_room() -> None:
     engine = _started() if _started is not None else None
     if engine is not None and not engine.closed:
         raise ConfigError(
-            f"another engine is open in this process, on {engine.options.model}",
+            f"another engine with the model {engine.options.model} is open in this process",
             where="engine",
             fix=(
-                "close it with model.toolkit_engine.close(), where model is the model that was "
-                "loaded before"
+                "close the other engine with model.toolkit_engine.close(), where model is the "
+                "model that was loaded before"
             ),
         )
 
@@ -127,8 +128,8 @@ def make_room() -> None:
 def fit_cpu(arguments: dict[str, Any]) -> None:
     """Add the arguments that vLLM's CPU worker needs to ``arguments``.
 
-    A prompt is prefilled in one scheduler step: after a partial prefill vLLM rewinds the request's
-    generator, which torch's CPU generators do not support ("CPU Generator does not use offset",
+    Chunked prefill is switched off. After a partial prefill vLLM sets back the request's random
+    generator, and torch's CPU generators do not support that ("CPU Generator does not use offset",
     0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
@@ -143,11 +144,11 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
 
 
 def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
-    """Add arguments for vLLM's GPU worker to ``arguments``: unchanged expert weights, copies of
-    4-bit weights, and the tuned LoRA kernels of the GPU.
+    """Add to ``arguments`` what vLLM's GPU worker needs for expert weights and for 16-bit copies of
+    4-bit weights. Also select the table of tuned LoRA kernels for the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
-        # Only this backend does not change expert weights.
+        # Triton is the only backend that does not change the expert weights after loading.
         arguments.setdefault("moe_backend", "triton")
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
@@ -159,16 +160,19 @@ def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> N
 
 
 CPU_KV_CACHE_BYTES = 1 << 30
-"""KV cache size of a CPU engine if neither the options nor VLLM_CPU_KVCACHE_SPACE set it."""
+"""The KV cache size of a CPU engine, in bytes. It is used if neither the options nor the
+environment variable VLLM_CPU_KVCACHE_SPACE set the size.
+"""
 
 
 def check_model(options: EngineOptions, device: str) -> Any:
-    """Raise an error for models that would fail after minutes of loading. Returns the model's
-    config.
+    """Check that the engine supports the model, before minutes are spent on loading. Returns the
+    model's Hugging Face config.
 
     Raises:
-        InputError: no readable config.
-        UnsupportedError: FP8, 4-bit without CUDA, an architecture that vLLM does not have.
+        InputError: the model has no readable config.
+        UnsupportedError: the model has FP8 weights, 4-bit weights without CUDA, or an architecture
+            that vLLM does not support.
     """
     config = read_config(options)
     values = config.to_dict()
@@ -178,7 +182,8 @@ def check_model(options: EngineOptions, device: str) -> Any:
             f"{options.model} is stored in {stored.name}, but only unquantized and bitsandbytes "
             "4-bit weights can be shared with the trainer",
             where="model.model_name",
-            fix="use the unquantized checkpoint, if needed with load_in_4bit: true",
+            fix="use the unquantized checkpoint of the model. To save memory, set load_in_4bit: "
+            "true",
         )
     problem = cpu_engine_problem(values) if device == "cpu" else None
     if problem is not None:
@@ -210,14 +215,14 @@ _WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
 
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
-    """Whether vLLM uses its bitsandbytes loader for the model."""
+    """Return True if vLLM uses its bitsandbytes loader for the model."""
     stored = stored_format(config.to_dict())
     packed = options.load_in_4bit or (stored is not None and stored.engine)
     return packed and options.tensor_parallel_size == 1
 
 
 def read_config(options: EngineOptions) -> Any:
-    """The checkpoint's Hugging Face config.
+    """Read the checkpoint's Hugging Face config.
 
     Raises:
         InputError: the config does not exist or cannot be read.
@@ -228,5 +233,5 @@ def read_config(options: EngineOptions) -> Any:
         raise InputError(
             f"the model config cannot be read: {first_line(problem)}",
             where=options.model,
-            fix="check the folder or the hub id (and HF_HUB_OFFLINE, if it is set)",
+            fix="check the folder or hub id, and HF_HUB_OFFLINE if that variable is set",
         ) from problem

@@ -1,15 +1,18 @@
-"""Make processes that share a model act together when one of them runs out of memory.
+"""Make all processes that share a model repeat their work if one of them runs out of memory.
 
-If a process repeated its work alone, the others would wait in a collective that it never joins. So
-all of them repeat, or none does. They agree over the group's CPU connection, never over the
-connection that transfers tensors.
+If one process repeated its work alone, the other processes would wait forever in a collective call
+(such as an all-reduce) that this process never joins. So either all processes of the group repeat
+the work, or none does. To agree on this, each process sends a flag over the group's CPU connection,
+never over the connection that transfers tensors.
 
-* In a watched phase (a training step) the processes agree before each collective of the group. A
-  process that runs out of memory reports that in the agreement that the others reach next. At that
-  point all have made the same collectives, and all repeat the phase.
-* The collectives inside vLLM cannot be watched. There the processes agree after the call: if all
-  return, with a result or out of memory, all repeat it. If one of them stays in a collective, the
-  process that failed gets no answer within ``ANSWER_S``, and the run ends.
+* In a training step, the processes exchange flags before each collective call of the group. If a
+  process runs out of memory, the others learn this at their next exchange. At that point all
+  processes have made the same collective calls, and all repeat the step.
+* In a rollout, the collective calls are inside vLLM, so no flags can be exchanged before them.
+  Instead the processes exchange flags after vLLM's call. If one process ran out of memory and the
+  call has ended in all others too, all processes repeat the call. If another process still waits in
+  a collective call, the process that ran out of memory gets no answer within ``ANSWER_S``, and the
+  run ends with an error.
 """
 
 from __future__ import annotations
@@ -35,20 +38,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""Seconds that a process that ran out of memory waits for the others to answer."""
+"""The seconds that a process that ran out of memory waits for the flags of the others."""
 
 _watched = False
 
 
 class OutOfMemoryElsewhere(RuntimeError):
-    """Raised if another process of the group ran out of memory, so that all repeat the same
+    """Raised if another process of the group ran out of memory. Then all processes repeat the
     work.
     """
 
 
 def watch() -> None:
-    """Make each collective of the group wait for an agreement, until the ``phase`` ends. Every
-    process of the group must call this function at the same point.
+    """Make the processes exchange flags before each collective call of the group, until the
+    ``phase`` ends. Every process of the group must call this function at the same point.
     """
     global _watched
     _watched = mesh() is not None
@@ -56,12 +59,12 @@ def watch() -> None:
 
 @contextmanager
 def phase() -> Iterator[None]:
-    """Surround work that can be repeated. If a process runs out of memory after ``watch``, all
-    processes of the group leave with an out-of-memory error.
+    """Surround work that can be repeated. If one process runs out of memory after ``watch``, an
+    out-of-memory error is raised in all processes of the group.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this process ran out of memory, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not send their flags.
     """
     global _watched
     try:
@@ -78,11 +81,11 @@ def phase() -> Iterator[None]:
 
 
 def before_collective() -> None:
-    """Agree with the other processes of the group that all make the next collective. Does nothing
-    outside of a watched phase.
+    """Exchange flags with the other processes of the group before the next collective call. Does
+    nothing if ``watch`` was not called in this phase.
 
     Raises:
-        OutOfMemoryElsewhere: another process ran out of memory instead.
+        OutOfMemoryElsewhere: another process ran out of memory, so it will not make the call.
     """
     shared = mesh()
     if not _watched or shared is None:
@@ -92,12 +95,12 @@ def before_collective() -> None:
 
 
 def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
-    """Return the result of ``draw()``, a call of the engine in every process of the group. Out of
-    memory in one process is raised in all.
+    """Return the result of ``draw()``, which every process of the group calls. If one process runs
+    out of memory, an out-of-memory error is raised in all of them.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this process ran out of memory, and the others do not answer.
+        ConfigError: this process ran out of memory, and the others do not send their flags.
     """
     try:
         result = draw()
@@ -111,8 +114,11 @@ def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
 
 
 def _answer(shared: Mesh, error: BaseException, during: str) -> None:
-    """Report to the other processes that this one ran out of memory. Returns after all have
-    reported their state.
+    """Report to the other processes that this one ran out of memory. Returns after all processes
+    have sent their flags.
+
+    Raises:
+        ConfigError: the other processes do not send their flags within ``ANSWER_S``.
     """
     try:
         if not _idle():
@@ -120,23 +126,24 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
         _largest_flag(shared, shared.rank + 1, timedelta(seconds=ANSWER_S))
     except RuntimeError as lost:
         raise ConfigError(
-            f"process {rank()} ran out of memory during {during}, and the other processes that "
-            f"share its model wait for it in the middle of a sum: {first_line(error)}",
+            f"process {rank()} ran out of memory during {during}. The work cannot be repeated, "
+            "because the other processes that share its model wait for it in a collective call: "
+            f"{first_line(error)}",
             where=f"process {rank()}",
             fix="set model.tensor_parallel_size to a larger number, or lower "
             "grpo.per_device_train_batch_size, grpo.max_completion_length or model.max_num_seqs "
-            "(`envcheck size` shows the memory of each), then run the same command again: it "
-            "resumes from the last checkpoint",
+            "(`envcheck size` shows how much memory each needs). Then run the same command again. "
+            "It resumes from the last checkpoint",
         ) from lost
 
 
 def _idle() -> bool:
-    """Whether the GPU has completed all work of this process. Then the other processes have also
-    made every collective that this process started.
+    """Return True if the GPU completes all work of this process within ``ANSWER_S``. If it does,
+    the other processes have also made every collective call that this process started.
     """
     cuda: Any = torch.cuda  # torch.cuda has no types
     if not cuda.is_initialized():
-        return True  # a collective on the CPU is complete when it returns
+        return True  # a collective call on the CPU is complete when it returns
     asked = cuda.Event()
     asked.record()
     end = time.monotonic() + ANSWER_S

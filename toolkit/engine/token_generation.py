@@ -1,5 +1,5 @@
-"""Generate token ids and log-probabilities from token ids, with as little Python per token as vLLM
-allows.
+"""Generate token ids and log-probabilities with vLLM. The code does little work in Python per
+token, so that rollouts are fast.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ if TYPE_CHECKING:
     from toolkit.engine.rollout_request import Sampling
 
 REFUSALS = (TypeError, ValueError, VLLMValidationError)
-"""The exceptions with which vLLM rejects a request; from 0.31 VLLMValidationError is not a
-ValueError.
+"""The exceptions with which vLLM rejects a request. VLLMValidationError is listed because from 0.31
+on it is not a ValueError.
 """
 
 GIVEN_UP = frozenset({"abort", "error"})
-"""Finish reasons of a request that failed without an exception, e.g. because of a grammar that does
-not compile.
+"""vLLM's finish reasons for a request that failed without an exception, for example because of a
+grammar that does not compile.
 """
 
 
 def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
-    """``sampling`` as vLLM's SamplingParams.
+    """Convert ``sampling`` to vLLM's SamplingParams.
 
     Raises:
-        ConfigValueError: vLLM rejects a value, or does not know a keyword of ``sampling.extra``.
+        ConfigValueError: vLLM rejects a value, or has no option with the name of a keyword of
+            ``sampling.extra``.
     """
     for name in sampling.extra:
         problem = unknown(name, "vllm")
@@ -71,7 +72,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     structured = keywords.get("structured_outputs")
     bias = keywords.get("logit_bias")
     try:
-        if isinstance(bias, dict):  # the keys are token ids, but in a run file they are texts
+        if isinstance(bias, dict):  # the keys are token ids, which are strings in a run file
             keywords["logit_bias"] = {int(token): value for token, value in bias.items()}
         if sampling.structured_outputs_regex is not None:
             keywords["structured_outputs"] = StructuredOutputsParams(
@@ -89,13 +90,14 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """Surround a call of ``llm.generate``: convert vLLM's rejection of a request to an error of the
-    toolkit.
+    """Surround a call of ``llm.generate``, and convert the error with which vLLM rejects a request.
+
+    vLLM checks each request when it is added, and removes the requests that were added before if it
+    rejects one. So if an error is raised while requests are in the engine, the error comes from a
+    generation step. Such an error is not converted.
 
     Raises:
-        ConfigValueError: vLLM checks each request when it is added, and drops the earlier ones. An
-            error that is raised while requests are in the engine comes from a step, and is not
-            converted.
+        ConfigValueError: vLLM rejects a request.
     """
     try:
         yield
@@ -118,11 +120,11 @@ def generate(
     lora: LoRARequest | None,
     rows: Sequence[int],
 ) -> Rollout:
-    """Sample ``sampling.n`` completions of each prompt; ``rows`` is explained in
-    ``rollout_engine.RolloutEngine``.
+    """Sample ``sampling.n`` completions of each prompt. ``rollout_engine.RolloutEngine`` explains
+    ``rows``.
 
-    Each prompt is one request with n completions, so its prefix is computed once. The request has
-    its own seed, so the result depends neither on earlier calls nor on the batch that it runs in.
+    Each prompt is one request with n completions, so vLLM computes the prompt only once. Each
+    request has its own seed, so its result does not depend on earlier calls or on other requests.
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     params = [
@@ -131,7 +133,8 @@ def generate(
     ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
-    # vLLM also draws from torch's global generators, so they are restored for the trainer.
+    # vLLM also draws from torch's global generators. They are restored, because the trainer uses
+    # them too.
     with judging(llm), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         if requests:
@@ -170,8 +173,8 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
                     f"vLLM aborted a completion ({completion.finish_reason})",
                     where="rollout",
                     fix=(
-                        "check vllm_structured_outputs_regex and generation_kwargs; vLLM's log "
-                        "has the details"
+                        "check vllm_structured_outputs_regex and generation_kwargs. vLLM's log "
+                        "shows the details"
                     ),
                 )
             prompt_ids.append(list(prompt))
@@ -186,14 +189,15 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
 
 
 def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
-    """The log-probabilities of one sequence and their tokens, [position][rank], the most likely
-    token first.
+    """Return the log-probabilities of one sequence and their token ids, both as [position][rank]
+    with the most likely token first.
 
     vLLM lists the sampled token first and then the k most likely tokens, which may contain the
-    sampled one again. The result has each token once, at its rank, as in TRL.
+    sampled token again. As in TRL, the result has each token once, ordered by probability.
     """
     size = len(flat.logprobs)
-    if size == len(flat.start_indices):  # one per position, the usual case: no sorting, no objects
+    # Usually each position has one token, and sorting is not needed.
+    if size == len(flat.start_indices):
         return (
             [[None if math.isnan(value) else value] for value in flat.logprobs],
             [[token] for token in flat.token_ids],

@@ -1,5 +1,5 @@
-"""Convert an exception of vLLM to an error of the toolkit, with the pre-flight check that detects
-its cause.
+"""Convert an exception of vLLM to an error of the toolkit. If the cause is known, the error names
+the check of `envcheck check` that detects this cause before a run.
 """
 
 from __future__ import annotations
@@ -9,37 +9,37 @@ from toolkit.base.symptoms.errors import AGAIN, explained
 
 JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION = "VLLMValidationError"
-"""The name of vLLM's validation error, which is not a ValueError from 0.31. A name and not the
-class, because this module does not import vLLM.
+"""The name of vLLM's validation error, which from 0.31 on is not a ValueError. The class itself is
+not used, because this module does not import vLLM.
 """
 
 
 START_AGAIN = (
-    "run `envcheck check` on this node; the same command, here or on another node, resumes from the"
-    " last checkpoint (--debug shows the whole traceback)"
+    "run `envcheck check` on this node. Then run the same command again, here or on another node. "
+    "It resumes from the last checkpoint (--debug shows the whole traceback)"
 )
 """The fix for a rollout that failed for an unknown reason."""
 
 
 def closed() -> ConfigError:
-    """The error for a use after ``close``."""
+    """Return the error for using an engine after ``close``."""
     return ConfigError(
         "the engine is closed", where="engine", fix="load the model again to open a new engine"
     )
 
 
 def died(error: ToolkitError) -> ToolkitError:
-    """The error for a use of an engine that failed earlier with ``error``."""
+    """Return the error for using an engine that failed earlier with ``error``."""
     return type(error)(f"the engine failed earlier: {error.message}", where="engine", fix=error.fix)
 
 
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
-    """Convert ``problem`` (and the exceptions that caused it) to a ToolkitError. If the text has a
-    known symptom, the error has its exit code and remedy.
+    """Convert ``problem`` (and the exceptions that caused it) to a ToolkitError.
 
-    Unknown texts are quoted. The error is a ConfigError if vLLM rejected a value, else a NodeError,
-    because the config may be correct. ``fix`` replaces the fix of that NodeError, for an engine
-    that was running.
+    If the text of an exception matches a known symptom, the error has the exit code and the fix of
+    that symptom. Else the error quotes the text. It is then a ConfigError if vLLM rejected a value.
+    Otherwise it is a NodeError, because the config may be correct. ``fix`` replaces the default fix
+    of the NodeError, and is passed if the engine was already running.
     """
     if known := explained(problem, what, AGAIN if fix else ""):
         return known
@@ -48,5 +48,5 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     kinds = type(first).__mro__
     if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
-    fix = fix or "run `envcheck check` on this node; --debug shows the whole traceback"
+    fix = fix or "run `envcheck check` on this node (--debug shows the whole traceback)"
     return NodeError(told, where="vLLM", fix=fix)

@@ -1,7 +1,7 @@
-"""Access vLLM's internals. Every use of them is one function of this module, for vLLM 0.25.1 and
-0.31.0.
+"""Access vLLM's internals (0.25.1 and 0.31.0). Each function of this module is one such access.
 
-``tests/contract/test_vllm_seams.py`` checks each internal and names the one that upstream changed.
+``tests/contract/test_vllm_seams.py`` checks each internal, and names those that a new version of
+vLLM has changed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Internals:
-    """The internals of a started engine: the runner, its module of the model, and the slots of its
-    adapters (None without LoRA).
+    """The internals of a started engine. ``runner`` is vLLM's model runner, and ``module`` is its
+    module of the model. ``slots`` is the manager of the adapter slots (None without LoRA).
     """
 
     runner: Any
@@ -34,31 +34,39 @@ class Internals:
 
 
 def device_type() -> str:
-    """``"cuda"`` or ``"cpu"``: the platform that vLLM was built for and found."""
+    """Return the platform that vLLM runs on, ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        UnsupportedError: vLLM runs on another platform.
+    """
     if current_platform.is_cuda_alike():
         return "cuda"
     if current_platform.is_cpu():
         return "cpu"
     raise UnsupportedError(
-        f"vLLM runs on {current_platform.device_name or 'an unknown device'} on this machine; the "
-        "toolkit's engine supports CUDA and CPU",
+        f"vLLM runs on {current_platform.device_name or 'an unknown device'} on this machine, but "
+        "the toolkit's engine supports only CUDA and CPU",
         fix="set fast_inference: false (runtime.engine: transformers)",
     )
 
 
 def open_worker(llm: LLM) -> Any:
-    """The only worker of an engine that runs in this process."""
+    """Return the worker of an engine that runs in this process. Such an engine has one worker.
+
+    Raises:
+        UnsupportedError: the engine has several workers.
+    """
     workers = llm.collective_rpc(_itself)
     if len(workers) != 1:
         raise UnsupportedError(
             f"the engine has {len(workers)} workers, but weight sharing needs exactly one",
-            fix="use tensor_parallel_size: 1",
+            fix="set tensor_parallel_size: 1",
         )
     return getattr(workers[0], "worker", workers[0])
 
 
 def open_internals(llm: LLM) -> Internals:
-    """The internals of an engine that runs in this process."""
+    """Return the internals of an engine that runs in this process."""
     runner = open_worker(llm).model_runner
     manager = getattr(runner, "lora_manager", None)
     slots = None if manager is None else manager._adapter_manager
@@ -73,13 +81,13 @@ def _itself(worker: Any) -> Any:
 
 
 def drop_requests(llm: LLM) -> None:
-    """Remove every request from an engine whose step raised, so that it can be used again, and free
-    the blocks that torch caches.
+    """Remove every request from an engine in which a step raised an error, and free torch's cached
+    memory. The engine can then be used again.
 
-    vLLM treats such an engine as unusable, because it cannot know what failed. But after a failed
-    allocation its state is intact. A failed step leaves requests in the output processor and the
-    scheduler, running batches (asynchronous scheduling), and the runner's record of a forward pass
-    whose tokens were not sampled yet.
+    vLLM treats such an engine as unusable, because the error may have any cause. But after a failed
+    allocation the engine's state is intact. Only these objects of the failed step must be removed:
+    requests in the output processor and the scheduler, batches that still run (asynchronous
+    scheduling), and the runner's record of a forward pass whose tokens were not sampled yet.
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
@@ -94,8 +102,8 @@ def drop_requests(llm: LLM) -> None:
 def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     """Stop the engine core of this process.
 
-    vLLM's own shut-down always destroys torch.distributed's default group. With
-    ``keep_process_group`` (the trainer created the group) only the engine's part is shut down.
+    vLLM's own shut-down always destroys torch.distributed's default group. If the trainer created
+    that group, pass ``keep_process_group``. Then only the engine's own groups are destroyed.
     """
     forget_graph_pool()
     forget_pointers()
@@ -103,7 +111,8 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     if not keep_process_group:
         client.shutdown()
         return
-    finalizer = getattr(client, "_finalizer", None)  # 0.31.0: it would shut down again later
+    # In vLLM 0.31.0 the client has a finalizer, which would shut the engine down a second time.
+    finalizer = getattr(client, "_finalizer", None)
     if finalizer is not None:
         finalizer.detach()
     core = client.engine_core
@@ -120,11 +129,11 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
 def forget_pointers() -> None:
     """Clear the LoRA kernels' cache of weight addresses.
 
-    The kernels cache addresses, strides and offsets by the address of the first byte, for the whole
-    process (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Another engine may have other
-    shapes at the same address.
+    The kernels cache addresses, strides and offsets for the whole process, and look them up by the
+    address of the first byte (``lora/ops/triton_ops/utils.py``, 0.25.1 and 0.31.0). Another engine
+    may have tensors of other shapes at the same address, so the cached values would be wrong.
     """
-    # Not imported here, because only kernels that have run have a cache.
+    # The module is not imported here. If it is not loaded, no kernel has run and no cache exists.
     kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
     if kernels is not None:
         kernels._LORA_A_PTR_DICT.clear()
@@ -132,11 +141,11 @@ def forget_pointers() -> None:
 
 
 def forget_graph_pool() -> None:
-    """Make the next engine of this process capture its CUDA graphs into its own pool.
+    """Make the next engine of this process capture its CUDA graphs into a new memory pool.
 
     vLLM keeps one pool handle for the whole process (``Platform.get_global_graph_pool``, 0.25.1 and
-    0.31.0). torch drops that pool when the first engine's graphs are freed, and a later capture
-    into it fails with an internal assertion of its allocator.
+    0.31.0). When the graphs of the first engine are freed, torch drops the pool of this handle. A
+    later capture into the same pool would fail with an internal assertion of torch's allocator.
     """
     kind: Any = type(current_platform)
     kind._global_graph_pool = None

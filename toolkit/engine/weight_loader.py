@@ -2,16 +2,16 @@
 
 The loader reads checkpoints as vLLM's default loader does, and in addition:
 
-* On a CPU it makes each linear layer keep its weight as loaded. Otherwise vLLM would prepack the
-  weight for its matrix kernel and drop the original, which then could not be shared
-  (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA weights stay ordinary tensors anyway.
-* It records the name of every tensor that it read, so that ``policy.shared_weights`` can reject a
-  checkpoint with tensors that belong to no parameter of the model. It also records a few loaded
-  values of each parameter, to detect parameters that vLLM later rewrites for a kernel (experts on a
-  CPU), which cannot be shared.
+* On a CPU it makes each linear layer keep its weight as loaded. Otherwise vLLM would repack the
+  weight for its matrix kernel and drop the original, so the trainer could not share it
+  (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA vLLM does not repack the weights.
+* It records the name of every tensor that it read. With these names ``policy.shared_weights``
+  rejects a checkpoint that contains tensors which belong to no parameter of the model.
+* It records a few loaded values of each parameter. They show which parameters vLLM later rewrites
+  for a kernel (experts on a CPU). Rewritten parameters cannot be shared.
 
 For 4-bit models vLLM always chooses its own loader. ``register_dequantizing`` replaces that loader
-by one whose layers compute with 16-bit copies (``engine.dequantized``).
+by a loader whose layers compute with 16-bit copies (``engine.dequantized``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's default loader, which keeps weights in a form that a second model can view."""
+    """vLLM's default loader, changed so that a second model can share the loaded weights."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         load_config.load_format = "auto"
@@ -66,7 +66,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
 
 
 def register() -> None:
-    """Register the loader in vLLM under ``engine_options.LOADER``. A second call has no further
+    """Register the loader in vLLM under the name ``engine_options.LOADER``. A second call has no
     effect.
     """
     register_model_loader(LOADER)(SharedWeightsLoader)
@@ -75,14 +75,14 @@ def register() -> None:
 FOUR_BIT = "bitsandbytes"
 """vLLM's name of its loader for 4-bit weights, which vLLM chooses itself."""
 WANTED = "dequantized_rollouts"
-"""Key of ``model_loader_extra_config`` whose value sets the copies: True for all layers, or a
-number of bytes.
+"""The key of ``model_loader_extra_config`` that sets which layers get 16-bit copies. Its value is
+True for all layers, a number of bytes, or "auto".
 """
 
 
 def register_dequantizing() -> None:
-    """Replace vLLM's 4-bit loader by the class that ``dequantizing`` makes of it. Does nothing if
-    this vLLM has no such loader (0.31 moved it), or on a second call.
+    """Replace vLLM's 4-bit loader by the subclass that ``dequantizing`` returns. Does nothing on a
+    second call, or if this version of vLLM has no such loader (0.31 moved it).
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -98,15 +98,18 @@ def register_dequantizing() -> None:
 
 
 def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
-    """A subclass of ``loader`` (a vLLM loader of packed weights) with copies for as many layers as
-    ``model_loader_extra_config`` requests. ``options`` are those of ``dequantized.attach``.
+    """Return a subclass of ``loader``, which is a vLLM loader of 4-bit weights. The subclass gives
+    layers 16-bit copies, as ``model_loader_extra_config`` requests. ``options`` are passed to
+    ``dequantized.attach``.
     """
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
         def load_model(
             self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
         ) -> nn.Module:
-            """The model from ``loader``, with layers prepared for the first forward pass."""
+            """Load the model with ``loader``, and attach the 16-bit copies to its layers. The first
+            forward pass fills them.
+            """
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
             wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
             if wanted == "auto":
