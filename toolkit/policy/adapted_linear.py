@@ -1,14 +1,15 @@
 """Compute a linear layer with its LoRA update as one autograd function.
 
-PEFT's own forward pass (0.21.2) casts the input up to the adapter's float32, autocast casts it down
-again, and the update is scaled and added in separate passes. Autograd then keeps a copy of the
-input for every adapted layer. This function keeps only the original input, once (q, k and v share
-it). The matrix product that computes the update also adds it, and the same applies to the gradient
-of the input.
+PEFT's own forward pass (0.21.2) casts the input up to the adapter's float32, and autocast casts it
+down again. The update is scaled and added in separate passes, and autograd keeps a copy of the
+input for every adapted layer. The function in this module keeps only the original input, which q, k
+and v share. One fused matrix product computes the update and adds it to the output. The gradient of
+the input is computed in the same way.
 
     y = x W^T + bias + s (x A^T) B^T        (LoRA: arXiv 2106.09685)
 
-Suffixes of names: T rows (tokens), I in, O out, R rank.
+The suffixes of tensor names are the dimensions: T tokens (rows), I input features, O output
+features, R rank.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ def adapted_linear(
     b_OR: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Map ``x`` (..., I) to (..., O) in the same dtype, which is also that of the frozen weight and
-    bias.
+    """Map ``x`` (..., I) to (..., O). Input, output, frozen weight and bias have the same dtype.
 
-    The adapter may have another dtype. It is cast to that of ``x`` for the computation, as under
-    autocast. Its gradients have the adapter's own dtype.
+    The adapter may have another dtype. For the computation it is cast to the dtype of ``x``, as
+    under autocast. Its gradients have the adapter's own dtype.
     """
     out: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, weight_OI, bias_O, a_RI, b_OR, scaling
@@ -43,20 +43,20 @@ def adapted_linear(
 
 
 class PackedBase(Protocol):
-    """A frozen layer with a packed weight, which is unpacked for one product at a time."""
+    """A frozen layer with a packed (4-bit) weight, which is unpacked for each matrix product."""
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias (T, O), in the dtype of ``x_TI``."""
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (O, I), unpacked for this call."""
+        """Return the unpacked weight (O, I), which is a new tensor."""
 
 
 def adapted_packed(
     x: torch.Tensor, base: PackedBase, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Compute ``adapted_linear`` with a packed base layer. The weight is unpacked once in the
-    forward and once in the backward pass; neither copy is kept.
+    """Compute ``adapted_linear`` with a packed base layer. The weight is unpacked in the forward
+    pass and again in the backward pass, so that no unpacked copy is kept between them.
     """
     out: torch.Tensor = _AdaptedPacked.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, base, a_RI, b_OR, scaling
@@ -128,8 +128,8 @@ def _gradients(
     weight: Callable[[torch.dtype], torch.Tensor],
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of the input, A and B; None for those that are not needed (``needs``, in this
-    order).
+    """Return the gradients of the input, A and B. ``needs`` has a flag for each of the three in
+    this order, and a gradient is None if its flag is False.
     """
     x_TI, a_RI, b_OR, hidden_TR = saved
     grad_TO = grad.reshape(-1, grad.shape[-1])

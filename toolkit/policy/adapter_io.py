@@ -1,5 +1,7 @@
-"""Write an adapter as a PEFT folder: only safetensors, atomically, and with the same bytes for the
-same adapter.
+"""Write an adapter as a PEFT folder.
+
+The weights are written only as safetensors, and atomically. The same adapter always gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 
 def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file of at most ``limit`` bytes. Raises InputError."""
+    """Read the tensors of a safetensors file. Raises InputError if the file cannot be read or is
+    larger than ``limit`` bytes.
+    """
     try:
         tensors: dict[str, torch.Tensor] = load(read_bytes(file, limit=limit))
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
@@ -44,8 +48,8 @@ def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, tor
 
 
 BASE_FILE = "base.json"
-"""A file next to PEFT's files that identifies the base model, so that the adapter is not put on
-another model.
+"""The file that identifies the adapter's base model, so that the adapter is not used with another
+model. It is written next to PEFT's files.
 """
 
 
@@ -53,9 +57,9 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. The same adapter
     gives the same bytes.
 
-    The files appear together at the end: after a full disk or a kill, the previous files are
-    unchanged. If processes share a model, all of them must call this function, and the first one
-    writes.
+    The files are written to a temporary folder and moved at the end. If the disk is full or the
+    process is killed before that, the previous files are unchanged. If several processes share a
+    model, all of them must call this function, and the first process writes.
 
     Raises:
         ConfigValueError: the model has no adapter.
@@ -72,7 +76,8 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         if not shared.first:
             return target
     with beside(target) as work:
-        # With this value PEFT does not query the hub for the base model's vocabulary size.
+        # PEFT's default for save_embedding_layers queries the hub for the base model's vocabulary
+        # size. Passing True or False avoids the query.
         resized = bool(getattr(model, "toolkit_resized", False))
         more = {} if state is None else {"state_dict": state}
         model.save_pretrained(
@@ -97,8 +102,11 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the same file system as ``target``; an OSError becomes an InputError,
-    or the error of ``disk`` for a full or failing file system.
+    """Create a temporary folder on the same file system as ``target``, and delete it at the end.
+
+    Raises:
+        InputError: an OSError occurred in the block. If the file system is full or failing, the
+            error of ``disk`` is raised instead.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +118,7 @@ def beside(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         found, known = disk.reason(error), disk.translate(error, target, kept="")
         if known is not None and found is not None and found[0] not in disk.CLOSED:
-            fix = "free space or name another folder, then run the same command again"
+            fix = "free space or choose another folder, then run the same command again"
             raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error
     finally:
@@ -129,6 +137,6 @@ def _sort_config(path: Path) -> None:
 
 
 def base_name(model: Any) -> str | None:
-    """The name or folder that the base model was loaded from, or None."""
+    """Return the name or folder that the base model was loaded from, or None if it is unknown."""
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None

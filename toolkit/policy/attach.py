@@ -24,24 +24,23 @@ CARRIED = (
     "toolkit_fused",
     "toolkit_source",
 )
-"""Attributes that are copied from a model to the PEFT model around it."""
+"""The attributes that are copied from a model to the PEFT model that wraps it."""
 SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf)
 
 
 def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
-    """Set the attributes ``carried`` (or those of the model ``like``) on ``model``, bind the
-    toolkit's methods, and return ``model``.
+    """Set the attributes ``carried`` and the toolkit's methods on ``model``, and return ``model``.
 
-    The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
-    ``policy.fast_generate`` and ``policy.adapter_io``; the others are functions of
-    ``policy.saving``.
+    If a model ``like`` is given, its attributes are copied instead. The methods ``fast_generate``,
+    ``generate``, ``save_lora`` and ``load_lora`` are functions of ``policy.fast_generate`` and
+    ``policy.adapter_io``. The other methods are functions of ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}
     for name in CARRIED:
         setattr(model, name, carried.get(name))
-    # PEFT changes the layers of the given model in place, so that model is adapted too and must
-    # have the same attributes.
+    # PEFT changes the layers of the model ``like`` in place. So ``like`` is adapted too, and must
+    # have the same methods.
     for holder in (model,) if like is None else (model, like):
         holder.fast_generate = partial(fast_generate, model)
         holder.save_lora = partial(save_lora, model)

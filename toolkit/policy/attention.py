@@ -15,16 +15,17 @@ from toolkit.config.supported_features import attention_lacks, attention_problem
 def choose_attention(
     config: Any, asked: str | None, where: str, *, trusted: bool = False
 ) -> str | None:
-    """The ``attn_implementation`` for the model of ``config``; None means Hugging Face's default.
+    """Return the ``attn_implementation`` for the model of ``config``. None means Hugging Face's
+    default.
 
     Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM applies the cap on every
-    device, but Hugging Face's default attention does not. The trained policy would then differ from
-    the sampled one, by 0.4 nats with a large adapter on a small model. So such a model gets
-    ``"eager"``.
+    device, but Hugging Face's default attention does not. So the model that is trained would
+    compute other log-probabilities than the model that samples. With a large adapter on a small
+    model the difference is 0.4 nats. So a model with such a cap gets ``"eager"``.
 
     Raises:
-        ConfigValueError: ``asked`` is not an attention function, or it ignores the cap, or the
-            model or this machine does not support it (``config.features``).
+        ConfigValueError: ``asked`` is not an attention function, or ignores the cap, or is not
+            supported by the model or this machine (``config.supported_features``).
     """
     text = config.get_text_config()
     cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")

@@ -1,9 +1,9 @@
-"""Resolve "auto" in ``from_pretrained`` to the value that a run file with the same ``model`` keys
-gets.
+"""Replace "auto" in the arguments of ``from_pretrained`` by the value that a run file with the same
+``model`` keys gets.
 
-This is the only module of ``policy`` that uses sizing. The training settings are not known when the
-model is loaded. So sizing assumes the adapter of the folder, else the default adapter, and TRL's
-default batch.
+This is the only module of ``policy`` that uses ``toolkit.sizing``, the memory estimate. The
+training settings are not known when the model is loaded. So the estimate assumes TRL's default
+batch, and the adapter that the folder contains, else the default adapter.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from toolkit.policy.saved_adapter import Adapter
 
 SETTLED = ("gpu_memory_utilization", "tensor_parallel_size")
-"""Arguments of ``from_pretrained`` whose "auto" the sizer replaces."""
+"""The arguments of ``from_pretrained`` for which the memory estimate replaces "auto"."""
 
 ADAPTER_FIELDS = ("r", "target_modules", "rank_pattern", "exclude_modules", "layers_to_transform")
-"""Fields of an adapter's config that determine the adapter's size."""
+"""The fields of an adapter's config that determine the adapter's size."""
 
 
 def settled(
@@ -38,16 +38,17 @@ def settled(
     length: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """The arguments ``SETTLED`` of the request; the sizer replaces each "auto", as in a run file.
+    """Return the arguments ``SETTLED`` of the request. The memory estimate replaces each "auto", as
+    in a run file.
 
-    In a run of several processes all of them must call this function and get the same values: those
-    for the GPU with the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto",
-    because it is not used there. ``length`` is max_seq_length in tokens, ``dtype`` the name of the
-    weights' format.
+    ``length`` is max_seq_length in tokens. ``dtype`` is the name of the weights' dtype. In a run of
+    several processes, all of them must call this function. They all get the values for the GPU with
+    the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto", because vLLM does
+    not use it there.
 
     Raises:
-        ConfigError: the run does not fit next to the engine; the message lists changes that make it
-            fit.
+        ConfigError: engine and training together need more memory than the GPU has. The message
+            lists changes that make them fit.
     """
     given = {name: request.engine[name] for name in SETTLED}
     if "auto" not in given.values():
@@ -70,7 +71,9 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """The run configuration for the same model, with the given length and dtype."""
+    """Return the run configuration that has the model of ``request``, with the given length and
+    dtype.
+    """
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,
@@ -88,8 +91,8 @@ def as_run(
 
 
 def lora_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
-    """The ``lora`` section for sizing: that of the given adapter, else ``get_peft_model``'s
-    default.
+    """Return the ``lora`` section for the memory estimate. It describes the given adapter, or if
+    there is none, the default adapter of ``get_peft_model``.
     """
     config = None if adapter is None else adapter.config
     found = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}

@@ -1,8 +1,9 @@
-"""Compute a checksum of the base model's weights, cheap enough to compute before and after every
-run.
+"""Compute a checksum of the base model's weights. It is fast enough to compute before and after
+every run.
 
-Each frozen tensor is summed as 64-bit integers, modulo 2^64, on its own device: one pass over the
-weights, without a copy or rounding. The sums are equal as long as no value changes.
+The bytes of each frozen tensor are read as 64-bit integers and summed, modulo 2^64, on the tensor's
+device. This needs one pass over the weights, and no copy or rounding. If no value changes, the sums
+stay equal.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 CHUNK_BYTES = 1 << 24
-"""Number of bytes that are widened at once if a tensor cannot be read as 64-bit integers."""
+"""The number of bytes that are summed at once if a tensor's memory is not aligned to 8 bytes, and
+so cannot be read as 64-bit integers.
+"""
 
 AT_LOAD = "toolkit_base_sums"
-"""Attribute of a model that shares its weights with an engine: the sums when the model was
-created.
+"""The name of the model attribute that stores the sums from the time when the model was created.
+Models that share their weights with an engine have it.
 """
 
 
 class Sum(NamedTuple):
-    """The sum of one tensor, with its dtype and shape. Sums with different dtypes or shapes belong
-    to different tensors, so they do not count as a change.
+    """The sum of one tensor, with the tensor's dtype and shape. ``changed`` compares only sums with
+    the same dtype and shape.
     """
 
     dtype: torch.dtype
@@ -38,7 +41,9 @@ class Sum(NamedTuple):
 
 
 def base_sums(model: Any) -> dict[str, Sum]:
-    """The sum of every frozen tensor of the base model, by its name without PEFT's wrappers."""
+    """Return the sum of every frozen tensor of the base model. The keys are the parameter names
+    without the parts that PEFT's wrappers add.
+    """
     names, values = [], []
     for name, parameter in model.named_parameters():
         own = any(part in name for part in TRAINED)
@@ -52,8 +57,8 @@ def base_sums(model: Any) -> dict[str, Sum]:
 
 
 def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
-    """The names of the tensors that have the same dtype and shape in ``before`` and ``after`` but
-    different values.
+    """Return the names of the tensors whose values differ between ``before`` and ``after``. Tensors
+    whose dtype or shape differs are not compared.
     """
     return [
         name
@@ -63,13 +68,13 @@ def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
 
 
 def digest(sums: Mapping[str, Sum]) -> str:
-    """One short checksum of all sums."""
+    """Return one short checksum of all sums."""
     lines = [f"{name} {found.dtype} {found.shape} {found.value}" for name, found in sums.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def _add_up(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bytes, as a 0-dimensional int64 on its device."""
+    """Return the checksum of a tensor's bytes, as a 0-dimensional int64 on its device."""
     # Use a plain tensor, because bitsandbytes' parameter class overrides slicing.
     plain = tensor.detach().as_subclass(torch.Tensor)
     flat = plain.contiguous().reshape(-1).view(torch.uint8)
@@ -84,7 +89,9 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_host(values: list[torch.Tensor]) -> list[int]:
-    """The sums as ints, with one copy to the host per device instead of one per tensor."""
+    """Convert the sums to ints. They are copied to the host with one copy per device, instead of
+    one copy per tensor.
+    """
     found: dict[int, int] = {}
     for device in {value.device for value in values}:
         places = [index for index, value in enumerate(values) if value.device == device]

@@ -1,9 +1,8 @@
-"""Build 4-bit layers whose weights the engine and the trainer share: bitsandbytes layers on the
-engine's packed shards.
+"""Build 4-bit layers for the trainer whose weights are the engine's packed weights, not copies.
 
-Each part of a fused layer is a complete 4-bit weight (``engine.live_weights.is_packed``):
-``Linear4bit`` (bitsandbytes 0.50.2) on that slice and quantization state computes the same as the
-engine, without a copy.
+The engine fuses layers such as q, k and v. Each part of a fused layer is a complete 4-bit weight
+with its own quantization state (``engine.live_weights.is_packed``). So a ``Linear4bit`` layer
+(bitsandbytes 0.50.2) that refers to this part of the packed tensor computes the same as the engine.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def find_parts(rows: Sequence[int], start: int, count: int) -> range:
-    """The indices of the parts that make up rows ``start`` to ``start + count``; ``rows`` has the
-    number of rows of each part.
+    """Return the indices of the parts that make up the rows from ``start`` to ``start + count``.
+    ``rows`` has the number of rows of each part.
 
     Raises:
         UnsupportedError: the rows begin or end inside a part.
@@ -36,7 +35,8 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
         edges.append(edges[-1] + part)
     if start not in edges or start + count not in edges:
         raise UnsupportedError(
-            f"rows {start} to {start + count} do not match the 4-bit parts (edges {edges})",
+            f"rows {start} to {start + count} do not begin and end where the 4-bit parts do (rows "
+            f"{edges})",
             where=WHY_SHARE,
             fix=FALLBACK,
         )
@@ -44,12 +44,13 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
 
 
 def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
-    """Replace the linear layer ``path`` by a 4-bit layer on ``part`` of the engine's packed
-    ``tensor``.
+    """Replace the linear layer ``path`` by a 4-bit layer whose weight is ``part`` of the engine's
+    packed ``tensor``.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        UnsupportedError: the layer is not a plain linear layer, or the states are nested or differ.
+        UnsupportedError: the layer is not a plain linear layer, or ``join_states`` cannot join the
+            quantization states of ``part``.
     """
     old = model.get_submodule(path)
     if type(old) is not torch.nn.Linear:
@@ -64,24 +65,25 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
     layer = linear_4bit(packed, state)
     layer.train(old.training)
     if old.bias is not None:
-        # The layer has its own parameter, which is bound to the engine's tensor like every other
-        # one.
+        # Keep the bias parameter of the old layer. Like every other parameter, it is later bound to
+        # the engine's tensor.
         layer.register_parameter("bias", old.bias)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)
 
 
 def join_states(states: Sequence[Any], where: str) -> Any:
-    """One quantization state for adjacent parts: the state of a single part, else a state with the
-    concatenated absmax values of all.
+    """Return one quantization state for adjacent parts. For a single part this is its own state.
+    For several parts it is a new state with the absmax values of all parts, in order.
 
     Raises:
-        UnsupportedError: nested states, or parts with different quantization.
+        UnsupportedError: the absmax values of a state are themselves quantized (nested), or the
+            parts have different quantization settings.
     """
     first = states[0]
     if any(state.nested for state in states):
         raise UnsupportedError(
-            (f"{where}: nested quantization statistics are not supported"),
+            (f"{where}: quantized scales (double quantization) are not supported"),
             where=WHY_SHARE,
             fix=FALLBACK,
         )
@@ -93,7 +95,7 @@ def join_states(states: Sequence[Any], where: str) -> Any:
     sizes = [state.shape[0] * state.shape[1] for state in states]
     if len(kinds) != 1 or any(size % first.blocksize for size in sizes):
         raise UnsupportedError(
-            (f"{where}: its parts have different quantization settings"),
+            (f"{where}: the parts of the layer have different quantization settings"),
             where=WHY_SHARE,
             fix=FALLBACK,
         )
@@ -108,7 +110,8 @@ def join_states(states: Sequence[Any], where: str) -> Any:
 
 
 def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
-    """A frozen ``bitsandbytes.nn.Linear4bit`` on ``packed`` (n, 1) uint8, which is not copied.
+    """Create a frozen ``bitsandbytes.nn.Linear4bit`` with the weight ``packed`` (n, 1) uint8, which
+    is not copied.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -119,7 +122,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
         raise MissingExtraError(
             "load_in_4bit needs bitsandbytes, which is not installed",
             where="model.load_in_4bit",
-            fix="pip install 'grpo-toolkit[cuda]'",
+            fix="run pip install 'grpo-toolkit[cuda]'",
         ) from problem
     rows, columns = (int(size) for size in state.shape)
     layer: nn.Module = Linear4bit(
@@ -147,14 +150,14 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
 
 
 class FourBitBase(NamedTuple):
-    """A frozen ``Linear4bit`` as the base layer of an adapted layer (an
-    ``adapted_linear.PackedBase``).
+    """Wraps a frozen ``Linear4bit`` as the base layer of an adapted layer. Implements
+    ``adapted_linear.PackedBase``.
     """
 
     layer: Any
 
     def product(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """Return (T, O), as ``Linear4bit`` computes it in the dtype of ``x_TI``."""
+        """Return the output (T, O) of the ``Linear4bit`` layer, in the dtype of ``x_TI``."""
         from bitsandbytes import matmul_4bit  # noqa: PLC0415 - only for 4-bit
 
         weight, bias = self.layer.weight, self.layer.bias
@@ -172,8 +175,8 @@ class FourBitBase(NamedTuple):
 
 
 def four_bit_dtype(layer: Any) -> torch.dtype | None:
-    """The dtype in which a ``Linear4bit`` computes; None for other layers, and for a weight that is
-    not packed yet.
+    """Return the dtype in which a ``Linear4bit`` layer computes. Returns None for other layers, and
+    for a layer whose weight is not packed yet.
     """
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if type(layer).__name__ != "Linear4bit" or state is None:
@@ -183,6 +186,6 @@ def four_bit_dtype(layer: Any) -> torch.dtype | None:
 
 
 def mark_4bit(model: nn.Module) -> None:
-    """Mark the linear layers as 4-bit layers, with the attribute that PEFT and TRL read."""
+    """Mark ``model`` as a model with 4-bit layers, by the attribute that PEFT and TRL read."""
     # nn.Module declares every attribute as a tensor or a module.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

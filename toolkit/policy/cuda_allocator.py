@@ -1,10 +1,12 @@
 """Make torch's CUDA allocator use expandable segments.
 
 Ordinary segments cannot grow, so freed pieces that are too small for later requests stay unusable.
-On a GPU that is sized with a small reserve, a step can then run out of memory although gigabytes
-are free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens). Expandable segments
-unmap such pieces instead. vLLM itself switches expandable segments off around the pool of a
-sleeping KV cache, if they are set in ``PYTORCH_CUDA_ALLOC_CONF`` (0.25.1; 0.31 queries torch).
+If a run uses almost all memory of a GPU, a step can then run out of memory although gigabytes are
+free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens). Expandable segments unmap
+such pieces, so that their memory can be used again.
+
+In sleep mode, vLLM itself switches expandable segments off while it allocates the KV cache. Version
+0.25.1 does so if they are set in ``PYTORCH_CUDA_ALLOC_CONF``. Version 0.31 reads torch's setting.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from toolkit.base.process_environment import VARIABLES, WANTED
 
 VIRTUAL_MEMORY = 102
-"""CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED of cuda.h; some virtual GPUs do not
-support it.
+"""The value of CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED in cuda.h. Expandable
+segments need virtual memory management, which some virtual GPUs do not support.
 """
 
 
@@ -26,21 +28,22 @@ def use_expandable_segments() -> None:
     """Set the environment variables for expandable segments, and configure an allocator that is
     already in use. Does nothing if a GPU does not support expandable segments.
 
-    If the user has set one of the two variables, its value is kept, and copied to the other
-    variable for libraries that read only that one.
+    If the user has set one of the variables ``VARIABLES``, its value is kept. The value is also
+    copied to the other variable, because some libraries read only that one.
     """
     found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():
         return
     for name in VARIABLES:
         os.environ[name] = os.environ.get(name) or found or WANTED
-    # When bitsandbytes is imported it starts CUDA, and torch has then already read the variables.
+    # Importing bitsandbytes initializes CUDA. Then torch has already read the variables, so the
+    # allocator is configured directly.
     if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
         torch._C._accelerator_setAllocatorSettings(WANTED)
 
 
 def _maps_virtual_memory() -> bool:
-    """Whether every GPU that CUDA sees supports virtual memory management. The check does not
+    """Return True if every visible GPU supports virtual memory management. The check does not
     create a CUDA context.
     """
     try:

@@ -1,4 +1,7 @@
-"""Load a model with a vLLM engine: the engine has the weights, and the model is a view of them."""
+"""Load a model with a vLLM engine.
+
+The engine loads the weights, and the parameters of the model are views of the engine's tensors.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,18 @@ if TYPE_CHECKING:
 def load_on_engine(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> tuple[Any, Any]:
-    """Load (model, engine). The model shares the engine's weights, unless ``share_weights`` is
-    False.
+    """Load a model and its engine, and return both. The model shares the engine's weights. If
+    ``share_weights`` is False, it has its own copy.
 
     Raises:
-        InputError, ConfigValueError: the checkpoint cannot be used with these arguments. Also all
-            errors of ``open_engine`` and ``shared_model``; the engine is then closed.
+        InputError, ConfigValueError: the checkpoint cannot be used with these arguments.
+
+    ``open_engine`` and ``shared_model`` raise further errors. If ``shared_model`` raises one, the
+    engine is closed.
     """
     checkpoint.check_model(pickle=not request.use_safetensors)
-    # This runs before vLLM starts, to reject a max_seq_length beyond the model's, or an attention
-    # function that ignores the model's cap.
+    # These calls reject a max_seq_length above the model's limit, and an attention function that
+    # ignores the model's cap on attention scores. They run here because vLLM takes long to start.
     config = read_config(checkpoint, request)
     choose_attention(config, request.attn_implementation, WHERE)
     engine = open_engine(engine_options(checkpoint, request, adapter))
@@ -52,7 +57,7 @@ def load_on_engine(
 def engine_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
 ) -> EngineOptions:
-    """The options of the engine for ``request``. Lengths are in tokens, memory in bytes."""
+    """Return the engine options for ``request``. Lengths are in tokens, and memory is in bytes."""
     given = dict(request.engine)
     given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
     given |= _settled(checkpoint, request, adapter)
@@ -67,8 +72,10 @@ def engine_options(
 
 
 def _rank(asked: Any, adapter: Adapter | None) -> int:
-    """The engine's largest adapter rank. "auto" is the smallest possible rank for the given
-    adapter, else for ``get_peft_model``'s default, as in a run file.
+    """Return the largest adapter rank that the engine supports (``max_lora_rank``).
+
+    "auto" means the smallest rank supported by vLLM that is large enough for the given adapter. If
+    there is no adapter, the default rank of ``get_peft_model`` is used, as in a run file.
     """
     if asked != "auto":
         return int(asked)
@@ -78,14 +85,14 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     raise ConfigValueError(
         f"r={largest} is above the largest rank that vLLM supports, {LEGAL_RANKS[-1]}",
         where=WHERE,
-        fix="load with fast_inference=False",
+        fix="load the model with fast_inference=False",
     )
 
 
 def _settled(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> dict[str, Any]:
-    """The result of ``auto_engine.settled`` for the length and the dtype of the request."""
+    """Return the result of ``auto_engine.settled`` for the length and the dtype of the request."""
     text = read_config(checkpoint, request).get_text_config()
     length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
     dtype = str(choose_dtype(request)).removeprefix("torch.")

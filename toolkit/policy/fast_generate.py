@@ -1,5 +1,6 @@
-"""Define ``model.fast_generate``: some prompts and options work with vLLM and with transformers,
-others only with one of them.
+"""Define ``model.fast_generate``, which samples completions with vLLM or with transformers.
+
+Most prompts and options work with both libraries. Some options work only with one of them.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ POLICY: Any = "policy"
 """The default of ``lora_request``: sample from the model with its current adapter."""
 
 BORROWED = "toolkit_request"
-"""The temporary name of a requested adapter on a model."""
+"""The temporary name of the adapter of a ``LoraRequest`` on a model."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraRequest:
-    """A saved adapter for generation, with the values that it had when it was loaded."""
+    """A saved adapter for generation. Its values are those of the time when it was loaded."""
 
     folder: Path
     adapter: Adapter
 
 
 def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
-    """The request for the adapter saved in ``folder``, to pass to ``fast_generate``; the model is
-    not changed.
+    """Load the adapter saved in ``folder``, and return it as a request for ``fast_generate``. The
+    model is not changed.
 
     Raises:
         InputError, ConfigValueError: the adapter cannot be read, belongs to another base
-            model, does not fit, or has a rank above the engine's.
+            model, does not match the model's layers, or has a rank above the engine's maximum.
     """
     adapter = read_adapter(folder)
     with _borrowed(model, adapter):  # raises an error if the adapter does not fit
@@ -63,25 +64,29 @@ def fast_generate(
     lora_request: Any = POLICY,
     **kwargs: Any,
 ) -> Any:
-    """Sample completions of ``prompts``: text, token ids, ``{"prompt": ...}``, or a list of these.
+    """Sample completions of prompts.
 
-    Options that work with and without an engine: n, max_tokens, temperature (0 is greedy), top_p,
-    top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs, seed; as keywords, or as a
-    mapping or ``Sampling`` in ``sampling_params``. With an engine, ``sampling_params`` may be
-    vLLM's own SamplingParams; without an engine, ``input_ids=...`` and any keyword of transformers'
-    ``generate`` are passed to ``generate``.
-
-    ``lora_request``: by default the model with its current adapter; None means the base model;
-    other values are results of ``load_lora``.
+    Args:
+        model: a model of this package, with or without a vLLM engine.
+        prompts: text, token ids, ``{"prompt": ...}``, or a list of these.
+        sampling_params: a mapping of options, a ``Sampling``, or vLLM's own SamplingParams (only
+            with an engine).
+        lora_request: the default samples with the model's current adapter. None samples from the
+            base model. A result of ``load_lora`` samples with that adapter.
+        **kwargs: options. With and without an engine these are n, max_tokens, temperature (0 is
+            greedy), top_p, top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs and
+            seed. Without an engine, ``input_ids`` may be passed instead of ``prompts``. Then
+            ``input_ids`` and all other keywords are passed to transformers' ``generate``.
 
     Returns:
-        A list with one entry per prompt: ``.outputs[i].text``, ``.token_ids``, ``.finish_reason``.
-        With ``input_ids``, the result of ``generate``.
+        A list with one entry per prompt. An entry has a list ``.outputs``, and each output has
+        ``.text``, ``.token_ids`` and ``.finish_reason``. With ``input_ids``, the result of
+        transformers' ``generate``.
 
     Raises:
-        ConfigTypeError: this engine does not support an argument; the message names the one that
-            does.
-        ConfigValueError: prompts do not fit, or the engine rejects a value.
+        ConfigTypeError: the model's engine does not support an argument. The message names the
+            engine that supports it.
+        ConfigValueError: a prompt is too long, or the engine rejects a value.
     """
     engine = getattr(model, "toolkit_engine", None)
     with _policy(model, lora_request) as (policy, adapter):
@@ -102,8 +107,8 @@ def fast_generate(
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Call transformers' own ``generate`` of ``model``, in evaluation mode.
 
-    After ``trainer.train()`` a model is in training mode: dropout is on, and gradient checkpointing
-    disables the cache, so that all tokens except the first would be wrong.
+    After ``trainer.train()`` a model is in training mode. In this mode dropout is on, and gradient
+    checkpointing disables the KV cache, so that all tokens except the first would be wrong.
     """
     with _evaluation(model):
         return type(model).generate(model, *args, **kwargs)
@@ -133,7 +138,7 @@ def _face(policy: Any, model: Any) -> TransformersEngine:
 def _vllm_generate(
     model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """Call vLLM's own generate with its own SamplingParams; returns its RequestOutputs."""
+    """Call vLLM's own generate with vLLM's SamplingParams, and return vLLM's RequestOutputs."""
     refuse_beside_sampling_params(kwargs)
     engine = model.toolkit_engine
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
@@ -153,7 +158,7 @@ def _transformers_generate(
         raise ConfigTypeError(
             "input_ids cannot be used with prompts or sampling_params",
             where=WHERE,
-            fix="pass prompts, or input_ids with keywords of transformers' generate",
+            fix="pass prompts, or pass input_ids with keywords of transformers' generate",
         )
     with _evaluation(policy):
         if adapter is None and is_peft(policy):
@@ -164,13 +169,13 @@ def _transformers_generate(
 
 @contextmanager
 def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
-    """Yield (model to sample from, name of its adapter or None for the base model). If there is an
-    engine, the adapter is published to it.
+    """Yield the model to sample from and the name of its adapter. The name is None for the base
+    model. If the model has an engine, the adapter is copied to the engine first.
 
-    A requested adapter is on the model only in the block, under a temporary name.
+    The adapter of a ``LoraRequest`` is on the model only within the block, under a temporary name.
     """
     engine = getattr(model, "toolkit_engine", None)
-    # true inside `with model.disable_adapter():`
+    # _adapters_disabled is True inside `with model.disable_adapter():`
     plain = not is_peft(model) or model._adapters_disabled
     if request is None or (request is POLICY and plain):
         yield model, None
@@ -190,7 +195,9 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
 
 @contextmanager
 def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
-    """Yield ``model`` with ``adapter`` active; the previous state is restored afterwards."""
+    """Put ``adapter`` on ``model``, activate it, and yield the model. The previous state of the
+    model is restored afterwards.
+    """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None
     training = model.training

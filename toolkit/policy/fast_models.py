@@ -1,4 +1,7 @@
-"""Define ``FastModel`` and ``FastVisionModel``: other names of the drop-in API, for text models."""
+"""Define ``FastModel`` and ``FastVisionModel``, further classes of the drop-in API.
+
+Only text models are supported.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
 
 
 class FastModel(FastLanguageModel):
-    """The same as ``FastLanguageModel``, except that ``get_peft_model`` also takes the four
-    ``finetune_*`` switches.
+    """``FastLanguageModel``, but ``get_peft_model`` has four more arguments: the ``finetune_*``
+    switches.
     """
 
     @staticmethod
@@ -30,17 +33,19 @@ class FastModel(FastLanguageModel):
         finetune_mlp_modules: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Do the same as ``FastLanguageModel.get_peft_model``. Without ``target_modules`` the
-        switches choose the projections of attention and MLP.
+        """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None, the switches
+        select whether the projections of attention, of the MLP, or all of them are adapted.
 
         Raises:
-            UnsupportedError: ``finetune_vision_layers``.
-            ConfigValueError: nothing is left to train. Also the errors of
-                ``FastLanguageModel.get_peft_model``.
+            UnsupportedError: ``finetune_vision_layers`` is True.
+            ConfigValueError: the switches leave no layer to train.
+
+        ``FastLanguageModel.get_peft_model`` raises further errors.
         """
         if finetune_vision_layers:
             raise UnsupportedError(
-                "finetune_vision_layers=True, but only the language model is loaded and trained",
+                "finetune_vision_layers=True is not supported: only the language model is loaded "
+                "and trained",
                 where=WHERE,
                 fix="pass finetune_vision_layers=False",
             )
@@ -48,8 +53,8 @@ class FastModel(FastLanguageModel):
             raise ConfigValueError(
                 "the finetune_* switches leave no layer to train",
                 where=WHERE,
-                fix="pass finetune_language_layers=True and one of finetune_attention_modules and"
-                " finetune_mlp_modules",
+                fix="pass finetune_language_layers=True, and pass True for at least one of"
+                " finetune_attention_modules and finetune_mlp_modules",
             )
         if target_modules is None or target_modules == "all-linear":
             both = finetune_attention_modules and finetune_mlp_modules
@@ -61,24 +66,24 @@ class FastModel(FastLanguageModel):
 
 
 class FastVisionModel:
-    """Images are not supported: each method raises UnsupportedError."""
+    """A class whose methods raise UnsupportedError, because images are not supported."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-        """Raises UnsupportedError."""
+        """Raise UnsupportedError."""
         del args, kwargs
         raise _text_only()
 
     @staticmethod
     def get_peft_model(*args: Any, **kwargs: Any) -> NoReturn:
-        """Raises UnsupportedError."""
+        """Raise UnsupportedError."""
         del args, kwargs
         raise _text_only()
 
 
 def _text_only() -> UnsupportedError:
     return UnsupportedError(
-        "only text models are supported: images in prompts are not",
+        "only text models are supported. Images in prompts are not supported",
         where="FastVisionModel",
         fix=(
             "use FastLanguageModel with a text model, or with the text part of a model "

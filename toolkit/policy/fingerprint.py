@@ -1,9 +1,10 @@
-"""Identify base models, so that an adapter is never put on the wrong one.
+"""Identify base models, so that an adapter is never used with the wrong base model.
 
-A base model has two short digests. The digest of the checkpoint's files does not depend on how the
-checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any number of shards.
-The digest of the loaded weights also covers models without local files, and copies with another
-layout. One equal digest is enough to identify a base model.
+A base model has two short digests. The first is the digest of the checkpoint's files. It does not
+depend on how the checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any
+number of shards. The second is the digest of the loaded weights. It also exists for models without
+local files, and is the same for copies whose files have another layout. If one of the two digests
+is equal, the base model is the same.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ if TYPE_CHECKING:
 
 TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names: parts that mark adapter parameters, and parts from its wrappers
-around base layers.
+"""Parts of PEFT's parameter names. ``TRAINED`` occur in the names of adapter parameters.
+``WRAPPERS`` come from PEFT's wrappers around base layers.
 """
 
 SAMPLE = 16
-"""Number of values per tensor in a digest."""
+"""The number of values of each tensor that a digest includes."""
 SAMPLED_TENSORS = 1024
-"""Number of tensors of a checkpoint whose values are read; the digest has the names and shapes of
-all tensors.
+"""The maximum number of tensors of a checkpoint whose values a digest includes. The names and
+shapes of all tensors are included.
 """
 
 AS_LOADED = "toolkit_as_loaded"
-"""Attribute of a base model that this package loaded: its ``BaseDigests`` when it was loaded."""
+"""The name of the model attribute that stores the ``BaseDigests`` from the time of loading. Base
+models that this package loaded have it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseDigests:
-    """The digests of a base model: of its files and of its loaded weights. None if there is no such
-    digest.
+    """The digest of a base model's files and the digest of its loaded weights. A digest is None if
+    it cannot be computed.
     """
 
     checkpoint: str | None
@@ -50,12 +53,14 @@ class BaseDigests:
 
 
 def note_checkpoint(model: Any, folder: Path) -> None:
-    """Record on the base model the digests of the checkpoint ``folder`` that it was loaded from."""
+    """Store the digests of ``model`` on the model. ``folder`` is the checkpoint that it was loaded
+    from.
+    """
     setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
 
 
 def marks_of(model: Any) -> BaseDigests:
-    """The current digests of ``model``.
+    """Return the current digests of ``model``.
 
     The digest of the files is None if the weights have changed since they were loaded, for example
     because an adapter was merged.
@@ -67,15 +72,16 @@ def marks_of(model: Any) -> BaseDigests:
 
 
 def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
-    """Whether ``model`` is the base model that ``recorded`` (a base.json) describes; None if no
-    digest can be compared.
+    """Return whether ``model`` is the base model that ``recorded`` (the contents of a base.json)
+    describes. Returns None if no digest can be compared.
     """
     own = marks_of(model)
     weights = recorded.get("fingerprint")
     pairs = [
         (recorded.get("checkpoint"), own.checkpoint),
         (weights, own.weights),
-        # With an engine, version 0.1 listed a tied head as a separate parameter.
+        # For a model with an engine, version 0.1 of the toolkit listed a tied head as a separate
+        # parameter. Compare also the digest that this version computed.
         (weights, of_weights(model, tied_twice=True)),
     ]
     known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
@@ -83,25 +89,25 @@ def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the parts that PEFT's wrappers add."""
+    """Return a parameter's name without the parts that PEFT's wrappers add."""
     for part in WRAPPERS:
         name = name.replace(part, ".")
     return name
 
 
 def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
-    """The digest of names, shapes and a few values of every frozen weight, rounded to bfloat16.
+    """Return a digest of the names, shapes and a few values of all frozen weights.
 
-    Values are rounded so that a bfloat16 checkpoint has the same digest in every dtype. None for
-    quantized weights, and for a part of a model. With ``tied_twice`` tied weights are listed under
-    each of their names.
+    The values are rounded to bfloat16, so that a bfloat16 checkpoint has the same digest in every
+    dtype. Returns None for quantized weights, and if this process has only a part of the model. If
+    ``tied_twice`` is True, tied weights are listed under each of their names.
     """
     if getattr(_base(model), "toolkit_mesh", None) is not None:
         return None
     digest = hashlib.sha256()
     for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
         if not name.endswith("weight") or any(part in name for part in TRAINED):
-            continue  # biases may be trained, so they are excluded
+            continue  # skip biases, which may be trained, and adapter weights
         if not parameter.is_floating_point():
             return None
         values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
@@ -111,9 +117,10 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
 
 
 def of_checkpoint(folder: Path) -> str | None:
-    """The digest of names, shapes and a few values of the tensors in a checkpoint's safetensors.
+    """Return a digest of the names, shapes and a few values of the tensors in the safetensors files
+    of a checkpoint.
 
-    Floating-point values are rounded to bfloat16. None if there are no such files.
+    Floating-point values are rounded to bfloat16. Returns None if there are no safetensors files.
 
     Raises:
         InputError: a file cannot be read.
@@ -124,11 +131,15 @@ def of_checkpoint(folder: Path) -> str | None:
     try:
         return _digest(files)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"its weights cannot be read: {error}", where=str(folder)) from error
+        raise InputError(
+            f"the model's weights cannot be read: {error}", where=str(folder)
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads, in the order in which it looks for them."""
+    """Return the safetensors files that transformers reads: ``model.safetensors``, or if it does
+    not exist, the files that the index lists.
+    """
     single, index = folder / "model.safetensors", "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -162,7 +173,7 @@ def _names(file: Path) -> Iterator[str]:
 
 
 def _values(part: Any, shape: tuple[int, ...]) -> list[Any]:
-    """The first values of the last axis, at index 0 of all other axes."""
+    """Return the first ``SAMPLE`` values of the last axis, at index 0 of all other axes."""
     if 0 in shape:
         return []
     first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, SAMPLE))].reshape(-1)

@@ -28,18 +28,17 @@ MODEL_FIELDS = (
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
-    """The engine that ``config`` uses on this machine (``config.resolved.engine_of``)."""
+    """Return the engine that ``config`` uses on this machine (``config.resolved.engine_of``)."""
     engine = engine_of(config.runtime.engine, config.model.fast_inference, situation())
-    assert engine != "maybe"  # only if the device is unknown
+    assert engine != "maybe"  # returned only if the device is unknown
     return engine
 
 
 def request_of(config: RunConfig) -> LoadRequest:
-    """The load request of a run file. Values that sizing has not replaced are chosen for this
-    machine.
+    """Return the load request for the model section of a run file. Values that are still "auto" are
+    chosen for this machine.
 
-    Raises:
-        The errors of ``policy.load_request.check_request``.
+    Raises the errors of ``policy.load_request.check_request``.
     """
     run = resolve_run(config, situation())
     config, engine = run.config, run.engine == "vllm"
@@ -53,8 +52,8 @@ def request_of(config: RunConfig) -> LoadRequest:
             "fast_inference": engine,
             "random_state": config.lora.random_state,
             "use_gradient_checkpointing": config.lora.use_gradient_checkpointing,
-            # TRL's own switch puts Liger's layers on the model, so the toolkit's switch is off
-            # then.
+            # With use_liger_kernel, TRL itself puts Liger's kernels on the model. Then the toolkit
+            # does not put its own kernels on it.
             "fused_kernels": config.runtime.fused_kernels
             if not config.grpo.get("use_liger_kernel")
             else False,

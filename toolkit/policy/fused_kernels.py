@@ -1,9 +1,10 @@
-"""Put fused kernels of liger-kernel on a model's own layers: RMSNorm, rotary embedding, gated MLP.
+"""Use fused kernels of liger-kernel in a model's RMSNorm, rotary embedding and gated MLP layers.
 
-Each kind of layer is compared once with the kernel, forward and backward, on a small random input,
-with the device and dtype of the model. A kernel that does not compute the layer's function is not
-used. Only the ``forward`` of the layer instances changes. So parameters may be views of an engine's
-tensors, and other models of the process do not change.
+Before a kernel is used, its outputs and gradients are compared with those of the layer, once for
+each kind of layer. The comparison uses a small random input, and the device and dtype of the model.
+A kernel with different results is not used. Only the ``forward`` methods of the layer instances are
+replaced. So the parameters may be views of an engine's tensors, and other models in the process do
+not change.
 
 Written for liger-kernel 0.8.5 (its ``functional`` module) and transformers 5.17.
 """
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 
 KEY = "runtime.fused_kernels"
 ROTARY = "apply_rotary_pos_emb"
-"""The function of a transformers module that applies rotary embeddings to queries and keys."""
-ROUNDINGS = 2
-"""A kernel may differ from the layer by this many rounding errors of the dtype (root mean
-square).
+"""The name of the function that applies rotary embeddings to queries and keys, in the modules of
+transformers.
 """
-_LEAST = 1e-5  # in float32 the order of additions makes a difference
+ROUNDINGS = 2
+"""The largest allowed difference between kernel and layer (root mean square, relative), in rounding
+errors of the dtype.
+"""
+_LEAST = 1e-5  # smallest limit, because in float32 the order of additions makes a difference
 _TOKENS, _HEADS = 16, 4
 
 
@@ -54,8 +57,8 @@ class Kernels(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """The result for each kind of layer: ``layers`` counts the layers that use a kernel, by class;
-    ``refused`` has the reason for each class that does not.
+    """Which layers use a kernel. ``layers`` has the number of layers that use one, by class name.
+    ``refused`` has, for each other class name, the reason why its layers use no kernel.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class Applied:
 
 
 def load_kernels() -> Kernels | None:
-    """Liger's functions, or None if liger-kernel is not installed."""
+    """Return Liger's kernel functions, or None if liger-kernel is not installed."""
     try:
         from liger_kernel.transformers import functional  # noqa: PLC0415 - with the cuda extra
     except ImportError:
@@ -81,12 +84,15 @@ def load_kernels() -> Kernels | None:
 
 
 def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
-    """Put fused kernels on ``model`` (before any adapter) according to ``runtime.fused_kernels``:
-    "auto", True or False. Returns None if no kernel was tried.
+    """Use fused kernels in ``model`` if ``asked`` (``runtime.fused_kernels``) is True or "auto".
+
+    Call this function before an adapter is put on the model. With "auto", kernels are used if the
+    model is on a CUDA device and liger-kernel is installed. Returns None if ``asked`` is False or
+    the model is not on a CUDA device.
 
     Raises:
-        ConfigValueError: with True, the model must be on a CUDA device.
-        MissingExtraError: with True, liger-kernel must be installed.
+        ConfigValueError: ``asked`` is True, but the model is not on a CUDA device.
+        MissingExtraError: ``asked`` is True, but liger-kernel is not installed.
     """
     if asked is False:
         return None
@@ -99,7 +105,7 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
                     "need CUDA"
                 ),
                 where=KEY,
-                fix="fused_kernels: auto",
+                fix="set fused_kernels: auto",
             )
         return None
     kernels = load_kernels()
@@ -108,14 +114,14 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
             raise MissingExtraError(
                 "fused_kernels is true, but liger-kernel is not installed",
                 where=KEY,
-                fix="pip install 'grpo-toolkit[cuda]', or fused_kernels: auto",
+                fix="run pip install 'grpo-toolkit[cuda]', or set fused_kernels: auto",
             )
         return Applied(refused={"all layers": "liger-kernel is not installed"})
     return apply_kernels(model, kernels)
 
 
 def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
-    """Use ``kernels`` in each layer of ``model`` whose function they compute."""
+    """Use a kernel in each layer of ``model`` for which a kernel computes the same result."""
     applied = Applied()
     alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -140,8 +146,9 @@ def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
 
 
 def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield ("norm" | "mlp" | "rotary", class, other properties in which layers of that class
-    differ).
+    """Yield a tuple for each way in which ``module`` may use a kernel. Its first entry is "norm",
+    "mlp" or "rotary", and its second is the module's class. The other entries are properties in
+    which layers of one class may differ, such as the shape.
     """
     kind = type(module)
     if "RMSNorm" in kind.__name__ and _takes_one(module) and _epsilon(module) is not None:
@@ -170,18 +177,23 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-# --- for each kind of layer: the forward with the kernel, or the reason why there is none
+# --- one function for each kind of layer, which returns a ``forward`` that uses the kernel, or the
+# --- reason why the kernel cannot be used
 
 
 def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The forward of a norm with the kernel, or the reason why there is none. Llama multiplies by
-    the weight in its own dtype, Gemma by 1 + weight in float32, OLMo 2 by the weight in float32.
+    """Return the forward of a norm with the kernel, or the reason why the kernel cannot be used.
+
+    The three variants that are tried are those of Llama, Gemma and OLMo 2. Llama multiplies by the
+    weight in the weight's dtype. Gemma multiplies by 1 + weight in float32. OLMo 2 multiplies by
+    the weight in float32.
     """
     weight, eps = module.weight, _epsilon(module)
     assert isinstance(weight, nn.Parameter)
     forwards = []
     for offset, casting in ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma")):
-        # The kernel's in_place option would overwrite a gradient that the residual stream shares.
+        # With in_place=True the kernel would overwrite a gradient that the residual connection
+        # also uses.
         kernel = partial(kernels.rms_norm, offset=offset, casting_mode=casting, in_place=False)
         forwards.append(_norm_forward(kernel, eps))
     shape = (1, _TOKENS, weight.shape[0])
@@ -197,13 +209,15 @@ def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
 
 
 def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The forward of an MLP with the kernel for its activation, or the reason why there is none.
-    The activation is compared separately in float32, because the two forms of GELU differ by less
-    than bfloat16 resolves.
+    """Return the forward of an MLP with the kernel for its activation, or the reason why no kernel
+    can be used.
+
+    The activation function alone is compared first, in float32. In bfloat16 the two forms of GELU
+    (exact and tanh) cannot be distinguished.
     """
     activation: Any = getattr(module, "act_fn", None)
     if activation is None:
-        return "it has no act_fn"
+        return "the layer has no attribute act_fn"
     drawn = torch.linspace(-6, 6, 97)
     found = activation(drawn)
     for kernel, plain in (
@@ -214,7 +228,7 @@ def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str
             gate: Any = module.gate_proj
             shape = (1, _TOKENS, gate.in_features)
             return _nearest(module, [_mlp_forward(kernel)], shape, _dtype(model))
-    return f"there is no kernel for its activation, {type(activation).__name__}"
+    return f"there is no kernel for the layer's activation {type(activation).__name__}"
 
 
 def _mlp_forward(kernel: Forward) -> Forward:
@@ -226,20 +240,21 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """The class's own forward, in which the kernel replaces the plain rotary function; or the
-    reason why there is none.
+    """Return the class's own forward with the kernel in place of its rotary function, or the reason
+    why the kernel cannot be used.
     """
     own = type(module).forward
     plain = own.__globals__[ROTARY]
     width = getattr(module, "head_dim", None)
     if not isinstance(width, int):
-        return "its head_dim is not known"
+        return "the layer has no integer attribute head_dim"
     dtype = _dtype(model)
     shapes = ((1, _TOKENS, _HEADS, width), (1, _TOKENS, 1, width))
     inputs = [_random(shape, model, dtype, number) for number, shape in enumerate(shapes)]
 
     def turned(function: Forward, angles: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        # As in the layer, these are views of a projection's output, to which a kernel may write.
+        # Copy the inputs, because a kernel may overwrite them. As in the layer, queries and keys
+        # are transposed views.
         queries, keys = ((x * 1).transpose(1, 2) for x in inputs)
         return list(function(queries, keys, *angles))
 
@@ -264,7 +279,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
 
 
 def _angles(model: nn.Module, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(cosines, sines) of the model's own rotary embeddings, for each type of layer."""
+    """Return the cosines and sines of the model's rotary embeddings, for each type of layer."""
     device = next(model.parameters()).device
     embedding = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
     x = torch.zeros(1, _TOKENS, 8, dtype=dtype, device=device)
@@ -287,15 +302,15 @@ _CHOICES: dict[str, Callable[[nn.Module, nn.Module, Kernels], Forward | str]] = 
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which the model computes: that of its floating-point weights."""
+    """Return the dtype of the model's floating-point weights, in which the model computes."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _random(
     shape: Sequence[int], model: nn.Module, dtype: torch.dtype, seed: int = 0
 ) -> torch.Tensor:
-    """Normal random numbers from a separate generator, so that the run's generator does not
-    advance.
+    """Return normal random numbers. They come from a separate generator, so that the state of the
+    run's generator does not change.
     """
     device = next(model.parameters()).device
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -305,7 +320,9 @@ def _random(
 def _nearest(
     module: nn.Module, forwards: Sequence[Forward], shape: Sequence[int], dtype: torch.dtype
 ) -> Forward | str:
-    """The forward that computes the same as ``module``, or a text with the smallest difference."""
+    """Return the first of ``forwards`` that computes the same as ``module``. If there is none,
+    return a text with the smallest difference.
+    """
     x = _random(shape, module, dtype)
     theirs = _with_gradients(lambda: [module(x)], [x])
     problems = []
@@ -326,8 +343,8 @@ def _as_list(function: Forward, *inputs: Any) -> list[torch.Tensor]:
 def _with_gradients(
     function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The outputs of ``function``, and the gradients of the inputs for the same random gradient of
-    each output.
+    """Return the outputs of ``function`` and then the gradients of ``inputs``. The gradients of the
+    outputs are random numbers, which are the same in every call.
     """
     outputs = function()
     drawn = torch.Generator().manual_seed(7)
@@ -339,14 +356,20 @@ def _with_gradients(
 def _difference(
     ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> str | None:
-    """The reason why two results differ by more than rounding, or None if they do not."""
+    """Return a text if two results differ by more than rounding, else None. The text states the
+    difference.
+    """
     limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
     for mine, other in zip(ours, theirs, strict=True):
         if mine.shape != other.shape or mine.dtype != other.dtype:
-            return f"its result is {mine.dtype} {tuple(mine.shape)}, not {other.dtype}"
+            return (
+                f"the kernel's result is {mine.dtype} {tuple(mine.shape)}, not {other.dtype} "
+                f"{tuple(other.shape)}"
+            )
         size = float(other.float().norm())
         far = float((mine.float() - other.float()).norm())
-        # A layer whose output is only zeros, or NaN, cannot be compared.
+        # ``not far <=`` is also True for NaN. An output of only zeros cannot be compared.
         if not far <= limit * size or size == 0:
-            return f"its result differs by {far / max(size, 1e-30):.2g} of its size ({dtype})"
+            relative = far / max(size, 1e-30)
+            return f"the kernel's result has a relative difference of {relative:.2g} ({dtype})"
     return None

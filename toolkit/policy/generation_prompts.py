@@ -1,5 +1,5 @@
-"""Read the prompts and options of ``fast_generate``, and create its results, in the same way for
-vLLM and transformers.
+"""Read the prompts and options of ``fast_generate``, and create its results. The same code is used
+for vLLM and for transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ NEUTRAL = (
     "logprobs",
     "seed",
 )
-"""Options that vLLM and transformers both support, under vLLM's names."""
+"""The options that ``fast_generate`` supports with vLLM and with transformers, under vLLM's names.
+"""
 
 VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
 
@@ -54,7 +55,9 @@ HUGGING_FACE = {
     "streamer": None,
     "logits_processor": None,
 }
-"""A mapping from arguments of transformers' generate to the common option that replaces each."""
+"""A mapping from an argument of transformers' generate to the option of ``fast_generate`` that
+replaces it. None means that no option replaces it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +83,41 @@ class Answer:
 
 
 def is_vllms(params: Any) -> bool:
-    """True for vLLM's own SamplingParams, or a list of them."""
+    """Return True if ``params`` is vLLM's own SamplingParams, or a list of them."""
     first = params[0] if isinstance(params, (list, tuple)) and params else params
     return type(first).__module__.partition(".")[0] == "vllm"
 
 
 def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tuple[Sampling, int]:
-    """(sampling options, seed) from the arguments. Without a seed argument, the seed is drawn from
-    torch's global generator.
+    """Return the sampling options and the seed from the arguments of ``fast_generate``. Without a
+    seed argument, the seed is drawn from torch's global generator.
+
+    ``engine`` tells whether the model has a vLLM engine.
 
     Raises:
-        ConfigTypeError: this engine (``engine``: vLLM's) does not support an argument.
+        ConfigTypeError: an argument is not supported with, or without, a vLLM engine.
     """
     if is_vllms(params):
         raise ConfigTypeError(
             "sampling_params is vLLM's SamplingParams, but the model has no vLLM engine",
             where=WHERE,
-            fix="pass max_tokens=..., temperature=... by name, or load with fast_inference=True",
+            fix="pass options such as max_tokens=... and temperature=... by name, or load the model"
+            " with fast_inference=True",
         )
     if params is not None and not isinstance(params, (Mapping, Sampling)):
         raise ConfigTypeError(
-            f"sampling_params has the type {type(params).__name__}",
+            f"sampling_params has the unsupported type {type(params).__name__}",
             where=WHERE,
             fix="pass a mapping, a Sampling, or (with an engine) vLLM's SamplingParams",
         )
     given = dict(params) if isinstance(params, Mapping) else {}
     for name, value in kwargs.items():
         if name in given:
-            raise ConfigTypeError(f"{name} is given twice", where=WHERE)
+            raise ConfigTypeError(
+                f"{name} is in sampling_params and is also passed by name",
+                where=WHERE,
+                fix=f"pass {name} only once",
+            )
         given[name] = value
     for name in given:
         if name not in NEUTRAL:
@@ -123,29 +133,31 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
 
 
 def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
-    """Raise an error for keywords that vLLM's generate does not accept in addition to its
-    SamplingParams.
+    """Raise an error if ``kwargs`` has keywords that cannot be combined with vLLM's SamplingParams.
+
+    Raises:
+        ConfigTypeError: a keyword belongs into SamplingParams, or vLLM's generate does not have it.
     """
     for name in kwargs:
         if name in NEUTRAL:
             raise ConfigTypeError(
                 f"{name!r} cannot be used together with vLLM's SamplingParams",
                 where=WHERE,
-                fix=f"set it there: SamplingParams({name}=...)",
+                fix=f"pass SamplingParams({name}=...)",
             )
         if name not in VLLM_ONLY:
             _refuse(name, engine=True)
 
 
 def _refuse(name: str, *, engine: bool) -> None:
-    """Raise an error for an argument that is not in NEUTRAL; the message names the engine that
-    supports the argument, if any.
+    """Raise an error if the argument ``name``, which is not in NEUTRAL, is not supported. The
+    message names the engine that supports the argument, if there is one.
     """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(
-            f"{name!r} is an argument of the vLLM engine, but the model has none",
+            f"{name!r} is an argument of the vLLM engine, but the model has no such engine",
             where=WHERE,
-            fix="remove it, or load with fast_inference=True",
+            fix=f"remove {name}, or load the model with fast_inference=True",
         )
     if name in HUGGING_FACE:
         instead = HUGGING_FACE[name]
@@ -157,15 +169,15 @@ def _refuse(name: str, *, engine: bool) -> None:
                 else (" and can only be used with input_ids=...")
             ),
             where=WHERE,
-            fix=f"use {instead}" if instead else "leave it out",
+            fix=f"use {instead}" if instead else f"remove {name}",
         )
     hint = nearest(name, (*NEUTRAL, *VLLM_ONLY, *HUGGING_FACE))
     raise ConfigTypeError(f"unknown argument {name!r}{hint}", where=WHERE)
 
 
 def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-    """(texts, token ids) of one prompt or a list of prompts; a text is None if token ids were
-    given.
+    """Return the texts and the token ids of one prompt or of a list of prompts. The text is None if
+    the prompt consists of token ids.
 
     Texts are tokenized with the tokenizer's own special tokens, as vLLM does.
 
@@ -189,8 +201,8 @@ def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[l
             raise ConfigTypeError(
                 f"prompt {index} must be text or token ids, not {type(prompt).__name__}",
                 where=WHERE,
-                fix='pass text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...};'
-                " for a chat, apply the tokenizer's chat template first",
+                fix='pass text, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}.'
+                " If the prompt is a chat, apply the tokenizer's chat template first",
             )
     return texts, ids
 
@@ -208,7 +220,7 @@ def answers(
     sampling: Sampling,
     ends: Collection[int],
 ) -> list[Answer]:
-    """Convert ``rollout`` to one result per prompt; ``ends`` are the token ids that end a
+    """Convert ``rollout`` to one result per prompt. ``ends`` are the token ids that end a
     completion.
     """
     found = []
@@ -241,10 +253,10 @@ def _completion(  # takes the values of one row
 
 
 def check_request(request: Any, kind: type) -> None:
-    """Raise an error for a ``lora_request`` that is not a result of ``load_lora``."""
+    """Raise an error if a ``lora_request`` is not a result of ``load_lora``."""
     if not isinstance(request, kind):
         raise ConfigValueError(
-            f"lora_request has the type {type(request).__name__}",
+            f"lora_request has the unsupported type {type(request).__name__}",
             where=WHERE,
             fix="pass the result of model.load_lora(folder), or None for the base model",
         )

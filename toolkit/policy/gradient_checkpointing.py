@@ -1,9 +1,8 @@
-"""Apply gradient checkpointing as ``use_gradient_checkpointing`` sets it: True, False, "unsloth" or
-"auto".
+"""Apply the mode of gradient checkpointing that ``use_gradient_checkpointing`` sets.
 
-True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also moves the hidden
-state of each layer, from which recomputation starts, to pinned host memory: transformers'
-``gradient_checkpointing_enable(offload=True)``. "auto" chooses by free memory.
+The mode is True, False, "unsloth" or "auto". True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also moves the saved
+input of each layer to pinned host memory (``gradient_checkpointing_enable(offload=True)`` of
+transformers). "auto" chooses one of the other modes by the free memory.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import torch
 from toolkit.base.errors import UnsupportedError
 
 REFERENCE_SEQUENCES = 8
-"""Number of sequences in a micro-batch that "auto" assumes."""
+"""The number of sequences in a micro-batch that "auto" assumes."""
 
 
 def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | None) -> bool | str:
-    """Switch ``model`` (a transformers or PEFT model) to ``mode``, and return the mode with "auto"
-    resolved.
+    """Switch ``model`` (a transformers or PEFT model) to ``mode``. Returns the mode, or the chosen
+    mode if ``mode`` is "auto".
 
-    The mode stays when TRL 1.16 switches checkpointing off and on around each rollout. TRL passes
-    its own arguments, which would disable offloading.
+    TRL 1.16 switches checkpointing off before each rollout and on after it, with its own arguments,
+    which do not include offloading. This function makes sure that the mode stays the same.
 
     Raises:
-        UnsupportedError: the model does not support it.
+        UnsupportedError: the model does not support gradient checkpointing.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if mode == "auto":
@@ -49,7 +48,7 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
 
 
 def pause_checkpointing(model: Any) -> None:
-    """Switch checkpointing off for inference; the mode stays recorded for
+    """Switch checkpointing off for inference. The mode stays recorded for
     ``resume_checkpointing``.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -65,15 +64,15 @@ def resume_checkpointing(model: Any) -> None:
 
 
 def _offloads(base: Any) -> bool:
-    """Whether hidden states are moved to the host; on a CPU they are already there."""
+    """Return True if hidden states must be moved to the host. On a CPU they are already there."""
     return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 
 def _keep_offload(base: Any) -> None:
-    """Override ``gradient_checkpointing_enable`` of this model so that it keeps offloading.
+    """Override ``gradient_checkpointing_enable`` of this model so that offloading stays on.
 
-    For transformers 5.17.0 and TRL 1.16.0: ``trl.models.utils.disable_gradient_checkpointing``
-    enables it again with ``gradient_checkpointing_kwargs`` only, without ``offload``.
+    In TRL 1.16.0, ``trl.models.utils.disable_gradient_checkpointing`` calls this method of
+    transformers 5.17.0 with ``gradient_checkpointing_kwargs`` only, without ``offload``.
     """
     base.gradient_checkpointing_enable = partial(_enable, base)
 
@@ -97,10 +96,11 @@ def _enable(
 
 
 def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
-    """The mode that "auto" means for ``base`` with the memory that is free now.
+    """Return the mode that "auto" means for ``base`` with the memory that is free now.
 
-    False if the activations of a whole micro-batch fit in half the free memory, True if its hidden
-    states fit in a quarter, else "unsloth".
+    The mode is False if the activations of a whole micro-batch fit in half of the free memory. Else
+    it is True if the hidden states of a micro-batch fit in a quarter of the free memory. Else it is
+    "unsloth".
 
     Without recomputation, the activations of a layer take about as many bytes as 34 hidden states
     with 2 bytes per value (arXiv 2205.05198, with attention that does not store a score matrix).
@@ -117,8 +117,8 @@ def choose_mode(base: Any, *, max_seq_length: int | None) -> bool | str:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """The bytes that are free on ``device`` now: on a GPU the driver's count, on the host the
-    kernel's.
+    """Return the bytes that are free on ``device`` now. On a GPU the CUDA driver reports them, and
+    on the host the operating system does.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

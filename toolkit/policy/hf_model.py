@@ -1,5 +1,5 @@
-"""Load a Hugging Face causal language model from a checkpoint: dtype, device, quantization,
-positions.
+"""Load a Hugging Face causal language model from a checkpoint, with the requested dtype, device,
+quantization and number of positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def check_quantization(request: LoadRequest) -> None:
-    """Raise an error if 4-bit or 8-bit loading is requested but cannot run.
+    """Raise an error if 4-bit or 8-bit loading is requested but not possible.
 
     Raises:
         UnsupportedError: there is no CUDA GPU.
@@ -48,7 +48,7 @@ def check_quantization(request: LoadRequest) -> None:
     if not torch.cuda.is_available():
         raise UnsupportedError(
             f"{flag}=True needs an NVIDIA GPU, but PyTorch finds none"
-            + (" (True is load_in_4bit's default)" if request.load_in_4bit else ""),
+            + (" (the default of load_in_4bit is True)" if request.load_in_4bit else ""),
             where=WHERE,
             fix=f"pass {flag}=False",
         )
@@ -56,12 +56,12 @@ def check_quantization(request: LoadRequest) -> None:
         raise MissingExtraError(
             f"{flag}=True needs bitsandbytes, which is not installed",
             where=WHERE,
-            fix="pip install 'grpo-toolkit[cuda]', or pass " + flag + "=False",
+            fix="run pip install 'grpo-toolkit[cuda]', or pass " + flag + "=False",
         )
 
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
-    """The dtype of the weights; ``config.resolved.dtype_of`` resolves "auto"."""
+    """Return the dtype of the weights. ``config.resolved.dtype_of`` replaces "auto"."""
     name = dtype_of(request.dtype, situation(), load_in_16bit=request.load_in_16bit)
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
@@ -69,7 +69,7 @@ def choose_dtype(request: LoadRequest) -> torch.dtype:
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """The model's configuration, with the positions for ``request``.
+    """Read the model's configuration, and set its number of positions for ``request``.
 
     Raises:
         InputError: config.json cannot be read.
@@ -84,9 +84,9 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"its config.json cannot be used: {first_line(error)}",
+            f"the model's config.json cannot be used: {first_line(error)}",
             where=checkpoint.name,
-            fix="check the checkpoint; a model with its own code needs trust_remote_code=True",
+            fix="check the checkpoint. If the model has its own code, pass trust_remote_code=True",
         ) from error
     if config.get_text_config() is not config:
         raise UnsupportedError(
@@ -100,7 +100,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
     """Raise an error if config.json has an architecture or a storage format that is not supported
-    (``config.features``). A file that is not JSON is reported later, by ``read_config``.
+    (``config.supported_features``). If the file is not JSON, ``read_config`` reports it later.
     """
     try:
         values = checkpoint.read_json("config.json")
@@ -125,7 +125,8 @@ def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
 
 
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """Load the base model with every tensor from the checkpoint, frozen unless ``full_finetuning``.
+    """Load the base model with every tensor from the checkpoint. The weights are frozen, except
+    with ``full_finetuning``.
 
     Raises:
         InputError: a weight file cannot be read, or tensors are missing, unexpected or have a wrong
@@ -155,7 +156,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(
-            f"its weights cannot be loaded: {first_line(error)}",
+            f"the model's weights cannot be loaded: {first_line(error)}",
             where=checkpoint.name,
         ) from error
     _check_complete(info, checkpoint.name)
@@ -169,11 +170,11 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 
 def _quantization(config: Any, request: LoadRequest) -> Any:
-    """bitsandbytes' settings for the request, or None: NF4 with float32 scales that are not
-    quantized, as in the engine.
+    """Return bitsandbytes' settings for the request, or None if the request has no quantization.
+    4-bit weights are NF4 with float32 scales that are not quantized, as in the engine.
     """
     if getattr(config, "quantization_config", None) is not None:
-        return None  # the checkpoint is already quantized, as the request states
+        return None  # the checkpoint is already quantized, and transformers reads its settings
     if request.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not request.load_in_4bit:
@@ -187,8 +188,8 @@ def _quantization(config: Any, request: LoadRequest) -> Any:
 
 
 def _device_map(asked: Any) -> Any:
-    """The device map for ``asked``; ``"sequential"`` (the default) means the whole model on this
-    process's device.
+    """Return transformers' device map for the argument ``device_map``. ``"sequential"`` (the
+    default) puts the whole model on this process's device.
     """
     cuda = torch.cuda.is_available()
     if asked in (None, "sequential", "auto", "balanced") and not cuda:
@@ -210,21 +211,24 @@ def _device_map(asked: Any) -> Any:
 
 def _check_complete(info: dict[str, Any], name: str) -> None:
     """Check that every tensor of the model came from the checkpoint, and that the checkpoint has no
-    others.
+    other tensors.
     """
-    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, unknown to the model,")):
+    for key, what in (
+        ("missing_keys", "the checkpoint does not contain {} tensors of the model"),
+        ("unexpected_keys", "the checkpoint contains {} tensors that the model does not have"),
+    ):
         names = sorted(info.get(key) or ())
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(
-                f"{what} {len(names)} tensors: {', '.join(names[:3])}{more}",
+                f"{what.format(len(names))}: {', '.join(names[:3])}{more}",
                 where=name,
-                fix="the checkpoint does not match its own config.json: copy it again",
+                fix="copy the checkpoint again, because it does not match its own config.json",
             )
 
 
 def _resize(model: Any, size: int, seed: int) -> None:
-    """Resize embeddings and head to ``size`` rows; new rows depend only on ``seed``."""
+    """Resize embeddings and head to ``size`` rows. The values of new rows depend only on ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model.resize_token_embeddings(size)

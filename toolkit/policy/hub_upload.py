@@ -1,4 +1,4 @@
-"""Upload one folder to the Hugging Face hub, only when the user requests it."""
+"""Upload one folder to the Hugging Face hub. This happens only if the user requests it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def push_folder(
 ) -> str:
     """Create the model repository ``repo_id`` if needed, and upload ``folder`` in one commit.
 
-    ``token`` None uses the token of ``hf auth login`` or HF_TOKEN. ``private`` None uses the
-    account's settings; an existing repository keeps its own.
+    If ``token`` is None, the token of ``hf auth login`` or HF_TOKEN is used. If ``private`` is
+    None, the account's default applies to a new repository. An existing repository keeps its
+    visibility.
 
     Returns:
         The address of the repository.
 
     Raises:
-        ConfigError: the hub rejects the name or the token, or the hub is switched off.
+        ConfigError: the hub rejects the name or the token, or HF_HUB_OFFLINE is set.
         RetryError: the hub cannot be reached.
     """
     api = HfApi(token=token)
@@ -44,13 +45,13 @@ def push_folder(
         raise ConfigError(
             "HF_HUB_OFFLINE is set, but an upload needs the hub",
             where=WHERE,
-            fix=f"unset it, or upload later: hf upload {repo_id} {folder}",
+            fix=f"unset HF_HUB_OFFLINE, or upload later with: hf upload {repo_id} {folder}",
         ) from error
     except HFValidationError as error:
         raise ConfigError(
             f"{repo_id!r} is not a valid name of a repository: {first_line(error)}",
             where=WHERE,
-            fix="write it as owner/name",
+            fix="write the name as owner/name",
         ) from error
     except HfHubHTTPError as error:
         raise _refused(error, repo_id, folder) from error
@@ -74,5 +75,5 @@ def _unreachable(error: BaseException, repo_id: str, folder: Path) -> RetryError
     return RetryError(
         f"the upload to {repo_id} failed: {first_line(error)}",
         where=WHERE,
-        fix=f"try again, or upload later: hf upload {repo_id} {folder}",
+        fix=f"try again, or upload later with: hf upload {repo_id} {folder}",
     )
