@@ -35,8 +35,8 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
         edges.append(edges[-1] + part)
     if start not in edges or start + count not in edges:
         raise UnsupportedError(
-            f"rows {start} to {start + count} do not begin and end where the 4-bit parts do (rows "
-            f"{edges})",
+            f"rows {start} to {start + count} do not match the 4-bit parts, which begin and end at "
+            f"the rows {edges}",
             where=WHY_SHARE,
             fix=FALLBACK,
         )

@@ -371,5 +371,8 @@ def _difference(
         # ``not far <=`` is also True for NaN. An output of only zeros cannot be compared.
         if not far <= limit * size or size == 0:
             relative = far / max(size, 1e-30)
-            return f"the kernel's result has a relative difference of {relative:.2g} ({dtype})"
+            return (
+                f"the kernel's result differs by {relative:.2g} relative to the layer's result "
+                f"({dtype})"
+            )
     return None

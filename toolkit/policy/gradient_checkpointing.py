@@ -1,8 +1,9 @@
 """Apply the mode of gradient checkpointing that ``use_gradient_checkpointing`` sets.
 
-The mode is True, False, "unsloth" or "auto". True recomputes each layer in the backward pass (arXiv 1604.06174). "unsloth" also moves the saved
-input of each layer to pinned host memory (``gradient_checkpointing_enable(offload=True)`` of
-transformers). "auto" chooses one of the other modes by the free memory.
+The mode is True, False, "unsloth" or "auto". True recomputes each layer in the backward pass (arXiv
+1604.06174). "unsloth" also moves the saved input of each layer to pinned host memory
+(``gradient_checkpointing_enable(offload=True)`` of transformers). "auto" chooses one of the other
+modes by the free memory.
 """
 
 from __future__ import annotations

@@ -228,7 +228,9 @@ def _check_complete(info: dict[str, Any], name: str) -> None:
 
 
 def _resize(model: Any, size: int, seed: int) -> None:
-    """Resize embeddings and head to ``size`` rows. The values of new rows depend only on ``seed``."""
+    """Resize embeddings and head to ``size`` rows. The values of new rows depend only on
+    ``seed``.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model.resize_token_embeddings(size)

@@ -1,4 +1,6 @@
-"""Define FastLanguageModel: load a model, add an adapter, switch between training and inference."""
+"""Define ``FastLanguageModel``, with which a script loads a model, adds an adapter, and switches
+between training and inference.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ LORA_KWARGS = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Keyword arguments of get_peft_model that are not in its signature but are fields of PEFT's
-LoraConfig.
+"""The keyword arguments that get_peft_model accepts although they are not in its signature. They
+are fields of PEFT's LoraConfig.
 """
 
 
@@ -81,22 +83,25 @@ class FastLanguageModel:
     ) -> tuple[Any, Any]:
         """Load ``model_name`` and its tokenizer.
 
-        ``model_name`` is a folder, a hub id, or the folder of an adapter. For an adapter, its base
-        model is loaded with the adapter, which is trainable. ``dtype`` None means bfloat16 (or
-        float16) on a GPU and float32 on a CPU. ``max_seq_length`` is in tokens. With
-        ``fast_inference`` a vLLM engine has the weights and the model is a view of them. Then
-        ``gpu_memory_utilization`` is the engine's share of the card and ``max_lora_rank`` its
-        largest adapter rank; "auto" means the value that the sizer chooses for a run file with the
-        same keys (with the adapter of the folder, else one of rank 16). ``kwargs`` are engine
-        options such as ``max_num_seqs``, and ``attn_implementation``.
+        ``model_name`` is a folder, a hub id, or the folder of an adapter. If it is an adapter, the
+        adapter's base model is loaded, and the adapter is added to it and can be trained. ``dtype``
+        None means bfloat16 (or float16) on a GPU and float32 on a CPU. ``max_seq_length`` is in
+        tokens.
+
+        If ``fast_inference`` is True, a vLLM engine loads the weights, and the model's parameters
+        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the card's
+        memory, and ``max_lora_rank`` is the largest adapter rank that the engine supports. If one
+        of these is "auto", the toolkit's memory estimate chooses its value, as for a run file with
+        the same keys. The estimate uses the adapter of the folder, else an adapter of rank 16.
+        ``kwargs`` are ``attn_implementation`` and engine options such as ``max_num_seqs``.
 
         Returns:
             (model, tokenizer). The model also has ``fast_generate``, ``save_lora``, ``load_lora``,
-            ``vllm_engine`` (None without one) and ``max_seq_length``.
+            ``max_seq_length``, and ``vllm_engine`` (None without an engine).
 
         Raises:
             ConfigTypeError, ConfigValueError, UnsupportedError, MissingExtraError: a parameter is
-                refused; the message names it.
+                rejected. The message names the parameter.
             InputError: the checkpoint cannot be found or read.
         """
         named = {name: value for name, value in locals().items() if name != "kwargs"}
@@ -125,17 +130,18 @@ class FastLanguageModel:
         """Add a LoRA adapter to ``model`` and return it as a ``peft.PeftModelForCausalLM``.
 
         The update of a weight is s B A, with s = alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with
-        ``use_rslora`` (arXiv 2312.03732). B is 0 at first, so logits do not change; the same
-        ``random_state`` gives the same bytes. If the model already has this adapter, there is only
-        a warning. By default the projections of attention and MLP are adapted, or only those of
-        attention in a mixture of experts.
+        ``use_rslora`` (arXiv 2312.03732). B is 0 at first, so the adapter does not change the
+        logits. The same ``random_state`` gives the same adapter weights. By default the projections
+        of attention and MLP are adapted. In a mixture of experts only the projections of attention
+        are adapted. If the model already has an adapter with these settings, the model is returned
+        unchanged with a warning.
 
         Raises:
-            ConfigTypeError: r is not an int, a keyword is unknown, or the model has another
-                adapter.
-            ConfigValueError: a value is invalid, the model does not have a target, or r is above
-                the engine's ``max_lora_rank``.
-            UnsupportedError: the engine on the model cannot sample from such an adapter.
+            ConfigTypeError: r is not an int, a keyword is unknown, or the model already has an
+                adapter with other settings.
+            ConfigValueError: a value is invalid, a target does not exist in the model, or r is
+                above the engine's ``max_lora_rank``.
+            UnsupportedError: the model's engine cannot sample from such an adapter.
         """
         refuse_unknown(kwargs, LORA_KWARGS, WHERE)
         check_checkpointing(use_gradient_checkpointing, WHERE)
@@ -161,7 +167,8 @@ class FastLanguageModel:
             return same_or_refuse(model, settings)
         if getattr(model, "toolkit_full_finetuning", False):
             warnings.warn(
-                "full_finetuning=True: every weight is trained, and no adapter was added",
+                "no adapter was added, because the model was loaded with full_finetuning=True and "
+                "all its weights are trained",
                 ToolkitWarning,
                 stacklevel=2,
             )
@@ -170,10 +177,8 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
-        """Set ``model`` to training mode, with the gradient checkpointing that was chosen for it,
-        and return it.
-
-        With ``use_gradient_checkpointing`` False checkpointing stays off.
+        """Set ``model`` to training mode and return it. Gradient checkpointing is switched to the
+        mode that was chosen before. If ``use_gradient_checkpointing`` is False, it is switched off.
         """
         model.train()
         if use_gradient_checkpointing is False:
@@ -184,8 +189,8 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Set ``model`` to evaluation mode, without gradient checkpointing (which would disable the
-        cache), and return it.
+        """Set ``model`` to evaluation mode and return it. Gradient checkpointing is switched off,
+        because it would disable the KV cache.
         """
         model.eval()
         pause_checkpointing(model)
@@ -193,7 +198,9 @@ class FastLanguageModel:
 
 
 def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
-    """``model`` with a new adapter and the toolkit's methods, in training mode."""
+    """Add a new adapter and the toolkit's methods to ``model``, set it to training mode, and return
+    it.
+    """
     peft_model = tell_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
     apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
@@ -203,11 +210,12 @@ def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -
 
 
 def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """Load (model with its adapter, tokenizer) of a resolved run file; ``runtime.engine`` decides
-    the engine. ``tokenizer`` is the result of ``policy_tokenizer``, if that was called before.
+    """Load the model, its adapter and the tokenizer for a resolved run file. Returns (model,
+    tokenizer).
 
-    Raises:
-        As ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
+    ``runtime.engine`` of the run file selects the engine. ``tokenizer`` is the result of
+    ``policy_tokenizer``, if that function was called before. Raises the errors of
+    ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
     """
     if config.lora.adapter_path is not None and not config.model.full_finetuning:
         return load_start(config, tokenizer)
@@ -222,35 +230,36 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """Load (model with the trainable adapter from ``lora.adapter_path``, tokenizer). If there is an
-    engine, the adapter is published to it.
+    """Load the model with the adapter from ``lora.adapter_path``, which can be trained further. If
+    the model has an engine, the adapter is copied to the engine. Returns (model, tokenizer).
 
     Raises:
         ConfigTypeError: the ``lora`` section has other settings than the adapter.
-        ConfigValueError: the adapter belongs to another base.
+        ConfigValueError: the adapter belongs to another base model.
     """
     folder = Path(str(config.lora.adapter_path))
     asked = LoraSettings.from_section(config.lora)
     if config.lora.target_modules == "auto":
         raise ConfigValueError(
-            "target_modules is still auto, but with adapter_path the adapter defines it",
+            "target_modules is still auto, but with adapter_path it must be the adapter's value",
             where="lora.target_modules",
-            fix="read the run file with toolkit.config.load_run, which takes it from the adapter",
+            fix="read the run file with toolkit.config.load_run, which sets target_modules to the "
+            "adapter's value",
         )
     same_start(read_adapter(folder), asked)
     return load(request_of(config), folder, tokenizer)
 
 
 def policy_tokenizer(config: RunConfig) -> Any:
-    """Load the tokenizer that ``load_policy`` returns, without the model and its engine. Raises
-    InputError.
+    """Load only the tokenizer that ``load_policy`` returns, not the model and its engine. Raises
+    InputError if the tokenizer cannot be read.
     """
     return read_tokenizer(request_of(config))
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:
-    """Raise an error for another ``max_seq_length`` than that of the loaded model or the default,
-    because the length is fixed when the model is loaded.
+    """Raise an error if ``max_seq_length`` is neither the length of the loaded model nor the
+    default. The length cannot change after the model is loaded.
     """
     loaded = getattr(model, "max_seq_length", None)
     if max_seq_length not in (loaded, 2048) and loaded is not None:
@@ -263,7 +272,7 @@ def _check_length(model: Any, max_seq_length: int) -> None:
 
 def _path_text(name: Any) -> str:
     if not isinstance(name, (str, PathLike)):
-        raise ConfigTypeError(f"model_name={name!r} must be text or a path", where=LOAD_WHERE)
+        raise ConfigTypeError(f"model_name={name!r} must be a string or a path", where=LOAD_WHERE)
     return str(name)
 
 

@@ -1,7 +1,8 @@
-"""List every parameter of ``FastLanguageModel.from_pretrained``: each one is applied or rejected by
-name. None is silently ignored.
+"""List the parameters of ``FastLanguageModel.from_pretrained`` that need special handling, with
+their defaults and the reasons for rejecting them.
 
-``policy.load_request`` applies the parameters in these tables before anything is loaded.
+No parameter is silently ignored. ``policy.load_request`` uses these tables to apply or reject every
+parameter before a model is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHECKPOINTING = (True, False, "unsloth", "auto")
 ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {name: option.api for name, option in API_OPTIONS.items()}
 )
-"""Arguments that only an engine uses, with the value that means "not set"."""
+"""The arguments that only an engine uses, each with its default value."""
 
 REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
@@ -41,27 +42,27 @@ REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
         ),
         "offload_embedding": (
             False,
-            "embeddings stay on the device of the model",
+            "embeddings cannot be offloaded and stay on the model's device",
             "remove offload_embedding",
         ),
     }
 )
-"""A mapping from parameter to (its neutral value, the reason why other values are rejected, the
-fix).
+"""A mapping from a parameter to three values: the only accepted value, the reason why other values
+are rejected, and the fix.
 """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `` (did you mean 'x'?)`` for the known name that is most similar to ``name``, or an
-    empty text.
+    """Return `` (did you mean 'x'?)`` with the name of ``known`` that is most similar to ``name``.
+    If no name is similar, return an empty string.
     """
     match = near(name, sorted(known), cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ConfigTypeError for the first keyword that is not in ``known``; the message suggests
-    the most similar one.
+    """Raise ConfigTypeError for the first keyword that is not in ``known``. The message suggests
+    the most similar known keyword.
     """
     known = tuple(known)
     for name in given:
@@ -69,13 +70,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise ConfigTypeError(
                 f"unknown keyword argument {name!r}{nearest(name, known)}",
                 where=where,
-                fix="correct its name or remove it",
+                fix=f"correct the name {name}, or remove the argument",
             )
 
 
 def check_checkpointing(value: Any, where: str) -> None:
-    """Raise an error for a ``use_gradient_checkpointing`` other than True, False, "unsloth" and
-    "auto".
+    """Raise an error if ``value`` of ``use_gradient_checkpointing`` is not True, False, "unsloth"
+    or "auto".
     """
     if not any(
         value is known or (isinstance(value, str) and value == known) for known in CHECKPOINTING

@@ -1,5 +1,5 @@
-"""Check one call of ``FastLanguageModel.from_pretrained``, before anything is loaded, and represent
-it as a value.
+"""Check the arguments of a call of ``FastLanguageModel.from_pretrained``, before a model is loaded,
+and store them in a ``LoadRequest``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A checked call of ``from_pretrained``. Lengths are in tokens. ``engine`` has the arguments
-    that only an engine uses.
+    """The checked arguments of a call of ``from_pretrained``. Lengths are in tokens. ``engine`` has
+    the arguments that only an engine uses.
     """
 
     model_name: str
@@ -70,7 +70,7 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
         ConfigTypeError: a keyword is unknown, or a value has the wrong type.
         ConfigValueError: a value or a combination is invalid.
         UnsupportedError: the request is valid but not supported.
-        MissingExtraError: ``fast_inference`` without vLLM.
+        MissingExtraError: ``fast_inference`` is True, but vLLM is not installed.
     """
     known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED, *_SPECIAL} - {"engine"}
     refuse_unknown(arguments, known, WHERE)
@@ -98,11 +98,11 @@ _SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
 def _honour_special(values: dict[str, Any]) -> None:
-    """Remove parameters without effect from ``values`` after a check, and replace a parameter that
-    only is another way to set a third one.
+    """Check the parameters ``_SPECIAL`` and remove them from ``values``.
 
-    Model names are never mapped and only text models are loaded, so two switches have no effect.
-    ``float32_mixed_precision`` is replaced by dtype.
+    ``use_exact_model_name`` and ``text_only`` have no effect, because model names are never mapped
+    to other names, and only text models are loaded. ``float32_mixed_precision`` True is replaced by
+    dtype float32.
     """
     for name in ("use_exact_model_name", "text_only"):
         value = values.pop(name, False)
@@ -134,15 +134,15 @@ def _dtype_name(dtype: Any) -> str:
         raise ConfigValueError(
             f"dtype={dtype!r} is not one of {', '.join(DTYPES)}",
             where=WHERE,
-            fix="use dtype=None to choose it for the device",
+            fix="pass dtype=None, so that the dtype is chosen for the device",
         )
     return name
 
 
 def _check_types(request: LoadRequest) -> None:
-    """Raise an error for values of the wrong type; ``max_seq_length`` is in tokens."""
+    """Raise an error if a value has the wrong type. ``max_seq_length`` is in tokens."""
     if not request.model_name:
-        raise ConfigValueError("model_name is empty", where=WHERE, fix="name a folder or a hub id")
+        raise ConfigValueError("model_name is empty", where=WHERE, fix="pass a folder or a hub id")
     for name in (
         *LOAD_FLAGS[:3],
         "full_finetuning",
@@ -170,16 +170,16 @@ def _check_types(request: LoadRequest) -> None:
 
 
 def _check_flags(request: LoadRequest) -> None:
-    """Raise an error if more than one ``load_in_*`` is set, or a quantized one with full
-    fine-tuning.
+    """Raise an error if more than one ``load_in_*`` argument is True, or if a quantized format is
+    combined with full fine-tuning.
     """
     chosen = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
-    hint = "load_in_4bit is True by default: pass load_in_4bit=False"
+    hint = "load_in_4bit is True by default, so pass load_in_4bit=False for another format"
     if len(chosen) > 1:
         raise ConfigValueError(
             f"{' and '.join(chosen)} exclude each other",
             where=WHERE,
-            fix=f"set one of them; {hint}",
+            fix=f"set only one of these arguments to True. {hint}",
         )
     for problem in flag_problems(
         load_in_4bit=request.load_in_4bit,
@@ -192,15 +192,17 @@ def _check_flags(request: LoadRequest) -> None:
 
 
 ONE_DEVICE = (None, "sequential", "auto", "balanced")
-"""Values of device_map that mean the device of the engine."""
+"""The values of device_map that are accepted with an engine. The model is then on the engine's
+device.
+"""
 
 
 def check_engine(request: LoadRequest) -> None:
-    """Reject arguments that cannot be used with an engine on the model.
+    """Reject arguments that cannot be used if the model has an engine.
 
     Raises:
-        UnsupportedError, ConfigValueError, ConfigTypeError: an argument is rejected; the message
-            names it.
+        UnsupportedError, ConfigValueError, ConfigTypeError: an argument is rejected. The message
+            names the argument.
         MissingExtraError: vLLM is not installed.
     """
     for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
@@ -212,8 +214,8 @@ def check_engine(request: LoadRequest) -> None:
             )
     if request.device_map not in ONE_DEVICE:
         raise UnsupportedError(
-            f"device_map={request.device_map!r}: with fast_inference the model is on the engine's"
-            " device",
+            f"device_map={request.device_map!r} is not supported with fast_inference, because the"
+            " model is on the engine's device",
             where=WHERE,
             fix="remove device_map, and choose the GPU with CUDA_VISIBLE_DEVICES",
         )
@@ -222,14 +224,14 @@ def check_engine(request: LoadRequest) -> None:
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed",
             where=WHERE,
-            fix="pip install 'grpo-toolkit[vllm]' on a GPU machine, 'grpo-toolkit[cpu-engine]' on a"
-            " CPU, or use fast_inference=False",
+            fix="run pip install 'grpo-toolkit[vllm]' on a GPU machine, or pip install"
+            " 'grpo-toolkit[cpu-engine]' on a CPU, or use fast_inference=False",
         )
 
 
 def _check_values(engine: Mapping[str, Any]) -> None:
-    """Check the types of engine arguments, because vLLM accepts some wrong values or misreads them:
-    a text counts as True.
+    """Check the types of the engine arguments. vLLM itself accepts some wrong values and
+    misinterprets them. For example, any text counts as True.
     """
     for name, option in API_OPTIONS.items():
         value = engine[name]
@@ -244,7 +246,7 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             )
         if option.kind == "rank" and (type(value) is not int or value not in LEGAL_RANKS):
             raise ConfigValueError(
-                f"{name}={value!r} is not supported by vLLM, which supports "
+                f"{name}={value!r} is not supported by vLLM, which supports only the ranks "
                 f"{', '.join(map(str, LEGAL_RANKS))}",
                 where=WHERE,
                 fix=_next_rank(name, value),
@@ -254,29 +256,29 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             raise ConfigValueError(
                 f"{name}={value!r} must be between 0 and 1",
                 where=WHERE,
-                fix='use for example 0.5, or "auto"',
+                fix=f'set {name} to a number such as 0.5, or to "auto"',
             )
         if option.kind == "switch" and not isinstance(value, bool):
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
 
 
 def _next_rank(name: str, asked: Any) -> str:
-    """The fix for a rank that vLLM does not support."""
+    """Return the fix for a rank that vLLM does not support."""
     legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
-    return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these, or "auto"'
+    return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these ranks, or "auto"'
 
 
 STANDBY = "UNSLOTH_VLLM_STANDBY"
 _API_EXCLUDES = {
-    "rope_scaling": "the engine reads its positions from the checkpoint",
-    "resize_model_vocab": "the engine has the embeddings",
+    "rope_scaling": "the engine reads the position settings from the checkpoint",
+    "resize_model_vocab": "the model shares the engine's embeddings, which cannot be resized",
 }
 
 
 def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """``arguments`` of one call, changed as the variable UNSLOTH_VLLM_STANDBY requires: between
-    rollouts the trainer may use the memory of the KV cache. ``enable_sleep_mode`` in the call takes
-    precedence.
+    """Return ``arguments``, with ``enable_sleep_mode`` set if the environment variable
+    UNSLOTH_VLLM_STANDBY is set. In sleep mode the trainer can use the memory of the KV cache
+    between rollouts. If the call itself has ``enable_sleep_mode``, the variable has no effect.
     """
     given = dict(arguments)
     if environ.get(STANDBY, "0").lower() in ("", "0", "false") or "enable_sleep_mode" in given:
@@ -285,19 +287,23 @@ def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> di
         told = "has no effect with fast_inference=False, because there is no engine"
     else:
         given["enable_sleep_mode"] = True
-        told = "is read as enable_sleep_mode=True: the KV cache sleeps while the trainer works"
+        told = (
+            "is read as enable_sleep_mode=True: the memory of the KV cache is released while the "
+            "trainer works"
+        )
     warnings.warn(f"{STANDBY} {told}", ToolkitWarning, stacklevel=3)
     return given
 
 
 def warn_engine_only(engine: Mapping[str, Any]) -> None:
-    """Warn of engine options that have no effect without an engine. max_lora_rank and similar
-    options are valid without one, but unused.
+    """Warn if engine options are set that have no effect because the model has no engine. Such
+    options, for example max_lora_rank, are valid but unused.
     """
     idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
     if idle:
         warnings.warn(
-            f"{', '.join(idle)}: no effect with fast_inference=False, because there is no engine",
+            f"{', '.join(idle)} has no effect with fast_inference=False, because there is no "
+            "engine",
             ToolkitWarning,
             stacklevel=5,
         )

@@ -1,8 +1,7 @@
-"""Create, read and change the adapter that is trained. Only this module, ``lora_layer`` and
-``engine.adapter`` import PEFT.
+"""Create, read and change the adapter that is trained, with PEFT.
 
-Adapter weights are float32 for every dtype of the base model (PEFT's default). In a bfloat16
-adapter, with 8 bits of mantissa, Adam's steps below 1/256 of a weight would be lost, and its
+Adapter weights are float32 for every dtype of the base model (PEFT's default). A bfloat16 adapter
+has only 8 bits of mantissa. Adam's steps below 1/256 of a weight would then be lost, and Adam's
 moments would be bfloat16 too. The forward pass computes in the base model's dtype under autocast,
 as the engine does.
 """
@@ -78,14 +77,16 @@ DIFFERING = (
 
 
 def add_lora(model: Any, settings: LoraSettings) -> Any:
-    """Add a new adapter to ``model`` (a transformers model); returns a
+    """Add a new adapter to ``model`` (a transformers model). Returns a
     ``peft.PeftModelForCausalLM``.
 
-    B is 0, so logits do not change. A is drawn on the CPU from ``settings.random_state``, so the
-    same seed gives the same bytes on every device. The caller's random generators are restored.
+    B is 0, so the adapter does not change the logits. A is drawn on the CPU with the seed
+    ``settings.random_state``, so the same seed gives the same values on every device. The caller's
+    random generators are restored.
 
     Raises:
-        ConfigTypeError, ConfigValueError, UnsupportedError: the refusals of ``policy.settings``.
+        ConfigTypeError, ConfigValueError, UnsupportedError: a check of ``policy.lora_settings``
+            rejects the settings.
     """
     check_settings(settings)
     engine = getattr(model, "toolkit_engine", None)
@@ -105,7 +106,7 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
 
 
 def to_peft(settings: LoraSettings) -> Any:
-    """The ``peft.LoraConfig`` for ``settings``."""
+    """Return the ``peft.LoraConfig`` for ``settings``."""
     values: dict[str, Any] = {}
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -125,7 +126,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_peft(model: Any) -> bool:
-    """Whether ``model`` already has an adapter."""
+    """Return True if ``model`` is a PEFT model, which has an adapter."""
     return isinstance(model, PeftModel)
 
 
@@ -133,7 +134,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     """Return ``model``, which already has an adapter, if ``settings`` describe the same adapter.
 
     Raises:
-        ConfigTypeError: the settings describe another adapter; the message lists the differences.
+        ConfigTypeError: the settings differ from the adapter's. The message lists the differences.
     """
     check_settings(settings)
     different = differences(model.peft_config["default"], settings)
@@ -141,7 +142,7 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
             where=WHERE,
-            fix="load the model again, or use the same settings",
+            fix="load the model again, or pass the settings of the existing adapter",
         )
     warnings.warn(
         ("the model already has this adapter, so it is returned unchanged"),
@@ -154,8 +155,8 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
 def differences(
     current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
 ) -> list[str]:
-    """The differences between the ``peft.LoraConfig`` ``current`` and ``settings``, one sentence
-    per field.
+    """Compare the ``peft.LoraConfig`` ``current`` with ``settings``. Returns one text for each
+    field that differs.
     """
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
@@ -163,7 +164,9 @@ def differences(
 
 
 def _plain_set(config: Any, name: str) -> Any:
-    """A field's value in canonical form: names are sorted, and all empty values are equal."""
+    """Return a field's value in a form that can be compared. Names are sorted, and all empty values
+    become None.
+    """
     value = getattr(config, name)
     if isinstance(value, (set, list, tuple)):
         return sorted(value) or None
@@ -171,8 +174,11 @@ def _plain_set(config: Any, name: str) -> Any:
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names in its file, on their device, not copied. If processes
-    share a model, their parts are joined, and all of the processes must call this function.
+    """Return the adapter's tensors by the names that they have in the adapter's file. The tensors
+    are not copied.
+
+    If several processes share a model, the parts of each tensor are joined, and all of these
+    processes must call this function.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
@@ -182,7 +188,7 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
 
 
 def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """The parameters of an adapter under the names that they have in its file."""
+    """Return the parameters of an adapter under the names that they have in the adapter's file."""
     own = ((key.replace(f".{name}.", "."), value) for key, value in model.named_parameters())
     return {key: value for key, value in own if "lora_" in key}
 
@@ -190,8 +196,8 @@ def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
 def set_adapter_tensors(
     model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
-    """Write ``tensors`` into the adapter; the caller has checked them against
-    ``adapter_tensors``.
+    """Copy ``tensors`` into the adapter ``name``. The caller must have checked that their names and
+    shapes are those of ``adapter_tensors``.
     """
     cut = _parameters(model, name)
     own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}
@@ -200,11 +206,10 @@ def set_adapter_tensors(
 
 @torch.no_grad()
 def merge(model: Any, name: str = "default") -> Any:
-    """Merge the adapter ``name`` into the base model's weights, in float32 and rounded once;
-    returns the base model.
+    """Merge the adapter ``name`` into the base model's weights. Returns the base model.
 
-    PEFT's own merge rounds the update before the addition; it is used only for layers that are not
-    plain.
+    The sum is computed in float32 and rounded once. PEFT's own merge rounds the update before the
+    addition, so it is used only if the adapter does more than add s B A (such as DoRA).
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(_is_plain(layer, name) for layer in layers):
@@ -217,7 +222,7 @@ def merge(model: Any, name: str = "default") -> Any:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """Whether the adapter only adds s B A to the weight of ``layer``."""
+    """Return True if the adapter only adds s B A to the weight of ``layer``."""
     if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
         return False
     if name not in layer.lora_A:
@@ -226,15 +231,15 @@ def _is_plain(layer: Any, name: str) -> bool:
 
 
 def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
-    """Raise an error for an adapter that the ``engine`` on ``model`` cannot sample from, or that
-    would change the shared weights. ``config`` is any ``peft.PeftConfig``.
+    """Raise an error if the engine of ``model`` cannot sample from an adapter with ``config``, or
+    if such an adapter would change the shared weights. ``config`` is any ``peft.PeftConfig``.
 
-    An engine without its own LoRA slots samples from the trained model itself, so it supports every
+    An engine without LoRA slots samples from the trained model itself, so it supports every
     adapter.
 
     Raises:
-        UnsupportedError, ConfigValueError, ConfigTypeError: an option is not supported; the message
-            names it.
+        UnsupportedError, ConfigValueError, ConfigTypeError: an option is not supported. The message
+            names the option.
     """
     options = getattr(engine, "options", None)
     if options is None:
@@ -254,37 +259,37 @@ def _refuse_kind(config: Any) -> None:
     if kind != "LORA":
         raise UnsupportedError(
             f"the adapter is a {kind} adapter, but the engine can sample only from LoRA adapters",
-            fix="use peft.LoraConfig, or load with fast_inference=False",
+            fix="use peft.LoraConfig, or load the model with fast_inference=False",
         )
     for name in other_fields(config.to_dict()):
         raise UnsupportedError(
-            f"{name}={getattr(config, name, None)!r}: the engine's LoRA slots do not support it",
-            fix="remove it, or load with fast_inference=False",
+            f"the engine's LoRA slots do not support {name}={getattr(config, name, None)!r}",
+            fix=f"remove {name}, or load the model with fast_inference=False",
         )
 
 
 def read_peft_config(values: Mapping[str, Any]) -> Any:
-    """The trainable ``peft.LoraConfig`` of the JSON object in adapter_config.json.
+    """Return a trainable ``peft.LoraConfig`` with the values of an adapter_config.json.
 
     Raises:
-        ConfigValueError: ``values`` are not those of a LoRA adapter, or PEFT rejects them.
+        ConfigValueError: ``values`` do not describe a LoRA adapter, or PEFT rejects them.
     """
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ConfigValueError(f"peft_type is {kind!r}, but only LORA adapters are supported")
     ours = {item.name for item in fields(LoraSettings)} - set(NOT_PEFTS)
     for name in other_fields(values):
-        raise ConfigValueError(f"its {ADAPTER_CONFIG} sets {name}, which is not supported")
+        raise ConfigValueError(f"{ADAPTER_CONFIG} sets {name}, which is not supported")
     kept = {name: values[name] for name in (*ours, *KEPT) if name in values}
     try:
         return LoraConfig(**{**kept, "inference_mode": False, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
-        raise ConfigValueError(f"its {ADAPTER_CONFIG} cannot be used: {error}") from error
+        raise ConfigValueError(f"{ADAPTER_CONFIG} cannot be used: {error}") from error
 
 
 def settings_of(config: Any) -> LoraSettings:
-    """The settings that a ``peft.LoraConfig`` describes, for the checks of
-    ``policy.lora_settings``.
+    """Convert a ``peft.LoraConfig`` to ``LoraSettings``, so that the checks of
+    ``policy.lora_settings`` can be used.
     """
     values = {item.name: getattr(config, item.name, None) for item in fields(LoraSettings)}
     kept = {name: value for name, value in values.items() if value is not None}
@@ -295,8 +300,11 @@ def settings_of(config: Any) -> LoraSettings:
 
 
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
-    """Add an adapter ``name`` with the layout in ``config`` to ``model``; its values are set
-    later.
+    """Add an adapter ``name`` with the ``peft.LoraConfig`` ``config`` to ``model``. The caller sets
+    the adapter's values later.
+
+    Raises:
+        ConfigValueError: the adapter does not match the model's layers.
     """
     use_fast_layers(config)
     try:
@@ -307,10 +315,10 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
             return PeftModelForCausalLM(model, config, adapter_name=name)
     except (IndexError, KeyError, TypeError, AttributeError) as error:
         raise ConfigValueError(
-            f"its {ADAPTER_CONFIG} does not fit this model:"
+            f"the adapter's {ADAPTER_CONFIG} does not match this model:"
             f" {type(error).__name__}: {first_line(error)}",
             where=WHERE,
-            fix="load the base that it was trained on, or copy the adapter again",
+            fix="load the base model that the adapter was trained on, or copy the adapter again",
         ) from error
     except ValueError as error:
         raise ConfigValueError(
@@ -322,12 +330,12 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
 
 @contextmanager
 def kept_float32(model: Any) -> Iterator[None]:
-    """Restore the values of the adapter on ``model`` after the block, because other code may round
-    them in the block.
+    """Keep the adapter on ``model`` in float32. After the block, values that code in the block has
+    rounded are restored.
 
-    TRL 1.16 casts the adapter of a model that is loaded in 4 or 8 bits to bfloat16
-    (GRPOTrainer.__init__), as the QLoRA paper does. GRPO's updates are smaller than that rounding
-    error.
+    If a model is loaded in 4 or 8 bits, TRL 1.16 casts the adapter to bfloat16
+    (GRPOTrainer.__init__), as the QLoRA paper does. But GRPO's updates are smaller than the
+    rounding error of bfloat16, so they would be lost.
     """
     named = getattr(model, "named_parameters", dict)
     named = dict(named()) if is_peft(model) else {}
@@ -343,8 +351,10 @@ def kept_float32(model: Any) -> Iterator[None]:
 
 
 def _repeat_reference(model: Any) -> None:
-    """Set TRL's copy of the starting adapter to the unrounded values, so that the KL term is 0
-    before the first step. TRL 1.16 keeps this copy, ``ref``, for the KL term if beta is above 0.
+    """Set TRL's copy of the starting adapter to the unrounded values. Then the KL term is 0 before
+    the first step.
+
+    If beta is above 0, TRL 1.16 keeps this copy under the name ``ref``, to compute the KL term.
     """
     named = dict(model.named_parameters()) if is_peft(model) else {}
     for name, parameter in named.items():
@@ -354,7 +364,7 @@ def _repeat_reference(model: Any) -> None:
 
 
 def widen_adapter(model: Any) -> None:
-    """Convert every trained LoRA tensor on ``model`` to float32, whatever code created it."""
+    """Convert every trainable LoRA tensor of ``model`` from half precision to float32."""
     for name, parameter in model.named_parameters():
         half = parameter.dtype in (torch.bfloat16, torch.float16)
         if "lora_" in name and parameter.requires_grad and half:

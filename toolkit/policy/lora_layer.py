@@ -1,7 +1,8 @@
-"""Define PEFT's LoRA layer with ``adapted_linear`` as its forward pass if that computes the same.
+"""Define a PEFT LoRA layer with a faster forward pass, ``adapted_linear``.
 
-The layer is registered through PEFT's ``LoraConfig._register_custom_module`` (see its guide "Custom
-models"). Names, parameters, saving and merging are those of PEFT.
+The faster forward pass is used only if it computes the same as PEFT's. The layer is registered
+through PEFT's ``LoraConfig._register_custom_module`` (see PEFT's guide "Custom models"). Names,
+parameters, saving and merging are those of PEFT.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 class FastForward(nn.Module):
     """A forward pass for a PEFT layer that is faster and needs less memory under autocast.
 
-    It is used for training with a frozen layer in the dtype of autocast and one plain adapter in
-    another dtype. All other cases use PEFT's forward pass, which is that of the next base class.
+    The faster pass is used in training if the frozen layer has the dtype of autocast, and there is
+    one plain adapter with another dtype. In all other cases PEFT's forward pass is used, which is
+    that of the next base class.
     """
 
     base_layer: Any
@@ -50,7 +52,9 @@ class FastForward(nn.Module):
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
-        """The name of the active adapter, if it is the only one and plain; else None."""
+        """Return the name of the active adapter if there is exactly one and it is plain LoRA, else
+        None.
+        """
         if self.disable_adapters or self.merged:
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -60,7 +64,9 @@ class FastForward(nn.Module):
         return None if drops else str(active[0])
 
     def _as_under_autocast(self, x: torch.Tensor, name: str) -> bool:
-        """Whether autocast would compute base layer and adapter in the dtype of ``x``."""
+        """Return True if autocast would compute the base layer and the adapter in the dtype of
+        ``x``.
+        """
         device, weight = x.device.type, self.base_layer.weight
         computed = four_bit_dtype(self.base_layer) or weight.dtype
         return (
@@ -77,8 +83,8 @@ class LoraLinear(FastForward, Linear):  # type: ignore[misc]  # PEFT ships no ty
 
 @cache
 def _four_bit_class() -> Any:
-    """``peft.tuners.lora.bnb.Linear4bit`` with the faster forward pass. PEFT's class exists only
-    with bitsandbytes.
+    """Return a subclass of ``peft.tuners.lora.bnb.Linear4bit`` with the faster forward pass. The
+    subclass is created on demand, because PEFT's class exists only if bitsandbytes is installed.
     """
     from peft.tuners.lora.bnb import Linear4bit  # noqa: PLC0415 - only with bitsandbytes
 
@@ -96,18 +102,19 @@ def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwar
 
 
 def use_fast_layers(config: Any) -> Any:
-    """Change ``config`` (a ``peft.LoraConfig``) to adapt linear layers with ``LoraLinear``, and
-    return it.
+    """Change ``config`` (a ``peft.LoraConfig``) so that PEFT adapts linear layers with the classes
+    of this module, and return it.
     """
     config._register_custom_module({nn.Linear: _layer_for})
     return config
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """Create a layer for PEFT: the toolkit's class for a plain or 4-bit linear layer, None to let
-    PEFT choose.
+    """Create the LoRA layer for ``target``, if it is a plain, split or 4-bit linear layer. Returns
+    None if PEFT must choose its own class.
 
-    PEFT's layer is used for other subclasses, and for layers that a hook of accelerate moves.
+    PEFT chooses for other subclasses of nn.Linear, and for layers that a hook of accelerate moves
+    between devices.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

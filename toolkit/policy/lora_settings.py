@@ -38,14 +38,16 @@ INITS = (
     "loftq",
     "lora_ga",
 )
-"""PEFT's values of init_lora_weights other than True and False; ``pissa_niter_N`` is valid too."""
+"""PEFT's values of init_lora_weights other than True and False. ``pissa_niter_N`` is also valid."""
 PISSA_ITERATIONS = r"pissa_niter_\d{1,3}"
-"""The pattern of ``pissa_niter_N``; more than 999 iterations (16 are usual) only take more time."""
+"""The pattern of ``pissa_niter_N``. N is at most 999, because more iterations only take more time
+(16 are usual).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """The settings of an adapter W + s B A with A (r, in) and B (out, r).
+    """The settings of an adapter. An adapted weight is W + s B A, with A (r, in) and B (out, r).
 
     The scaling s is alpha/r (arXiv 2106.09685), or alpha/sqrt(r) with ``use_rslora`` (arXiv
     2312.03732).
@@ -73,7 +75,7 @@ class LoraSettings:
 
     @classmethod
     def from_section(cls, section: LoraSection) -> LoraSettings:
-        """The settings of a run file's ``lora`` section."""
+        """Return the settings of a run file's ``lora`` section."""
         known = {f.name for f in fields(cls)}
         names = [f.name for f in fields(section) if f.name in known]
         values = {name: getattr(section, name) for name in names}
@@ -83,16 +85,16 @@ class LoraSettings:
 
     @property
     def scaling(self) -> float:
-        """The scaling: alpha/r, or alpha/sqrt(r) with use_rslora."""
+        """The scaling s, which is alpha/r, or alpha/sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 def check_settings(settings: LoraSettings) -> None:
-    """Raise an error for values that are invalid for every model.
+    """Check the values that can be checked without a model.
 
     Raises:
         ConfigTypeError: r or another number has the wrong type.
-        ConfigValueError: any other invalid value.
+        ConfigValueError: a value is invalid.
     """
     r: object = settings.r
     if type(r) is not int:
@@ -135,7 +137,7 @@ def _check_init(settings: LoraSettings) -> None:
         raise ConfigValueError(
             'loftq_config has no effect without init_lora_weights="loftq"',
             where=WHERE,
-            fix="set both of them, or none",
+            fix='set init_lora_weights="loftq", or remove loftq_config',
         )
 
 
@@ -164,7 +166,7 @@ def _check_layers(settings: LoraSettings) -> None:
     layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
     if layers and isinstance(settings.target_modules, str):
         raise ConfigValueError(
-            "layers_to_transform and layers_pattern cannot be used if target_modules is a text",
+            "layers_to_transform and layers_pattern cannot be used if target_modules is a string",
             where=WHERE,
             fix="set target_modules to a list of names",
         )
@@ -173,25 +175,25 @@ def _check_layers(settings: LoraSettings) -> None:
 
 
 def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
-    """Raise an error for settings that an engine on the model does not support. ``max_lora_rank``
-    is the engine's.
+    """Raise an error if the model's engine does not support a setting. ``max_lora_rank`` is the
+    largest rank that the engine supports.
 
     Raises:
-        ConfigValueError: the rank is above that of the engine's slots.
-        UnsupportedError: any other setting.
+        ConfigValueError: the rank is above ``max_lora_rank``.
+        UnsupportedError: the engine does not support another setting.
     """
     largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
     if largest > max_lora_rank:
         legal = [rank for rank in LEGAL_RANKS if rank >= largest]
-        named = f"r={settings.r}" if largest == settings.r else f"rank_pattern's {largest}"
+        named = f"r={settings.r}" if largest == settings.r else f"rank {largest} in rank_pattern"
         raise ConfigValueError(
             f"{named} is above max_lora_rank={max_lora_rank} of the engine",
             where=WHERE,
-            fix=f"load with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
+            fix=f"load the model with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
             if legal
             else (
-                f"vLLM does not support ranks above {LEGAL_RANKS[-1]}: use r={max_lora_rank} or "
-                "less"
+                f"use r={max_lora_rank} or less, because vLLM does not support ranks above "
+                f"{LEGAL_RANKS[-1]}"
             ),
         )
     embeddings = sorted(set(_names(settings.target_modules)) & set(EMBEDDINGS))
@@ -207,19 +209,18 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
     for what, asked in reasons.items():
         if asked:
             raise UnsupportedError(
-                (
-                    f"{what}: the engine's LoRA slots do not support it, so completions would be "
-                    "sampled without it"
-                ),
+                f"{what} is not supported by the engine's LoRA slots, so the engine would sample "
+                "completions without it",
                 where=WHERE,
-                fix="remove it, or load with fast_inference=False",
+                fix="remove this setting, or load the model with fast_inference=False",
             )
     wrong_init = init_with_engine(settings.init_lora_weights)
     if wrong_init is not None:
         raise UnsupportedError(
             f"init_lora_weights: {wrong_init}",
             where=WHERE,
-            fix='use init_lora_weights=True or "gaussian", or load with fast_inference=False',
+            fix='use init_lora_weights=True or "gaussian", or load the model with '
+            "fast_inference=False",
         )
     if settings.lora_dropout:
         warnings.warn(
@@ -234,14 +235,14 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     """Check that every target names a module of the model, by its full name or its last parts.
 
     Raises:
-        ConfigValueError: a target names no module; the message suggests the most similar name.
+        ConfigValueError: a target names no module. The message suggests the most similar name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules
     if isinstance(targets, str):
         if targets != "all-linear" and not _matches(targets, names):
             raise ConfigValueError(
-                f"target_modules={targets!r}: this pattern matches no module of the model",
+                f"the pattern target_modules={targets!r} matches no module of the model",
                 where=WHERE,
             )
         return
@@ -259,11 +260,11 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
 
 
 def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
-    """Check that every name in modules_to_save is part of a module's name, because PEFT ignores
-    others.
+    """Check that every name in modules_to_save is part of a module's name, because PEFT silently
+    ignores other names.
 
     Raises:
-        ConfigValueError: no module has such a name; the message suggests the most similar name.
+        ConfigValueError: no module has such a name. The message suggests the most similar name.
     """
     names = list(module_names) if settings.modules_to_save else []
     for name in settings.modules_to_save or ():
@@ -272,16 +273,16 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
             raise ConfigValueError(
                 f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
                 where=WHERE,
-                fix="correct its name or remove it",
+                fix=f"correct the name {name}, or remove it",
             )
 
 
 def check_layers(settings: LoraSettings, count: int | None) -> None:
-    """Raise an error for layers that a model of ``count`` layers does not have, because PEFT
-    ignores them.
+    """Check that the layers in layers_to_transform exist in a model with ``count`` layers, because
+    PEFT silently ignores other layers.
 
     Raises:
-        ConfigValueError: layers do not exist; the message lists them.
+        ConfigValueError: layers do not exist. The message lists them.
     """
     beyond = layers_beyond(settings.layers_to_transform, count)
     if beyond:
@@ -289,7 +290,7 @@ def check_layers(settings: LoraSettings, count: int | None) -> None:
             f"layers_to_transform: {', '.join(map(str, beyond))} must be below {count}, the "
             "number of layers of the model (layers are counted from 0)",
             where=WHERE,
-            fix="name layers that the model has",
+            fix=f"use layers from 0 to {(count or 1) - 1}",
         )
 
 
@@ -313,21 +314,21 @@ def _list(names: Iterable[str] | None) -> list[str]:
 
 
 def default_for(model: Any) -> tuple[str, ...]:
-    """The layers that get an adapter if the user names none
+    """Return the layers that get an adapter if the user names no layers
     (``config.lora_targets.default_targets``).
     """
     return default_targets(model.config.to_dict())
 
 
 def told_default(model: Any) -> tuple[str, ...]:
-    """The result of ``default_for``, with a warning for a mixture of experts, whose default is not
-    the seven projections of the drop-in API.
+    """Return the result of ``default_for``. Warns if the model is a mixture of experts, because
+    then the default is not the seven projections of the drop-in API.
     """
     chosen = default_for(model)
     if has_experts(model.config.to_dict()):
         warnings.warn(
-            f"the model is a mixture of experts: the adapter is on {', '.join(chosen)}; set "
-            "target_modules to adapt other layers",
+            "the model is a mixture of experts, so the adapter is only on "
+            f"{', '.join(chosen)}. Set target_modules to adapt other layers",
             ToolkitWarning,
             stacklevel=4,
         )
@@ -335,19 +336,21 @@ def told_default(model: Any) -> tuple[str, ...]:
 
 
 def experts_of(settings: LoraSettings, model: Any) -> frozenset[str]:
-    """The targets that PEFT applies to the experts of this model."""
+    """Return the targets of ``settings`` that PEFT applies to the experts of this model."""
     if not has_experts(model.config.to_dict()):
         return frozenset()
     return expert_targets(model.config.model_type, settings.target_modules)
 
 
 def refuse_experts(found: frozenset[str], where: str) -> None:
-    """Raise UnsupportedError if experts would be adapted; called for a model with an engine."""
+    """Raise UnsupportedError if experts would be adapted. This is called only for a model with an
+    engine.
+    """
     if found:
         names = ", ".join(name for name in MLP if name in found)
         raise UnsupportedError(
             f"target_modules: {names} are the experts of this model, and the engine has no LoRA"
             " slots for them",
             where=where,
-            fix="target the attention projections, or load with fast_inference=False",
+            fix="target the attention projections, or load the model with fast_inference=False",
         )

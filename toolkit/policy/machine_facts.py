@@ -1,4 +1,6 @@
-"""Read facts about this machine from torch, as plain values for ``config.resolved``."""
+"""Read from torch which device this machine has, and return it as plain values for
+``config.resolved``.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ from toolkit.engine.rollout_engine import vllm_available
 
 
 def cuda_in_use() -> bool:
-    """True if torch has a CUDA context in this process. The check does not create one."""
+    """Return True if torch has a CUDA context in this process. The check does not create one."""
     ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
     return bool(torch.cuda.is_available() and ready)
 
 
 def situation() -> Situation:
-    """This process's device, and whether vLLM is installed."""
+    """Return this process's device, and whether vLLM is installed."""
     device = DeviceFacts("no GPU", None)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()

@@ -1,5 +1,6 @@
-"""Write merged weights (W + s B A of each adapted layer, rounded once) as a plain transformers
-checkpoint.
+"""Merge an adapter into its base model, and write the result as a plain transformers checkpoint.
+
+The merged weight of an adapted layer is W + s B A, rounded once.
 """
 
 from __future__ import annotations
@@ -36,18 +37,19 @@ WHERE = "export"
 def merge_adapter(
     checkpoint: Checkpoint, adapter: Adapter, request: LoadRequest, to: Path, *, dtype: str = "auto"
 ) -> Path:
-    """Write the base ``checkpoint`` with the merged ``adapter``, and its tokenizer, to ``to``.
+    """Merge ``adapter`` into the weights of the base ``checkpoint``, and write the result and the
+    tokenizer to the folder ``to``. Returns the folder.
 
-    ``dtype`` "auto" means the dtype of the checkpoint. The sum is computed in float32 and rounded
-    once to ``dtype``. In float32 the logits equal those of base model and adapter up to the order
-    of additions (about 1e-5). In bfloat16 an update below half a unit in the last place of the
-    weight is lost. If the base model was trained in 4 bits, the adapter is merged into the
+    The sum is computed in float32 and rounded once to ``dtype``, where "auto" means the dtype of
+    the checkpoint. In float32 the logits equal those of base model plus adapter, except for the
+    order of additions (about 1e-5). In bfloat16 an update below half a unit in the last place of
+    the weight is lost. If the adapter was trained on the model in 4 bits, it is merged into the
     unquantized weights of the checkpoint.
 
     Raises:
-        ConfigValueError: ``to`` is not empty, or the adapter belongs to another base.
-        UnsupportedError: the adapter is on embeddings or head, which are tied to each other.
-        InputError: something cannot be read or written.
+        ConfigValueError: ``to`` is not empty, or the adapter belongs to another base model.
+        UnsupportedError: the adapter is on embeddings or head, and these are tied to each other.
+        InputError: a file cannot be read or written.
     """
     if dtype not in DTYPES:
         raise ConfigValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", where=WHERE)
@@ -63,8 +65,8 @@ def merge_adapter(
     )
     base = load_base(checkpoint, plain)
     _check_ties(base, adapter)
-    # A 4-bit base model has no fingerprint, so another base model is detected only by names and
-    # shapes.
+    # If the adapter was trained on a 4-bit model, there is no digest of the base model's weights.
+    # Then a wrong base model may be detected only by the names and shapes of the tensors.
     model = merge(put_saved(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
@@ -76,7 +78,8 @@ def merge_adapter(
 
 
 def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
-    """Write a fully trained model and its tokenizer to ``to``, and replace existing files.
+    """Write a model after full fine-tuning and its tokenizer to the folder ``to``, which is
+    replaced if it exists. Returns the folder.
 
     Raises:
         InputError: a file cannot be written.
@@ -92,8 +95,8 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
 
 
 def _check_ties(base: Any, adapter: Adapter) -> None:
-    """Raise an error for a merge into a tied tensor, because the other layer with this tensor would
-    change as well.
+    """Raise an error if the adapter is on a tied tensor. Merging into a tensor that embeddings and
+    head share would change both layers.
     """
     touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
     if touched and base.config.tie_word_embeddings:
@@ -106,11 +109,12 @@ def _check_ties(base: Any, adapter: Adapter) -> None:
 
 
 def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
-    """Write ``adapter``, which was read and checked, and the tokenizer of its base model to ``to``.
+    """Copy the files of ``adapter``, which was read and checked, to the folder ``to``, and write
+    the tokenizer of its base model there. Returns the folder.
 
     Raises:
         ConfigValueError: ``to`` is not empty.
-        InputError: something cannot be read or written.
+        InputError: a file cannot be read or written.
     """
     check_empty(to)
     tokenizer = load_tokenizer(checkpoint.folder, max_seq_length=None)
@@ -123,7 +127,9 @@ def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype in config.json; ``float32`` if config.json has no dtype that merging supports."""
+    """Return the dtype in config.json, or ``float32`` if merging does not support that dtype or
+    config.json has none.
+    """
     values: dict[str, Any] = checkpoint.read_json("config.json")
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     return (
@@ -134,23 +140,23 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def check_empty(to: Path) -> None:
-    """Raise an error if the target is a file or a folder that is not empty.
+    """Check that ``to`` does not exist or is an empty folder.
 
     Raises:
-        ConfigValueError: the target is not usable.
+        ConfigValueError: ``to`` is a file, or a folder that is not empty.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigValueError(
-            "is not empty" if to.is_dir() else "is a file",
+            "the folder is not empty" if to.is_dir() else "the path is a file, not a folder",
             where=str(to),
-            fix="name a folder that does not exist yet",
+            fix="choose a folder that does not exist yet",
         )
 
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``to``, and rename it to ``to`` after everything is written.
-    Modes are 0644 for files and 0755 for the folder, minus the umask.
+    """Yield a temporary folder next to ``to``. After the block it is renamed to ``to``. The modes
+    are 0644 for files and 0755 for the folder, minus the umask.
     """
     with beside(to) as work:
         yield work

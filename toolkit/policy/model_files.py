@@ -1,6 +1,6 @@
-"""Find a checkpoint: a folder, or a hub id, of which one snapshot folder is used.
+"""Find the folder of a checkpoint. For a hub id this is the snapshot folder in the local cache.
 
-Engine and trainer read the same folder, so they cannot read two revisions of one name.
+Engine and trainer read the same folder, so they always read the same revision.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint in ``folder`` on disk. ``name`` is for messages: the hub id, or the absolute
-    folder.
+    """A checkpoint in ``folder`` on disk. ``name`` is the hub id or the absolute folder, and is
+    used in messages.
     """
 
     folder: Path
@@ -33,7 +33,7 @@ class Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder is that of a PEFT adapter, which has no model weights."""
+        """Whether the folder contains a PEFT adapter and no model weights."""
         weights = [*self.folder.glob("model*.safetensors"), *self.folder.glob("pytorch_model*.bin")]
         return self._has(ADAPTER_CONFIG) and not weights
 
@@ -41,7 +41,7 @@ class Checkpoint:
         return (self.folder / file).is_file()
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """The JSON object in ``file`` of the folder.
+        """Read the JSON object in ``file`` of the folder.
 
         Raises:
             InputError: the file is missing, unreadable, or not a JSON object.
@@ -49,21 +49,22 @@ class Checkpoint:
         return read_object(self.folder / file)
 
     def check_model(self, *, pickle: bool = False) -> None:
-        """Raise an error if the folder is not a model checkpoint; weights must be safetensors
-        unless ``pickle``.
+        """Check that the folder is a model checkpoint. The weights must be safetensors. If
+        ``pickle`` is True, they may also be pickled.
 
         Raises:
-            InputError: no config.json, no weights, or a file that a loader cannot read in bounded
-                time (a pipe, a device).
-            ConfigError: the index of weights names a file outside the folder.
+            InputError: the folder has no config.json or no weights, or contains a file that a
+                loader might read forever (a pipe, a device).
+            ConfigError: the index of the weights names a file outside the folder.
             ConfigValueError: the folder has only pickled weights, and ``pickle`` is False.
         """
         check_folder(self.folder)
         if not self._has("config.json"):
             raise InputError(
-                "is not a checkpoint: it has neither config.json nor adapter_config.json",
+                "the folder is not a checkpoint: it has neither config.json nor "
+                "adapter_config.json",
                 where=str(self.folder),
-                fix="name a folder that save_pretrained wrote, or a hub id",
+                fix="use a folder that save_pretrained wrote, or a hub id",
             )
         for index in filter(self._has, _INDEXES):
             shards = self.read_json(index).get("weight_map")
@@ -73,12 +74,13 @@ class Checkpoint:
             return
         if any(self.folder.glob("*.bin")):
             raise ConfigValueError(
-                "has only pickled weights (*.bin), and a pickle can run code",
+                "the checkpoint has only pickled weights (*.bin), and a pickle can run code when it "
+                "is loaded",
                 where=str(self.folder),
-                fix="convert it to safetensors, or pass use_safetensors=False explicitly",
+                fix="convert the weights to safetensors, or pass use_safetensors=False",
             )
         raise InputError(
-            "has no weights (*.safetensors)",
+            "the checkpoint has no weights (*.safetensors)",
             where=str(self.folder),
             fix="copy the whole checkpoint",
         )
@@ -87,8 +89,8 @@ class Checkpoint:
 def find_checkpoint(
     name: str, *, revision: str | None = None, token: str | bool | None = None, pickle: bool = False
 ) -> Checkpoint:
-    """The checkpoint called ``name``, downloaded if it is a hub id. ``token`` gives access to gated
-    repositories.
+    """Return the checkpoint ``name``. If ``name`` is a hub id, it is downloaded. ``token`` gives
+    access to gated repositories.
 
     Raises:
         InputError: the folder or repository does not exist, or the hub cannot be reached.
@@ -97,14 +99,18 @@ def find_checkpoint(
     if folder.is_dir():
         if revision is not None:
             raise ConfigValueError(
-                f"revision={revision!r} is only for hub ids, but {name} is a folder",
+                f"revision={revision!r} can only be used with a hub id, but {name} is a folder",
                 where="revision",
                 fix="remove revision",
             )
         return Checkpoint(folder.resolve(), str(folder.resolve()))
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        kind = "is a file, not a checkpoint's folder" if folder.exists() else "does not exist"
-        raise InputError(kind, where=name, fix="name a checkpoint's folder, or a hub id")
+        kind = (
+            "the path is a file, not a checkpoint's folder"
+            if folder.exists()
+            else "the folder does not exist"
+        )
+        raise InputError(kind, where=name, fix="use the folder of a checkpoint, or a hub id")
     try:
         patterns = [*_FILES, "*.bin"] if pickle else list(_FILES)
         path = snapshot_download(
@@ -112,11 +118,10 @@ def find_checkpoint(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            (
-                "is not a folder on this machine, and it could not be loaded from the hub: "
-                f"{first_line(error)}"
-            ),
+            "the model is not a folder on this machine, and it could not be downloaded from the "
+            f"hub: {first_line(error)}",
             where=name,
-            fix="check the name and revision; a gated model needs token=... or `hf auth login`",
+            fix="check the name and the revision. For a gated model, pass token=... or run `hf auth"
+            " login`",
         ) from error
     return Checkpoint(Path(path), name)

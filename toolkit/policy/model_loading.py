@@ -1,4 +1,6 @@
-"""Load a model and a tokenizer for a checked request, with or without an engine and an adapter."""
+"""Load the model and the tokenizer of a ``LoadRequest``. The model may have an engine and an
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,12 @@ if TYPE_CHECKING:
 def load(
     request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
 ) -> tuple[Any, Any]:
-    """Load (model, tokenizer) of ``request``; for the folder of an adapter, its base model with the
-    adapter.
+    """Load the model and the tokenizer of ``request``, and return both.
 
-    With ``adapter_folder``, ``request.model_name`` is the base model, which gets that adapter. A
-    tokenizer from ``read_tokenizer`` is not read again.
+    If ``request.model_name`` is the folder of an adapter, its base model is loaded with the
+    adapter. If ``adapter_folder`` is given, ``request.model_name`` must be the base model, and the
+    adapter in that folder is added to it. ``tokenizer`` is the result of ``read_tokenizer``. If it
+    is None, the tokenizer is read here.
 
     Raises:
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
@@ -54,10 +57,11 @@ def load(
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
-    """Read the tokenizer that ``load`` returns, without loading the model: for lengths and
-    templates.
+    """Read the tokenizer that ``load`` returns, without loading the model. It can be used to check
+    lengths and chat templates.
 
-    The tokenizer's padding is not set yet, because it depends on the model. Raises InputError.
+    The tokenizer's padding is not set yet, because it depends on the model. Raises InputError if
+    the tokenizer cannot be read.
     """
     return _tokenizer_of(*_locate(request), request)
 
@@ -80,7 +84,9 @@ def _find(request: LoadRequest, name: str) -> Checkpoint:
 
 
 def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
-    """The checkpoint that ``adapter`` was trained on, from the name in its config."""
+    """Return the checkpoint that ``adapter`` was trained on, whose name is in the adapter's
+    config.
+    """
     name = adapter.config.base_model_name_or_path
     if not name:
         raise InputError(
@@ -98,7 +104,9 @@ def _finish(
     adapter: Adapter | None,
     tokenizer: Any,
 ) -> tuple[Any, Any]:
-    """Set the model's name and padding, add the adapter, and bind the toolkit's methods."""
+    """Set the model's name and padding, and add the adapter and the toolkit's methods. Returns the
+    model and the tokenizer.
+    """
     # transformers stores the snapshot's folder as the model's name, but adapters must record the
     # name that the user gave.
     model.name_or_path = model.config._name_or_path = base.name
@@ -109,8 +117,8 @@ def _finish(
     attach(
         model,
         toolkit_engine=engine,
-        # The method does not reference the model, so that closing the engine can free its memory
-        # before the model is dropped.
+        # This is a weak reference to vLLM, so that closing the engine can free its memory while the
+        # model still exists.
         vllm_engine=None if engine is None else weakref.proxy(engine.llm),
         max_seq_length=length,
         toolkit_tokenizer=tokenizer,
@@ -129,12 +137,12 @@ def _finish(
 
 
 def _fuse(model: Any, request: LoadRequest) -> Applied | None:
-    """Use fused kernels in ``model``; a warning lists layers that do not use them."""
+    """Use fused kernels in ``model``. A warning lists the layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
     if applied is not None and applied.refused:
         why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
         warnings.warn(
-            f"{KEY}: these layers do not use a fused kernel and are slower: {why}",
+            f"{KEY}: some layers do not use a fused kernel, so they are slower ({why})",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -142,12 +150,14 @@ def _fuse(model: Any, request: LoadRequest) -> Applied | None:
 
 
 def tell_engine(peft_model: Any) -> Any:
-    """Publish a new adapter to the engine on its model, if there is an engine. So a layer that the
-    engine does not support is rejected now and not in the first rollout. Returns ``peft_model``.
+    """If the model has an engine, copy the new adapter to the engine. Returns ``peft_model``.
+
+    With this call, an adapter that the engine does not support is rejected now and not in the first
+    rollout.
 
     Raises:
-        UnsupportedError, ConfigValueError: the engine does not support the adapter, which is
-            then removed.
+        UnsupportedError, ConfigValueError: the engine does not support the adapter. The adapter is
+            removed from the model.
     """
     engine = getattr(peft_model, "toolkit_engine", None)
     if engine is not None:

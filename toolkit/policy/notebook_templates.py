@@ -1,5 +1,7 @@
-"""Provide the helpers for chat templates that notebooks import. A template comes from the
-checkpoint; these functions check that it is the expected one.
+"""Provide the functions for chat templates that notebooks import.
+
+The chat template comes from the checkpoint's tokenizer. ``get_chat_template`` checks that it is the
+one that the notebook names.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ MARKS: Mapping[str, str] = {
     "mistral": "[INST]",
     "gpt-oss": "<|channel|>",
 }
-"""For each family of models, by the beginning of its name: a text that the family's chat template
-contains.
+"""A mapping from the beginning of a model family's name to a text that only the family's chat
+template contains.
 """
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
     "tool": "tool", "function": "tool",
 }  # fmt: skip
-"""A mapping from ShareGPT's names of roles to the roles of chat templates."""
+"""A mapping from the role names of the ShareGPT format to the roles of chat templates."""
 
 
 def get_chat_template(
@@ -49,13 +51,15 @@ def get_chat_template(
 ) -> Any:
     """Return ``tokenizer`` with the requested chat template.
 
-    ``chat_template`` is Jinja text, or the name of a family ("llama-3.1", "qwen-2.5", "gemma-3",
-    "chatml", ...). A family's template is the one in its instruct checkpoints: a tokenizer that has
-    it is returned unchanged. Only ChatML is also set on a tokenizer without a template.
+    ``chat_template`` is Jinja text, or the name of a model family ("llama-3.1", "qwen-2.5",
+    "gemma-3", "chatml", ...). Jinja text is set on the tokenizer. For the name of a family, the
+    tokenizer must already have the template of that family, and is returned unchanged. "chatml" is
+    an exception. Its template is set if the tokenizer has no template.
 
     Raises:
-        ConfigValueError: the tokenizer has no template of that family.
-        UnsupportedError: ``mapping`` to other keys than role and content, or a ``system_message``.
+        ConfigValueError: the tokenizer does not have a template of that family.
+        UnsupportedError: ``mapping`` maps to keys other than role and content, or
+            ``system_message`` is given.
     """
     _refuse_extras(mapping, system_message)
     text = chat_template if isinstance(chat_template, str) else chat_template[0]
@@ -81,19 +85,21 @@ def get_chat_template(
 
 
 def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
-    """Convert the chats of ``dataset`` (of the datasets library) to lists of ``role`` and
-    ``content``.
+    """Convert the chats of ``dataset`` to lists of messages with ``role`` and ``content``. Returns
+    a new data set of the datasets library.
 
-    ShareGPT's ``from`` and ``value`` are renamed; chats with role and content stay unchanged.
-    ``column`` None means the first existing column of conversations, messages and prompt.
+    The keys ``from`` and ``value`` of the ShareGPT format are renamed. Messages that already have
+    role and content stay unchanged. If ``column`` is None, the column is the first that exists of
+    conversations, messages and prompt.
     """
     names = [column] if column else ["conversations", "messages", "prompt"]
     found = next((name for name in names if name in dataset.column_names), None)
     if found is None:
         raise ConfigValueError(
-            f"the data set has no column {' or '.join(names)}: {', '.join(dataset.column_names)}",
+            f"the data set has no column {' or '.join(names)}. Its columns are "
+            f"{', '.join(dataset.column_names)}",
             where="standardize_data_formats",
-            fix="name the column of the chats: column=...",
+            fix="pass the name of the column with the chats as column=...",
         )
     return dataset.map(lambda row: {found: [_message(turn) for turn in row[found]]})
 
@@ -103,22 +109,24 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     said = turn.get("content") if turn.get("content") is not None else turn.get("value")
     if who is None or said is None:
         raise ConfigValueError(
-            f"a turn of a chat has the keys {', '.join(map(str, turn))}",
+            f"a message of a chat has the keys {', '.join(map(str, turn))}, but must have role and "
+            "content, or from and value",
             where="standardize_data_formats",
-            fix="a turn must have role and content, or from and value",
+            fix="rename the keys of the messages to role and content",
         )
     return {"role": ROLES.get(str(who), str(who)), "content": said}
 
 
 def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Always raises UnsupportedError: this function sets the loss mask of supervised
-    fine-tuning.
+    """Raise UnsupportedError. In Unsloth this function sets the loss mask of supervised
+    fine-tuning, which TRL sets itself.
     """
     del trainer, args, kwargs
     raise UnsupportedError(
-        "TRL masks the loss of supervised fine-tuning",
+        "train_on_responses_only is not supported, because TRL itself can mask the loss of "
+        "supervised fine-tuning",
         where="train_on_responses_only",
-        fix="pass SFTConfig(assistant_only_loss=True) or completion_only_loss=True",
+        fix="pass SFTConfig(assistant_only_loss=True) or SFTConfig(completion_only_loss=True)",
     )
 
 

@@ -1,15 +1,16 @@
-"""Compute attention over a packed sequence: many completions in one row, without padding, with one
-copy of each prompt.
+"""Compute attention over a packed sequence (a pack). A pack is one row with many completions,
+without padding, and with only one copy of each prompt.
 
-A pack is a sequence of *segments*. A segment is a series of consecutive tokens. It attends causally
-to itself, and to all of its *prefix*, which is another segment of the pack or empty. So the
-completions of a group share one copy of their prompt, and no mask over the whole pack is needed.
+A pack consists of *segments*. A segment is a series of consecutive tokens, such as a completion. It
+attends causally to itself, and to all tokens of its *prefix*. The prefix is another segment of the
+pack (the prompt), or is empty. So the completions of a group share one copy of their prompt, and no
+mask over the whole pack is needed.
 
-The function is registered with transformers' public ``AttentionInterface`` in addition to the
-model's own function. Without a layout among its keywords it calls the model's own function. On a
-GPU in half precision it uses ``torch.nn.attention.varlen`` (FlashAttention-2). Otherwise, and for
-models with a soft cap or attention sinks, it calls the model's own function with the segments in
-batches of similar length.
+``packed_attention`` is registered with transformers' public ``AttentionInterface``. If it is called
+without a pack (``packed_layout``), it calls the model's own attention function. For a pack on a GPU
+in half precision it uses ``torch.nn.attention.varlen`` (FlashAttention-2). For a pack in other
+cases, and for models with a soft cap or attention sinks, it calls the model's own function with the
+segments in batches of similar length.
 """
 
 from __future__ import annotations
@@ -30,24 +31,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 KEYWORD = "packed_layout"
-"""The keyword of the model's forward that passes the layout to the attention function."""
+"""The keyword of the model's ``forward`` that passes a ``PackedLayout`` to the attention function.
+"""
 PREFIX = "packed_"
-"""Prefix of the registered names: ``packed_sdpa`` is packed attention on a model that uses
-``sdpa``.
+"""The prefix of the registered names. For example, ``packed_sdpa`` is packed attention for a model
+that uses ``sdpa``.
 """
 PLAIN = ("sdpa", "eager")
 """The attention functions that packed attention supports."""
 
-_MAX_SCORES = 1 << 26  # query-key pairs per head in one call of the model's own function
-_WASTE = 1.25  # maximum ratio of a padded batch of segments to its real size
+_MAX_SCORES = 1 << 26  # maximum query-key pairs per head in one call of the model's own function
+_WASTE = 1.25  # maximum ratio of the padded size of a batch of segments to its real size
 _HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA else varlen_attn
-"""torch 2.11 accepts fewer key heads by default; 2.13 needs ``enable_gqa``."""
+"""torch's attention kernel. torch 2.11 accepts fewer key heads than query heads by default, and
+2.13 needs ``enable_gqa`` for that.
+"""
 
 
 class Segment(NamedTuple):
-    """The tokens ``start`` to ``start + length`` of the pack, which follow the tokens of
-    ``prefix``.
+    """The tokens from ``start`` to ``start + length`` of the pack. They attend also to the tokens
+    of their prefix, from ``prefix_start`` to ``prefix_start + prefix_length``.
     """
 
     start: int
@@ -62,7 +66,9 @@ class Segment(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Padded query blocks of segments of similar size, for the model's own attention function."""
+    """Padded blocks of queries from segments of similar size, for one call of the model's own
+    attention function.
+    """
 
     queries_ST: torch.Tensor  # indices into the pack; padding repeats a real token
     keys_SK: torch.Tensor
@@ -72,13 +78,15 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class PackedLayout:
-    """The segments of a pack and their index tensors, which are all on ``device``."""
+    """The segments of a pack, and the index tensors that attention needs for them. All tensors are
+    on ``device``.
+    """
 
     segments: Sequence[Segment]
     device: torch.device
     tokens: int = field(init=False)
     windows: dict[int, int | None] = field(default_factory=dict, init=False)
-    """The sliding window that each attention module requested, by the module's id."""
+    """The sliding window that each attention module used, by the module's ``id()``."""
     _batches: list[Batch] | None = field(default=None, init=False)
     _order_N: torch.Tensor | None = field(default=None, init=False)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict, init=False)
@@ -93,15 +101,17 @@ class PackedLayout:
         self.key_index, self.key_uses = self._key_index()
 
     def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
-        """0 and the cumulative sums of ``lengths`` as int32, the kernel's format."""
+        """Return 0 and the cumulative sums of ``lengths`` as int32, as the kernel needs them."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """(the token indices of all segments' keys (K), segment by segment; pairs for the backward
-        pass). A pair is (tokens of the pack, their positions among the K keys). The first pair has
-        the first use of each token, the second pair the second use of those tokens that have one,
-        and so on.
+        """Return the index of the keys (K), and a list of pairs for the backward pass.
+
+        The index has the tokens of all segments' keys, segment by segment. A token of a shared
+        prefix occurs several times. Each pair has tokens of the pack and their positions among the
+        K keys. The first pair has the first occurrence of each token. The second pair has the
+        second occurrence of the tokens that occur twice, and so on.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -121,7 +131,7 @@ class PackedLayout:
 
     @property
     def batches(self) -> list[Batch]:
-        """The segments in batches for the model's own function."""
+        """The segments in batches, for calls of the model's own attention function."""
         if self._batches is None:
             blocks = list(self._blocks())
             self._batches = [self._batch(group) for group in _grouped(blocks)]
@@ -139,8 +149,8 @@ class PackedLayout:
         return self._order_N
 
     def _blocks(self) -> list[tuple[Segment, int, int]]:
-        """(segment, first query, end of queries) of each block; long segments are split along their
-        queries.
+        """Return (segment, first query, end of queries) of each block of queries. A long segment is
+        split into several blocks.
         """
         blocks = []
         for segment in self.segments:
@@ -168,8 +178,9 @@ class PackedLayout:
         return Batch(*(x.to(self.device) for x in (queries, keys, positions, counts)))
 
     def mask(self, number: int, window: int | None) -> torch.Tensor:
-        """A mask (S, 1, T, K), True where the query of batch ``number`` attends to the key.
-        ``window`` is the number of tokens that a token attends to, including itself.
+        """Return a mask (S, 1, T, K) for batch ``number``. It is True where the query attends to
+        the key. ``window`` is the number of tokens that a token attends to, including itself (None:
+        no limit).
         """
         known = self._masks.get((number, window))
         if known is not None:
@@ -185,7 +196,9 @@ class PackedLayout:
 
 
 def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Groups of blocks of similar size, so that padding to the largest wastes little."""
+    """Put blocks of similar size into groups, so that padding to the largest block of a group
+    wastes little.
+    """
     groups: list[list[tuple[Segment, int, int]]] = []
     real = 0
 
@@ -208,9 +221,10 @@ def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segm
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Computes ``x_NHD[key_index]``; the backward pass adds up in a fixed order, in float32.
+    """Computes ``x_NHD[key_index]``. The backward pass adds the gradients in a fixed order and in
+    float32.
 
-    The default gradient of indexing uses atomic additions on a GPU, so its bits vary between runs,
+    torch's own gradient of indexing uses atomic additions on a GPU. So its bits vary between runs,
     and each addition rounds to the dtype of ``x``.
     """
 
@@ -238,8 +252,8 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention (N, H, D) computed by the kernel, which needs the keys of each segment to be
-    contiguous.
+    """Compute attention (N, H, D) with the kernel. The keys and values are copied first, because
+    the kernel needs those of each segment in contiguous memory.
     """
     query_NHD, key_NHD, value_NHD = states
     output: torch.Tensor = _kernel(
@@ -251,8 +265,8 @@ def _varlen(
         layout.max_queries,
         layout.max_keys,
         scale=scale,
-        # The kernel's window counts the tokens before the query, and causal masks are aligned to
-        # the end.
+        # The kernel's window is the number of tokens before the query. The 0 makes the mask causal,
+        # and the kernel aligns it to the last key.
         window_size=(-1 if window is None else window - 1, 0),
     )
     return output
@@ -271,7 +285,9 @@ def _by_the_model(
     additive: bool,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention (1, N, H, D) computed by the model's own function, over batches of segments."""
+    """Compute attention (1, N, H, D) with the model's own function, one batch of segments after
+    another.
+    """
     query_NHD, key_NHD, value_NHD = states
     outputs = []
     for number, batch in enumerate(layout.batches):
@@ -297,7 +313,7 @@ def _gather(x_NHD: torch.Tensor, index_SK: torch.Tensor) -> torch.Tensor:
 
 
 def can_use_kernel(query: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether ``varlen_attn`` computes this layer's attention on this device."""
+    """Return True if ``varlen_attn`` supports this layer's attention on this device."""
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
     same = query.shape[-1] == value.shape[-1] <= 256
@@ -313,10 +329,11 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Compute transformers' attention function ``plain``; with ``packed_layout``, compute it over a
-    pack.
+    """Compute transformers' attention function with the name ``plain``. If ``packed_layout`` is
+    among the keywords, compute the same attention over a pack.
 
-    ``query`` is (B, H, T, D). Returns (B, T, H, D) and the weights (None for a pack).
+    ``query`` is (B, H, T, D). Returns the output (B, T, H, D) and the attention weights (None for a
+    pack).
     """
     layout: PackedLayout | None = kwargs.pop(KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -340,7 +357,7 @@ def packed_attention(
 
 
 def register() -> None:
-    """Register the packed form of each plain function, with the masks of that function."""
+    """Register packed attention for each function of ``PLAIN``, with the masks of that function."""
     for plain in PLAIN:
         AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
         AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])

@@ -1,5 +1,5 @@
-"""Set a model's maximum positions: ``rope_scaling``, and a ``max_seq_length`` beyond its trained
-length.
+"""Set the number of positions of a model, if ``rope_scaling`` is given or ``max_seq_length`` is
+larger than the length that the model was trained with.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 
 
 def set_positions(config: Any, request: LoadRequest, name: str) -> None:
-    """Apply ``rope_scaling``, or extend the positions if ``max_seq_length`` is larger than the
-    trained length.
+    """Apply ``rope_scaling`` to ``config``. Without it, extend the positions if ``max_seq_length``
+    is larger than the length that the model was trained with.
 
-    The extension is dynamic NTK, which does not change sequences within the trained length.
+    The extension is dynamic NTK scaling, which does not change the results for sequences within the
+    trained length.
     """
     longest = getattr(config, "max_position_embeddings", None)
     wanted = request.max_seq_length
     beyond = wanted is not None and longest is not None and wanted > longest
     if beyond and request.fast_inference:
         raise ConfigValueError(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}",
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}, and an engine"
+            " cannot extend them",
             where=WHERE,
-            fix=f"pass max_seq_length={longest} or less, or fast_inference=False",
+            fix=f"pass max_seq_length={longest} or less, or pass fast_inference=False",
         )
     scaling = dict(request.rope_scaling) if request.rope_scaling else None
     current = getattr(config, "rope_parameters", None) or {}
@@ -37,7 +39,7 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
         return
     if current.get("rope_type") is None:
         raise UnsupportedError(
-            f"the positions of {config.model_type!r} cannot be stretched by rope_scaling",
+            f"the positions of {config.model_type!r} models cannot be extended by rope_scaling",
             where=name,
             fix=f"use a max_seq_length of at most {longest}, and remove rope_scaling",
         )
@@ -46,14 +48,14 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
         assert longest is not None
         if current["rope_type"] != "default":
             raise ConfigValueError(
-                f"max_seq_length={wanted} is beyond the {longest} positions of {name}, which"
-                f" already stretches them ({current['rope_type']})",
+                f"max_seq_length={wanted} is beyond the {longest} positions of {name}, whose"
+                f" config already extends them (rope_type {current['rope_type']})",
                 where=WHERE,
-                fix=f"pass max_seq_length={longest} or less, or your own rope_scaling",
+                fix=f"pass max_seq_length={longest} or less, or pass your own rope_scaling",
             )
         scaling = {"rope_type": "dynamic", "factor": wanted / longest}
         warnings.warn(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}: longer "
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}. So longer "
             f"sequences use rope_scaling={scaling}",
             ToolkitWarning,
             stacklevel=4,

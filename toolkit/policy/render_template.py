@@ -1,10 +1,10 @@
 """Run chat templates with limits, because a template is a program that comes with the checkpoint.
 
-transformers renders a template in jinja's sandbox, which protects the process but does not limit
-time or the size of the text. Here a rendering has limited time and memory, and the size of its text
-is checked before the text is tokenized. The limits are an alarm and an address space limit in this
-process: another process would be too slow, because a chat takes a tenth of a millisecond and there
-may be a million chats.
+transformers renders a template in jinja's sandbox. The sandbox protects the process, but does not
+limit time or the size of the text. This module limits the time and the memory of a rendering, and
+checks the size of the text before the text is tokenized. The limits are set in this process, by an
+alarm signal and an address space limit. Rendering in another process would be too slow, because
+there may be a million chats, and one chat takes only a tenth of a millisecond.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 TIME_S = 10.0
 EACH_S = 0.1  # additional time per chat of a batch
 MEMORY_BYTES = 1 << 30
-LONGEST = 1_000_000  # characters that a template may add ...
-TIMES = 20  # ... and how many times as long as its input the text may be
+# The text of a chat may have at most LONGEST + TIMES * (characters of the input) characters.
+LONGEST = 1_000_000
+TIMES = 20
 
 
 def limit_template(tokenizer: Any) -> Any:
-    """Give ``tokenizer`` an ``apply_chat_template`` that raises ConfigError if the template exceeds
-    the limits, and return it.
+    """Replace ``apply_chat_template`` of ``tokenizer`` by a version that raises ConfigError if the
+    template exceeds the limits. Returns ``tokenizer``.
     """
     tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
     return tokenizer
 
 
 class _LimitedTemplate:
-    """A callable attribute of one tokenizer. Unlike a bound function, it is copied and pickled with
-    the tokenizer.
+    """The replaced ``apply_chat_template`` of one tokenizer. It is an object and not a function, so
+    that it can be copied and pickled with the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -47,8 +48,8 @@ class _LimitedTemplate:
 
 
 def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what ``apply_chat_template`` of transformers 5.17 does, but render the text first and then
-    tokenize it.
+    """Do the same as ``apply_chat_template`` of transformers 5.17, in two steps: render the text
+    with limits, and then tokenize it.
     """
     upstream = type(tokenizer).apply_chat_template
     values = {**_defaults(upstream), **kwargs}
@@ -89,35 +90,38 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
     except (MemoryError, OverflowError) as error:
         raise _too_much(
-            tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
+            tokenizer, f"needs more than 1 GiB of memory ({type(error).__name__})"
         ) from None
     except Exception as error:  # a template may raise any error, jinja2's or its own
         raise refused(tokenizer, error) from error
     size = _size(made) if isinstance(made, str | list) else 0
     if size > most:
         what = (
-            f"makes a text of {size} characters from a chat with {characters} (the limit is {most})"
+            f"makes a text of {size} characters from a chat of {characters} characters, but the "
+            f"limit is {most}"
         )
         raise _too_much(tokenizer, what)
     return made
 
 
 def refused(tokenizer: Any, error: Exception) -> ConfigError:
-    """The error for a template that raised ``error``, or for a tokenizer without one."""
+    """Return the error to raise if a template raised ``error``, or if the tokenizer has no
+    template.
+    """
     said = first_line(error) or type(error).__name__
     if not getattr(tokenizer, "chat_template", None):
         return ConfigError(
-            "the prompts are lists of messages, and the tokenizer has no chat template",
+            "the prompts are lists of messages, but the tokenizer has no chat template",
             where=str(getattr(tokenizer, "name_or_path", "")) or None,
-            fix="use an instruct model, write the prompts as plain texts, or in a script set a "
-            'template: tokenizer = get_chat_template(tokenizer, "chatml")',
+            fix="use an instruct model, or write the prompts as plain text, or set a template in "
+            'your script with tokenizer = get_chat_template(tokenizer, "chatml")',
         )
     return ConfigError(
         f"the tokenizer's chat template rejects the prompts: {said}",
         where=str(getattr(tokenizer, "name_or_path", "")) or None,
-        fix="use only roles that it supports, in their order (if it does not support a system "
-        "message, put dataset.system into the prompts), or replace chat_template.jinja in "
-        "the model's folder",
+        fix="use only the roles that the template supports, in the order that it supports, or "
+        "replace chat_template.jinja in the model's folder. If the template does not support a "
+        "system message, put the text of dataset.system into the prompts",
     )
 
 
@@ -131,7 +135,7 @@ def _too_much(tokenizer: Any, what: str) -> ConfigError:
 
 
 def _size(value: Any) -> int:
-    """The number of characters of all texts in a tree of lists and mappings."""
+    """Return the number of characters of all texts in nested lists and mappings."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

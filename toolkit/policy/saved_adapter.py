@@ -1,4 +1,6 @@
-"""Read an adapter without trusting it, compare it with the model, and load it."""
+"""Read a saved adapter, check it, compare it with the model, and load it. The adapter's files are
+not trusted.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter that was read from ``folder``: its PEFT config, its tensors (on the CPU) and the
-    identity of its base model.
+    """An adapter that was read from ``folder``. It has the PEFT config, the tensors (on the CPU)
+    and ``base``, which identifies the base model.
     """
 
     folder: Path
@@ -57,20 +59,20 @@ class Adapter:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Read the adapter in ``folder``, and check that every value is finite and every rank matches
-    its config.
+    """Read the adapter in ``folder``, and check that every value is finite and that every rank is
+    the one in the adapter's config.
 
     Raises:
         InputError: a file is missing or unreadable.
-        ConfigValueError: not a LoRA adapter, only pickled weights, values that are not finite, or
-            ranks that differ from the config.
+        ConfigValueError: the adapter is not a LoRA adapter, has only pickled weights or values that
+            are not finite, or has ranks that differ from its config.
     """
     path = Path(folder)
     if not path.is_dir():
         raise InputError(
-            "is not the folder of an adapter",
+            "the path is not the folder of an adapter",
             where=str(folder),
-            fix=("name a folder that save_lora wrote"),
+            fix="use a folder that save_lora wrote",
         )
     check_folder(path)
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
@@ -82,7 +84,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, re.error) as error:
         raise ConfigValueError(  # PEFT failed on a value of the wrong type
-            f"cannot be used: {first_line(error)}",
+            f"the file cannot be used: {first_line(error)}",
             where=str(path / ADAPTER_CONFIG),
             fix="copy the adapter again",
         ) from error
@@ -96,8 +98,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 
 def _check_patterns(values: Mapping[str, Any]) -> None:
-    """Check the regular expressions of an untrusted adapter, because each is matched with every
-    module name.
+    """Check the regular expressions of an untrusted adapter. PEFT matches each of them with every
+    module name, and a harmful expression could take very long.
     """
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         found = values.get(name)
@@ -105,16 +107,16 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
             wrong = pattern_fault(text)
             if wrong is not None:
                 what = f"{name}: {text[:80]!r}: {wrong}"
-                raise ConfigValueError(what, fix=f"name the modules in {name}, one by one")
+                raise ConfigValueError(what, fix=f"list the names of the modules in {name}")
 
 
 def same_start(adapter: Adapter, settings: LoraSettings) -> None:
-    """Raise an error if ``adapter`` cannot be the start of a run with ``settings``.
+    """Raise an error if a run with ``settings`` cannot start from ``adapter``.
 
-    The adapter's initialization is not compared, because its values exist.
+    init_lora_weights is not compared, because the adapter's values already exist.
 
     Raises:
-        ConfigTypeError: the settings differ; the message lists the differences.
+        ConfigTypeError: the settings differ. The message lists the differences.
         UnsupportedError: no run can start from an adapter of this kind.
     """
     problem = start_problem(adapter.config.to_dict())
@@ -128,7 +130,7 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
         raise ConfigTypeError(
             f"the adapter to start from has other settings: {'; '.join(different)}",
             where=str(adapter.folder),
-            fix="remove these keys from the lora section: they are taken from the adapter",
+            fix="remove these keys from the lora section, so that the adapter's values are used",
         )
 
 
@@ -137,9 +139,10 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         if (path / "adapter_model.bin").is_file():
             raise ConfigValueError(
-                "has only a pickled adapter (adapter_model.bin), and a pickle can run code",
+                "the folder has only a pickled adapter (adapter_model.bin), and a pickle can run "
+                "code when it is loaded",
                 where=str(path),
-                fix=f"convert it to {WEIGHTS} if you trust it",
+                fix=f"if you trust the file, convert it to {WEIGHTS}",
             )
         raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
     return read_tensors(file)
@@ -149,15 +152,15 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = [name for name, value in tensors.items() if not _finite(value)]
     if bad:
         raise ConfigValueError(
-            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity, first {bad[0]}",
+            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity; the first is {bad[0]}",
             where=str(path / WEIGHTS),
             fix="use an earlier checkpoint of the run",
         )
 
 
 def _finite(value: torch.Tensor) -> bool:
-    """Whether all values are finite; float8 is converted first, because isfinite does not support
-    it.
+    """Return True if all values are finite. Values are converted to float32 first, because
+    ``torch.isfinite`` does not support float8.
     """
     plain = value.float() if value.is_floating_point() else value
     return bool(torch.isfinite(plain).all())
@@ -165,7 +168,7 @@ def _finite(value: torch.Tensor) -> bool:
 
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
-        raise ConfigValueError("has no LoRA tensors", where=str(path / WEIGHTS))
+        raise ConfigValueError("the file has no LoRA tensors", where=str(path / WEIGHTS))
     for name, value in tensors.items():
         if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
             continue
@@ -179,11 +182,12 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Raise an error for an adapter of another base model. Digests are compared if both have one,
-    else hub ids.
+    """Check that ``adapter`` was trained on the base model ``model``. If the adapter and the model
+    have digests, these are compared. Else their hub ids are compared.
 
     Raises:
-        ConfigValueError: the base models differ; the message names both.
+        ConfigValueError: the adapter was trained on another base model. The message names the two
+            base models.
     """
     theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
     same = is_base_of(adapter.base, model)
@@ -201,21 +205,23 @@ def check_base(model: Any, adapter: Adapter) -> None:
         differ, detail = hub and theirs != ours, ""
     if differ:
         raise ConfigValueError(
-            f"was trained on {theirs}, but this model is {ours}{detail}",
+            f"the adapter was trained on {theirs}, but this model is {ours}{detail}",
             where=str(adapter.folder),
-            fix="load the base that it was trained on",
+            fix="load the base model that the adapter was trained on",
         )
 
 
 def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
-    """The file's tensors, after a check that they match the adapter ``name`` of ``model``.
+    """Check that the tensors of ``adapter`` match the adapter ``name`` of ``model``, and return
+    them.
 
-    PEFT also stores embeddings and head if an adapter is on them. They must equal those of the base
-    model and are left out, so base weights are never written.
+    If an adapter is on embeddings or head, PEFT also stores the base model's tensors of these
+    layers. They must equal those of ``model``, and are not returned, so that base weights are never
+    overwritten.
 
     Raises:
-        ConfigValueError: tensors are missing, unexpected or of another shape; the message names the
-            first.
+        ConfigValueError: tensors are missing, unexpected or of another shape. The message names the
+            first such tensor.
     """
     expected, given = adapter_tensors(model, name), dict(adapter.tensors)
     base = {f"{PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()}
@@ -230,33 +236,33 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
         if key in given and given[key].shape != value.shape
     ]
     problems = [
-        f"{len(names)} {what}, first {names[0]}"
+        f"{len(names)} {what}, the first is {names[0]}"
         for names, what in ((missing, "missing"), (extra, "extra"), (shapes, "of another shape"))
         if names
     ]
     if problems:
         raise ConfigValueError(
-            f"its tensors do not fit this model: {'; '.join(problems)}",
+            f"the adapter's tensors do not match this model: {'; '.join(problems)}",
             where=str(adapter.folder),
-            fix="load the base that it was trained on",
+            fix="load the base model that the adapter was trained on",
         )
     return given
 
 
 def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the tensors are equal after both are rounded to bfloat16, because either may have
-    been stored in bfloat16.
+    """Return True if the tensors are equal after rounding to bfloat16. They are rounded because
+    either tensor may have been stored in bfloat16.
     """
     return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
 
 
 def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
-    """Add the saved ``adapter`` to ``model`` under ``name``, after a check of base model, targets
-    and shapes.
+    """Add the saved ``adapter`` to ``model`` under ``name``, and return the PEFT model. Base model,
+    target modules and shapes are checked.
 
     Raises:
-        ConfigValueError: the adapter belongs to another base, or does not fit; the message names
-            the difference.
+        ConfigValueError: the adapter belongs to another base model, or does not match the model's
+            layers. The message names the difference.
     """
     check_base(model, adapter)
     settings = settings_of(adapter.config)

@@ -1,5 +1,7 @@
-"""Define the methods with which notebooks save a trained model: merged weights on disk or on the
-hub, and instructions for GGUF. ``policy.attach`` binds them to each model of the toolkit.
+"""Define the methods with which notebooks save a trained model.
+
+They write merged weights to disk or to the hub, and give instructions for GGUF. ``policy.attach``
+sets the methods on each model.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
 
 METHODS = ("merged_16bit", "lora")
 DIRECT = ("f32", "f16", "bf16", "q8_0")
-"""Types that llama.cpp's converter writes itself; other types are quantized from one of them."""
+"""The types of GGUF files that llama.cpp's converter writes. Files of other types are made from one
+of these with ``llama-quantize``.
+"""
 NAMES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
-"""Unsloth's names for three of llama.cpp's types."""
+"""A mapping from Unsloth's names of GGUF types to llama.cpp's names."""
 
 
 class Source(NamedTuple):
@@ -37,8 +41,8 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
-        """The origin in plain values without the token, because it is stored on a model, and a
-        model may be copied and pickled.
+        """Return the origin without the hub token. The origin is stored on the model, which may be
+        copied and pickled, so it must not contain a secret and must consist of plain values.
         """
         return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
 
@@ -53,16 +57,19 @@ def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
     token: str | None = None,
     private: bool | None = None,
 ) -> Path:
-    """Write ``model`` to ``save_directory``, which must be empty, and return it.
+    """Write ``model`` to the folder ``save_directory``, which must be empty or not exist. Returns
+    the folder.
 
-    ``merged_16bit``: the base model with the adapter merged into it, in 16 bits, in the format that
-    transformers and vLLM load. ``lora``: only the adapter. ``tokenizer`` None is the model's own.
-    ``push_to_hub`` also uploads the folder, to the repository that ``save_directory`` names.
+    ``save_method`` selects what is written. "merged_16bit" writes the base model with the adapter
+    merged into it, in 16 bits, in the format that transformers and vLLM load. "lora" writes only
+    the adapter. If ``tokenizer`` is None, the model's own tokenizer is written. With
+    ``push_to_hub`` the folder is also uploaded, to the repository with the name ``save_directory``.
 
     Raises:
-        ConfigValueError: unknown method, a folder that is not empty, or a model without an adapter.
-        UnsupportedError: ``merged_4bit``.
-        InputError: something cannot be read or written.
+        ConfigValueError: the method is unknown, the folder is not empty, or the model has no
+            adapter.
+        UnsupportedError: the method is "merged_4bit".
+        InputError: a file cannot be read or written.
     """
     _check_method(save_method)
     to = Path(save_directory)
@@ -90,11 +97,10 @@ def push_to_hub_merged(
     token: str | None = None,
     private: bool | None = None,
 ) -> str:
-    """Do the same as ``save_pretrained_merged``, but write to the hub's repository ``repo_id``.
-    Returns its address.
+    """Write the same files as ``save_pretrained_merged``, but to the repository ``repo_id`` on the
+    hub. Returns the address of the repository.
 
-    Raises:
-        The errors of ``save_pretrained_merged`` and ``hub_upload.push_folder``.
+    Raises the errors of ``save_pretrained_merged`` and ``hub_upload.push_folder``.
     """
     _check_method(save_method)
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,14 +115,13 @@ def save_pretrained_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """Raise an error that lists the steps to a GGUF file, because llama.cpp writes GGUF files.
-
-    Raises:
-        UnsupportedError: always.
+    """Raise UnsupportedError, because only llama.cpp's converter writes GGUF files. The error's fix
+    lists the commands to run.
     """
     del model, tokenizer, kwargs
     raise UnsupportedError(
-        "GGUF files are written by llama.cpp's converter, from a folder of merged weights",
+        "this package does not write GGUF files: llama.cpp's converter makes them from a folder of "
+        "merged weights",
         where="save_pretrained_gguf",
         fix=gguf_recipe(str(save_directory), _types(quantization_method)),
     )
@@ -129,14 +134,16 @@ def push_to_hub_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """Do the same as ``save_pretrained_gguf``: raise UnsupportedError."""
+    """Raise UnsupportedError with the same commands as ``save_pretrained_gguf``."""
     del kwargs
     save_pretrained_gguf(model, repo_id.rpartition("/")[2], tokenizer, quantization_method)
 
 
 def gguf_recipe(folder: str, types: list[str]) -> str:
-    """The commands that convert the merged weights in ``folder`` to GGUF files of ``types``."""
-    steps = [f"model.save_pretrained_merged({folder!r}, tokenizer), then in a shell:"]
+    """Return the commands that write merged weights to ``folder`` and convert them to GGUF files of
+    the given ``types``.
+    """
+    steps = [f"call model.save_pretrained_merged({folder!r}, tokenizer), then run in a shell:"]
     first = next((one for one in types if one in DIRECT), "f16")
     steps += [
         f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{one}.gguf"
@@ -161,14 +168,15 @@ def _check_method(method: str) -> None:
         return
     if str(method).startswith("merged_4bit"):
         raise UnsupportedError(
-            "weights that are merged and quantized again differ from the trained ones",
+            f"save_method={method!r} is not supported, because weights that are merged and then "
+            "quantized again differ from the trained model",
             where="save_method",
-            fix='use save_method="merged_16bit", and let the server quantize as it loads',
+            fix='use save_method="merged_16bit", and quantize when the model is loaded for serving',
         )
     raise ConfigValueError(
         f"save_method={method!r} must be one of {', '.join(METHODS)}",
         where="save_pretrained_merged",
-        fix='use "merged_16bit" for one model, "lora" for the adapter alone',
+        fix='use "merged_16bit" to save the whole model, or "lora" to save only the adapter',
     )
 
 
@@ -178,7 +186,7 @@ def _merge(model: Any, tokenizer: Any, to: Path) -> None:
         raise ConfigValueError(
             "the checkpoint that this model was loaded from is unknown",
             where="save_pretrained_merged",
-            fix="load it with FastLanguageModel.from_pretrained",
+            fix="load the model with FastLanguageModel.from_pretrained",
         )
     half = "float16" if str(model.dtype) == "torch.float16" else "bfloat16"
     with tempfile.TemporaryDirectory() as scratch:

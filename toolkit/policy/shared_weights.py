@@ -1,5 +1,7 @@
-"""Build a Hugging Face model on the engine's tensors: create it on the meta device, then bind every
-parameter to a view.
+"""Build a Hugging Face model whose parameters are views of the engine's tensors.
+
+The model is created without memory on torch's meta device. Then every parameter is replaced by a
+view of an engine's tensor.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
 SPOT_TOKENS = 8
 SPOT_TOLERANCE = {torch.float32: 1e-3}
 SPOT_TOLERANCE_HALF = 0.5
-"""Largest difference, in nats, between the engine's and the model's log-probability of a token that
-is accepted as rounding.
+"""The largest difference between the engine's and the model's log-probability of a token that is
+accepted as rounding, in nats. ``SPOT_TOLERANCE_HALF`` applies to dtypes that are not in
+``SPOT_TOLERANCE``.
 """
 
 
@@ -43,26 +46,29 @@ def shared_model(
 ) -> PreTrainedModel:
     """Create the engine's model as a Hugging Face model without its own weights.
 
-    Every parameter is a view of an engine's tensor, frozen (``requires_grad`` False); the model has
-    its own buffers (rotary tables). The function checks that every parameter is bound to engine
-    storage with the right shape and dtype, that the checkpoint has no tensor that the model lacks,
-    and that the log-probabilities of a few tokens agree with the engine's (``check``).
+    Every parameter is a frozen view of an engine's tensor (``requires_grad`` is False). The model
+    has its own buffers (rotary tables). These checks are made:
 
-    Drop the model soon after the engine is closed: the memory is freed only when both are dropped.
+    * Every parameter is in the engine's memory and has the right shape and dtype.
+    * The checkpoint and the model have the same tensors.
+    * If ``check`` is True, the log-probabilities of a few tokens agree with the engine's.
+
+    Drop the model soon after the engine is closed, because the memory of the weights is freed only
+    when the engine is closed and the model is dropped.
 
     Args:
         engine: a running engine.
-        attn_implementation: that of Hugging Face; None means the model's default.
-        check: compare log-probabilities of a few tokens.
+        attn_implementation: Hugging Face's attention function. None means the model's default.
+        check: whether to compare log-probabilities of a few tokens.
 
     Raises:
-        UnsupportedError: a weight cannot be shared; the message names it.
+        UnsupportedError: a weight cannot be shared. The message names the weight.
     """
     if not engine.options.share_weights:
         raise UnsupportedError(
-            "the engine was opened with share_weights: false",
+            "the engine was opened with share_weights: false, so its weights cannot be shared",
             where=WHY_SHARE,
-            fix="load the trainer's model separately",
+            fix="open the engine with share_weights: true, or load the trainer's model separately",
         )
     model = empty_model(engine, attn_implementation)
     refuse_two_ropes(engine, model)
@@ -80,36 +86,37 @@ def shared_model(
 
 
 def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
-    """Raise an error for LongRoPE (Phi-3) above its original length. There vLLM 0.25 to 0.31 uses
-    the long factors for every sequence, but Hugging Face only for longer ones.
+    """Raise an error if a model with LongRoPE (Phi-3) has a max_seq_length above its original
+    length. vLLM 0.25 to 0.31 then uses the long rope factors for every sequence. Hugging Face uses
+    them only for sequences above the original length.
 
     Raises:
-        UnsupportedError: max_seq_length is too large.
+        UnsupportedError: max_seq_length is above the original length.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original and engine.options.max_model_len > original:
         raise UnsupportedError(
-            f"{engine.options.max_model_len} is more than {original}: above it vLLM uses the long "
-            f"rope factors of {type(model).__name__} for every sequence, but the trainer only for "
-            "long ones",
+            f"max_seq_length {engine.options.max_model_len} is above {original}, the original "
+            f"length of {type(model).__name__}. Then vLLM uses the long rope factors for every "
+            "sequence, but the trainer uses them only for sequences above the original length",
             where="model.max_seq_length",
-            fix=f"set max_seq_length: {original}, or fast_inference: false",
+            fix=f"set max_seq_length: {original}, or set fast_inference: false",
         )
 
 
 def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
-    """Raise an error for a checkpoint with tensors that the model does not have, or without a
-    tensor that the model needs. vLLM itself may accept the former, and leaves the missing tensors
-    uninitialised.
+    """Check that the checkpoint has exactly the tensors of the model.
 
-    Names that Hugging Face ignores too are accepted.
+    vLLM itself may accept additional tensors, and leaves missing tensors uninitialised. Additional
+    tensors that Hugging Face ignores are accepted here too.
 
     Raises:
-        UnsupportedError: tensors do not match; the message names them.
+        UnsupportedError: the checkpoint has additional tensors, or tensors are missing. The message
+            names them.
     """
     if not live.read_names:
-        return  # another loader has read the checkpoint
+        return  # the names were not recorded, because another loader has read the checkpoint
     prefix = f"{model.base_model_prefix}."
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     own = stored_names(shapes, live.read_names)
@@ -128,10 +135,10 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise an error if any of ``names`` does not match ``ignored``.
+    """Raise an error if there are ``names`` that do not match the pattern ``ignored``.
 
     Raises:
-        UnsupportedError: the message names the first five.
+        UnsupportedError: there are such names. The message contains the first five.
     """
     bad = sorted(name for name in names if not ignored.search(name))
     if bad:
@@ -172,13 +179,13 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
                 where=WHY_SHARE,
                 fix=FALLBACK,
             )
-        # One Parameter per slice, so that tied names stay one object.
+        # Create only one Parameter per slice, so that tied weights stay one object.
         view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
         setattr(owner, attribute, view)
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:
-    """Groups of names that belong to the same parameter."""
+    """Return groups of names. The names of a group belong to the same (tied) parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)
@@ -186,10 +193,10 @@ def tied_names(model: nn.Module) -> list[frozenset[str]]:
 
 
 def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
-    """Check that every parameter is in the engine's storage.
+    """Check that the memory of every parameter belongs to the engine's tensors.
 
     Raises:
-        DefectError: a parameter is not.
+        DefectError: a parameter has its own memory.
     """
     storages = {tensor.untyped_storage().data_ptr() for tensor in live.parameters.values()}
     own = [
@@ -202,8 +209,8 @@ def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
 
 
 def spot_check(engine: Engine, model: PreTrainedModel) -> float:
-    """The largest difference between the engine's and the model's log-probability on a few greedy
-    tokens, in nats.
+    """Sample a few tokens greedily with the engine, and compare their log-probabilities with those
+    of the model. Returns the largest difference, in nats.
 
     Raises:
         UnsupportedError: the difference is more than rounding, so engine and model compute
@@ -229,10 +236,10 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
     if not bool(ours.isfinite().all()):
         raise ConfigValueError(
-            "its logits are not finite: its weights contain NaN or infinity, or values exceed "
-            f"the range of {str(engine.dtype).removeprefix('torch.')}",
+            "the model's logits are not finite. Either its weights contain NaN or infinity, or "
+            f"values exceed the range of {str(engine.dtype).removeprefix('torch.')}",
             where=engine.options.model,
-            fix="copy the checkpoint again; if dtype is float16, use bfloat16 or float32",
+            fix="copy the checkpoint again. If dtype is float16, use bfloat16 or float32",
         )
     gap = float((ours - told).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
@@ -242,7 +249,7 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     if not gap <= limit:
         raise UnsupportedError(
             f"the engine and the Hugging Face model differ by {gap:.3g} nats on the same weights "
-            f"(up to {limit:g} counts as rounding): vLLM computes {type(model).__name__} "
+            f"(up to {limit:g} counts as rounding). So vLLM computes {type(model).__name__} "
             "differently on this machine",
             where=WHY_SHARE,
             fix="set fast_inference: false, and report this model as a defect",

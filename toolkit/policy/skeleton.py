@@ -1,5 +1,5 @@
-"""Build the Hugging Face model without weights: its parameters are on the meta device, its buffers
-are real.
+"""Build a Hugging Face model without weights. Its parameters are on torch's meta device, which has
+no memory. Its buffers are real.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers on the engine's device."""
+    """Create the engine's model as a Hugging Face model, with parameters on the meta device and
+    real buffers on the engine's device.
+
+    Raises:
+        UnsupportedError: the checkpoint also stores buffers.
+    """
     options = engine.options
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
     device = next(engine.module.parameters()).device
@@ -59,12 +64,12 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
 
 
 def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The model class of ``config``, from a second import of its module.
+    """Return the model class of ``config`` as it was before vLLM changed it.
 
     If vLLM has no model class for the architecture, it runs the Hugging Face class, and changes
     that class for the whole process (bases, ``__init__`` and ``__call__`` in
-    ``support_torch_compile``, vLLM 0.31.0). Then the class cannot be built outside vLLM. So its
-    file is imported again under another name.
+    ``support_torch_compile``, vLLM 0.31.0). The changed class cannot be used outside vLLM. So the
+    class's file is imported a second time under another name.
     """
     touched = AutoModelForCausalLM._model_mapping[type(config)]
     name = f"{touched.__module__}_untouched"

@@ -1,4 +1,4 @@
-"""Load the tokenizer of a checkpoint, prepared for generation in batches."""
+"""Load the tokenizer of a checkpoint, and set its padding for generation in batches."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PAD_NAMES = (
     "<|dummy_0|>",
     "<unk>",
 )
-"""Padding tokens of published vocabularies that do not occur in text, the best first (Llama 3,
-Qwen, Phi, ...).
+"""Tokens of published vocabularies (Llama 3, Qwen, Phi, ...) that can be used for padding, because
+they do not occur in text. The most suitable tokens come first.
 """
 
 
 def load_tokenizer(
     folder: Path, *, max_seq_length: int | None, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer in ``folder``; ``max_seq_length`` (tokens) becomes its
-    ``model_max_length``.
+    """Load the tokenizer in ``folder``, and set its ``model_max_length`` to ``max_seq_length``
+    tokens.
 
     Raises:
         InputError: the folder has no tokenizer.
@@ -47,7 +47,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"has no readable tokenizer: {first_line(error)}",
+            f"the tokenizer in the folder cannot be read: {first_line(error)}",
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error
@@ -57,12 +57,13 @@ def load_tokenizer(
 
 
 def fix_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Make ``tokenizer`` pad on the left, with a token that does not end a sequence if the
-    vocabulary has one.
+    """Make ``tokenizer`` pad on the left, and choose its pad token. Set the pad id also in the
+    configs of ``model``.
 
-    No token is added to the vocabulary, because that would change the embeddings. The pad id is set
-    in ``model``'s configs. Generation from a batch needs left padding. If the pad token were also
-    the end of sequence, the loss would exclude the end of each completion.
+    Generation from a batch needs left padding. The pad token is a token of the vocabulary that does
+    not end a sequence, if there is one. If it also ended sequences, the loss would exclude the end
+    of each completion. No token is added to the vocabulary, because that would change the
+    embeddings.
     """
     tokenizer.padding_side = "left"
     ends = end_ids(tokenizer, model)
@@ -70,7 +71,8 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
         token = _find_pad(tokenizer, ends)
         if token is None:
             warnings.warn(
-                f"the vocabulary has no padding token, so {tokenizer.eos_token!r} is used",
+                f"the vocabulary has no padding token, so {tokenizer.eos_token!r} is used for "
+                "padding",
                 ToolkitWarning,
                 stacklevel=4,
             )
@@ -82,7 +84,9 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
 
 
 def end_ids(tokenizer: Any, model: Any) -> set[int]:
-    """Every token id that ends a completion, from the tokenizer and the generation config."""
+    """Return all token ids that end a completion. They come from the tokenizer and the model's
+    generation config.
+    """
     ends: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if isinstance(listed, int):

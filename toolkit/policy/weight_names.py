@@ -1,9 +1,10 @@
-"""Map each Hugging Face parameter to rows of an engine tensor, by pure functions of names and
-shapes.
+"""Map each Hugging Face parameter to rows of an engine tensor. The functions use only names and
+shapes, not the tensors.
 
 The engine fuses layers (``qkv_proj`` has the rows of q, then k, then v) and pads the vocabulary.
-The model's own ``packed_modules_mapping`` defines which layers are fused and in what order. The
-Hugging Face shapes define the rows of each part. The code does not depend on an architecture.
+``packed_modules_mapping`` of vLLM's model class defines which layers are fused and in what order.
+The shapes of the Hugging Face parameters define the rows of each part. So the code works for every
+architecture.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ if TYPE_CHECKING:
     Rename = Callable[[str], str]
 
 WHY_SHARE = "model.share_weights"
-FALLBACK = "set share_weights: false (the trainer then has its own copy), or fast_inference: false"
+FALLBACK = (
+    "set share_weights: false (the trainer then has its own copy of the weights), or set "
+    "fast_inference: false"
+)
 
 EXPERT_TENSORS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
-"""A mapping of the tensors of stacked experts from Hugging Face's names (transformers 5) to vLLM's;
-both are (expert, out, in).
+"""A mapping from Hugging Face's names of expert tensors (transformers 5) to vLLM's names. In
+Hugging Face and in vLLM, each tensor has all experts of a layer and the shape (expert, out, in).
 """
 EXPERT_MODULES = ("routed_experts", "")
-"""The name of the module between the experts and their tensors in vLLM (0.25.1 to 0.31.0), which
-may be absent.
+"""The possible names, in vLLM 0.25.1 to 0.31.0, of the module that contains the expert tensors
+within the ``experts`` module. The empty name means that ``experts`` itself contains them.
 """
 ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
-"""The pattern for a tensor of one expert, as in most checkpoints; the group is its name within the
-expert.
+"""The pattern for the name of a tensor of a single expert, as in most checkpoints. The group is the
+name within the expert.
 """
 
 
@@ -48,8 +52,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The engine's tensors: shapes by name, fused layers and their parts, and the names that may be
-    padded.
+    """Facts about the engine's tensors: the shapes by name, the fused layers and their parts, the
+    tensors that may be padded, and the tensors that vLLM has rewritten.
     """
 
     shapes: Mapping[str, Shape]
@@ -64,13 +68,14 @@ def plan_views(
     """Find a slice for every Hugging Face parameter of ``wanted`` (name -> shape).
 
     Args:
-        wanted: Hugging Face parameters; tied ones under each of their names.
-        tied: groups of names of the same parameter.
+        wanted: the Hugging Face parameters. Tied parameters are listed under each of their names.
+        tied: groups of names that belong to the same parameter.
         sources: the engine's tensors.
-        rename: Hugging Face name -> engine name; parts of fused layers keep their own names.
+        rename: converts a Hugging Face name to an engine name. Parts of fused layers keep their
+            own names.
 
     Raises:
-        UnsupportedError: a parameter has no tensor in the engine, or its shape differs; the message
+        UnsupportedError: a parameter has no tensor in the engine, or its shape differs. The message
             names the parameter and the reason.
     """
     found: dict[str, Slice] = {}
@@ -81,8 +86,8 @@ def plan_views(
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
-        # All tied names get one slice, whatever names the engine has, because they are one
-        # parameter.
+        # Tied names are one parameter, so all of them get the same slice. The engine may have only
+        # one of the names.
         placed = next((found[name] for name in wanted if name in group and name in found), None)
         if placed is not None:
             found |= dict.fromkeys(group, placed)
@@ -101,10 +106,10 @@ def plan_views(
 def locate(
     name: str, shape: Shape, wanted: Mapping[str, Shape], sources: Sources, rename: Rename
 ) -> Slice:
-    """The slice for the parameter ``name``.
+    """Return the slice for the parameter ``name``.
 
     Raises:
-        UnsupportedError: no tensor has that shape.
+        UnsupportedError: the engine has no tensor for the parameter, or its shape differs.
     """
     target = rename(name)
     if target in sources.shapes:
@@ -131,12 +136,14 @@ def locate(
 
 
 def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
-    """The slice of a whole tensor, or of its first rows if the engine has padded it."""
+    """Return the slice that is the whole tensor ``source``. If the engine has padded the tensor,
+    return the slice of its first rows.
+    """
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
     if have != shape and not padded:
         raise UnsupportedError(
-            f"shape {list(shape)} in the model, but {list(have)} in the engine's {source}"
+            f"the shape is {list(shape)} in the model, but {list(have)} in the engine's {source}"
         )
     return Slice(source, 0, shape[0])
 
@@ -144,7 +151,9 @@ def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
 def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
-    """The slice of one part of a fused tensor; its rows follow those of the earlier parts."""
+    """Return the slice of the part ``leaf`` of a fused tensor. Its rows follow the rows of the
+    earlier parts.
+    """
     have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(parts):
@@ -163,10 +172,11 @@ def part_of(
 
 
 def available(source: str, sources: Sources) -> Shape:
-    """The shape of the engine tensor ``source``.
+    """Return the shape of the engine tensor ``source``.
 
     Raises:
-        UnsupportedError: the tensor no longer has the values of the checkpoint.
+        UnsupportedError: vLLM has rewritten the tensor, so it no longer has the checkpoint's
+            values.
     """
     if source in sources.rewritten:
         raise UnsupportedError(f"vLLM has rewritten {source} for a kernel on this device")
@@ -174,11 +184,12 @@ def available(source: str, sources: Sources) -> Shape:
 
 
 def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
-    """The names of ``wanted`` in the spelling of a checkpoint with the tensors ``read``.
+    """Return the tensor names that a checkpoint must have for the parameters ``wanted``.
 
-    Hugging Face stacks the experts of a layer (``mlp.experts.down_proj``, expert first), but most
-    checkpoints have one tensor per expert (``mlp.experts.7.down_proj.weight``). For such a
-    checkpoint, every expert of every layer must have each tensor that any of them has.
+    ``read`` are the names of the tensors in the checkpoint. Hugging Face has one tensor for all
+    experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per expert
+    (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for every
+    expert of every layer. An expert must have each tensor that any other expert has.
     """
     tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
     names = set()

@@ -66,11 +66,11 @@ def test_without_lora_or_sharing_nothing_of_them_is_said() -> None:
         (
             {"tensor_parallel_size": 2, "share_weights": False},
             UnsupportedError,
-            "part of the model",
+            "part of the weights",
         ),
         ({"trust_remote_code": True}, UnsupportedError, "remote code"),
         ({"extra": {"load_format": "dummy"}}, ConfigValueError, "load_format"),
-        ({"extra": {"max_loras": 2}}, ConfigValueError, "has its own field"),
+        ({"extra": {"max_loras": 2}}, ConfigValueError, "is a field of EngineOptions"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(changes: dict, error: type, text: str) -> None:

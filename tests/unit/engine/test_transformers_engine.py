@@ -38,7 +38,7 @@ def test_it_has_the_engines_face(engine: TransformersEngine, model: Any) -> None
     engine.sleep()
     engine.wake()
     engine.close()
-    with pytest.raises(ConfigValueError, match="is on another model"):
+    with pytest.raises(ConfigValueError, match="does not sample from"):
         engine.publish(object())
 
 

@@ -67,7 +67,7 @@ def test_four_bits_need_a_gpu(load: Any, tiny: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(UnsupportedError, match=f"{flag}=True needs an NVIDIA GPU") as caught:
             load(**{flag: True})
         assert f"pass {flag}=False" in str(caught.value)
-    with pytest.raises(UnsupportedError, match="load_in_4bit's default"):
+    with pytest.raises(UnsupportedError, match="the default of load_in_4bit is True"):
         FastLanguageModel.from_pretrained(str(tiny))
 
 
@@ -137,7 +137,7 @@ def _rewrite(folder: Path, change: Any) -> None:
 
 def test_missing_and_extra_tensors_are_named(load: Any, copy: Path) -> None:
     _rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(InputError, match=r"lacks 1 tensors: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(InputError, match=r"does not contain 1 tensors of the model: model.layers.1"):
         load(copy)
     _rewrite(
         copy,
@@ -145,7 +145,7 @@ def test_missing_and_extra_tensors_are_named(load: Any, copy: Path) -> None:
             {"model.layers.1.mlp.up_proj.weight": torch.zeros(128, 64), "foo": torch.zeros(1)}
         ),
     )
-    with pytest.raises(InputError, match=r"has, unknown to the model, 1 tensors: foo"):
+    with pytest.raises(InputError, match="contains 1 tensors that the model does not have: foo"):
         load(copy)
 
 

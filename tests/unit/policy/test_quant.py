@@ -85,7 +85,7 @@ def test_states_side_by_side_become_one() -> None:
 
 
 def test_states_that_differ_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="nested"):
+    with pytest.raises(UnsupportedError, match="double quantization"):
         bnb_layers.join_states(live_weights.ordered_states(packed(8, nested=True)), "x")
     a, b = packed(8), packed(8, blocksize=128)
     with pytest.raises(UnsupportedError, match="different quantization"):

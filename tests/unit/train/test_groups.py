@@ -42,7 +42,7 @@ def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="needs a number of processes that is a multiple of 2"):
+    with pytest.raises(ConfigError, match="the number of processes must be a multiple of 2"):
         check_groups(2, None, lambda own: [own])
     check_groups(1, None, lambda own: [own])
 
@@ -50,7 +50,7 @@ def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group_has_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 2, 2)
     check_groups(2, "H100", lambda own: [own, own])
-    with pytest.raises(NodeError, match="other versions of torch") as refused:
+    with pytest.raises(NodeError, match="different versions of torch") as refused:
         check_groups(2, "H100", lambda own: [own, {**own, "torch": "2"}])
     assert f"process 0: {version('torch')}, process 1: 2" in refused.value.message
 

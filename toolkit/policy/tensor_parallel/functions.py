@@ -1,9 +1,10 @@
-"""Communicate between the processes that share a model, with gradients.
+"""Communicate between the processes that share a model. The functions support gradients.
 
-Most functions are the identity in one direction and a sum in the other. A whole tensor has the same
-value and gradient in all processes of the group. Memory is allocated before the processes agree on
-the collective (``together.before_collective``), so that no allocation can fail between agreement
-and collective.
+Most functions return their input in one direction (forward or backward), and sum over the group in
+the other direction. A tensor that is called whole has the same value and the same gradient in all
+processes of the group. Each function allocates its memory before it calls
+``together.before_collective``. So memory cannot run out between that call and the collective call
+of torch.distributed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class _EnterParts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # A copy, because autograd may use the original gradient elsewhere.
+        # all_reduce writes to its input, and autograd may use the original gradient elsewhere. So
+        # copy the gradient first.
         grad = grad.clone(memory_format=torch.contiguous_format)
         before_collective()
         distributed.all_reduce(grad, group=ctx.group)
@@ -72,15 +74,17 @@ class _JoinLast(torch.autograd.Function):
 
 
 def enter_parts(whole: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return ``whole`` unchanged, as the input of the part that each process computes. The backward
-    pass adds up the gradients of all processes.
+    """Return ``whole`` unchanged. Use the result as the input of the part that each process
+    computes. The backward pass sums the gradients of all processes.
     """
     out: torch.Tensor = _EnterParts.apply(whole, group)  # type: ignore[no-untyped-call]
     return out
 
 
 def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum of ``part`` over all processes; every process gets the gradient of the sum."""
+    """Return the sum of ``part`` over all processes. In the backward pass every process gets the
+    gradient of the sum.
+    """
     out: torch.Tensor = _LeaveParts.apply(part, group)  # type: ignore[no-untyped-call]
     return out
 
@@ -88,15 +92,16 @@ def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
 def join_last(
     part: torch.Tensor, group: Any, *, start: int, width: int, total: int
 ) -> torch.Tensor:
-    """Concatenate the parts (..., at most ``width``) of all processes, without entries beyond
-    ``total``. The part of this process begins at ``start``.
+    """Concatenate the parts of all processes along the last dimension. Each part has at most
+    ``width`` entries, and the result has ``total`` entries. The part of this process begins at
+    ``start``.
     """
     out: torch.Tensor = _JoinLast.apply(part, group, start, width, total)  # type: ignore[no-untyped-call]
     return out
 
 
 def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """The elementwise maximum over the group, without a gradient."""
+    """Return the elementwise maximum of ``part`` over the group. It has no gradient."""
     found = part.detach().clone()
     before_collective()
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=group)
@@ -105,9 +110,11 @@ def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_whole(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
-    """Scale the gradients so that their norm over all processes is at most ``most``; returns the
-    norm before scaling. Parameters that every process has whole count once. Otherwise the same as
-    ``torch.nn.utils.clip_grad_norm_``.
+    """Scale the gradients so that their norm over all processes is at most ``most``. Returns the
+    norm before scaling.
+
+    This is ``torch.nn.utils.clip_grad_norm_`` for parameters that are split over processes. A
+    parameter that is not split counts once, although every process has it.
     """
     known = [one for one in parameters if one.grad is not None]
     if not known:

@@ -1,7 +1,8 @@
-"""Define linear layers, embedding and head of which each process has a part.
+"""Define linear layers, an embedding and a head (output layer) that are split over processes. Each
+process has a part of the weight.
 
-``in_features`` and ``out_features`` are the sizes of the part, ``whole_in`` and ``whole_out`` those
-of the whole layer.
+``in_features`` and ``out_features`` are the sizes of this part. ``whole_in`` and ``whole_out`` are
+the sizes of the whole layer.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ if TYPE_CHECKING:
 
 
 MESH = "toolkit_mesh"
-"""Attribute of a Hugging Face model that is split: its ``Mesh``."""
+"""The name of the attribute that stores the ``Mesh`` of a Hugging Face model that is split."""
 
 
 def mesh_of(model: Any) -> Mesh | None:
-    """The mesh over which ``model`` is split, or None. ``model`` must be the Hugging Face model
-    itself, without PEFT's wrapper.
+    """Return the mesh over which ``model`` is split, or None if it is not split. ``model`` must be
+    the Hugging Face model itself, without PEFT's wrapper.
     """
     found: Mesh | None = getattr(model, MESH, None)
     return found
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer that is split by rows (its output is a part) or by columns (its input is a
-    part).
+    """A linear layer that is split by rows or by columns of its weight. If it is split by rows, its
+    output is a part of the whole output. If it is split by columns, its input is a part of the
+    whole input.
 
-    ``entered``: the module around the layer has already applied ``enter_parts`` to its input.
+    ``entered`` is True if the parent module has already applied ``enter_parts`` to the input.
     """
 
     def __init__(self, layer: nn.Linear, cut: Cut, mesh: Mesh) -> None:
@@ -56,25 +58,31 @@ class SplitLinear(nn.Linear):
 
     @property
     def own_bias(self) -> torch.Tensor | None:
-        """The bias that this process adds; only the first process adds a bias that is not split."""
+        """The bias that this process adds. If the bias is not split, only the first process adds
+        it.
+        """
         if self.cut.style == "rows" or self.mesh.first:
             return self.bias
         return None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """The input in the form that this process computes with."""
+        """Return the input that this process computes with. In a layer that is split by rows, the
+        backward pass sums the gradient of the input over the group.
+        """
         if self.cut.style == "columns" or self.entered:
             return x
         return enter_parts(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """The output in the form that the following layers use."""
+        """Return the output for the next layer. In a layer that is split by columns, the outputs
+        are summed over the group.
+        """
         return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
 
 
 class SplitEmbedding(nn.Embedding):
-    """An embedding of which this process has the rows from ``cut.start`` on; the result is
-    multiplied by ``scale``.
+    """An embedding of which this process has ``cut.length`` rows from ``cut.start`` on. If
+    ``scale`` is not None, the result is multiplied by it.
     """
 
     def __init__(self, layer: nn.Embedding, cut: Cut, mesh: Mesh) -> None:
@@ -92,8 +100,8 @@ class SplitEmbedding(nn.Embedding):
 
 
 class SplitHead(nn.Linear):
-    """An output layer of which this process has the rows from ``cut.start`` on. ``width`` is the
-    number of rows of each process, including the padding of the vocabulary.
+    """An output layer of which this process has ``cut.length`` rows from ``cut.start`` on.
+    ``width`` is the number of rows of each process, including the padding of the vocabulary.
     """
 
     def __init__(self, layer: nn.Linear, cut: Cut, width: int, mesh: Mesh) -> None:
@@ -107,7 +115,9 @@ class SplitHead(nn.Linear):
         self.cut, self.width, self.mesh = cut, width, mesh
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return all logits (..., vocabulary), in all processes. Training uses ``part``."""
+        """Return the logits (..., vocabulary) of the whole vocabulary, in every process. Training
+        calls ``part`` instead.
+        """
         return join_last(
             self.part(hidden),
             self.mesh.group,
@@ -122,10 +132,11 @@ class SplitHead(nn.Linear):
 
 
 def enter_once(module: nn.Module, mesh: Mesh) -> None:
-    """Apply ``enter_parts`` to the input of ``module`` once instead of in each of its layers that
-    are split by rows: then one sum of gradients serves q, k and v, and one serves gate and up.
+    """Apply ``enter_parts`` once to the input of ``module``, and not in each of its linear layers
+    that are split by rows. Then the gradients of q, k and v need one sum over the group instead of
+    three, and those of gate and up need one instead of two.
 
-    This is only done if all linear layers of ``module`` are split, so that nothing else uses the
+    This is done only if all linear layers of ``module`` are split, so that no other layer uses the
     input.
     """
     layers = [child for child in module.children() if isinstance(child, nn.Linear)]
@@ -139,8 +150,8 @@ def enter_once(module: nn.Module, mesh: Mesh) -> None:
 
 
 class _Enter:
-    """A hook that applies ``enter_parts`` to the input of a module: its first argument, or
-    ``hidden_states``.
+    """A hook that applies ``enter_parts`` to the input of a module. The input is the first
+    positional argument, or the keyword ``hidden_states``.
     """
 
     def __init__(self, mesh: Mesh) -> None:

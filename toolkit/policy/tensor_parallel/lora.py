@@ -1,9 +1,10 @@
-"""Define PEFT's LoRA layer on a layer that is split.
+"""Define a PEFT LoRA layer for a base layer that is split over processes.
 
-If the layer is split by rows, every process has all of A, and B is split with the layer. If it is
-split by columns, A is split and every process has all of B. A tensor that is not split is used by
-every process for its part of the output, so its gradients are added up. If several processes have
-the same KV head, all of them have B of that head, and each uses its own rows.
+If the base layer is split by rows, B is split by rows too, and every process has all of A. If the
+base layer is split by columns, A is split by columns too, and every process has all of B. Every
+process computes with the tensor that is not split, so the gradients of this tensor are summed over
+the group. There is one exception. If several processes have the same KV head, every process has all
+of B and uses only the rows of its own KV heads.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ WHERE = "lora"
 
 
 class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that strict mode can use
-    """``peft.tuners.lora.Linear`` on a ``SplitLinear``: one plain adapter, not merged."""
+    """``peft.tuners.lora.Linear`` with a ``SplitLinear`` as its base layer. It supports one plain
+    adapter, which cannot be merged.
+    """
 
     in_features: int
     out_features: int
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Let PEFT create the adapter of the whole layer, so that the same values are drawn for
-        every number of processes, and keep this process's part of it.
+        """Create the adapter of the whole layer with PEFT, and keep this process's part of it. So
+        the drawn values do not depend on the number of processes.
         """
         base = self.base_layer
         own = self.in_features, self.out_features
@@ -47,7 +50,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
             raise UnsupportedError(
                 "LoRA variants and biases are not supported on a model that is split",
                 where=WHERE,
-                fix="use plain LoRA, or tensor_parallel_size: 1",
+                fix="use plain LoRA, or set tensor_parallel_size: 1",
             )
         if base.cut.style == "columns":
             _keep(self.lora_A[adapter_name], 1, base)
@@ -57,7 +60,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., part of out), or (..., part of in) to (..., out)."""
         if args or kwargs:
-            raise UnsupportedError("adapter_names are not supported on a model that is split")
+            raise UnsupportedError("adapter_names is not supported on a model that is split")
         base: SplitLinear = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
@@ -74,8 +77,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return base.leave(out)
 
     def used_rows(self, name: str) -> torch.Tensor:
-        """The rows of B that this process computes with: all rows that it has, or those of its KV
-        heads. The result is a view.
+        """Return the rows of B that this process computes with, as a view. These are all rows that
+        it has, or only the rows of its KV heads if other processes have the same KV heads.
         """
         cut, b = self.base_layer.cut, self.lora_B[name].weight
         rows: torch.Tensor = b
@@ -84,8 +87,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return rows
 
     def _halves(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in the form that this process computes with; the gradient of a tensor that is not
-        split is summed.
+        """Return A and B as this process computes with them. If A or B is not split, the backward
+        pass sums its gradient over the group.
         """
         base, group = self.base_layer, self.base_layer.mesh.group
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -99,14 +102,17 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
     def _only(self, active: list[str]) -> str:
         if len(active) > 1 or self.merged:
             raise UnsupportedError(
-                "several adapters at once, or a merged one, on a model that is split",
+                "several active adapters and merged adapters are not supported on a model that is "
+                "split",
                 where=WHERE,
-                fix="use one adapter, or tensor_parallel_size: 1",
+                fix="use one adapter and do not merge it, or set tensor_parallel_size: 1",
             )
         return active[0]
 
     def _as_under_autocast(self, x: torch.Tensor, a: torch.Tensor) -> bool:
-        """Whether autocast would compute base layer and adapter in the dtype of ``x``."""
+        """Return True if autocast would compute the base layer and the adapter in the dtype of
+        ``x``.
+        """
         device = x.device.type
         return (
             torch.is_autocast_enabled(device)
@@ -115,19 +121,19 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         )
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Raise an error: no process has the whole weight. ``toolkit export`` merges into the
-        files.
+        """Raise UnsupportedError, because no process has the whole weight. ``toolkit export`` can
+        merge a saved adapter.
         """
         raise UnsupportedError(
             "an adapter cannot be merged into a model that is split over several processes",
             where="merge",
-            fix="save the adapter, and merge it in one process (toolkit export)",
+            fix="save the adapter, and merge it in one process with `toolkit export`",
         )
 
 
 def _keep(layer: nn.Linear, dim: int, base: SplitLinear) -> None:
-    """Keep this process's part of A or B (``layer``), which is split along ``dim`` as
-    ``base`` is.
+    """Replace the weight of ``layer`` (A or B) by this process's part of it. The weight is split
+    along ``dim`` in the same way as ``base``.
     """
     old, cut = layer.weight, base.cut
     kept = old.detach().narrow(dim, cut.start, cut.length).clone()

@@ -1,5 +1,5 @@
-"""Replace layers of a Hugging Face model without weights by layers of which this process has a
-part.
+"""Replace the layers of a Hugging Face model by split layers, in which this process has a part of
+the weight. The model has no weights yet.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ WHERE = "model.tensor_parallel_size"
 
 
 class Cuts(Protocol):
-    """Returns the part of each layer that this process has, as its engine split the layer."""
+    """An object that tells which part of each layer this process has. The parts are those of the
+    engine in this process.
+    """
 
     def of_layer(self, name: str, out_features: int) -> Cut:
-        """Return the part of the linear layer ``name``. Raises UnsupportedError."""
+        """Return this process's part of the linear layer ``name``. Raises UnsupportedError if the
+        trainer does not support how the engine splits the layer.
+        """
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """Return the part of the embedding or head ``name``, and the number of rows of each process
-        including padding.
+        """Return this process's part of the embedding or head ``name``, and the number of rows of
+        each process including padding.
         """
 
 
@@ -47,7 +51,7 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     """
     problem = model_problem(model.config.to_dict())
     if problem is not None:
-        raise UnsupportedError(problem, where=WHERE, fix="tensor_parallel_size: 1")
+        raise UnsupportedError(problem, where=WHERE, fix="set tensor_parallel_size: 1")
     _split_vocabulary(model, cuts, shared)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
@@ -67,9 +71,10 @@ def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     known = type(table) is nn.Embedding or hasattr(table, "embed_scale")
     if not known or type(head) is not nn.Linear:
         raise UnsupportedError(
-            f"an embedding of type {type(table).__name__} is not split",
+            f"an embedding of type {type(table).__name__} with a head of type "
+            f"{type(head).__name__} cannot be split",
             where=WHERE,
-            fix="tensor_parallel_size: 1",
+            fix="set tensor_parallel_size: 1",
         )
     cut, width = cuts.of_table(paths[id(table)])
     new_table = SplitEmbedding(table, cut, shared)
@@ -83,8 +88,8 @@ def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
 
 
 def _fit_heads(layer: nn.Module) -> None:
-    """Set the number of queries per KV head of this process, which is smaller if several processes
-    have the same KV head.
+    """Set the number of query heads per KV head in this process. It is smaller than in the whole
+    model if several processes have the same KV head.
     """
     query, key = getattr(layer, "q_proj", None), getattr(layer, "k_proj", None)
     if not isinstance(query, SplitLinear) or not isinstance(key, SplitLinear):
