@@ -74,8 +74,8 @@ class Checkpoint:
             return
         if any(self.folder.glob("*.bin")):
             raise ConfigValueError(
-                "the checkpoint has only pickled weights (*.bin), and a pickle can run code when it "
-                "is loaded",
+                "the checkpoint has only pickled weights (*.bin), and a pickle can run code when "
+                "it is loaded",
                 where=str(self.folder),
                 fix="convert the weights to safetensors, or pass use_safetensors=False",
             )
