@@ -115,7 +115,7 @@ def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"llama\.cpp's converter") as gguf:
         model.save_pretrained_gguf("model", tokenizer, quantization_method="q4_k_m")
     assert "convert_hf_to_gguf.py model" in str(gguf.value.fix)
-    with pytest.raises(UnsupportedError, match="differ from the trained ones"):
+    with pytest.raises(UnsupportedError, match="differ from the trained model"):
         model.save_pretrained_merged("x", tokenizer, save_method="merged_4bit")
 
 

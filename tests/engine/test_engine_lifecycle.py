@@ -158,7 +158,7 @@ BAD = {
     "missing expert": "lacks tensors of the model .*model.layers.1.mlp.experts.2.up_proj.weight$",
     "extra": "no module or parameter named 'layers.1.self_attn.q_norm'",
     "shape": "Attempted to load weight",
-    "NaN": "logits are not finite: its weights contain NaN or infinity, or values exceed",
+    "NaN": "logits are not finite. Either its weights contain NaN or infinity, or values exceed",
     "cut short": "did not start: The model's weights are missing, truncated",
 }
 

@@ -302,8 +302,8 @@ def warn_engine_only(engine: Mapping[str, Any]) -> None:
     idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
     if idle:
         warnings.warn(
-            f"{', '.join(idle)} has no effect with fast_inference=False, because there is no "
-            "engine",
+            "these options have no effect with fast_inference=False, because there is no engine: "
+            f"{', '.join(idle)}",
             ToolkitWarning,
             stacklevel=5,
         )

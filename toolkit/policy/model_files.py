@@ -118,8 +118,8 @@ def find_checkpoint(
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            "the model is not a folder on this machine, and it could not be downloaded from the "
-            f"hub: {first_line(error)}",
+            "the model is not a folder on this machine, and it could not be loaded from the hub: "
+            f"{first_line(error)}",
             where=name,
             fix="check the name and the revision. For a gated model, pass token=... or run `hf auth"
             " login`",

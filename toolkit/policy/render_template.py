@@ -90,7 +90,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
     except (MemoryError, OverflowError) as error:
         raise _too_much(
-            tokenizer, f"needs more than 1 GiB of memory ({type(error).__name__})"
+            tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
         ) from None
     except Exception as error:  # a template may raise any error, jinja2's or its own
         raise refused(tokenizer, error) from error

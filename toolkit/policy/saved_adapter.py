@@ -152,7 +152,7 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = [name for name, value in tensors.items() if not _finite(value)]
     if bad:
         raise ConfigValueError(
-            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity; the first is {bad[0]}",
+            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity, the first is {bad[0]}",
             where=str(path / WEIGHTS),
             fix="use an earlier checkpoint of the run",
         )
@@ -237,7 +237,11 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
     ]
     problems = [
         f"{len(names)} {what}, the first is {names[0]}"
-        for names, what in ((missing, "missing"), (extra, "extra"), (shapes, "of another shape"))
+        for names, what in (
+            (missing, "tensors are missing"),
+            (extra, "tensors are unexpected"),
+            (shapes, "tensors have another shape"),
+        )
         if names
     ]
     if problems:

@@ -183,7 +183,10 @@ def test_an_error_in_a_request_leaves_the_model_whole(adapted: Any, tmp_path: Pa
         ),
         ({"max_new_tokens": 3}, "can only be used with input_ids"),
         ({"sampling_params": 3}, "sampling_params has the unsupported type int"),
-        ({"sampling_params": {"n": 2}, "n": 3}, "n is in sampling_params and is also passed by name"),
+        (
+            {"sampling_params": {"n": 2}, "n": 3},
+            "n is in sampling_params and is also passed by name",
+        ),
         ({"lora_request": "folder"}, "lora_request has the unsupported type str"),
         ({"prompts": 3}, "prompt 0 must be text or token ids, not int"),
         ({"prompts": ["1", 2.5]}, "prompt 1 must be text or token ids, not float"),

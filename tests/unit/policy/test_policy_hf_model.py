@@ -102,7 +102,7 @@ def test_longer_than_the_model_is_stretched_and_said(load: Any, ids: Any) -> Non
 
 def test_a_model_that_is_stretched_already_is_not_stretched_again(load: Any, copy: Path) -> None:
     _edit(copy, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
-    with pytest.raises(ConfigValueError, match=r"already stretches them .linear"):
+    with pytest.raises(ConfigValueError, match=r"already extends them .rope_type linear"):
         load(copy, max_seq_length=512)
 
 
@@ -137,7 +137,9 @@ def _rewrite(folder: Path, change: Any) -> None:
 
 def test_missing_and_extra_tensors_are_named(load: Any, copy: Path) -> None:
     _rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(InputError, match=r"does not contain 1 tensors of the model: model.layers.1"):
+    with pytest.raises(
+        InputError, match=r"does not contain 1 tensors of the model: model.layers.1"
+    ):
         load(copy)
     _rewrite(
         copy,

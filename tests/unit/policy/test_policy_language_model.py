@@ -47,7 +47,7 @@ def test_an_adapter_whose_base_is_gone(adapted: Any, load: Any, tmp_path: Path) 
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "base_model_name_or_path": "/gone/model"}))
-    with pytest.raises(InputError, match=r"/gone/model: does not exist"):
+    with pytest.raises(InputError, match=r"/gone/model: the folder does not exist"):
         load(folder)
     path.write_text(json.dumps({**values, "base_model_name_or_path": None}))
     with pytest.raises(InputError, match="does not name its base model"):

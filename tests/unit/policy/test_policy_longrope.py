@@ -33,7 +33,7 @@ def engine_of(length: int) -> SimpleNamespace:
 def test_above_the_original_length_max_seq_length_is_named() -> None:
     model = model_of(original_max_position_embeddings=64, rope_parameters=LONGROPE)
     refuse_two_ropes(engine_of(64), model)
-    with pytest.raises(UnsupportedError, match="65 is more than 64") as refused:
+    with pytest.raises(UnsupportedError, match="65 is above 64") as refused:
         refuse_two_ropes(engine_of(65), model)
     assert refused.value.where == "model.max_seq_length"
     assert str(refused.value.fix).startswith("set max_seq_length: 64")

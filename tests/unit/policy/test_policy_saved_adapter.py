@@ -55,10 +55,13 @@ def _shape(tensors: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_nan, "1 of 28 tensors contain NaN or infinity, first base_model"),
-        (_drop, "1 missing, first base_model"),
-        (_add, "1 extra, first base_model.model.model.layers.9"),
-        (_shape, r"1 of another shape, first .* is \(4, 65\), but the model needs \(4,"),
+        (_nan, "1 of 28 tensors contain NaN or infinity, the first is base_model"),
+        (_drop, "1 tensors are missing, the first is base_model"),
+        (_add, "1 tensors are unexpected, the first is base_model.model.model.layers.9"),
+        (
+            _shape,
+            r"1 tensors have another shape, the first is .* is \(4, 65\), but the model needs \(4,",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(load: Any, saved: Path, change: Any, words: str) -> None:
@@ -162,7 +165,7 @@ def test_base_weights_in_a_file_are_never_written_into_the_base(
     again, _ = load(tmp_path / "b", use_gradient_checkpointing=False)
     assert torch.equal(again(ids).logits, model(ids).logits)
     _change_tensors(tmp_path / "b", lambda tensors: tensors[key].add_(1))
-    with pytest.raises(ConfigValueError, match=f"1 extra, first {key}"):
+    with pytest.raises(ConfigValueError, match=f"1 tensors are unexpected, the first is {key}"):
         load(tmp_path / "b")
 
 
@@ -171,7 +174,7 @@ def test_a_live_model_refuses_it_and_stays_whole(adapted: Any, load: Any, saved:
     for model in (adapted(), load()[0]):
         names = [name for name, _ in model.named_parameters()]
         flags = [value.requires_grad for value in model.parameters()]
-        with pytest.raises(ConfigValueError, match="1 missing"):
+        with pytest.raises(ConfigValueError, match="1 tensors are missing"):
             model.load_lora(saved)
         assert [name for name, _ in model.named_parameters()] == names
         assert [value.requires_grad for value in model.parameters()] == flags

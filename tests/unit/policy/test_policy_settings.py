@@ -134,7 +134,7 @@ def test_layers_and_saved_modules_are_the_models() -> None:
 def test_ranks_of_a_pattern_fit_the_engine_too() -> None:
     settings = LoraSettings(r=8, rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 2})
     check_with_engine(settings, 32)
-    with pytest.raises(ConfigValueError, match="rank_pattern's 24 is above max_lora_rank=16"):
+    with pytest.raises(ConfigValueError, match="rank 24 in rank_pattern is above max_lora_rank=16"):
         check_with_engine(settings, 16)
 
 

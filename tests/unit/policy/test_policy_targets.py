@@ -43,7 +43,7 @@ def adapted(model: Any) -> set[str]:
 
 
 def test_what_nobody_named_is_attention(mixture: Any) -> None:
-    with pytest.warns(ToolkitWarning, match=r"adapter is on q_proj, k_proj, v_proj, o_proj"):
+    with pytest.warns(ToolkitWarning, match=r"adapter is only on q_proj, k_proj, v_proj, o_proj"):
         model = FastLanguageModel.get_peft_model(mixture, r=4, use_gradient_checkpointing=False)
     assert adapted(model) == ATTENTION
 

@@ -33,7 +33,7 @@ def told(card: str = "H100", **changes: str) -> dict[str, Any]:
 
 def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 6, 3)
-    with pytest.raises(ConfigError, match="2 processes would lie on two nodes") as refused:
+    with pytest.raises(ConfigError, match="a group of 2 would be on two nodes") as refused:
         check_world(2)
     assert "6 processes, 3 of them" in refused.value.message
     launched(monkeypatch, 8, 4)
