@@ -98,8 +98,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         )
     if getattr(config, "modules_to_save", None):
         raise UnsupportedError(
-            f"modules_to_save={list(config.modules_to_save)} trains whole modules,"
-            " which the engine shares with the trainer",
+            f"modules_to_save={list(config.modules_to_save)} would change the weights of whole"
+            " modules, but these weights are shared with the engine and must not change",
             where="lora.modules_to_save",
             fix="remove modules_to_save, or train with fast_inference: false",
         )
@@ -253,7 +253,8 @@ class AdapterSlots:
                 start += rows
             if start != pair.b.shape[0]:
                 raise DefectError(
-                    f"{pair.module}: B has {pair.b.shape[0]} rows, but its slots have {start}"
+                    f"B of {pair.module} has {pair.b.shape[0]} rows, but the slots for it have "
+                    f"{start} rows"
                 )
         return plan
 
@@ -304,6 +305,7 @@ def find_places(
         raise UnsupportedError(
             f"the engine has no LoRA slot for {module}",
             where="lora.target_modules",
-            fix="remove it from target_modules, or train with fast_inference: false",
+            fix=f"remove {name.rpartition('.')[2]} from target_modules, or train with "
+            "fast_inference: false",
         )
     return [(layer, part) for part in range(len(layer.lora_a_stacked))]

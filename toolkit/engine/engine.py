@@ -110,7 +110,9 @@ class Engine:
         self._check_alive()
         if self._adapters is None:
             raise ConfigError(
-                "the engine has no LoRA slots", where="engine", fix="open it with enable_lora"
+                "the engine has no LoRA slots",
+                where="engine",
+                fix="open the engine with enable_lora=True",
             )
         self._adapters.publish(peft_model, name)
         self._published[name] = peft_model
@@ -195,7 +197,7 @@ class Engine:
                 where="engine",
                 fix="call publish with this adapter first",
             )
-        if not self._adapters.is_active(name):  # an adapter from a file has replaced it in its slot
+        if not self._adapters.is_active(name):  # an adapter from a file has taken over the slot
             self.publish(self._published[name], name)
         # vLLM stores cached prefixes under this name. Each version of the adapter has its own name,
         # so prefixes of earlier values are never used, even if the cache could not be reset.
@@ -253,7 +255,7 @@ class Engine:
             self._adapters.forget()
         self._adapters = self._sleep = self._copies = None
         self._published.clear()
-        close_mesh()  # vLLM destroys its process groups
+        close_mesh()  # must be called before vLLM destroys its process groups
         shut_down(llm, keep_process_group=not self._owns_process_group)
         del llm
         gc.collect()

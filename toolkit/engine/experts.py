@@ -36,7 +36,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's unquantized experts, computed in torch if vLLM has chosen Triton."""
+    """vLLM's method for unquantized experts. If vLLM has chosen its Triton backend, the experts are
+    computed in plain torch instead.
+    """
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the loaded weights unchanged, and raise an error for options that ``forward_cpu``

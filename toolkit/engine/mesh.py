@@ -114,7 +114,7 @@ class Mesh:
             raise DefectError(
                 f"the {self.size} processes that share a model have sampled different {what}",
                 where=f"process {rank()}",
-                fix="start the same command again: it resumes from the last checkpoint",
+                fix="start the same command again. The run resumes from the last checkpoint",
             )
 
 
@@ -147,7 +147,10 @@ def open_mesh(size: int) -> Mesh | None:
     model = parallel_state.get_tp_group()
     expected = [number // size * size + one for one in range(size)]
     if list(model.ranks) != expected:
-        raise DefectError(f"vLLM's group of this process is {model.ranks}, not {expected}")
+        raise DefectError(
+            f"vLLM's tensor-parallel group of this process has the ranks {model.ranks}, but must "
+            f"have the ranks {expected}"
+        )
     return settle(size, model.device_group, model.cpu_group)
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
 
 
-_SET_NUM_THREADS = torch.set_num_threads  # torch's own; an engine may replace it later
+_SET_NUM_THREADS = torch.set_num_threads  # torch's own function, which an engine may replace
 _started: weakref.ref[Engine] | None = None
 """The last engine that was started in this process."""
 

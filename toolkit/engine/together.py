@@ -122,7 +122,7 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
     """
     try:
         if not _idle():
-            raise RuntimeError("a collective of this process does not end")
+            raise RuntimeError("a collective call of this process does not end")
         _largest_flag(shared, shared.rank + 1, timedelta(seconds=ANSWER_S))
     except RuntimeError as lost:
         raise ConfigError(
@@ -133,7 +133,7 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
             fix="set model.tensor_parallel_size to a larger number, or lower "
             "grpo.per_device_train_batch_size, grpo.max_completion_length or model.max_num_seqs "
             "(`envcheck size` shows how much memory each needs). Then run the same command again. "
-            "It resumes from the last checkpoint",
+            "The run resumes from the last checkpoint",
         ) from lost
 
 

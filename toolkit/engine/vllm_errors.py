@@ -16,7 +16,7 @@ not used, because this module does not import vLLM.
 
 START_AGAIN = (
     "run `envcheck check` on this node. Then run the same command again, here or on another node. "
-    "It resumes from the last checkpoint (--debug shows the whole traceback)"
+    "The run resumes from the last checkpoint (--debug shows the whole traceback)"
 )
 """The fix for a rollout that failed for an unknown reason."""
 

@@ -166,7 +166,8 @@ def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    return len(inspect.signature(type(module).forward).parameters) == 2  # self and the input
+    # The two parameters are self and the input.
+    return len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -298,7 +299,7 @@ _CHOICES: dict[str, Callable[[nn.Module, nn.Module, Kernels], Forward | str]] = 
 }
 
 
-# --- the comparison
+# --- the comparison of a kernel with a layer
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -233,7 +233,7 @@ def answers(
     return found
 
 
-def _completion(  # takes the values of one row
+def _completion(
     tokenizer: Any,
     rollout: Rollout,
     row: int,

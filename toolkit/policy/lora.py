@@ -160,7 +160,11 @@ def differences(
     """
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
-    return [f"{name} is {is_!r}, but the call has {to!r}" for name, is_, to in pairs if is_ != to]
+    return [
+        f"{name} is {is_!r} in the adapter, but {to!r} is requested"
+        for name, is_, to in pairs
+        if is_ != to
+    ]
 
 
 def _plain_set(config: Any, name: str) -> Any:

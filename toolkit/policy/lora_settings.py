@@ -80,7 +80,7 @@ class LoraSettings:
         names = [f.name for f in fields(section) if f.name in known]
         values = {name: getattr(section, name) for name in names}
         for name in ("rank_pattern", "alpha_pattern"):
-            values[name] = values[name] or None  # PEFT's config has None for an empty value
+            values[name] = values[name] or None  # PEFT's config has None instead of an empty dict
         return cls(**values)
 
     @property
@@ -254,7 +254,7 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
             raise ConfigValueError(
                 f"target_modules: the model has no module {target!r}{nearest(target, leaves)}",
                 where=WHERE,
-                fix="name linear layers of the model, for instance "
+                fix="use names of linear layers of the model, for example "
                 + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
             )
 

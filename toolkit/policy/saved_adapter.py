@@ -196,7 +196,8 @@ def check_base(model: Any, adapter: Adapter) -> None:
         theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
         differ, detail = (
             not same,
-            f" (weights {theirs_mark}, not {marks.checkpoint or marks.weights})",
+            f" (the digest of its base model is {theirs_mark}, but this model's digest is "
+            f"{marks.checkpoint or marks.weights})",
         )
     else:
         hub = all(

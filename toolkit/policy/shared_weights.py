@@ -248,9 +248,9 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
         limit = SPOT_TOLERANCE_HALF
     if not gap <= limit:
         raise UnsupportedError(
-            f"the engine and the Hugging Face model differ by {gap:.3g} nats on the same weights "
-            f"(up to {limit:g} counts as rounding). So vLLM computes {type(model).__name__} "
-            "differently on this machine",
+            "with the same weights, the log-probabilities of the engine and of the Hugging Face "
+            f"model differ by {gap:.3g} nats, but rounding explains only {limit:g}. So vLLM "
+            f"computes {type(model).__name__} differently on this machine",
             where=WHY_SHARE,
             fix="set fast_inference: false, and report this model as a defect",
         )

@@ -164,8 +164,8 @@ def part_of(
         )
     if sum(shape[0] for shape in known) != have[0] or any(shape[1:] != have[1:] for shape in known):
         raise UnsupportedError(
-            f"the shapes of the parts, {[list(s) for s in known]}, do not add up to "
-            f"{list(have)} of {source}"
+            f"the shapes of the parts, {[list(s) for s in known]}, do not add up to the shape "
+            f"{list(have)} of the engine's {source}"
         )
     index = list(parts).index(leaf)
     return Slice(source, sum(shape[0] for shape in known[:index]), known[index][0])

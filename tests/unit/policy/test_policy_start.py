@@ -97,7 +97,7 @@ def test_another_base_is_refused(first: Path, tmp_path: Path) -> None:
 def test_other_settings_are_refused(first: Path) -> None:
     config = read(first, "adapter_path: adapter")
     other = replace(config, lora=replace(config.lora, r=8))
-    with pytest.raises(ConfigTypeError, match="r is 4, but the call has 8"):
+    with pytest.raises(ConfigTypeError, match="r is 4 in the adapter, but 8 is requested"):
         load_policy(other)
 
 
