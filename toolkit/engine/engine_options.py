@@ -94,8 +94,8 @@ class EngineOptions(ApiEngineSettings):
                 )
 
     def to_vllm(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
-        """Return the keyword arguments of ``vllm.LLM``. Options that are None are left out, so
-        that vLLM chooses their values.
+        """Return the keyword arguments of ``vllm.LLM``. An option with the value None is left out,
+        so that vLLM chooses its value.
         """
         arguments: dict[str, Any] = {
             "model": self.model,
