@@ -1,4 +1,4 @@
-"""Read the facts of the adapter that ``lora.adapter_path`` names from its adapter_config.json."""
+"""Read adapter_config.json of the adapter that ``lora.adapter_path`` names."""
 
 from __future__ import annotations
 
@@ -19,33 +19,39 @@ INHERITED = (
     "layers_to_transform", "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern",
     "modules_to_save",
 )  # fmt: skip
-"""Keys of the ``lora`` section that an adapter sets."""
+"""Keys of the ``lora`` section whose values come from adapter_config.json if the run file does not
+set them.
+"""
 
 API_ONLY = ("lora_bias", "target_parameters", "trainable_token_indices")
-"""Fields of an adapter that get_peft_model can set and a run file cannot."""
+"""Fields of adapter_config.json that ``get_peft_model`` can set, but a run file cannot."""
 
 KEPT = ("base_model_name_or_path", "revision", "fan_in_fan_out")
 BOOKKEEPING = (*KEPT, "peft_type", "task_type", "peft_version", "inference_mode", "auto_mapping")
 """Fields of adapter_config.json that do not change the shape of the adapter."""
 
 SUPPORTED = (*INHERITED, *API_ONLY, "init_lora_weights", "loftq_config")
-"""Fields that shape an adapter and that this module reads. A file that sets any other such field is
-refused.
+"""Fields that determine the shape of an adapter and that this module reads. An adapter whose file
+sets any other such field is refused.
 """
 
 PEFT_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""Other fields that PEFT 0.21 always writes, with these values (tests/contract checks this)."""
+"""Fields that PEFT 0.21 always writes into adapter_config.json, with the values that it writes.
+tests/contract compares them with PEFT.
+"""
 
 
 def read_adapter(folder: Path) -> dict[str, Any] | None:
-    """The adapter_config.json of a folder; None if it is missing or unreadable."""
+    """Return the content of adapter_config.json in ``folder``; None if the file is missing or
+    unreadable.
+    """
     values = read_json(folder / ADAPTER_CONFIG)
     return values if isinstance(values, dict) else None
 
 
 def inherited(node: Node | None) -> dict[str, Any]:
-    """The settings of the adapter that the node of ``lora.adapter_path`` names, as plain values of
-    the ``lora`` section.
+    """Return the settings of the adapter that ``lora.adapter_path`` (``node``) names, as plain
+    values under the keys of the ``lora`` section.
     """
     if node is None or not isinstance(node.value, str):
         return {}
@@ -60,7 +66,9 @@ def inherited(node: Node | None) -> dict[str, Any]:
 
 
 def other_fields(values: Mapping[str, Any]) -> list[str]:
-    """Fields of an adapter's config that are set and that this toolkit does not read."""
+    """The fields of adapter_config.json (``values``) that are set and that this toolkit does not
+    read.
+    """
     return [
         name
         for name, value in values.items()
@@ -69,8 +77,8 @@ def other_fields(values: Mapping[str, Any]) -> list[str]:
 
 
 def start_problem(values: Mapping[str, Any]) -> Problem | None:
-    """Why a run cannot start from the adapter with this adapter_config.json; None if it can. The
-    rule and the loader use this function.
+    """Why training cannot start from an adapter with this adapter_config.json (``values``); None if
+    it can. Validation and the loader both call this function.
     """
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(REWRITING_INITS):
@@ -78,15 +86,17 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
             "lora.adapter_path",
             f"the adapter was initialized with {init}, which rewrote the base weights: its tensors"
             " belong to the rewritten base, not to the checkpoint that model.model_name names",
-            hint="convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion="
+            hint="convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion="
             "...), or start from an adapter with init_lora_weights true",
         )
     for name in (*API_ONLY, *other_fields(values)):
         if values.get(name):
             return Problem(
                 "lora.adapter_path",
-                f"the adapter sets {name}, which the lora section cannot say: its size and its"
-                " layers would not be those of the run file",
-                hint="start from an adapter on linear layers, of keys that the lora section has",
+                f"the adapter sets {name}, which the lora section cannot express, so the size and"
+                " the layers of the adapter would differ from those in the run file",
+                hint="start from an adapter on linear layers that sets only keys of the lora"
+                " section",
             )
     return None

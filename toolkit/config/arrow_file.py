@@ -1,9 +1,11 @@
-"""Find out whether a file is an Arrow file (the IPC file or stream format) from its framing alone,
-without pyarrow.
+"""Check without pyarrow whether a file has the framing of an Arrow file (IPC file format or IPC
+stream format). The framing is the sequence of message headers. The content of the messages is not
+checked.
 
-A stream is a sequence of messages. Each message has a mark, the length of the metadata, the
-metadata (a flatbuffer; only the length of the body is read from it) and the body. A file is a
-stream between two magic numbers.
+In the stream format, a file is a sequence of messages. Each message consists of a continuation
+mark, the length of the metadata, the metadata (a flatbuffer), and the body. Only the length of the
+body is read from the metadata. In the file format, the same sequence is enclosed by two magic
+numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ MAGIC = b"ARROW1"
 CONTINUATION = 0xFFFFFFFF
 MAX_MESSAGES = 10_000
 MAX_METADATA_BYTES = 64 << 20
-_BODY_LENGTH = 3  # number of the field bodyLength in Message (Message.fbs)
+_BODY_LENGTH = 3  # the number of the field bodyLength of the table Message (Message.fbs)
 
 
 def arrow_fault(file: IO[bytes]) -> str | None:
-    """A message that says what is wrong with the framing; None if the parts that are checked are
-    right.
+    """Return a text that says what is wrong with the framing of ``file``; None if no fault was
+    found.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -29,12 +31,12 @@ def arrow_fault(file: IO[bytes]) -> str | None:
     if file.read(len(MAGIC)) == MAGIC:
         file.seek(max(size - len(MAGIC), 0))
         if size < 4 * len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
-            return "it is cut short: it does not end as an Arrow file does"
+            return "the file is cut short: it does not end with Arrow's magic number"
         start, size = 8, size - len(MAGIC) - 4
     try:
         return _walk(file, start, size)
     except (struct.error, IndexError, OverflowError):
-        return "its metadata cannot be read"
+        return "the metadata of a message cannot be read"
 
 
 def _walk(file: IO[bytes], at: int, end: int) -> str | None:
@@ -43,27 +45,28 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
         head = file.read(8)
         if len(head) < 8:
             # a stream may end without an end mark
-            return "it holds no schema" if number == 0 else None
+            return "the file contains no schema" if number == 0 else None
         mark, length = struct.unpack("<II", head)
         if mark != CONTINUATION:
             return (
-                "it does not begin as an Arrow file or stream does"
+                "the file does not begin like an Arrow file or stream"
                 if number == 0
-                else (f"its message {number + 1} does not begin as one does")
+                else f"message {number + 1} does not begin with the continuation mark"
             )
         if length == 0:
-            return "it holds no schema" if number == 0 else None
+            return "the file contains no schema" if number == 0 else None
         if length > min(MAX_METADATA_BYTES, end - at):
-            return f"its message {number + 1} is longer than the file"
+            return f"message {number + 1} is longer than the file"
         at += 8 + length + _body_length(file.read(length))
         if at > end:
-            return f"it is cut short in its message {number + 1}"
+            return f"the file is cut short inside message {number + 1}"
     return None
 
 
 def _body_length(metadata: bytes) -> int:
-    """The length of a message's body. A flatbuffer begins with the position of its table. The table
-    begins with the distance back to its list of fields.
+    """Return the length in bytes of a message's body, read from the message's ``metadata``. The
+    metadata is a flatbuffer, which begins with the position of its table. The table begins with the
+    distance back to the list of field offsets.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)
     (back,) = struct.unpack_from("<i", metadata, table)

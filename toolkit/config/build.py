@@ -1,5 +1,5 @@
-"""Build the frozen RunConfig from validated nodes. Relative paths are resolved against the folder
-of the file that contains them.
+"""Build the frozen RunConfig from a validated document. A relative path is resolved against the
+folder of the file that contains the path.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
 
 _FLOATS = ("lora_dropout", "timeout_s")
-# Keys that may name a file or a folder. output_dir and resume always name a path; the others only
-# if that path exists.
+# Keys whose value may be a file or a folder. run_paths.local_path decides whether a value is a path
+# or a hub id.
 _PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path", "python")
 
 
 def build_config(document: Document) -> RunConfig:
-    """The run as frozen values. The document must have no errors."""
+    """Return the run as a frozen RunConfig. The document must have no errors."""
     root = document.root
     sections = {
         name: _section(root.value.get(name))
@@ -71,8 +71,9 @@ def build_config(document: Document) -> RunConfig:
 def _with_scorer(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
-    """The rewards, with the environment's own reward added, unless the run file already has it:
-    with a weight that the user chose, or because the file is the config.json of a run.
+    """Return the rewards, with the environment's own reward appended. It is not appended if the run
+    file already names it. A run file names it if the user set its weight, or if the file is the
+    config.json of an earlier run.
     """
     if environment is None or any(one.name == environment.adapter for one in rewards):
         return rewards
@@ -95,7 +96,9 @@ def _value(key: str, node: Node) -> Any:
 
 
 def freeze(value: Any) -> Any:
-    """Freeze a value at every level: lists become tuples and mappings become read-only views."""
+    """Return a read-only copy of a value: at every level, lists become tuples and mappings become
+    read-only views.
+    """
     if isinstance(value, dict):
         frozen: Mapping[str, Any] = MappingProxyType(
             {key: freeze(below) for key, below in value.items()}
@@ -107,7 +110,9 @@ def freeze(value: Any) -> Any:
 
 
 def thaw(value: Any) -> Any:
-    """The reverse of ``freeze``, for JSON and for libraries that want plain lists and dicts."""
+    """Undo ``freeze``: return the value with plain lists and dicts, which JSON and some libraries
+    require.
+    """
     if isinstance(value, (dict, MappingProxyType)):
         return {key: thaw(below) for key, below in value.items()}
     if isinstance(value, tuple):

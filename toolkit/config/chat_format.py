@@ -1,11 +1,11 @@
-"""Resolve ``dataset.chat``: whether prompts that are plain text become user messages.
+"""Resolve ``dataset.chat``, which says whether prompts that are plain text become user messages.
 
-``auto`` is true if the tokenizer has a chat template, because such a model was trained on that
-format. Messages in the prompt column are always chats. ``dataset.system`` does not matter here: if
-prompts do not become messages, it is text before the prompt.
+``auto`` means true if the tokenizer has a chat template, because the model was then trained on
+chats. Lists of messages in the prompt column are always treated as chats. ``dataset.system`` has no
+influence: if prompts do not become messages, its text is put before each prompt.
 
-Only ``usable`` decides whether a tokenizer has a chat template, both for a template that is read
-from files and for one of a loaded tokenizer.
+``usable`` is the only function that decides whether a tokenizer has a chat template. It is used
+both for the files of a tokenizer and for a loaded tokenizer.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 NO_TEMPLATE = "the tokenizer of {model} has no chat template, but dataset.chat is true"
-NO_TEMPLATE_FIX = "dataset.chat: false, or a model with a chat template (an instruct model)"
-NOT_CHATS = "column {column} holds messages, which are chats, but dataset.chat is false"
-NOT_CHATS_FIX = "dataset.chat: auto, or a column that holds text"
-CHATS_WITHOUT_TEMPLATE = "column {column} holds chats, but this tokenizer has no chat template"
+NO_TEMPLATE_FIX = "set dataset.chat: false, or use a model with a chat template (an instruct model)"
+NOT_CHATS = "column {column} contains lists of chat messages, but dataset.chat is false"
+NOT_CHATS_FIX = "set dataset.chat: auto, or name a column of plain text in dataset.prompt"
+CHATS_WITHOUT_TEMPLATE = "column {column} contains chats, but the tokenizer has no chat template"
 CHATS_WITHOUT_TEMPLATE_FIX = (
-    "use plain prompts, or a model with a chat template (an instruct model)"
+    "use plain text prompts, or use a model with a chat template (an instruct model)"
 )
 
 
 def usable(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` renders chats: one template, or several with a
-    default. ``template`` is the attribute of a tokenizer, or the value in tokenizer_config.json.
+    """Whether a tokenizer's ``chat_template`` can render chats. That is so if it is one template,
+    or several templates of which one is named "default". ``template`` is the attribute of a loaded
+    tokenizer, or the value in tokenizer_config.json.
     """
     if isinstance(template, str):
         return bool(template)
@@ -50,8 +51,8 @@ def usable(template: Any) -> bool:
 
 
 def template_in(folder: Path) -> bool | None:
-    """Whether the tokenizer in ``folder`` has a chat template, judged by the files that
-    transformers 5.17 reads, in its order; None if there is no tokenizer.
+    """Whether the tokenizer in ``folder`` has a chat template; None if the folder contains no
+    tokenizer. The files are read in the order in which transformers 5.17 reads them.
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only when a rule asks
 
@@ -59,7 +60,7 @@ def template_in(folder: Path) -> bool | None:
     main = folder / TEMPLATE_FILE
     if main.is_file():
         named.setdefault("default", main)
-    if named:  # these replace the one in tokenizer_config.json
+    if named:  # template files replace the template in tokenizer_config.json
         return "default" in named and _has_text(named["default"])
     config = read_json(folder / TOKENIZER_CONFIG)
     if isinstance(config, dict):
@@ -69,8 +70,9 @@ def template_in(folder: Path) -> bool | None:
 
 
 def template_of(model_name: str, revision: str | None = None) -> bool | None:
-    """``template_in`` of a model folder, or of its snapshot in the hub cache; None if neither is on
-    this machine. Nothing is downloaded.
+    """Whether the tokenizer of a model has a chat template. ``model_name`` is a model folder or a
+    hub id, which is looked up in the hub cache. None if the model is not on this machine. Nothing
+    is downloaded.
     """
     folder = Path(model_name)
     if not (folder / "config.json").is_file():
@@ -82,7 +84,9 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
 
 
 def chosen(chat: bool | str, template: bool | None) -> bool | None:
-    """``dataset.chat`` with auto resolved; None if the tokenizer is not available."""
+    """Return ``dataset.chat`` with "auto" resolved. ``template`` says whether the tokenizer has a
+    chat template. None if ``chat`` is "auto" and the tokenizer is not available.
+    """
     return chat if isinstance(chat, bool) else template
 
 

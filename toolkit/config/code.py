@@ -22,20 +22,21 @@ MAX_SOURCE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A function as its source defines it. ``parameters`` is None if the name exists but is not a
-    plain ``def``.
+    """A function as its source code defines it. ``parameters`` is None if the module defines the
+    name, but not by a plain ``def``.
     """
 
     name: str
     problem: str | None = None
-    unknown: bool = False  # the module is missing on this machine, not wrong
+    # True: the function could not be checked on this machine, so it may still be valid.
+    unknown: bool = False
     parameters: tuple[str, ...] | None = None
     needed: tuple[str, ...] = ()
     takes_anything: bool = False
 
     @property
     def shown(self) -> str:
-        """The function with its parameters."""
+        """The function's name and parameters as text, for messages."""
         return f"{self.name}({', '.join(self.parameters or ())})"
 
 
@@ -45,7 +46,9 @@ def is_allowed(module: str, allow_code: Iterable[str]) -> bool:
 
 
 def find_function(module: str, name: str, folder: Path) -> Found:
-    """Function ``name`` of ``module``, searched next to the run file, then on the Python path."""
+    """Return the function ``name`` of ``module``. The module is searched for next to the run file
+    (in ``folder``), then on the Python path.
+    """
     file = module_file(module, folder)
     if file is None:
         return Found(
@@ -67,7 +70,9 @@ def find_function(module: str, name: str, folder: Path) -> Found:
 
 
 def module_file(module: str, folder: Path) -> Path | None:
-    """The file of a dotted module, found without importing any of its packages."""
+    """Return the file of the module with this dotted name; None if the module was not found. No
+    package is imported.
+    """
     parts = module.split(".")
     beside = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
     places = [*beside, *sys.path]

@@ -1,8 +1,8 @@
-"""Read the facts of a data set's files that rules need: the columns, and how many prompts are empty
-or repeated.
+"""Read from the files of a data set what the rules check: its columns, and how many prompts are
+empty or repeated.
 
-JSONL, JSON and CSV are read up to a limit. Of Parquet files and saved folders only the columns are
-read. Hub data sets are not read.
+JSONL, JSON and CSV files are read up to a limit. From Parquet files and saved folders, only the
+column names are read. Data sets on the hub are not read.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document
 
 LOOK_BYTES = 64 << 20
-"""At most this many bytes are unpacked to see what an archive contains."""
+"""The maximum number of bytes that are unpacked to list the files in an archive."""
 NO_DATA = "no data set is set, so there are no prompts to train on"
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
-    """The facts of dataset.path or dataset.eval_path; None if the path does not exist."""
+    """Return the facts of the data that dataset.path or dataset.eval_path (``key``) names; None if
+    that path does not exist.
+    """
     node = document.node(("dataset", key))
     if node is None or not isinstance(node.value, str):
         return None
@@ -64,7 +66,7 @@ def _limit(document: Document, key: str) -> int | None:
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """Whether a path is a broken link. The target may exist on the machine that trains."""
+    """Whether a path is a broken symbolic link. Its target may exist on the machine that trains."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -143,8 +145,9 @@ def _archive(path: Path) -> DataFacts:
 
 
 def _unpack_on(file: IO[bytes]) -> None:
-    """Read on in a packed file, past the number of bytes after which a decompression bomb is
-    noticed. Raises InputError if the file is one.
+    """Continue reading a compressed file until the check for decompression bombs applies. That
+    check applies only after a certain number of bytes. Raises InputError if the file is a
+    decompression bomb.
     """
     left = RATIO_FREE_BYTES + 2 * READ_BYTES
     while left > 0 and (chunk := file.read(READ_BYTES)):
@@ -152,7 +155,9 @@ def _unpack_on(file: IO[bytes]) -> None:
 
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
-    """The columns of a folder that datasets' save_to_disk wrote."""
+    """Return the columns of a data set that ``save_to_disk`` of the datasets library wrote to
+    ``folder``; None if they are unknown.
+    """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only saved folders need it
 
     if (folder / "dataset_dict.json").is_file():

@@ -1,7 +1,7 @@
-"""Scan the rows of a text file of data up to a limit, for its columns and for rows that training
-refuses.
+"""Scan the first rows of a text file of data (JSONL, JSON, CSV). The scan finds the columns, and
+the first row that training would refuse.
 
-This scan and training use the same messages for a refused row (``config.data_types``).
+This scan and training report a refused row with the same messages (``config.data_types``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Facts of a data file. ``columns`` is None if this type of file does not show its columns. The
-    numbers count the rows that were read.
+    """Facts of a data file. ``columns`` is None if the columns cannot be read from this type of
+    file. The counts are counts of the rows that were read.
     """
 
     path: Path
@@ -49,19 +49,22 @@ class DataFacts:
     whole: bool = True  # all rows were read
     problem: str | None = None
     messages: bool | None = None  # whether the prompts are lists of messages (else texts)
-    refused: str | None = None  # the first row that training refuses, and why
+    # the position of the first row that training refuses, and the reason
+    refused: str | None = None
 
 
 class Unscanned(Exception):
-    """Raised if the file has more than is read here, so that nothing is known about it."""
+    """Raised if not even one row can be read within the limit, so that nothing is known about the
+    file.
+    """
 
 
 Row = tuple[str, dict[str, Any]]
-"""The position of a row ("line 3"), and its values."""
+"""A row: its position in the file as text ("line 3"), and its values by column."""
 
 
 class _Types:
-    """Find the first row that does not have the types of the earlier rows, or whose prompt is not
+    """Find the first row whose values have other types than in earlier rows, or whose prompt is not
     valid.
     """
 
@@ -69,12 +72,16 @@ class _Types:
         self.wanted, self.left = wanted, wanted.limit
         self.kinds: dict[str, Kind] = {}
         self.firsts: dict[str, Any] = {}
-        self.plain: str | None = None  # the fault if prompts stay text
-        self.parsed: str | None = None  # the fault if prompts that are JSON chats become chats
+        # The first fault, depending on how the prompts are used: as plain text, or as chats that
+        # are parsed from JSON text.
+        self.plain: str | None = None
+        self.parsed: str | None = None
         self.lists: bool | None = None
 
     def take(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
-        """Check one row. ``chat`` is the chat that the row's prompt contains as JSON, if any."""
+        """Check one row, and record its fault if it is the first one. ``chat`` is the parsed chat
+        if the row's prompt is a chat written as JSON text, else None.
+        """
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
@@ -93,7 +100,7 @@ class _Types:
                 continue
             first = self.firsts.setdefault(name, value)
             if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
-                continue  # limit on the number of columns
+                continue  # common types need no Kind, which saves time with many columns
             try:
                 self._kind(name, first).take(value)
             except Misfit:
@@ -117,7 +124,9 @@ class _Types:
 
 
 def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
-    """The facts of ``rows``. A None in ``rows`` means that the file has more rows than are read."""
+    """Read ``rows`` and return their facts. A None in ``rows`` means that the file has further
+    rows, which are not read.
+    """
     columns: dict[str, None] = {}
     seen: set[int] = set()
     count = empty = repeated = unanswered = chats = 0
@@ -174,9 +183,7 @@ def _has_text(prompt: str | list[Any]) -> bool:
 
 
 def rows_of(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
-    """Yield the rows of a text file, and None at the end if the file has more rows than are
-    read.
-    """
+    """Yield the rows of a text file, and None at the end if the file is longer than the limit."""
     if suffix in (".csv", ".tsv"):
         return _csv_rows(file, "\t" if suffix == ".tsv" else ",")
     return _json_rows(file) if suffix == ".json" else _jsonl_rows(file, path)
@@ -227,8 +234,8 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
 def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row | None]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     cut: list[bool] = []
-    # The csv module's own limit is 128 KiB per field. Training also has a limit, which is much
-    # larger.
+    # Raise the csv module's limit of 128 KiB per field, because training accepts much longer
+    # fields.
     old_limit = csv.field_size_limit(MAX_SCAN_BYTES)
     reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
     try:

@@ -1,7 +1,7 @@
 """Check the rows of a data set: one type per column, and prompts that are texts or chats.
 
-A rule, which has no pyarrow, and training, which has it, use these messages. A test compares the
-types that a column may contain with pyarrow.
+Validation works without pyarrow and training works with it, but both report problems with these
+messages. A test checks that this module accepts the same types in a column as pyarrow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INT64 = range(-(1 << 63), 1 << 63)
 EXACT = range(-(1 << 53), (1 << 53) + 1)
-"""The largest integer that a column of floats accepts, because floats represent it exactly."""
+"""The integers that a 64-bit float represents exactly. A column of floats accepts only these
+integers.
+"""
 MAX_DEPTH = 64
 _WORDS = {
     dict: "an object",
@@ -23,12 +25,14 @@ _WORDS = {
 
 
 def kind_of(value: Any) -> str:
-    """The name of a JSON value's type, for messages."""
+    """Return the name of a JSON value's type, for messages."""
     return "null" if value is None else _WORDS.get(type(value), "a number")
 
 
 def misfit(name: str, value: Any, first: Any) -> str:
-    """The message for a ``value`` that does not fit its column; ``first`` is an earlier value."""
+    """Return the message for a ``value`` whose type differs from that of ``first``, an earlier
+    value of column ``name``.
+    """
     before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
     held = f"column {name!r} has {kind_of(value)} in this row{before}"
     return f"{held}, and a column can have only one type"
@@ -42,10 +46,10 @@ class Misfit(Exception):
 
 
 class Kind:
-    """The type of the earlier values of a column.
+    """The type that the values of a column have had so far.
 
-    Booleans after floats are accepted, as Arrow does. Booleans before floats are not: whether Arrow
-    converts them depends on how they are nested.
+    A boolean after floats is accepted, because Arrow accepts it too. A boolean before floats is not
+    accepted, because Arrow converts it only in some nestings.
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")
@@ -60,7 +64,7 @@ class Kind:
         """Raise Misfit if ``value`` has another type than the earlier values."""
         if value is None:
             return
-        # ``value`` and the earlier values are numbers
+        # integers and floats count as one type
         kind: type = float if type(value) is int else type(value)
         if self.type is not kind:
             if kind is bool and self.floats:
@@ -90,8 +94,8 @@ class Kind:
 
 
 def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
-    """A message that says what is wrong with a prompt in a column of chats (``chats``) or of texts;
-    None if nothing is.
+    """Return a text that says what is wrong with a prompt; None if it is valid. ``chats`` says
+    whether the prompts of the column are chats (lists of messages) or texts.
     """
     if chats:
         return wrong_chat(prompt or [])
@@ -101,15 +105,20 @@ def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
 
 
 def no_prompt(kind: str) -> str:
-    """The message for a column whose Python type ``kind`` cannot be a prompt."""
+    """Return the message for a prompt of the Python type ``kind``, which is neither a text nor a
+    list.
+    """
     return f"must be a text or a list of messages, not {kind}"
 
 
 def wrong_chat(messages: list[Any]) -> str | None:
-    """A message that says what is wrong with a chat prompt; None if it is valid."""
+    """Return a text that says what is wrong with a chat prompt; None if it is valid."""
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return f"message {number} has no role: each is {{role: ..., content: ...}}"
+            return (
+                f"message {number} has no role: each message must be an object "
+                "{role: ..., content: ...}"
+            )
         if message["role"] not in ROLES:
             return (
                 f"message {number} has the role {message['role']!r}, not one of {', '.join(ROLES)}"

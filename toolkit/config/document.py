@@ -1,4 +1,6 @@
-"""A run file as nodes with positions. The readers create the nodes and validation reads them."""
+"""The parsed form of a run file: a tree of nodes, each with its position in the text. The readers
+for YAML, JSON and TOML create the nodes, and validation reads them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StopReading(Exception):
-    """Raised if the rest of a text cannot be read; carries the finding that says why."""
+    """Raised if the rest of a text cannot be read. ``finding`` says why."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding.message)
@@ -31,14 +33,15 @@ class Node:
         self.value = value
         self.mark = mark
         self.source = source
-        self.plain = plain  # a plain YAML scalar, whose type comes from its spelling
+        # True for an unquoted YAML scalar. Its type is determined by its spelling.
+        self.plain = plain
         self.key: Position | None = None  # the key's position, if this is a value in a mapping
-        self.note: Finding | None = (
-            None  # the value that YAML 1.1 would read; reported unless the node has a worse finding
-        )
+        # A warning that YAML 1.1 would read another value. It is reported unless the node has an
+        # error.
+        self.note: Finding | None = None
 
     def to_plain(self) -> Any:
-        """The value of this node as dict, list and scalars, without positions."""
+        """Return the value of this node as dict, list and scalars, without positions."""
         value = self.value
         if isinstance(value, dict):
             return {key: child.to_plain() for key, child in value.items()}
@@ -47,7 +50,7 @@ class Node:
         return value
 
     def walk(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
-        """This node and every node below it, with its path, in source order."""
+        """Yield ``(path, node)`` for this node and every node below it, in source order."""
         yield path, self
         if isinstance(self.value, dict):
             for key, child in self.value.items():
@@ -58,22 +61,25 @@ class Node:
 
 
 def empty(source: Source) -> Node:
-    """An empty root node."""
+    """Return the root node of an empty document."""
     return Node({}, Position(1, 1, 0, 0), source)
 
 
 @dataclass(slots=True)
 class Document:
-    """A loaded run file: its merged layers, and the findings of loading."""
+    """A loaded run file: the nodes that result from merging its layers (``extends``, ``--set``),
+    and the findings that loading produced.
+    """
 
     source: Source
     root: Node
     findings: list[Finding] = field(default_factory=list)
     readable: bool = True  # False: the file could not be read at all (exit code 2)
-    whole: bool = True  # False: reading stopped early, so missing keys mean nothing
+    # False: reading stopped early, so that a missing key may be in the unread part.
+    whole: bool = True
 
     def node(self, path: KeyPath) -> Node | None:
-        """The node at ``path``, or None if the run file does not set it."""
+        """Return the node at ``path``; None if the run file does not set that key."""
         node: Node | None = self.root
         for part in path:
             value = node.value if node is not None else None

@@ -1,16 +1,17 @@
-"""The options of the vLLM engine that a user may set, with one record for each.
+"""Define each option of the vLLM engine that a user may set, in one place.
 
-A field of ``EngineSettings`` is a key of the run file's ``model`` section; ``ApiEngineSettings``
-adds the options that only ``FastLanguageModel.from_pretrained`` accepts. The field's type, its
-default and its ``Option`` are the record. Everything else follows from it:
+Each field of ``EngineSettings`` is a key of the run file's ``model`` section. ``ApiEngineSettings``
+adds the options that only ``FastLanguageModel.from_pretrained`` accepts. A field's type, its
+default and its ``Option`` define the option completely. The following are derived from them:
 
-- ``schemas/run.schema.json`` (``just schemas`` writes ``schema_properties`` into it),
-- the run file's ``ModelSection``, and ``EngineOptions`` with its arguments for vLLM,
-- the defaults and the checks of ``from_pretrained``,
-- which keys have no effect without an engine, and which ``size --write`` fills in.
+- the option's schema in ``schemas/run.schema.json`` (``just schemas`` writes it there),
+- the field of the run file's ``ModelSection``,
+- the argument that vLLM gets (``EngineOptions``),
+- the default and the checks of ``from_pretrained``,
+- whether the key has no effect without an engine, and whether ``size --write`` sets it.
 
-To add an option: add a field here and run ``just schemas``; if it changes how much memory the
-engine takes, read it in ``sizing.engine_plan``.
+To add an option, add a field here and run ``just schemas``. If the option changes how much memory
+the engine uses, also read it in ``sizing.engine_plan``.
 """
 
 # ruff: noqa: RUF009 - _option makes a dataclass field, as dataclasses.field does
@@ -27,17 +28,20 @@ if TYPE_CHECKING:
 
 Auto = Literal["auto"]
 Kind = Literal["switch", "count", "amount", "share", "rank", "any"]
-"""switch: true or false; count: an integer above 0; amount: true or false, or an integer above 0;
-share: a number between 0 and 1; rank: one of vLLM's adapter ranks; any: vLLM checks it."""
+"""The kinds of values. switch: true or false. count: an integer above 0. amount: true, false or an
+integer above 0. share: a number between 0 and 1. rank: one of vLLM's adapter ranks. any: any value,
+which only vLLM checks.
+"""
 
 
 class Option(NamedTuple):
     """The properties of one option besides its name, type and default.
 
-    ``api``: the default of ``from_pretrained``, where None leaves the choice to vLLM. ``vllm``: the
-    argument of ``vllm.LLM``, None where the toolkit acts on the option itself; ``values`` maps a
-    value to the one that vLLM gets (None: the argument is left out). ``sized``: envcheck size
-    replaces "auto" by a value, also in the file with ``--write``.
+    ``api`` is the default of ``from_pretrained``; None means that vLLM chooses. ``vllm`` is the
+    name of the argument of ``vllm.LLM``; None means that vLLM does not get the option, because the
+    toolkit implements it. ``values`` maps a value of the option to the value that vLLM gets; for
+    None, the argument is left out. ``sized`` means that `envcheck size` chooses a value for "auto"
+    (and writes it to the run file with ``--write``).
     """
 
     kind: Kind
@@ -67,8 +71,8 @@ class EngineSettings:
         True,
         "switch",
         api=True,
-        description="One copy of the base for engine and trainer. false keeps a second copy, for"
-        " models that cannot share.",
+        description="true: engine and trainer use one copy of the base weights. false: each has its"
+        " own copy, which is necessary for models whose weights cannot be shared.",
         examples=(True, False),
     )
     max_lora_rank: int | Auto = _option(
@@ -76,9 +80,9 @@ class EngineSettings:
         "rank",
         api=64,
         description="The largest adapter rank that the engine can load. vLLM allows only these "
-        "values; auto chooses the smallest that is at least lora.r.",
+        "values. auto chooses the smallest value that is at least lora.r.",
         vllm="max_lora_rank",
-        auto="the smallest legal rank that is at least lora.r",
+        auto="the smallest allowed rank that is at least lora.r",
         examples=("auto", 16, 64),
         unit="rank",
         rule="LORA002",
@@ -90,11 +94,12 @@ class EngineSettings:
         "share",
         api=0.5,
         description="The fraction of the GPU's memory that the engine may use for weights and "
-        "KV cache. auto: chosen from the model, the card and the trainer's memory.",
+        "KV cache. auto: the toolkit computes it from the model, the GPU's memory and the "
+        "memory that the trainer needs.",
         vllm="gpu_memory_utilization",
-        auto="chosen from the model, the card and the trainer's memory",
+        auto="computed from the model, the GPU's memory and the memory that the trainer needs",
         examples=("auto", 0.5, 0.6),
-        unit="fraction of the card",
+        unit="fraction of the GPU's memory",
         rule="LOAD008",
         on_gpu=True,
         sized=True,
@@ -103,8 +108,8 @@ class EngineSettings:
         False,
         "switch",
         api=False,
-        description="Store the KV cache in 8-bit floating point. It holds twice the tokens and "
-        "needs compute capability 8.0 (8.9 for native speed).",
+        description="Store the KV cache in 8-bit floating point, so that it has room for twice as "
+        "many tokens. This needs a GPU of compute capability 8.0 or higher; it is fast from 8.9.",
         vllm="kv_cache_dtype",
         values=MappingProxyType({True: "fp8", False: None}),
         examples=(False,),
@@ -113,9 +118,9 @@ class EngineSettings:
         "auto",
         "count",
         api=None,
-        description="The maximum number of sequences that the engine decodes at a time.",
+        description="The maximum number of sequences that the engine decodes at the same time.",
         vllm="max_num_seqs",
-        auto="chosen from the KV cache and the batch",
+        auto="computed from the size of the KV cache and the batch size",
         examples=("auto", 64),
         unit="sequences",
         sized=True,
@@ -126,7 +131,7 @@ class EngineSettings:
         api=None,
         description="The maximum number of tokens that the engine processes in one step.",
         vllm="max_num_batched_tokens",
-        auto="chosen by the sizer; vLLM's own choice if that is best",
+        auto="chosen by `envcheck size`, which may leave the choice to vLLM",
         examples=("auto", 8192),
         unit="tokens",
         sized=True,
@@ -135,10 +140,10 @@ class EngineSettings:
         "auto",
         "count",
         api=None,
-        description="Memory of the KV cache of a CPU engine, in bytes. auto: what the rollouts "
-        "of this run need. On a GPU gpu_memory_utilization decides.",
+        description="The size of the KV cache in bytes if the engine runs on a CPU. auto: as much "
+        "as the rollouts of this run need. On a GPU, gpu_memory_utilization sets the size instead.",
         vllm="kv_cache_memory_bytes",
-        auto="chosen from the sequences and lengths of this run",
+        auto="computed from the number of sequences and their lengths in this run",
         examples=("auto", 1 << 30),
         unit="bytes",
     )
@@ -146,11 +151,11 @@ class EngineSettings:
         "auto",
         "amount",
         api="auto",
-        description="Sample from 16-bit copies of 4-bit weights: they are made when a rollout"
-        " begins, and their memory is released when it ends. The same values are multiplied, and a"
-        " decode step takes half the time or less. true: all 4-bit weights; a number: the largest"
-        " in so many bytes; false: none.",
-        auto="as many as fit beside the KV cache of a whole rollout",
+        description="Make 16-bit copies of 4-bit weights when a rollout begins, sample with the "
+        "copies, and release their memory when the rollout ends. The computed values are the same, "
+        "and a decode step takes at most half the time. true: copy all 4-bit weights. A number: "
+        "copy the largest weights, up to this number of bytes. false: copy none.",
+        auto="as many copies as fit beside the KV cache of a whole rollout",
         examples=("auto", True, False),
         unit="bytes",
         on_gpu=True,
@@ -160,7 +165,8 @@ class EngineSettings:
         1,
         "count",
         api=1,
-        description="The number of adapters that the engine holds at a time. Training needs one.",
+        description="The number of adapters that the engine can use at the same time. Training "
+        "needs one.",
         vllm="max_loras",
         examples=(1,),
         unit="adapters",
@@ -170,7 +176,8 @@ class EngineSettings:
         None,
         "count",
         api=None,
-        description="The number of adapters kept in main memory; null means max_loras.",
+        description="The number of adapters that the engine keeps in CPU memory. null: the value of"
+        " max_loras.",
         vllm="max_cpu_loras",
         examples=(None, 2),
         unit="adapters",
@@ -181,7 +188,8 @@ class EngineSettings:
         False,
         "switch",
         api=False,
-        description="Run the engine without CUDA graphs: starts sooner, generates slower.",
+        description="Run the engine without CUDA graphs. The engine then starts sooner, but "
+        "generates more slowly.",
         vllm="enforce_eager",
         examples=(True, False),
     )
@@ -189,8 +197,8 @@ class EngineSettings:
         True,
         "switch",
         api=True,
-        description="Share the KV cache of equal prompt prefixes. This makes many completions "
-        "per prompt cheap.",
+        description="Compute and store the KV cache of a shared prompt prefix only once. This "
+        "makes many completions per prompt cheap.",
         vllm="enable_prefix_caching",
         examples=(True,),
     )
@@ -198,8 +206,8 @@ class EngineSettings:
         True,
         "switch",
         api=None,
-        description="Let the engine split a long prompt into several steps. Without it "
-        "max_num_batched_tokens must be at least as long as a prompt.",
+        description="Allow the engine to process a long prompt in several steps. If false, "
+        "max_num_batched_tokens must be at least the length of the longest prompt.",
         vllm="enable_chunked_prefill",
         examples=(True, False),
     )
@@ -207,11 +215,11 @@ class EngineSettings:
         "auto",
         "switch",
         api=False,
-        description="Free the KV cache's memory while training. auto: if the sizer estimates "
-        "that it helps.",
+        description="Release the memory of the KV cache during training passes. auto: true if "
+        "`envcheck size` estimates that it helps.",
         vllm="enable_sleep_mode",
         values=MappingProxyType({False: None}),
-        auto="if the sizer estimates that it helps",
+        auto="true if `envcheck size` estimates that it helps",
         examples=("auto", True, False),
         on_gpu=True,
         sized=True,
@@ -220,10 +228,11 @@ class EngineSettings:
         1,
         "count",
         api=1,
-        description="Over how many GPUs one model is split, for the engine and for training. The"
-        " run has that many processes times the number of replicas.",
+        description="The number of GPUs over which one copy of the model is split, both in the "
+        "engine and in training. The number of processes of the run is this number times the "
+        "number of replicas.",
         vllm="tensor_parallel_size",
-        auto="the smallest number that holds the run",
+        auto="the smallest number of GPUs whose memory is enough for the run",
         examples=(1, 2, "auto"),
         unit="GPUs",
         sized=True,
@@ -232,8 +241,8 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiEngineSettings(EngineSettings):
-    """The engine options of ``from_pretrained``: the options of a run file, and options of vLLM for
-    scripts.
+    """The engine options of ``from_pretrained``: those of a run file, and four options of vLLM that
+    only a script can set.
     """
 
     disable_log_stats: bool = _option(True, "switch", api=True, vllm="disable_log_stats")
@@ -248,17 +257,17 @@ def _options_of(settings: type[EngineSettings]) -> Mapping[str, Option]:
 
 
 OPTIONS = _options_of(EngineSettings)
-"""Key in the run file's model section -> its record."""
+"""The ``Option`` of each engine key of the run file's model section."""
 
 API_OPTIONS = _options_of(ApiEngineSettings)
-"""Keyword of ``from_pretrained`` -> its record."""
+"""The ``Option`` of each engine keyword of ``from_pretrained``."""
 
 SIZED = tuple(name for name, option in OPTIONS.items() if option.sized)
-"""Options for which the sizer replaces "auto" by a value."""
+"""The names of the options for which ``toolkit.sizing`` chooses a value if they are "auto"."""
 
 
 def schema_properties() -> dict[str, dict[str, Any]]:
-    """The JSON Schema of each engine option of a run file."""
+    """Return the JSON Schema of each engine option of a run file, by key."""
     defaults = {item.name: item.default for item in fields(EngineSettings)}
     return {name: _schema(name, option, defaults[name]) for name, option in OPTIONS.items()}
 
@@ -278,7 +287,7 @@ def _schema(name: str, option: Option, default: Any) -> dict[str, Any]:
 
 def _legal_values(option: Option) -> dict[str, Any]:
     if option.kind == "rank":
-        texts = (option.auto, *(f"room for adapters of rank up to {one}" for one in LEGAL_RANKS))
+        texts = (option.auto, *(f"for adapters of rank {one} or less" for one in LEGAL_RANKS))
         return {"enum": ["auto", *LEGAL_RANKS], "enumDescriptions": list(texts)}
     shapes: dict[str, dict[str, Any]] = {
         "switch": {"type": "boolean"},
@@ -297,18 +306,19 @@ def _legal_values(option: Option) -> dict[str, Any]:
 
 
 MAX_GRAPH_SIZE = 1024
-"""The largest number of sequences for which a graph is captured. Larger graphs save too little
-launch time to be worth their memory.
+"""The largest batch (in sequences) for which a CUDA graph is captured. A larger graph would save
+too little launch time to be worth its memory.
 """
 
 
 def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int | None = None) -> list[int]:
-    """The batch sizes (in sequences) for which the engine captures CUDA graphs of a decode step, in
-    ascending order. A batch runs in the graph of the next larger size.
+    """Return the batch sizes (in sequences) for which the engine captures CUDA graphs of a decode
+    step, in ascending order. A batch of another size runs in the graph of the next larger size.
 
-    The sizes are 1, 2, 4, 8, then two sizes for each doubling, and the largest batch that a rollout
-    can have. vLLM's own list has a size for every 8 sequences, and none above 512. Padding costs
-    little, because a decode step reads all weights for any number of sequences.
+    The sizes are 1, 2, 4 and 8, then two sizes for each doubling, and the largest batch that a
+    rollout can have. vLLM's own list has a size for every 8 sequences, and none above 512. A
+    shorter list is enough: padding a batch costs little, because a decode step reads all weights
+    for any number of sequences.
     """
     largest = min(max_num_seqs, max_num_batched_tokens or max_num_seqs, MAX_GRAPH_SIZE)
     sizes = {1, 2, 4, 8, *(16 << step for step in range(7)), *(24 << step for step in range(6))}

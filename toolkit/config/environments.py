@@ -1,4 +1,6 @@
-"""The adapters of environments, and the packages that they need."""
+"""Define the adapters of environments (packages of tasks), and the Python packages that they
+need.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,25 @@ ADAPTERS = {
     "openenv": Package(("openenv",), "'openenv>=0.10'"),
 }
 IN_STEPS = ("openenv",)
-"""Adapters with a tool, whose rollouts act in the environment over several turns."""
+"""The adapters whose rollouts have several turns: the model acts in the environment with a tool."""
 
 
 def task_module(adapter: str, task: str) -> str | None:
-    """The user's module that a task names; None if the adapter's package provides all tasks."""
+    """Return the name of the user's module that ``task`` refers to; None if the adapter's package
+    contains all tasks.
+    """
     if adapter == "reasoning_gym":
         return None
-    # verifiers imports the module of this name for the id owner/name@version
+    # for the id owner/name@version, verifiers imports a module named like the id's middle part
     if adapter == "verifiers":
         return task.rsplit("/", 1)[-1].split("@", 1)[0].replace("-", "_").lower()
     return task.partition(":")[0]
 
 
 def missing_package(adapter: str, python: str | None) -> Package | None:
-    """The package of an adapter if it is not installed for the interpreter of the environment, else
-    None. Nothing is imported and no interpreter is started: a virtual environment is read as files.
-    None also if this cannot be found out.
+    """Return the package of an adapter if it is missing for the environment's interpreter
+    ``python``. Return None if it is installed, or if that cannot be determined. Only the files of
+    the virtual environment are inspected. Nothing is imported and no interpreter is started.
     """
     package = ADAPTERS[adapter]
     if python is None:
@@ -44,8 +48,8 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
 
 
 def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
-    """The missing package of a run's environment, with the command that installs it; empty if none
-    is missing.
+    """Return the missing package of a run's environment as text, with the command that installs it.
+    The tuple is empty if no package is missing.
     """
     if section is None:
         return ()
@@ -56,10 +60,12 @@ def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
 
 
 def is_interpreter(python: str) -> bool:
-    """Whether the path is a file that can be executed."""
+    """Whether the path ``python`` is an executable file."""
     return Path(python).is_file() and os.access(python, os.X_OK)
 
 
 def pip_line(package: Package, python: str | None) -> str:
-    """The command that installs ``package`` for the interpreter ``python``."""
+    """Return the command that installs ``package`` for the interpreter ``python`` (None: the
+    current one).
+    """
     return f"{python + ' -m ' if python else ''}pip install {package.install}"

@@ -1,4 +1,4 @@
-"""Explain a rule, a key or an exit code: what it means, why, an example, and the fix."""
+"""Make the texts of `envcheck explain`: explanations of rules, run file keys and exit codes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo"
 
 
 def explain(asked: str) -> str | None:
-    """The explanation of a rule id, a key (dotted, or its last part), ``exit-codes`` or ``rules``.
+    """Return the explanation of a rule id, a key (dotted, or only its last part), ``exit-codes`` or
+    ``rules``.
 
-    None if ``asked`` is something else.
+    Return None if ``asked`` is none of these.
     """
     word = asked.strip()
     if word == "exit-codes":
@@ -35,26 +36,28 @@ def explain(asked: str) -> str | None:
 
 
 def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
-    """The error for a word without an explanation, with the nearest word that has one."""
+    """Return the error for a word that has no explanation. Its fix suggests the most similar word
+    that has one. ``more`` are additional words that can be suggested.
+    """
     names = [*all_rules(), *(name for name, _ in all_keys()), *more, "exit-codes", "rules"]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]
     close = nearest(asked, names)
-    fix = f"did you mean {close}?" if close else "`envcheck explain rules` lists the rules"
+    fix = f"did you mean {close}?" if close else "list the rules with `envcheck explain rules`"
     return InputError(f"there is no rule, key or topic named {asked!r}", fix=fix)
 
 
 def exit_codes() -> str:
-    """The table of exit codes."""
+    """Return the table of exit codes as text."""
     return "\n".join(
         [
-            "Exit codes, as schedulers act on them:",
+            "Exit codes, on which a scheduler can act:",
             *(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()),
         ]
     )
 
 
 def rule_list() -> str:
-    """A text with one line per rule."""
+    """Return a text with one line per rule."""
     return "\n".join(
         f"{rule.id:<10} {rule.severity:<8} {rule.summary}"
         for rule in sorted(all_rules().values(), key=lambda one: one.id)
@@ -62,7 +65,7 @@ def rule_list() -> str:
 
 
 def about_rule(rule: Rule) -> str:
-    """The full text of a rule."""
+    """Return the full explanation of a rule."""
     lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
     if rule.why:
         lines += ["", *_wrapped(rule.why)]
@@ -86,7 +89,9 @@ def _wrapped(text: str, *, indent: str = "  ") -> list[str]:
 
 
 def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every key of a run file with its schema: sections, their keys, and those of a reward."""
+    """Yield the name and schema of every section and key of a run file, including the keys of a
+    reward.
+    """
     properties = find_schema("run")["properties"]
     yield "extends", properties["extends"]
     for section in SECTIONS:
@@ -99,8 +104,8 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def about_keys(asked: str) -> str | None:
-    """The explanation of a key. If ``asked`` is the last part of several keys, the explanation of
-    each.
+    """Return the explanation of the key ``asked``. If ``asked`` is the last part of several keys,
+    all of them are explained. Return None if there is no such key.
     """
     found = [(name, schema) for name, schema in all_keys() if name == asked]
     if not found:
@@ -109,7 +114,9 @@ def about_keys(asked: str) -> str | None:
 
 
 def about_key(name: str, schema: dict[str, Any]) -> str:
-    """The meaning of a key, its type, default, units, examples, and the rules about it."""
+    """Return a text with the meaning of a key, its type, default, unit and examples, and the rules
+    that check it.
+    """
     lines = [name, *_wrapped(schema["description"])]
     if "x-refused" in schema:
         return "\n".join(lines)
@@ -120,7 +127,7 @@ def about_key(name: str, schema: dict[str, Any]) -> str:
         if "default" in schema:
             lines.append(f"  default:  {show(schema['default'])}")
         else:
-            lines.append("  default:  none, the key is required")
+            lines.append("  default:  none; the key is required")
         if "x-unit" in schema:
             lines.append(f"  unit:     {schema['x-unit']}")
         if schema.get("examples"):

@@ -1,9 +1,10 @@
-"""Check the files that ``extends`` may name: run files below the folder of the run file that is
-loaded, or below a folder that the user allows with the environment variable TOOLKIT_EXTENDS_FROM.
+"""Check the file that ``extends`` names. It must be a run file below the folder of the loaded run
+file, or below a folder that the environment variable TOOLKIT_EXTENDS_FROM lists.
 
-A run file from someone else must not show lines of other files (``extends: /etc/shadow``). So the
-location of an extended file is checked before it is read, with every link resolved. If that file is
-not a run file, only the position of the problem is shown.
+These checks prevent that a run file from someone else makes error messages print lines of private
+files (``extends: /etc/shadow``). The location of an extended file is therefore checked before the
+file is read, after resolving every symbolic link. If the file is not a run file, the message
+contains only the position of the problem, not the text.
 """
 
 from __future__ import annotations
@@ -38,29 +39,30 @@ SECTIONS = (
 
 
 def finding_at(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
-    """A finding at the position of ``node``."""
+    """Return an error finding at the position of ``node``."""
     return error_finding(rule, message, node.source, node.mark, *fixes)
 
 
 def allowed_folders(root: Path) -> list[Path]:
-    """The folders that may contain extended files: the folder of the run file ``root``, and the
-    folders that the user's environment allows.
+    """Return the folders that may contain extended files. These are the folder of the run file
+    (``root``), and the folders that the environment variable lists.
     """
     texts = os.environ.get(VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """The finding that says why the file that ``extends`` names (at ``path``, links resolved) is
-    not read; None if it may be read.
+    """Return a finding if the file that ``extends`` names must not be read; None if it may be read.
+    ``path`` is its path with symbolic links resolved, ``node`` is the value of ``extends``, and
+    ``root`` is the folder of the run file.
     """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
         return finding_at(
             "DOC016",
             node,
-            f"extends: {node.value} is outside of the run file's folder {root.resolve()}",
+            f"extends: {node.value} is outside the run file's folder {root.resolve()}",
             Fix(
-                "move the file below that folder, or allow the file's folder: "
+                "move the file below that folder, or allow its folder by setting "
                 f"{VARIABLE}={path.parent}"
             ),
         )
@@ -70,7 +72,7 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
-            Fix("extends: base.yaml"),
+            Fix(f"name a file that ends in {ends}, for example extends: base.yaml"),
         )
     try:
         mode = path.stat().st_mode
@@ -82,8 +84,8 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
 
 
 def content_fault(base: Document, node: Node) -> Finding | None:
-    """The finding that says why the text of the extended file is not a run file, without showing
-    any of the text; None if it is one.
+    """Return a finding if the extended file (``base``) is not a run file; None if it is. The
+    finding does not contain any text of the file.
     """
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
     if not base.whole:
@@ -91,19 +93,21 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         where = f" (line {mark.line}, column {mark.column})" if mark else ""
         what = f"cannot be read as a mapping of keys{where}"
     elif base.root.value and not any(section in base.root.value for section in SECTIONS):
-        what = f"has no section of a run file ({', '.join(SECTIONS[:-2])})"
+        what = f"has none of the sections of a run file ({', '.join(SECTIONS[:-2])})"
     else:
         return None
     return finding_at(
         "DOC017",
         node,
         f"extends: {node.value} is not a run file: it {what}",
-        Fix("name a run file; `envcheck validate` on that file shows what is wrong in it"),
+        Fix("name a run file, or run `envcheck validate` on the named file to see what is wrong"),
     )
 
 
 def real_path(node: Node) -> Path | None:
-    """The path that ``extends`` names, with every link resolved; None for a loop of links."""
+    """Return the path that ``extends`` names, with symbolic links resolved; None if the links form
+    a loop.
+    """
     try:
         return Path(node.source.folder, node.value).resolve(strict=False)
     except (OSError, RuntimeError, ValueError):
@@ -111,8 +115,8 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """The chain of files as a text, if a file extends itself or the chain is too long; else
-    None.
+    """Check the chain of files that extend one another. Return it as text if ``path`` is already in
+    it, or if it has ``most`` or more files; else return None.
     """
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])

@@ -1,4 +1,6 @@
-"""The result of validation: a finding with its position, the arithmetic and the fix."""
+"""Define the results of validation: a finding has a message, a position, notes with the
+computation, and fixes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Severity(StrEnum):
-    """The severity of a finding. An error refuses the run; a warning refuses it only with
+    """The severity of a finding. An error prevents the run. A warning prevents the run only with
     --strict.
     """
 
@@ -21,7 +23,9 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """Characters ``start`` to ``end`` of ``source.text`` become ``text``."""
+    """A change of a source text: the characters from ``start`` to ``end`` are replaced by
+    ``text``.
+    """
 
     source: Source
     start: int
@@ -30,14 +34,15 @@ class Edit:
 
 
 def rename(source: Source, key: Position, name: str) -> Edit:
-    """The edit that renames a key."""
+    """Return the edit that renames the key at position ``key`` to ``name``."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One possible fix as text, with ``edits`` if changing scalars and keys is enough. If the edits
-    do not show what was moved, --fix prints ``moved`` as old and new.
+    """One possible fix. ``text`` describes it. ``edits`` apply it, if replacing scalars and keys is
+    enough. If the edits alone do not show what was moved, ``moved`` is the old and new text that
+    --fix prints.
     """
 
     text: str
@@ -54,7 +59,7 @@ class Located(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One fault, with everything that a person or a program needs to fix it."""
+    """One problem, with everything that a person or a program needs to fix it."""
 
     rule: str
     severity: Severity
@@ -64,13 +69,13 @@ class Finding:
     mark: Position | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
-    related: tuple[Located, ...] = ()  # the other keys whose values cause the fault
-    # True: not a fault but something that could not be checked on this machine
+    related: tuple[Located, ...] = ()  # the other keys whose values cause the problem
+    # True: not a problem, but something that could not be checked on this machine
     unknown: bool = False
 
     @property
     def place(self) -> str:
-        """The position as text: ``run.yaml:12:20``, ``run.yaml`` for the whole file, or the
+        """The position as text: ``run.yaml:12:20``, or ``run.yaml`` for the whole file, or the
         ``--set`` argument itself.
         """
         name = self.source.name if self.source else "run file"
@@ -79,15 +84,15 @@ class Finding:
         return f"{name}:{self.mark.line}:{self.mark.column}"
 
     def as_error(self) -> Finding:
-        """The same finding as an error (--strict)."""
+        """Return the same finding with the severity error (used by --strict)."""
         return replace(self, severity=Severity.ERROR)
 
 
 def error_finding(
     rule: str, message: str, source: Source, mark: Position | None = None, *fixes: Fix
 ) -> Finding:
-    """A finding for a fault that was found while reading a text, at one position or in the whole
-    text.
+    """Return a finding with the severity error, for a problem found while reading a text. ``mark``
+    None means that the problem concerns the whole text.
     """
     return Finding(
         rule=rule,

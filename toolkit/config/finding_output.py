@@ -1,4 +1,4 @@
-"""Convert findings to text for people, to GitHub annotations, and to JSON."""
+"""Convert findings to text for the terminal, to GitHub annotations, and to JSON."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _HIDDEN = "[hidden]"
 
 
 def rule_page(rule: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The address of a rule's page in the documentation. None if TOOLKIT_DOCS_URL, the address of
-    the documentation's front page, is not set.
+    """Return the URL of a rule's page in the documentation. TOOLKIT_DOCS_URL must contain the URL
+    of the documentation's front page; if it is not set, return None.
     """
     base = environ.get(DOCS_VARIABLE, "").rstrip("/")
     return f"{base}/reference/rules/{rule}/" if base else None
@@ -37,18 +37,18 @@ def _plain(text: str, _role: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Text without characters that control a terminal."""
+    """Replace characters that control a terminal."""
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown_line(source: Source, mark: Position) -> str:
-    """The source line at a position, with secrets hidden. A long line is shortened to the part
-    around the column.
+    """Return the source line at a position, with secrets hidden. A long line is shortened to the
+    part around the column.
     """
     line = source.lines[mark.line - 1]
     start = mark.start - (mark.column - 1)
-    # Shorten twice: first to a width that keeps every possible secret complete for redaction, then
-    # to the shown width.
+    # Shorten the line twice: first to a width in which no secret near the column is cut apart, so
+    # that redaction finds it, and later to the shown width.
     low = max(0, min(mark.column - _MARGIN, len(line) - 2 * _MARGIN))
     line, start = line[low : low + 2 * _MARGIN], start + low
     for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
@@ -57,7 +57,7 @@ def shown_line(source: Source, mark: Position) -> str:
             line = line[: max(first, 0)] + _HIDDEN + line[last:]
     line = _harmless(line.replace("\t", "    ") if line.startswith("\t") else line)
     if len(line) <= _WIDEST and low == 0:
-        return line  # a line that is shown in full is redacted later, with the rest
+        return line  # a complete line is redacted later, together with the rest of the output
     line = redact(line)
     column = min(mark.column - low, len(line))
     first = max(0, min(column - _WIDEST // 2, len(line) - _WIDEST))
@@ -67,9 +67,10 @@ def shown_line(source: Source, mark: Position) -> str:
 
 
 def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = _plain) -> str:
-    """Every finding as its head line, the source line, the arithmetic and the fix.
+    """Return the findings as text. Each finding has a first line, the source line, notes, and
+    fixes.
 
-    ``paint(text, role)`` may colour a piece; roles are error, warning and place.
+    ``paint(text, role)`` returns a piece of text with colours; the role is error, warning or place.
     """
     return "\n".join(_one(found, paint) for found in findings)
 
@@ -90,7 +91,9 @@ def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
 
 
 def render_github(findings: Sequence[Finding]) -> str:
-    """One workflow command per finding (docs.github.com, workflow commands for actions)."""
+    """Return one GitHub workflow command per finding, one per line (docs.github.com, workflow
+    commands for actions).
+    """
     return "\n".join(_annotation(found) for found in findings)
 
 
@@ -114,7 +117,7 @@ def _escape(text: str, also: str = "") -> str:
 
 
 def to_json(found: Finding) -> dict[str, Any]:
-    """A finding as an object of findings.schema.json."""
+    """Return a finding as a JSON object according to findings.schema.json."""
     mark = found.mark
     return {
         "rule": found.rule,
@@ -146,12 +149,12 @@ def to_json(found: Finding) -> dict[str, Any]:
 
 
 def end_column(mark: Position) -> int:
-    """The column after the last character of the range ``mark``."""
+    """Return the column after the last character of the range ``mark``."""
     return mark.column + max(mark.end - mark.start, 0)
 
 
 def report(files: Sequence[str], findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The complete output of ``--format json``."""
+    """Return the complete output of ``--format json``."""
     severities = [found["severity"] for found in findings]
     return {
         "schema": "urn:grpo-toolkit:schema:findings:1",

@@ -1,5 +1,6 @@
-"""Apply fixes. Only scalars and keys that a finding names are changed or moved; comments and order
-stay. If several fixes are possible, the user chooses.
+"""Apply fixes to a run file. Only scalars and keys that a finding names are changed or moved.
+Comments and the order of lines stay as they are. If a finding has several possible fixes, none is
+applied and the user must choose.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from toolkit.config.rules import Situation
     from toolkit.config.source import Source
 
-# The number of characters that may be validated again in search of fixes. This allows hundreds of
-# tries for a usual run file and a few for a huge one, within one or two seconds.
+# The limit of characters that are validated again while trying fixes. It allows hundreds of tries
+# for a usual run file and a few for a huge one, within one or two seconds.
 MAX_JUDGED = 600_000
 _KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
 OVERHEAD = 500  # the fixed cost of one validation, as a number of characters
@@ -37,7 +38,9 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """The text with all fixes, the applied edits, and the findings with more than one fix."""
+    """The result of fixing: the new text, the applied edits, and the findings that have several
+    fixes (``choices``).
+    """
 
     source: Source
     applied: tuple[Applied, ...]
@@ -45,10 +48,10 @@ class Repair:
 
 
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
-    """Apply each fix that is the only one of its finding and changes only this text.
+    """Apply the fixes of all findings that have exactly one fix, if it changes only this text.
 
-    Fixes are tried one finding at a time. A fix that would only cause a different finding is not
-    applied. If a finding offers several fixes, none is applied.
+    Fixes are tried one finding at a time. A fix that only replaces its finding by another finding
+    is not applied.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -60,7 +63,7 @@ class _Fixer:
 
     def run(self, source: Source) -> Repair:
         applied: list[Applied] = []
-        # lines[i] is the line in the first text of the current line i + 1
+        # lines[i] is the line number in the original text of the current line i + 1
         lines = list(range(1, len(source.lines) + 1))
         now = self.judge(source)
         while True:
@@ -81,8 +84,8 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """The text after the fix of ``found``. None if the finding has several fixes or if the fix
-        does not help.
+        """Return the text after applying the fix of ``found``, with its validation. None if the
+        finding does not have exactly one fix, or if the fix does not help.
         """
         if len(found.fixes) != 1 or self.left < 0:
             return None
@@ -91,7 +94,8 @@ class _Fixer:
             return None
         candidate = replace(source, text=apply(source.text, edits), hidden=[])
         after = self.judge(candidate)
-        # If no rule could use the old value, the fixed value may cause another finding.
+        # An unknown or invalid key (KEY rules) was not checked by other rules. After the fix it is
+        # checked, so one new finding is allowed.
         allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
         if len(after.findings) <= allowed and not _same(found, after):
             return candidate, after
@@ -106,7 +110,9 @@ def _same(found: Finding, after: Validation) -> bool:
 
 
 def _choices(source: Source, now: Validation) -> tuple[Finding, ...]:
-    """The findings that have more than one possible fix in this text."""
+    """Return the findings that have several possible fixes, of which at least one edits this
+    text.
+    """
     return tuple(
         found
         for found in now.findings
@@ -129,7 +135,9 @@ def _told(found: Finding, lines: list[int]) -> list[Applied]:
 
 
 def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
-    """The old and new text of an edit; for a value, with its key."""
+    """Return the old and new text of an edit. If the edit changes a value, both texts include its
+    key.
+    """
     before = text[text.rfind("\n", 0, edit.start) + 1 : edit.start]
     key = _KEY.search(before)
     name = key[0] if key else ""
@@ -137,8 +145,8 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
 
 
 def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
-    """For each line after ``edits``, its line in the first text. An inserted line gets the number
-    of the line at which it was inserted.
+    """Return, for each line after applying ``edits``, its line number in the original text. An
+    inserted line gets the number of the line at which it was inserted.
     """
     after = list(lines)
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
@@ -149,7 +157,9 @@ def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]
 
 
 def apply(text: str, edits: Sequence[Edit]) -> str:
-    """``text`` with the edits applied from the end, so that offsets stay valid."""
+    """Return ``text`` with the edits applied. They are applied from the end, so that offsets stay
+    valid.
+    """
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text
