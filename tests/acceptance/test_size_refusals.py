@@ -29,7 +29,7 @@ def model(tmp_path):
         (["{model}", "--write", "--gpu", "h200"], 2, "needs a run file"),
         (["{model}", "--set", "lora.rank=3"], 1, "lora.rank"),
         (["{model}", "--set", "lora.r=x"], 1, "must be an integer"),
-        (["{model}", "--set", "lora"], 1, "an override is key=value"),
+        (["{model}", "--set", "lora"], 1, "an override must have the form key=value"),
         (["{model}", "--set", "lora.target_modules='('"], 1, "not a regular expression"),
         (["{model}", "--set", "lora.use_gradient_checkpointing=maybe"], 1, "maybe is not one of"),
         (["no/such/folder/at/all"], 2, "neither an existing folder"),

@@ -1,5 +1,5 @@
-"""Parse JSON to nodes with positions (RFC 8259). Everything that the standard library accepts is
-accepted.
+"""Parse JSON (RFC 8259) to nodes with positions. The standard library's json module gives no
+positions.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _FOREIGN = re.compile(r"NaN|-?Infinity")
 
 
 class Places:
-    """Convert an offset in a text to its line and column."""
+    """Converts offsets in a text to lines and columns."""
 
     def __init__(self, text: str) -> None:
         self.starts = [0, *(found.end() for found in re.finditer(r"\r\n|\n|\r", text))]
 
     def mark(self, start: int, end: int) -> Position:
-        """The position of the characters from ``start`` to ``end``."""
+        """Return the position of the characters from ``start`` to ``end``."""
         line = bisect_right(self.starts, start)
         return Position(line, start - self.starts[line - 1] + 1, start, end)
 
 
 def parse_json(source: Source) -> Document:
-    """Parse a JSON text to nodes. At the first syntax error reading stops, and the error becomes a
+    """Parse a JSON text to a document. Reading stops at the first syntax error, which becomes a
     finding.
     """
     reader = _Reader(source)
@@ -64,7 +64,9 @@ class _Reader:
         return error_finding(rule, message, self.source, mark, *([Fix(fix)] if fix else []))
 
     def space(self) -> str:
-        """Skip white space; return the next character, or an empty string at the end."""
+        """Skip white space, and return the next character (an empty string at the end of the
+        text).
+        """
         found = _SPACE.match(self.text, self.at)
         self.at = found.end() if found else self.at
         return self.text[self.at : self.at + 1]
@@ -79,9 +81,9 @@ class _Reader:
     def value(self, depth: int) -> Node:
         self.count += 1
         if self.count > MAX_NODES:
-            raise self.fault(f"more than {MAX_NODES} values", rule="DOC009")
+            raise self.fault(f"the file has more than {MAX_NODES} values", rule="DOC009")
         if depth > MAX_DEPTH:
-            raise self.fault(f"nested deeper than {MAX_DEPTH} levels", rule="DOC009")
+            raise self.fault(f"values are nested deeper than {MAX_DEPTH} levels", rule="DOC009")
         start, first = self.at, self.text[self.at : self.at + 1]
         value: Any
         if first == "{":
@@ -104,7 +106,7 @@ class _Reader:
         assert isinstance(text, str)
         if half := _HALF.search(text):
             code = f"\\u{ord(half.group()):04x}"
-            raise self.fault(f"a text holds half of a character ({code})")
+            raise self.fault(f"a text contains half of a character (the lone surrogate {code})")
         self.at = found.end()
         return text
 
@@ -125,7 +127,7 @@ class _Reader:
         text = found.group()
         long = is_long_integer(text)
         if len(text) > MAX_DIGITS and not long:
-            raise self.fault(f"a number of more than {MAX_DIGITS} digits", rule="DOC009")
+            raise self.fault(f"this number has more than {MAX_DIGITS} digits", rule="DOC009")
         mark = self.places.mark(self.at, found.end())
         self.at = found.end()
         value = TOO_LARGE if long else json.loads(text)
@@ -133,7 +135,8 @@ class _Reader:
             fix = "write a smaller number"
             self.findings.append(self.finding("DOC015", mark, too_large(text), fix))
         if value in (float("inf"), float("-inf")):
-            self.findings.append(self.finding("DOC006", mark, f"{text} is infinite", None))
+            message = f"{text} is too large for a float, so it would be infinite"
+            self.findings.append(self.finding("DOC006", mark, message, None))
         return value
 
     def sequence(self, depth: int) -> list[Node]:
@@ -176,14 +179,14 @@ class _Reader:
             lines = f"lines {first.line if first else mark.line} and {mark.line}"
             message = f"{key} is written twice in one mapping"
             self.findings.append(
-                self.finding("DOC002", mark, message, f"remove one of the two ({lines})")
+                self.finding("DOC002", mark, message, f"remove the key from one of {lines}")
             )
             return
         node.key = mark
         members[key] = node
 
     def more(self, closing: str) -> bool:
-        """After an item: True if a comma follows, False if the closing bracket follows."""
+        """Read what follows an item. Return True for a comma, and False for the closing bracket."""
         following = self.space()
         if following not in (",", closing) or not following:
             raise self.fault(f"JSON syntax: expected a comma or {closing} here")

@@ -1,7 +1,8 @@
-"""Make edits that move a key to another section, or remove it, in YAML, JSON and TOML.
+"""Make the edits that move a key of a run file to another section, or remove it, in YAML, JSON and
+TOML.
 
-Only keys with a scalar on one line are moved, and only in text with a known layout. Otherwise there
-is no edit, and the finding says in words what to do.
+A key is moved only if it has a scalar on one line, and the text around it has a layout that this
+module supports. Otherwise the fix has no edits, and its text says what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _COMMENT = re.compile(r"[ \t]*(#.*)?")
 
 
 def schema_of(path: KeyPath) -> dict[str, Any] | None:
-    """The schema of a key that a run file may contain; None for an unknown or refused key."""
+    """Return the schema of a key that a run file may contain; None for an unknown or refused
+    key.
+    """
     schema: dict[str, Any] | None = find_schema("run")
     for part in path:
         schema = None if schema is None else schema.get("properties", {}).get(part)
@@ -37,7 +40,7 @@ def is_valid(node: Node, schema: dict[str, Any]) -> bool:
 
 
 def at(root: Node, path: KeyPath) -> Node | None:
-    """The node at ``path`` of a tree of mappings."""
+    """Return the node at ``path`` in a tree of mappings; None if there is no such node."""
     node: Node | None = root
     for part in path:
         node = node.value.get(part) if node is not None and isinstance(node.value, dict) else None
@@ -45,18 +48,19 @@ def at(root: Node, path: KeyPath) -> Node | None:
 
 
 def drop(root: Node, old: KeyPath) -> Fix:
-    """The fix that removes a key."""
+    """Return the fix that removes the key ``old``."""
     node = at(root, old)
     edit = None if node is None else _removal(root, old, node)
     if node is None or edit is None:
-        return Fix("remove it")
-    return Fix("remove it", (edit,), _moved(node, old, "(removed)"))
+        return Fix("remove the key")
+    return Fix("remove the key", (edit,), _moved(node, old, "(removed)"))
 
 
 def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
-    """The fix that sets the dotted key ``to`` to ``value`` in place of the key ``old``.
+    """Return the fix that replaces the key ``old`` by the dotted key ``to`` with ``value``.
 
-    There are no edits if ``to`` is already set to another value, or does not accept this one.
+    The fix has no edits if ``to`` is already set to another value, or if it does not accept
+    ``value``.
     """
     node, new = at(root, old), tuple(to.split("."))
     spelling = spell(value, "yaml")
@@ -71,8 +75,9 @@ def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
         same = type(there.value) is type(value) and there.value == value
         edit = _removal(root, old, node) if same else None
         if edit is None:
-            return Fix(f"use {to}, which is already written" if not same else "remove it")
-        return Fix("remove it", (edit,), _moved(node, old, f"(removed: {to} has this value)"))
+            text = "remove the key" if same else f"remove the key, because {to} is already set"
+            return Fix(text)
+        return Fix("remove the key", (edit,), _moved(node, old, f"(removed: {to} has this value)"))
     if old[:-1] == new[:-1]:
         edits = _in_place(node, new, value)
     else:
@@ -88,7 +93,9 @@ def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
 
 
 def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """The edits that rename the key in place, and change its value if needed."""
+    """Return the edits that rename the key in place, and change its value if needed. Return no
+    edits if this is not possible.
+    """
     if node.key is None or node.source.is_override:
         return ()
     edits = [rename(node.source, node.key, str(new[-1]))]
@@ -99,7 +106,7 @@ def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
 
 
 def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
-    """The edit that removes a key with its scalar."""
+    """Return the edit that removes a key with its scalar; None if this is not possible."""
     source, key, parent = node.source, node.key, at(root, path[:-1])
     one_line = key is not None and key.line == node.mark.line and "\n" not in _written(node)
     if source.is_override or key is None or parent is None or not one_line:
@@ -115,7 +122,9 @@ def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
 
 
 def _flow_removal(node: Node) -> Edit | None:
-    """The edit that removes a key from {a: 1, b: 2}, with one of the adjacent commas."""
+    """Return the edit that removes a key and an adjacent comma from a mapping such as {a: 1,
+    b: 2}.
+    """
     assert node.key is not None
     text, start, end = node.source.text, node.key.start, node.mark.end
     behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
@@ -128,7 +137,7 @@ def _flow_removal(node: Node) -> Edit | None:
 
 
 def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """The edits that insert a key into its section of the same text, or create the section."""
+    """Return the edits that insert the key ``new`` into its section, or that create the section."""
     source = node.source
     section, name = at(root, new[:-1]), str(new[-1])
     if source.is_override or len(new) != 2:
@@ -176,7 +185,9 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """The comment after a key that has its own line. The comment moves with the key."""
+    """Return the comment behind a key that has its own line, because the comment moves with the
+    key.
+    """
     if node.key is None:
         return ""
     _, _, before, after = _line(node.source.text, node.key.start, node.mark.end)
@@ -185,7 +196,7 @@ def _comment(node: Node) -> str:
 
 
 def _own(mapping: Node, source: Source) -> list[Node]:
-    """The entries of a mapping that are in this text, in source order."""
+    """Return the entries of a mapping that come from the text ``source``, in source order."""
     if not isinstance(mapping.value, dict):
         return []
     entries = [one for one in mapping.value.values() if one.source is source and one.key]
@@ -206,8 +217,9 @@ def _newline(source: Source) -> str:
 
 
 def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
-    """The line of characters ``start`` to ``end``: where it begins, where the next line begins, and
-    the text on it before and after those characters.
+    """Return four facts about the line with the characters from ``start`` to ``end``: the offset
+    where the line begins, the offset where the next line begins, the text before the characters,
+    and the text after them.
     """
     begin = text.rfind("\n", 0, start) + 1
     stop = text.find("\n", end)

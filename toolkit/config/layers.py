@@ -1,4 +1,4 @@
-"""Load a complete run file: its own text is merged over the files that it extends, and the
+"""Load a complete run file. First the file is merged over the file that it extends. Then the
 ``--set`` overrides are merged over the result.
 """
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """The document at ``path`` (``-`` is standard input). Problems in the text become findings,
-    never exceptions.
+    """Load the run file at ``path`` (``-`` is standard input). Problems in the text become
+    findings, not exceptions.
     """
     try:
         source = read_source(path)
@@ -30,7 +30,7 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
-    """The document of a text: merged over the files that it extends, then changed by the
+    """Return the document of a text, merged over the files that it extends, and changed by the
     overrides.
     """
     document = parse(source)
@@ -41,7 +41,7 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
 
 
 def parse(source: Source) -> Document:
-    """Parse one text in its format (YAML, JSON or TOML)."""
+    """Parse one text in its format (YAML, JSON or TOML), without the files that it extends."""
     if source.format == "json":
         from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
 
@@ -62,8 +62,9 @@ def parse(source: Source) -> Document:
 
 
 def _extend(document: Document, chain: list[Path], root: Path) -> None:
-    """Merge ``document`` over the file that its ``extends`` names, after merging that file over the
-    file that it extends itself. All files must be below ``root`` or a folder that the user allows.
+    """Merge ``document`` over the file that its ``extends`` names. That file is first merged over
+    the file that it extends itself. All files must be below ``root``, or below a folder that the
+    user allows. ``chain`` are the files that were loaded so far.
     """
     node = document.root.value.pop("extends", None)
     if node is None:
@@ -80,8 +81,8 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
 
 
 def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
-    """The document of the file that ``extends`` names, or a finding that says what is wrong with
-    it.
+    """Return the document of the file that ``extends`` (``node``) names, or a finding if the file
+    cannot be used.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
         return finding_at("DOC011", node, "extends: must be the path of one run file")
@@ -102,15 +103,15 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """The path of an extended file as findings show it: relative if the file that names it was
-    given as a relative path.
+    """Return the path of an extended file in the form that findings show. It is relative if the
+    file that extends it was given as a relative path.
     """
     return Path(node.source.name).parent / node.value if node.source.path else path
 
 
 def merge(below: Node, above: Node) -> Node:
-    """``above`` merged over ``below``: mappings are merged, everything else is replaced. Nodes keep
-    their positions.
+    """Return ``above`` merged over ``below``. Mappings are merged key by key. All other values of
+    ``below`` are replaced. Nodes keep their positions.
     """
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
@@ -129,7 +130,11 @@ def _override(document: Document, text: str) -> None:
     keys = name.strip().split(".")
     if not equals or not all(keys):
         document.findings.append(
-            finding_at("DOC012", at, "an override is key=value, for instance grpo.max_steps=10")
+            finding_at(
+                "DOC012",
+                at,
+                "an override must have the form key=value, for example grpo.max_steps=10",
+            )
         )
         return
     parsed = parse_yaml(source)
@@ -144,8 +149,8 @@ def _override(document: Document, text: str) -> None:
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
-    """Set ``value`` at ``keys``, creating mappings where needed. Return an error text if an
-    existing value is in the way.
+    """Set ``value`` at the path ``keys``, and create the missing mappings on the path. Return an
+    error text if an existing value on the path cannot contain the next key.
     """
     node = root
     for depth, key in enumerate(keys):

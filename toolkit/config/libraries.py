@@ -1,8 +1,10 @@
-"""Find the legal values that a library defines: in its installed source, or in a recorded table if
-it is not installed.
+"""Find the values that a library allows for a setting (LoRA ranks, loss types, initializations).
+They are read from the source code of the installed library. If the library is not installed, a
+recorded table is used.
 
-The sources are read as text and never imported (importing vLLM would take seconds and create a GPU
-context). A contract test compares the table with the installed libraries.
+The source code is read as text and never imported, because importing vLLM would take seconds and
+create a GPU context. A test in tests/contract compares the recorded table with the installed
+libraries.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
 
 
 class Known(NamedTuple):
-    """The values and their origin: ``vLLM installed here`` or ``vLLM 0.31.0``."""
+    """The allowed values, and a text that says where they come from: ``the vLLM installed here`` or
+    ``vLLM 0.31.0``.
+    """
 
     values: tuple[Any, ...]
     origin: str
 
 
-# Recorded from vllm 0.25.1 and 0.31.0, trl 1.16.0, peft 0.21.2.
+# The values that vllm 0.25.1 and 0.31.0, trl 1.16.0 and peft 0.21.2 allow.
 RECORDED: dict[str, Known] = {
     "lora_ranks": Known((1, 8, 16, 32, 64, 128, 256, 320, 512), "vLLM 0.31.0"),
     "loss_types": Known(
@@ -40,7 +44,8 @@ RECORDED: dict[str, Known] = {
     ),
 }  # fmt: skip
 
-# (package, file inside it, name for people, pattern that finds the values in the text)
+# For each setting: the package, the file in the package, the name of the package in messages, and
+# the pattern that finds the values in the text of the file.
 _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
     "lora_ranks": (
         "vllm",
@@ -67,13 +72,13 @@ _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
 
 @cache
 def known(which: str) -> Known:
-    """The legal values of ``lora_ranks``, ``loss_types`` or ``lora_inits``."""
+    """Return the allowed values of ``lora_ranks``, ``loss_types`` or ``lora_inits``."""
     return installed(which) or RECORDED[which]
 
 
 def installed(which: str) -> Known | None:
-    """The values in the installed library's source; None if it is not installed or its source has a
-    different form.
+    """Return the values in the installed library's source code. None if the library is not
+    installed, or if its source code has an unexpected form.
     """
     package, file, name, pattern = _SOURCES[which]
     folder = package_folder(package)
@@ -90,13 +95,17 @@ def installed(which: str) -> Known | None:
     else:
         values = tuple(ast.literal_eval(found[1]))
     if which == "lora_inits" and "lora_ga" not in values:
-        values = (*values, "lora_ga")  # PEFT accepts it, but its annotation does not list it
+        values = (
+            *values,
+            "lora_ga",
+        )  # PEFT accepts lora_ga, but its annotation does not list that value
     return Known(values, f"the {name} installed here")
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for a model_type; a field is None if that is
-    unknown.
+    """What the installed transformers supports for a model_type. ``known``: it has the type.
+    ``causal``: it has a causal language model of the type. ``attention``: the attention functions
+    that the model supports. None means unknown.
     """
 
     known: bool | None = None
@@ -106,9 +115,9 @@ class ModelType(NamedTuple):
 
 @cache
 def model_type(name: str) -> ModelType:
-    """Whether transformers has the model_type, whether it has a causal language model of this type,
-    and which attention ("sdpa", "flash", "flex") that model supports. This is read from the sources
-    of the installed transformers (written for 5.17).
+    """Return what the installed transformers supports for the model_type ``name``. The keys of
+    ``attention`` are "sdpa", "flash" and "flex". The facts are read from the source code of
+    transformers, whose layout is assumed to be that of 5.17.
     """
     folder = package_folder("transformers")
     try:
@@ -128,8 +137,8 @@ def model_type(name: str) -> ModelType:
 
 
 def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
-    """The attention functions that the model's module supports; empty if there is no such
-    module.
+    """Return whether the model's module supports the attention functions "sdpa", "flash" and
+    "flex". Empty if transformers has no such module. ``types`` is the text of auto_mappings.py.
     """
     special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
     moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)
@@ -145,7 +154,9 @@ def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
 
 
 def package_folder(package: str) -> Path | None:
-    """The folder of an installed package, without importing it."""
+    """Return the folder of an installed package without importing it; None if it is not
+    installed.
+    """
     try:
         spec = find_spec(package)
     except (ImportError, ValueError):
@@ -155,11 +166,11 @@ def package_folder(package: str) -> Path | None:
 
 
 LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
-"""The recorded ranks for which vLLM has LoRA slots."""
+"""The recorded LoRA ranks that vLLM allows for its adapter slots."""
 
 
 def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
-    """The smallest rank in ``legal`` that is at least ``rank``; None if ``rank`` is above the
-    largest.
+    """Return the smallest rank in ``legal`` that is at least ``rank``; None if every rank in
+    ``legal`` is smaller.
     """
     return min((one for one in legal if one >= rank), default=None)

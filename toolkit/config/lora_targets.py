@@ -1,9 +1,10 @@
-"""Decide which layers get an adapter: the default for a model, and the meaning of the names in a
-mixture of experts.
+"""Decide which layers of a model get a LoRA adapter: find the default, and apply PEFT's rules for
+names and patterns of modules.
 
-The engine's LoRA slots are on linear layers. vLLM's slots on routed experts take gigabytes (3.1 GiB
-at rank 32 on Qwen3-30B-A3B), and the toolkit does not send adapters to them. So the default for a
-mixture of experts is its attention.
+A LoRA slot is memory that the engine reserves at a layer for an adapter. The engine has slots on
+linear layers. In a mixture of experts, slots on the routed experts would use gigabytes (3.1 GiB at
+rank 32 on Qwen3-30B-A3B), and the toolkit does not support adapters on them in the engine. For such
+a model, the default is therefore the attention layers only.
 """
 
 from __future__ import annotations
@@ -20,48 +21,55 @@ _Value = TypeVar("_Value")
 ATTENTION = SEVEN_PROJECTIONS[:4]
 MLP = SEVEN_PROJECTIONS[4:]
 # The layers that get LoRA slots in the engine by default, under vLLM's names (q_b_proj is the query
-# of multi-head latent attention). Without this list vLLM also adds slots to embeddings, the head
-# and experts, which costs memory, and time for every token.
+# projection of multi-head latent attention). Without this list, vLLM would also reserve slots on
+# the embeddings, the head and the experts. These slots would cost memory, and time for every token.
 SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
-# Types of checkpoints that store fused layers (transformers 5.17).
+# Model types whose checkpoints store fused layers, and the names of their layers (transformers
+# 5.17).
 FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
 LONGEST_PATTERN, MOST_GROUPS = 1000, 10
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# Families whose experts PEFT adapts under the names of the MLP (transformers' conversion
-# "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
+# Model types for which PEFT applies the names gate_proj, up_proj and down_proj to the experts
+# (transformers' conversion "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
 EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
 # The layers of an expert that transformers stores as one parameter. PEFT adapts both or neither.
 FUSED_EXPERT = ("gate_proj", "up_proj")
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that describes the language model."""
+    """Return the part of a config.json that describes the language model: in a multimodal model,
+    the fields of text_config replace those at the top level.
+    """
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json, or a Hugging Face config as a dict, is of a mixture of experts.
+    """Whether ``config`` (a config.json, or a Hugging Face config as a dict) describes a mixture of
+    experts.
 
-    A model with one expert is not a mixture: dense models of some families have this count
-    (Hunyuan, Jamba). Some configs list the count for each layer.
+    The number of experts must be above 1, because dense models of some families state 1 expert
+    (Hunyuan, Jamba). Some configs list the number for each layer.
     """
     text = text_part(config)
     return any(_most(text.get(name)) > 1 for name in EXPERTS)
 
 
 def _most(counts: Any) -> int:
-    """The largest integer in ``counts``, which is an integer or a list of integers; else 0."""
+    """Return the largest integer in ``counts``, which is an integer or a list of integers; 0 if
+    there is no integer.
+    """
     listed = counts if isinstance(counts, list) else [counts]
     return max((count for count in listed if isinstance(count, int)), default=0)
 
 
 def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What ``lora.target_modules: auto`` means for the model of this config.json: the projections
-    of attention and MLP, or only of attention for a mixture of experts.
+    """Return the layers that ``lora.target_modules: auto`` means for the model of this config.json.
+    These are the projections of attention and MLP. In a mixture of experts, they are only the
+    projections of attention.
 
-    With latent attention (DeepSeek) it is the query and output projections, because keys and values
-    are folded into the engine's attention kernel.
+    In a mixture of experts with multi-head latent attention (DeepSeek), they are only the query and
+    output projections, because the engine's attention kernel computes keys and values itself.
     """
     text = text_part(config)
     if not has_experts(text):
@@ -72,22 +80,25 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pattern_fault(text: str) -> str | None:
-    """Why a text is not usable as a regular expression; None if it is."""
+    """Why ``text`` cannot be used as a regular expression; None if it can."""
     if len(text) > LONGEST_PATTERN:
-        return f"longer than {LONGEST_PATTERN} characters"
+        return f"the pattern is longer than {LONGEST_PATTERN} characters"
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         return f"not a regular expression: {error}"
     if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MOST_GROUPS:
-        return "a repetition inside a repetition could take very long"
+        return (
+            "the pattern has a repetition inside a repetition or too many groups, so that matching "
+            "could take very long"
+        )
     return None
 
 
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    """The value that ``rank_pattern`` or ``alpha_pattern`` has for a module: that of the first key
-    that equals the end of its name or matches it as a regular expression (PEFT 0.21.2,
-    ``get_pattern_key``).
+    """Return the value of ``pattern`` (``rank_pattern`` or ``alpha_pattern``) for a module. The
+    first key that matches counts: it equals the end of the module's name, or matches it as a
+    regular expression. If no key matches, return ``default`` (PEFT 0.21.2, ``get_pattern_key``).
     """
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -96,7 +107,7 @@ def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -
 
 
 def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
-    """Whether ``exclude_modules`` names a module, by PEFT's rules."""
+    """Whether ``exclude_modules`` excludes ``module``. The rules are those of PEFT."""
     if not exclude:
         return False
     if isinstance(exclude, str):
@@ -105,10 +116,10 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
-    """The names among gate_proj, up_proj and down_proj that PEFT applies to the stacked experts of
-    this family.
+    """Return those of the names gate_proj, up_proj and down_proj in ``targets`` that PEFT applies
+    to the stacked experts of this model type.
 
-    Then these names do not mean the modules of dense and shared layers.
+    PEFT then does not apply these names to dense layers and shared experts.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

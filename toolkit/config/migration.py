@@ -1,5 +1,5 @@
-"""Old keys of TRL, Unsloth, PEFT and transformers with their replacements, and keys without
-effect.
+"""Tables of old keys of TRL, Unsloth, PEFT and transformers with their replacements, and of keys
+that have no effect.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """What became of an old key. ``to`` is the current dotted key (None: the key was removed). If
-    both keys are in one section, the key is renamed in place.
+    """What replaced an old key. ``to`` is the current dotted key (None: the key was removed).
+    ``since`` names the library that has or had the old key. ``told`` is additional text for
+    messages.
     """
 
     to: str | None
@@ -18,17 +19,18 @@ class Moved(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """A sentence that says what replaced the key."""
+        """Text that says what replaced the key."""
         if self.to is None:
-            return f"{self.since} had it: {self.told}" if self.told else f"{self.since} had it"
-        return f"this is its name in {self.since}; here it is {self.to}" + (
-            f"; {self.told}" if self.told else ""
+            before = f"this key of {self.since} does not exist here"
+            return f"{before}: {self.told}" if self.told else before
+        return f"this is the name in {self.since}; here the key is {self.to}" + (
+            f" ({self.told})" if self.told else ""
         )
 
 
 MOVED: dict[str, Moved] = {
     "grpo.warmup_ratio": Moved(
-        "grpo.warmup_steps", "transformers 4", "warmup_steps below 1 is a fraction of the run"
+        "grpo.warmup_steps", "transformers 4", "a value below 1 is a fraction of the run"
     ),
     "grpo.evaluation_strategy": Moved("grpo.eval_strategy", "older transformers", ""),
     "grpo.per_gpu_train_batch_size": Moved(
@@ -40,12 +42,12 @@ MOVED: dict[str, Moved] = {
     "grpo.no_cuda": Moved(
         None,
         "older transformers",
-        "a GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
+        "a GPU is used if there is one; to hide it, set CUDA_VISIBLE_DEVICES to an empty string",
     ),
     "grpo.group_by_length": Moved(
         None, "transformers 4", "GRPO uses its own sampler of prompt groups"
     ),
-    "grpo.logging_dir": Moved(None, "transformers 4", "the run folder holds all logs"),
+    "grpo.logging_dir": Moved(None, "transformers 4", "all logs are in the run folder"),
     "grpo.overwrite_output_dir": Moved(
         None, "transformers 4", "a run never overwrites another: set a new runtime.output_dir"
     ),
@@ -61,19 +63,17 @@ MOVED: dict[str, Moved] = {
     ),
     "grpo.wandb_log_unique_prompts": Moved("grpo.log_unique_prompts", "older TRL", ""),
     "grpo.kl_coef": Moved("grpo.beta", "older TRL", "the KL coefficient is called beta"),
-    "grpo.max_seq_length": Moved(
-        "model.max_seq_length", "older TRL", "it is a key of the model section"
-    ),
-    "grpo.max_length": Moved(
-        "model.max_seq_length", "older TRL", "it is a key of the model section"
-    ),
+    "grpo.max_seq_length": Moved("model.max_seq_length", "older TRL", ""),
+    "grpo.max_length": Moved("model.max_seq_length", "older TRL", ""),
     "grpo.dataset_text_field": Moved("dataset.prompt", "older TRL", "GRPO reads a prompt column"),
     "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
     "grpo.unsloth_num_chunks": Moved(
         None, "Unsloth", "log-probabilities are always computed in chunks here"
     ),
     "grpo.unsloth_grpo_mini_batch": Moved(
-        None, "Unsloth", "the sizer chooses the micro-batch, or per_device_train_batch_size sets it"
+        None,
+        "Unsloth",
+        "set per_device_train_batch_size, or set it to auto to let the toolkit choose",
     ),
     "grpo.vllm_sampling_params": Moved(
         None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"
@@ -81,9 +81,9 @@ MOVED: dict[str, Moved] = {
     "model.max_seq_len": Moved("model.max_seq_length", "Unsloth", ""),
     "model.torch_dtype": Moved("model.dtype", "transformers 4", ""),
     "model.rope_scaling": Moved(
-        None, "other tools", "it is read from the checkpoint's config.json"
+        None, "other tools", "rope scaling is read from the checkpoint's config.json"
     ),
-    "model.device_map": Moved(None, "other tools", "one process holds one copy on its own GPU"),
+    "model.device_map": Moved(None, "other tools", "each process loads the model onto its own GPU"),
     "lora.alpha": Moved("lora.lora_alpha", "PEFT", ""),
     "lora.dropout": Moved("lora.lora_dropout", "PEFT", ""),
     "lora.rank": Moved("lora.r", "PEFT", ""),
@@ -91,22 +91,25 @@ MOVED: dict[str, Moved] = {
     "lora.lora_rank": Moved("lora.r", "PEFT", ""),
     "lora.lora_target_modules": Moved("lora.target_modules", "PEFT", ""),
     "lora.seed": Moved("lora.random_state", "Unsloth", ""),
-    "lora.task_type": Moved(None, "other tools", "it is always CAUSAL_LM"),
+    "lora.task_type": Moved(None, "other tools", "the task type is always CAUSAL_LM"),
 }
 
 
-# Fields that the trainer always sets itself; the run file cannot change them.
+# Fields that the trainer always sets itself, so that the run file cannot change them, and the
+# reason.
 FORCED = {
     "grpo.logging_strategy": "metrics are written every step",
     "grpo.logging_steps": "metrics are written every step",
     "grpo.disable_tqdm": "the run prints its own progress",
-    "grpo.use_cpu": "a GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "grpo.use_cpu": (
+        "a GPU is used if there is one; to hide it, set CUDA_VISIBLE_DEVICES to an empty string"
+    ),
     "grpo.include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts the tokens",
     "grpo.include_for_metrics": "GRPO evaluates with rewards and has no compute_metrics",
-    "grpo.remove_unused_columns": "rewards get every column of the data set",
-    "grpo.ddp_backend": "processes communicate over NCCL with a GPU, else over gloo",
+    "grpo.remove_unused_columns": "rewards always get every column of the data set",
+    "grpo.ddp_backend": "processes communicate over NCCL if they have GPUs, else over gloo",
 }
-# Fields that no code of GRPO reads.
+# Fields that have no effect in GRPO, and the reason.
 INERT = {
     "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
     "grpo.label_names": "the loss of GRPO has no labels",
@@ -114,24 +117,31 @@ INERT = {
     "grpo.prediction_loss_only": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.eval_do_concat_batches": "GRPO evaluates with rewards and has no compute_metrics",
     "grpo.logging_first_step": "metrics are written every step",
-    "grpo.num_completions_to_print": "completions are not printed; completions.jsonl has them all",
-    "grpo.train_sampling_strategy": "GRPO uses its own group sampler; see shuffle_dataset",
-    "grpo.length_column_name": "GRPO uses its own group sampler",
-    "grpo.data_seed": "GRPO draws prompts with grpo.seed",
-    "grpo.max_tool_calling_iterations": (
-        "there is no section tools, and no environment of several turns"
+    "grpo.num_completions_to_print": (
+        "completions are not printed; completions.jsonl contains all of them"
     ),
-    "grpo.restore_callback_states_from_checkpoint": "a resumed run restores all of its state",
-    "grpo.average_tokens_across_devices": "the loss of GRPO counts tokens over all devices itself",
+    "grpo.train_sampling_strategy": (
+        "GRPO uses its own sampler of prompt groups; shuffle_dataset sets the order"
+    ),
+    "grpo.length_column_name": "GRPO uses its own sampler of prompt groups",
+    "grpo.data_seed": "grpo.seed determines the order of the prompts",
+    "grpo.max_tool_calling_iterations": (
+        "the run file has no section tools and no environment with several turns"
+    ),
+    "grpo.restore_callback_states_from_checkpoint": "a resumed run always restores all state",
+    "grpo.average_tokens_across_devices": (
+        "the loss of GRPO always averages over the tokens of all devices"
+    ),
 }
 
 
 class Conversion(NamedTuple):
-    """How --fix replaces an old key without changing its meaning: by the key ``to`` with a value,
-    or by nothing.
+    """How --fix converts an old key without changing its meaning. The key is replaced by the key
+    ``to``, or removed.
 
-    ``values`` None keeps every value; otherwise values that it does not contain cannot be
-    converted. With a value in ``drop`` the key only repeats the default and can be removed.
+    ``values`` maps old values to new values. None means that every value stays as it is. A value
+    that is missing in the mapping cannot be converted. If the value is one of ``drop``, the key has
+    no effect and is removed.
     """
 
     to: str | None = None
@@ -160,20 +170,20 @@ CONVERSIONS: dict[str, Conversion] = {
     "model.device_map": Conversion(drop=("auto",)),
     "lora.task_type": Conversion(drop=("CAUSAL_LM",)),
 }
-"""How --fix converts old keys. A key of ``MOVED`` that is missing here keeps its value under its
-new name.
+"""How --fix converts old keys. A key of ``MOVED`` that is missing here is renamed and keeps its
+value.
 """
 
 
 def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """The current key and value for an old key; (None, None) if the key must be removed; None if
-    only the user can say what was meant.
+    """Return the current key and value for the key ``old`` with ``value``. Return (None, None) if
+    the key can be removed. Return None if the user must decide.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:
         to = MOVED[old].to if old in MOVED else None
         if old == "grpo.warmup_ratio" and not (_is_number(value) and value < 1):
-            return None  # 1 would be one step, not the whole run
+            return None  # a warmup_steps of 1 would mean one step, not the whole run
         return (to, value) if to is not None and "." in to else None
     if any(type(one) is type(value) and one == value for one in conversion.drop):
         return None, None

@@ -1,5 +1,5 @@
-"""Read the facts of a model that rules need from config.json and the names of its weights, without
-torch.
+"""Read facts of a model that the rules check, from config.json and the names of its weights,
+without torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's config.json and its folder."""
+    """A model's folder, the content of its config.json, and the facts that follow from them."""
 
     folder: Path
     config: dict[str, Any]
@@ -44,8 +44,8 @@ class ModelFacts:
         return dict(text_part(self.config))
 
     def whole(self, *names: str) -> int | None:
-        """The value of the first of these keys that is a positive integer; None if there is
-        none.
+        """Return the value of the first key in ``names`` whose value is a positive integer; None if
+        there is no such key.
         """
         for name in names:
             value = self.text.get(name)
@@ -55,7 +55,9 @@ class ModelFacts:
 
     @property
     def max_length(self) -> int | None:
-        """The longest sequence in tokens, including the rope scaling in config.json."""
+        """The maximum length of a sequence in tokens, with the rope scaling of config.json; None if
+        unknown.
+        """
         length = self.whole(*_LENGTHS)
         scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters")
         if length is None or not isinstance(scaling, dict):
@@ -69,8 +71,8 @@ class ModelFacts:
 
     @property
     def longrope_original(self) -> int | None:
-        """The length in tokens above which LongRoPE uses its long factors; None without
-        LongRoPE.
+        """The length in tokens above which LongRoPE uses its factors for long sequences; None if
+        the model does not use LongRoPE.
         """
         scaling = self.text.get("rope_parameters") or self.text.get("rope_scaling")
         if not isinstance(scaling, dict):
@@ -97,8 +99,8 @@ class ModelFacts:
 
     @property
     def tied(self) -> bool | None:
-        """Whether lm_head is tied to the embedding; None if neither the config nor the weights show
-        it.
+        """Whether lm_head shares its weight with the embedding; None if neither config.json nor the
+        weights show it.
         """
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         if isinstance(said, bool):
@@ -107,7 +109,9 @@ class ModelFacts:
 
     @cached_property
     def modules(self) -> frozenset[str] | None:
-        """Full names of the modules that own a weight; None if the weights are not available."""
+        """The full names of the modules that have a weight; None if the weights are not
+        available.
+        """
         names = _weight_names(self.folder)
         if names is None:
             return None
@@ -115,7 +119,9 @@ class ModelFacts:
 
 
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
-    """The facts of the model that ``node`` names: a folder, or a snapshot in the hub cache."""
+    """Return the facts of the model that ``node`` names: a folder, or a hub id that is looked up in
+    the hub cache. None if the model is not on this machine.
+    """
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):
         cached = cached_model(node.value, revision, os.environ)
@@ -127,8 +133,8 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """A message that says why a loader could not read a model's folder in limited time; None if it
-    could.
+    """Return a text that names the first file in a model's folder that a loader might wait for
+    forever (such as a named pipe); None if there is no such file.
     """
     try:
         for name, fault in files.irregular_files(folder):
@@ -144,7 +150,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file of limited size; None if the file is missing or not JSON."""
+    """Return the value in a JSON file of limited size; None if the file is missing, too large or
+    not JSON.
+    """
     try:
         return files.read_json(path)
     except InputError:
@@ -181,13 +189,14 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def least_cache_bytes(
     text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
-    """A lower bound of the KV cache in bytes: one sequence of ``tokens``, and the block that vLLM
-    keeps empty. None for models that keep other state than the keys and values of each layer.
+    """Return a lower bound of the size of the KV cache in bytes: room for one sequence of
+    ``tokens``, and for the block that vLLM keeps empty. None for models that keep other state than
+    the keys and values of each layer.
 
     ``text`` is the part of config.json that describes the language model. If one layer has a
-    sliding window, the window is used for all layers, so the bound may be too low. ``cards`` is the
-    number of GPUs that share the model: each has its part of the KV heads, at least one. The sizer
-    computes the exact number for every family (``sizing.kv_bytes``).
+    sliding window, that window is assumed for all layers, so the bound may be too low. ``cards`` is
+    the number of GPUs over which the model is split. Each GPU stores its part of the KV heads, at
+    least one head. ``sizing.kv_bytes`` computes the exact size for every model type.
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
     counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
@@ -205,7 +214,8 @@ def least_cache_bytes(
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:
-    """Whether keys in config.json show that some layers keep another state (Mamba, linear
-    attention), that layers share a cache, or that the number of KV heads has an unusual key.
+    """Whether config.json has a key that makes the formula above wrong. Such a key shows that
+    layers keep another state (Mamba, linear attention), that layers share a cache, or that the
+    number of KV heads is stored under another name.
     """
     return any(name.startswith(OTHER_CACHES) for name in text)

@@ -1,8 +1,9 @@
-"""How the processes of a run share the model. Tensor parallelism: each group of N processes holds
-one model. Data parallelism: each such group is a replica.
+"""Compute how the processes of a run share the model. Tensor parallelism: the model is split over a
+group of N processes (``tensor_parallel_size``). Data parallelism: a run may have several such
+groups, which are called replicas.
 
-World size = N x replicas. Each replica samples and trains on its own rows; within a group all
-processes work on the same rows.
+The world size is N x replicas. Each replica samples and trains on its own rows. All processes of a
+group work on the same rows.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ KEY = "model.tensor_parallel_size"
 SPLIT_MODELS = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3")
 )
-"""Model types (transformers 5.17) whose layers vLLM splits in a way that the trainer supports:
-separate q, k, v, o, gate, up and down projections, whole heads, no mixture of experts. Checked by
-tests/engine/test_engine_tensor_parallel.py.
+"""Model types (transformers 5.17) whose layers vLLM splits in a way that the trainer supports.
+These models have separate q, k, v, o, gate, up and down projections, are split by whole heads, and
+are not mixtures of experts. tests/engine/test_engine_tensor_parallel.py checks the list.
 """
 
 ELEMENTWISE = frozenset(("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"))
-"""Optimizers that update each value of a tensor independently, so that updating a part of a tensor
-gives the same values as updating the whole tensor.
+"""Optimizers that update each value of a tensor independently of the other values. Updating a part
+of a tensor therefore gives the same values as updating the whole tensor.
 """
 
 SLICED_INITS = (True, False, "gaussian")
-"""Values of init_lora_weights that do not depend on the base weights: each rank keeps its part of
-the values that one process would have drawn.
+"""Values of init_lora_weights for which the adapter does not depend on the base weights. Each
+process can draw the initial values of the whole adapter and keep its part of them.
 """
 
 VOCABULARY_PADDING = 64
@@ -39,13 +40,13 @@ VOCABULARY_PADDING = 64
 
 
 def size_of(value: Any) -> int:
-    """tensor_parallel_size as a number: an "auto" that is not resolved yet counts as 1."""
+    """Return tensor_parallel_size as a number. An "auto" that is not resolved yet counts as 1."""
     return value if isinstance(value, int) else 1
 
 
 def replicas(world_size: int, size: Any) -> int:
-    """The number of groups of ``size`` processes in a run. If ``size`` is not resolved yet or does
-    not divide ``world_size``, the number of processes.
+    """Return the number of replicas: groups of ``size`` processes among ``world_size`` processes.
+    If ``size`` is not resolved yet, or does not divide ``world_size``, return ``world_size``.
     """
     number = size_of(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size
@@ -68,27 +69,32 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
         if padded % size:
             return f"{size} does not divide the padded vocabulary {padded}"
         if padded // size * (size - 1) >= vocabulary:
-            return f"the vocabulary of {vocabulary} leaves nothing for the last of {size} cards"
+            return (
+                f"with {size} cards, the last card would get no part of the vocabulary of "
+                f"{vocabulary} tokens"
+            )
     return None
 
 
 def model_problem(config: Mapping[str, Any]) -> str | None:
-    """Why a model of this kind (its config.json) cannot be split at all; None if it can."""
+    """Why the model of this config.json cannot be split over any number of cards; None if it
+    can.
+    """
     text = text_part(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")
     if has_experts(dict(text)):
-        return "a mixture of experts is not split: the trainer does not follow vLLM's expert layers"
+        return "the trainer cannot split a mixture of experts in the way in which vLLM splits it"
     if kind not in SPLIT_MODELS:
         known = ", ".join(sorted(SPLIT_MODELS))
-        return f"model type {kind!r} is not among those that the trainer follows ({known})"
+        return f"the trainer cannot split the model type {kind!r}, only {known}"
     if config.get("quantization_config"):
-        return "packed weights are not split: the trainer reads them whole"
+        return "the checkpoint has quantized weights, which the trainer cannot split"
     return None
 
 
 def sizes(config: Mapping[str, Any] | None, world_size: int) -> list[int]:
-    """The values of tensor_parallel_size that "auto" may choose from, in ascending order.
-    ``config`` is None if the model is not on this machine.
+    """Return the values of tensor_parallel_size that are possible for "auto", in ascending order.
+    ``config`` is the content of config.json, or None if the model is not on this machine.
     """
     found = [number for number in range(1, world_size + 1) if world_size % number == 0]
     if config is None:

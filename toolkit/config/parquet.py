@@ -1,5 +1,5 @@
-"""Read the column names of a Parquet file, and check that its parts are where its footer says
-(parquet.thrift, compact protocol), without pyarrow.
+"""Read the column names of a Parquet file without pyarrow, and check that its parts are at the
+positions that its footer states (parquet.thrift, compact protocol).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNREADABLE = (OSError, struct.error, IndexError, KeyError, TypeError, ValueErro
 
 
 def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
-    """The names of the top-level columns; None if the file is not a Parquet file."""
+    """Return the names of the top-level columns; None if the file is not a Parquet file."""
     try:
         metadata, _ = _footer(file)
         return _top_level(metadata[_SCHEMA])
@@ -36,8 +36,8 @@ def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
 
 
 def number_column(file: IO[bytes], name: str) -> str | None:
-    """Python's name for the type of the column ``name`` if its values are plain numbers or
-    booleans; None if they are something else, or the type is unknown.
+    """Return "bool", "int" or "float" if the values of the column ``name`` are booleans or plain
+    numbers. Return None if they are something else, or if the type is unknown.
     """
     try:
         metadata, _ = _footer(file)
@@ -53,26 +53,26 @@ def number_column(file: IO[bytes], name: str) -> str | None:
 
 
 def parquet_fault(file: IO[bytes]) -> str | None:
-    """A message that says what is wrong with a file; None if the footer and the head of each page
-    are right. The content of the pages is not unpacked.
+    """Return a text that says what is wrong with a Parquet file; None if its footer and the header
+    of each page are valid. The content of the pages is not checked.
     """
     size = file.seek(0, os.SEEK_END)
     if size < 12:
-        return "it is cut short: it has fewer bytes than an empty one"
+        return "the file is cut short: even an empty Parquet file has more bytes"
     file.seek(size - 8)
     length, magic = struct.unpack("<I4s", file.read(8))
     if magic != MAGIC:
-        return "it is cut short: it does not end as a Parquet file does"
+        return "the file is cut short: it does not end with Parquet's magic number"
     if length > size - 12:
-        return f"its footer of {length} bytes is longer than the file"
+        return f"the footer ({length} bytes) is longer than the file"
     if length > MAX_FOOTER_BYTES:
-        return None  # such a file is not checked further
+        return None  # a file with such a large footer is not checked further
     try:
         metadata, end = _footer(file)
         _top_level(metadata[_SCHEMA])
         columns = [column for group in metadata[_GROUPS] for column in group[_COLUMNS]]
     except _UNREADABLE:
-        return "its footer cannot be read"
+        return "the footer cannot be read"
     for column in columns[:MAX_CHUNKS]:
         told = column.get(_COLUMN_METADATA)
         if told is not None and (fault := _chunk_fault(file, told, end)):
@@ -81,24 +81,26 @@ def parquet_fault(file: IO[bytes]) -> str | None:
 
 
 def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
-    """The metadata of the file, and the offset at which it begins."""
+    """Return the metadata in the footer, and the offset in the file at which the footer begins."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 8, 0))
     length, magic = struct.unpack("<I4s", file.read(8))
     if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
-        raise ValueError("no Parquet file")
+        raise ValueError("not a Parquet file")
     file.seek(size - 8 - length)
     return _Thrift(file.read(length)).struct(0), size - 8 - length
 
 
 def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
-    """A message that says what is wrong with the pages of one column; None if nothing is."""
+    """Return a text that says what is wrong with the pages of one column chunk; None if no fault
+    was found. ``told`` is the metadata of the chunk, and ``end`` is the offset of the footer.
+    """
     try:
         name = b".".join(told[_PATH]).decode("utf-8", "replace")
         starts = [told[place] for place in (_DATA_PAGE, _DICTIONARY_PAGE) if told.get(place)]
         at, stop = min(starts), min(starts) + told[_CHUNK_BYTES]
         if at < 4 or stop > end:
-            return f"column {name!r} lies outside of the file"
+            return f"the footer states a position of column {name!r} that is outside the file"
         for _ in range(MAX_PAGES):
             if at >= stop:
                 break
@@ -114,8 +116,8 @@ def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
 
 
 def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
-    """The names of the top-level columns. ``elements`` is a tree in pre-order, beginning with its
-    root.
+    """Return the names of the top-level columns. ``elements`` are the elements of the schema, which
+    is a tree, in pre-order, beginning with the root.
     """
     names: list[str] = []
     index = 1
@@ -129,7 +131,7 @@ def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
 
 
 class _Thrift:
-    """A reader for the part of Thrift's compact protocol that a footer uses."""
+    """Reads the part of Thrift's compact protocol that occurs in a footer."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

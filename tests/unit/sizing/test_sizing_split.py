@@ -149,7 +149,7 @@ def test_which_numbers_a_shape_can_be_split_by(size, problem):
     [
         ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "KV heads"),
         ({"num_attention_heads": 8, "intermediate_size": 90}, 4, "intermediate_size 90"),
-        ({"num_attention_heads": 8, "vocab_size": 50}, 8, "leaves nothing"),
+        ({"num_attention_heads": 8, "vocab_size": 50}, 8, "no part of the vocabulary"),
         ({"num_attention_heads": 9, "vocab_size": 100}, 9, "padded vocabulary 128"),
     ],
 )
