@@ -133,8 +133,9 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Return a text that names the first file in a model's folder that a loader might wait for
-    forever (such as a named pipe); None if there is no such file.
+    """Return a text if a loader might never finish reading a model's folder, or cannot read it;
+    else None. The text names the first file that might block (such as a named pipe), or says why
+    the folder cannot be listed.
     """
     try:
         for name, fault in files.irregular_files(folder):

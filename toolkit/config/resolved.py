@@ -1,9 +1,9 @@
-"""Decide what a run is, in one place: engine, dtype, processes, device, the adapter's layers, and
-what the node must have.
+"""Decide everything that a run file leaves open: the engine, the dtype, the processes, the device,
+the adapter's layers, and what the node must provide.
 
 ``validate``, ``check``, ``size``, ``train`` and the drop-in API all use this module. The caller
-passes the facts of the machine as plain values (``Situation``); this module reads nothing itself. A
-value that the run file sets is never changed, so resolving twice gives the same result.
+passes the facts of the machine as plain values (``Situation``), and this module inspects nothing
+itself. A value that the run file sets is never changed, so resolving twice gives the same result.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import Dtype, RunConfig
 
 Engine = Literal["vllm", "transformers", "maybe"]
-"""The engine that generates. ``maybe`` is vLLM if the run trains on a GPU and vLLM is installed,
-else transformers.
+"""The engine that generates the rollouts. ``maybe`` means that the facts of the machine are not
+known yet: it is vLLM if the run trains on a GPU and vLLM is installed, else transformers.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """The facts of a card that the decisions need. ``compute_capability`` None means no GPU, and
-    (0, 0) a card that does not report it. ``machine`` is set only for a card that is not in this
-    machine. For such a card the locked builds are checked; for a card in this machine, `envcheck
-    check` checks the installed builds.
+    """The facts of a GPU on which the decisions depend. ``compute_capability`` is None if there is
+    no GPU, and (0, 0) if the GPU does not report it. ``machine`` is set only for a GPU that is not
+    in this machine. For such a GPU, validation checks the package builds in the lock files. For a
+    GPU in this machine, `envcheck check` checks the installed builds.
     """
 
     name: str
@@ -44,9 +44,9 @@ class DeviceFacts:
 class Situation:
     """Facts that are not in the run file.
 
-    ``world_size`` is the number of training processes. ``device`` None is unknown. ``vllm`` says
-    whether vLLM is installed on the machine that trains. None is unknown, and on a GPU it counts as
-    installed.
+    ``world_size`` is the number of training processes. ``device`` is the device that trains; None
+    means unknown. ``vllm`` says whether vLLM is installed on the machine that trains; None means
+    unknown. If it is unknown and the device is a GPU, vLLM is assumed to be installed.
     """
 
     world_size: int = 1
@@ -56,12 +56,13 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRun:
-    """A run with its open decisions made. In ``config``, engine, dtype, the adapter's layers and
-    the chat format are set as far as they are known.
+    """A run after the open decisions were made. In ``config``, the engine, the dtype, the adapter's
+    layers and the chat format are set as far as they are known.
 
-    ``dtype`` and ``targets`` stay "auto" if the machine or the model is unknown. ``chat`` says
-    whether plain prompts become user messages (``config.chat_format``); None is unknown.
-    ``asked_dtype`` is the format that the run file sets, else "auto".
+    ``dtype`` stays "auto" if the machine is unknown, and ``targets`` stays "auto" if the model is
+    not available. ``chat`` says whether plain text prompts become user messages
+    (``config.chat_format``); None means unknown. ``asked_dtype`` is the format that the run file
+    sets, or "auto".
     """
 
     config: RunConfig
@@ -75,18 +76,19 @@ class ResolvedRun:
 
     @property
     def replicas(self) -> int:
-        """The number of groups of processes that have rows of their own: one per process, unless
-        several processes share a model.
+        """The number of groups of processes that train on separate rows. Each process is a group of
+        its own, unless several processes share one copy of the model.
         """
         size = self.config.model.tensor_parallel_size
         return replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
     def needs(self) -> dict[str, Any]:
-        """What the run requires of its node, under the names of ``gpu``'s ``CheckContext``.
+        """Return what the run requires of its node. The keys are the fields of ``CheckContext`` in
+        ``toolkit.gpu``.
 
-        ``config`` and ``gpu`` do not import each other, so the caller passes these values on.
-        Requirements of vLLM are left out if vLLM does not run. None means that sizing will choose
-        the value.
+        ``config`` and ``gpu`` do not import each other, so the caller passes these values on. If
+        the run does not use vLLM, vLLM's requirements are left out. None means that sizing chooses
+        the value later.
         """
         model = self.config.model
         vllm = self.engine != "transformers"
@@ -112,9 +114,9 @@ def resolve_run(
     targets: tuple[str, ...] | None = None,
     template: bool | None = None,
 ) -> ResolvedRun:
-    """Decide the values that ``config`` does not set. ``targets`` are the default layers of the
-    model (``config.lora_targets.default_targets``), if the model is available. ``template`` says
-    whether its tokenizer has a chat template.
+    """Decide the values that ``config`` leaves open. ``targets`` are the model's default layers for
+    the adapter (``config.lora_targets.default_targets``); None if the model is not available.
+    ``template`` says whether the model's tokenizer has a chat template; None means unknown.
 
     Raises:
         ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.
@@ -147,8 +149,8 @@ def resolve_run(
 
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """The engine that generates: ``runtime.engine`` if set, else ``model.fast_inference``, else
-    vLLM if there is a GPU and vLLM is installed.
+    """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is set, else
+    ``model.fast_inference``. If neither is set, it is vLLM if there is a GPU and vLLM is installed.
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"
@@ -168,13 +170,14 @@ def dtype_of(
     grpo: Mapping[str, Any] | None = None,
     load_in_16bit: bool = False,
 ) -> str:
-    """The format of the weights and of the trainer's computations if ``model.dtype`` is "auto".
+    """Return the number format of the weights and of the trainer's computations. ``model.dtype``
+    (``dtype``) decides unless it is "auto".
 
-    It is the format that ``grpo.bf16`` or ``grpo.fp16`` sets, because engine and trainer must use
-    the same one. Otherwise it is bfloat16 on a GPU that supports it (compute capability 8.0),
-    float16 on an older GPU, and float32 on a CPU, whatever the checkpoint stores: on a CPU float32
-    is both fast and exact. ``load_in_16bit`` on a CPU means bfloat16. The result is "auto" if the
-    device is unknown.
+    Then ``grpo.bf16`` or ``grpo.fp16`` decides if it is set, because engine and trainer must use
+    the same format. Otherwise it is bfloat16 on a GPU that supports it (compute capability 8.0),
+    and float16 on an older GPU. On a CPU it is float32 for every checkpoint, because float32 is
+    both fast and exact there, but bfloat16 with ``load_in_16bit``. If the device is unknown, return
+    "auto".
     """
     if dtype != "auto":
         return dtype
@@ -188,13 +191,14 @@ def dtype_of(
         return "bfloat16" if load_in_16bit else "float32"
     if asked.get("fp16"):
         return "float16"
-    # (0, 0): the card does not report it; cards that old are rare.
+    # (0, 0) means that the card does not report its capability. Assume bfloat16, because cards
+    # without it are rare.
     return "bfloat16" if capability >= BFLOAT16 or capability == (0, 0) else "float16"
 
 
 def vllm_here() -> bool | None:
-    """Whether this installation has vLLM. None if torch is missing: then only the light commands
-    are installed, and training happens in another installation.
+    """Whether vLLM is installed here. None if torch is missing: this installation then has only the
+    light commands (such as envcheck), and training happens in another installation.
     """
     if find_spec("vllm") is not None:
         return True

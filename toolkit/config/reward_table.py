@@ -1,10 +1,10 @@
-"""The built-in rewards and their options, and the arguments that every reward receives. A test
-compares them with ``toolkit.train.rewards``.
+"""Tables of the built-in rewards with their options, and of the arguments that every reward gets. A
+test compares the tables with ``toolkit.train.rewards``.
 """
 
 from __future__ import annotations
 
-# reward -> option -> whether the option is required
+# For each built-in reward: its options, and whether each option is required.
 BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "exact_match": {"column": False, "tag": False, "ignore_case": False},
     "numeric_match": {"column": False, "tag": False, "tolerance": False},
@@ -17,24 +17,26 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
     "math_verify": {"column": False, "tag": False, "seconds_each": False},
 }
 
-# The arguments that TRL 1.16 passes to every reward besides the columns of the data set. Columns
-# cannot have these names (GRPOTrainer._calculate_rewards).
+# The arguments that TRL 1.16 passes to every reward in addition to the columns of the data set
+# (GRPOTrainer._calculate_rewards). A column with one of these names does not reach the rewards.
 PASSED_ALWAYS = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
-# Columns that never reach a reward, and why.
+# Names of columns that are never passed to a reward, and the reason.
 LEFT_OUT = {
-    **dict.fromkeys(PASSED_ALWAYS, "rewards receive something else as {name}"),
+    **dict.fromkeys(PASSED_ALWAYS, "TRL passes another value to rewards under the name {name}"),
     **dict.fromkeys(("image", "images"), "the trainer reads it as images, but it trains on text"),
     "completion": "the trainer uses this name for its own completions",
 }
-# All arguments that TRL may pass to a reward; environments only if the run has environments.
+# All arguments that TRL may pass to a reward. TRL passes ``environments`` only if the run has
+# environments.
 PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 
 def metric_names(names: list[str]) -> list[str]:
-    """The names that reward functions have in metrics: the function's own name, made unique if two
-    are the same.
+    """Return the names of the reward functions in metrics. Usually this is the function's name
+    without its module. If several functions have the same name, the module or a number makes the
+    names unique.
     """
     short = [name.rpartition(":")[2] for name in names]
     if len(set(short)) < len(short):

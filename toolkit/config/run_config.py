@@ -1,8 +1,8 @@
-"""The validated run file as frozen values.
+"""Define the validated run file as frozen dataclasses.
 
-The trainer gets this object, so the run file is parsed only once. ``"auto"`` is a value here.
-``toolkit.sizing`` replaces it, and the run's config.json records the result. Names and defaults are
-those of the drop-in API, of PEFT and of TRL's GRPOConfig.
+The trainer gets this object, so the run file is parsed only once. A value can still be ``"auto"``.
+``toolkit.sizing`` later replaces it by a number, and the run's config.json records the result.
+Names and defaults are those of the drop-in API, of PEFT and of TRL's GRPOConfig.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection(EngineSettings):
-    """The model to load, and its engine."""
+    """The model to load, and the settings of its vLLM engine."""
 
     model_name: str
     max_seq_length: int = 2048
@@ -40,11 +40,12 @@ class ModelSection(EngineSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSection:
-    """The adapter that is trained; scaling is alpha/r, or alpha/sqrt(r) with use_rslora.
+    """The LoRA adapter that is trained. Its output is scaled by alpha/r, or by alpha/sqrt(r) with
+    use_rslora.
 
-    ``target_modules`` "auto" is ``config.lora_targets.default_targets`` of the model.
-    ``adapter_path`` is the adapter from which training starts. Keys that the run file does not set
-    then come from that adapter.
+    ``target_modules`` "auto" means the layers that ``config.lora_targets.default_targets`` returns
+    for the model. ``adapter_path`` is the adapter from which training starts. If it is set, keys
+    that the run file does not set come from that adapter.
     """
 
     r: int = 16
@@ -67,15 +68,17 @@ class LoraSection:
 
     @property
     def largest_rank(self) -> int:
-        """The largest rank of a layer, which the engine's slots must hold."""
+        """The largest adapter rank of any layer. The engine's adapter slots must be at least this
+        large.
+        """
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """Where the prompts come from. ``path`` is a file, a saved datasets folder or a hub id. None is
-    refused, because there would be nothing to train on. ``config.chat_format`` resolves ``chat``
-    "auto".
+    """Where the prompts come from. ``path`` is a file, a folder that ``save_to_disk`` of the
+    datasets library wrote, or a hub id. Without ``path`` and without an environment the run is
+    refused, because it has no prompts. ``config.chat_format`` resolves ``chat`` "auto".
     """
 
     path: str | None = None
@@ -94,10 +97,11 @@ class DatasetSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSection:
-    """A package that makes prompts and scores completions, in place of ``dataset.path``.
+    """A package of tasks that makes the prompts and scores the completions. It replaces
+    ``dataset.path``.
 
-    ``options`` are the task's own settings. ``python`` is the interpreter with the package; None is
-    the interpreter of the run.
+    ``options`` are the settings of the task. ``python`` is the interpreter in which the package is
+    installed; None means the interpreter of the run.
     """
 
     adapter: Literal["reasoning_gym", "verifiers", "openenv"]
@@ -113,8 +117,8 @@ class EnvironmentSection:
 class ToolsSection:
     """Functions of the user (``module:function``) that the model may call in a chat.
 
-    ``timeout_s`` limits one call. If a function fails, the model gets the error as an answer, or
-    the run ends (``on_error``).
+    ``timeout_s`` limits the time of one call. ``on_error`` says what happens if a function fails:
+    the model gets the error as the answer ("answer"), or the run stops ("fail").
     """
 
     functions: tuple[str, ...]
@@ -124,7 +128,7 @@ class ToolsSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
-    """A named reward, its weight and its own options. ``name`` is built in, or
+    """A reward function with its weight and options. ``name`` is that of a built-in reward, or
     ``module:function``.
     """
 
@@ -135,7 +139,7 @@ class RewardFunction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSection:
-    """The rewards, and what happens if one fails."""
+    """The reward functions, and what happens if a reward function fails."""
 
     functions: tuple[RewardFunction, ...] = ()
     on_error: Literal["fail", "none"] = "fail"
@@ -164,8 +168,8 @@ class RuntimeSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """A complete run. ``grpo`` contains the fields of TRL's GRPOConfig that the run file sets, and
-    ``max_prompt_length``.
+    """A complete run. ``grpo`` contains the keys of the run file's grpo section: fields of TRL's
+    GRPOConfig, and a few keys of the toolkit such as ``max_prompt_length``.
     """
 
     model: ModelSection

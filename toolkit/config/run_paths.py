@@ -1,9 +1,9 @@
 """Resolve the paths in a run file.
 
-A relative path is relative to the folder of the file that contains it. With ``--set``, or in a run
-file on standard input, it is relative to the working folder. ``~`` is the home folder.
-``model_name``, ``path`` and ``eval_path`` may also be a hub id. They are read as a path if that
-path exists, or if the text cannot be a hub id.
+A relative path is relative to the folder of the file that contains it. In ``--set``, or in a run
+file on standard input, it is relative to the working directory. ``~`` is the home folder. The
+values of ``model_name``, ``path`` and ``eval_path`` may also be hub ids. Such a value is a path if
+that path exists, or if the text cannot be a hub id.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
-# The file types that base/archives reads (importing it is slow; a test compares the two lists).
+# The archive types that base/archives reads. The list is repeated here because importing that
+# module is slow. A test compares the two lists.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
 LOCK_FILE = ".lock"
-"""The name of the file in a run folder that a run keeps locked while it writes there."""
+"""The name of the lock file in a run folder. A run keeps it locked while it writes to the folder.
+"""
 _WORDS = {"resume": ("auto", "never", "must")}
 _ALWAYS = ("output_dir", "resume", "adapter_path", "python")
 
 
 def resolve(text: str, node: Node) -> Path:
-    """``text`` as an absolute path, relative to the file that contains ``node``."""
+    """Return ``text`` as an absolute path. A relative path is relative to the folder of the file
+    that contains ``node``.
+    """
     return Path(_absolute(text, node))
 
 
@@ -39,7 +43,7 @@ def _absolute(text: str, node: Node) -> str:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether ``path`` exists. A name that no file system accepts does not exist."""
+    """Whether ``path`` exists. The result is False for a name that no file system accepts."""
     try:
         return os.path.exists(path)
     except (OSError, ValueError):
@@ -47,7 +51,9 @@ def exists(path: Path | str) -> bool:
 
 
 def is_path_only(text: str) -> bool:
-    """Whether ``text`` cannot be a hub id: it is spelled as a path, or names a data file."""
+    """Whether ``text`` can only be a path, because it is written like a path or has the name of a
+    data file, so that it cannot be a hub id.
+    """
     return (
         text.startswith((".", "/", "~"))
         or text.lower().endswith(DATA_SUFFIXES)
@@ -56,8 +62,8 @@ def is_path_only(text: str) -> bool:
 
 
 def local_path(key: str, node: Node) -> str:
-    """The value of a key that may name a path: absolute if it is a path, unchanged if it is a hub
-    id or a word.
+    """Return the value of a key that may be a path. A path is made absolute. A hub id, or a word
+    such as "auto" for ``resume``, is returned unchanged.
     """
     text = str(node.value)
     if text in _WORDS.get(key, ()):

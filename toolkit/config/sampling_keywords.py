@@ -1,9 +1,10 @@
-"""The sampling keywords of both engines: which values each accepts, how it changes the policy, and
-which field of GRPOConfig has the same meaning.
+"""Tables of the sampling keywords of both engines (vLLM and transformers). For each keyword, they
+state which values it accepts, how it changes the sampled distribution, and which field of
+GRPOConfig has the same meaning.
 
-The rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines all use this table, so
-all refuse the same keywords with the same message. A contract test compares it with the fields of
-vLLM's SamplingParams and transformers' GenerationConfig.
+The rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines all use these tables,
+so they refuse the same keywords with the same messages. A test in tests/contract compares the
+tables with the fields of vLLM's SamplingParams and transformers' GenerationConfig.
 """
 
 from __future__ import annotations
@@ -23,30 +24,34 @@ NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "Hugging Face genera
 
 
 class Effect(StrEnum):
-    """How a keyword changes the distribution that is sampled from."""
+    """How a keyword changes the distribution from which tokens are sampled."""
 
     NONE = "none"
     REPRODUCED = "reproduced"
-    """The training pass applies the keyword too: the sampled policy is the trained policy."""
+    """The training pass applies the keyword too, so that it computes the probabilities of the
+    distribution that was sampled.
+    """
     NOT_REPRODUCED = "not reproduced"
-    """The training pass uses the distribution without the keyword."""
+    """The training pass ignores the keyword, so that it computes the probabilities of another
+    distribution than the sampled one.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keyword:
-    """One keyword of one engine."""
+    """A keyword of an engine."""
 
     name: str
     takes: str
-    """What the value must be, as text: ``a whole number, at least 0``."""
+    """A text that says what the value must be: ``a whole number, at least 0``."""
     accepts: Callable[[Any], bool]
     effect: Effect = Effect.NONE
     field: str | None = None
     """The field of GRPOConfig with the same meaning."""
     owned: str | None = None
-    """Why only the toolkit sets the keyword; None if a user may set it."""
+    """Why only the toolkit may set the keyword; None if a user may set it."""
     unused: str | None = None
-    """Why the keyword would have no effect or could not work; None if it works."""
+    """Why the keyword has no effect or cannot work here; None if it works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ class Problem:
     message: str
     fix: str
     meant: str | None = None
-    """The keyword of the same engine that was meant."""
+    """The keyword of the same engine that the user probably meant."""
 
 
 def _whole(value: Any) -> bool:
@@ -187,19 +192,19 @@ _VLLM: dict[str, Keyword] = {
     ),
     **_owned(
         n="num_generations sets the number of completions per prompt",
-        seed="each completion has its own seed, derived from the run's",
+        seed="each completion has its own seed, which is derived from the run's seed",
         logprobs=(
-            "with more than one, TRL would use the most likely token's log-probability for "
-            "the sampled token"
+            "if it were above 1, TRL would use the log-probability of the most likely token in "
+            "place of that of the sampled token"
         ),
-        detokenize="tokens are decoded if a stop string needs it",
-        flat_logprobs="the toolkit reads rollouts in this layout",
+        detokenize="the toolkit turns it on only if a stop string requires decoded text",
+        flat_logprobs="the toolkit can read log-probabilities in only one layout",
         output_kind="the toolkit reads rollouts only when they are complete",
-        skip_clone="each request has its own parameters",
+        skip_clone="each request must have its own copy of the parameters",
         output_text_buffer_length="vLLM computes it from the stop strings",
     ),
     **_unused(
-        "the toolkit reads rollouts as token ids, and this changes only their text",
+        "the toolkit reads rollouts as token ids, and this keyword changes only their text",
         "skip_special_tokens spaces_between_special_tokens include_stop_str_in_output",
     ),
     **_unused(
@@ -207,10 +212,12 @@ _VLLM: dict[str, Keyword] = {
         "prompt_logprobs prompt_logprob_token_ids prompt_logprob_start logprob_token_ids",
     ),
     **_unused("the toolkit reads rollouts only when they are complete", "stream_interval"),
-    **_unused("the engine is built without a watermark", "watermarking"),
-    **_unused("its value must be a vLLM object", "repetition_detection"),
+    **_unused("the engine is created without support for watermarks", "watermarking"),
     **_unused(
-        "it is for debugging vLLM, not for training",
+        "its value must be a vLLM object, which a run file cannot contain", "repetition_detection"
+    ),
+    **_unused(
+        "this keyword is for debugging vLLM, not for training",
         "routed_experts_prompt_start trace_decode_token_ids",
     ),
 }
@@ -254,10 +261,10 @@ _TRANSFORMERS: dict[str, Keyword] = {
     ),
     **_owned(
         num_return_sequences="num_generations sets the number of completions per prompt",
-        do_sample="training samples its completions",
+        do_sample="training always samples its completions",
         max_length="max_completion_length sets the limit in tokens",
-        pad_token_id="it comes from the tokenizer",
-        bos_token_id="it comes from the tokenizer",
+        pad_token_id="the tokenizer determines this token",
+        bos_token_id="the tokenizer determines this token",
         eos_token_id="the end tokens come from the tokenizer and the model",
         return_dict_in_generate="the toolkit reads rollouts in one fixed layout",
         output_scores="the toolkit reads rollouts in one fixed layout",
@@ -266,7 +273,7 @@ _TRANSFORMERS: dict[str, Keyword] = {
         output_hidden_states="the toolkit reads rollouts in one fixed layout",
         disable_compile="TRL generates without torch.compile",
         compile_config="TRL generates without torch.compile",
-        continuous_batching_config="use_transformers_continuous_batching sets it",
+        continuous_batching_config="grpo.use_transformers_continuous_batching sets it",
     ),
     **_unused(
         "completions are sampled, not found by beam search",
@@ -280,7 +287,7 @@ _TRANSFORMERS: dict[str, Keyword] = {
         " assistant_early_exit assistant_lookbehind target_lookbehind assistant_ensemble_weight",
     ),
     **_unused(
-        "it is only for models with an encoder",
+        "this keyword is only for models with an encoder",
         "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id",
     ),
     **_unused("rollouts use transformers' own cache", "cache_config max_cache_len"),
@@ -292,7 +299,7 @@ KEYWORDS: Mapping[Engine, Mapping[str, Keyword]] = {"vllm": _VLLM, "transformers
 OWNED_KEYWORDS: Mapping[str, str] = {
     name: one.owned for name, one in _VLLM.items() if one.owned is not None
 }
-"""What ``generation_kwargs`` may not set with vLLM, and why."""
+"""The keywords that ``generation_kwargs`` must not set with vLLM, and the reasons."""
 
 _TWINS = (
     ("max_tokens", "max_new_tokens"),
@@ -306,9 +313,9 @@ _TWINS = (
 
 
 def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
-    """Why ``name: value`` is refused in the ``generation_kwargs`` of a training run with
-    ``engine``; None if it is accepted. With ``turns`` (tools), a limit per turn does not duplicate
-    ``max_completion_length``.
+    """Return why ``name: value`` is refused in the ``generation_kwargs`` of a training run with
+    ``engine``; None if it is accepted. ``turns`` says whether a completion can have several turns
+    (tools). max_tokens then limits one turn, so it does not duplicate ``max_completion_length``.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:
@@ -322,15 +329,17 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
             "field",
             f"{name} has the same meaning as grpo.{keyword.field}, and training reads only "
             "that key",
-            f"write grpo.{keyword.field} instead",
+            f"set grpo.{keyword.field} instead",
         )
     if not keyword.accepts(value):
-        return Problem("value", f"{_shown(value)} is not {keyword.takes}", f"give {keyword.takes}")
+        return Problem("value", f"{_shown(value)} is not {keyword.takes}", f"use {keyword.takes}")
     return None
 
 
 def unknown(name: str, engine: Engine) -> Problem | None:
-    """Why ``engine`` does not read ``name`` at all; None if the engine or the toolkit reads it."""
+    """Return why ``engine`` does not have the keyword ``name``; None if the table of the engine
+    contains it.
+    """
     return None if name in KEYWORDS[engine] else _unknown(name, engine)
 
 
@@ -340,12 +349,13 @@ def _unknown(name: str, engine: Engine) -> Problem:
     if theirs is not None:
         message = f"{name} is a keyword of {NAMES[other]}; {NAMES[engine]} does not read it"
         if theirs.field is not None:
-            return Problem("unread", message, f"write grpo.{theirs.field} instead")
+            return Problem("unread", message, f"set grpo.{theirs.field} instead")
         twin = next((t for pair in _TWINS for t in pair if name in pair and t != name), None)
         if twin is not None and judge(twin, None, engine) is not None:
             found = KEYWORDS[engine][twin]
             if found.owned is None and found.unused is None:
-                return Problem("unread", message, f"{NAMES[engine]} has {twin}", twin)
+                fix = f"use {twin}, the name of this keyword in {NAMES[engine]}"
+                return Problem("unread", message, fix, twin)
         return Problem("unread", message, f"remove {name}")
     message = f"{name} is not a sampling keyword of {NAMES[engine]}"
     close = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
@@ -365,8 +375,8 @@ def _shown(value: Any) -> str:
 
 
 def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
-    """The ``keywords`` that change the distribution in a way that the training pass does not
-    reproduce.
+    """Yield those of ``keywords`` that change the sampled distribution in a way that the training
+    pass does not reproduce.
     """
     for name in keywords:
         keyword = KEYWORDS[engine].get(name)
@@ -375,7 +385,9 @@ def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]
 
 
 def what_follows(engine: Engine) -> str:
-    """What happens in training if the sampled policy differs from the trained one, as text."""
+    """Return a text that says what happens in training if the sampled distribution differs from the
+    one that the training pass computes.
+    """
     if engine == "vllm":
         return (
             "the engine's log-probabilities are those of the restricted distribution, but "

@@ -22,7 +22,9 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A SARIF log of one run. ``results`` are objects that ``result`` returned."""
+    """Return a SARIF log with one run of envcheck. ``results`` are objects that ``result``
+    returned.
+    """
     used = {found["ruleId"] for found in results}
     rules = [rule for name, rule in all_rules().items() if name in used]
     return {
@@ -60,7 +62,7 @@ def _help_uri(rule: str) -> dict[str, str]:
 
 
 def result(found: Finding) -> dict[str, Any]:
-    """A finding as a SARIF result."""
+    """Return a finding as a SARIF result object."""
     text = "\n".join(map(redact, (found.message, *found.notes)))
     made: dict[str, Any] = {
         "ruleId": found.rule,
@@ -83,7 +85,7 @@ def _artifact(source: Source | None) -> dict[str, str]:
 
 
 def _location(source: Source | None, mark: Position | None) -> dict[str, Any]:
-    # code scanning requires a line, even if the finding is about the whole file
+    # Code scanning services require a line. A finding about the whole file gets line 1.
     region = {"startLine": 1}
     if mark is not None:
         region = {"startLine": mark.line, "startColumn": mark.column}

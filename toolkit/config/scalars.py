@@ -1,8 +1,8 @@
-"""Read a plain YAML scalar by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
+"""Read a plain (unquoted) YAML scalar by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
 
-Run files are YAML 1.2 core (yaml.org/spec/1.2.2, 10.3.2). Many readers, such as PyYAML, still
-follow YAML 1.1 (yaml.org/type). A value that 1.1 and 1.2 read differently is a trap: ``5e-6`` is
-text in 1.1 and a number in 1.2.
+Run files use the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2). Many readers, such as
+PyYAML, still follow YAML 1.1 (yaml.org/type). The two versions read some scalars differently, which
+surprises users: ``5e-6`` is text in 1.1 and a number in 1.2.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TIME_11 = re.compile(
 
 
 LARGEST_INT = 2**63 - 1
-TOO_LARGE = 2**64  # marks an integer that is too long to be read
+TOO_LARGE = 2**64  # stands for an integer that has too many digits to be converted
 _SHOWN_DIGITS = 30
 
 
@@ -64,8 +64,8 @@ def beyond_64_bits(value: Any) -> bool:
 
 
 def too_large(text: str) -> str:
-    """The message for an integer that does not fit into 64 bits. ``text`` is its spelling in the
-    file.
+    """Return the message for an integer that does not fit into 64 bits. ``text`` is the integer as
+    it is written in the file.
     """
     shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
     return (
@@ -75,12 +75,16 @@ def too_large(text: str) -> str:
 
 
 def is_long_integer(text: str) -> bool:
-    """Whether a plain scalar is an integer with more digits than the limit for conversion."""
+    """Whether a plain scalar is an integer with more than MAX_DIGITS digits, which is not
+    converted.
+    """
     return len(text) > MAX_DIGITS and _LONG.fullmatch(text) is not None
 
 
 def read_core(text: str) -> Any:
-    """The value of a plain scalar by the YAML 1.2 core schema: None, bool, int, float or str."""
+    """Return the value of a plain scalar by the YAML 1.2 core schema: None, bool, int, float or
+    str.
+    """
     if text in _WORDS_12:
         return _WORDS_12[text]
     first = text[0]
@@ -102,8 +106,8 @@ def read_core(text: str) -> Any:
 
 
 def read_legacy(text: str) -> tuple[str, Any]:
-    """The value that YAML 1.1 reads for a plain scalar: the name of its type for people, and the
-    value itself if it is cheap to compute.
+    """Return what YAML 1.1 reads for a plain scalar: a text for messages (such as ``the boolean
+    true``), and the value. For a date the value is None.
     """
     if text in _WORDS_11:
         value = _WORDS_11[text]
@@ -153,8 +157,8 @@ def _base_60(text: str) -> float:
 
 
 def differs(text: str, core: Any) -> str | None:
-    """A text that says what YAML 1.1 reads, if that differs from ``core``; None if it is the same
-    value.
+    """Return a text that says what YAML 1.1 reads for ``text``; None if it reads the same value as
+    YAML 1.2 (``core``).
     """
     if isinstance(core, str):
         first = text[0]
@@ -169,7 +173,7 @@ def differs(text: str, core: Any) -> str | None:
 
 
 def plain_spelling(value: Any) -> str:
-    """A scalar written so that YAML 1.1, YAML 1.2 and people read the same value."""
+    """Return a scalar as text that YAML 1.1, YAML 1.2 and people all read as the same value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -190,7 +194,9 @@ _SAFE_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./ -]*(?<! )")
 
 
 def quote_if_needed(text: str) -> str:
-    """``text`` as a plain scalar if every reader reads it as text, otherwise in double quotes."""
+    """Return ``text`` without quotes if YAML 1.1 and 1.2 both read it as text, otherwise in double
+    quotes.
+    """
     if (
         _SAFE_TEXT.fullmatch(text)
         and isinstance(read_core(text), str)
