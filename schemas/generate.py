@@ -1,9 +1,11 @@
-"""Write two parts of run.schema.json: ``just schemas``. The grpo section comes from the installed
-TRL's GRPOConfig, the engine options of the model section from ``config.engine_settings``.
+"""Generate two parts of run.schema.json (``just schemas``). The grpo section is generated from the
+installed TRL's GRPOConfig. The engine options of the model section are generated from
+``config.engine_settings``.
 
-Types, defaults and texts are TRL's own (dataclass fields, docstrings); ranges, units and
-examples, and the fields that a run file may not set, are in grpo.overlay.json. ``--check``
-writes nothing and fails when the file would change.
+For the grpo section, types, defaults and texts come from TRL (dataclass fields and docstrings).
+Ranges, units, examples, some texts, and the fields that a run file may not set come from
+grpo.overlay.json. With ``--check``, nothing is written, and the exit code is 1 if the file would
+change.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from toolkit.config.engine_settings import schema_properties
 from toolkit.config.run_config import ModelSection
 
 FOLDER = Path(__file__).parent
-SAYS_ITSELF = {"True": "yes", "False": "no", "None": "as the library has it"}
+SAYS_ITSELF = {"True": "yes", "False": "no", "None": "the library decides"}
 JSON_TYPES = {
     int: "integer",
     float: "number",
@@ -37,7 +39,7 @@ BULLET = re.compile(r"\s*- ((?:`[^`]+`(?: or )?)+)(?: \(default\))?: (.*)")
 
 
 def grpo_section() -> dict[str, Any]:
-    """The schema of the grpo section for the TRL that is installed."""
+    """Return the schema of the grpo section for the installed TRL."""
     import trl  # noqa: PLC0415 - it brings torch
 
     overlay = json.loads((FOLDER / "grpo.overlay.json").read_text(encoding="utf-8"))
@@ -52,11 +54,13 @@ def grpo_section() -> dict[str, Any]:
     unused = (set(overlay["fields"]) | set(overlay["refused"])) - set(properties)
     if unused:
         raise SystemExit(
-            f"grpo.overlay.json names what TRL {trl.__version__} does not have: {sorted(unused)}"
+            f"grpo.overlay.json contains fields that TRL {trl.__version__} does not have: "
+            f"{sorted(unused)}"
         )
     return {
         "title": "GRPO training",
-        "description": "The fields of TRL's GRPOConfig under TRL's names, and keys of the toolkit.",
+        "description": "The settings of GRPO training: the fields of TRL's GRPOConfig under TRL's "
+        "names, and additional keys of the toolkit.",
         "$comment": f"Generated from trl {trl.__version__} (Apache-2.0); do not edit.",
         "type": "object",
         "additionalProperties": False,
@@ -65,14 +69,16 @@ def grpo_section() -> dict[str, Any]:
 
 
 def own_keys() -> dict[str, Any]:
-    """The keys that TRL 1.16 does not have. It removed max_prompt_length in 0.28, but too long
-    prompts must be truncated.
+    """Return the schemas of the keys that the toolkit adds to the grpo section. TRL removed one of
+    them, max_prompt_length, in version 0.28, but the toolkit still shortens prompts that are too
+    long.
     """
     return {
         "max_prompt_length": {
             "title": "Max prompt length",
-            "description": "Longer prompts are cut from the left, and the run says how many were. "
-            "null: max_seq_length less max_completion_length.",
+            "description": "The maximum length of a prompt. A longer prompt loses tokens at its "
+            "start, and the run reports how many prompts were shortened. null: max_seq_length "
+            "minus max_completion_length.",
             "type": ["integer", "null"],
             "minimum": 1,
             "default": None,
@@ -81,17 +87,19 @@ def own_keys() -> dict[str, Any]:
         },
         "dynamic_sampling": {
             "title": "Dynamic sampling",
-            "description": "Groups whose rewards have no spread teach nothing. true: they are "
-            "replaced by groups of other prompts of the data set before the step (DAPO, section "
-            "3.2). Costs rollouts and reward calls, not memory.",
+            "description": "If all completions of a prompt (a group) get the same reward, the "
+            "group gives no gradient. true: before the training step, such a group is replaced by "
+            "a group for another prompt of the data set (DAPO, section 3.2). This costs additional "
+            "rollouts and reward calls, but no additional memory.",
             "type": "boolean",
             "default": False,
             "examples": [True],
         },
         "max_resample_times": {
             "title": "Max resample times",
-            "description": "How many times dynamic_sampling draws again for one generation batch. "
-            "Groups that still have no spread are then trained on as they are, and counted.",
+            "description": "The maximum number of times that dynamic_sampling draws new groups for "
+            "one generation batch. Groups whose rewards are still all equal are then used "
+            "unchanged, and the run counts them.",
             "type": "integer",
             "minimum": 1,
             "default": 3,
@@ -100,17 +108,19 @@ def own_keys() -> dict[str, Any]:
         },
         "curriculum": {
             "title": "Curriculum",
-            "description": "true: a part of the prompts of each generation batch is chosen among "
-            "those drawn before, in proportion to the spread of the rewards that they had. With a "
-            "reward of 0 or 1 the spread is largest where half of the completions are right.",
+            "description": "true: a share of the prompts of each generation batch is chosen from "
+            "the prompts that were drawn before. The probability of a prompt is proportional to "
+            "the spread (standard deviation) of the rewards that its completions had. For a reward "
+            "of 0 or 1, the spread is largest if half of the completions are right.",
             "type": "boolean",
             "default": False,
             "examples": [True],
         },
         "curriculum_share": {
             "title": "Curriculum share",
-            "description": "The part of the prompts that curriculum chooses among those drawn "
-            "before; the others were not drawn yet, as long as there are any.",
+            "description": "The share of the prompts that curriculum chooses from the prompts that "
+            "were drawn before. The other prompts are ones that were not drawn yet, as long as "
+            "there are any.",
             "type": "number",
             "exclusiveMinimum": 0,
             "maximum": 1,
@@ -122,7 +132,9 @@ def own_keys() -> dict[str, Any]:
 
 
 def docstrings(config: type) -> dict[str, str]:
-    """The docstring text of each field of a config and its bases, the most derived first."""
+    """Return the docstring text of each field of a config class. A class's text replaces those of
+    its base classes.
+    """
     texts: dict[str, str] = {}
     for base in config.__mro__:
         for match in PARAMETER.finditer((inspect.getdoc(base) or "") + "\n"):
@@ -133,7 +145,9 @@ def docstrings(config: type) -> dict[str, str]:
 def one_field(
     field: dataclasses.Field[Any], hint: Any, text: str | None, overlay: dict[str, Any]
 ) -> dict[str, Any]:
-    """The schema of one field."""
+    """Return the schema of one field. ``hint`` is its type, ``text`` its docstring text, and
+    ``overlay`` the content of grpo.overlay.json.
+    """
     more = dict(overlay["fields"].get(field.name, {}))
     refused = overlay["refused"].get(field.name)
     choices, rest = choices_of(text or field.metadata.get("help", "").replace("%%", "%"))
@@ -142,8 +156,8 @@ def one_field(
         "description": more.pop("description", None) or clean(rest),
     }
     if refused:
-        use = f"use {refused['use']}" if refused["use"] else "leave it out"
-        told = f"Not in a run file: {refused['why']}; {use}."
+        use = f"Use {refused['use']} instead." if refused["use"] else "Leave the key out."
+        told = f"Not allowed in a run file: {refused['why']}. {use}"
         return schema | {
             "description": told,
             "deprecated": True,
@@ -186,7 +200,9 @@ def one_field(
 
 
 def choices_of(text: str) -> tuple[list[tuple[Any, str]], str]:
-    """The values that a docstring lists as bullets, each with its text; and the rest."""
+    """Split a docstring text. Return the values that it lists as bullets, as pairs (value, text),
+    and the rest of the text.
+    """
     found: list[tuple[list[Any], list[str]]] = []
     rest: list[str] = []
     for line in text.split("\n"):
@@ -205,7 +221,9 @@ def choices_of(text: str) -> tuple[list[tuple[Any, str]], str]:
 
 
 def clean(text: str) -> str:
-    """Docstring text as one plain paragraph: no markup, no links, first sentence upper case."""
+    """Return a docstring text as one paragraph without markup. Links are written as text followed
+    by the address in parentheses.
+    """
     text = re.sub(r"\[(`?[^\]]*`?)\]\((https?://[^)]*)\)", r"\1 (\2)", text)
     text = re.sub(r"\[`~?(?:\w+\.)*([\w.]+)`\]", r"\1", text)
     text = " ".join(text.replace("`", "").replace('"', "'").split())
@@ -213,8 +231,8 @@ def clean(text: str) -> str:
 
 
 def shape(hint: Any, nullable: bool) -> dict[str, Any]:
-    """JSON types of a Python type; str beside an enum or a dict is how a command line writes it,
-    so it is left out.
+    """Return the JSON types of a Python type (``hint``) as a part of a schema. A ``str`` beside a
+    dict is left out, because TRL accepts it only for command lines.
     """
     members = (
         typing.get_args(hint)
@@ -243,7 +261,7 @@ def shape(hint: Any, nullable: bool) -> dict[str, Any]:
 
 
 def enum_of(hint: Any) -> list[Any]:
-    """The values of the Enum in a type, if there is one."""
+    """Return the values of the Enum in a type; an empty list if it contains no Enum."""
     for member in (hint, *typing.get_args(hint)):
         if isinstance(member, type) and issubclass(member, enum.Enum):
             return [choice.value for choice in member]
@@ -251,12 +269,12 @@ def enum_of(hint: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A default as a JSON value."""
+    """Return a default value as a JSON value."""
     return value.value if isinstance(value, enum.Enum) else value
 
 
 def render() -> str:
-    """run.schema.json as it should be."""
+    """Return the text that run.schema.json should have."""
     schema = json.loads((FOLDER / "run.schema.json").read_text(encoding="utf-8"))
     schema["properties"]["grpo"] = grpo_section()
     model = schema["properties"]["model"]["properties"]
@@ -268,15 +286,17 @@ def render() -> str:
 
 
 def main() -> int:
-    """Write the schema; with --check only report whether it is up to date."""
+    """Write run.schema.json, or with --check only report whether it is up to date. Return the exit
+    code.
+    """
     path = FOLDER / "run.schema.json"
     wanted = render()
     if path.read_text(encoding="utf-8") == wanted:
         return 0
     if "--check" in sys.argv[1:]:
         sys.stderr.write(
-            "schemas/run.schema.json differs from the installed TRL or from config/engine_settings:"
-            " run `just schemas`\n"
+            "schemas/run.schema.json does not match the installed TRL or config/engine_settings: "
+            "run `just schemas` to write it again\n"
         )
         return 1
     path.write_text(wanted, encoding="utf-8")

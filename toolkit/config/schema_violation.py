@@ -1,4 +1,4 @@
-"""Describe in words why one value violates one schema, and what could be written instead."""
+"""Find out why a value violates a schema, and which values could be written instead."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """The values that ``text`` most likely means and that ``schema`` accepts; empty if there is
-    none.
+    """Return the value that ``text`` most likely means and that ``schema`` accepts, as a tuple of
+    one item. The tuple is empty if there is no such value. ``fault`` checks a value with a schema.
     """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
@@ -42,8 +42,8 @@ def _whole(value: float) -> bool:
 
 
 class SchemaViolation(NamedTuple):
-    """Why a value violates a schema: a rule id, the sentence that follows the key, values to write
-    instead, and further lines.
+    """Why a value violates a schema. ``rule`` is a rule id, ``message`` is the text that follows
+    the name of the key, and ``notes`` are further lines.
     """
 
     rule: str
@@ -53,7 +53,7 @@ class SchemaViolation(NamedTuple):
 
 
 def fits_type(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether the type of ``value`` is one that ``schema`` allows, whatever its bounds."""
+    """Whether ``schema`` allows the type of ``value``. Bounds and other limits are not checked."""
     kinds = schema.get("type")
     if kinds is None:
         legal = [schema["const"]] if "const" in schema else schema.get("enum", [])
@@ -79,8 +79,8 @@ _PYTHON: dict[str, type] = {
 
 
 def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
-    """What is wrong with this value itself; values inside a collection are not checked. None if
-    nothing is.
+    """Return why ``value`` violates ``schema``; None if it does not. Values inside a collection are
+    not checked.
     """
     if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
         return _type_fault(value, schema)
@@ -98,7 +98,7 @@ def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
 def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
     wanted = describe(schema)
     if value is None:
-        return SchemaViolation("KEY006", f"null is not allowed here: must be {wanted}")
+        return SchemaViolation("KEY006", f"null is not allowed here: the value must be {wanted}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
         from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a violation
@@ -117,7 +117,9 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
         fixes = (bool(value),)
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
-    return SchemaViolation("KEY003", f"{show(value)} is {kind_of(value)}; must be {wanted}", fixes)
+    return SchemaViolation(
+        "KEY003", f"{show(value)} is {kind_of(value)}; the value must be {wanted}", fixes
+    )
 
 
 def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
@@ -126,7 +128,8 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
         return None
     if value is None:
         return SchemaViolation(
-            "KEY006", f"null is not allowed here: must be one of {', '.join(map(show, legal))}"
+            "KEY006",
+            f"null is not allowed here: the value must be one of {', '.join(map(show, legal))}",
         )
     from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a violation
 
@@ -146,8 +149,10 @@ def _range_fault(value: float, schema: dict[str, Any]) -> SchemaViolation | None
     for keyword, holds, words in _LIMITS:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
-            told = f"{show(value)} is out of range: must be {words} {show(limit)}"
-            return SchemaViolation("KEY005", told)  # the limit is a guess at what was meant
+            told = f"{show(value)} is out of range: the value must be {words} {show(limit)}"
+            return SchemaViolation(
+                "KEY005", told
+            )  # no fix: the limit would only be a guess at what the user meant
     return None
 
 
@@ -164,7 +169,7 @@ def _text_fault(value: str, schema: dict[str, Any]) -> SchemaViolation | None:
         return SchemaViolation("KEY005", "the string is empty")
     pattern = schema.get("pattern")
     if pattern is not None and not _compiled(pattern).search(value):
-        return SchemaViolation("KEY004", f"{show(value)} does not have the form {pattern}")
+        return SchemaViolation("KEY004", f"{show(value)} does not match the pattern {pattern}")
     return None
 
 

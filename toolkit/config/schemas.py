@@ -1,5 +1,5 @@
-"""Find one of the project's JSON Schemas: in a checkout under schemas/, in an installed package
-under toolkit/schemas/.
+"""Find the project's JSON Schemas. In a checkout they are in schemas/, and in an installed package
+in toolkit/schemas/.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _FOLDERS = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "
 
 
 def schema_path(name: str) -> Path:
-    """The file of schema ``name`` (``run``, ``report``, ``manifest`` ...). Raises InputError for an
-    unknown name.
+    """Return the file of the schema ``name`` (``run``, ``report``, ``manifest`` ...). Raises
+    InputError for an unknown name.
     """
     for folder in _FOLDERS:
         path = folder / f"{name}.schema.json"
@@ -25,20 +25,20 @@ def schema_path(name: str) -> Path:
     known = schema_names()
     if not known:
         raise DefectError(
-            f"no schemas in {' or '.join(map(str, _FOLDERS))}: the installation is broken"
+            f"the installation is broken: there are no schemas in {' or '.join(map(str, _FOLDERS))}"
         )
-    raise InputError(f"there is no schema {name!r}", fix="one of: " + ", ".join(known))
+    raise InputError(f"there is no schema {name!r}", fix="use one of " + ", ".join(known))
 
 
 def schema_names() -> list[str]:
-    """The names that ``schema_path`` knows, sorted."""
+    """Return the names of all schemas, sorted."""
     files = (path for folder in _FOLDERS for path in folder.glob("*.schema.json"))
     return sorted({path.name.partition(".")[0] for path in files})
 
 
 @cache
 def find_schema(name: str) -> dict[str, Any]:
-    """The schema as parsed JSON (one shared object: do not change it)."""
+    """Return the schema as parsed JSON. All callers share this object, so do not change it."""
     schema = json.loads(schema_path(name).read_text(encoding="utf-8"))
     assert isinstance(schema, dict)
     return schema

@@ -1,7 +1,7 @@
-"""Source texts of a run file, positions in them, and limits on their size.
+"""Define the source texts of a run file, positions in these texts, and limits on their size.
 
-Positions are 1-based lines and columns in characters, as editors count them; offsets are 0-based
-into ``Source.text``.
+A position has a line and a column in characters, both counted from 1 as in editors. It also has
+offsets into ``Source.text``, which are counted from 0.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A source text: a file, standard input, or one ``--set`` override."""
+    """A source text: the content of a file, of standard input, or of one ``--set`` override."""
 
-    name: str  # the name that findings show
+    name: str  # the name of the text in findings
     text: str
-    folder: Path  # the folder that relative paths in this text are relative to
+    folder: Path  # relative paths in this text start from this folder
     path: Path | None = None  # the path of the file; None for standard input and overrides
     format: str = "yaml"
-    bom: str = ""  # the unchanged bytes, for --fix
-    hidden: list[Position] = field(default_factory=list)  # secrets, which are never shown
+    bom: str = ""  # the byte order mark of the file, which --fix writes again
+    hidden: list[Position] = field(
+        default_factory=list
+    )  # positions of secrets, which no output may show
 
     @property
     def is_override(self) -> bool:
@@ -34,12 +36,12 @@ class Source:
         return self.format == "set"
 
     def hide(self, mark: Position) -> None:
-        """Hide these characters in all output, because they are a secret."""
+        """Mark these characters as a secret, so that no output shows them."""
         self.hidden.append(mark)
 
     @cached_property
     def lines(self) -> list[str]:
-        """The lines without line ends, split where YAML, JSON and TOML count lines."""
+        """The lines of the text, without line ends. CR LF, LF and CR end a line."""
         return self.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -54,22 +56,28 @@ class Position:
 
 
 def dotted(path: KeyPath) -> str:
-    """``("reward", "functions", 0, "name")`` as ``reward.functions[0].name``."""
+    """Return a key path as text: ``("reward", "functions", 0, "name")`` becomes
+    ``reward.functions[0].name``.
+    """
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text or "the run file"
 
 
-# Far above what a run needs, and low enough that reading is always fast.
+# These limits are far above what a run file needs, and low enough that reading is always fast.
 MAX_BYTES = 1 << 19
 MAX_DEPTH = 40
 MAX_NODES = 50_000
-MAX_ALIASED = 5_000  # values that aliases expand to; an alias bomb is detected early
-MAX_DIGITS = 400  # a longer number stays text, because int() of a million digits takes minutes
+MAX_ALIASED = (
+    5_000  # values that all YAML aliases together expand to; this stops an alias bomb early
+)
+MAX_DIGITS = (
+    400  # a longer number is not converted, because int() of a million digits takes minutes
+)
 MAX_FINDINGS = 500  # further findings are only counted
-MAX_SUGGESTIONS = 50  # unknown keys that get a did-you-mean
-MAX_LAYERS = 16  # files that extend one another
+MAX_SUGGESTIONS = 50  # unknown keys for which a similar key is searched
+MAX_LAYERS = 16  # the longest chain of files that extend one another
 PIPE_WAIT_S = 1.5
 
 TOO_ALIASED = f"aliases expand to more than {MAX_ALIASED} values"

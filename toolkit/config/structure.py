@@ -1,11 +1,11 @@
-"""Check the structure of a document with a JSON Schema, and report unknown keys, types, illegal
-values and ranges with their positions.
+"""Check the structure of a document with a JSON Schema. Unknown keys, wrong types, invalid values
+and values out of range are reported with their positions.
 
-This reads the part of JSON Schema that run.schema.json uses (one test checks that the schema uses
-nothing else, and another compares the verdicts with the jsonschema library on generated instances).
-The library itself is not used here for two reasons: it says "is not valid under any of the given
-schemas" which does not help a user, and its import takes 60 ms to one second, depending on what
-else is installed. One difference is on purpose: 8.0 is not an integer here.
+This module implements only the part of JSON Schema that run.schema.json uses. One test checks that
+the schema uses nothing else. Another test compares the results with those of the jsonschema library
+on generated values. The library itself is not used here for two reasons. Its message "is not valid
+under any of the given schemas" does not help a user. Its import takes 60 ms to one second,
+depending on what else is installed. There is one intended difference: here, 8.0 is not an integer.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """The findings, and the paths whose values no rule may use."""
+    """The findings, and the paths of the invalid values (``bad``), which no rule may use."""
 
     findings: list[Finding]
     bad: set[KeyPath]
 
 
 class KeyAdvice(Protocol):
-    """A function that returns notes and fixes for an unknown key (config.suggest.key_advice)."""
+    """The type of a function that returns notes and fixes for an unknown key
+    (config.suggest.key_advice).
+    """
 
     def __call__(
         self, path: KeyPath, node: Node, properties: dict[str, Any], root: Node
@@ -39,8 +41,8 @@ class KeyAdvice(Protocol):
 
 
 def check_structure(root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None) -> Outcome:
-    """The outcome of checking ``root`` with ``schema``. ``advise`` finds out which key an unknown
-    key was probably meant to be.
+    """Check the nodes below ``root`` with ``schema``. ``advise`` suggests what the user probably
+    meant by an unknown key.
     """
     walk = _Walk(root, advise)
     walk.visit(root, schema, ())
@@ -102,7 +104,7 @@ class _Walk:
                 self.findings.append(_missing(node, (*path, key), properties[key]))
 
     def unknown_key(self, node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
-        """The finding KEY001, with the key that was probably meant."""
+        """Return the finding KEY001, with suggestions for the key that the user probably meant."""
         notes: tuple[str, ...] = ()
         fixes: tuple[Fix, ...] = ()
         if properties and self.advise is not None:
@@ -124,7 +126,9 @@ class _Walk:
             self.visit(child, items, (*path, index))
 
     def anything(self, node: Node, path: KeyPath) -> None:
-        """Check a value that the schema does not restrict: only ambiguous YAML is reported."""
+        """Check a value that the schema does not restrict. Only scalars that YAML 1.1 and 1.2 read
+        differently are reported.
+        """
         for _, below in node.walk(path):
             if below.note is not None:
                 self.findings.append(below.note)
@@ -155,13 +159,14 @@ class _Walk:
 
 def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
     if fault.rule == "KEY006" and "default" in schema:
-        return (Fix(f"remove the key to get the default {show(schema['default'])}"),)
+        return (Fix(f"remove the key to use the default, {show(schema['default'])}"),)
     return ()
 
 
 def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
-    """The branch of an anyOf that a value is checked with: a branch that it matches, else one of
-    its type, else a description of all branches.
+    """Return the branch of an anyOf with which ``value`` is checked. It is the first branch that
+    the value satisfies, or else the first branch that allows its type. If there is neither, return
+    a schema under ``x-either`` that describes all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:

@@ -1,5 +1,5 @@
-"""Suggest what an unknown key was meant to be: the nearest legal word, or the section that a
-misplaced key belongs to.
+"""Suggest what the user meant by an unknown key: the most similar valid key, or the section to
+which a misplaced key belongs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def key_advice(
     path: KeyPath, node: Node, properties: dict[str, Any], root: Node
 ) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
-    """Notes and fixes for an unknown key. A fix has an edit only if the value is valid for the new
-    key and the run file does not set that key yet.
+    """Return notes and fixes for an unknown key. A fix has an edit only if the value is valid for
+    the new key, and if the run file does not set the new key yet. ``properties`` are the valid keys
+    of the same section.
     """
     key, parent = str(path[-1]), path[:-1]
     other = _elsewhere(path, node, root)
@@ -36,8 +37,8 @@ def key_advice(
         return (), tuple(_did_you_mean(name, path, node, siblings[name], root) for name in close)
     if len(siblings) <= 12:
         named = [name for name in siblings if name.isidentifier()]
-        return ("known here: " + ", ".join(named),), ()
-    return (), (Fix(f"`envcheck explain {dotted(parent)}` lists the keys"),)
+        return ("valid keys here: " + ", ".join(named),), ()
+    return (), (Fix(f"list the valid keys with `envcheck explain {dotted(parent)}`"),)
 
 
 def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
@@ -47,15 +48,15 @@ def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
 def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], root: Node) -> Fix:
     text = f"did you mean {name}?"
     if at(root, (*path[:-1], name)) is not None:
-        return Fix(f"{text} It is already written")
+        return Fix(f"{text} The run file already sets {name}")
     if node.key is None or node.source.is_override or not is_valid(node, schema):
         return Fix(text)
     return Fix(text, (rename(node.source, node.key, name),))
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """The fixes for a key that belongs to another section, under this name or its current name;
-    None if no section has it.
+    """Return the fixes for a key that belongs to another section, under the same name or under its
+    current name. Return None if no other section has this key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [
@@ -77,7 +78,7 @@ def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
     if not places:
         return None
     if len(places) > 1 or any(isinstance(part, int) for part in path):
-        return (Fix(f"it belongs in another section: {' or '.join(places)}"),)
+        return (Fix(f"move the key to the section to which it belongs: {' or '.join(places)}"),)
     ((to, value),) = places.items()
     fix = move(root, path, to, value)
-    return (Fix(f"it belongs in another section: {to}", fix.edits, fix.moved),)
+    return (Fix(f"move the key to the section to which it belongs: {to}", fix.edits, fix.moved),)

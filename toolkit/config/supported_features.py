@@ -1,8 +1,9 @@
-"""What the toolkit supports: stored weight formats, load_in_* flags, architectures, attention,
-initializations.
+"""Define what the toolkit supports: storage formats of checkpoints, load_in_* flags, architectures,
+attention functions, and initializations of adapters.
 
-Rules (a finding with its line), the sizer (a note), the loader, the engine and the drop-in API (a
-refusal) all use this table. Each function takes plain values and returns a ``Problem`` or None.
+The rules, the sizer, the loader, the engine and the drop-in API all call these functions. Each
+function takes plain values and returns a ``Problem`` or None. A rule reports the problem as a
+finding with its line, the sizer as a note, and the others refuse the run.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is not supported: the key of the run file, why, and values that would work (key, value).
+    """Something that is not supported. ``key`` is the key of the run file that requests it,
+    ``message`` says why it is not supported, and ``fixes`` are values that would work, as (key,
+    value).
 
-    ``hint`` says what to do if no single value is enough.
+    ``hint`` says what else the user can do.
     """
 
     key: str
@@ -30,15 +33,16 @@ class Problem:
 
     @property
     def advice(self) -> str:
-        """All possible fixes, in the terms of the drop-in API."""
+        """All possible fixes as one text, with the names of the drop-in API."""
         values = [f"{key.rpartition('.')[2]}={value!r}" for key, value in self.fixes]
         return ", or ".join([*values, *([self.hint] if self.hint else [])])
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A storage format of checkpoints. ``flag`` is the load_in_* flag that trains on it, or None if
-    it is not supported. ``engine`` says whether the vLLM engine can share it.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag that must be set to train on
+    such a checkpoint; None if training is not supported. ``engine`` says whether the trainer and
+    the vLLM engine can share weights in this format.
     """
 
     name: str
@@ -60,14 +64,14 @@ STORED = {
 UNTRAINED = {
     "load_in_fp8": "training on 8-bit floating-point weights is not supported",
 }
-"""Flags of the drop-in API that are always refused."""
+"""Flags that are always refused, and the reason."""
 
 ENGINE_EXCLUDES = {
-    "trust_remote_code": "layers from checkpoint code cannot be checked against vLLM's",
+    "trust_remote_code": "the checkpoint's own layers cannot be compared with vLLM's layers",
     "load_in_8bit": "vLLM's and bitsandbytes' 8-bit weights differ, so they cannot be shared",
     "full_finetuning": "the engine shares the base weights, so only an adapter can be trained",
 }
-"""Flags that the vLLM engine excludes, and why."""
+"""Flags that cannot be used together with the vLLM engine, and the reason."""
 
 MULTIMODAL = frozenset(
     (
@@ -75,16 +79,16 @@ MULTIMODAL = frozenset(
         "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
     )
 )  # fmt: skip
-"""Causal model types that contain a language model as one part (transformers 5.17). Others show it
-by a text_config.
+"""Multimodal model types that transformers 5.17 lists among the causal language models. Other
+multimodal models have a text_config in their config.json.
 """
 
 ATTENTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
-"""transformers' attention functions (5.17). A name with the prefix ``paged|`` is for continuous
-batching, which sets it itself. The training pass refuses it.
+"""The attention functions of transformers 5.17. Names with the prefix ``paged|`` are only for
+continuous batching, which sets them itself, and are refused for training.
 """
 
 ATTENTION_PACKAGES = {
@@ -94,30 +98,36 @@ ATTENTION_PACKAGES = {
 }
 
 NO_CPU_BACKWARD = frozenset(("flex_attention",))
-"""Attention functions for which torch 2.13 on a CPU has a forward pass but no gradient."""
+"""Attention functions for which torch 2.13 has no backward pass on a CPU."""
 
 DROPS_SOFTCAP = frozenset(("sdpa",))
-"""Hugging Face's default accepts ``softcap`` as a keyword but silently ignores it
-(``sdpa_attention_forward``, transformers 5.17; checked in tests/contract).
+"""Attention functions that silently ignore the keyword ``softcap``. transformers' default is one of
+them (``sdpa_attention_forward`` of transformers 5.17, checked in tests/contract).
 """
 
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base weights; pissa_niter_N is one too."""
+"""Beginnings of the names of initializations that change the base weights (pissa also stands for
+pissa_niter_N).
+"""
 
 DATA_INITS = {
-    "corda": "it needs a pass over data before the adapter is created",
-    "eva": "it needs a pass over data before the adapter is created; without one A stays random",
-    "lora_ga": (
-        "it needs gradients over data before the adapter is created; without them A is random"
+    "corda": "it requires a pass over data before the adapter is created",
+    "eva": (
+        "it requires a pass over data before the adapter is created; without that pass, the matrix "
+        "A stays random"
     ),
-    "loftq": "it needs a loftq_config, which a run file cannot set",
+    "lora_ga": (
+        "it requires gradients over data before the adapter is created; without these gradients, "
+        "the matrix A stays random"
+    ),
+    "loftq": "it requires a loftq_config, which a run file cannot set",
 }
-"""Initializations whose inputs a run file cannot provide."""
+"""Initializations whose inputs a run file cannot provide, and the reason."""
 
 
 def init_with_engine(init: bool | str) -> str | None:
-    """Why an adapter with this init_lora_weights cannot be used by an engine that shares the base
-    weights; None if it can.
+    """Why an adapter with this init_lora_weights (``init``) cannot be used with an engine that
+    shares the base weights; None if it can.
     """
     if not isinstance(init, str):
         return None
@@ -127,19 +137,22 @@ def init_with_engine(init: bool | str) -> str | None:
 
 
 NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
-"""Model types that vLLM 0.31 does not run in float16, because they overflow (config/run_config.py,
-``_FLOAT16_NOT_SUPPORTED_MODELS``).
+"""Model types that vLLM 0.31 does not run in float16, because their values overflow
+(``_FLOAT16_NOT_SUPPORTED_MODELS`` in vLLM's source).
 """
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes of vLLM 0.31's CPU attention (v1/attention/backends/cpu_attn.py)."""
+"""The head sizes that vLLM 0.31's attention on a CPU supports (v1/attention/backends/cpu_attn.py).
+"""
 
 CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
-"""Activations of experts that ``engine.experts`` computes on a CPU."""
+"""The activation functions of experts that ``engine.experts`` can compute on a CPU."""
 
 
 def stored_format(config: Mapping[str, Any]) -> Stored | None:
-    """The format that the checkpoint of this config.json is stored in; None for plain weights."""
+    """Return the format in which the checkpoint of this config.json is stored; None if its weights
+    are not quantized.
+    """
     inner = config.get("quantization_config")
     if not isinstance(inner, dict):
         return None
@@ -162,13 +175,13 @@ def stored_problem(
         return Problem(
             "model.model_name",
             f"{told}; training an adapter on it is not supported",
-            hint="name the checkpoint in 16 bits (load_in_4bit quantizes it while it is loaded)",
+            hint="name the 16-bit checkpoint of the model (load_in_4bit quantizes it at loading)",
         )
     if engine and not stored.engine:
         return Problem(
             "model.model_name",
             f"{told}, which the vLLM engine cannot share",
-            hint="name the checkpoint in 16 bits, or use runtime.engine: transformers",
+            hint="name the 16-bit checkpoint of the model, or set runtime.engine: transformers",
         )
     asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
     if not asked.pop(stored.flag):
@@ -176,12 +189,14 @@ def stored_problem(
             f"model.{stored.flag}",
             f"{told}, but {stored.flag} is false",
             fixes=((f"model.{stored.flag}", True),),
-            hint="name the checkpoint in 16 bits",
+            hint="name the 16-bit checkpoint of the model",
         )
     for other, on in asked.items():
         if on:
             return Problem(
-                f"model.{other}", f"{told}, not for {other}", fixes=((f"model.{other}", False),)
+                f"model.{other}",
+                f"{told}, which excludes {other}",
+                fixes=((f"model.{other}", False),),
             )
     return None
 
@@ -194,8 +209,8 @@ def flag_problems(
     full_finetuning: bool,
     dtype: str,
 ) -> list[Problem]:
-    """What is wrong with the combination of flags. Another rule checks that only one format is
-    chosen.
+    """Return what is wrong with the combination of these flags. A separate rule checks that only
+    one load_in_* flag is set.
     """
     found = []
     for name, on in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
@@ -220,7 +235,9 @@ def flag_problems(
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether the language model is only a part of the model of this config.json."""
+    """Whether the model of this config.json is multimodal: a language model is only a part of
+    it.
+    """
     return isinstance(config.get("text_config"), dict) or config.get("model_type") in MULTIMODAL
 
 
@@ -229,15 +246,15 @@ def architecture_problem(
 ) -> Problem | None:
     """Why the model of this config.json cannot be trained; None if it can.
 
-    ``known`` and ``causal`` say whether the installed transformers has its model_type, and has it
-    as a causal language model; None is unknown.
+    ``known`` says whether the installed transformers has the model's model_type. ``causal`` says
+    whether it has a causal language model of this type. None means unknown.
     """
     kind, own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
     if is_multimodal(config):
         return Problem(
             "model.model_name",
             f"{kind!r} is a multimodal model; only text models are supported",
-            hint="use the text-only checkpoint of the family",
+            hint="use a text-only checkpoint of the same model family",
         )
     if own_code and trust_remote_code:
         return None
@@ -247,13 +264,13 @@ def architecture_problem(
             f"the model type {kind!r} is not in the installed transformers: the checkpoint has "
             "its own code, but trust_remote_code is false",
             fixes=(("model.trust_remote_code", True),),
-            hint="use a model of the installed transformers",
+            hint="use a model whose type the installed transformers has",
         )
     if known is False:
         return Problem(
             "model.model_name",
-            f"the installed transformers does not know the model type {kind!r}",
-            hint="correct model_type in config.json, or use a model that transformers knows",
+            f"the installed transformers does not have the model type {kind!r}",
+            hint="correct model_type in config.json, or use a model whose type transformers has",
         )
     if causal is False:
         return Problem(
@@ -269,8 +286,9 @@ def attention_problem(
 ) -> Problem | None:
     """Why ``attn_implementation`` cannot be used for the model; None if it can.
 
-    ``softcap`` is the model's attn_logit_softcapping. ``supports`` says for "sdpa", "flash" and
-    "flex" whether the model has them, if known.
+    ``asked`` is the value of ``attn_implementation``. ``softcap`` is the model's
+    attn_logit_softcapping. ``supports`` says whether the model supports "sdpa", "flash" and "flex"
+    (empty if unknown). ``trusted`` is ``trust_remote_code``.
     """
     key = "model.attn_implementation"
     if asked is None:
@@ -317,12 +335,12 @@ def attention_problem(
 def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
-    """What the machine lacks for the attention function ``asked``; None if nothing. ``installed``
-    says whether the package of flash attention is installed.
+    """What the machine lacks for the attention function ``asked``; None if it lacks nothing.
+    ``installed`` says whether the package of flash attention is installed.
     """
     key, name = "model.attn_implementation", asked or ""
     if name in NO_CPU_BACKWARD and not on_gpu:
-        what = f"{name} cannot be used: torch has no backward pass of it on a CPU"
+        what = f"{name} cannot be used: torch has no backward pass for it on a CPU"
         return Problem(key, what, fixes=((key, None), (key, "sdpa")))
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
@@ -374,7 +392,9 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:
-    """The size of an attention head; None if unknown or attention is latent."""
+    """Return the size of an attention head; None if it is unknown, or if the model uses latent
+    attention.
+    """
     if text.get("kv_lora_rank"):
         return None
     size, hidden, heads = (text.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -386,7 +406,9 @@ def head_size(text: Mapping[str, Any]) -> int | None:
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
-    """The items of ``layers_to_transform`` that a model of ``count`` layers does not have."""
+    """Return the items of ``layers_to_transform`` (``layers``) that are not indices of a model with
+    ``count`` layers.
+    """
     if count is None or layers is None:
         return ()
     listed = (layers,) if isinstance(layers, int) else tuple(layers)

@@ -1,6 +1,4 @@
-"""Read the bytes of a run file as text within limits, or raise an error with a finding that says
-why not.
-"""
+"""Read a run file as text, within limits on its size and on the waiting time."""
 
 from __future__ import annotations
 
@@ -28,12 +26,13 @@ _MARKS = (
 
 
 class Unreadable(StopReading):
-    """Raised if the text of a run file cannot be read; carries the finding."""
+    """Raised if the text of a run file cannot be read. ``finding`` says why."""
 
 
 def read_source(path: str | Path, *, real: Path | None = None) -> Source:
-    """The text of a run file; ``path`` ``-`` is standard input. Raises Unreadable. ``real`` is the
-    path that is read, if it differs from the path to show.
+    """Return the text of the run file at ``path`` (``-`` is standard input). ``real`` is the path
+    that is opened, if it differs from ``path``, which findings show. Raises Unreadable if the text
+    cannot be read.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -54,27 +53,28 @@ def read_source(path: str | Path, *, real: Path | None = None) -> Source:
 
 
 def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
-    """The finding for a file that cannot be read."""
+    """Return the finding for a file that cannot be read."""
     return error_finding(UNREADABLE, message, source, None, *fixes)
 
 
 def failed(finding: Finding) -> Document:
-    """An empty document with the finding that says why it is empty."""
+    """Return an empty document with the finding that says why the file could not be read."""
     source = finding.source or Source("run file", "", Path.cwd())
     return Document(source, empty(source), [finding], readable=False)
 
 
 def _read_file(source: Source, file: Path) -> bytes:
-    # Open without blocking: a named pipe without a writer would block for ever.
+    # Open without blocking, because opening a named pipe without a writer would block forever.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         kind = os.fstat(descriptor)
         if stat.S_ISDIR(kind.st_mode):
             raise Unreadable(unreadable(source, "is a folder, not a run file"))
         if stat.S_ISREG(kind.st_mode) and kind.st_size > MAX_BYTES:
-            message = f"is {kind.st_size} bytes; a run file has at most {MAX_BYTES}"
+            message = f"has {kind.st_size} bytes, but a run file may have at most {MAX_BYTES}"
             notebook = file.suffix.lower() == ".ipynb"
-            fixes = [Fix(f"toolkit import {source.name} writes one from it")] if notebook else []
+            command = f"toolkit import {source.name}"
+            fixes = [Fix(f"make a run file from the notebook: {command}")] if notebook else []
             raise Unreadable(unreadable(source, message, *fixes))
         return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
     finally:
@@ -82,8 +82,9 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """Read at most MAX_BYTES from a descriptor. ``wait_s`` limits the waiting for a pipe; with
-    None, reading waits until the writer closes it.
+    """Read a descriptor to its end. Raise Unreadable if it has more than MAX_BYTES. ``wait_s``
+    limits the time in seconds for which reading from a pipe waits. With None, reading waits until
+    the writer closes the pipe.
     """
     chunks: list[bytes] = []
     total = 0
@@ -93,7 +94,7 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
                 raise Unreadable(
-                    unreadable(source, f"no data came from this pipe within {wait_s} s")
+                    unreadable(source, f"this pipe was not written and closed within {wait_s} s")
                 )
         try:
             chunk = os.read(descriptor, 1 << 16)
@@ -104,7 +105,7 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
         chunks.append(chunk)
         total += len(chunk)
     raise Unreadable(
-        unreadable(source, f"has more than {MAX_BYTES} bytes, the limit of a run file")
+        unreadable(source, f"has more than {MAX_BYTES} bytes, the limit for a run file")
     )
 
 
@@ -112,7 +113,11 @@ def _decode(source: Source, data: bytes) -> Source:
     for mark, name in _MARKS:
         if data.startswith(mark):
             raise Unreadable(
-                unreadable(source, f"is {name}; a run file must be UTF-8", Fix("save it as UTF-8"))
+                unreadable(
+                    source,
+                    f"is {name}; a run file must be UTF-8",
+                    Fix("save the file as UTF-8"),
+                )
             )
     bom = "\ufeff" if data.startswith(codecs.BOM_UTF8) else ""
     try:
@@ -120,7 +125,7 @@ def _decode(source: Source, data: bytes) -> Source:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
-        raise Unreadable(unreadable(source, message, Fix("save it as UTF-8"))) from None
+        raise Unreadable(unreadable(source, message, Fix("save the file as UTF-8"))) from None
     form = source.format
     if form == "stdin":
         form = "json" if text.lstrip()[:1] == "{" else "yaml"

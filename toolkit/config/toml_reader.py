@@ -1,9 +1,9 @@
-"""Parse TOML to nodes with positions: the standard library reads the values, and a separate scan
-finds their positions.
+"""Parse TOML to nodes with positions. The standard library's tomllib reads the values. A separate
+scan (``toml_scan``) finds their positions, which tomllib does not report.
 
-The scan may assume valid TOML, because tomllib has already read the text. A value that the scan
-cannot find (none is known) gets the position of the start of the file. tomlkit does not replace the
-scan: 0.15 gives a line and a column for a syntax error, but none for keys and values.
+The scan may assume valid TOML, because tomllib reads the text first. A value that the scan does not
+find gets the position of the start of the file; no such case is known. The library tomlkit cannot
+replace the scan, because version 0.15 reports positions only for syntax errors.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Position, Sourc
 from toolkit.config.toml_scan import scan
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
-MAX_MARKS = 20_000  # limit of values and tables, because tomllib is slow
-MAX_PARTS = 2_000  # limit of dots in one key, because tomllib needs quadratic time for them
+MAX_MARKS = 20_000  # the limit on values and tables, because tomllib is slow
+# The limit on dots in one line, because tomllib needs quadratic time for the parts of a key.
+MAX_PARTS = 2_000
 
 
 def parse_toml(source: Source) -> Document:
-    """A TOML text as nodes; a syntax error becomes one finding."""
+    """Parse a TOML text to a document. A syntax error becomes one finding."""
     document = Document(source, empty(source))
     try:
         document.root = _read(source, document)
     except tomllib.TOMLDecodeError as error:
         document.findings.append(_syntax(source, str(error)))
     except RecursionError:
-        document.findings.append(error_finding("DOC009", "nested too deep", source))
+        document.findings.append(error_finding("DOC009", "values are nested too deeply", source))
     except StopReading as fault:
         document.findings.append(fault.finding)
     except _TooMuch as error:
@@ -50,12 +51,12 @@ def _read(source: Source, document: Document) -> Node:
     if any(line.count(".") > MAX_PARTS for line in text.splitlines()):
         raise _TooMuch("a key has too many parts for a run file")
     if sum(map(text.count, ",=[{")) > MAX_MARKS:
-        raise _TooMuch("too many values for a run file")
+        raise _TooMuch("the file has too many values for a run file")
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         raise
-    except ValueError:  # int() refuses thousands of digits
+    except ValueError:  # int() raises ValueError for thousands of digits
         raise _long_integer(source) from None
     places = Places(source.text)
     marks = {
@@ -65,16 +66,18 @@ def _read(source: Source, document: Document) -> Node:
 
 
 class _TooMuch(Exception):
-    """Raised if the text has more values, tables or dots than a run file needs."""
+    """Raised if the text has too many values or tables, is nested too deeply, or has keys with too
+    many parts.
+    """
 
 
 _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
 
 
 def _long_integer(source: Source) -> StopReading:
-    """The finding for an integer of thousands of digits, on which tomllib raises. Its position is
-    that of the first such sequence of digits, which may be wrong if a string before it contains
-    one.
+    """Return the finding for an integer of thousands of digits, for which tomllib raises ValueError
+    without a position. The finding has the position of the first such sequence of digits in the
+    text. This position is wrong if a string before the integer contains such a sequence.
     """
     found = _DIGITS.search(source.text)
     span = found.span() if found else (0, 0)
@@ -99,7 +102,7 @@ def _syntax(source: Source, message: str) -> Finding:
 
 
 class _Builder:
-    """Combine the values with their positions."""
+    """Makes nodes from the values and their positions."""
 
     def __init__(
         self, source: Source, document: Document, places: dict[KeyPath, tuple[Position, Position]]
@@ -110,9 +113,9 @@ class _Builder:
     def node(self, value: Any, path: KeyPath) -> Node:
         self.count += 1
         if self.count > MAX_NODES:
-            raise _TooMuch(f"more than {MAX_NODES} values")
+            raise _TooMuch(f"the file has more than {MAX_NODES} values")
         if len(path) > MAX_DEPTH:
-            raise _TooMuch(f"nested deeper than {MAX_DEPTH} levels")
+            raise _TooMuch(f"values are nested deeper than {MAX_DEPTH} levels")
         key, mark = self.places.get(path, (None, Position(1, 1, 0, 0)))
         node = Node(self.below(value, path), mark, self.source)
         node.key = key if path and isinstance(path[-1], str) else None
@@ -129,6 +132,7 @@ class _Builder:
         if isinstance(value, list):
             return [self.node(child, (*path, index)) for index, child in enumerate(value)]
         if isinstance(value, (datetime.date, datetime.time)):
-            # no key of a run file accepts a date, so it is checked as text
+            # No key of a run file accepts a date. As text, it is reported as a value of the wrong
+            # type.
             return value.isoformat()
         return value

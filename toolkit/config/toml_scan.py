@@ -21,8 +21,8 @@ _WORD = re.compile(r"[^\s,#\]}]+(?: [0-9][^\s,#\]}]*)?")
 
 
 def scan(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
-    """Yield the path of each value, the span of its key, and the span of the value. A table has the
-    span of its header.
+    """Yield the path, the span of the key, and the span of the value, for each value and table. A
+    span is a pair of offsets (start, end). For a table, both spans are that of its header.
     """
     return _Scan(text).run()
 
@@ -31,7 +31,7 @@ class _Scan:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        # the number of items that each array of tables has so far
+        # the index of the last item of each array of tables so far
         self.tables: dict[KeyPath, int] = {}
 
     def skip(self, pattern: re.Pattern[str]) -> str:
@@ -66,13 +66,13 @@ class _Scan:
         return self.latest(path)
 
     def latest(self, path: KeyPath) -> KeyPath:
-        """The path with the number of the last item after each array of tables, because a header
-        refers to the last item.
+        """Return ``path``, followed by the index of the last item if ``path`` is an array of
+        tables. TOML headers refer to the last item of an array.
         """
         return (*path, self.tables[path]) if path in self.tables else path
 
     def key(self) -> tuple[list[str], Span]:
-        """Read a dotted key; the span is that of its last part."""
+        """Read a dotted key. Return its parts, and the span of the last part."""
         parts: list[str] = []
         while True:
             self.skip(_INLINE)

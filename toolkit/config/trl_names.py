@@ -1,9 +1,9 @@
-"""The values that the upstream trainer accepts by name: schedules, optimizers, trackers, and their
-packages.
+"""Tables of the names that TRL's trainer accepts as values (of schedules, optimizers and trackers,
+for example), and of the packages that they need.
 
-They were recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file is validated
-without importing these libraries. tests/contract/test_config_upstream.py compares the tables with
-the installed versions.
+The tables were recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file can be
+validated without importing these libraries. tests/contract/test_config_upstream.py compares the
+tables with the installed versions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Schedule(NamedTuple):
-    """The keywords of a schedule besides those that the trainer passes itself."""
+    """The keywords of a learning rate schedule, without those that the trainer passes itself."""
 
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    reads_kwargs: bool = True  # whether get_scheduler passes lr_scheduler_kwargs to it
+    reads_kwargs: bool = True  # whether get_scheduler passes lr_scheduler_kwargs to this schedule
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
 
 
 PASSED_BY_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""Keywords of schedules that a run file cannot set, because the trainer or resuming sets them."""
+"""Keywords of schedules that a run file cannot set, because the trainer sets them itself."""
 
 _MIN_LR = ("num_cycles", "min_lr", "min_lr_rate")
 _PLATEAU = (
@@ -61,7 +61,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("min", "max"),
     "threshold_mode": ("rel", "abs"),
 }
-"""Keywords of schedules whose value is one of a few words. All others are numbers or booleans."""
+"""Keywords of schedules whose value is one of these words. The values of all other keywords are
+numbers or booleans.
+"""
 SWITCHES = ("verbose", "smooth")
 WHOLE = (
     "num_decay_steps", "num_stable_steps", "timescale", "patience", "cooldown", "warmup",
@@ -70,14 +72,16 @@ WHOLE = (
 
 
 class Package(NamedTuple):
-    """A package that a key needs: the module whose presence shows it, and the name to install."""
+    """A Python package. It is installed if one of ``modules`` can be found. ``install`` is its name
+    for pip.
+    """
 
-    modules: tuple[str, ...]  # any of these modules shows the package
+    modules: tuple[str, ...]
     install: str
 
 
 class Optimizer(NamedTuple):
-    """The package of an optimizer, and the names that it reads from optim_args."""
+    """The package that an optimizer needs, and the names that it reads from optim_args."""
 
     package: Package | None = None
     options: tuple[str, ...] = ()
@@ -140,7 +144,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     name: optimizer for optimizer, names in _FAMILIES for name in names.split()
 }
 TARGETED = ("galore", "apollo")
-"""Beginnings of the names of optimizers; no other optimizer reads optim_target_modules."""
+"""Beginnings of the names of the optimizers that read optim_target_modules."""
 
 TRACKERS: dict[str, Package | None] = {
     "azure_ml": Package(("azureml",), "azureml-core"),
@@ -156,9 +160,9 @@ TRACKERS: dict[str, Package | None] = {
     "flyte": Package(("flytekit",), "flytekit"),
     "dvclive": Package(("dvclive",), "dvclive"),
     "swanlab": Package(("swanlab",), "swanlab"),
-    "kubeflow": None,  # needs no package: it talks to its server directly
+    "kubeflow": None,  # no package is needed, because transformers calls the server directly
 }
-"""The trackers for report_to, under their names in transformers."""
+"""The trackers that report_to accepts, under their names in transformers, and their packages."""
 NO_TRACKER = ("none", "all")
 LIGER = Package(("liger_kernel",), "liger-kernel")
 
@@ -171,10 +175,12 @@ ACCELERATOR: dict[str, type | tuple[type, ...]] = {
     "gradient_accumulation_kwargs": (dict, type(None)),
     "use_configured_state": bool,
 }
-"""The keys of accelerator_config with their types (transformers' AcceleratorConfig)."""
+"""The keys of accelerator_config, and the types of their values (transformers' AcceleratorConfig).
+"""
 DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
-"""cache_implementation, without the names that transformers keeps for older code."""
+"""The values of cache_implementation, without the deprecated names that transformers still accepts.
+"""
 QUANTIZED_CACHE = Package(("optimum.quanto",), "optimum-quanto")
 BATCHING = (
     "block_size", "num_blocks", "max_batch_tokens", "max_memory_percent", "max_requests_per_batch",
@@ -192,7 +198,7 @@ COMPILERS = (
     "fx2trt", "onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm",
     "hpu_backend", "neuron",
 )  # fmt: skip
-"""The values of torch_compile_backend: those that accelerate accepts, except "no"."""
+"""The values that torch_compile_backend accepts: those of accelerate, except "no"."""
 COMPILE_MODES = (
     "default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune",
 )  # fmt: skip
@@ -206,14 +212,14 @@ ROUTERS = frozenset(
         "qwen3_next", "qwen3_omni_moe_talker_text", "qwen3_omni_moe_text", "qwen4_exp_text", "zaya",
     )
 )  # fmt: skip
-"""Families (model_type) that return their router's logits, from which the auxiliary loss is
-computed.
+"""The model types (mixtures of experts) that can return the logits of their routers. The auxiliary
+loss is computed from these logits.
 """
 
 
 @cache
 def installed(package: Package) -> bool:
-    """Whether one of the package's modules is installed. Nothing is imported."""
+    """Whether ``package`` is installed. Nothing is imported."""
     return any(_is_there(module) for module in package.modules)
 
 
@@ -227,7 +233,9 @@ def _is_there(module: str) -> bool:
 def needed_packages(
     report_to: Sequence[str], optim: str, *, use_liger: bool, cache: str | None = None
 ) -> Iterator[tuple[str, str, Package]]:
-    """Yield (key, value, package) for each key of ``grpo`` whose value needs a package."""
+    """Yield (key, value, package) for each key of the grpo section whose value needs a package.
+    ``cache`` is the value of cache_implementation.
+    """
     for tracker in report_to:
         package = TRACKERS.get(tracker)
         if package is not None:
@@ -254,6 +262,7 @@ CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "router_aux_loss_coef": _weighs,
     }
 )
-"""Fields of TRL 1.16's GRPOConfig, each with a test for the values that make the loss depend on the
-micro-batch: a mean over its tokens, a quantile, a bonus or a router loss.
+"""Fields of TRL 1.16's GRPOConfig that can make the loss depend on how a batch is split into
+micro-batches. The loss then contains a mean over the tokens of a micro-batch, a quantile, an
+entropy bonus or a router loss. The function of a field returns whether its value has this effect.
 """

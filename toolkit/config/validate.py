@@ -1,5 +1,5 @@
-"""Validate a document: first its structure, then every rule. Build the frozen RunConfig from the
-same document.
+"""Validate a document: check its structure, then apply every rule. Build the frozen RunConfig from
+a valid document.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validation:
-    """All findings in the order of their positions, overrides last."""
+    """The result of validation: a document and its findings, sorted by position. Findings of
+    ``--set`` overrides come last.
+    """
 
     findings: tuple[Finding, ...]
     document: Document
 
     @property
     def ok(self) -> bool:
-        """Whether no finding refuses the run."""
+        """Whether the run is accepted: no finding is an error."""
         return all(found.severity is not Severity.ERROR for found in self.findings)
 
     @cached_property
     def config(self) -> RunConfig | None:
-        """The validated run, frozen; None if a finding refuses it."""
+        """The validated run as a frozen RunConfig; None if a finding is an error."""
         return build_config(self.document) if self.ok else None
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
-    """Validate a loaded document. ``situation`` has the world size and the facts of the card."""
+    """Validate a loaded document. ``situation`` contains the facts that are not in the run file,
+    such as the number of processes and the device.
+    """
     findings = list(document.findings)
     other = _other_tool(document)
     if other is not None:
@@ -76,8 +80,8 @@ def _key_advice(
 
 
 def _other_tool(document: Document) -> Finding | None:
-    """IMPORT001 if the document is a file of another tool: one finding instead of one for each of
-    its keys. Else None.
+    """Return the finding IMPORT001 if the document is a config of another tool; else None. It
+    replaces the findings for each single key of such a file.
     """
     model = document.node(("model", "model_name"))
     if model is not None or not document.readable:
@@ -88,7 +92,9 @@ def _other_tool(document: Document) -> Finding | None:
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:
-    """At most MAX_FINDINGS findings, followed by one that counts the others."""
+    """Return at most MAX_FINDINGS findings, followed by one that states the number of the
+    others.
+    """
     if len(findings) <= MAX_FINDINGS:
         return findings
     last = findings[MAX_FINDINGS]
@@ -99,12 +105,12 @@ def _bounded(findings: list[Finding]) -> list[Finding]:
     return [*findings[:MAX_FINDINGS], replace(counted, related=(), unknown=False)]
 
 
-# These rules say more about an unknown key than KEY001.
+# If one of these rules reports a key, KEY001 (unknown key) does not report it too.
 _BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 
 def _order(found: Finding) -> tuple[bool, str, int, int, str]:
-    """The sort key of a finding: by position, overrides last."""
+    """Return the sort key of a finding: by position, with ``--set`` overrides last."""
     source, mark = found.source, found.mark
     is_override = source is not None and source.is_override
     line, column = (mark.line, mark.column) if mark else (0, 0)
@@ -112,17 +118,17 @@ def _order(found: Finding) -> tuple[bool, str, int, int, str]:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
-    """The run file at ``path`` with ``key=value`` overrides, validated.
+    """Load and validate the run file at ``path``, with ``key=value`` overrides.
 
-    Raises InputError if the file cannot be read, and ConfigError with all findings if something in
-    it is wrong.
+    Raises InputError if the file cannot be read, and ConfigError with the text of all findings if
+    one of them is an error.
     """
     return accepted(load_document(path, overrides), Situation(world_size=world_size))
 
 
 def accepted(document: Document, situation: Situation | None = None) -> RunConfig:
-    """The run of a loaded document, validated for ``situation``. Raises the same errors as
-    ``load_run``.
+    """Validate a loaded document for ``situation``, and return its RunConfig. Raises the same
+    errors as ``load_run``.
     """
     outcome = validate(document, situation)
     if outcome.config is not None:
@@ -131,7 +137,7 @@ def accepted(document: Document, situation: Situation | None = None) -> RunConfi
 
 
 def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
-    """The error for a command whose run file has these findings."""
+    """Return the error that a command raises if its run file is refused with these findings."""
     from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a fault
 
     if document.readable:
@@ -142,12 +148,12 @@ def refusal(document: Document, findings: Sequence[Finding]) -> InputError | Con
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
-    """The errors that the jsonschema library finds in a JSON value under one of the project's
-    schemas; empty if the value is valid.
+    """Check a JSON value with one of the project's schemas, using the jsonschema library. Return
+    its error messages; the list is empty if the value is valid.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - the import takes from 60 ms to a second
     from referencing import Registry  # noqa: PLC0415 - part of jsonschema
 
-    # Use an own registry, because the library would otherwise fetch an unknown $ref.
+    # With an empty registry, the library does not download an unknown $ref.
     validator = Draft202012Validator(find_schema(schema_name), registry=Registry())
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(instance)]

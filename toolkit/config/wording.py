@@ -14,7 +14,9 @@ _LONGEST = 60
 
 
 def show(value: Any) -> str:
-    """A value as a short text: text in quotes if needed, collections by their first items."""
+    """Return a value as a short text for messages. A list is shown by its first items, and a
+    mapping only as "a mapping".
+    """
     if isinstance(value, dict):
         return "a mapping" if value else "{}"
     if isinstance(value, (list, tuple)):
@@ -25,7 +27,7 @@ def show(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value as text: ``text``, ``a list``, ``an integer`` ..."""
+    """Return the type of a value as text: ``text``, ``a list``, ``an integer`` ..."""
     if isinstance(value, bool):
         return "a boolean"
     for kind, name in ((int, "an integer"), (float, "a float"), (str, "text"), (list, "a list")):
@@ -35,7 +37,7 @@ def kind_of(value: Any) -> str:
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """What a schema requires, as text: ``an integer, at least 1, or auto``."""
+    """Return a text that says which types or values a schema allows: ``an integer or auto``."""
     if "x-either" in schema:
         parts = [describe(branch) for branch in schema["x-either"]]
         return " or ".join(part for part in parts if part != "null") or "null"
@@ -52,7 +54,7 @@ def describe(schema: dict[str, Any]) -> str:
 
 
 def spell(value: Any, form: str) -> str:
-    """A scalar as it is written in a file of format ``form``."""
+    """Return a scalar as it is written in a file of the format ``form`` (yaml, json or toml)."""
     text = plain_spelling(value)
     if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'

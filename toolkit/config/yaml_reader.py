@@ -1,8 +1,8 @@
 """Parse YAML to nodes with positions. Only this module imports PyYAML.
 
-YAML is read through libyaml's events and not through ``compose``: compose recurses in C, and a file
-of 100,000 brackets would end the process with a segmentation fault. Every limit below is far above
-what a run file needs, and keeps the reading time of any input below one second. The module
+YAML is read through libyaml's events and not through ``compose``. ``compose`` recurses in C, so
+that a file of 100,000 brackets would end the process with a segmentation fault. The limits are far
+above what a run file needs, and keep the reading time of any input below one second. The module
 ``layers`` assembles complete run files from the parsed texts.
 """
 
@@ -29,12 +29,12 @@ from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED
 
 try:
     from yaml.cyaml import CLoader as _Parser
-except ImportError:  # without libyaml, PyYAML gives the same events, but slower
+except ImportError:  # without libyaml, PyYAML's own parser makes the same events, but more slowly
     from yaml import Loader as _Parser  # type: ignore[assignment]
 
 
 def parse_yaml(source: Source) -> Document:
-    """The first document of a YAML text as nodes; errors become findings."""
+    """Parse the first YAML document of a text. Errors become findings."""
     document = Document(source, empty(source))
     builder = _Builder(source, document.findings)
     try:
@@ -53,14 +53,14 @@ _NODES = (yaml.ScalarEvent, yaml.AliasEvent, *_STARTS)
 
 
 class _Builder:
-    """Build nodes from events, with an explicit stack."""
+    """Builds nodes from events, with an explicit stack instead of recursion."""
 
     def __init__(self, source: Source, findings: list[Finding]) -> None:
         self.source = source
         self.findings = findings
         self.anchors: dict[str, Node] = {}
-        self.stack: list[Node] = []  # the open collections
-        # for each of them, the key that has no value yet
+        self.stack: list[Node] = []  # the collections that were begun and not ended yet
+        # for each collection in the stack, the key that has no value yet
         self.keys: list[tuple[str, Position] | None] = []
         self.root: Node | None = None
         self.count = self.aliased = 0
@@ -81,8 +81,11 @@ class _Builder:
                 elif kind in _ENDS:
                     self.close(event)
                 elif kind is yaml.DocumentStartEvent and self.root is not None:
-                    message = "a second YAML document: a run file has only one"
-                    self.tell("DOC005", _mark(event), message, "share settings with extends:")
+                    message = "a second YAML document begins here, but a run file has only one"
+                    fix = (
+                        "remove the second document; to share settings between files, use extends:"
+                    )
+                    self.tell("DOC005", _mark(event), message, fix)
                     break
         except yaml.MarkedYAMLError as error:
             raise StopReading(self.syntax(error)) from None
@@ -100,7 +103,7 @@ class _Builder:
             self.stack.append(node)
             self.keys.append(None)
             if len(self.stack) > MAX_DEPTH:
-                message = f"nested deeper than {MAX_DEPTH} levels"
+                message = f"values are nested deeper than {MAX_DEPTH} levels"
                 raise StopReading(self.finding("DOC009", node.mark, message))
 
     def close(self, event: Any) -> None:
@@ -112,7 +115,8 @@ class _Builder:
     def bounded(self, mark: Position) -> None:
         self.count += 1
         if self.count > MAX_NODES:
-            raise StopReading(self.finding("DOC009", mark, f"more than {MAX_NODES} values"))
+            message = f"the file has more than {MAX_NODES} values"
+            raise StopReading(self.finding("DOC009", mark, message))
 
     def node(self, event: Any, kind: type) -> Node:
         mark = _mark(event)
@@ -121,7 +125,7 @@ class _Builder:
             return self.alias(str(event.anchor), mark)
         if event.tag not in (None, "!"):
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-            message = f"the tag {tag}: a run file must not use YAML tags"
+            message = f"the value has the tag {tag}, but a run file must not use YAML tags"
             self.tell("DOC003", mark, message, "remove the tag")
         if kind is yaml.ScalarEvent:
             node = Node(event.value, mark, self.source, plain=not event.style)
@@ -135,7 +139,9 @@ class _Builder:
         return node
 
     def resolve(self, node: Node, text: str) -> None:
-        """Set the value of a plain scalar. Add a note if YAML 1.1 would read a different value."""
+        """Set the value of a plain scalar. Add a warning to the node if YAML 1.1 would read a
+        different value.
+        """
         node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
             self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
@@ -165,12 +171,12 @@ class _Builder:
             message = f"YAML syntax: no anchor &{anchor} is defined above"
             raise StopReading(self.finding("DOC001", mark, message))
         if any(target is node for node in self.stack):
-            raise StopReading(self.finding("DOC009", mark, f"*{anchor} contains itself"))
+            raise StopReading(self.finding("DOC009", mark, f"the alias *{anchor} contains itself"))
         return self.copy(target, mark)
 
     def copy(self, target: Node, mark: Position) -> Node:
-        """A copy of the nodes that an alias refers to. The nodes are counted, so that an alias bomb
-        is stopped early.
+        """Return a copy of the nodes to which an alias refers. The copied nodes are counted, so
+        that an alias bomb is stopped early.
         """
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
@@ -184,7 +190,7 @@ class _Builder:
         return copy
 
     def place(self, node: Node, event: Any) -> None:
-        """Add a node to the open collection as an item, a key or a value."""
+        """Add a node to the innermost open collection, as an item, a key or a value."""
         holder = self.stack[-1].value
         if isinstance(holder, list):
             holder.append(node)
@@ -197,20 +203,23 @@ class _Builder:
         name, mark = pending
         if name in holder:
             first = holder[name].key
-            fix = f"remove one of the two (lines {first.line} and {mark.line})"
+            fix = f"remove the key from one of lines {first.line} and {mark.line}"
             self.tell("DOC002", mark, f"{name} is written twice in one mapping", fix)
             return
         node.key = mark
         holder[name] = node
 
     def key(self, node: Node, event: Any) -> tuple[str, Position]:
-        """The name of a key. An invalid key gets a unique name and a finding."""
+        """Return the name and position of a key. An invalid key gets a unique placeholder name and
+        a finding.
+        """
         nameless = f"\0{node.mark.start}"
         if not isinstance(event, yaml.ScalarEvent):
-            self.tell("DOC010", node.mark, "a key must be a plain name", "write a name")
+            message = "a key must be a plain name, not a list or a mapping"
+            self.tell("DOC010", node.mark, message, "write a name before the colon")
             return nameless, node.mark
         if node.plain and event.value == "<<":
-            message = "a merge key (<<) is YAML 1.1 only"
+            message = "a merge key (<<) exists only in YAML 1.1, but run files are YAML 1.2"
             self.tell("DOC008", node.mark, message, "share settings with extends: base.yaml")
             return nameless, node.mark
         return str(event.value), node.mark
@@ -223,7 +232,7 @@ class _Builder:
         lines = self.source.lines
         line = lines[mark.line - 1] if mark.line <= len(lines) else ""
         if "\t" in line[: mark.column]:
-            message = "a tab indents this line: YAML allows only spaces"
+            message = "this line is indented with a tab, but YAML allows only spaces"
             return self.finding("DOC004", mark, message, Fix("indent with spaces"))
         found = self.finding("DOC001", mark, f"YAML syntax: {error.problem or 'not YAML'}")
         if error.context and error.context_mark:
@@ -235,8 +244,8 @@ class _Builder:
         before = self.source.text[: error.position]
         column = error.position - (before.rfind("\n") + 1) + 1
         mark = Position(before.count("\n") + 1, column, error.position, error.position + 1)
-        message = "a control character that YAML does not allow"
-        return self.finding("DOC013", mark, message, Fix("remove it"))
+        message = "the file contains a control character, which YAML does not allow"
+        return self.finding("DOC013", mark, message, Fix("remove the character"))
 
 
 def _mark(event: Any) -> Position:

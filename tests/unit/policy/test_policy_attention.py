@@ -41,7 +41,7 @@ def test_without_a_cap_it_is_what_was_asked_for(asked: str | None) -> None:
         ("SDPA", "llama", "is not one of eager, sdpa"),
         ("kernels-community/flash-attn", "llama", "code from the hub"),
         ("flash_attention_2", "llama", "needs a GPU"),
-        ("flex_attention", "llama", "no backward pass of it on a CPU"),
+        ("flex_attention", "llama", "no backward pass for it on a CPU"),
         ("sdpa", "gpt_oss", "has no sdpa attention"),  # its sinks
         ("flex_attention", "falcon", "has no flex_attention"),
     ],
