@@ -228,7 +228,7 @@ def test_from_says_what_is_not_clear(tmp_path: Path) -> None:
     assert getattr(CliRunner().invoke(import_config, [str(path)]).exception, "exit_code", 0) == 2
     outcome = run(path, "--from", "trl", "--to", "-")
     assert "num_generations: 8  # line 2: num_generations" in outcome.stdout
-    assert "actor: 1 - no key of TRL that is known here" in outcome.stdout
+    assert "actor: 1 - this is not a known key of TRL" in outcome.stdout
 
 
 def test_the_table_of_a_format_is_printed() -> None:

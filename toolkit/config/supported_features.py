@@ -1,9 +1,8 @@
 """Define what the toolkit supports: storage formats of checkpoints, load_in_* flags, architectures,
 attention functions, and initializations of adapters.
 
-The rules, the sizer, the loader, the engine and the drop-in API all call these functions. Each
-function takes plain values and returns a ``Problem`` or None. A rule reports the problem as a
-finding with its line, the sizer as a note, and the others refuse the run.
+Each function takes plain values and returns a ``Problem`` or None. A rule reports the problem as a
+finding, and the sizer as a note. The loader, the engine and the drop-in API refuse the run.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not supported. ``key`` is the key of the run file that requests it,
-    ``message`` says why it is not supported, and ``fixes`` are values that would work, as (key,
-    value).
-
-    ``hint`` says what else the user can do.
+    """Something that is not supported: the key that requests it, the reason, and values that would
+    work, as (key, value). ``hint`` says what else the user can do.
     """
 
     key: str
@@ -40,9 +36,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A storage format of checkpoints. ``flag`` is the load_in_* flag that must be set to train on
-    such a checkpoint; None if training is not supported. ``engine`` says whether the trainer and
-    the vLLM engine can share weights in this format.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag that training on it requires;
+    None if training is not supported. ``engine``: trainer and vLLM engine can share such weights.
     """
 
     name: str
@@ -106,19 +101,13 @@ them (``sdpa_attention_forward`` of transformers 5.17, checked in tests/contract
 """
 
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of the names of initializations that change the base weights (pissa also stands for
-pissa_niter_N).
-"""
+"""Initializations that change the base weights (pissa includes pissa_niter_N)."""
 
 DATA_INITS = {
     "corda": "it requires a pass over data before the adapter is created",
-    "eva": (
-        "it requires a pass over data before the adapter is created; without that pass, the matrix "
-        "A stays random"
-    ),
+    "eva": "it requires a pass over data before the adapter is created; otherwise A stays random",
     "lora_ga": (
-        "it requires gradients over data before the adapter is created; without these gradients, "
-        "the matrix A stays random"
+        "it requires gradients over data before the adapter is created; otherwise A stays random"
     ),
     "loftq": "it requires a loftq_config, which a run file cannot set",
 }
@@ -142,17 +131,14 @@ NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
 """
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""The head sizes that vLLM 0.31's attention on a CPU supports (v1/attention/backends/cpu_attn.py).
-"""
+"""The head sizes of vLLM 0.31's attention on a CPU (v1/attention/backends/cpu_attn.py)."""
 
 CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """The activation functions of experts that ``engine.experts`` can compute on a CPU."""
 
 
 def stored_format(config: Mapping[str, Any]) -> Stored | None:
-    """Return the format in which the checkpoint of this config.json is stored; None if its weights
-    are not quantized.
-    """
+    """Return the checkpoint's storage format by its config.json; None for unquantized weights."""
     inner = config.get("quantization_config")
     if not isinstance(inner, dict):
         return None
@@ -194,9 +180,7 @@ def stored_problem(
     for other, on in asked.items():
         if on:
             return Problem(
-                f"model.{other}",
-                f"{told}, which excludes {other}",
-                fixes=((f"model.{other}", False),),
+                f"model.{other}", f"{told}, not for {other}", fixes=((f"model.{other}", False),)
             )
     return None
 
@@ -235,9 +219,7 @@ def flag_problems(
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
-    """Whether the model of this config.json is multimodal: a language model is only a part of
-    it.
-    """
+    """Whether the model of this config.json is multimodal, with a language model as one part."""
     return isinstance(config.get("text_config"), dict) or config.get("model_type") in MULTIMODAL
 
 
@@ -392,9 +374,7 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:
-    """Return the size of an attention head; None if it is unknown, or if the model uses latent
-    attention.
-    """
+    """Return the size of an attention head; None if it is unknown or attention is latent."""
     if text.get("kv_lora_rank"):
         return None
     size, hidden, heads = (text.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -406,9 +386,7 @@ def head_size(text: Mapping[str, Any]) -> int | None:
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
-    """Return the items of ``layers_to_transform`` (``layers``) that are not indices of a model with
-    ``count`` layers.
-    """
+    """Return the indices in ``layers`` that a model with ``count`` layers does not have."""
     if count is None or layers is None:
         return ()
     listed = (layers,) if isinstance(layers, int) else tuple(layers)

@@ -44,7 +44,7 @@ def test_a_table_is_true(form: str) -> None:
         foreign = Foreign(form)
         foreign.add(row.old, _probe(row), "line 1")
         made = translate(foreign, table(form))
-        assert [one.text for one in made.unread if "no key of" in one.why] == [], row
+        assert [one.text for one in made.unread if "not a known key" in one.why] == [], row
         if row.kind == LEFT_OUT:
             assert [one.key for one in made.left_out] == [row.old], row
         elif row.kind == REFUSED:
@@ -64,7 +64,7 @@ def _probe(row: Row) -> Any:
 def test_the_migration_table_has_every_key(form: str) -> None:
     text = markdown(form)
     lines = text.splitlines()
-    assert lines[2] == "| key there | key here | what happens | why |"
+    assert lines[2] == "| key of the other tool | key of the run file | what happens | why |"
     assert len(lines) == 4 + len(table(form).rows)
     for row, line in zip(table(form).rows, lines[4:], strict=True):
         assert f"`{row.old}`" in line

@@ -1,7 +1,7 @@
-"""Convert configs of other tools to run files, and list what could not be converted.
+"""Convert configs of other training tools to run files, and list what could not be converted.
 
-There is one module per format (axolotl, trl, scripts, verl, prime_rl, swift), each with a table of
-keys. No foreign file is executed: scripts and notebooks are read with ``ast``.
+There is one module for each format (axolotl, trl, scripts, verl, prime_rl, swift), with a table of
+its keys. Nothing in the files is executed. Scripts and notebooks are read with ``ast``.
 """
 
 from toolkit.config.importers.formats import TABLES, guess, read_foreign

@@ -1,4 +1,4 @@
-"""Conversions of values that several formats share."""
+"""Functions that convert values, shared by several formats."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from toolkit.config.importers.mapping import Unfit
 if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
 
-NO_ADAPTER = "all weights are trained there; here an adapter is (lora)"
+NO_ADAPTER = "a run of this toolkit trains a LoRA adapter (section lora), not all weights"
 
 
 def dtype(value: Any) -> str | None:
-    """The name of a torch dtype; None if the checkpoint or the card decides."""
+    """Return the name of a torch dtype; None if ``value`` leaves the choice to the checkpoint or
+    the GPU. Raises Unfit for other dtypes.
+    """
     if value in (None, "auto", ""):
         return None
     name = str(value).removeprefix("torch.")
     known = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
     name = known.get(name, name)
     if name not in ("bfloat16", "float16", "float32"):
-        raise Unfit("model.dtype is bfloat16, float16, float32 or auto")
+        raise Unfit("model.dtype must be bfloat16, float16, float32 or auto")
     return name
 
 
@@ -28,8 +30,8 @@ _SAME = object()
 
 
 def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
-    """The value that ``names`` has for ``value``. If it has none: ``other`` if given, else
-    ``value`` unchanged.
+    """Return ``names[value]``. If ``names`` does not contain ``value``, return ``other`` if given,
+    else ``value`` unchanged.
     """
     if isinstance(value, str) and value in names:
         return names[value]
@@ -37,8 +39,8 @@ def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
 
 
 def as_integer(value: Any) -> Any:
-    """``16.0`` as the integer 16; any other value unchanged. Some tools write integers as
-    floats.
+    """Return a whole float such as ``16.0`` as an integer, and any other value unchanged. Some
+    tools write integers as floats.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
@@ -46,36 +48,44 @@ def as_integer(value: Any) -> Any:
 
 
 def positive(value: Any) -> Any:
-    """A count; None for -1, 0 and null, which mean "no limit" in some tools."""
+    """Return a count unchanged (whole floats as integers). Return None for -1, 0 and null, which
+    mean "no limit" in some tools.
+    """
     if value is None or (isinstance(value, (int, float)) and value <= 0):
         return None
     return as_integer(value)
 
 
 def targets(value: Any) -> Any:
-    """Target modules: ["all-linear"] becomes the text all-linear; any other value is unchanged."""
+    """Convert target modules: return "all-linear" for ["all-linear"], and any other value
+    unchanged.
+    """
     return "all-linear" if value == ["all-linear"] else value
 
 
 def module_function(name: str) -> str:
-    """``package.module.function`` as ``package.module:function``."""
+    """Return ``package.module.function`` as ``package.module:function``. Raises Unfit for other
+    names.
+    """
     head, _, last = name.rpartition(".")
     if not head or not all(part.isidentifier() for part in name.split(".")):
-        raise Unfit("it is not of the form module.function")
+        raise Unfit("the name does not have the form module.function")
     return f"{head}:{last}"
 
 
 def from_file(path: Any, name: Any) -> str:
-    """A function in a Python file as ``module:function``. The folder of the file is left out."""
+    """Return a function in a Python file as ``module:function``, without the folder of the file.
+    Raises Unfit if the file's name is not a module name.
+    """
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():
-        raise Unfit(f"{stem} is not the name of a module")
+        raise Unfit(f"{stem} cannot be the name of a Python module")
     return f"{stem}:{name}"
 
 
 def fit_length(made: Translation) -> None:
-    """Set model.max_seq_length if the lengths of prompt and completion do not fit into its default,
-    and nothing else has set it.
+    """Set model.max_seq_length to the sum of the lengths of prompt and completion, unless it is
+    already set. If only the completion's length is known, set it only if the default is too small.
     """
     if "model.max_seq_length" in made.written:
         return
@@ -87,21 +97,25 @@ def fit_length(made: Translation) -> None:
         why = f"max_prompt_length {prompt} + max_completion_length {completion}"
         made.write("model.max_seq_length", total, why)
     elif completion >= 2048:
-        why = f"max_completion_length {completion} + 1024 for the prompt, which had no limit"
+        why = f"max_completion_length {completion} + 1024 for the prompt, which has no limit"
         made.write("model.max_seq_length", completion + 1024, why)
 
 
 def whole_batch(made: Translation, completions: int, why: str) -> None:
-    """Set the batch to one optimizer step of ``completions``, which the sizer splits into
-    micro-batches that fit the card.
+    """Set the batch keys so that one optimizer step uses ``completions`` completions. The toolkit
+    then chooses micro-batches that fit the GPU.
     """
     made.write("grpo.generation_batch_size", completions, why)
-    made.write("grpo.per_device_train_batch_size", "auto", "cut as the card allows; same gradient")
-    made.write("grpo.gradient_accumulation_steps", "auto", "as above")
+    made.write(
+        "grpo.per_device_train_batch_size",
+        "auto",
+        "the toolkit chooses a size that fits the GPU; the gradient is the same",
+    )
+    made.write("grpo.gradient_accumulation_steps", "auto", "see per_device_train_batch_size")
 
 
 def split_warmup(made: Translation) -> None:
-    """If warm-up is given both in steps and as a fraction, keep the steps, as transformers does."""
+    """If warm-up is given both in steps and as a fraction, use the steps, as transformers does."""
     steps, share = made.take("warmup_steps"), made.take("warmup_ratio")
     if steps and share:
         entry = steps["warmup_steps"]

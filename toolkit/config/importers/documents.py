@@ -1,4 +1,4 @@
-"""Read YAML, JSON and TOML files of other tools as entries."""
+"""Read the settings in YAML, JSON and TOML files of other tools."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def from_document(document: Document, table: Table) -> Foreign:
-    """The settings of a parsed file. Features that the reader of run files does not accept (tags,
-    merge keys, duplicate keys) are listed as not read.
+    """Return the settings of a parsed file. Features that the reader of run files does not accept
+    (tags, merge keys, duplicate keys) are recorded as parts that could not be read.
     """
     foreign = Foreign(table.form)
     for found in document.findings:
@@ -29,7 +29,7 @@ def from_document(document: Document, table: Table) -> Foreign:
 def _flatten(foreign: Foreign, table: Table, prefix: str, node: Node) -> None:
     for name, child in node.value.items():
         if name.startswith("\0"):
-            continue  # not a key of the file; the findings report it
+            continue  # a placeholder for an invalid key, which a finding reports
         key = f"{prefix}{name}"
         place = f"line {(child.key or child.mark).line}"
         whole = (key in table.by_key and key not in table.groups) or not child.value
@@ -38,7 +38,7 @@ def _flatten(foreign: Foreign, table: Table, prefix: str, node: Node) -> None:
         elif isinstance(child.value, list) and not whole and _of_mappings(child):
             _flatten(foreign, table, f"{key}.", child.value[0])
             for other in child.value[1:]:
-                foreign.miss(f"line {other.mark.line}", key, "only the first item is translated")
+                foreign.miss(f"line {other.mark.line}", key, "only the first item is converted")
         else:
             foreign.add(key, plain(child), place)
 
@@ -48,8 +48,8 @@ def _of_mappings(node: Node) -> bool:
 
 
 def plain(node: Node) -> Any:
-    """The value of a node as the other tool reads it: in YAML 1.1, yes, no, on and off are
-    booleans.
+    """Return the value of a node as the other tool reads it. Other tools use YAML 1.1, in which
+    yes, no, on and off are booleans.
     """
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}

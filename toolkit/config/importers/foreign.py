@@ -1,4 +1,6 @@
-"""A foreign file as entries: a key under the other tool's name, a value, and a position."""
+"""Define what is read from a file of another tool: entries with the tool's key, a value and a
+position.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A value that is only known by running the file; ``text`` is the expression in the file."""
+    """A value that is known only when the file is executed. ``text`` is the expression in the
+    file.
+    """
 
     text: str
-    why: str = "it is computed when the file runs"
+    why: str = "its value is computed when the file runs"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One setting. ``value`` is a scalar, a list, a dict, or ``Computed``."""
+    """One setting in the file. ``value`` is a scalar, a list, a dict, or ``Computed``."""
 
     key: str
     value: Any
@@ -25,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A part of the file that could not be read, and why."""
+    """A part of the file that could not be read, and the reason."""
 
     place: str
     text: str

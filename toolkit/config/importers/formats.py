@@ -1,4 +1,4 @@
-"""Find out which tool a file belongs to, and read it."""
+"""Find out to which tool a file belongs, and read its settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolkit.config.importers.shell import Word
     from toolkit.config.source import Source
 
-# name of a format -> the module with its table
+# the name of each format, and the module with its table
 TABLES = {
     "axolotl": "axolotl",
     "trl": "trl",
@@ -32,8 +32,8 @@ TABLES = {
 }
 MAX_NOTEBOOK_BYTES = 32 << 20
 SCRIPT_SUFFIXES = (".py", ".ipynb", ".sh", ".bash", ".txt")
-# Keys that only occur in the files of one tool, never in a run file. A file belongs to the tool if
-# it has two of them, or one of ``_SURE``.
+# Keys that occur at the top level of a tool's files. A file is assigned to a tool if it has one of
+# the keys in ``_SURE``, or several of these keys (see ``_by_keys``).
 _SIGNS: dict[str, tuple[str, ...]] = {
     "axolotl": ("base_model", "micro_batch_size", "sequence_len", "datasets", "rl", "adapter",
                 "lora_target_linear", "num_epochs", "trl"),
@@ -55,14 +55,14 @@ _OVERRIDE = re.compile(r"(\+{0,2})(~?)([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 
 @cache
 def table(form: str) -> Table:
-    """The table of a format."""
+    """Return the table of a format."""
     found: Table = import_module(f"toolkit.config.importers.{TABLES[form]}").TABLE
     return found
 
 
 def guess(document: Document) -> tuple[str, tuple[str, ...]] | None:
-    """The format that a loaded file looks like, with the keys or words that show it. None for a run
-    file, and for a file of an unknown kind.
+    """Guess the format of a loaded file. Return its name, and the keys or words by which it was
+    recognized. Return None for a run file, and for a file of an unknown format.
     """
     root = document.root.value
     if isinstance(root, dict) and root:
@@ -85,8 +85,8 @@ TITLES = {
 
 
 def found_foreign(document: Document) -> Finding | None:
-    """The finding for a loaded file that looks like a file of another tool; None for other
-    files.
+    """Return the finding IMPORT001 for a loaded file that looks like a file of another tool; None
+    for other files.
     """
     from toolkit.config.finding import Fix, error_finding  # noqa: PLC0415 - only for such a file
 
@@ -98,7 +98,7 @@ def found_foreign(document: Document) -> Finding | None:
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
     mark = None if first is None else first.key
     name = document.source.name if document.source.path else "FILE"
-    fix = Fix(f"toolkit import {name} writes one from it")
+    fix = Fix(f"convert the file to a run file with: toolkit import {name}")
     return error_finding("IMPORT001", message, document.source, mark, fix)
 
 
@@ -138,8 +138,8 @@ _COMMANDS = {
 
 
 def read_foreign(name: str, form: str | None = None) -> Foreign:
-    """The settings of the file ``name``, in the format ``form`` or the format that the file looks
-    like. Raises InputError if the file cannot be read or its format is unknown.
+    """Read the settings of the file ``name``. ``form`` is its format; None means that the format is
+    guessed. Raises InputError if the file cannot be read or its format is unknown.
     """
     from toolkit.config.layers import parse  # noqa: PLC0415 - config.layers is above this package
     from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
@@ -160,7 +160,7 @@ def read_foreign(name: str, form: str | None = None) -> Foreign:
     if found is None:
         return _commands(source, None)
     if not document.root.value:
-        message = document.findings[0].message if document.findings else "there is nothing in it"
+        message = document.findings[0].message if document.findings else "the file is empty"
         raise InputError(f"cannot be read: {message}", where=name)
     if found == "script":
         return _notebook(name) if name != "-" else _script(source)
@@ -192,7 +192,7 @@ def _something(foreign: Foreign, name: str) -> Foreign:
 
 
 def _commands(source: Source, form: str | None) -> Foreign:
-    """The settings of the first training command in a shell script."""
+    """Return the settings of the first training command in a shell script."""
     for words in commands(source.text):
         line = " ".join(word.text for word in words[:8])
         found = form or next(
@@ -215,11 +215,11 @@ def _flags(foreign: Foreign, words: list[Word]) -> None:
     words = words[starts[0] :] if starts else words
     for at, word in enumerate(words[:-1]):
         if word.text == "@":
-            why = "settings come from that file: import it instead"
+            why = "more settings are in that file: import that file instead"
             foreign.miss(f"line {word.line}", f"@ {words[at + 1].text}", why)
     for key, value, line in flags(words):
         if key == "config" and isinstance(value, str):
-            why = "settings come from that file too: import it instead"
+            why = "more settings are in that file: import that file instead"
             foreign.miss(f"line {line}", f"--config {value}", why)
         else:
             foreign.add(key, value, f"line {line}")
@@ -231,20 +231,21 @@ def _overrides(foreign: Foreign, words: list[Word]) -> None:
         place = f"line {word.line}"
         if found is None:
             if word.text.startswith("--config"):
-                foreign.miss(place, word.text, "settings come from a file of hydra's")
+                foreign.miss(place, word.text, "more settings are in this config file of hydra")
             continue
         value: Any = scalar(found[4])
         if word.unknown:
-            value = Computed(found[4], f"{word.unknown} is set by the shell")
+            value = Computed(found[4], f"{word.unknown} gets its value in the shell")
         foreign.add(found[3], value, place)
 
 
 def unknown(name: str) -> InputError:
-    """The error for a file whose format is unknown."""
+    """Return the error for a file whose format is unknown."""
     return InputError(
-        "is like no file that can be imported: axolotl (YAML), TRL (YAML, command line, script), "
-        "Unsloth (script, notebook), verl (YAML, overrides), prime-rl (TOML), ms-swift (YAML, "
-        "command line)",
+        "is not recognized as a file that can be imported. These files can be imported: "
+        "axolotl (YAML), TRL (YAML, command line, script), Unsloth (script, notebook), verl (YAML, "
+        "overrides), prime-rl (TOML), ms-swift (YAML, command line)",
         where=name,
-        fix="name the format with --from, or write the run file by envcheck schema",
+        fix="name the format with --from, or write a run file yourself (`envcheck schema run` "
+        "prints the schema)",
     )

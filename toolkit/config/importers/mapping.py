@@ -1,4 +1,6 @@
-"""The table of a format, with one row per key, and the run file that is made with it."""
+"""Define the table of a format, which has one row per key, and the translation that is made with
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,31 @@ KINDS = (SAME, RENAMED, LEFT_OUT, REFUSED)
 
 
 class Unfit(Exception):
-    """Raised for a value that a run file cannot express; the text says why."""
+    """Raised for a value that a run file cannot express. The exception's text says why."""
 
 
 class Later(Exception):
-    """Marks a key that the table's ``finish`` converts together with other keys."""
+    """Raised by ``later``, for a key that the table's ``finish`` converts together with other
+    keys.
+    """
 
 
 def later(_value: Any) -> Any:
-    """The conversion function of a key that ``finish`` converts."""
+    """The ``convert`` function of a row whose key the table's ``finish`` converts. It always raises
+    Later.
+    """
     raise Later
 
 
 class Row(NamedTuple):
-    """One row of a table: what the key ``old`` of the other tool becomes.
+    """A row of a table: what becomes of the key ``old`` of the other tool.
 
-    ``to`` is the dotted key of the run file. None means that the key is left out, or, with
-    ``refused``, that it requests something that this toolkit does not do. ``off`` are the values of
-    a refused key that turn it off. ``trl``: the key is a key of TRL, and config/migration decides.
-    ``computed``: why a value that a script computes does not matter.
+    ``to`` is the dotted key of the run file; None means that there is no such key. ``refused`` is
+    True if the key requests something that this toolkit does not support, and False if a run does
+    not need the key. ``off`` are the values of a refused key that turn the unsupported feature off.
+    ``why`` is the reason. ``convert`` converts the value. ``trl`` is set for a key of TRL that
+    config/migration converts. ``computed`` says why the key can be ignored if a script computes its
+    value.
     """
 
     old: str
@@ -59,15 +67,15 @@ class Row(NamedTuple):
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
-        """Whether a value turns the refused key off."""
+        """Whether a value of this refused key turns the unsupported feature off."""
         return value in ([], {}) or any(
             type(one) is type(value) and one == value for one in self.off
         )
 
 
 class Default(NamedTuple):
-    """The default of another tool for a key that its file does not set, if it differs from this
-    toolkit's default.
+    """A value that the run file gets if the other tool's file does not set the key, because the
+    other tool's default differs from this toolkit's default.
     """
 
     to: str
@@ -77,9 +85,11 @@ class Default(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A format: its name for people, its rows, and the defaults of its tool.
+    """The table of a format: its name (``form``), its name in messages (``title``), its rows, and
+    the defaults of its tool.
 
-    ``finish`` converts what needs several keys (batches, lengths) after all rows were applied.
+    ``finish`` is called after all rows were applied. It converts settings that depend on several
+    keys (batch sizes, lengths).
     """
 
     form: str
@@ -97,7 +107,7 @@ class Table:
 
     @cached_property
     def groups(self) -> frozenset[str]:
-        """The names of the keys that contain other keys."""
+        """The names of the keys that contain other keys of the table."""
         return frozenset(
             ".".join(parts[:count])
             for parts in (row.old.split(".") for row in self.rows)
@@ -105,7 +115,9 @@ class Table:
         )
 
     def find(self, key: str) -> Row | None:
-        """The row of a key: its own, or that of a group ``name.*`` that contains it."""
+        """Return the row of a key: its own row, or that of the innermost group ``name.*`` that
+        contains the key. Return None if there is neither.
+        """
         row = self.by_key.get(key)
         while row is None and "." in key:
             key = key.rpartition(".")[0]
@@ -118,7 +130,7 @@ HIDDEN = "[hidden]"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One key of the run file, and why it is there."""
+    """The value of a key of the run file, and the reason for it."""
 
     value: Any
     why: str
@@ -126,7 +138,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Omission:
-    """A setting that is left out of the run file, and why."""
+    """A setting that is left out of the run file, and the reason."""
 
     place: str
     key: str
@@ -136,7 +148,7 @@ class Omission:
 
 @dataclass(slots=True)
 class Translation:
-    """A run file in the making, and what became of each setting of the other file."""
+    """The run file that is being made, and what became of each setting of the other tool's file."""
 
     foreign: Foreign
     table: Table
@@ -150,13 +162,13 @@ class Translation:
     modules: list[str] = field(default_factory=list)  # modules of the user's rewards
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the run file so far."""
+        """Return the value that a key of the run file has so far."""
         found = self.written.get(key)
         return default if found is None else found.value
 
     def write(self, key: str, value: Any, why: str) -> None:
-        """Set a key of the run file. If it was set before, the new value replaces the old one, and
-        a note says so.
+        """Set a key of the run file. If the key already has another value, that value is replaced,
+        and a note reports this.
         """
         before = self.written.get(key)
         if before is not None and before.value != value:
@@ -166,14 +178,14 @@ class Translation:
         self.written[key] = Written(value, why)
 
     def take(self, *keys: str) -> dict[str, Entry]:
-        """The entries with these keys of the other tool; if a key occurs several times, its last
-        entry.
+        """Return the entries with these keys of the other tool, by key. If a key occurs several
+        times, its last entry is used.
         """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 
     def value_of(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the other tool; ``default`` if it is missing or could not be
-        read.
+        """Return the value of a key of the other tool; ``default`` if the key is missing or its
+        value could not be read.
         """
         found = self.take(key).get(key)
         return default if found is None or isinstance(found.value, Computed) else found.value
@@ -187,7 +199,7 @@ class Translation:
             self.modules.append(module)
 
     def refuse(self, entry: Entry, why: str) -> None:
-        """Record a setting that requests something that this toolkit does not do."""
+        """Record a setting that requests something that this toolkit does not support."""
         self.refused.append(_omission(entry, why))
 
     def leave(self, entry: Entry, why: str) -> None:
@@ -211,30 +223,32 @@ def _shown(entry: Entry) -> str:
 
 
 def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
-    """The entries with these keys, in the order of the file."""
+    """Return the entries with these keys, in the order of the file."""
     wanted = set(keys)
     return [entry for entry in made.foreign.entries if entry.key in wanted]
 
 
 def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
-    """Rows of keys that have the same name in the section ``to`` of the run file."""
+    """Make rows for keys that have the same name in the section ``to`` of the run file."""
     return (Row(f"{prefix}{name}", f"{to}.{name}") for name in names)
 
 
 def left(why: str, *names: str) -> Iterator[Row]:
-    """Rows of keys that are left out for the same reason."""
+    """Make rows for keys that are left out for the same reason."""
     return (Row(name, None, why) for name in names)
 
 
 def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
-    """Rows of keys that request something that this toolkit does not do. ``off``: additional values
-    that turn such a key off.
+    """Make rows for keys that request something that this toolkit does not support. ``off`` are
+    additional values that turn the unsupported feature off.
     """
     return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
 
 
 def trl_rows(prefix: str = "") -> Iterator[Row]:
-    """A row for each key of TRL's GRPOConfig, current and earlier ones, below ``prefix``."""
+    """Yield a row for each current and earlier key of TRL's GRPOConfig. ``prefix`` is put before
+    the keys.
+    """
     known = find_schema("run")["properties"]["grpo"]["properties"]
     older = [old.partition(".")[2] for old in MOVED if old.startswith("grpo.")]
     for name in dict.fromkeys((*known, *older)):
@@ -254,17 +268,24 @@ def trl_rows(prefix: str = "") -> Iterator[Row]:
             yield Row(old, to if to and "." in to else None, why, trl=key)
 
 
-_PUBLISH = "a run writes to its run folder only; toolkit export and the hub's own tools publish it"
-_SPREAD = "every GPU has the whole model; several GPUs work data-parallel (--nproc-per-node)"
-_ONE_PROCESS = "the engine runs in the training process; there is no server"
-_FORMAT = "model.dtype auto is bfloat16 where the card has it"
-# Keys of TRL that a run file refuses. For an imported file it is right to leave them out.
+_PUBLISH = (
+    "a run writes only to its run folder; to publish it, use toolkit export and the tools of the "
+    "hub"
+)
+_SPREAD = (
+    "every GPU has a complete copy of the model; several GPUs train data-parallel "
+    "(--nproc-per-node)"
+)
+_ONE_PROCESS = "the engine runs in the training process, so there is no vLLM server"
+_FORMAT = "model.dtype: auto uses bfloat16 if the GPU supports it"
+# Keys of TRL that a run file refuses, but that an imported file can simply leave out.
 _OURS = {
     row.old: row
     for row in (
         Row("output_dir", "runtime.output_dir"),
         Row("trust_remote_code", "model.trust_remote_code"),
-        Row("vllm_tensor_parallel_size", None, "model.tensor_parallel_size splits the trainer too"),
+        Row("vllm_tensor_parallel_size", None, "model.tensor_parallel_size would also split the "
+                                               "trainer; set it yourself if you need it"),
         Row("bf16", None, _FORMAT),
         Row("fp16", None, _FORMAT),
         Row("bf16_full_eval", None, _FORMAT),
@@ -278,31 +299,33 @@ _OURS = {
             _ONE_PROCESS, "vllm_mode", "vllm_server_base_url", "vllm_server_host",
             "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_model_impl",
         ),
-        *left("a run is resumed by the same command", "resume_from_checkpoint",
+        *left("to resume a run, start the same command again", "resume_from_checkpoint",
               "ignore_data_skip", "save_only_model", "overwrite_output_dir"),
-        *left("a run trains; eval_strategy switches evaluation", "do_train", "do_eval",
+        *left("a run always trains; grpo.eval_strategy turns evaluation on", "do_train", "do_eval",
               "do_predict"),
-        *left("runtime.reproducible decides about kernels", "gradient_checkpointing_kwargs"),
-        *left("the launcher sets it", "local_rank"),
-        *left("a signal makes a checkpoint in every run", "enable_jit_checkpoint"),
-        *left("the run folder holds all logs", "logging_dir"),
+        *left("runtime.reproducible decides whether deterministic kernels are used",
+              "gradient_checkpointing_kwargs"),
+        *left("the launcher (torchrun) sets this value", "local_rank"),
+        *left("every run writes a checkpoint when it receives a signal to stop",
+              "enable_jit_checkpoint"),
+        *left("all logs are in the run folder", "logging_dir"),
     )
 }  # fmt: skip
 
 
 def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
-    """The current key and value for a key of TRL. The key is None if the setting is dropped. Raises
-    Unfit if only the user can say what was meant.
+    """Return the current key and value for a key of TRL. The key is None if the setting is dropped.
+    Raises Unfit if the user must decide.
     """
     assert row.trl is not None
     today = converted(row.trl, value)
     if today is None and row.trl in MOVED and row.to is None:
-        return None, None  # removed, and nothing needs a decision
+        return None, None  # the key was removed, and the user need not decide anything
     if today is None:
-        raise Unfit(row.why or "a run file has no such key")
+        raise Unfit(row.why or "a run file does not have this key")
     return today
 
 
 def text_list(value: Any) -> list[Any]:
-    """One value or a list, as a list."""
+    """Return ``value`` as a list: a single value becomes a list of one item."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

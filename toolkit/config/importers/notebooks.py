@@ -1,4 +1,6 @@
-"""Read notebooks: the code of the cells becomes one script, without magics. Nothing is executed."""
+"""Read notebooks. The code of the cells is joined to one script, without magics (lines that begin
+with % or !). Nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,16 @@ from toolkit.config.importers.syntax import parse
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Cell magics whose cell is Python nevertheless.
+# Cell magics in whose cells the code is Python.
 _PYTHON = re.compile(r"%%(capture|time|timeit|prun)\b")
 _MAGIC = re.compile(r"(\s*)(%|!)")
+_NOT_PYTHON = "this line is a notebook magic, not Python"
 _INSTALL = re.compile(r"\s*[!%]\s*(uv |python3? -m )?(pip|conda|uv|apt|apt-get)\b")
 
 
 def read_notebook(raw: bytes, name: str) -> Foreign:
-    """The settings of a notebook. Raises InputError if the bytes are not a notebook, and ValueError
-    if the notebook has no Python.
+    """Return the settings in a notebook. ``raw`` is the content of the file ``name``. Raises
+    InputError if it is not JSON, and ValueError if it has no cells.
     """
     lines: list[str] = []
     places: list[str] = []
@@ -31,7 +34,9 @@ def read_notebook(raw: bytes, name: str) -> Foreign:
         try:
             parse("\n".join(kept))
         except ValueError as error:
-            unread.append(Unread(f"cell {number}", _first(kept), f"it is not Python: {error}"))
+            unread.append(
+                Unread(f"cell {number}", _first(kept), f"the cell is not Python: {error}")
+            )
             continue
         lines += kept
         places += [f"cell {number}, line {line}" for line in range(1, len(kept) + 1)]
@@ -41,13 +46,13 @@ def read_notebook(raw: bytes, name: str) -> Foreign:
 
 
 def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
-    """``(number, source)`` of the code cells; cells are counted from 1."""
+    """Yield ``(number, source)`` of each code cell. Cells are counted from 1."""
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     sheets = notebook.get("worksheets") if isinstance(notebook, dict) else None
     if cells is None and isinstance(sheets, list) and sheets and isinstance(sheets[0], dict):
         cells = sheets[0].get("cells")  # notebook format 3
     if not isinstance(cells, list):
-        raise ValueError("it has no cells")
+        raise ValueError("the notebook has no cells")
     for number, cell in enumerate(cells, 1):
         if isinstance(cell, dict) and cell.get("cell_type") == "code":
             source = cell.get("source", cell.get("input", ""))
@@ -56,7 +61,7 @@ def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
 
 
 def _code(source: str, number: int, unread: list[Unread]) -> list[str]:
-    """The lines of a cell, with ``pass`` in place of each magic. The magics are added to
+    """Return the lines of a cell, with ``pass`` in place of each magic. The magics are added to
     ``unread``.
     """
     lines = source.split("\n")
@@ -76,7 +81,8 @@ def _code(source: str, number: int, unread: list[Unread]) -> list[str]:
         else:
             kept.append(f"{found[1]}pass")
             if not line.startswith("%%"):
-                why = "packages are installed before a run" if _INSTALL.match(line) else "a magic"
+                is_install = _INSTALL.match(line)
+                why = "install the packages before the run" if is_install else _NOT_PYTHON
                 unread.append(Unread(f"cell {number}, line {at}", line.strip(), why))
         continued = line.rstrip().endswith("\\")
     return kept

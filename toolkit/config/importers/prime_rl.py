@@ -1,5 +1,5 @@
-"""The formats of prime-rl: the TOML file of ``rl``, and the separate files of its trainer,
-orchestrator and inference.
+"""The table for prime-rl's formats: the TOML file of the command ``rl``, and the separate files of
+the trainer, the orchestrator and the inference server.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ if TYPE_CHECKING:
 
     from toolkit.config.importers.mapping import Translation
 
-_APART = "sampling and training are one process here, on the same cards, on the newest adapter"
-_SPREAD = "every GPU has the whole model; several GPUs work data-parallel (--nproc-per-node)"
-_TRACKER = "a run writes metrics.jsonl and a report; grpo.report_to names a tracker"
+_APART = (
+    "one process samples and trains here, on the same GPUs, and always samples with the newest "
+    "adapter"
+)
+_SPREAD = (
+    "every GPU has a complete copy of the model; several GPUs train data-parallel "
+    "(--nproc-per-node)"
+)
+_TRACKER = "a run always writes metrics.jsonl and a report; to use a tracker, set grpo.report_to"
 _LOSS = (
-    "prime-rl's loss masks tokens by its own bounds; see grpo.loss_type and the keys of "
+    "prime-rl's loss masks tokens with its own bounds; similar settings are grpo.loss_type and "
     "grpo.vllm_importance_sampling_*"
 )
-_ENVIRONMENT = "an environment of verifiers"
+_ENVIRONMENT = (
+    "this is an environment of verifiers: write the section environment, or dataset and reward"
+)
 
 
 def _schedule(value: Any) -> Any:
@@ -46,7 +54,9 @@ def _checkpointing(value: Any) -> bool:
 
 
 def _model(prefix: str) -> Iterator[Row]:
-    """The rows of a [model] table: of the whole file, of the trainer, or of the orchestrator."""
+    """Yield the rows of a [model] table. ``prefix`` says whether the table is at the top level, or
+    belongs to the trainer or the orchestrator.
+    """
     yield Row(f"{prefix}model.name", "model.model_name")
     yield Row(f"{prefix}model.trust_remote_code", "model.trust_remote_code")
     yield Row(f"{prefix}model.seq_len", "model.max_seq_length")
@@ -62,7 +72,7 @@ def _model(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}model.lora.modules_to_save", "lora.modules_to_save")
     yield Row(f"{prefix}model.experimental.lora.rank", "lora.r")
     yield Row(f"{prefix}model.experimental.lora.alpha", "lora.lora_alpha")
-    yield from left("the loader chooses", f"{prefix}model.*")
+    yield from left("the toolkit decides this when it loads the model", f"{prefix}model.*")
 
 
 def _training(prefix: str) -> Iterator[Row]:
@@ -75,7 +85,11 @@ def _training(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}optim.type", "grpo.optim", convert=_optimizer)
     yield Row(f"{prefix}scheduler.type", "grpo.lr_scheduler_type", convert=_schedule)
     yield Row(f"{prefix}scheduler.warmup_steps", "grpo.warmup_steps")
-    yield from left("the scheduler's own", f"{prefix}scheduler.*", f"{prefix}optim.*")
+    yield from left(
+        "the default of the schedule or optimizer is used",
+        f"{prefix}scheduler.*",
+        f"{prefix}optim.*",
+    )
     yield from refused(_LOSS, f"{prefix}loss.*")
     yield from left(_SPREAD, f"{prefix}dist_timeout_seconds", f"{prefix}weight_broadcast.*",
                     f"{prefix}tokenizer.*", f"{prefix}data.*")  # fmt: skip
@@ -90,10 +104,14 @@ def _sampling(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}sampling.top_k", "grpo.top_k")
     yield Row(f"{prefix}sampling.min_p", "grpo.min_p")
     yield Row(f"{prefix}sampling.min_tokens", "grpo.generation_kwargs.min_tokens", convert=positive)
-    yield from left("draws are seeded by grpo.seed", f"{prefix}sampling.seed")
-    yield from refused("the temperature is constant here", f"{prefix}sampling.temp_scheduler.*")
-    yield from refused("the engine takes grpo.generation_kwargs", f"{prefix}sampling.extra_body")
-    yield from left("the sampler's own", f"{prefix}sampling.*")
+    yield from left("grpo.seed is the seed of sampling", f"{prefix}sampling.seed")
+    yield from refused(
+        "the temperature cannot change during a run", f"{prefix}sampling.temp_scheduler.*"
+    )
+    yield from refused(
+        "set other sampling keywords in grpo.generation_kwargs", f"{prefix}sampling.extra_body"
+    )
+    yield from left("the default of the engine is used", f"{prefix}sampling.*")
 
 
 def _rollouts(prefix: str) -> Iterator[Row]:
@@ -103,23 +121,27 @@ def _rollouts(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}seq_len", "model.max_seq_length")
     yield Row(f"{prefix}seed", "grpo.seed")
     yield Row(f"{prefix}mask_truncated_completions", "grpo.mask_truncated_completions")
-    yield from left("micro-batches are cut by the sizer", f"{prefix}micro_batch_size")
+    yield from left(
+        "the toolkit chooses the size of the micro-batches", f"{prefix}micro_batch_size"
+    )
     yield from _sampling(prefix)
     yield from _sampling(f"{prefix}train.")
     for place in ("env", "environment", "train.env"):
         name = f"{prefix}{place}"
         yield from refused(_ENVIRONMENT, f"{name}.id", f"{name}.args", f"{name}.taskset",
                            f"{name}.harness")  # fmt: skip
-        yield from left("see its id", f"{name}.*")
+        yield from left("this setting belongs to the environment", f"{name}.*")
     yield from left(_APART, f"{prefix}max_async_level", f"{prefix}async_level", f"{prefix}client.*",
                     f"{prefix}oversampling_factor", f"{prefix}num_train_workers",
                     f"{prefix}max_off_policy_steps", f"{prefix}renderer.*",
                     f"{prefix}tasks_per_minute", f"{prefix}max_concurrent")  # fmt: skip
     yield Row(f"{prefix}buffer.online_difficulty_filtering", "grpo.dynamic_sampling")
     pools = (f"{prefix}buffer.{name}_threshold" for name in ("easy", "hard"))
-    yield from refused("grpo.curriculum chooses by the spread of rewards, not by limits", *pools)
-    yield from left("prompts are drawn by grpo.seed", f"{prefix}buffer.*")
-    yield from left("held-out data is named in dataset.eval_path", f"{prefix}eval.*",
+    yield from refused(
+        "grpo.curriculum chooses prompts by the spread of their rewards, not by thresholds", *pools
+    )
+    yield from left("grpo.seed determines the order of the prompts", f"{prefix}buffer.*")
+    yield from left("name the evaluation data in dataset.eval_path", f"{prefix}eval.*",
                     f"{prefix}val.*")  # fmt: skip
     yield from left(_TRACKER, f"{prefix}wandb.*", f"{prefix}log.*", f"{prefix}monitor.*",
                     f"{prefix}prime_monitor.*")  # fmt: skip
@@ -127,13 +149,13 @@ def _rollouts(prefix: str) -> Iterator[Row]:
 
 def _finish(made: Translation) -> None:
     if "lora.r" not in made.written:
-        made.notes.append(f"There is no model.lora in the file: {NO_ADAPTER}")
+        made.notes.append(f"The file does not set model.lora: {NO_ADAPTER}.")
     total = made.get("grpo.generation_batch_size")
     if is_count(total):
         whole_batch(made, total, made.written["grpo.generation_batch_size"].why)
     made.notes.append(
-        "prime-rl takes its data and rewards from an environment of verifiers: write dataset and "
-        "reward, or the section environment"
+        "prime-rl takes its data and rewards from an environment of verifiers. Write the sections "
+        "dataset and reward, or the section environment."
     )
     fit_length(made)
 
@@ -151,7 +173,7 @@ def _rows() -> Iterator[Row]:
     yield Row("ckpt.interval", "grpo.save_steps")
     yield Row("ckpt.keep_last", "runtime.keep_last")
     for prefix in ("", "trainer.", "orchestrator."):
-        why = "checkpoints are written by grpo.save_steps"
+        why = "grpo.save_steps sets when checkpoints are written"
         yield from left(why, f"{prefix}ckpt", f"{prefix}ckpt.*")
     yield from _training("")
     yield from _training("trainer.")
@@ -163,7 +185,9 @@ def _rows() -> Iterator[Row]:
     yield Row("inference.model.max_model_len", "model.max_seq_length")
     yield Row("inference.model.enforce_eager", "model.enforce_eager")
     yield Row(
-        "inference.gpu_memory_utilization", None, "it is sized for what trains beside it here"
+        "inference.gpu_memory_utilization",
+        None,
+        "`envcheck size` computes the value, because the trainer uses the same GPU",
     )
     yield from left(_APART, "inference", "inference.*", "deployment.*", "trainer", "trainer.*",
                     "orchestrator", "inference_gpu_ids", "trainer_gpu_ids", "weight_broadcast.*",

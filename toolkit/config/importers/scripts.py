@@ -1,5 +1,5 @@
-"""Read Python scripts and notebooks that train with TRL or Unsloth: the arguments of the relevant
-calls are found with ``ast``.
+"""Read Python scripts and notebooks that train with TRL or Unsloth. The settings are the arguments
+of certain calls, which are found with ``ast``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _FAST = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoPeftModelForCausalLM")
-# Calls whose keywords are settings: name of the call -> prefix of the keys.
+# Calls whose keyword arguments are settings: the name of the called object, and the prefix of the
+# keys.
 _CALLS = {"GRPOConfig": "GRPOConfig", "LoraConfig": "LoraConfig",
           "BitsAndBytesConfig": "BitsAndBytesConfig", "GRPOTrainer": "GRPOTrainer",
           "load_dataset": "load_dataset"}  # fmt: skip
@@ -41,8 +42,8 @@ _SAMPLING = "vllm_sampling_params"
 
 
 def read_script(text: str, place: Callable[[int], str] | None = None) -> Foreign:
-    """The settings of a script. ``place`` turns a line number into text for people. Raises
-    ValueError if the text is not Python.
+    """Return the settings in a script. ``place`` converts a line number to a position for messages.
+    Raises ValueError if the text is not Python.
     """
     reader = _Reader(parse(text), place or (lambda line: f"line {line}"))
     reader.read()
@@ -76,16 +77,22 @@ class _Reader:
         elif name in _CALLS:
             self.arguments(call, name, _CALLS[name])
         elif name in _CHANGES and isinstance(call.func, ast.Attribute) and self.data:
-            why = "rows are changed by code: write the data as a file, or name dataset.prompt"
+            why = (
+                "this code changes the rows: write the changed rows to a file, or name their "
+                "prompt column in dataset.prompt"
+            )
             self.foreign.miss(self.place(call.lineno), f"{shown(call.func)}(...)", why)
         elif name in ("TrlParser", "HfArgumentParser"):
-            why = "settings come from the command line: import that command, or its YAML file"
+            why = (
+                "the settings come from the command line: import that command or its YAML file "
+                "instead"
+            )
             self.foreign.miss(self.place(call.lineno), f"{name}(...)", why)
 
     def arguments(self, call: ast.Call, name: str, prefix: str) -> None:
         where = self.place(call.lineno)
         if prefix in self.seen:
-            self.foreign.miss(where, f"{name}(...)", "only the first such call is translated")
+            self.foreign.miss(where, f"{name}(...)", "only the first such call is converted")
             return
         self.seen.add(prefix)
         self.data |= name == "load_dataset"
@@ -126,7 +133,9 @@ class _Reader:
     def sampling(self, value: ast.expr, where: str) -> None:
         found = self.names.lookup(value.id) if isinstance(value, ast.Name) else value
         if not isinstance(found, ast.Call):
-            self.foreign.miss(where, f"{_SAMPLING}={shown(value)}", "it is made somewhere else")
+            self.foreign.miss(
+                where, f"{_SAMPLING}={shown(value)}", "the value is created elsewhere in the script"
+            )
             return
         for keyword in found.keywords:
             if keyword.arg is not None:
@@ -157,12 +166,12 @@ def _rewards(made: Translation) -> None:
                 made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
             else:
                 made.refuse(
-                    entry, f"{name} is not the name of a function: give a function of yours"
+                    entry, f"{name} is not the name of a function: name a function of your own"
                 )
     if made.modules:
         made.notes.append(
-            "Move the reward functions into rewards.py beside this file: a run file names "
-            "functions of a module, and importing the script would start it"
+            "Move the reward functions into a file rewards.py next to this file. A run file names "
+            "functions of a module, and importing the script itself would start its training."
         )
 
 
@@ -180,13 +189,15 @@ def _finish(made: Translation) -> None:
     keys = {entry.key for entry in made.foreign.entries}
     fast = any(key.startswith("FastLanguageModel.") for key in keys)
     if "adapter" not in keys:
-        made.notes.append(f"There is no adapter in the script: {NO_ADAPTER}")
+        made.notes.append(f"The script creates no adapter: {NO_ADAPTER}.")
     if fast and "model.load_in_4bit" not in made.written:
         asks = any(made.get(f"model.load_in_{kind}") for kind in ("8bit", "16bit", "fp8"))
         if not (asks or made.get("model.full_finetuning")):
             made.write("model.load_in_4bit", True, "Unsloth's default")
     if fast and made.get("model.fast_inference") is None:
-        made.write("runtime.engine", "transformers", "fast_inference is false in Unsloth")
+        made.write(
+            "runtime.engine", "transformers", "fast_inference is false by default in Unsloth"
+        )
     _rewards(made)
     _data(made)
     _warmup(made)
@@ -206,14 +217,15 @@ def _fast() -> Iterator[Row]:
                     "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference", "revision",
                     "trust_remote_code", "attn_implementation", *OPTIONS, prefix=own)  # fmt: skip
     yield Row(f"{own}dtype", "model.dtype", convert=dtype)
-    yield from left("the checkpoint's files say it", f"{own}rope_scaling", f"{own}fix_tokenizer",
+    yield from left("this is read from the files of the checkpoint",
+                    f"{own}rope_scaling", f"{own}fix_tokenizer",
                     f"{own}use_exact_model_name", f"{own}resize_model_vocab")  # fmt: skip
-    yield from left("one process holds one copy on its own GPU", f"{own}device_map",
+    yield from left("each process loads the model onto its own GPU", f"{own}device_map",
                     f"{own}disable_log_stats", f"{own}unsloth_vllm_standby")  # fmt: skip
     yield Row(f"{own}random_state", "lora.random_state")
     yield Row(f"{own}use_gradient_checkpointing", "lora.use_gradient_checkpointing")
-    yield Row(f"{own}token", None, "export HF_TOKEN in the shell")
-    yield Row(f"{own}*", None, "a run file has no such option of Unsloth's", refused=True)
+    yield Row(f"{own}token", None, "set the environment variable HF_TOKEN instead")
+    yield Row(f"{own}*", None, "a run file does not have this option of Unsloth", refused=True)
 
 
 def _peft(prefix: str) -> Iterator[Row]:
@@ -222,19 +234,21 @@ def _peft(prefix: str) -> Iterator[Row]:
                     "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern",
                     "modules_to_save", "init_lora_weights", prefix=prefix)  # fmt: skip
     yield Row(f"{prefix}target_modules", "lora.target_modules", convert=targets)
-    yield from left("it is always CAUSAL_LM", f"{prefix}task_type", f"{prefix}inference_mode")
-    yield from left("see model.max_seq_length", f"{prefix}max_seq_length")
-    yield from refused("engine and trainer share the base, which must not change",
+    yield from left(
+        "the task type is always CAUSAL_LM", f"{prefix}task_type", f"{prefix}inference_mode"
+    )
+    yield from left("model.max_seq_length sets the length", f"{prefix}max_seq_length")
+    yield from refused("engine and trainer share the base weights, which must not change",
                        f"{prefix}loftq_config")  # fmt: skip
-    yield from left("layers are chosen by lora.target_modules", f"{prefix}finetune_vision_layers",
+    yield from left("lora.target_modules chooses the layers", f"{prefix}finetune_vision_layers",
                     f"{prefix}finetune_language_layers", f"{prefix}finetune_attention_modules",
                     f"{prefix}finetune_mlp_modules", f"{prefix}layer_replication",
                     f"{prefix}temporary_location")  # fmt: skip
-    yield Row(f"{prefix}*", None, "a run file has no such option", refused=True)
+    yield Row(f"{prefix}*", None, "a run file does not have this option", refused=True)
 
 
 def _grpo() -> Iterator[Row]:
-    chosen = "it is chosen when the run starts"
+    chosen = "the toolkit chooses the value when the run starts"
     for row in trl_rows("GRPOConfig."):
         yield row._replace(computed=row.why or chosen) if row.to is None else row
 
@@ -246,10 +260,16 @@ def _sampling() -> Iterator[Row]:
     for name in ("stop", "stop_token_ids", "min_tokens", "presence_penalty", "frequency_penalty"):
         yield Row(f"{own}{name}", f"grpo.generation_kwargs.{name}")
     yield Row(f"{own}max_tokens", "grpo.max_completion_length")
-    yield Row(f"{own}seed", None, "draws are seeded by grpo.seed", computed="see grpo.seed")
-    yield Row(f"{own}include_stop_str_in_output", None, "rewards see the text without it",
+    yield Row(
+        f"{own}seed",
+        None,
+        "grpo.seed is the seed of sampling",
+        computed="grpo.seed is the seed of sampling",
+    )
+    yield Row(f"{own}include_stop_str_in_output", None, "rewards always get the text without the "
+                                                        "stop string",
               refused=True)  # fmt: skip
-    yield Row(f"{own}*", None, "a run file has no such option", refused=True)
+    yield Row(f"{own}*", None, "a run file does not have this option", refused=True)
 
 
 def _others() -> Iterator[Row]:
@@ -260,28 +280,43 @@ def _others() -> Iterator[Row]:
     yield Row(f"{auto}dtype", "model.dtype", convert=dtype)
     yield from rows("model", "revision", "trust_remote_code", "attn_implementation",
                     "load_in_4bit", "load_in_8bit", prefix=auto)  # fmt: skip
-    yield from left("one process holds one copy on its own GPU", f"{auto}device_map",
+    yield from left("each process loads the model onto its own GPU", f"{auto}device_map",
                     f"{auto}low_cpu_mem_usage", f"{auto}use_cache", f"{auto}token",
                     f"{auto}cache_dir")  # fmt: skip
-    yield Row(f"{auto}quantization_config", None, "see BitsAndBytesConfig")
-    yield Row(f"{auto}*", None, "a run file has no such option", refused=True)
+    yield Row(
+        f"{auto}quantization_config",
+        None,
+        "the arguments of BitsAndBytesConfig are converted instead",
+    )
+    yield Row(f"{auto}*", None, "a run file does not have this option", refused=True)
     bits = "BitsAndBytesConfig."
     yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
-    yield Row(f"{bits}*", None, "bitsandbytes' nf4 is what 4-bit means here",
-              computed="bitsandbytes' nf4 is what 4-bit means here")  # fmt: skip
+    yield Row(f"{bits}*", None, "4-bit always means the nf4 format of bitsandbytes here",
+              computed="4-bit always means the nf4 format of bitsandbytes here")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
-    why = "functions of the script: move them into a module and name it in the section tools"
+    why = (
+        "these functions are in the script: move them to a module, and name them in the section "
+        "tools"
+    )
     yield Row("GRPOTrainer.tools", None, why, refused=True)
-    why = "a run file has no factory of environments; the drop-in trainer takes it"
+    why = (
+        "a run file cannot contain an environment factory; the drop-in trainer of the Python API "
+        "accepts it"
+    )
     yield Row("GRPOTrainer.environment_factory", None, why, refused=True)
     for name in ("rollout_func", "callbacks"):
-        yield Row(f"GRPOTrainer.{name}", None, "code of yours around the trainer", refused=True)
+        yield Row(
+            f"GRPOTrainer.{name}",
+            None,
+            "a run file cannot contain your own code around the trainer",
+            refused=True,
+        )
     data = "load_dataset."
     yield from rows("dataset", "path", "name", "split", "revision", prefix=data)
     yield Row(f"{data}data_files", "dataset.path", convert=later)
-    yield Row(f"{data}*", None, "data is read as a whole")
-    yield Row("adapter", "lora", "a run trains an adapter", later)
+    yield Row(f"{data}*", None, "the data set is always read completely")
+    yield Row("adapter", "lora", "a run always trains an adapter", later)
 
 
 def _once(found: Iterator[Row]) -> tuple[Row, ...]:

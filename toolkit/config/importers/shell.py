@@ -1,4 +1,6 @@
-"""Split shell scripts into commands of words with line numbers. Nothing is executed."""
+"""Split shell scripts into commands. A command is a list of words with line numbers. Nothing is
+executed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _ENDS = "\n;|&()"
 
 @dataclass(slots=True)
 class Word:
-    """A word of a command. ``unknown`` is the part whose value only the shell knows."""
+    """A word of a command. ``unknown`` is a part, such as ``$NAME``, whose value is known only when
+    the shell runs.
+    """
 
     text: str
     line: int
@@ -28,9 +32,13 @@ class Word:
 
     @property
     def value(self) -> Any:
-        """The value of the word: a scalar of YAML 1.2, or a list or mapping in JSON."""
+        """The value of the word: a scalar of YAML 1.2, a list or mapping in JSON, or
+        ``Computed``.
+        """
         if self.unknown:
-            return Computed(self.text or self.unknown, f"{self.unknown} is set by the shell")
+            return Computed(
+                self.text or self.unknown, f"{self.unknown} gets its value in the shell"
+            )
         return scalar(self.text)
 
 
@@ -52,7 +60,7 @@ class _Shell:
 
 
 def scalar(text: str) -> Any:
-    """The value of a text on a command line."""
+    """Return the value that a text on a command line stands for."""
     if text[:1] in "{[" and text:
         try:
             return json.loads(text)
@@ -67,7 +75,9 @@ def scalar(text: str) -> Any:
 
 
 def _flow(text: str) -> Any:
-    """A list in hydra's form: [console,wandb]."""
+    """Parse a list in the syntax of hydra, such as [console,wandb]. Return any other text
+    unchanged.
+    """
     if not (text.startswith("[") and text.endswith("]")) or "[" in text[1:]:
         return text
     items = [one.strip().strip("'\"") for one in text[1:-1].split(",")]
@@ -75,7 +85,9 @@ def _flow(text: str) -> Any:
 
 
 def commands(text: str) -> Iterator[list[Word]]:
-    """The commands of a shell script. Variables with a literal value are replaced by that value."""
+    """Yield the commands of a shell script. Variables that were set to a literal value are replaced
+    by that value.
+    """
     shell = _Shell(text)
     words: list[Word] = []
     while shell.at < len(text):
@@ -149,7 +161,9 @@ def _escaped(shell: _Shell, quote: str) -> str:
 
 
 def _expansion(shell: _Shell, sign: str, word: Word) -> str:
-    """The text that ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes stand for, if it is known."""
+    """Return the text that ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes stand for. If it is not
+    known, return the expression itself, and record it in ``word.unknown``.
+    """
     if sign == "`":
         return _unknown(shell, word, "`", "`")
     if shell.peek() == "(":

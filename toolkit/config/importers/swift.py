@@ -1,5 +1,5 @@
-"""The format of ms-swift: ``swift rlhf --rlhf_type grpo`` as a command line, a YAML file or
-args.json.
+"""The table for ms-swift's formats: the settings of ``swift rlhf --rlhf_type grpo`` as a command
+line, a YAML file or args.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from toolkit.config.importers.mapping import (
 if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
 
-_SERVER = "the engine runs in the training process; there is no server"
+_SERVER = "the engine runs in the training process, so there is no vLLM server"
 _TEMPLATE = "the tokenizer's own chat template is used"
 _REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "accuracy": ("math_verify", {}),
@@ -43,14 +43,14 @@ _PROMPTS = ("query", "problem", "question", "messages")
 def _data(value: Any) -> str:
     sets = text_list(value)
     if len(sets) != 1:
-        raise Unfit("a run reads one data set: join them into one file")
+        raise Unfit("a run reads only one data set: join the data sets into one file")
     return str(sets[0]).partition("#")[0].partition(":")[0]
 
 
 def _bits(value: Any) -> bool | None:
     if value in (None, 4):
         return value == 4 or None
-    raise Unfit("4 bits by bitsandbytes are what a model is loaded in; see model.load_in_8bit")
+    raise Unfit("quant_bits can be converted only if it is 4; for 8 bits, set model.load_in_8bit")
 
 
 def _attention(value: Any) -> Any:
@@ -66,7 +66,8 @@ def _rows_of_data(made: Translation) -> None:
         text = str(text_list(made.value_of(key, ""))[0] if made.value_of(key) else "")
         count, name = text.partition("#")[2], text.partition("#")[0].partition(":")[2]
         if count.isdigit():
-            made.write(limit, int(count), f"{key}: #{count} (the first ones here, random there)")
+            why = f"{key}: #{count} (the first rows here, random rows in ms-swift)"
+            made.write(limit, int(count), why)
         if name and key == "dataset":
             made.write("dataset.name", name, f"{key}: :{name}")
     columns = made.value_of("columns")
@@ -96,11 +97,11 @@ def _rewards(made: Translation) -> None:
                     made.refuse(entry, str(reason))
                     continue
                 made.notes.append(
-                    f"{name} is registered in {plugins[0]} as a class (ORM): give a function that "
-                    "takes (prompts, completions, **columns) and returns a list"
+                    f"{name} is a class (ORM) in {plugins[0]}. Write a function in its place that "
+                    "takes (prompts, completions, **columns) and returns a list of scores."
                 )
             else:
-                made.refuse(entry, f"there is no counterpart of the reward {name}")
+                made.refuse(entry, f"no built-in reward corresponds to {name}")
 
 
 def _finish(made: Translation) -> None:
@@ -108,12 +109,12 @@ def _finish(made: Translation) -> None:
     _rewards(made)
     split_warmup(made)
     if made.value_of("quant_method") not in (None, "bnb") and "model.load_in_4bit" in made.written:
-        made.notes.append("only bitsandbytes quantizes here: see model.load_in_4bit")
+        made.notes.append("Only bitsandbytes can quantize the model here (model.load_in_4bit).")
     fit_length(made)
 
 
 _OWN = (
-    *refused("this toolkit trains GRPO", "rlhf_type", off=("grpo",)),
+    *refused("this toolkit supports only GRPO", "rlhf_type", off=("grpo",)),
     *refused(NO_ADAPTER, "train_type", "tuner_type", "sft_type", off=("lora",)),
     Row("model", "model.model_name"),
     Row("model_id_or_path", "model.model_name"),
@@ -121,7 +122,7 @@ _OWN = (
     Row("torch_dtype", "model.dtype", convert=dtype),
     Row("attn_impl", "model.attn_implementation", convert=_attention),
     Row("quant_bits", "model.load_in_4bit", convert=_bits),
-    Row("max_length", "grpo.max_prompt_length", "the longest prompt"),
+    Row("max_length", "grpo.max_prompt_length", "the maximum length of a prompt"),
     Row("vllm_max_model_len", "model.max_seq_length"),
     Row("lora_rank", "lora.r"),
     Row("lora_alpha", "lora.lora_alpha"),
@@ -136,7 +137,8 @@ _OWN = (
     Row("adapters", "lora.adapter_path", convert=_data),
     Row("dataset", "dataset.path", convert=_data),
     Row("val_dataset", "dataset.eval_path", convert=_data),
-    Row("columns", "dataset.prompt", "which column is the prompt, and which the answer",
+    Row("columns", "dataset.prompt", "columns says which column is the prompt and which is the "
+                                     "answer",
         convert=later),
     Row("system", "dataset.system"),
     Row("reward_funcs", "reward.functions", convert=later),
@@ -151,38 +153,48 @@ _OWN = (
     Row("vllm_enable_prefix_caching", "model.enable_prefix_caching"),
     Row("vllm_max_num_seqs", "model.max_num_seqs"),
     Row("vllm_max_lora_rank", "model.max_lora_rank"),
-    Row("vllm_gpu_memory_utilization", None, "it is sized for what trains beside it here"),
+    Row("vllm_gpu_memory_utilization", None, "`envcheck size` computes the value, because the "
+                                             "trainer uses the same GPU"),
     Row("sleep_level", "model.enable_sleep_mode", convert=_sleep),
     Row("max_resample_times", "grpo.max_resample_times"),
     Row("dynamic_sample", "grpo.dynamic_sampling"),
-    *refused("the advantage is that of GRPO", "advantage_estimator", off=("grpo",)),
-    *refused("the KL term is in the loss (grpo.beta)", "kl_in_reward"),
-    *refused("a model as a reward is called from a function of yours", "reward_model",
+    *refused("only the advantage of GRPO is supported", "advantage_estimator", off=("grpo",)),
+    *refused("the KL term is always added to the loss (grpo.beta), not to the reward",
+             "kl_in_reward"),
+    *refused("to use a model as a reward, call it from your own reward function", "reward_model",
              "reward_model_plugin", "reward_adapters", "teacher_model"),
-    *refused("turns of a rollout come from the section tools alone", "multi_turn_scheduler"),
-    *refused("code that changes models or data", "custom_register_path"),
-    *refused("name held-out data in dataset.eval_path", "split_dataset_ratio"),
-    *left("see reward_model", "reward_model_type", "reward_model_revision", "teacher_deepspeed"),
-    *left("see multi_turn_scheduler", "max_turns", "completion_length_limit_scope"),
-    *left("see kl_in_reward", "log_entropy"),
+    *refused("only the section tools gives a rollout several turns", "multi_turn_scheduler"),
+    *refused("your own code that changes models or data is not supported", "custom_register_path"),
+    *refused("name the evaluation data in dataset.eval_path", "split_dataset_ratio"),
+    *left("this setting belongs to reward_model",
+          "reward_model_type", "reward_model_revision", "teacher_deepspeed"),
+    *left("this setting belongs to multi_turn_scheduler",
+          "max_turns", "completion_length_limit_scope"),
+    *left("this setting belongs to kl_in_reward", "log_entropy"),
     *left(_SERVER, "vllm_server_pass_dataset", "async_generate", "vllm_enable_lora",
           "move_model_batches", "vllm_limit_mm_per_prompt", "infer_backend", "num_infer_workers"),
-    *left("the base stays on the GPU, which engine and trainer share", "offload_model",
+    *left("the base weights stay on the GPU, because engine and trainer share them",
+          "offload_model",
           "offload_optimizer", "gc_collect_after_offload"),
     *left(_TEMPLATE, "template", "use_chat_template", "template_backend", "response_prefix",
           "norm_bbox", "agent_template", "loss_scale"),
-    *left("prompts that are too long are cut from the left, and counted", "truncation_strategy"),
-    *left("bitsandbytes' nf4 is what 4-bit means here", "quant_method", "bnb_4bit_quant_type",
+    *left("prompts that are too long lose tokens at their start, and the run counts such prompts",
+          "truncation_strategy"),
+    *left("4-bit always means the nf4 format of bitsandbytes here",
+          "quant_method", "bnb_4bit_quant_type",
           "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
-    *left("data is prepared by the run", "dataset_num_proc", "load_from_cache_file",
+    *left("the run prepares the data itself", "dataset_num_proc", "load_from_cache_file",
           "dataset_shuffle", "streaming", "strict", "download_mode", "cached_dataset",
           "lazy_tokenize", "shuffle_buffer_size", "split_dataset"),
-    *left("models and data come from the Hugging Face hub; from ModelScope, download them first",
+    *left("models and data come from the Hugging Face hub; download them first if they are on "
+          "ModelScope",
           "use_hf", "model_type", "task_type"),
-    *left("it names the model in one data set of ms-swift's", "model_author", "model_name"),
-    *left("packs are made by the training pass", "packing", "padding_free"),
-    *left("every GPU has the whole model", "sequence_parallel_size", "device_map", "max_memory"),
-    *left("no part of training", "add_version", "create_checkpoint_symlink", "check_model",
+    *left("this name is used only in one data set of ms-swift", "model_author", "model_name"),
+    *left("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
+    *left("every GPU has a complete copy of the model",
+          "sequence_parallel_size", "device_map", "max_memory"),
+    *left("a run does not use this setting",
+          "add_version", "create_checkpoint_symlink", "check_model",
           "ignore_args_error", "load_args", "load_data_args", "tuner_backend", "eval_limit",
           "use_logits_to_keep", "acc_strategy", "config", "log_rollout_offpolicy_metrics",
           "freeze_vit", "freeze_llm", "freeze_aligner", "model_kwargs",

@@ -1,4 +1,4 @@
-"""Compute the constants in a Python file from its syntax tree. Nothing is executed."""
+"""Compute the values of constants in a Python file from its syntax tree. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ _LARGEST = 1e15
 
 
 class _Unfolded(Exception):
-    """Raised for an expression that is not a constant; the text says why."""
+    """Raised for an expression that is not a constant. The exception's text says why."""
 
 
 def parse(text: str) -> ast.Module:
-    """The syntax tree of a text. Raises ValueError with a reason if the text is not Python."""
+    """Return the syntax tree of a text. Raises ValueError with the reason if the text is not
+    Python.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,14 +40,14 @@ def parse(text: str) -> ast.Module:
 
 
 class Names:
-    """The values of the names in a file. Only names that are set once, outside branches and loops,
-    have one.
+    """The values of the names in a file. Only names that are set exactly once, outside of branches
+    and loops, have a value.
     """
 
     def __init__(self, tree: ast.Module) -> None:
         self.counts: Counter[str] = Counter()
         self.assigned: dict[str, ast.expr] = {}
-        # assignments name.attribute = value
+        # the assignments of the form name.attribute = value
         self.settings: list[tuple[str, str, ast.expr, int]] = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
@@ -73,11 +75,15 @@ class Names:
                 self.settings.append((target.value.id, target.attr, value, statement.lineno))
 
     def lookup(self, name: str) -> ast.expr | None:
-        """The expression that was assigned to a name; None if that is not certain."""
+        """Return the expression that was assigned to a name; None if the name is not set exactly
+        once.
+        """
         return self.assigned.get(name) if self.counts[name] == 1 else None
 
     def value(self, node: ast.expr) -> Any:
-        """The constant that an expression evaluates to, or ``Computed``."""
+        """Return the constant to which an expression evaluates, or ``Computed`` if it is not a
+        constant.
+        """
         try:
             return self._fold(node, 0)
         except _Unfolded as reason:
@@ -104,13 +110,13 @@ class Names:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id == "torch":
                 return node.attr
-            raise _Unfolded(f"{node.value.id} has it when the script runs")
+            raise _Unfolded(f"this attribute of {node.value.id} is known only when the script runs")
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
             value = self._fold(node.operand, depth + 1)
             return (not value) if isinstance(node.op, ast.Not) else _sign(node.op, value)
         if isinstance(node, ast.BinOp):
             return self._sum(node, depth)
-        raise _Unfolded("it is computed when the script runs")
+        raise _Unfolded("its value is computed when the script runs")
 
     def _name(self, node: ast.Name, depth: int) -> Any:
         found = self.lookup(node.id)
@@ -131,25 +137,25 @@ class Names:
             isinstance(one, (int, float)) and abs(one) < _LARGEST for one in (left, right)
         )
         if not numbers or kind not in _OPERATORS:
-            raise _Unfolded("it is computed when the script runs")
+            raise _Unfolded("its value is computed when the script runs")
         return _OPERATORS[kind](left, right)
 
 
 def _sign(sign: ast.unaryop, value: Any) -> Any:
     if not isinstance(value, (int, float)):
-        raise _Unfolded("it must be a number")
+        raise _Unfolded("the operand of a sign must be a number")
     return -value if isinstance(sign, ast.USub) else value
 
 
 def _is_main(node: ast.AST) -> bool:
-    """Whether a statement is ``if __name__ == "__main__":``, whose body is treated like the
-    module's.
+    """Whether a statement is ``if __name__ == "__main__":``. Its body is treated like code at the
+    top level of the module.
     """
     return isinstance(node, ast.If) and "__name__" in ast.dump(node.test)
 
 
 def shown(node: ast.expr) -> str:
-    """An expression as one short line of text."""
+    """Return an expression as one short line of text."""
     try:
         text = " ".join(ast.unparse(node).split())
     except RecursionError:
@@ -158,8 +164,8 @@ def shown(node: ast.expr) -> str:
 
 
 def called(node: ast.expr) -> str:
-    """The last part of the name of a called function: ``GRPOConfig`` for
-    ``trl.GRPOConfig(...)``.
+    """Return the last part of the name of a called function: ``GRPOConfig`` for
+    ``trl.GRPOConfig``.
     """
     if isinstance(node, ast.Attribute):
         return node.attr
@@ -167,7 +173,7 @@ def called(node: ast.expr) -> str:
 
 
 def owner(node: ast.expr) -> str:
-    """The part of the name before the last dot: ``FastLanguageModel`` for
+    """Return the part of a called function's name before the last dot: ``FastLanguageModel`` for
     ``FastLanguageModel.from_pretrained``.
     """
     return called(node.value) if isinstance(node, ast.Attribute) else ""

@@ -1,5 +1,5 @@
-"""Translate the entries of a foreign file to the keys of a run file, by the rows of the format's
-table.
+"""Convert the settings of a file of another tool to the keys of a run file, using the rows of the
+format's table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def translate(foreign: Foreign, table: Table) -> Translation:
-    """The run file of a foreign file; problems in it are reported, never raised."""
+    """Convert ``foreign`` with ``table``. Settings that cannot be converted are recorded in the
+    result; no exception is raised.
+    """
     made = Translation(foreign, table)
     made.unread += foreign.unread
     for entry in foreign.entries:
@@ -34,9 +36,11 @@ def translate(foreign: Foreign, table: Table) -> Translation:
 def _one(made: Translation, entry: Entry) -> None:
     row = made.table.find(entry.key)
     if is_secret_key(entry.key.rpartition(".")[2]) or _secret(entry.value):
-        made.leave(entry, "a run file holds no secrets: export it in the shell")
+        made.leave(
+            entry, "a run file must not contain secrets: set an environment variable instead"
+        )
     elif row is None:
-        made.miss(entry, f"no key of {made.table.title} that is known here")
+        made.miss(entry, f"this is not a known key of {made.table.title}")
     elif isinstance(entry.value, Computed):
         _computed(made, entry, row, entry.value)
     else:
@@ -58,7 +62,7 @@ def _computed(made: Translation, entry: Entry, row: Row, value: Computed) -> Non
     elif row.computed or (row.to is None and not row.trl):
         made.leave(entry, row.computed or row.why)
     else:
-        where = f"; write {row.to} yourself" if row.to else ""
+        where = f"; set {row.to} yourself" if row.to else ""
         made.miss(entry, f"{value.why}{where}")
 
 
@@ -66,7 +70,7 @@ def _place(made: Translation, entry: Entry, row: Row) -> None:
     if row.trl:
         to, value = resolve_trl(row, entry.value)
         if to is None:
-            made.leave(entry, row.why or "it is so in every run")
+            made.leave(entry, row.why or "every run works like this")
         else:
             made.write(to, value, _why(entry, row))
     elif row.to is not None:
@@ -77,7 +81,7 @@ def _place(made: Translation, entry: Entry, row: Row) -> None:
             made.write(row.to, value, _why(entry, row))
     elif row.refused:
         off = row.is_off(entry.value)
-        made.leave(entry, "it is so here") if off else made.refuse(entry, row.why)
+        made.leave(entry, "every run works like this") if off else made.refuse(entry, row.why)
     else:
         made.leave(entry, row.why)
 
@@ -87,17 +91,19 @@ def _why(entry: Entry, row: Row) -> str:
 
 
 def _evaluate(made: Translation) -> None:
-    """Set an evaluation batch size of one group if the default of 8 is not a multiple of
-    num_generations.
+    """If there is an evaluation, and the default evaluation batch size of 8 is not a multiple of
+    num_generations, set the size to num_generations.
     """
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
     held_out = made.get("dataset.eval_path") or made.get("dataset.eval_split")
     if held_out and size not in made.written and type(group) is int and group > 0 and 8 % group:
-        made.write(size, group, "whole groups of num_generations")
+        made.write(size, group, "the batch must contain whole groups of num_generations")
 
 
 def _weigh(made: Translation) -> None:
-    """Move the weights in ``grpo.reward_weights`` to the rewards, where a run file has them."""
+    """Move the weights in ``grpo.reward_weights`` to the reward functions, each of which has the
+    key weight in a run file.
+    """
     weights = made.written.get("grpo.reward_weights")
     if weights is None or not made.rewards:
         return

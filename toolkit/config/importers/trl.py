@@ -1,5 +1,5 @@
-"""The format of TRL: the YAML file or the command line of ``trl grpo`` (TRL 1.16's ScriptArguments,
-ModelConfig, DatasetMixtureConfig and GRPOConfig).
+"""The table for TRL's formats: the YAML file or the command line of ``trl grpo`` (ScriptArguments,
+ModelConfig, DatasetMixtureConfig and GRPOConfig of TRL 1.16).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from toolkit.config.importers.mapping import (
 if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
 
-_FROM_BITS = "bitsandbytes' nf4 with double quantization is what 4-bit means here"
-# Rewards that TRL's script knows by name -> the built-in reward with the same scores.
+_FROM_BITS = "4-bit always means bitsandbytes' nf4 with double quantization here"
+# The rewards that TRL's script provides, and the built-in rewards with the same scores.
 _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "accuracy_reward": ("math_verify", {"column": "solution"}, "TRL's accuracy_reward"),
     "think_format_reward": (
@@ -40,7 +40,9 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewards(made: Translation, key: str = "reward_funcs") -> None:
-    """Add the reward functions that ``key`` names. Names are resolved as in TRL's script."""
+    """Add the reward functions that the entry ``key`` names. Names are resolved as in TRL's
+    script.
+    """
     for entry in made.take(key).values():
         for name in map(str, text_list(entry.value)):
             if name in _REWARDS:
@@ -50,13 +52,15 @@ def rewards(made: Translation, key: str = "reward_funcs") -> None:
             try:
                 made.reward(module_function(name), f"{entry.place}: {name}")
             except Unfit:
-                made.refuse(entry, f"there is no counterpart of the reward {name}")
+                made.refuse(entry, f"no built-in reward corresponds to {name}")
 
 
 def adapter(made: Translation) -> None:
-    """Refuse training of all weights, which is TRL's default unless use_peft is set."""
+    """Add a note if use_peft is not true. TRL then trains all weights, but a run trains an
+    adapter.
+    """
     if made.value_of("use_peft") is not True:
-        made.notes.append(f"There is no use_peft: true in the file: {NO_ADAPTER}")
+        made.notes.append(f"The file does not set use_peft: true: {NO_ADAPTER}.")
 
 
 def _finish(made: Translation) -> None:
@@ -75,36 +79,43 @@ MODEL_ROWS = (
     Row("load_in_4bit", "model.load_in_4bit"),
     Row("load_in_8bit", "model.load_in_8bit"),
     *left(_FROM_BITS, "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-    Row("use_peft", None, "a run trains an adapter"),
+    Row("use_peft", None, "a run always trains an adapter"),
     Row("lora_r", "lora.r"),
     Row("lora_alpha", "lora.lora_alpha"),
     Row("lora_dropout", "lora.lora_dropout"),
     Row("lora_target_modules", "lora.target_modules", convert=targets),
     Row("lora_modules_to_save", "lora.modules_to_save"),
-    Row("lora_task_type", None, "it is always CAUSAL_LM"),
+    Row("lora_task_type", None, "the task type is always CAUSAL_LM"),
     Row("use_rslora", "lora.use_rslora"),
     Row("use_dora", "lora.use_dora"),
-    *refused("the engine has no adapter slots for parameters", "lora_target_parameters"),
+    *refused(
+        "the engine supports adapters only on layers, not on single parameters",
+        "lora_target_parameters",
+    ),
 )
 DATA_ROWS = (
     Row("dataset_name", "dataset.path"),
     Row("dataset_config", "dataset.name"),
     Row("dataset_train_split", "dataset.split"),
     Row("dataset_test_split", "dataset.eval_split"),
-    Row("dataset_streaming", None, "data is read as a whole"),
+    Row("dataset_streaming", None, "the data set is always read completely"),
     Row("datasets.path", "dataset.path"),
     Row("datasets.name", "dataset.name"),
     Row("datasets.split", "dataset.split"),
-    Row("datasets.data_files", "dataset.path", "a file instead of a hub id"),
-    *refused("write the rows to use into a file", "datasets.data_dir", "datasets.columns",
+    Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
+    *refused("write the rows that the run should use to a file",
+             "datasets.data_dir", "datasets.columns",
              "datasets.fraction", "test_split_size"),
-    *left("data is read as a whole", "streaming"),
+    *left("the data set is always read completely", "streaming"),
 )  # fmt: skip
 SCRIPT_ROWS = (
     Row("reward_funcs", "reward.functions", convert=later),
-    *refused("a model as a reward is called from a function of yours", "reward_model_name_or_path"),
-    *left("a setting for debugging", "ignore_bias_buffers"),
-    *left("the launcher's setting", "config", "accelerate_config", "num_processes"),
+    *refused(
+        "to use a model as a reward, call it from your own reward function",
+        "reward_model_name_or_path",
+    ),
+    *left("this setting is only for debugging", "ignore_bias_buffers"),
+    *left("this setting is for the launcher", "config", "accelerate_config", "num_processes"),
 )
 _OTHERS = {row.old for row in (*MODEL_ROWS, *DATA_ROWS, *SCRIPT_ROWS)}
 

@@ -1,5 +1,5 @@
-"""Write a translation as the text of a run file, in which each line says where it comes from, and
-the table of a format for the documentation.
+"""Write a translation as the text of a run file. A comment on each line states from which setting
+the line was made. Also write the table of a format for the documentation.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def run_file_text(made: Translation, name: str) -> str:
-    """The text of the run file in YAML. ``name`` is the file that it was made from."""
+    """Return the text of the run file in YAML. ``name`` is the name of the file that was
+    converted.
+    """
     if "runtime.output_dir" not in made.written:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem).strip("-") or "run"
-        made.written["runtime.output_dir"] = Written(f"runs/{stem}", "the file names none")
+        made.written["runtime.output_dir"] = Written(
+            f"runs/{stem}", "the original names no output folder"
+        )
     lines = [f"# Made from {_one_line(name)} ({made.table.title}) by toolkit import."]
     lines += [f"# {_one_line(note)}" for note in made.notes]
     for section in SECTIONS:
         body = list(_section(made, section))
         if body:
             lines += ["", f"{section}:", *body]
-    lines += _block("Refused: here the run differs from the original.", made.refused)
+    lines += _block("Not supported here, so the run differs from the original:", made.refused)
     lines += _unread(made)
-    lines += _block("Left out, because nothing is needed for it here.", made.left_out)
+    lines += _block("Left out, because a run does not need these settings:", made.left_out)
     return "\n".join(lines) + "\n"
 
 
@@ -75,11 +79,13 @@ def _block(title: str, omissions: Iterable[Omission]) -> list[str]:
 
 def _unread(made: Translation) -> list[str]:
     lines = [f"#   {one.place}: {_one_line(f'{one.text} - {one.why}')}" for one in made.unread]
-    return ["", "# Could not be read: write it yourself.", *lines] if lines else []
+    return (
+        ["", "# Could not be read. Set the corresponding keys yourself:", *lines] if lines else []
+    )
 
 
 def flow(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Return a value as YAML on one line."""
     if isinstance(value, dict):
         pairs = (f"{_key(name)}: {flow(below)}" for name, below in value.items())
         return "{" + ", ".join(pairs) + "}"
@@ -94,39 +100,41 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text that is safe inside quotes: without line ends and without characters that YAML does not
-    accept.
+    """Return a text with all characters escaped that YAML does not accept inside quotes, such as
+    line ends.
     """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
 
 def _one_line(text: str) -> str:
-    """Text for a comment: one line, without characters that control a terminal and without
-    secrets.
+    """Return a text for a comment: one line, without characters that control a terminal, and
+    without secrets.
     """
     line = " ".join(redact(visible(text)).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _fine(row: Row) -> str:
-    """The values that turn a refused key off, besides those that mean "off" everywhere."""
+    """Return the values that turn a refused key off, without those that mean "off" for every
+    key.
+    """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
 
 
 def markdown(form: str) -> str:
-    """A table with one line per key: the other tool's name, the name in a run file, what happens,
-    and why.
+    """Return a Markdown table with one line per key: its name in the other tool, its name in a run
+    file, what happens to it, and why.
     """
     found = table(form)
     lines = [
-        f"Keys of {found.title}, and what `toolkit import` makes of them.",
+        f"The keys of {found.title}, and how `toolkit import` converts them.",
         "",
-        "| key there | key here | what happens | why |",
+        "| key of the other tool | key of the run file | what happens | why |",
         "| --- | --- | --- | --- |",
     ]
     for row in found.rows:
         to = f"`{row.to}`" if row.to else ""
-        why = row.why + (f"; fine with {fine}" if (fine := _fine(row)) else "")
+        why = row.why + (f"; not refused if the value is {fine}" if (fine := _fine(row)) else "")
         lines.append(f"| `{row.old}` | {to} | {row.kind} | {why.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
