@@ -1,4 +1,5 @@
-"""The run file: read it with positions, validate it, apply the rules, and freeze it.
+"""Read a run file with positions, check its structure, apply the rules, and build the frozen
+RunConfig.
 
 ``load_run(path, overrides)`` is what the trainer and the sizer call. Names are imported on first
 use, so importing only ``toolkit.config.run_config`` does not import a YAML parser.

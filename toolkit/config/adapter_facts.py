@@ -94,7 +94,7 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
         if values.get(name):
             return Problem(
                 "lora.adapter_path",
-                f"the adapter sets {name}, which the lora section cannot express, so the size and"
+                f"the adapter sets {name}, for which the lora section has no key, so the size and"
                 " the layers of the adapter would differ from those in the run file",
                 hint="start from an adapter on linear layers that sets only keys of the lora"
                 " section",

@@ -36,7 +36,7 @@ class Wanted:
 @dataclass(frozen=True, slots=True)
 class DataFacts:
     """Facts of a data file. ``columns`` is None if the columns cannot be read from this type of
-    file. The counts are counts of the rows that were read.
+    file. The counts include only the rows that were read.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class _Types:
                 continue
             first = self.firsts.setdefault(name, value)
             if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
-                continue  # common types need no Kind, which saves time with many columns
+                continue  # compared directly, because a Kind for every column would be slow
             try:
                 self._kind(name, first).take(value)
             except Misfit:

@@ -19,7 +19,7 @@ ADAPTERS = {
     "openenv": Package(("openenv",), "'openenv>=0.10'"),
 }
 IN_STEPS = ("openenv",)
-"""The adapters whose rollouts have several turns: the model acts in the environment with a tool."""
+"""The adapters whose rollouts have several turns, in which the model acts by calling a tool."""
 
 
 def task_module(adapter: str, task: str) -> str | None:

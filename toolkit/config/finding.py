@@ -59,7 +59,9 @@ class Located(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One problem, with everything that a person or a program needs to fix it."""
+    """A problem in a run file, with everything that a person or a program needs to fix the
+    problem.
+    """
 
     rule: str
     severity: Severity

@@ -217,9 +217,9 @@ def _newline(source: Source) -> str:
 
 
 def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
-    """Return four facts about the line with the characters from ``start`` to ``end``: the offset
-    where the line begins, the offset where the next line begins, the text before the characters,
-    and the text after them.
+    """Return (begin, next, before, after) of the line with the characters from ``start`` to
+    ``end``: the offsets at which this line and the next line begin, and the text before and after
+    the characters.
     """
     begin = text.rfind("\n", 0, start) + 1
     stop = text.find("\n", end)

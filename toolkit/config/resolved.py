@@ -150,7 +150,8 @@ def resolve_run(
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
     """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is set, else
-    ``model.fast_inference``. If neither is set, it is vLLM if there is a GPU and vLLM is installed.
+    ``model.fast_inference``. If neither is set, it is vLLM on a GPU if vLLM is installed, else
+    transformers.
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"

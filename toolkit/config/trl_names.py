@@ -264,5 +264,6 @@ CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
 )
 """Fields of TRL 1.16's GRPOConfig that can make the loss depend on how a batch is split into
 micro-batches. The loss then contains a mean over the tokens of a micro-batch, a quantile, an
-entropy bonus or a router loss. The function of a field returns whether its value has this effect.
+entropy bonus or a router loss. The function for a field returns whether a value of the field has
+this effect.
 """
