@@ -98,4 +98,4 @@ def test_what_cannot_be_is_refused(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
     (done,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert done.returncode == 1
-    assert "no data set is set, so there are no prompts to train on" in done.stderr
+    assert "the run file names no data set, so there are no prompts to train on" in done.stderr

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LOOK_BYTES = 64 << 20
 """The maximum number of bytes that are unpacked to list the files in an archive."""
-NO_DATA = "no data set is set, so there are no prompts to train on"
+NO_DATA = "the run file names no data set, so there are no prompts to train on"
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:

@@ -71,7 +71,7 @@ def about_rule(rule: Rule) -> str:
         lines += ["", *_wrapped(rule.why)]
     lines += [
         "",
-        "Example of what it finds:",
+        "An example that the rule reports:",
         *(f"    {line}" for line in rule.example.split("\n")),
     ]
     lines += ["", "Fix:", *(f"    {line}" for line in rule.fix.split("\n"))]

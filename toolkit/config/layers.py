@@ -85,7 +85,7 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     cannot be used.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-        return finding_at("DOC011", node, "extends: must be the path of one run file")
+        return finding_at("DOC011", node, "extends: the value must be the path of one run file")
     path = real_path(node)
     if path is None:
         return finding_at(

@@ -49,9 +49,11 @@ MOVED: dict[str, Moved] = {
     ),
     "grpo.logging_dir": Moved(None, "transformers 4", "all logs are in the run folder"),
     "grpo.overwrite_output_dir": Moved(
-        None, "transformers 4", "a run never overwrites another: set a new runtime.output_dir"
+        None, "transformers 4", "a run never overwrites another run: set a new runtime.output_dir"
     ),
-    "grpo.save_safetensors": Moved(None, "transformers 4", "safetensors is the only format"),
+    "grpo.save_safetensors": Moved(
+        None, "transformers 4", "weights are always saved as safetensors"
+    ),
     "grpo.max_new_tokens": Moved("grpo.max_completion_length", "older TRL", ""),
     "grpo.use_liger_loss": Moved("grpo.use_liger_kernel", "older TRL", ""),
     "grpo.vllm_guided_decoding_regex": Moved("grpo.vllm_structured_outputs_regex", "older TRL", ""),
@@ -65,7 +67,9 @@ MOVED: dict[str, Moved] = {
     "grpo.kl_coef": Moved("grpo.beta", "older TRL", "the KL coefficient is called beta"),
     "grpo.max_seq_length": Moved("model.max_seq_length", "older TRL", ""),
     "grpo.max_length": Moved("model.max_seq_length", "older TRL", ""),
-    "grpo.dataset_text_field": Moved("dataset.prompt", "older TRL", "GRPO reads a prompt column"),
+    "grpo.dataset_text_field": Moved(
+        "dataset.prompt", "older TRL", "dataset.prompt names the prompt column"
+    ),
     "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
     "grpo.unsloth_num_chunks": Moved(
         None, "Unsloth", "log-probabilities are always computed in chunks here"

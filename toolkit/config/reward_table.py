@@ -25,7 +25,9 @@ PASSED_ALWAYS = (
 # Names of columns that are never passed to a reward, and the reason.
 LEFT_OUT = {
     **dict.fromkeys(PASSED_ALWAYS, "TRL passes another value to rewards under the name {name}"),
-    **dict.fromkeys(("image", "images"), "the trainer reads it as images, but it trains on text"),
+    **dict.fromkeys(
+        ("image", "images"), "the trainer would read it as images, but trains only on text"
+    ),
     "completion": "the trainer uses this name for its own completions",
 }
 # All arguments that TRL may pass to a reward. TRL passes ``environments`` only if the run has

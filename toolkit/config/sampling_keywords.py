@@ -201,7 +201,7 @@ _VLLM: dict[str, Keyword] = {
         flat_logprobs="the toolkit can read log-probabilities in only one layout",
         output_kind="the toolkit reads rollouts only when they are complete",
         skip_clone="each request must have its own copy of the parameters",
-        output_text_buffer_length="vLLM computes it from the stop strings",
+        output_text_buffer_length="vLLM computes this value from the stop strings",
     ),
     **_unused(
         "the toolkit reads rollouts as token ids, and this keyword changes only their text",
@@ -213,9 +213,7 @@ _VLLM: dict[str, Keyword] = {
     ),
     **_unused("the toolkit reads rollouts only when they are complete", "stream_interval"),
     **_unused("the engine is created without support for watermarks", "watermarking"),
-    **_unused(
-        "its value must be a vLLM object, which a run file cannot contain", "repetition_detection"
-    ),
+    **_unused("its value must be an object of vLLM", "repetition_detection"),
     **_unused(
         "this keyword is for debugging vLLM, not for training",
         "routed_experts_prompt_start trace_decode_token_ids",
@@ -391,8 +389,9 @@ def what_follows(engine: Engine) -> str:
     if engine == "vllm":
         return (
             "the engine's log-probabilities are those of the restricted distribution, but "
-            "training scores the unrestricted one. Each importance weight includes the "
-            "probability that was cut off, and over a long completion their product may reach 0"
+            "training scores the unrestricted one. Each importance weight then includes the "
+            "probability that was cut off, and over a long completion the product of the weights "
+            "may reach 0"
         )
     return (
         "completions are sampled from the restricted distribution, but training scores the "

@@ -160,7 +160,7 @@ def stored_problem(
     if stored.flag is None:
         return Problem(
             "model.model_name",
-            f"{told}; training an adapter on it is not supported",
+            f"{told}; training an adapter on this format is not supported",
             hint="name the 16-bit checkpoint of the model (load_in_4bit quantizes it at loading)",
         )
     if engine and not stored.engine:
@@ -345,7 +345,7 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
     if size is not None and size not in CPU_HEAD_SIZES:
         return Problem(
             "model.model_name",
-            f"its attention heads have size {size}, but vLLM's CPU attention supports only "
+            f"the attention heads have size {size}, but vLLM's CPU attention supports only "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}",
             fixes=(("runtime.engine", "transformers"),),
         )

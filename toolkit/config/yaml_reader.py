@@ -220,7 +220,8 @@ class _Builder:
             return nameless, node.mark
         if node.plain and event.value == "<<":
             message = "a merge key (<<) exists only in YAML 1.1, but run files are YAML 1.2"
-            self.tell("DOC008", node.mark, message, "share settings with extends: base.yaml")
+            fix = "remove the merge key, and share settings with extends: base.yaml"
+            self.tell("DOC008", node.mark, message, fix)
             return nameless, node.mark
         return str(event.value), node.mark
 

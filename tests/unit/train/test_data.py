@@ -179,7 +179,7 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
             {"eval_split": "test"},
             "is a file, which has no splits, but the run file sets the split 'test'",
         ),
-        ({"path": None}, "no data set is set, so there are no prompts to train on"),
+        ({"path": None}, "the run file names no data set, so there are no prompts to train on"),
     ],
 )
 def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str) -> None:

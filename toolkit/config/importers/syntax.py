@@ -36,7 +36,7 @@ def parse(text: str) -> ast.Module:
     except SyntaxError as error:
         raise ValueError(f"{error.msg} (line {error.lineno})") from None
     except (RecursionError, MemoryError):
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the code is nested too deeply") from None
 
 
 class Names:
@@ -93,7 +93,7 @@ class Names:
 
     def _fold(self, node: ast.expr, depth: int) -> Any:
         if depth > 50:
-            raise _Unfolded("it is nested too deeply")
+            raise _Unfolded("the expression is nested too deeply")
         if isinstance(node, ast.Constant) and not isinstance(node.value, (bytes, complex)):
             return node.value
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
