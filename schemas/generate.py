@@ -156,7 +156,9 @@ def one_field(
         "description": more.pop("description", None) or clean(rest),
     }
     if refused:
-        use = f"Use {refused['use']} instead." if refused["use"] else "Leave the key out."
+        key = refused["use"]
+        named = key if not key or "." in key else f"the section {key}"
+        use = f"Use {named} instead." if key else "Leave the key out."
         told = f"Not allowed in a run file: {refused['why']}. {use}"
         return schema | {
             "description": told,

@@ -226,7 +226,7 @@ def test_other_stored_formats_are_refused_whatever_the_flags(
     load: Any, copy: Path, method: str
 ) -> None:
     _edit(copy, quantization_config={"quant_method": method})
-    with pytest.raises(UnsupportedError, match="training an adapter on this format is not supported"):
+    with pytest.raises(UnsupportedError, match="an adapter on this format is not supported"):
         load(copy)
 
 
