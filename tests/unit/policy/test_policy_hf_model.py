@@ -203,7 +203,7 @@ def test_a_config_that_is_none(load: Any, copy: Path) -> None:
     with pytest.raises(InputError, match=r"config.json cannot be used"):
         load(copy)
     (copy / "config.json").write_text('{"model_type": "never_heard_of"}')
-    with pytest.raises(UnsupportedError, match="does not know the model type 'never_heard_of'"):
+    with pytest.raises(UnsupportedError, match="does not have the model type 'never_heard_of'"):
         load(copy)
 
 

@@ -99,7 +99,7 @@ def test_the_held_out_split_has_the_same_format(tmp_path: Path) -> None:
 
 def test_chats_cannot_be_plain(tmp_path: Path) -> None:
     path = write(tmp_path, [{"q": [user("w1")], "a": 0}])
-    with pytest.raises(ConfigError, match=r"'q' holds messages, .* dataset\.chat is false"):
+    with pytest.raises(ConfigError, match=r"'q' contains lists of chat messages, but dataset"):
         load(path, make_tokenizer(chat=True), chat=False)
 
 
@@ -212,7 +212,7 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     assert data.report.train.notes == (
         "the column 'prompt' is left out, because dataset.prompt is the column 'q'",
         "the column 'answer' is left out, because dataset.answer is the column 'a'",
-        "the column 'completions' is left out: rewards receive something else as completions",
+        "the column 'completions' is left out: rewards get another value under the name completions",
     )
 
 
