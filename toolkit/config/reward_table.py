@@ -24,7 +24,7 @@ PASSED_ALWAYS = (
 )  # fmt: skip
 # Names of columns that are never passed to a reward, and the reason.
 LEFT_OUT = {
-    **dict.fromkeys(PASSED_ALWAYS, "rewards get another value under the name {name}"),
+    **dict.fromkeys(PASSED_ALWAYS, "rewards get another value with the name {name}"),
     **dict.fromkeys(
         ("image", "images"), "the trainer would read it as images, but trains only on text"
     ),
