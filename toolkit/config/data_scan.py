@@ -100,7 +100,7 @@ class _Types:
                 continue
             first = self.firsts.setdefault(name, value)
             if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
-                continue  # compared directly, because a Kind for every column would be slow
+                continue  # fits; a full check of every value would be slow
             try:
                 self._kind(name, first).take(value)
             except Misfit:

@@ -176,10 +176,10 @@ class _Reader:
     def keep(self, members: dict[str, Node], key: str, mark: Position, node: Node) -> None:
         if key in members:
             first = members[key].key
-            lines = f"lines {first.line if first else mark.line} and {mark.line}"
+            lines = f"line {first.line if first else mark.line} or from line {mark.line}"
             message = f"{key} is written twice in one mapping"
             self.findings.append(
-                self.finding("DOC002", mark, message, f"remove the key from one of {lines}")
+                self.finding("DOC002", mark, message, f"remove the key from {lines}")
             )
             return
         node.key = mark

@@ -176,9 +176,8 @@ def dtype_of(
 
     Then ``grpo.bf16`` or ``grpo.fp16`` decides if it is set, because engine and trainer must use
     the same format. Otherwise it is bfloat16 on a GPU that supports it (compute capability 8.0),
-    and float16 on an older GPU. On a CPU it is float32 for every checkpoint, because float32 is
-    both fast and exact there, but bfloat16 with ``load_in_16bit``. If the device is unknown, return
-    "auto".
+    and float16 on an older GPU. On a CPU it is bfloat16 with ``load_in_16bit``, else float32, which
+    is both fast and exact there. If the device is unknown, return "auto".
     """
     if dtype != "auto":
         return dtype

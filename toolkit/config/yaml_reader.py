@@ -203,7 +203,7 @@ class _Builder:
         name, mark = pending
         if name in holder:
             first = holder[name].key
-            fix = f"remove the key from one of lines {first.line} and {mark.line}"
+            fix = f"remove the key from line {first.line} or from line {mark.line}"
             self.tell("DOC002", mark, f"{name} is written twice in one mapping", fix)
             return
         node.key = mark
