@@ -31,7 +31,7 @@ __all__ = [
 _HOME = {
     "Document": "document",
     "Finding": "finding",
-    "RunConfig": "model",
+    "RunConfig": "run_config",
     "Validation": "validate",
     "check_instance": "validate",
     "find_schema": "schemas",
