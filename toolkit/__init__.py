@@ -1,7 +1,7 @@
-"""Reproducible GRPO fine-tuning with LoRA, with vLLM generating on the same GPU.
+"""Reproducible GRPO fine-tuning with LoRA. vLLM generates the completions on the same GPU.
 
-``from toolkit import FastLanguageModel, GRPOTrainer`` loads torch on first use; ``import toolkit``
-alone does not (PEP 562).
+``from toolkit import FastLanguageModel, GRPOTrainer`` imports torch. ``import toolkit`` alone does
+not, because these names are imported on first use (PEP 562).
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ _LAZY = {
 }
 _ELSEWHERE = {
     "FastTextModel": "use FastLanguageModel",
-    "FastSentenceTransformer": "embedding models are not trained here",
-    "FastDiffusionModel": "only language models are trained here",
-    "PatchDPOTrainer": "nothing is patched here: use trl.DPOTrainer on the model",
-    "PatchKTOTrainer": "nothing is patched here: use trl.KTOTrainer on the model",
+    "FastSentenceTransformer": "the toolkit cannot train embedding models",
+    "FastDiffusionModel": "the toolkit trains only language models",
+    "PatchDPOTrainer": "TRL needs no patch here: use trl.DPOTrainer on the model",
+    "PatchKTOTrainer": "TRL needs no patch here: use trl.KTOTrainer on the model",
     "SFTTrainer": "use trl.SFTTrainer",
     "SFTConfig": "use trl.SFTConfig",
     "UnslothTrainer": "use trl.SFTTrainer for supervised fine-tuning, GRPOTrainer for rewards",
     "UnslothTrainingArguments": "use trl.SFTConfig, or GRPOConfig for rewards",
-    "UnslothVisionDataCollator": "only text is trained here",
+    "UnslothVisionDataCollator": "the toolkit trains only on text",
     "unsloth_train": "call trainer.train()",
     "train_on_responses_only": "use trl.SFTConfig(assistant_only_loss=True)",
-    "apply_chat_template": "give the trainer a prompt column of messages: it applies the template",
-    "to_sharegpt": "use standardize_sharegpt, which makes role and content of from and value",
+    "apply_chat_template": "GRPOTrainer itself applies the template to a prompt column of messages",
+    "to_sharegpt": "use standardize_sharegpt, which renames from and value to role and content",
 }
 """Names that notebooks import from Unsloth, each with what to use instead."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
-        # With an AttributeError, Python would print its own text, without what to use instead.
+        # If this were an AttributeError, Python would print its own text and omit the advice.
         raise ImportError(f"toolkit has no {name}: {_ELSEWHERE[name]}", name="toolkit")
     if name not in _LAZY:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Provide ``from toolkit.chat_templates import get_chat_template``, which notebooks use."""
+"""The functions that notebooks import from ``unsloth.chat_templates``, under the toolkit's name."""
 
 from __future__ import annotations
 

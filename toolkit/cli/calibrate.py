@@ -1,5 +1,6 @@
-"""``envcheck calibrate``: compare the measured memory of a run with the sizer's prediction, term by
-term.
+"""``envcheck calibrate``: compare the measured memory of a run with the sizer's prediction.
+
+Each term of the memory budget has its own row.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(run: Path, as_json: bool) -> None:
-    """Compare the measured peaks of a run folder with the prediction.
+    """Compare the measured memory peaks of a run folder with the sizer's prediction.
 
-    Exit code 1 if a peak is above the predicted bound: the sizer was wrong, please report it.
+    Exit code 1 if a peak is above the predicted bound. Please report this, because it is a fault of
+    the sizer.
     """
     from toolkit.sizing.calibrate import calibrate as compare_run  # noqa: PLC0415 - after parsing
 
@@ -41,9 +43,9 @@ def text_of(found: Calibration) -> str:
     if not found.measured:
         lines.append("not measured: the run was not on a GPU")
     elif found.above_bound:
-        lines.append(f"above the predicted bound of {format_bytes(found.bound)}")
+        lines.append(f"a peak is above the predicted bound of {format_bytes(found.bound)}")
     else:
-        lines.append(f"within the predicted bound of {format_bytes(found.bound)}")
+        lines.append(f"all peaks are within the predicted bound of {format_bytes(found.bound)}")
     return "\n".join(lines)
 
 

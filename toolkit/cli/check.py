@@ -1,4 +1,4 @@
-"""``envcheck check``: check whether this node can run a job, or check only its health."""
+"""``envcheck check``: check whether this node can run a job, or with --node only its health."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that describe what a job requires of the node. ``check`` and ``record`` share
-    them.
+    """Add the options that describe what a job requires of the node. A decorator of ``check`` and
+    ``record``.
     """
     options = (
         click.option(
@@ -37,12 +37,15 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY=VALUE",
             help="Change a key of the run file, as in toolkit train. Repeatable.",
         ),
-        click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number."),
+        click.option(
+            "--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's GPU number."
+        ),
         click.option(
             "--require",
             multiple=True,
             metavar="WHAT",
-            help="N GPUs, gpu, a card (h200), cc>=9.0, free>=40GiB, driver>=580. Repeatable.",
+            help="Require a number of GPUs (8), any GPU (gpu), a card (h200), cc>=9.0, "
+            "free>=40GiB or driver>=580. Repeatable.",
         ),
         click.option(
             "--lock",
@@ -51,10 +54,16 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Compare packages with a requirements file of == pins.",
         ),
         click.option(
-            "--only", multiple=True, metavar="CHECK", help="A family of checks or the id of one."
+            "--only",
+            multiple=True,
+            metavar="CHECK",
+            help="Run only this check (its id) or this family of checks. Repeatable.",
         ),
         click.option(
-            "--skip", multiple=True, metavar="CHECK", help="A family of checks or the id of one."
+            "--skip",
+            multiple=True,
+            metavar="CHECK",
+            help="Do not run this check (its id) or this family of checks. Repeatable.",
         ),
     )
     for option in reversed(options):
@@ -88,10 +97,10 @@ def check(
 ) -> None:
     """Check that this node can run the job.
 
-    Only reads; needs no privileges. Exit codes: 0 the node can run the job; 1 the config or the
-    request must change; 3 this node is bad; 4 try again later; 5 (with --strict) something could
-    not be established. With --node only a bad node fails (3), never a user's mistake. A run that
-    needs no GPU passes on a node without one.
+    The command only reads and needs no privileges. Exit codes: 0 the node can run the job; 1 the
+    config or the request must change; 3 this node is bad; 4 try again later; 5 (with --strict) a
+    check could not be completed. With --node the only failure is a bad node (3). A run that needs
+    no GPU passes on a node without a GPU.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
@@ -114,8 +123,8 @@ def check(
 def text_of(
     results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
 ) -> str:
-    """The output for people: one paragraph per finding with its remedy, then the passed checks,
-    then the count.
+    """The output for people: one paragraph per finding with its remedy, then (with ``verbose``) the
+    passed checks, then the counts.
     """
     from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
 
@@ -127,7 +136,8 @@ def text_of(
             continue
         first = f"{verdict_word(result.verdict)} {result.id:<{width}}  "
         indent = " " * (7 + 1 + width + 2)
-        # The escape codes of a coloured word take no space on the terminal.
+        # The paragraph is wrapped after spaces instead of ``first``, because the escape codes of a
+        # coloured word would count as columns.
         text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
         lines.append(first + text)
         if result.remedy:

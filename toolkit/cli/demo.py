@@ -26,7 +26,7 @@ REWARD = "exact_match"
     type=click.Choice(["transformers", "vllm"]),
     default="transformers",
     show_default=True,
-    help="What samples.",
+    help="The engine that generates the completions.",
 )
 @click.option(
     "--out", metavar="DIR", help="Folder for all files (default: runs/demo, or the next free name)."
@@ -34,17 +34,18 @@ REWARD = "exact_match"
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
 def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
-    """Pretrain a small model on half of addition, then let GRPO learn the rest from rewards.
+    """Pretrain a small model on half of the addition problems, then train the rest with GRPO.
 
-    Creates a character-level Llama, data and a run file. Then runs envcheck check, size and
-    validate and toolkit train on them, and evaluates 500 held-out problems before and after
-    training.
+    Creates a character-level Llama model, data and a run file. Then runs envcheck check, envcheck
+    size, envcheck validate and toolkit train on them. Training evaluates 500 held-out problems
+    before its first and after its last step.
     """
     begin = monotonic()
     folder = choose_folder(out)
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415 - before torch
 
-    # So small a model does not get faster with more threads, and loses minutes if cores are shared.
+    # More threads do not make such a small model faster. If other processes use the cores, more
+    # threads make the demo minutes slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_environment()
     from toolkit.train.demo import make_world  # noqa: PLC0415 - imports torch
@@ -67,10 +68,10 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
 
 
 def choose_folder(out: str | None) -> Path:
-    """``--out``, which must be new or empty; else the first free name of runs/demo, runs/demo-2,
-    ...
+    """The folder of ``--out``, or by default the first of runs/demo, runs/demo-2, ... that does not
+    exist yet.
 
-    Raises ConfigError if the folder is not empty.
+    Raises ConfigError if the folder of ``--out`` is not empty.
     """
     if out is not None:
         folder = Path(out)
@@ -86,10 +87,8 @@ def choose_folder(out: str | None) -> Path:
 
 
 def step(program: str, arguments: Sequence[str]) -> None:
-    """Run a command as a user would type it, but in this process. If it fails, exit with its exit
-    code.
-    """
-    from toolkit.cli import envcheck, train  # noqa: PLC0415 - train imports this table's module
+    """Print a command and run it in this process. If the command fails, exit with its exit code."""
+    from toolkit.cli import envcheck, train  # noqa: PLC0415 - after parsing
 
     click.echo(f"\n$ {program} {' '.join(arguments)}")
     group = envcheck.cli if program == "envcheck" else train.cli
@@ -102,7 +101,10 @@ def step(program: str, arguments: Sequence[str]) -> None:
 
 
 def finish(folder: Path, *, seconds: float) -> None:
-    """Print where the results are; the last line is the accuracy before and after training."""
+    """Print where the results are. The last line is the accuracy before and after training.
+
+    Raises DefectError if the two evaluations used different numbers of problems.
+    """
     result = json.loads((folder / "run" / "evaluation.json").read_text())
     before, after = result["before"], result["after"]
     run_file, run = folder / "run.yaml", folder / "run"

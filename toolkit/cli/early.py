@@ -1,8 +1,7 @@
-"""Handle signals before the run installs its own handlers: a signal then ends the process with the
-exit code of a stopped run.
+"""Handle signals that arrive before the run has installed its own handlers.
 
-Reading the command line, the run file and the imports takes seconds. A job that is preempted in
-this time must not look like a failed job.
+Such a signal ends the process with the exit code of a stopped run. The imports and the reading of
+the run file take seconds. A job that is preempted in these seconds must not look like a failed job.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """A click group whose command ``train`` can be stopped as soon as its command line is read, and
-    continues if its output is lost.
+    """A click group that handles signals for ``train`` from its start.
+
+    ``train`` also continues if its standard output is closed.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,11 +35,12 @@ class StoppableGroup(LazyGroup):
 
 @contextmanager
 def listening_early() -> Iterator[None]:
-    """Inside the block, a signal raises StoppedError. With several ranks no rank raises it, because
-    their launcher reports the signal once.
+    """Inside the block, a signal raises StoppedError.
+
+    With several ranks, no rank raises StoppedError: their launcher reports the signal once.
     """
-    from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - as above
-    from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only here
+    from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - only for train
+    from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only for train
 
     if "RANK" in os.environ:
         follow_launcher()
@@ -52,9 +53,10 @@ def listening_early() -> Iterator[None]:
                 yield
             finally:
                 if early.received is not None or early.ended:
-                    # the output that remains is still printed, and the exit code stays
+                    # Further signals must not cut off the remaining output or change the exit code.
                     early.ignore()
-    # Compiled modules turn an exception that is raised inside them into an ImportError.
+    # An exception that a signal raises during the import of a compiled module arrives here as an
+    # ImportError.
     except (StepAbandoned, ImportError):
         if early.received is None:
             raise

@@ -14,7 +14,7 @@ from toolkit.cli.lazy import HELP, LazyGroup
 COMMANDS = {
     "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),
     "check": ("toolkit.cli.check:check", "Check that this node can run the job."),
-    "size": ("toolkit.cli.size:size", "Size gpu_memory_utilization, max_lora_rank and batches."),
+    "size": ("toolkit.cli.size:size", "Choose gpu_memory_utilization, LoRA rank and batch sizes."),
     "validate": ("toolkit.cli.validate:validate", "Find every error in a run file."),
     "schema": ("toolkit.cli.schema:schema", "Print a JSON Schema that editors understand."),
     "explain": (
@@ -25,7 +25,7 @@ COMMANDS = {
     "replay": ("toolkit.cli.record:replay", "Check a recorded snapshot as if on its node."),
     "calibrate": (
         "toolkit.cli.calibrate:calibrate",
-        "Compare a run's measured peaks with the prediction.",
+        "Compare a run's measured memory peaks with the prediction.",
     ),
 }
 
@@ -40,7 +40,7 @@ COMMANDS = {
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Find errors before any GPU time is used."""
-    del debug  # read from argv by command_main, so that it covers errors at import too
+    del debug  # command_main reads --debug from sys.argv, so that it also applies during imports
 
 
 main = command_main(cli)

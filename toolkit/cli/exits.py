@@ -30,10 +30,11 @@ INTERRUPTED = 130
 
 @contextmanager
 def guarded(*, debug: bool = False) -> Iterator[None]:
-    """Turn a ToolkitError into one block on stderr and its exit code.
+    """Print a ToolkitError that the block raises to stderr, and exit with its exit code.
 
-    A known upstream error (base.symptoms) is explained. Any other error is a defect of the toolkit
-    (70), and a report is written. ``debug`` also shows the traceback.
+    For a known error of another library, the explanation of base.symptoms is printed. Any other
+    error is a defect of the toolkit: a report is written, and the exit code is 70. ``debug`` also
+    prints the traceback.
     """
     try:
         yield
@@ -51,8 +52,10 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """End quietly if the user pressed Ctrl-C or the reader of the output ended (`envcheck probe |
-    head`). click would print "Aborted!" and exit with 1 in both cases.
+    """End without an error if the user pressed Ctrl-C (exit code 130) or if the program that reads
+    the output has ended, as in `envcheck probe | head` (exit code 0).
+
+    click would print "Aborted!" and exit with 1 in both cases.
     """
     try:
         yield
@@ -66,7 +69,7 @@ def left_alone() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Wrap the writing of a requested file. Raises InputError if it cannot be written."""
+    """Turn an OSError inside the block into an InputError: the file ``path`` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -78,8 +81,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def debug_asked() -> bool:
-    """Whether to show tracebacks and the output of upstream libraries: with ``--debug``, before or
-    after the command's name, or TOOLKIT_DEBUG=1.
+    """Whether to show tracebacks and the output of upstream libraries.
+
+    True with ``--debug`` before or after the command's name, or with TOOLKIT_DEBUG=1.
     """
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
@@ -92,7 +96,7 @@ def _known(error: Exception) -> ToolkitError | None:
 
 
 def _defect(error: Exception) -> str:
-    """The text printed for a defect of the toolkit after its report was written."""
+    """Write a report about a defect of the toolkit, and return the text to print."""
     from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
 
     said = error.message if isinstance(error, ToolkitError) else str(error)
@@ -101,23 +105,24 @@ def _defect(error: Exception) -> str:
     if place is None:
         return f"{what}\n  fix: run again with --debug and attach the output to an issue"
     return (
-        f"{what}; the report is in {place}\n  fix: attach that file to an issue: it contains "
-        "versions, run and traceback, but no secrets"
+        f"{what}; the report is in {place}\n  fix: attach that file to an issue (it contains "
+        "versions, the run file and the traceback, but no secrets)"
     )
 
 
 def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    with suppress(OSError):  # stderr is closed, so only the exit code reports the failure
+    with suppress(OSError):  # If stderr is closed, only the exit code reports the failure.
         click.echo(visible(text), err=True)  # the text may contain a name from an untrusted source
     sys.exit(code)
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
-    """The console-script entry of a group: usage errors exit 2, the rest is ``guarded``.
+    """The console-script entry of a group of commands.
 
-    From here on no secret is printed, and no file is created that others can write to.
+    Usage errors exit with 2; ``guarded`` handles all other errors. The entry first makes sure that
+    no secret is printed and that other users cannot write to the created files.
     """
 
     def main() -> None:

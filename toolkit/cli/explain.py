@@ -1,4 +1,4 @@
-"""``envcheck explain``: a rule, a check, a key, the exit codes, or a pasted traceback."""
+"""``envcheck explain``: explain a rule, a check, a key, the exit codes, or a pasted traceback."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ MAX_PASTED = 256 << 20
 @click.command("explain")
 @click.argument("what", nargs=-1, required=True, metavar="ID|KEY|exit-codes|rules|-")
 def explain(what: tuple[str, ...]) -> None:
-    """Explain what a rule or a check looks for, why, and what to do, or which values a key accepts.
+    """Explain a rule, a check, a key of a run file, the exit codes, or a traceback.
+
+    For a rule or a check: what it looks for, why, and what to do. For a key: which values it
+    accepts.
 
     \b
         envcheck explain GRPO001            a rule of envcheck validate
         envcheck explain num_generations    a key of a run file
         envcheck explain exit-codes         what the exit codes mean
         envcheck explain rules              all rules
-        envcheck explain - < error.txt      the check that finds the cause of a traceback
+        envcheck explain - < error.txt      a traceback: its cause and the remedy
     """
     click.echo("\n\n".join(_one(word) for word in what))
 
@@ -50,9 +53,7 @@ def _check_names() -> list[str]:
 
 
 def _check(word: str) -> str | None:
-    """The text about a check of envcheck check, by the id of the check; None if there is no such
-    check.
-    """
+    """The explanation of the check with the id ``word``; None if no check has this id."""
     from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
     check = catalogue().get(word.lower())
@@ -66,9 +67,10 @@ def _check(word: str) -> str | None:
 
 
 def _pasted(text: str) -> str:
-    """Every symptom in a traceback, with the check that finds it beforehand and the remedy.
+    """The explanation of every known error in a traceback: the check that finds the error before a
+    run, and the remedy.
 
-    Raises UnestablishedError if no known error is found.
+    Raises UnestablishedError if the traceback contains no known error.
     """
     from toolkit.base.symptoms import match  # noqa: PLC0415 - only for a traceback
 
@@ -79,21 +81,21 @@ def _pasted(text: str) -> str:
 
 
 def _not_known(text: str) -> UnestablishedError:
-    """The error if no symptom was found. It shows the nearest symptoms for comparison."""
+    """The error for a traceback without a known error. It lists the most similar known errors."""
     from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
 
     near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
-    told = "; the nearest known errors:\n  " + "\n  ".join(near) if near else ""
+    told = "; the most similar known errors:\n  " + "\n  ".join(near) if near else ""
     return UnestablishedError(
         f"no known error found{told}",
         where="explain -",
-        fix="envcheck check --config run.yaml, and envcheck size run.yaml",
+        fix="run envcheck check --config run.yaml and envcheck size run.yaml",
     )
 
 
 def _told(symptom: Symptom) -> str:
     rows = (
-        ("caught by", ", ".join(_command(check) for check in symptom.check.split(", "))),
+        ("found by", ", ".join(_command(check) for check in symptom.check.split(", "))),
         ("remedy", symptom.remedy),
         ("exit code", f"{symptom.exit_code} ({EXIT_CODES[symptom.exit_code]})"),
     )
@@ -104,7 +106,9 @@ def _told(symptom: Symptom) -> str:
 
 
 def _command(check: str) -> str:
-    """The command that finds the problem, with the rule, the check or the number to look at."""
+    """The command that finds the problem, and in parentheses the rule, the check or the number of
+    its output to look at.
+    """
     if check.startswith("none: "):
         return f"nothing before the run ({check.removeprefix('none: ')})"
     if check.startswith("size: "):

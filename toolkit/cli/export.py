@@ -38,7 +38,7 @@ from toolkit.cli.request import TRUST
     metavar="OWNER/NAME",
     help="Also upload DIR to this repository of the Hugging Face hub, with a model card.",
 )
-@click.option("--private", is_flag=True, help="Make the repository of --push a private one.")
+@click.option("--private", is_flag=True, help="Make the repository of --push private.")
 @TRUST
 def export(  # noqa: PLR0913 - one argument per option
     run: Path,
@@ -50,9 +50,10 @@ def export(  # noqa: PLR0913 - one argument per option
     private: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Write RUN's adapter (PEFT, safetensors) to DIR, or with --merge a transformers checkpoint.
+    """Write the adapter of the run folder RUN (PEFT, safetensors) to DIR. With --merge, write a
+    transformers checkpoint with merged weights.
 
-    The last line is the command that serves it with plain vLLM.
+    The last line of the output is a command that serves the result with vLLM.
     """
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
 
@@ -73,5 +74,5 @@ def export(  # noqa: PLR0913 - one argument per option
     if push is not None:
         with quiet(debug=debug_asked()):
             address = push_export(found, to, push, private=private)
-        click.echo(f"uploaded it to {address}")
+        click.echo(f"uploaded {to} to {address}")
     click.echo(f"serve it: {serve_line(found.config, to, merged=merge)}")

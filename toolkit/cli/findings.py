@@ -1,6 +1,4 @@
-"""Print the findings of ``envcheck validate``: one class per format. Each class also counts
-them.
-"""
+"""Print and count the findings of ``envcheck validate``. Each output format has its own class."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "place": None}
 
 
 class Printer:
-    """Count findings; subclasses print them."""
+    """The base class of the output formats. It counts findings, and subclasses print them."""
 
     def __init__(self) -> None:
         self.errors = self.warnings = 0
@@ -140,13 +138,14 @@ PRINTERS: dict[str, type[Printer]] = {
 
 
 def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
-    """Yield a line for each edit that --fix made: old -> new, with its line in the text before any
-    edit.
+    """Yield a line for each edit that --fix made, then the number of edits.
+
+    The line numbers are those of the file before the edits.
     """
     for edit in repair.applied:
         text = f"{name}:{edit.line}: {edit.old} -> {edit.new} ({edit.rule})"
         yield redact(visible(text))
-    yield f"{name}: fixed {len(repair.applied)}"
+    yield f"{name}: {plural(len(repair.applied), 'edit')} made"
 
 
 def choice_lines(repair: Repair) -> Iterator[str]:

@@ -24,11 +24,16 @@ from toolkit.cli.request import TRUST
     default=0.0,
     show_default=True,
     type=click.FloatRange(min=0),
-    help="0 is greedy.",
+    help="Sampling temperature; 0 is greedy decoding.",
 )
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option(
-    "-n", "count", default=1, show_default=True, type=click.IntRange(min=1), help="A prompt."
+    "-n",
+    "count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of completions per prompt.",
 )
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option(
@@ -41,7 +46,7 @@ from toolkit.cli.request import TRUST
 @click.option(
     "--chat/--plain",
     default=None,
-    help="Apply the chat template to the prompt, or not. Default: as in the run.",
+    help="Apply the chat template to the prompt (--chat) or not (--plain). Default: as in the run.",
 )
 @click.option(
     "--engine",
@@ -52,8 +57,9 @@ from toolkit.cli.request import TRUST
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt.")
 def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
-    """Generate completions of PROMPTS with the policy that RUN trained; "-" reads one prompt per
-    line from stdin.
+    """Generate completions of PROMPTS with the policy of the run folder RUN.
+
+    The prompt "-" stands for prompts on standard input, one per line.
     """
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
 
@@ -77,14 +83,15 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
 
 def shown(text: str) -> str:
-    """The model's text: unchanged if the output is a pipe, without control characters on a
-    terminal.
-    """
+    """The model's text to print. On a terminal, control characters are removed."""
     return visible(text) if sys.stdout.isatty() else text
 
 
 def _texts(prompts: tuple[str, ...]) -> list[str]:
-    """The prompts as given, with "-" replaced by the lines of stdin."""
+    """The prompts of the command line, with "-" replaced by the lines of stdin.
+
+    Raises InputError if a prompt is not UTF-8 text or if there is no prompt.
+    """
     texts: list[str] = []
     for prompt in prompts:
         try:
@@ -93,10 +100,12 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             where = "stdin" if prompt == "-" else "PROMPTS"
             what = f"a prompt is not UTF-8 text: {error.reason}"
-            raise InputError(what, where=where, fix="convert it to UTF-8") from None
+            raise InputError(what, where=where, fix="convert the prompt to UTF-8") from None
         texts += found
     if not any(texts):
         raise InputError(
-            "no prompt", where="PROMPTS", fix='give a prompt, or "-" and prompts on stdin'
+            "no prompt is given",
+            where="PROMPTS",
+            fix='give a prompt, or "-" to read prompts from stdin',
         )
     return [text for text in texts if text]

@@ -30,9 +30,16 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
 
 @click.command("import")
 @click.argument("file", metavar="FILE")
-@click.option("--to", metavar="RUN.YAML", help="The run file to write (FILE-run.yaml beside FILE).")
 @click.option(
-    "--from", "form", type=click.Choice(list(TABLES)), help="What FILE is, if it is not clear."
+    "--to",
+    metavar="RUN.YAML",
+    help="The run file to write (default: FILE-run.yaml beside FILE; - is standard output).",
+)
+@click.option(
+    "--from",
+    "form",
+    type=click.Choice(list(TABLES)),
+    help="The format of FILE (default: detected from its content).",
 )
 @click.option(
     "--table",
@@ -40,20 +47,25 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
     is_eager=True,
     expose_value=False,
     callback=_print_table,
-    help="Print what becomes of each key of a format (Markdown), and end.",
+    help="Print how each key of a format is imported, as a Markdown table, and end.",
 )
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing run file.")
 @click.option(
-    "--strict", is_flag=True, help="Fail where a setting was refused (1) or could not be read (5)."
+    "--strict",
+    is_flag=True,
+    help="Fail if a setting was refused (exit 1) or could not be read (exit 5).",
 )
 def import_config(file: str, to: str | None, form: str | None, force: bool, strict: bool) -> None:
     """Write a run file from FILE, a config of axolotl, TRL, Unsloth, verl, prime-rl or ms-swift.
 
-    YAML, TOML, JSON, command lines in a shell script, Python scripts and notebooks are read, never
-    executed. Each line of the run file says where it comes from; what was left out, refused or
-    could not be read is listed below. Then the run file is validated.
+    FILE can be YAML, TOML, JSON, a shell script with a command line, a Python script or a notebook.
+    It is read, never executed. A comment on each line of the run file names the setting that the
+    line comes from. Comments at its end list the settings that were left out, were refused or could
+    not be read. Then the run file is validated.
 
-    Exit codes: 0 it is valid; 1 it must change first; 2 FILE cannot be read; 5 only under --strict.
+    Exit codes: 0 the run file is valid; 1 the run file must change before it can run, or (with
+    --strict) a setting was refused; 2 FILE cannot be read; 5 (with --strict) a setting could not be
+    read.
     """
     from toolkit.config.importers import read_foreign, run_file_text, translate  # noqa: PLC0415
     from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing, as above
@@ -89,9 +101,9 @@ def _write(place: Path, text: str, *, force: bool) -> None:
 
     if place.exists() and not force:
         raise ConfigError(
-            "there is a file already",
+            "the run file exists already",
             where=str(place),
-            fix="name another with --to, or add --force",
+            fix="name another file with --to, or add --force to replace it",
         )
     with writing(place):
         write_file(place, text)

@@ -13,7 +13,10 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class LazyGroup(click.Group):
-    """``commands_at`` maps a command's name to ``(module:attribute, one line of help)``."""
+    """A click group whose commands are imported on first use.
+
+    ``commands_at`` maps a command's name to ``(module:attribute, one line of help)``.
+    """
 
     def __init__(self, *args: Any, commands_at: dict[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,7 +34,7 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. If it is interrupted, print none of click's messages."""
+        """Run the command. After Ctrl-C, print "interrupted" instead of click's text."""
         with left_alone():
             return super().invoke(ctx)
 

@@ -47,9 +47,9 @@ def probe(
 ) -> None:
     """Show this node's GPUs as NVML sees them.
 
-    Exit code 0 with a GPU (a lost card affects only its own row), 3 without one. The text says
-    whether the GPU, the driver or the permission is missing, or the driver does not match its
-    library.
+    Exit code 0 if there is a GPU, 3 if there is none. A GPU that NVML has lost is marked in its own
+    row and does not change the exit code. If no GPU can be used, the text gives the reason: no GPU,
+    no driver, no permission, or a driver that does not match its library.
     """
     from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
@@ -75,7 +75,7 @@ def probe(
 def show(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
-    """Print one snapshot in the requested format; ``one_line`` is for streamed JSON."""
+    """Print one snapshot in the requested format. ``one_line`` prints JSON without line breaks."""
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
@@ -90,7 +90,7 @@ def show(
 
 
 def text_of(snapshot: NodeSnapshot) -> str:
-    """The table for people, or the reason why there is none."""
+    """The table of GPUs, or the reason why no GPU can be used."""
     from toolkit.gpu.checks.driver import cuda_of  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import visible  # noqa: PLC0415 - as above
     from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
@@ -139,7 +139,7 @@ def _row(
 
 
 def state_of(gpu: GpuSnapshot) -> str:
-    """A few words on the card's worst problem, else ``ok``; ``envcheck check`` shows more."""
+    """A few words about the card's worst problem, or ``ok``. ``envcheck check`` shows details."""
     from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
     from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def record(file: Path, **request: Any) -> None:
     """Write a redacted snapshot of this node with all raw readings, for a bug report.
 
-    UUIDs are replaced by others and pids by small numbers. Names of processes, users and hosts are
-    removed. Only environment variables that checks read are kept.
+    UUIDs are replaced by invented UUIDs and pids by small numbers. Names of processes, users and
+    hosts are removed. Of the environment variables, only those that checks read are kept.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
@@ -36,9 +36,9 @@ def record(file: Path, **request: Any) -> None:
     with writing(file):
         write_named_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
     click.echo(
-        f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}; "
-        f"redacted. Read it before you send it; `envcheck replay {file}` checks it on any "
-        "machine."
+        f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}, "
+        f"redacted. Read the file before you send it. `envcheck replay {file}` repeats the checks "
+        "on any machine."
     )
 
 
@@ -51,7 +51,9 @@ def record(file: Path, **request: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (report.schema.json).")
 @click.option("-v", "--verbose", is_flag=True, help="List passed checks too.")
 def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -> None:
-    """Check a recorded snapshot as if on its node. The exit code is the one of `check` there."""
+    """Run the checks on a recorded snapshot. The exit code is that of `check` on the recorded
+    node.
+    """
     from dataclasses import replace  # noqa: PLC0415 - after the arguments are parsed
 
     from toolkit.gpu.checks import run_checks  # noqa: PLC0415 - as above
@@ -80,13 +82,14 @@ def _read(file: Path) -> Any:
     faults = check_instance(data, "report") if isinstance(data, dict) else ["$: not an object"]
     if faults:
         raise InputError(
-            f"{file} is not a recording: {faults[0][:300]}", fix="create one: envcheck record FILE"
+            f"{file} is not a recording: {faults[0][:300]}",
+            fix="create a recording with envcheck record FILE",
         )
     return data
 
 
 def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
-    """A text that lists where the verdicts of this version differ from the recorded ones."""
+    """A text that lists each check whose verdict differs from the recorded verdict."""
     now = {result.id: result.verdict for result in results}
     both = verdicts.keys() & now.keys()
     changed = [

@@ -1,7 +1,7 @@
 """Output functions that all commands share: tables that fit the terminal, and colours.
 
-Colours are used on a terminal, but not if NO_COLOR is set (https://no-color.org) or the output is a
-file or a pipe. Colour never carries meaning alone.
+Colours are used only on a terminal, and not if NO_COLOR is set (https://no-color.org). The
+meaning of a colour is always written as a word too.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def verdict_word(verdict: str) -> str:
 
 
 def terminal_width() -> int:
-    """The width of the terminal in columns, or COLUMNS; at least 80."""
+    """The width of the terminal (or the value of COLUMNS) in columns, at least 80."""
     return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 
 
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
 ) -> str:
-    """Aligned columns, two spaces apart; ``right`` lists the columns aligned right.
+    """The rows as aligned columns, two spaces apart. ``right`` lists the right-aligned columns.
 
-    If the terminal is too narrow, the widest column except the first is wrapped, not truncated.
+    If the terminal is too narrow, the text of the widest column except the first is wrapped.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     excess = sum(widths) + 2 * (len(widths) - 1) - terminal_width()
     if excess > 0:
-        # The first column contains names, which users copy.
+        # The first column is never wrapped, because it contains names that users copy.
         widest = max(range(len(widths))[1:] or [0], key=widths.__getitem__)
         widths[widest] = max(8, widths[widest] - excess)
     head, *lines = [line for row in cells for line in _lines(row, widths, right)]
@@ -76,8 +76,8 @@ def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> l
 
 
 def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
-    """Text wrapped to the terminal. ``first`` is put before its first line and ``indent`` before
-    the other lines.
+    """The text wrapped to the terminal's width. ``first`` is put before its first line and
+    ``indent`` before the other lines.
     """
     return textwrap.fill(
         text,

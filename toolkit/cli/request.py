@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TRUST = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Allow the code of the model's checkpoint, if the run did.",
+    help="Execute Python code of the model's checkpoint, if the run file allows it too.",
 )
 
 
@@ -45,10 +45,11 @@ def examine(
     node: bool = False,
     **choice: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
-    """Read this node and run the chosen checks (``only``, ``skip``) for the job.
+    """Read this node and run the checks that ``only`` and ``skip`` select. Return the snapshot of
+    the node, the context of the checks and their results.
 
-    Raises: ConfigError: the run file has errors. InputError: an unreadable file, an unknown check,
-    or a requirement in an unknown form.
+    Raises: ConfigError: the run file has errors. InputError: a file is unreadable, a check is
+    unknown, or a requirement has an unknown form.
     """
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,
@@ -64,7 +65,9 @@ def examine(
         values["lock"] = read_lock(lock)
     document = run = None
     if overrides and config is None:
-        raise InputError("--set changes a run file, but there is none", fix="add --config RUN.yaml")
+        raise InputError(
+            "--set changes a run file, but no run file is given", fix="add --config RUN.yaml"
+        )
     if config is not None:
         document, run = _load(config, overrides)
     model, revision = (run.model.model_name, run.model.revision) if run else (None, None)
@@ -80,15 +83,16 @@ def examine(
     if document is not None and not exit_code(results, node=node):
         from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
 
-        # Only now are the findings reported, because on a bad node a missing GPU is not an error of
-        # the run file.
+        # The findings are reported after the checks. On a bad node, the missing GPU would otherwise
+        # be reported as an error of the run file.
         accepted(document, situation)
     return snapshot, context, results
 
 
 def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
-    """The document of a run file and its resolved run, for any device. Raises the same errors as
-    ``accepted``.
+    """The document of a run file and its resolved run, validated without facts about a device.
+
+    Raises the same errors as ``accepted``.
     """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
@@ -106,7 +110,7 @@ def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
 
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
-    """What a run file requires of its node, as plain values of CheckContext."""
+    """What a run file requires of its node, as arguments of CheckContext."""
     from toolkit.config.environments import absent  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - as above
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
@@ -131,9 +135,10 @@ def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path
 
 
 def requirements(texts: Sequence[str]) -> dict[str, Any]:
-    """``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB``, ``driver>=580`` as context values.
+    """The values of ``--require`` as arguments of CheckContext.
 
-    Raises InputError for any other form (a card is looked up in the table of cards).
+    The forms are ``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB`` and ``driver>=580``. Raises
+    InputError for any other form, and for a card that is not in the table of cards.
     """
     from toolkit.gpu import cards  # noqa: PLC0415 - after parsing
 
@@ -165,14 +170,14 @@ def unknown_form(text: str) -> InputError:
     """The error for a requirement in an unknown form."""
     return InputError(
         f"--require {text!r} has an unknown form",
-        fix="N, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
+        fix="write a number of GPUs, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
     )
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """The ``name==version`` lines of a requirements file; hashes and markers are ignored.
+    """The version of each package that a requirements file pins with ``name==version``.
 
-    Raises InputError if there is no such line.
+    Hashes and markers are ignored. Raises InputError if the file pins no package.
     """
     pins = {}
     for line in read_bytes(path).decode(errors="replace").splitlines():
@@ -187,7 +192,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
-    """The snapshot with the versions of all locked packages, not only of the usual ones."""
+    """The snapshot with the installed versions of all locked packages added."""
     from dataclasses import replace  # noqa: PLC0415 - only with --lock
 
     from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock

@@ -11,17 +11,17 @@ from toolkit.config.schemas import schema_names, schema_path
 
 @click.command("schema")
 @click.argument("name", default="run", metavar="[NAME]")
-@click.option("--path", "only_path", is_flag=True, help="Print the path of the file instead.")
+@click.option("--path", "only_path", is_flag=True, help="Print the path of the schema file.")
 @click.option("--list", "only_names", is_flag=True, help="Print the names of all schemas.")
 def schema(name: str, only_path: bool, only_names: bool) -> None:
-    """Print the JSON Schema NAME (default: run; draft 2020-12).
+    """Print the JSON Schema NAME (draft 2020-12). The default is run, the schema of run files.
 
-    Editors with a YAML language server complete and check a run file that starts with
+    An editor with a YAML language server completes and checks keys if the run file starts with
 
     \b
         # yaml-language-server: $schema=PATH
 
-    where PATH is what `envcheck schema --path` prints.
+    where PATH is the output of `envcheck schema --path`.
     """
     if only_names:
         click.echo("\n".join(schema_names()))

@@ -1,5 +1,5 @@
-"""``envcheck size``: print the interval of gpu_memory_utilization, the choice for every "auto", and
-the memory budget.
+"""``envcheck size``: print the possible interval of gpu_memory_utilization, the value chosen for
+every "auto", and the memory budget.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("target", metavar="RUN.YAML|MODEL")
-@click.option("--gpu", metavar="NAME", help="Size for this card (h200, 4090, ...), present or not.")
-@click.option("--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's number.")
+@click.option(
+    "--gpu", metavar="NAME", help="Size for this card (h200, 4090, ...), even if it is not here."
+)
+@click.option(
+    "--gpu-index",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Size for the GPU of this node with this CUDA number.",
+)
 @click.option("--cpu", is_flag=True, help="Size for the CPU, even if there is a GPU.")
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a value of the run file, or set one for a MODEL (lora.r=64). Repeatable.",
+    help="Change a value of the run file, or set a value for a MODEL (lora.r=64). Repeatable.",
 )
 @click.option(
     "--world-size",
@@ -34,17 +41,18 @@ if TYPE_CHECKING:
     show_default=True,
     help="Number of processes of the run, one per GPU.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--write", is_flag=True, help='Write the chosen values into the run file in place of "auto".'
 )
 def size(
     target: str, *, gpu: str | None, gpu_index: int | None, cpu: bool, as_json: bool, **rest: object
 ) -> None:
-    """Size a run file, or a model (a folder, a config.json or a cached hub id).
+    """Compute the memory of a run file, or of a model (a folder, a config.json or a cached hub id).
 
-    Reads config.json and safetensors headers only. Exit code 0 if the run fits, 1 if it does not
-    (with a list of what each change would free), 2 if a file cannot be read.
+    Reads only config.json and the headers of safetensors files. Exit code 0 if the run fits, 1 if
+    it does not, 2 if a file cannot be read. If the run does not fit, the output lists changes and
+    the memory that each change would free.
     """
     from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
@@ -78,8 +86,8 @@ def size(
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
     """The device to size for: the card that the options name, or the card of this node.
 
-    None if there is no card: then the CPU is sized. If there is a GPU that cannot be used, the
-    reason is printed. Raises ConfigError for an unknown card or index.
+    None means the CPU, because this node has no usable card. If this node has a GPU that cannot be
+    used, the reason is printed. Raises ConfigError for an unknown card or index.
     """
     from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
@@ -95,7 +103,7 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
     if found is not None:
         return Device.from_node(snapshot, found)
     state = presence(snapshot)
-    why = state.text if not snapshot.gpus else visible(snapshot).problem or "CUDA sees no GPU"
+    why = state.text if not snapshot.gpus else visible(snapshot).problem or "CUDA finds no GPU"
     if gpu_index is not None:
         raise ConfigError(
             f"GPU {gpu_index} was requested, but {why}",
@@ -103,13 +111,13 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
             fix=state.remedy or None,
         )
     if state.kind != "none":
-        click.echo(f"note: {why}: sized for the CPU", err=True)
+        click.echo(f"note: {why}, so the run is sized for the CPU", err=True)
     return None
 
 
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
-    """Exit with 1 if the run does not fit, or if the utilization in the run file is not
-    possible.
+    """Exit with 1 if the run does not fit. Raise the error if the utilization in the run file is
+    outside the possible interval.
     """
     if not result.feasible:
         if not quiet:

@@ -1,5 +1,5 @@
-"""The text output of ``envcheck size``: the interval, the choice, and the memory budget with its
-bar.
+"""The text output of ``envcheck size``: the interval of gpu_memory_utilization, the chosen values,
+and the memory budget with a bar for each phase.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.terms import Term
 
 WHEN = {"always": "always", "rollout": "rollouts", "training": "training"}
-# (letter of the bar, its meaning, beginnings of the terms' names); the first row that matches is
-# used.
+# Each row: a letter of the bar, its meaning, and prefixes of names of terms. A term gets the letter
+# of the first row with a matching prefix.
 LETTERS = (
     ("C", "context", ("context",)),
     ("W", "weights", ("engine.weights", "trainer.weights")),
@@ -30,7 +30,7 @@ LETTERS = (
     ("T", "training step", ("trainer.",)),
     ("m", "margins", ("margin.",)),
 )
-OTHER_LETTERS = (("x", "held by other processes"), (".", "free"), ("!", "too much"))
+OTHER_LETTERS = (("x", "used by other processes"), (".", "free"), ("!", "more than the card has"))
 
 
 def text_of(result: SizingResult, config: RunConfig) -> str:
@@ -44,9 +44,11 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
         lines = [f"  {remedy}" for remedy in result.remedies]
         enough = any(remedy.enough for remedy in result.remedies)
         order = (
-            "first changes that are enough alone, then" if enough else "no single change is enough;"
+            "changes that are enough alone come first, then"
+            if enough
+            else "no single change is enough;"
         )
-        head = f"what each change would free ({order} the least harmful first):"
+        head = f"what each change would free ({order} the least harmful come first):"
         parts.append("\n".join([head, *lines]))
     return "\n\n".join(part for part in parts if part)
 
@@ -62,7 +64,8 @@ def _head(result: SizingResult) -> str:
     ]
     if model.margin:
         lines.append(
-            f"margin  the model is not known exactly: {model.margin:.0%} more is kept free"
+            f"margin  {model.margin:.0%} more memory is kept free, because the sizer does not know "
+            "this model exactly"
         )
     if result.device is None:
         lines.append("device  the CPU (--gpu NAME sizes for a card)")
@@ -122,7 +125,7 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
         _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
     if choice.fast_inference:
-        # these terms have their own rows
+        # gpu_memory_utilization is printed above the table, with its interval
         names = [name for name in SIZED if name != "gpu_memory_utilization"]
         rows += [_row(f"model.{name}", getattr(choice, name), config.model) for name in names]
     rows.append(_row("model.dtype", choice.dtype, config.model))
@@ -145,7 +148,7 @@ def _packs(result: SizingResult, config: RunConfig) -> list[list[str]]:
             if written != "auto"
             else "chosen"
             if result.choice.pack_tokens is not None
-            else "the micro-batch at its longest",
+            else "as many as a micro-batch of full length",
         ],
         [
             "training passes of a step",
@@ -185,9 +188,7 @@ def _budget(result: SizingResult) -> str:
 
 
 def _bars(result: SizingResult) -> str:
-    """One bar per phase, as wide as the terminal. Each letter stands for the same share of the
-    card.
-    """
+    """One bar per phase, as wide as the terminal. Each letter is the same share of the card."""
     if result.device is None:
         return ""
     whole = int(result.device["cuda_total_bytes"])
@@ -229,8 +230,10 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 
 
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
-    """The number of letters for each part of the bar, in proportion to its size: at least one per
-    part, and ``most`` in total. The largest parts are shortened first.
+    """The number of letters for each part of the bar, in proportion to its size in bytes.
+
+    The total is ``most``. Each part gets at least one letter, except parts below 0.1% of ``taken``,
+    which get none. If the total is too large, the longest parts are shortened first.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}
@@ -258,7 +261,7 @@ def _ranks(result: SizingResult) -> str:
         for rank, nbytes in result.engine.ranks
     ]
     listed = paragraph(", ".join(priced), first="  ", indent="  ")
-    return "LoRA slots of the engine by max_lora_rank (* chosen)\n" + listed
+    return "memory of the engine's LoRA slots by max_lora_rank (* the chosen rank)\n" + listed
 
 
 def _peaks(result: SizingResult) -> str:

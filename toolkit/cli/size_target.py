@@ -1,5 +1,5 @@
-"""Read the target of ``envcheck size``: a run file, or a model, which is sized with the defaults of
-a run.
+"""Read the target of ``envcheck size``: a run file or a model. A model is sized with the default
+values of a run file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolkit.config.resolved import Situation
 
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
-# Errors in these sections do not change the size, so a missing data set does not stop sizing.
+# Sections that do not change the size. Sizing ignores errors in them, such as a missing data set.
 UNSIZED = ("dataset", "reward")
 OF_THE_CARD = ("HW001", "LOAD002", "LOAD004", "LOAD005")
 STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
@@ -26,10 +26,10 @@ STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 def read_target(
     target: str, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document | None]:
-    """The run to size, and its document if it is a run file.
+    """The run to size, and the document of the run file (None if the target is a model).
 
-    Raises: ConfigError: the run file has errors (except in data and rewards), or an override is
-    invalid. InputError: the target cannot be read.
+    Raises: ConfigError: the run file has an error outside the sections for data and rewards, or an
+    override is invalid. InputError: the target cannot be read.
     """
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
@@ -70,8 +70,10 @@ def _of_run_file(
 
 
 def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
-    """A run of ``model`` with ``overrides`` and otherwise defaults. Overrides are validated like a
-    run file. Of the defaults, only those are checked that the card may not support.
+    """A run of ``model`` with ``overrides``, and default values for all other keys.
+
+    Only errors in overrides and errors of the rules in OF_THE_CARD are raised. The latter are
+    about defaults that the card may not support.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

@@ -1,5 +1,5 @@
-"""``envcheck size --write``: replace each "auto" in the run file by the chosen value and change
-nothing else.
+"""``envcheck size --write``: replace each "auto" in the run file by the chosen value. Nothing else
+in the file changes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ WRITABLE = {
 
 
 def write_choice(document: Document, resolved: RunConfig) -> str:
-    """Rewrite the run file; return a text that lists which value was written where.
+    """Rewrite the run file, and return a text that lists which value was written where.
 
-    Comments, order, quoting of other values and line ends stay: only the characters of each "auto"
-    are replaced.
+    Only the characters of each "auto" are replaced. Comments, order, line ends and the quoting of
+    other values are kept.
 
-    Raises ConfigError if the document is not a file (standard input), or if other values would
-    change too.
+    Raises ConfigError if the document is standard input, or if other values would change too.
     """
     source = document.source
     if source.path is None:
-        raise ConfigError("standard input cannot be rewritten", fix="give the file by name")
+        raise ConfigError("standard input cannot be rewritten", fix="give the name of the file")
     edits: list[tuple[int, int, str, str]] = []
     left: list[str] = []
     expected = parse(source).root.to_plain()
@@ -65,7 +64,8 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
         raise ConfigError(
             "the values cannot be written without changing other values",
             where=source.name,
-            fix="write them yourself, in place of the values that keys share",
+            fix="write the values yourself: replace each value that several keys share (an anchor "
+            "and its aliases) by one value per key",
         )
     if edits:
         with writing(source.path):

@@ -10,19 +10,22 @@ from toolkit.cli.exits import command_main
 from toolkit.cli.lazy import HELP
 
 COMMANDS = {
-    "train": ("toolkit.cli.train_run:train", "Train a run file, from pre-flight to report."),
+    "train": ("toolkit.cli.train_run:train", "Check the node, train a run file, write a report."),
     "demo": (
         "toolkit.cli.demo:demo",
         "Create a small model and data, and run all commands on them.",
     ),
     "generate": ("toolkit.cli.generate:generate", "Generate completions with a trained run."),
     "export": ("toolkit.cli.export:export", "Write a run's adapter, or merged weights."),
-    "tune": ("toolkit.cli.tune:tune", "Tune the engine's LoRA kernels on this card."),
+    "tune": ("toolkit.cli.tune:tune", "Tune the LoRA kernels of vLLM on this card."),
     "import": (
         "toolkit.cli.import_config:import_config",
         "Make a run file from another tool's config, script or notebook.",
     ),
-    "bench": ("toolkit.cli.bench:bench", "Measure step time and memory against TRL and Unsloth."),
+    "bench": (
+        "toolkit.cli.bench:bench",
+        "Compare the toolkit's step time and memory with TRL and Unsloth.",
+    ),
 }
 
 
@@ -35,8 +38,8 @@ COMMANDS = {
 @click.version_option(__version__, prog_name="toolkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Fine-tune a language model with GRPO and LoRA, with vLLM generating on the same GPU."""
-    del debug  # read from argv by command_main, so that it covers errors at import too
+    """Fine-tune a language model with GRPO and LoRA. vLLM generates on the same GPU."""
+    del debug  # command_main reads --debug from sys.argv, so that it also applies during imports
 
 
 main = command_main(cli)

@@ -26,12 +26,13 @@ FIRST_SPEAKS_S = 5.0
 
 
 class Processes(click.IntRange):
-    """The type of an option that is a number of processes or ``auto``: one per visible GPU, or one
-    without a GPU.
+    """The type of an option whose value is a number of processes or ``auto``.
+
+    ``auto`` means one process per visible GPU, or one process if there is no GPU.
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The value as a number. Raises click.UsageError if it is invalid."""
+        """The number of processes. Raises click.UsageError if the value is invalid."""
         if value != "auto":
             return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only here
@@ -55,16 +56,17 @@ class Processes(click.IntRange):
 @click.option(
     "--evaluate/--no-evaluate",
     default=None,
-    help="Evaluate held-out prompts with greedy decoding before and after training. Default: on "
-    "if there are held-out prompts and no grpo.eval_strategy.",
+    help="Evaluate held-out prompts with greedy decoding before and after training. Default: "
+    "evaluate if there are held-out prompts and grpo.eval_strategy is not set.",
 )
 @click.option(
     "--nproc-per-node",
     "processes",
     type=Processes(min=1),
     metavar="N|auto",
-    help="Train on N GPUs of this node, or on all visible ones, with one process per GPU. For "
-    "several nodes: start it on each, with PET_NNODES, PET_NODE_RANK, MASTER_ADDR and MASTER_PORT.",
+    help="Train on N GPUs of this node, or (auto) on all visible GPUs, with one process per GPU. "
+    "For several nodes, start this command on each node and set PET_NNODES, PET_NODE_RANK, "
+    "MASTER_ADDR and MASTER_PORT.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
@@ -123,7 +125,7 @@ def _launch(
 def _load(
     run_file: str, overrides: list[str], world_size: int
 ) -> tuple[RunConfig, Callable[[Situation], object]]:
-    """The run, and a function that validates its file again once the machine is known."""
+    """The run, and a function that validates its run file again, with facts about the machine."""
     from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
     from toolkit.config.validate import accepted  # noqa: PLC0415
@@ -132,7 +134,8 @@ def _load(
         document = load_document(run_file, overrides)
         config = accepted(document, Situation(world_size=world_size))
     except ToolkitError:
-        # torchrun ends all processes when the first one ends, and that one reports it.
+        # torchrun ends all processes when the first process ends. Only rank 0 ends at once, so that
+        # the error is printed once.
         time.sleep(FIRST_SPEAKS_S if process_environment.rank() else 0.0)
         raise
     return config, lambda here: accepted(document, here)
@@ -163,8 +166,9 @@ def _run(
 
 
 def _read_weights_ahead(config: RunConfig) -> None:
-    """Read the weights from the disk while the libraries are imported. Missing files are reported
-    later.
+    """Start to read the weights into the page cache while the libraries are imported.
+
+    Missing files are ignored here. They are reported when the model is loaded.
     """
     from toolkit.base.read_ahead import read_ahead  # noqa: PLC0415
     from toolkit.sizing.fit import available_bytes  # noqa: PLC0415

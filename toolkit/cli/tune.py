@@ -15,12 +15,14 @@ from toolkit.base.errors import MissingExtraError
 @click.argument("model", nargs=-1, required=True)
 @click.option("--rank", "ranks", type=int, multiple=True, default=(16, 64), show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
-@click.option("--limit-s", type=float, default=600, show_default=True, help="Seconds in all.")
+@click.option(
+    "--limit-s", type=float, default=600, show_default=True, help="Time limit in seconds."
+)
 def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: float) -> None:
-    """Tune the LoRA kernels of the engine for the shapes of MODEL (folders, config.json files or
-    cached hub ids).
+    """Measure vLLM's LoRA kernels for the shapes of MODEL, and write the fastest settings.
 
-    A run uses the table with TOOLKIT_LORA_TABLE=FILE, on the vLLM version that it was made with.
+    MODEL is a folder, a config.json file or a cached hub id. Set TOOLKIT_LORA_TABLE=FILE to use the
+    written table in a run. The table is used only by the vLLM version that it was measured with.
     """
     from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415 - after parsing
     from toolkit.sizing.lora_bytes import fused_shapes, legal_rank  # noqa: PLC0415
@@ -30,7 +32,7 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     widths = sorted({legal_rank(rank) for rank in ranks})
     if not vllm_available():
         raise MissingExtraError(
-            "vLLM is not installed", where="tune", fix="pip install 'grpo-toolkit[cuda]'"
+            "vLLM is not installed", where="tune", fix="run pip install 'grpo-toolkit[cuda]'"
         )
     from toolkit.engine.open_engine import prepare_environment  # noqa: PLC0415
 
@@ -42,6 +44,6 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))
     write_table(table, out)
     click.echo(
-        f"{out}: {before * 1e6:.0f} -> {after * 1e6:.0f} us, all cases together; use it with"
-        f" TOOLKIT_LORA_TABLE={out}"
+        f"{out}: all cases together took {before * 1e6:.0f} us before and {after * 1e6:.0f} us"
+        f" after tuning; use the table with TOOLKIT_LORA_TABLE={out}"
     )

@@ -1,4 +1,4 @@
-"""``envcheck validate``: every error in run files, with its position, the arithmetic and the
+"""``envcheck validate``: print every error in run files, with its position, the arithmetic and the
 fix.
 """
 
@@ -51,8 +51,7 @@ class _Request:
     "--fix",
     is_flag=True,
     help=(
-        "Apply fixes that rewrite a value or a key and are the only possible fix, and print "
-        "each edit."
+        "Rewrite a value or a key if a finding has exactly one possible fix, and print each edit."
     ),
 )
 @click.option(
@@ -67,20 +66,20 @@ class _Request:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Validate for this number of processes (as torchrun starts them).",
+    help="Validate for this number of processes (as many as torchrun starts).",
 )
 @click.option(
     "--gpu",
     metavar="NAME|none",
-    help="Validate for this card (h200, a100-40, t4 ...), or for a machine without one.",
+    help="Validate for this card (h200, a100-40, t4 ...), or for a machine without a GPU (none).",
 )
 def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     """Find every error in run files (YAML, JSON, TOML; folders, globs; - is standard input).
 
-    Nothing is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change; 2:
-    a file cannot be read; 5 (only with --strict): something could not be checked here. `envcheck
-    explain RULE` explains a finding; with TOOLKIT_DOCS_URL set, each finding names its page in the
-    documentation, and SARIF has it as helpUri.
+    No model is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change; 2:
+    a file cannot be read; 5 (only with --strict): something could not be checked on this machine.
+    `envcheck explain RULE` explains a finding. If TOOLKIT_DOCS_URL is set, each finding names its
+    page in the documentation (in SARIF: helpUri).
     """
     request = _request(options)
     printer = PRINTERS[form]()
@@ -138,7 +137,7 @@ def _rewrite(name: str, request: _Request) -> None:
     try:
         source = read_source(name)
     except Unreadable:
-        return  # an error in the fixed text is reported when it is validated
+        return  # validation reports why the file cannot be read
     repair = fix_source(source, request.overrides, request.situation)
     if repair.source.text != source.text:
         with writing(Path(name)):
@@ -152,8 +151,8 @@ def _rewrite(name: str, request: _Request) -> None:
 def _outside_interval(
     document: Document, outcome: Validation, request: _Request
 ) -> Iterator[Finding]:
-    """LOAD008 for the card of --gpu: whether the written utilization is in the range that the sizer
-    finds.
+    """Yield a LOAD008 finding if the utilization in the run file is outside the interval that the
+    sizer computes for the card of --gpu.
     """
     node = document.node(("model", "gpu_memory_utilization"))
     if outcome.config is None or node is None or not isinstance(node.value, float):
@@ -171,7 +170,7 @@ def _outside_interval(
             free, spec, Device.from_card(request.card), world_size=request.situation.world_size
         )
     except ToolkitError:
-        # the model is missing (MODEL001) or the run does not fit: envcheck size reports both
+        # The model is missing (MODEL001) or the run does not fit. envcheck size reports either.
         return
     low, high = sized.interval.min, sized.interval.max
     if low is None or high is None or low <= node.value <= high:
@@ -189,10 +188,9 @@ def _outside_interval(
 
 
 def expand(arguments: tuple[str, ...]) -> Iterator[str]:
-    """The run files of the arguments.
+    """Yield the run files that the arguments name. The files of a folder or a pattern are sorted.
 
-    Those of a folder or a pattern are sorted. Raises InputError for a folder or a pattern without
-    run files.
+    Raises InputError for a folder or a pattern without run files.
     """
     for argument in arguments:
         if argument == "-":
@@ -201,7 +199,9 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
             found = sorted(_in_folder(argument))
             if not found:
                 raise InputError(
-                    "contains no run file", where=argument, fix="*.yaml, *.toml, *.json"
+                    "contains no run file",
+                    where=argument,
+                    fix="name a folder with *.yaml, *.toml or *.json run files",
                 )
             yield from found
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
@@ -218,8 +218,9 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
 
 
 def _in_folder(folder: str) -> Iterator[str]:
-    """The run files in a folder: YAML and TOML files, and JSON files with a model section (other
-    JSON files are data).
+    """Yield the run files in a folder: YAML and TOML files, and JSON files with a model section.
+
+    Other JSON files are data.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = [one for one in folders if not one.startswith(".")]

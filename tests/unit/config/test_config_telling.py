@@ -100,7 +100,7 @@ def test_the_explain_command() -> None:
         line.split()[0] for line in run(cli, ["explain", "rules"]).output.splitlines()
     }
     pasted = "ValueError: No available memory for the cache blocks. Try increasing it"
-    assert "caught by: envcheck" in run(cli, ["explain", "-"], input=pasted).output
+    assert "found by:  envcheck" in run(cli, ["explain", "-"], input=pasted).output
     unknown = run(cli, ["explain", "-"], input="all is well")
     assert isinstance(unknown.exception, UnestablishedError)
     assert "no known error found" in str(unknown.exception)

@@ -208,8 +208,8 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
     ("options", "said"),
     [
         (["--learn", "--seeds", "1,x"], "'1,x' is not a list of whole numbers"),
-        (["--task", "sums"], "--task has an effect with --learn alone"),
-        (["--accuracy", "0.3"], "--accuracy has an effect with --learn alone"),
+        (["--task", "sums"], "--task has an effect only with --learn"),
+        (["--accuracy", "0.3"], "--accuracy has an effect only with --learn"),
         (["--learn", "--workload", "uneven"], "--workload has no effect with --learn"),
         (["--learn", "--mean-tokens", "9"], "--mean-tokens has no effect with --learn"),
         (["--learn", "--held-out", "2000"], "1<=x<=1000"),

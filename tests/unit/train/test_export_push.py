@@ -60,7 +60,7 @@ def test_export_with_push_uploads_the_adapter_and_a_card(finished, hub, tmp_path
         assert content == (to / name).read_bytes(), name
     assert {"POST /api/repos/create", "POST /api/models/me/sums/commit/main"} <= set(hub.tokens)
     assert set(hub.tokens.values()) == {"Bearer hf_" + "a" * 34}, hub.tokens
-    assert f"uploaded it to {hub.url}/me/sums" in done.output
+    assert f"to {hub.url}/me/sums" in done.output
     assert done.output.splitlines()[-1].startswith("serve it: vllm serve")
 
 
