@@ -138,7 +138,7 @@ def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypat
     finally:
         Hangs.let_go.set()
     assert told in said
-    assert "metrics.jsonl holds every row" in said
+    assert "metrics.jsonl contains every row" in said
     assert len(train_world.rows(folder)) == STEPS
     assert (folder / "adapter/adapter_model.safetensors").is_file()
 
@@ -191,7 +191,9 @@ def test_a_tracker_that_cannot_start_is_told_of_once():
     lanes.close(stopped=True)
     assert len(said) == 1
     assert said[0].startswith("tracker mine: could not start: ConnectionError: no route")
-    assert said[0].endswith("the run continues without it, and metrics.jsonl holds every row")
+    assert said[0].endswith(
+        "the run continues without this tracker, and metrics.jsonl contains every row"
+    )
 
 
 def test_five_failures_in_a_row_end_the_tracker():

@@ -1,4 +1,4 @@
-"""report.html: a visual report of a run, made from the run folder alone."""
+"""Write report.html: a visual report of a run, created from the files of the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into the folder of a run and return its path. The run may be complete,
     partial or empty.
 
-    It is one self-contained file without secrets; text that a model wrote is always escaped. Raises
-    OSError if the folder cannot be read or written.
+    The report is one self-contained file without secrets. Text that a model wrote is always
+    escaped. Raises OSError if the folder cannot be read or written.
     """
     return write_file(run_dir / "report.html", render(read_run(run_dir)))

@@ -1,6 +1,6 @@
-"""Charts as inline SVG: without a library, network requests, or scripts.
+"""Draw charts as inline SVG, without a library, network requests or scripts.
 
-Every number in the markup comes from ``show`` or ``_n``, and every text from ``text``.
+For safe markup, numbers are formatted by ``show`` or ``_n``, and texts are escaped by ``text``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One quantity over the steps; ``tone`` picks its colour (1 to 6)."""
+    """One quantity over the steps. ``tone`` is the number of its colour (1 to 6)."""
 
     label: str
     values: Values
@@ -29,9 +29,11 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What to draw. ``band`` is (low, high) around the first line; ``dots`` are (x, y) marks apart
-    from the lines, such as evaluations; ``stacked`` draws stacked areas; ``exact`` lines are not
-    smoothed.
+    """The content of a chart.
+
+    ``band`` is a shaded (low, high) range around the first line. ``dots`` are (x, y) marks that
+    belong to no line, such as evaluations. ``stacked`` draws the lines as stacked areas. With
+    ``exact`` the lines are not smoothed.
     """
 
     title: str
@@ -48,7 +50,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The position of the plot in the picture, and its range."""
+    """The size of a picture and the ranges of its axes. Converts values to positions."""
 
     width: float
     height: float
@@ -61,14 +63,17 @@ class Frame:
         return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """The y position of a value, at most a little outside the plot (where it is clipped)."""
+        """The y position of a value.
+
+        A value far outside the range gets a position just outside the plot, where it is clipped.
+        """
         low, high = self.y_range
         share = min(max((value - low) / (high - low), -0.5), 1.5)
         return TOP + (1 - share) * (self.height - TOP - BOTTOM)
 
 
 def draw(chart: Chart, number: int) -> str:
-    """A figure: heading, legend, picture. ``number`` makes its ids unique in the page."""
+    """A chart as HTML: heading, legend and picture. ``number`` makes its ids unique in the page."""
     band = list(chart.band) if chart.band else []
     xs, columns = thin(chart.xs, [*(line.values for line in chart.lines), *band])
     lines, band = columns[: len(chart.lines)], columns[len(chart.lines) :]
@@ -113,7 +118,10 @@ def draw(chart: Chart, number: int) -> str:
 
 
 def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
-    """Each line smoothed, over a faint line of the raw values; a single point is a dot."""
+    """The SVG of the lines: each smoothed line is drawn over a faint line of the raw values.
+
+    A point without neighbours is drawn as a dot.
+    """
     window = 1 if chart.exact else window_for(len(xs))
     parts = []
     for line, values in zip(chart.lines, lines, strict=True):
@@ -140,7 +148,9 @@ def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -
 
 
 def area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
-    """The area between two lines, split where either line has a gap."""
+    """The SVG of the area between ``low`` and ``high``. Where a value is missing, the area has a
+    gap.
+    """
     pieces: list[list[int]] = [[]]
     for index in range(len(xs)):
         if low[index] is None or high[index] is None:
@@ -157,7 +167,7 @@ def area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str
 
 
 def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
-    """The ``d`` of a line through the values that exist; gaps stay gaps."""
+    """The attribute ``d`` of an SVG path through the values. A missing value leaves a gap."""
     pen, path = "M", ""
     for x, value in zip(xs, values, strict=True):
         if value is None:
@@ -169,14 +179,14 @@ def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
 
 
 def _alone(values: Values, index: int) -> bool:
-    """Whether a point has no neighbours, and so is drawn as a dot: no line would show it."""
+    """Whether both neighbours of a point are missing. A line would not show such a point."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
     return before is None and after is None
 
 
 def grid(frame: Frame, axis: str = "step") -> str:
-    """Lines and numbers of both axes; ``axis`` names the quantity of the x axis."""
+    """The grid lines and the numbers of both axes. ``axis`` is the name of the x axis."""
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
     marks = ticks(*frame.y_range)
@@ -198,7 +208,9 @@ def grid(frame: Frame, axis: str = "step") -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """The names of the lines, if there are several, with the last value of each."""
+    """The legend: the last value of each line, with its name if the chart is wide or has several
+    lines.
+    """
     items = []
     for line in chart.lines:
         there = [value for value in line.values if value is not None]
@@ -211,7 +223,7 @@ def _legend(chart: Chart) -> str:
 
 
 def _stack(lines: list[Values]) -> list[Values]:
-    """Running sums; if one part is missing, the others are still drawn."""
+    """The running sums of the lines, for stacked areas. A missing value counts as 0."""
     heights: list[Values] = []
     floor = [0.0] * (len(lines[0]) if lines else 0)
     for values in lines:

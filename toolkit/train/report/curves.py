@@ -13,33 +13,38 @@ if TYPE_CHECKING:
     from toolkit.train.report.scale import Values
 
 MAX_REWARDS = 6
-# title, note, then (label, names of the metric) per line; drawn if any line has a value.
+# Each row: title, note, then (label, possible names of the metric) per line. A chart is drawn if
+# any of its lines has a value.
 _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     ("KL to the base model", "nats per token", [("kl", ("kl",))]),
     ("Entropy", "nats per token; near 0 the model does not explore", [("entropy", ("entropy",))]),
-    ("Loss", "is near 0 by construction: watch the reward instead", [("loss", ("loss",))]),
     (
-        "Engine against trainer",
-        "difference of log-probabilities, nats per token",
+        "Loss",
+        "the loss of GRPO is near 0 by construction: watch the reward instead",
+        [("loss", ("loss",))],
+    ),
+    (
+        "Engine and trainer",
+        "difference of their log-probabilities, nats per token",
         [
             ("mean", ("sampling/logp_gap_mean", "sampling/sampling_logp_difference/mean")),
             ("largest", ("sampling/logp_gap_max", "sampling/sampling_logp_difference/max")),
         ],
     ),
     (
-        "Groups without signal",
+        "Groups without training signal",
         "share of groups in which all completions have the same reward",
         [
             ("share", ("frac_reward_zero_std",)),
-            ("completions that training left out", ("packing/skipped_rows",)),
+            ("completions not trained on", ("packing/skipped_rows",)),
         ],
     ),
     (
         "Dynamic sampling",
         "share of groups in which all completions have the same reward",
         [
-            ("as first drawn", ("dynamic_sampling/no_spread_before",)),
-            ("as trained on", ("dynamic_sampling/no_spread_after",)),
+            ("before replacement", ("dynamic_sampling/no_spread_before",)),
+            ("after replacement", ("dynamic_sampling/no_spread_after",)),
         ],
     ),
     (
@@ -49,21 +54,25 @@ _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     ),
     (
         "Curriculum",
-        "shares of the data set and of each batch's prompts",
+        "shares of prompts",
         [
-            ("of the data set, drawn so far", ("curriculum/measured_share",)),
-            ("of the batch, drawn before", ("curriculum/repeated_share",)),
+            ("share of the data set that was drawn so far", ("curriculum/measured_share",)),
+            ("share of the batch that was drawn before", ("curriculum/repeated_share",)),
         ],
     ),
     (
         "Difficulty of chosen prompts",
-        "standard deviation of a prompt's rewards in earlier draws; the curriculum prefers large",
+        "standard deviation of a prompt's earlier rewards; the curriculum prefers large values",
         [
             ("prompts chosen again", ("curriculum/expected_spread",)),
             ("all prompts drawn so far", ("curriculum/mean_spread",)),
         ],
     ),
-    ("Cut off at the limit", "share of completions", [("share", ("completions/clipped_ratio",))]),
+    (
+        "Truncated completions",
+        "share of completions that reached max_completion_length",
+        [("share", ("completions/clipped_ratio",))],
+    ),
     ("Gradient norm", "before clipping", [("norm", ("grad_norm",))]),
     ("Learning rate", "", [("rate", ("learning_rate",))]),
 ]
@@ -76,8 +85,9 @@ _PHASES = (
 
 
 def reward_chart(run: RunFiles) -> Chart | None:
-    """The main curve: mean reward with a band of one standard deviation, and evaluations as
-    marks.
+    """The main chart: the mean reward, a band of one standard deviation, and evaluations as marks.
+
+    None if no reward was logged.
     """
     rewards = column(run.metrics, "reward")
     if not _any(rewards):
@@ -89,18 +99,18 @@ def reward_chart(run: RunFiles) -> Chart | None:
     evaluated = [(float(row["step"]), number(row.get("eval/reward"))) for row in run.evals]
     return Chart(
         title="Reward",
-        note="mean of each step's completions; the band is one standard deviation either way",
+        note="mean over each step's completions; the band is the mean ± one standard deviation",
         xs=_steps(run.metrics),
         lines=[Line(label="mean", values=rewards)],
         band=(low, high) if _any(low) else None,
         dots=[(step, value) for step, value in evaluated if value is not None],
-        dots_label="held out",
+        dots_label="held-out prompts",
         wide=True,
     )
 
 
 def other_charts(run: RunFiles) -> list[Chart]:
-    """All other curves that have a value, the most important first."""
+    """All other charts that have a value, the most important first."""
     found = [_rewards(run), _lengths(run)]
     xs = _steps(run.metrics)
     for title, note, wanted in _SINGLE:
@@ -128,8 +138,8 @@ def _rewards(run: RunFiles) -> Chart | None:
         for tone, name in enumerate(names[:MAX_REWARDS], start=1)
     ]
     more = f", {len(names) - MAX_REWARDS} more not shown" if len(names) > MAX_REWARDS else ""
-    note = f"mean of each reward function, before its weight{more}"
-    return Chart(title="Rewards one by one", note=note, xs=_steps(run.metrics), lines=lines)
+    note = f"mean of each reward function before it is multiplied by its weight{more}"
+    return Chart(title="Reward functions", note=note, xs=_steps(run.metrics), lines=lines)
 
 
 def _is_reward_mean(key: str) -> bool:
@@ -144,7 +154,8 @@ def _lengths(run: RunFiles) -> Chart | None:
     high = column(run.metrics, "completions/max_length")
     return Chart(
         title="Completion length",
-        note="tokens" + ("; the band is shortest to longest" if _any(low) and _any(high) else ""),
+        note="tokens"
+        + ("; the band goes from the shortest to the longest" if _any(low) and _any(high) else ""),
         xs=_steps(run.metrics),
         lines=[Line(label="mean", values=mean)],
         band=(low, high) if _any(low) and _any(high) else None,

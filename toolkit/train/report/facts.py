@@ -1,4 +1,7 @@
-"""The facts in the report: key figures, notices, evaluation, memory, set-up."""
+"""The parts of the report that are not charts: key figures, notices, evaluation, memory, set-up.
+
+Each function returns HTML, or an empty text if there is nothing to show.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
 
 
 def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
-    """The tile with the cost of dynamic sampling; a tile without a value is not shown."""
+    """The tile (name, value, note) with the share of completions that dynamic sampling replaced.
+
+    The value is empty without dynamic sampling. Tiles with an empty value are not shown.
+    """
     counts = {
         name: sum(value or 0 for value in column(run.metrics, f"dynamic_sampling/{name}"))
         for name in ("discarded_completions", "sampled_completions")
@@ -96,7 +102,7 @@ def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def notices(run: RunFiles) -> str:
-    """Problems and warnings; empty if there are none."""
+    """A list of problems and warnings. Empty if there are none."""
     found = []
     skipped = sum(1 for row in run.metrics if row.get("skipped"))
     if skipped:
@@ -105,7 +111,7 @@ def notices(run: RunFiles) -> str:
         words = f"samples on which a reward failed (saved in bad_rewards.jsonl): {run.bad_rewards}"
         found.append(("warn", words))
     if run.broken:
-        found.append(("warn", f"could not be read in full: {', '.join(run.broken)}"))
+        found.append(("warn", f"files that could not be read in full: {', '.join(run.broken)}"))
     checks = run.preflight.get("checks")
     for check in checks if isinstance(checks, list) else []:
         if isinstance(check, dict) and check.get("verdict") in ("fail", "warn"):
@@ -151,7 +157,7 @@ def _bars(name: str, old: float | None, new: float | None) -> str:
 
 
 def memory(run: RunFiles) -> str:
-    """The memory plan from sizing, largest part first."""
+    """The sizer's memory plan, the largest part first."""
     budget = section(run.preflight, "sizing").get("budget")
     terms = [
         (str(item.get("term")), number(item.get("bytes")) or 0.0, str(item.get("source", "")))
@@ -182,7 +188,7 @@ def memory(run: RunFiles) -> str:
 
 
 def setup(run: RunFiles) -> str:
-    """A summary of the configuration. ``folded`` has the complete one."""
+    """A summary of the configuration. ``folded`` returns the complete configuration."""
     model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
@@ -209,7 +215,7 @@ def setup(run: RunFiles) -> str:
 
 
 def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The options that choose prompts in addition to TRL's sampler, as rows of a table."""
+    """The options that change which prompts TRL's sampler draws, as rows of a table."""
     options = (
         ("dynamic_sampling", "max_resample_times", "at most {} rounds"),
         ("curriculum", "curriculum_share", "{} of each batch"),
@@ -222,7 +228,7 @@ def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def provenance(run: RunFiles) -> str:
-    """A summary of what is needed to repeat the run."""
+    """A summary of the facts that are needed to repeat the run: versions, GPUs, seeds, data."""
     manifest = run.manifest
     packages, git = section(manifest, "packages"), section(manifest, "git")
     revision = str(git.get("revision") or "")[:12]
@@ -251,6 +257,6 @@ def provenance(run: RunFiles) -> str:
 
 
 def folded(run: RunFiles) -> str:
-    """The complete config.json and manifest.json."""
+    """The complete config.json and manifest.json, in sections that are closed at first."""
     whole = (("The whole configuration", run.config), ("The whole manifest", run.manifest))
     return "".join(fold(title, table(flat(document))) for title, document in whole if document)

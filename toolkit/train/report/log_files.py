@@ -1,5 +1,5 @@
-"""Read the files of a run folder. Missing or broken files are tolerated, so that a partial run has
-a report too.
+"""Read the files of a run folder for the report. Missing or broken files are not an error, because
+an incomplete run gets a report too.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SHOWN_STEPS = 4  # steps whose completions are shown, from the first to the last
-LARGEST = 1e120  # so that sums and differences of two numbers do not overflow
-MAX_LINE_BYTES = 1 << 22  # a longer line is skipped
+SHOWN_STEPS = 4  # the number of steps whose completions are shown
+LARGEST = 1e120  # larger numbers are reduced to this, so that later arithmetic does not overflow
+MAX_LINE_BYTES = 1 << 22  # longer lines are skipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The files of a run. A missing or broken file is empty, and ``broken`` names it."""
+    """The content of the files of a run. A missing or broken file has empty content. ``broken``
+    names the broken files.
+    """
 
     name: str
     config: dict[str, Any]
@@ -46,7 +48,8 @@ def read_run(run_dir: Path) -> RunFiles:
     }
     rows = list(_rows(run_dir / "metrics.jsonl", broken))
     return RunFiles(
-        name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),  # "run" alone is not useful
+        # The name includes the parent folder, because many run folders are called "run".
+        name="/".join(run_dir.resolve().parts[-2:]).lstrip("/"),
         metrics=_by_step(row for row in rows if not _is_eval(row)),
         evals=_by_step(row for row in rows if _is_eval(row)),
         timings=_by_step(_rows(run_dir / "timings.jsonl", broken)),
@@ -59,7 +62,7 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """A finite float within ±LARGEST; None for anything else (null, NaN, a text)."""
+    """``value`` as a float, limited to ±LARGEST. None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -70,7 +73,11 @@ def number(value: Any) -> float | None:
 
 
 def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
-    """The first of ``names`` that any row has, as numbers; all None if none has."""
+    """The values of one metric, a number or None per row.
+
+    The metric is the first of ``names`` that has a number in any row. If there is none, all values
+    are None.
+    """
     for name in names:
         values = [number(row.get(name)) for row in rows]
         if any(value is not None for value in values):
@@ -79,7 +86,7 @@ def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
 
 
 def section(document: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The mapping at ``keys`` inside a document; empty if it does not exist."""
+    """The mapping at the path ``keys`` inside a document. Empty if the path does not exist."""
     found: Any = document
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -115,8 +122,9 @@ def _rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset, row) of every line that is a JSON object; an incomplete line is counted and
-    skipped.
+    """Yield (byte offset, row) for every line that is a JSON object.
+
+    Other lines are skipped, and their number is added to ``broken``.
     """
     torn = 0
     try:
@@ -148,7 +156,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
-    """The completions of a few steps, spread over the run, because the file can be large."""
+    """The completions of a few steps that are spread over the run. The others are not loaded,
+    because the file can be large.
+    """
     where: dict[int, list[int]] = {}
     for offset, row in _rows_at(path, broken):
         if isinstance(row.get("step"), int):

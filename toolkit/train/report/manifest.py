@@ -1,5 +1,5 @@
-"""manifest.json: the facts that are needed to repeat the run, without secrets, host name and user
-name.
+"""Write manifest.json: the facts that are needed to repeat the run. It contains no secrets, no host
+name and no user name.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
 
 
 def packages() -> dict[str, str]:
-    """Every installed distribution and its version, by name."""
+    """The version of every installed distribution, by name."""
     found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def lock_hashes() -> dict[str, str]:
-    """sha256 of the lock files in the source checkout of this package; empty if it was installed
-    from a wheel.
+    """The sha256 of each lock file in the source checkout of this package. Empty if the package was
+    installed from a wheel.
     """
     root = Path(__file__).resolve().parents[2]
     return {
@@ -51,7 +51,7 @@ def lock_hashes() -> dict[str, str]:
 
 
 def image_digest() -> str | None:
-    """The digest of the container image, if it was passed when the container was started."""
+    """The digest of the container image. None if it was not set when the container was started."""
     if value := os.environ.get(DIGEST_VARIABLE):
         return value
     try:
@@ -61,8 +61,9 @@ def image_digest() -> str | None:
 
 
 def image() -> dict[str, Any] | None:
-    """The manifest inside the container image (containers/image_manifest.py); None outside a
-    container.
+    """Selected keys of the manifest inside the container image (containers/image_manifest.py).
+
+    None outside a container.
     """
     try:
         described = json.loads(Path(os.environ[IMAGE_VARIABLE]).read_text())
@@ -72,7 +73,7 @@ def image() -> dict[str, Any] | None:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The git commit of ``folder``, and whether files differ from it."""
+    """The git commit of ``folder``, and whether tracked files differ from it. None without git."""
 
     def ask(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
@@ -89,7 +90,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """Name and UUID of each visible GPU; None where the driver does not report one."""
+    """The name and the UUID of each visible GPU, or None if the driver does not report the value."""
     seen = snapshot.gpus if snapshot is not None else ()
     return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
 
@@ -103,7 +104,10 @@ def write_manifest(
     source: str | None,
     snapshot: NodeSnapshot | None,
 ) -> Path:
-    """Write manifest.json. Raises OSError."""
+    """Write manifest.json and return its path.
+
+    ``source`` is the run file; the git commit is that of its folder. Raises OSError.
+    """
     folder = Path(source).resolve().parent if source else Path.cwd()
     driver = snapshot.driver.version.value if snapshot is not None else None
     described = {
@@ -139,6 +143,9 @@ def _write(run_dir: Path, described: Mapping[str, Any]) -> Path:
 
 
 def _threads() -> int | None:
-    """Threads per operation: CPU results are equal only with the same numbers."""
+    """The number of threads per operation of torch. None if torch is not imported.
+
+    Results on the CPU are reproducible only with the same number of threads.
+    """
     torch = sys.modules.get("torch")
     return torch.get_num_threads() if torch is not None else None

@@ -1,5 +1,5 @@
-"""Convert text to HTML, and build pieces of HTML. Text from a model is untrusted until it is
-escaped here.
+"""Escape text for HTML, and build small pieces of HTML. Text from a model is untrusted, so it must
+be escaped here.
 """
 
 from __future__ import annotations
@@ -15,35 +15,33 @@ if TYPE_CHECKING:
 
 
 def text(value: Any) -> str:
-    """``value`` as text inside an element or a quoted attribute: escaped, without secrets."""
+    """``value`` as text for an HTML element or a quoted attribute: escaped and without secrets."""
     plain = redact(value if isinstance(value, str) else str(value))
     return html.escape(visible(plain), quote=True)
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
-    """A table of two columns; the second is already HTML."""
+    """An HTML table of two columns. The names are escaped here; the cells must be HTML already."""
     body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
     return f'<table class="{kind}">{body}</table>' if body else ""
 
 
 def fold(summary: str, inner: str) -> str:
-    """A section that is closed until it is clicked, without a script."""
+    """An HTML section that opens when its ``summary`` is clicked. It needs no script."""
     return (
         f"<details class=card><summary>{text(summary)}</summary>{inner}</details>" if inner else ""
     )
 
 
 def shortened(value: str, limit: int) -> str:
-    """Escaped text of at most ``limit`` characters, with the number of characters that are left
-    out.
-    """
+    """The first ``limit`` characters of ``value``, escaped, and the number of further characters."""
     if len(value) <= limit:
         return text(value)
     return f"{text(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as rows of a table, keys joined by dots."""
+    """A nested mapping as rows (key, HTML cell) of a table. Nested keys are joined by dots."""
     if isinstance(value, dict) and value:
         return [row for key, item in value.items() for row in flat(item, f"{prefix}{key}.")]
     shown = "–" if value in (None, {}, [], "") else text(_plain(value))  # noqa: RUF001

@@ -1,9 +1,11 @@
-"""Peak GPU memory by phase (rollout and training), and memory.json, which has these peaks and the
-engine's own figures for ``envcheck calibrate``.
+"""Measure peak GPU memory by phase (rollout and training), and write memory.json.
 
-torch records one peak, which is read and reset at the beginning and the end of each rollout. With
-KV sleep, torch still counts the cache as allocated although its memory is unmapped, so its size is
-subtracted from the training phase.
+memory.json contains these peaks and the engine's own figures. ``envcheck calibrate`` reads it.
+
+torch records only one peak. It is read and reset at the beginning and the end of each rollout, so
+that each phase has its own peak. With KV sleep, the memory of the KV cache is unmapped during
+training, but torch still counts it as allocated. Therefore its size is subtracted from the training
+peak.
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ NAME = "memory.json"
 
 
 class Statistics(Protocol):
-    """The device readings, in bytes; peaks are since the last ``reset``."""
+    """The device readings, in bytes. A peak is the largest value since the last ``reset``."""
 
     def allocated(self) -> int:
         """Bytes that torch's allocator has allocated now."""
 
     def peak_allocated(self) -> int:
-        """Peak bytes of tensors."""
+        """Peak bytes that torch's allocator had allocated (tensors)."""
 
     def peak_reserved(self) -> int:
-        """Peak bytes that torch reserved, with its cache."""
+        """Peak bytes that torch's allocator had reserved (tensors and its cache)."""
 
     def asleep(self) -> int:
-        """Bytes that torch counts as allocated but that are not mapped now."""
+        """Bytes that torch counts as allocated, but whose memory is unmapped now (KV sleep)."""
 
     def elsewhere(self) -> int:
         """Bytes in use on the GPU outside torch: contexts, libraries, other processes."""
@@ -56,8 +58,8 @@ class Statistics(Protocol):
 
 
 class CudaStatistics:
-    """Readings of the current CUDA device. The engine knows the bytes that are asleep; the caller
-    passes them.
+    """Readings of the current CUDA device. ``asleep`` returns the unmapped bytes; only the engine
+    can report them.
     """
 
     def __init__(self, asleep: Callable[[], int]) -> None:
@@ -85,8 +87,10 @@ class CudaStatistics:
 
 @dataclass
 class PhasePeaks:
-    """The largest values of each phase so far, in bytes. Call ``begin`` when the model is
-    loaded.
+    """The peaks of each phase so far, in bytes. Call ``begin`` after the model is loaded.
+
+    ``step`` is the largest rise of memory within a training phase. ``on_card`` is the largest use
+    of the whole GPU.
     """
 
     statistics: Statistics
@@ -98,14 +102,15 @@ class PhasePeaks:
     _stepping: bool = field(default=False, repr=False)
 
     def begin(self) -> None:
-        """Start measuring; earlier allocations do not count for any phase."""
+        """Start measuring. Peaks before this call are ignored."""
         self.statistics.reset()
         self._stepping = False
 
     @contextmanager
     def sampling(self, engine: RolloutEngine) -> Iterator[None]:
-        """Measure a rollout; the time until the next one is the training phase. Wakes the
-        engine.
+        """Wake the engine and measure a rollout inside the block.
+
+        The time between two rollouts is the training phase.
         """
         self.end_training()
         engine.wake()  # frees torch's cache, so it must run before the reset
@@ -120,7 +125,7 @@ class PhasePeaks:
             self._stepping = True
 
     def end_training(self) -> None:
-        """End the training phase; does nothing outside one."""
+        """Read the peaks of the training phase. Does nothing if no training phase has begun."""
         if not self._stepping:
             return
         now, self._stepping = self.statistics, False
@@ -137,7 +142,7 @@ class PhasePeaks:
         return max(self.rollout, self.training, now)
 
     def terms(self) -> dict[str, int]:
-        """The measured values, by the names of ``toolkit.sizing.calibrate``."""
+        """The measured values, by the names that ``toolkit.sizing.calibrate`` uses."""
         found = {
             "peak.rollout": self.rollout,
             "peak.training": self.training,
@@ -149,7 +154,7 @@ class PhasePeaks:
         return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
 
     def write(self, run_dir: Path) -> Path | None:
-        """Write memory.json if a step was measured. Raises OSError."""
+        """Write memory.json and return its path. None if no step was measured. Raises OSError."""
         self.end_training()
         if not self.training:
             return None
@@ -158,26 +163,29 @@ class PhasePeaks:
 
 
 def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
-    """Peaks for a run on ``engine``; None if phases cannot be measured: on the CPU, or without
-    vLLM.
+    """The object that measures a run on ``engine``. None on the CPU or without vLLM, where phases
+    cannot be measured.
     """
     llm = getattr(engine, "llm", None)
     if llm is None or not cuda_in_use():
         return None
-    from toolkit.engine.engine_memory import asleep_bytes, engine_memory  # noqa: PLC0415 - brings vLLM
+    from toolkit.engine.engine_memory import asleep_bytes, engine_memory  # noqa: PLC0415 - imports vLLM
 
     return PhasePeaks(CudaStatistics(asleep_bytes), engine_memory(llm))
 
 
 def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
-    """Wrap a rollout of ``trainer``; it is measured inside ``measured``."""
+    """A context for a rollout of ``trainer``. It measures the rollout if ``measured`` is active."""
     peaks: MemoryPeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
 @contextmanager
 def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
-    """Wrap training; the first rank then writes memory.json if anything was measured."""
+    """A context for training that measures memory peaks on the first rank.
+
+    At its end, memory.json is written if a step was measured.
+    """
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     trainer.peaks = peaks = watch(engine) if is_first_rank() else None
     if peaks is None:
@@ -186,6 +194,6 @@ def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     peaks.begin()
     try:
         yield
-    finally:  # a step that ran out of memory is the most useful one for calibration
+    finally:  # also after an out-of-memory error, because that step is useful for calibration
         if not trainer.lost:
             peaks.write(run_dir)

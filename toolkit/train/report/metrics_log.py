@@ -1,8 +1,8 @@
-"""The logs of a run: metrics.jsonl, timings.jsonl and completions.jsonl.
+"""Write the logs of a run: metrics.jsonl, timings.jsonl and completions.jsonl.
 
-metrics.jsonl and completions.jsonl have only values that the seed determines, so that a run that
-was killed and resumed writes the same bytes as an uninterrupted one. Wall clock and memory are in
-timings.jsonl.
+metrics.jsonl and completions.jsonl contain only values that the seed determines. Therefore a run
+that was killed and resumed writes the same bytes as an uninterrupted run. Values that differ from
+run to run (times and memory) are in timings.jsonl.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
 TOOL_LOGS = ("tool_calls.jsonl", "tool_timings.jsonl")
-"""Logs of a run with tools or an environment of steps."""
+"""Additional logs of a run with tools or a multi-step environment."""
 LEADING = (
     "step",
     "reward",
@@ -54,8 +54,9 @@ PHASES = ("rollout_s", "publish_s", "reward_s")
 
 
 class Journal:
-    """The run's log files, which are only appended to. On resume, each is first shortened to the
-    length that the checkpoint recorded.
+    """The run's log files. Rows are only appended.
+
+    When a run resumes, each log is first truncated to the length that the checkpoint recorded.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Journal:
         *,
         names: Sequence[str] = LOGS,
     ) -> None:
-        """Open the logs ``names``. ``positions``: bytes to keep of each; without it, they begin
-        empty. Raises OSError.
+        """Open the logs ``names``. ``positions`` is the number of bytes to keep of each log, 0 by
+        default. Raises OSError.
         """
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}
@@ -84,14 +85,15 @@ class Journal:
             self._sizes[name] = os.fstat(handle).st_size
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one row in one write, so that after a kill only the last row can be incomplete.
-        Raises OSError.
+        """Append one row with one write call, so that only the last row is incomplete if the
+        process is killed. Raises OSError.
         """
-        # A reward may put half of a character (a lone surrogate) into the name of a metric.
+        # The name of a metric can contain a lone surrogate (from a reward), which UTF-8 cannot
+        # encode.
         line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
         written = os.write(self._handles[name], line)
         self._sizes[name] += written
-        if written < len(line):  # a full disk writes a part of the row and fails on the rest
+        if written < len(line):  # On a full disk, a second write raises the error.
             self._sizes[name] += os.write(self._handles[name], line[written:])
         self._read[name].update(line)
 
@@ -105,9 +107,7 @@ class Journal:
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def digests(self) -> dict[str, str]:
-        """sha256 of each log, which distinguishes it from a log of another run with the same
-        length.
-        """
+        """The sha256 of each log. It distinguishes logs of equal length from different runs."""
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
@@ -129,14 +129,16 @@ class Journal:
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
-        self.missing()  # the digest continues from here
+        self.missing()  # stores the result, because a closed file cannot be checked
         while self._handles:
             os.close(self._handles.popitem()[1])
 
 
 def _open_log(path: Path) -> int:
-    """Open a log to append to; it is created if needed. A pipe would block the run when it is full,
-    and a link may lead to another file, which would be shortened. Raises OSError.
+    """Open a log for appending, and create it if needed. Raises OSError.
+
+    Only a regular file is accepted: a full pipe would block the run, and truncating a link would
+    truncate the file that the link points to.
 
     Raises:
         ConfigError: the path is not a regular file.
@@ -155,12 +157,12 @@ def _open_log(path: Path) -> int:
     raise ConfigError(
         "the run writes a log with this name, but the path is not a regular file",
         where=str(path),
-        fix="remove it, or begin another run with --output-dir",
+        fix="remove what is at this path, or choose another run folder with --output-dir",
     )
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON: NaN and infinite numbers become null."""
+    """``value`` as values that strict JSON allows. NaN and infinite numbers become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -173,8 +175,10 @@ def plain(value: Any) -> Any:
 
 
 def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl from the trainer's log: the toolkit's names first, then all others
-    sorted by name.
+    """A row of metrics.jsonl from the trainer's log.
+
+    The names in LEADING come first. All others follow, sorted by name. Values that depend on the
+    wall clock are left out.
     """
     found = {"step": step}
     for key, value in logs.items():
@@ -189,9 +193,11 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
-    """Peak memory in bytes: of the GPU if one is used, else the resident memory of this process."""
+    """The peak memory in bytes: that of the GPU, or without a GPU the resident memory of this
+    process.
+    """
     peaks = getattr(trainer, "peaks", None)
-    if peaks is not None:  # torch's own peak is reset at each phase
+    if peaks is not None:  # torch's own peak covers only the current phase
         return int(peaks.so_far())
     if cuda_in_use():
         return int(torch.cuda.max_memory_allocated())
@@ -199,9 +205,10 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """Writes the rows of the first rank. ``on_row`` gets (metrics row, timings row or None);
-    ``watch`` sees each metrics row before it is written; ``tracking`` gets metrics, timings and
-    completions after they are written.
+    """The callback that writes the logs, on the first rank.
+
+    ``on_row`` is called with (metrics row, timings row or None). ``watch`` gets each metrics row
+    before it is written. ``tracking`` gets metrics, timings and completions after they are written.
     """
 
     def __init__(
@@ -221,13 +228,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         self.begin = self.last = monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of the first step, so that it excludes loading."""
+        """Start the clock, so that the time of the first step does not include loading."""
         del args, state, control, kwargs
         self.last = monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write a row for a step or an evaluation; the summary at the end of training is
-        ignored.
+        """Write a row for a step or an evaluation. The trainer's summary at the end of training is
+        not written.
         """
         del args, control, kwargs
         if "train_runtime" in logs:
@@ -253,7 +260,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.tracking.row(row, timings)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restart the clock, so that the next step excludes evaluation."""
+        """Restart the clock, so that the time of the next step does not include the evaluation."""
         del args, state, control, kwargs
         self.trainer.timers.take()
         self.last = monotonic()
@@ -301,8 +308,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
 
 
 def shortened_said(value: Any) -> Any:
-    """A prompt or a completion (text, or the messages of a chat) of which at most about
-    ``MOST_SAID`` characters are kept, from the start and from the end.
+    """A prompt or a completion, shortened to about ``MOST_SAID`` characters from its start and its
+    end.
+
+    ``value`` is a text or the messages of a chat.
     """
     return _shortened(value, [MOST_SAID])
 
@@ -325,8 +334,10 @@ def _shortened(value: Any, left: list[int]) -> Any:
 
 
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The values that rewards passed to ``log_extra`` for a completion, under ``extra``. A column
-    with another length is left out, because its values cannot be assigned to completions.
+    """``{"extra": values}`` with the values that rewards passed to ``log_extra`` for a completion.
+
+    A column is left out if its length is not the number of completions, because its values cannot
+    be assigned to them.
     """
     count = len(logs["prompt"])
     found = {

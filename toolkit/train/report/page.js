@@ -1,5 +1,5 @@
 "use strict";
-// Point at a chart: every chart shows its values at that step, in its legend.
+// While the pointer is over a chart, the legend of every chart shows the values at that step.
 (() => {
   const ns = "http://www.w3.org/2000/svg";
   const charts = [...document.querySelectorAll("svg[data-points]")].map((svg) => {

@@ -1,7 +1,8 @@
-"""The HTML page: one file, without network requests, readable without scripts.
+"""Build the HTML page of the report: one file that makes no network requests. It can be read without
+scripts.
 
-The content security policy allows only this style sheet and this script, by their hashes. So even
-markup that was not escaped by mistake could not run, load or send anything.
+The content security policy allows only the style sheet and the script with the right hashes. So if
+text was not escaped by mistake, its markup still cannot run, load or send anything.
 """
 
 from __future__ import annotations

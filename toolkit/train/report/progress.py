@@ -1,5 +1,6 @@
-"""Live progress: on a terminal one line that is rewritten at each step; elsewhere fewer, plain
-lines.
+"""Print the progress of a run.
+
+On a terminal, one line is rewritten at each step. In a log, a new line is printed every few steps.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ SMOOTHING = 0.8
 
 
 def rewrites(stream: TextIO) -> bool:
-    """Whether a line on ``stream`` can be overwritten: only on a terminal that supports control
-    characters. A log does not, and a terminal without a type or of type "dumb" does not either
-    (``srun --pty`` from a batch script, a shell inside an editor).
+    """Whether a line on ``stream`` can be overwritten.
+
+    True only for a terminal that supports control characters. A log file does not. A terminal does
+    not if TERM is not set or is "dumb", as with ``srun --pty`` from a batch script or in a shell
+    inside an editor.
     """
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
-    """Prints to ``stream``; ``every`` is the number of steps between permanent lines."""
+    """Prints progress to ``stream``. ``every`` is the number of steps between permanent lines."""
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
@@ -63,8 +66,11 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
-    """Step, reward mean and spread, loss, KL, length, tokens/s, time left, in aligned columns; with
-    dynamic sampling, the groups without spread before and after the replacement.
+    """The line for a step, in aligned columns.
+
+    It contains the step, the mean and the standard deviation of the reward, the loss, KL, the
+    completion length, tokens per second and the time left. With dynamic sampling, it also contains
+    the share of groups with equal rewards before and after replacement.
     """
     width = len(str(total))
     parts = [
@@ -92,6 +98,8 @@ def evaluation_line(row: Mapping[str, Any]) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """A number, or a dash of the same width if there is none."""
+    """``value`` as text in the format ``form``, or a dash of the same width if it is not a
+    number.
+    """
     width = int(form.split(".")[0] or 1)
     return format(value, form) if isinstance(value, (int, float)) else "-".rjust(width)

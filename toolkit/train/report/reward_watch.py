@@ -1,10 +1,11 @@
-"""Detect steps without a training signal: no completion was scored, or rewards are equal within
-every group.
+"""Detect steps without a training signal: no completion got a reward, or the rewards are equal
+within every group.
 
-GRPO learns from the differences within a group. Without differences the advantages are 0, and the
-rewards do not change the weights, however long the run is. metrics.jsonl counts consecutive steps
-of this kind (``steps_without_signal``). The terminal shows one warning after many of them, or at
-the end of a run that had no others.
+GRPO learns from the differences of rewards within a group. Without differences all advantages are
+0, and the rewards do not change the weights. metrics.jsonl has the number of consecutive steps
+without signal (``steps_without_signal``). A warning is printed once: after ``LIMIT`` steps without
+signal, after the first step without any reward, or at the end of a run in which no step had a
+signal.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ _MOST_STEPS = 1 << 40
 
 
 class RewardWatch:
-    """Counts steps without signal; ``say`` prints a line on the terminal."""
+    """Counts consecutive steps without signal. ``say`` prints a line on the terminal."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        """A resumed run continues the count in the last row of metrics.jsonl. Raises OSError."""
+        """Start with the count in the last row of metrics.jsonl, for a resumed run. Raises
+        OSError.
+        """
         self.say = say
         self.count = _last_count(run_dir / "metrics.jsonl")
         self.said: set[str] = set()
@@ -34,9 +37,9 @@ class RewardWatch:
         self.last: Mapping[str, Any] = {}
 
     def see(self, row: dict[str, Any]) -> None:
-        """Check a row of metrics.jsonl; the count is added to the row if it is not 0."""
+        """Check a row of metrics.jsonl, and add the count to the row if it is not 0."""
         if "loss" not in row or "reward" not in row:
-            return  # an evaluation, or a step on completions of an earlier row
+            return  # an evaluation, or a step that trains on the completions of an earlier step
         unscored = row["reward"] is None
         flat = row.get("frac_reward_zero_std") == 1
         self.count = self.count + 1 if unscored or flat else 0
@@ -49,8 +52,8 @@ class RewardWatch:
             self._once("flat", flat_text(row, self.count))
 
     def end(self) -> None:
-        """At the end of training: report a run that is too short for the warning above, in which no
-        step had a signal.
+        """At the end of training, print the warning if no step had a signal and no warning was
+        printed before.
         """
         if self.count and not self.any_signal and not self.said:
             self._once("flat", flat_text(self.last, self.count))
@@ -72,7 +75,7 @@ def unscored_text(row: Mapping[str, Any]) -> str:
 
 
 def flat_text(row: Mapping[str, Any], count: int) -> str:
-    """The warning for many steps in which all groups had equal rewards."""
+    """The warning for ``count`` consecutive steps in which all rewards of each group were equal."""
     facts = [f"reward {_shown(row.get('reward'))} on average"]
     if row.get("completions/clipped_ratio") is not None:
         share = 100 * row["completions/clipped_ratio"]
@@ -96,7 +99,7 @@ def _shown(value: Any) -> str:
 
 
 def _last_count(path: Path) -> int:
-    """The count in the last row of a step; 0 if there is none."""
+    """The count of steps without signal in the last training row of metrics.jsonl, or 0."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Completions of the model at a few steps, from the first to the last."""
+"""The part of the report with completions of the model at a few steps of the run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MAX_CHARACTERS = 1500
 
 
 def completions(run: RunFiles) -> str:
-    """One column per selected step, from the first to the last; empty without completions."""
+    """The HTML of the completions, with one column per selected step. Empty without completions."""
     columns = [_step(step, rows) for step, rows in sorted(run.samples.items())]
     if not columns:
         return ""
-    note = "some prompts of a few steps, each with its best completion first and its worst last"
+    note = "a few steps with some of their prompts; the best completion of a prompt comes first"
     inner = "".join(columns)
     return f"<h2>Completions</h2><p class=note>{note}</p><div class=samples>{inner}</div>"
 
@@ -39,8 +39,9 @@ def _step(step: int, rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(group: list[dict[str, Any]]) -> float:
-    """The difference between the best and the worst reward of a group. Groups with a large one are
-    shown first, because a step learns from them.
+    """The difference between the best and the worst reward of a group.
+
+    Groups with a large difference are shown first, because training learns most from them.
     """
     rewards = [number(row.get("reward")) or 0.0 for row in group]
     return max(rewards) - min(rewards)
@@ -71,7 +72,7 @@ def _completion(row: dict[str, Any], count: int) -> str:
 
 
 def _said(value: Any) -> str:
-    """A text, or the messages of a chat with their roles."""
+    """The HTML of a text, or of the messages of a chat with their roles."""
     if not isinstance(value, list):
         shown = value if isinstance(value, str) else "" if value is None else json.dumps(value)
         return shortened(shown, MAX_CHARACTERS) or "<i class=more>empty</i>"

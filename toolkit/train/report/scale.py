@@ -1,4 +1,4 @@
-"""Prepare numbers for a chart: thin them out, smooth them, choose a range and round ticks."""
+"""Prepare numbers for a chart: reduce the points, smooth them, and choose a range and ticks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ MAX_POINTS = 400
 def thin(
     xs: Sequence[float], columns: Sequence[Sequence[float | None]]
 ) -> tuple[list[float], list[Values]]:
-    """At most MAX_POINTS points. Each is the mean of consecutive points, at the x of the last of
-    them.
+    """Reduce the points to at most MAX_POINTS. Return the x values and the columns.
+
+    Each new point is the mean of consecutive points, at the x of the last one.
     """
     size = -(-len(xs) // MAX_POINTS) or 1
     starts = range(0, len(xs), size)
@@ -26,9 +27,9 @@ def thin(
 
 
 def smooth(values: Sequence[float | None], window: int) -> Values:
-    """A centred moving median, then a moving mean of it, over the existing values; gaps stay gaps.
+    """Smooth ``values`` with a centred moving median, then a moving mean. Missing values stay None.
 
-    The median keeps a single spike from becoming a plateau.
+    Without the median, the mean would turn a single spike into a plateau.
     """
     half = window // 2
     if not half:
@@ -48,20 +49,23 @@ def _median(values: Sequence[float | None]) -> float:
 
 
 def window_for(count: int) -> int:
-    """The width of the average: a fifteenth of the points, and 1 (no smoothing) for short runs."""
+    """The width of the smoothing window for ``count`` points: a fifteenth of the points.
+
+    It is 1 (no smoothing) for fewer than 20 points.
+    """
     return max(1, count // 15) if count >= 20 else 1
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that exist; None if there are none."""
+    """The mean of the values that are not None. None if there are no such values."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None
 
 
 def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
-    """A range that shows the values; single spikes far outside the rest are cut off.
+    """The range (low, high) of an axis for the values. Rare values far from all others are cut off.
 
-    ``zero`` has the range begin at 0 (for stacked areas).
+    With ``zero`` the range begins at 0 (for stacked areas).
     """
     there = sorted(value for value in values if value is not None)
     if not there:
@@ -82,7 +86,7 @@ def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers inside the range, about ``count`` of them."""
+    """About ``count`` round numbers inside the range, for an axis."""
     raw = (high - low) / max(1, count)
     if not math.isfinite(raw) or raw <= 0:
         return []
@@ -96,7 +100,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def show(value: float | None, digits: int = 3) -> str:
     """A number in short form: 0.713, 12.3k, 4.0M, 1.5e-06."""
     if value is None:
-        return "–"  # noqa: RUF001 - a dash for what is not there
+        return "–"  # noqa: RUF001 - a dash for a missing value
     size = abs(value)
     if size >= 999_500_000 or 0 < size < 5e-4:
         return f"{value:.{max(digits - 2, 0)}e}".replace("e-0", "e-").replace("e+", "e")
@@ -109,7 +113,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Ticks as text, with enough digits to distinguish them and to show equal distances."""
+    """Ticks as text, with enough digits to show that they are different and equally spaced."""
     for digits in range(3, 8):
         shown = [show(value, digits) for value in values]
         rounded = (float(f"{value:.{digits}g}") for value in values)

@@ -1,7 +1,7 @@
-"""Trackers: send the rows of metrics.jsonl to other services while a run trains.
+"""Send the rows of metrics.jsonl to experiment trackers (W&B, MLflow, ...) while a run trains.
 
-metrics.jsonl is the record; a tracker is a view of it. Each tracker has its own thread, so that a
-slow or broken tracker never stops or delays the run.
+metrics.jsonl is always complete, but a tracker may miss rows. Each tracker has its own thread, so
+that a slow or broken tracker never stops or delays the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ OWN: dict[str, Callable[[Start], Any]] = {
     "trackio": TrackioTracker,
     "mlflow": MlflowTracker,
 }
-"""Trackers that get the run's metric names; the others use transformers' callbacks."""
+"""Trackers that have their own class here and get the metric names of metrics.jsonl. All other
+trackers use transformers' callbacks.
+"""
 TABLES = 20
 """Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
@@ -41,7 +43,7 @@ FLUSH_S, STOPPED_S = 30.0, 5.0
 
 
 def named(asked: Any) -> list[str]:
-    """The trackers in ``grpo.report_to``; "all" means the installed ones."""
+    """The names of the trackers in ``grpo.report_to``. "all" means all installed trackers."""
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if names == ["all"]:
         return [name for name, package in TRACKERS.items() if package and installed(package)]
@@ -52,13 +54,15 @@ class Tracking:
     """The trackers of one run. No method raises, and only ``close`` waits."""
 
     def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
-        """``say`` prints a permanent line; ``total`` is the number of steps of the whole run."""
+        """``say`` prints a permanent line. ``total`` is the number of steps of the whole run."""
         self.lanes, self._say = list(lanes), say
         self._every = max(1, total // TABLES)
 
     def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """Send a row of metrics.jsonl and, for a step, of timings.jsonl (with names under
-        ``timing/``).
+        """Send the numbers of a row of metrics.jsonl.
+
+        For a training step, also send its row of timings.jsonl, with names that begin with
+        ``timing/``.
         """
         step = int(row["step"])
         values = {name: value for name, value in row.items() if name != "step"}
@@ -73,7 +77,7 @@ class Tracking:
         self._tell()
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send a part of the rows of completions.jsonl of a step."""
+        """Send the first rows of completions.jsonl of a step as a table. Most steps are skipped."""
         if step != 1 and step % self._every:
             return
         table = [flat(row) for row in rows[:TABLE_ROWS]]
@@ -81,7 +85,7 @@ class Tracking:
             lane.put("table", step, table)
 
     def close(self, *, stopped: bool) -> None:
-        """Wait a limited time for running calls, and drop the rest."""
+        """Wait a limited time until the trackers have sent their queued calls. Drop the rest."""
         for lane in self.lanes:
             lane.finish()
         seconds = STOPPED_S if stopped else FLUSH_S
@@ -96,7 +100,7 @@ class Tracking:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of completions.jsonl with a column for each reward, and chats as JSON."""
+    """A row of completions.jsonl as a flat mapping, with one column per reward and chats as JSON."""
     found = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
     for name, value in (row.get("rewards") or {}).items():
         found[f"reward/{name}"] = value
@@ -115,9 +119,9 @@ def open_tracking(
     total: int,
     say: Callable[[str], None],
 ) -> Tracking | None:
-    """Start the trackers that ``grpo.report_to`` names; None if it names none.
+    """Start the trackers that ``grpo.report_to`` names. Return None if it names no tracker.
 
-    ``step`` is that of the checkpoint from which the run continues; None for a new run.
+    ``step`` is the step of the checkpoint from which the run continues, or None for a new run.
     """
     names = named(config.grpo.get("report_to"))
     if not names:

@@ -1,4 +1,6 @@
-"""Run one tracker in its own thread: its errors are recorded, and the run does not wait for it."""
+"""Run one tracker in its own thread. Errors of the tracker are only reported, and the run does not
+wait for it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WAITING = 1000
-"""Maximum number of calls that wait for a slow tracker; further calls are dropped and counted."""
+"""Maximum number of queued calls of a slow tracker. Further calls are dropped and counted."""
 PATIENCE = 5
 """Number of consecutive calls that may fail before the tracker is stopped."""
 
@@ -38,7 +40,7 @@ class Lane:
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:
-        """Queue a call of ``method`` of the tracker; never waits."""
+        """Queue a call of the tracker's ``method``. If the queue is full, the call is dropped."""
         if self._over.is_set():
             return
         try:
@@ -47,30 +49,33 @@ class Lane:
             self._left_out += 1
 
     def finish(self) -> None:
-        """Queue the last call."""
+        """Queue the end: the tracker is closed after all queued calls."""
         try:
             self._calls.put_nowait(None)
         except queue.Full:
             self._over.set()
 
     def wait(self, seconds: float) -> float:
-        """Wait at most ``seconds`` for the thread; return the remaining seconds."""
+        """Wait at most ``seconds`` until the thread ends. Return the seconds that are left."""
         begin = monotonic()
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             waiting = self._calls.qsize()
             self._over.set()
             self._news.put(
-                f"did not finish in time; {waiting} calls were left out, and metrics.jsonl holds"
+                f"did not finish in time; {waiting} calls were left out, but metrics.jsonl contains"
                 " every row"
             )
         if self._left_out:
-            self._news.put(f"too slow: {self._left_out} calls were left out")
+            self._news.put(
+                f"too slow: {self._left_out} calls were left out, but metrics.jsonl contains every"
+                " row"
+            )
             self._left_out = 0
         return max(0.0, seconds - (monotonic() - begin))
 
     def news(self) -> list[str]:
-        """One line for each event since the last call."""
+        """The messages about the tracker since the last call, one line each."""
         lines = []
         while not self._news.empty():
             lines.append(self._news.get())
@@ -79,7 +84,7 @@ class Lane:
     def _work(self) -> None:
         try:
             tracker = self._make()
-        except BaseException as error:  # noqa: BLE001 - whatever it raises, the run does not
+        except BaseException as error:  # noqa: BLE001 - no error of a tracker may stop the run
             self._give_up(error, "could not start")
             return
         if getattr(tracker, "note", None):
@@ -91,14 +96,14 @@ class Lane:
             try:
                 getattr(tracker, call[0])(*call[1])
                 failures = 0
-            except BaseException as error:  # noqa: BLE001 - the same
+            except BaseException as error:  # noqa: BLE001 - as above
                 failures += 1
                 if failures == PATIENCE:
                     self._give_up(error, f"failed {PATIENCE} times in a row")
                     return
         try:
             tracker.close()
-        except BaseException as error:  # noqa: BLE001 - the same
+        except BaseException as error:  # noqa: BLE001 - as above
             self._give_up(error, "could not be closed")
         self._over.set()
 
@@ -107,8 +112,8 @@ class Lane:
         kind = type(error).__name__
         self._news.put(
             redact(
-                f"{what}: {kind}: {_text(error)}; the run continues without it, and metrics.jsonl"
-                " holds every row"
+                f"{what}: {kind}: {_text(error)}; the run continues without this tracker, and"
+                " metrics.jsonl contains every row"
             )
         )
 
@@ -116,5 +121,5 @@ class Lane:
 def _text(error: BaseException) -> str:
     try:
         return first_line(error)
-    except Exception:  # noqa: BLE001 - its __str__ is the tracker's own code
+    except Exception:  # noqa: BLE001 - the error's __str__ is code of the tracker and may raise
         return "(no text)"

@@ -1,5 +1,6 @@
-"""The values that a tracker starts with: names, the config, and the ids by which a resumed run
-continues.
+"""The values that a tracker starts with: the names of project and run, the config, and ids.
+
+With the ids, a resumed run continues the same run in the tracker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FILE = "trackers.json"
 PROJECT = "huggingface"
-"""The project of a run whose run file names none: the default of ``grpo.project``."""
+"""The project if the run file does not set ``grpo.project`` (the same default as in TRL)."""
 
 TRACKIO = ("space_id", "bucket_id", "static_space_id")
 """Keys of ``grpo`` for trackio, without their prefix ``trackio_``. If none is set, trackio's
@@ -30,9 +31,11 @@ project is local.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What a tracker starts with. ``step`` is the last step of the earlier parts of the run that
-    this part does not repeat; ``run_id`` is the same for all parts of a run. ``config`` holds no
-    secret.
+    """The values that a tracker starts with.
+
+    A run that was interrupted and resumed has several parts. ``run_id`` is the same for all parts.
+    ``step`` is the step of the checkpoint from which this part continues (0 for a new run).
+    ``config`` contains no secrets.
     """
 
     run_dir: Path
@@ -47,7 +50,9 @@ class Start:
     lock: Any = field(default_factory=threading.Lock)
 
     def remember(self, tracker: str, value: str) -> None:
-        """Keep a tracker's own id for the next part of the run. Raises OSError."""
+        """Write a tracker's own id of this run to trackers.json, for when the run resumes. Raises
+        OSError.
+        """
         with self.lock:
             self.ids[tracker] = value
             _write(self.run_dir, self.run_id, self.ids)
@@ -56,8 +61,9 @@ class Start:
 def begin(
     config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
 ) -> Start:
-    """The start of ``config``'s trackers in ``run_dir``; a new run (``step`` None) gets a new
-    id.
+    """Create the ``Start`` of the trackers, and write the ids to trackers.json in ``run_dir``.
+
+    A resumed run reads its ids from this file. A new run (``step`` is None) gets a new id.
     """
     kept = {} if step is None else _read(run_dir)
     run_id = str(kept.get("run_id") or uuid4().hex[:8])
@@ -90,7 +96,7 @@ def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``config`` with dotted keys."""
+    """The nested ``config`` as a flat mapping with dotted keys."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""Send a run to MLflow: to the server of MLFLOW_TRACKING_URI, else to files in ``mlruns/`` of the
-run folder.
+"""Send a run to MLflow: to the server that MLFLOW_TRACKING_URI names, or by default to files in
+``mlruns/`` of the run folder.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from toolkit.train.tracking.start import Start
 
 FOLDER = "mlruns"
-LONGEST = 500  # characters of a parameter
-AT_ONCE = 100  # parameters in one call
+LONGEST = 500  # the maximum number of characters of a parameter's value
+AT_ONCE = 100  # the maximum number of parameters in one call
 
 
 class MlflowTracker:
@@ -31,8 +31,8 @@ class MlflowTracker:
             # MLflow 3 needs this setting to use a folder of files and not a database.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = (start.run_dir.resolve() / FOLDER).as_uri()
-        import mlflow  # noqa: PLC0415 - seconds, and only where it is asked for
-        from mlflow.entities import Metric, Param  # noqa: PLC0415 - the same
+        import mlflow  # noqa: PLC0415 - takes seconds, so only for runs that use it
+        from mlflow.entities import Metric, Param  # noqa: PLC0415 - as above
 
         self._metric = Metric
         self._client = mlflow.MlflowClient(tracking_uri=uri)
@@ -51,13 +51,13 @@ class MlflowTracker:
             self._client.log_batch(self._run_id, params=values[begin : begin + AT_ONCE])
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers of one step or evaluation, in one call."""
+        """Send the numbers of one step or evaluation in one call."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions as one file per step, because MLflow always reads and writes whole files."""
+        """Send completions as one file per step, because MLflow can only rewrite whole files."""
         if rows:
             columns = {name: [row.get(name) for row in rows] for name in rows[0]}
             self._client.log_table(self._run_id, columns, f"completions/step-{step:06d}.json")

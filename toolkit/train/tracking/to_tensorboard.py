@@ -13,17 +13,19 @@ if TYPE_CHECKING:
 
 FOLDER = "tensorboard"
 FLUSH_S = 10
-LONGEST = 2000  # characters of one text in a table
+LONGEST = 2000  # the maximum number of characters of one cell of a table
 
 
 class TensorBoardTracker:
-    """Writes scalars under the names of metrics.jsonl; config and completions as texts."""
+    """Writes numbers as scalars with the names of metrics.jsonl, and config and completions as
+    texts.
+    """
 
     def __init__(self, start: Start) -> None:
         writer = _writer()
         folder = start.run_dir / FOLDER
-        # TensorBoard then hides what an earlier part of the run logged after its checkpoint, and
-        # what another run left in the folder.
+        # With purge_step, TensorBoard hides the steps that an interrupted run logged after its
+        # checkpoint. For a new run, it hides everything that an older run left in the folder.
         self._writer = writer(
             log_dir=str(folder),
             purge_step=start.step + 1 if start.resumed else 0,
@@ -34,22 +36,22 @@ class TensorBoardTracker:
         self._writer.add_text("config", f"```json\n{text}\n```", start.step + 1)
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """A scalar for each number."""
+        """Write a scalar for each number."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions as a table in Markdown."""
+        """Write completions as a Markdown table."""
         if rows:
             self._writer.add_text("completions", markdown(rows), step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the buffered events and close the file."""
         self._writer.close()
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table whose texts are shown as they are: nothing in them is markup."""
+    """A Markdown table of ``rows``. Markup inside the texts is escaped."""
     names = list(rows[0])
     lines = [f"| {' | '.join(map(_cell, names))} |", f"|{' --- |' * len(names)}"]
     lines += [f"| {' | '.join(_cell(row.get(name)) for name in names)} |" for row in rows]
@@ -66,11 +68,11 @@ def _cell(value: Any) -> str:
 
 
 def _writer() -> Any:
-    """torch's writer, or tensorboardX's, which takes the same arguments."""
+    """The class SummaryWriter of torch, or else of tensorboardX, which has the same arguments."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds, and only here
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - takes seconds, so only for runs that use it
     except ImportError:
-        import tensorboardX  # noqa: PLC0415 - the same
+        import tensorboardX  # noqa: PLC0415 - as above
 
         return tensorboardX.SummaryWriter
     return SummaryWriter

@@ -1,4 +1,6 @@
-"""Send a run to trackio: to a local project, or to a Space of the hub if the run file names one."""
+"""Send a run to trackio: to a Hugging Face Space if the run file names one, else to a local
+project.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class TrackioTracker:
-    """Sends numbers by step, and completions as trackio's table. A resumed run keeps its name."""
+    """Sends numbers by step, and completions as trackio tables. A resumed run keeps its name."""
 
     def __init__(self, start: Start) -> None:
-        import trackio  # noqa: PLC0415 - seconds, and only where it is asked for
+        import trackio  # noqa: PLC0415 - takes seconds, so only for runs that use it
 
         self._trackio = trackio
         self._run = trackio.init(
@@ -29,14 +31,14 @@ class TrackioTracker:
         self._start = start
         space = start.trackio.get("space_id")
         where = f"Space {space}" if space else "local"
-        self.note = f"{where}; trackio show --project {start.project}"
+        self.note = f"{where}; view it with `trackio show --project {start.project}`"
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers of one step or evaluation."""
+        """Send the numbers of one step or evaluation."""
         self._run.log(dict(numbers), step=step)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions as a table."""
+        """Send completions as a table."""
         if rows:
             names = list(rows[0])
             data = [[row.get(name) for name in names] for row in rows]
@@ -44,7 +46,7 @@ class TrackioTracker:
             self._run.log({"completions": table}, step=step)
 
     def close(self) -> None:
-        """Send what is left. If the run file names a static Space, it is made from the run."""
+        """Send the queued values. If the run file names a static Space, create it from the run."""
         self._run.finish()
         static = self._start.trackio.get("static_space_id")
         if static:

@@ -1,4 +1,6 @@
-"""Send a run to trackers through callbacks of transformers, if the toolkit has no code for them."""
+"""Send a run to a tracker through its callback in transformers. This is used for trackers that have
+no class of their own here.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ if TYPE_CHECKING:
 
 
 class UpstreamTracker:
-    """transformers' callback of the tracker ``name`` (5.17), called outside of the trainer."""
+    """Calls transformers' callback of the tracker ``name``. Written for transformers 5.17.
+
+    The tracker's thread makes these calls, not the trainer.
+    """
 
     note = ""
 
     def __init__(self, name: str, trainer: Any) -> None:
-        from transformers.integrations import (  # noqa: PLC0415 - looks for every tracker
+        from transformers.integrations import (  # noqa: PLC0415 - slow: it searches for all trackers
             get_reporting_integration_callbacks,
         )
 
@@ -28,7 +33,7 @@ class UpstreamTracker:
         self._call("on_log", step=step, model=self._trainer.model, logs=dict(numbers))
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Do nothing, because these callbacks have no tables."""
+        """Do nothing, because transformers' callbacks cannot send tables."""
 
     def close(self) -> None:
         """Report the end of training."""

@@ -19,14 +19,17 @@ KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class WandbTracker:
-    """Sends numbers by ``step``, which a resumed run may repeat, and completions as a table."""
+    """Sends numbers and completions with their own metric ``step`` as the x axis.
+
+    W&B's built-in step must always increase, but a resumed run repeats steps.
+    """
 
     def __init__(self, start: Start) -> None:
-        import wandb  # noqa: PLC0415 - seconds, and only where it is asked for
+        import wandb  # noqa: PLC0415 - takes seconds, so only for runs that use it
 
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE") or ("online" if _online() else "offline")
-        options: dict[str, Any] = {"mode": mode}  # W&B checks the value of WANDB_MODE
+        options: dict[str, Any] = {"mode": mode}  # wandb.init raises if the mode is invalid
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or start.project,
             name=start.name,
@@ -40,17 +43,17 @@ class WandbTracker:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self.note = (
-            f"offline; upload it with `wandb sync {start.run_dir}/wandb/offline-run-*`"
+            f"offline; upload the run with `wandb sync {start.run_dir}/wandb/offline-run-*`"
             if mode == "offline"
             else f"{mode} {getattr(self._run, 'url', None) or ''}".rstrip()
         )
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers of one step or evaluation."""
+        """Send the numbers of one step or evaluation."""
         self._run.log({**numbers, "step": step})
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Completions as W&B's own table."""
+        """Send completions as a W&B table."""
         if rows:
             names = list(rows[0])
             data = [[row.get(name) for name in names] for row in rows]
@@ -58,13 +61,14 @@ class WandbTracker:
             self._run.log({"completions": table, "step": step})
 
     def close(self) -> None:
-        """Send what is left, and end the run in W&B."""
+        """Send the queued values, and end the run in W&B."""
         self._run.finish()
 
 
 def _online() -> bool:
-    """Whether there is a key, and the server answers. Behind a proxy the server is not
-    contacted.
+    """Whether W&B can be used online: a key is set, and the server accepts a connection.
+
+    Behind a proxy, the connection is not tested and only the key is needed.
     """
     if not any(os.environ.get(name) for name in KEYS) and not _in_netrc():
         return False
@@ -80,7 +84,7 @@ def _online() -> bool:
 
 
 def _in_netrc() -> bool:
-    """Whether `wandb login` has left a key."""
+    """Whether `wandb login` has stored a key for the server in the netrc file."""
     import netrc  # noqa: PLC0415 - only here
 
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
