@@ -1,5 +1,5 @@
-"""Build the HTML page of the report: one file that makes no network requests. It can be read without
-scripts.
+"""Build the HTML page of the report: one file that makes no network requests. It can be read
+without scripts.
 
 The content security policy allows only the style sheet and the script with the right hashes. So if
 text was not escaped by mistake, its markup still cannot run, load or send anything.
