@@ -133,8 +133,8 @@ def test_a_faulty_environment_follows_the_reward_policy(
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ("guess_game:Nothing", "is not a class of OpenEnv's Environment"),
-        ("guess_game:Untyped", "has no Action class with fields of its own"),
+        ("guess_game:Nothing", "is not a subclass of OpenEnv's Environment"),
+        ("guess_game:Untyped", "do not name an Action class that has its own fields"),
         ("other_game:Game", "allow_code"),
     ],
 )

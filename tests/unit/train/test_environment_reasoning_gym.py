@@ -84,8 +84,8 @@ def test_the_config_of_a_run_is_a_run_file() -> None:
     ("old", "new", "said"),
     [
         ("leg_counting", "leg_countin", "did you mean leg_counting?"),
-        ("max_animals: 4", "max_animal: 4", "does not take these settings"),
-        ("max_animals: 4", "max_animals: 1", "does not take these settings"),
+        ("max_animals: 4", "max_animal: 4", "does not accept these settings"),
+        ("max_animals: 4", "max_animals: 1", "does not accept these settings"),
     ],
 )
 def test_a_wrong_task_or_setting_is_refused(old: str, new: str, said: str) -> None:

@@ -77,7 +77,7 @@ def test_a_seed_shuffles_a_finite_list(workers: Any) -> None:
     ("old", "new", "said"),
     [
         ("sums-taskset", "sums_tasks", "allow_code"),
-        ("{most: 9}", "{mots: 9}", "does not take these options"),
+        ("{most: 9}", "{mots: 9}", "does not accept these options"),
         ("{most: 9}", "{most: 3, kind: raises}", "raised RuntimeError: no tasks today"),
         ("{most: 9}", "{kind: container}", "its tasks run in a container"),
         ("{most: 9}", "{kind: no_prompt}", "a simulated user opens the conversation"),
@@ -98,7 +98,7 @@ def test_what_cannot_be_trained_on_is_refused(workers: Any, old: str, new: str, 
 def test_making_problems_has_a_time_limit() -> None:
     config = config_of(TEXT.replace("{most: 9}", "{kind: hangs}"))
     workers = Workers.of(None)
-    with pytest.raises(ConfigError, match="took longer than 20 s while it made its problems"):
+    with pytest.raises(ConfigError, match="took longer than 20 s while it generated its problems"):
         made(code_of(config), workers.environment, 20, seed=0, size=2, start=0)
 
 
@@ -111,4 +111,4 @@ def test_a_taskset_that_changes_is_a_fault_of_the_sample(workers: Any, tmp_path:
     given = {"answer": list(data["answer"]), "problem": which}
     assert reward(prompts=list(data["prompt"]), completions=["1"] * 4, **given) == [None] * 4
     (first, *_) = (tmp_path / "bad_rewards.jsonl").read_text().splitlines()
-    assert "load() gives another task 0 than when the run began" in first
+    assert "load() returns a different task 0 than when the run began" in first

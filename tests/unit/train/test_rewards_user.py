@@ -116,7 +116,7 @@ def test_malformed_names(tmp_path: Path, name: str) -> None:
     ("content", "message"),
     [
         ("def tones(**kwargs): ...", "tone does not exist in mine[\\s\\S]*did you mean tones"),
-        ("x = 1", "tone does not exist in mine[\\s\\S]*the module has: none"),
+        ("x = 1", "tone does not exist in mine[\\s\\S]*define the function in the module"),
         ("tone = 5", "tone is not a function in mine"),
         ("def tone(:", "mine.py:1: reward mine:tone: invalid syntax"),
         ("1 / 0", "importing mine raised ZeroDivisionError: division by zero"),

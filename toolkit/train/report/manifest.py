@@ -90,7 +90,8 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """The name and the UUID of each visible GPU, or None if the driver does not report the value.
+    """The name and the UUID of each visible GPU, or None if the driver does not report the
+    value.
     """
     seen = snapshot.gpus if snapshot is not None else ()
     return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]

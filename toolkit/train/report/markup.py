@@ -34,7 +34,8 @@ def fold(summary: str, inner: str) -> str:
 
 
 def shortened(value: str, limit: int) -> str:
-    """The first ``limit`` characters of ``value``, escaped, and the number of further characters.
+    """The first ``limit`` characters of ``value``, escaped, and the number of further
+    characters.
     """
     if len(value) <= limit:
         return text(value)

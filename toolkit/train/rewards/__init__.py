@@ -1,4 +1,4 @@
-"""Rewards: built-in functions, functions of the user, and the error policy for both."""
+"""Reward functions: the built-in ones, those of the user, and what happens if a reward fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["BUILTINS", "GuardedReward", "Rewards", "load_rewards"]
 
 
 class Rewards(NamedTuple):
-    """The reward functions of a run and their weights, in the run file's order."""
+    """The reward functions of a run and their weights, in the order of the run file."""
 
     functions: list[GuardedReward]
     weights: list[float]
@@ -38,11 +38,13 @@ def load_rewards(
     columns: Sequence[str] | None = None,
     workers: Workers | None = None,
 ) -> Rewards:
-    """Build every reward of a run file with its error policy; bad samples are saved in ``run_dir``.
+    """Build every reward of a run file with its error policy.
 
-    With ``reward.isolate``, functions of the user and math_verify are built in one shared worker
-    process (``workers``, or a new one). ``columns`` are the dataset's (with ``answer``): if they
-    are given, a reward that needs a missing column is rejected now and not in the first step.
+    Samples on which a reward fails are saved in ``run_dir``. With ``reward.isolate``, functions of
+    the user and math_verify run in one shared worker process, which is ``workers`` or a new one.
+    ``columns`` are the columns of the dataset, including ``answer``. If they are given, a reward
+    that needs a missing column is rejected here and not only in the first step.
+
     Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """
     section = config.reward

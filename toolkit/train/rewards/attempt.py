@@ -1,8 +1,8 @@
 """Call a reward function once, with copies of its arguments, a time limit, and a check of the
 result.
 
-The training process and the reward worker both use this module, so each treats a faulty reward in
-the same way.
+The training process and the reward worker process use this module. Therefore both processes treat a
+faulty reward in the same way.
 """
 
 from __future__ import annotations
@@ -28,21 +28,25 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 T = TypeVar("T")
-_ANSWER_S = 0.1  # how long a loop may take to answer before it counts as blocked
+_ANSWER_S = 0.1  # an event loop that does not react within this time counts as blocked
 
 
 class LoopThread:
-    """An event loop in a daemon thread. All calls share it, because clients are bound to one loop.
+    """An event loop in a daemon thread.
 
-    A coroutine that exceeds its time limit is cancelled. A loop that no longer answers (blocking
-    code in a coroutine) is abandoned, and the next call gets a new one.
+    All calls of a reward share the loop, because an async client (for example of HTTP) works only
+    in the loop that created it. A coroutine that exceeds its time limit is cancelled. If blocking
+    code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new loop.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def call_within(self, seconds: float | None, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Return or raise what ``coroutine`` does; OutOfTime after ``seconds`` (None: no limit)."""
+        """Run ``coroutine`` in the loop. Return its result or raise its exception.
+
+        Raises OutOfTime after ``seconds`` (None: no limit).
+        """
         loop = self._loop = self._loop or self._start()
         outcome = asyncio.run_coroutine_threadsafe(coroutine, loop)
         if wait([outcome], seconds).done:
@@ -73,7 +77,10 @@ class Batch(NamedTuple):
     columns: dict[str, Any]
 
     def only(self, index: int) -> Batch:
-        """The sample at ``index`` as a batch of one; values that the function logs are dropped."""
+        """The sample at ``index`` as a batch of one.
+
+        Values that the function then logs are dropped.
+        """
         size = len(self.completions)
         columns = {
             key: [value[index]] if isinstance(value, list) and len(value) == size else value
@@ -86,9 +93,10 @@ class Batch(NamedTuple):
 def attempt(
     function: Callable[..., Any], batch: Batch, seconds: float | None, loop: LoopThread
 ) -> list[Score | Trouble]:
-    """Call ``function`` and check each value.
+    """Call ``function`` and return one score per completion, or a Trouble for an invalid value.
 
-    Raises Misbehaved, the run's own KeyboardInterrupt and StepAbandoned, and ToolkitError.
+    Raises Misbehaved if the call fails as a whole. ToolkitError is raised unchanged, and so are
+    KeyboardInterrupt and StepAbandoned, which signals to the run cause.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)
@@ -103,7 +111,7 @@ def attempt(
             raise ended
         return ended
     except (Misbehaved, ToolkitError):
-        raise  # the toolkit's own error, for example a missing column
+        raise  # an error of the toolkit itself, for example a missing column
     except OutOfTime as error:
         raise Misbehaved(Trouble(str(error))) from error
     except BaseException as error:
@@ -114,8 +122,8 @@ def attempt(
 
 
 def copied(value: Any) -> Any:
-    """A copy of the lists and dicts in ``value``, so that a reward cannot change the arguments of
-    other rewards.
+    """``value`` with copies of all its lists and dicts, so that a reward cannot change the
+    arguments of other rewards.
     """
     if isinstance(value, list):
         return value[:] if set(map(type, value)) <= _PLAIN else [copied(item) for item in value]
@@ -125,7 +133,9 @@ def copied(value: Any) -> Any:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a call returns a coroutine, by the rule of TRL 1.16's ``is_async_callable``."""
+    """Whether a call of ``function`` returns a coroutine. The rule is that of
+    ``is_async_callable`` in TRL 1.16.
+    """
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -134,24 +144,32 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def drop(*_: Any) -> None:
-    """Does nothing: replaces ``log_metric`` and ``log_extra`` if their values are not logged."""
+    """Do nothing. This function replaces ``log_metric`` and ``log_extra`` if values must not be
+    logged.
+    """
     return
 
 
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Trouble] | BaseException:
-    """The checked result, or the exception, which is returned and not raised, because a SystemExit
-    in a task would end the loop's thread.
+    """The checked result of ``coroutine``, or its exception.
+
+    The exception is returned and not raised, because a SystemExit in a task would end the thread of
+    the loop.
     """
     try:
         return checked(await coroutine, size)
-    except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides
+    except BaseException as error:  # noqa: BLE001 - the caller raises it
         return error
 
 
 def _from_the_run(error: BaseException) -> BaseException | None:
-    """The exception of a signal, alone or in a group; None if the reward itself raised."""
+    """The exception that a signal to the run caused: ``error`` itself, or one in an exception
+    group.
+
+    None if the reward itself raised ``error``.
+    """
     if isinstance(error, _THE_RUNS):
         return error
     if isinstance(error, BaseExceptionGroup):
@@ -162,7 +180,7 @@ def _from_the_run(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Restore the umask and the working folder afterwards, because the run writes files."""
+    """Restore the umask and the working folder after the block, in case user code changed them."""
     umask, folder = _umask(), _folder()
     try:
         yield
@@ -180,7 +198,11 @@ def _folder() -> Path | None:
 
 
 def _umask() -> int:
-    """The umask of this process, read without changing it, because other threads create files."""
+    """The umask of this process.
+
+    It is read from /proc if possible. os.umask can only read the umask by changing it for a moment,
+    and other threads may create files in this moment.
+    """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):

@@ -1,8 +1,8 @@
-"""The built-in rewards. Each is a dataclass whose fields are its options.
+"""The built-in rewards. Each reward is a dataclass whose fields are its options.
 
-All are called as TRL calls a reward, ``(prompts, completions, **columns)``, with plain or chat
-completions. They return one float per completion, or None if the answer is missing. All are pure:
-the same completions give the same rewards.
+TRL calls a reward with ``(prompts, completions, **columns)``. Completions are texts or lists of
+chat messages. A reward returns one float per completion, or None if the dataset has no answer for
+it. The same completions always get the same rewards.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: the completion itself if plain, else the last assistant message.
+    """The text of a completion: a plain completion itself, or the last assistant message of a chat.
 
-    A message without content (only a tool call) is the empty text; parts of content are joined.
+    If the content of the message is a list of parts, their texts are joined. If the message has no
+    content (only a tool call), the text is empty.
     """
     if isinstance(completion, str):
         return completion
@@ -34,15 +35,16 @@ def text_of(completion: Any) -> str:
 
 
 def inside_tag(text: str, tag: str) -> str | None:
-    """The text in the last ``<tag>...</tag>`` of ``text``; None if there is none."""
+    """The text in the last ``<tag>...</tag>`` of ``text``. None if there is no such tag."""
     name = re.escape(tag)
     found = re.findall(rf"<{name}>((?:(?!<{name}>)[\s\S])*?)</{name}>", text)
     return found[-1] if found else None
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
-    """The dataset column that ``reward`` compares with. If it does not exist, a ConfigError lists
-    the existing ones.
+    """The dataset column ``name``, which ``reward`` reads.
+
+    Raises ConfigError if the column does not exist. The error lists the existing columns.
     """
     if name in columns:
         values: list[Any] = columns[name]
@@ -61,8 +63,8 @@ Score = float | None
 class Compared:
     """A reward that compares each completion with an answer from the dataset.
 
-    ``column`` has the answers. With ``tag``, only the text in the last ``<tag>...</tag>`` of a
-    completion counts, and a completion without the tag scores 0.
+    ``column`` is the name of the column with the answers. With ``tag``, only the text in the last
+    ``<tag>...</tag>`` of a completion is compared, and a completion without the tag scores 0.
     """
 
     name: ClassVar[str]
@@ -104,9 +106,9 @@ class ExactMatch(Compared):
 class NumericMatch(Compared):
     """1 if the number in the completion equals the number in the answer, else 0.
 
-    ``rewards/number_parsing.py`` defines which number is read: the one after ``####``, in
-    ``\\boxed{}``, or the last one. An answer without a number scores None. ``tolerance`` is
-    relative to the larger of 1 and the answer.
+    The number is the one after ``####``, else the one in ``\\boxed{}``, else the last one in the
+    text (see ``rewards/number_parsing.py``). If the dataset's answer has no number, the score is
+    None. ``tolerance`` is relative to the larger of 1 and the answer.
     """
 
     name: ClassVar[str] = "numeric_match"
@@ -145,7 +147,8 @@ class RegexMatch:
                     f"regex_match: the pattern {self.pattern!r} is not a valid regular "
                     f"expression: {error}"
                 ),
-                fix="put it in single quotes in YAML, so that backslashes are kept",
+                fix="correct the pattern; in YAML, put it in single quotes so that backslashes are "
+                "kept",
             ) from error
 
     def _compiled(self) -> re.Pattern[str]:
@@ -162,11 +165,12 @@ class RegexMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """1 if the completion has each of ``tags`` exactly once, closed, in this order; else 0.
+    """1 if the completion contains each of ``tags`` exactly once, closed and in this order, else 0.
 
     With ``strict`` only white space may be outside the tags. ``opened`` means that the prompt
-    already ends with the first opening tag, as in templates of some reasoning models. With
-    ``partial`` a wrong format scores half of the share of tags that occur exactly once.
+    already ends with the first opening tag, as in the chat templates of some reasoning models. With
+    ``partial`` a completion with a wrong format scores 0.5 times the share of tags that occur
+    exactly once.
     """
 
     name: ClassVar[str] = "format"
@@ -207,10 +211,11 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthPenalty:
-    """0 up to ``max_length - margin``, then linearly down to -1 at ``max_length`` and beyond.
+    """A penalty for long completions: 0 up to ``max_length - margin``, then falling linearly to -1
+    at ``max_length`` and beyond.
 
-    This is the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Lengths are
-    tokens, as the trainer counts them, or characters with ``unit: characters``.
+    This is the soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). A length is the
+    number of completion tokens, or of characters with ``unit: characters``.
     """
 
     name: ClassVar[str] = "length_penalty"

@@ -1,4 +1,4 @@
-"""Describe the code of an environment, and check that the run file allows it."""
+"""Describe the code of an environment, and check that the run file allows this code to be run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class EnvironmentCode(NamedTuple):
-    """The code of an environment: its adapter, task and options, and what the run file allows."""
+    """The code of an environment (adapter, task and options) and the modules that the run file
+    allows.
+
+    ``adapter`` is the name of the environment's library. ``folder`` is the folder of the run file.
+    """
 
     adapter: str
     task: str
@@ -28,13 +32,13 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """The code that a request names."""
+        """The code that a request to the worker process describes (see ``request``)."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
 
     def request(self) -> dict[str, Any]:
-        """The code as JSON, for the worker process."""
+        """This object as JSON values, for a request to the worker process."""
         named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
         return {**named, "options": thaw(self.options)}
 
@@ -59,7 +63,7 @@ class EnvironmentCode(NamedTuple):
 
 
 def code_of(config: RunConfig) -> EnvironmentCode | None:
-    """The code of the run's environment; None if it has none."""
+    """The code of the run's environment. None if the run has no environment."""
     section = config.environment
     if section is None:
         return None
@@ -70,10 +74,11 @@ def code_of(config: RunConfig) -> EnvironmentCode | None:
 
 
 def refuse_package(adapter: str, allow_code: Sequence[str]) -> None:
-    """Raises ConfigError if the package of an environment is not allowed."""
+    """Raise ConfigError if runtime.allow_code does not list the package of an environment."""
     module = ADAPTERS[adapter].modules[0]
     if not is_allowed(module, allow_code):
         raise ConfigError(
-            f"the environment {adapter} is code, and runtime.allow_code does not allow its module",
-            fix=f"runtime: {{allow_code: [{module}]}}, if you trust it",
+            f"the environment {adapter} runs code of the module {module}, which runtime.allow_code "
+            "does not list",
+            fix=f"if you trust the module, set runtime: {{allow_code: [{module}]}}",
         )

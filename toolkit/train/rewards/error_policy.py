@@ -1,8 +1,9 @@
-"""Apply the error policy if a reward fails: it raises, hangs, or returns an invalid value.
+"""Apply the error policy ``reward.on_error`` if a reward raises, hangs, or returns an invalid
+value.
 
-``fail`` saves the sample and stops the run. ``none`` scores the sample None (TRL leaves it out of
-the mean) and counts it. In both cases the failing sample is searched: a reward is called with the
-whole batch, and if that fails, with one sample at a time.
+A reward is called with the whole batch. If this call fails, the reward is called with one sample at
+a time to find the failing samples, which are saved to a file. Then ``fail`` stops the run. ``none``
+scores the failing samples None and counts them; TRL leaves None out of the mean.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 BAD_REWARDS_FILE = "bad_rewards.jsonl"
-MAX_SAVED = 200  # samples per reward function, so that a broken one does not fill the disk
+MAX_SAVED = 200  # saved samples per reward function, so that a broken function cannot fill the disk
 SEARCH_FACTOR = 4  # the search for hanging samples may take this many times timeout_s
 
 
 @dataclass(frozen=True)
 class Policy:
-    """``on_error`` and ``timeout_s`` from the run file's reward section, and the file for
-    samples.
+    """``on_error`` and ``timeout_s`` of the run file's reward section. ``file`` is the file to
+    which failing samples are saved.
     """
 
     on_error: Literal["fail", "none"] = "fail"
@@ -45,7 +46,10 @@ class Policy:
 
 
 class GuardedReward:
-    """A reward function with a Policy, callable by TRL. ``__name__`` names its metrics."""
+    """A reward function with an error policy, which TRL can call.
+
+    TRL uses ``__name__`` in the names of metrics.
+    """
 
     def __init__(
         self, name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
@@ -58,12 +62,15 @@ class GuardedReward:
     def __call__(
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """One reward (or None) per completion; ConfigError with ``fail``."""
+        """The rewards, one float or None per completion. Raises ConfigError if a sample fails and
+        the policy is ``fail``.
+        """
         return self.scores(Batch(prompts, completions, columns))
 
     def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
-        """The rewards outside training, also of an async function. This method adds the arguments
-        that TRL would pass.
+        """The rewards for a call outside training. Works for async functions too.
+
+        This method adds the arguments that TRL passes in training.
         """
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
@@ -71,7 +78,10 @@ class GuardedReward:
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
-        """Call the function, search the failing sample if needed, apply the policy, count."""
+        """Call the function. If it fails, search the failing samples and apply the policy.
+
+        With the policy ``none``, the share of failed samples is logged as a metric.
+        """
         batch = batch._replace(columns=safely_logged(batch.columns))
         try:
             found = self._attempt(batch, self.policy.timeout_s)
@@ -91,8 +101,9 @@ class GuardedReward:
         return attempt(self.function, batch, seconds, self._loop)
 
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
-        """Score each sample alone. If no sample fails alone, the error applies to the whole
-        batch.
+        """Score each sample alone after the call with the whole batch failed with ``whole``.
+
+        If no sample fails alone, every sample gets the error of the whole batch.
         """
         limit = self.policy.timeout_s
         deadline = math.inf
@@ -136,7 +147,10 @@ class GuardedReward:
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
-        """Append the sample to the file; return its location, or why it could not be saved."""
+        """Append the sample to the file. Return the file's path, or why the sample was not saved.
+
+        None if there is no file.
+        """
         file = self.policy.file
         if file is None or self._saved >= MAX_SAVED:
             return str(file) if file else None
@@ -160,28 +174,28 @@ class GuardedReward:
 
 
 class AsyncGuardedReward(GuardedReward):
-    """A GuardedReward of a coroutine function: TRL awaits it together with the other async
-    rewards.
-    """
+    """A GuardedReward of a coroutine function. TRL runs all async rewards concurrently."""
 
     async def __call__(  # type: ignore[override]  # TRL checks if __call__ is async
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """As in GuardedReward; runs in a worker thread, so that rewards do not wait for each
-        other.
+        """The rewards, as in GuardedReward. The call runs in another thread, so that async rewards
+        do not wait for each other.
         """
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
 def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
-    """``function`` with ``policy``; async if the function is."""
+    """``function`` with the error policy ``policy``. The result is async if the function is
+    async.
+    """
     waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
     kind = AsyncGuardedReward if waits else GuardedReward
     return kind(name, function, policy)
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
-    """The error of one sample. If the whole batch had a different error, the text has both
+    """The error of one sample. If the whole batch failed with another error, the text contains both
     errors.
     """
     if alone.traceback or alone.what == whole.what:

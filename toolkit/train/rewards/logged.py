@@ -1,7 +1,7 @@
-"""Check values from rewards before they are written: metrics, columns of completions.jsonl, saved
+"""Make values from rewards safe before they are written to metrics, completions.jsonl and saved
 samples.
 
-Texts from a reward may have megabytes or contain a secret, and its objects may have a ``__repr__``
+A text from a reward may be megabytes long or contain a secret. An object may have a ``__repr__``
 that raises.
 """
 
@@ -16,16 +16,18 @@ from toolkit.train.rewards.returned import short
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LONGEST_TEXT = 10_000  # characters of one text
-LONGEST_NAME = 200
-MOST_ITEMS = 10_000  # texts and numbers in one saved value
-_BEYOND = (
-    4096  # characters after the limit that are searched too: a secret may begin before the limit
-)
+LONGEST_TEXT = 10_000  # the maximum number of characters of a text
+LONGEST_NAME = 200  # the maximum number of characters of a name
+MOST_ITEMS = 10_000  # the maximum number of texts and numbers in one saved value
+# The number of characters after the limit that are searched for secrets too, because a secret may
+# begin before the limit and end after it.
+_BEYOND = 4096
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
-    """``columns`` with a ``log_metric`` and ``log_extra`` that remove secrets and limit lengths."""
+    """``columns`` with its functions ``log_metric`` and ``log_extra`` replaced by functions that
+    remove secrets and limit the length of texts.
+    """
     wrapped = dict(columns)
     for name, values in (("log_metric", number), ("log_extra", _texts)):
         if name in columns:
@@ -34,8 +36,9 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most ``longest`` characters of ``text`` without secrets and lone surrogates. A text that
-    is shortened ends with its full length.
+    """The first ``longest`` characters of ``text``, without secrets and lone surrogates.
+
+    A note with the full length is added to a text that is shortened.
     """
     if len(text) <= longest:
         return _whole(redact(text))
@@ -44,14 +47,14 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _whole(text: str) -> str:
-    """``text`` with lone surrogates replaced by their codes, because files and pages cannot contain
-    them.
-    """
+    """``text`` with lone surrogates replaced by their codes, because UTF-8 cannot encode them."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def saveable(value: Any) -> Any:
-    """``value`` as strict JSON without secrets, with limits on text length and item count."""
+    """``value`` as values that strict JSON allows, without secrets. The length of texts and the
+    number of items are limited.
+    """
     return _saveable(value, [MOST_ITEMS])
 
 
@@ -87,8 +90,8 @@ def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[
 
 
 def number(value: Any) -> float:
-    """A metric's value. Raises TypeError if it is not a number, because the trainer computes its
-    mean.
+    """The value of a metric as a float. Raises TypeError if it is not a number, because the trainer
+    computes means of metrics.
     """
     plain = value.item() if hasattr(value, "item") else value
     if not isinstance(plain, numbers.Real):
@@ -100,7 +103,7 @@ def number(value: Any) -> float:
 
 
 def _texts(value: Any) -> Any:
-    """A column for completions.jsonl: texts are shortened, other values are unchanged."""
+    """The values of a column for completions.jsonl. Texts are shortened, other values are kept."""
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
         return items

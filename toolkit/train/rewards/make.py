@@ -1,4 +1,6 @@
-"""Build a reward function from its entry in the run file: a built-in one, or one of the user."""
+"""Build a reward function from its entry in the run file. The function is built-in or the
+user's.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RewardFunction
 
-# The annotated type of an option -> the types that a run file may use for it.
+# Maps the annotated type of an option to the types of its value in a run file.
 _ACCEPTED: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
@@ -44,8 +46,9 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 
 
 def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
-    """``kind(**options)``; a ConfigError names an unknown or missing option, or one of the wrong
-    type.
+    """Return ``kind(**options)`` for the reward ``name``.
+
+    Raises ConfigError for an unknown option, a missing option or a value of the wrong type.
     """
     types = {field.name: str(field.type) for field in fields(kind)}
     for option, value in options.items():
@@ -88,7 +91,7 @@ BUILTINS: dict[str, type[Any]] = {
     )
 }
 SCORERS = (ReasoningGym, Verifiers, OpenEnv)
-"""Rewards that score the problems of an environment."""
+"""The rewards that score the problems of an environment."""
 
 
 def make_function(
@@ -97,10 +100,11 @@ def make_function(
     folder: Path,
     columns: Sequence[str] | None,
 ) -> Callable[..., Any]:
-    """The callable for ``wanted``; ``folder`` is that of the run file, ``columns`` are those of the
-    dataset.
+    """The callable for the entry ``wanted`` of the run file.
 
-    Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
+    ``folder`` is the folder of the run file. ``columns`` are the columns of the dataset, or None if
+    they are not known yet. Raises ConfigError, or MissingExtraError if math_verify's package is not
+    installed.
     """
     options = dict(wanted.options)
     there = None if columns is None else {*columns} - {"prompt"}
@@ -117,7 +121,10 @@ def make_function(
     if there is not None:
         both = sorted(there & set(options))
         if both:
-            raise ConfigError(f"reward {wanted.name}: option {both[0]} is also a dataset column")
+            raise ConfigError(
+                f"reward {wanted.name}: option {both[0]} is also a dataset column",
+                fix="rename the option or the column",
+            )
         missing = missing_columns(function, there | set(options))
         if missing:
             raise _no_column(wanted.name, missing, there)
@@ -132,7 +139,7 @@ def _kind(name: str) -> type[Any]:
     raise ConfigError(
         f"the reward {name!r} does not exist",
         fix=(
-            f"{hint}Built-in rewards: {', '.join(BUILTINS)}; write your own function as "
+            f"{hint}Use a built-in reward ({', '.join(BUILTINS)}), or name your own function as "
             "module:function"
         ),
     )
@@ -141,10 +148,10 @@ def _kind(name: str) -> type[Any]:
 def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
     names = ", ".join(sorted(there)) or "none"
     word = "column" if len(missing) == 1 else "columns"
-    fix = "set dataset.answer to the column that holds the answers"
+    fix = "set dataset.answer to the column with the answers"
     return ConfigError(
         f"reward {reward} needs the {word} {', '.join(missing)}; the dataset has: {names}",
         fix=fix
         if "answer" in missing
-        else ("add it to the dataset, or give the parameter a default"),
+        else (f"add the {word} to the dataset, or give the parameter of the function a default"),
     )

@@ -1,6 +1,4 @@
-"""Compare mathematical answers with the package Math-Verify, if it is installed (extra
-``math``).
-"""
+"""Compare mathematical answers with the package Math-Verify (the optional dependency ``math``)."""
 
 from __future__ import annotations
 
@@ -18,9 +16,11 @@ class MathVerify(Compared):
     """1 if Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...), else
     0.
 
-    Source: https://github.com/huggingface/Math-Verify. The toolkit replaces its two time limits by
-    one per comparison (``seconds_each``). A comparison that takes longer scores 0, even if native
-    code does not return (rewards/remote). An answer that Math-Verify cannot read scores None.
+    Source: https://github.com/huggingface/Math-Verify. Math-Verify has two time limits, for parsing
+    and for comparing. The toolkit replaces them by one limit per comparison (``seconds_each``). A
+    comparison that takes longer scores 0. In the worker process (rewards/remote), this is also true
+    for native code that cannot be interrupted. If Math-Verify cannot read the dataset's answer, the
+    score is None.
     """
 
     name: ClassVar[str] = "math_verify"
@@ -42,9 +42,10 @@ def _math_verify() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             "reward math_verify needs the package math-verify, which is not installed",
-            fix="pip install 'grpo-toolkit[math]'",
+            fix="run pip install 'grpo-toolkit[math]'",
         ) from error
-    for name in ("math_verify.parser", "math_verify.grader"):  # without limits they log warnings
+    # Math-Verify logs warnings if its own time limits are off.
+    for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return math_verify
 

@@ -1,8 +1,8 @@
 """Parse numbers as people and models write them, exactly (as fractions) and in bounded time.
 
-Understood: ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``, ``1.2 x 10^3``, ``50%``,
-GSM8K's ``#### 42``, LaTeX ``\\boxed{\\frac{3}{4}}``; units after a number are ignored. A comma that
-does not separate thousands ends a number (``3,5`` is 3 and 5).
+The forms are ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``, ``1.2 x 10^3``, ``50%``,
+GSM8K's ``#### 42``, and LaTeX ``\\boxed{\\frac{3}{4}}``. Units after a number are ignored. A comma
+that does not separate thousands ends a number (``3,5`` is 3 and 5).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-# A model can write numbers whose value would fill the memory (1e999999999): numbers beyond this
-# limit are ignored.
+# The maximum number of digits and the largest exponent. Larger numbers are ignored, because a
+# number such as 1e999999999 would fill the memory.
 MAX_DIGITS = 300
 
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"""
     (?<![A-Za-z_\d.])                    # not inside a word or another number
-    (?P<sign>(?<![\w)\]}}])[-+](?=[$€£¥]?[\d.]))?     # behind an operand it is none: 7-5
+    (?P<sign>(?<![\w)\]}}])[-+](?=[$€£¥]?[\d.]))?     # after an operand (7-5) this is no sign
     (?:[$€£¥]\s?(?P<inner>-)?)?
     (?:(?P<whole>\d{{1,9}})[ ]+(?=\d{{1,9}}/\d))?     # the 1 of 1 3/4
     (?P<value>{_PLAIN})
@@ -39,20 +39,22 @@ _SPACE_IN_NUMBER = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 
 
 class Number(NamedTuple):
-    """An exact value, and whether a percent sign follows it (``50%`` has the value 50)."""
+    """An exact number. ``percent`` is True if a percent sign follows (``50%`` has the value 50)."""
 
     value: Fraction
     percent: bool = False
 
 
 def numbers_in(text: str) -> list[Number]:
-    """Every number in ``text``, in order. Never raises; too long numbers and x/0 are left out."""
+    """Every number in ``text``, in order. Numbers that are too long and divisions by 0 are left
+    out. Never raises.
+    """
     found = (_read(match) for match in _NUMBER.finditer(_plain(text)))
     return [number for number in found if number is not None]
 
 
 def answer_in(text: str) -> Number | None:
-    """The number that ``text`` gives as its answer.
+    """The number that ``text`` states as its answer.
 
     It is the first number after the last ``####`` (GSM8K, arXiv 2110.14168), else the last number
     in the last ``\\boxed{}``, else the last number in the text. None if there is no number.
@@ -68,14 +70,14 @@ def answer_in(text: str) -> Number | None:
 
 
 def to_number(value: Any) -> Number | None:
-    """A dataset's answer as a number: from an int, a float, or a text with a number."""
+    """The answer of a dataset row (an int, a float, or a text) as a number. None if it has none."""
     if isinstance(value, bool) or value is None:
         return None
     return answer_in(value if isinstance(value, str) else repr(value))
 
 
 def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
-    """Whether two numbers are equal. If only one has a percent sign, 50% may equal 50 or 0.5.
+    """Whether two numbers are equal. If only one of them has a percent sign, 50% equals 50 and 0.5.
 
     ``tolerance`` is relative to the larger of 1 and the gold value. Without a tolerance, integers
     are compared exactly, and other numbers up to the rounding of a double (1e-12).
@@ -86,7 +88,9 @@ def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last ``\\boxed{...}``, with its inner braces balanced; None if none."""
+    """The content of the last ``\\boxed{...}``, which may contain balanced braces. None if there is
+    no closed ``\\boxed``.
+    """
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -122,7 +126,7 @@ _SPELLINGS = (
 
 
 def _plain(text: str) -> str:
-    """Replace typographic and LaTeX spellings by plain ones."""
+    """``text`` with typographic and LaTeX spellings of numbers replaced by plain spellings."""
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
     return _FRACTION.sub(_plain_fraction, _SPACE_IN_NUMBER.sub("", text))

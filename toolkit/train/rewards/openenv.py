@@ -1,11 +1,13 @@
 """Use an ``Environment`` class of OpenEnv as a data set of first observations, a tool, and a
 reward.
 
-The toolkit calls ``reset(seed=...)`` and ``step(action)`` of an object in the worker process, and
-reads the observation's ``reward`` and ``done``. OpenEnv itself runs a server for each environment;
-the toolkit starts and calls none. Each seed is a problem: its prompt is the first observation. The
-model acts with the tool ``step``, whose arguments are the fields of the Action class. The score of
-a rollout is the sum of the rewards of its steps.
+The toolkit creates the environment as an object in the worker process. It calls
+``reset(seed=...)`` and ``step(action)`` of the object, and reads ``reward`` and ``done`` of the
+observations. The server that OpenEnv itself uses for an environment is neither started nor called.
+
+Each seed is a problem, and its prompt is the first observation. The model acts with the tool
+``step``, whose arguments are the fields of the Action class. The score of a rollout is the sum of
+the rewards of its steps.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _MOST_LIVE = 4096
 
 
 def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list[dict[str, Any]]:
-    """``size`` rows ``{prompt, problem}``, from the seeds ``seed`` to ``seed + size - 1``.
+    """``size`` rows ``{prompt, problem}``, one for each seed from ``seed`` to ``seed + size - 1``.
 
     Raises:
         ConfigError: the class does not exist, or cannot be used.
@@ -70,8 +72,8 @@ class Game:
         return environment.reset(seed=seed)
 
     def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
-        """The observation after an action. Raises Refused if the arguments do not make an
-        action.
+        """The observation after an action. Raises Refused if the arguments are not valid for the
+        Action class.
         """
         try:
             action = self.action.model_validate(dict(arguments))
@@ -91,8 +93,8 @@ class _Live:
 class Episodes:
     """The environments of the rollouts of a batch, in the worker process.
 
-    A request has the seed and the steps so far, so that a worker that was restarted makes the lost
-    environments again.
+    A request contains the seed and all earlier steps of its rollout. With them, a restarted worker
+    creates a lost environment again.
     """
 
     def __init__(self, code: EnvironmentCode) -> None:
@@ -103,10 +105,10 @@ class Episodes:
         self._live: dict[int, _Live] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation after the action ``arguments`` of ``request``, or the first observation
-        if they are None.
+        """The text, the reward and ``done`` of the observation after the action ``arguments`` of
+        ``request``. If ``arguments`` is None, those of the first observation.
 
-        Raises Refused, or Misbehaved if the environment failed.
+        Raises Refused for invalid arguments, or Misbehaved if the environment failed.
         """
 
         def call() -> dict[str, Any]:
@@ -139,8 +141,10 @@ class Episodes:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenEnv:
-    """The sum of the rewards of a rollout's steps. The environment decides the range; it is 0 to 1
-    if one step of a rollout has a reward of 1.
+    """The sum of the rewards of a rollout's steps.
+
+    The range depends on the environment. It is 0 to 1 if at most one step of a rollout has the
+    reward 1 and all others have 0.
     """
 
     name: ClassVar[str] = "openenv"
@@ -155,8 +159,8 @@ class OpenEnv:
 
 
 def text_of_observation(observation: Any) -> str:
-    """The observation as the model reads it: the only field if that is a text, else all fields as
-    JSON.
+    """The observation as text for the model: its field if it has only one and that is a text, else
+    all fields as JSON.
     """
     fields = observation.model_dump(mode="json")
     said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}
@@ -188,12 +192,12 @@ def _environment_class(task: str) -> Any:
         raise ConfigError(
             f"the environment {task} cannot be imported: {first_line(error)}",
             where="environment.task",
-            fix="put its module beside the run file, or install it for the interpreter that "
+            fix="put the module next to the run file, or install it for the interpreter that "
             "environment.python names",
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, interfaces.Environment)):
         raise ConfigError(
-            f"{task} is not a class of OpenEnv's Environment",
+            f"{task} is not a subclass of OpenEnv's Environment",
             where="environment.task",
             fix=SUPPORTED,
         )
@@ -210,7 +214,7 @@ def _action_class(task: str, kind: Any) -> Any:
     fields = getattr(found, "model_fields", {})
     if not (isinstance(found, type) and issubclass(found, Action) and set(fields) - {"metadata"}):
         raise ConfigError(
-            f"the step of {task} has no Action class with fields of its own in its type hints",
+            f"the type hints of {task}.step do not name an Action class that has its own fields",
             where="environment.task",
             fix=SUPPORTED,
         )

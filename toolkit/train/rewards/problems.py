@@ -1,4 +1,6 @@
-"""Make the problems of an environment as rows of a data set, in this process or in the worker."""
+"""Generate the problems of an environment as rows of a data set, in this process or in the worker
+process.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ Row = dict[str, Any]
 
 
 def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
-    """Up to ``size`` rows ``{prompt, problem}`` (with ``answer`` if the task has one), the same for
-    the same seed. ``start`` is a position in a finite list of tasks, in which the held-out rows
-    follow the training rows.
+    """Up to ``size`` rows ``{prompt, problem}``, with ``answer`` if the task has answers.
+
+    The same seed always gives the same rows. ``start`` is the position of the first row in a finite
+    list of tasks, so that held-out rows can follow the training rows.
 
     Raises:
-        ConfigError: there is no such task, it does not take these options, or it needs something
-            that a training run does not have.
+        ConfigError: the task does not exist, it does not accept these options, or it needs
+            something that a training run cannot provide.
     """
     code.prepare()
     if code.adapter == "reasoning_gym":
@@ -41,7 +44,9 @@ def made(
     seconds: float | None,
     **which: int,
 ) -> list[Row]:
-    """``problems`` in the worker process (None: in this one), within ``seconds``.
+    """Call ``problems(code, **which)`` in the process ``worker``, with the time limit ``seconds``.
+
+    If ``worker`` is None, the call is made in this process and without a limit.
 
     Raises:
         ConfigError: as in ``problems``, or the environment failed, took too long or ended its
@@ -60,7 +65,7 @@ def made(
     except (OutOfTime, Died) as error:
         what = str(error)
     raise ConfigError(
-        f"the environment {code.adapter}:{code.task} {what} while it made its problems",
+        f"the environment {code.adapter}:{code.task} {what} while it generated its problems",
         where="environment",
         fix="correct the environment, or set reward.timeout_s to a longer time",
     )

@@ -1,4 +1,4 @@
-"""reasoning-gym: its problems as rows of a data set, and its scorers as a reward."""
+"""Use the problems of reasoning-gym as rows of a data set, and its scorers as a reward."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 COLUMN = "problem"
 """The column that identifies the problem of a row: JSON with its seed, index and size."""
-_LATEST = 8  # data sets that a scorer keeps, one per split
+_LATEST = 8  # the number of data sets (one per split) that stay in memory for scoring
 
 
 def problems(
     task: str, settings: Mapping[str, Any], *, seed: int, size: int
 ) -> list[dict[str, Any]]:
-    """The problems of a task as rows ``{prompt, answer, problem}``, the same for the same seed.
+    """``size`` problems of a task as rows ``{prompt, answer, problem}``.
+
+    The same seed always gives the same rows.
 
     Raises:
-        ConfigError: there is no such task, or it does not take these settings.
+        ConfigError: the task does not exist, or it does not accept these settings.
         MissingExtraError: the package is not installed.
     """
     made = _dataset(task, json.dumps(thaw(settings), sort_keys=True), seed, size)
@@ -42,10 +44,10 @@ def problems(
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """The task's own score of a completion's answer, 0 to 1.
+    """The score, 0 to 1, that the task itself computes for the answer in a completion.
 
-    The answer is the text in ``<answer>`` tags, or else the whole completion. The problem is made
-    again from the row's seed and index, so the scorer sees it as the package made it.
+    The answer is the text in ``<answer>`` tags, or the whole completion if there are no such tags.
+    For scoring, the problem is generated again from the row's seed and index.
     """
 
     name: ClassVar[str] = "reasoning_gym"
@@ -74,7 +76,7 @@ def _package() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             "the environment reasoning_gym needs the package reasoning-gym, which is not installed",
-            fix="pip install reasoning-gym",
+            fix="run pip install reasoning-gym",
         ) from error
     return reasoning_gym
 
@@ -88,13 +90,13 @@ def _dataset(task: str, settings: str, seed: int, size: int) -> Any:
         raise ConfigError(
             f"reasoning_gym has no task {task!r}",
             where="environment.task",
-            fix=f"did you mean {near[0]}?" if near else f"one of: {', '.join(sorted(known))}",
+            fix=f"did you mean {near[0]}?" if near else f"use one of: {', '.join(sorted(known))}",
         )
     try:
         return package.create_dataset(task, seed=seed, size=size, **json.loads(settings))
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"the task {task} does not take these settings: {first_line(error)}",
+            f"the task {task} does not accept these settings: {first_line(error)}",
             where="environment.options",
-            fix="the fields of the task's config class, as reasoning-gym documents them",
+            fix="use only fields of the task's config class, which reasoning-gym documents",
         ) from error

@@ -1,4 +1,4 @@
-"""A reward that runs in the worker process, callable like a local one."""
+"""Call a reward that runs in the worker process, in the same way as a reward of this process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.mathverify import MathVerify
 
 LOGS = ("log_metric", "log_extra")
-FIX = "set reward.isolate: false to call it in the process that trains"
+FIX = "set reward.isolate: false to call the reward in the training process"
 
 
 class RemoteReward:
-    """The function that ``request`` names, in ``worker``. ``seed`` is that of the run."""
+    """The reward function that ``request`` names, in the process ``worker``.
 
-    kill_s = 2.0  # seconds beyond the limit for the answer of a worker that stopped the call
+    ``seed`` is the seed of the run.
+    """
+
+    # The worker stops a call at its time limit, and then has this many seconds to reply before the
+    # run kills it.
+    kill_s = 2.0
 
     def __init__(self, worker: WorkerProcess, request: dict[str, Any], seed: int) -> None:
         self._worker, self._name = worker, request["name"]
@@ -32,19 +37,25 @@ class RemoteReward:
         try:
             made = worker.load(request)
         except Died as error:
-            raise ConfigError(f"reward {self._name}: importing it {error}", fix=FIX) from error
+            raise ConfigError(
+                f"reward {self._name}: the import of its module {error}", fix=FIX
+            ) from error
         except TypeError as error:
             raise ConfigError(
-                f"reward {self._name}: an option holds a {error}, which cannot be sent to the "
+                f"reward {self._name}: an option contains a {error}, which cannot be sent to the "
                 "reward process",
                 fix=FIX,
             ) from error
         if "function" not in made:
-            raise ConfigError(f"reward {self._name}: importing it {made['misbehaved'][0]}")
+            raise ConfigError(
+                f"reward {self._name}: the import of its module {made['misbehaved'][0]}"
+            )
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
     def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
-        """As ``attempt.attempt``: one reward per completion. Raises Misbehaved and ToolkitError."""
+        """One score, or a Trouble, per completion, as in ``attempt.attempt``. Raises Misbehaved and
+        ToolkitError.
+        """
         try:
             return self._ask(batch, seconds)
         except OutOfTime:
@@ -89,8 +100,9 @@ class RemoteReward:
 
 
 class RemoteMathVerify(RemoteReward):
-    """math_verify with one comparison per request, so that a comparison that cannot be interrupted
-    loses only its own score.
+    """math_verify in the worker process, with one comparison per request.
+
+    If a comparison cannot be interrupted, the worker is killed and only this comparison scores 0.
     """
 
     def __init__(
@@ -131,7 +143,7 @@ def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Trouble]:
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a TrainerState that are sent: all except those of callbacks."""
+    """The fields of a TrainerState that can be sent to the worker process."""
     return {name: value for name, value in vars(state).items() if _travels(value)}
 
 

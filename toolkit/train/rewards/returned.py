@@ -1,7 +1,7 @@
-"""Check what a reward function returned or raised: the result is rewards, or descriptions of
+"""Check what a reward function returned or raised, and turn it into rewards or descriptions of
 errors.
 
-The values are not trusted: their ``__repr__``, ``__str__``, ``__float__``, ``__len__`` and
+The values are not trusted. Their ``__repr__``, ``__str__``, ``__float__``, ``__len__`` and
 ``tolist`` are code of the reward and may raise or return megabytes.
 """
 
@@ -25,8 +25,10 @@ _LONGEST_TRACEBACK = 10_000
 
 
 class Trouble(NamedTuple):
-    """An error of a reward. ``what`` completes the sentence "reward NAME ..."; ``where`` is the
-    location for the saved sample.
+    """An error of a reward.
+
+    ``what`` completes the sentence "reward NAME ...". ``returned`` is the repr of the returned
+    value, and ``traceback`` the text of the traceback, if there is one.
     """
 
     what: str
@@ -35,7 +37,7 @@ class Trouble(NamedTuple):
 
 
 class Misbehaved(Exception):
-    """A call of a reward that did not return a list of rewards."""
+    """Raised if a call of a reward (or of a tool or an environment) failed as a whole."""
 
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(trouble.what)
@@ -43,10 +45,11 @@ class Misbehaved(Exception):
 
 
 def checked(returned: Any, size: int) -> list[Score | Trouble]:
-    """``size`` values, each a finite float, None, or its error.
+    """The ``size`` returned values. Each is a finite float, None, or a Trouble for an invalid
+    value.
 
-    Lists, tuples, arrays and tensors are accepted; anything else, or another length than ``size``,
-    raises Misbehaved.
+    Lists, tuples, arrays and tensors are accepted. Raises Misbehaved for any other type, or if the
+    length is not ``size``.
     """
     values = _listed(returned)
     if values is None:
@@ -60,7 +63,7 @@ def checked(returned: Any, size: int) -> list[Score | Trouble]:
 
 
 def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
-    """The items of a list, tuple, array or tensor; None for any other type."""
+    """The items of a list, tuple, array or tensor. None for any other type."""
     values = returned
     try:
         if getattr(returned, "is_sparse", False) is True or "sparse" in str(
@@ -72,7 +75,7 @@ def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
     except Exception as error:
         what = f"returned {_article(_kind(returned))} whose values cannot be read: {message(error)}"
         raise Misbehaved(Trouble(what, short(returned))) from error
-    # Methods of the built-in classes are called, because a subclass may override them.
+    # The methods of list and tuple are called directly, because a subclass may override them.
     if isinstance(values, list):
         return list.__getitem__(values, slice(None))
     if isinstance(values, tuple):
@@ -91,7 +94,7 @@ def _one(value: Any) -> Score | Trouble:
         number = float(plain)
     except OverflowError:
         number = math.inf
-    except Exception as error:  # noqa: BLE001 - its own methods raise what they like
+    except Exception as error:  # noqa: BLE001 - methods of the value may raise anything
         what = f"returned {_article(_kind(value))} that cannot be read as a number"
         return Trouble(f"{what}: {message(error)}", short(value))
     if not math.isfinite(number) or abs(number) > _LARGEST:
@@ -102,7 +105,7 @@ def _one(value: Any) -> Score | Trouble:
 
 
 def _item(value: Any) -> Any:
-    """The number in an array or tensor with one item; other values unchanged."""
+    """The number in an array or tensor with one item. Other values are returned unchanged."""
     try:
         return value.item() if hasattr(value, "item") else value
     except (TypeError, ValueError, RuntimeError):
@@ -110,12 +113,12 @@ def _item(value: Any) -> Any:
 
 
 def raised(error: BaseException) -> Trouble:
-    """The error for a call that raised ``error``, with the last location in its traceback."""
+    """The Trouble for a call that raised ``error``, with the last location of its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     at = f" at {last[0].filename}:{last[0].lineno}" if last else ""
     try:
         text = "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001 - what it calls is the exception's own code
+    except Exception:  # noqa: BLE001 - format_exception calls code of the exception
         text = "".join(traceback.format_tb(error.__traceback__))
     if len(text) > _LONGEST_TRACEBACK:
         half = _LONGEST_TRACEBACK // 2
@@ -124,10 +127,10 @@ def raised(error: BaseException) -> Trouble:
 
 
 def message(error: BaseException) -> str:
-    """An exception's class and text in one line, whatever its ``__str__`` does."""
+    """The class and the text of an exception in one line. Works even if its ``__str__`` raises."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - the exception's own code
+    except Exception:  # noqa: BLE001 - __str__ is code of the exception
         text = "(its __str__ raises)"
     if len(text) > _LONGEST_MESSAGE:
         text = f"{text[:_LONGEST_MESSAGE]}... ({len(text)} characters)"
@@ -139,7 +142,7 @@ def _kind(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """``text`` in one line without control characters, because it may contain a completion."""
+    """``text`` in one line and without control characters. It may contain text of a model."""
     return visible(text).replace("\n", "\\n")
 
 
@@ -148,14 +151,14 @@ def _article(noun: str) -> str:
 
 
 def short(value: Any) -> str:
-    """At most 200 characters of a value's ``repr``, also if that raises."""
+    """The first 200 characters of a value's ``repr``. Works even if ``repr`` raises."""
     try:
         text = repr(value)
-    except Exception as error:  # noqa: BLE001 - the value's own code
+    except Exception as error:  # noqa: BLE001 - __repr__ is code of the value
         return f"<{_kind(value)} whose __repr__ raises {_kind(error)}>"
     return _line(text if len(text) <= 200 else f"{text[:200]}...")
 
 
 def _close(returned: Any) -> None:
-    if isinstance(returned, Coroutine):  # else Python warns that it was never awaited
+    if isinstance(returned, Coroutine):  # otherwise Python warns that it was never awaited
         returned.close()

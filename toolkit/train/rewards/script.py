@@ -1,7 +1,8 @@
-"""Check reward functions that a script passes to the trainer, with the same messages as for a run
-file.
+"""Check reward functions that a script passes to the trainer. The messages are the same as for the
+rewards of a run file.
 
-TRL converts the result of a function to a tensor, and fails there with torch's own message.
+Without this check, TRL would fail with an error of torch when it converts the returned values to a
+tensor.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ FIX = "return a list with one number (or None) for each completion"
 
 
 def judged(rewards: Any) -> Any:
-    """``reward_funcs`` of a trainer: each function is checked now, and its result at each call.
+    """``reward_funcs`` of a trainer, with each function wrapped so that its results are checked.
 
-    Models and names of models are returned unchanged. An exception of a function is raised
-    unchanged. TRL itself checks the number of values.
+    The parameters of each function are checked now, and its result at each call. Reward models and
+    names of models are returned unchanged. An exception of a function is raised unchanged. TRL
+    itself checks the number of values.
 
     Raises:
-        ConfigTypeError: a function does not take every keyword, or a reward is not a function.
+        ConfigTypeError: a function does not accept every keyword argument, or a reward is not a
+            function.
     """
     if isinstance(rewards, (list, tuple)):
         return [_judged(one) for one in rewards]
@@ -40,7 +43,7 @@ def judged(rewards: Any) -> Any:
 
 def _judged(reward: Any) -> Any:
     if isinstance(reward, (str, GuardedReward)) or hasattr(reward, "parameters"):
-        return reward  # the name of a reward model, a run's own reward, a torch module
+        return reward  # the name of a reward model, a reward of a run file, or a torch module
     name = _name(reward)
     if not callable(reward):
         raise ConfigTypeError(
@@ -72,10 +75,10 @@ def _async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _numbers(returned: Any, name: str) -> list[float | None]:
-    """The values that TRL converts to a tensor. TRL treats NaN like None.
+    """The returned values as floats or None. NaN becomes None, because TRL treats both alike.
 
     Raises:
-        ConfigValueError: the result is not a list of numbers; the message is that of a run file.
+        ConfigValueError: the result is not a list of numbers.
     """
     try:
         found = checked(returned, _length(returned))
@@ -109,15 +112,17 @@ def _is_nan(text: str) -> bool:
 
 
 def _name(reward: Any) -> str:
-    """TRL's name of the function in metrics (``trl.trainer.utils.get_callable_name``, 1.16)."""
+    """The name of the function in metrics, as in ``trl.trainer.utils.get_callable_name`` (TRL
+    1.16).
+    """
     while isinstance(reward, partial):
         reward = reward.func
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
 def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
-    """Whether the parameters of a function without ``**kwargs`` include all arguments that TRL
-    passes besides the columns.
+    """Whether the named parameters of a function include all arguments that TRL always passes, so
+    that it may work without ``**kwargs``.
     """
     try:
         names = set(inspect.signature(reward).parameters)

@@ -1,9 +1,10 @@
-"""Make a call of a tool that a model wrote: the arguments are the model's, the code is the user's.
+"""Run a tool call that a model wrote. The arguments come from the model, the function from the
+user.
 
-The training process and the worker process both use this module, so each treats a faulty tool in
-the same way. A wrong argument is the model's mistake, and the model gets an answer. An error of the
-function itself (it raises, takes too long, returns too much) raises ``Misbehaved``, as for a
-reward.
+The training process and the worker process use this module. Therefore both processes treat a faulty
+tool in the same way. Wrong arguments are a mistake of the model, which gets an error text as the
+answer. If the function itself fails (it raises, takes too long or returns too much), ``Misbehaved``
+is raised, as for a reward.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
 
 WHERE = "tools.functions"
 LONGEST_RESULT = 100_000
-"""The most characters of a result. A longer one does not fit into a completion, and is an error."""
+"""The maximum number of characters of a result. A longer result is an error, because it does not
+fit into a completion.
+"""
 
 
 class Refused(Exception):
-    """The call of the model cannot be made; the model reads the text of this exception as the
+    """Raised if the model's call is invalid. The model gets the text of this exception as the
     answer.
     """
 
 
 class LocalTool:
-    """A function of the user's, and its description for a chat template."""
+    """A function of the user and its JSON schema, which the chat template shows to the model."""
 
     def __init__(
         self,
@@ -42,22 +45,24 @@ class LocalTool:
         folder: Path,
         schema: dict[str, Any] | None = None,
     ) -> None:
-        """Load ``module:function``. ``schema`` is that of an earlier load, if there was one:
-        reading it from the function imports transformers and torch.
+        """Load ``module:function``.
+
+        ``schema`` is the result of an earlier load, if there was one. Without it, the schema is
+        created from the function, which imports transformers and torch.
 
         Raises:
-            ConfigError: the code is not allowed or does not exist, or the function does not
-                describe itself and its arguments.
+            ConfigError: the code is not allowed or does not exist, or the function has no
+                docstring or type hints that describe its arguments.
         """
         self.function: Callable[..., Any] = load_code(name, allow_code, folder, what="tool")
         self.schema = schema or _schema(name, self.function)
         self._loop = LoopThread()
 
     def answer(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
-        """The result as text.
+        """Call the function and return its result as text.
 
         Raises:
-            Refused: the function does not take these arguments.
+            Refused: the function does not accept these arguments.
             Misbehaved: the function failed.
         """
         try:
@@ -85,14 +90,17 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         raise ConfigError(
             f"tool {name}: {first_line(error)}",
             where=WHERE,
-            fix="give it type hints, and a docstring with a line for each argument (Args:)",
+            fix="give the function type hints, and a docstring with a line for each argument "
+            "(Args:)",
         ) from error
     return found
 
 
 def guarded(call: Callable[[], Any]) -> Any:
-    """Return what ``call``, the user's code, returns. Refused and ToolkitError are raised
-    unchanged; any other exception becomes Misbehaved.
+    """Call the user's code ``call`` and return its result.
+
+    Misbehaved, Refused and ToolkitError are raised unchanged. Any other exception becomes
+    Misbehaved.
     """
     try:
         with process_kept():
@@ -114,15 +122,17 @@ def as_text(value: Any) -> str:
     if len(text) > LONGEST_RESULT:
         what = f"returned {len(text)} characters, more than {LONGEST_RESULT}"
         raise Misbehaved(Trouble(what, text[:200]))
-    # Half of a character (a lone surrogate) can be neither a token nor a line of a log.
+    # Lone surrogates are replaced, because neither a tokenizer nor a log file can encode them.
     return text.encode(errors="backslashreplace").decode()
 
 
 async def _carried(coroutine: Any) -> Any:
-    """The result of ``coroutine``, or its exception, which is not raised: a SystemExit in a task
-    would end the loop's thread.
+    """The result of ``coroutine``, or its exception.
+
+    The exception is returned and not raised, because a SystemExit in a task would end the thread of
+    the loop.
     """
     try:
         return await coroutine
-    except BaseException as error:  # noqa: BLE001 - carried to the caller, who decides
+    except BaseException as error:  # noqa: BLE001 - the caller raises it
         return error

@@ -1,10 +1,10 @@
 """Load a reward function of the user by ``module:name``, only from modules that the run file
 allows.
 
-Importing a module runs its code. So a run file from another person can import only modules that
-``runtime.allow_code`` names. An allowed top-level module is searched in the folder of the run file
-first, and then on Python's path. The folder itself is not added to ``sys.path``, because a
-``json.py`` in it would replace the real one.
+Importing a module runs its code, and a run file may come from a person who is not trusted.
+Therefore only modules that ``runtime.allow_code`` lists are imported. Such a module is searched in
+the folder of the run file first, and then on Python's path. The folder itself is not added to
+``sys.path``, because a ``json.py`` in it would replace the module of the standard library.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
-    """The reward at ``module:name``: found by ``load_code``, with parameters that fit TRL's call of
-    a reward. Raises ConfigError.
+    """The reward function at ``module:name``.
+
+    Raises ConfigError as ``load_code`` does, or if TRL cannot call the function with its
+    parameters.
     """
     function = load_code(name, allow_code, folder)
     check_signature(name, function)
@@ -43,11 +45,11 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
 def load_code(
     name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
 ) -> Callable[..., Any]:
-    """The callable at ``module:name``; ``folder`` is that of the run file. Errors call the function
-    ``what``.
+    """The callable at ``module:name``. ``folder`` is the folder of the run file.
 
-    Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported
-    (whatever its code raises), or the callable does not exist.
+    ``what`` is the noun for the callable in error messages. Raises ConfigError if the name is
+    malformed, the module is not allowed, its import raises any exception, or the callable does not
+    exist.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{what} {name!r} must have the form module:function")
@@ -69,7 +71,9 @@ def load_code(
 
 
 def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
-    """Parameters without a default that are neither passed by TRL nor a column in ``there``."""
+    """The required parameters of ``function`` that neither TRL nor a column in ``there``
+    provides.
+    """
     return [
         parameter.name
         for parameter in _parameters(function)
@@ -80,7 +84,7 @@ def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
 
 
 class BesideRunFile(MetaPathFinder):
-    """A finder for one allowed top-level module in the run file's folder."""
+    """An import finder that finds one allowed top-level module in the folder of the run file."""
 
     def __init__(self, folder: Path, top: str) -> None:
         self.folder, self.top = folder, top
@@ -91,7 +95,9 @@ class BesideRunFile(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002 - importlib's signature
     ) -> ModuleSpec | None:
-        """importlib's method; None lets the next finder try."""
+        """The spec of the module (importlib's protocol). None means that the next finder is
+        used.
+        """
         if path is not None or fullname != self.top:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])
@@ -106,7 +112,7 @@ def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
 
 
 def _look_in(folder: Path, top: str) -> None:
-    """Let ``import top`` search ``folder`` first, except for a name of the standard library."""
+    """Make ``import top`` search ``folder`` first, unless the standard library has this module."""
     known = any(
         isinstance(finder, BesideRunFile) and (finder.folder, finder.top) == (folder, top)
         for finder in sys.meta_path
@@ -130,7 +136,7 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
             ) from error
         raise ConfigError(
             (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
-            fix="install it; if it is next to the run file, allow it too: allow_code: "
+            fix="install that module; or if it is next to the run file, allow it too: allow_code: "
             f"[{module_name.partition('.')[0]}, {error.name}]",
         ) from error
     except SyntaxError as error:
@@ -152,15 +158,17 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
         where=module.__file__,
         fix=f"did you mean {near[0]}?"
         if near
-        else (f"the module has: {', '.join(sorted(there)) or 'none'}"),
+        else f"name one of the module's functions: {', '.join(sorted(there))}"
+        if there
+        else "define the function in the module",
     )
 
 
 def check_signature(name: str, function: Callable[..., Any]) -> None:
-    """Refuse a function that cannot be called as TRL calls a reward.
+    """Check that TRL can call a function as a reward: by keyword, with every dataset column.
 
     Raises:
-        ConfigError: the function does not take every keyword.
+        ConfigError: the function does not accept every keyword argument.
     """
     parameters = _parameters(function)
     if not parameters:

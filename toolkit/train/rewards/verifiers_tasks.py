@@ -1,10 +1,9 @@
-"""Use the tasks of a taskset of verifiers 0.4 as rows of a data set, and their rewards as a reward.
+"""Use the tasks of a verifiers 0.4 taskset as rows of a data set, and their rewards as a reward.
 
-The toolkit uses the prompt of a task, and its ``@reward`` methods that judge a finished
-conversation of one turn (``Task.score`` without a runtime). For a task that needs more (a
-container, tool servers, a simulated user, a judge model, several agents), verifiers runs servers
-around an endpoint of a model. A training run has no such servers, so it rejects the task with the
-reason.
+The toolkit uses two parts of a task: its prompt, and its ``@reward`` methods that score a finished
+conversation of one turn (``Task.score`` without a runtime). Some tasks need more: a container, tool
+servers, a simulated user, a judge model, or several agents. For these, verifiers runs servers that
+a training run does not have. Such a task is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 SUPPORTED = (
-    "use a taskset whose tasks have a prompt and are scored by @reward methods of the task and the "
-    "trace: one turn, without tools, container, judge or simulated user"
+    "use a taskset whose tasks have a prompt and one turn, and are scored by @reward methods that "
+    "read only the task and the trace (no tools, container, judge or simulated user)"
 )
 
 
 def rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
 ) -> list[dict[str, Any]]:
-    """Tasks ``start`` to ``start + size`` as rows ``{prompt, problem}``, with ``answer`` where the
-    tasks have one. A finite taskset is shuffled by ``seed`` if that is not 0.
+    """Up to ``size`` tasks from number ``start`` as rows ``{prompt, problem}``.
+
+    The rows have ``answer`` if every task has an answer. A finite taskset is first shuffled with
+    ``seed``, unless the seed is 0.
 
     Raises:
-        ConfigError: there is no such taskset, it does not take these options, or a task needs more
-            than a prompt and a score.
+        ConfigError: the taskset does not exist, it does not accept these options, or a task needs
+            more than a prompt and a score.
         MissingExtraError: the package is not installed.
     """
     taskset = _taskset(task, _canonical(options)).taskset
@@ -79,7 +80,11 @@ def _row(taskset: str, task: Any) -> dict[str, Any]:
 
 def _message(taskset: str, message: Any) -> dict[str, str]:
     if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
-        raise _unsupported(taskset, f"a message of {message.role} in its prompt is not a text")
+        raise _unsupported(
+            taskset,
+            f"its prompt has a message of {message.role}; only texts of system, user and "
+            "assistant are supported",
+        )
     return {"role": message.role, "content": message.content}
 
 
@@ -111,7 +116,7 @@ def _needs_runtime(hook: Any) -> bool:
 
 def _unsupported(taskset: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"the taskset {taskset} cannot be trained on here: {reason}",
+        f"the taskset {taskset} cannot be used for training: {reason}",
         where="environment.task",
         fix=SUPPORTED,
     )
@@ -119,8 +124,10 @@ def _unsupported(taskset: str, reason: str) -> ConfigError:
 
 @dataclass(frozen=True, kw_only=True)
 class Verifiers:
-    """The weighted sum of the task's own rewards for a completion (``Trace.reward``). The task
-    decides the range; it is 0 to 1 for one reward of weight 1.
+    """The weighted sum of the task's own rewards for a completion (``Trace.reward``).
+
+    The range depends on the task. A task with one reward of weight 1 has the range of that reward,
+    usually 0 to 1.
     """
 
     name: ClassVar[str] = "verifiers"
@@ -145,7 +152,7 @@ class Verifiers:
 
 
 class _Known:
-    """A taskset, and those of its tasks that were needed, by number."""
+    """A taskset, with a cache of the tasks that were already loaded."""
 
     def __init__(self, taskset: Any) -> None:
         self.taskset = taskset
@@ -153,11 +160,13 @@ class _Known:
         self._tasks: list[Any] = []
 
     def task(self, which: Mapping[str, Any]) -> Any:
-        """The task of a row; raises ValueError if ``load()`` now returns another task for it."""
+        """The task of a row. Raises ValueError if the taskset's ``load()`` now returns a different
+        task at its index.
+        """
         index = which["index"]
         self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))
         if index >= len(self._tasks) or self._tasks[index].key != which["key"]:
-            raise ValueError(f"load() gives another task {index} than when the run began")
+            raise ValueError(f"load() returns a different task {index} than when the run began")
         return self._tasks[index]
 
     async def score(self, prompt: Any, said: str, which: Mapping[str, Any]) -> float:
@@ -191,7 +200,7 @@ def _package() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f"the environment verifiers needs the package verifiers: {first_line(error)}",
-            fix="pip install 'verifiers>=0.4,<0.5'",
+            fix="run pip install 'verifiers>=0.4,<0.5'",
         ) from error
     return verifiers.v1
 
@@ -211,7 +220,7 @@ def _taskset(task: str, options: str) -> _Known:
         raise ConfigError(
             f"verifiers has no taskset {task}: {first_line(error)}",
             where="environment.task",
-            fix="the id of an installed taskset package, or a module beside the run file",
+            fix="use the id of an installed taskset package, or of a module next to the run file",
         ) from error
     try:
         config = loaders.taskset_config_type(task).model_validate(
@@ -221,12 +230,14 @@ def _taskset(task: str, options: str) -> _Known:
     except ValueError as error:
         said = "; ".join(str(error).split("\n")[:3])
         raise ConfigError(
-            f"the taskset {task} does not take these options: {said}",
+            f"the taskset {task} does not accept these options: {said}",
             where="environment.options",
-            fix="the fields of the taskset's config class",
+            fix="use only fields of the taskset's config class",
         ) from error
     if kind.toolsets(config):
         raise _unsupported(task, "it has tool servers")
     if not issubclass(vf.SingleAgentEnv, loaders.environment_class(task)):
-        raise _unsupported(task, "it has an Env of its own (several agents, or a simulated user)")
+        raise _unsupported(
+            task, "it has its own Env class (for several agents or a simulated user)"
+        )
     return _Known(taskset)

@@ -1,8 +1,8 @@
-"""Messages between a run and its reward worker: a length, then JSON.
+"""Send and receive messages between a run and its reward worker process.
 
-JSON and not pickle, so that a worker cannot run code in the training process. Values of a dataset
-column that JSON does not support (bytes, dates, decimal numbers) are sent with a tag. A tuple
-arrives as a list.
+A message is a frame: its length, then JSON. JSON is used instead of pickle, so that a worker cannot
+run code in the training process. Dataset values that JSON does not support (bytes, dates, decimal
+numbers) are sent with a tag for their type. A tuple becomes a list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TAG = "\0toolkit"
 
 
 class TokenIds:
-    """Lists of token ids in packed form: as JSON they would be slow and most of a message."""
+    """Lists of token ids in packed form. As JSON lists they would be slow and very long."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
         """Raises TypeError or OverflowError if a value is not a list of token ids."""
@@ -65,7 +65,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 class Broken(Exception):
-    """The other end has closed the pipe, or sent an invalid message."""
+    """Raised if the other process has closed the pipe or sent an invalid message."""
 
 
 def pack(message: Any) -> bytes:
@@ -83,7 +83,7 @@ def unpack(data: bytes) -> Any:
 
 
 def receive(handle: int) -> Any:
-    """The next message from a pipe; None at its end. Raises Broken."""
+    """The next message from a pipe. None if the pipe was closed. Raises Broken."""
     header = _exactly(handle, HEADER_BYTES)
     if header is None:
         return None
@@ -97,7 +97,8 @@ def receive(handle: int) -> Any:
 
 
 def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
-    """Write a frame to a non-blocking pipe; False if ``deadline`` (monotonic) passed first.
+    """Write a frame to a non-blocking pipe. Return False if ``deadline`` (monotonic) passed before
+    the whole frame was written.
 
     Raises Broken if the other end is closed.
     """
@@ -112,7 +113,7 @@ def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
             if not poll.poll(left):
                 return False
         except OSError as error:
-            raise Broken("nobody reads") from error
+            raise Broken("the other process has closed the pipe") from error
     return True
 
 
@@ -140,4 +141,4 @@ def _untagged(found: dict[str, Any]) -> Any:
     try:
         return read(found["value"])
     except (KeyError, TypeError, ValueError, ArithmeticError):
-        return found  # a value of the dataset that only looks like a tag
+        return found  # a value of the dataset that looks like a tag but is not one

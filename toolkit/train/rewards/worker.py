@@ -1,9 +1,12 @@
-"""The process in which rewards run. The run starts it, and kills it if a call hangs.
+"""The worker process, in which rewards, tools and environments run. The run starts the worker, and
+kills it if a call hangs.
 
-It consists of two processes. The supervisor kills the whole session, with all processes that a
-reward started, when the run has ended, even if the other process never returns from native code.
-The other process calls the rewards: synchronous ones in its main thread, so that code that uses
-alarms (math_verify) works, and coroutines concurrently in an event loop.
+The worker consists of two processes. One process calls the rewards. It calls synchronous functions
+in its main thread, because code that uses alarms (math_verify) works only there. It runs coroutines
+concurrently in an event loop.
+
+The other process is the supervisor. When the run has ended, it kills the whole session, with all
+processes that a reward started. This works even if a reward never returns from native code.
 """
 
 from __future__ import annotations
@@ -45,18 +48,22 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-MOST_LOGGED = 10_000  # metrics and columns of one call
-LOOK_S = 0.5  # how often the supervisor checks that the run still exists
-_LAST_LOOK_S = 0.02  # a killed process closes its pipes before its children get a new parent
+MOST_LOGGED = 10_000  # the maximum number of values that one call can log
+LOOK_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
+# The seconds until the children of a killed run have a new parent. Its pipes close earlier.
+_LAST_LOOK_S = 0.02
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 def main(requests: int, replies: int, run: int) -> NoReturn:
-    """Serve the process ``run`` until it ends or closes the pipe ``requests``."""
+    """Answer the requests of the process with the id ``run``, until it ends or closes the pipe
+    ``requests``.
+    """
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
-    # A handler and not SIG_IGN, which programs that a reward starts would inherit.
+    # An empty handler is used instead of SIG_IGN, because programs that a reward starts would
+    # inherit SIG_IGN.
     for left in _LEFT_TO_THE_RUN:
         signal.signal(left, lambda *_: None)
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -72,7 +79,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     sys.meta_path.insert(0, _Seeding())
     try:
         Service(replies).serve(requests)
-    except wire.Broken:  # the run has ended, or a reward has closed the pipes or written to them
+    except wire.Broken:  # the run has ended, or a reward closed or wrote to the pipes
         os._exit(1)
     with suppress(BaseException):
         atexit._run_exitfuncs()
@@ -81,11 +88,14 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
 
 
 def _wait(working: int, run: int) -> NoReturn:
-    """Wait until ``working`` ends; kill the whole session when ``run`` has ended."""
+    """The supervisor: wait until the process ``working`` ends, and exit with its exit code.
+
+    If the process ``run`` ends first, kill the whole session.
+    """
     while True:
         done, status = os.waitpid(working, os.WNOHANG)
         if done:
-            # If the run was killed, no other process stops the processes that a reward started.
+            # If the run was killed, the supervisor must kill the processes that a reward started.
             time.sleep(_LAST_LOOK_S)
             if os.getppid() != run:
                 os.killpg(0, signal.SIGKILL)
@@ -97,8 +107,11 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers requests: ``load`` adds a function, ``call`` calls one. ``tool`` and ``episode`` make
-    a call that a model wrote, and ``problems`` makes the rows of an environment.
+    """Answers the requests of the run.
+
+    ``load`` loads a reward, a tool or an environment. ``call`` calls a reward. ``tool`` and
+    ``episode`` run a tool call that a model wrote. ``problems`` generates the rows of an
+    environment.
     """
 
     def __init__(self, replies: int) -> None:
@@ -106,12 +119,11 @@ class Service:
         self._functions: list[Callable[..., Any]] = []
         self._tools: list[LocalTool] = []
         self._episodes: list[Episodes] = []
-        self._loops: list[
-            LoopThread
-        ] = []  # one per function: a blocked loop stops no other function
+        # Each function has its own loop, so that a blocked loop does not stop other functions.
+        self._loops: list[LoopThread] = []
 
     def serve(self, requests: int) -> None:
-        """Answer requests until the other end is closed."""
+        """Answer requests until the run closes the pipe."""
         working = os.getpid()
         while (request := wire.receive(requests)) is not None:
             if request["do"] != "call":
@@ -129,9 +141,9 @@ class Service:
 
     @staticmethod
     def _end_of_call(working: int) -> None:
-        if os.getpid() != working:  # a fork that a reward made and that returned
+        if os.getpid() != working:  # this is a child that a reward forked and that returned here
             os._exit(0)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # a process that the reward left running
+        signal.setitimer(signal.ITIMER_REAL, 0)  # cancels an alarm that the reward left active
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _answer(self, request: Any, work: Callable[[Any], dict[str, Any]]) -> None:
@@ -144,7 +156,7 @@ class Service:
             reply = {"misbehaved": list(error.trouble)}
         except Refused as error:
             reply = {"refused": str(error)}
-        except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt: nobody else raises it here
+        except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt, which only a reward can raise here
             reply = {"misbehaved": list(raised(error))}
         _flush()
         frame = wire.pack({"id": request["id"], **reply})
@@ -213,7 +225,9 @@ def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON: numbers from tensors and arrays, and text for anything else."""
+    """``value`` as JSON values. Tensors and arrays become lists of numbers, and objects of other
+    types become text.
+    """
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
@@ -233,8 +247,8 @@ def _flush() -> None:
             stream.flush()
 
 
-# --- random numbers: they depend only on the run's seed and the scored samples, so that they are
-# the same after a resume or a restart of the worker
+# --- Random numbers. They depend only on the run's seed, the step and the scored samples. Therefore
+# they are the same after the run resumes or the worker restarts.
 
 _seed_now = 0
 
@@ -260,12 +274,12 @@ def _seed_library(name: str, module: Any) -> None:
 
 
 class _Seeding(MetaPathFinder):
-    """Seeds a library that a reward imports during a call."""
+    """An import finder that seeds numpy or torch if a reward imports it during a call."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """importlib's."""
+        """The spec of numpy or torch (importlib's protocol). Executing the module also seeds it."""
         if fullname not in ("numpy", "torch") or path is not None:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -1,7 +1,7 @@
-"""The run's side of the reward worker: start it when needed, and kill it if it does not answer.
+"""Start the reward worker process when it is needed, and kill it if it does not answer.
 
-The worker is a new interpreter and not a fork, because the training process may use CUDA and an
-engine.
+The worker is a new interpreter and not a fork, because a fork of a process that uses CUDA or vLLM
+does not work.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ START_ELSEWHERE = (
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
 _PACKAGE = Path(__file__).resolve().parents[2]
-_LAST_S = 5.0  # time for exit handlers of the worker's modules
-_RELOAD_S = 600.0  # time to import the modules again that the run imported at its start
+_LAST_S = 5.0  # the time limit for exit handlers of the worker
+_RELOAD_S = 600.0  # the time limit for loading all functions again after a restart
 
 
 class Workers(NamedTuple):
-    """The worker of rewards and tools, and the worker of the environment. They are the same object
-    unless the environment has its own interpreter.
+    """The worker for rewards and tools (``own``), and the worker for the environment.
+
+    They are the same object unless the environment has its own Python interpreter.
     """
 
     own: WorkerProcess
@@ -56,19 +57,21 @@ class Workers(NamedTuple):
 
 
 class Died(Exception):
-    """The worker ended during a call."""
+    """Raised if the worker process ended during a call."""
 
 
 class _Replaced(Exception):
-    """The worker was killed because of another call."""
+    """Raised in calls that were running when the worker was killed because of another call."""
 
 
 class WorkerProcess:
-    """The worker: at most one process at a time. After a restart its functions are loaded again."""
+    """A worker, which is at most one process at a time. After a restart, all functions are loaded
+    again.
+    """
 
     def __init__(self, python: str | None = None) -> None:
-        """``python``: another interpreter, whose packages the functions use (environment.python).
-        From this installation that interpreter gets only the toolkit.
+        """``python`` is another Python interpreter whose packages the functions use
+        (environment.python). Of this installation, only the toolkit is imported there.
         """
         self._python = python
         self._lock = threading.RLock()
@@ -76,7 +79,9 @@ class WorkerProcess:
         self._loaded: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Build a function in the worker; returns {"function": its number, "is_async": ...}.
+        """Load a function in the worker, and return its reply.
+
+        For a reward the reply is ``{"function": its number, "is_async": ...}``.
 
         Raises the ToolkitError of the worker, or Died.
         """
@@ -87,10 +92,11 @@ class WorkerProcess:
             return made
 
     def call(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-        """The reply to ``request``; after ``seconds`` the worker is killed (None: never).
+        """The reply of the worker to ``request``. If there is no reply after ``seconds`` (None: no
+        limit), the worker is killed.
 
-        Raises OutOfTime, Died, the ToolkitError of the function, or TypeError or ValueError if the
-        request cannot be sent.
+        Raises OutOfTime, Died, or the ToolkitError of the function. Raises TypeError or ValueError
+        if the request cannot be sent.
         """
         while True:
             with self._lock:
@@ -102,13 +108,15 @@ class WorkerProcess:
             except (ToolkitError, TypeError, ValueError):
                 raise
             except BaseException:
-                # Timeout, worker ended, or a signal to the run: its work is no longer needed.
+                # A timeout, the end of the worker, or a signal to the run. The worker may still be
+                # busy with this call, so it is killed.
                 self.close(live)
                 raise
 
     def close(self, live: _Live | None = None) -> None:
-        """Kill the process and all processes that it started; with ``live``, only if it is still
-        that one.
+        """Kill the worker process and all processes that it started.
+
+        With ``live``, do this only if ``live`` is still the current process.
         """
         with self._lock:
             if self._live is not None and live in (None, self._live):
@@ -128,8 +136,10 @@ class WorkerProcess:
 
 
 class _Live:
-    """One running worker process. A lock protects sending; a thread delivers each reply to its
-    caller.
+    """One running worker process.
+
+    Calls may come from several threads. A lock protects sending, and a thread delivers each reply
+    to its caller.
     """
 
     def __init__(self, python: str | None) -> None:
@@ -146,7 +156,8 @@ class _Live:
                 else [python, "-c", START_ELSEWHERE, *numbers, str(_PACKAGE)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
-                start_new_session=True,  # only the run gets Ctrl-C and signals of a scheduler
+                # The worker must not get Ctrl-C and the signals of a scheduler.
+                start_new_session=True,
                 # With a fixed hash seed, a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
@@ -168,7 +179,7 @@ class _Live:
             try:
                 sent = wire.send(self._requests, frame, deadline)
             except wire.Broken:
-                sent = True  # the worker has ended: the reading thread finds out how
+                sent = True  # the worker has ended, and the reading thread reports how
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             return reply.result(left if sent else 0)
@@ -178,7 +189,8 @@ class _Live:
             self._pending.pop(number, None)
 
     def kill(self) -> None:
-        # Before the reading thread sees the end and reports it as a crash.
+        # The pending calls get this exception first. Otherwise the reading thread would report the
+        # end of the process as a crash.
         for reply in list(self._pending.values()):
             with suppress(Exception):
                 reply.set_exception(_Replaced())
@@ -188,21 +200,22 @@ class _Live:
 
 
 def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
-    """Close the pipe, so that the worker runs its exit handlers; then, or if that takes too long,
-    kill its whole session.
+    """Close the pipe, so that the worker runs its exit handlers and ends. Then kill its whole
+    session, also if the exit handlers take too long.
     """
     os.close(requests)
-    if os.getpid() != owner:  # this is a fork of the run: the worker is not its child
+    if os.getpid() != owner:  # in a fork of the run, the worker is not a child of this process
         return
     _exit_of(process, _LAST_S)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # not yet reaped, so its process id is still valid
+        os.killpg(process.pid, signal.SIGKILL)  # the id is valid until the process is reaped below
     process.wait()
 
 
 def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """The exit code of ``process`` (negative: a signal), or None if it still runs. It is not
-    reaped.
+    """Wait at most ``seconds`` for the exit code of ``process``, without reaping the process.
+
+    A negative code is the number of a signal. None if the process still runs.
     """
     deadline = time.monotonic() + seconds
     look = os.WEXITED | os.WNOWAIT | os.WNOHANG
@@ -224,7 +237,7 @@ def _read(
     with suppress(wire.Broken):
         while (message := wire.receive(replies)) is not None:
             if not isinstance(message, dict):
-                break  # a reward has written to the pipe
+                break  # a reward has written to the pipe, so the messages are invalid
             reply = pending.pop(message.get("id", 0), None)
             if reply is not None:
                 reply.set_result(message)
@@ -254,5 +267,5 @@ def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
     kind, message, where, fix = reply["error"]
     found = getattr(errors, str(kind), None)
     if not (isinstance(found, type) and issubclass(found, ToolkitError)):
-        found = errors.ConfigError  # an exception class of the reward
+        found = errors.ConfigError  # the name is that of an exception class of the reward
     raise found(message, where=where, fix=fix)

@@ -100,7 +100,8 @@ class Tracking:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of completions.jsonl as a flat mapping, with one column per reward and chats as JSON.
+    """A row of completions.jsonl as a flat mapping, with one column per reward and chats as
+    JSON.
     """
     found = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
     for name, value in (row.get("rewards") or {}).items():
