@@ -204,8 +204,7 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
     return peak_resident_bytes()
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict
-mode can use
+class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The callback that writes the logs, on the first rank.
 
     ``on_row`` is called with (metrics row, timings row or None). ``watch`` gets each metrics row
