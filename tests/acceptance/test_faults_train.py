@@ -149,7 +149,8 @@ def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
 
 
 def test_memory_that_is_too_small_for_a_sequence(ended) -> None:
-    refused(ended["tiny card"], "out of memory, in the smallest parts", "per_device_train_batch")
+    what = "out of memory, even with the micro-batch split into the smallest parts"
+    refused(ended["tiny card"], what, "per_device_train_batch")
     assert checkpoints(ended["tiny card"]) == []
 
 

@@ -107,7 +107,7 @@ def test_a_rollout_acts_in_the_environment(python: str, tmp_path: Path) -> None:
         ("raises", "raised RuntimeError: the board is broken"),
         ("hangs", "took longer than 5 s"),
         ("nonsense", "returned nan, which is not a finite 32-bit number"),
-        ("changes", "gave another first observation for the seed 5 than before"),
+        ("changes", "returned another first observation for the seed 5 than before"),
     ],
 )
 def test_a_faulty_environment_follows_the_reward_policy(

@@ -1,1 +1,1 @@
-"""Sampling of completions, each with its own seed."""
+"""Choose prompts and sample completions. Each completion has its own seed."""

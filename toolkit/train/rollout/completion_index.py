@@ -1,9 +1,11 @@
-"""Number each completion of the whole batch, so that its seed depends on this number alone.
+"""Number the completions of the whole batch, to derive the seed of each completion.
 
-The seed of a completion comes from (run seed, generation, turn, row): ``row`` counts over all
-ranks, in the order in which the sampler deals the prompts. The seed depends neither on the rank nor
-on how a generation is split into micro-batches. So two ranks draw the same completions as one rank
-with twice the batch, and a resumed run draws the same completions as an uninterrupted one.
+The seed of a completion is derived from (run seed, generation, turn, row). A generation is one
+batch of completions that the trainer samples. ``row`` is the number of the completion in this
+batch, counted over all ranks in the order in which TRL's sampler distributes the prompts. The seed
+depends neither on the rank nor on how a generation is split into micro-batches. Therefore two ranks
+draw the same completions as one rank with twice the batch, and a resumed run draws the same
+completions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 EVALUATION = 1 << 20
-"""Turns in evaluation are numbered from here, so that they never use the seeds of training."""
+"""Turns in evaluation are numbered from this value, so that evaluation never uses the seeds of
+training.
+"""
 
 
 class CompletionIndex:
-    """Numbers the completions that ``trainer`` draws. It does not need the ``__init__`` of the
-    toolkit's trainer, because TRL's tests build trainers with ``object.__new__``.
+    """Numbers the completions that ``trainer`` draws.
+
+    Attributes of the trainer may be missing, because TRL's tests create trainers with
+    ``object.__new__``.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
@@ -36,11 +42,11 @@ class CompletionIndex:
 
     @property
     def generation(self) -> int:
-        """The number of the generation that is under way, in training."""
+        """In training, the number of the current generation."""
         return self._now()[1]
 
     def begin(self, count: int) -> None:
-        """Begin a batch of ``count`` prompt rows on this rank; all ranks have the same number."""
+        """Begin a batch of ``count`` prompt rows on this rank. ``count`` is equal on all ranks."""
         mode, key = self._now()
         if self._key != (mode, key):
             self._key, self._done = (mode, key), 0
@@ -51,11 +57,13 @@ class CompletionIndex:
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of the rows that were drawn last; before a second turn, of all rows."""
+        """The numbers of the rows of the latest sampling call. Before the second turn of a tool
+        loop, these are all rows of the batch.
+        """
         return list(self._numbers or ())
 
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
-        """(seed, row of each prompt) of the next sampling call."""
+        """Begin the next sampling call, and return (seed, row number of each prompt)."""
         if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
             self.begin(len(prompts))
         self._turn += 1
@@ -68,7 +76,7 @@ class CompletionIndex:
     def drawn(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None:
-        """Record what was drawn; with tools, the next turn continues some of these rows."""
+        """Record the drawn completions. With tools, the next turn continues some of these rows."""
         if not getattr(self.trainer, "tools", None):
             self._numbers = None
             return
@@ -76,8 +84,8 @@ class CompletionIndex:
         self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
     def _now(self) -> tuple[str, int]:
-        """What is drawn now: ("train", number of the generation), or ("eval", step before the
-        evaluation).
+        """The current mode and its number: ("train", number of the generation), or ("eval", step at
+        which the evaluation runs).
         """
         model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
         if not getattr(model, "training", True):
@@ -87,9 +95,10 @@ class CompletionIndex:
         return "train", getattr(self.trainer, "micro_steps", 0) // every
 
     def _find(self, prompts: Sequence[list[int]]) -> list[int]:
-        """The rows that continue in a turn of the tool loop. TRL does not pass them, so they are
-        found in order: each prompt begins with the tokens of its row. A prompt that was truncated
-        is matched by its position.
+        """The row numbers of the prompts in a later turn of the tool loop.
+
+        TRL does not pass these numbers. They are found in order, because each prompt begins with
+        the tokens of its row so far. A prompt that was truncated is matched by its position.
         """
         assert self._numbers is not None
         found, place = [], 0

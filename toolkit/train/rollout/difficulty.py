@@ -1,8 +1,10 @@
-"""Choose which prompts are drawn next, by the spread of rewards in earlier draws of each prompt.
+"""The curriculum: choose the next prompts by the spread (standard deviation) of the rewards that
+each prompt got in earlier draws.
 
-A prompt that the model always solves, or never, gives a group without spread, and GRPO learns
-nothing from it. The rule is in ``Difficulty.order``. The order depends only on the seed and the
-recorded spreads, so a run that resumes with the same records chooses the same prompts.
+If the model always or never solves a prompt, all rewards of its group are equal, and GRPO learns
+nothing from the group. ``Difficulty.order`` defines the order of the prompts. It depends only on
+the seed and the recorded spreads. Therefore a run that resumes with the same records chooses the
+same prompts.
 """
 
 from __future__ import annotations
@@ -16,22 +18,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 RECENT = 0.5
-"""The weight of the latest draw in a prompt's recorded spread; earlier draws have the rest."""
+"""The weight of the latest draw in a prompt's recorded spread. The previous record has the rest."""
 LEAST = 0.1
-"""The smallest weight of a measured prompt, as a share of the mean spread: prompts without spread
-are measured again from time to time, because the model changes."""
+"""The smallest weight of a measured prompt, as a share of the mean spread. Because of it, prompts
+without spread are drawn again from time to time. Their spread may have changed with the model."""
 
 
 class Difficulty:
-    """The recorded spread of each row of the data set."""
+    """The recorded spread of each row of the data set. A measured row is one with a record."""
 
     def __init__(self, rows: int) -> None:
         self.spread_N = torch.full((rows,), torch.nan, dtype=torch.float64)
-        """float64; NaN for a row that was not drawn yet."""
+        """The recorded spreads, float64. NaN for a row that was not drawn yet."""
 
     def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
-        """Add the standard deviation of the rewards in a group drawn for each of ``rows``."""
-        # A new tensor: a snapshot for a checkpoint keeps the old one.
+        """Update the records of ``rows`` with the standard deviation of the rewards of each row's
+        group.
+        """
+        # The tensor is not changed in place, because a checkpoint may still be writing the old one.
         spread_N = self.spread_N.clone()
         for row, deviation in zip(rows, deviations, strict=True):
             old = spread_N[row].item()
@@ -44,25 +48,25 @@ class Difficulty:
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
-                f"the curriculum has records of {tuple(spread_N.shape)} rows, and the data set has"
-                f" {len(self.spread_N)}"
+                f"the curriculum's records in the checkpoint have the shape"
+                f" {tuple(spread_N.shape)}, but the data set has {len(self.spread_N)} rows"
             )
         known = spread_N[~spread_N.isnan()]
         if not (known.isfinite() & (known >= 0)).all():
-            raise ValueError("the curriculum has a spread that is negative or infinite")
+            raise ValueError("the curriculum's records have a spread that is negative or infinite")
         self.spread_N = spread_N
 
     def measured(self, rows: Sequence[int]) -> list[int]:
-        """Those of ``rows`` that were drawn before."""
+        """The rows among ``rows`` that were drawn before."""
         return [row for row in rows if not self.spread_N[row].isnan()]
 
     def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
-        """All rows, in the order in which they are drawn.
+        """Yield all rows in the order in which they are drawn.
 
-        A share of ``share`` are measured rows, at equal distances. They are drawn without
-        replacement, with a probability in proportion to their spread (at least ``LEAST`` of the
-        mean spread). The others were not drawn yet; they come in ``unmeasured_order``. When one
-        kind is used up, the other follows.
+        Measured rows (drawn before) and new rows are mixed at equal distances. ``share`` is the
+        share of measured rows. Measured rows are chosen without replacement, with a probability in
+        proportion to their spread (at least ``LEAST`` of the mean spread). New rows come in the
+        order ``unmeasured_order``. When all rows of one kind are used, only the other kind follows.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
@@ -78,8 +82,11 @@ class Difficulty:
             yield row
 
     def _by_spread(self, seed: int) -> list[int]:
-        """The measured rows in a random order, in which a larger spread comes earlier (Efraimidis
-        and Spirakis, 2006: weighted sampling without replacement by the key log(u) / weight).
+        """The measured rows in a random order in which rows with a larger spread tend to come
+        first.
+
+        The method is weighted sampling without replacement by the key log(u) / weight (Efraimidis
+        and Spirakis, 2006).
         """
         rows = (~self.spread_N.isnan()).nonzero(as_tuple=True)[0]
         weights = self.spread_N[rows]
@@ -92,7 +99,7 @@ class Difficulty:
         return found
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
-        """The mean spread of the measured rows, of all or of ``rows``; None if there are none."""
+        """The mean spread of all measured rows, or of those in ``rows``. None without such rows."""
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
         known = spread[~spread.isnan()]
         return known.mean().item() if len(known) else None

@@ -1,12 +1,14 @@
-"""Dynamic sampling: groups whose rewards have no spread are replaced by groups of other prompts
-(DAPO, Yu et al. 2025, https://arxiv.org/abs/2503.14476, section 3.2).
+"""Dynamic sampling: replace groups in which all completions have the same reward (no spread) by
+groups of other prompts (DAPO, Yu et al. 2025, https://arxiv.org/abs/2503.14476, section 3.2).
 
-TRL 1.16 has no option for it. Its ``_generate_and_score_completions`` draws completions with
-``_generate(prompts)``, computes log-probabilities, scores with ``_calculate_rewards(inputs,
-prompts, ...)`` and normalizes. A ``Generation`` completes the batch after the draw and before
-log-probabilities are computed, so that these are computed only for completions that are trained on.
-It scores the drawn completions, draws and scores groups of other prompts, and writes them into the
-lists ``inputs`` and ``prompts``, which TRL uses afterwards. Each completion is scored once.
+TRL 1.16 has no option for dynamic sampling. Its ``_generate_and_score_completions`` has four steps:
+``_generate(prompts)`` draws completions, log-probabilities are computed,
+``_calculate_rewards(inputs, prompts, ...)`` scores the completions, and the rewards are normalized.
+
+A ``Generation`` acts after the first step. It scores the drawn completions, then draws and scores
+groups of other prompts. It writes the new groups into the lists ``inputs`` and ``prompts``, which
+TRL uses in the later steps. Thus log-probabilities are computed only for completions that are
+trained on, and each completion is scored only once.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 ROUND = "resample_round"
-"""Column of the completions table: 0 for the first draw, else the round that drew the group."""
+"""A column of the completions table: the round that drew the group, 0 for the first draw."""
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Completion:
     """One completion, with its prompt, tokens and log-probabilities."""
 
     row: int | None
-    """Its row of the data set; None for those that TRL's sampler chose."""
+    """The row of the data set. None if TRL's sampler chose the prompt."""
     prompt: Any
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -65,9 +67,9 @@ class Generation:
         rounds: int,
         chosen: list[int],
     ) -> None:
-        """``inputs`` are this rank's rows; ``order`` has further rows of the data set; groups are
-        drawn again at most ``rounds`` times. ``chosen`` are the rows of the groups of all ranks if
-        the curriculum chose them.
+        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set, for
+        at most ``rounds`` rounds of new draws. If the curriculum chose the prompts, ``chosen`` has
+        the row of each group of all ranks.
         """
         self.trainer, self.order, self.most_rounds = trainer, order, rounds
         self.inputs = list(inputs)
@@ -75,19 +77,23 @@ class Generation:
         self.ranks: int = trainer.accelerator.num_processes
         self.groups = len(inputs) * self.ranks // self.group
         self.rewards: torch.Tensor | None = None
-        """The rewards of the completions of all ranks, a column per function, after
+        """The rewards of the completions of all ranks, with a column per function. None before
         ``replace_empty_groups``.
         """
         self.rows = chosen
-        """The data set's row of each group that was drawn, with ``deviations`` of its rewards."""
+        """With the curriculum, the data set's row of each drawn group."""
         self.deviations: list[float] = []
+        """The standard deviation of the rewards of each drawn group."""
         self.rounds = self.sampled = self.before = self.after = self.discarded_tokens = 0
         self.drawing = False
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
     def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
-        """Score ``drawn``, and replace its groups without spread, here and in ``prompts``."""
+        """Score the completions ``drawn``, and replace groups without spread.
+
+        Return the new completions. ``prompts`` and ``inputs`` are changed in place.
+        """
         self.drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)
         rewards = self._score(self.inputs, prompts, drawn, mine)
@@ -115,21 +121,23 @@ class Generation:
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts until each of ``empty`` is replaced or a limit is reached.
-        The other arguments are changed in place.
+        """Draw groups of other prompts until all groups in ``empty`` are replaced or a limit is
+        reached.
+
+        ``mine``, ``rewards`` and ``round_of`` are changed in place.
         """
         tokens = sum(len(one.completion_ids) for one in mine)
         further = self._further()
         while empty and self.rounds < self.most_rounds:
             rows = self._next_rows(further, len(empty))
             if not rows:
-                break  # every prompt of the data set was drawn
+                break  # all prompts of the data set were drawn
             self.rounds += 1
             new, scored = self._draw(rows)
             tokens += sum(len(one.completion_ids) for one in self._own(new))
             self.sampled += len(new)
             found = self._spread(scored)
-            if self.rows:  # chosen by the curriculum, which records its choices
+            if self.rows:  # the curriculum records the spread of every group that was drawn
                 self.rows = [*self.rows, *rows]
                 self.deviations += found.deviation
             good = [place for place, signal in enumerate(found.has_signal) if signal]
@@ -147,8 +155,8 @@ class Generation:
     def _put(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
-        """Place the part of ``group`` that is on this rank; ``first`` is its row in the whole
-        batch.
+        """Put the completions of ``group`` that belong to this rank into ``mine``. ``first`` is the
+        index of the group's first completion in the whole batch.
         """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):
@@ -158,7 +166,9 @@ class Generation:
                 self.inputs[place] = dict(self.trainer.training_rows[one.row])
 
     def _draw(self, rows: Sequence[int]) -> tuple[list[Completion], torch.Tensor]:
-        """A group for each of ``rows``: the completions of all ranks, and their rewards."""
+        """Draw a group for each of ``rows``. Return the completions of all ranks and their
+        rewards.
+        """
         each = len(rows) * self.group // self.ranks
         first = each * self.trainer.accelerator.process_index
         own = [rows[place // self.group] for place in range(first, first + each)]
@@ -170,13 +180,13 @@ class Generation:
         return gather_object(made), rewards
 
     def _own(self, all_ranks: list[Completion]) -> list[Completion]:
-        """This rank's part of what ``_draw`` returned."""
+        """The part of ``_draw``'s completions that this rank drew."""
         each = len(all_ranks) // self.ranks
         rank = self.trainer.accelerator.process_index
         return all_ranks[rank * each : (rank + 1) * each]
 
     def _further(self) -> Iterator[int]:
-        """Rows of prompts that are not in the batch yet, each prompt once."""
+        """Yield the rows of prompts that are not in the batch yet. Each prompt occurs once."""
         used = set(gather_object([_key(one["prompt"]) for one in self.inputs]))
         for row in self.order:
             key = _key(self.trainer.training_rows[row]["prompt"])
@@ -185,9 +195,10 @@ class Generation:
                 yield row
 
     def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
-        """The next rows: at least ``needed``, if so many are left. Their completions can be divided
-        equally between the ranks, which TRL's collectives need. A round is never larger than the
-        batch.
+        """The rows of the next round: at least ``needed``, if so many are left.
+
+        The number is chosen such that the completions can be divided equally between the ranks,
+        because TRL's collectives need equal shapes. A round is never larger than the batch.
         """
         step = self.ranks // math.gcd(self.ranks, self.group)
         rows = list(islice(further, -(-needed // step) * step))
@@ -196,14 +207,14 @@ class Generation:
     def _score(
         self, inputs: list[Any], prompts: list[Any], drawn: Drawn, made: list[Completion]
     ) -> torch.Tensor:
-        """The rewards of all ranks' completions; the columns of this rank's are put into
-        ``made``.
+        """The rewards of the completions of all ranks. The values that rewards log for this rank's
+        completions are stored in ``made``.
         """
         if drawn.images is not None:
             raise UnsupportedError(
-                "the prompts have images, and dynamic sampling and the curriculum handle text",
+                "the prompts have images, which dynamic sampling and the curriculum do not support",
                 where="grpo.dynamic_sampling",
-                fix="set dynamic_sampling and curriculum to false",
+                fix="set grpo.dynamic_sampling and grpo.curriculum to false",
             )
         pending = self.trainer.pending_columns
         pending.clear()
@@ -212,14 +223,14 @@ class Generation:
         )
         if self.most_rounds:
             for name, values in pending.items():
-                if len(values) == len(made):  # else they cannot be assigned to completions
+                if len(values) == len(made):  # otherwise the values have no completion
                     for one, value in zip(made, values, strict=True):
                         one.columns[name] = value
         found: torch.Tensor = rewards.clone()
         return found
 
     def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """Give TRL the columns that it will log for each trained completion."""
+        """Pass to TRL the columns that it logs for each completion that is trained on."""
         pending = self.trainer.pending_columns
         pending.clear()
         for name in sorted({name for one in mine for name in one.columns}):
@@ -267,7 +278,7 @@ class Generation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of dynamic sampling; shares are relative to the groups of the batch."""
+        """The metrics of dynamic sampling. Shares are relative to the groups of the batch."""
         if not self.most_rounds:
             return {}
         name = "dynamic_sampling"
@@ -281,7 +292,7 @@ class Generation:
         }
 
     def _warn(self, empty: list[int]) -> None:
-        """Say once that groups without spread are left, and why."""
+        """Warn once that groups without spread are left, and why."""
         trainer = self.trainer
         if not empty or trainer.left_groups_reported or not trainer.accelerator.is_main_process:
             return
@@ -294,15 +305,15 @@ class Generation:
         )
         warnings.warn(
             f"dynamic sampling: {len(empty)} of {self.groups} groups still have rewards without"
-            f" spread after {self.rounds} more rounds ({why}). They are trained on as they are, and"
-            " teach nothing. dynamic_sampling/no_spread_after in metrics.jsonl counts them; this is"
-            " said once",
+            f" spread after {self.rounds} more rounds ({why}). The model learns nothing from these"
+            " groups. dynamic_sampling/no_spread_after in metrics.jsonl is their share in each"
+            " generation. This warning is printed once",
             ToolkitWarning,
             stacklevel=2,
         )
 
 
 def _key(prompt: Any) -> str:
-    """A digest of a prompt: a data set may have the same prompt in several rows."""
+    """A digest of a prompt, to find rows of the data set with the same prompt."""
     text = json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -1,4 +1,6 @@
-"""Evaluate greedily on held-out prompts: the mean of every reward, with and without the adapter."""
+"""Evaluate held-out prompts with greedy decoding, with or without the adapter. The result is the
+mean of every reward.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ BATCH = 250
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Means over ``count`` held-out prompts, one greedy completion each. A mean is over the
-    completions that were scored, and None if none was.
+    """Means over ``count`` held-out prompts with one greedy completion each.
+
+    ``length`` is the mean completion length in tokens. The mean of a reward covers only completions
+    that were scored. It is None if no completion was scored.
     """
 
     count: int
@@ -43,8 +47,8 @@ class Evaluation:
 
 
 def engine_of(model: Any, tokenizer: Any) -> Any:
-    """The vLLM engine on ``model`` if there is one, else Hugging Face generation with the same
-    interface.
+    """The vLLM engine of ``model`` if it has one, else an object with the same interface that uses
+    generation of transformers.
     """
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
@@ -62,8 +66,9 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
 def evaluates(config: RunConfig, asked: bool | None) -> bool:
     """Whether held-out prompts are evaluated before the first step and after the last.
 
-    ``--evaluate`` and ``--no-evaluate`` decide. Without one of these options, the result is True
-    unless ``grpo.eval_strategy`` is set: then held-out data is already used during training.
+    ``asked`` is True for ``--evaluate``, False for ``--no-evaluate``, and None without such an
+    option. For None, the result is True if the run file names held-out data and does not set
+    ``grpo.eval_strategy``, which evaluates during training.
     """
     if asked is not None:
         return asked
@@ -74,7 +79,9 @@ def evaluates(config: RunConfig, asked: bool | None) -> bool:
 
 
 def plan(config: RunConfig, asked: bool | None) -> str:
-    """When the held-out prompts are evaluated, for the first lines of the output."""
+    """A text that says when the held-out prompts are evaluated, for the first lines of the
+    output.
+    """
     strategy = config.grpo.get("eval_strategy", "no")
     when = []
     if evaluates(config, asked):
@@ -89,7 +96,7 @@ def plan(config: RunConfig, asked: bool | None) -> str:
     return "evaluated " + ", and ".join(when) + how
 
 
-def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are rendered
+def evaluate(  # noqa: PLR0913 - all arguments are needed
     model: Any,
     tokenizer: Any,
     dataset: Any,
@@ -99,8 +106,10 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """Evaluate one greedy completion per row of ``dataset``; ``adapter`` False evaluates the base
-    model. ``template`` is ``grpo.chat_template_kwargs``.
+    """Evaluate one greedy completion per row of ``dataset``.
+
+    If ``adapter`` is False, the base model is evaluated. ``template`` is
+    ``grpo.chat_template_kwargs``.
     """
     engine = engine_of(model, tokenizer)
     if adapter:
@@ -140,7 +149,10 @@ def evaluate(  # noqa: PLR0913 - what is judged, on what, and how prompts are re
 
 
 def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """The reward of one completion, summed as in TRL over the functions that scored it."""
+    """The reward of one completion: the weighted sum over the functions that scored it, as in TRL.
+
+    None if no function scored it.
+    """
     scored = [
         weight * value for weight, value in zip(weights, row, strict=True) if value is not None
     ]
@@ -148,6 +160,6 @@ def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | Non
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean over the scored completions; None if there are none."""
+    """The mean over the scored completions. None if no completion was scored."""
     scored = [value for value in values if value is not None]
     return sum(scored) / len(scored) if scored else None

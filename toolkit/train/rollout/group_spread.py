@@ -1,4 +1,6 @@
-"""The spread of rewards within the groups of a batch: only a group with spread has advantages."""
+"""Measure the spread of rewards within the groups of a batch. Only a group with spread has
+advantages that are not 0.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +9,32 @@ from typing import NamedTuple
 import torch
 
 EQUAL = 1e-6
-"""Rewards of a group that differ by less than this share of the largest (of 1, if all are smaller)
-are equal: float32 sums of the same parts differ by that much."""
+"""The relative tolerance within which rewards of a group count as equal. It is relative to the
+larger of 1 and the largest reward. Float32 sums of the same values can differ by this much."""
 PER_FUNCTION = "normalize_then_sum"
-"""The value of ``multi_objective_aggregation`` with which each function is normalized by itself."""
+"""The value of TRL's ``multi_objective_aggregation`` with which each reward function is normalized
+separately."""
 
 
 class GroupSpread(NamedTuple):
-    """One value per group of the batch, in the order of the groups."""
+    """For each group of the batch: whether it has a training signal, and its standard deviation."""
 
     has_signal: list[bool]
     deviation: list[float]
-    """Standard deviation of the weighted sum of rewards; 0 without two scored completions. If
-    rewards are 0 or 1, the deviation is sqrt(p (1 - p)) with the pass rate p, and largest at p =
-    1/2.
+    """The standard deviation of the weighted sum of rewards. 0 with fewer than two scored
+    completions. For rewards of 0 or 1 and the pass rate p it is sqrt(p (1 - p)), which is largest
+    at p = 1/2.
     """
 
 
 def spread_of(
     rewards_BF: torch.Tensor, weights_F: torch.Tensor, group: int, aggregation: str
 ) -> GroupSpread:
-    """The spread of rewards in each group. ``rewards_BF`` has a row per completion, groups next to
-    each other, a column per reward function, and NaN where a function does not apply.
-    ``aggregation`` is TRL's.
+    """The spread of rewards in each group of ``group`` completions.
+
+    ``rewards_BF`` has a row per completion and a column per reward function. The completions of a
+    group are in consecutive rows. A value is NaN if the function did not score the completion.
+    ``aggregation`` is TRL's ``multi_objective_aggregation``.
     """
     rewards_BF = rewards_BF.detach().double().cpu()
     weights_F = weights_F.detach().double().cpu()
@@ -51,7 +56,7 @@ def spread_of(
 
 
 def _differs(values_PG: torch.Tensor) -> torch.Tensor:
-    """Whether the values of each row differ; NaN does not count."""
+    """For each row, whether its values differ. NaN is ignored."""
     missing_PG = values_PG.isnan()
     high_P = values_PG.masked_fill(missing_PG, -torch.inf).amax(dim=1)
     low_P = values_PG.masked_fill(missing_PG, torch.inf).amin(dim=1)

@@ -1,8 +1,11 @@
-"""Choose the prompts of a generation: those of TRL's sampler, those of the curriculum, and further
-prompts in place of groups whose rewards have no spread (dynamic sampling).
+"""Choose the prompts of a generation, which is one batch of completions that the trainer samples.
 
-Everything follows from (run seed, number of the generation) and, with the curriculum, from the
-spreads that a checkpoint records. So nothing else needs to be stored, and all ranks agree.
+TRL's sampler or the curriculum chooses the prompts. With dynamic sampling, groups whose rewards
+have no spread are then replaced by groups of further prompts.
+
+The choice depends only on the run seed, the number of the generation and, with the curriculum, the
+recorded spreads. Therefore all ranks make the same choice, and a checkpoint stores only the
+spreads.
 """
 
 from __future__ import annotations
@@ -22,14 +25,17 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 CHOICE = 1 << 21
-"""The order of a generation's prompts is seeded with this number, which no turn has."""
+"""The number from which the seed for the order of prompts is derived. No turn of a completion has
+this number, so the seeds differ from those of completions.
+"""
 
 
 def refuse(given: Mapping[str, Any]) -> None:
-    """Check the arguments ``given`` to a trainer.
+    """Check that dynamic sampling and the curriculum work with the arguments ``given`` to a
+    trainer.
 
     Raises:
-        ConfigValueError: dynamic sampling or the curriculum cannot work with one of the arguments.
+        ConfigValueError: one of the arguments excludes dynamic sampling or the curriculum.
     """
     config, rows = given["args"], given.get("train_dataset")
     on = [name for name in ("dynamic_sampling", "curriculum") if _on(config, name)]
@@ -37,7 +43,7 @@ def refuse(given: Mapping[str, Any]) -> None:
         return
     if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ConfigValueError(
-            f"{on[0]}=True reads rows by their number, and train_dataset is a stream",
+            f"{on[0]}=True reads rows by their number, but train_dataset is a stream",
             where="GRPOConfig",
             fix=f"load the data set without streaming, or set {on[0]}=False",
         )
@@ -48,9 +54,9 @@ def refuse(given: Mapping[str, Any]) -> None:
         "images": "image" in columns or "images" in columns,
     }
     why = {
-        "rollout_func": "what it returns beside completions belongs to the whole batch",
+        "rollout_func": "the additional values that it returns belong to the whole batch",
         "environment_factory": "an environment keeps the state of one completion until its reward",
-        "images": "a batch's images are read before its completions are drawn",
+        "images": "the images of a batch are read before its completions are drawn",
     }
     found = next((name for name, there in clashes.items() if there), None)
     if on[0] == "dynamic_sampling" and found is not None:
@@ -63,7 +69,7 @@ def refuse(given: Mapping[str, Any]) -> None:
 
 
 class PromptChoice:
-    """The choice of prompts of one trainer; ``difficulty`` is None without the curriculum."""
+    """Chooses the prompts of one trainer. ``difficulty`` is None without the curriculum."""
 
     def __init__(self, trainer: TrainerSeam) -> None:
         args = getattr(trainer, "args", None)
@@ -79,7 +85,10 @@ class PromptChoice:
         return self.rounds > 0 or self.difficulty is not None
 
     def begin(self, inputs: list[dict[str, Any]]) -> Generation:
-        """The generation that now begins; ``inputs`` are this rank's rows, from the sampler."""
+        """Choose the prompts of the generation that now begins, and return its ``Generation``.
+
+        ``inputs`` are the rows that TRL's sampler chose for this rank.
+        """
         order = self._order(self.trainer.rows.generation)
         if self.difficulty is None:
             return Generation(self.trainer, inputs, order, self.rounds, [])
@@ -111,20 +120,21 @@ class PromptChoice:
             self.trainer.metric_values[name].append(value)
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """The state that a checkpoint stores; a later generation does not change the returned
-        tensors.
+        """The state that a checkpoint stores. Later generations do not change the returned
+        tensors. None without the curriculum.
         """
         return None if self.difficulty is None else {"spread": self.difficulty.spread_N}
 
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None:
-        """Restore ``state``. A checkpoint from before the curriculum was switched on has none.
-        Raises ValueError.
+        """Restore ``state``. It is None if the checkpoint was written without the curriculum.
+
+        Raises ValueError if the state belongs to other data.
         """
         if self.difficulty is not None and state is not None:
             self.difficulty.load(state["spread"].cpu())
 
     def _order(self, generation: int) -> Iterator[int]:
-        """Rows in the order in which this generation draws them; each comes once."""
+        """All rows of the data set, each once, in the order in which this generation draws them."""
         seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)
         now = derive_seed(seed, generation, CHOICE)
         if self.difficulty is None:
@@ -140,5 +150,5 @@ class PromptChoice:
 
 
 def _on(config: Any, name: str) -> bool:
-    """A switch of the toolkit's GRPOConfig; TRL's does not have it."""
+    """Whether the option ``name`` is on. TRL's own GRPOConfig does not have it."""
     return bool(getattr(config, name, False))

@@ -1,7 +1,7 @@
-"""Sample completions from the engine on the model, or with Hugging Face generation on the model
-itself. In both cases each completion has its own seed (``completion_index``). TRL itself draws from
-the global generator of the process, so that a completion would depend on everything that ran
-before.
+"""Sample completions for the trainer, from the vLLM engine or with generation of transformers.
+
+In both cases each completion has its own seed (``completion_index``). TRL draws from the global
+random generator of the process. A completion would then depend on everything that ran before it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 class Timers:
-    """Seconds spent, by phase name, since the last ``take``."""
+    """Measures the seconds that are spent in each phase since the last ``take``."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to ``phase``."""
+        """Add the time of the block to the phase ``phase``."""
         begin = perf_counter()
         try:
             yield
@@ -58,8 +58,8 @@ class Timers:
 
 
 def find_engine(model: Any) -> RolloutEngine | None:
-    """The engine that ``FastLanguageModel`` attached to the model, also inside PEFT's and other
-    wrappers.
+    """The engine that ``FastLanguageModel`` attached to the model, or None. Wrappers around the
+    model (PEFT and others) are searched too.
     """
     for _ in range(4):
         engine = getattr(model, "toolkit_engine", None)
@@ -81,12 +81,15 @@ def sampler_name(model: Any, config: Any) -> Engine:
 
 
 def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
-    """Reject ``generation_kwargs`` that the sampler of ``model`` does not support, with the message
-    that a run file gets. Without importance weights, warn of keywords that the training pass does
-    not apply; with an engine, ``importance_sampling.warn_of_collapse`` warns when it matters.
+    """Check that the sampler of ``model`` supports every keyword in ``generation_kwargs``.
+
+    The messages are the same as for a run file. Some keywords change the sampled distribution in a
+    way that the training pass cannot apply. Without an engine, no importance weights correct for
+    this, so a warning is printed here. With an engine, ``importance_sampling.warn_of_collapse``
+    warns if the difference is large.
 
     Raises:
-        ConfigValueError: a keyword is not supported; the message names the first.
+        ConfigValueError: a keyword is not supported. The message names the first such keyword.
     """
     keywords, engine = getattr(config, "generation_kwargs", None) or {}, sampler_name(model, config)
     for name, value in keywords.items():
@@ -102,7 +105,7 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
                     "completion"
                 ),
                 where=f"grpo.generation_kwargs.{name}",
-                fix="remove it, or use repetition_penalty, which counts all tokens",
+                fix=f"remove {name}, or use repetition_penalty, which counts all tokens",
             )
     biased = list(not_reproduced(keywords, engine))
     if biased and engine == "transformers" and find_engine(model) is None:
@@ -115,8 +118,8 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
 
 
 def distribution(trainer: TrainerSeam) -> Distribution:
-    """The distribution that the trainer's completions are drawn from, as far as the training pass
-    can compute it.
+    """The distribution that the trainer's completions are drawn from. Settings that the training
+    pass cannot apply are left out.
     """
     args = getattr(trainer, "args", None)
     extra = getattr(args, "generation_kwargs", None) or {}
@@ -134,7 +137,9 @@ def distribution(trainer: TrainerSeam) -> Distribution:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
-    """In the block, torch's generators start from ``seed``; afterwards their state is restored."""
+    """In the block, torch's random generators start from ``seed``. After the block, their earlier
+    state is restored.
+    """
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed % 2**63)
@@ -142,10 +147,10 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
 
 
 class EngineGeneration:
-    """The object that TRL 1.16 calls ``vllm_generation``, with ``sync_weights()`` and
-    ``generate(...)``, for an engine in this process.
+    """Replaces TRL 1.16's object ``vllm_generation`` for an engine in this process.
 
-    The engine already shares the base weights, so a sync publishes only the adapter.
+    TRL calls its methods ``sync_weights()`` and ``generate(...)``. The engine shares the base
+    weights with the trainer, so ``sync_weights`` passes only the adapter to the engine.
     """
 
     def __init__(self, trainer: TrainerSeam, engine: RolloutEngine) -> None:
@@ -153,14 +158,14 @@ class EngineGeneration:
 
     @property
     def llm(self) -> Any:
-        """The attribute from which TRL's tool loop reads the maximum sequence length:
-        ``llm.llm_engine.model_config``.
+        """An object with the attributes ``llm_engine.model_config.max_model_len``. TRL's tool loop
+        reads the maximum sequence length from it.
         """
         config = SimpleNamespace(max_model_len=getattr(self.engine, "max_model_len", None))
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
 
     def sync_weights(self) -> None:
-        """Publish the adapter under training to the engine."""
+        """Pass the current adapter to the engine."""
         with self.trainer.timers("publish_s"):
             self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
@@ -171,18 +176,19 @@ class EngineGeneration:
         num_generations: int,
         profiler: Any = None,
     ) -> tuple[Any, Any, Any, Any]:
-        """One completion for each row of ``prompts`` (token ids; equal neighbours are one prompt's
-        generations).
+        """Draw one completion for each row of ``prompts`` (token ids).
 
-        Returns ``(prompt_ids, completion_ids, logprobs, logprob_token_ids)`` in TRL's layout, one
-        row per prompt row.
+        Consecutive equal rows are the group of one prompt. Returns ``(prompt_ids, completion_ids,
+        logprobs, logprob_token_ids)`` in TRL's layout, with one row per row of ``prompts``.
 
         Raises:
-            UnsupportedError: images.
+            UnsupportedError: there are images.
         """
         if images is not None and any(images):
             raise UnsupportedError(
-                "the engine samples text only", where="dataset", fix="leave images out"
+                "the engine supports only text, but the prompts have images",
+                where="dataset",
+                fix="remove the images from the data set",
             )
         seed, rows = self.trainer.rows.call(prompts)
         count = group_size(prompts, num_generations)
@@ -191,12 +197,12 @@ class EngineGeneration:
                 prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
             )
         self.trainer.rows.drawn(rows, prompts, rollout.completion_ids)
-        # If the run was sized for it, the trainer may now use the memory of the KV cache.
+        # With sleep mode, this frees the memory of the KV cache for the training step.
         self.engine.sleep()
         return rollout.as_tuple()
 
     def sampling(self, n: int) -> Sampling:
-        """The trainer's sampling options, as they are now."""
+        """The current sampling options of the trainer, for ``n`` completions per prompt."""
         trainer = self.trainer
         return Sampling(
             n=n,
@@ -213,11 +219,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many equal neighbouring prompts make a group: ``num_generations``, or 1 if this rank has
-    only a part of a group, or the prompts of a group differ.
+    """How many consecutive prompts can be one request with several completions.
 
-    The prompt of a group is computed once if the group is one request. The prompts of a group
-    differ after a turn with a tool.
+    The prompt of a request is computed only once. The result is ``num_generations`` if each group
+    has equal prompts, else 1. The prompts of a group differ after a turn with a tool, and a rank
+    may have only a part of a group.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -229,16 +235,17 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
 
 
 class TransformersGeneration:
-    """Draws completions from the model itself with TRL's generation config. If memory runs out, the
-    batch is halved.
+    """Draws completions with generation of transformers and TRL's generation config. If memory runs
+    out, the batch is split into halves.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
-        """Whether this class can generate; if not (images, beams, continuous batching, sharded
-        models), TRL does.
+        """Whether this class can generate. If not, TRL generates.
+
+        This class does not support images, beam search, continuous batching and sharded models.
         """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
@@ -251,7 +258,7 @@ class TransformersGeneration:
         return draws_by_row(config)
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """One completion for each prompt (token ids)."""
+        """Draw one completion for each prompt. Prompts and completions are lists of token ids."""
         trainer = self.trainer
         seed, rows = trainer.rows.call(prompts)
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -281,8 +288,10 @@ class TransformersGeneration:
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:
-        """TRL's generation config with values that transformers accepts (floats, and 0 for no
-        top-k), and the stop strings, for which ``generate`` needs a tokenizer.
+        """TRL's generation config without stop strings, and the stop strings.
+
+        Values are converted to those that transformers accepts: floats, and 0 for no top-k. Stop
+        strings are returned separately, because they need a tokenizer.
         """
         config = copy.deepcopy(self.trainer.generation_config)
         for name in ("temperature", "top_p", "repetition_penalty"):

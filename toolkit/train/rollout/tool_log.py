@@ -1,8 +1,8 @@
-"""Log the calls of tools in rollouts: arguments and results in tool_calls.jsonl, times in
+"""Log the tool calls in rollouts. Arguments and results are written to tool_calls.jsonl, times to
 tool_timings.jsonl.
 
-The rows are kept until the step is logged, so that a step that was abandoned leaves none, and a
-resumed run writes the same bytes as one that was not stopped.
+The rows are kept in memory until the step is logged. If a step is abandoned, none of its rows are
+written. Therefore a resumed run writes the same bytes as a run that was not stopped.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 CALLS, TIMINGS = "tool_calls.jsonl", "tool_timings.jsonl"
 LONGEST_LOGGED = 2000
-"""The most characters of a result in tool_calls.jsonl."""
+"""The maximum number of characters of a result in tool_calls.jsonl."""
 _NOT_NAMED = "the arguments are not a mapping of names to values"
 
 
 @dataclass
 class Call:
-    """One call of a tool. This object is made when TRL looks the tool up, so that a call is logged
-    even if its arguments are not a mapping and cannot be unpacked.
+    """One call of a tool.
+
+    The object is created when TRL looks up the tool by its name. Therefore a call is logged even if
+    its arguments are not a mapping and cannot be passed to the tool.
     """
 
     tool: str
@@ -65,7 +67,7 @@ class Call:
 
 
 class ToolLog:
-    """The calls since the last ``write``."""
+    """Collects the tool calls since the last ``write``."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
@@ -73,8 +75,10 @@ class ToolLog:
     def watch(
         self, trainer: Rollouts, completions: list[list[Any]], numbers: list[int], step: int
     ) -> list[Call]:
-        """Let the tools of each row note their calls in the returned list, turn by turn.
-        ``numbers`` are those of the completions in the whole batch.
+        """Wrap the tools of each row of ``trainer``, so that their calls are added to the returned
+        list.
+
+        ``numbers`` are the numbers of the completions in the whole batch.
         """
         calls: list[Call] = []
         trainer.tools_by_row = [
@@ -86,7 +90,7 @@ class ToolLog:
         return calls
 
     def keep(self, calls: list[Call]) -> None:
-        """Add the calls of all ranks; every rank calls it."""
+        """Add the calls of all ranks. This is a collective call, so every rank must make it."""
         found = gather_object(calls)
         self._calls += sorted(found, key=lambda call: (call.completion, call.turn, call.number))
 
@@ -100,8 +104,11 @@ class ToolLog:
 
 
 class _Watched(dict[str, Any]):
-    """The tools of one row. Every name is in it, so that calls of unknown tools are logged too: TRL
-    1.16 checks ``name in tools``, calls ``tools[name](**arguments)``, and answers an exception.
+    """The tools of one row, which log their calls.
+
+    TRL 1.16 checks ``name in tools``, then calls ``tools[name](**arguments)``. If the call raises
+    an exception, its text becomes the answer to the model. Here ``name in tools`` is always True,
+    so that calls of unknown tools are logged too.
     """
 
     def __init__(
@@ -143,7 +150,9 @@ class _Watched(dict[str, Any]):
 
 
 def _outcome(tool: Tool | None, call: Call, place: tuple[int, ...]) -> tuple[Any, str]:
-    """Call ``tool``; return (failed, text), or (the exception that ends the run, "")."""
+    """Call ``tool``. Return (whether it failed, text), or (exception, "") if the exception must end
+    the run.
+    """
     if tool is None:
         return True, f"Tool {call.tool} not found."
     try:

@@ -1,5 +1,7 @@
-"""The tools of a run file, and environments whose ``step`` is a tool. Both are called in the worker
-process, with a time limit for each call.
+"""The tools of a run file, and environments whose ``step`` is a tool.
+
+Tools and environments are called in the worker process, with a time limit for each call. With
+``reward.isolate: false``, tools are called in the training process.
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.worker_process import WorkerProcess
 
 Place = tuple[int, ...]
-"""The place of a call: step, completion, turn, call. The seed of the tool's random numbers is made
-from it.
+"""The place of a call: step, completion, turn, call. The seed of the tool's random numbers is
+derived from the place.
 """
 
 
 class CallFailed(Exception):
-    """A call failed; the model reads the text of this exception."""
+    """Raised if a call failed. TRL passes the text of this exception to the model as the answer."""
 
 
 class StopRun(BaseException):
-    """A tool failed, and tools.on_error is fail. A BaseException, because TRL would answer an
-    Exception to the model and continue.
+    """Raised to end the run if a tool failed and tools.on_error is ``fail``.
+
+    It is a BaseException, because TRL would pass the text of an Exception to the model and
+    continue.
     """
 
     def __init__(self, error: ConfigError) -> None:
@@ -43,7 +47,7 @@ class StopRun(BaseException):
 
 
 class Tool(dict[str, Any]):
-    """The JSON schema of a tool, which a chat template takes, callable as TRL 1.16 calls a
+    """The JSON schema of a tool. A chat template reads it as a mapping, and TRL 1.16 calls it as a
     function.
     """
 
@@ -59,7 +63,9 @@ class Tool(dict[str, Any]):
 
 
 class ToolPolicy(NamedTuple):
-    """What happens if a tool fails, from the run file."""
+    """The settings of the run file for tools: ``on_error`` and ``timeout_s``, and the run's
+    seed.
+    """
 
     on_error: str
     timeout_s: float | None
@@ -67,12 +73,13 @@ class ToolPolicy(NamedTuple):
 
 
 def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
-    """The functions that ``tools`` names; with ``worker``, their code is imported and called only
-    there.
+    """The tools that ``tools.functions`` of the run file names.
+
+    If ``worker`` is given, the code of the tools is imported and called only in this process.
 
     Raises:
-        ConfigError: the code is not allowed or does not exist, or a function does not describe
-            itself and its arguments.
+        ConfigError: the code is not allowed or does not exist, a function has no docstring or type
+            hints that describe its arguments, or two tools have the same name.
     """
     if config.tools is None:
         return []
@@ -100,7 +107,7 @@ def _refuse_twins(made: list[Tool]) -> None:
     twin = next((name for name in names if names.count(name) > 1), None)
     if twin is not None:
         raise ConfigError(
-            f"two tools are called {twin}: the model calls a tool by this name alone",
+            f"two tools are called {twin}, but the model identifies a tool only by its name",
             where=WHERE,
             fix="rename one of the functions",
         )
@@ -110,10 +117,12 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
     try:
         found = worker.load(request)
     except Died as error:
-        raise ConfigError(f"{what}: importing it {error}", where=WHERE, fix=FIX) from error
+        raise ConfigError(
+            f"{what}: the import of its module {error}", where=WHERE, fix=FIX
+        ) from error
     if "misbehaved" in found:
-        raise ConfigError(f"{what}: importing it {found['misbehaved'][0]}", where=WHERE)
-    request["schema"] = found["schema"]  # the worker keeps the request, for a restart
+        raise ConfigError(f"{what}: the import of its module {found['misbehaved'][0]}", where=WHERE)
+    request["schema"] = found["schema"]  # the worker uses the request again after a restart
     return found
 
 
@@ -132,7 +141,10 @@ def _there(
 
 
 def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """The worker's reply. Raises Refused, or Misbehaved for every other failure."""
+    """Send ``request`` to the worker and return its reply.
+
+    Raises Refused for wrong arguments, Misbehaved if the code of the user failed, and ToolkitError.
+    """
     limit = None if seconds is None else seconds + RemoteReward.kill_s
     try:
         reply = worker.call({**request, "seconds": seconds}, limit)
@@ -154,7 +166,9 @@ def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None)
 def _judged(
     name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
 ) -> Callable[[Mapping[str, Any], Place], str]:
-    """``ask`` with ``policy``: a failure is an answer to the model, or ends the run."""
+    """``ask`` with the policy for failures: a failure becomes an answer to the model (CallFailed)
+    or ends the run (StopRun).
+    """
 
     def call(arguments: Mapping[str, Any], place: Place) -> str:
         try:
@@ -180,8 +194,9 @@ def _judged(
 
 
 class Episode:
-    """A rollout in an environment, in the form that TRL 1.16 takes from an environment factory:
-    ``reset`` begins it, and every other public method is a tool.
+    """A rollout in an environment, as an object of TRL 1.16's environment factory.
+
+    TRL calls ``reset`` to begin the rollout. Every other public method is a tool.
     """
 
     def __init__(self, host: EpisodeHost, slot: int) -> None:
@@ -204,12 +219,12 @@ class Episode:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         seen = self._advance(None)
         if seen is not None and not last.endswith(seen["text"]):
-            what = f"gave another first observation for the seed {self._seed} than before"
+            what = f"returned another first observation for the seed {self._seed} than before"
             self._fault = Trouble(what, seen["text"][:200])
 
     def step(self) -> None:
-        """Exists because TRL looks for the method in the class; each object has a ``Tool`` in its
-        place.
+        """Never called. TRL looks for this method in the class, and each object replaces it by a
+        ``Tool``.
         """
         raise NotImplementedError
 
@@ -250,7 +265,9 @@ class Episode:
 
 
 class EpisodeHost:
-    """Makes the episodes of a run: its environments are in ``worker``."""
+    """The environment factory of a run. It creates episodes, whose environments run in
+    ``worker``.
+    """
 
     def __init__(self, code: EnvironmentCode, worker: WorkerProcess, seconds: float | None) -> None:
         """Load the class of the environment.
@@ -268,6 +285,6 @@ class EpisodeHost:
         return Episode(self, self._slots)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One observation. Raises Refused and Misbehaved."""
+        """Return the next observation of an episode. Raises Refused and Misbehaved."""
         named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
         return asked(self._worker, {**request, **named}, self._seconds)

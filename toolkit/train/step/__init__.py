@@ -1,1 +1,3 @@
-"""One optimizer step: packs of completions, log-probabilities, weights, a retry in parts."""
+"""The parts of one optimizer step: packing of completions, log-probabilities, importance weights,
+and the retry in smaller parts after an out-of-memory error.
+"""

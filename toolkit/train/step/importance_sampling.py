@@ -1,12 +1,14 @@
 """Measure the difference between the sampler's and the trainer's log-probabilities, and compute the
 importance weights that correct for this difference.
 
-TRL 1.16 runs an extra forward pass over every batch to get the log-probabilities of the policy that
-sampled it. If one generation feeds one optimizer step and there is no dropout, the training forward
-computes the same numbers. Then the extra pass is skipped, and the weights are computed from the
-training forward. The formulas are TRL's (``vllm_importance_sampling_mode``;
-https://fengyao.notion.site/off-policy-rl for the token form); tests/contract checks that both paths
-give the same result.
+TRL 1.16 runs an extra forward pass over every batch to get the trainer's log-probabilities under
+the policy that sampled the batch. If each generation is used for only one optimizer step and there
+is no dropout, the forward pass of training computes the same numbers. Then the extra pass is
+skipped, and the weights are computed from the forward pass of training.
+
+The formulas are those of TRL (``vllm_importance_sampling_mode``). For the token form see
+https://fengyao.notion.site/off-policy-rl. tests/contract checks that the weights are equal with and
+without the extra pass.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 
 
 class Disagreement:
-    """Running totals over the micro-batches of a logging window. They stay on the device, so there
-    is one synchronisation per window.
+    """Running totals of the differences over the micro-batches of a logging window.
+
+    The totals stay on the device, so that there is only one synchronisation per window.
     """
 
     def __init__(self) -> None:
@@ -38,14 +41,16 @@ class Disagreement:
         self.extremes: torch.Tensor | None = None  # (3): largest gap, largest ratio, largest -ratio
 
     def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None:
-        """``gap``: |engine - trainer| in nats, one value per scored token, flat. ``ratio``:
-        importance weights, flat, or None.
+        """Add the values of a micro-batch.
+
+        ``gap`` is |engine - trainer| in nats, one-dimensional, with one value per scored token.
+        ``ratio`` has the importance weights, one-dimensional, or is None.
         """
         ratio = gap.new_empty(0) if ratio is None else ratio
         sums = torch.stack(
             [gap.sum(), gap.new_tensor(gap.numel()), ratio.sum(), gap.new_tensor(ratio.numel())]
         )
-        floor = gap.new_tensor([-math.inf])  # so that an empty tensor has a maximum, too
+        floor = gap.new_tensor([-math.inf])  # so that an empty tensor has a maximum too
         extremes = torch.stack([torch.cat([x, floor]).max() for x in (gap, ratio, -ratio)])
         if self.sums is None or self.extremes is None:
             self.sums, self.extremes = sums.double(), extremes
@@ -53,8 +58,10 @@ class Disagreement:
             self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """Return the metrics of the window over all ranks (a collective call), and reset it. They
-        are the toolkit's metrics, and TRL's own if weights were used.
+        """Return the metrics of the window over all ranks, and reset the totals.
+
+        If importance weights were used, the metrics include those of TRL. This is a collective
+        call.
         """
         if self.sums is None or self.extremes is None:
             return {}
@@ -75,7 +82,7 @@ class Disagreement:
 
 
 def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """(B, T): 1 where the model itself sampled the token."""
+    """The mask (B, T) of tokens that the loss uses: 1 for tokens that the model itself sampled."""
     mask: torch.Tensor = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if inputs.get("tool_mask") is not None else mask
 
@@ -83,8 +90,10 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 def gaps(
     logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """|trainer - engine| in nats over the sampled tokens, flat. ``logps``: (B, T). Tokens that the
-    engine could not score, and those that are not ``computed`` (B, T, bool), are excluded.
+    """|trainer - engine| in nats for each sampled token, one-dimensional.
+
+    ``logps`` (B, T) are the log-probabilities of the trainer. Tokens that the engine could not
+    score are excluded, and so are tokens that are False in ``computed`` (B, T, bool).
     """
     delta: torch.Tensor = (logps - inputs["sampling_per_token_logps"]).abs()
     computed = loss_mask(inputs).bool() if computed is None else computed
@@ -94,8 +103,9 @@ def gaps(
 def importance_ratio(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """exp(trainer - engine), truncated or masked as in TRL's four modes: (B, T), or (B, 1) for the
-    sequence modes.
+    """The importance weights exp(trainer - engine), truncated or masked as in TRL's four modes.
+
+    The shape is (B, T), or (B, 1) for the sequence modes.
     """
     mode = trainer.vllm_importance_sampling_mode
     difference = (logps - inputs["sampling_per_token_logps"]) * loss_mask(inputs)
@@ -113,8 +123,10 @@ def importance_ratio(
 
 
 def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
-    """True if the training forward gives the same numbers as the extra forward: aligned steps,
-    weights in use, no dropout.
+    """Whether the forward pass of training computes the same numbers as TRL's extra forward pass.
+
+    True if importance weights are used, each generation is used for one optimizer step, and there
+    is no dropout.
     """
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return False
@@ -134,9 +146,10 @@ def has_dropout(model: torch.nn.Module) -> bool:
 def observe(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
-    """Record the gap of one micro-batch from its training forward, and add to ``inputs`` the
-    weights that TRL's loss reads. ``skipped``: rows that the forward left out; the metrics exclude
-    them.
+    """Record the gap of one micro-batch from its forward pass in training.
+
+    The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped`` are rows
+    that the forward pass left out. The metrics exclude these rows.
     """
     logps = logps.detach()
     ratio = None
@@ -155,20 +168,22 @@ def observe(
 
 
 def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
-    """Record the gap of one micro-batch whose old log-probabilities TRL computed when it was
-    sampled, possibly some steps ago. TRL then logs its own weights.
+    """Record the gap of one micro-batch from the old log-probabilities.
+
+    TRL computed them with its extra pass when the batch was sampled, possibly some steps ago. In
+    this case TRL itself logs its weights.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 
 
 RATIO = "sampling/importance_sampling_ratio/mean"
 COLLAPSED = 0.1
-"""Below this mean importance weight, less than a tenth of the gradient is left."""
+"""A mean importance weight below this value leaves less than a tenth of the gradient."""
 
 
 def warn_of_collapse(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, if the weights of a logging window leave almost nothing of the
-    gradient.
+    """Warn once, on the first rank, if the importance weights of a logging window are so small that
+    almost nothing of the gradient is left.
     """
     means = trainer.train_metric_values.get(RATIO) if trainer.model.training else None
     if not means or trainer.collapse_reported or not is_first_rank():
@@ -188,16 +203,17 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
 
 GAP = "sampling/logp_gap_mean"
 GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
-"""Largest mean |engine - trainer| in nats that can be rounding: 1e-6 is usual in float32, 0.02 to
-0.07 with 16-bit and 4-bit weights."""
+"""The largest mean |engine - trainer| in nats that rounding can explain, in float32 and with 16-bit
+or 4-bit weights. Usual values are 1e-6 in float32, and 0.02 to 0.07 with 16-bit or 4-bit weights.
+"""
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, if the gap of a logging window is more than rounding. Then the
-    sampled policy is not the trained one, for example the base model without its adapter.
+    """Warn once, on the first rank, if the gap of a logging window is larger than rounding errors.
 
-    No warning if ``warn_of_collapse`` has warned, or if sampling options or dropout explain the
-    gap: the engine samples without dropout.
+    Then the completions come from another policy than the trained one, for example from the base
+    model without its adapter. There is no warning if ``warn_of_collapse`` has warned, or if
+    sampling options or dropout explain the gap (the engine samples without dropout).
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
@@ -212,17 +228,17 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
         return
     trainer.gap_reported = True
     warnings.warn(
-        f"{GAP} is {mean:.2g} nats, and rounding explains at most {limit:g}: the completions are"
+        f"{GAP} is {mean:.2g} nats, but rounding explains at most {limit:g}: the completions are"
         " not sampled from the policy that is trained, as if the engine sampled without the"
         " adapter. Stop the run and report it with its run file. If the value is as large at"
-        " the first step, compare with fast_inference: false",
+        " the first step, compare with a run with fast_inference: false",
         ToolkitWarning,
         stacklevel=2,
     )
 
 
 def _unfollowed(trainer: TrainerSeam) -> list[str]:
-    """Options that are set but that the training pass cannot apply."""
+    """The sampling options of the run that the training pass cannot apply."""
     args = trainer.args
     names = list(not_reproduced(args.generation_kwargs or {}, sampler_name(trainer.model, args)))
     if args.vllm_structured_outputs_regex is not None:
@@ -231,7 +247,7 @@ def _unfollowed(trainer: TrainerSeam) -> list[str]:
 
 
 def _remedy(trainer: TrainerSeam) -> str:
-    """What to change, depending on the options that are set."""
+    """The part of the warning that tells the user what to change."""
     if names := _unfollowed(trainer):
         return f"Remove {', '.join(names)}, which the training pass cannot apply"
     return (

@@ -1,16 +1,16 @@
-"""Log-probabilities and entropy of the distribution that was sampled from: after penalties,
+"""Compute log-probabilities and entropy of the distribution that was sampled from: after penalties,
 temperature, min-p, top-k and top-p.
 
-Truncation is part of the policy. A sampler that keeps a set of tokens draws from the softmax over
-that set; a trainer that scores the whole vocabulary trains another policy. The importance weight of
-a sequence would then be the product of the probability masses of its kept sets. So the trainer
-applies the sampler's steps to its own logits ("keep sampling mask" in the DeepSeek-V3.2 report,
-arXiv 2512.02556).
+Truncation (min-p, top-k, top-p) is part of the policy. The sampler draws from the softmax over the
+set of kept tokens. A trainer that uses the softmax over the whole vocabulary trains another policy,
+and the importance weight of a sequence would be the product of the probability masses of its kept
+sets. Therefore the trainer applies the sampler's steps to its own logits ("keep sampling mask" in
+the DeepSeek-V3.2 report, arXiv 2512.02556).
 
-Every function is pure in the logits of N tokens, so a caller may split the tokens into chunks in
-any way. The choice of the kept set has no gradient; the log-probabilities in it do. A sampled token
-always counts as kept: near a boundary the sampler and the trainer may round differently, and its
-log-probability must stay finite.
+Every function treats tokens independently, so a caller may split N tokens into chunks in any way.
+The choice of the kept set has no gradient, but the log-probabilities within the set have one. A
+sampled token always counts as kept. Otherwise different rounding of sampler and trainer could drop
+it, and its log-probability would be infinite.
 
 The steps and their order follow vLLM 0.25.1 and 0.31 (``v1/sample/sampler.py``) and transformers
 5.17 (``generation/logits_process.py``).
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK_ELEMENTS = 1 << 23
-"""Number of logits in one chunk: 32 MiB per float32 copy, about eight copies with top-p."""
+"""The number of logits in one chunk. A float32 copy has 32 MiB, and top-p needs about eight
+copies.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
     """The settings that turn logits into the distribution that is sampled from.
 
-    ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 keep all tokens; penalties of 1 (repetition) and
-    0 (presence, frequency) have no effect. ``min_p_first``: vLLM applies min-p before top-k and
-    top-p, transformers after them.
+    ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 keep all tokens. A repetition penalty of 1 and
+    presence and frequency penalties of 0 have no effect. ``min_p_first`` is True for vLLM, which
+    applies min-p before top-k and top-p. It is False for transformers, which applies min-p last.
     """
 
     temperature: float = 1.0
@@ -52,12 +54,12 @@ class Distribution:
 
     @property
     def truncates(self) -> bool:
-        """True if some tokens may be dropped."""
+        """Whether some tokens may be dropped."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def penalizes(self) -> bool:
-        """True if the logits depend on earlier tokens."""
+        """Whether a penalty makes the logits depend on earlier tokens."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -66,13 +68,13 @@ class Distribution:
 
     @property
     def plain(self) -> bool:
-        """True if the distribution is the softmax of the whole vocabulary at a temperature."""
+        """Whether the distribution is the softmax of the whole vocabulary at a temperature."""
         return not (self.truncates or self.penalizes)
 
 
 class Scored(NamedTuple):
-    """Log-probabilities and entropies of N tokens, float32. ``entropy`` is that of the distribution
-    that is sampled from.
+    """The log-probabilities of N tokens, and the entropies of the distributions that the tokens
+    were sampled from. Both are float32 tensors of shape (N).
     """
 
     logps: torch.Tensor
@@ -80,10 +82,11 @@ class Scored(NamedTuple):
 
 
 class Texts:
-    """The tokens of B rows, for penalties: which of them occur before a position.
+    """The tokens of B rows. Penalties need to know which tokens occur before a position.
 
-    ``ids_BL`` int64; ``real_BL`` bool, False on padding; ``starts_B`` int64, the position where the
-    completion begins. Memory: two int32 vectors of vocabulary size per row.
+    ``ids_BL`` (int64) are the tokens. ``real_BL`` (bool) is False on padding. ``starts_B`` (int64)
+    is the position where each completion begins. Each row needs memory for two int32 vectors of
+    vocabulary size.
     """
 
     def __init__(
@@ -96,7 +99,9 @@ class Texts:
         self._first_drawn_BV = self._first(self._drawn_BL)
 
     def _first(self, counted_BL: torch.Tensor) -> torch.Tensor:
-        """(B, V) int32: the first position of each token among those counted; L if it does not
+        """The first position of each token of the vocabulary in each row, (B, V) int32.
+
+        Only positions that are True in ``counted_BL`` count. The value is L if the token does not
         occur.
         """
         rows, length = self._ids_BL.shape
@@ -106,15 +111,15 @@ class Texts:
         return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
 
     def seen(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """(N, V) bool: tokens of prompt and completion before ``places_N``."""
+        """Whether each token occurs in prompt or completion before ``places_N``, (N, V) bool."""
         return self._first_BV[rows_N] < places_N[:, None]
 
     def drawn(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """(N, V) bool: tokens of the completion before ``places_N``."""
+        """Whether each token occurs in the completion before ``places_N``, (N, V) bool."""
         return self._first_drawn_BV[rows_N] < places_N[:, None]
 
     def counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """(N, V) float32: how often each token occurs in the completion before ``places_N``."""
+        """How often each token occurs in the completion before ``places_N``, (N, V) float32."""
         places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
         counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
         counts_NV = torch.zeros(len(rows_N), self._vocab, device=places_N.device)
@@ -122,8 +127,8 @@ class Texts:
 
 
 class Places(NamedTuple):
-    """The locations of N scored tokens: row ``rows_N`` of ``texts``, position ``places_N`` in
-    it.
+    """The locations of N scored tokens: their rows ``rows_N`` in ``texts``, and their positions
+    ``places_N`` in these rows.
     """
 
     texts: Texts
@@ -137,13 +142,14 @@ def score(
     distribution: Distribution,
     places: Places | None = None,
 ) -> Scored:
-    """Log-probability of ``tokens_N`` (int64) and entropy, differentiable in the logits.
+    """The log-probabilities of ``tokens_N`` (int64) and the entropies, differentiable with respect
+    to the logits.
 
-    ``logits_NV``: the logits of the model in any float dtype; computed in float32. ``places`` is
-    needed for penalties.
+    ``logits_NV`` are the logits of the model in any float dtype. The computation is in float32.
+    ``places`` is needed only for penalties.
 
     Raises:
-        ValueError: penalties without ``places``.
+        ValueError: the distribution has penalties, but ``places`` is None.
     """
     logits_NV = logits_NV.float()
     if distribution.penalizes:
@@ -158,14 +164,15 @@ def score(
         logits_NV = logits_NV.masked_fill(dropped_NV, -torch.inf)
     logps_NV = torch.log_softmax(logits_NV, -1)
     logps_N = logps_NV.gather(1, tokens_N[:, None])[:, 0]
-    # 0 times -inf is NaN: for dropped tokens the second factor is set to 0 too.
+    # For dropped tokens, p log p would be 0 times -inf, which is NaN. So log p is set to 0.
     finite_NV = logps_NV.masked_fill(logps_NV.detach() == -torch.inf, 0.0)
     return Scored(logps_N, -(torch.exp(logps_NV) * finite_NV).sum(-1))
 
 
 def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Places) -> torch.Tensor:
-    """Repetition, frequency and presence penalties, in vLLM's order (transformers has only the
-    first).
+    """The logits after the repetition, frequency and presence penalties, in vLLM's order.
+
+    transformers has only the repetition penalty.
     """
     texts, where = places.texts, (places.rows_N, places.places_N)
     factor = distribution.repetition_penalty
@@ -181,8 +188,10 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 @torch.no_grad()
 def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
-    """(N, V) bool: the tokens that are kept after min-p, top-k and top-p in sequence. Tokens with
-    the same probability as the last of the top k are kept too, as in vLLM and transformers.
+    """Whether each token is kept after min-p, top-k and top-p in sequence, (N, V) bool.
+
+    Tokens with the same probability as the last of the top k are kept too, as in vLLM and
+    transformers.
     """
     steps: list[tuple[bool, Callable[[torch.Tensor], torch.Tensor]]] = [
         (distribution.top_k > 0, lambda x: _top_k(x, distribution.top_k)),

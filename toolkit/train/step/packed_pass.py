@@ -1,4 +1,8 @@
-"""Decide whether a trainer can score packs, and score them in the layout that TRL's loss reads."""
+"""Decide whether packs can be used for a model, and compute the log-probabilities with packs.
+
+A pack is several completions joined into one sequence without padding (``step/packing.py``). The
+results have the padded layout that TRL's loss reads.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,19 @@ if TYPE_CHECKING:
     from toolkit.train.step.packing import Row
 
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Layers that mix tokens only in their attention function."""
-_FAR = 0.25  # largest difference from the padded pass, relative to that of a missing prompt
-_ROUNDING = 1e-4  # nats
+"""The layer types in which tokens affect each other only through the attention function."""
+# The largest allowed difference from the padded pass, as a share of the difference that leaving out
+# the prompts would cause.
+_FAR = 0.25
+_ROUNDING = 1e-4  # a difference in nats that is always allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The part of a batch that the loss needs. ``skipped``: indices of rows whose loss terms are 0.
-    ``scored_BT``: False on tokens that the loss does not use; None means all tokens.
+    """The part of a batch that the loss needs.
+
+    ``skipped`` are the indices of rows whose loss terms are 0. ``scored_BT`` is False on tokens
+    that the loss does not use. None means that all tokens are used.
     """
 
     skipped: frozenset[int] = frozenset()
@@ -48,7 +56,7 @@ def router_loss(model: Any) -> bool:
 
 
 def refusal(model: Any) -> str | None:
-    """Why packs cannot be scored on this model, judged by its class and config; None if they
+    """Why packs cannot be used for this model, according to its class and config. None if they
     can.
     """
     if not isinstance(model, PreTrainedModel):
@@ -66,9 +74,11 @@ def refusal(model: Any) -> str | None:
 
 
 def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Install packed attention on ``model`` (no wrapper), and compare it once with ``padded``,
-    TRL's pass. Return why packed attention cannot be used, or None. The answer is stored on the
-    model.
+    """Install packed attention on ``model``, and compare its results once with TRL's padded pass
+    ``padded``.
+
+    ``model`` must not be wrapped. Return the reason why packs cannot be used, or None. The result
+    is stored on the model.
     """
     known: str | None
     if "toolkit_packed_refusal" in model.__dict__:
@@ -85,7 +95,9 @@ def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
 
 
 def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(ids, mask, completion width): two prompts, the first with two completions."""
+    """A small padded batch for the comparison: (ids, mask, completion width). It has two prompts,
+    the first with two completions.
+    """
     prompts, completions, widths = (5, 5, 3), (4, 2, 3), (5, 4)
     ids = torch.zeros(3, sum(widths), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -102,9 +114,11 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Compare the packed with the padded pass on a small batch; return how they differ, or None. A
-    wrong attention function differs about as much as completions without their prompts do; rounding
-    differs far less.
+    """Compare the packed and the padded pass on a small batch. Return how they differ, or None.
+
+    A wrong attention function changes log-probabilities about as much as leaving out the prompts.
+    Rounding changes them far less. Therefore the difference is compared with that of completions
+    without their prompts.
     """
     training = model.training
     model.eval()
@@ -126,15 +140,15 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
     distance = float((ours - theirs)[wanted].abs().max())
     effect = float((without - theirs)[wanted].abs().max())
     if distance > max(_ROUNDING, _FAR * effect):
-        return f"log-probabilities of a pack differ by {distance:.2g} nats from a padded batch's"
+        return f"log-probabilities of packed and padded batches differ by {distance:.2g} nats"
     return missing
 
 
 def _logps(
     model: Any, rows: Sequence[Row], completions_BT: torch.Tensor, wanted_BT: torch.Tensor
 ) -> tuple[torch.Tensor, PackedLayout]:
-    """Log-probabilities (B, T) from one pack, and its layout, which records the requested
-    windows.
+    """The log-probabilities (B, T) from one pack of ``rows``, and the layout of the pack. The
+    layout records the sliding windows that the layers passed to the attention function.
     """
     pack = packing.build_pack(rows, completions_BT, wanted_BT)
     assert pack is not None
@@ -144,8 +158,10 @@ def _logps(
 
 
 def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
-    """Why packs would lose a sliding window, or None. A layer may use its window only in the mask,
-    and not pass it to the attention function.
+    """Why packs would ignore a sliding window, or None.
+
+    A layer may apply its window only in the mask and not pass it to the attention function. Packs
+    do not use the mask.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -169,10 +185,12 @@ def score(
     *,
     own_head: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Log-probabilities and entropies (B, T) of ``batch`` (``input_ids``, ``attention_mask``,
-    completion width), 0 where nothing is scored. ``limit``: tokens per pass, if no gradient is
-    needed; None means one pass for all. ``own_head``: ``sampled_head`` is on the model. Returns
-    None if there is nothing to score.
+    """The log-probabilities and entropies (B, T) of ``batch``, which is (``input_ids``,
+    ``attention_mask``, completion width). They are 0 for tokens that are not scored.
+
+    ``limit`` is the number of tokens per pass if no gradient is needed. None means one pass for the
+    whole batch. ``own_head`` must be True if ``sampled_head`` has replaced the head of the model.
+    Returns None if there is nothing to score.
     """
     input_ids, attention_mask, width = batch
     completions = input_ids[:, -width:]

@@ -1,5 +1,7 @@
-"""The half of the trainer that scores packs: which rows a pass needs, how a batch is split, and
-which values replace rows that are left out.
+"""The part of the trainer that uses packs, which are completions joined into one sequence.
+
+It decides which rows a pass needs, how a batch is split into packs, and which values replace the
+rows that are left out.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ if TYPE_CHECKING:
 
 
 SKIPPED = "packing/skipped_rows"
-"""The metric: the share of completions without a term of the loss, which no pass computes."""
+"""A metric: the share of completions that no pass computes, because their loss is 0."""
 
 
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
-    """A GRPO trainer that scores packs; with ``padding_free=False`` it uses TRL's pass.
+    """A base class of the GRPO trainer that computes log-probabilities with packs. With
+    ``padding_free=False`` it uses TRL's padded pass.
 
-    ``micro_rows``: rows of a micro-batch as configured, if several were merged into one
-    (``merge_micro_batches``); they limit the tokens of one pass if ``pack_tokens`` is not set.
+    ``micro_rows`` is the configured number of rows of a micro-batch, if micro-batches were merged
+    (``merge_micro_batches``). It limits the tokens of one pass if ``pack_tokens`` is not set.
     """
 
     padding_free: bool = True
@@ -50,12 +53,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     _reported_padded: bool = False
 
     def merge_micro_batches(self, args: Any, model: Any) -> None:
-        """Merge the micro-batches of one optimizer step into one batch. Then the lengths of its
-        rows decide how it is split (``row_parts``), and the group of a prompt is not spread over
-        micro-batches.
+        """Merge the micro-batches of one optimizer step into one batch.
 
-        The gradient is the same for every split, except with the losses in ``CUT_MATTERS``: these
-        keep their micro-batches.
+        ``row_parts`` then splits the batch by the lengths of its rows, and keeps the group of a
+        prompt together. The gradient does not depend on the split, except with the settings in
+        ``CUT_MATTERS``. With these, micro-batches are not merged.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if not self.padding_free or packed_pass.refusal(packed_pass.base_of(model)) is not None:
@@ -73,9 +75,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     # --- how a batch is split
 
     def row_parts(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The rows of each part of a micro-batch; each part has its own backward pass.
+        """Split a micro-batch into parts, and return the rows of each part. Each part has its own
+        backward pass.
 
-        Every rank calls it, and all get the same number of parts.
+        This is a collective call, and the number of parts is the same on all ranks.
         """
         size = inputs["completion_ids"].shape[0]
         rows = self.rows_to_pack(inputs)
@@ -98,8 +101,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return [torch.tensor(sorted(part)) for part in parts]
 
     def _equal_parts(self, rows: list[Row], dead: frozenset[int], limit: int) -> list[torch.Tensor]:
-        """Parts with the same number of rows on every rank, because TRL gathers a value for each
-        row of a part.
+        """Split ``rows`` into parts that have the same number of rows on every rank. TRL gathers a
+        value for each row of a part, so the numbers must be equal.
         """
         groups = {row.prompt: row.number for row in reversed(rows)}
         ordered = sorted(rows, key=lambda row: (groups[row.prompt], -row.length, row.number))
@@ -115,8 +118,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
-        """The limit of tokens per pass: ``pack_tokens``, else those of the configured micro-batch
-        at full width.
+        """The maximum number of tokens per pass: ``pack_tokens`` if set, else the tokens of the
+        configured micro-batch at full width. None if micro-batches were not merged.
         """
         if self.micro_rows is None:
             return None
@@ -126,7 +129,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return int(self.micro_rows * width)
 
     def _pass_limit(self, batch_size: int | None, width: int) -> int | None:
-        """Tokens of one pass without a gradient over ``batch_size`` rows of ``width``."""
+        """The maximum number of tokens of one pass without a gradient, for ``batch_size`` rows of
+        the length ``width``. None means no limit.
+        """
         if batch_size is None:
             return None
         if self.micro_rows is None:
@@ -134,7 +139,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return self.pack_tokens or min(batch_size, self.micro_rows) * width
 
     def rows_to_pack(self, inputs: Mapping[str, Any]) -> list[Row] | None:
-        """The rows of a batch that can be a pack, or None."""
+        """The rows of a batch, or None if packs cannot be used for it."""
         if inputs.get("pixel_values") is not None or self.aux_loss_enabled:
             return None
         if self._packed_refusal(self.model) is not None:
@@ -146,7 +151,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     # --- the rows and tokens that a pass computes
 
     def _packed_refusal(self, model: Any) -> str | None:
-        """Why packs are not scored on ``model``, or None; the reason is logged once."""
+        """Why packs are not used for ``model``, or None. The reason is logged once."""
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.padding_free or sharded:
             return "padding_free is off" if not sharded else "the model is sharded"
@@ -159,19 +164,21 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return reason
 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own forward of a padded batch; defined by the trainer."""
+        """TRL's own forward pass of a padded batch. The trainer class defines it."""
         raise NotImplementedError
 
     def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's padded pass, for the distribution that was sampled from: policy, old policy,
-        reference.
+        """TRL's padded pass with the distribution that was sampled from. It is used for policy, old
+        policy and reference.
         """
         with scoring(self, model):
             return self._trl_pass(model, *args, **kwargs)
 
     def _rows_without_loss(self, inputs: Mapping[str, Any]) -> frozenset[int]:
-        """Rows whose loss is 0: their advantage is 0, and the loss has no other term than the
-        policy's. If this is true of all rows, one is kept, because a pass needs one.
+        """The rows whose loss is 0, because their advantage is 0 and the loss has only the policy
+        term.
+
+        If this is true for all rows, the shortest row is kept, because a pass needs at least one.
         """
         others = self.beta != 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if others or self.off_policy_mask_threshold is not None or not self.model.training:
@@ -197,9 +204,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         logits_to_keep: int,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What TRL 1.16's ``_get_per_token_logps_and_entropies`` returns, computed with packs if
-        possible: log-probabilities and entropies (B, T) and a router loss. ``options`` are TRL's:
-        ``batch_size``, ``compute_entropy``, ``compute_aux_loss``, and what images need.
+        """The log-probabilities (B, T), the entropies (B, T) and the router loss of a batch.
+
+        This method replaces TRL 1.16's ``_get_per_token_logps_and_entropies``, and uses packs if
+        possible. ``options`` are TRL's: ``batch_size``, ``compute_entropy``, ``compute_aux_loss``,
+        and the inputs for images.
         """
         batch_size: int | None = options.get("batch_size")
         others = {"batch_size", "compute_entropy"}
@@ -226,8 +235,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def fill_skipped(
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill the rows that were left out: log-probabilities with which every ratio is 1, and
-        entropy 0 (``own_entropy`` takes the mean over the rows that were computed).
+        """Fill the rows that were left out, and return log-probabilities and entropies.
+
+        Such a row gets the old or the sampler's log-probabilities, so that every ratio is 1. Its
+        entropy is 0. ``own_entropy`` uses only the rows that were computed.
         """
         if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
@@ -248,9 +259,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
-        """In the block, which computes the loss of a micro-batch, replace the entropy that TRL logs
-        by the mean over all computed tokens of all parts and ranks. ``SKIPPED`` is the share of the
-        rows, of all ranks, that were left out.
+        """A context for computing the loss of a micro-batch, which corrects the logged metrics.
+
+        The entropy that TRL logged is replaced by the mean over all computed tokens of all parts
+        and ranks. The metric ``SKIPPED`` is added: the share of rows of all ranks that were left
+        out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:

@@ -1,15 +1,16 @@
-"""The training forward over packs: no padding, and the prompt of a group is computed once.
+"""The forward pass of training over packs: without padding, and with one computation of a prompt
+per group.
 
-TRL scores a padded batch: every row has the width of the longest prompt plus the longest
-completion. Here all rows become one sequence (``policy.packed_attention``):
+TRL uses a padded batch, in which every row has the length of the longest prompt plus the longest
+completion. Here all rows are joined into one sequence, a pack (``policy.packed_attention``):
 
     prompt without its last token | last prompt token, completion 1 without its last token |
     last prompt token, completion 2 without its last token | next prompt ...
 
-The token at position i of a completion segment predicts completion token i, so the labels need no
-shift. The last token of a completion predicts nothing and is left out. The log-probabilities come
-from TRL's fused head (``shift_labels``; TRL 1.16.0), which on a GPU computes only labelled
-positions.
+The token at position i of a completion segment predicts completion token i, so the labels are not
+shifted. The last token of a completion predicts nothing and is left out. TRL's fused head computes
+the log-probabilities (argument ``shift_labels``, TRL 1.16.0). On a GPU, it computes only positions
+with a label.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 BATCH = "packed_batch"
-"""The keyword argument with which ``sampled_head`` gets the rows of a pack."""
+"""The keyword argument that passes the padded batch of a pack to ``sampled_head``."""
 
 
 class PaddedBatch(NamedTuple):
-    """A padded batch in TRL's layout: ``ids_BL`` and ``real_BL`` (False on padding), with
-    completions in the last ``width`` positions; and the row and position of a pack's M labelled
+    """A padded batch in TRL's layout, and the location of a pack's M labelled tokens in it.
+
+    ``ids_BL`` are the tokens, and ``real_BL`` is False on padding. The completions are in the last
+    ``width`` positions. ``rows_M`` and ``places_M`` are the rows and the positions of the labelled
     tokens.
     """
 
@@ -44,7 +47,7 @@ class PaddedBatch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One completion of a batch: its index in the batch, its prompt, and its length."""
+    """One completion of a batch: its index in the batch, its prompt, and its length in tokens."""
 
     number: int
     prompt: tuple[int, ...]
@@ -53,9 +56,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Rows joined into one sequence. ``ids_N``, ``positions_N``, ``labels_N``: (N) on the device.
-    ``places_M`` and ``targets_M``: indices of the M labelled tokens in the pack, and in the padded
-    batch flattened to B * T.
+    """Rows joined into one sequence of N tokens.
+
+    ``ids_N``, ``positions_N`` and ``labels_N`` have the shape (N) and are on the device.
+    ``places_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are their
+    indices in the completions of the padded batch, flattened to B * T.
     """
 
     layout: PackedLayout
@@ -69,8 +74,11 @@ class Pack:
 def read_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int
 ) -> list[Row]:
-    """The rows of a padded batch in TRL's layout: prompts padded on the left, completions on the
-    right. Both tensors are (B, P + T).
+    """The rows of a padded batch in TRL's layout, in which prompts are padded on the left and
+    completions on the right.
+
+    ``input_ids`` and ``attention_mask`` have the shape (B, P + T). ``logits_to_keep`` is T, the
+    width of the completions.
     """
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     lengths = mask[:, -logits_to_keep:].sum(1).tolist()
@@ -90,8 +98,10 @@ def tokens_of(rows: Sequence[Row]) -> int:
 def build_pack(
     rows: Sequence[Row], completions_BT: torch.Tensor, scored_BT: torch.Tensor
 ) -> Pack | None:
-    """The pack of ``rows`` of a batch whose completions are ``completions_BT``; ``scored_BT`` is
-    False for tokens that need no log-probability. Returns None if there is nothing to score.
+    """Join ``rows`` of a batch into a pack. Returns None if all rows are empty.
+
+    ``completions_BT`` are the completions of the batch. ``scored_BT`` is False for tokens that need
+    no log-probability.
     """
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -141,10 +151,11 @@ def build_pack(
 def forward(
     model: Any, pack: Pack, batch: tuple[torch.Tensor, torch.Tensor, int] | None = None
 ) -> Any:
-    """The fused output of one pass over ``pack``: ``log_probs`` and ``entropy``, (1, N).
+    """Run one pass over ``pack``, and return the output of the head: ``log_probs`` and ``entropy``,
+    (1, N).
 
-    ``batch`` (ids, mask, completion width) is passed to ``sampled_head`` if that is on the model
-    (``sampled_head.scoring``); TRL's head ignores it.
+    ``batch`` is (ids, mask, completion width). It is needed only if ``sampled_head.scoring`` has
+    replaced the head of the model.
     """
     ids = pack.ids_N.unsqueeze(0)
     own = {}
@@ -156,7 +167,7 @@ def forward(
     return model(
         input_ids=ids,
         position_ids=pack.positions_N.unsqueeze(0),
-        # transformers uses a mask of four dimensions unchanged and does not build its own.
+        # transformers uses a mask with four dimensions as it is, and does not create its own.
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
         shift_labels=pack.labels_N.unsqueeze(0),
         fused_lm_head=True,
@@ -166,19 +177,18 @@ def forward(
 
 
 def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
-    """Scatter the labelled values of a pack into the padded batch (B, T); 0 elsewhere."""
+    """Copy the labelled values of a pack into the padded layout (B, T). All other values are 0."""
     flat = values_1N.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, pack.targets_M, values_1N[0, pack.places_M]).view(shape)
 
 
 def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Distribute ``rows`` over evenly filled packs of at most ``limit`` tokens; a greedy rule keeps
-    the number of packs small.
+    """Distribute ``rows`` over a small number of evenly filled packs of at most ``limit`` tokens.
 
-    Rows of one prompt stay together; a group larger than ``limit`` is split. Groups are placed
-    longest first, each into the pack with the fewest tokens. The result depends only on the lengths
-    and the order of the rows, so a resumed run gets the same packs. A row longer than ``limit`` is
-    a pack of its own.
+    Rows of one prompt stay together, but a group larger than ``limit`` is split. A row longer than
+    ``limit`` is a pack of its own. Groups are placed in order of their length, the longest first,
+    each into the pack with the fewest tokens. The result depends only on the lengths and the order
+    of the rows. Therefore a resumed run gets the same packs.
     """
     number = max(1, -(-tokens_of(rows) // limit))
     while True:
@@ -189,8 +199,10 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
-    """Distribute ``rows`` over exactly ``number`` evenly filled packs; some are empty if there are
-    fewer rows. A group with more than ``limit`` tokens, or more than the average pack, is split.
+    """Distribute ``rows`` over exactly ``number`` evenly filled packs.
+
+    If there are fewer rows than packs, some packs are empty. A group is split if it has more than
+    ``limit`` tokens or more tokens than the average pack.
     """
     share = max(1, -(-tokens_of(rows) // number))
     units = _units(rows, share if limit is None else min(limit, share))
@@ -198,8 +210,8 @@ def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> li
 
 
 def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Units of rows with the same prompt, each with at most ``limit`` tokens unless it is a single
-    row.
+    """Split ``rows`` into units of rows with the same prompt. A unit has at most ``limit`` tokens,
+    unless it is a single row.
     """
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -217,10 +229,10 @@ def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def _spread(units: list[list[Row]], number: int) -> list[list[Row]]:
-    """Distribute units over ``number`` packs, longest first, each into the pack with the fewest
-    tokens.
+    """Distribute units over ``number`` packs. The longest unit comes first, and each unit is put
+    into the pack with the fewest tokens.
     """
-    while len(units) < number:  # fewer groups than packs: split the longest in two
+    while len(units) < number:  # with fewer units than packs, split the longest unit in two
         longest = max(units, key=lambda unit: (len(unit) > 1, tokens_of(unit)))
         if len(longest) < 2:
             break

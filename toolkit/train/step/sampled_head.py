@@ -1,10 +1,11 @@
 """A model head for the distribution that was sampled from, which replaces TRL's fused head.
 
 TRL 1.16 calls ``model(..., labels=labels, fused_lm_head=True)`` and reads ``log_probs``,
-``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). That head supports only a
-temperature. If sampling drops or penalizes tokens, the forward of the model is replaced during such
-a call. The replacement runs the same backbone, and then the head in chunks of tokens. The logits of
-a chunk are computed again in the backward pass, so no (tokens, vocabulary) tensor is kept.
+``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). TRL's head supports only a
+temperature. If sampling drops or penalizes tokens, this module replaces the forward method of the
+model during such a call. The replacement runs the same backbone, and then the head in chunks of
+tokens. The logits of a chunk are computed again in the backward pass, so that no tensor of the
+shape (tokens, vocabulary) stays in memory.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 
 
 class HeadOutput(NamedTuple):
-    """The fields of ``FusedCausalLMOutput`` that TRL reads. Both tensors are (B, L - 1), or (1, N)
-    for a pack; 0 where not scored.
+    """The fields of ``FusedCausalLMOutput`` that TRL reads.
+
+    ``log_probs`` and ``entropy`` have the shape (B, L - 1), or (1, N) for a pack. They are 0 for
+    tokens that are not scored.
     """
 
     log_probs: torch.Tensor
@@ -42,13 +45,15 @@ class HeadOutput(NamedTuple):
 
 @contextmanager
 def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
-    """In the block, TRL scores ``model`` (policy or reference, wrapped or not) with the
-    distribution that the trainer's completions are drawn from. If TRL's head already computes that
-    distribution, nothing changes.
+    """In the block, the head of ``model`` computes the distribution that the completions were drawn
+    from.
 
-    The reference is scored with the same settings on its own logits, so the KL term compares the
-    two policies as they would be sampled, and is 0 if they are equal. A token that the reference
-    would drop counts as kept, so that its log-ratio stays finite.
+    ``model`` is the policy or the reference, and may be wrapped. If TRL's head already computes
+    this distribution, nothing changes.
+
+    For the reference, the same sampling settings are applied to its own logits. Therefore the KL
+    term compares the policies as they would be sampled, and is 0 if they are equal. A sampled token
+    always counts as kept, so that its log-ratio is finite even if the reference would drop it.
     """
     distribution = sampler.distribution(trainer)
     model = trainer.accelerator.unwrap_model(model)
@@ -56,7 +61,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     if distribution.plain and mesh_of(base) is None:
         yield
         return
-    # TRL has set its own forward on the instance.
+    # TRL may have set its own forward method on the instance, which must be restored.
     own, before = "forward" in vars(base), base.forward
 
     def forward(
@@ -81,7 +86,9 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
 def _forward(
     model: Any, distribution: Distribution, args: Any, kwargs: dict[str, Any], labels: torch.Tensor
 ) -> HeadOutput:
-    """Run the backbone, and the head at positions whose next label is not -100."""
+    """The forward pass of a padded batch: the backbone at all positions, and the head only at
+    positions whose next label is not -100.
+    """
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
@@ -105,8 +112,8 @@ def _forward(
 
 
 def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
-    """``_forward`` for a pack, whose labels are at the tokens that predict them. Results are (1,
-    N).
+    """The forward pass of a pack. Its labels are at the tokens that predict them, so they are not
+    shifted. The results have the shape (1, N).
     """
     labels_1N = kwargs.pop("shift_labels")
     batch: PaddedBatch | None = kwargs.pop(BATCH, None)
@@ -120,7 +127,7 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
         texts = Texts(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
     head = Head(model, distribution, texts)
     found = hidden_1NH[wanted], labels_1N[wanted]
-    none = torch.zeros_like(found[1])  # rows and places are read where a text has penalties
+    none = torch.zeros_like(found[1])  # a placeholder: rows and places are read only for penalties
     rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.places_M)
     scored = head.score(*found, rows_M, places_M)
     zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
@@ -129,8 +136,9 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
 
 
 class Head:
-    """The output layer of ``model`` (no PEFT wrapper) on hidden states, a chunk of tokens at a
-    time.
+    """Applies the output layer of ``model`` to hidden states, one chunk of tokens at a time.
+
+    ``model`` must not have a PEFT wrapper.
     """
 
     def __init__(self, model: Any, distribution: Distribution, texts: Texts | None) -> None:
@@ -146,9 +154,11 @@ class Head:
         rows_N: torch.Tensor,
         places_N: torch.Tensor,
     ) -> Scored:
-        """``kept_set.score`` of all tokens; gradients flow into the hidden states and the head."""
-        # If processes share the head, its rows count with padding, so that the number is the same
-        # in every process.
+        """The result of ``kept_set.score`` for all tokens. It is differentiable with respect to the
+        hidden states and the weights of the head.
+        """
+        # If the head is split over processes, its number of rows includes padding. Then the size of
+        # a chunk is the same in every process.
         rows = getattr(self.layer, "width", self.layer.weight.shape[0])
         size = max(1, kept_set.CHUNK_ELEMENTS // rows)
         parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]
@@ -173,14 +183,14 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.cap is not None:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
-        if split is not None:  # rule TP004: a plain distribution
+        if split is not None:  # rule TP004 of the config allows only a plain distribution here
             return score_parts(logits_NV, tokens_N, self.distribution.temperature, split)
         places = None if self.texts is None else Places(self.texts, rows_N, places_N)
         return kept_set.score(logits_NV, tokens_N, self.distribution, places)
 
 
 def logit_scale(config: Any) -> float:
-    """The factor of the model's logits, from the config names that TRL 1.16 reads."""
+    """The factor by which the model scales its logits, from the config keys that TRL 1.16 reads."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:
@@ -192,7 +202,7 @@ def logit_scale(config: Any) -> float:
 
 
 def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The load-balancing loss of a mixture of experts, if it is enabled."""
+    """The load-balancing loss of a mixture of experts. None if it is not enabled."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import (  # noqa: PLC0415 - rarely needed
@@ -211,10 +221,12 @@ def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Ten
 def score_parts(
     logits_NV: torch.Tensor, tokens_N: torch.Tensor, temperature: float, head: SplitHead
 ) -> Scored:
-    """``kept_set.score`` of a plain distribution: ``logits_NV`` are this process's, ``tokens_N``
-    count over the whole vocabulary. The result is the same in all processes.
+    """The result of ``kept_set.score`` for a plain distribution and a head that is split over
+    processes.
 
-    With m the largest logit of a token and all sums over the group:
+    Each process has a part of the vocabulary, and ``logits_NV`` are the logits of this part.
+    ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. With the
+    largest logit m of a position, and sums over all processes of the group:
 
         log Z = m + log sum exp(l - m),  log p(token) = l(token) - log Z,  entropy = log Z - sum p l
 

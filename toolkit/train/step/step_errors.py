@@ -1,7 +1,8 @@
-"""Errors inside a step: out of memory, NaN or infinite values, a failed GPU.
+"""Turn exceptions inside a training step into errors for the user: out of memory, a failed GPU, a
+full disk and others.
 
-A step that can be retried with the same gradient is retried in halves. Otherwise the error is one
-line, with an exit code that a scheduler can act on.
+Each error has an exit code that a scheduler can act on. ``step_retry.py`` first retries a step in
+smaller parts if this keeps the gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Texts of CUDA errors for failed hardware (driver API errors 46, 214, 719 and 999 among them).
+# The texts of CUDA errors about failed hardware, among them the driver API errors 46, 214, 719 and
+# 999.
 _LOST = re.compile(
     r"CUDA(?: driver)? error:? .*(?:uncorrectable|ECC|unspecified launch failure|unknown error"
     r"|devices? unavailable|hardware|no CUDA-capable device|device not ready|NVLink|lost)"
@@ -34,22 +36,24 @@ _LOST = re.compile(
 
 
 def release_memory() -> None:
-    """Free cached blocks, so that a smaller request fits."""
+    """Free the cached blocks of torch's allocator, so that a smaller request fits."""
     if cuda_in_use():
         torch.cuda.empty_cache()
 
 
 def translate(error: Exception, where: str, config: RunConfig | None = None) -> ToolkitError | None:
-    """The error that a user and a scheduler can act on. None if the exception is unknown; then it
-    is a defect of the toolkit. An exception that upstream raises while it uses keys of ``config``
-    becomes an error for these keys (train/upstream_errors).
+    """The error for the user, with an exit code that a scheduler can act on.
+
+    An exception that another library raises while it uses keys of ``config`` becomes an error about
+    these keys (train/upstream_errors). None if the exception is unknown. Then it is a defect of the
+    toolkit.
     """
     if isinstance(error, ToolkitError):
         return error
     said = f"{type(error).__name__}: {first_line(error)}"
     if (full := disk.translate(error, where)) is not None:
         return full
-    if isinstance(error, IsADirectoryError):  # from write_file, which renames onto it
+    if isinstance(error, IsADirectoryError):  # write_file raises this when it renames onto a folder
         return ConfigError(
             "the run writes a file with this name, but a folder with this name exists",
             where=str(error.filename2 or error.filename or where),
@@ -67,7 +71,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return known
     if is_out_of_memory(error):
         return ConfigError(
-            f"out of memory, in the smallest parts that keep the gradient: {said}",
+            f"out of memory, even with the micro-batch split into the smallest parts: {said}",
             where=where,
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length (`envcheck "
             "size` shows the memory of both), then run the same command again: it resumes",
@@ -83,7 +87,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         )
     if "does not have a deterministic implementation" in str(error):
         return ConfigError(
-            f"a kernel of this run has no deterministic form: {said}",
+            f"a kernel of this run has no deterministic implementation: {said}",
             where=where,
             fix="remove grpo.full_determinism; runtime.reproducible uses deterministic kernels "
             "where they exist",

@@ -1,4 +1,6 @@
-"""Retry a training step in smaller parts, or skip it."""
+"""Retry a training step in smaller parts if memory runs out, or skip it if its loss is not
+finite.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 MAX_SPLIT = 64
-"""A micro-batch is split into at most this many parts before the run fails with out of memory."""
+"""The maximum number of parts of a micro-batch. If memory still runs out, the run fails."""
 
 
 class Attempt:
-    """One micro-step that may be repeated: its inputs, and how to undo an incomplete attempt."""
+    """One micro-step that may be repeated: its inputs, and the values that undo an incomplete
+    attempt.
+    """
 
     def __init__(self, trainer: TrainerSeam, model: Any) -> None:
         self.trainer, self.model = trainer, model
@@ -39,7 +43,7 @@ class Attempt:
         self._progress: tuple[int, float] | None = None
 
     def prepared(self, inputs: Any) -> None:
-        """The rollouts are ready: everything from here can be repeated."""
+        """Record that the rollouts are ready. Everything after this call can be repeated."""
         self.inputs = inputs
         self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
         self._progress = self.trainer.micro_progress
@@ -47,8 +51,10 @@ class Attempt:
             watch()
 
     def run(self, step: Callable[[], Any]) -> Any:
-        """Run ``step()``. While memory runs out and a finer split is possible, repeat it with twice
-        as many parts. Processes that share a model repeat it together.
+        """Run ``step()`` and return its result.
+
+        If memory runs out and a finer split is possible, repeat the step with twice as many parts.
+        Processes that share a model (tensor parallelism) repeat the step together.
         """
         while True:
             try:
@@ -77,8 +83,8 @@ class Attempt:
             return
         number = self.trainer.accelerator.num_processes
         raise ConfigError(
-            f"process {rank()} ran out of memory, and {number} replicas train together, none of "
-            f"which can repeat a step in smaller parts alone: {first_line(error)}",
+            f"process {rank()} ran out of memory. It cannot repeat the step in smaller parts, "
+            f"because {number} replicas train together: {first_line(error)}",
             where=f"step {self.trainer.state.global_step + 1}",
             fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
             "grpo.max_completion_length (`envcheck size` shows the memory of each), then run the "
@@ -92,21 +98,24 @@ class Attempt:
         return bool(self._parts() * 2 <= min(MAX_SPLIT, rows))
 
     def _alone(self) -> bool:
-        """Whether no other replica trains with this one. Replicas take part in collectives of TRL
-        and of DistributedDataParallel, so one of them cannot repeat a step.
+        """Whether this replica of the model is the only one.
+
+        Only then a step can be repeated, because several replicas take part in collective calls of
+        TRL and DistributedDataParallel.
         """
         return bool(self.trainer.accelerator.num_processes == 1)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """Switch DistributedDataParallel off where it has one process (a group that shares a
-        model). It has nothing to synchronize then, but would refuse a forward pass after a backward
-        pass that did not end.
+        """A context without synchronization by DistributedDataParallel if there is one replica.
+
+        With one replica it has nothing to synchronize. But it would raise an error in a forward
+        pass that follows an interrupted backward pass.
         """
         without = getattr(self.model, "no_sync", None) if self._alone() else None
         return nullcontext() if without is None else without()
 
     def _parts(self) -> int:
-        """The number of parts of the attempt."""
+        """The number of parts into which the attempt split the micro-batch."""
         return int(max(self.trainer.least_parts, self.trainer.parts))
 
     def _undo(self) -> None:
@@ -114,7 +123,7 @@ class Attempt:
             parameter.grad = None if gradient is None else gradient.clone()
         for name, found in self.trainer.train_metric_values.items():
             del found[self._marks.get(name, 0) :]
-        if self._progress is not None:  # another process failed after this one had ended the step
+        if self._progress is not None:  # this process may have ended the step before another failed
             self.trainer.micro_progress = self._progress
         release_memory()
 
@@ -126,16 +135,18 @@ def loss_in_parts(
     parts: list[torch.Tensor],
     loss: Callable[[Any], Any],
 ) -> Any:
-    """The loss of a micro-batch in ``parts`` (row indices), one graph at a time.
+    """Compute the loss of a micro-batch in ``parts`` (row indices), with one autograd graph at a
+    time.
 
-    The backward pass of all parts but the last runs here. The caller runs it for the returned loss,
-    whose value is the loss of the whole micro-batch. The metrics of the parts are combined.
+    The backward passes of all parts except the last run here. The caller runs the backward pass of
+    the returned loss, which is that of the last part. The value of the returned loss is the loss of
+    the whole micro-batch. The metrics of the parts are combined.
     """
     pieces = split_weights(trainer, inputs, parts)
     metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
     done = 0.0
     for piece, weight in pieces[:-1]:
-        with trainer.accelerator.no_sync(model):  # DDP synchronises ranks at the last part
+        with trainer.accelerator.no_sync(model):  # DDP synchronises ranks only at the last part
             value = loss(piece) * weight
             trainer.accelerator.backward(value)
         done = done + value.detach()
@@ -146,10 +157,10 @@ def loss_in_parts(
 
 
 class PartMetrics:
-    """Combine the metrics that TRL records for each part of a micro-batch."""
+    """Combines the metrics that TRL records for each part of a micro-batch."""
 
     def __init__(self, trainer: TrainerSeam, tokens: list[torch.Tensor]) -> None:
-        """``tokens``: how many tokens of each part the loss uses."""
+        """``tokens`` is the number of tokens of each part that the loss uses."""
         self.found = trainer.metric_values
         self.marks = {name: len(values) for name, values in self.found.items()}
         counts = torch.stack(tokens).double()
@@ -158,8 +169,10 @@ class PartMetrics:
         self.weights = (counts / counts.sum().clamp(min=1)).tolist()
 
     def merge(self) -> None:
-        """Replace the values of the parts by one: TRL's metrics are means over tokens, except
-        minima and maxima.
+        """Replace the values of the parts by one value per metric.
+
+        Minima and maxima stay minima and maxima. All other metrics of TRL are means over tokens, so
+        they are combined as weighted means.
         """
         for name, values in self.found.items():
             mark = self.marks.get(name, 0)
@@ -183,13 +196,14 @@ def _together(name: str, values: list[float], weights: list[float]) -> float:
 
 
 def drop_step(trainer: TrainerSeam, model: Any) -> None:
-    """If loss or gradient is not finite: keep the weights, count the step, and stop at the limit.
+    """Skip a step whose loss or gradient is not finite. The weights do not change.
 
     Raises:
-        ConfigError: ``max_bad_steps`` in a row; the rollouts have been saved.
+        ConfigError: this was the last of ``max_bad_steps`` such steps in a row. The rollouts have
+            been saved.
     """
     trainer.bad_steps += 1
-    model.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
+    model.zero_grad(set_to_none=True)  # the optimizer skips parameters without a gradient
     step = trainer.state.global_step + 1
     trainer.train_metric_values["skipped"].append(1.0)
     logger.warning(
@@ -210,7 +224,7 @@ def drop_step(trainer: TrainerSeam, model: Any) -> None:
 
 
 def save_batch(trainer: TrainerSeam, step: int) -> Path:
-    """Save the rollouts of the current step as safetensors in the run folder."""
+    """Save the rollouts of the current step as safetensors in the run folder. Return the path."""
     tensors: dict[str, torch.Tensor] = {}
     flatten(trainer.rollout_buffer, tensors, "rollouts")
     rank = trainer.accelerator.process_index
@@ -226,12 +240,12 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 def split_weights(
     trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
-    """Split ``inputs`` into ``parts`` along the batch, each with the weight that keeps the
-    gradient.
+    """Split ``inputs`` into ``parts`` along the batch. Each part gets a weight for its loss, such
+    that the sum has the gradient of the whole micro-batch.
 
-    The weight depends on what the loss type averages over: sequences (grpo, sapo, dr_grpo, luspo),
-    tokens of the micro-batch (bnpo), or a number that is already fixed (dapo, cispo, vespo: weight
-    1).
+    The weight depends on what the loss type averages over. For sequences (grpo, sapo, dr_grpo,
+    luspo) it is the share of rows. For tokens of the micro-batch (bnpo) it is the share of tokens.
+    For a number that does not depend on the part (dapo, cispo, vespo) it is 1.
 
     Raises:
         RuntimeError: an option needs the whole micro-batch at once.
@@ -258,7 +272,9 @@ def split_weights(
 
 
 def _rows(value: Any, part: torch.Tensor, size: int) -> Any:
-    """Select rows of per-row values; values of the whole batch are passed unchanged."""
+    """``value`` with only the rows in ``part`` if it has a value per row. Other values are returned
+    unchanged.
+    """
     if isinstance(value, torch.Tensor):
         has_rows = value.ndim and value.shape[0] == size
         return value[part.to(value.device)] if has_rows else value
