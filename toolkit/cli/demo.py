@@ -42,7 +42,7 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     """
     begin = monotonic()
     folder = choose_folder(out)
-    from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415 - before torch
+    from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415 - must run before torch is imported
 
     # More threads do not make such a small model faster. If other processes use the cores, more
     # threads make the demo minutes slower.

@@ -52,10 +52,11 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """End without an error if the user pressed Ctrl-C (exit code 130) or if the program that reads
-    the output has ended, as in `envcheck probe | head` (exit code 0).
+    """End the process quietly after Ctrl-C, or if the program that reads the output has ended, as
+    in `envcheck probe | head`.
 
-    click would print "Aborted!" and exit with 1 in both cases.
+    The exit code is 130 after Ctrl-C, and 0 in the other case. click would print "Aborted!" and
+    exit with 1 in both cases.
     """
     try:
         yield

@@ -55,7 +55,7 @@ def export(  # noqa: PLR0913 - one argument per option
 
     The last line of the output is a command that serves the result with vLLM.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - after the arguments are parsed
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype needs --merge")

@@ -61,7 +61,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
     The prompt "-" stands for prompts on standard input, one per line.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - as in the other commands
+    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - after the arguments are parsed
 
     as_json, texts = options.pop("as_json"), _texts(prompts)
     prepare_environment()

@@ -68,7 +68,7 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
     read.
     """
     from toolkit.config.importers import read_foreign, run_file_text, translate  # noqa: PLC0415
-    from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing, as above
+    from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing
 
     foreign = read_foreign(file, form)
     made = translate(foreign, table(foreign.form))

@@ -78,7 +78,7 @@ def size(
         click.echo(text_of(result, config))
     _judge(result, config, quiet=not as_json)
     if write and document is not None:
-        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only with the option
+        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only with --write
 
         click.echo(write_choice(document, result.apply(config)), err=as_json)
 

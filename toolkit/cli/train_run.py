@@ -35,7 +35,7 @@ class Processes(click.IntRange):
         """The number of processes. Raises click.UsageError if the value is invalid."""
         if value != "auto":
             return int(super().convert(value, param, ctx))
-        from toolkit.gpu import devices  # noqa: PLC0415 - only here
+        from toolkit.gpu import devices  # noqa: PLC0415 - only this function needs it
         from toolkit.gpu.snapshot import take  # noqa: PLC0415
 
         return max(1, len(devices.visible(take()).devices))
@@ -81,10 +81,12 @@ def train(  # noqa: PLR0913 - one parameter per option
     dry_run: bool,
     debug: bool,
 ) -> None:
-    """Train RUN.yaml with GRPO: check the node, size, train, report.
+    """Train RUN.yaml with GRPO.
 
-    Exit codes: 1 change the run file, 2 unreadable input, 3 bad node, 4 try later, 75 stopped by a
-    signal with a checkpoint (start the same command again).
+    The command checks the node, chooses every "auto" value for the memory of the GPU, trains, and
+    writes a report. Exit codes: 1 the run file must change; 2 an input cannot be read; 3 the node
+    is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint (start the
+    same command again).
     """
     given = {
         "runtime.output_dir": output_dir,
@@ -114,7 +116,7 @@ def train(  # noqa: PLR0913 - one parameter per option
 def _launch(
     run_file: str, overrides: list[str], processes: int, evaluate: bool | None, debug: bool
 ) -> int:
-    from toolkit.train.launch import launch  # noqa: PLC0415 - only here
+    from toolkit.train.launch import launch  # noqa: PLC0415 - only this function needs it
 
     sets = [part for text in overrides for part in ("--set", text)]
     said = {None: [], True: ["--evaluate"], False: ["--no-evaluate"]}[evaluate]

@@ -125,7 +125,7 @@ def _one(name: str, request: _Request) -> Iterator[Finding]:
 
 
 def _rewrite(name: str, request: _Request) -> None:
-    from pathlib import Path  # noqa: PLC0415 - with --fix only
+    from pathlib import Path  # noqa: PLC0415 - only with --fix
 
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
     from toolkit.cli.exits import writing  # noqa: PLC0415
@@ -205,7 +205,7 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
                 )
             yield from found
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
-            import glob  # noqa: PLC0415 - most shells have expanded the pattern
+            import glob  # noqa: PLC0415 - rarely needed: most shells expand patterns
 
             found = sorted(glob.glob(argument, recursive=True))
             if not found:

@@ -193,7 +193,7 @@ def setup(run: RunFiles) -> str:
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
     named = [
-        f"{item.get('name')} × {show(number(item.get('weight', 1.0)))}"  # noqa: RUF001 - times
+        f"{item.get('name')} × {show(number(item.get('weight', 1.0)))}"  # noqa: RUF001 - the multiplication sign
         for item in (functions if isinstance(functions, list) else [])
         if isinstance(item, dict)
     ]

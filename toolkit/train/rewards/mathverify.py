@@ -38,7 +38,7 @@ class MathVerify(Compared):
 
 def _math_verify() -> Any:
     try:
-        import math_verify  # noqa: PLC0415 - an extra, and only this reward needs it
+        import math_verify  # noqa: PLC0415 - an optional dependency of this reward
     except ImportError as error:
         raise MissingExtraError(
             "reward math_verify needs the package math-verify, which is not installed",

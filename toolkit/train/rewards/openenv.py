@@ -68,7 +68,7 @@ class Game:
 
     @staticmethod
     def reset(environment: Any, seed: int) -> Any:
-        """The first observation of ``environment`` for ``seed``."""
+        """Reset ``environment`` with ``seed``, and return the first observation."""
         return environment.reset(seed=seed)
 
     def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
@@ -205,7 +205,7 @@ def _environment_class(task: str) -> Any:
 
 
 def _action_class(task: str, kind: Any) -> Any:
-    from openenv.core.env_server.types import Action  # noqa: PLC0415 - as the package itself
+    from openenv.core.env_server.types import Action  # noqa: PLC0415 - part of the optional package
 
     try:
         found = get_type_hints(kind.step).get("action")

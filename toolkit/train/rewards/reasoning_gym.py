@@ -72,7 +72,7 @@ class ReasoningGym:
 
 def _package() -> Any:
     try:
-        import reasoning_gym  # noqa: PLC0415 - an extra, and only this adapter needs it
+        import reasoning_gym  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
         raise MissingExtraError(
             "the environment reasoning_gym needs the package reasoning-gym, which is not installed",

@@ -67,7 +67,7 @@ def load_code(
     function = getattr(module, attribute, None)
     if not callable(function):
         raise _no_function(f"{what} {name}", module, attribute)
-    return function  # type: ignore[no-any-return]  # callable() narrows Any no further
+    return function  # type: ignore[no-any-return]  # after callable(), its type is still Any
 
 
 def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:

@@ -171,7 +171,7 @@ class _Known:
 
     async def score(self, prompt: Any, said: str, which: Mapping[str, Any]) -> float:
         vf, task = _package(), self.task(which)
-        from verifiers.v1.state import state_cls  # noqa: PLC0415 - as the package itself
+        from verifiers.v1.state import state_cls  # noqa: PLC0415 - part of the optional package
 
         trace = vf.Trace(
             task=vf.TraceTask(
@@ -196,7 +196,7 @@ class _Known:
 
 def _package() -> Any:
     try:
-        import verifiers.v1  # noqa: PLC0415 - an extra, and only this adapter needs it
+        import verifiers.v1  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
         raise MissingExtraError(
             f"the environment verifiers needs the package verifiers: {first_line(error)}",
@@ -212,7 +212,7 @@ def _canonical(options: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=2)
 def _taskset(task: str, options: str) -> _Known:
     vf = _package()
-    from verifiers.v1.utils import loaders  # noqa: PLC0415 - as the package itself
+    from verifiers.v1.utils import loaders  # noqa: PLC0415 - part of the optional package
 
     try:
         kind = loaders.taskset_class(task)

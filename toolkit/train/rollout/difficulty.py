@@ -48,8 +48,8 @@ class Difficulty:
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
-                f"the curriculum's records in the checkpoint have the shape"
-                f" {tuple(spread_N.shape)}, but the data set has {len(self.spread_N)} rows"
+                f"the checkpoint has curriculum records of the shape {tuple(spread_N.shape)}, but"
+                f" the data set has {len(self.spread_N)} rows"
             )
         known = spread_N[~spread_N.isnan()]
         if not (known.isfinite() & (known >= 0)).all():

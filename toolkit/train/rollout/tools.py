@@ -75,7 +75,7 @@ class ToolPolicy(NamedTuple):
 def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
     """The tools that ``tools.functions`` of the run file names.
 
-    If ``worker`` is given, the code of the tools is imported and called only in this process.
+    If ``worker`` is given, the code of the tools is imported and called only in the worker process.
 
     Raises:
         ConfigError: the code is not allowed or does not exist, a function has no docstring or type

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 WAITING = 1000
 """Maximum number of queued calls of a slow tracker. Further calls are dropped and counted."""
 PATIENCE = 5
-"""Number of consecutive calls that may fail before the tracker is stopped."""
+"""The number of consecutive failed calls after which the tracker is stopped."""
 
 
 class Lane:
     """A tracker that ``make`` creates in a thread, and its queue of calls.
 
-    A tracker has ``row(step, numbers)``, ``table(step, rows)``, ``close()`` and ``note``, a line
-    about where the tracker writes.
+    A tracker has the methods ``row(step, numbers)``, ``table(step, rows)`` and ``close()``. Its
+    attribute ``note`` is a line about where the tracker writes.
     """
 
     def __init__(self, tracker: str, make: Callable[[], Any]) -> None:

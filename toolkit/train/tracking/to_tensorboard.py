@@ -1,4 +1,6 @@
-"""Write a run for TensorBoard: event files in ``tensorboard/`` of the run folder."""
+"""Write the metrics of a run for TensorBoard, as event files in ``tensorboard/`` of the run
+folder.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _online() -> bool:
 
 def _in_netrc() -> bool:
     """Whether `wandb login` has stored a key for the server in the netrc file."""
-    import netrc  # noqa: PLC0415 - only here
+    import netrc  # noqa: PLC0415 - only this function needs it
 
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
     try:
