@@ -24,8 +24,8 @@ def rewrites(stream: TextIO) -> bool:
     """Whether a line on ``stream`` can be overwritten.
 
     True only for a terminal that supports control characters, and not for a log file. A terminal
-    does not support them if TERM is not set or is "dumb", as with ``srun --pty`` from a batch script
-    or in a shell inside an editor.
+    does not support them if TERM is not set or is "dumb", as with ``srun --pty`` from a batch
+    script or in a shell inside an editor.
     """
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 

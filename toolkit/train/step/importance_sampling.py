@@ -203,8 +203,9 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
 
 GAP = "sampling/logp_gap_mean"
 GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
-"""The largest mean |engine - trainer| in nats that rounding can explain, in float32 and with 16-bit
-or 4-bit weights. Usual values are 1e-6 in float32, and 0.02 to 0.07 with 16-bit or 4-bit weights.
+"""The largest mean |engine - trainer| in nats that rounding can explain: the first value in
+float32, the second with 16-bit or 4-bit weights. Usual values are 1e-6 in float32, and 0.02 to 0.07
+with 16-bit or 4-bit weights.
 """
 
 
