@@ -53,10 +53,12 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 )
 @click.option("--max-seq-length", type=click.IntRange(min=1))
 @click.option(
-    "--per-device-batch", type=click.IntRange(min=1), help="Micro-batch of TRL and Unsloth."
+    "--per-device-batch", type=click.IntRange(min=1), help="Micro-batch size of TRL and Unsloth."
 )
-@click.option("--ours-batch", type=click.IntRange(min=1), help="Micro-batch of the toolkit.")
-@click.option("--ours-tokens", type=click.IntRange(min=1), help="Tokens of one training pass.")
+@click.option("--ours-batch", type=click.IntRange(min=1), help="Micro-batch size of the toolkit.")
+@click.option(
+    "--ours-tokens", type=click.IntRange(min=1), help="Tokens per training pass of the toolkit."
+)
 @click.option("--ours-checkpointing/--ours-no-checkpointing", default=None)
 @click.option(
     "--ours-sleep/--ours-no-sleep", default=None, help="Free the KV cache while training."
@@ -76,15 +78,17 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
     show_default=True,
     help="Time limit in seconds for each arm (and seed).",
 )
-@click.option("--learn", is_flag=True, help="Measure learning, on a real model.")
+@click.option("--learn", is_flag=True, help="Compare how fast the arms learn on a real model.")
 @click.option("--task", type=click.Choice(tuple(TASKS)), help="[--learn] [default: sums]")
-@click.option("--seeds", default="1,2,3", show_default=True, help="[--learn] Runs of each arm.")
+@click.option(
+    "--seeds", default="1,2,3", show_default=True, help="[--learn] Run each arm once per seed."
+)
 @click.option(
     "--accuracy",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.5,
     show_default=True,
-    help="[--learn] The held-out accuracy whose time is reported.",
+    help="[--learn] Report when each arm reaches this held-out accuracy.",
 )
 @click.option(
     "--every",
@@ -94,7 +98,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--held-out",
     type=click.IntRange(min=1, max=MOST_HELD_OUT),
-    help="[--learn] Problems of an evaluation. [default: 200]",
+    help="[--learn] Number of problems per evaluation. [default: 200]",
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[--learn]")
 @click.option(
@@ -174,7 +178,8 @@ def bench(
         click.echo(json.dumps(report, indent=2))
         return
     click.echo(
-        f"\n{report['card']}, {shape}, {workload}, floor {report['floor_s']['step']:.3f} s a step"
+        f"\n{report['card']}, {shape}, {workload}; at the card's measured rates a step takes at least "
+        f"{report['floor_s']['step']:.3f} s"
     )
     _echo(rows)
     for arm in report["arms"]:

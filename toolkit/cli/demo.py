@@ -109,7 +109,9 @@ def finish(folder: Path, *, seconds: float) -> None:
     before, after = result["before"], result["after"]
     run_file, run = folder / "run.yaml", folder / "run"
     if after["count"] != before["count"]:
-        raise DefectError("the evaluations before and after used different problems")
+        raise DefectError(
+            "the evaluations before and after training used different numbers of problems"
+        )
     click.echo(
         f"\nmodel     {folder / 'model'}\n"
         f"data      {folder / 'train.jsonl'}, {folder / 'eval.jsonl'}\n"

@@ -30,7 +30,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def guarded(*, debug: bool = False) -> Iterator[None]:
-    """Print a ToolkitError that the block raises to stderr, and exit with its exit code.
+    """If the block raises a ToolkitError, print it to stderr and exit with its exit code.
 
     For a known error of another library, the explanation of base.symptoms is printed. Any other
     error is a defect of the toolkit: a report is written, and the exit code is 70. ``debug`` also

@@ -59,9 +59,9 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
     """Write a run file from FILE, a config of axolotl, TRL, Unsloth, verl, prime-rl or ms-swift.
 
     FILE can be YAML, TOML, JSON, a shell script with a command line, a Python script or a notebook.
-    It is read, never executed. A comment on each line of the run file names the setting that the
-    line comes from. Comments at its end list the settings that were left out, were refused or could
-    not be read. Then the run file is validated.
+    FILE is only read, never executed. A comment on each line of the run file names the setting that
+    the line comes from. Comments at the end of the run file list the settings that were left out,
+    were refused or could not be read. Then the run file is validated.
 
     Exit codes: 0 the run file is valid; 1 the run file must change before it can run, or (with
     --strict) a setting was refused; 2 FILE cannot be read; 5 (with --strict) a setting could not be

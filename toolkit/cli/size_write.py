@@ -51,9 +51,14 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
                 continue
             start, end, spelled = node.mark.start, node.mark.end, _spelled(value, node)
             if node.source is not source:
-                left.append(f"it is in {node.source.name}: {section}.{name}: {spelled}")
+                left.append(
+                    f'because this "auto" is in {node.source.name}: {section}.{name}: {spelled}'
+                )
             elif source.text[start:end] not in PLAIN:
-                left.append(f"it is an alias, an anchor or a block: {section}.{name}: {spelled}")
+                left.append(
+                    f'because this "auto" is an alias, an anchor or a block: {section}.{name}: '
+                    f"{spelled}"
+                )
             else:
                 edits.append((start, end, spelled, name))
                 expected[section][name] = list(value) if isinstance(value, tuple) else value

@@ -182,7 +182,10 @@ def _outside_interval(
         path=("model", "gpu_memory_utilization"),
         source=node.source,
         mark=node.mark,
-        notes=(f"sized for {request.card.name}; envcheck size --gpu shows the whole budget",),
+        notes=(
+            f"the sizer computed this interval for {request.card.name}; envcheck size --gpu shows "
+            "the whole memory budget",
+        ),
         fixes=(Fix("gpu_memory_utilization: auto"),),
     )
 

@@ -17,7 +17,11 @@ MAX_REWARDS = 6
 # any of its lines has a value.
 _SINGLE: list[tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = [
     ("KL to the base model", "nats per token", [("kl", ("kl",))]),
-    ("Entropy", "nats per token; near 0 the model does not explore", [("entropy", ("entropy",))]),
+    (
+        "Entropy",
+        "nats per token; with an entropy near 0 the model does not explore",
+        [("entropy", ("entropy",))],
+    ),
     (
         "Loss",
         "the loss of GRPO is near 0 by construction: watch the reward instead",

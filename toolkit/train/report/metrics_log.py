@@ -49,7 +49,7 @@ LEADING = (
 RENAMED = {"completions/mean_length": "completion_length"}
 WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 MOST_SAID = 200_000
-"""The most characters of one prompt or completion in completions.jsonl."""
+"""The maximum number of characters of one prompt or completion in completions.jsonl."""
 PHASES = ("rollout_s", "publish_s", "reward_s")
 
 

@@ -95,8 +95,8 @@ def attempt(
 ) -> list[Score | Trouble]:
     """Call ``function`` and return one score per completion, or a Trouble for an invalid value.
 
-    Raises Misbehaved if the call fails as a whole. ToolkitError is raised unchanged, and so are
-    KeyboardInterrupt and StepAbandoned, which signals to the run cause.
+    Raises Misbehaved if the call fails as a whole. ToolkitError is raised unchanged. So are
+    KeyboardInterrupt and StepAbandoned, because they come from a signal to the run.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)

@@ -101,9 +101,9 @@ class GuardedReward:
         return attempt(self.function, batch, seconds, self._loop)
 
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
-        """Score each sample alone after the call with the whole batch failed with ``whole``.
+        """Score each sample alone, because the call with the whole batch failed.
 
-        If no sample fails alone, every sample gets the error of the whole batch.
+        ``whole`` is the error of this call. If no sample fails alone, every sample gets this error.
         """
         limit = self.policy.timeout_s
         deadline = math.inf

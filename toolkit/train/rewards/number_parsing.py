@@ -70,7 +70,9 @@ def answer_in(text: str) -> Number | None:
 
 
 def to_number(value: Any) -> Number | None:
-    """The answer of a dataset row (an int, a float, or a text) as a number. None if it has none."""
+    """The answer of a dataset row (an int, a float, or a text) as a number. None if the answer
+    contains no number.
+    """
     if isinstance(value, bool) or value is None:
         return None
     return answer_in(value if isinstance(value, str) else repr(value))

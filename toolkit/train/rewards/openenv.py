@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.environment_code import EnvironmentCode
 
 SUPPORTED = (
-    "name an Environment class as module:Class, whose step takes one Action class with fields of "
-    "plain types"
+    "name an Environment class as module:Class; the argument of its method step must be annotated "
+    "with an Action class whose fields have plain types"
 )
 _OF_THE_PROTOCOL = ("metadata", "done", "reward")
 _MOST_LIVE = 4096
@@ -63,7 +63,7 @@ class Game:
         self.schema = _schema(self.kind, self.action)
 
     def make(self) -> Any:
-        """Make one environment."""
+        """Create one environment."""
         return self.kind(**self.options)
 
     @staticmethod

@@ -30,7 +30,9 @@ class TokenIds:
     """Lists of token ids in packed form. As JSON lists they would be slow and very long."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
-        """Raises TypeError or OverflowError if a value is not a list of token ids."""
+        """Pack ``lists``. Raises TypeError or OverflowError if a value is not a list of token
+        ids.
+        """
         self.lengths = [len(ids) for ids in lists]
         self.ids = array("q", chain.from_iterable(lists))
 

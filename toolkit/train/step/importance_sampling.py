@@ -137,7 +137,7 @@ def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """True if any layer uses dropout in training."""
+    """Whether any layer uses dropout in training."""
     rates = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     config = getattr(model, "config", None)
     return any(rate > 0 for rate in rates) or bool(getattr(config, "attention_dropout", 0.0))

@@ -35,7 +35,7 @@ class Scope:
     """The part of a batch that the loss needs.
 
     ``skipped`` are the indices of rows whose loss terms are 0. ``scored_BT`` is False on tokens
-    that the loss does not use. None means that all tokens are used.
+    that the loss does not use. If it is None, the loss uses all tokens.
     """
 
     skipped: frozenset[int] = frozenset()

@@ -74,7 +74,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             f"out of memory, even with the micro-batch split into the smallest parts: {said}",
             where=where,
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length (`envcheck "
-            "size` shows the memory of both), then run the same command again: it resumes",
+            "size` shows the memory of each), then run the same command again to resume the run",
         )
     if "parameters that were not used in producing loss" in str(error):
         return ConfigError(
@@ -96,8 +96,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return NodeError(
             f"the GPU failed during the run: {said}",
             where=where,
-            fix="run `envcheck check` on this node, and run the same command on another node: it "
-            "resumes from the last checkpoint",
+            fix="run `envcheck check` on this node, and run the same command on another node: the "
+            "run resumes from the last checkpoint",
         )
     ours = None if config is None else config_fault(error, config.grpo, config.source or where)
     return ours or known

@@ -88,7 +88,7 @@ class Attempt:
             where=f"step {self.trainer.state.global_step + 1}",
             fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
             "grpo.max_completion_length (`envcheck size` shows the memory of each), then run the "
-            "same command again: it resumes from the last checkpoint",
+            "same command again: the run resumes from the last checkpoint",
         ) from error
 
     def _may_split(self, error: BaseException) -> bool:

@@ -39,7 +39,9 @@ TABLES = 20
 """Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
 FLUSH_S, STOPPED_S = 30.0, 5.0
-"""Seconds that a run waits for its trackers at its end, and after a stop by a signal."""
+"""The seconds that a run waits for its trackers: at its normal end, and after a signal stopped
+it.
+"""
 
 
 def named(asked: Any) -> list[str]:
