@@ -178,8 +178,8 @@ def bench(
         click.echo(json.dumps(report, indent=2))
         return
     click.echo(
-        f"\n{report['card']}, {shape}, {workload}; at the card's measured rates a step takes at least "
-        f"{report['floor_s']['step']:.3f} s"
+        f"\n{report['card']}, {shape}, {workload}; at the card's measured rates a step takes at "
+        f"least {report['floor_s']['step']:.3f} s"
     )
     _echo(rows)
     for arm in report["arms"]:
