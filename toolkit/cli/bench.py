@@ -250,7 +250,7 @@ def _echo(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _echo_profile(profile: Mapping[str, Any]) -> None:
-    """Print the three tables of the profile of the toolkit's own run."""
+    """Print the profile of the toolkit's arm as three tables: start, decode step, training step."""
     from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
 
     click.echo()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that describe what a job requires of the node. A decorator of ``check`` and
-    ``record``.
+    """A decorator that adds the options of ``check`` and ``record``: they describe what a job
+    requires of the node.
     """
     options = (
         click.option(

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 RECENT = 0.5
 """The weight of the latest draw in a prompt's recorded spread. The previous record has the rest."""
 LEAST = 0.1
-"""The smallest weight of a measured prompt, as a share of the mean spread. Because of it, prompts
-without spread are drawn again from time to time. Their spread may have changed with the model."""
+"""The smallest weight of a measured prompt, as a share of the mean spread. With this minimum,
+prompts without spread are drawn again from time to time, because their spread changes with the
+model.
+"""
 
 
 class Difficulty:

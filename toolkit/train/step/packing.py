@@ -1,8 +1,8 @@
-"""The forward pass of training over packs: without padding, and with one computation of a prompt
-per group.
+"""Pack the rows of a batch into one sequence, and run the forward pass of training over this pack.
 
 TRL uses a padded batch, in which every row has the length of the longest prompt plus the longest
-completion. Here all rows are joined into one sequence, a pack (``policy.packed_attention``):
+completion. A pack has no padding, and the prompt of a group is computed only once. All rows are
+joined like this (``policy.packed_attention``):
 
     prompt without its last token | last prompt token, completion 1 without its last token |
     last prompt token, completion 2 without its last token | next prompt ...
