@@ -64,12 +64,12 @@ def refusal(model: Any) -> str | None:
     config = model.config.get_text_config()
     plain = str(config._attn_implementation).removeprefix(packed_attention.PREFIX)
     if plain not in packed_attention.PLAIN:
-        return f"attn_implementation is {plain}"
+        return f"packs do not support attn_implementation {plain}"
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} does not use transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if others:
-        return f"the model has layers of type {', '.join(sorted(others))}"
+        return f"packs do not support the model's layers of type {', '.join(sorted(others))}"
     return None
 
 
