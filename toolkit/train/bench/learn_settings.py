@@ -24,8 +24,9 @@ LEARN: Mapping[str, Any] = {
     "per_device_batch": 128,
     "learning_rate": 2e-4,
 }
-"""The values of ``bench --learn``, which replace the defaults of ``Settings``. The micro-batch of the
-other arms is the whole step: with 32, TRL's step took 2.5 times as long.
+"""The values of ``bench --learn``, which replace the defaults of ``Settings``.
+
+The micro-batch of the other arms is the whole step: with 32, TRL's step took 2.5 times as long.
 """
 
 
