@@ -63,7 +63,7 @@ def parquet_fault(file: IO[bytes]) -> str | None:
     length, magic = struct.unpack("<I4s", file.read(8))
     if magic != MAGIC:
         return "the file is cut short: it does not end with Parquet's magic number"
-    if length > size - 12:
+    if length > size - 8:  # like Arrow, which does not read the magic number at the beginning
         return f"the footer ({length} bytes) is longer than the file"
     if length > MAX_FOOTER_BYTES:
         return None  # a file with such a large footer is not checked further

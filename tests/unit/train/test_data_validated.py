@@ -44,6 +44,14 @@ def chat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in messages]
 
 
+def no_groups() -> bytes:
+    """A Parquet file without a row group: the magic number, the footer, its length, the magic."""
+    sink = io.BytesIO()
+    with parquet.ParquetWriter(sink, pa.schema({"prompt": pa.string()})):
+        pass
+    return sink.getvalue()
+
+
 def table(made: pa.Table = TABLE, **options: Any) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(made, sink, **options)
@@ -141,6 +149,8 @@ GOOD: list[tuple[str, Callable[[], bytes]]] = [
     ("v2.parquet", lambda: table(data_page_version="2.0", compression="zstd", data_page_size=512)),
     ("deep.parquet", lambda: table(DEEP)),
     ("no_rows.parquet", lambda: table(TABLE.slice(0, 0))),
+    # Arrow reads no magic number at the beginning.
+    ("no_beginning.parquet", lambda: no_groups()[4:]),
     ("f.arrow", arrow),
     ("s.arrow", lambda: arrow(stream=True)),
     ("deep.arrow", lambda: arrow(DEEP)),
