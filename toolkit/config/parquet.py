@@ -97,6 +97,9 @@ def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
     """
     try:
         name = b".".join(told[_PATH]).decode("utf-8", "replace")
+    except _UNREADABLE:
+        return "the footer cannot be read"
+    try:
         starts = [told[place] for place in (_DATA_PAGE, _DICTIONARY_PAGE) if told.get(place)]
         at, stop = min(starts), min(starts) + told[_CHUNK_BYTES]
         if at < 4 or stop > end:
