@@ -168,6 +168,18 @@ def is_text(value: Any) -> bool:
     return True
 
 
+def nul_key(value: Any) -> str | None:
+    """Return the first key with a NUL character in an object inside a JSON value; None if there is
+    no such key. Arrow and datasets end the names of nested fields at a NUL character.
+    """
+    if isinstance(value, dict):
+        found = next((key for key in value if "\0" in key), None)
+        return found if found is not None else nul_key(list(value.values()))
+    if isinstance(value, list):
+        return next((key for item in value if (key := nul_key(item)) is not None), None)
+    return None
+
+
 def names_fault(names: Iterable[str]) -> str | None:
     """Return a message that says what is wrong with column names; None if all are valid."""
     seen: set[str] = set()

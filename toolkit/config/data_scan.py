@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault
+from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault, nul_key
 from toolkit.config.data_types import EXACT, Kind, Misfit, misfit, wrong_chat, wrong_prompt
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
 _HALF = "\\ud"
+_NUL = "\\u0000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,8 @@ def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[Row | None]:
             raise ValueError(f"line {number} is not a JSON object")
         if _HALF in text.lower() and not is_text(row):
             raise ValueError(f"line {number} contains half of a character (a lone surrogate)")
+        if _NUL in text and (key := nul_key(list(row.values()))) is not None:
+            raise ValueError(f"line {number}: the key {key!r} contains a NUL character")
         yield f"line {number}", row
 
 
@@ -228,6 +231,9 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
         raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
     if not is_text(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
+    for row in rows:
+        if (key := nul_key(list(row.values()))) is not None:
+            raise ValueError(f"the key {key!r} contains a NUL character")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 

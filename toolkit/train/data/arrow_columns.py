@@ -77,8 +77,26 @@ def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(rows, type=pa.list_(item))])
 
 
+def _nul_name(kind: pa.DataType) -> str | None:
+    """Return the first name with a NUL character of a field inside the type ``kind``; None if there
+    is no such name.
+    """
+    for index in range(kind.num_fields):
+        field = kind.field(index)
+        found = field.name if "\0" in field.name else _nul_name(field.type)
+        if found is not None:
+            return found
+    return None
+
+
 def _check_types(table: pa.Table, path: Path) -> None:
     for field in table.schema:
+        if (key := _nul_name(field.type)) is not None:
+            raise ConfigError(
+                f"column {field.name!r}: the key {key!r} contains a NUL character",
+                where=str(path),
+                fix="remove the NUL character from the key",
+            )
         try:
             datasets.Features.from_arrow_schema(pa.schema([field]))
             table.select([field.name]).slice(0, 1).to_pylist()
