@@ -13,6 +13,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from hypothesis import strategies as st
 
 from toolkit.base.archives import unpack
 from toolkit.base.errors import ToolkitError
+
+# Archives that contain a name twice are made on purpose.
+warnings.filterwarnings("ignore", message="Duplicate name")
 
 MEGABYTES = 400.0
 LIMIT_BYTES = 1 << 22
