@@ -50,11 +50,11 @@ grpo:
 def whole_groups(run: Run) -> Iterator[RuleViolation]:
     """num_generations divides the generation batch.
 
-    A generation batch has generation_batch_size completions. If this key is not set, it has
-    per_device_train_batch_size x world size x steps_per_generation completions. If
-    steps_per_generation is not set either, gradient_accumulation_steps is used in its place. The
-    number counts the completions of all processes. Advantages compare the num_generations
-    completions of one prompt, so the batch must contain all of them for each prompt.
+    A generation batch is the completions that all processes draw together before they train. Its
+    size is generation_batch_size. If this key is not set, the size is per_device_train_batch_size x
+    world size x steps_per_generation. If steps_per_generation is not set either, the product uses
+    gradient_accumulation_steps instead. Advantages compare the num_generations completions of one
+    prompt, so the batch must contain all completions of each of its prompts.
     """
     group = run.value(GROUP)
     if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
@@ -86,8 +86,8 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """The number of completions of one generation batch, its formula as text, and the key that is
-    easiest to change.
+    """Return three values: the number of completions of one generation batch, the formula of this
+    number as text, and the key that a fix changes first.
     """
     size = run.value(SIZE)
     if size is not None:
@@ -163,9 +163,10 @@ grpo:
 def whole_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
-    Every process splits its share of the generation batch into whole micro-batches. With
-    per_device_train_batch_size: auto, a micro-batch can have any size, so a multiple of the world
-    size is enough.
+    Every process splits its share of the generation batch into micro-batches of
+    per_device_train_batch_size completions, and no completion may be left over. With
+    per_device_train_batch_size: auto, the sizer chooses a micro-batch size that fits. Then a
+    multiple of the world size is enough.
     """
     size, micro = run.value(SIZE), run.value(MICRO)
     if size is None or run.value(STEPS) is not None:
@@ -259,9 +260,9 @@ def divisors_from(number: int, least: int) -> list[int]:
 
 
 def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` that is at least ``least`` and closest to ``wanted``; None if there
-    is no such divisor. If two are equally close, the smaller one is returned. ``number`` itself is
-    returned only if no other divisor fits.
+    """The divisor of ``number`` that is closest to ``wanted`` and not below ``least``; None if
+    there is no such divisor. If two divisors are equally close, the smaller one is returned.
+    ``number`` itself is returned only if no other divisor fits.
     """
     every = divisors_from(number, least) if 0 < number < 10**9 else []
     found = [one for one in every if one < number] or every

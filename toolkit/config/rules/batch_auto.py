@@ -51,11 +51,12 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     """per_device_train_batch_size: auto needs gradient_accumulation_steps: auto and a
     generation_batch_size.
 
-    Each optimizer step then trains on one generation batch. The sizer splits this batch into as few
-    micro-batches as the card's memory allows, so it chooses the values of both auto keys.
-    generation_batch_size sets the number of completions to split. steps_per_generation counts
-    micro-batches, so it must not be set. num_iterations still counts the optimizer steps on the
-    same generation batch.
+    With auto, each optimizer step trains on one complete generation batch. generation_batch_size
+    sets the number of completions in this batch. The sizer splits the batch into as few
+    micro-batches as the card's memory allows. The size of the micro-batches and their number are
+    the values of the two auto keys. steps_per_generation also sets the number of micro-batches, so
+    it must not be set. num_iterations is still the number of optimizer steps that use the same
+    generation batch.
     """
     autos = [key for key in (MICRO, ACCUMULATION) if run.value(key) == "auto"]
     if not autos:
@@ -120,9 +121,10 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     """per_device_train_batch_size: auto needs a loss that does not depend on the micro-batch size.
 
     loss_type: bnpo averages over the tokens of each micro-batch. An entropy bonus,
-    top_entropy_quantile below 1 and a router loss are also computed per micro-batch. With these
-    settings the trained model would depend on the memory of the card, so write a number instead of
-    auto. With all other losses the micro-batch size changes only rounding.
+    top_entropy_quantile below 1 and the auxiliary loss of a mixture-of-experts router are also
+    computed per micro-batch. With these settings the trained model would depend on the memory of
+    the card, so write a number instead of auto. With all other losses, another micro-batch size
+    changes the result only by rounding.
     """
     if run.value(MICRO) != "auto":
         return
@@ -159,8 +161,8 @@ def _numbers(run: Run) -> Fix:
 
 
 def _router_loss(run: Run) -> float:
-    """The router loss weight in the model's config.json; 0 if the model is not on this machine or
-    its config.json has no such weight.
+    """The weight of the router's auxiliary loss (router_aux_loss_coef) in the model's config.json;
+    0 if the model is not on this machine, has no experts, or sets no such weight.
     """
     if run.model is None or not run.model.experts:
         return 0.0

@@ -38,7 +38,7 @@ def _written_text(run: Run, key: str) -> str | None:
     fix="prompt: question",
 )
 def columns_exist(run: Run) -> Iterator[RuleViolation]:
-    """The data set has the columns that dataset.prompt and dataset.answer name.
+    """dataset.prompt and dataset.answer are names of columns that the data set has.
 
     JSONL, JSON, CSV and Parquet files, and folders that save_to_disk wrote, are read if they are on
     this machine.
@@ -140,7 +140,7 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
             continue
         yield RuleViolation(
             f"dataset.{key}",
-            f"{data.path.name} is a file, which has no split {name}",
+            f"{data.path.name} is a single file. A file has no splits, so it has no split {name}",
             fixes=(Fix(f"set dataset.eval_path to the evaluation file, and remove {key}"),),
         )
 
@@ -270,8 +270,9 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
 def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     """dataset.path names a data set to train on.
 
-    Every completion answers a prompt of the data set, so every run needs a data set, for any value
-    of grpo.max_steps. Only a run with an environment needs none.
+    Every completion answers a prompt of the data set. So every run needs a data set, even a run
+    whose length is set by grpo.max_steps. Only a run with an environment needs none, because the
+    environment makes the prompts.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
         yield RuleViolation(
@@ -318,9 +319,9 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
     """The model is on this machine.
 
     The model is a folder with config.json, or a snapshot in the hub cache. A missing model is a
-    warning (with --strict an error), because lengths, heads and target modules cannot be checked. A
-    folder that contains a pipe, a device or a loop of links is an error, because it cannot be
-    loaded.
+    warning (with --strict an error), because lengths, attention heads and target modules cannot be
+    checked without it. A folder that contains a pipe, a device or a loop of links is an error,
+    because it cannot be loaded.
     """
     text = _written_text(run, "model.model_name")
     if text is None:
@@ -345,6 +346,6 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
         where = f"{path} does not exist" if local else f"{text} is not on this machine"
         yield RuleViolation(
             "model.model_name",
-            f"{where}: lengths, heads and target modules are not checked",
+            f"{where}: lengths, attention heads and target modules are not checked",
             unknown=not local,
         )

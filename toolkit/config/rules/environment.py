@@ -50,7 +50,7 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     fix="runtime: {allow_code: [reasoning_gym]}",
 )
 def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
-    """runtime.allow_code names the package of an environment.
+    """The list runtime.allow_code contains the package of the environment.
 
     The package makes the prompts and scores the completions, so its code runs during training, like
     the code of a reward function.
@@ -161,12 +161,13 @@ def _python(run: Run) -> str | None:
     severity=Severity.WARNING,
 )
 def package_is_installed(run: Run) -> Iterator[RuleViolation]:
-    """The package of an environment is installed for the interpreter that the environment uses.
+    """The package of an environment is installed for the Python interpreter that the environment
+    uses.
 
     A missing package is a warning, because the run may be meant for another machine (with --strict
     it is an error). Training stops before the engine starts if the package is missing. OpenEnv and
-    vLLM need different releases of the package mcp. So install OpenEnv into its own virtual
-    environment, and name the interpreter of this environment in environment.python.
+    vLLM need different releases of the package mcp. So install OpenEnv into a virtual environment
+    of its own, and set environment.python to the Python interpreter of that virtual environment.
     """
     adapter, python = _adapter(run), _python(run)
     missing = None if adapter is None else missing_package(adapter, python)
@@ -188,11 +189,11 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
     fix="environment: {adapter: openenv, task: my_game:Game}",
 )
 def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
-    """environment.task has the form that its adapter requires. If the task names your own module,
-    runtime.allow_code names this module too.
+    """environment.task has the form that the adapter (environment.adapter) requires. If the task is
+    code in your own module, the list runtime.allow_code contains this module too.
 
-    For verifiers the task is the id of a taskset, and verifiers imports the module of this name.
-    For openenv the task is module:Class.
+    With adapter: verifiers, the task is the id of a taskset, and verifiers imports the module that
+    has this id as its name. With adapter: openenv, the task has the form module:Class.
     """
     adapter, node = _adapter(run), run.node(_TASK)
     if adapter is None or node is None or not isinstance(node.value, str):
@@ -225,8 +226,8 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     """An environment with several turns cannot be used for evaluation, and needs prompts that are
     chats.
 
-    The evaluation before and after a run asks for one answer to each prompt. The model does not act
-    in the environment, so there would be nothing to score. In training the model acts by tool
+    An evaluation asks for one answer to each prompt. The model does not act in the environment
+    during an evaluation, so there would be nothing to score. In training the model acts by tool
     calls, which are messages of a chat.
     """
     if _adapter(run) not in IN_STEPS:
@@ -266,7 +267,7 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
             _PYTHON,
             f"{python} is not an executable file",
             fixes=(
-                Fix("run python -m venv openenv-venv, and set python: openenv-venv/bin/python"),
+                Fix("run `python -m venv openenv-venv`, and set python: openenv-venv/bin/python"),
             ),
             unknown=True,
         )

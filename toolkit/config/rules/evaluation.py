@@ -117,7 +117,9 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
 
 
 def _rewards(run: Run) -> tuple[list[str], bool]:
-    """The names of the reward functions in the metrics, and whether all of them are built in."""
+    """Return two values: the names that the reward functions have in the metrics, and whether all
+    of the functions are built in.
+    """
     node = run.node("reward.functions")
     items = node.value if node is not None and isinstance(node.value, list) else []
     given = [item.value.get("name") for item in items if isinstance(item.value, dict)]

@@ -32,8 +32,8 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, routed experts cannot have an adapter.
 
     On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
-    experts. The engine reserves no memory for adapters on experts, because it would take gigabytes.
-    target_modules: auto adapts only the attention of a mixture-of-experts model. With
+    experts. The engine reserves no memory for adapters on experts, because this memory would be
+    gigabytes. target_modules: auto adapts only the attention of a mixture-of-experts model. With
     runtime.engine: transformers, experts can be trained. The rule is checked if the model is on
     this machine.
     """
@@ -48,7 +48,8 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
         names = ", ".join(name for name in MLP if name in found)
         yield RuleViolation(
             _TARGETS,
-            f"{names} are the experts of this model, which cannot have an adapter in the engine",
+            f"{names} are layers of the experts of this model, and experts cannot have an adapter "
+            "in the engine",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(_listed(default_targets(run.model.config))),

@@ -149,10 +149,11 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
 def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
-    Without a GPU there is no float16 mixed precision and no loss scaling. A float32 model is then
-    trained in float32, and a float16 model without loss scaling. The finding is a warning. On a CPU
-    the vLLM engine samples in float32 unless model.dtype is set. If sampler and trainer have
-    different formats, the finding is an error. `envcheck validate` checks the rule only with --gpu.
+    Without a GPU there is no float16 mixed precision and no loss scaling. fp16 then has no effect
+    on a float32 model, and a float16 model is trained without loss scaling. Both are warnings. The
+    finding is an error if the vLLM engine samples in another format than float16. Without a GPU
+    this engine samples in float32 unless model.dtype is set. `envcheck validate` checks the rule
+    only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):

@@ -42,13 +42,13 @@ def _written(run: Run) -> Mapping[str, Node]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether a value is not NaN or infinity. Rule DOC006 reports NaN and infinity."""
+    """Whether a value is neither NaN nor infinity. Rule DOC006 reports NaN and infinity."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """The engines that may generate. If there are two, the run uses the first one if it is
-    installed.
+    """The engines that may generate. If two engines are possible, the run uses the first one where
+    it is installed, and the second one elsewhere.
     """
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
@@ -101,8 +101,9 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
 def owned_keywords(run: Run) -> Iterator[RuleViolation]:
     """generation_kwargs must not contain keywords that the toolkit sets itself.
 
-    The toolkit derives a seed for each completion, takes the number of completions from
-    num_generations, and reads the engine's output in one fixed layout.
+    The toolkit computes a seed for each completion. It takes the number of completions from
+    num_generations. It expects the engine's output in one fixed layout, so it also sets the
+    keywords that change this layout.
     """
     yield from _faults(run, "owned")
 

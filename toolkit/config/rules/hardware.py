@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def lacks(run: Run, needed: tuple[int, int]) -> str | None:
-    """The reason, as text, why the card of --gpu lacks the compute capability ``needed``. None if
-    the card has it, or without --gpu.
+    """A text that says why the card does not have the compute capability ``needed``. None if the
+    card has it, or if no card was given with --gpu.
     """
     device = run.situation.device
     if device is None:
@@ -43,15 +43,14 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     "HW001",
     "runtime.engine",
     example="runtime:\n  engine: vllm  # with --gpu v100",
-    fix="use a card that the builds support (check with envcheck validate --gpu NAME)",
+    fix="use a card that the builds support (check with `envcheck validate --gpu NAME`)",
 )
 def builds_have_code(run: Run) -> Iterator[RuleViolation]:
-    """The locked builds of torch and vLLM support the card.
+    """The builds of torch and vLLM in the lock file support the card.
 
-    The builds of torch and vLLM in the lock file are for CUDA 13, which supports compute capability
-    7.5 and above. torch's build for aarch64 supports only 8.0 and above, so it cannot use a T4G
-    (7.5). --gpu checks any card, whether it is in this machine or not. `envcheck check` checks the
-    installed builds.
+    These builds are for CUDA 13, which supports compute capability 7.5 and above. torch's build for
+    aarch64 supports only 8.0 and above, so it cannot use a T4G (7.5). The card of --gpu need not be
+    in this machine. `envcheck check` checks the installed builds instead of the locked ones.
     """
     device = run.situation.device
     if device is None or not device.compute_capability or device.machine is None:

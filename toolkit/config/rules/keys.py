@@ -128,8 +128,8 @@ def has_turns(run: Run) -> bool:
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield each key that the run's engine does not read, with the reason, whether the run file
-    sets the key or not.
+    """Yield two values for each key that the run's engine does not read: the key, and the reason. A
+    key is yielded even if the run file does not set it.
     """
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
@@ -179,8 +179,8 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield, with the reason, the evaluation keys if the run has no evaluation, and the metric keys
-    if the run uses no metric.
+    """Yield keys without effect, each with the reason: the evaluation keys if the run has no
+    evaluation, and the metric keys if the run uses no metric.
     """
     evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
@@ -198,7 +198,7 @@ def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield, with the reason, the keys of trackers that report_to does not name."""
+    """Yield the keys of trackers that are not in report_to, each with the reason."""
     asked = run.ask("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
     why = f"report_to names no tracker that reads this key: {run.operand('grpo.report_to')}"
@@ -215,7 +215,7 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     fix="max_completion_length: 256",
 )
 def older_names(run: Run) -> Iterator[RuleViolation]:
-    """Keys that TRL, Unsloth or PEFT renamed have their current name.
+    """No key has an old name that TRL, Unsloth or PEFT has since changed.
 
     The toolkit does not read old names. The finding names the key that replaced the old one.
     """

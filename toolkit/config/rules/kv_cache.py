@@ -27,10 +27,10 @@ _LENGTH = "model.max_seq_length"
 def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     """kv_cache_bytes is large enough for one sequence of max_seq_length tokens.
 
-    With a smaller cache vLLM does not start. The cache of one sequence has layers x 2 x KV heads x
-    head size x bytes per value x tokens, rounded up to whole blocks. vLLM needs one more block,
-    which stays empty. `envcheck size` shows the exact number. The rule is checked if the model is
-    on this machine.
+    With a smaller cache vLLM does not start. The number of bytes for one sequence is layers x 2 x
+    KV heads x head size x bytes per value x tokens. The tokens are rounded up to a whole number of
+    cache blocks. vLLM needs one more block, which stays empty. `envcheck size` shows the exact
+    number. The rule is checked if the model is on this machine.
     """
     written, length = run.value(_CACHE), run.value(_LENGTH)
     if type(written) is not int or type(length) is not int:
@@ -54,8 +54,8 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     if written < least:
         yield RuleViolation(
             _CACHE,
-            f"{written} is less than {least} ({format_bytes(least)}), which one sequence of "
-            f"{length} tokens and an empty block need",
+            f"{written} bytes are fewer than {least} bytes ({format_bytes(least)}), which vLLM "
+            f"needs for one sequence of {length} tokens and one empty block",
             notes=(
                 f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; model shape from "
                 f"{run.model.source}",

@@ -89,10 +89,10 @@ grpo:
 def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is not much larger than prompt and completion together.
 
-    The engine reserves KV cache for at least one sequence of max_seq_length tokens. It sizes its
-    tables and prompt passes for the same length. A sequence never has more than max_prompt_length +
-    max_completion_length tokens. A max_seq_length above 4 times this sum is a warning. The rule is
-    checked if max_prompt_length is set.
+    The engine reserves KV cache for at least one sequence of max_seq_length tokens. The engine's
+    tables and prefill passes also have room for max_seq_length tokens. A sequence of the run never
+    has more than max_prompt_length + max_completion_length tokens. A max_seq_length above 4 times
+    this sum is a warning. The rule is checked if max_prompt_length is set.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
@@ -102,7 +102,7 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _CONTEXT,
             f"{context} is {context // needed} times the length that the run uses: the engine "
-            "reserves cache and tables that it never uses",
+            "reserves KV cache and tables that it never uses",
             notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
             fixes=(run.to(_CONTEXT, needed),),
             related=(_PROMPT, _COMPLETION),
@@ -119,8 +119,9 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
 def within_the_model(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is at most the model's maximum length.
 
-    The limit is max_position_embeddings in the model's config.json, extended by its rope scaling.
-    The rule is checked if the model is on this machine.
+    The maximum is max_position_embeddings in the model's config.json. A linear, dynamic or YaRN
+    rope scaling in config.json multiplies the maximum by its factor. The rule is checked if the
+    model is on this machine.
     """
     model = run.model
     if model is None or model.max_length is None:
@@ -148,13 +149,13 @@ runtime: {engine: vllm}
     fix="max_seq_length: 4096, or runtime.engine: transformers",
 )
 def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
-    """With the vLLM engine, max_seq_length of a LongRoPE model (Phi-3) is at most its original
-    length.
+    """With the vLLM engine, max_seq_length of a LongRoPE model (Phi-3) is at most the model's
+    original_max_position_embeddings.
 
-    If max_seq_length is above original_max_position_embeddings, vLLM uses the long rope factors for
-    every sequence. The trainer uses them only for sequences that are longer than
-    original_max_position_embeddings. The run would sample a different policy than it trains. The
-    rule is checked if the model is on this machine.
+    If max_seq_length is larger, vLLM uses the long rope factors for every sequence. The trainer
+    uses the long factors only for a sequence that is longer than original_max_position_embeddings.
+    The run would sample a different policy than it trains. The rule is checked if the model is on
+    this machine.
     """
     model = run.model
     if run.engine == "transformers" or model is None or model.longrope_original is None:

@@ -80,11 +80,11 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     fix="init_lora_weights: gaussian",
 )
 def known_init(run: Run) -> Iterator[RuleViolation]:
-    """init_lora_weights is one of PEFT's values.
+    """init_lora_weights is a value that PEFT accepts.
 
-    The values are true (the adapter matrix B starts at 0), false (B starts at random values), or
-    the name of a method. In pissa_niter_N, N is a number of iterations up to 999. The names are
-    read from the installed PEFT.
+    The values are true (the adapter matrix B starts at 0), false (B starts at random values), and
+    the names of methods. The method pissa_niter_N has a number of iterations N of at most 999. The
+    names are read from the installed PEFT.
     """
     value = run.value(_INIT)
     if isinstance(value, bool):

@@ -91,8 +91,8 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
 
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
-    """Yield lora.r and each rank of lora.rank_pattern: its key path, a text with its origin for the
-    finding, and its value.
+    """Yield three values for lora.r and for each rank in lora.rank_pattern: the key path, a text
+    that tells a finding where the rank was set, and the rank.
     """
     yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():

@@ -1,5 +1,5 @@
-"""Rules on the layers and modules that get the adapter. They must exist, be able to have an
-adapter, and have LoRA slots in the engine.
+"""Rules on the layers and modules that get the adapter. These modules must exist, their type must
+allow an adapter, and the engine must have LoRA slots for them.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
 
 
 def _there(run: Run, leaf: str) -> bool:
-    """Whether the model may have a module with this name. LORA007 reports names that do not
-    exist.
+    """Whether the model has a module with this name, or its modules are not known. LORA007 reports
+    names that do not exist. LORA028 reports normalization layers, so the result is False for them.
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
@@ -127,9 +127,9 @@ def _there(run: Run, leaf: str) -> bool:
     fix="layers_pattern: layers",
 )
 def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
-    """layers_pattern names the list of layers inside the model.
+    """layers_pattern is the name of the module list that holds the model's layers.
 
-    The name of this list is the part of a module name before the layer number, such as layers in
+    In a module name, this list is the part before the layer number, such as layers in
     model.layers.0.mlp. The rule is checked if the model's weights are on this machine.
     """
     pattern = run.value(_PATTERN)

@@ -89,8 +89,8 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     fix="use an adapter that was trained with init_lora_weights: true",
 )
 def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
-    """The adapter of adapter_path was trained on the unchanged weights of the checkpoint, and the
-    keys of the lora section can describe it.
+    """The adapter at adapter_path was trained on the unchanged weights of the checkpoint, and the
+    keys of the lora section can describe this adapter.
 
     PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base weights before training, so the tensors
     of such an adapter are wrong for the weights of the checkpoint. The lora section has no keys for
@@ -187,8 +187,9 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
 
 
 def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
-    """The names of the modules that get the adapter; [] if the weights are not on this machine or
-    target_modules is a string. If ``excluded`` is false, exclude_modules is ignored.
+    """The names of the modules that get the adapter. The result is [] if the weights are not on
+    this machine or target_modules is a string. If ``excluded`` is false, the modules of
+    exclude_modules are in the result too.
     """
     targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None

@@ -23,7 +23,7 @@ _NAME = "model.model_name"
 
 
 def _folder(run: Run) -> Path | None:
-    """The folder that model_name names; None if it does not name a folder."""
+    """The folder at the path model_name; None if there is no such folder."""
     node = run.node(_NAME)
     if node is None or not isinstance(node.value, str):
         return None
@@ -55,7 +55,7 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
     "MODEL003",
     _NAME,
     example="model:\n  model_name: runs/old/adapter",
-    fix="set model_name to the base model, and lora.adapter_path: runs/old/adapter",
+    fix="set model_name to the base model, and lora.adapter_path to runs/old/adapter",
 )
 def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
@@ -110,9 +110,9 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
 def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     """The model is a text-only causal language model.
 
-    The loader refuses multimodal models and encoders. The code of the model is in transformers, or
-    in the checkpoint itself. Code in the checkpoint needs trust_remote_code: true. If the model is
-    on this machine, the rule checks it with the installed transformers.
+    The loader refuses multimodal models and encoders. transformers must contain the code of the
+    model, or the checkpoint must. Code in the checkpoint needs trust_remote_code: true. If the
+    model is on this machine, the rule checks it with the installed transformers.
     """
     if run.model is None:
         return
@@ -137,7 +137,8 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     fix="use the 16-bit checkpoint of the model",
 )
 def trained_format(run: Run) -> Iterator[RuleViolation]:
-    """A quantized checkpoint is a bitsandbytes checkpoint, and its load_in flag is true.
+    """A quantized checkpoint must be in the format of bitsandbytes, and load_in_4bit or
+    load_in_8bit must be true to match it.
 
     Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
     bitsandbytes weights are supported without the vLLM engine. The rule is checked if the model is

@@ -33,11 +33,11 @@ _WORDS = (
     fix="set optim: adamw_torch_fused, or optim_target_modules: all-linear",
 )
 def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
-    """The optimizers GaLore and APOLLO need optim_target_modules. Their layerwise forms also need
-    gradient_accumulation_steps: 1 and a single process.
+    """The optimizers GaLore and APOLLO need optim_target_modules. Their layerwise variants also
+    need gradient_accumulation_steps: 1 and a single process.
 
-    These optimizers project the gradients of the modules that optim_target_modules names. The
-    layerwise forms update weights inside the backward pass, so gradients cannot be summed over
+    GaLore and APOLLO project the gradients of the modules in the list optim_target_modules. The
+    layerwise variants update weights inside the backward pass, so gradients cannot be summed over
     micro-batches or processes.
     """
     optim = run.value(OPTIM)
@@ -85,7 +85,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     fix='optim_args: "momentum=0.9"',
 )
 def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
-    """optim_args contains name=value pairs, separated by commas, that the optimizer reads.
+    """optim_args contains name=value pairs, separated by commas. The optimizer reads every pair.
 
     transformers silently ignores pairs that the optimizer does not read. The learning rate and
     AdamW's betas, epsilon and weight decay have their own keys in grpo.

@@ -19,7 +19,7 @@ REPORT = "grpo.report_to"
 
 
 def _written_trackers(run: Run) -> list[tuple[str, Node]]:
-    """The trackers that report_to names, each with its node."""
+    """The names of the trackers in report_to, each with the YAML node that contains the name."""
     node = run.node(REPORT)
     if node is None or node.value is None or not run.written(REPORT):
         return []
@@ -34,10 +34,10 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     fix="report_to: wandb",
 )
 def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
-    """report_to names trackers that transformers supports.
+    """Every tracker in report_to is one that transformers supports.
 
-    The value is one tracker, a list of trackers, all (every installed tracker), or none. With any
-    value the run writes metrics.jsonl and report.html.
+    The value of report_to is one tracker, a list of trackers, `all` (every installed tracker), or
+    `none`. With any of these values the run writes metrics.jsonl and report.html.
     """
     named = _written_trackers(run)
     for index, (name, node) in enumerate(named):

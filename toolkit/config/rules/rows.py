@@ -1,5 +1,5 @@
-"""Rules that compare the number of data rows with the prompts of one generation batch, and a rule
-on the length of the run.
+"""Rules that compare the number of data rows with the number of prompts in one generation batch,
+and a rule on the length of the run.
 """
 
 from __future__ import annotations
@@ -133,12 +133,12 @@ grpo:
     severity=Severity.WARNING,
 )
 def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
-    """dynamic_sampling and curriculum need a data set with more rows than a generation batch has
-    prompts.
+    """dynamic_sampling and curriculum need a data set that has more rows than a generation batch
+    has prompts.
 
-    Each of the two keys can replace rows of the batch by other rows. If every batch needs all rows,
-    there are no other rows, and the key has no effect. The rule is checked if the rows can be
-    counted.
+    Each of these features can replace rows of the batch by other rows of the data set. If every
+    batch needs all rows, there are no other rows, and the feature has no effect. The rule is
+    checked if the rows can be counted.
     """
     on = [key for key in _CHOOSING if run.ask(key) is True]
     if not on:

@@ -66,7 +66,7 @@ class Run:
         return parallel.replicas(self.processes, size if self.engine != "transformers" else 1)
 
     def node(self, path: str) -> Node | None:
-        """The node of a key; None if the run file does not set the key."""
+        """The document node at a key; None if the run file does not set the key."""
         if path not in self._nodes:
             self._nodes[path] = self.document.node(parts_of(path))
         return self._nodes[path]
@@ -81,8 +81,8 @@ class Run:
     def value(self, path: str) -> Any:
         """The value of a key as plain data. Raises Unjudged if the value is invalid.
 
-        A key that the run file does not set has its default. A lora key has the value of the
-        adapter instead if the run starts from an adapter.
+        If the run file does not set the key, the result is the key's default. If the run starts
+        from an adapter, the result for a lora key that is not set is the adapter's value instead.
         """
         if not self.written(path):
             name = path.removeprefix("lora.")
@@ -109,9 +109,9 @@ class Run:
         return dict(value) if isinstance(value, dict) else {}
 
     def ask(self, path: str) -> Any:
-        """Like ``value``, but returns the default if the value in the run file is invalid by
-        itself. A rule with several independent parts uses this function, so that one invalid value
-        does not disable the other parts.
+        """Like ``value``, but returns the default instead of raising Unjudged. A rule with several
+        independent parts uses this function, so that one invalid value does not disable the other
+        parts.
         """
         try:
             return self.value(path)
@@ -119,8 +119,8 @@ class Run:
             return default(path)
 
     def operand(self, path: str) -> str:
-        """A text with a key, its value and its line, such as ``num_generations 8 (line 12)``.
-        Findings explain their arithmetic with such texts.
+        """A text with the name of a key, the key's value and the line of the value, such as
+        ``num_generations 8 (line 12)``. Findings explain their arithmetic with such texts.
         """
         name, node = path.rpartition(".")[2], self.node(path)
         return f"{name} {show(self.ask(path))} ({self.origin(node)})"
@@ -149,8 +149,8 @@ class Run:
         return Fix(f"{name}: {spell(value, node.source.format)}", edits)
 
     def replace(self, node: Node, value: Any) -> Fix:
-        """The fix that replaces a scalar by ``value``. It has no edits if the file cannot contain
-        ``value``.
+        """The fix that replaces a scalar by ``value``. The fix has no edits if the file format has
+        no way to write ``value``.
         """
         if value is None and node.source.format == "toml":
             return Fix("remove the key")  # TOML has no null
@@ -166,8 +166,8 @@ class Run:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine that generates: vllm, transformers, or maybe (vLLM where it is installed, else
-        transformers).
+        """The engine that generates: ``vllm``, ``transformers`` or ``maybe``. ``maybe`` means vLLM
+        where it is installed, else transformers.
         """
         engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
         return engine_of(engine, fast, self.situation)

@@ -84,8 +84,8 @@ def _folder(run: Run) -> Path:
 
 
 def _something_in(folder: Path) -> bool:
-    """Whether ``folder`` is a file, or a folder that contains more than the lock file. toolkit
-    train has already created this lock file when it validates the run file.
+    """Whether ``folder`` is a file, or a folder that contains more than the lock file. `toolkit
+    train` creates the lock file before it validates the run file.
     """
     return exists(folder) and (not folder.is_dir() or bool(set(_names(folder)) - {LOCK_FILE}))
 

@@ -162,8 +162,8 @@ def no_greedy_training(run: Run) -> Iterator[RuleViolation]:
 def sampling_ranges(run: Run) -> Iterator[RuleViolation]:
     """temperature, top_p, top_k and min_p are in range.
 
-    temperature is 0 to 2. top_p is above 0 and at most 1. top_k is at least -1, and 0 and -1 keep
-    all tokens. min_p is 0 to 1.
+    temperature is from 0 to 2. top_p is above 0 and at most 1. top_k is at least -1, and its values
+    0 and -1 both keep all tokens. min_p is from 0 to 1.
     """
     for key, (wanted, holds, nearest) in _RANGES.items():
         node = run.node(key)

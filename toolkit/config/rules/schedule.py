@@ -119,7 +119,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     fix="eval_strategy: steps",
 )
 def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
-    """lr_scheduler_type reduce_lr_on_plateau and greedy need eval_strategy.
+    """The schedules reduce_lr_on_plateau and greedy (lr_scheduler_type) need eval_strategy.
 
     These schedules change the learning rate according to an evaluation metric, so they need
     evaluations.
@@ -167,10 +167,10 @@ def prefetch_needs_workers(run: Run) -> Iterator[RuleViolation]:
     fix="save_steps: 10",
 )
 def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
-    """eval_steps and save_steps are whole numbers, or fractions of the run below 1.
+    """eval_steps and save_steps are whole numbers of steps, or fractions below 1.
 
-    0.1 means every tenth of the run. 10.5 steps are not possible, and with 0 steps nothing is ever
-    saved.
+    A fraction is a share of the run's steps: 0.1 means after every tenth of the run. 10.5 steps are
+    not possible, and with 0 steps nothing is ever saved.
     """
     for key, strategy in ((_EVAL_STEPS, _EVAL), (_SAVE_STEPS, _SAVE)):
         steps = run.ask(key)

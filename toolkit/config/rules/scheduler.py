@@ -143,7 +143,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
 
 
 def _wanted(name: str, node: Node) -> str | None:
-    """The values that the keyword accepts, as text; None if its value is valid."""
+    """The values that the keyword accepts, as text; None if the value in the run file is valid."""
     value: Any = node.value
     if name in CHOICES:
         return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
@@ -171,10 +171,11 @@ def _wanted(name: str, node: Node) -> str | None:
 def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     """The schedule's lowest rate is below learning_rate.
 
-    The schedule polynomial ends at lr_end (default 1e-7), and refuses an lr_end that is not below
-    learning_rate. Other schedules increase the rate if min_lr is above learning_rate. The default
-    min_lr of greedy is 0.001, which is far above the usual rates of GRPO. The first change would
-    raise the rate to 0.001.
+    With lr_scheduler_type: polynomial the rate ends at lr_end (default 1e-7). This schedule refuses
+    an lr_end that is not below learning_rate. In other schedules min_lr is the lowest rate, and a
+    min_lr above learning_rate increases the rate. With lr_scheduler_type: greedy the default of
+    min_lr is 0.001, far above the usual rates of GRPO. The first change of the rate by
+    the greedy schedule would raise the rate to 0.001.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:

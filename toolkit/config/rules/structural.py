@@ -1,5 +1,5 @@
-"""Texts about the faults that are found while a run file is read and compared with the schema. With
-these texts `envcheck explain` explains such faults like rules.
+"""Texts about faults that no rule function finds. These faults are found earlier, while a run file
+is read and compared with the schema. `envcheck explain` shows the texts in the same form as rules.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RULE_TEXTS: dict[str, RuleText] = {
         "A run file has one YAML document.",
         "A second document after --- would be ignored.",
         "model: {model_name: x}\n---\nmodel: {model_name: y}",
-        "write one run per file, and share settings with the key extends",
+        "write one run per file, and share settings with the key `extends`",
     ),
     "DOC006": RuleText(
         "Numbers are finite.",
@@ -66,11 +66,11 @@ RULE_TEXTS: dict[str, RuleText] = {
         "grpo:\n  learning_rate: 1.0e-6",
     ),
     "DOC007": RuleText(
-        "YAML 1.1 and YAML 1.2 read every value the same way.",
+        "Every value has the same meaning in YAML 1.1 and in YAML 1.2.",
         "Run files are YAML 1.2 (core schema). Other tools, such as PyYAML, read YAML 1.1. "
-        "YAML 1.1 reads 5e-6 as text, no as false, 0755 as an octal number, 12:30:00 as a number "
-        "of seconds, and 1_024 as a number. The fix writes the value in a form that both versions "
-        "read the same way.",
+        "YAML 1.1 reads `5e-6` as text, `no` as false, `0755` as an octal number, `12:30:00` as a "
+        "number of seconds, and `1_024` as a number. The fix writes the value in a form that both "
+        "versions read the same way.",
         "grpo:\n  learning_rate: 5e-6",
         "grpo:\n  learning_rate: 5.0e-6",
         Severity.WARNING,
@@ -97,17 +97,20 @@ RULE_TEXTS: dict[str, RuleText] = {
         "use a name as the key",
     ),
     "DOC011": RuleText(
-        "extends names an existing run file. A file must not extend itself, even indirectly.",
-        "The path is relative to the file with the key extends. Mappings of the two files are "
-        "merged. Any other value in the file with the key extends replaces the value in the "
-        "extended file. Relative paths in the extended file stay relative to the extended file.",
+        "The value of `extends` is an existing run file. A file must not extend itself, even "
+        "indirectly.",
+        "The file at the path `extends` is the base file. The path is relative to the folder of "
+        "the file that sets `extends`. If both files have a mapping at the same key, the two "
+        "mappings are merged. Any other value in the base file is replaced by the value of the "
+        "file that sets `extends`. Relative paths in the base file stay relative to the folder of "
+        "the base file.",
         "extends: missing.yaml",
         "extends: base.yaml",
     ),
     "DOC012": RuleText(
         "An override (--set) has the form key=value.",
-        "The key is dotted, and a number selects a list item (reward.functions.0.name). The value "
-        "is YAML.",
+        "The parts of the key are separated by dots, and a number selects a list item "
+        "(reward.functions.0.name). The value is YAML.",
         "--set grpo.max_steps",
         "--set grpo.max_steps=10",
     ),
@@ -119,40 +122,42 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC014": RuleText(
         "The file can be read, and is UTF-8 text.",
-        "envcheck validate ends with exit code 2 if the file is missing, is a folder, cannot be "
+        "`envcheck validate` ends with exit code 2 if the file is missing, is a folder, cannot be "
         "read because of its permissions, is too large, or has another encoding.",
         "envcheck validate missing.yaml",
         "name an existing file",
     ),
     "DOC015": RuleText(
         "Integers fit into 64 bits.",
-        "No key accepts a larger integer, and libraries truncate it or fail.",
+        "No key accepts an integer of more than 64 bits, and libraries truncate such an integer "
+        "or fail.",
         "grpo:\n  max_steps: 99999999999999999999",
         "grpo:\n  max_steps: 1000",
     ),
     "DOC016": RuleText(
-        "extends names a file in or below the run file's folder.",
-        "A run file from someone else must not read other files on this machine. The extended "
-        "file must be in or below the folder of the loaded run file, or a folder in the "
-        "environment variable TOOLKIT_EXTENDS_FROM (several folders are separated by colons). "
-        "Symbolic links are resolved before the check.",
+        "The value of `extends` is a file in or below the folder of the run file.",
+        "A run file from someone else must not read other files on this machine. The file that "
+        "`extends` refers to must be in or below the folder of the run file, or in or below a "
+        "folder in the environment variable TOOLKIT_EXTENDS_FROM (several folders are separated "
+        "by colons). Symbolic links are resolved before the check.",
         "extends: /etc/shadow",
         "extends: base.yaml",
     ),
     "DOC017": RuleText(
-        "extends names a run file.",
+        "The value of `extends` is a run file.",
         "The file's name ends in .yaml, .yml, .json or .toml, and its top level is a mapping with "
-        "sections of a run file. If this is not so, the finding shows no line of the file.",
+        "sections of a run file. A finding about any other file shows no line of it, because the "
+        "file may be private.",
         "extends: notes.txt",
         "extends: base.yaml",
     ),
     "IMPORT001": RuleText(
         "A run file is not another tool's config, script or notebook.",
-        "envcheck validate accepts only run files. toolkit import translates files of axolotl, "
+        "`envcheck validate` accepts only run files. `toolkit import` translates files of axolotl, "
         "TRL, Unsloth, verl, prime-rl and ms-swift into a run file, and validates this run file. "
         "A comment in the run file describes each line that was translated or left out.",
         "base_model: Qwen/Qwen3-0.6B\nrl: grpo\nadapter: lora",
-        "run toolkit import FILE",
+        "run `toolkit import FILE`",
     ),
     "KEY001": RuleText(
         "Every key is known.",
@@ -174,13 +179,13 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "KEY004": RuleText(
         "A value is one of those that the key allows.",
-        "The finding and envcheck explain KEY list the legal values.",
+        "The legal values are listed in the finding and by `envcheck explain KEY`.",
         "grpo:\n  loss_type: DAPO",
         "grpo:\n  loss_type: dapo",
     ),
     "KEY005": RuleText(
         "Numbers are in range, and strings and lists are not empty.",
-        "The finding and envcheck explain KEY show the legal range.",
+        "The legal range is shown in the finding and by `envcheck explain KEY`.",
         "grpo:\n  per_device_train_batch_size: 0",
         "grpo:\n  per_device_train_batch_size: 1",
     ),

@@ -22,12 +22,12 @@ _CARDS = "model:\n  tensor_parallel_size: 2"
 
 
 def _split(run: Run) -> bool:
-    """Whether several processes of the run may share one model."""
+    """Whether several processes share one model, or may share it because the value is auto."""
     return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
 
 
 def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
-    """A violation at ``key``, whose value cannot be used while processes share one model."""
+    """A violation at ``key``, for a value that cannot be used while processes share one model."""
     return RuleViolation(
         key,
         message,
@@ -41,11 +41,11 @@ def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleVi
 def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
-    A group of tensor_parallel_size processes shares one model, and the card of each process has
-    complete attention heads. A model may have fewer KV heads than the group has cards if
-    tensor_parallel_size is a multiple of the number of KV heads. Several cards then have the same
-    KV head. The model is checked if it is on this machine. --world-size sets the number of
-    processes for the check.
+    A group of tensor_parallel_size processes shares one model. Each process has one card, and an
+    attention head is never split between two cards. A model may have fewer KV heads than the group
+    has cards if tensor_parallel_size is a multiple of the number of KV heads. Several cards then
+    have a copy of the same KV head. The model is checked if it is on this machine. --world-size
+    sets the number of processes for the check.
     """
     size = run.value(_KEY)
     if size in (1, "auto"):
@@ -96,7 +96,7 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     fix="tensor_parallel_size: 1",
 )
 def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
-    """tensor_parallel_size above 1 needs a model whose split layers the trainer supports.
+    """tensor_parallel_size above 1 needs a model that the trainer can compute in parts.
 
     The trainer supports dense decoders with separate projections. It does not support a mixture of
     experts, fused projections (Phi-3), models that vLLM runs through its Transformers backend, or

@@ -232,8 +232,8 @@ def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
 def cache_is_known(run: Run) -> Iterator[RuleViolation]:
     """cache_implementation is a cache of transformers. The offloaded caches need a GPU.
 
-    The cache is used if Hugging Face generates (runtime.engine: transformers). The GPU is checked
-    with --gpu.
+    The key is read only if transformers generates (runtime.engine: transformers). Whether there is
+    a GPU is checked with --gpu.
     """
     key = "grpo.cache_implementation"
     name = run.value(key)

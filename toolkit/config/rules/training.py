@@ -203,8 +203,9 @@ def one_warmup(run: Run) -> Iterator[RuleViolation]:
 def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """learning_rate is between 1e-7 and 1.
 
-    Below this range an adapter hardly changes in thousands of steps. Above it, training diverges.
-    The usual cause is a mistyped exponent. Usual values for GRPO with LoRA are 1e-6 to 5e-5.
+    With a rate below 1e-7 an adapter hardly changes in thousands of steps. With a rate above 1,
+    training diverges. The usual cause is a mistyped exponent. Usual values for GRPO with LoRA are
+    1e-6 to 5e-5.
     """
     rate = run.value("grpo.learning_rate")
     if not SLOWEST <= rate <= FASTEST:

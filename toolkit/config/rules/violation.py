@@ -52,8 +52,8 @@ class Rule:
     check: Callable[[Run], Iterator[RuleViolation]]
 
     def judge(self, run: Run) -> Iterator[Finding]:
-        """Yield the findings of this rule on ``run``. If the rule needs a value that is invalid,
-        another rule reports the value, and this rule yields nothing.
+        """Yield the findings of this rule on ``run``. If the rule needs a value that is invalid, it
+        yields nothing, because another rule reports the invalid value.
         """
         try:
             for fault in self.check(run):
