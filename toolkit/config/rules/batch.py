@@ -183,7 +183,7 @@ def whole_steps(run: Run) -> Iterator[RuleViolation]:
         notes=(
             f"{run.operand(MICRO)}; {world(run)}"
             if micro == "auto"
-            else f"micro-batch = {run.operand(MICRO)} x {world(run)}",
+            else f"{what} = {run.operand(MICRO)} x {world(run)}",
         ),
         fixes=(run.to(SIZE, multiple_from(both, size)),),
         related=(MICRO,),

@@ -268,7 +268,7 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     fix="path: train.jsonl",
 )
 def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
-    """dataset.path names a data set to train on.
+    """dataset.path is set, so there is a data set to train on.
 
     Every completion answers a prompt of the data set. So every run needs a data set, even a run
     whose length is set by grpo.max_steps. Only a run with an environment needs none, because the

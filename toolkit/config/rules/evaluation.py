@@ -128,8 +128,8 @@ def _rewards(run: Run) -> tuple[list[str], bool]:
 
 
 def _follows(run: Run) -> bool:
-    """Whether the learning rate schedule depends on a metric. For such a schedule transformers has
-    a default metric.
+    """Whether the learning rate schedule depends on a metric. If it does and metric_for_best_model
+    is not set, transformers uses a default metric.
     """
     return run.ask(_SCHEDULER) in FOLLOWERS
 

@@ -72,7 +72,7 @@ lora:
     fix="target_modules: [q_proj, gate_proj, up_proj]",
 )
 def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
-    """target_modules names both gate_proj and up_proj of routed experts, or neither of them.
+    """target_modules contains both gate_proj and up_proj of routed experts, or neither of them.
 
     transformers stores gate_proj and up_proj of an expert as one parameter, gate_up_proj. PEFT
     adapts this parameter only if both names are in target_modules. The rule is checked for the

@@ -92,12 +92,12 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     fix="attn_implementation: flash_attention_2",
 )
 def attention_is_one(run: Run) -> Iterator[RuleViolation]:
-    """attn_implementation names an attention function of transformers that computes the model's
+    """attn_implementation is an attention function of transformers that computes the model's
     attention correctly.
 
     Some models have no sdpa or flex attention, for instance gpt-oss because of its attention sinks.
-    sdpa ignores the soft cap of Gemma 2. A name with a slash is code from the hub and needs
-    trust_remote_code. The model is checked when it is on this machine.
+    sdpa ignores the soft cap of Gemma 2. If the value contains a slash, the attention function is
+    code from the hub and needs trust_remote_code. The model is checked if it is on this machine.
     """
     asked = run.value(_ATTENTION)
     config = run.model.text if run.model is not None else {}

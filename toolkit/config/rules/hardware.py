@@ -1,5 +1,5 @@
-"""Rules on what the GPU must support. They check the card that --gpu names, or a machine without a
-GPU (--gpu none).
+"""Rules on what the GPU must support. They check the card that was given with --gpu, or a machine
+without a GPU (--gpu none).
 """
 
 from __future__ import annotations

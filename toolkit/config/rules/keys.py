@@ -201,7 +201,7 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     """Yield the keys of trackers that are not in report_to, each with the reason."""
     asked = run.ask("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
-    why = f"report_to names no tracker that reads this key: {run.operand('grpo.report_to')}"
+    why = f"no tracker in report_to reads this key: {run.operand('grpo.report_to')}"
     if not [name for name in named if name != "none"]:
         yield from ((f"grpo.{name}", why) for name in _TRACKED)
     if "trackio" not in named and "all" not in named:

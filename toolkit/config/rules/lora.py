@@ -109,12 +109,12 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_exist(run: Run) -> Iterator[RuleViolation]:
-    """target_modules names modules of the model, or is a regular expression that matches modules of
-    the model.
+    """target_modules is a list of modules of the model, or a regular expression that matches
+    modules of the model.
 
     A list item matches the end of a module name. A string is one regular expression for whole
     module names, or all-linear. auto chooses the model's projections. If the model's weights are on
-    this machine, the names are compared with them.
+    this machine, target_modules is compared with the module names in the weights.
     """
     targets = run.value(_TARGETS)
     if targets == "auto":

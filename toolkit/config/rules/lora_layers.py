@@ -30,10 +30,10 @@ _INIT = "lora.init_lora_weights"
     fix="layers_to_transform: [0, 1]",
 )
 def layers_are_there(run: Run) -> Iterator[RuleViolation]:
-    """layers_to_transform names layers that the model has.
+    """The layer numbers in layers_to_transform exist in the model.
 
-    Layers are counted from 0. PEFT silently skips a layer that does not exist, so fewer layers than
-    the run file names would get the adapter. The rule is checked if the model is on this machine.
+    Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
+    have fewer layers than the run file sets. The rule is checked if the model is on this machine.
     """
     layers = run.value(_LAYERS)
     count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
@@ -82,7 +82,8 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj, k_proj, v_proj, o_proj]",
 )
 def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
-    """With the vLLM engine, target_modules names only layers for which the engine has LoRA slots.
+    """With the vLLM engine, target_modules contains only layers for which the engine has LoRA
+    slots.
 
     A slot is memory in which the engine keeps an adapter. The engine has slots for the projections
     of attention and MLP. Slots for all linear layers would cost memory, and time for every token.
@@ -159,11 +160,11 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     fix="modules_to_save: [lm_head]",
 )
 def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
-    """modules_to_save names modules that exist and have no adapter.
+    """The modules in modules_to_save exist and have no adapter.
 
-    modules_to_save lists the modules that are fully trained. PEFT silently skips a name that it
-    does not find, so nothing would be trained for this name. A fully trained module cannot also
-    have an adapter. The rule is checked if the model's weights are on this machine.
+    modules_to_save is the list of modules that are fully trained. PEFT silently skips a name that
+    is not in the model, so nothing would be trained for this name. A module that is fully trained
+    cannot also have an adapter. The rule is checked if the model's weights are on this machine.
     """
     named = run.value("lora.modules_to_save")
     modules = run.model.modules if run.model is not None else None
@@ -199,7 +200,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
     fix="target_modules: [q_proj]",
 )
 def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
-    """target_modules names no normalization layer.
+    """target_modules contains no normalization layer.
 
     An adapter is a product of two matrices that is added to a weight matrix. The weight of a
     normalization layer is a vector. PEFT refuses such a target, but only after the model has

@@ -60,8 +60,8 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
 def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
 
-    To start from an adapter, set lora.adapter_path to its folder. adapter_config.json in this
-    folder names the base model, which is the value for model_name.
+    To start from an adapter, set lora.adapter_path to the adapter's folder, and model_name to the
+    base model. adapter_config.json in the adapter's folder contains the name of the base model.
     """
     folder = _folder(run)
     if folder is None or not is_adapter(folder):

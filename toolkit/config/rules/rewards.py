@@ -204,7 +204,7 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"{found.shown} does not accept **columns, but TRL passes more arguments than "
-                "the function names",
+                "the function has parameters",
                 fixes=(Fix(f"write def {found.name}(prompts, completions, **columns)"),),
             )
             continue

@@ -37,8 +37,7 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
         if run.ask(half) and run.ask("model.dtype") == weights:
             yield RuleViolation(
                 half,
-                f"the trainer and the engine would compute in different formats: the engine in "
-                f"{weights}",
+                f"the engine would compute in {weights}, but the trainer in another 16-bit format",
                 notes=(run.operand("model.dtype"),),
                 fixes=(run.to(half, False), run.to("model.dtype", "auto")),
                 related=("model.dtype",),
