@@ -32,7 +32,9 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The world size (the number of processes) as text for a finding."""
+    """The number of processes that train on different rows (``Run.world_size``), as text for a
+    finding.
+    """
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
 

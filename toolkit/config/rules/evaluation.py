@@ -57,10 +57,10 @@ def has_evaluation_data(run: Run) -> bool:
 def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     """metric_for_best_model is a metric of the evaluation.
 
-    transformers looks up the metric after each evaluation and fails if it is missing. The metrics
-    are reward, reward_std, loss, rewards/NAME/mean for each reward function, and others. The prefix
-    eval_ is optional. Your own reward functions can log further metrics (log_metric), so with such
-    functions the finding is a warning.
+    transformers looks for this metric after each evaluation, and the run fails if the metric is
+    missing. The metrics are reward, reward_std, loss, rewards/NAME/mean for each reward function,
+    and others. The prefix eval_ is optional. Your own reward functions can log further metrics
+    (log_metric), so with such functions the finding is a warning.
     """
     metric = run.value(METRIC)
     if not metric or run.ask(_STRATEGY) == "no":

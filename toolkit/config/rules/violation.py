@@ -38,8 +38,8 @@ class RuleViolation:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``summary`` is the first paragraph of its function's docstring, and ``why`` is the
-    rest.
+    """One rule. ``summary`` is the first paragraph of the docstring of the rule's function, and
+    ``why`` is the rest of this docstring.
     """
 
     id: str
@@ -100,8 +100,8 @@ RULES: dict[str, Rule] = {}
 def rule(
     name: str, keys: str, *, example: str, fix: str, severity: Severity = Severity.ERROR
 ) -> Callable[[Callable[[Run], Iterator[RuleViolation]]], Callable[[Run], Iterator[RuleViolation]]]:
-    """Register a function as rule ``name``. ``keys`` are the dotted keys that it checks, separated
-    by spaces.
+    """Register a function as the check of rule ``name``. ``keys`` are the dotted keys that the rule
+    checks, separated by spaces.
     """
 
     def register(
