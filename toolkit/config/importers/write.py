@@ -1,5 +1,5 @@
-"""Write a translation as the text of a run file. A comment on each line states from which setting
-the line was made. Also write the table of a format for the documentation.
+"""Write a translation as the text of a run file, with a comment on each line that says from which
+setting the line was made. This module also writes the table of a format for the documentation.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _one_line(text: str) -> str:
 
 
 def _fine(row: Row) -> str:
-    """Return the values that turn a refused key off, without those that mean "off" for every
-    key.
+    """Return as text the values with which a refused key is not refused. Values that mean "off" for
+    every key, such as False, are left out. The text is empty for a key that is not refused.
     """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
