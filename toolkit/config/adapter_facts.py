@@ -68,7 +68,7 @@ def inherited(node: Node | None) -> dict[str, Any]:
 
 def other_fields(values: Mapping[str, Any]) -> list[str]:
     """Return the names of the fields of adapter_config.json (``values``) that this toolkit does not
-    read, and whose value differs from PEFT's default.
+    read, and that are set to another value than PEFT's default.
     """
     return [
         name

@@ -37,9 +37,9 @@ CHATS_WITHOUT_TEMPLATE_FIX = (
 
 
 def usable(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` can render chats. That is so if it is one template,
-    or several templates of which one is named "default". ``template`` is the attribute of a loaded
-    tokenizer, or the value in tokenizer_config.json.
+    """Whether a tokenizer's ``chat_template`` can render chats. It can if it consists of one
+    template, or of several templates of which one is named "default". ``template`` is the value of
+    ``chat_template``, either of a loaded tokenizer or in tokenizer_config.json.
     """
     if isinstance(template, str):
         return bool(template)

@@ -1,8 +1,8 @@
 """Make the edits that move a key of a run file to another section, or remove it, in YAML, JSON and
 TOML.
 
-A key is moved only if it has a scalar on one line, and the text around it has a layout that this
-module supports. Otherwise the fix has no edits, and its text says what to do.
+A key is moved only if its value is a scalar on one line, and if this module supports the layout of
+the text around the key. Otherwise the fix has no edits, and the text of the fix says what to do.
 """
 
 from __future__ import annotations

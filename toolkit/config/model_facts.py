@@ -119,8 +119,8 @@ class ModelFacts:
 
 
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
-    """Return the facts of the model that ``node`` names: a folder, or a hub id that is looked up in
-    the hub cache. None if the model is not on this machine.
+    """Return the facts of a model; None if the model is not on this machine. ``node`` is the value
+    of ``model.model_name``: a folder, or a hub id that is looked up in the hub cache.
     """
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):

@@ -326,8 +326,8 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
     if keyword.field is not None and not (turns and keyword.field == _COMPLETION[0]):
         return Problem(
             "field",
-            f"{name} has the same meaning as grpo.{keyword.field}, and training reads only "
-            "that key",
+            f"{name} has the same meaning as grpo.{keyword.field}, but training reads only "
+            f"grpo.{keyword.field}",
             f"set grpo.{keyword.field} instead",
         )
     if not keyword.accepts(value):

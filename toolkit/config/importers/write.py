@@ -100,8 +100,8 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return a text with all characters escaped that YAML does not accept inside quotes, such as
-    line ends.
+    """Return ``text`` for use inside quotes in YAML. Characters that YAML does not accept there,
+    such as line ends, are escaped.
     """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
