@@ -1,8 +1,8 @@
-"""Read a run file with positions, check its structure, apply the rules, and build the frozen
-RunConfig.
+"""Read a run file and the position of each value in it, check its structure, apply the rules, and
+build the frozen RunConfig.
 
-``load_run(path, overrides)`` is what the trainer and the sizer call. Names are imported on first
-use, so importing only ``toolkit.config.run_config`` does not import a YAML parser.
+The trainer and the sizer call ``load_run(path, overrides)``. The names of this package are imported
+on first use. Importing only ``toolkit.config.run_config`` therefore does not import a YAML parser.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
 
 
 def inherited(node: Node | None) -> dict[str, Any]:
-    """Return the settings of the adapter that ``lora.adapter_path`` (``node``) names, as plain
-    values under the keys of the ``lora`` section.
+    """Return the settings of the adapter in the folder ``lora.adapter_path``. The result maps keys
+    of the ``lora`` section to plain values. ``node`` is the node of ``lora.adapter_path`` in the
+    run file.
     """
     if node is None or not isinstance(node.value, str):
         return {}
@@ -66,8 +67,8 @@ def inherited(node: Node | None) -> dict[str, Any]:
 
 
 def other_fields(values: Mapping[str, Any]) -> list[str]:
-    """The fields of adapter_config.json (``values``) that are set and that this toolkit does not
-    read.
+    """Return the names of the fields of adapter_config.json (``values``) that this toolkit does not
+    read, and that are set to another value than PEFT's default.
     """
     return [
         name

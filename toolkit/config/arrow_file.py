@@ -64,9 +64,11 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
 
 
 def _body_length(metadata: bytes) -> int:
-    """Return the length in bytes of a message's body, read from the message's ``metadata``. The
-    metadata is a flatbuffer, which begins with the position of its table. The table begins with the
-    distance back to the list of field offsets.
+    """Return the length in bytes of a message's body. It is a field of the message's ``metadata``.
+
+    The metadata is a flatbuffer. A flatbuffer begins with the position of its root table. The table
+    begins with the distance from its vtable, which precedes it and contains the offset of each
+    field.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)
     (back,) = struct.unpack_from("<i", metadata, table)

@@ -71,9 +71,9 @@ def build_config(document: Document) -> RunConfig:
 def _with_scorer(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
-    """Return the rewards, with the environment's own reward appended. It is not appended if the run
-    file already names it. A run file names it if the user set its weight, or if the file is the
-    config.json of an earlier run.
+    """Return ``rewards`` with the environment's own reward appended, unless ``rewards`` already
+    contains that reward. This is the case if the user set the weight of that reward in the run
+    file, or if the run file is the config.json of an earlier run.
     """
     if environment is None or any(one.name == environment.adapter for one in rewards):
         return rewards

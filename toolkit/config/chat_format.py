@@ -1,8 +1,9 @@
 """Resolve ``dataset.chat``, which says whether prompts that are plain text become user messages.
 
 ``auto`` means true if the tokenizer has a chat template, because the model was then trained on
-chats. Lists of messages in the prompt column are always treated as chats. ``dataset.system`` has no
-influence: if prompts do not become messages, its text is put before each prompt.
+chats. Lists of messages in the prompt column are always treated as chats. ``dataset.system`` does
+not change the meaning of ``auto``: if prompts do not become messages, the system text is put before
+each prompt.
 
 ``usable`` is the only function that decides whether a tokenizer has a chat template. It is used
 both for the files of a tokenizer and for a loaded tokenizer.
@@ -36,9 +37,9 @@ CHATS_WITHOUT_TEMPLATE_FIX = (
 
 
 def usable(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` can render chats. That is so if it is one template,
-    or several templates of which one is named "default". ``template`` is the attribute of a loaded
-    tokenizer, or the value in tokenizer_config.json.
+    """Whether a tokenizer's ``chat_template`` can render chats. It can if it consists of one
+    template, or of several templates of which one is named "default". ``template`` is the value of
+    ``chat_template``, either of a loaded tokenizer or in tokenizer_config.json.
     """
     if isinstance(template, str):
         return bool(template)

@@ -39,8 +39,8 @@ NO_DATA = "the run file names no data set, so there are no prompts to train on"
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
-    """Return the facts of the data that dataset.path or dataset.eval_path (``key``) names; None if
-    that path does not exist.
+    """Return the facts of the data at ``dataset.path`` or ``dataset.eval_path``; None if this path
+    does not exist. ``key`` is "path" or "eval_path".
     """
     node = document.node(("dataset", key))
     if node is None or not isinstance(node.value, str):
@@ -66,7 +66,9 @@ def _limit(document: Document, key: str) -> int | None:
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """Whether a path is a broken symbolic link. Its target may exist on the machine that trains."""
+    """Whether a path is a symbolic link whose target does not exist here. The target may still
+    exist on the machine that trains, so this is not a fault.
+    """
     try:
         path.stat()
     except FileNotFoundError:

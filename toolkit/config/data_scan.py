@@ -80,8 +80,8 @@ class _Types:
         self.lists: bool | None = None
 
     def take(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
-        """Check one row, and record its fault if it is the first one. ``chat`` is the parsed chat
-        if the row's prompt is a chat written as JSON text, else None.
+        """Check one row. Record its fault if no earlier row has a fault. ``chat`` is the parsed
+        chat if the row's prompt is a chat written as JSON text, else None.
         """
         if self.left is not None:
             self.left -= 1

@@ -49,7 +49,8 @@ class Kind:
     """The type that the values of a column have had so far.
 
     A boolean after floats is accepted, because Arrow accepts it too. A boolean before floats is not
-    accepted, because Arrow converts it only in some nestings.
+    accepted, because Arrow refuses it if both values are in the same list or directly in the
+    column.
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")

@@ -67,8 +67,8 @@ def empty(source: Source) -> Node:
 
 @dataclass(slots=True)
 class Document:
-    """A loaded run file: the nodes that result from merging its layers (``extends``, ``--set``),
-    and the findings that loading produced.
+    """A loaded run file: its tree of nodes, and the findings that loading produced. The files that
+    ``extends`` names and the ``--set`` overrides are already merged into the tree.
     """
 
     source: Source

@@ -8,7 +8,7 @@ default and its ``Option`` define the option completely. The following are deriv
 - the field of the run file's ``ModelSection``,
 - the argument that vLLM gets (``EngineOptions``),
 - the default and the checks of ``from_pretrained``,
-- whether the key has no effect without an engine, and whether ``size --write`` sets it.
+- whether the key has no effect without an engine, and whether `envcheck size --write` sets it.
 
 To add an option, add a field here and run ``just schemas``. If the option changes how much memory
 the engine uses, also read it in ``sizing.engine_plan``.
@@ -37,11 +37,12 @@ which only vLLM checks.
 class Option(NamedTuple):
     """The properties of one option besides its name, type and default.
 
-    ``api`` is the default of ``from_pretrained``; None means that vLLM chooses. ``vllm`` is the
-    name of the argument of ``vllm.LLM``; None means that vLLM does not get the option, because the
-    toolkit implements it. ``values`` maps a value of the option to the value that vLLM gets; for
-    None, the argument is left out. ``sized`` means that `envcheck size` chooses a value for "auto"
-    (and writes it to the run file with ``--write``).
+    ``api`` is the default of ``from_pretrained``; if it is None, vLLM chooses the value. ``vllm``
+    is the name of the argument of ``vllm.LLM``; if it is None, vLLM does not get the option,
+    because the toolkit implements the option itself. ``values`` maps a value of the option to the
+    value of that argument; if it maps the value to None, vLLM does not get the argument. ``sized``
+    says whether `envcheck size` chooses a value for "auto" (and writes it to the run file with
+    ``--write``).
     """
 
     kind: Kind
@@ -241,8 +242,8 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiEngineSettings(EngineSettings):
-    """The engine options of ``from_pretrained``: those of a run file, and four options of vLLM that
-    only a script can set.
+    """The engine options of ``from_pretrained``: the engine options of a run file, and four more
+    options of vLLM that only a script can set.
     """
 
     disable_log_stats: bool = _option(True, "switch", api=True, vllm="disable_log_stats")
@@ -315,10 +316,10 @@ def graph_sizes(max_num_seqs: int, max_num_batched_tokens: int | None = None) ->
     """Return the batch sizes (in sequences) for which the engine captures CUDA graphs of a decode
     step, in ascending order. A batch of another size runs in the graph of the next larger size.
 
-    The sizes are 1, 2, 4 and 8, then two sizes for each doubling, and the largest batch that a
-    rollout can have. vLLM's own list has a size for every 8 sequences, and none above 512. A
-    shorter list is enough: padding a batch costs little, because a decode step reads all weights
-    for any number of sequences.
+    The sizes are 1, 2, 4, 8, then two sizes per doubling (16, 24, 32, 48 ...), and the largest
+    batch that a rollout can have. vLLM's own list contains every multiple of 8 below 256, and
+    every multiple of 16 from 256 to 512. The list here can be shorter, because padding a batch
+    costs little: a decode step reads all weights for any number of sequences.
     """
     largest = min(max_num_seqs, max_num_batched_tokens or max_num_seqs, MAX_GRAPH_SIZE)
     sizes = {1, 2, 4, 8, *(16 << step for step in range(7)), *(24 << step for step in range(6))}

@@ -1,5 +1,5 @@
-"""Define the adapters of environments (packages of tasks), and the Python packages that they
-need.
+"""Define the environment adapters, and the Python package that each of them needs. An environment
+is a package of tasks. An environment adapter connects one kind of environment to the toolkit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ IN_STEPS = ("openenv",)
 
 
 def task_module(adapter: str, task: str) -> str | None:
-    """Return the name of the user's module that ``task`` refers to; None if the adapter's package
-    contains all tasks.
+    """Return the name of the user's module that contains ``task``. Return None if the tasks of this
+    adapter are all in the adapter's own package.
     """
     if adapter == "reasoning_gym":
         return None
@@ -35,9 +35,10 @@ def task_module(adapter: str, task: str) -> str | None:
 
 
 def missing_package(adapter: str, python: str | None) -> Package | None:
-    """Return the package of an adapter if it is missing for the environment's interpreter
-    ``python``. Return None if it is installed, or if that cannot be determined. Only the files of
-    the virtual environment are inspected. Nothing is imported and no interpreter is started.
+    """Return the Python package that an environment adapter needs, if the interpreter ``python``
+    (None: the current one) cannot find it. Return None if the package is installed, or if this
+    cannot be determined. Only the files of the interpreter's virtual environment are inspected.
+    Nothing is imported and no interpreter is started.
     """
     package = ADAPTERS[adapter]
     if python is None:
@@ -48,8 +49,8 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
 
 
 def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
-    """Return the missing package of a run's environment as text, with the command that installs it.
-    The tuple is empty if no package is missing.
+    """Return a tuple with one text if the package of a run's environment is missing: the name of
+    the package, and the command that installs it. Return an empty tuple if no package is missing.
     """
     if section is None:
         return ()

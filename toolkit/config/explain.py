@@ -36,8 +36,8 @@ def explain(asked: str) -> str | None:
 
 
 def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
-    """Return the error for a word that has no explanation. Its fix suggests the most similar word
-    that has one. ``more`` are additional words that can be suggested.
+    """Return the error for a word that has no explanation. The fix of the error suggests the most
+    similar word that has an explanation. ``more`` are additional words that can be suggested.
     """
     names = [*all_rules(), *(name for name, _ in all_keys()), *more, "exit-codes", "rules"]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]

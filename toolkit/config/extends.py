@@ -1,10 +1,12 @@
-"""Check the file that ``extends`` names. It must be a run file below the folder of the loaded run
-file, or below a folder that the environment variable TOOLKIT_EXTENDS_FROM lists.
+"""Check base files. The base file of a run file is the file that its key ``extends`` names. A base
+file must itself be a run file. It must be below the folder of the loaded run file, or below a
+folder that the environment variable TOOLKIT_EXTENDS_FROM lists.
 
-These checks prevent that a run file from someone else makes error messages print lines of private
-files (``extends: /etc/shadow``). The location of an extended file is therefore checked before the
-file is read, after resolving every symbolic link. If the file is not a run file, the message
-contains only the position of the problem, not the text.
+Without these checks, a run file from someone else could name a private file (``extends:
+/etc/shadow``), and an error message would print lines of that file. The location of a base file is
+therefore checked before the file is read. All symbolic links in its path are resolved first. If a
+base file is not a run file, the message contains the position of the problem, but no text of the
+file.
 """
 
 from __future__ import annotations
@@ -44,16 +46,16 @@ def finding_at(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
 
 
 def allowed_folders(root: Path) -> list[Path]:
-    """Return the folders that may contain extended files. These are the folder of the run file
-    (``root``), and the folders that the environment variable lists.
+    """Return the folders that may contain base files. These are the folder of the run file
+    (``root``), and the folders that the environment variable TOOLKIT_EXTENDS_FROM lists.
     """
     texts = os.environ.get(VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """Return a finding if the file that ``extends`` names must not be read; None if it may be read.
-    ``path`` is its path with symbolic links resolved, ``node`` is the value of ``extends``, and
+    """Return a finding if a base file must not be read; None if it may be read. ``path`` is the
+    path of the base file with symbolic links resolved, ``node`` is the value of ``extends``, and
     ``root`` is the folder of the run file.
     """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
@@ -72,7 +74,7 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
-            Fix(f"name a file that ends in {ends}, for example extends: base.yaml"),
+            Fix(f"set extends to a file whose name ends in {ends}, for example base.yaml"),
         )
     try:
         mode = path.stat().st_mode
@@ -84,8 +86,8 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
 
 
 def content_fault(base: Document, node: Node) -> Finding | None:
-    """Return a finding if the extended file (``base``) is not a run file; None if it is. The
-    finding does not contain any text of the file.
+    """Return a finding if the base file is not a run file; None if it is. ``base`` is the document
+    of the base file. The finding does not contain any text of the base file.
     """
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
     if not base.whole:
@@ -100,7 +102,10 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         "DOC017",
         node,
         f"extends: {node.value} is not a run file: it {what}",
-        Fix("name a run file, or run `envcheck validate` on the named file to see what is wrong"),
+        Fix(
+            "set extends to a run file, or run `envcheck validate` on this file to see what is "
+            "wrong with it"
+        ),
     )
 
 
@@ -115,8 +120,10 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """Check the chain of files that extend one another. Return it as text if ``path`` is already in
-    it, or if it has ``most`` or more files; else return None.
+    """Check whether the base file ``path`` may be loaded after the files in ``chain``. In
+    ``chain``, each file is the base file of the file before it. Return None if ``path`` is not yet
+    in the chain and the chain has fewer than ``most`` files. Otherwise, return the file names as
+    text.
     """
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class Severity(StrEnum):
     """The severity of a finding. An error prevents the run. A warning prevents the run only with
-    --strict.
+    ``--strict``.
     """
 
     ERROR = "error"
@@ -40,9 +40,9 @@ def rename(source: Source, key: Position, name: str) -> Edit:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One possible fix. ``text`` describes it. ``edits`` apply it, if replacing scalars and keys is
-    enough. If the edits alone do not show what was moved, ``moved`` is the old and new text that
-    --fix prints.
+    """One possible fix of a finding. ``text`` describes the fix. ``edits`` are the changes that
+    apply it; there are none if replacing scalars and keys is not enough. ``moved`` is the old and
+    the new text that ``--fix`` prints; it is set only if the edits do not show what was moved.
     """
 
     text: str

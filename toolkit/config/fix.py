@@ -48,10 +48,12 @@ class Repair:
 
 
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
-    """Apply the fixes of all findings that have exactly one fix, if it changes only this text.
+    """Apply fixes to ``source``. A fix is applied only if its finding has no other fix, and if the
+    fix changes no text except ``source``.
 
-    Fixes are tried one finding at a time. A fix that only replaces its finding by another finding
-    is not applied.
+    Fixes are tried one finding at a time. A fix is not applied if it only replaces its finding by
+    another finding. Fixes of unknown and invalid keys are an exception, because the other rules
+    check such a key only after the fix.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -84,8 +86,9 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """Return the text after applying the fix of ``found``, with its validation. None if the
-        finding does not have exactly one fix, or if the fix does not help.
+        """Apply the fix of the finding ``found``. Return the new text, and the validation of the
+        new text. Return None if the finding does not have exactly one fix, or if the fix does not
+        reduce the problems.
         """
         if len(found.fixes) != 1 or self.left < 0:
             return None

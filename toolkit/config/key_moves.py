@@ -1,8 +1,8 @@
 """Make the edits that move a key of a run file to another section, or remove it, in YAML, JSON and
 TOML.
 
-A key is moved only if it has a scalar on one line, and the text around it has a layout that this
-module supports. Otherwise the fix has no edits, and its text says what to do.
+A key is moved only if its value is a scalar on one line, and if this module supports the layout of
+the text around the key. Otherwise the fix has no edits, and the text of the fix says what to do.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def drop(root: Node, old: KeyPath) -> Fix:
 def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
     """Return the fix that replaces the key ``old`` by the dotted key ``to`` with ``value``.
 
-    The fix has no edits if ``to`` is already set to another value, or if it does not accept
-    ``value``.
+    The fix has no edits if the key ``to`` is already set to another value, or if ``value`` is not
+    valid for the key ``to``.
     """
     node, new = at(root, old), tuple(to.split("."))
     spelling = spell(value, "yaml")
@@ -185,8 +185,8 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """Return the comment behind a key that has its own line, because the comment moves with the
-    key.
+    """Return the comment at the end of a key's line; it moves with the key. Return an empty text if
+    there is no such comment, or if something else precedes the key on its line.
     """
     if node.key is None:
         return ""
@@ -217,9 +217,9 @@ def _newline(source: Source) -> str:
 
 
 def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
-    """Return (begin, next, before, after) of the line with the characters from ``start`` to
-    ``end``: the offsets at which this line and the next line begin, and the text before and after
-    the characters.
+    """Describe the line that contains the characters from ``start`` to ``end``. Return four values:
+    the offset at which this line begins, the offset at which the next line begins, the text of the
+    line before these characters, and the text of the line after them.
     """
     begin = text.rfind("\n", 0, start) + 1
     stop = text.find("\n", end)

@@ -1,5 +1,5 @@
-"""Load a complete run file. First the file is merged over the file that it extends. Then the
-``--set`` overrides are merged over the result.
+"""Load a complete run file. First, the run file is merged over its base file, which is the file
+that its key ``extends`` names. Then the ``--set`` overrides are merged over the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
-    """Return the document of a text, merged over the files that it extends, and changed by the
+    """Return the document of a run file's text, merged over its base files and changed by the
     overrides.
     """
     document = parse(source)
@@ -41,7 +41,7 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
 
 
 def parse(source: Source) -> Document:
-    """Parse one text in its format (YAML, JSON or TOML), without the files that it extends."""
+    """Parse one text in its format (YAML, JSON or TOML), without its base file."""
     if source.format == "json":
         from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
 
@@ -62,9 +62,9 @@ def parse(source: Source) -> Document:
 
 
 def _extend(document: Document, chain: list[Path], root: Path) -> None:
-    """Merge ``document`` over the file that its ``extends`` names. That file is first merged over
-    the file that it extends itself. All files must be below ``root``, or below a folder that the
-    user allows. ``chain`` are the files that were loaded so far.
+    """Merge ``document`` over its base file. If the base file has a base file of its own, the base
+    file is first merged over that file. All files must be below ``root``, or below a folder that
+    the user allows. ``chain`` are the files that were loaded so far.
     """
     node = document.root.value.pop("extends", None)
     if node is None:
@@ -81,8 +81,8 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
 
 
 def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
-    """Return the document of the file that ``extends`` (``node``) names, or a finding if the file
-    cannot be used.
+    """Return the document of a base file, or a finding if the base file cannot be used. ``node`` is
+    the value of ``extends``.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
         return finding_at("DOC011", node, "extends: the value must be the path of one run file")
@@ -103,8 +103,8 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """Return the path of an extended file in the form that findings show. It is relative if the
-    file that extends it was given as a relative path.
+    """Return the path of a base file in the form that findings show. The path is relative if the
+    run file with the key ``extends`` was given as a relative path.
     """
     return Path(node.source.name).parent / node.value if node.source.path else path
 

@@ -103,9 +103,10 @@ def installed(which: str) -> Known | None:
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for a model_type. ``known``: it has the type.
-    ``causal``: it has a causal language model of the type. ``attention``: the attention functions
-    that the model supports. None means unknown.
+    """What the installed transformers supports for a model_type. ``known`` says whether
+    transformers has the model_type. ``causal`` says whether it has a causal language model of this
+    type. None means unknown. ``attention`` says for each attention function whether the model
+    supports it; it is empty if this is unknown.
     """
 
     known: bool | None = None
@@ -137,8 +138,9 @@ def model_type(name: str) -> ModelType:
 
 
 def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
-    """Return whether the model's module supports the attention functions "sdpa", "flash" and
-    "flex". Empty if transformers has no such module. ``types`` is the text of auto_mappings.py.
+    """Return for each of the attention functions "sdpa", "flash" and "flex" whether transformers
+    supports it for the model type ``name``. Return an empty dict if transformers has no module for
+    this model type. ``types`` is the text of auto_mappings.py.
     """
     special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
     moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)

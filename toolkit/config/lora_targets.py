@@ -1,10 +1,10 @@
-"""Decide which layers of a model get a LoRA adapter: find the default, and apply PEFT's rules for
-names and patterns of modules.
+"""Decide which layers of a model get a LoRA adapter: find the default layers, and apply PEFT's
+rules for names and patterns of modules.
 
-A LoRA slot is memory that the engine reserves at a layer for an adapter. The engine has slots on
-linear layers. In a mixture of experts, slots on the routed experts would use gigabytes (3.1 GiB at
-rank 32 on Qwen3-30B-A3B), and the toolkit does not support adapters on them in the engine. For such
-a model, the default is therefore the attention layers only.
+In a mixture of experts, only the attention layers get an adapter by default. The reason is that the
+engine would need LoRA slots on the routed experts. (A LoRA slot is memory that the engine reserves
+at a linear layer for an adapter.) These slots would use gigabytes (3.1 GiB at rank 32 on
+Qwen3-30B-A3B), and the toolkit does not support adapters on routed experts in the engine.
 """
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ def pattern_fault(text: str) -> str | None:
 
 
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    """Return the value of ``pattern`` (``rank_pattern`` or ``alpha_pattern``) for a module. The
-    first key that matches counts: it equals the end of the module's name, or matches it as a
-    regular expression. If no key matches, return ``default`` (PEFT 0.21.2, ``get_pattern_key``).
+    """Return the value of ``pattern`` (``rank_pattern`` or ``alpha_pattern``) for a module, or
+    ``default`` if no key of ``pattern`` matches. Each key is a regular expression. It must match
+    the whole name of the module, or the end of the name that follows a dot. The first key that
+    matches decides. PEFT has the same rule (PEFT 0.21.2, ``get_pattern_key``).
     """
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -119,7 +120,8 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
     """Return those of the names gate_proj, up_proj and down_proj in ``targets`` that PEFT applies
     to the stacked experts of this model type.
 
-    PEFT then does not apply these names to dense layers and shared experts.
+    PEFT applies the returned names only to the stacked experts, and not to dense layers and shared
+    experts.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

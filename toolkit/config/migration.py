@@ -1,5 +1,5 @@
-"""Tables of old keys of TRL, Unsloth, PEFT and transformers with their replacements, and of keys
-that have no effect.
+"""Tables of keys of TRL, Unsloth, PEFT and transformers. They contain the old keys with their
+replacements, and the keys that have no effect here.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """What replaced an old key. ``to`` is the current dotted key (None: the key was removed).
-    ``since`` names the library that has or had the old key. ``told`` is additional text for
-    messages.
+    """The replacement of an old key. ``to`` is the dotted key that replaced the old key; None means
+    that the old key was removed. ``since`` is the name of the library that has or had the old key.
+    ``told`` is additional text for messages.
     """
 
     to: str | None
@@ -143,9 +143,9 @@ class Conversion(NamedTuple):
     """How --fix converts an old key without changing its meaning. The key is replaced by the key
     ``to``, or removed.
 
-    ``values`` maps old values to new values. None means that every value stays as it is. A value
-    that is missing in the mapping cannot be converted. If the value is one of ``drop``, the key has
-    no effect and is removed.
+    ``values`` maps old values to new values. A value that is missing in ``values`` cannot be
+    converted. If ``values`` is None, every value stays as it is. ``drop`` are the values with which
+    the key has no effect. If the key has such a value, the key is removed.
     """
 
     to: str | None = None

@@ -119,8 +119,8 @@ class ModelFacts:
 
 
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
-    """Return the facts of the model that ``node`` names: a folder, or a hub id that is looked up in
-    the hub cache. None if the model is not on this machine.
+    """Return the facts of a model; None if the model is not on this machine. ``node`` is the value
+    of ``model.model_name``: a folder, or a hub id that is looked up in the hub cache.
     """
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):
@@ -133,9 +133,9 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Return a text if a loader might never finish reading a model's folder, or cannot read it;
-    else None. The text names the first file that might block (such as a named pipe), or says why
-    the folder cannot be listed.
+    """Return a text that says why a model's folder cannot be loaded; None if it can. The text
+    says which file could make the loader wait without end (such as a named pipe), or why the folder
+    cannot be listed.
     """
     try:
         for name, fault in files.irregular_files(folder):
@@ -190,9 +190,9 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def least_cache_bytes(
     text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
-    """Return a lower bound of the size of the KV cache in bytes: room for one sequence of
-    ``tokens``, and for the block that vLLM keeps empty. None for models that keep other state than
-    the keys and values of each layer.
+    """Return a lower bound of the size of the KV cache in bytes. This is the size for one sequence
+    of ``tokens`` tokens, and for the block that vLLM keeps empty. Return None if the model also
+    keeps a state other than the keys and values of each layer.
 
     ``text`` is the part of config.json that describes the language model. If one layer has a
     sliding window, that window is assumed for all layers, so the bound may be too low. ``cards`` is
@@ -215,8 +215,8 @@ def least_cache_bytes(
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:
-    """Whether config.json has a key that makes the formula above wrong. Such a key shows that
-    layers keep another state (Mamba, linear attention), that layers share a cache, or that the
-    number of KV heads is stored under another name.
+    """Whether config.json (``text``) has a key that makes the formula of ``least_cache_bytes``
+    wrong. Such a key shows that layers keep another state (Mamba, linear attention), that layers
+    share a cache, or that the number of KV heads is stored under another name.
     """
     return any(name.startswith(OTHER_CACHES) for name in text)

@@ -1,9 +1,9 @@
-"""Compute how the processes of a run share the model. Tensor parallelism: the model is split over a
-group of N processes (``tensor_parallel_size``). Data parallelism: a run may have several such
-groups, which are called replicas.
+"""Compute how the processes of a run share the model. With tensor parallelism, the model is split
+over a group of N processes (``tensor_parallel_size``). With data parallelism, a run has several
+such groups. Each group is called a replica.
 
-The world size is N x replicas. Each replica samples and trains on its own rows. All processes of a
-group work on the same rows.
+The world size is N times the number of replicas. Each replica samples and trains on its own rows.
+All processes of a replica work on the same rows.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ def size_of(value: Any) -> int:
 
 
 def replicas(world_size: int, size: Any) -> int:
-    """Return the number of replicas: groups of ``size`` processes among ``world_size`` processes.
-    If ``size`` is not resolved yet, or does not divide ``world_size``, return ``world_size``.
+    """Return the number of replicas if ``world_size`` processes form groups of ``size``. If
+    ``size`` is an "auto" that is not resolved yet, or does not divide ``world_size``, each process
+    counts as a replica.
     """
     number = size_of(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size
 
 
 def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
-    """Why the model of this config.json cannot be split over ``size`` cards; None if it can."""
+    """Why the model of this config.json cannot be split over ``size`` GPUs; None if it can."""
     text = text_part(config)
     heads = _whole(text, "num_attention_heads")
     kv_heads = _whole(text, "num_key_value_heads") or heads
@@ -70,15 +71,15 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
             return f"{size} does not divide the padded vocabulary {padded}"
         if padded // size * (size - 1) >= vocabulary:
             return (
-                f"with {size} cards, the last card would get no part of the vocabulary of "
+                f"with {size} GPUs, the last GPU would get no part of the vocabulary of "
                 f"{vocabulary} tokens"
             )
     return None
 
 
 def model_problem(config: Mapping[str, Any]) -> str | None:
-    """Why the model of this config.json cannot be split over any number of cards; None if it
-    can.
+    """Why the model of this config.json cannot be split at all, independent of the number of GPUs;
+    None if it can.
     """
     text = text_part(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")

@@ -1,9 +1,10 @@
 """Decide everything that a run file leaves open: the engine, the dtype, the processes, the device,
-the adapter's layers, and what the node must provide.
+the adapter's layers, and what the machine that trains must provide.
 
-``validate``, ``check``, ``size``, ``train`` and the drop-in API all use this module. The caller
-passes the facts of the machine as plain values (``Situation``), and this module inspects nothing
-itself. A value that the run file sets is never changed, so resolving twice gives the same result.
+The commands ``validate``, ``check``, ``size`` and ``train`` and the drop-in API all use this
+module. This module does not inspect the machine: the caller passes the facts of the machine as
+plain values (``Situation``). A value that the run file sets is never changed. Resolving a resolved
+run again therefore gives the same result.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ known yet: it is vLLM if the run trains on a GPU and vLLM is installed, else tra
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """The facts of a GPU on which the decisions depend. ``compute_capability`` is None if there is
-    no GPU, and (0, 0) if the GPU does not report it. ``machine`` is set only for a GPU that is not
-    in this machine. For such a GPU, validation checks the package builds in the lock files. For a
-    GPU in this machine, `envcheck check` checks the installed builds.
+    """The facts of a device on which the decisions depend. ``compute_capability`` is None if the
+    device is not a GPU, and (0, 0) if the GPU does not report its compute capability.
+
+    ``machine`` is the CPU architecture ("x86_64" or "aarch64"). It is set only if the GPU is not in
+    this machine. Validation then checks the package builds in the lock files. For a GPU in this
+    machine, `envcheck check` checks the installed builds.
     """
 
     name: str
@@ -42,11 +45,12 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """Facts that are not in the run file.
+    """The facts about the training processes and their machine, on which the decisions depend.
+    These facts are not in the run file.
 
     ``world_size`` is the number of training processes. ``device`` is the device that trains; None
     means unknown. ``vllm`` says whether vLLM is installed on the machine that trains; None means
-    unknown. If it is unknown and the device is a GPU, vLLM is assumed to be installed.
+    unknown. If ``vllm`` is None and the device is a GPU, vLLM is assumed to be installed.
     """
 
     world_size: int = 1
@@ -61,8 +65,8 @@ class ResolvedRun:
 
     ``dtype`` stays "auto" if the machine is unknown, and ``targets`` stays "auto" if the model is
     not available. ``chat`` says whether plain text prompts become user messages
-    (``config.chat_format``); None means unknown. ``asked_dtype`` is the format that the run file
-    sets, or "auto".
+    (``config.chat_format``); None means unknown. ``asked_dtype`` is the number format that the run
+    file sets with ``model.dtype`` or ``grpo.bf16``, or "auto" if it sets none.
     """
 
     config: RunConfig
@@ -76,19 +80,19 @@ class ResolvedRun:
 
     @property
     def replicas(self) -> int:
-        """The number of groups of processes that train on separate rows. Each process is a group of
-        its own, unless several processes share one copy of the model.
+        """The number of replicas. A replica is a group of processes that share one copy of the
+        model and train on the same rows. Without tensor parallelism, each process is a replica.
         """
         size = self.config.model.tensor_parallel_size
         return replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
     def needs(self) -> dict[str, Any]:
-        """Return what the run requires of its node. The keys are the fields of ``CheckContext`` in
-        ``toolkit.gpu``.
+        """Return what the run requires of the machine that trains. The keys are the fields of
+        ``CheckContext`` in ``toolkit.gpu``.
 
-        ``config`` and ``gpu`` do not import each other, so the caller passes these values on. If
-        the run does not use vLLM, vLLM's requirements are left out. None means that sizing chooses
-        the value later.
+        The result is a dict, because the packages ``config`` and ``gpu`` do not import each other:
+        the caller passes the values on to ``gpu``. If the run does not use vLLM, the result
+        contains no requirement of vLLM. A value of None means that sizing chooses the value later.
         """
         model = self.config.model
         vllm = self.engine != "transformers"
@@ -149,9 +153,10 @@ def resolve_run(
 
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is set, else
-    ``model.fast_inference``. If neither is set, it is vLLM on a GPU if vLLM is installed, else
-    transformers.
+    """Return the engine that generates the rollouts. If ``runtime.engine`` is set, it decides; else
+    ``model.fast_inference`` decides if it is set. If neither is set, the engine is vLLM if the
+    device is a GPU and vLLM is installed, else transformers. If the device is unknown too, the
+    result is "maybe", unless vLLM is known to be missing.
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"
@@ -172,12 +177,13 @@ def dtype_of(
     load_in_16bit: bool = False,
 ) -> str:
     """Return the number format of the weights and of the trainer's computations. ``model.dtype``
-    (``dtype``) decides unless it is "auto".
+    (``dtype``) decides unless it is "auto". If it is "auto" and the device is unknown, return
+    "auto".
 
-    Then ``grpo.bf16`` or ``grpo.fp16`` decides if it is set, because engine and trainer must use
-    the same format. Otherwise it is bfloat16 on a GPU that supports it (compute capability 8.0),
-    and float16 on an older GPU. On a CPU it is bfloat16 with ``load_in_16bit``, else float32, which
-    is both fast and exact there. If the device is unknown, return "auto".
+    Otherwise ``grpo.bf16`` decides if it is true, and on a GPU also ``grpo.fp16``, because engine
+    and trainer must use the same format. If neither is true, the format is bfloat16 on a GPU with
+    compute capability 8.0 or higher, and float16 on an older GPU. On a CPU, the format is bfloat16
+    with ``load_in_16bit``, else float32, which is both fast and exact on a CPU.
     """
     if dtype != "auto":
         return dtype
@@ -197,8 +203,9 @@ def dtype_of(
 
 
 def vllm_here() -> bool | None:
-    """Whether vLLM is installed here. None if torch is missing: this installation then has only the
-    light commands (such as envcheck), and training happens in another installation.
+    """Whether vLLM is installed in this Python environment. None if torch is missing: this Python
+    environment can then run only the light commands (such as `envcheck`), and training happens in
+    another one.
     """
     if find_spec("vllm") is not None:
         return True

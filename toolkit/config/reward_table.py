@@ -26,7 +26,8 @@ PASSED_ALWAYS = (
 LEFT_OUT = {
     **dict.fromkeys(PASSED_ALWAYS, "rewards get another value with the name {name}"),
     **dict.fromkeys(
-        ("image", "images"), "the trainer would read it as images, but trains only on text"
+        ("image", "images"),
+        "the trainer would read this column as images, but it trains only on text",
     ),
     "completion": "the trainer uses this name for its own completions",
 }
@@ -36,9 +37,9 @@ PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 
 def metric_names(names: list[str]) -> list[str]:
-    """Return the names of the reward functions in metrics. Usually this is the function's name
-    without its module. If several functions have the same name, the module or a number makes the
-    names unique.
+    """Return the name of each reward function in the metrics. Usually this is the function's name
+    without its module. If several functions have the same name, the module or a number is added, so
+    that each name is unique.
     """
     short = [name.rpartition(":")[2] for name in names]
     if len(set(short)) < len(short):

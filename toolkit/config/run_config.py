@@ -128,8 +128,8 @@ class ToolsSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
-    """A reward function with its weight and options. ``name`` is that of a built-in reward, or
-    ``module:function``.
+    """A reward function with its weight and options. ``name`` is the name of a built-in reward, or
+    has the form ``module:function``.
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 A relative path is relative to the folder of the file that contains it. In ``--set``, or in a run
 file on standard input, it is relative to the working directory. ``~`` is the home folder. The
-values of ``model_name``, ``path`` and ``eval_path`` may also be hub ids. Such a value is a path if
-that path exists, or if the text cannot be a hub id.
+values of ``model_name``, ``path`` and ``eval_path`` may also be hub ids. Such a value is treated as
+a path if a file or folder with this path exists, or if the value cannot be a hub id.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def exists(path: Path | str) -> bool:
 
 
 def is_path_only(text: str) -> bool:
-    """Whether ``text`` can only be a path, because it is written like a path or has the name of a
-    data file, so that it cannot be a hub id.
+    """Whether ``text`` must be a path and not a hub id. This is the case if it begins like a path,
+    ends like the name of a data file, or is not a valid hub id.
     """
     return (
         text.startswith((".", "/", "~"))

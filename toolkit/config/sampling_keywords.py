@@ -39,7 +39,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keyword:
-    """A keyword of an engine."""
+    """A sampling keyword of one engine (vLLM or transformers)."""
 
     name: str
     takes: str
@@ -56,7 +56,7 @@ class Keyword:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a keyword cannot be used. Each rule reports one ``kind`` of problem."""
+    """Why a keyword cannot be used. There is one rule for each ``kind`` of problem."""
 
     kind: Literal["owned", "unread", "field", "value"]
     message: str
@@ -313,7 +313,8 @@ _TWINS = (
 def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
     """Return why ``name: value`` is refused in the ``generation_kwargs`` of a training run with
     ``engine``; None if it is accepted. ``turns`` says whether a completion can have several turns
-    (tools). max_tokens then limits one turn, so it does not duplicate ``max_completion_length``.
+    (tools). If it can, the engine's own limit (such as ``max_tokens``) is accepted: it limits one
+    turn, and ``max_completion_length`` limits the whole completion.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:
@@ -325,8 +326,8 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
     if keyword.field is not None and not (turns and keyword.field == _COMPLETION[0]):
         return Problem(
             "field",
-            f"{name} has the same meaning as grpo.{keyword.field}, and training reads only "
-            "that key",
+            f"{name} has the same meaning as grpo.{keyword.field}, but training reads only "
+            f"grpo.{keyword.field}",
             f"set grpo.{keyword.field} instead",
         )
     if not keyword.accepts(value):

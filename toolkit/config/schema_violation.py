@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """Return the value that ``text`` most likely means and that ``schema`` accepts, as a tuple of
-    one item. The tuple is empty if there is no such value. ``fault`` checks a value with a schema.
+    """Return a tuple with the value that ``text`` most likely means and that ``schema`` accepts.
+    Return an empty tuple if there is no such value. ``fault(value, schema)`` returns None if the
+    schema accepts the value.
     """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []

@@ -3,9 +3,12 @@ and values out of range are reported with their positions.
 
 This module implements only the part of JSON Schema that run.schema.json uses. One test checks that
 the schema uses nothing else. Another test compares the results with those of the jsonschema library
-on generated values. The library itself is not used here for two reasons. Its message "is not valid
-under any of the given schemas" does not help a user. Its import takes 60 ms to one second,
-depending on what else is installed. There is one intended difference: here, 8.0 is not an integer.
+on generated values. There is one intended difference between the two: for this module, 8.0 is not
+an integer.
+
+The library itself is not used here for two reasons. Its message "is not valid under any of the
+given schemas" does not help a user. Its import takes 60 ms to one second, depending on what else is
+installed.
 """
 
 from __future__ import annotations
@@ -164,9 +167,10 @@ def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
 
 
 def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the branch of an anyOf with which ``value`` is checked. It is the first branch that
-    the value satisfies, or else the first branch that allows its type. If there is neither, return
-    a schema under ``x-either`` that describes all branches.
+    """Return the branch of an ``anyOf`` with which ``value`` is checked. This is the first branch
+    that accepts the value. If no branch accepts the value, it is the first branch that allows the
+    type of the value. If there is no such branch either, return a schema whose key ``x-either``
+    lists all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:

@@ -55,8 +55,9 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """Return the fixes for a key that belongs to another section, under the same name or under its
-    current name. Return None if no other section has this key.
+    """Return the fixes for a key that belongs to another section. The other section has the key
+    under the same name, or under the name that replaced it. Return None if no other section has
+    this key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [

@@ -36,8 +36,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A storage format of checkpoints. ``flag`` is the load_in_* flag that training on it requires;
-    None if training is not supported. ``engine``: trainer and vLLM engine can share such weights.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag that training on this format
+    requires; None if training is not supported. ``engine`` says whether the trainer and the vLLM
+    engine can share weights in this format.
     """
 
     name: str

@@ -30,9 +30,9 @@ class Unreadable(StopReading):
 
 
 def read_source(path: str | Path, *, real: Path | None = None) -> Source:
-    """Return the text of the run file at ``path`` (``-`` is standard input). ``real`` is the path
-    that is opened, if it differs from ``path``, which findings show. Raises Unreadable if the text
-    cannot be read.
+    """Return the text of the run file at ``path`` (``-`` is standard input). If ``real`` is given,
+    the file at ``real`` is read, and ``path`` is only the path that findings show. Raises
+    Unreadable if the text cannot be read.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -82,9 +82,9 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """Read a descriptor to its end. Raise Unreadable if it has more than MAX_BYTES. ``wait_s``
-    limits the time in seconds for which reading from a pipe waits. With None, reading waits until
-    the writer closes the pipe.
+    """Read from a file descriptor until the end of the file or pipe. ``wait_s`` limits the time in
+    seconds until the writer of a pipe must close it; None means no limit. Raises Unreadable if the
+    limit is exceeded, or if there are more than MAX_BYTES bytes.
     """
     chunks: list[bytes] = []
     total = 0

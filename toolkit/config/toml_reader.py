@@ -75,9 +75,9 @@ _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
 
 
 def _long_integer(source: Source) -> StopReading:
-    """Return the finding for an integer of thousands of digits, for which tomllib raises ValueError
-    without a position. The finding has the position of the first such sequence of digits in the
-    text. This position is wrong if a string before the integer contains such a sequence.
+    """Return the finding for an integer of thousands of digits. For such an integer, tomllib raises
+    ValueError without a position. The finding gets the position of the first sequence of more than
+    1000 digits in the text. This position is wrong if that sequence is part of a string.
     """
     found = _DIGITS.search(source.text)
     span = found.span() if found else (0, 0)

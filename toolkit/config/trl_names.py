@@ -81,7 +81,9 @@ class Package(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """The package that an optimizer needs, and the names that it reads from optim_args."""
+    """The package that an optimizer needs, and the names that the optimizer reads from
+    ``optim_args``.
+    """
 
     package: Package | None = None
     options: tuple[str, ...] = ()

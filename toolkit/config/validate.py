@@ -80,8 +80,8 @@ def _key_advice(
 
 
 def _other_tool(document: Document) -> Finding | None:
-    """Return the finding IMPORT001 if the document is a config of another tool; else None. It
-    replaces the findings for each single key of such a file.
+    """Return the finding IMPORT001 if the document is a config of another tool; else None. For a
+    config of another tool, this one finding replaces the findings for the single keys.
     """
     model = document.node(("model", "model_name"))
     if model is not None or not document.readable:
@@ -92,8 +92,8 @@ def _other_tool(document: Document) -> Finding | None:
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:
-    """Return at most MAX_FINDINGS findings, followed by one that states the number of the
-    others.
+    """Return the first MAX_FINDINGS findings. If there are more, add one finding with the number of
+    findings that are left out.
     """
     if len(findings) <= MAX_FINDINGS:
         return findings

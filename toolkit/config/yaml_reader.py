@@ -1,9 +1,10 @@
 """Parse YAML to nodes with positions. Only this module imports PyYAML.
 
-YAML is read through libyaml's events and not through ``compose``. ``compose`` recurses in C, so
-that a file of 100,000 brackets would end the process with a segmentation fault. The limits are far
-above what a run file needs, and keep the reading time of any input below one second. The module
-``layers`` assembles complete run files from the parsed texts.
+YAML is read through libyaml's events and not through PyYAML's function ``compose``, because
+``compose`` recurses in C. With ``compose``, a file of 100,000 brackets would end the process with a
+segmentation fault. The limits on size and depth are far above what a run file needs, and keep the
+reading time of any input below one second. The module ``layers`` assembles complete run files from
+the parsed texts.
 """
 
 from __future__ import annotations

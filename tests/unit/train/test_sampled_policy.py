@@ -118,7 +118,7 @@ def test_stop_strings_end_a_completion_where_others_go_on(tmp_path: Path) -> Non
             {"max_new_token": 30},
             r"max_new_token is not a sampling keyword.*\n.*max_completion_length",
         ),
-        ({"stop": ["a"]}, r"Hugging Face generation does not read it\n.*has stop_strings"),
+        ({"stop": ["a"]}, r"Hugging Face generation does not read it\n.*use stop_strings"),
         ({"presence_penalty": 1.0}, r"does not read it\n.*remove presence_penalty"),
         (
             {"max_new_tokens": 5},

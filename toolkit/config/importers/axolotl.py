@@ -36,8 +36,8 @@ def _steps(value: Any) -> Any:
     """
     if isinstance(value, float) and 0 < value < 1:
         raise Unfit(
-            "a value below 1 is a fraction of an epoch in axolotl, but of the run here: "
-            "set a number of steps"
+            "a value below 1 is a fraction of an epoch in axolotl, but here it would be a "
+            "fraction of the run: set a number of steps"
         )
     return value
 
@@ -69,7 +69,7 @@ def _finish(made: Translation) -> None:
         made.write("model.load_in_4bit", True, "adapter: qlora")
     if made.value_of("rl") is None:
         made.notes.append(
-            "There is no rl: grpo in the file. Check that the original is GRPO training."
+            "The file does not set `rl: grpo`. Check that the original is GRPO training."
         )
     _eval_strategy(made)
     split_warmup(made)
@@ -108,13 +108,13 @@ _TOP = (
     Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
     Row("datasets.revision", "dataset.revision"),
     *left("the name of the file determines its type", "datasets.ds_type"),
-    *refused("this code changes the rows: write the changed rows to a file, or name their prompt "
-             "column in dataset.prompt",
+    *refused("this code changes the rows: write the changed rows to a file, or set "
+             "dataset.prompt to their prompt column",
              "datasets.type"),
     Row("test_datasets.path", "dataset.eval_path"),
     Row("test_datasets.split", "dataset.eval_split"),
     *left("a run reads only dataset.path and dataset.eval_path", "test_datasets.*", "datasets.*"),
-    *refused("name the evaluation data in dataset.eval_path", "val_set_size"),
+    *refused("set dataset.eval_path to the evaluation data", "val_set_size"),
     Row("micro_batch_size", "grpo.per_device_train_batch_size"),
     Row("eval_batch_size", "grpo.per_device_eval_batch_size"),
     Row("num_epochs", "grpo.num_train_epochs"),

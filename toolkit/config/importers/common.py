@@ -84,8 +84,10 @@ def from_file(path: Any, name: Any) -> str:
 
 
 def fit_length(made: Translation) -> None:
-    """Set model.max_seq_length to the sum of the lengths of prompt and completion, unless it is
-    already set. If only the completion's length is known, set it only if the default is too small.
+    """Set model.max_seq_length to the sum of the maximum lengths of prompt and completion. If only
+    the maximum length of the completion is known, add 1024 tokens for the prompt, but only if the
+    completion alone would fill the default model.max_seq_length. Do nothing if the key is already
+    set.
     """
     if "model.max_seq_length" in made.written:
         return
@@ -102,8 +104,8 @@ def fit_length(made: Translation) -> None:
 
 
 def whole_batch(made: Translation, completions: int, why: str) -> None:
-    """Set the batch keys so that one optimizer step uses ``completions`` completions. The toolkit
-    then chooses micro-batches that fit the GPU.
+    """Set the batch keys so that one optimizer step uses ``completions`` completions. The sizes of
+    the micro-batches are set to "auto", so that the toolkit chooses sizes that fit the GPU.
     """
     made.write("grpo.generation_batch_size", completions, why)
     made.write(

@@ -246,6 +246,6 @@ def unknown(name: str) -> InputError:
         "axolotl (YAML), TRL (YAML, command line, script), Unsloth (script, notebook), verl (YAML, "
         "overrides), prime-rl (TOML), ms-swift (YAML, command line)",
         where=name,
-        fix="name the format with --from, or write a run file yourself (`envcheck schema run` "
+        fix="state the format with `--from`, or write a run file yourself (`envcheck schema run` "
         "prints the schema)",
     )

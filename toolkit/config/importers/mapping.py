@@ -1,5 +1,5 @@
-"""Define the table of a format, which has one row per key, and the translation that is made with
-it.
+"""Define the classes ``Table`` and ``Translation``. A table has one row for each key of another
+tool, which says what becomes of the key. A translation is the run file that is made with a table.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Unfit(Exception):
 
 
 class Later(Exception):
-    """Raised by ``later``, for a key that the table's ``finish`` converts together with other
-    keys.
+    """Raised by ``later`` for a key that is not converted by its row. The table's function
+    ``finish`` converts such a key together with other keys.
     """
 
 
@@ -41,12 +41,12 @@ def later(_value: Any) -> Any:
 class Row(NamedTuple):
     """A row of a table: what becomes of the key ``old`` of the other tool.
 
-    ``to`` is the dotted key of the run file; None means that there is no such key. ``refused`` is
-    True if the key requests something that this toolkit does not support, and False if a run does
-    not need the key. ``off`` are the values of a refused key that turn the unsupported feature off.
-    ``why`` is the reason. ``convert`` converts the value. ``trl`` is set for a key of TRL that
-    config/migration converts. ``computed`` says why the key can be ignored if a script computes its
-    value.
+    ``to`` is the dotted key of the run file that replaces ``old``; None means that no key replaces
+    it. In that case, ``refused`` is True if ``old`` requests something that this toolkit does not
+    support, and False if a run does not need ``old``. ``off`` are the values of a refused key that
+    turn the unsupported feature off. ``why`` is the reason for this row. ``convert`` is a function
+    that converts the value. ``trl`` is the key of TRL if config/migration converts it. ``computed``
+    says why the key can be ignored if a script computes its value.
     """
 
     old: str
@@ -314,8 +314,8 @@ _OURS = {
 
 
 def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
-    """Return the current key and value for a key of TRL. The key is None if the setting is dropped.
-    Raises Unfit if the user must decide.
+    """Return the key and the value of the run file for the key of TRL in ``row``. The key is None
+    if a run file does not need the setting. Raises Unfit if the user must decide.
     """
     assert row.trl is not None
     today = converted(row.trl, value)

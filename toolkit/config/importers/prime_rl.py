@@ -37,7 +37,8 @@ _LOSS = (
     "grpo.vllm_importance_sampling_*"
 )
 _ENVIRONMENT = (
-    "this is an environment of verifiers: write the section environment, or dataset and reward"
+    "this is an environment of the library verifiers: write the section environment, or dataset "
+    "and reward"
 )
 
 
@@ -54,8 +55,8 @@ def _checkpointing(value: Any) -> bool:
 
 
 def _model(prefix: str) -> Iterator[Row]:
-    """Yield the rows of a [model] table. ``prefix`` says whether the table is at the top level, or
-    belongs to the trainer or the orchestrator.
+    """Yield the rows of a [model] table. ``prefix`` is put before the keys. It is empty if the
+    table is at the top level, else it is the name of the part (such as the trainer) with a dot.
     """
     yield Row(f"{prefix}model.name", "model.model_name")
     yield Row(f"{prefix}model.trust_remote_code", "model.trust_remote_code")
@@ -86,7 +87,7 @@ def _training(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}scheduler.type", "grpo.lr_scheduler_type", convert=_schedule)
     yield Row(f"{prefix}scheduler.warmup_steps", "grpo.warmup_steps")
     yield from left(
-        "the default of the schedule or optimizer is used",
+        "the schedule or the optimizer uses its default value",
         f"{prefix}scheduler.*",
         f"{prefix}optim.*",
     )
@@ -141,7 +142,7 @@ def _rollouts(prefix: str) -> Iterator[Row]:
         "grpo.curriculum chooses prompts by the spread of their rewards, not by thresholds", *pools
     )
     yield from left("grpo.seed determines the order of the prompts", f"{prefix}buffer.*")
-    yield from left("name the evaluation data in dataset.eval_path", f"{prefix}eval.*",
+    yield from left("set dataset.eval_path to the evaluation data", f"{prefix}eval.*",
                     f"{prefix}val.*")  # fmt: skip
     yield from left(_TRACKER, f"{prefix}wandb.*", f"{prefix}log.*", f"{prefix}monitor.*",
                     f"{prefix}prime_monitor.*")  # fmt: skip
@@ -154,8 +155,8 @@ def _finish(made: Translation) -> None:
     if is_count(total):
         whole_batch(made, total, made.written["grpo.generation_batch_size"].why)
     made.notes.append(
-        "prime-rl takes its data and rewards from an environment of verifiers. Write the sections "
-        "dataset and reward, or the section environment."
+        "prime-rl takes its data and rewards from an environment of the library verifiers. Write "
+        "the sections dataset and reward, or the section environment."
     )
     fit_length(made)
 

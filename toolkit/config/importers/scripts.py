@@ -78,8 +78,8 @@ class _Reader:
             self.arguments(call, name, _CALLS[name])
         elif name in _CHANGES and isinstance(call.func, ast.Attribute) and self.data:
             why = (
-                "this code changes the rows: write the changed rows to a file, or name their "
-                "prompt column in dataset.prompt"
+                "this code changes the rows: write the changed rows to a file, or set "
+                "dataset.prompt to their prompt column"
             )
             self.foreign.miss(self.place(call.lineno), f"{shown(call.func)}(...)", why)
         elif name in ("TrlParser", "HfArgumentParser"):
@@ -166,7 +166,7 @@ def _rewards(made: Translation) -> None:
                 made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
             else:
                 made.refuse(
-                    entry, f"{name} is not the name of a function: name a function of your own"
+                    entry, f"{name} is not the name of a function: use a function of your own"
                 )
     if made.modules:
         made.notes.append(

@@ -137,7 +137,7 @@ _OWN = (
     Row("adapters", "lora.adapter_path", convert=_data),
     Row("dataset", "dataset.path", convert=_data),
     Row("val_dataset", "dataset.eval_path", convert=_data),
-    Row("columns", "dataset.prompt", "columns says which column is the prompt and which is the "
+    Row("columns", "dataset.prompt", "the value says which columns contain the prompt and the "
                                      "answer",
         convert=later),
     Row("system", "dataset.system"),
@@ -163,9 +163,10 @@ _OWN = (
              "kl_in_reward"),
     *refused("to use a model as a reward, call it from your own reward function", "reward_model",
              "reward_model_plugin", "reward_adapters", "teacher_model"),
-    *refused("only the section tools gives a rollout several turns", "multi_turn_scheduler"),
+    *refused("a rollout has several turns only with the section tools or an environment of openenv",
+             "multi_turn_scheduler"),
     *refused("your own code that changes models or data is not supported", "custom_register_path"),
-    *refused("name the evaluation data in dataset.eval_path", "split_dataset_ratio"),
+    *refused("set dataset.eval_path to the evaluation data", "split_dataset_ratio"),
     *left("this setting belongs to reward_model",
           "reward_model_type", "reward_model_revision", "teacher_deepspeed"),
     *left("this setting belongs to multi_turn_scheduler",
@@ -189,7 +190,8 @@ _OWN = (
     *left("models and data come from the Hugging Face hub; download them first if they are on "
           "ModelScope",
           "use_hf", "model_type", "task_type"),
-    *left("this name is used only in one data set of ms-swift", "model_author", "model_name"),
+    *left("only the data set self-cognition of ms-swift uses this name",
+          "model_author", "model_name"),
     *left("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
     *left("every GPU has a complete copy of the model",
           "sequence_parallel_size", "device_map", "max_memory"),

@@ -91,18 +91,18 @@ def _why(entry: Entry, row: Row) -> str:
 
 
 def _evaluate(made: Translation) -> None:
-    """If there is an evaluation, and the default evaluation batch size of 8 is not a multiple of
-    num_generations, set the size to num_generations.
+    """Set the evaluation batch size to num_generations, if the run evaluates and the default size
+    of 8 is not a multiple of num_generations.
     """
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
     held_out = made.get("dataset.eval_path") or made.get("dataset.eval_split")
     if held_out and size not in made.written and type(group) is int and group > 0 and 8 % group:
-        made.write(size, group, "the batch must contain whole groups of num_generations")
+        made.write(size, group, "the batch size must be a multiple of num_generations")
 
 
 def _weigh(made: Translation) -> None:
-    """Move the weights in ``grpo.reward_weights`` to the reward functions, each of which has the
-    key weight in a run file.
+    """Move the weights from ``grpo.reward_weights`` to the reward functions. In a run file, each
+    reward function has its own key ``weight``.
     """
     weights = made.written.get("grpo.reward_weights")
     if weights is None or not made.rewards:

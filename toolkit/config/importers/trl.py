@@ -40,8 +40,8 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewards(made: Translation, key: str = "reward_funcs") -> None:
-    """Add the reward functions that the entry ``key`` names. Names are resolved as in TRL's
-    script.
+    """Add the reward functions whose names are the value of the setting ``key``. The names are
+    resolved as in TRL's script.
     """
     for entry in made.take(key).values():
         for name in map(str, text_list(entry.value)):

@@ -81,8 +81,8 @@ def _interval(value: Any) -> Any:
 
 
 def _resamples(value: Any) -> int:
-    """Return how many times a batch may be sampled again. verl's number includes the first batch,
-    and 0 means no limit.
+    """Convert verl's limit to the number of times that a batch may be sampled again. verl's limit
+    includes the first batch. A limit of 0 (in verl: no limit) or 1 raises Unfit.
     """
     if not is_count(value):
         raise Unfit("the limit must be a positive number here")
@@ -154,8 +154,8 @@ def _rewards(made: Translation) -> None:
             )
     if not made.rewards:
         made.notes.append(
-            "verl chooses a scoring function by the column data_source. Name one in "
-            "reward.functions, for example numeric_match."
+            "verl chooses a scoring function by the column data_source. In a run file, set "
+            "reward.functions to a scoring function, for example numeric_match."
         )
 
 
@@ -217,7 +217,7 @@ ROWS = (
         "a value below 1 is a fraction of the run", convert=_share),
     Row(f"{_ACTOR}.optim.warmup_style", "grpo.lr_scheduler_type", convert=_schedule),
     Row(f"{_ACTOR}.optim.lr_scheduler_type", "grpo.lr_scheduler_type", convert=_schedule),
-    *left("the default of the schedule or optimizer is used", f"{_ACTOR}.optim.*"),
+    *left("the schedule or the optimizer uses its default value", f"{_ACTOR}.optim.*"),
     Row(f"{_ACTOR}.ppo_mini_batch_size", "grpo.gradient_accumulation_steps",
         "a mini-batch of verl is an optimizer step here", later),
     Row(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", "grpo.per_device_train_batch_size", "", later),
@@ -266,8 +266,8 @@ ROWS = (
     *left(_SPREAD, f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size"),
     Row(f"{_ROLLOUT}.do_sample", None, "rollouts are always sampled",
                                        refused=True, off=(None, True)),
-    Row(f"{_ROLLOUT}.multi_turn.enable", None, "only the section tools gives a rollout several "
-                                               "turns",
+    Row(f"{_ROLLOUT}.multi_turn.enable", None, "a rollout has several turns only with the "
+                                               "section tools or an environment of openenv",
         refused=True),
     *left("evaluation uses the same sampling settings as training", f"{_ROLLOUT}.val_kwargs.*"),
     *left("data.max_prompt_length and data.max_response_length set the lengths",
@@ -281,7 +281,7 @@ ROWS = (
              "algorithm.use_kl_in_reward"),
     Row("algorithm.filter_groups.enable", "grpo.dynamic_sampling"),
     Row("algorithm.filter_groups.max_num_gen_batches", "grpo.max_resample_times",
-        "verl's number includes the first batch, this key does not", _resamples),
+        "verl's number includes the first batch, but max_resample_times does not", _resamples),
     *left("the spread of the weighted rewards decides which groups are replaced",
           "algorithm.filter_groups.*"),
     *left("this setting has no meaning in GRPO",
@@ -307,7 +307,7 @@ ROWS = (
     Row("trainer.project_name", "grpo.project"),
     *left("a run always writes metrics.jsonl and a report; to use a tracker, set grpo.report_to",
           "trainer.logger", "trainer.log_val_generations"),
-    *left("set the number of processes with toolkit train --nproc-per-node, or with torchrun",
+    *left("set the number of processes with `toolkit train --nproc-per-node`, or with torchrun",
           "trainer.n_gpus_per_node",
           "trainer.nnodes", "trainer.device"),
     *left("to resume a run, start the same command again", "trainer.resume_mode",

@@ -1,5 +1,5 @@
-"""Write a translation as the text of a run file. A comment on each line states from which setting
-the line was made. Also write the table of a format for the documentation.
+"""Write a translation as the text of a run file, with a comment on each line that says from which
+setting the line was made. This module also writes the table of a format for the documentation.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return a text with all characters escaped that YAML does not accept inside quotes, such as
-    line ends.
+    """Return ``text`` for use inside quotes in YAML. Characters that YAML does not accept there,
+    such as line ends, are escaped.
     """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
@@ -115,8 +115,8 @@ def _one_line(text: str) -> str:
 
 
 def _fine(row: Row) -> str:
-    """Return the values that turn a refused key off, without those that mean "off" for every
-    key.
+    """Return as text the values with which a refused key is not refused. Values that mean "off" for
+    every key, such as False, are left out. The text is empty for a key that is not refused.
     """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
