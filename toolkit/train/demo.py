@@ -1,10 +1,10 @@
 """Build a small demo: a model, data, and a run file that trains in about a minute.
 
 The model is a character-level Llama (a real checkpoint and tokenizer). It first learns to add
-two-digit numbers from the answers of a teacher (a function). At first, the teacher's answers are
-correct. Later, the teacher often forgets to carry. So the model answers about half of the held-out
-problems correctly. For the other problems, it sometimes samples the correct answer. GRPO then
-improves the model from the rewards alone.
+two-digit numbers from the answers of a teacher (a function). At first, the teacher forgets few
+carries. When the model can add, the teacher forgets most carries. So the model then answers about
+half of the held-out problems correctly. For the other problems, it sometimes samples the correct
+answer. GRPO then improves the model from the rewards alone.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""The probability that the teacher forgets the carry in a problem with a carry (45 of 100 problems
-have one): at first, and later.
+"""The probabilities that the teacher forgets the carry of a problem: before the model can add, and
+after that. 45 of 100 problems have a carry.
 """
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
-"""When the model answers this share of problems correctly, the teacher starts to forget carries."""
+"""When the model answers this share of problems correctly, it can add (see ``FORGETS_LATER``)."""
 
 
 @dataclass(frozen=True, slots=True)

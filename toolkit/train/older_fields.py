@@ -43,7 +43,7 @@ NO_EFFECT: dict[str, str] = {
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR sets TensorBoard's folder",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
-"""Fields that have no effect any more, each with the reason. More are in ``config.migration``."""
+"""Fields that have no effect any more, each with the reason. ``config.migration`` has more."""
 SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
 SETTLED = {

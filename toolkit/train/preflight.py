@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
 KEYS = {"model": " (model.model_name)"}
-"""The key of the run file that each group of checks concerns."""
+"""Group of checks -> the key of the run file to which its checks apply, as a text for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

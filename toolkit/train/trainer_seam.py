@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 COMPLETION_METRICS = "completions/"
-"""The names of TRL's metrics of the completions in a batch begin with this."""
+"""The prefix of the names of TRL's metrics of the completions in a batch."""
 
 
 class Drawn(NamedTuple):

@@ -34,9 +34,9 @@ class Phase(NamedTuple):
 
     doing: str
     places: tuple[str, ...]
-    """Each is ``file`` or ``file:function``; a name that ends with / is a folder."""
+    """Each place is ``file`` or ``file:function``. A file name that ends with / means a folder."""
     keys: tuple[str, ...] | None
-    """None means the keys that the exception names."""
+    """None: the keys that occur in the text of the exception."""
 
 
 _SIZES = (

@@ -117,8 +117,8 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
 
 def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
     """Start the module ``arms`` in several processes that share a model. Each item of ``values``
-    has the arguments of one process. Return None if they all finished, else the reason why they did
-    not finish.
+    has the arguments of one process. Return None if all processes finished, else the reason why
+    they did not finish.
     """
     port = free_port()
     with log.open("w") as output:

@@ -41,9 +41,9 @@ def learn(
     ``learn.svg``. Return the report. If ``folder`` already has results with the same settings,
     these are kept.
 
-    As in the speed benchmark, settings of the toolkit's arm that are not set are chosen. The
-    toolkit's arm then has the same optimizer step as the other arms, in micro-batches that need no
-    more memory.
+    As in the speed benchmark, ``bench_plan.fill`` chooses the settings of the toolkit's arm that
+    the user did not set. The toolkit's arm then has the same optimizer step as the other arms, in
+    micro-batches that need no more memory.
     """
     device = arm_process.node_device()
     filled = bench_plan.fill(settings, read_spec(settings.model), device)

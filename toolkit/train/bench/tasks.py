@@ -1,9 +1,9 @@
 """Make arithmetic problems with answers from a seed: training problems, and held-out problems that
 are never used for training.
 
-Whether a problem is held out depends only on its digest: one eighth of all possible digests is held
-out. So training problems and held-out problems are disjoint for every seed and size. The held-out
-problems are the same for all seeds.
+Each problem has a digest (a hash of its question). A problem is held out if its digest is in a fixed
+eighth of all possible digests. So training problems and held-out problems are disjoint for every
+seed and size. The held-out problems are the same for all seeds.
 """
 
 from __future__ import annotations

@@ -188,8 +188,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 def rotate(
     run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
-    """Remove valid checkpoints. The latest ``keep_last`` checkpoints and those of the steps in
-    ``keep`` are not removed. If ``keep_last`` is 0, no checkpoint is removed.
+    """Remove all valid checkpoints except the latest ``keep_last`` checkpoints and the checkpoints
+    of the steps in ``keep``. If ``keep_last`` is 0, no checkpoint is removed.
     """
     if keep_last <= 0:
         return

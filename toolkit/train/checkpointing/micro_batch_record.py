@@ -1,9 +1,9 @@
 """When a run is resumed, keep the micro-batch that was chosen automatically at its start.
 
-A generation batch is split into micro-batches. On this split depend the order of sums, and what a
-checkpoint in the middle of a generation contains. So a run keeps the split with which it began. A
-checkpoint records the split as numbers. When the run resumes, these numbers are used, even on
-another GPU.
+A generation batch is split into micro-batches. This split determines the order of sums. It also
+determines the content of a checkpoint that is written in the middle of a generation. So a run keeps
+the split with which it began. A checkpoint records the split as numbers. When the run resumes,
+these numbers are used, even on another GPU.
 """
 
 from __future__ import annotations

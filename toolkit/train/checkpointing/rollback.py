@@ -2,8 +2,8 @@
 older checkpoint. A branch is a sequence of steps (``branch``).
 
 No file of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
-into the folder ``abandoned-<n>`` of the run folder. The path of a checkpoint in ``abandoned-<n>``
-can be given to resume from it.
+into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
+``abandoned-<n>``, set ``runtime.resume`` to its path.
 
 First, the files to keep are copied. Second, the new branch is recorded. Third, the later
 checkpoints are moved. This order is safe if the process is killed at any point: the same command,

@@ -44,8 +44,8 @@ def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
     """Return ``then``, the values that the checkpoint ``found`` recorded. If they have no chat
-    format, it is added. It is None if it is not known: the run then used the format to which
-    ``auto`` resolves.
+    format, the format is added. It is None if it cannot be found out. The run then used the format
+    to which ``auto`` resolves.
     """
     if then.get(KEY) is not None:
         return dict(then)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
 SAMPLED = 64
-"""Number of prompts whose tokens are compared with the unknown token."""
+"""The number of prompts in which unknown tokens are counted."""
 UNKNOWN_SHARE = 0.05
-"""From this share of unknown tokens on, the run warns. A few rare characters are normal."""
+"""The run warns if the share of unknown tokens is at least this. A few rare characters are normal."""
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
