@@ -1,7 +1,7 @@
 """Make arithmetic problems with answers from a seed: training problems, and held-out problems that
 are never used for training.
 
-Each problem has a digest (a hash of its question). A problem is held out if its digest is in a fixed
+The digest of a problem is a hash of its question. A problem is held out if its digest is in a fixed
 eighth of all possible digests. So training problems and held-out problems are disjoint for every
 seed and size. The held-out problems are the same for all seeds.
 """

@@ -23,7 +23,7 @@ Prompt = str | list[dict[str, Any]]
 SAMPLED = 64
 """The number of prompts in which unknown tokens are counted."""
 UNKNOWN_SHARE = 0.05
-"""The run warns if the share of unknown tokens is at least this. A few rare characters are normal."""
+"""The run warns if at least this share of tokens is unknown. A few rare characters are normal."""
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
