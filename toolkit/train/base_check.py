@@ -1,7 +1,7 @@
 """Check that a run does not change the base weights.
 
-The checksum of the base weights at the end of a run must equal their checksum at its start. A
-change between the loading of the model and the start of a run is an error too.
+The checksum of the base weights at the end of a run must equal their checksum at its start. It is
+also an error if the base weights change after the model is loaded and before the run starts.
 """
 
 from __future__ import annotations

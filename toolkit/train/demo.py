@@ -1,9 +1,10 @@
 """Build a small demo: a model, data, and a run file that trains in about a minute.
 
-The model is a character-level Llama (a real checkpoint and tokenizer). It first learns from a
-teacher to add two-digit numbers. The teacher is correct at first and later often forgets to carry.
-So the model answers about half of the held-out problems correctly, and sometimes samples the
-correct answer to the others. GRPO then improves it from the rewards alone.
+The model is a character-level Llama (a real checkpoint and tokenizer). It first learns to add
+two-digit numbers from the answers of a teacher (a function). At first, the teacher forgets few
+carries. When the model can add, the teacher forgets most carries. So the model then answers about
+half of the held-out problems correctly. For the other problems, it sometimes samples the correct
+answer. GRPO then improves the model from the rewards alone.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ runtime:
 
 
 def run_file_text(name: str, *, engine: str, seed: int) -> str:
-    """Return the text of the run file ``name``. Editors find the schema by its first line."""
+    """Return the text of the run file ``name``. The first line of this text has the path of the
+    JSON schema, for editors.
+    """
     schema = schema_path("run").resolve()
     return RUN_FILE.format(schema=schema, name=name, engine=engine, seed=seed)
 
@@ -76,18 +79,18 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""The probability that the teacher forgets the carry in a problem with a carry (45 of 100 problems
-have one): at first, and later.
+"""The probabilities that the teacher forgets the carry of a problem: before the model can add, and
+after that. 45 of 100 problems have a carry.
 """
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
-"""When the model answers this share of problems correctly, the teacher starts to forget carries."""
+"""When the model answers this share of problems correctly, it can add (see ``FORGETS_LATER``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The path of the run file, and how long it took to build the demo."""
+    """The path of the demo's run file, and how long it took to build the demo."""
 
     run_file: Path
     taught_s: float
@@ -186,8 +189,8 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
 
 
 def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
-    """Return token ids of shape (B, 10). A row has six tokens of the question, up to three of the
-    answer, the end-of-sequence token, and padding.
+    """Return the token ids of the problems, with shape (number of problems, 10). A row has six
+    tokens of the question, up to three of the answer, the end-of-sequence token, and padding.
     """
     rows = []
     for problem, text in zip(problems, answers, strict=True):
@@ -205,11 +208,11 @@ def teach(
     seed: int,
     say: Callable[[str], None],
 ) -> int:
-    """Train with supervised steps until the model answers as the teacher does; return the number of
-    steps.
+    """Train with supervised steps until the model gives the answers of the teacher. Return the
+    number of steps.
 
     Raises:
-        DefectError: the model did not learn this within ``MAX_STEPS`` steps.
+        DefectError: the model did not learn these answers within ``MAX_STEPS`` steps.
     """
     right = encode(tokenizer, known, [answer(p) for p in known])
     wrong = encode(tokenizer, known, [forgetful(p) for p in known])
@@ -258,8 +261,8 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _look(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """Decode greedily; return the share of correct answers, and the share of answers that the
-    teacher could give.
+    """Decode the answers greedily. Return the share of correct answers, and the share of answers
+    that the teacher could give.
     """
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts

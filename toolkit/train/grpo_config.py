@@ -1,7 +1,7 @@
-"""TRL's GRPOConfig, extended by the record of which fields the user set.
+"""TRL's GRPOConfig, which here also records which fields the user set.
 
-TRL 1.16 sets ``bf16=True`` if the user did not set it. This module uses the number format of the
-model instead. transformers 5.17 would train on every visible GPU with ``nn.DataParallel``. This
+If the user did not set ``bf16``, TRL 1.16 sets it to True. This module sets the number format of
+the model instead. transformers 5.17 would train on every visible GPU with ``nn.DataParallel``. This
 module sets the number of GPUs to one.
 """
 
@@ -33,11 +33,12 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
     These fields are the toolkit's own (defaults in parentheses):
 
     - ``padding_free`` (True): train on packed sequences, see ``packed_steps``.
-    - ``max_prompt_length`` (None: no limit), in tokens: remove the first tokens of longer prompts.
+    - ``max_prompt_length`` (None: no limit): remove the first tokens of prompts that have more
+      tokens than this.
     - ``dynamic_sampling`` (False): replace groups whose rewards are all equal, at most
       ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``.
-    - ``curriculum`` (False): choose the share ``curriculum_share`` (0.5) of each batch by how much
-      the earlier rewards of each prompt varied, see ``rollout.difficulty``.
+    - ``curriculum`` (False): for a part of each batch, choose prompts whose earlier rewards varied
+      much. The part is ``curriculum_share`` (0.5) of the batch. See ``rollout.difficulty``.
 
     Fields of older releases are translated, see ``older_fields``.
 
@@ -129,9 +130,9 @@ def default_config(model: Any) -> GRPOConfig:
 
 
 def is_written(config: Any, name: str) -> bool:
-    """True if the user set the field ``name``, which is ``bf16`` or ``fp16``. A plain
-    ``trl.GRPOConfig`` does not record which fields were set. Its fields count as set if they differ
-    from TRL's default.
+    """True if the user set the field ``name`` (``bf16`` or ``fp16``). A plain ``trl.GRPOConfig``
+    does not record which fields the user set. There, a field counts as set if its value is not
+    TRL's default.
     """
     written = getattr(config, WRITTEN, None)
     if written is not None:
@@ -170,10 +171,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def use_one_gpu(config: Any) -> None:
-    """Make the process train on one GPU: CUDA's first visible GPU, which the pre-flight checks.
+    """Make the process train on one GPU: the first GPU that CUDA sees. The pre-flight has checked
+    this GPU.
 
-    Without this, transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``) and wraps
-    the model in ``nn.DataParallel``, which TRL rejects.
+    Without this function, transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``)
+    and wraps the model in ``nn.DataParallel``, which TRL rejects.
     """
     if config.n_gpu > 1:
         config._n_gpu = 1

@@ -1,8 +1,8 @@
 """``toolkit train --nproc-per-node N``: start the processes of this node and return one exit code.
 
 torchrun also starts processes, but it exits with 1 if any of them fails. A scheduler then cannot
-see exit code 75, with which a stopped run asks to be queued again. This module imports no heavy
-library, because only the processes that it starts train.
+see exit code 75, which means that the run was stopped and should be queued again. This module
+imports no heavy library. Only the processes that it starts need such libraries.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ until they get SIGKILL.
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node, and return one exit code
-    after all have ended. The processes train together, also with the processes of other nodes.
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node. Return one exit code after
+    all these processes have ended. They train together. If the run has several nodes, the processes
+    of all nodes train together.
 
-    The result is the first positive exit code of a process. If there is none, the result is 128 +
-    the signal that killed a process, or 0. Signals are passed to every process.
+    The result is the first positive exit code of a process. If no process has one, but a signal
+    killed a process, the result is 128 + the number of the signal. Otherwise, the result is 0. Each
+    signal that this process receives is passed to every started process.
 
     Raises:
         StoppedError: a signal arrived before the processes handled signals.
@@ -79,7 +81,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def stopped_early(name: str) -> StoppedError:
-    """The error for a signal that arrives before a run handles signals."""
+    """Return the error for a signal that arrives before the run handles signals itself."""
     return StoppedError(f"stopped by {name} before the run began", fix="run the same command again")
 
 

@@ -21,8 +21,8 @@ WHERE = "GRPOConfig"
 
 def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
     """Raise an error with valid batch sizes if a batch of ``config`` does not have whole groups.
-    TRL's ``__post_init__`` has rejected ``config``. ``written`` are the fields that the user
-    passed.
+    Call this after TRL's ``__post_init__`` has rejected ``config``. ``written`` has the names of
+    the fields that the user passed.
 
     Raises:
         ConfigValueError: a batch does not have whole groups.
@@ -55,7 +55,9 @@ def _factor(size: int, group: int) -> int:
 
 
 def _next(value: int, others: int, group: int) -> int:
-    """The smallest number >= ``value`` whose product with ``others`` has whole groups."""
+    """The smallest number that is at least ``value`` and whose product with ``others`` is a
+    multiple of ``group``.
+    """
     step = _factor(others, group)
     return -(-value // step) * step
 

@@ -54,8 +54,8 @@ def ignore_false_alarms() -> None:
 
 
 def keep_upstream_quiet() -> None:
-    """Show only errors of upstream's loggers until the process ends. Unlike ``quiet``, this imports
-    no library.
+    """Until the process ends, show only errors of the loggers of upstream libraries. In contrast to
+    ``quiet``, this function imports no library.
     """
     ignore_false_alarms()
     for name in LOUD:
@@ -125,7 +125,9 @@ def _show_warning(
 
 
 def say(line: str) -> None:
-    """Print ``line`` on stderr. On a terminal, ``line`` replaces an unfinished progress line."""
+    """Print ``line`` on stderr. If an unfinished progress line is on the terminal, ``line``
+    replaces it.
+    """
     start = "\r\x1b[K" if rewrites(sys.stderr) else ""
     sys.stderr.write(f"{start}{line}\n")
     sys.stderr.flush()

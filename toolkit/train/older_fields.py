@@ -43,7 +43,7 @@ NO_EFFECT: dict[str, str] = {
     "logging_dir": "the variable TENSORBOARD_LOGGING_DIR sets TensorBoard's folder",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
-"""Fields that have no effect any more, each with the reason. More are in ``config.migration``."""
+"""Fields that have no effect any more, each with the reason. ``config.migration`` has more."""
 SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
 SETTLED = {
@@ -58,15 +58,17 @@ SETTLED = {
 
 
 class Translated(NamedTuple):
-    """``kwargs`` are TRL's fields; ``notes`` is one sentence for each field that was translated."""
+    """``kwargs`` are the fields of TRL's GRPOConfig. ``notes`` has one sentence for each field that
+    was translated.
+    """
 
     kwargs: dict[str, Any]
     notes: list[str]
 
 
 def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
-    """Return ``given`` with the current names of its fields. ``known`` are the fields of
-    GRPOConfig.
+    """Return the keyword arguments ``given``, with older names of fields replaced by the current
+    names. ``known`` are the fields of GRPOConfig.
 
     Raises:
         ConfigTypeError: an unknown name.
@@ -128,9 +130,9 @@ def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
 
 
 def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
-    """Translate ``warmup_ratio`` to ``warmup_steps``, which transformers 5 reads as a share of the
-    run if it is below 1. If the user also passed ``warmup_steps``, the ratio is left out, as in
-    transformers 4. Return the notes.
+    """Translate ``warmup_ratio`` to ``warmup_steps``. transformers 5 reads a value of
+    ``warmup_steps`` below 1 as a share of the run. If the user also passed ``warmup_steps``,
+    ``warmup_ratio`` is ignored, as in transformers 4. Return the notes for the user.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ConfigValueError(
@@ -145,8 +147,9 @@ def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
 
 
 def _sampling(made: dict[str, Any], params: Any) -> list[str]:
-    """Add the fields of vLLM's SamplingParams, or of a mapping, to ``made`` as GRPOConfig's fields.
-    Fields that GRPOConfig does not have are added to ``generation_kwargs``. Return the notes.
+    """Add the sampling options ``params`` (vLLM's SamplingParams, or a mapping) to ``made``, the
+    fields of GRPOConfig. An option that is not a field of GRPOConfig is added to
+    ``generation_kwargs``. Return the notes for the user.
     """
     extra = dict(made.get("generation_kwargs") or {})
     told = []

@@ -31,7 +31,7 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
     depend on the model.
 
     Raises:
-        ConfigError: an option does not fit the model; the message names it.
+        ConfigError: an option does not fit the model. The message contains the option's name.
     """
     use_one_gpu(config)
     if getattr(model, "toolkit_checkpointing", None) is False:
@@ -82,8 +82,8 @@ def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) ->
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    """Return the dtype of the base weights. If the base is quantized, this is the dtype of the
-    weights that are not quantized.
+    """Return the dtype of the base model's weights. If the base model is quantized, this is the
+    dtype of its weights that are not quantized.
     """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     found: torch.dtype = dtypes[0] if dtypes else model.dtype

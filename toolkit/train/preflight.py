@@ -1,4 +1,6 @@
-"""Before any heavy work: inspect the node, check it for this run, and resolve every "auto"."""
+"""The checks before any heavy work: inspect the node, check it for this run, and replace every
+"auto" by a value.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
 KEYS = {"model": " (model.model_name)"}
-"""The key of the run file that each group of checks concerns."""
+"""Group of checks -> the key of the run file to which its checks apply, as a text for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +80,19 @@ def preflight(
     peers: Peers | None = None,
     rules: Rules | None = None,
 ) -> Preflight:
-    """Inspect the node, check it, and size the run. With ``judge`` False a failed check does not
-    stop the run (``--dry-run``).
+    """Inspect the node, check it, and size the run. If ``judge`` is False (``--dry-run``), a failed
+    check does not stop the run.
 
     Every rank inspects its own GPU. All ranks are sized for the smallest GPU, so that they use the
     same settings. ``rules`` checks the run file for the device and the packages of this machine, as
-    ``envcheck check`` does. It is called after the checks of the node, because a GPU that is
-    missing on a broken node is not an error of the run file.
+    ``envcheck check`` does. The checks of the node come before ``rules``. So if a broken node has
+    no usable GPU, this is reported as an error of the node, not of the run file.
 
     Raises:
-        ConfigError: a rule rejects the run file on this machine.
         NodeError, RetryError, ConfigError: a check failed (see ``refuse``).
-        ConfigError: the run does not fit; the message lists changes that make it fit, with the
-            memory that each change saves.
+        ConfigError: a rule rejects the run file on this machine, or the run does not fit in
+            memory. The second message lists changes that make the run fit, with the memory that
+            each change saves.
     """
     snapshot = take(
         paths={"output_dir": Path(config.runtime.output_dir)},

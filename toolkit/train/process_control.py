@@ -1,9 +1,9 @@
-"""The processes of one run: the rank of this process, and messages between the processes outside
-of training.
+"""The processes of one run: the rank of this process, and messages between the processes outside of
+training.
 
-Training uses torch's collectives, which fail if a process has ended. The messages use the key-value
-store of torch's rendezvous instead. So when a process fails, one process reports the failure, and
-the others exit silently with the same exit code.
+Training uses torch's collectives, which fail if one of the processes has ended. Therefore the
+messages do not use collectives, but the key-value store of torch's rendezvous. So when a process
+fails, one process can report the failure, and the others exit silently with the same exit code.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def join(timeout_s: float | None = None) -> Peers | None:
 
 
 class Peers:
-    """The other processes of the run, reached through ``store``.
+    """The other processes of the run. This process exchanges messages with them through ``store``.
 
-    A thread checks whether another process has failed. Otherwise this process might notice the
-    failure only after the process that hosts the store has ended. The same thread increments a
-    number in the store while this process runs. If the number of a process has not changed for
-    ``patience_s`` seconds (grpo.ddp_timeout), that process is stopped or lost, and the others no
-    longer wait for it.
+    A thread checks whether another process has failed. Without the thread, this process might
+    notice the failure only after the process that hosts the store has ended. The thread also
+    increments this process's number in the store as a sign of life. If the number of a process does
+    not change for ``patience_s`` seconds (``grpo.ddp_timeout``), the others assume that this
+    process was stopped or lost, and no longer wait for it.
     """
 
     def __init__(self, store: Any, number: int, size: int, patience_s: float = TIMEOUT_S) -> None:
@@ -106,7 +106,7 @@ class Peers:
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
         """Send the JSON value ``value`` to all processes under ``name``, and return the values of
-        all processes, by rank. This waits for a process as long as the process shows that it runs.
+        all processes, by rank. There is no time limit for a process that shows signs of life.
 
         Raises:
             PeerFailed: another process has failed, or shows no sign of life.
@@ -144,8 +144,9 @@ class Peers:
             distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
-        """Return the exception with which this process ends. It is an error if this process reports
-        the failure, else SystemExit with the exit code of the process that reports it.
+        """Return the exception with which this process ends. If this process reports the failure,
+        the exception is the error to report. Otherwise, it is SystemExit with the exit code of the
+        process that reports the failure.
         """
         try:
             told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
@@ -161,7 +162,9 @@ class Peers:
         return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
     def _tell(self, error: Exception) -> Exception | None:
-        """Return the error that this process must report, or None if another process does."""
+        """Return the error that this process must report. Return None if another process reports
+        the failure.
+        """
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
             self._wait(lambda: not self._missing("answer") or self.heard is not None)
@@ -198,15 +201,16 @@ class Peers:
             return
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until ``condition`` is true, at most as long as an answer may take."""
+        """Wait until ``condition`` is true, but at most ``ANSWER_S`` seconds."""
         end = time.monotonic() + ANSWER_S
         while not condition() and time.monotonic() < end:
             time.sleep(POLL_S)
 
 
 class _SignsOfLife:
-    """Record when each process that this one waits for was last seen to run. The clock pauses while
-    this process is stopped, because all processes of a job may be stopped and continued together.
+    """For each process that this process waits for, record when its last sign of life was seen. The
+    times come from a clock that pauses while this process is stopped, because all processes of a
+    job may be stopped and continued together.
     """
 
     def __init__(self) -> None:
@@ -215,13 +219,15 @@ class _SignsOfLife:
         self._last_tick = time.monotonic()
 
     def tick(self) -> None:
-        """Advance the clock. Call this far more often than once in ``MOST_TICK_S``."""
+        """Advance the clock. Call this often: far more than once in ``MOST_TICK_S`` seconds."""
         now = time.monotonic()
         self._clock_s += min(now - self._last_tick, MOST_TICK_S)
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
-        """Record the current number of each process in ``beats``, and forget other processes."""
+        """``beats`` has the current number of each process that this process waits for. Record when
+        a number changed. Processes that are not in ``beats`` are forgotten.
+        """
         old = self._seen
         self._seen = {
             n: old[n] if n in old and old[n][0] == beat else (beat, self._clock_s)
@@ -229,13 +235,15 @@ class _SignsOfLife:
         }
 
     def silence_s(self) -> float:
-        """Return the seconds since the process that was silent for longest was seen to run."""
+        """Return the longest silence in seconds: the time since the last sign of life of a process,
+        for the process where this time is longest.
+        """
         return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return or raise what ``call`` returns or raises within ``seconds``. After that, raise
-    RuntimeError; ``call`` then continues in its thread until the process ends.
+    """Run ``call`` in a thread, and return its result or raise its exception. If ``call`` does not
+    end within ``seconds``, raise RuntimeError. The thread then continues until the process ends.
     """
     outcome = _started(call)
     if not wait([outcome], seconds).done:
@@ -258,8 +266,8 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if the error, or one of its causes, means only that another process does not answer or
-    ran out of memory. The other process then reports the reason.
+    """True if ``error``, or one of its causes, means only that another process does not answer or
+    ran out of memory. That process then reports the reason.
     """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
@@ -272,8 +280,8 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
-    """Return the error of a process that waits for other processes, of which one has ended. The
-    processes ``missing`` did not answer.
+    """Return the error to report if this process waited for other processes, and one of them has
+    ended. The processes with the numbers ``missing`` did not answer.
     """
     missing = list(missing)
     why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
@@ -294,6 +302,8 @@ def _named(numbers: Iterable[int]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of ``error``, without the location in gloo's source at its beginning."""
+    """The first sentence of the text of ``error``. If the text begins with a location in the source
+    code of gloo, the location is removed.
+    """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """What can stop this process. Only the first rank has a ``run_dir_watch``."""
+    """The objects that can stop this process. Only the first rank has a ``run_dir_watch``."""
 
     signals: StopSignals
     peers: Peers | None
@@ -107,8 +107,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
-    """Lock the run folder on the first rank. If an error occurs because the folder was moved or
-    removed, raise an error that reports this instead.
+    """Lock the run folder on the first rank. If a later error occurs because the folder was moved
+    or removed, raise an error that says this instead.
     """
     if not is_first_rank():
         yield None
@@ -146,7 +146,7 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from, and a line for each skipped one (``branch.choose``)."""
+    """Return the checkpoint to resume from, and one line for each checkpoint that is skipped."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
     # The first rank chooses for all, because it may already write to the folder when others read.
@@ -166,7 +166,7 @@ def prepare(
     config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
 ) -> RunContext:
     """Check the node, check the run file for this node (``rules``), size the run, and load data,
-    rewards and policy. Writes config.json and preflight.json.
+    rewards and policy. Write config.json and preflight.json.
     """
     require_packages(config)
     ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
@@ -198,7 +198,7 @@ def prepare(
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """Raise an error if the run file or the data changed since the checkpoint ``found``."""
+    """Raise an error if the run file or the data changed after ``found`` was written."""
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
@@ -338,7 +338,7 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Open the branch and the logs of the run, as the checkpoint ``found`` records them."""
+    """Set the run's branch and open its log files. Both continue from the checkpoint ``found``."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes

@@ -67,7 +67,7 @@ class RunContext:
 
 
 def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:
-    """Print what will run, and write the manifest."""
+    """Print a description of the run before it starts, and write the manifest."""
     config, sizing = context.config, context.preflight.sizing
     seeds = {"grpo.seed": seed, "lora.random_state": config.lora.random_state}
     manifest.write_manifest(
@@ -110,8 +110,8 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
 
 
 def _copies(sizing: SizingResult) -> list[str]:
-    """The line that shows how large the 16-bit copies of 4-bit weights are, or why there are none.
-    Empty for other weights.
+    """Return a line about the 16-bit copies of 4-bit weights: their size, or the reason why there
+    are none. If the weights are not 4-bit, return an empty list.
     """
     if sizing.engine.copies_note is not None:
         return [f"rollouts {sizing.engine.copies_note}"]
@@ -120,7 +120,9 @@ def _copies(sizing: SizingResult) -> list[str]:
 
 
 def _groups(config: RunConfig) -> str:
-    """How the processes share the model, as text. Empty if each process has its own model."""
+    """Return text that says how many processes share the model. It is empty if each process has its
+    own model.
+    """
     size = parallel.size_of(config.model.tensor_parallel_size)
     if size == 1:
         return ""
@@ -160,9 +162,9 @@ def finish(
     out: TextIO,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter (with full fine-tuning, the model), the evaluation and the report, and
-    print their paths. ``base``, the trainer's checksum of the base weights, is added to the
-    manifest.
+    """Write the adapter (with full fine-tuning, the model), the evaluation and the report. Print
+    the paths of adapter (or model) and report. ``base``, the trainer's checksum of the base
+    weights, is added to the manifest.
     """
     if base is not None:
         manifest.add(context.run_dir, base=dict(base))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """Raise an error if a run ended before its last step and no known reason explains it.
+    """Raise an error if a run ended before its last step and the reason is not known.
 
     Raises:
         DefectError: training ended early for an unknown reason.
@@ -77,8 +77,8 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
-    """Return the number of optimizer steps of the whole run, counted as in transformers 5.17: the
-    micro-batches that remain at the end of an epoch are one more step.
+    """Return the number of optimizer steps of the whole run, counted as in transformers 5.17: if
+    micro-batches remain at the end of an epoch, these make one more step.
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)

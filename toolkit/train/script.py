@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def check(given: MutableMapping[str, Any], model: Any) -> None:
-    """Check the arguments ``given`` to a trainer of ``model``. The reward functions in ``given``
-    are replaced by functions that also check the rewards.
+    """Check the arguments ``given`` to a trainer of ``model``. In ``given``, each reward function
+    is replaced by a function that calls it and also checks the rewards.
 
     Raises:
         ConfigError: a reward cannot be called, the lengths leave no room for a prompt, or an

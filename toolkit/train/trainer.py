@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
 
-The class is a subclass with TRL's arguments, and upstream's source is not patched. Each method that
-overrides one of TRL 1.16 or transformers 5.17 is short, and calls other modules for the work. State
-has class-level defaults because TRL's own tests build trainers with ``object.__new__``.
+The trainer is a subclass and takes TRL's arguments. The source of upstream libraries is not
+patched. Each method that overrides one of TRL 1.16 or transformers 5.17 is short, and calls other
+modules for the work. Attributes have defaults at class level. They are needed because TRL's own
+tests build trainers with ``object.__new__``, so that ``__init__`` does not run.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """The totals of the differences between the log-probabilities of engine and trainer.
-        Training and evaluation have separate totals. These are the totals of the current mode.
+        """The totals of the differences between the log-probabilities of engine and trainer, for
+        the current mode. Training and evaluation are two modes with separate totals.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
@@ -150,7 +151,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """The numbers that the completions of this rank have in the batch of all ranks."""
+        """The numbers of this rank's completions, counted over the batch of all ranks."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
@@ -292,8 +293,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in TRL, but if the batch is split, the loss is computed part by part. A batch is split
-        into packs, and into smaller parts after memory ran out.
+        """As in TRL, but if the batch is split, the loss is computed part by part. The parts are
+        packs (completions joined into one sequence). They are smaller after memory ran out.
         """
         loss = super().compute_loss
         if not self.model.training:
@@ -305,8 +306,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As in transformers, but if processes share a model, the norm is that of the whole
-        adapter, not of the part in this process.
+        """As in transformers. But if processes share a model, the gradient is clipped by the norm
+        of the complete adapter, not by the norm of the part in this process.
         """
         if mesh() is None:
             return super()._clip_grad_norm(model)
@@ -331,15 +332,17 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but all losses of the last batch are kept. transformers would keep
-        only as many as the dataset has rows. TRL's sampler repeats each row, so the losses of the
-        last processes would be lost.
+        """As in transformers, but all losses of the last batch are kept. transformers keeps as many
+        losses as the dataset has rows. But TRL's sampler repeats each row, so there are more losses
+        than rows, and those of the last processes would be lost.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL, plus the metrics of the difference between engine and trainer."""
+        """As in TRL, but with additional metrics: the differences between the log-probabilities of
+        engine and trainer.
+        """
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
             self._metrics[mode][name] = [value]
@@ -355,7 +358,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
     """In the block, TRL's ``__init__`` does not build its own engine. It also does not read
-    ``generation_kwargs``, which it would take as keywords of Hugging Face instead of vLLM.
+    ``generation_kwargs``. Without vLLM, it would pass them to generation with Hugging Face, but
+    they are keywords of vLLM.
     """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 COMPLETION_METRICS = "completions/"
-"""The names of TRL's metrics of the completions in a batch begin with this."""
+"""The prefix of the names of TRL's metrics of the completions in a batch."""
 
 
 class Drawn(NamedTuple):
@@ -44,15 +44,15 @@ class Drawn(NamedTuple):
 
 
 class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
-    """TRL's private state under public names."""
+    """TRL's private state. Each private attribute is available under a public name."""
 
     tools: Any
     rollout_func: Any
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
-        """Metric name -> its values since the last log row. In an evaluation, these are the metrics
-        of the evaluation, else those of training.
+        """Metric name -> its values since the last log row. During an evaluation, these are the
+        metrics of the evaluation. Otherwise, they are the metrics of training.
         """
         found: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
         return found
@@ -149,12 +149,12 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     def describe_completions(
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions ``drawn``. They replace the metrics of completions
-        that were logged after ``counts``.
+        """Log TRL's metrics of the completions ``drawn``. Values of these metrics that were logged
+        since ``completion_metric_counts`` returned ``counts`` are removed first.
 
-        TRL computes these metrics in ``_generate``, so that method runs with a ``rollout_func``
-        that returns ``drawn``. The number of tokens seen does not change, because it already
-        includes all drawn tokens.
+        TRL computes these metrics in its method ``_generate``. Therefore this method calls
+        ``_generate`` with a ``rollout_func`` that only returns ``drawn``. The number of tokens seen
+        does not change, because it already includes all drawn tokens.
         """
         values = self.train_metric_values
         for name in list(values):
@@ -176,7 +176,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
 
 class PhaseTimers(Protocol):
-    """Seconds by phase (rollout.sampler.Timers)."""
+    """The seconds that each phase took (rollout.sampler.Timers)."""
 
     def __call__(self, phase: str) -> AbstractContextManager[None]: ...
     def take(self) -> dict[str, float]: ...
@@ -194,14 +194,18 @@ class RowNumbers(Protocol):
 
 
 class PromptRecords(Protocol):
-    """The records of prompts for the curriculum (rollout.prompt_choice.PromptChoice)."""
+    """The recorded spread of rewards of each prompt, for the curriculum
+    (rollout.prompt_choice.PromptChoice).
+    """
 
     def state(self) -> dict[str, torch.Tensor] | None: ...
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None: ...
 
 
 class GapTotals(Protocol):
-    """Totals of the gap of log-probabilities (step.importance_sampling.Disagreement)."""
+    """Totals of the differences between the log-probabilities of engine and trainer
+    (step.importance_sampling.Disagreement).
+    """
 
     def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None: ...
 
@@ -215,7 +219,7 @@ class RunLogs(Protocol):
 
 
 class ToolCalls(Protocol):
-    """The calls of tools since the last row (rollout.tool_log.ToolLog)."""
+    """The tool calls since the last row of the log (rollout.tool_log.ToolLog)."""
 
     def write(self, journal: Any, step: int) -> None: ...
 
@@ -229,7 +233,7 @@ class MemoryPeaks(Protocol):
 
 class TrainerSeam(Protocol):
     """The part of the trainer that other modules may use. The types of its attributes are protocols
-    too, so that this module imports none of the modules that use it.
+    too. Therefore this module does not import the modules that use it.
 
     Names without a comment are public attributes of TRL or transformers.
     """

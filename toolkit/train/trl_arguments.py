@@ -1,5 +1,5 @@
-"""Build TRL's GRPOConfig from a resolved run. Its values come from the run file, or depend on the
-machine.
+"""Build TRL's GRPOConfig from a resolved run. The values of its fields come from the run file, or
+depend on the machine.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def make_reproducible() -> None:
     """Use deterministic kernels where torch has them.
 
     On the CPU, runs with the same number of threads have equal results without this function. On a
-    GPU, it makes cuBLAS and cuDNN deterministic. Operations without a deterministic kernel, such as
-    some scatter-adds, only warn.
+    GPU, it makes cuBLAS and cuDNN deterministic. Some operations, such as some scatter-adds, have
+    no deterministic kernel. For these, torch only prints a warning.
     """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -30,13 +30,13 @@ Such a word is the name of the class into which upstream reads the key: Accelera
 
 
 class Phase(NamedTuple):
-    """A part of upstream's work, and the keys of ``grpo`` that it uses."""
+    """A part of the work of an upstream library, and the keys of ``grpo`` that it uses."""
 
     doing: str
     places: tuple[str, ...]
-    """Each is ``file`` or ``file:function``; a name that ends with / is a folder."""
+    """Each place is ``file`` or ``file:function``. A file name that ends with / means a folder."""
     keys: tuple[str, ...] | None
-    """None means the keys that the exception names."""
+    """None: the keys that occur in the text of the exception."""
 
 
 _SIZES = (
@@ -178,7 +178,7 @@ PHASES = (
 
 
 class Blame(NamedTuple):
-    """What upstream was doing, and the keys of the run file that it used."""
+    """What the upstream library was doing, and the keys of the run file that it used."""
 
     doing: str
     keys: tuple[str, ...]
@@ -203,8 +203,8 @@ def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
 def config_fault(
     error: BaseException, written: Mapping[str, Any], where: str
 ) -> ConfigError | None:
-    """Return ``error`` as a ConfigError that names the keys of the run file and has upstream's
-    text. Return None if no key caused ``error``.
+    """Return ``error`` as a ConfigError. Its message has the keys of the run file that caused
+    ``error``, and upstream's text. Return None if no key caused ``error``.
     """
     found = blame(error, written)
     if found is None:
@@ -221,8 +221,8 @@ def config_fault(
 
 
 def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys that the exception's text names directly, or by the class into which upstream
-    reads them (AcceleratorConfig, ContinuousBatchingConfig).
+    """Return the keys that caused the exception, according to its text: the text contains the key,
+    or the class into which upstream reads the key (AcceleratorConfig, ContinuousBatchingConfig).
     """
     words = {word.lower().replace("_", "") for word in re.findall(r"\w+", str(error))}
     plain = {key: key.replace("_", "") for key in written}

@@ -177,7 +177,7 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         (
             {"eval_split": "test"},
-            "is a file, which has no splits, but the run file sets the split 'test'",
+            "is a single file. A file has no splits, but the run file sets the split 'test'",
         ),
         ({"path": None}, "the run file names no data set, so there are no prompts to train on"),
     ],

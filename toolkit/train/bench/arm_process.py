@@ -1,5 +1,5 @@
-"""Run the whole benchmark: make the checkpoint, measure the floor, run the arms, collect their
-results.
+"""Run the whole benchmark: make the checkpoint, measure the floor (a lower bound of the time of a
+step), run the arms (the compared programs), and collect their results.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def bench(
     *,
     limit_s: float,
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Run the benchmark. Return the report and the rows of the table. The report is also written to
-    ``folder/bench.json`` after each arm.
+    """Run the benchmark. Return the report and the rows of the table. After each arm, the report is
+    also written to ``folder/bench.json``.
 
-    The checkpoint is created and the GPU measured in separate processes, because this process must
-    not use device memory while the arms run.
+    Other processes create the checkpoint and measure the speed of the GPU, because this process
+    must not use device memory while the arms run.
     """
     say(f"creating a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
@@ -72,7 +72,7 @@ def node_device() -> Device | None:
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """The sizes that decide how long one step of ``model`` takes on one card."""
+    """The numbers on which the time of one training step of ``model`` depends, for one card."""
     return Work(
         parameters=model.parameters // settings.ours_cards,
         weight_bytes=model.weight_bytes,

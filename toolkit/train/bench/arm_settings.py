@@ -37,17 +37,19 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One workload. Lengths are in tokens, batches in completions.
+    """The settings of one benchmark. Lengths are in tokens, batch sizes in completions.
 
-    With ``mean_tokens``, completion lengths are geometric with that mean and at most
-    ``completion_tokens``. Without it, all completions have ``completion_tokens``.
+    If ``mean_tokens`` is set, the lengths of completions have a geometric distribution with this
+    mean, and ``completion_tokens`` is their maximum. Otherwise, all completions have the length
+    ``completion_tokens``.
 
     The ``ours_`` fields are for the toolkit's arm only: its micro-batch (``ours_batch``), the
-    tokens of a forward pass, gradient checkpointing, and whether the KV cache is freed during
-    training (``ours_sleep``). ``bench_plan.fill`` chooses a value for each field with the value
-    None. If ``ours_batch`` is set, it also limits the rows of a pass. An optimizer step has the
-    same number of completions in every arm, so the work is the same. ``ours_cards`` is the number
-    of cards over which the toolkit's arm splits the model, with one process per card.
+    tokens of a forward pass (``ours_tokens``), gradient checkpointing (``ours_checkpointing``), and
+    whether the KV cache is freed during training (``ours_sleep``). If one of these fields is None,
+    ``bench_plan.fill`` chooses its value. If ``ours_batch`` is set, it also limits the rows of a
+    forward pass. An optimizer step has the same number of completions in every arm, so the work is
+    the same. ``ours_cards`` is the number of cards over which the toolkit's arm splits the model,
+    with one process per card.
     """
 
     model: str
@@ -99,7 +101,7 @@ class Settings:
 
     @property
     def ours_plan(self) -> str:
-        """The ``ours_`` fields as text."""
+        """The ``ours_`` fields as a text for the user."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
         sleep = "KV cache freed while training" if self.ours_sleep else "KV cache kept"
@@ -127,7 +129,8 @@ class Settings:
 @dataclass(slots=True)
 class Result:
     """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
-    have is None or an empty list. To publish is to copy the trained policy to the engine.
+    have is None or an empty list. ``publish_s`` has the times in which the trained policy was
+    copied to the engine.
     """
 
     arm: str
@@ -166,7 +169,9 @@ class Result:
 
     @property
     def median_training_s(self) -> float | None:
-        """Median of the rest of a step: rewards, training passes, the optimizer."""
+        """Median time of training in a step. Training is everything except the rollout and the copy
+        of the policy to the engine: rewards, training passes, the optimizer.
+        """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         return _median([step - rollout - publish for step, rollout, publish in spent][1:])
 
@@ -177,8 +182,8 @@ class Result:
 
     @property
     def train_tokens_s(self) -> float | None:
-        """Completion tokens per second of all phases except rollout and publish, over the steps
-        after the first.
+        """Completion tokens per second of training, over the steps after the first. Training is all
+        phases except the rollout and the copy of the policy to the engine.
         """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         rest = [step - rollout - publish for step, rollout, publish in spent]

@@ -4,8 +4,8 @@ An arm is one of the three programs that are compared: the toolkit, TRL, Unsloth
 same checkpoint on the same prompts with the same TRL options. The toolkit's arm and TRL's arm use
 the pinned TRL. Unsloth needs another version of TRL, so each arm has its own process.
 
-The arms train on a ``Job``. Here it has prompts of random words, in ``learn_arm`` problems with
-answers.
+A ``Job`` has the training data and the reward of the arms. The jobs of this module have prompts of
+random words. The jobs of ``learn_arm`` have problems with answers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The data and the reward with which every arm trains. ``rows`` makes the rows of the
-    dataset.
+    """The data and the reward with which every arm trains. The function ``rows`` returns the rows
+    of the dataset.
     """
 
     rows: Callable[[Settings], list[dict[str, Any]]]
@@ -37,8 +37,8 @@ class Job:
 
 
 def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
-    """Load the model, train ``settings.steps`` steps, and fill ``result``, which is written to
-    ``path`` after each step.
+    """Load the model, train ``settings.steps`` steps, and add the measurements to ``result``. After
+    each step, ``result`` is written to ``path``.
     """
     # Every arm uses vLLM's own sampler. flashinfer's sampler is compiled on first use and needs a
     # CUDA toolkit.
@@ -69,8 +69,9 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
 
 def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
-    """Train, and fill ``result.profile``. It has the times of the phases of the start, of a decode
-    step, and of the last training step without its rollout.
+    """Train, and store three measurements in ``result.profile``: the times of the phases of the
+    start, the account of a decode step, and the account of the last training step without its
+    rollout.
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
@@ -180,7 +181,7 @@ def _trl(settings: Settings, job: Job) -> Any:
 
 
 def _colocate(settings: Settings) -> dict[str, Any]:
-    """Return TRL's arguments for vLLM in the same process. On a CPU they are not passed, and TRL
+    """Return TRL's arguments for vLLM in the same process. On a CPU, return no arguments. TRL then
     generates with transformers.
     """
     return {
@@ -279,9 +280,9 @@ def prompts(settings: Settings) -> list[dict[str, Any]]:
 
 
 def stop_tokens(settings: Settings) -> list[int]:
-    """Return the tokens that end a completion: one in ``mean_tokens`` tokens of the vocabulary. A
-    random model samples almost uniformly, so the lengths of completions are geometric with the mean
-    ``mean_tokens``.
+    """Return the tokens that end a completion. Of the whole vocabulary, the share 1 /
+    ``mean_tokens`` are such tokens. A random model samples almost uniformly, so the lengths of
+    completions are geometric with the mean ``mean_tokens``.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 

@@ -51,8 +51,9 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
 
 
 def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
-    """Return the predicted peak memory with the settings of the other arms: one copy of the
-    weights, a KV cache that is not freed, and activation checkpoints on the host, as in Unsloth.
+    """Return the peak memory that the sizer predicts with the settings of the other arms. This is
+    for one copy of the weights, a KV cache that is not freed, and activation checkpoints on the
+    host, as in Unsloth.
     """
     theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
     sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
@@ -60,9 +61,11 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
 
 
 def _budgets(settings: Settings) -> list[int]:
-    """Return the candidates for the tokens of a pass, the largest first: the tokens of the whole
-    step at its maximum length, then smaller parts of it, down to one sequence. If the user set a
-    value, it is the only candidate.
+    """Return the candidates for ``ours_tokens``, the tokens of a forward pass, the largest first.
+    The first is the number of tokens of the whole step if all sequences have the maximum length.
+    The others are parts of this number, down to the tokens of one sequence. If the user set
+    ``ours_batch`` or ``ours_tokens``, the only candidate is the number of tokens that follows from
+    it.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
@@ -99,8 +102,8 @@ def size(
     checkpointing: Checkpointing | None = None,
     padded: bool = False,
 ) -> SizingResult:
-    """Return the sizing result for the toolkit's arm. ``checkpointing`` replaces the value in
-    ``settings``. With ``padded``, rows are padded and layers are not fused, as in TRL.
+    """Return the sizing result for the toolkit's arm. ``checkpointing`` is used instead of the
+    value in ``settings``. With ``padded``, rows are padded and layers are not fused, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     if checkpointing is None:

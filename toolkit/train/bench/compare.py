@@ -30,9 +30,9 @@ def compare(
     """Run each arm in its own process, so that no memory of an earlier arm is in use. The output of
     an arm goes to a log.
 
-    Yields all results so far after each arm. An arm that takes longer than ``limit_s`` seconds is
-    stopped, and its results until then count. The folder may already have results of other arms
-    with the same settings. Those results come first.
+    After each arm, yield the list of all results so far. An arm that takes longer than ``limit_s``
+    seconds is stopped. It keeps the measurements that it made before. If ``folder`` already has
+    results of other arms with the same settings, the list begins with these results.
     """
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
@@ -48,8 +48,8 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Return the existing results of arms that do not run now. Delete results with other
-    settings.
+    """Return the existing results of the arms that are not in ``arms``, and so do not run now. If
+    the existing results have other settings, delete them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
@@ -75,8 +75,8 @@ def lacking(arm: str, gpu: bool) -> str | None:
 
 
 def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
-    """Run one arm and return its result. If the arm has a process per card, the first process
-    writes the result.
+    """Run one arm and return its result. If the arm has several processes (one per card), the first
+    process writes the result.
     """
     answers = [folder / f"{arm}{f'-{number}' if number else ''}.json" for number in range(cards)]
     answer = answers[0]
@@ -98,8 +98,8 @@ ENDED = "the process ended unexpectedly; see its log"
 
 
 def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
-    """Run a module of the benchmark in its own process, with its output in ``log``. Return why the
-    module did not finish, or None if it finished.
+    """Run a module of the benchmark in its own process, with its output in ``log``. Return None if
+    the module finished, else the reason why it did not finish.
     """
     with log.open("w") as output:
         try:
@@ -116,8 +116,9 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
 
 
 def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
-    """Run the module ``arms`` in several processes that share a model, one for each item of
-    ``values``. Return why they did not finish, or None.
+    """Start the module ``arms`` in several processes that share a model. Each item of ``values``
+    has the arguments of one process. Return None if all processes finished, else the reason why
+    they did not finish.
     """
     port = free_port()
     with log.open("w") as output:
@@ -142,9 +143,9 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
 
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
-    """Wait until all processes of an arm have ended. Return False if that takes longer than
-    ``limit_s``. If one process fails, the others would wait for it forever. So this function then
-    returns True after ``PATIENCE_S``.
+    """Wait until all processes of an arm have ended, and return True. Return False if that takes
+    longer than ``limit_s``. If one process fails, the others may wait for it forever. In that case,
+    return True ``PATIENCE_S`` seconds after the failure, although other processes still run.
     """
     end, last = time.monotonic() + limit_s, None
     while any(one.poll() is None for one in running):
@@ -162,8 +163,8 @@ def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
 def report(
     settings: Settings, results: Sequence[Result], floor: dict[str, float], card: str
 ) -> dict[str, Any]:
-    """Return the JSON of the benchmark: settings, card, floor, and every arm with the ratio of its
-    step time to the floor.
+    """Return the benchmark's report as JSON values: the settings, the card, the floor, and every
+    arm with its step time divided by the floor.
     """
     arms = []
     for result in results:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Measured rates of this device: bytes per second of a copy, and bf16 operations per second of
-    a matrix product.
+    """Measured speeds of this device: copied bytes per second, and bf16 operations per second of a
+    matrix product.
     """
 
     name: str

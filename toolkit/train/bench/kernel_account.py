@@ -1,9 +1,9 @@
 """Measure the time of each kind of kernel, and of the host, in a decode step and a training step.
 
 The measurements are made with torch.profiler. On the CPU, torch's operations are measured instead
-of kernels. The time of an operation does not include the operations that it calls. The rest of the
-wall clock is host time: Python, the scheduler, and launches for which the device waits. The
-profiler itself slows the host down.
+of kernels. The time of an operation does not include the operations that it calls. The time that is
+not spent in kernels counts as host time: Python, the scheduler, and launches of kernels for which
+the device waits. The profiler itself slows the host down.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ TOP = 12
 
 @dataclass(slots=True)
 class Account:
-    """The times of ``steps`` steps, summed. ``kinds`` maps a kind of kernel to [seconds, calls].
-    ``top`` has the kernels that take longest: (name, seconds, calls).
+    """The times of ``steps`` steps, summed. ``kinds`` has [seconds, calls] for each kind of kernel.
+    ``top`` has (name, seconds, calls) for the kernels that take longest.
     """
 
     steps: int
@@ -159,8 +159,8 @@ def recorded() -> Iterator[Recorder]:
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
     """Return the account of ``DECODE_STEPS`` decode steps of ``len(prompts) * generations``
-    sequences on ``engine``. It is the difference of two rollouts: one of a single token, and one
-    that is ``DECODE_STEPS`` tokens longer.
+    sequences on ``engine``. Two rollouts are measured: one of a single token, and one that is
+    ``DECODE_STEPS`` tokens longer. The result is the second account minus the first.
     """
 
     def run(tokens: int) -> Recorder:
@@ -176,7 +176,9 @@ def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: i
 
 
 class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Profiles the last optimizer step, beginning at the end of its rollout."""
+    """Profiles the last optimizer step without its rollout. The profile begins when the rollout
+    ends.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.last = settings.steps - 1

@@ -38,11 +38,12 @@ def learn(
     settings: LearnSettings, wanted: Runs, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train each arm with each seed, evaluate the saved adapters, and write ``learn.json`` and
-    ``learn.svg``. Return the report. Results with the same settings that are already in ``folder``
-    are kept.
+    ``learn.svg``. Return the report. If ``folder`` already has results with the same settings,
+    these are kept.
 
-    The settings of the toolkit's arm are completed as in the speed benchmark: it has the same
-    optimizer step, in micro-batches that need no more memory than the other arms.
+    As in the speed benchmark, ``bench_plan.fill`` chooses the settings of the toolkit's arm that
+    the user did not set. The toolkit's arm then has the same optimizer step as the other arms, in
+    micro-batches that need no more memory.
     """
     device = arm_process.node_device()
     filled = bench_plan.fill(settings, read_spec(settings.model), device)
@@ -87,7 +88,9 @@ def stored(folder: Path) -> list[LearnResult]:
 def summary(
     settings: LearnSettings, results: Sequence[LearnResult], target: float, card: str
 ) -> dict[str, Any]:
-    """Return the report: headline, settings, a curve for each arm, and every run."""
+    """Return the report: the headline, the settings, a curve for each arm, and the result of every
+    run.
+    """
     found = curves(results, target)
     return {
         "headline": headline(found, target),

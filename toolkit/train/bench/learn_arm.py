@@ -2,9 +2,9 @@
 toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
 Adapters are saved during the training and evaluated afterwards (``learn_eval``). So all arms have
-the same evaluator, and the training time includes no evaluation. The clock starts at the first
-optimizer step, because the time of loading is reported separately. It is stopped while an adapter
-is saved.
+the same evaluator, and the training time includes no evaluation. The clock of the training time
+starts at the first optimizer step, because the time of loading is reported separately. The clock
+stops while an adapter is saved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Return the job of the arm: chats with a question, and a reward that compares numbers."""
+    """Return the job of the arm: training rows that are chats with a question, and a reward that
+    compares the number in the completion with the answer.
+    """
     return arms.Job(rows=rows, reward=number_is_right)
 
 

@@ -30,9 +30,9 @@ text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weig
 
 
 def draw(found: Sequence[Curve], target: float, note: str) -> str:
-    """Return the picture as text of an SVG file. It has the headline, a legend and two panels. A
-    panel has a line for each arm, a band from the lowest to the highest seed, and a dashed line at
-    the target.
+    """Return the picture as text of an SVG file. It has the headline, a legend and two panels. In a
+    panel, each arm has a line and a band from the lowest to the highest accuracy over the seeds. A
+    dashed line shows the target.
     """
     said = headline(found, target)
     parts = [

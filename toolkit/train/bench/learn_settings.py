@@ -26,7 +26,8 @@ LEARN: Mapping[str, Any] = {
 }
 """The values of ``bench --learn``, which replace the defaults of ``Settings``.
 
-The micro-batch of the other arms is the whole step: with 32, TRL's step took 2.5 times as long.
+The other arms compute the whole step (128 completions) as one micro-batch. With micro-batches of 32
+completions, TRL's step took 2.5 times as long.
 """
 
 
@@ -43,8 +44,8 @@ class LearnSettings(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
-    """The arms, the seeds with which each arm trains, the target accuracy (the report has the time
-    until it is reached), and the time limit of a run in seconds.
+    """The arms, the seeds with which each arm trains, the target accuracy, and the time limit of a
+    run in seconds. The report has the time in which each arm reaches the target accuracy.
     """
 
     arms: Sequence[str]
@@ -55,8 +56,8 @@ class Runs:
 
 @dataclass(slots=True)
 class Point:
-    """An adapter of the run: the optimizer step, the seconds of training until then, and the
-    held-out accuracy, which is measured after the run.
+    """A saved adapter of the run: the optimizer step after which it was saved, the seconds of
+    training before that, and its held-out accuracy. The accuracy is measured after the run.
     """
 
     step: int
@@ -123,9 +124,10 @@ class LearnResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One arm, summarised over its seeds. For each evaluation, the lists have the step, the mean
-    seconds, and the lowest, mean and highest accuracy. ``to_target_s`` and ``to_target_step`` are
-    medians over the seeds. They are None if a seed does not reach the target.
+    """The results of one arm over all its seeds. Each list has one value per evaluation: the step,
+    the mean seconds, and the lowest, mean and highest accuracy. ``to_target_s`` and
+    ``to_target_step`` are medians over the seeds. They are None if one of the seeds does not reach
+    the target.
     """
 
     arm: str
@@ -176,8 +178,8 @@ def _accuracies(run: LearnResult) -> list[float]:
 
 
 def headline(found: Sequence[Curve], target: float) -> str:
-    """Return one sentence: the time in which each arm reaches ``target``, and the toolkit's time
-    divided by the time of the fastest other arm.
+    """Return one sentence. It has the time in which each arm reaches ``target``, and the ratio of
+    the toolkit's time to the time of the fastest other arm.
     """
     times = {curve.arm: curve.to_target_s for curve in found}
     said = [

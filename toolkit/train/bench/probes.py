@@ -24,8 +24,8 @@ def clock() -> float:
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Records the seconds of every optimizer step in ``result.step_s``, and calls ``save`` after
-    each.
+    """Records the seconds of every optimizer step in ``result.step_s``. After each step, it calls
+    ``save``.
     """
 
     def __init__(self, result: Result, save: Callable[[], None]) -> None:
@@ -57,7 +57,9 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class TimedGeneration:
-    """Wraps TRL's generation object: passes every call on and measures the time of the call."""
+    """A wrapper of TRL's generation object. It passes every call on, and measures the time of two
+    calls: the rollout, and the copy of the policy to the engine.
+    """
 
     def __init__(self, inner: Any, result: Result) -> None:
         self.inner, self.result = inner, result
@@ -89,8 +91,8 @@ class TimedGeneration:
 
 
 def base_digests(model: torch.nn.Module) -> dict[str, str]:
-    """Return a digest of every parameter that is not an adapter's, by its name without PEFT's
-    wrappers.
+    """Return a digest of every parameter that does not belong to an adapter. The keys are the names
+    of the parameters, without the prefixes that PEFT adds.
     """
     digests = {}
     for name, parameter in model.named_parameters():
@@ -120,11 +122,12 @@ def _digest(raw: torch.Tensor) -> str:
 
 
 class MemoryWatch:
-    """Measures the peak memory of the device while the block runs: ``peak_torch_bytes`` as torch
-    counts it, ``peak_device_bytes`` as the driver reports it every 20 ms.
+    """Measures the peak memory of the device while the block runs: ``peak_torch_bytes`` is torch's
+    peak, ``peak_device_bytes`` is the largest value that the driver reports (every 20 ms).
 
-    torch's peak includes a KV cache that is asleep, although its memory is freed during training.
-    So the driver's peak is the memory that a run needs. On a CPU, both fields stay None.
+    If the engine frees the memory of its KV cache during training, torch still counts this memory
+    as used. So only the driver's peak is the memory that a run needs. On a CPU, both fields stay
+    None.
     """
 
     def __init__(self, result: Result) -> None:
@@ -150,7 +153,9 @@ class MemoryWatch:
 
 
 def compare_bases(before: dict[str, str], after: dict[str, str], result: Result) -> None:
-    """Record in ``result`` how many base tensors there are, and how many the run changed."""
+    """Record in ``result`` the number of tensors of the base model, and how many of them the run
+    changed.
+    """
     shared = before.keys() & after.keys()
     result.base_total = len(shared)
     result.base_changed = sum(before[name] != after[name] for name in shared)

@@ -53,7 +53,8 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
         raise MissingExtraError(
             "the real model is a GGUF file, which transformers reads with the package gguf",
             where="bench --learn",
-            fix="pip install gguf==0.19.0 (it is part of the dev extra, not of the images)",
+            fix="run `pip install gguf==0.19.0` (the package is in the pip extra dev, not in the "
+            "images)",
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -132,8 +133,8 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
     tokenizer.
 
-    transformers does not save a model whose config names GGUF, so the weights are moved to a model
-    with a plain config.
+    transformers does not save a model if its config says that it was read from GGUF. Therefore the
+    weights are moved to a model with a new config, which does not say this.
 
     Raises:
         InputError: the tokenizer cannot be repaired.
@@ -174,9 +175,9 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     """Set the end-of-sequence token to the token that ends a turn of a chat, and the padding token
     to ``pad``.
 
-    transformers makes a tokenizer from this GGUF whose end-of-sequence token is the one that begins
-    a turn. With it, no completion would end where the model ends it. The tokenizer also has no
-    padding token.
+    From this GGUF, transformers makes a tokenizer with a wrong end-of-sequence token: the token
+    that begins a turn. With that token, a completion would not end where the model ends its answer.
+    The tokenizer also has no padding token.
 
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.

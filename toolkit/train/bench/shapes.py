@@ -133,11 +133,11 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """A tokenizer with one word per token id (``t4`` .. ``tN``), so that the data decides the
-    lengths in tokens.
+    """A tokenizer whose vocabulary has one word per token id (``t4`` .. ``tN``). So the number of
+    words of a text is its number of tokens.
 
-    The special tokens do not look like a word or the beginning of one, because the tokenizer
-    cuts them out of a text before it splits the text into words.
+    A word is never equal to a special token, and never begins with one. This is necessary because
+    the tokenizer first cuts special tokens out of a text, and then splits the text into words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

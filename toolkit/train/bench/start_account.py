@@ -1,8 +1,8 @@
 """Measure the phases between the start of a process and the end of its first step.
 
-A phase ends at a call of the toolkit, or at a log message that vLLM writes during its start
-(tests/contract/test_vllm_seams.py checks the texts, for 0.25.1 and 0.31.0). If a message is
-missing, the time of its phase counts for the next phase.
+A phase ends at a call of the toolkit, or at a log message that vLLM writes during its start.
+tests/contract/test_vllm_seams.py checks the texts of these messages for vLLM 0.25.1 and 0.31.0. If
+a message is missing, the time of its phase is added to the next phase.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ VLLM_MARKS = (
 
 
 class StartAccount(logging.Handler):
-    """Measures the seconds of each phase, in the order of the phases. Call ``begin`` before any
-    heavy library is imported.
+    """Measures the seconds of each phase. ``phases`` has them in the order of time. Call ``begin``
+    before any heavy library is imported.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """Make arithmetic problems with answers from a seed: training problems, and held-out problems that
 are never used for training.
 
-A problem is held out if its digest is in a fixed eighth of all digests. So training problems and
-held-out problems are disjoint for every seed and size. The held-out problems are the same for all
-seeds.
+The digest of a problem is a hash of its question. A problem is held out if its digest is in a fixed
+eighth of all possible digests. So training problems and held-out problems are disjoint for every
+seed and size. The held-out problems are the same for all seeds.
 """
 
 from __future__ import annotations

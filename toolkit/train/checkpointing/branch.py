@@ -1,10 +1,11 @@
 """Find the checkpoints of a run folder that belong to the current branch of the run.
 
-A run that resumes from an older checkpoint begins a new branch, because the later steps in the
-folder are no longer part of the run. Each checkpoint records its branch, the earlier branches from
-which that branch continues, and the last step of each. The run folder records its branch in
+A branch is one sequence of steps. A run that resumes from an older checkpoint begins a new branch,
+because the later steps in the folder are no longer part of the run. Each checkpoint records its
+branch and the branches from which that branch continues. For each of these earlier branches, it
+also records the last step that still counts. The run folder records the current branch in
 ``.branch.json``. A checkpoint is valid if its files are intact, the step in its name is correct,
-and it belongs to the run's branch. Only valid checkpoints are chosen, scored or removed.
+and it belongs to the current branch. Only valid checkpoints are chosen, scored or removed.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ EARLIER = ""
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A sequence of steps. ``parents`` are the earlier branches, each with its last step that
-    belongs to this branch.
+    """A sequence of steps that may continue earlier branches. ``parents`` has the name of each
+    earlier branch, and its last step that belongs to this branch.
     """
 
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -48,7 +49,7 @@ class Branch:
 
     @property
     def names(self) -> set[str]:
-        """Names of this branch and its parents."""
+        """The name of this branch and the names of its parents."""
         return {self.name, *(name for name, _ in self.parents)}
 
     @property
@@ -75,8 +76,8 @@ def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
 
 
 def current(run_dir: Path) -> Branch:
-    """Return the branch that a run folder records, or else the branch of its latest intact
-    checkpoint.
+    """Return the branch that the run folder records. If it records none, return the branch of its
+    latest intact checkpoint.
     """
     try:
         recorded = _parsed(files.read_json(run_dir / RECORD))
@@ -101,9 +102,9 @@ def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
 
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
-    """Return the steps of checkpoints that are not part of the run after it changes from branch
-    ``before`` to ``after``. ``before`` or a parent of ``after`` wrote these checkpoints, later than
-    the step from which ``after`` continues.
+    """Return the steps of the checkpoints that no longer belong to the run when its branch changes
+    from ``before`` to ``after``. These are checkpoints of ``before`` or of a parent of ``after``
+    that are later than the step from which ``after`` continues.
     """
     known = before.names | after.names
     return [
@@ -114,8 +115,8 @@ def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
 
 
 def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the latest valid checkpoint, or None, and a line for each later checkpoint that is not
-    valid.
+    """Return the latest valid checkpoint (None if there is none), and one line of text for each
+    later checkpoint. Each line says why that checkpoint is not valid.
     """
     branch, passed = current(run_dir), list[str]()
     for step in checkpoint.list_steps(run_dir):
@@ -134,13 +135,14 @@ def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint that ``resume`` (``runtime.resume``) selects, or None, and a line for
-    each checkpoint that was skipped.
+    """Return the checkpoint that ``resume`` (``runtime.resume``) selects (None for a new run), and
+    one line of text for each checkpoint that was skipped.
 
     Raises:
-        ConfigError: ``resume`` is ``never`` and the folder contains a run, or ``resume`` is
-            ``must`` and there is no checkpoint to resume from.
-        InputError: ``resume`` is a path, but not of an intact checkpoint.
+        ConfigError: ``resume`` is ``never`` and the folder contains a run. Or ``resume`` is
+            ``must`` and there is no checkpoint to resume from. Or the folder has checkpoints, but
+            none is valid.
+        InputError: ``resume`` is a path, but there is no intact checkpoint at this path.
     """
     if resume in ("auto", "must"):
         found, passed = latest(run_dir)
@@ -186,8 +188,8 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
 def rotate(
     run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
-    """Remove valid checkpoints, except the ``keep_last`` latest ones and the steps in ``keep``. If
-    ``keep_last`` is 0, all checkpoints are kept.
+    """Remove all valid checkpoints except the latest ``keep_last`` checkpoints and the checkpoints
+    of the steps in ``keep``. If ``keep_last`` is 0, no checkpoint is removed.
     """
     if keep_last <= 0:
         return

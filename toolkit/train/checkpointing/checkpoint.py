@@ -62,7 +62,8 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(partial: Path, step: int) -> Path:
-    """Checksum, sync and rename ``partial``; return ``checkpoint-<step>``.
+    """Write the checksums of ``partial``, sync its files, rename it to ``checkpoint-<step>``, and
+    return the new path.
 
     If something is already at that path (a damaged checkpoint, a link, another folder), it is moved
     by ``set_aside``, never removed. Raises OSError.
@@ -105,8 +106,8 @@ def _asides(run_dir: Path) -> int:
 
 
 def set_aside(path: Path, folder: Path) -> Path:
-    """Move ``path`` into ``folder``, and return its new path. ``folder`` is created if needed.
-    Readers do not look for checkpoints there. Raises OSError.
+    """Move ``path`` into ``folder``, and return its new path. ``folder`` is created if needed. Code
+    that looks for checkpoints does not look into ``folder``. Raises OSError.
     """
     make_folder(folder)
     return path.rename(folder / path.name)
@@ -167,7 +168,9 @@ def _fault(folder: Path, name: str, expected: Any) -> str | None:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether the checkpoint has no faults. It is read again only if its files changed."""
+    """Whether the checkpoint has no faults. If an earlier call found no faults, the files are read
+    again only if they changed.
+    """
     stamp = _stamp(folder)
     if stamp is not None and _READ.get(folder) == stamp:
         return True
@@ -216,8 +219,9 @@ def _is_ours(folder: Path) -> bool:
 
 def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
     """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
-    stores the buffered rollouts and random generators of each process. The ``size`` processes that
-    share a model have the same state and count as one (a replica).
+    stores the buffered rollouts and the states of the random generators of each process. If
+    ``size`` processes share a model, they have the same state and count as one process (a replica).
+    ``replicas`` is the number of replicas of this run.
 
     Raises:
         ConfigError: another number of processes wrote the checkpoint.

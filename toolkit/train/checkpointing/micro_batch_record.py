@@ -1,8 +1,9 @@
-"""Keep an automatically chosen micro-batch when the run is resumed.
+"""When a run is resumed, keep the micro-batch that was chosen automatically at its start.
 
-The split of a batch into micro-batches decides the order of sums, and the content of a checkpoint
-in the middle of a generation. So a run keeps the split with which it began. A checkpoint records
-the split as numbers. When the run resumes, also on another GPU, these numbers are used.
+A generation batch is split into micro-batches. This split determines the order of sums. It also
+determines the content of a checkpoint that is written in the middle of a generation. So a run keeps
+the split with which it began. A checkpoint records the split as numbers. When the run resumes,
+these numbers are used, even on another GPU.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ KEYS = (MICRO, ACCUMULATION)
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """Return ``config`` with auto replaced by the micro-batch that the checkpoint ``found``
-    records.
+    """Return ``config`` with the value "auto" replaced by the micro-batch that the checkpoint
+    ``found`` records.
 
     If the number of completions per step changed, the recorded numbers do not fit, and ``config``
     is returned unchanged. A later check reports the change.
@@ -52,8 +53,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """Return the config that a checkpoint records. It is ``config``, as the user wrote it, with the
-    micro-batch of ``resolved``.
+    """Return the config for a checkpoint to record. It has the values of ``config``, which the user
+    wrote, but the micro-batch of ``resolved``.
     """
     if not is_auto(config.grpo):
         return config
@@ -61,8 +62,9 @@ def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 
 def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
-    """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops
-    prompts that do not fill a generation. So with fewer prompts, no step would run.
+    """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops the
+    last prompts if they do not fill a generation. With too few prompts, TRL would drop all of them,
+    and no step would run.
 
     Raises:
         ConfigError: there are too few prompts. The message has their number and the number needed.
@@ -74,8 +76,7 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
         return
     raise ConfigError(
         f"{prompts} prompts, but one generation takes {needed}: {own * processes} completions "
-        f"({own} in each of {processes} processes) / {group} completions of a prompt; so no step "
-        "would run",
+        f"({own} in each of {processes} processes), {group} for each prompt; so no step would run",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"
         " completions (grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x"

@@ -1,8 +1,9 @@
 """Keep changed learning rates and other optimizer settings when a run resumes.
 
-When torch loads a checkpoint, it restores all settings of a param group and a scheduler. These
-would replace the settings of the run file, although ``runtime.allow_changed`` allows a change. So
-the settings of the run file are saved before the checkpoint is loaded, and restored afterwards.
+When torch loads a checkpoint, it restores all settings of a param group and a scheduler. So the old
+settings would replace those in the run file, although ``runtime.allow_changed`` allows the change.
+Therefore the settings from the run file are saved before the checkpoint is loaded, and restored
+afterwards.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ group (schedule-free optimizers, Prodigy).
 
 @dataclass(frozen=True)
 class FileSettings:
-    """The settings in the run file for each param group, and the group's learning rate before the
-    schedule scales it.
+    """Two values for each param group: its settings from the run file, and its learning rate before
+    the schedule scales it.
     """
 
     groups: list[dict[str, Any]]
@@ -51,8 +52,8 @@ def settings_of(trainer: Any) -> FileSettings:
 
 
 def apply(trainer: Any, wanted: FileSettings) -> None:
-    """Restore ``wanted`` after the state of a checkpoint was loaded. The next step then has the
-    learning rate of the schedule at that step.
+    """Restore the settings ``wanted`` after the state of a checkpoint was loaded. The next step
+    then has the learning rate that the schedule of the run file gives for that step.
     """
     optimizer, scheduler = _inner(trainer)
     pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))

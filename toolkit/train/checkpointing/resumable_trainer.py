@@ -58,7 +58,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     _epochs_done: int = 0
 
     def _any_rank(self, flag: int) -> int:
-        """Return the largest ``flag`` of all ranks. Every rank must call this."""
+        """Return the largest value of ``flag`` on all ranks. Every rank must call this."""
         if (shared := mesh()) is not None:
             return shared.largest(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
@@ -95,7 +95,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Choose the branch of checkpoints if a script trains, not ``toolkit train``."""
+        """Choose the branch to which new checkpoints belong. This is for trainers in a script.
+        ``toolkit train`` chooses the branch itself.
+        """
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):
             source = None
@@ -123,7 +125,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.signals.unshield()
 
     def _asked(self) -> int:
-        """Return LOST if the run folder is not in place, else the received signal, or 0."""
+        """Return why the run must stop: LOST if the run folder is not in place, else the number of
+        the received signal. Return 0 if the run need not stop.
+        """
         assert self.signals is not None
         return (
             LOST
@@ -145,8 +149,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.control.should_training_stop = True
 
     def _find_place(self) -> None:
-        """Find on the first rank to which path the run folder was moved, and set this path on every
-        rank.
+        """On the first rank, find the path to which the run folder was moved. Send this path to all
+        ranks, which then use it.
         """
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
         if (shared := mesh()) is not None:
@@ -202,8 +206,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.save_snapshot(trainer_state.take(self))
 
     def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
-        """Write the checkpoint of a snapshot unless it exists, and remove checkpoints beyond the
-        limit. Every rank must call this.
+        """Write the checkpoint of ``snapshot``, unless this checkpoint exists. Then remove the
+        checkpoints beyond the limit. Every rank must call this.
         """
         step = snapshot.hf_state.global_step
         if self._saved_step == step:
@@ -274,8 +278,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """Return TRL's sampler. Its generator draws one order of the rows per epoch. So the
-        generator is advanced to the resumed epoch.
+        """Return TRL's sampler. For each epoch, its random generator draws a new order of the rows.
+        When a run resumes, the generator is advanced by the epochs that are already done.
         """
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self._epochs_done if self.shuffle_dataset else 0):

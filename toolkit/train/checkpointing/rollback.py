@@ -1,11 +1,13 @@
 """Choose the branch on which a run resumes: its own branch, or a new branch if it resumes from an
-older checkpoint.
+older checkpoint. A branch is a sequence of steps (``branch``).
 
 No file of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
-into ``abandoned-<n>`` of the run folder. A run can resume from a checkpoint there by its path.
+into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
+``abandoned-<n>``, set ``runtime.resume`` to its path.
 
-The files to keep are copied first. Then the new branch is recorded, and then later checkpoints are
-moved. So if the process is killed at any point, the same command, or ``resume: auto``, can resume.
+First, the files to keep are copied. Second, the new branch is recorded. Third, the later
+checkpoints are moved. This order is safe if the process is killed at any point: the same command,
+or ``resume: auto``, can then resume.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a run resumes: its branch, the bytes to keep of each log, and messages for the user."""
+    """How a run resumes: its branch, the number of bytes to keep of each log, and messages for the
+    user.
+    """
 
     branch: Branch
     positions: Mapping[str, int] = field(default_factory=dict)
@@ -50,8 +54,8 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log as a checkpoint records it. Its first ``keep`` bytes are in the file ``source``.
-    ``source`` is None if no file has them.
+    """A log, as it was when a checkpoint was written. Its first ``keep`` bytes belong to the run,
+    and the file ``source`` has them. ``source`` is None if no file has these bytes.
     """
 
     name: str
@@ -67,8 +71,10 @@ def begin(
     bad_rewards_bytes: int | None = None,
 ) -> Start:
     """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run), and
-    move the files of an abandoned branch. This process has written the rows of bad_rewards.jsonl
-    after the first ``bad_rewards_bytes`` (None: it has written no rows).
+    move the files of an abandoned branch.
+
+    This process may have added rows to bad_rewards.jsonl already. ``bad_rewards_bytes`` is the size
+    of that file before the first added row. It is None if this process has added no rows.
 
     Only the first rank calls this, after all checks that can reject the run. Raises OSError.
     """
@@ -118,7 +124,9 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
 
 
 def _names(run_dir: Path, found: Path | None) -> list[str]:
-    """Return the names of the run's logs, with the tool logs if the run has or had tools."""
+    """Return the names of the run's log files. The tool logs are among them if the run has tools
+    now or had tools before.
+    """
     kept = {} if found is None else checkpoint.read_state(found, "positions", dict)
     more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
     return [*LOGS, *more]
@@ -133,7 +141,9 @@ def _rows(log: Path) -> int:
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """Return ``before`` if ``found`` is its last step, else a new branch."""
+    """Return the branch ``before`` if the checkpoint ``found`` is its last checkpoint, else a new
+    branch.
+    """
     lineage, step = branches.of_checkpoint(found)
     if step is None:
         step = checkpoint.step_named(found.resolve().name) or 0
@@ -145,8 +155,9 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Find the file with the part of a log that ``found`` recorded: the run's own log, or the log
-    next to ``found`` (in an abandoned branch, or another run folder).
+    """Describe the log ``name`` as the checkpoint ``found`` recorded it, and find a file that has
+    the recorded bytes. This is the log in the run folder, or the log next to ``found`` (in an
+    ``abandoned-<n>`` folder, or in another run folder).
     """
     positions = checkpoint.read_state(found, "positions", dict)
     state = checkpoint.read_json(found, checkpoint.STATE)
@@ -187,8 +198,8 @@ def _keep_aside(
     bad_rewards_bytes: int | None,
 ) -> Path:
     """Copy the logs and move the results of the abandoned branch into ``abandoned-<n>``, and return
-    this folder. If an earlier rollback was killed before its branch was recorded, the folder of
-    that rollback is used again. The folder is not created if there is nothing to keep.
+    the path of this folder. If an earlier rollback was killed before it recorded its branch, its
+    ``abandoned-<n>`` is used again. The folder is not created if there is nothing to keep.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
@@ -222,7 +233,9 @@ def _keep_aside(
 
 
 def _return_rest(aside: Path, own: Path, length: int) -> None:
-    """Move the bytes of ``aside`` after the first ``length`` to the file ``own``."""
+    """Keep the first ``length`` bytes in the file ``aside``, and move the bytes after them to the
+    file ``own``.
+    """
     if _size(aside) <= length:
         return
     with aside.open("r+b") as file:
@@ -232,8 +245,8 @@ def _return_rest(aside: Path, own: Path, length: int) -> None:
 
 
 def _put_back(own: Path, log: _Log) -> None:
-    """Restore ``own`` to the log that the checkpoint recorded. Make it empty if no file has this
-    log.
+    """Restore the file ``own`` to the content that the checkpoint recorded (``log``). If no file
+    has this content, make ``own`` empty.
     """
     if log.source is None:
         if own.exists():

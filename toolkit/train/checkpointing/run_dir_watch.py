@@ -61,11 +61,11 @@ class RunDirWatch:
         return found if same else None
 
     def is_whole(self) -> bool:
-        """Whether the folder is still at its path and contains the logs."""
+        """Whether the run folder is still at its path, and no log file is missing or changed."""
         return self.in_place() and not (self.journal is not None and self.journal.missing())
 
     def fault(self) -> ConfigError:
-        """Return the error for a run whose ``is_whole`` is false. The message has what happened to
+        """Return the error for a run whose ``is_whole`` is false. Its message says what happened to
         the folder or the logs, and which checkpoint was saved.
         """
         place = self.place()

@@ -48,11 +48,13 @@ def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch
 
 
 def flatten(value: Any, tensors: Tensors, path: str) -> Any:
-    """Return ``value`` as JSON, and add a copy of each tensor in it to ``tensors``, under the path
-    of the tensor. Dicts keep the types of their keys.
+    """Return ``value`` as JSON, and add a copy of each tensor in ``value`` to ``tensors``. The key
+    of a tensor in ``tensors`` is the path that leads to it: ``path``, then the keys and indices
+    inside ``value``. Dicts keep the types of their keys.
 
     Raises:
-        UnsupportedError: a value is neither JSON nor a tensor. The message has its path.
+        UnsupportedError: a part of ``value`` is neither JSON nor a tensor. The message has the
+            path of this part.
     """
     if isinstance(value, torch.Tensor):
         # A copy, because the tensor may change later, and safetensors does not accept shared
@@ -78,7 +80,9 @@ def unflatten(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Undo ``flatten``. Tensors are moved to ``device``."""
+    """Return the value from which ``flatten`` made ``described`` and ``tensors``. Tensors are moved
+    to ``device``.
+    """
     ((kind, inner),) = described.items()
     if kind == "tensor":
         return tensors[inner].to(device)
@@ -105,21 +109,23 @@ def trainable(model: Any) -> Tensors:
 
 
 def whole_trainable(model: Any) -> Tensors:
-    """Return the parameters of ``trainable`` as whole tensors. If processes share a model, each has
-    only a part of a tensor, and all of them must call this.
+    """Return the parameters of ``trainable`` as complete tensors. If processes share a model, each
+    process has only a part of a tensor. All these processes must then call this function.
     """
     return {name: gather_parts(parameter) for name, parameter in trainable(model).items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state_dict as one process would have it. If processes share a model,
-    their parts of each state are joined.
+    """Return the optimizer's state_dict. If processes share a model, their parts of each tensor are
+    joined. So the result is the same as with one process per model.
     """
     return _state_as(optimizer, optimizer.state_dict(), gather_parts)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Undo ``optimizer_state``: load this process's part of each joined state."""
+    """Load a state from ``optimizer_state``. If processes share a model, each process loads only
+    its part of each tensor.
+    """
     optimizer.load_state_dict(_state_as(optimizer, state, part))
 
 
@@ -186,7 +192,9 @@ def difference(
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Return the dotted keys whose values differ, except keys in or below those in ``allowed``."""
+    """Return the dotted keys whose values differ. A key is left out if it, or a section that
+    contains it, is in ``allowed``.
+    """
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]
     return [

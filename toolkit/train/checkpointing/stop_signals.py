@@ -37,10 +37,11 @@ def heard() -> tuple[signal.Signals, ...]:
 
 
 class StopSignals:
-    """Records the first signal that was received, and decides when it may stop the run.
+    """Records the first signal that was received, and decides when this signal may stop the run.
 
     ``immediate`` is true while there is nothing to save (loading, checks). A signal then stops the
-    run at once. ``abandon`` is False if ranks must stop together. A step is then never interrupted.
+    run at once. ``abandon`` is False if all ranks must stop at the same step. A step is then never
+    interrupted.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:
@@ -55,10 +56,11 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handle signals while the block runs, and restore the previous handlers. Main thread only.
+        """Handle signals while the block runs, and restore the previous handlers afterwards. Main
+        thread only.
 
-        A previous handler may belong to another ``StopSignals``. If the run has begun to end
-        (``end``), that object ignores signals too.
+        A previous handler may belong to another ``StopSignals`` object. If this run has begun to
+        end (``end``) when the block ends, the other object ignores later signals too.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -117,7 +119,9 @@ class StopSignals:
             self.immediate = True
 
     def shield(self) -> None:
-        """Prevent interruption until ``unshield`` is called, because weights or files change."""
+        """Prevent the interruption of a step until ``unshield`` is called, because weights or files
+        are about to change.
+        """
         self._shields += 1
 
     def unshield(self) -> None:
@@ -159,8 +163,8 @@ class StopSignals:
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:
-    """Call ``end`` of each ``StopSignals`` whose method is among the signal ``handlers``, because
-    the process has begun to end.
+    """Tell other ``StopSignals`` objects that the process has begun to end: if a method of such an
+    object is among the signal ``handlers``, call ``end`` of the object.
     """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)

@@ -21,8 +21,9 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run folder to read. ``config`` is the resolved config of the run. Either ``adapter``, the
-    folder of the finished adapter, or ``checkpoint``, the folder of a checkpoint, is set.
+    """A run folder to read. ``config`` is the resolved config of the run. One of these two paths is
+    set: ``adapter``, the folder of the finished adapter, or ``checkpoint``, the folder of a
+    checkpoint.
     """
 
     folder: Path
@@ -34,12 +35,13 @@ class FinishedRun:
 def open_run(
     folder: Path, *, step: int | None = None, trust_remote_code: bool = False
 ) -> FinishedRun:
-    """Return the run in ``folder``, with ``checkpoint-<step>`` if ``step`` is set. Otherwise the
-    finished adapter is used, or the latest valid checkpoint if the run has not finished.
+    """Return the run in ``folder``. If ``step`` is set, its checkpoint ``checkpoint-<step>`` is
+    used. Otherwise, the finished adapter is used, or the latest valid checkpoint if the run has not
+    finished.
 
-    The rules for run files are not checked again, because the data of the run is not needed. The
-    folder may come from another person, so the code that comes with its model runs only with
-    ``trust_remote_code``.
+    The rules for run files are not checked again, because they also check the run's data, which is
+    not needed here. The folder may come from another person. Therefore code that comes with its
+    model runs only with ``trust_remote_code``.
 
     Raises:
         InputError: ``folder`` is not a run folder.
@@ -114,7 +116,7 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
 
 def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
     """Return ``config`` for generation on ``engine``, without training. Gradient checkpointing is
-    off, and ``lora.adapter_path``, the adapter with which the run started, is removed.
+    switched off. ``lora.adapter_path``, the adapter with which the run started, is removed.
     """
     return replace(
         config,
@@ -169,12 +171,13 @@ def complete(
     engine: EngineName = "transformers",
     **options: Any,
 ) -> list[list[str]]:
-    """Return the completions of each prompt, as text. With ``base``, the base model generates them,
-    without the adapter.
+    """Return the completions of each prompt, as text. With ``base``, the base model generates the
+    completions, without the adapter.
 
-    With ``chat``, a prompt becomes a user message after the run's system prompt, in the tokenizer's
-    template. If ``chat`` is None, prompts get the format that the run's data had. ``options`` are
-    those of ``fast_generate``.
+    If ``chat`` is True, each prompt becomes a user message after the run's system prompt, and the
+    tokenizer's chat template renders these messages. If ``chat`` is False, each prompt stays a
+    plain text, with the system prompt before it. If ``chat`` is None, the choice is the same as for
+    the prompts of the run. ``options`` are those of ``fast_generate``.
 
     Raises:
         ConfigValueError: ``chat`` is true but there is no chat template, or a prompt is too long.
@@ -201,8 +204,9 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Whether the run's prompts were chats. config.json records this. In a run of an older version,
-    it follows from the first completion in the log, or from the system prompt.
+    """Whether the run's prompts were chats, as config.json records it. If an older version wrote
+    config.json, this is not recorded. Then the result follows from the first completion in the log,
+    or from the system prompt.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):

@@ -95,9 +95,9 @@ def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSn
 
 
 def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> None:
-    """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors). Equal
-    values result in equal bytes. If ``model`` has only a part of the adapter, ``tensors`` is the
-    whole adapter.
+    """Write the adapter in PEFT's format (adapter_config.json, adapter_model.safetensors). If the
+    values of two adapters are equal, their files are equal, byte by byte. If ``model`` has only a
+    part of the adapter, ``tensors`` must be the complete adapter.
     """
     adapter = model.active_adapter
     config = model.peft_config[adapter]
@@ -118,8 +118,8 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
 
 
 def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path | None:
-    """Write ``checkpoint-<step>`` of a snapshot. Every rank must call this. Return the folder on
-    the first rank, None on others.
+    """Write the checkpoint ``checkpoint-<step>`` from ``snapshot``. Every rank must call this.
+    Return the checkpoint's folder on the first rank, None on the others.
 
     Raises:
         ToolkitError: the disk failed or is full; the message has the size of the checkpoint.
@@ -155,8 +155,8 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
 
 
 def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
-    """Return the estimated size of a checkpoint in bytes, which is that of the tensors of all
-    ranks.
+    """Return the estimated size of a checkpoint in bytes. It is the total size of the tensors of
+    all ranks.
     """
     tensors: Tensors = {}
     flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
@@ -211,11 +211,11 @@ def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
 
 
 def check(trainer: TrainerSeam, folder: Path) -> None:
-    """Reject a checkpoint that is damaged, has another world size, or has an unusable state.
-    Nothing is loaded into ``trainer``.
+    """Reject a checkpoint that is damaged, was written by another number of processes, or has an
+    unusable state. Nothing is loaded into ``trainer``.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or has another world size.
+        ConfigError: the checkpoint is damaged, or another number of processes wrote it.
         InputError: another program or release wrote the state.
     """
     if found := checkpoint.faults(folder):
@@ -272,8 +272,9 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """Raise InputError if the block cannot use the content of a checkpoint. The checksums were
-    correct, so another program or another release wrote the content.
+    """In the block, the content of a checkpoint is used. If that fails, raise InputError. The
+    checksums of the files are correct, so the cause is that another program or another release
+    wrote the content.
     """
     try:
         yield

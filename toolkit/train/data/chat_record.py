@@ -1,8 +1,9 @@
 """Keep the chat format of a run the same when the run is resumed or used for generation.
 
-A checkpoint and config.json record ``dataset.chat`` as true or false. Older versions did not have
-this key. There, a text became a chat only if ``dataset.system`` was set and the tokenizer had a
-chat template. For a run of such a version, the format is read from the first completion in its log.
+A checkpoint and config.json record ``dataset.chat`` as true or false. Older versions of the toolkit
+did not have this key. In these versions, a text became a chat only if ``dataset.system`` was set
+and the tokenizer had a chat template. For a run of an older version, the format is read from the
+first completion in its log.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ KEY = "dataset.chat"
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """Return ``config`` with auto replaced by the chat format that the checkpoint ``found``
-    records.
+    """Return ``config`` with the value "auto" replaced by the chat format that the checkpoint
+    ``found`` records.
     """
     if found is None or config.dataset.chat != "auto":
         return config
@@ -35,15 +36,16 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """Return the config that a checkpoint records. It is ``config``, as the user wrote it, with the
-    chat format of ``resolved``.
+    """Return the config for a checkpoint to record. It has the values of ``config``, which the user
+    wrote, but the chat format of ``resolved``.
     """
     return _with(config, resolved.dataset.chat)
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """Return the fingerprint ``then`` of the checkpoint ``found``, with the chat format filled in.
-    The format is None if it is unknown. ``auto`` then resolves to the same format as in that run.
+    """Return ``then``, the values that the checkpoint ``found`` recorded. If they have no chat
+    format, the format is added. It is None if it cannot be found out. The run then used the format
+    to which ``auto`` resolves.
     """
     if then.get(KEY) is not None:
         return dict(then)

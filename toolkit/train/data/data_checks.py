@@ -74,8 +74,8 @@ def answer_note(missing: int, rows: int) -> list[str]:
 
 
 def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
-    """Return the columns of ``names`` that are not passed to the trainer, each with the reason.
-    Columns in ``used`` are not among them, because the run file uses them as prompt or answer.
+    """Return the columns of ``names`` that are not passed to the trainer, each with the reason. A
+    column in ``used`` is never in the result, because the run file uses it as prompt or answer.
     """
     return {
         name: LEFT_OUT[name].format(name=name)
@@ -85,9 +85,10 @@ def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """Shorten very long prompts before they are tokenized. Otherwise megabytes would be tokenized
-    to keep a few hundred tokens. Text is removed from the beginning, and only text that cannot fit
-    into ``limit`` tokens. So the rest is still longer than the limit.
+    """Shorten very long prompts before they are tokenized. Otherwise, megabytes of text would be
+    tokenized to keep a few hundred tokens. Only the beginning of a text is removed, and only so
+    much that the rest still has more than ``limit`` tokens. The exact limit is applied later
+    (``prompt_format.truncate``).
     """
     if limit is None or all(_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts

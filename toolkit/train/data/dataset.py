@@ -1,5 +1,5 @@
-"""Load the data that the dataset section of a run file names. The trainer gets the prompts and the
-other columns, the report gets the counts.
+"""Load the data of the section ``dataset`` of a run file. The trainer gets the prompts and the
+other columns. The report gets the counts.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class DataReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The splits of the data set, and the report on them. ``train`` and ``eval`` have a ``prompt``
-    column (text, or list of messages), an ``answer`` column if dataset.answer is set, and all other
-    columns of the source. The trainer passes the columns to the rewards.
+    """The splits of the data set, and the report on them. ``train`` and ``eval`` have a column
+    ``prompt`` (text, or list of messages). If dataset.answer is set, they have a column ``answer``.
+    They also have the other columns of the source, which the trainer passes to the rewards.
     """
 
     train: datasets.Dataset
@@ -111,12 +111,15 @@ def load_data(
     environment: EnvironmentSection | None = None,
     make: Callable[..., list[Row]] | None = None,
 ) -> Data:
-    """Read, check and prepare the training split, and the held-out split if the section names one.
+    """Read, check and prepare the training split. If ``section`` has a held-out split, do the same
+    with this split.
 
-    With an ``environment``, ``make(seed=, size=, start=)`` makes the problems of both splits
-    (rewards/problems), and only the keys ``system`` and ``chat`` of ``section`` apply.
-    ``max_prompt_length`` is in tokens, with special tokens and template. The first tokens of longer
-    prompts are removed. ``template`` is ``grpo.chat_template_kwargs``.
+    With an ``environment``, the problems of both splits are made by ``make(seed=, size=, start=)``
+    (see rewards/problems). Of ``section``, only the keys ``system`` and ``chat`` then apply.
+
+    If a prompt has more than ``max_prompt_length`` tokens, its first tokens are removed. The count
+    includes special tokens and the tokens of the chat template. ``template`` is
+    ``grpo.chat_template_kwargs``.
 
     Raises:
         ConfigError: the data or the run file is invalid.
@@ -179,7 +182,9 @@ def _of_environment(
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """Add ``key``, the key of the run file that names the data, to an error in the block."""
+    """If the block raises an error, add ``key`` to its location. ``key`` is the run file's key
+    whose value is the place of the data.
+    """
     try:
         yield
     except ToolkitError as error:
@@ -188,7 +193,7 @@ def _about(key: str) -> Iterator[None]:
 
 
 class Rendering(NamedTuple):
-    """The settings with which prompts become tokens."""
+    """What is needed to convert prompts to tokens."""
 
     tokenizer: Any
     max_prompt_length: int | None
@@ -271,8 +276,9 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """Return the prompts, shortened to the limit in tokens, the number of prompts that were
-    shortened, and the token count of the longest prompt before that (None without a limit).
+    """Return three values: the prompts, shortened to the limit in tokens; the number of prompts
+    that were shortened; the number of tokens that the longest prompt had before. The last value is
+    None without a limit.
     """
     tokenizer, limit, template = rendering
     if limit is None:
@@ -288,8 +294,8 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 def _columns(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
-    """Return the rows ``kept`` with the columns ``prompt`` and ``answer``, notes on columns that
-    were left out, and the number of missing answers.
+    """Return three values: a table of the rows with the indices ``kept``, with the columns
+    ``prompt`` and ``answer``; notes on columns that were left out; the number of missing answers.
     """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}

@@ -36,10 +36,10 @@ _CHUNK_BYTES = 1 << 20
 def read_source(
     path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Return the first ``limit`` rows, and the digest of the source for the manifest.
+    """Return the first ``limit`` rows of the source, and a digest of the source for the manifest.
 
-    The digest ``sha256:...`` is computed from the bytes of a file, the data files of a saved
-    folder, or the rows from the hub.
+    The digest ``sha256:...`` is computed from the bytes of the file. For a saved folder, it is
+    computed from the bytes of its data files. For data from the hub, it is computed from the rows.
 
     Raises:
         InputError: a file cannot be read, or changed while it was read.
@@ -54,7 +54,8 @@ def read_source(
     if local.exists() or is_path_only(path):
         if split != "train":
             raise ConfigError(
-                (f"is a file, which has no splits, but the run file sets the split {split!r}"),
+                "is a single file. A file has no splits, but the run file sets the split "
+                f"{split!r}",
                 where=path,
                 fix="remove the split, and set dataset.eval_path to the held-out file",
             )
@@ -106,7 +107,9 @@ def _list_in(path: Path, key: str) -> list[Any]:
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
-    """Return the path of a data file that state.json names. It must be inside the folder."""
+    """Return the path of a data file. Its name comes from state.json, and the file must be inside
+    the folder.
+    """
     name = entry.get("filename") if isinstance(entry, dict) else None
     if not isinstance(name, str):
         raise InputError("does not name a data file", where=str(folder / "state.json"))
@@ -145,7 +148,7 @@ def _read_hub(
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
-    """Copy the first ``limit`` rows into memory. ``datasets`` only maps files into memory, and
+    """Copy the first ``limit`` rows into memory. ``datasets`` only maps the files of the data, and
     these files may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -163,8 +166,9 @@ def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 
 def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
-    """Return the SHA-256 of the bytes of the files, in the order of their names. ``before`` is the
-    ``_identity`` of the files before they were read. Raises InputError if it changed.
+    """Return the SHA-256 of the bytes of the files, in the order of their names. ``before`` is what
+    ``_identity`` returned for these files before they were read. Raises InputError if a file has
+    changed since then.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):

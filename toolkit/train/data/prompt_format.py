@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
 SAMPLED = 64
-"""Number of prompts whose tokens are compared with the unknown token."""
+"""The number of prompts in which unknown tokens are counted."""
 UNKNOWN_SHARE = 0.05
-"""From this share of unknown tokens on, the run warns. A few rare characters are normal."""
+"""The run warns if at least this share of tokens is unknown. A few rare characters are normal."""
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
@@ -61,7 +61,7 @@ def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
 def check_template(
     tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
 ) -> None:
-    """Render one chat. So a template that rejects chats is reported now, not in the first step.
+    """Render one chat, to report a template that rejects chats before the first step.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or the template rejects the chat.
@@ -120,8 +120,8 @@ def unknown_note(
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
-    """Return the id of the unknown token, or None. Some tokenizers have it only in their backend's
-    model, not as an attribute.
+    """Return the id of the unknown token, or None. Some tokenizers have no attribute for it. It is
+    then read from the model of their backend.
     """
     if (found := getattr(tokenizer, "unk_token_id", None)) is not None:
         return int(found)
@@ -174,10 +174,11 @@ def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
 
 
 def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
-    """Remove the first tokens of ``text`` until ``over(text)``, the number of excess tokens, is at
-    most 0 or the text is empty. Return the rest.
+    """Remove tokens from the beginning of ``text`` until the rest is short enough, and return the
+    rest. ``over(text)`` returns by how many tokens ``text`` is too long. The rest may be empty.
 
-    The tokens of the rest are counted again, because its first characters may become other tokens.
+    After each removal, the tokens of the rest are counted again, because its first characters may
+    now be other tokens.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0
