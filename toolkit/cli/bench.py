@@ -1,7 +1,7 @@
 """``toolkit bench``: compare the toolkit's training step with TRL's colocate mode and Unsloth.
 
-The models have real shapes and random weights. With ``--learn``, compare how fast each of the three
-learns on a real model.
+The models have real shapes and random weights. With ``--learn``, compare how fast a real model
+learns with each of the three trainers.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def _rewrite(name: str, request: _Request) -> None:
 def _outside_interval(
     document: Document, outcome: Validation, request: _Request
 ) -> Iterator[Finding]:
-    """Yield a LOAD008 finding if the utilization in the run file is outside the interval that the
-    sizer computes for the card of --gpu.
+    """Yield a LOAD008 finding if gpu_memory_utilization in the run file is outside the interval
+    that the sizer computes for the card that ``--gpu`` names.
     """
     node = document.node(("model", "gpu_memory_utilization"))
     if outcome.config is None or node is None or not isinstance(node.value, float):

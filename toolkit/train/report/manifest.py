@@ -108,7 +108,8 @@ def write_manifest(
 ) -> Path:
     """Write manifest.json and return its path.
 
-    ``source`` is the run file; the git commit is that of its folder. Raises OSError.
+    ``source`` is the run file. The manifest records the git commit of the run file's folder. Raises
+    OSError.
     """
     folder = Path(source).resolve().parent if source else Path.cwd()
     driver = snapshot.driver.version.value if snapshot is not None else None

@@ -32,7 +32,7 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """The code that a request to the worker process describes (see ``request``)."""
+        """Create this object again, from a request to the worker process (see ``request``)."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)

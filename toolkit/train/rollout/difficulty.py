@@ -27,7 +27,7 @@ model.
 
 
 class Difficulty:
-    """The recorded spread of each row of the data set. A measured row is one with a record."""
+    """The recorded spread of each row of the data set. A row with a record is called measured."""
 
     def __init__(self, rows: int) -> None:
         self.spread_N = torch.full((rows,), torch.nan, dtype=torch.float64)
@@ -65,10 +65,11 @@ class Difficulty:
     def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
         """Yield all rows in the order in which they are drawn.
 
-        Measured rows (drawn before) and new rows are mixed at equal distances. ``share`` is the
-        share of measured rows. Measured rows are chosen without replacement, with a probability in
-        proportion to their spread (at least ``LEAST`` of the mean spread). New rows come in the
-        order ``unmeasured_order``. When all rows of one kind are used, only the other kind follows.
+        Measured rows (drawn before) and new rows alternate evenly. ``share`` is the share of
+        measured rows. Measured rows are chosen without replacement, with a probability in
+        proportion to their spread. A spread below ``LEAST`` times the mean spread counts as this
+        product. New rows come in the order ``unmeasured_order``. When all rows of one
+        kind are used, only rows of the other kind follow.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
