@@ -48,8 +48,9 @@ def examine(
     """Read this node and run the checks that ``only`` and ``skip`` select. Return the snapshot of
     the node, the context of the checks and their results.
 
-    Raises: ConfigError: the run file has errors. InputError: a file is unreadable, a check is
-    unknown, or a requirement has an unknown form.
+    Raises:
+        ConfigError: the run file has errors.
+        InputError: a file is unreadable, a check is unknown, or a requirement has an unknown form.
     """
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,

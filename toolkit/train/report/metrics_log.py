@@ -107,7 +107,9 @@ class Journal:
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of each log. It distinguishes logs of equal length from different runs."""
+        """The sha256 of each log. Logs of different runs may have the same length, but they have
+        different digests.
+        """
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:

@@ -39,7 +39,9 @@ class RewardWatch:
         self.last: Mapping[str, Any] = {}
 
     def see(self, row: dict[str, Any]) -> None:
-        """Check a row of metrics.jsonl, and add the count to the row if it is not 0."""
+        """Check a row of metrics.jsonl. Add the number of consecutive steps without signal to the
+        row, unless this number is 0.
+        """
         if "loss" not in row or "reward" not in row:
             return  # an evaluation, or a step that trains on the completions of an earlier step
         unscored = row["reward"] is None

@@ -35,8 +35,9 @@ class LoopThread:
     """An event loop in a daemon thread.
 
     All calls of a reward share the loop, because an async client (for example of HTTP) works only
-    in the loop that created it. A coroutine that exceeds its time limit is cancelled. If blocking
-    code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new loop.
+    in the loop in which it was created. A coroutine that exceeds its time limit is cancelled. If
+    blocking code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new
+    loop.
     """
 
     def __init__(self) -> None:

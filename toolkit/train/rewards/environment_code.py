@@ -43,10 +43,10 @@ class EnvironmentCode(NamedTuple):
         return {**named, "options": thaw(self.options)}
 
     def prepare(self) -> None:
-        """Allow the modules of the environment to be imported.
+        """Make the module of the environment importable, also from the folder of the run file.
 
         Raises:
-            ConfigError: runtime.allow_code does not name these modules.
+            ConfigError: runtime.allow_code does not list the module, so it must not be imported.
         """
         refuse_package(self.adapter, self.allow_code)
         module = task_module(self.adapter, self.task)

@@ -162,8 +162,9 @@ class OpenEnv:
 def text_of_observation(observation: Any) -> str:
     """The observation as text for the model.
 
-    If the observation has a single field, and the value of this field is a text, the result is this
-    text. Otherwise the result is all fields as JSON.
+    The fields ``reward``, ``done`` and ``metadata`` are left out. If a single field remains, and
+    its value is a text, the result is this text. Otherwise the result is the remaining fields as
+    JSON.
     """
     fields = observation.model_dump(mode="json")
     said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}

@@ -81,9 +81,9 @@ class WorkerProcess:
         self._loaded: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Load a function in the worker, and return its reply.
+        """Load a function in the worker, and return the worker's reply.
 
-        For a reward the reply is ``{"function": its number, "is_async": ...}``.
+        For a reward, the reply is ``{"function": number of the function, "is_async": ...}``.
 
         Raises the ToolkitError of the worker, or Died.
         """

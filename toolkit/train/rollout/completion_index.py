@@ -1,13 +1,12 @@
 """Number the completions of the whole batch, to derive the seed of each completion.
 
-The seed of a completion is derived from (run seed, generation, turn, row). ``generation`` is the
-number of the generation, and a generation is one batch of completions that the trainer samples.
-``turn`` is the number of the turn in the tool loop. ``row`` is the number of the
-completion in the batch, counted over all ranks in the order in which TRL's sampler distributes the
-prompts. The seed
-depends neither on the rank nor on how a generation is split into micro-batches. Therefore two ranks
-draw the same completions as one rank with twice the batch, and a resumed run draws the same
-completions as an uninterrupted one.
+The seed of a completion is derived from (run seed, generation, turn, row). A generation is one
+batch of completions that the trainer samples, and ``generation`` is its number. ``turn`` is the
+number of the turn in the tool loop. ``row`` is the number of the completion in the batch, counted
+over all ranks in the order in which TRL's sampler distributes the prompts. The seed depends neither
+on the rank nor on how a generation is split into micro-batches. Therefore two ranks draw the same
+completions as one rank with twice the batch, and a resumed run draws the same completions as an
+uninterrupted one.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Difficulty:
         self.spread_N = spread_N
 
     def load(self, spread_N: torch.Tensor) -> None:
-        """Restore the records of a checkpoint. Raises ValueError if the records belong to other
-        data.
+        """Restore the records of a checkpoint. Raises ValueError if the records do not belong to
+        this data set.
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
@@ -68,8 +68,8 @@ class Difficulty:
         Measured rows (drawn before) and new rows alternate evenly. ``share`` is the share of
         measured rows. Measured rows are chosen without replacement, with a probability in
         proportion to their spread. A spread below ``LEAST`` times the mean spread counts as this
-        product. New rows come in the order ``unmeasured_order``. When all rows of one
-        kind are used, only rows of the other kind follow.
+        product. New rows come in the order ``unmeasured_order``. When all rows of one kind are
+        used, only rows of the other kind follow.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
@@ -102,7 +102,10 @@ class Difficulty:
         return found
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
-        """The mean spread of all measured rows, or of those in ``rows``. None without such rows."""
+        """The mean spread of all measured rows. With ``rows``, only rows in ``rows`` count.
+
+        None if no row is left.
+        """
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
         known = spread[~spread.isnan()]
         return known.mean().item() if len(known) else None

@@ -141,9 +141,10 @@ def loss_in_parts(
     """Compute the loss of a micro-batch in ``parts`` (row indices), with one autograd graph at a
     time.
 
-    The backward passes of all parts except the last run here. The caller runs the backward pass of
-    the returned loss, which is that of the last part. The value of the returned loss is the loss of
-    the whole micro-batch. The metrics of the parts are combined.
+    This function runs the backward passes of all parts except the last. The caller runs the
+    backward pass of the returned loss. The value of the returned loss is the loss of the whole
+    micro-batch, but its autograd graph is only that of the last part. The metrics of the parts are
+    combined.
     """
     pieces = split_weights(trainer, inputs, parts)
     metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
