@@ -92,7 +92,10 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """The name and the UUID of each visible GPU. A value is None if the driver does not report it."""
+    """The name and the UUID of each visible GPU.
+
+    A value that the driver does not report is None.
+    """
     seen = snapshot.gpus if snapshot is not None else ()
     return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
 
