@@ -89,7 +89,7 @@ def _not_known(text: str) -> UnestablishedError:
     return UnestablishedError(
         f"no known error found{told}",
         where="explain -",
-        fix="run envcheck check --config run.yaml and envcheck size run.yaml",
+        fix="run `envcheck check --config run.yaml` and `envcheck size run.yaml`",
     )
 
 

@@ -59,7 +59,7 @@ class _Request:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a key of the run file, as in toolkit train. Repeatable.",
+    help="Change a key of the run file, as in `toolkit train`. Repeatable.",
 )
 @click.option(
     "--world-size",
@@ -183,8 +183,8 @@ def _outside_interval(
         source=node.source,
         mark=node.mark,
         notes=(
-            f"the sizer computed this interval for {request.card.name}; envcheck size --gpu shows "
-            "the whole memory budget",
+            f"the sizer computed this interval for {request.card.name}; `envcheck size --gpu` "
+            "shows the whole memory budget",
         ),
         fixes=(Fix("gpu_memory_utilization: auto"),),
     )

@@ -199,6 +199,6 @@ def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     peaks.begin()
     try:
         yield
-    finally:  # also after an out-of-memory error, because that step is useful for calibration
+    finally:  # also after an out-of-memory error, because the peaks are useful for calibration
         if not trainer.lost:
             peaks.write(run_dir)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 MOST_LOGGED = 10_000  # the maximum number of values that one call can log
 LOOK_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
-# The seconds until the children of a killed run have a new parent. Its pipes close earlier.
+# The seconds until the children of a killed run have a new parent. The run's pipes close earlier.
 _LAST_LOOK_S = 0.02
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 RECENT = 0.5
-"""The weight of the latest draw in a prompt's recorded spread. The previous record has the rest."""
+"""The weight of the latest draw in a prompt's recorded spread. The weight of the previous record is
+1 - ``RECENT``.
+"""
 LEAST = 0.1
 """The smallest weight of a measured prompt, as a share of the mean spread. With this minimum,
 prompts without spread are drawn again from time to time, because their spread changes with the
