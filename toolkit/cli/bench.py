@@ -1,7 +1,7 @@
 """``toolkit bench``: compare the toolkit's training step with TRL's colocate mode and Unsloth.
 
-The models have real shapes and random weights. With ``--learn``, compare how fast each of the three
-learns on a real model.
+The models have real shapes and random weights. With ``--learn``, compare how fast a real model
+learns with each of the three trainers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--mean-tokens",
     type=click.IntRange(min=1),
-    help="Draw geometric completion lengths with this mean.",
+    help="Draw completion lengths from a geometric distribution with this mean.",
 )
 @click.option("--max-seq-length", type=click.IntRange(min=1))
 @click.option(
@@ -127,12 +127,13 @@ def bench(
 
     An arm is one of the compared trainers (ours, trl, unsloth). Every arm trains the same random
     checkpoint on the same prompts in its own process. Without a GPU use only `--shape tiny`. For
-    the toolkit, the sizer chooses every setting that no `--ours-...` option sets. The chosen
-    settings need at most the memory of `--per-device-batch` with checkpointing.
+    the toolkit, the sizer chooses every setting that no `--ours-...` option sets. By its estimate,
+    the toolkit then needs no more memory than TRL and Unsloth need with `--per-device-batch` and
+    gradient checkpointing.
 
     \b
     even          8 prompts of 64 tokens x 8 completions of 256
-    uneven        as even, with geometric completion lengths of mean 500, at most 2048
+    uneven        like `even`, but geometric completion lengths with mean 500, at most 2048
     long-prompt   8 prompts of 1024 tokens x 8 completions of 256
     long-context  1 prompt of 16384 tokens x 8 completions of 2048, 4-bit, rank 32
 

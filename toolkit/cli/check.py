@@ -35,7 +35,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Change a key of the run file, as in toolkit train. Repeatable.",
+            help="Change a key of the run file, as in `toolkit train`. Repeatable.",
         ),
         click.option(
             "--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's GPU number."
@@ -136,7 +136,7 @@ def text_of(
             continue
         first = f"{verdict_word(result.verdict)} {result.id:<{width}}  "
         indent = " " * (7 + 1 + width + 2)
-        # The paragraph is wrapped after spaces instead of ``first``, because the escape codes of a
+        # The text is wrapped with spaces in place of ``first``, because the escape codes of a
         # coloured word would count as columns.
         text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
         lines.append(first + text)

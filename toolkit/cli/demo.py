@@ -36,9 +36,9 @@ REWARD = "exact_match"
 def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     """Pretrain a small model on half of the addition problems, then train the rest with GRPO.
 
-    Creates a character-level Llama model, data and a run file. Then runs envcheck check, envcheck
-    size, envcheck validate and toolkit train on them. Training evaluates 500 held-out problems
-    before its first and after its last step.
+    Creates a character-level Llama model, data and a run file. Then runs `envcheck check`,
+    `envcheck size`, `envcheck validate` and `toolkit train` on them. Training evaluates 500
+    held-out problems before its first and after its last step.
     """
     begin = monotonic()
     folder = choose_folder(out)

@@ -37,7 +37,8 @@ class StoppableGroup(LazyGroup):
 def listening_early() -> Iterator[None]:
     """Inside the block, a signal raises StoppedError.
 
-    With several ranks, no rank raises StoppedError: their launcher reports the signal once.
+    In a process of a run with several ranks, no StoppedError is raised, because the launcher of the
+    ranks reports the signal once.
     """
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - only for train
     from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only for train

@@ -90,7 +90,9 @@ def debug_asked() -> bool:
 
 
 def _known(error: Exception) -> ToolkitError | None:
-    """A toolkit error for a disk failure or a known error of another library; else None."""
+    """The toolkit error that explains ``error``, if ``error`` is a disk failure or a known error of
+    another library. Else None.
+    """
     from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
 
     return disk.failed(error) or explained(error, "the command failed")

@@ -89,7 +89,7 @@ def _not_known(text: str) -> UnestablishedError:
     return UnestablishedError(
         f"no known error found{told}",
         where="explain -",
-        fix="run envcheck check --config run.yaml and envcheck size run.yaml",
+        fix="run `envcheck check --config run.yaml` and `envcheck size run.yaml`",
     )
 
 
@@ -106,8 +106,8 @@ def _told(symptom: Symptom) -> str:
 
 
 def _command(check: str) -> str:
-    """The command that finds the problem, and in parentheses the rule, the check or the number of
-    its output to look at.
+    """The command that finds the problem. In parentheses, it names the rule or the check that finds
+    the problem, or the number to look at in the output.
     """
     if check.startswith("none: "):
         return f"nothing before the run ({check.removeprefix('none: ')})"

@@ -83,7 +83,7 @@ def _read(file: Path) -> Any:
     if faults:
         raise InputError(
             f"{file} is not a recording: {faults[0][:300]}",
-            fix="create a recording with envcheck record FILE",
+            fix="create a recording with `envcheck record FILE`",
         )
     return data
 

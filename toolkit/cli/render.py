@@ -49,7 +49,8 @@ def table(
 ) -> str:
     """The rows as aligned columns, two spaces apart. ``right`` lists the right-aligned columns.
 
-    If the terminal is too narrow, the text of the widest column except the first is wrapped.
+    If the terminal is too narrow, the text of one column is wrapped: the widest column other than
+    the first.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]

@@ -48,8 +48,9 @@ def examine(
     """Read this node and run the checks that ``only`` and ``skip`` select. Return the snapshot of
     the node, the context of the checks and their results.
 
-    Raises: ConfigError: the run file has errors. InputError: a file is unreadable, a check is
-    unknown, or a requirement has an unknown form.
+    Raises:
+        ConfigError: the run file has errors.
+        InputError: a file is unreadable, a check is unknown, or a requirement has an unknown form.
     """
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,
@@ -92,7 +93,7 @@ def examine(
 def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
     """The document of a run file and its resolved run, validated without facts about a device.
 
-    Raises the same errors as ``accepted``.
+    Raises the same errors as ``config.validate.accepted``.
     """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
@@ -192,7 +193,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
-    """The snapshot with the installed versions of all locked packages added."""
+    """The snapshot, to which the installed versions of all packages in ``lock`` are added."""
     from dataclasses import replace  # noqa: PLC0415 - only with --lock
 
     from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock

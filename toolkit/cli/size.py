@@ -116,8 +116,9 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
 
 
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
-    """Exit with 1 if the run does not fit. Raise the error if the utilization in the run file is
-    outside the possible interval.
+    """Exit with 1 if the run does not fit.
+
+    Raise a ConfigError if gpu_memory_utilization in the run file is outside the possible interval.
     """
     if not result.feasible:
         if not quiet:

@@ -188,7 +188,10 @@ def _budget(result: SizingResult) -> str:
 
 
 def _bars(result: SizingResult) -> str:
-    """One bar per phase, as wide as the terminal. Each letter is the same share of the card."""
+    """One bar per phase, as wide as the terminal.
+
+    Each letter stands for the same number of bytes.
+    """
     if result.device is None:
         return ""
     whole = int(result.device["cuda_total_bytes"])
@@ -232,8 +235,8 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
     """The number of letters for each part of the bar, in proportion to its size in bytes.
 
-    The total is ``most``. Each part gets at least one letter, except parts below 0.1% of ``taken``,
-    which get none. If the total is too large, the longest parts are shortened first.
+    There are ``most`` letters in all. A part below 0.1% of ``taken`` gets no letter. Every other
+    part gets at least one letter. If this makes too many letters, the longest parts are shortened.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}

@@ -28,8 +28,10 @@ def read_target(
 ) -> tuple[RunConfig, Document | None]:
     """The run to size, and the document of the run file (None if the target is a model).
 
-    Raises: ConfigError: the run file has an error outside the sections for data and rewards, or an
-    override is invalid. InputError: the target cannot be read.
+    Raises:
+        ConfigError: the run file has an error outside the sections ``dataset`` and ``reward``, or
+            an override is invalid.
+        InputError: the target cannot be read.
     """
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
@@ -72,8 +74,8 @@ def _of_run_file(
 def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
     """A run of ``model`` with ``overrides``, and default values for all other keys.
 
-    Only errors in overrides and errors of the rules in OF_THE_CARD are raised. The latter are
-    about defaults that the card may not support.
+    Only errors in overrides and errors of the rules in OF_THE_CARD are raised. The rules in
+    OF_THE_CARD find default values that the card does not support.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

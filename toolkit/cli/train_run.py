@@ -127,7 +127,9 @@ def _launch(
 def _load(
     run_file: str, overrides: list[str], world_size: int
 ) -> tuple[RunConfig, Callable[[Situation], object]]:
-    """The run, and a function that validates its run file again, with facts about the machine."""
+    """The run, and a function that takes facts about the machine and validates the run file again
+    with them.
+    """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
     from toolkit.config.validate import accepted  # noqa: PLC0415

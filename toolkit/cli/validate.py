@@ -59,7 +59,7 @@ class _Request:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a key of the run file, as in toolkit train. Repeatable.",
+    help="Change a key of the run file, as in `toolkit train`. Repeatable.",
 )
 @click.option(
     "--world-size",
@@ -151,8 +151,8 @@ def _rewrite(name: str, request: _Request) -> None:
 def _outside_interval(
     document: Document, outcome: Validation, request: _Request
 ) -> Iterator[Finding]:
-    """Yield a LOAD008 finding if the utilization in the run file is outside the interval that the
-    sizer computes for the card of --gpu.
+    """Yield a LOAD008 finding if gpu_memory_utilization in the run file is outside the interval
+    that the sizer computes for the card that ``--gpu`` names.
     """
     node = document.node(("model", "gpu_memory_utilization"))
     if outcome.config is None or node is None or not isinstance(node.value, float):
@@ -183,8 +183,8 @@ def _outside_interval(
         source=node.source,
         mark=node.mark,
         notes=(
-            f"the sizer computed this interval for {request.card.name}; envcheck size --gpu shows "
-            "the whole memory budget",
+            f"the sizer computed this interval for {request.card.name}; `envcheck size --gpu` "
+            "shows the whole memory budget",
         ),
         fixes=(Fix("gpu_memory_utilization: auto"),),
     )

@@ -1,6 +1,6 @@
 """Draw charts as inline SVG, without a library, network requests or scripts.
 
-For safe markup, numbers are formatted by ``show`` or ``_n``, and texts are escaped by ``text``.
+The markup is safe: ``show`` or ``_n`` formats every number, and ``text`` escapes every text.
 """
 
 from __future__ import annotations

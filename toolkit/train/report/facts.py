@@ -22,7 +22,7 @@ _SHOWN_TERMS = 6
 
 
 def status(run: RunFiles) -> tuple[str, str]:
-    """(kind, text): whether the run has finished, and its progress."""
+    """(kind, text): a style name for the state of the run, and a text about its progress."""
     done = run.metrics[-1]["step"] if run.metrics else 0
     wanted = number(section(run.config, "grpo").get("max_steps"))
     of = f" of {int(wanted)}" if wanted and wanted > 0 else ""

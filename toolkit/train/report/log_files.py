@@ -98,7 +98,7 @@ def _is_eval(row: dict[str, Any]) -> bool:
 
 
 def _by_step(rows: Any) -> list[dict[str, Any]]:
-    """The rows sorted by step. If a step has several rows, the last one is taken."""
+    """The rows sorted by step. If a step has several rows, only the last row is kept."""
     found = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
     return [found[step] for step in sorted(found)]
 
@@ -156,8 +156,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
-    """The completions of a few steps that are spread over the run. The others are not loaded,
-    because the file can be large.
+    """The completions of a few steps, which are spread over the run.
+
+    The completions of all other steps are not loaded, because the file can be large.
     """
     where: dict[int, list[int]] = {}
     for offset, row in _rows_at(path, broken):

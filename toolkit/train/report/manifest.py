@@ -51,7 +51,7 @@ def lock_hashes() -> dict[str, str]:
 
 
 def image_digest() -> str | None:
-    """The digest of the container image. None if it was not set when the container was started."""
+    """The digest of the container image. None if neither the environment nor a file contains it."""
     if value := os.environ.get(DIGEST_VARIABLE):
         return value
     try:
@@ -73,7 +73,9 @@ def image() -> dict[str, Any] | None:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The git commit of ``folder``, and whether tracked files differ from it. None without git."""
+    """The git commit of ``folder``, and whether tracked files differ from this commit. None without
+    git.
+    """
 
     def ask(*arguments: str) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
@@ -90,8 +92,9 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def gpus(snapshot: NodeSnapshot | None) -> list[dict[str, Any]]:
-    """The name and the UUID of each visible GPU, or None if the driver does not report the
-    value.
+    """The name and the UUID of each visible GPU.
+
+    A value that the driver does not report is None.
     """
     seen = snapshot.gpus if snapshot is not None else ()
     return [{"name": gpu.name.value, "uuid": gpu.uuid.value} for gpu in seen]
@@ -108,7 +111,8 @@ def write_manifest(
 ) -> Path:
     """Write manifest.json and return its path.
 
-    ``source`` is the run file; the git commit is that of its folder. Raises OSError.
+    ``source`` is the run file. The manifest records the git commit of the run file's folder. Raises
+    OSError.
     """
     folder = Path(source).resolve().parent if source else Path.cwd()
     driver = snapshot.driver.version.value if snapshot is not None else None

@@ -21,7 +21,7 @@ def text(value: Any) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
-    """An HTML table of two columns. The names are escaped here; the cells must be HTML already."""
+    """An HTML table from rows (name, cell). The names are escaped here. The cells must be HTML."""
     body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
     return f'<table class="{kind}">{body}</table>' if body else ""
 
@@ -34,8 +34,8 @@ def fold(summary: str, inner: str) -> str:
 
 
 def shortened(value: str, limit: int) -> str:
-    """The first ``limit`` characters of ``value``, escaped, and the number of further
-    characters.
+    """The first ``limit`` characters of ``value``, escaped. If ``value`` is longer, the number of
+    the characters that were left out follows.
     """
     if len(value) <= limit:
         return text(value)

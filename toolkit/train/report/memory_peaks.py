@@ -1,11 +1,12 @@
 """Measure peak GPU memory by phase (rollout and training), and write memory.json.
 
-memory.json contains these peaks and the engine's own figures. ``envcheck calibrate`` reads it.
+memory.json contains these peaks, and the figures that the engine itself reports. ``envcheck
+calibrate`` reads memory.json.
 
-torch records only one peak. It is read and reset at the beginning and the end of each rollout, so
-that each phase has its own peak. With KV sleep, the memory of the KV cache is unmapped during
-training, but torch still counts it as allocated. Therefore its size is subtracted from the training
-peak.
+torch has a single counter of peak memory. The counter is read and reset at the beginning and the
+end of each rollout, so that each phase has its own peak. With KV sleep, the memory of the KV cache
+is unmapped during training, but torch still counts this memory as allocated. Therefore the size of
+the KV cache is subtracted from the training peak.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class Statistics(Protocol):
 
 
 class CudaStatistics:
-    """Readings of the current CUDA device. ``asleep`` returns the unmapped bytes; only the engine
-    can report them.
+    """Readings of the current CUDA device.
+
+    The function ``asleep`` comes from the engine, because only the engine knows how many bytes are
+    unmapped.
     """
 
     def __init__(self, asleep: Callable[[], int]) -> None:
@@ -89,8 +92,10 @@ class CudaStatistics:
 class PhasePeaks:
     """The peaks of each phase so far, in bytes. Call ``begin`` after the model is loaded.
 
-    ``step`` is the largest rise of memory within a training phase. ``on_card`` is the largest use
-    of the whole GPU.
+    ``rollout`` and ``training`` are the peaks of torch's allocator in the two phases. ``step`` is
+    the largest difference between the peak of a training phase and the memory that is allocated at
+    the end of this phase. ``on_card`` is the largest number of bytes in use on the GPU, also by
+    other processes.
     """
 
     statistics: Statistics
@@ -102,7 +107,7 @@ class PhasePeaks:
     _stepping: bool = field(default=False, repr=False)
 
     def begin(self) -> None:
-        """Start measuring. Peaks before this call are ignored."""
+        """Start measuring. Peaks that occurred before this call are ignored."""
         self.statistics.reset()
         self._stepping = False
 
@@ -194,6 +199,6 @@ def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     peaks.begin()
     try:
         yield
-    finally:  # also after an out-of-memory error, because that step is useful for calibration
+    finally:  # also after an out-of-memory error, because the peaks are useful for calibration
         if not trainer.lost:
             peaks.write(run_dir)

@@ -66,8 +66,8 @@ class Journal:
         *,
         names: Sequence[str] = LOGS,
     ) -> None:
-        """Open the logs ``names``. ``positions`` is the number of bytes to keep of each log, 0 by
-        default. Raises OSError.
+        """Open the logs ``names``. ``positions`` maps the name of a log to the number of bytes to
+        keep. All other logs are emptied. Raises OSError.
         """
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}
@@ -107,7 +107,9 @@ class Journal:
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of each log. It distinguishes logs of equal length from different runs."""
+        """The sha256 of each log. Logs of different runs may have the same length, but they have
+        different digests.
+        """
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
@@ -193,9 +195,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
-    """The peak memory in bytes: that of the GPU, or without a GPU the resident memory of this
-    process.
-    """
+    """The peak memory in bytes. Without a GPU, this is the peak resident memory of this process."""
     peaks = getattr(trainer, "peaks", None)
     if peaks is not None:  # torch's own peak covers only the current phase
         return int(peaks.so_far())
@@ -207,8 +207,9 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The callback that writes the logs, on the first rank.
 
-    ``on_row`` is called with (metrics row, timings row or None). ``watch`` gets each metrics row
-    before it is written. ``tracking`` gets metrics, timings and completions after they are written.
+    ``on_row`` is called with (metrics row, timings row). The timings row is None for an evaluation.
+    ``watch`` gets each metrics row before the row is written. ``tracking`` gets the rows of all
+    three logs after they are written.
     """
 
     def __init__(
@@ -308,10 +309,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
 
 
 def shortened_said(value: Any) -> Any:
-    """A prompt or a completion, shortened to about ``MOST_SAID`` characters from its start and its
-    end.
+    """A prompt or a completion, shortened to about ``MOST_SAID`` characters.
 
-    ``value`` is a text or the messages of a chat.
+    ``value`` is a text or the messages of a chat. Of a long text, the start and the end are kept.
     """
     return _shortened(value, [MOST_SAID])
 
@@ -336,8 +336,8 @@ def _shortened(value: Any, left: list[int]) -> Any:
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
     """``{"extra": values}`` with the values that rewards passed to ``log_extra`` for a completion.
 
-    A column is left out if its length is not the number of completions, because its values cannot
-    be assigned to them.
+    ``log_extra`` gets a name and one value per completion. If the number of values is not the
+    number of completions, all values of this name are left out.
     """
     count = len(logs["prompt"])
     found = {

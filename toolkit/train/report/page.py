@@ -1,8 +1,9 @@
 """Build the HTML page of the report: one file that makes no network requests. It can be read
 without scripts.
 
-The content security policy allows only the style sheet and the script with the right hashes. So if
-text was not escaped by mistake, its markup still cannot run, load or send anything.
+The page's content security policy contains the hashes of its own style sheet and script, and
+allows nothing else. If the toolkit failed to escape a text, markup in this text still could not
+run, load or send anything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Print the progress of a run.
 
-On a terminal, one line is rewritten at each step. In a log, a new line is printed every few steps.
+On a terminal, the last line is overwritten at each step. Every few steps, on a terminal and in a
+log, a line is printed that is not overwritten later (a permanent line).
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def rewrites(stream: TextIO) -> bool:
 
 
 class Progress:
-    """Prints progress to ``stream``. ``every`` is the number of steps between permanent lines."""
+    """Prints progress to ``stream``. ``every`` is the number of steps between permanent lines.
+
+    A permanent line is a line that is not overwritten later.
+    """
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
@@ -41,7 +45,11 @@ class Progress:
         self._open = False
 
     def __call__(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """Show a row of metrics.jsonl and, for a step, of timings.jsonl."""
+        """Show a training step or an evaluation.
+
+        ``row`` is a row of metrics.jsonl. ``timings`` is the step's row of timings.jsonl, or None
+        for an evaluation.
+        """
         if timings is None:
             self.keep(evaluation_line(row))
             return
@@ -59,7 +67,7 @@ class Progress:
             self._open = True
 
     def keep(self, line: str) -> None:
-        """Print a permanent line."""
+        """Print a line that is not overwritten later."""
         self.stream.write(f"\r\x1b[K{line}\n" if self._open else f"{line}\n")
         self.stream.flush()
         self._open = False

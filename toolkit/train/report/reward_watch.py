@@ -3,9 +3,11 @@ within every group.
 
 GRPO learns from the differences of rewards within a group. Without differences all advantages are
 0, and the rewards do not change the weights. metrics.jsonl has the number of consecutive steps
-without signal (``steps_without_signal``). A warning is printed once: after ``LIMIT`` steps without
-signal, after the first step without any reward, or at the end of a run in which no step had a
-signal.
+without signal (``steps_without_signal``).
+
+There are two warnings, and each is printed at most once. One is printed after the first step in
+which no completion got a reward. The other is printed after ``LIMIT`` consecutive steps without
+signal, or at the end of a run if no step had a signal and no warning was printed before.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class RewardWatch:
         self.last: Mapping[str, Any] = {}
 
     def see(self, row: dict[str, Any]) -> None:
-        """Check a row of metrics.jsonl, and add the count to the row if it is not 0."""
+        """Check a row of metrics.jsonl. Add the number of consecutive steps without signal to the
+        row, unless this number is 0.
+        """
         if "loss" not in row or "reward" not in row:
             return  # an evaluation, or a step that trains on the completions of an earlier step
         unscored = row["reward"] is None

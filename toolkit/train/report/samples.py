@@ -41,7 +41,7 @@ def _step(step: int, rows: list[dict[str, Any]]) -> str:
 def _spread(group: list[dict[str, Any]]) -> float:
     """The difference between the best and the worst reward of a group.
 
-    Groups with a large difference are shown first, because training learns most from them.
+    Groups with a large difference are shown first, because the model learns most from them.
     """
     rewards = [number(row.get("reward")) or 0.0 for row in group]
     return max(rewards) - min(rewards)

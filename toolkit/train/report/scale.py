@@ -18,7 +18,8 @@ def thin(
 ) -> tuple[list[float], list[Values]]:
     """Reduce the points to at most MAX_POINTS. Return the x values and the columns.
 
-    Each new point is the mean of consecutive points, at the x of the last one.
+    Each new point replaces consecutive points. Its value is their mean, and its x value is that of
+    the last of them.
     """
     size = -(-len(xs) // MAX_POINTS) or 1
     starts = range(0, len(xs), size)
@@ -63,9 +64,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
-    """The range (low, high) of an axis for the values. Rare values far from all others are cut off.
+    """The range (low, high) of an axis for the values.
 
-    With ``zero`` the range begins at 0 (for stacked areas).
+    Rare values that are far from all other values may lie outside the range. With ``zero`` the
+    range begins at 0 or below (for stacked areas).
     """
     there = sorted(value for value in values if value is not None)
     if not there:

@@ -40,10 +40,11 @@ def load_rewards(
 ) -> Rewards:
     """Build every reward of a run file with its error policy.
 
-    Samples on which a reward fails are saved in ``run_dir``. With ``reward.isolate``, functions of
-    the user and math_verify run in one shared worker process, which is ``workers`` or a new one.
-    ``columns`` are the columns of the dataset, including ``answer``. If they are given, a reward
-    that needs a missing column is rejected here and not only in the first step.
+    Samples on which a reward fails are saved in ``run_dir``. With ``reward.isolate``, the user's
+    reward functions and the built-in reward math_verify run in one worker process, which they
+    share. The worker process belongs to ``workers``. If ``workers`` is None, a new ``Workers`` is
+    created. ``columns`` are the columns of the dataset, including ``answer``. If ``columns`` is
+    given, a reward that needs a missing column is rejected here and not only in the first step.
 
     Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """

@@ -35,8 +35,9 @@ class LoopThread:
     """An event loop in a daemon thread.
 
     All calls of a reward share the loop, because an async client (for example of HTTP) works only
-    in the loop that created it. A coroutine that exceeds its time limit is cancelled. If blocking
-    code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new loop.
+    in the loop in which it was created. A coroutine that exceeds its time limit is cancelled. If
+    blocking code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new
+    loop.
     """
 
     def __init__(self) -> None:
@@ -77,9 +78,9 @@ class Batch(NamedTuple):
     columns: dict[str, Any]
 
     def only(self, index: int) -> Batch:
-        """The sample at ``index`` as a batch of one.
+        """A batch that contains only the sample at ``index``.
 
-        Values that the function then logs are dropped.
+        Values that a reward function logs when it is called with this batch are dropped.
         """
         size = len(self.completions)
         columns = {
@@ -93,10 +94,12 @@ class Batch(NamedTuple):
 def attempt(
     function: Callable[..., Any], batch: Batch, seconds: float | None, loop: LoopThread
 ) -> list[Score | Trouble]:
-    """Call ``function`` and return one score per completion, or a Trouble for an invalid value.
+    """Call ``function`` and return one item per completion: its score, or a ``Trouble`` (the
+    description of an error) if the returned value is invalid.
 
-    Raises Misbehaved if the call fails as a whole. ToolkitError is raised unchanged. So are
-    KeyboardInterrupt and StepAbandoned, because they come from a signal to the run.
+    Raises Misbehaved if the whole call fails, so that there are no scores. ToolkitError is raised
+    unchanged. KeyboardInterrupt and StepAbandoned are raised unchanged too, because a signal to the
+    run caused them and not the reward.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)
@@ -153,7 +156,7 @@ def drop(*_: Any) -> None:
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Trouble] | BaseException:
-    """The checked result of ``coroutine``, or its exception.
+    """The result of ``coroutine`` after the check of its values, or the exception that it raised.
 
     The exception is returned and not raised, because a SystemExit in a task would end the thread of
     the loop.
@@ -165,10 +168,9 @@ async def _awaited(
 
 
 def _from_the_run(error: BaseException) -> BaseException | None:
-    """The exception that a signal to the run caused: ``error`` itself, or one in an exception
-    group.
+    """The exception that a signal to the run caused, or None if the reward itself raised ``error``.
 
-    None if the reward itself raised ``error``.
+    The returned exception is ``error`` or, if ``error`` is an exception group, a member of it.
     """
     if isinstance(error, _THE_RUNS):
         return error

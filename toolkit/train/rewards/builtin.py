@@ -108,7 +108,7 @@ class NumericMatch(Compared):
 
     The number is the one after ``####``, else the one in ``\\boxed{}``, else the last one in the
     text (see ``rewards/number_parsing.py``). If the dataset's answer has no number, the score is
-    None. ``tolerance`` is relative to the larger of 1 and the answer.
+    None. With ``tolerance``, the numbers may differ by at most ``tolerance`` * max(1, |answer|).
     """
 
     name: ClassVar[str] = "numeric_match"

@@ -32,7 +32,7 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """The code that a request to the worker process describes (see ``request``)."""
+        """Create this object again, from a request to the worker process (see ``request``)."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
@@ -43,10 +43,10 @@ class EnvironmentCode(NamedTuple):
         return {**named, "options": thaw(self.options)}
 
     def prepare(self) -> None:
-        """Allow the modules of the environment to be imported.
+        """Make the module of the environment importable, also from the folder of the run file.
 
         Raises:
-            ConfigError: runtime.allow_code does not name these modules.
+            ConfigError: runtime.allow_code does not list the module, so it must not be imported.
         """
         refuse_package(self.adapter, self.allow_code)
         module = task_module(self.adapter, self.task)

@@ -2,8 +2,9 @@
 value.
 
 A reward is called with the whole batch. If this call fails, the reward is called with one sample at
-a time to find the failing samples, which are saved to a file. Then ``fail`` stops the run. ``none``
-scores the failing samples None and counts them; TRL leaves None out of the mean.
+a time to find the failing samples, which are saved to a file. Then the policy ``fail`` stops the
+run. The policy ``none`` gives the failing samples the score None and counts them. TRL leaves None
+out of the mean.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class GuardedReward:
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
-        """Call the function. If it fails, search the failing samples and apply the policy.
+        """Call the function. If it fails, find the failing samples and apply the policy to them.
 
         With the policy ``none``, the share of failed samples is logged as a metric.
         """
@@ -103,7 +104,8 @@ class GuardedReward:
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
         """Score each sample alone, because the call with the whole batch failed.
 
-        ``whole`` is the error of this call. If no sample fails alone, every sample gets this error.
+        ``whole`` is the error of the call with the whole batch. If no sample fails alone, every
+        sample gets the error ``whole``.
         """
         limit = self.policy.timeout_s
         deadline = math.inf
@@ -147,9 +149,10 @@ class GuardedReward:
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
-        """Append the sample to the file. Return the file's path, or why the sample was not saved.
+        """Append the sample to the file of failing samples, and return the path of the file.
 
-        None if there is no file.
+        If the sample could not be saved, the returned text contains the reason. None if the policy
+        has no file.
         """
         file = self.policy.file
         if file is None or self._saved >= MAX_SAVED:
@@ -186,8 +189,8 @@ class AsyncGuardedReward(GuardedReward):
 
 
 def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
-    """``function`` with the error policy ``policy``. The result is async if the function is
-    async.
+    """``function`` with the error policy ``policy``. The returned reward is async if ``function``
+    is async.
     """
     waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
     kind = AsyncGuardedReward if waits else GuardedReward
@@ -195,8 +198,9 @@ def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
-    """The error of one sample. If the whole batch failed with another error, the text contains both
-    errors.
+    """The error of one sample: ``alone``, which occurred with this sample only.
+
+    If the call with the whole batch failed with another error, the text contains both errors.
     """
     if alone.traceback or alone.what == whole.what:
         return alone

@@ -16,11 +16,11 @@ class MathVerify(Compared):
     """1 if Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...), else
     0.
 
-    Source: https://github.com/huggingface/Math-Verify. Math-Verify has two time limits, for parsing
-    and for comparing. The toolkit replaces them by one limit per comparison (``seconds_each``). A
-    comparison that takes longer scores 0. In the worker process (rewards/remote), this is also true
-    for native code that cannot be interrupted. If Math-Verify cannot read the dataset's answer, the
-    score is None.
+    Source: https://github.com/huggingface/Math-Verify. Math-Verify has two time limits, one for
+    parsing and one for comparing. The toolkit replaces both by one limit per comparison
+    (``seconds_each``). A comparison that takes longer scores 0. In the worker process
+    (rewards/remote), the limit also applies to native code that cannot be interrupted, because the
+    process is killed. If Math-Verify cannot read the dataset's answer, the score is None.
     """
 
     name: ClassVar[str] = "math_verify"

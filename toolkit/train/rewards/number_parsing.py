@@ -79,10 +79,12 @@ def to_number(value: Any) -> Number | None:
 
 
 def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
-    """Whether two numbers are equal. If only one of them has a percent sign, 50% equals 50 and 0.5.
+    """Whether two numbers are equal.
 
-    ``tolerance`` is relative to the larger of 1 and the gold value. Without a tolerance, integers
-    are compared exactly, and other numbers up to the rounding of a double (1e-12).
+    If only one of the two numbers has a percent sign, its value may be read with or without the
+    percent sign: 50% equals 0.5 and also 50. ``gold`` is the number in the dataset. The numbers may
+    differ by at most ``tolerance`` * max(1, |gold|). Without a tolerance, two integers must be
+    exactly equal, and for other numbers the tolerance is the rounding of a double (1e-12).
     """
     guesses = [guess.value] if guess.percent == gold.percent or gold.percent else _readings(guess)
     golds = [gold.value] if guess.percent == gold.percent or guess.percent else _readings(gold)

@@ -93,8 +93,8 @@ class _Live:
 class Episodes:
     """The environments of the rollouts of a batch, in the worker process.
 
-    A request contains the seed and all earlier steps of its rollout. With them, a restarted worker
-    creates a lost environment again.
+    Each request contains the seed of its rollout and all earlier steps. If the worker was restarted
+    and an environment was lost, the worker creates the environment again and repeats these steps.
     """
 
     def __init__(self, code: EnvironmentCode) -> None:
@@ -105,8 +105,9 @@ class Episodes:
         self._live: dict[int, _Live] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The text, the reward and ``done`` of the observation after the action ``arguments`` of
-        ``request``. If ``arguments`` is None, those of the first observation.
+        """Run the action ``arguments`` of ``request``, and return the text, the reward and ``done``
+        of the next observation. If ``arguments`` is None, return these values of the first
+        observation.
 
         Raises Refused for invalid arguments, or Misbehaved if the environment failed.
         """
@@ -159,8 +160,11 @@ class OpenEnv:
 
 
 def text_of_observation(observation: Any) -> str:
-    """The observation as text for the model: its field if it has only one and that is a text, else
-    all fields as JSON.
+    """The observation as text for the model.
+
+    The fields ``reward``, ``done`` and ``metadata`` are left out. If a single field remains, and
+    its value is a text, the result is this text. Otherwise the result is the remaining fields as
+    JSON.
     """
     fields = observation.model_dump(mode="json")
     said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}

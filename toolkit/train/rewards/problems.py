@@ -23,8 +23,8 @@ Row = dict[str, Any]
 def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
     """Up to ``size`` rows ``{prompt, problem}``, with ``answer`` if the task has answers.
 
-    The same seed always gives the same rows. ``start`` is the position of the first row in a finite
-    list of tasks, so that held-out rows can follow the training rows.
+    The same seed always gives the same rows. For a finite list of tasks, ``start`` is the position
+    of the first task to use. Held-out rows begin where the training rows end.
 
     Raises:
         ConfigError: the task does not exist, it does not accept these options, or it needs

@@ -53,8 +53,8 @@ class RemoteReward:
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
     def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
-        """One score, or a Trouble, per completion, as in ``attempt.attempt``. Raises Misbehaved and
-        ToolkitError.
+        """Call the reward in the worker process. The result is that of ``attempt.attempt``: for
+        each completion, a score or a Trouble. Raises Misbehaved and ToolkitError.
         """
         try:
             return self._ask(batch, seconds)

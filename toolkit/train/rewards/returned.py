@@ -25,10 +25,11 @@ _LONGEST_TRACEBACK = 10_000
 
 
 class Trouble(NamedTuple):
-    """An error of a reward.
+    """The description of an error of a reward.
 
-    ``what`` completes the sentence "reward NAME ...". ``returned`` is the repr of the returned
-    value, and ``traceback`` the text of the traceback, if there is one.
+    ``what`` completes the sentence "reward NAME ...". ``returned`` is the repr of the value that
+    the reward returned, if it returned one. ``traceback`` is the text of the traceback, if there is
+    one.
     """
 
     what: str
@@ -45,11 +46,11 @@ class Misbehaved(Exception):
 
 
 def checked(returned: Any, size: int) -> list[Score | Trouble]:
-    """The ``size`` returned values. Each is a finite float, None, or a Trouble for an invalid
-    value.
+    """Check the value that a reward returned for ``size`` completions.
 
-    Lists, tuples, arrays and tensors are accepted. Raises Misbehaved for any other type, or if the
-    length is not ``size``.
+    The result has one item per completion: a finite float, None, or a Trouble for an invalid value.
+    ``returned`` may be a list, a tuple, an array or a tensor. Raises Misbehaved for any other type,
+    or if the length is not ``size``.
     """
     values = _listed(returned)
     if values is None:

@@ -121,8 +121,10 @@ def _name(reward: Any) -> str:
 
 
 def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
-    """Whether the named parameters of a function include all arguments that TRL always passes, so
-    that it may work without ``**kwargs``.
+    """Whether a function has a named parameter for every argument that TRL always passes.
+
+    Such a function works without ``**kwargs`` if the data set has no further columns. True if the
+    parameters are not known.
     """
     try:
         names = set(inspect.signature(reward).parameters)

@@ -71,8 +71,8 @@ def load_code(
 
 
 def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
-    """The required parameters of ``function`` that neither TRL nor a column in ``there``
-    provides.
+    """The required parameters of ``function`` that nothing provides: TRL does not pass them, and
+    ``there`` (the names of columns and options) does not contain them.
     """
     return [
         parameter.name
@@ -104,9 +104,7 @@ class BesideRunFile(MetaPathFinder):
 
 
 def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
-    """Allow the modules in ``allow_code`` to be imported from ``folder``, the folder of the run
-    file.
-    """
+    """Make the modules in ``allow_code`` importable from ``folder``, the folder of the run file."""
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
 

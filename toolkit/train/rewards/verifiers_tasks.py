@@ -1,4 +1,5 @@
-"""Use the tasks of a verifiers 0.4 taskset as rows of a data set, and their rewards as a reward.
+"""Use the tasks of a verifiers 0.4 taskset as rows of a data set, and score completions with the
+rewards that the tasks define.
 
 The toolkit uses two parts of a task: its prompt, and its ``@reward`` methods that score a finished
 conversation of one turn (``Task.score`` without a runtime). Some tasks need more: a container, tool
@@ -35,7 +36,8 @@ SUPPORTED = (
 def rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
 ) -> list[dict[str, Any]]:
-    """Up to ``size`` tasks from number ``start`` as rows ``{prompt, problem}``.
+    """Up to ``size`` tasks of the taskset, as rows ``{prompt, problem}``. ``start`` is the index of
+    the first of these tasks.
 
     The rows have ``answer`` if every task has an answer. A finite taskset is first shuffled with
     ``seed``, unless the seed is 0.
@@ -160,8 +162,8 @@ class _Known:
         self._tasks: list[Any] = []
 
     def task(self, which: Mapping[str, Any]) -> Any:
-        """The task of a row. Raises ValueError if the taskset's ``load()`` now returns a different
-        task at its index.
+        """The task of the row ``which``. Raises ValueError if ``load()`` of the taskset no longer
+        returns the same task at the index of the row.
         """
         index = which["index"]
         self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))

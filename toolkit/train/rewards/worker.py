@@ -5,8 +5,9 @@ The worker consists of two processes. One process calls the rewards. It calls sy
 in its main thread, because code that uses alarms (math_verify) works only there. It runs coroutines
 concurrently in an event loop.
 
-The other process is the supervisor. When the run has ended, it kills the whole session, with all
-processes that a reward started. This works even if a reward never returns from native code.
+The other process is the supervisor. When the run has ended, the supervisor kills the process group
+of the worker, which includes the processes that a reward started. This works even if a reward never
+returns from native code.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ if TYPE_CHECKING:
 
 MOST_LOGGED = 10_000  # the maximum number of values that one call can log
 LOOK_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
-# The seconds until the children of a killed run have a new parent. Its pipes close earlier.
+# The seconds until the children of a killed run have a new parent. The run's pipes close earlier.
 _LAST_LOOK_S = 0.02
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 def main(requests: int, replies: int, run: int) -> NoReturn:
-    """Answer the requests of the process with the id ``run``, until it ends or closes the pipe
-    ``requests``.
+    """Answer requests until the run ends or closes the pipe ``requests``. ``run`` is the process id
+    of the run.
     """
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
@@ -90,7 +91,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
 def _wait(working: int, run: int) -> NoReturn:
     """The supervisor: wait until the process ``working`` ends, and exit with its exit code.
 
-    If the process ``run`` ends first, kill the whole session.
+    If the process ``run`` ends first, kill the process group of the worker.
     """
     while True:
         done, status = os.waitpid(working, os.WNOHANG)

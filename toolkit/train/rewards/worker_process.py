@@ -61,17 +61,19 @@ class Died(Exception):
 
 
 class _Replaced(Exception):
-    """Raised in calls that were running when the worker was killed because of another call."""
+    """Raised in a call that was running when another call caused the worker to be killed."""
 
 
 class WorkerProcess:
-    """A worker, which is at most one process at a time. After a restart, all functions are loaded
-    again.
+    """A worker process, which is started when it is needed and restarted after it was killed.
+
+    After a restart, all functions are loaded again.
     """
 
     def __init__(self, python: str | None = None) -> None:
-        """``python`` is another Python interpreter whose packages the functions use
-        (environment.python). Of this installation, only the toolkit is imported there.
+        """``python`` is the interpreter of the worker (environment.python), by default that of this
+        process. Another interpreter uses its own packages. Only the package ``toolkit`` is imported
+        from the installation of this process.
         """
         self._python = python
         self._lock = threading.RLock()
@@ -79,9 +81,9 @@ class WorkerProcess:
         self._loaded: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Load a function in the worker, and return its reply.
+        """Load a function in the worker, and return the worker's reply.
 
-        For a reward the reply is ``{"function": its number, "is_async": ...}``.
+        For a reward, the reply is ``{"function": number of the function, "is_async": ...}``.
 
         Raises the ToolkitError of the worker, or Died.
         """
@@ -116,7 +118,7 @@ class WorkerProcess:
     def close(self, live: _Live | None = None) -> None:
         """Kill the worker process and all processes that it started.
 
-        With ``live``, do this only if ``live`` is still the current process.
+        If ``live`` is given, nothing is killed unless ``live`` is still the current process.
         """
         with self._lock:
             if self._live is not None and live in (None, self._live):
@@ -200,8 +202,8 @@ class _Live:
 
 
 def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
-    """Close the pipe, so that the worker runs its exit handlers and ends. Then kill its whole
-    session, also if the exit handlers take too long.
+    """Close the pipe, so that the worker runs its exit handlers and ends. Then kill the process
+    group of the worker, also if the exit handlers take too long.
     """
     os.close(requests)
     if os.getpid() != owner:  # in a fork of the run, the worker is not a child of this process

@@ -1,11 +1,12 @@
 """Number the completions of the whole batch, to derive the seed of each completion.
 
 The seed of a completion is derived from (run seed, generation, turn, row). A generation is one
-batch of completions that the trainer samples. ``row`` is the number of the completion in this
-batch, counted over all ranks in the order in which TRL's sampler distributes the prompts. The seed
-depends neither on the rank nor on how a generation is split into micro-batches. Therefore two ranks
-draw the same completions as one rank with twice the batch, and a resumed run draws the same
-completions as an uninterrupted one.
+batch of completions that the trainer samples, and ``generation`` is its number. ``turn`` is the
+number of the turn in the tool loop. ``row`` is the number of the completion in the batch, counted
+over all ranks in the order in which TRL's sampler distributes the prompts. The seed depends neither
+on the rank nor on how a generation is split into micro-batches. Therefore two ranks draw the same
+completions as one rank with twice the batch, and a resumed run draws the same completions as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class CompletionIndex:
 
     @property
     def generation(self) -> int:
-        """In training, the number of the current generation."""
+        """The number of the current generation in training. In an evaluation, the step at which the
+        evaluation runs.
+        """
         return self._now()[1]
 
     def begin(self, count: int) -> None:
@@ -63,7 +66,10 @@ class CompletionIndex:
         return list(self._numbers or ())
 
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
-        """Begin the next sampling call, and return (seed, row number of each prompt)."""
+        """Begin the next sampling call, and return (seed of the call, row number of each prompt).
+
+        The seed of a completion is derived from this seed and the completion's row number.
+        """
         if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
             self.begin(len(prompts))
         self._turn += 1
@@ -97,8 +103,9 @@ class CompletionIndex:
     def _find(self, prompts: Sequence[list[int]]) -> list[int]:
         """The row numbers of the prompts in a later turn of the tool loop.
 
-        TRL does not pass these numbers. They are found in order, because each prompt begins with
-        the tokens of its row so far. A prompt that was truncated is matched by its position.
+        TRL does not pass the row numbers, but keeps the order of the rows. The prompt of a later
+        turn begins with the prompt and the completion of the turn before, so the rows are found by
+        comparing tokens. A prompt that was truncated is matched by its position.
         """
         assert self._numbers is not None
         found, place = [], 0

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 RECENT = 0.5
-"""The weight of the latest draw in a prompt's recorded spread. The previous record has the rest."""
+"""The weight of the latest draw in a prompt's recorded spread. The weight of the previous record is
+1 - ``RECENT``.
+"""
 LEAST = 0.1
 """The smallest weight of a measured prompt, as a share of the mean spread. With this minimum,
 prompts without spread are drawn again from time to time, because their spread changes with the
@@ -27,7 +29,7 @@ model.
 
 
 class Difficulty:
-    """The recorded spread of each row of the data set. A measured row is one with a record."""
+    """The recorded spread of each row of the data set. A row with a record is called measured."""
 
     def __init__(self, rows: int) -> None:
         self.spread_N = torch.full((rows,), torch.nan, dtype=torch.float64)
@@ -45,8 +47,8 @@ class Difficulty:
         self.spread_N = spread_N
 
     def load(self, spread_N: torch.Tensor) -> None:
-        """Restore the records of a checkpoint. Raises ValueError if the records belong to other
-        data.
+        """Restore the records of a checkpoint. Raises ValueError if the records do not belong to
+        this data set.
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
@@ -65,10 +67,11 @@ class Difficulty:
     def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
         """Yield all rows in the order in which they are drawn.
 
-        Measured rows (drawn before) and new rows are mixed at equal distances. ``share`` is the
-        share of measured rows. Measured rows are chosen without replacement, with a probability in
-        proportion to their spread (at least ``LEAST`` of the mean spread). New rows come in the
-        order ``unmeasured_order``. When all rows of one kind are used, only the other kind follows.
+        Measured rows (drawn before) and new rows alternate evenly. ``share`` is the share of
+        measured rows. Measured rows are chosen without replacement, with a probability in
+        proportion to their spread. A spread below ``LEAST`` times the mean spread counts as this
+        product. New rows come in the order ``unmeasured_order``. When all rows of one kind are
+        used, only rows of the other kind follow.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
@@ -101,7 +104,10 @@ class Difficulty:
         return found
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
-        """The mean spread of all measured rows, or of those in ``rows``. None without such rows."""
+        """The mean spread of all measured rows. With ``rows``, only rows in ``rows`` count.
+
+        None if no row is left.
+        """
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
         known = spread[~spread.isnan()]
         return known.mean().item() if len(known) else None

@@ -55,8 +55,10 @@ class Completion:
 
 
 class Generation:
-    """One generation of training, from the choice of its prompts to the completions that are
-    trained on.
+    """One generation: a batch of completions that the trainer samples.
+
+    This object holds the generation from the choice of its prompts until the completions for
+    training are final.
     """
 
     def __init__(
@@ -67,9 +69,9 @@ class Generation:
         rounds: int,
         chosen: list[int],
     ) -> None:
-        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set, for
-        at most ``rounds`` rounds of new draws. If the curriculum chose the prompts, ``chosen`` has
-        the row of each group of all ranks.
+        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set, and
+        groups are replaced in at most ``rounds`` rounds. If the curriculum chose the prompts,
+        ``chosen`` has, for each group of all ranks, the index of its row in the data set.
         """
         self.trainer, self.order, self.most_rounds = trainer, order, rounds
         self.inputs = list(inputs)
@@ -92,7 +94,8 @@ class Generation:
     def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
         """Score the completions ``drawn``, and replace groups without spread.
 
-        Return the new completions. ``prompts`` and ``inputs`` are changed in place.
+        Return the completions after the replacement. ``prompts`` and ``self.inputs`` are changed in
+        place.
         """
         self.drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)
@@ -180,7 +183,7 @@ class Generation:
         return gather_object(made), rewards
 
     def _own(self, all_ranks: list[Completion]) -> list[Completion]:
-        """The part of ``_draw``'s completions that this rank drew."""
+        """The completions among ``all_ranks`` (the result of ``_draw``) that this rank drew."""
         each = len(all_ranks) // self.ranks
         rank = self.trainer.accelerator.process_index
         return all_ranks[rank * each : (rank + 1) * each]
@@ -195,10 +198,10 @@ class Generation:
                 yield row
 
     def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
-        """The rows of the next round: at least ``needed``, if so many are left.
+        """The rows of the next round: at least ``needed`` rows, if so many are left.
 
-        The number is chosen such that the completions can be divided equally between the ranks,
-        because TRL's collectives need equal shapes. A round is never larger than the batch.
+        The number of rows is rounded up, so that every rank draws the same number of completions.
+        TRL's collective calls need equal shapes. A round is never larger than the batch.
         """
         step = self.ranks // math.gcd(self.ranks, self.group)
         rows = list(islice(further, -(-needed // step) * step))
@@ -207,8 +210,10 @@ class Generation:
     def _score(
         self, inputs: list[Any], prompts: list[Any], drawn: Drawn, made: list[Completion]
     ) -> torch.Tensor:
-        """The rewards of the completions of all ranks. The values that rewards log for this rank's
-        completions are stored in ``made``.
+        """Score the completions of this rank, and return the rewards of all ranks.
+
+        ``made`` has the completions of this rank. The values that rewards log for a completion are
+        stored in its object in ``made``.
         """
         if drawn.images is not None:
             raise UnsupportedError(
@@ -230,7 +235,9 @@ class Generation:
         return found
 
     def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """Pass to TRL the columns that it logs for each completion that is trained on."""
+        """Pass to TRL the columns that it logs. A column has one value per completion in
+        ``mine``.
+        """
         pending = self.trainer.pending_columns
         pending.clear()
         for name in sorted({name for one in mine for name in one.columns}):

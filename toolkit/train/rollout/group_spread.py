@@ -9,21 +9,23 @@ from typing import NamedTuple
 import torch
 
 EQUAL = 1e-6
-"""The relative tolerance within which rewards of a group count as equal. It is relative to the
-larger of 1 and the largest reward. Float32 sums of the same values can differ by this much."""
+"""Rewards of a group count as equal if they differ by at most this number times the larger of 1 and
+the largest absolute reward. Float32 sums of the same values can differ by this much."""
 PER_FUNCTION = "normalize_then_sum"
 """The value of TRL's ``multi_objective_aggregation`` with which each reward function is normalized
 separately."""
 
 
 class GroupSpread(NamedTuple):
-    """For each group of the batch: whether it has a training signal, and its standard deviation."""
+    """For each group of the batch: whether the group has a training signal, and the standard
+    deviation of its rewards.
+    """
 
     has_signal: list[bool]
     deviation: list[float]
     """The standard deviation of the weighted sum of rewards. 0 with fewer than two scored
-    completions. For rewards of 0 or 1 and the pass rate p it is sqrt(p (1 - p)), which is largest
-    at p = 1/2.
+    completions. If all rewards are 0 or 1 and the share of ones is p, the standard deviation is
+    sqrt(p (1 - p)), which is largest at p = 1/2.
     """
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 CHOICE = 1 << 21
-"""The number from which the seed for the order of prompts is derived. No turn of a completion has
-this number, so the seeds differ from those of completions.
+"""The seed for the order of prompts is derived like the seed of a completion, with this number in
+place of the turn. No turn has this number, so the two kinds of seeds differ.
 """
 
 

@@ -1,7 +1,8 @@
 """Sample completions for the trainer, from the vLLM engine or with generation of transformers.
 
-In both cases each completion has its own seed (``completion_index``). TRL draws from the global
-random generator of the process. A completion would then depend on everything that ran before it.
+In both cases each completion has its own seed (``completion_index``). TRL's own sampling uses the
+global random generator of the process instead, so that a completion depends on everything that
+ran before it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def find_engine(model: Any) -> RolloutEngine | None:
 
 
 def sampler_name(model: Any, config: Any) -> Engine:
-    """The name of the sampler whose keywords a trainer of ``model`` with ``config`` uses."""
+    """The name of the sampler that a trainer of ``model`` with ``config`` uses.
+
+    The sampler decides which keywords of ``generation_kwargs`` are supported.
+    """
     engine = find_engine(model)
     if engine is not None:
         return engine.sampler_name
@@ -219,11 +223,11 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """How many consecutive prompts can be one request with several completions.
+    """The number of consecutive prompts that one request can replace.
 
-    The prompt of a request is computed only once. The result is ``num_generations`` if each group
-    has equal prompts, else 1. The prompts of a group differ after a turn with a tool, and a rank
-    may have only a part of a group.
+    A request has one prompt and several completions, and its prompt is computed only once. The
+    result is ``num_generations`` if the prompts within each group are equal, else 1. They differ
+    after a turn with a tool. The result is also 1 if this rank has only a part of a group.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -245,7 +249,7 @@ class TransformersGeneration:
     def can(self, images: Any, multimodal_fields: Any) -> bool:
         """Whether this class can generate. If not, TRL generates.
 
-        This class does not support images, beam search, continuous batching and sharded models.
+        This class supports neither images nor beam search, continuous batching or sharded models.
         """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
@@ -288,10 +292,10 @@ class TransformersGeneration:
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:
-        """TRL's generation config without stop strings, and the stop strings.
+        """(TRL's generation config without its stop strings, the stop strings).
 
         Values are converted to those that transformers accepts: floats, and 0 for no top-k. Stop
-        strings are returned separately, because they need a tokenizer.
+        strings are returned separately, because generation with stop strings needs a tokenizer.
         """
         config = copy.deepcopy(self.trainer.generation_config)
         for name in ("temperature", "top_p", "repetition_penalty"):

@@ -166,8 +166,10 @@ def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None)
 def _judged(
     name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
 ) -> Callable[[Mapping[str, Any], Place], str]:
-    """``ask`` with the policy for failures: a failure becomes an answer to the model (CallFailed)
-    or ends the run (StopRun).
+    """The function ``ask`` with the policy ``tools.on_error`` for failures.
+
+    With this policy, a failure becomes an answer to the model (CallFailed) or ends the run
+    (StopRun).
     """
 
     def call(arguments: Mapping[str, Any], place: Place) -> str:
@@ -223,8 +225,8 @@ class Episode:
             self._fault = Trouble(what, seen["text"][:200])
 
     def step(self) -> None:
-        """Never called. TRL looks for this method in the class, and each object replaces it by a
-        ``Tool``.
+        """Never called. TRL needs a method with this name in the class. In each object, the
+        attribute ``step`` is a ``Tool`` that replaces this method.
         """
         raise NotImplementedError
 

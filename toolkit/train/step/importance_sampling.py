@@ -6,9 +6,11 @@ the policy that sampled the batch. If each generation is used for only one optim
 is no dropout, the forward pass of training computes the same numbers. Then the extra pass is
 skipped, and the weights are computed from the forward pass of training.
 
-The formulas are those of TRL (``vllm_importance_sampling_mode``). For the token form see
-https://fengyao.notion.site/off-policy-rl. tests/contract checks that the weights are equal with and
-without the extra pass.
+The formulas are those of TRL's modes (``vllm_importance_sampling_mode``). The modes with one weight
+per token are explained at https://fengyao.notion.site/off-policy-rl. tests/contract checks that the
+weights are equal with and without the extra pass.
+
+In this module, a *gap* is the absolute difference of the two log-probabilities of a token.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Disagreement:
-    """Running totals of the differences over the micro-batches of a logging window.
+    """Running totals of gaps and importance weights over the micro-batches of a logging window.
 
     The totals stay on the device, so that there is only one synchronisation per window.
     """
@@ -60,8 +62,8 @@ class Disagreement:
     def take(self, accelerator: Any) -> dict[str, float]:
         """Return the metrics of the window over all ranks, and reset the totals.
 
-        If importance weights were used, the metrics include those of TRL. This is a collective
-        call.
+        If importance weights were used, the metrics include those that TRL itself would log. This
+        is a collective call.
         """
         if self.sums is None or self.extremes is None:
             return {}
@@ -90,7 +92,7 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
 def gaps(
     logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """|trainer - engine| in nats for each sampled token, one-dimensional.
+    """The gap |trainer - engine| in nats for each sampled token, one-dimensional.
 
     ``logps`` (B, T) are the log-probabilities of the trainer. Tokens that the engine could not
     score are excluded, and so are tokens that are False in ``computed`` (B, T, bool).
@@ -146,10 +148,10 @@ def has_dropout(model: torch.nn.Module) -> bool:
 def observe(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
-    """Record the gap of one micro-batch from its forward pass in training.
+    """Record the gaps of one micro-batch. ``logps`` come from its forward pass in training.
 
-    The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped`` are rows
-    that the forward pass left out. The metrics exclude these rows.
+    The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped`` are the
+    indices of rows that the forward pass left out. The metrics exclude these rows.
     """
     logps = logps.detach()
     ratio = None
@@ -168,10 +170,10 @@ def observe(
 
 
 def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
-    """Record the gap of one micro-batch from the old log-probabilities.
+    """Record the gaps of one micro-batch, computed from the old log-probabilities.
 
-    TRL computed them with its extra pass when the batch was sampled, possibly some steps ago. In
-    this case TRL itself logs its weights.
+    TRL computed the old log-probabilities with its extra pass when the batch was sampled, possibly
+    some steps ago. If TRL runs its extra pass, TRL itself logs the importance weights.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 
@@ -210,11 +212,11 @@ with 16-bit or 4-bit weights.
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, if the gap of a logging window is larger than rounding errors.
+    """Warn once, on the first rank, if the mean gap of a logging window is too large for rounding.
 
-    Then the completions come from another policy than the trained one, for example from the base
-    model without its adapter. There is no warning if ``warn_of_collapse`` has warned, or if
-    sampling options or dropout explain the gap (the engine samples without dropout).
+    Such a gap means that the completions come from another policy than the trained one, for example
+    from the base model without its adapter. There is no warning if ``warn_of_collapse`` has warned,
+    or if sampling options or dropout explain the gap (the engine samples without dropout).
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:

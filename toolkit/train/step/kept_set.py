@@ -54,7 +54,7 @@ class Distribution:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens may be dropped."""
+        """Whether min-p, top-k or top-p may drop tokens."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property

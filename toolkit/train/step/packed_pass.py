@@ -35,7 +35,7 @@ class Scope:
     """The part of a batch that the loss needs.
 
     ``skipped`` are the indices of rows whose loss terms are 0. ``scored_BT`` is False on tokens
-    that the loss does not use. If it is None, the loss uses all tokens.
+    that the loss does not use. If ``scored_BT`` is None, the loss uses all tokens.
     """
 
     skipped: frozenset[int] = frozenset()
@@ -77,8 +77,8 @@ def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model``, and compare its results once with TRL's padded pass
     ``padded``.
 
-    ``model`` must not be wrapped. Return the reason why packs cannot be used, or None. The result
-    is stored on the model.
+    Return the reason why packs cannot be used, or None if they can. ``model`` must not be wrapped.
+    The returned value is stored on the model, so that a second call does not compare again.
     """
     known: str | None
     if "toolkit_packed_refusal" in model.__dict__:
@@ -116,9 +116,9 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
     """Compare the packed and the padded pass on a small batch. Return how they differ, or None.
 
-    A wrong attention function changes log-probabilities about as much as leaving out the prompts.
-    Rounding changes them far less. Therefore the difference is compared with that of completions
-    without their prompts.
+    With a wrong attention function, log-probabilities change about as much as if the prompts were
+    left out. Rounding changes them far less. Therefore the limit for the difference is a fraction
+    of the change that leaving out the prompts causes.
     """
     training = model.training
     model.eval()
@@ -188,9 +188,9 @@ def score(
     """The log-probabilities and entropies (B, T) of ``batch``, which is (``input_ids``,
     ``attention_mask``, completion width). They are 0 for tokens that are not scored.
 
-    ``limit`` is the number of tokens per pass if no gradient is needed. None means one pass for the
-    whole batch. ``own_head`` must be True if ``sampled_head`` has replaced the head of the model.
-    Returns None if there is nothing to score.
+    ``limit`` is the maximum number of tokens per pass. If ``limit`` is None, the whole batch is
+    computed in one pass, so that a gradient can be computed. ``own_head`` must be True if
+    ``sampled_head`` has replaced the head of the model. Returns None if there is nothing to score.
     """
     input_ids, attention_mask, width = batch
     completions = input_ids[:, -width:]

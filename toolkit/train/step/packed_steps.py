@@ -36,8 +36,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     """A base class of the GRPO trainer that computes log-probabilities with packs. With
     ``padding_free=False`` it uses TRL's padded pass.
 
-    ``micro_rows`` is the configured number of rows of a micro-batch, if micro-batches were merged
-    (``merge_micro_batches``). It limits the tokens of one pass if ``pack_tokens`` is not set.
+    ``micro_rows`` is the number of rows of a micro-batch in the configuration. It is None unless
+    micro-batches were merged (``merge_micro_batches``). If ``pack_tokens`` is not set, one pass has
+    at most as many tokens as ``micro_rows`` rows of full width.
     """
 
     padding_free: bool = True
@@ -55,9 +56,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def merge_micro_batches(self, args: Any, model: Any) -> None:
         """Merge the micro-batches of one optimizer step into one batch.
 
-        ``row_parts`` then splits the batch by the lengths of its rows, and keeps the group of a
-        prompt together. The gradient does not depend on the split, except with the settings in
-        ``CUT_MATTERS``. With these, micro-batches are not merged.
+        Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the group
+        of a prompt together. The gradient does not depend on this split, unless one of the settings
+        in ``CUT_MATTERS`` is used. With such a setting, micro-batches are not merged.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if not self.padding_free or packed_pass.refusal(packed_pass.base_of(model)) is not None:
@@ -176,9 +177,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     def _rows_without_loss(self, inputs: Mapping[str, Any]) -> frozenset[int]:
         """The rows whose loss is 0, because their advantage is 0 and the loss has only the policy
-        term.
+        term. A pass may leave out these rows.
 
-        If this is true for all rows, the shortest row is kept, because a pass needs at least one.
+        If the loss of every row is 0, the shortest row is not returned, because a pass needs at
+        least one row.
         """
         others = self.beta != 0 or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
         if others or self.off_policy_mask_threshold is not None or not self.model.training:
@@ -235,10 +237,12 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def fill_skipped(
         self, scores: tuple[torch.Tensor, torch.Tensor], inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fill the rows that were left out, and return log-probabilities and entropies.
+        """Fill in values for the rows that the pass left out. Return log-probabilities and
+        entropies.
 
-        Such a row gets the old or the sampler's log-probabilities, so that every ratio is 1. Its
-        entropy is 0. ``own_entropy`` uses only the rows that were computed.
+        A row that was left out gets the old log-probabilities, or those of the sampler if there are
+        no old ones. With these values, each of its ratios is 1. Its entropy is 0. ``own_entropy``
+        uses only the rows that were computed.
         """
         if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
@@ -259,11 +263,12 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
-        """A context for computing the loss of a micro-batch, which corrects the logged metrics.
+        """A context in which the loss of a micro-batch is computed. At its end, the context
+        corrects the logged metrics.
 
         The entropy that TRL logged is replaced by the mean over all computed tokens of all parts
-        and ranks. The metric ``SKIPPED`` is added: the share of rows of all ranks that were left
-        out.
+        and ranks. The metric ``SKIPPED`` is added. Its value is the share of the rows of all ranks
+        that were left out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:

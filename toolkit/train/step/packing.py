@@ -177,7 +177,9 @@ def forward(
 
 
 def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
-    """Copy the labelled values of a pack into the padded layout (B, T). All other values are 0."""
+    """Copy the values of the pack's labelled tokens into the padded layout (B, T). All other values
+    are 0.
+    """
     flat = values_1N.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, pack.targets_M, values_1N[0, pack.places_M]).view(shape)
 

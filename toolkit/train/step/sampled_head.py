@@ -225,13 +225,13 @@ def score_parts(
     processes.
 
     Each process has a part of the vocabulary, and ``logits_NV`` are the logits of this part.
-    ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. With the
-    largest logit m of a position, and sums over all processes of the group:
+    ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. Let l be
+    the logits of a position and m the largest of them. With sums over the whole vocabulary:
 
         log Z = m + log sum exp(l - m),  log p(token) = l(token) - log Z,  entropy = log Z - sum p l
 
-    No process ever has the logits of the whole vocabulary. Suffixes: N tokens, V part of the
-    vocabulary.
+    The processes of the group compute each sum together, and no process ever has the logits of the
+    whole vocabulary. Suffixes: N tokens, V part of the vocabulary.
     """
     group = head.mesh.group
     logits_NV = logits_NV.float() / temperature

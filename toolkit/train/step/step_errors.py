@@ -79,8 +79,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     if "parameters that were not used in producing loss" in str(error):
         return ConfigError(
             (
-                "some trainable parameters do not take part in the loss, which several processes "
-                "do not support by default"
+                "some trainable parameters do not take part in the loss. By default, training with "
+                "several processes does not support this"
             ),
             where=where,
             fix="set grpo.ddp_find_unused_parameters: true, or use fewer lora.target_modules",

@@ -31,8 +31,10 @@ MAX_SPLIT = 64
 
 
 class Attempt:
-    """One micro-step that may be repeated: its inputs, and the values that undo an incomplete
-    attempt.
+    """One micro-step that may be repeated.
+
+    The object keeps the inputs of the micro-step and the values from before it. After an incomplete
+    attempt, these values are restored.
     """
 
     def __init__(self, trainer: TrainerSeam, model: Any) -> None:
@@ -100,16 +102,17 @@ class Attempt:
     def _alone(self) -> bool:
         """Whether this replica of the model is the only one.
 
-        Only then a step can be repeated, because several replicas take part in collective calls of
-        TRL and DistributedDataParallel.
+        A step can be repeated only if there is one replica. Several replicas take part in
+        collective calls of TRL and DistributedDataParallel, and one of them cannot repeat a call
+        alone.
         """
         return bool(self.trainer.accelerator.num_processes == 1)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """A context without synchronization by DistributedDataParallel if there is one replica.
+        """A context without synchronization by DistributedDataParallel, if there is one replica.
 
-        With one replica it has nothing to synchronize. But it would raise an error in a forward
-        pass that follows an interrupted backward pass.
+        With one replica there is nothing to synchronize. But DistributedDataParallel would raise an
+        error in a forward pass that follows an interrupted backward pass.
         """
         without = getattr(self.model, "no_sync", None) if self._alone() else None
         return nullcontext() if without is None else without()
@@ -138,9 +141,10 @@ def loss_in_parts(
     """Compute the loss of a micro-batch in ``parts`` (row indices), with one autograd graph at a
     time.
 
-    The backward passes of all parts except the last run here. The caller runs the backward pass of
-    the returned loss, which is that of the last part. The value of the returned loss is the loss of
-    the whole micro-batch. The metrics of the parts are combined.
+    This function runs the backward passes of all parts except the last. The caller runs the
+    backward pass of the returned loss. The value of the returned loss is the loss of the whole
+    micro-batch, but its autograd graph is only that of the last part. The metrics of the parts are
+    combined.
     """
     pieces = split_weights(trainer, inputs, parts)
     metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
@@ -160,7 +164,7 @@ class PartMetrics:
     """Combines the metrics that TRL records for each part of a micro-batch."""
 
     def __init__(self, trainer: TrainerSeam, tokens: list[torch.Tensor]) -> None:
-        """``tokens`` is the number of tokens of each part that the loss uses."""
+        """``tokens`` has one item per part: the number of tokens that the loss uses."""
         self.found = trainer.metric_values
         self.marks = {name: len(values) for name, values in self.found.items()}
         counts = torch.stack(tokens).double()
@@ -240,12 +244,14 @@ def _trained(model: Any) -> list[torch.nn.Parameter]:
 def split_weights(
     trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
-    """Split ``inputs`` into ``parts`` along the batch. Each part gets a weight for its loss, such
-    that the sum has the gradient of the whole micro-batch.
+    """Split ``inputs`` into ``parts`` along the batch. Return (inputs, weight) for each part.
 
-    The weight depends on what the loss type averages over. For sequences (grpo, sapo, dr_grpo,
-    luspo) it is the share of rows. For tokens of the micro-batch (bnpo) it is the share of tokens.
-    For a number that does not depend on the part (dapo, cispo, vespo) it is 1.
+    The sum of the weighted losses of all parts has the gradient of the whole micro-batch. The
+    weight depends on the loss type:
+
+    - grpo, sapo, dr_grpo and luspo average over sequences. The weight is the share of rows.
+    - bnpo averages over the tokens of the micro-batch. The weight is the share of tokens.
+    - dapo, cispo and vespo divide by a number that is the same for every part. The weight is 1.
 
     Raises:
         RuntimeError: an option needs the whole micro-batch at once.

@@ -56,7 +56,9 @@ class Tracking:
     """The trackers of one run. No method raises, and only ``close`` waits."""
 
     def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
-        """``say`` prints a permanent line. ``total`` is the number of steps of the whole run."""
+        """``say`` prints a line on the terminal. ``total`` is the number of steps of the whole
+        run.
+        """
         self.lanes, self._say = list(lanes), say
         self._every = max(1, total // TABLES)
 
@@ -79,7 +81,10 @@ class Tracking:
         self._tell()
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send the first rows of completions.jsonl of a step as a table. Most steps are skipped."""
+        """Send the first completions of a step as a table. Most steps are skipped.
+
+        ``rows`` are the rows of completions.jsonl for the step.
+        """
         if step != 1 and step % self._every:
             return
         table = [flat(row) for row in rows[:TABLE_ROWS]]

@@ -50,8 +50,8 @@ class Start:
     lock: Any = field(default_factory=threading.Lock)
 
     def remember(self, tracker: str, value: str) -> None:
-        """Write a tracker's own id of this run to trackers.json, for when the run resumes. Raises
-        OSError.
+        """Write the id that a tracker gave to this run to trackers.json. A resumed run reads it.
+        Raises OSError.
         """
         with self.lock:
             self.ids[tracker] = value

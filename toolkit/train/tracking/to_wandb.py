@@ -19,9 +19,9 @@ KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class WandbTracker:
-    """Sends numbers and completions with their own metric ``step`` as the x axis.
+    """Sends numbers and completions. The x axis is the metric ``step``, which this class sends.
 
-    W&B's built-in step must always increase, but a resumed run repeats steps.
+    W&B's built-in step is not used. It must always increase, but a resumed run repeats steps.
     """
 
     def __init__(self, start: Start) -> None:
