@@ -1,8 +1,9 @@
 """Turn a disk failure that any library reports into an error with an exit code.
 
 An OSError has an error number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into
-the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number: its
-cause may be an error that has one, or the disk is full afterwards.
+the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number. The
+number is then taken from the cause of this error. If no cause has a number, the free space on the
+disk decides whether the disk was full.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def translate(
 ) -> ToolkitError | None:
     """Return the error to report for a disk failure; None if ``error`` is not a disk failure.
 
-    ``where`` is the path that was written to; a file that ``error`` names takes precedence.
+    ``where`` is the path that was written to. It is used only if ``error`` names no file.
     ``needed`` is the number of bytes to write. ``kept`` is added to the message and says what is
-    not lost. For a full or read-only file system the exit code is 1 (the user must act), for a
-    failing one 3 (the node is bad).
+    not lost. If the file system is full or read-only, the exit code is 1 (the user must act). If
+    the file system fails, the exit code is 3 (the node is bad).
     """
     found = reason(error, Path(where))
     if found is None:

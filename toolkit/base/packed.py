@@ -74,8 +74,11 @@ class _Xz:
 
 
 class Unpacked(io.RawIOBase):
-    """A stream of the bytes of ``source``, which unpacks ``file``: at most ``limit`` bytes, and at
-    most ``MAX_RATIO`` bytes per packed byte. Beyond that, reading raises InputError.
+    """A stream of unpacked bytes. ``source`` is the decompressor that reads the packed bytes from
+    ``file``.
+
+    Reading raises InputError if more than ``limit`` bytes are unpacked, or more than ``MAX_RATIO``
+    times the packed bytes read so far (small files may exceed this ratio).
     """
 
     def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:

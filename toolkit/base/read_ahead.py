@@ -26,7 +26,9 @@ _begun: set[Path] = set()
 
 
 class ReadAhead:
-    """Threads that read files. They end when all is read, or with the process."""
+    """Threads that read files. The threads end when all files are read. They do not keep the
+    process alive.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         self._pieces = list(chain.from_iterable(_pieces(path) for path in files))

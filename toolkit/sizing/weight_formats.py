@@ -33,8 +33,8 @@ def _ceil(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` has names, or parts of names, of modules that stay in the
-    model's own dtype.
+    """A weight format. ``skipped`` contains the names, or parts of the names, of modules that are
+    not quantized.
     """
 
     method: Method
@@ -128,8 +128,9 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """Return the compressed-tensors format if it has one group of float or integer 8-bit weights.
-    Return None for other formats, which are sized from the headers.
+    """Return the compressed-tensors format if it has one group, with float or integer weights of 8
+    bits. Return None for any other compressed-tensors format; such weights are sized from the
+    headers.
     """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:

@@ -62,8 +62,9 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _without_repeats(text: str) -> str:
-    """Return ``text`` without lines that differ only in their numbers from three earlier lines, so
-    that an error between a million progress lines is still found. The end of the text is kept.
+    """Return ``text`` without repeated lines, so that an error between a million progress lines is
+    still found. A line is removed if three earlier lines are equal to it except for their numbers.
+    The end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}

@@ -51,7 +51,9 @@ SHIPPED_CUDA = (
 
 
 def cuda_of(driver: str) -> str | None:
-    """The CUDA version that a driver supports, from its branch."""
+    """The newest CUDA version that a driver supports, found from the first number of the driver's
+    version.
+    """
     branch = as_version(driver).major
     return next((cuda for least, cuda in SHIPPED_CUDA if branch >= least), None)
 
@@ -117,14 +119,16 @@ def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
     """Whether the card does not support forward compatibility. Desktop cards and cards with
-    integrated memory do not.
+    integrated memory do not support it.
     """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
 
 
 def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The libcuda.so.1 that the loader finds first is the driver's own (else CUDA error 803)."""
+    """The first libcuda.so.1 on the library search path is the driver's own. If it is not, CUDA
+    fails with error 803.
+    """
     if not snapshot.gpus:
         return None
     found = snapshot.driver.libcuda.value
@@ -165,7 +169,9 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Forward compatibility only works on data-centre cards (else CUDA error 804)."""
+    """If forward compatibility is used, all cards are data-centre cards. On other cards CUDA fails
+    with error 804.
+    """
     first = (snapshot.driver.libcuda.value or [{}])[0]
     module = snapshot.driver.kernel_module.value or snapshot.driver.version.value
     version = first.get("version")

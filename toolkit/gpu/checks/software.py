@@ -88,7 +88,9 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The module pynvml is nvidia-ml-py's own, and not the deprecated package of that name."""
+    """The module pynvml comes from the package nvidia-ml-py, and not from the deprecated package
+    pynvml.
+    """
     have = snapshot.software.packages.value
     if have is None:
         return unknown("package metadata could not be read")
