@@ -83,7 +83,7 @@ class RetryError(ToolkitError):
 
 
 class UnestablishedError(ToolkitError):
-    """The toolkit could not find out what it was asked for, such as the cause of an error in a log."""
+    """The toolkit could not find out what it was asked for, such as the cause of an error."""
 
     exit_code = 5
 

@@ -237,8 +237,8 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
     least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
     if written < least:
         raise ConfigError(
-            f"{written} is less than {least}, the cache of one sequence of model.max_seq_length"
-            f" {plan.max_model_len} and an empty block",
+            f"{written} bytes are less than {least} bytes, which one sequence of"
+            f" {plan.max_model_len} tokens (model.max_seq_length) and an empty block need",
             where="model.kv_cache_bytes",
             fix=f"set model.kv_cache_bytes to auto or to at least {least}, or lower "
             "model.max_seq_length",

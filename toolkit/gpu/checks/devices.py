@@ -167,8 +167,8 @@ CHECKS = (
     Check(
         "devices.visible",
         "CUDA_VISIBLE_DEVICES names existing cards",
-        "CUDA reads the list up to the first unknown entry and silently ignores the rest. A job "
-        "then runs on fewer cards or finds no GPU.",
+        "CUDA reads the list in CUDA_VISIBLE_DEVICES up to the first unknown entry and silently "
+        "ignores the rest. A job then runs on fewer cards or finds no GPU.",
         "write indices that exist, UUIDs as `envcheck probe` shows them, or unset the variable",
         visible,
     ),

@@ -100,7 +100,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return fail(
         "node",
         f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
-        f"which needs {least}",
+        f"which needs driver {least} or newer",
         _newer_driver(snapshot, least, wanted),
     )
 
@@ -159,12 +159,13 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return ok(f"{where} is the driver's own, {module}")
     if as_version(first["version"]) > as_version(module) and "compat" in first["path"]:
         return ok(
-            f"{where} is the forward-compatibility library {first['version']} over driver {module}"
+            f"{where} is the forward-compatibility library {first['version']}, used with the older "
+            f"driver {module}"
         )
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
-        f"{where} belongs to driver {first['version']}, but the kernel module to {module}: CUDA "
-        "error 803",
+        f"{where} belongs to driver {first['version']}, but the kernel module belongs to "
+        f"driver {module}: CUDA error 803",
     )
 
 
@@ -178,7 +179,9 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not snapshot.gpus or not version or not module or "compat" not in first["path"]:
         return None
     if as_version(version) <= as_version(module):
-        return warn(f"{first['path']} is older than driver {module} and hides its own libcuda")
+        return warn(
+            f"{first['path']} is older than driver {module} and hides that driver's own libcuda"
+        )
     consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
     if consumer:
         return fail(
@@ -198,7 +201,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return unknown(f"/dev could not be read: {found.reason}")
     usable = {entry["path"]: entry["usable"] for entry in found.value}
     if "/dev/dxg" in usable or "/dev/nvgpu" in usable:
-        return ok("/dev/dxg or /dev/nvgpu: WSL or an integrated GPU")
+        return ok("the GPU is used through /dev/dxg (WSL) or /dev/nvgpu (an integrated GPU)")
     wanted = ["/dev/nvidiactl", "/dev/nvidia-uvm"]
     wanted += [f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.known]
     missing = [path for path in wanted if path not in usable]

