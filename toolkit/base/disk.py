@@ -38,8 +38,10 @@ _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. un
 
 def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:
     """Return (errno, file name or None) of the disk failure that ``error`` or one of its causes
-    reports; None if there is no disk failure. ``near`` is the path that was written to. Its free
-    space is checked if the error has no number.
+    reports; None if there is no disk failure.
+
+    ``near`` is the path that was written to. If an archive writer failed without an error number,
+    the free space of the file system of ``near`` shows whether the disk was full.
     """
     seen = set[int]()
     silent = False
@@ -124,8 +126,9 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """Do the same as ``translate`` for a command that knows only the error and not the path. This
-    function covers a full, read-only or failing disk, but not a file without read permission.
+    """Return the error to report for a disk failure, like ``translate``, if the path that was
+    written to is not known. Return None if ``error`` is not a disk failure, or if only a permission
+    is missing: it may concern a file that was read.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):

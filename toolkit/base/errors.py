@@ -26,8 +26,8 @@ EXIT_CODES: dict[int, str] = {
 
 
 class ToolkitError(Exception):
-    """The base class of the toolkit's errors. ``message`` says what happened, ``where`` names the
-    place, and ``fix`` says what to do.
+    """The base class of the toolkit's errors. ``message`` says what happened. ``where`` names the
+    file, the key or the option with the problem. ``fix`` says what to do.
     """
 
     exit_code: ClassVar[int] = 70

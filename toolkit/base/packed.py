@@ -24,7 +24,9 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """The largest allowed unpacked size of ``packed_bytes`` packed bytes; at most ``limit``."""
+    """The largest size to which ``packed_bytes`` packed bytes may be unpacked. It is at most
+    ``limit``.
+    """
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 

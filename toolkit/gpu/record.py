@@ -132,7 +132,8 @@ def _other(uuid: str, salt: bytes) -> str:
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
-    """Read what ``recording`` wrote: the node, its requirements, and the recorded verdicts.
+    """Read what ``recording`` wrote: the node, the requirements of the job, and the recorded
+    verdicts.
 
     Raises InputError if ``data`` is not a recording of this format.
     """

@@ -164,7 +164,7 @@ def kv_element_bytes(plan: EnginePlan) -> int:
 
 
 def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
-    """The KV bytes that the engine allocates for one sequence of ``tokens``."""
+    """The KV bytes that the engine allocates for one sequence of ``tokens`` tokens."""
     return kv_bytes.sequence_bytes(
         spec,
         tokens,

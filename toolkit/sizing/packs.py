@@ -81,7 +81,7 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """The tokens of a pack that contains all rollouts of one process."""
+    """The number of tokens of a pack that contains all rollouts of one process."""
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion
 

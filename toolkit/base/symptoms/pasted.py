@@ -105,8 +105,9 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """Return ``text`` without prefixes and suffixes, with the lines of each rank together. In the
-    first result a space replaces each line break; in the second, line breaks are removed.
+    """Return two versions of ``text`` without prefixes and suffixes, with the lines of each rank
+    together. The first version has a space for each line break. The second version has nothing
+    there.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)
@@ -122,7 +123,9 @@ def streams(text: str) -> tuple[str, str]:
 
 
 def telling_lines(text: str, most: int = 80) -> list[str]:
-    """The last ``most`` lines that contain an error word; if there are none, the last lines."""
+    """The last ``most`` lines that contain a word such as "error" or "failed". If there are no such
+    lines, return the last lines of the text.
+    """
     lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
     return (telling or lines)[-most:]

@@ -29,7 +29,7 @@ VLLM_READS_UUIDS = (0, 25)
 
 
 def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """CUDA_VISIBLE_DEVICES names existing cards."""
+    """Every entry of CUDA_VISIBLE_DEVICES is an existing card."""
     if not snapshot.gpus:
         return None
     seen = visible_devices(snapshot)
@@ -169,13 +169,13 @@ CHECKS = (
         "CUDA_VISIBLE_DEVICES names existing cards",
         "CUDA reads the list in CUDA_VISIBLE_DEVICES up to the first unknown entry and silently "
         "ignores the rest. A job then runs on fewer cards or finds no GPU.",
-        "write indices that exist, UUIDs as `envcheck probe` shows them, or unset the variable",
+        "write existing indices, or UUIDs as `envcheck probe` shows them, or unset the variable",
         visible,
     ),
     Check(
         "devices.count",
         "There are as many GPUs as the job needs",
-        "GPUs are counted after CUDA_VISIBLE_DEVICES and without lost cards. The required "
+        "Only GPUs that CUDA_VISIBLE_DEVICES allows and that respond are counted. The required "
         "number comes from --require N, or from world size and tensor_parallel_size.",
         "request more GPUs from the scheduler, or lower tensor_parallel_size",
         count,

@@ -62,7 +62,7 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
 
 
 def mps(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """No MPS server is between the job and the card."""
+    """No server of MPS, NVIDIA's Multi-Process Service, is between the job and the card."""
     running = snapshot.driver.mps
     if not snapshot.gpus or running.value is None:
         return None if not snapshot.gpus else unread(running, "MPS")
