@@ -82,9 +82,8 @@ def visible(snapshot: NodeSnapshot) -> Visible:
             )
             return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
         if device in chosen:
-            return Visible(
-                (), f"{VISIBLE}={wanted!r} contains {device.label} twice: CUDA sees no GPU"
-            )
+            twice = f"{VISIBLE}={wanted!r} contains {device.label} twice"
+            return Visible((), f"{twice}: CUDA sees no GPU")
         chosen.append(device)
     return _with_slices(tuple(chosen))
 

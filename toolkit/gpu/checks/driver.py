@@ -260,7 +260,7 @@ CHECKS = (
         "If a different libcuda is found first (an image's compat folder, a stub, a leftover of "
         "an update), CUDA fails to start with error 803 while NVML still works.",
         "remove the folder of that libcuda from LD_LIBRARY_PATH; after an update of the driver, "
-        "reload it",
+        "reload its kernel modules",
         libcuda,
     ),
     Check(

@@ -242,7 +242,8 @@ _ROWS = (
     (
         "host.cpus",
         "There are enough CPUs for engine, trainer and rewards",
-        "The host limits the speed of a small model's decode step; a single CPU halves it.",
+        "The host limits the speed of a small model's decode step. With a single CPU, decoding "
+        "takes twice as long.",
         "request more CPUs (--cpus-per-task)",
         cpus,
     ),

@@ -85,8 +85,8 @@ _ROWS = (
     (
         "place.capabilities",
         "The container has CUDA's library",
-        "The NVIDIA runtime provides what NVIDIA_DRIVER_CAPABILITIES names. Without 'compute' "
-        "NVML works but CUDA does not.",
+        "The NVIDIA runtime provides only the libraries that NVIDIA_DRIVER_CAPABILITIES lists. "
+        "Without 'compute' NVML works but CUDA does not.",
         "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
         capabilities,
     ),

@@ -187,7 +187,8 @@ _ROWS = (
         "The training packages are the tested ones",
         "The trainer and the engine use internal interfaces of pinned TRL, vLLM and PEFT "
         "versions. Contract tests cover only these versions.",
-        "install the extra again: pip install 'grpo-toolkit[cuda]' (or [cpu-engine], [train])",
+        "install the pip extra again: `pip install 'grpo-toolkit[cuda]'` (or [cpu-engine], "
+        "[train])",
         pins,
     ),
     (
@@ -209,7 +210,7 @@ _ROWS = (
         "software.torch",
         "torch can use the GPU",
         "A CPU build of torch ignores the card without an error.",
-        "install torch from the CUDA index: pip install 'grpo-toolkit[cuda]'",
+        "install torch from the CUDA index: `pip install 'grpo-toolkit[cuda]'`",
         torch,
     ),
     (
@@ -223,15 +224,16 @@ _ROWS = (
     (
         "software.features",
         "The card supports the requested number formats",
-        "bfloat16 and FP8 caches need compute capability 8.0, and bitsandbytes' 4-bit weights 7.0.",
+        "bfloat16 and FP8 caches need compute capability 8.0. The 4-bit weights of bitsandbytes "
+        "need compute capability 7.0.",
         "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
         features,
     ),
     (
         "software.engine",
         "The packages of the run file are installed",
-        "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT, "
-        "and an environment needs its package.",
+        "`engine: vllm` needs vLLM, 4-bit and 8-bit weights need bitsandbytes, and training needs "
+        "torch, TRL and PEFT. The section `environment` may need more packages.",
         "install 'grpo-toolkit[cuda]' on a machine with a GPU, else 'grpo-toolkit[cpu-engine]'",
         engine,
     ),
