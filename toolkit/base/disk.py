@@ -22,8 +22,8 @@ FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 LIMITED = (errno.EFBIG,)
 MOUNTS = Path("/proc/self/mountinfo")
 LEAST_FREE = 1 << 20
-"""If a writer does not say why it failed, a file system with less free space than this counts as
-full.
+"""A file system with fewer free bytes than this counts as full, if an archive writer failed without
+an error number.
 """
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.I)
 _WORDS = {

@@ -21,7 +21,7 @@ COPY_BYTES = 2
 """Bytes of one weight in a copy, which is bfloat16 for every dtype of the run."""
 TERM = "engine.dequantized"
 SPARE_SHARE = 0.01
-"""The share of the card's memory that stays free if as many copies are made as fit."""
+"""The fraction of the card's memory that copies never use, even if only some copies fit."""
 LEAST_SHARE = 0.1
 """Copies of less than this share of the weights are not worth their memory."""
 

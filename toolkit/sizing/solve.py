@@ -249,7 +249,8 @@ def _largest(
     way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
     """Return the candidate with the largest suitable micro-batch; None if none is suitable.
-    ``micros`` are the possible micro-batches in descending order.
+    ``micros`` are the possible micro-batches (for packs: numbers of tokens per pass), in descending
+    order.
     """
     pairs: dict[int, tuple[Candidate, Fit]] = {}
 

@@ -212,9 +212,9 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
     of the node.
 
     Usually the job would use the devices that CUDA sees. But if neither CUDA_VISIBLE_DEVICES nor
-    --gpu-index selects cards, the result is every card, and includes cards that no longer respond.
-    CUDA leaves these out and numbers the others anew, so the job would get a different card than
-    expected.
+    --gpu-index selects cards, and no card has MIG slices, the result is every card, even one that
+    no longer responds. CUDA leaves such a card out and numbers the others anew, so the job would
+    get a different card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):

@@ -126,8 +126,8 @@ def _no_compat(gpu: GpuSnapshot) -> bool:
 
 
 def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The first libcuda.so.1 on the library search path is the driver's own. If it is not, CUDA
-    fails with error 803.
+    """The first libcuda.so.1 on the library search path is the driver's own, or a newer one for
+    forward compatibility. With any other libcuda, CUDA fails with error 803.
     """
     if not snapshot.gpus:
         return None
