@@ -36,8 +36,8 @@ memory of a step.
 
 
 DEQUANTIZE_S = 1.5e-12
-"""Seconds to dequantize one 4-bit weight in one decode step. The time of the 16-bit matrix product is
-not included. A decode step of an 8B model with 4-bit weights took 18 ms. With 16-bit weights it
+"""Seconds to dequantize one 4-bit weight in one decode step. The time of the 16-bit matrix product
+is not included. A decode step of an 8B model with 4-bit weights took 18 ms. With 16-bit weights it
 would take about 7 ms.
 """
 
