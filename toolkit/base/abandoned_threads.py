@@ -1,7 +1,7 @@
-"""End a process although an abandoned thread, which no other thread waits for, still runs.
+"""End a process although an abandoned thread (one that no other thread waits for) still runs.
 
-A library that was called in such a thread may wait for its server when the interpreter ends (W&B
-does). If the server does not answer, the finished process would never end.
+When the interpreter ends, a library that was called in such a thread may wait for a server (W&B
+does). If the server does not answer, the process would never end, although its work is finished.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ PREFIX = "abandoned: "
 
 
 def exit_past_them(code: object) -> None:
-    """End the process with ``code`` if an abandoned thread still runs; else return.
+    """End the process with ``code`` if an abandoned thread still runs. Otherwise do nothing.
 
-    ``code`` is the code of a SystemExit: a number, None (exit code 0), or a text (exit code 1),
-    which is printed. Functions that libraries registered for the end of the process are not called.
-    The caller must write buffered output before the call.
+    ``code`` is the code of a SystemExit: a number, None (exit code 0), or a text. A text is
+    printed, and the exit code is 1. Exit handlers of libraries (``atexit``) are not called. The
+    caller must flush buffered output before the call.
     """
     if not any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
         return

@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether ``unpack`` can read the file, by its name."""
+    """Whether the name of the file is that of an archive that ``unpack`` can read."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
@@ -82,10 +82,12 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 
 
 def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
-    """Return the names of the files that ``unpack`` would write, without writing anything. Return
-    None if more than ``most_bytes_read`` bytes would have to be unpacked to find all names.
+    """Return the names of the files that ``unpack`` would write, without writing anything.
 
-    Raises the same errors as ``unpack``. Only headers are read, not the contents of members.
+    Only the headers of the members are needed. In a zip file all headers are listed in one place.
+    In a compressed tar file the contents between the headers must be unpacked too. So the result is
+    None if the members of a tar file have more than ``most_bytes_read`` bytes in total. Raises the
+    same errors as ``unpack``.
     """
     names: list[str] = []
     total_bytes = 0
@@ -195,8 +197,8 @@ def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Itera
 
 
 class _Capped:
-    """Limit the size of one read from a file, because a zip file may state any size for its
-    directory, and zipfile reads that much at once.
+    """Limit the size of one read from a zip file. The header of a zip file may state any size for
+    the central directory (the list of members), and zipfile reads the whole directory at once.
     """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
@@ -215,8 +217,8 @@ class _Capped:
 
 
 def _counted(archive: Path, number: int) -> None:
-    """Raise ConfigError if ``number``, the position of a member in the archive, is above the limit.
-    Ignored members count too.
+    """Raise ConfigError if an archive has too many members. ``number`` is the position of a member
+    in the archive. Ignored members count too.
     """
     if number > MAX_MEMBERS:
         raise ConfigError(

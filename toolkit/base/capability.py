@@ -1,8 +1,9 @@
-"""What a card supports, by its compute capability.
+"""Which GPUs (cards) the software supports, by the compute capability of the card.
 
 Rules and the sizer use this module for a card that the user names. Checks and remedies use it for
-an installed card. The constants are the lowest capabilities for each number format. Two tables list
-the capabilities that the builds of torch and vLLM support, for each CUDA version and machine type.
+an installed card. Each constant is the lowest compute capability that supports one number format.
+Two tables list the compute capabilities that the builds of torch and vLLM support, for each CUDA
+version and machine type.
 """
 
 from __future__ import annotations
@@ -49,12 +50,16 @@ def spelled(capability: tuple[int, int]) -> str:
 
 
 def torch_list(cuda: str, machine: str) -> tuple[str, ...] | None:
-    """The capabilities that torch for this CUDA supports on this machine; None if unknown."""
+    """The compute capabilities that torch supports, if it is built for CUDA ``cuda`` and the
+    machine type ``machine``; None if unknown.
+    """
     return _known(_TORCH, cuda, machine)
 
 
 def vllm_list(cuda: str, machine: str) -> tuple[str, ...] | None:
-    """The capabilities that vLLM for this CUDA supports on this machine; None if unknown."""
+    """The compute capabilities that vLLM supports, if it is built for CUDA ``cuda`` and the machine
+    type ``machine``; None if unknown.
+    """
     return _known(_VLLM, cuda, machine)
 
 
@@ -66,10 +71,11 @@ def _known(table: dict[tuple[str, str], str], cuda: str, machine: str) -> tuple[
 def build_problem(
     capability: tuple[int, int], *, machine: str, cuda: str = LOCKED_CUDA, vllm: bool = True
 ) -> str | None:
-    """Return why the builds of torch (and of vLLM) for this CUDA do not support a card; None if
-    they support it or if that is unknown.
+    """Return why a card cannot run torch or vLLM that is built for CUDA ``cuda``. Return None if
+    the card can run both, or if that is unknown. vLLM is ignored if ``vllm`` is false.
 
-    Compiled code runs on its own capability and on higher ones with the same major number.
+    Code that is compiled for one compute capability runs on cards with this capability, and on
+    cards with a higher capability of the same major number.
     """
     text = f"compute capability {spelled(capability)}"
     built = vllm_list(cuda, machine) if vllm else None

@@ -34,7 +34,9 @@ MAX_TRACEBACK_CHARACTERS = 200_000
 
 
 class Work:
-    """The run folder of this process, and a function that describes its run, for the report."""
+    """Two parts of a defect report: the run folder of this process, and a function that describes
+    the run of this process.
+    """
 
     folder: Path | None = None
     run: Callable[[], Mapping[str, Any]] | None = None

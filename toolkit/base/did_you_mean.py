@@ -16,10 +16,12 @@ EQUALLY_SIMILAR = 0.02
 def near(
     word: str, words: Iterable[str], *, cutoff: float = 0.7, within: float = EQUALLY_SIMILAR
 ) -> list[str]:
-    """At most three words that ``word`` may be a misspelling of, the most similar one first.
+    """Return at most three of ``words`` that ``word`` may be a misspelling of, the most similar
+    first.
 
-    Case is ignored, and ``-`` equals ``_``. Every result has a similarity of at least ``cutoff`` (0
-    to 1), and is at most ``within`` less similar than the first result.
+    Case is ignored, and ``-`` equals ``_``. Similarity is a number from 0 to 1. Each result has a
+    similarity of at least ``cutoff``. The similarity of each result is less than ``within`` below
+    that of the first result.
     """
     if len(word) > _LONGEST:
         return []
@@ -37,8 +39,8 @@ def near(
 
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.7) -> str | None:
-    """The word that ``word`` is most likely a misspelling of; None if two words are equally similar
-    to it, or if none is similar.
+    """Return the word that ``word`` is most likely a misspelling of. Return None if no word is
+    similar enough, or if several words are about equally similar.
     """
     close = near(word, words, cutoff=cutoff)
     return close[0] if len(close) == 1 else None

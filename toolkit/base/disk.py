@@ -1,8 +1,9 @@
 """Turn a disk failure that any library reports into an error with an exit code.
 
 An OSError has an error number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into
-the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number: its
-cause may be an error that has one, or the disk is full afterwards.
+the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number. The
+number is then taken from the cause of this error. If no cause has a number, the free space on the
+disk decides whether the disk was full.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
 LIMITED = (errno.EFBIG,)
 MOUNTS = Path("/proc/self/mountinfo")
 LEAST_FREE = 1 << 20
-"""If a writer does not say why it failed, a file system with less free space than this counts as
-full.
+"""A file system with fewer free bytes than this counts as full, if an archive writer failed without
+an error number.
 """
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.I)
 _WORDS = {
@@ -37,8 +38,10 @@ _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. un
 
 def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:
     """Return (errno, file name or None) of the disk failure that ``error`` or one of its causes
-    reports; None if there is no disk failure. ``near`` is the path that was written to. Its free
-    space is checked if the error has no number.
+    reports; None if there is no disk failure.
+
+    ``near`` is the path that was written to. If an archive writer failed without an error number,
+    the free space of the file system of ``near`` shows whether the disk was full.
     """
     seen = set[int]()
     silent = False
@@ -81,10 +84,10 @@ def translate(
 ) -> ToolkitError | None:
     """Return the error to report for a disk failure; None if ``error`` is not a disk failure.
 
-    ``where`` is the path that was written to; a file that ``error`` names takes precedence.
+    ``where`` is the path that was written to. It is used only if ``error`` names no file.
     ``needed`` is the number of bytes to write. ``kept`` is added to the message and says what is
-    not lost. For a full or read-only file system the exit code is 1 (the user must act), for a
-    failing one 3 (the node is bad).
+    not lost. If the file system is full or read-only, the exit code is 1 (the user must act). If
+    the file system fails, the exit code is 3 (the node is bad).
     """
     found = reason(error, Path(where))
     if found is None:
@@ -123,8 +126,9 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """Do the same as ``translate`` for a command that knows only the error and not the path. This
-    function covers a full, read-only or failing disk, but not a file without read permission.
+    """Return the error to report for a disk failure, like ``translate``, if the path that was
+    written to is not known. Return None if ``error`` is not a disk failure, or if only a permission
+    is missing: it may concern a file that was read.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):

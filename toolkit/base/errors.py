@@ -26,8 +26,8 @@ EXIT_CODES: dict[int, str] = {
 
 
 class ToolkitError(Exception):
-    """The base class of the toolkit's errors. ``message`` says what happened, ``where`` names the
-    place, and ``fix`` says what to do.
+    """The base class of the toolkit's errors. ``message`` says what happened. ``where`` names the
+    file, the key or the option with the problem. ``fix`` says what to do.
     """
 
     exit_code: ClassVar[int] = 70
@@ -43,7 +43,7 @@ class ToolkitError(Exception):
 
 
 class ConfigError(ToolkitError):
-    """The run file or the request must change."""
+    """The user must change the run file or the request."""
 
     exit_code = 1
 
@@ -83,7 +83,7 @@ class RetryError(ToolkitError):
 
 
 class UnestablishedError(ToolkitError):
-    """The toolkit could not find the answer."""
+    """The toolkit could not find out what it was asked for, such as the cause of an error."""
 
     exit_code = 5
 
@@ -104,8 +104,11 @@ class DefectError(ToolkitError):
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
     """Return the message of an error of another library, in one line of at most ``longest``
-    characters. For an empty message (``MemoryError()``), return the name of the error's class. For
-    a pydantic error, return its single messages, because its text begins with a count.
+    characters.
+
+    An empty message (``MemoryError()``) is replaced by the name of the error's class. The text of a
+    pydantic error begins with the number of its problems. The result is then the messages of the
+    single problems, separated by semicolons.
     """
     judged = getattr(error, "errors", None)
     if callable(judged) and "validation error" in str(error):

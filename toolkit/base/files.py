@@ -47,7 +47,7 @@ def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> Inp
 
 
 def kind_fault(mode: int) -> str | None:
-    """Return why a file with this mode is not read; None for a regular file."""
+    """Return why a file with this mode (``st_mode``) is refused; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"

@@ -1,7 +1,7 @@
 """Format bytes, durations and counts in readable units, and make unprintable characters visible.
 
-The names of variables in other modules end with their unit: ``_bytes``, ``_gib``, ``_tokens``,
-``_s``.
+In all modules, a variable that contains a quantity has its unit at the end of its name: ``_bytes``,
+``_gib``, ``_tokens``, ``_s``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """The largest allowed unpacked size of ``packed_bytes`` packed bytes; at most ``limit``."""
+    """The largest size to which ``packed_bytes`` packed bytes may be unpacked. It is at most
+    ``limit``.
+    """
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
@@ -74,8 +76,11 @@ class _Xz:
 
 
 class Unpacked(io.RawIOBase):
-    """A stream of the bytes of ``source``, which unpacks ``file``: at most ``limit`` bytes, and at
-    most ``MAX_RATIO`` bytes per packed byte. Beyond that, reading raises InputError.
+    """A stream of unpacked bytes. ``source`` is the decompressor that reads the packed bytes from
+    ``file``.
+
+    Reading raises InputError if more than ``limit`` bytes are unpacked, or more than ``MAX_RATIO``
+    times the packed bytes read so far (small files may exceed this ratio).
     """
 
     def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:

@@ -80,11 +80,11 @@ def write_file(
     path: Path, content: str | bytes, *, durable: bool = False, mode: int = FILE_MODE
 ) -> Path:
     """Replace ``path`` by ``content`` in one step: a reader sees the old file or the new one, never
-    half of it.
+    a partly written file.
 
-    The new file has the mode ``mode`` minus the umask. With ``durable``, the file and its name are
-    on the disk when this function returns. If ``path`` is a link, the file replaces the link.
-    Raises OSError, also if ``path`` is a device, a pipe or a socket.
+    The new file has the mode ``mode`` minus the umask. With ``durable``, the content and the
+    directory entry are on the disk when this function returns. If ``path`` is a link, the file
+    replaces the link. Raises OSError, also if ``path`` is a device, a pipe or a socket.
     """
     _refuse_special(path)
     data = content.encode() if isinstance(content, str) else content
@@ -182,8 +182,8 @@ def _umask() -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names of the files in a folder are on the disk. A rename alone does not
-    guarantee this.
+    """Wait until the directory entries of a folder are on the disk (``fsync``). A rename alone does
+    not guarantee this.
     """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,6 +1,6 @@
-"""Read environment variables that other programs set for this process: its rank and the world size
-(torchrun's names), and the settings of torch's CUDA allocator. Without these variables the world
-size is 1.
+"""Read environment variables that other programs set for this process. torchrun sets the rank and
+the world size; if its variables are not set, the world size is 1. The settings of torch's CUDA
+allocator are read too.
 """
 
 from __future__ import annotations

@@ -18,15 +18,17 @@ BLOCK = 8 << 20
 PIECE = 256 << 20
 THREADS = 4
 MEMORY_SHARE = 0.6
-"""The largest share of the available memory that is filled. The end of a larger checkpoint would
-push its beginning out of the cache.
+"""The largest part of the available memory that read files may fill. If a checkpoint does not fit,
+reading its end removes its beginning from the cache.
 """
 
 _begun: set[Path] = set()
 
 
 class ReadAhead:
-    """Threads that read files. They end when all is read, or with the process."""
+    """Threads that read files. The threads end when all files are read. They do not keep the
+    process alive.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         self._pieces = list(chain.from_iterable(_pieces(path) for path in files))

@@ -1,8 +1,9 @@
 """Find tokens and keys, and remove them from everything that is printed or written.
 
-Two methods find a secret: its form (the published prefixes of common services), and its value (the
-values of environment variables whose names suggest a secret). ``protect_output`` applies both to
-stdout, stderr and every log record. Files go through ``redact`` and ``redact_tree``.
+There are two ways to recognise a secret. Its pattern: tokens of common services have published
+prefixes. Its value: it is the value of an environment variable whose name suggests a secret.
+``protect_output`` uses both ways for stdout, stderr and every log record. Text for files is passed
+through ``redact`` or ``redact_tree`` before it is written.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def is_secret_key(name: str) -> bool:
 
 def find_secret(text: str) -> str | None:
     """Return the kind of the first secret in ``text``, such as "Hugging Face token"; None if there
-    is none. A secret is recognised by its form.
+    is none. Secrets are recognised only by their pattern.
     """
     return next((kind for kind, pattern in PATTERNS.items() if pattern.search(text)), None)
 
@@ -98,8 +99,8 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 def redact_tree(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """Return a copy of a tree of mappings, lists and scalars without secrets. A secret is
-    recognised by the name of its key, by its form, or by being the value of a secret environment
-    variable.
+    recognised by the name of its key, by its pattern, or because it is the value of a secret
+    environment variable.
     """
     if isinstance(value, str):
         return redact(value, environ)
@@ -204,8 +205,8 @@ _order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozen
 
 
 def _known_here() -> tuple[tuple[str, str], ...]:
-    """Return the secrets of this process, including those of variables that were removed from its
-    environment later.
+    """Return the values of all secret environment variables that this process has had so far.
+    Variables that were removed from the environment later are included.
     """
     global _order
     environ = frozenset(os.environ.items())
@@ -218,8 +219,8 @@ def _known_here() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=4)
 def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return (variable, value) for the environment's secrets, in every form in which they may be
-    printed, longest first.
+    """Return (variable, value) for the secrets in the environment, the longest value first. Each
+    secret is listed in every encoding of ``_forms``.
     """
     found: dict[str, str] = {}
     for name, value in sorted(environ):
@@ -232,8 +233,9 @@ def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str],
 
 
 def _is_path(value: str) -> bool:
-    """Whether a variable contains the path of a secret's file (``/run/secrets/token``). A secret
-    can begin with "/" too (base64), so the value counts as a path only if it or its folder exists.
+    """Whether ``value`` is the path of a file that contains a secret (``/run/secrets/token``). A
+    secret can begin with "/" too (base64). So ``value`` counts as a path only if the file or its
+    folder exists.
     """
     if not value.startswith("/") or "\0" in value:
         return False
@@ -248,8 +250,9 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """Return the forms in which a secret may be printed: unchanged, and as ``repr`` (also of bytes,
-    and applied twice), JSON, URLs and ``visible`` write it.
+    """Return all texts as which a secret may be printed: the secret itself, and its encodings. The
+    encodings are those of ``repr`` (once and twice, and for bytes), of JSON, of URLs, and of
+    ``visible``.
     """
     once = _quoted(secret)
     forms = [

@@ -99,9 +99,9 @@ class Outliving:
 
 
 def discard(stream: TextIO) -> None:
-    """Connect the descriptor of ``stream`` to the null device, so that the buffered output of a
-    failed stream goes there. Otherwise its failure at the end of the process would change the exit
-    code to 120.
+    """Connect the descriptor of ``stream`` to the null device and flush ``stream``. The buffered
+    output of a failed stream is lost. Otherwise Python would flush this output at the end of the
+    process, fail again, and change the exit code to 120.
     """
     with suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()

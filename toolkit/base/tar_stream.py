@@ -1,8 +1,8 @@
 """Read the members of a tar file once, from front to back, with limits.
 
-tarfile reads a header of any stated size into memory, follows headers that point backwards, and
-unpacks whatever is between two headers. ``Forward``, the stream that tarfile reads from, prevents
-these three problems.
+tarfile has three weaknesses: it reads a header of any size into memory, it follows a header that
+points to an earlier position, and it unpacks all data between two headers, however much it is.
+tarfile reads from a ``Forward`` stream, which prevents all three.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_HEADERS_BYTES = 16 * MIB  # limit for the headers of all members
 
 
 class Forward:
-    """A stream for tarfile that reads only forwards and limits the size of one read."""
+    """A stream for tarfile. It never moves backwards, and it limits the size of one read."""
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
         self.path = path

@@ -1,13 +1,14 @@
 """Call code that may never end, with a limit on time and memory.
 
-A thread cannot be stopped: a loop continues to use the interpreter's time, and a regular expression
-that backtracks without end keeps the interpreter lock, so no other thread can act. A timer signal
-in the main thread interrupts loops, sleeps, sockets, locks and regular expressions, and leaves no
-thread behind. So calls in the main thread are limited by a signal. Calls in other threads run in a
-daemon thread, which is abandoned when its time is over.
+Python cannot stop a thread. A thread in an endless loop continues to use CPU time. A thread in an
+endless regular expression keeps the interpreter lock, and no other thread can run. A timer signal
+has neither problem, but it works only in the main thread. It interrupts loops, sleeps, sockets,
+locks and regular expressions. So ``call_within`` uses a timer signal in the main thread. In any
+other thread it makes the call in a new daemon thread, and abandons this thread when the time is
+over.
 
 Neither method stops native code that never returns to Python, or code that catches every exception
-in a loop. Because of such code, the user's rewards run in a process that can be killed
+in a loop. So the reward functions of the user run in a process that can be killed
 (train/rewards/worker).
 """
 
@@ -35,8 +36,8 @@ class OutOfTime(Exception):
 
 
 class _Cut(BaseException):
-    """Raised inside the call when its time is over. It is not an ``Exception``, so no ``except
-    Exception`` in the called code catches it.
+    """The exception that the timer signal raises inside the called code when its time is over. It
+    is not an ``Exception``, so that ``except Exception`` in the called code does not catch it.
     """
 
 
@@ -106,10 +107,10 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
 
 @contextmanager
 def memory_within(more_bytes: int) -> Iterator[None]:
-    """Limit the memory that this process can allocate inside the block: after ``more_bytes`` more,
-    MemoryError is raised.
+    """Limit the memory that this process can allocate inside the ``with`` block to ``more_bytes``
+    more than it has. Allocations above this limit raise MemoryError.
 
-    The limit applies to all threads, so keep the block short and run no other thread in it.
+    The limit applies to all threads. So keep the block short, and let no other thread run in it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:

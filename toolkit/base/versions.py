@@ -1,5 +1,5 @@
-"""Compare versions as PEP 440 does. Only this module imports ``packaging``, on first use, because
-the import takes as long as a light command.
+"""Compare versions as PEP 440 does. Only this module imports ``packaging``. The import takes as
+long as a whole command that does little, so ``packaging`` is imported only on first use.
 """
 
 from __future__ import annotations

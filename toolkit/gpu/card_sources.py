@@ -1,7 +1,9 @@
-"""Where the sizes of card_table were read: public logs and reports, by the card's first alias.
+"""The public logs and reports from which the memory sizes in card_table were read. Each entry has
+the first alias of its card as key.
 
-A card without an entry has the size of another card (``alike``), a computed size, or a part of the
-host's memory; card_table explains these words.
+A card without an entry was not read from a log. Its size is that of another card (``alike``), a
+computed size (``computed``), or a part of the host's memory (``host``); card_table explains these
+words.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ SLICE_ADDRESSES: dict[str, str] = {
 
 
 def spelled(paths: str) -> tuple[str, ...]:
-    """The paths of an entry, written as whole addresses."""
+    """Return the addresses of one entry of ``ADDRESSES``. A path at github.com becomes a full
+    address.
+    """
     return tuple(
         path if path.startswith("https://") else f"https://github.com/{path}"
         for path in paths.split()

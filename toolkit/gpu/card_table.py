@@ -1,27 +1,30 @@
 """The cards known by name, and the MIG slices of those that support MIG.
 
 ``nvml`` is the total memory that ``nvidia-smi`` prints, in MiB. ``cuda`` is the total memory that
-CUDA reports (``cudaMemGetInfo``, and "total capacity" in torch's messages), in GiB. It is below
-NVML's total, because the driver reserves a part. The source of a row is one of these words:
+CUDA reports (``cudaMemGetInfo``, and "total capacity" in torch's messages), in GiB. ``cuda`` is
+smaller than ``nvml``, because the driver reserves a part. The source of a row is one of these
+words:
 
 - ``read``: both sizes were read on the card.
 - ``log``: ``nvml`` is what ``nvidia-smi`` prints in public logs. ``cuda`` is what torch, vLLM,
   deviceQuery, Ollama or another engine prints in the public log at the address in card_sources.
-- ``reserved``: ``cuda`` is NVML's total minus the part that ``nvidia-smi -q`` calls "Reserved" in
-  the log at the address.
+- ``reserved``: ``cuda`` is ``nvml`` minus the size that ``nvidia-smi -q`` calls "Reserved" in the
+  log at the address in card_sources.
 - ``reported``: ``cuda`` is commonly reported for current drivers, but no log that names the card
-  was found. An address in card_sources is the source of NVML's total, or of the size with an older
-  driver, which reserved less.
-- ``alike``: ``nvml`` is what ``nvidia-smi`` prints. ``cuda`` is that of a card with the same chip
-  and memory in this table.
+  was found. The address in card_sources, if there is one, is the source of ``nvml``, or of ``cuda``
+  with an older driver, which reserved less.
+- ``alike``: ``nvml`` is what ``nvidia-smi`` prints. ``cuda`` is copied from another card in this
+  table with the same chip and the same memory.
 - ``computed``: ``nvml`` is what ``nvidia-smi`` prints in public logs, or the size in the data
   sheet. ``cuda`` is ``nvml`` minus the largest part that the driver was seen to reserve on cards of
   that size: 500 MiB up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above.
 - ``host``: the card has integrated memory, which is a part of the host's memory.
 
-The size of a slice is what ``nvidia-smi mig -lgip`` prints in the public logs of card_sources and
-in NVIDIA's MIG guide; if drivers differ, it is the smallest. A computed size is the smallest share
-of its card that a published slice with the same number of eighths has.
+The size of a MIG slice is the one that ``nvidia-smi mig -lgip`` prints in the public logs of
+card_sources and in NVIDIA's MIG guide. If drivers print different sizes, the smallest is used. For
+a slice without a published size the size is computed. The basis are the published slices of other
+cards with the same number of memory eighths (a slice gets one or more eighths of the memory of its
+card). The smallest share of the card's memory that one of these slices has is used.
 """
 
 from __future__ import annotations

@@ -17,9 +17,11 @@ from toolkit.gpu import card_sources, card_table
 class Card:
     """One model of card, or one of its MIG slices.
 
-    ``total_bytes`` is NVML's total, ``cuda_bytes`` the total that CUDA reports. ``source`` is one
-    of the words that card_table explains. ``addresses`` and ``slice_addresses`` are the places
-    where the sizes were read. ``machine`` is aarch64 for cards that exist only in such machines.
+    ``total_bytes`` is the total memory that NVML reports, ``cuda_bytes`` the total that CUDA
+    reports. ``source`` says where these sizes come from, as one of the words that card_table
+    explains. ``addresses`` and ``slice_addresses`` are the web addresses of the logs with the
+    sizes. ``machine`` is the machine type that the card is used in: aarch64 for cards that exist
+    only in aarch64 machines.
     """
 
     name: str
@@ -101,8 +103,8 @@ CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip()
 
 
 def _key(name: str) -> str:
-    """Return a name in the form that is compared: ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and
-    ``RTX4090`` become equal.
+    """Return a name in a normal form, so that different spellings can be compared: ``NVIDIA GeForce
+    RTX 4090``, ``rtx_4090`` and ``RTX4090`` have the same result.
     """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 
@@ -127,7 +129,9 @@ def find(name: str, *, where: str = "--gpu") -> Card:
 
 
 def _plain(found: re.Match[str]) -> Card:
-    """A card of the given size. CUDA can use all of its memory."""
+    """A card that is known only by the size of its memory. All of this memory counts as usable by
+    CUDA.
+    """
     size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
     capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
     unit = "MiB" if found[2] == "mib" else "GiB"
@@ -174,7 +178,9 @@ def _slice(card: Card, profile: str, where: str) -> Card:
 
 
 def of_name(name: str) -> Card | None:
-    """Return the card with this NVML name; None if the table does not contain it."""
+    """Return the card in the table with the name ``name``, as NVML reports it; None if there is
+    none.
+    """
     return _BY_KEY.get(_key(name))
 
 
@@ -191,12 +197,13 @@ def check_family(wanted: str, *, where: str = "--require") -> None:
 def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
     """Whether the card ``name`` is one of the cards that ``wanted`` describes.
 
-    These values of ``wanted`` are possible:
+    ``wanted`` may be one of these:
 
-    - words of the name: ``h100`` matches every H100, ``a100-80gb`` every A100 with 80 GB,
+    - one or more words of a card's name: ``h100`` matches every H100, ``a100-80gb`` every A100 with
+      80 GB,
     - a GeForce series (``rtx-40``),
     - an architecture (``hopper``),
-    - another name of the card in the table.
+    - an alias of a card in the table.
     """
     text = wanted.strip().lower()
     if text in ARCHITECTURES:

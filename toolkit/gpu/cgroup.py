@@ -14,10 +14,11 @@ _NO_LIMIT = 1 << 60
 
 
 def read_cgroup(root: Path) -> dict[str, Any]:
-    """Return {version, memory_limit, memory_used, cpu_limit} in bytes and CPUs. A limit of None
-    means that there is no limit.
+    """Return {version, memory_limit, memory_used, cpu_limit}. The values for memory are in bytes,
+    and cpu_limit is a number of CPUs. A limit of None means that there is no limit.
 
-    The limits of all parent groups apply too, so the smallest one is returned.
+    The limits of all parent groups apply too, so each limit is the smallest one of the group and
+    its parents.
 
     Raises:
         OSError: there is no cgroup file system.
@@ -54,10 +55,10 @@ def _groups(root: Path) -> dict[str, str]:
 
 
 def _chain(base: Path, group: str) -> list[Path]:
-    """Return the group's folder and its parents up to ``base``.
+    """Return the folder of the group and all its parent folders up to ``base``.
 
-    In a container, the path of the group may be a path on the host that does not exist here. Then
-    only ``base`` is returned.
+    In a container, ``group`` may be a path of the host that does not exist in the container. Then
+    the result is only ``base``.
     """
     folder = base / group.lstrip("/")
     if ".." in group.split("/") or not folder.is_dir():
@@ -77,8 +78,8 @@ def _number(path: Path) -> int | None:
 
 
 def _used(folder: Path, name: str, prefix: str = "") -> int | None:
-    """Return the bytes in use without the page cache, because the kernel frees the page cache
-    before it kills a process.
+    """Return the bytes of memory in use, not counting the page cache. The kernel frees the page
+    cache before it kills a process for lack of memory.
     """
     used = _number(folder / name)
     if used is None:
@@ -93,8 +94,8 @@ def _used(folder: Path, name: str, prefix: str = "") -> int | None:
 
 
 def _share(folder: Path) -> float | None:
-    """Return the number of CPUs in version 2's ``cpu.max``, which contains a quota and a period in
-    microseconds.
+    """Return the CPU limit of a version 2 group: the quota divided by the period, both in
+    microseconds, from the file ``cpu.max``.
     """
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()

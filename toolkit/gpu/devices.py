@@ -1,8 +1,8 @@
-"""Map CUDA's device numbers (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER) to NVML's cards.
+"""Map CUDA's device numbers to NVML's cards, with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
 
 The rules are those of the CUDA programming guide. CUDA_VISIBLE_DEVICES is a list of indices or of
-UUIDs (a unique prefix is enough). The first unknown entry ends the list, and CUDA uses only one MIG
-slice.
+UUIDs (a unique prefix of a UUID is enough). CUDA ignores the first unknown entry and everything
+after it. CUDA uses at most one MIG slice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """The devices that CUDA will number 0, 1, ...; ``problem`` says why the list ended early."""
+    """The devices that CUDA will number 0, 1, ... ``problem`` is a text if CUDA ignores a part of
+    CUDA_VISIBLE_DEVICES, and says why.
+    """
 
     devices: tuple[GpuSnapshot, ...]
     problem: str | None = None
@@ -30,8 +32,8 @@ class Visible:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The bytes that CUDA can use on a device. ``integrated`` memory is shared with the CPU (GB10,
-    Jetson).
+    """The bytes of memory that CUDA can use on a device. ``integrated`` is true if the device
+    shares its memory with the CPU (GB10, Jetson).
     """
 
     total_bytes: int
@@ -80,7 +82,8 @@ def visible(snapshot: NodeSnapshot) -> Visible:
             )
             return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
         if device in chosen:
-            return Visible((), f"{VISIBLE}={wanted!r} names {device.label} twice: CUDA sees no GPU")
+            twice = f"{VISIBLE}={wanted!r} contains {device.label} twice"
+            return Visible((), f"{twice}: CUDA sees no GPU")
         chosen.append(device)
     return _with_slices(tuple(chosen))
 
@@ -109,8 +112,8 @@ def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
 
 
 def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
-    """Return the visible devices. A card in MIG mode can only be used through a slice, and CUDA
-    uses exactly one, so if there is a slice, only the first one is returned.
+    """Return the visible devices. A card in MIG mode is replaced by its first slice. CUDA uses only
+    one slice. So if there is a slice, the result is the first slice alone.
     """
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
@@ -146,9 +149,9 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
 
 
 def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
-    """Return the memory of a device that CUDA can use. On GB10 and Jetson, where CPU and GPU share
-    memory, NVML reports "not supported"; there, return the available memory of the host. Return
-    None if the memory is unknown.
+    """Return the memory of a device that CUDA can use. GB10 and Jetson share the memory between CPU
+    and GPU, and there NVML reports "not supported". For them, return the total and the available
+    memory of the host. Return None if the memory is unknown.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return Memory(gpu.total_bytes, gpu.free_bytes)
@@ -168,8 +171,9 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
 
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
-    """Return the node's machine type (x86_64, aarch64). If the snapshot does not contain it, return
-    the machine type of the card in the table.
+    """Return the node's machine type (x86_64, aarch64). If the snapshot does not contain the
+    machine type, return the one in the table of cards; for a card that is not in the table, return
+    x86_64.
     """
     if snapshot.software.machine.value:
         return snapshot.software.machine.value

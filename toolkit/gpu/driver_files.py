@@ -41,8 +41,8 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
 
 
 def asked(question: Callable[[], Any]) -> Reading[Any]:
-    """Call ``question``, a function that reads files, and return its result as a reading. A missing
-    file becomes "not supported", another error "failed".
+    """Call ``question``, a function that reads files, and return a reading with its result. If a
+    file is missing, the reading is "not supported". After any other error, the reading is "failed".
     """
     try:
         return of(question())
@@ -67,8 +67,8 @@ def kernel_module(root: Path = ROOT) -> str:
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Return every libcuda.so.1 with its version and the source of its path, in the loader's order.
-    The first one is loaded.
+    """Return every libcuda.so.1 on the loader's search path, with its version and the source of its
+    path. The order is that of the loader, which loads the first one.
     """
     found: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
@@ -81,8 +81,8 @@ def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any
 def shared_library(
     name: str, environ: Mapping[str, str], root: Path = ROOT
 ) -> Iterator[tuple[Path, Path, str]]:
-    """Yield every file of this name on the loader's search path, in its order, as (path, path
-    without links, source of the path).
+    """Find the files named ``name`` on the loader's search path. Yield (path, path with all links
+    resolved, source of the path) for each, in the order of the search path.
     """
     places = [
         ("LD_LIBRARY_PATH", Path(folder))
@@ -100,8 +100,8 @@ def shared_library(
 
 
 def _cached(name: str, root: Path) -> list[Path]:
-    """Return the paths of a library in the loader's cache, which is a table of NUL-terminated
-    strings.
+    """Return the paths of a library in the loader's cache (``ld.so.cache``). The cache contains the
+    paths as NUL-terminated strings.
     """
     try:
         data = (root / "etc/ld.so.cache").read_bytes()

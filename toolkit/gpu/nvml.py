@@ -34,10 +34,12 @@ Answers = dict[str, Any]  # field name -> Reading[Any]
 
 @dataclass
 class NvmlAnswers:
-    """NVML's results. ``start`` is NVML's version, or why NVML did not start.
+    """The results of all NVML queries. ``start`` is the version of NVML, or the reason why NVML did
+    not start.
 
-    ``gpus`` has a pair for each card: the readings of the card, and a list with the readings of
-    each of its MIG devices. The readings are ``{field of GpuSnapshot: Reading}``.
+    ``gpus`` contains a pair for each card: the readings of the card, and a list with the readings
+    of each of its MIG devices. Readings are a mapping from the name of a field of ``GpuSnapshot``
+    to a ``Reading``.
     """
 
     start: Reading[str]
@@ -51,8 +53,9 @@ class NvmlAnswers:
 def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
     """Run one query and return its outcome as a Reading.
 
-    If the driver is older than the call, newer versions of pynvml raise NVMLLibraryMismatchError,
-    which is not an NVMLError. This outcome is also "not supported".
+    If the driver is older than the queried function, newer versions of pynvml raise
+    NVMLLibraryMismatchError, which is not a subclass of NVMLError. In this case too, the reading is
+    "not supported".
     """
     try:
         return of(query(*arguments))

@@ -20,8 +20,8 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """Whether this process can use a GPU. If it cannot, ``text`` says why and ``remedy`` what to
-    do.
+    """Whether this process can use a GPU. If it cannot, ``text`` says why, and ``remedy`` says what
+    to do.
     """
 
     kind: Kind
@@ -79,8 +79,8 @@ def presence(snapshot: NodeSnapshot) -> Presence:
 
 
 def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
-    """Return which part is missing if NVML does not start: the card, the library or the kernel
-    module. ``cards`` is the number of cards on the PCI bus.
+    """Return the Presence for a node where NVML does not start. The cause may be a missing card, a
+    missing library or a missing kernel module. ``cards`` is the number of cards on the PCI bus.
     """
     start = snapshot.driver.nvml
     if not cards:

@@ -1,6 +1,7 @@
 """The result of one query: a value, "not supported", or "failed".
 
-An unknown value never counts as a pass: code that reads ``value`` must handle its absence.
+``value`` is None if the query has no value. Code that uses ``value`` must handle this case, so that
+an unknown value never counts as a pass.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T_co]):
-    """The result of a query: ``value`` if it succeeded, else ``reason`` and, for an NVML query,
-    NVML's ``code``.
+    """The result of a query. If the query succeeded, ``value`` is the result. Otherwise ``reason``
+    says why there is no value, and ``code`` is the return code of NVML if NVML was queried.
 
     ``unsupported`` is true if this hardware or driver does not provide the value (normal on many
-    cards), and false if the query should have worked but failed.
+    cards). It is false if the query should have worked but failed.
     """
 
     value: T_co | None = None

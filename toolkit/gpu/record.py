@@ -1,8 +1,9 @@
-"""Write a node into a file for a bug report: all raw readings, without names of persons or hosts.
+"""Write the facts about a node into a file for a bug report: all readings, without names of persons
+or hosts.
 
-UUIDs are replaced by others that still distinguish cards, and pids by small numbers. Names of
-processes, users and hosts are removed. The snapshot already contains only allowed environment
-variables.
+Each UUID is replaced by another one, so that cards can still be told apart. Each pid is replaced by
+a small number. Names of processes, users and hosts are removed. The snapshot contains only those
+environment variables that checks read.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _DROPPED = {"SLURM_JOB_ID": "1"}
 def recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
-    """Return the content of the file, without secrets and names. ``verdicts`` are the recorded
-    results; ``replay`` compares its own results with them.
+    """Return the content of the file, without secrets and names. Its key ``verdicts`` contains the
+    results of the checks on this node. ``replay`` runs the checks again on the recorded facts, and
+    compares its results with ``verdicts``.
     """
     data: dict[str, Any] = {
         "schema": SCHEMA_ID,
@@ -115,12 +117,12 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
 
 
 def _other(uuid: str, salt: bytes) -> str:
-    """Replace a UUID digit by digit: each digit is shifted by an amount that depends on the digits
-    before it.
+    """Replace each digit of a UUID by another digit. The amount by which a digit is shifted depends
+    on the salt and on the digits before it.
 
-    So different cards still have different UUIDs, and a prefix of a UUID (CUDA_VISIBLE_DEVICES may
-    contain one) becomes a prefix of the new UUID. The salt is discarded, so that nobody can find
-    the old UUID by trying digits.
+    So different UUIDs stay different. A prefix of a UUID (CUDA_VISIBLE_DEVICES may contain one)
+    becomes a prefix of the new UUID. The salt is not saved, so that nobody can find the old UUID by
+    trying all digits.
     """
     turned = []
     for position, digit in enumerate(uuid):
@@ -130,7 +132,8 @@ def _other(uuid: str, salt: bytes) -> str:
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
-    """Read what ``recording`` wrote: the node, its requirements, and the recorded verdicts.
+    """Read what ``recording`` wrote: the node, the requirements of the job, and the recorded
+    verdicts.
 
     Raises InputError if ``data`` is not a recording of this format.
     """

@@ -37,11 +37,12 @@ class SoftwareSnapshot:
     """What is known about the installed software.
 
     - ``python``: the version of Python.
-    - ``machine``: x86_64, aarch64 ...
-    - ``packages``: name -> version, None for a package that is not installed.
-    - ``pins``: {name, requires, extra} for each requirement in the toolkit's metadata.
-    - ``torch_cuda``: the CUDA version that torch was built for, None for a CPU build.
-    - ``libnuma``: the path where the loader finds that library, None if it does not.
+    - ``machine``: the machine type, x86_64 or aarch64.
+    - ``packages``: maps the name of a package to its version; None if it is not installed.
+    - ``pins``: {name, requires, extra} for each requirement in the toolkit's metadata. ``extra`` is
+      the pip extra that the requirement belongs to, or None.
+    - ``torch_cuda``: the CUDA version that torch was built for; None for a CPU build.
+    - ``libnuma``: the path of libnuma.so.1; None if the loader does not find this library.
     """
 
     python: Reading[str] = NOT_ASKED

@@ -25,8 +25,9 @@ def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
-    """Return (bytes that all layers keep, bytes that one layer keeps while it is recomputed,
-    temporary bytes of that layer's backward pass).
+    """Return three numbers of bytes: what all layers keep until the backward pass, what one layer
+    keeps while it is recomputed (0 without gradient checkpointing), and the temporary tensors of
+    the backward pass of that layer.
     """
     one = pass_of(work, step)
     tokens = one.tokens
@@ -76,25 +77,28 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
-    """Whether PEFT's own forward pass runs, which makes one more copy of the input per module: PEFT
-    casts each adapted input up, and autocast casts it down again. policy/lora_layer.py avoids the
-    copies, but uses PEFT's forward pass if the adapter has dropout.
+    """Whether PEFT's own forward pass runs. In it, each adapted module makes one more copy of its
+    input: PEFT casts the input to float32, and autocast casts it back. policy/lora_layer.py avoids
+    this copy, but leaves the forward pass to PEFT if the adapter has dropout.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
 def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
-    """Whether the kernel ``varlen_attn`` computes attention over packs, which are rows merged
-    without padding (policy/packed_attention.can_use_kernel).
+    """Whether the kernel ``varlen_attn`` computes attention for packs
+    (policy/packed_attention.can_use_kernel). A pack consists of several rows merged without
+    padding.
     """
     half = step.compute_bytes < MASTER_BYTES
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The bytes of the keys and values that a layer keeps for packs, arranged segment by segment.
-    The kernel uses them unchanged. Without the kernel they are repeated for the query heads, in
-    batches of which up to a quarter is padding.
+    """The bytes of the keys and values that a layer keeps for a pack. They are arranged by segments
+    of the pack.
+
+    The kernel uses the keys and values unchanged. Without the kernel they are repeated for each
+    query head, in batches of which up to a quarter is padding.
     """
     if step.pack_tokens is None:
         return 0
@@ -107,9 +111,11 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
 
 
 def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The bytes of the temporary tensors of attention's backward pass over packs: the gradients of
-    all keys and values, and their float32 sums over the segments. These tensors exist after the
-    tensors that the MLP saved are freed.
+    """The bytes of temporary tensors in attention's backward pass for a pack: the gradients of all
+    keys and values, and the sums of these gradients over the segments, in float32.
+
+    These tensors exist after the tensors that the MLP saved are freed. So the bytes that the MLP
+    saved are subtracted.
     """
     if step.pack_tokens is None:
         return 0
@@ -121,8 +127,9 @@ def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> in
 
 
 def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
-    """The bytes that sdpa saves: q, k, v (repeated for grouped queries), the output, the
-    log-sum-exp, and the mask as a bias in the dtype of the scores.
+    """The bytes per token that sdpa (torch's scaled_dot_product_attention) saves: the queries, the
+    keys and values (repeated for grouped queries), the output, the log-sum-exp, and the mask. The
+    mask is added to the scores and has their dtype.
     """
     width = step.compute_bytes
     if block.cache.kind == "linear":
@@ -143,8 +150,9 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
 
 
 def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
-    """The bytes per token of the score matrices that attention without a fused kernel saves: the
-    softmax in float32, its copy that multiplies the values, and with soft-capping the tanh.
+    """The bytes per token of the score matrices that attention without a fused kernel saves. These
+    are the softmax in float32, the copy of the softmax that is multiplied by the values, and with
+    soft-capping the result of the tanh.
     """
     if spec.scores == "fused":
         return 0
@@ -154,8 +162,9 @@ def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
 
 
 def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
-    """The bytes per token that the MLP saves: the gate, its activation and the up projection, for
-    each active expert. A fused MLP recomputes the activation instead of saving it.
+    """The bytes per token that the MLP saves for each active expert: the output of the gate
+    projection, the activation of this output, and the output of the up projection. A fused MLP
+    recomputes the activation instead of saving it.
     """
     total, width = 0, step.compute_bytes
     for linear in block.linears:
@@ -169,11 +178,11 @@ def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
 
 
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The temporary bytes per token of one layer's backward pass: the gradients of the MLP's inner
-    tensors.
+    """The bytes per token of the temporary tensors in one layer's backward pass: the gradients of
+    the tensors inside the MLP.
 
-    The gradients are float32 where PEFT cast an adapted input up. The gradient of the hidden state
-    exists twice.
+    A gradient is float32 if PEFT cast the adapted input to float32. The gradient of the hidden
+    state exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -200,8 +209,11 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
 
 
 def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The temporary bytes per token of the score matrices' backward pass: 1.5 times their gradients
-    in float32, after the tensors saved by the MLP are freed.
+    """The bytes per token of the temporary tensors in the backward pass of the score matrices. They
+    need 1.5 times the bytes of their gradients in float32.
+
+    These tensors exist after the tensors that the MLP saved are freed. So the bytes that the MLP
+    saved are subtracted.
     """
     if spec.scores == "fused":
         return 0

@@ -1,6 +1,6 @@
-"""Build the SizingResult of a candidate (an engine plan and a step plan) and its fit. It contains
-the sizes of model, engine and trainer, the choice (a value for every "auto"), the predicted peaks,
-and all memory terms.
+"""Build the result of sizing (``SizingResult``) from a candidate (an engine plan and a step plan)
+and its memory terms (``Fit``). The result contains the sizes of the model, the engine and the
+trainer, a value for every "auto", the predicted peaks, and all memory terms.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def assemble(
     remedies: tuple[Remedy, ...] = (),
     longest: int | None = None,
 ) -> SizingResult:
-    """Return the result of ``candidate``. ``largest`` is the largest micro-batch that fits.
-    ``longest`` is the longest sequence that fits (``longest.longest_that_fits``).
+    """Return the result for ``candidate``. ``largest`` is the largest micro-batch that fits.
+    ``longest`` is the longest sequence that fits, as returned by ``longest.longest_that_fits``.
     """
     interval, utilization = _interval(candidate, fit)
     kv_bytes = _kv_bytes(candidate, fit, utilization)
@@ -77,8 +77,9 @@ def assemble(
 
 
 def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
-    """Return the interval of gpu_memory_utilization, rounded inwards, and the chosen utilization:
-    the value in the run file, else the upper end of the interval.
+    """Return the interval of gpu_memory_utilization, and the utilization that is used. Both ends of
+    the interval are rounded inwards. The utilization is the value in the run file. If that is
+    "auto", the utilization is the upper end of the interval.
     """
     if candidate.device is None or not candidate.work.uses_engine:
         return Interval(
@@ -126,9 +127,8 @@ def _device(device: Device | None) -> dict[str, object] | None:
 
 
 def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
-    """The predicted peak of torch's allocator in each phase, without margins.
-
-    The peak does not include the CUDA context and the engine's runtime.
+    """The predicted peak of torch's allocator in each phase, without margins. The CUDA context and
+    the engine's runtime are not included.
     """
     counted = [
         term
@@ -179,7 +179,7 @@ def _format(candidate: Candidate) -> str:
 
 def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     """Return a note if the engine makes 16-bit copies of only some of the 4-bit weights, or of
-    none. Return None if it copies all weights, or if the run file sets the number of copies.
+    none. Return None if the engine copies all of them, or if the run file sets how many are copied.
     """
     copies, whole = candidate.plan.dequantized, all_copies(candidate.spec, candidate.plan)
     left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine

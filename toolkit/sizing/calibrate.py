@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The rows of all terms, and the predicted bound of torch's peak."""
+    """The comparison of all terms. ``bound`` is the predicted upper bound of torch's peak."""
 
     rows: tuple[Row, ...]
     bound: int
@@ -152,7 +152,9 @@ def _bytes(value: Any) -> int | None:
 
 
 def _torch_peak(path: Path) -> int | None:
-    """The largest peak in the timings; None if they have no peak (no GPU)."""
+    """The largest torch peak in timings.jsonl; None if the file contains no peak (a run without a
+    GPU).
+    """
     if not path.is_file() or path.stat().st_size > MAX_TIMINGS_BYTES:
         return None
     largest = 0

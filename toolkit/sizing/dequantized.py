@@ -1,8 +1,8 @@
-"""Size the 16-bit copies of 4-bit weights that exist during a rollout (engine/dequantized): how
-many bytes they need, and how many bytes of copies fit beside the KV cache of a rollout.
+"""Compute the size of the 16-bit copies of 4-bit weights (engine/dequantized): how many bytes all
+copies need, and how many bytes of copies fit beside the KV cache of a rollout.
 
-The copies exist while sampling and not while training. So they compete for memory with the KV cache
-and not with the activations of a training step.
+The copies exist only during a rollout, and not during a training step. So they compete for memory
+with the KV cache, and not with the activations of training.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ COPY_BYTES = 2
 """Bytes of one weight in a copy, which is bfloat16 for every dtype of the run."""
 TERM = "engine.dequantized"
 SPARE_SHARE = 0.01
-"""The share of the card's memory that stays free if as many copies are made as fit."""
+"""The fraction of the card's memory that copies never use, even if only some copies fit."""
 LEAST_SHARE = 0.1
 """Copies of less than this share of the weights are not worth their memory."""
 
 
 def all_copies(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of copies of all linear layers that are 4-bit in the engine; 0 if the engine has no
-    such layers. Routed experts are not copied, because they have their own kernels.
+    """The bytes that 16-bit copies of all 4-bit linear layers in the engine need; 0 if the engine
+    has no such layers. Routed experts are never copied, because they have their own kernels.
     """
     how = plan.quantization
     if not plan.on_gpu or plan.tensor_parallel > 1 or how is None or how.method != "bnb-nf4":
@@ -42,7 +42,9 @@ def all_copies(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of copies that the run file requests; 0 if it has "auto" or false."""
+    """The bytes of copies that the run file requests with model.dequantized_rollouts; 0 if this key
+    is "auto" or false.
+    """
     wanted, whole = config.model.dequantized_rollouts, all_copies(spec, plan)
     if wanted == "auto" or wanted is False:
         return 0
@@ -50,7 +52,7 @@ def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def room_for_copies(candidate: Candidate, fit: Fit) -> int:
-    """The bytes that are free if the KV cache is large enough for every sequence of a rollout."""
+    """The bytes that remain for copies if the KV cache can hold all sequences of a rollout."""
     most, spare = fit.max_sampling_bytes, 0
     written = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:
@@ -61,8 +63,9 @@ def room_for_copies(candidate: Candidate, fit: Fit) -> int:
 
 
 def best_copies(candidate: Candidate, fit: Fit) -> int:
-    """Return the bytes of copies to add to ``candidate``, which fits without copies: the bytes of
-    all copies, or of as many as fit (the engine copies the largest layers first), or 0.
+    """Return how many bytes of copies to add to ``candidate``, which fits without copies. The
+    result is the bytes of all copies if these fit. Otherwise it is the bytes that remain, with
+    which the engine copies the largest layers first. If little memory remains, the result is 0.
     """
     whole = all_copies(candidate.spec, candidate.plan)
     fitting = min(whole, room_for_copies(candidate, fit))

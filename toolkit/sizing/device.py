@@ -29,8 +29,9 @@ RESERVED_SHARE = 0.0055
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One card. ``total_bytes`` and ``free_bytes`` are the numbers of NVML; ``cuda_total_bytes`` is
-    the total that vLLM multiplies by gpu_memory_utilization.
+    """One card. ``total_bytes`` and ``free_bytes`` are the total and the free memory that NVML
+    reports. ``cuda_total_bytes`` is the total that CUDA reports, which vLLM multiplies by
+    gpu_memory_utilization.
     """
 
     name: str
@@ -105,8 +106,9 @@ class Device:
 
 
 def situation_of(device: Device | None, world_size: int = 1) -> Situation:
-    """Return the situation (card, number of processes, installed vLLM) of a run on ``device``; None
-    is the CPU. For a card that is not in this node, vLLM is assumed to be installed there.
+    """Return the situation of a run on ``device`` (None: the CPU): its card, the number of its
+    processes, and the installed vLLM. A ``device`` that is not in this node belongs to another
+    node, and vLLM is assumed to be installed on that node.
     """
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)
@@ -119,9 +121,9 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
 def situation_here(
     snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
 ) -> Situation:
-    """Return the situation of a run on this node. Its card is the GPU that CUDA numbers
-    ``gpu_index``, or the first GPU for None or if there are fewer GPUs. Without a GPU the run uses
-    the CPU.
+    """Return the situation of a run on this node. The card of the run is the GPU that CUDA numbers
+    ``gpu_index``. It is the first GPU if ``gpu_index`` is None or too large. Without a GPU the run
+    uses the CPU.
     """
     seen = visible(snapshot).devices
     facts = DeviceFacts("no GPU", None)

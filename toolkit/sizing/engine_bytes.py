@@ -1,10 +1,10 @@
-"""Compute the memory of the engine besides its KV cache: the weights, LoRA buffers, the activations
-of its profiling run, the sampler, CUDA graphs, and its runtime.
+"""Compute all memory of the engine except its KV cache: the weights, LoRA buffers, the activations
+of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
 
-Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``):
-gpu_memory_utilization x total includes all of these terms, and the rest is the KV cache.
-Activations and sampler are returned to the allocator after profiling, so the training phase of the
-same process can use that memory. The other terms stay.
+Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). vLLM may use
+gpu_memory_utilization x total memory. All of these terms are part of this amount, and the rest is
+the KV cache. After profiling, the memory of the activations and the sampler goes back to torch's
+allocator. So training in the same process can use it. The memory of the other terms stays in use.
 """
 
 from __future__ import annotations
@@ -92,16 +92,17 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
 
 
 def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
-    """The bytes of the engine's LoRA buffers for adapters of ``rank``, with the toolkit's
-    settings.
+    """The bytes of the LoRA buffers that the engine allocates for adapters of rank ``rank``, with
+    the settings of ``plan``.
     """
     elements = lora_bytes.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
     return elements * DTYPE_BYTES[plan.dtype]
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The peak bytes of one compiled forward pass of max_num_batched_tokens tokens: those of the
-    attention or the MLP of one layer, whichever needs more.
+    """The peak bytes of one compiled forward pass with max_num_batched_tokens tokens. The attention
+    and the MLP of a layer do not need their memory at the same time, so the larger of the two
+    counts.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0
@@ -124,8 +125,8 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
-    """The bytes of the largest unpacked weight: bitsandbytes unpacks one fused weight to 16 bits
-    for a batch of more than a few tokens.
+    """The bytes of the largest weight, unpacked to 16 bits. For a batch of more than a few tokens,
+    bitsandbytes unpacks one fused weight at a time.
     """
     if quantization is None or quantization.method != "bnb-nf4":
         return 0
@@ -163,7 +164,7 @@ def kv_element_bytes(plan: EnginePlan) -> int:
 
 
 def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
-    """The KV bytes that the engine allocates for one sequence of ``tokens``."""
+    """The KV bytes that the engine allocates for one sequence of ``tokens`` tokens."""
     return kv_bytes.sequence_bytes(
         spec,
         tokens,

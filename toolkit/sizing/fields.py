@@ -25,7 +25,9 @@ _MISSING = object()
 
 
 class Fields:
-    """A view of one mapping of config.json; ``where`` is its name in error messages."""
+    """A mapping in config.json (the whole file, or a section), with methods that read typed values.
+    ``where`` names the mapping in error messages.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values

@@ -1,16 +1,17 @@
-"""Fit one candidate (an engine plan and a step plan) on one card: compute its terms, and the
-possible range of gpu_memory_utilization, which is called u here.
+"""Check whether one candidate (an engine plan and a step plan) fits on one card. Compute its memory
+terms, and the possible range of gpu_memory_utilization, which is called u here.
 
-u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
-u_max is the largest u with which both phases fit into the free memory:
+    u_min = (weights + LoRA + tables + runtime + graphs + activations + KV of one sequence) / total
+
+u_max is the largest u for which the memory of both phases fits into the free memory:
 
     rollouts  context + u x total + what the trainer keeps
     training  context + u x total - activations that the engine freed + what the trainer keeps
-              + a step
+              + the tensors of a training step
 
-With KV sleep (the KV cache is freed while training) the second sum contains no cache, so it is the
-same at every u. The first sum then includes the margin of a step, for memory that torch keeps
-reserved after the step.
+With KV sleep, the KV cache is freed while training. The sum for training then contains no cache,
+and does not grow with u. The sum for rollouts then includes the margin of a training step, because
+torch keeps memory reserved after the step.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ LOGIT_BYTES = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
-    """Return the terms of sampling with transformers: the KV cache of all rollouts at once, two
-    more copies of one layer's cache (because a layer's cache grows by concatenation), and the
-    temporary tensors of sampling.
+    """Return the memory terms of sampling with transformers: the KV cache of all rollouts at once,
+    and the temporary tensors of sampling. The KV cache of a layer grows by concatenation, which
+    needs two more copies of the cache of one layer.
     """
     width = DTYPE_BYTES[plan.dtype]
     sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
@@ -100,8 +101,8 @@ CPU_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The input of one evaluation. ``unsplit`` is the spec of the whole model, ``spec`` that of the
-    part on one card. Both are equal if the model is not split over cards.
+    """The input of ``evaluate``. ``unsplit`` describes the whole model. ``spec`` describes the part
+    of the model on one card. Both are equal if the model is not split over cards.
     """
 
     config: RunConfig
@@ -115,16 +116,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The terms of one candidate, and whether they fit.
+    """The memory terms of one candidate, and whether they fit.
 
-    - ``min_bytes``, ``max_bytes``: the ends of u x total. ``binding_min`` and ``binding_max`` name
-      what limits them.
-    - ``short_bytes``: the missing memory. The candidate fits if it is 0 or less.
+    - ``min_bytes``, ``max_bytes``: the smallest and the largest possible value of u x total (u is
+      gpu_memory_utilization). ``binding_min`` and ``binding_max`` name what limits these values.
+    - ``short_bytes``: the missing memory. The candidate fits if this number is 0 or less.
     - ``kv_sequence_bytes``: the KV cache of one sequence.
     - ``kv_wanted_bytes``: the KV cache of all sequences of a rollout.
-    - ``kv_bytes``: the KV cache of a CPU engine.
-    - ``max_sampling_bytes``: the limit that the rollout phase alone puts on ``max_bytes``.
-    - ``min_margin_bytes``, ``max_margin_bytes``: the margins that the two ends contain.
+    - ``kv_bytes``: the KV cache of a CPU engine; None for any other engine.
+    - ``max_sampling_bytes``: the value of ``max_bytes`` if only the rollout phase had to fit.
+    - ``min_margin_bytes``, ``max_margin_bytes``: the margins in ``min_bytes`` and ``max_bytes``.
     """
 
     terms: tuple[Term, ...]
@@ -147,7 +148,9 @@ class Fit:
 
     @property
     def holds_rollout(self) -> bool:
-        """Whether the candidate fits with a KV cache for all sequences of a rollout at once."""
+        """Whether the candidate fits, with a KV cache that can hold all sequences of a rollout at
+        once.
+        """
         cache_bytes = self.max_bytes - self.min_bytes + self.kv_sequence_bytes
         return self.fits and cache_bytes >= self.kv_wanted_bytes
 
@@ -250,7 +253,9 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
 
 
 def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
-    """The fit of a CPU engine, whose KV cache has a fixed size instead of a fraction of a card."""
+    """The fit for an engine on the CPU. Its KV cache has a fixed size and is not a fraction of the
+    memory of a card.
+    """
     one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
     wanted = _wanted(candidate)
     cache = max(one, min(2 * wanted, CPU_KV_MOST), CPU_KV_LEAST)
@@ -273,8 +278,8 @@ def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
 
 
 def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
-    """The fit of a run without an engine: the trainer's own model also samples, with transformers'
-    generate.
+    """The fit of a run without an engine. The trainer's own model also samples the rollouts, with
+    the method ``generate`` of transformers.
     """
     device = candidate.device
     need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))

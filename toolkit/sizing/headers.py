@@ -1,9 +1,9 @@
 """Read safetensors headers without the safetensors library and without trusting the file.
 
-The format (huggingface/safetensors, README "Format"): eight bytes little-endian N, then N bytes of
-JSON that map each tensor's name to its dtype, shape and data offsets. Any of these values may be
-wrong in a file. A wrong value raises ``InputError``, in limited time and memory and without reading
-any weight.
+The format (huggingface/safetensors, README "Format"): a file begins with eight bytes that contain a
+little-endian number N. The next N bytes are JSON, which maps the name of each tensor to its dtype,
+shape and data offsets. A wrong value in a file raises ``InputError``. Reading takes limited time
+and memory, and no weights are read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIX = "download the file again; it is truncated or was not written by safetensor
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One entry of a header: the dtype under safetensors' name, and the shape."""
+    """One entry of a header: the dtype of a tensor, as safetensors names it, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]

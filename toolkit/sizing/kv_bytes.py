@@ -18,7 +18,9 @@ STATES = 2
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
-    """The KV bytes that one more token adds while no sliding window is full."""
+    """The KV bytes that one more token needs. The number is valid as long as the window of no
+    sliding-window layer is full.
+    """
     return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
 
 
@@ -42,11 +44,12 @@ def sequence_bytes(
 
 
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
-    """Return the number of layers for each kind of cache, padded as in the engine.
+    """Return the number of layers for each kind of KV cache, rounded up as vLLM does.
 
-    Layers of different kinds share pools of pages, so vLLM puts them into groups of equal size.
-    Usually the group size is the number of layers of the rarest kind. If the commonest kind has
-    less than 1.5 times as many layers, the group size is the number of layers of the commonest kind
+    Layers of different kinds share pools of pages. So vLLM divides the layers of each kind into
+    groups, and all groups have the same number of layers. This number is usually the number of
+    layers of the rarest kind. If the commonest kind has less than 1.5 times as many layers as the
+    rarest, the number is that of the commonest kind. A group with too few layers is padded
     (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()

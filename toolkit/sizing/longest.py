@@ -23,11 +23,11 @@ SHORTEST = 32
 def longest_that_fits(
     config: RunConfig, candidate: Candidate, attempt: Callable[[RunConfig], Fit]
 ) -> int | None:
-    """Return the longest sequence (prompt and completion, in tokens) with which the run fits, with
-    one sequence per pass. Return 0 if no length fits.
+    """Return the length of the longest sequence (prompt and completion, in tokens) with which the
+    run fits if each pass has one sequence. Return 0 if no length fits.
 
-    Return None if the length is not the problem: the run fits with one sequence per pass, or its
-    sequences have at most ``SHORTEST`` tokens.
+    Return None if shorter sequences are not needed or not possible: the run fits with one sequence
+    per pass, or its sequences already have at most ``SHORTEST`` tokens.
     """
     whole = candidate.work.sequence_tokens
 
@@ -46,8 +46,9 @@ def longest_that_fits(
 
 
 def _shorter(config: RunConfig, candidate: Candidate, length: int) -> RunConfig:
-    """``config`` with sequences of ``length`` tokens, one per pass. The completion is shortened
-    first, to no less than half of the length.
+    """Return ``config`` for sequences of ``length`` tokens, with one sequence per pass. The
+    completion is shortened first, but not below half of ``length``; then the prompt is shortened
+    too.
     """
     work = candidate.work
     prompt = max(

@@ -1,9 +1,10 @@
-"""Count the bytes of LoRA: the engine's slot buffers, whose rank is max_lora_rank, and the trained
+"""Count the bytes of LoRA: the buffers of the engine, whose rank is max_lora_rank, and the trained
 adapter, whose rank is r.
 
-vLLM allocates buffers for max_loras adapters (slots) in every linear layer, in the experts and, in
-some models, in embeddings and head (vllm/lora/layers/*.py, ``create_lora_weights``). A list of
-modules limits these layers; the toolkit's engine limits them to the projections.
+vLLM allocates the buffers for max_loras adapters. The place for one adapter is called a slot. By
+default, every linear layer, the experts and, in some models, the embedding and the head have slots
+(vllm/lora/layers/*.py, ``create_lora_weights``). vLLM's setting lora_target_modules limits the
+layers with slots. The engine of the toolkit uses it to give slots only to the projections.
 tests/contract/test_sizing_engine.py checks that the bytes equal vLLM's allocation.
 """
 
@@ -32,8 +33,8 @@ FUSED = (
 
 
 def legal_rank(rank: int) -> int:
-    """Return the smallest legal max_lora_rank that is at least ``rank``. Raises ConfigError if
-    ``rank`` is above the largest.
+    """Return the smallest max_lora_rank that vLLM allows and that is not below ``rank``. Raises
+    ConfigError if ``rank`` is above the largest allowed value.
     """
     if legal := smallest_rank(rank):
         return legal
@@ -49,9 +50,9 @@ def engine_elements(
 ) -> int:
     """The number of elements of the engine's LoRA buffers.
 
-    ``modules`` are the last names of the layers that get slots (vLLM's lora_target_modules). None
-    is vLLM's own default: every linear layer, the experts, and the embedding tables that a model
-    lists.
+    ``modules`` selects the layers that have slots, by the last parts of their names (vLLM's
+    lora_target_modules). With None, vLLM's default applies: every linear layer, the experts, and
+    those embedding tables that the model declares.
     """
     total = 0
     for block in spec.blocks:
@@ -68,8 +69,8 @@ def engine_elements(
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """Return (rows of each slice, columns) of the layers with adapter slots, fused as the engine
-    fuses them: q, k and v are three slices of one layer.
+    """Return (numbers of rows of the slices, number of columns) of the layers that have LoRA slots.
+    Layers are fused as in the engine: q, k and v become three slices of one layer.
     """
     found = set()
     for block in spec.blocks:
@@ -85,15 +86,15 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return the names of the layers that get slots in the toolkit's engine: all layers that can be
-    trained with this engine.
+    """Return the names of the layers that have slots in the engine of the toolkit. These are all
+    layers that can be trained with this engine.
     """
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
-    """Whether ``linear`` gets slots. A fused layer gets slots for all its slices if one of them is
-    in ``modules`` (``is_in_target_modules``).
+    """Whether ``linear`` has slots. If one slice of a fused layer is in ``modules``, all slices of
+    this layer have slots (vLLM's ``is_in_target_modules``).
     """
     if linear.copies > 1:
         return "experts" in modules
@@ -106,17 +107,19 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Return those names of gate_proj, up_proj and down_proj in ``targets`` that PEFT applies to
-    this model's stacked experts.
+    """Return which of gate_proj, up_proj and down_proj are in ``targets`` and get an adapter from
+    PEFT in the experts of this model. The weights of all experts are stacked into one tensor.
     """
     return names.expert_targets(spec.family, targets)
 
 
 def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
-    """Whether PEFT adapts this module. If ``targets`` is a list, the module's last name or dotted
-    end must be in the list. If ``targets`` is a regular expression, the full name must match.
+    """Whether PEFT adapts ``linear``. If ``targets`` is a list, it must contain the last part or
+    the last parts of the module's dotted name. If ``targets`` is a regular expression, the full
+    name must match.
 
-    Stacked experts are not modules: ``expert_targets`` handles them.
+    The result is false for stacked experts, because they are not modules. ``expert_targets``
+    handles them.
     """
     if linear.copies > 1:
         return False
@@ -137,8 +140,8 @@ def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> li
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The differences between layers: some modules or layers may have no adapter or another
-    rank.
+    """How the adapter differs between layers: some modules or layers may have no adapter, or an
+    adapter with another rank.
     """
 
     exclude: tuple[str, ...] | str | None = None
@@ -170,8 +173,9 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """The ranks of ``linear``, summed over the layers of ``block``. If a model has several kinds of
-    layers, their order is unknown here, so each layer counts with the largest rank.
+    """The sum of the ranks that ``linear`` has in the layers of ``block``. If a model has several
+    kinds of layers, it is not known here which layer is of which kind. Then each layer counts with
+    the largest rank.
     """
     if layout.plain:
         return block.count * rank
@@ -182,11 +186,11 @@ def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: 
 def adapter_parameters(
     spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
 ) -> int:
-    """The number of trainable parameters of the adapter: r x (in + out) per targeted module (arXiv
-    2106.09685).
+    """The number of trainable parameters of the adapter: r x (in + out) for each adapted module
+    (arXiv 2106.09685).
 
-    For E experts, A is (E r, in) and B is (out, E r). The fused gate and up projection has twice
-    the rank.
+    With E experts, the LoRA matrix A has the shape (E r, in), and B has the shape (out, E r). The
+    fused gate and up projection has twice the rank.
     """
     moved = expert_targets(spec, targets)
     total = 0
@@ -210,8 +214,8 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """The number of elements of one layer's expert weights that have an adapter. PEFT computes the
-    update of all these weights at once.
+    """The number of elements in those expert weights of one layer that have an adapter. PEFT
+    computes the updates of all these weights at the same time.
     """
     moved = expert_targets(spec, targets)
     return max(

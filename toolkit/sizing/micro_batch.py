@@ -1,10 +1,9 @@
-"""Read the micro-batch and the gradient accumulation of one process from the run file, or list the
-candidates for "auto".
+"""Read the micro-batch and the gradient accumulation of one process from the run file. For "auto",
+list the possible micro-batches.
 
-With ``auto`` a generation batch (the completions of one rollout) is one optimizer step, however the
-batch is split. The micro-batch divides the completions of one process, and the accumulation is the
-quotient. The gradient is the same for every split (rule GRPO029 refuses losses for which it is
-not).
+With "auto", the completions of one rollout (a generation batch) make one optimizer step. The number
+of completions of one process is micro-batch x accumulation. So the micro-batch must divide this
+number. The gradient does not depend on the choice: rule GRPO029 refuses losses for which it would.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MOST = 1 << 24
 
 def is_auto(grpo: Mapping[str, Any]) -> bool:
     """Whether the sizer chooses the micro-batch and the accumulation, because both keys are auto.
-    Raises ConfigError if only one of them is auto, or if the number of completions is not set.
+    Raises ConfigError if only one of the keys is auto, or if generation_batch_size is not set.
     """
     keys = (MICRO, ACCUMULATION)
     autos = [key for key in keys if grpo.get(key) == "auto"]
@@ -61,12 +60,14 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
 def batch_of(
     grpo: Mapping[str, Any], sequence: int, *, on_cpu: bool, world_size: int
 ) -> tuple[tuple[int, ...], int, int]:
-    """Return (micro-batches, accumulation, completions) of one process: the candidates for the
-    micro-batch, the largest first; the accumulation that belongs to the first candidate; and the
-    number of completions of one generation.
+    """Return (micro-batches, accumulation, completions) of one process.
 
-    ``sequence`` is the number of tokens of a prompt with its completion. Raises ConfigError for
-    impossible numbers.
+    - micro-batches: the candidates for the micro-batch, the largest first.
+    - accumulation: the gradient accumulation that belongs to the first candidate.
+    - completions: the number of completions of one rollout.
+
+    ``sequence`` is the number of tokens of a prompt with its completion. Raises ConfigError if the
+    numbers in the run file do not fit together.
     """
     world = max(world_size, 1)
     if not is_auto(grpo):

@@ -1,9 +1,9 @@
-"""Describe the parts of a model that matter for memory: blocks of linear maps, vectors, and the KV
-cache of each block.
+"""Describe the parts of a model that matter for its memory: blocks of linear maps, other parameters
+(vectors), and the KV cache of each block.
 
-Parameters, weight bytes under a quantization, KV bytes, LoRA buffers and activations are all
-computed from these values. So every term uses the same description of an architecture, and a test
-of one term also protects the others.
+Parameters, bytes of quantized weights, KV bytes, LoRA buffers and activations are all computed from
+this description. So a test of one of these numbers also checks the description that the other
+numbers use.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "f
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``copies`` matrices of (out_features, in_features), each with a bias of out_features if
-    ``bias`` is true.
+    """A linear map: ``copies`` matrices with ``out_features`` rows and ``in_features`` columns. If
+    ``bias`` is true, each matrix has a bias with ``out_features`` elements.
 
-    ``name`` is the dotted path inside the block under Hugging Face's names. The routed experts of a
+    ``name`` is the dotted name inside the block, as Hugging Face names it. The routed experts of a
     layer are one Linear with copies > 1.
     """
 
@@ -55,8 +55,9 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """The cache of one block: keys and values per token (full, sliding, mla), or one state per
-    sequence (linear). Sizes are numbers of elements.
+    """The cache of each layer of a block. Layers of the kinds full, sliding and mla have keys and
+    values for each token. Layers of the kind linear have one state per sequence. Sizes are numbers
+    of elements.
     """
 
     kind: AttentionKind
@@ -68,8 +69,9 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """A table with the cosines and sines of ``rows`` positions, ``columns`` numbers per position,
-    in the engine's dtype unless ``float32``.
+    """A table with the cosines and sines of ``rows`` positions. Each position has ``columns``
+    numbers. The numbers are float32 if ``float32`` is true; otherwise they have the dtype of the
+    engine.
     """
 
     rows: int
@@ -93,7 +95,7 @@ class Block:
     active_experts: int = 0
 
     def uses(self, linear: Linear) -> int:
-        """The number of copies of ``linear`` that compute one token."""
+        """The number of copies (matrices) of ``linear`` that are applied to one token."""
         return self.active_experts if linear.copies > 1 else 1
 
     @property

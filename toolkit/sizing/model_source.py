@@ -71,7 +71,9 @@ def _in_folder(folder: Path, revision: str | None) -> ModelFiles:
             )
         found = find_model(base)
         if (found.config.parent / "adapter_config.json").is_file() and not found.config.is_file():
-            raise InputError("the base of an adapter is itself an adapter", where=str(folder))
+            raise InputError(
+                "the base model of this adapter is itself an adapter", where=str(folder)
+            )
         return found
     if not config.exists():
         raise InputError(

@@ -1,9 +1,10 @@
 """Compute the training passes over packs: the maximum number of tokens per pass, and the number of
 passes per step.
 
-A pack contains the completions of one pass, and each of their prompts once (train/step/packing).
-Its size is limited by tokens, not by rows. So the sequences of a group share one copy of their
-prompt if they fit into one pack. All lengths here are the longest that the run file allows.
+A pack contains the completions of one pass, and the prompts of these completions
+(train/step/packing). The size of a pack is limited by tokens, and not by rows. All completions of
+one prompt are a group. If they are in the same pack, the pack contains their prompt only once. All
+lengths here are the longest that the run file allows.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ _STEP, _CANDIDATES = 256, 512
 class Pass:
     """One forward and backward pass.
 
-    - ``tokens``: the tokens that the layers compute.
-    - ``scored_tokens``: the tokens whose hidden states the head reads.
-    - ``keys``: the keys that attention reads. Those of a prompt count once per completion.
+    - ``tokens``: the number of tokens that the layers compute.
+    - ``scored_tokens``: the number of tokens whose hidden states are the input of the head.
+    - ``keys``: the number of keys that attention reads. The keys of a prompt count once per
+      completion of this prompt.
     """
 
     tokens: int
@@ -41,9 +43,10 @@ class Pass:
 
 
 def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether training uses packs, which means that it merges its micro-batches and splits them by
-    tokens, as far as run file and architecture decide it. If this function returns False, sizing
-    counts padded rows, which need more memory.
+    """Whether training uses packs, as far as the run file and the architecture decide this.
+    Training with packs merges its micro-batches and divides the result by tokens.
+
+    If the result is false, sizing counts rows with padding, which need more memory.
     """
     grpo = config.grpo
     if not config.runtime.padding_free or config.model.attn_implementation not in (
@@ -68,8 +71,8 @@ def longest_pair(work: Workload) -> tuple[int, int]:
 
 
 def groups_of(work: Workload) -> int:
-    """The maximum number of groups (the completions of one prompt) that the rollouts of one process
-    belong to.
+    """The largest possible number of groups among the rollouts of one process. A group contains all
+    completions of one prompt.
     """
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
@@ -78,15 +81,16 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """The tokens of a pack that contains all rollouts of one process."""
+    """The number of tokens of a pack that contains all rollouts of one process."""
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion
 
 
 def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ...] | None:
-    """Return the candidates for the tokens per pass, the largest first. Return None if the number
-    of rows limits a pass, because the run file sets the micro-batch but not
-    ``runtime.pack_tokens``.
+    """Return the candidates for the maximum number of tokens per pass, the largest first.
+
+    Return None if the run file sets the micro-batch but not ``runtime.pack_tokens``. A pass is then
+    limited by rows, and not by tokens.
     """
     whole, one = whole_tokens(work), work.sequence_tokens
     written = config.runtime.pack_tokens
@@ -117,8 +121,8 @@ def pass_of(work: Workload, step: StepPlan) -> Pass:
 
 
 def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
-    """The number of packs of at most ``tokens`` tokens per step, if completions have on average
-    ``share`` of their maximum length.
+    """The number of passes per step, if a pack has at most ``tokens`` tokens, and the average
+    completion has ``share`` times the maximum length of a completion.
     """
     prompt, longest = longest_pair(work)
     completion = max(1, round(longest * share))
@@ -132,8 +136,9 @@ def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
 
 
 def step_tokens(work: Workload, tokens: int) -> int:
-    """The maximum tokens of all passes of a step. If a group is split over packs, each of these
-    packs contains the prompt.
+    """The maximum number of tokens in all passes of a step together, if a pack has at most
+    ``tokens`` tokens. If a group is divided over several packs, each of these packs contains the
+    prompt.
     """
     prompt, _ = longest_pair(work)
     number, groups = passes(work, tokens), groups_of(work)

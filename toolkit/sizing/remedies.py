@@ -1,8 +1,9 @@
-"""Find changes that make a run fit, ordered by their harm and then by the bytes that they free.
+"""Find changes that make a run fit. They are ordered by their harm (such as lost precision or
+shorter texts), and changes with equal harm by the bytes that they free.
 
 Each change is tried alone. If no single change is enough, the least harmful ones are combined. A
 change is offered only if the rules accept it for the card (base.capability). ``settings`` are the
-values to set in the run file, so that a remedy can be applied directly.
+keys and values to set in the run file, so that a change can be applied directly.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
 
     class Attempt(Protocol):
-        """A function that returns the best case of a changed run (``solve.best_case``).
-        ``world_size`` and ``device`` are those of the run by default.
+        """A function that returns the best candidate for a changed run (``solve.best_case``). By
+        default, ``world_size`` and ``device`` are those of the unchanged run.
         """
 
         def __call__(
@@ -58,8 +59,8 @@ _UNKNOWN_PROMPT = 1024  # tokens that are reserved for prompts of unknown length
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A change of a run: the values to set in the run file (by dotted keys), a text that describes
-    them, and their harm.
+    """A change of a run: ``settings`` are the values to set in the run file (by dotted keys),
+    ``text`` describes the change, and ``harm`` says what it costs.
     """
 
     harm: int
@@ -81,9 +82,12 @@ class _Change:
 def remedies_for(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
-    """Return the changes of ``config`` that free memory. Those that are enough (alone or combined)
-    come first. Each group is sorted by harm and then by bytes. ``short`` is the missing memory, and
-    ``attempt`` returns the best case of a changed run.
+    """Return the changes of ``config`` that free memory. Changes that make the run fit, alone or
+    combined, come before changes that are not enough. Among each of these, changes are sorted by
+    harm and then by the bytes that they free.
+
+    ``short`` is the number of missing bytes. ``attempt`` is a function that returns the best
+    candidate of a changed run.
     """
     found = []
     for change in _changes(candidate):
@@ -112,9 +116,10 @@ def _remedy(change: _Change, short: int, left: int) -> Remedy:
 
 
 def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
-    """Return the combination of the least harmful changes with which the run fits. Changes are
-    added one by one until the run fits. Then those that turn out to be unnecessary are removed.
-    Return None if all changes together are not enough, or if no change is needed.
+    """Combine the least harmful changes until the run fits, and return the combination. Changes are
+    added one by one. In the end, changes that turn out to be unnecessary are removed.
+
+    Return None if all changes together are not enough, or if the run fits without changes.
     """
     taken: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
@@ -143,8 +148,9 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the groups of keys to try to undo: first single keys, the last change first, then keys
-    that can only change together.
+    """Return groups of keys, in the order in which ``_together`` tries to undo their changes. First
+    come single keys, beginning with the last change. Then come keys that can only be changed
+    together.
     """
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
@@ -157,8 +163,8 @@ def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
 def _next_step(
     config: RunConfig, candidate: Candidate, fit: Fit, attempt: Attempt
 ) -> _Change | None:
-    """Return the least harmful change that frees memory. Among equally harmful changes, return the
-    one that frees most. None if no change frees memory.
+    """Return the least harmful change that frees memory. If several changes are equally harmful,
+    return the one that frees most memory. Return None if no change frees memory.
     """
     by_harm: dict[int, list[_Change]] = {}
     for change in _changes(candidate):
@@ -281,7 +287,7 @@ def _second_card(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to use two cards of this kind, if it frees memory. Each card gets half of
-    the micro-batch, so the steps do not change.
+    the micro-batch, so an optimizer step has the same completions as before.
     """
     micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
     if candidate.device is None or candidate.step.world_size > 1 or micro % 2:
@@ -301,8 +307,10 @@ def _split_model(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to split the model over the smallest number of cards with which the run
-    fits. It uses the cards of the run if there are enough, else more cards of this kind. The batch
-    of a step does not change.
+    fits.
+
+    The cards of the run are used if there are enough of them. Otherwise the remedy needs more cards
+    of this kind. An optimizer step has the same completions as before.
     """
     splits = (
         candidate.work.uses_engine

@@ -39,15 +39,15 @@ class ModelPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePart:
-    """The sizes of the engine, in bytes.
+    """The memory of the engine, in bytes.
 
-    - ``lora_bytes``: the LoRA buffers that vLLM makes by default, with slots on every layer that it
-      can adapt (experts, embeddings and head too).
-    - ``lora_slots_bytes``: the LoRA buffers of the toolkit's engine, which requests slots only on
+    - ``lora_bytes``: the LoRA buffers that vLLM allocates by default, with slots (places for
+      adapters) in every layer that vLLM can adapt, including experts, embeddings and head.
+    - ``lora_slots_bytes``: the LoRA buffers of the toolkit's engine, which requests slots only in
       the projections.
-    - ``copies_bytes``: the 16-bit copies of 4-bit weights while sampling.
-    - ``copies_note``: the reason if some weights have no copy.
-    - ``ranks``: the LoRA bytes for each legal max_lora_rank.
+    - ``copies_bytes``: the 16-bit copies of 4-bit weights that exist during rollouts.
+    - ``copies_note``: the reason why some weights have no copy; None if all have one.
+    - ``ranks``: pairs of a legal max_lora_rank and the bytes of the LoRA buffers with this rank.
     """
 
     lora_bytes: int
@@ -67,12 +67,13 @@ class EnginePart:
 class PackPart:
     """The sizes of training on packs (rows merged without padding).
 
-    - ``pack_tokens``: the maximum number of tokens of a pass.
-    - ``step_tokens``, ``passes``: the tokens and the passes of a step in which every sequence has
-      its maximum length.
-    - ``passes_half``: the passes of a step in which completions have half of that length on
-      average.
-    - ``padded_tokens``: the tokens of the same step with padded rows.
+    - ``pack_tokens``: the maximum number of tokens in one pass.
+    - ``step_tokens``, ``passes``: the number of tokens and of passes in one step, if every sequence
+      has the maximum length.
+    - ``passes_half``: the number of passes in one step, if prompts have the maximum length and
+      completions have on average half of the maximum length of a completion.
+    - ``padded_tokens``: the number of tokens that one step would have without packs, with all rows
+      padded to the maximum length.
     """
 
     pack_tokens: int
@@ -84,11 +85,11 @@ class PackPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerPart:
-    """The sizes of the trainer. ``resident_bytes`` exist also during rollouts, ``step_bytes`` only
-    during a micro-batch.
+    """The memory of the trainer. ``resident_bytes`` are in use all the time, also during rollouts.
+    ``step_bytes`` are in use only during a micro-batch.
 
-    ``step_s_estimate`` is a rough time in seconds of a step without rollouts, which only serves to
-    rank candidates.
+    ``step_s_estimate`` is the rough time of a training step in seconds, without rollouts. It is
+    only used to rank candidates.
     """
 
     resident_bytes: int
@@ -100,8 +101,8 @@ class TrainerPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peaks:
-    """The predicted peaks of torch's allocator in each phase, and the upper bound (with
-    margins).
+    """The predicted peaks of torch's allocator in each phase and in the whole run, and an upper
+    bound that includes margins.
     """
 
     rollout_bytes: int
@@ -112,8 +113,8 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """The range [min, max] of gpu_memory_utilization, with the term that limits each end. The
-    fields are None without a GPU.
+    """The range [min, max] of gpu_memory_utilization. ``binding_min`` and ``binding_max`` name the
+    memory term that limits each end. The ends are None without a GPU.
     """
 
     min: float | None
@@ -152,12 +153,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change (or several combined), the bytes that it frees, whether that is enough, and its
-    costs.
+    """A change of a run, or several combined changes. ``frees_bytes`` is the memory that the change
+    frees, ``enough`` says whether the run then fits, and ``costs`` describes its disadvantages.
 
-    ``harm`` orders remedies; 0 means that nothing is lost. ``settings`` are the keys and values to
-    set in the run file. ``world_size`` and ``card`` are the number and kind of cards that the
-    change needs, if they differ from those of the run.
+    Remedies are ordered by ``harm``; 0 means that nothing is lost. ``settings`` are the keys and
+    values to set in the run file. ``world_size`` is the number of cards that the change needs, and
+    ``card`` is the kind of card; None means that they stay the same.
     """
 
     change: str
@@ -240,8 +241,8 @@ class SizingResult:
 
     @property
     def too_long(self) -> str:
-        """The part of the message about a single sequence that does not fit, with the length that
-        fits; empty if the length is not the problem.
+        """The part of the error message that says that a single sequence does not fit, and which
+        length would fit. The text is empty if shorter sequences would not help or are not needed.
         """
         if self.longest_sequence is None:
             return ""
@@ -253,8 +254,8 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """Return the error if gpu_memory_utilization in the run file is outside the interval
-        (without margins); None if it is inside.
+        """Return an error if the run file sets a gpu_memory_utilization outside the interval
+        without margins; None if there is no such problem.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def solve(
     config: RunConfig, spec: ModelSpec, device: Device | None, *, world_size: int = 1
 ) -> SizingResult:
-    """Size the run on ``device``; None is the CPU.
+    """Compute the memory of the run on ``device`` (None: the CPU).
 
     If the run does not fit, the result has ``feasible`` False and a list of remedies. Raises
     ConfigError for values that no run can have (such as a rank above the engine's largest).
@@ -68,8 +68,9 @@ def solve(
 def resolve(
     config: RunConfig, device: Device | None, *, world_size: int = 1
 ) -> tuple[RunConfig, SizingResult]:
-    """Read the model, size the run, and return the run file with every "auto" replaced, and the
-    sizes. Raises ConfigError with the list of remedies if the run does not fit.
+    """Read the model and compute the memory of the run. Return the run file with every "auto"
+    replaced, and the result of sizing. Raises ConfigError with the list of remedies if the run does
+    not fit.
     """
     spec = read_spec(config.model.model_name, config.model.revision)
     result = solve(config, spec, device, world_size=world_size)
@@ -79,8 +80,9 @@ def resolve(
 def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
-    """Do the same as ``resolve`` for a run whose processes use ``devices``. All processes get the
-    same values: those for the device with the least free memory. This device is the third result.
+    """Do the same as ``resolve`` for a run with several processes, each of which uses one of
+    ``devices``. All processes get the same values: those for the device with the least free memory.
+    The third part of the result is this device.
 
     Raises:
         ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
@@ -101,14 +103,16 @@ def best_case(
     """Return the best candidate for the run, with its fit. Candidates differ in gradient
     checkpointing, KV sleep (freeing the KV cache while training) and micro-batch.
 
-    A candidate is suitable if ``Fit.holds_rollout`` is true and its values are those that the run
-    file sets. The best one is the suitable candidate with the fastest training step.
+    A candidate is suitable if it fits with a KV cache for all sequences of a rollout
+    (``Fit.holds_rollout``), at the gpu_memory_utilization that the run file sets. The best
+    candidate is the suitable one with the fastest training step.
 
-    If no candidate is suitable, only those with the smallest micro-batch are compared. The best one
-    is then the candidate that fits with the widest interval, or, if none fits, the candidate with
-    the least missing memory.
+    If no candidate is suitable, only candidates with the smallest micro-batch are compared. If some
+    of them fit, the best one is the one with the widest interval of gpu_memory_utilization. If none
+    fits, the best one has the least missing memory.
 
-    With tensor_parallel_size "auto", the smallest number of cards with which the run fits is used.
+    With tensor_parallel_size "auto", the model is split over the smallest number of cards with
+    which the run fits.
     """
     numbers = _splits(config, spec, device, world_size)
     tried: list[tuple[Candidate, Fit]] = []
@@ -123,8 +127,9 @@ def best_case(
 def _splits(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> list[int]:
-    """Return the tensor_parallel_size in the run file. For "auto" return the sizes to try: those
-    with which the completions of a generation divide evenly over the replicas.
+    """Return the possible values of tensor_parallel_size. If the run file sets a number, this is
+    the only value. For "auto", the values are those with which the completions of a rollout divide
+    evenly over the replicas of the model.
     """
     written = config.model.tensor_parallel_size
     if written != "auto":
@@ -137,8 +142,8 @@ def _splits(
 
 
 def _deals_evenly(config: RunConfig, replicas: int) -> bool:
-    """Whether the completions of a generation make whole groups and divide evenly over
-    ``replicas``.
+    """Whether the completions of a rollout divide evenly over ``replicas`` copies of the model, and
+    consist of complete groups (a group is all completions of one prompt).
     """
     try:
         _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=replicas)
@@ -198,8 +203,8 @@ def _best_way(
 
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
-    """Whether the model will use fused kernels. For a card that is not in this node, liger-kernel
-    is assumed to be installed there, because it is part of the cuda extra.
+    """Whether the model will use fused kernels, which need liger-kernel. On another node than this
+    one, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
@@ -207,8 +212,8 @@ def fuses(config: RunConfig, device: Device | None) -> bool:
 
 
 def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
-    """Return ``candidate`` with as many 16-bit copies of 4-bit weights as fit. Return it unchanged
-    unless the run file has "auto" for the copies.
+    """Return ``candidate`` with as many 16-bit copies of 4-bit weights as fit. If the run file sets
+    model.dequantized_rollouts to anything but "auto", return ``candidate`` unchanged.
     """
     if candidate.config.model.dequantized_rollouts != "auto" or not candidate.work.uses_engine:
         return candidate, fit
@@ -232,8 +237,8 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
     least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
     if written < least:
         raise ConfigError(
-            f"{written} is less than {least}, the cache of one sequence of model.max_seq_length"
-            f" {plan.max_model_len} and an empty block",
+            f"{written} bytes are less than {least} bytes, which one sequence of"
+            f" {plan.max_model_len} tokens (model.max_seq_length) and an empty block need",
             where="model.kv_cache_bytes",
             fix=f"set model.kv_cache_bytes to auto or to at least {least}, or lower "
             "model.max_seq_length",
@@ -243,8 +248,9 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
 def _largest(
     way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
-    """Return the candidate with the first number of ``micros`` that is suitable; None if none is.
-    ``micros`` are in descending order.
+    """Return the candidate with the largest suitable micro-batch; None if none is suitable.
+    ``micros`` are the possible micro-batches (for packs: numbers of tokens per pass), in descending
+    order.
     """
     pairs: dict[int, tuple[Candidate, Fit]] = {}
 
@@ -296,10 +302,10 @@ def _step(
 
 
 def _largest_micro_batch(candidate: Candidate) -> int:
-    """The largest micro-batch that fits and divides the generation batch evenly; 0 if not even 1
-    fits.
+    """The largest micro-batch that fits and that divides the number of completions of a process; 0
+    if not even a micro-batch of 1 fits.
 
-    As in ``best_case``, the KV cache must be large enough for all sequences of a rollout.
+    As in ``best_case``, the KV cache must hold all sequences of a rollout.
     """
 
     def fits(micro: int) -> bool:

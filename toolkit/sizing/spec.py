@@ -146,8 +146,8 @@ def _dtype(fields: Fields) -> str:
 
 
 def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
-    """Return a note if the headers of unquantized weights have a different number of values than
-    the config describes; else nothing.
+    """Return a note if the safetensors headers of unquantized weights contain a different number of
+    parameters than config.json describes. Otherwise return no note.
     """
     if stored is None or quantization is not None:
         return []

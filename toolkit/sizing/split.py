@@ -1,5 +1,5 @@
-"""Size a model that is split over several cards: compute the part on one card, as a ModelSpec, and
-the number of cards over which the model can be split.
+"""Size a model that is split over several cards: describe the part of the model on one card as a
+ModelSpec, and collect the facts that decide over how many cards the model can be split.
 
 vLLM splits q, k, v, gate, up and the vocabulary tables by rows, and o and down by columns. Every
 card has all norms. If there are fewer KV heads than cards, several cards have the same head (vLLM
@@ -31,8 +31,8 @@ measured.
 
 
 def one_card(spec: ModelSpec, size: int) -> ModelSpec:
-    """Return the spec of the part of ``spec`` that is on each of ``size`` cards; ``spec`` itself
-    for one card.
+    """Return a spec that describes the part of the model on one card, if the model is split over
+    ``size`` cards. If ``size`` is 1, return ``spec``.
 
     Raises:
         ConfigError: the model cannot be split over ``size`` cards.
@@ -54,8 +54,8 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
 
 
 def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
-    """The values of config.json that determine how a model can be split, under the names that
-    ``config.parallel`` reads.
+    """The values that determine how a model can be split. The keys are the names in config.json,
+    which ``config.parallel`` reads.
     """
     block = spec.blocks[0]
     down = [linear for linear in block.linears if linear.leaf == "down_proj"]
@@ -97,7 +97,7 @@ def _linear(linear: Linear, spec: ModelSpec, size: int) -> Linear:
 
 
 def _cache(cache: Cache, spec: ModelSpec, size: int) -> Cache:
-    """The part of ``cache`` on one card, which has at least one KV head."""
+    """The part of ``cache`` on one card. A card has at least one KV head."""
     return replace(
         cache,
         key_elements=max(cache.key_elements // size, spec.head_dim),

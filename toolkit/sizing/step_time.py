@@ -1,15 +1,15 @@
-"""Estimate the time of a training step roughly, to rank candidates that differ in micro-batch,
-checkpointing and KV sleep (freeing the KV cache while training).
+"""Estimate the time of a training step roughly. The estimate is used to rank candidates that differ
+in micro-batch, checkpointing and KV sleep (freeing the KV cache while training).
 
-The time of a micro-batch is the larger of the card's compute time and the time in which the host
-launches the kernels. The rates of card and host were measured on one H100 with an 8B Llama and 64
-sequences of 320 tokens per step:
+The card computes while the host launches the next kernels. So the time of a micro-batch is the
+larger of two times: the compute time of the card, and the launch time of the host. The speeds of
+card and host were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
 
     micro-batch    8 plain   16 plain   32, 64 with checkpointing
     seconds        2.46      1.82       2.31, 2.29
 
-A slower card is fully used with smaller micro-batches, so there a larger micro-batch gains less
-than this estimate.
+On a slower card, a small micro-batch already uses the whole card. So on such a card a larger
+micro-batch saves less time than this estimate says.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ memory of a step.
 
 
 DEQUANTIZE_S = 1.5e-12
-"""Seconds to dequantize one 4-bit weight in one decode step, in addition to its product in 16 bits.
-A decode step of an 8B model took 18 ms, of which 16-bit weights would also need about 7 ms.
+"""Seconds to dequantize one 4-bit weight in one decode step. The time of the 16-bit matrix product
+is not included. A decode step of an 8B model with 4-bit weights took 18 ms. With 16-bit weights it
+would take about 7 ms.
 """
 
 
 def added_seconds(candidate: Candidate) -> float:
-    """The seconds that 4-bit weights add to one rollout: weights without a 16-bit copy are
-    dequantized in each decode step, and copies are made once.
+    """The seconds that 4-bit weights add to one rollout. Weights without a 16-bit copy are
+    dequantized again in each decode step. Weights with a copy are dequantized once per rollout.
     """
     copies = candidate.plan.dequantized
     weights = (all_copies(candidate.spec, candidate.plan) - copies) // COPY_BYTES

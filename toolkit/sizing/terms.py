@@ -10,7 +10,9 @@ Phase = Literal["always", "rollout", "training"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The ``bytes`` that ``term`` needs during ``phase``, and the source of this number."""
+    """A part of the run's memory. ``term`` is its name, ``bytes`` its size, and ``phase`` the phase
+    of the run in which it is in use. ``source`` says how ``bytes`` was computed.
+    """
 
     term: str
     bytes: int

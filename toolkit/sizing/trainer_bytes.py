@@ -1,9 +1,9 @@
 """Compute the memory of the trainer. The adapter and its optimizer states exist permanently.
-Gradients, activations and the head's tensors exist only during a step.
+Gradients, activations and the tensors of the output head exist only during a step.
 
-Written for transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL scores completions with a fused head
-(trl/kernels/chunked_logprob.py), which never creates a tensor of (batch, length, vocabulary). It
-only creates tiles of 4096 tokens x 32768 vocabulary entries.
+Written for transformers 5.17, PEFT 0.21.2 and TRL 1.16. TRL computes the log-probabilities of
+completions with a fused head (trl/kernels/chunked_logprob.py). This head never creates a tensor of
+(batch, length, vocabulary). It only creates tiles of 4096 tokens x 32768 vocabulary entries.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
 
 
 def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The peak bytes of TRL's fused head: one tile, the scored hidden states, their float32
-    gradient and its 16-bit copy.
+    """The peak bytes of TRL's fused head: one tile, the hidden states of the scored tokens, the
+    float32 gradient of these hidden states, and the 16-bit copy of this gradient.
     """
     one = pass_of(work, step)
     rows = one.scored_tokens
@@ -118,14 +118,16 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def is_packed(quantization: Quantization | None) -> bool:
-    """Whether the base model has bitsandbytes weights: quantized when it is loaded, or already in
-    its files.
+    """Whether the base model has bitsandbytes weights. The weights may be stored in this format, or
+    be quantized while the model is loaded.
     """
     return quantization is not None and quantization.method.startswith("bnb")
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of the largest weight of a quantized base model, unpacked for one product."""
+    """The bytes of the largest weight of a quantized base model in 16 bits. A weight is dequantized
+    for each matrix product that it is used in.
+    """
     largest = max(
         linear.out_features * linear.in_features
         for block in spec.blocks

@@ -1,5 +1,6 @@
-"""Describe an unknown architecture for sizing. The matrices are read from the safetensors headers,
-by their names and layers, and the attention from the usual keys of config.json.
+"""Describe an unknown architecture for sizing. The shapes of the matrices come from the safetensors
+headers, which are grouped by the tensor names and layer numbers. The attention comes from the usual
+keys of config.json.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 
 def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
-    """Return a Shape whose parameters are those of the headers. Raises UnsupportedError with the
-    names of the keys that config.json lacks.
+    """Return a Shape with the tensors of the safetensors headers. Raises UnsupportedError if
+    config.json lacks necessary keys; the message names these keys.
     """
     if missing := [key for key in NEEDED if not fields.has(key)]:
         raise UnsupportedError(

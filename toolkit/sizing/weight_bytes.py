@@ -23,8 +23,8 @@ def padded_vocab(vocab: int) -> int:
 
 
 def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
-    """Return the format of the weights in memory: that of the checkpoint, or else the format that
-    ``load_in_*`` requests.
+    """Return the format of the weights in memory: the quantization of the checkpoint. If the
+    checkpoint is not quantized, return the format that ``load_in_*`` requests.
     """
     if spec.quantization is not None:
         return spec.quantization
@@ -58,9 +58,9 @@ def weight_bytes(
 
 
 def _unpacked_latent_bytes(block: Block, width: int, quantization: Quantization) -> int:
-    """The bytes of W_UK and W_UV, the halves of kv_b_proj in latent attention. If kv_b_proj is
-    quantized, vLLM keeps unpacked copies of both halves. If it is not quantized, they are views of
-    it and need no memory (vllm/model_executor/layers/attention/mla_attention.py).
+    """The bytes of W_UK and W_UV, the two halves of the weight kv_b_proj in latent attention. If
+    kv_b_proj is quantized, vLLM keeps unquantized copies of both halves. Otherwise the halves are
+    views of kv_b_proj and need no memory (vllm/model_executor/layers/attention/mla_attention.py).
     """
     return sum(
         linear.weights * width

@@ -1,10 +1,12 @@
 """Compute the bytes of a weight, including metadata, in each stored or requested format.
 
-Sources:
+Formats and their sources:
 
-- bitsandbytes functional.quantize_4bit: blocks of 64 with one float32 absmax each. Double
-  quantization: uint8 absmax, one float32 per 256 blocks, and 16 + 256 code floats per tensor.
-- AutoAWQ GEMM and AutoGPTQ: the tensors qweight int32, qzeros int32, scales float16, g_idx int32.
+- bitsandbytes NF4 (functional.quantize_4bit): each block of 64 weights has one scale (absmax) in
+  float32. With double quantization the scales are uint8, there is one float32 for each 256 blocks,
+  and each tensor has 16 + 256 float32 numbers of code tables.
+- AutoAWQ GEMM and AutoGPTQ: the tensors qweight (int32), qzeros (int32), scales (float16) and g_idx
+  (int32).
 - FP8 in the style of compressed-tensors and Transformer Engine: one byte per weight, and scales per
   channel or per block.
 - OCP MXFP4: 4 bits per weight and one 8-bit scale per 32 weights.
@@ -33,8 +35,8 @@ def _ceil(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` has names, or parts of names, of modules that stay in the
-    model's own dtype.
+    """A weight format. ``skipped`` contains the names, or parts of the names, of modules that are
+    not quantized.
     """
 
     method: Method
@@ -128,8 +130,9 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """Return the compressed-tensors format if it has one group of float or integer 8-bit weights.
-    Return None for other formats, which are sized from the headers.
+    """Return the compressed-tensors format if it has one group, with float or integer weights of 8
+    bits. Return None for any other compressed-tensors format; such weights are sized from the
+    headers.
     """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:

@@ -28,12 +28,15 @@ Checkpointing = bool | Literal["unsloth"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One process's share of a step. A micro-batch is the number of rows of one forward pass.
+    """The numbers of a training step for one process. A micro-batch is the number of rows of one
+    forward pass.
 
-    ``micro_batches`` are the candidates, the largest first; there is only one if the run file sets
-    it. ``micro_batch`` is the largest candidate, and ``accumulation`` belongs to it. ``rank`` is
-    the largest rank of the adapter. ``base_rank`` is the rank of the modules that ``layout`` does
-    not name.
+    - ``micro_batches``: the candidates for the micro-batch, the largest first. There is only one if
+      the run file sets it.
+    - ``micro_batch``, ``accumulation``: the largest candidate, and the gradient accumulation with
+      it.
+    - ``rank``: the largest rank of the adapter in any module.
+    - ``base_rank``: the rank in the modules that ``layout`` does not name.
     """
 
     micro_batch: int
@@ -135,8 +138,9 @@ def layout_of(section: LoraSection) -> lora_bytes.Layout:
 
 
 def optimizer_bytes(name: str) -> float:
-    """Return the bytes of optimizer state per trainable parameter. The longest known name that
-    ``name`` starts with decides. For an unknown optimizer, return AdamW's 8 bytes.
+    """Return the bytes of optimizer state per trainable parameter. They are found by the longest
+    known optimizer name with which ``name`` begins. For an unknown optimizer, return the 8 bytes of
+    AdamW.
     """
     known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
     if "8bit" in name and not any("8bit" in key for key in known):

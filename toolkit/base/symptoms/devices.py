@@ -244,8 +244,8 @@ ENTRIES = (
         "ordinal",
         "A process requested a GPU index that does not exist",
         "devices.count, devices.index",
-        "start at most as many processes as CUDA_VISIBLE_DEVICES names GPUs (`envcheck probe` "
-        "lists them); indices count from 0",
+        "start at most one process for each GPU in CUDA_VISIBLE_DEVICES (`envcheck probe` lists "
+        "them); indices count from 0",
         1,
         "invalid device ordinal",
         "cudaErrorInvalidDevice",
@@ -256,8 +256,8 @@ ENTRIES = (
         "mig-slice",
         "The card is in MIG mode, but the job has no slice of it",
         "devices.mig",
-        "create a slice (`nvidia-smi mig -cgi PROFILE -C`) and name its UUID in "
-        "CUDA_VISIBLE_DEVICES",
+        "create a slice (`nvidia-smi mig -cgi PROFILE -C`) and set CUDA_VISIBLE_DEVICES to its "
+        "UUID",
         1,
         "No MIG devices found",
         "No MIG-enabled devices found",

@@ -10,7 +10,8 @@ ENTRIES = (
         "nvml-mismatch",
         "The driver was updated while its kernel module stayed loaded",
         "driver.present, driver.libcuda",
-        "reload the NVIDIA kernel modules or reboot the node, then restart its containers",
+        "reload the NVIDIA kernel modules or reboot the node, then restart the containers of the "
+        "node",
         3,
         "Driver/library version mismatch",
         "NVML_ERROR_LIB_RM_VERSION_MISMATCH",
@@ -36,7 +37,7 @@ ENTRIES = (
         "CUDA error 803: libcuda.so.1 and the kernel module have different versions",
         "driver.libcuda",
         "remove compat and stubs folders from LD_LIBRARY_PATH, because their libcuda is found "
-        "before the driver's own; after an update of the driver, reload it",
+        "before the driver's own; after an update of the driver, reload its kernel modules",
         3,
         "error 803:",
         "error: 803",

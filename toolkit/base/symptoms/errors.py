@@ -1,4 +1,6 @@
-"""Turn an exception of another library into a toolkit error with the texts of its symptom."""
+"""Turn an exception of another library into a toolkit error. The title and the remedy are those of
+the known failure (``Symptom``) that the exception shows.
+"""
 
 from __future__ import annotations
 

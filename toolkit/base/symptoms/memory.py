@@ -31,7 +31,7 @@ ENTRIES = (
         "One sequence of max_seq_length does not fit in the KV cache",
         "size: interval.min",
         "lower max_seq_length, raise gpu_memory_utilization, or use float8_kv_cache; `envcheck "
-        "size run.yaml` shows what each saves",
+        "size run.yaml` shows how much memory each change saves",
         1,
         "To serve at least one request with the model's max seq len",
         "To serve at least one request with the models's max seq len",  # releases up to 0.11
@@ -41,7 +41,7 @@ ENTRIES = (
     ),
     entry(
         "lora-rank",
-        "The adapter's rank is above max_lora_rank, or vLLM does not support it",
+        "The adapter's rank is above max_lora_rank, or max_lora_rank has a value that vLLM refuses",
         "LORA002, LORA003",
         "set max_lora_rank to auto, or to the next of 1, 8, 16, 32, 64, 128, 256, 320, 512 that is "
         "at least lora.r",
@@ -56,7 +56,7 @@ ENTRIES = (
         "lora-target",
         "vLLM does not support an adapter on this layer",
         "LORA004",
-        "remove the layer that the text names from lora.target_modules (and modules_to_save: vLLM "
+        "remove the layer that the error names from lora.target_modules (and modules_to_save: vLLM "
         "supports adapters on linear layers, not on lm_head or embed_tokens)",
         1,
         "is unsupported LoRA weight",
@@ -89,8 +89,9 @@ ENTRIES = (
         "CUDA ran out of memory",
         "size: trainer peak at the longest completion",
         "lower gpu_memory_utilization, per_device_train_batch_size or max_completion_length, or "
-        "turn gradient checkpointing on; `envcheck size run.yaml` shows what each saves. In the "
-        "first seconds of a run, another process may use the memory: `envcheck probe` names it",
+        "turn gradient checkpointing on; `envcheck size run.yaml` shows how much memory each "
+        "change saves. In the first seconds of a run, another process may use the memory: "
+        "`envcheck probe` names it",
         1,
         "CUDA out of memory",
         "CUDA error: out of memory",
@@ -128,8 +129,9 @@ ENTRIES = (
         "expandable-segments",
         "This vLLM release does not support expandable_segments together with its sleep mode",
         "software.pins",
-        "install the vLLM of the lock files, which supports it; or set PYTORCH_CUDA_ALLOC_CONF "
-        "and PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV sleep off",
+        "install the vLLM of the lock files, which supports both together; or set "
+        "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF to expandable_segments:False, or turn KV "
+        "sleep off",
         1,
         "Expandable segments are not compatible with memory pool",
     ),

@@ -41,7 +41,8 @@ ENTRIES = (
         "hub-busy",
         "The Hugging Face Hub is refusing requests temporarily",
         "model.location",
-        "wait and start again; if many jobs start, download the model once and use its folder",
+        "wait and start again; if many jobs use the model, download it once and set model_name to "
+        "the downloaded folder",
         4,
         "429 Client Error: Too Many Requests",
         "503 Server Error{..}huggingface.co",

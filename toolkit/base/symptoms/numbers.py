@@ -1,5 +1,5 @@
-"""Read the numbers in an error text, and add to its symptom which process uses the memory, how much
-is missing, and which value fits.
+"""Read the numbers in an error text, and add details to the symptom: which process uses the memory,
+how much memory is missing, and which value of a setting fits.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
 
 
 def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the rank of the adapter, and add the smallest legal max_lora_rank that is at least that
-    rank.
+    """Read the LoRA rank of the adapter from the error text. Add the smallest legal max_lora_rank
+    that is not below this rank to the remedy.
     """
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]

@@ -62,8 +62,9 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _without_repeats(text: str) -> str:
-    """Return ``text`` without lines that differ only in their numbers from three earlier lines, so
-    that an error between a million progress lines is still found. The end of the text is kept.
+    """Return ``text`` without repeated lines, so that an error between a million progress lines is
+    still found. A line is removed if three earlier lines are equal to it except for their numbers.
+    The end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}
@@ -104,8 +105,9 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """Return ``text`` without prefixes and suffixes, with the lines of each rank together. In the
-    first result a space replaces each line break; in the second, line breaks are removed.
+    """Return two versions of ``text`` without prefixes and suffixes, with the lines of each rank
+    together. The first version has a space for each line break. The second version has nothing
+    there.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)
@@ -121,7 +123,9 @@ def streams(text: str) -> tuple[str, str]:
 
 
 def telling_lines(text: str, most: int = 80) -> list[str]:
-    """The last ``most`` lines that contain an error word; if there are none, the last lines."""
+    """The last ``most`` lines that contain a word such as "error" or "failed". If there are no such
+    lines, return the last lines of the text.
+    """
     lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
     return (telling or lines)[-most:]

@@ -63,8 +63,9 @@ ENTRIES = (
         "build-tools",
         "A kernel must be compiled at run time, but a tool for it is missing",
         "software.engine",
-        "install what the error names (ninja, a C compiler, Python's headers, the CUDA toolkit's "
-        "ptxas and nvcc of torch's CUDA); the containers of this project contain them",
+        "install the tool that the error names (ninja, a C compiler, Python's headers; ptxas and "
+        "nvcc are in the CUDA toolkit, whose version must be that of torch's CUDA); the "
+        "containers of this project contain all of them",
         1,
         "Ninja is required to load C++ extensions",
         "No such file or directory: 'ninja'",
@@ -83,9 +84,10 @@ ENTRIES = (
         "old-compiler",
         "The CUDA compiler that was found is too old for this card or this kernel",
         "software.engine",
-        "install the CUDA toolkit of torch's CUDA (`nvcc --version` shows the one that was found), "
-        "set CUDA_HOME to it and TRITON_PTXAS_PATH to its ptxas, and delete the half-built kernels "
-        "(~/.triton/cache, ~/.cache/flashinfer); the containers of this project contain it",
+        "install the CUDA toolkit with the version of torch's CUDA (`nvcc --version` shows the "
+        "version that was found), set CUDA_HOME to it and TRITON_PTXAS_PATH to its ptxas, and "
+        "delete the half-built kernels (~/.triton/cache, ~/.cache/flashinfer); the containers of "
+        "this project contain it",
         1,
         "is not defined for option 'gpu-name'",
         "Unsupported gpu architecture 'compute_{n}",
@@ -109,9 +111,9 @@ ENTRIES = (
         "no-device-type",
         "vLLM found no device: the build is for other hardware, or no driver was found",
         "driver.present, software.engine",
-        "install the vLLM build for this machine (extra `cuda` with a GPU, `cpu-engine` without "
-        "one), and start a container with its GPUs; `envcheck check --only driver,software` shows "
-        "what is missing",
+        "install the vLLM build for this machine (pip extra `cuda` with a GPU, `cpu-engine` "
+        "without one), and start a container with its GPUs; `envcheck check --only "
+        "driver,software` shows what is missing",
         1,
         "Failed to infer device type",
         "Device string must not be empty",
@@ -120,8 +122,8 @@ ENTRIES = (
         "no-vllm",
         "A package that the run needs is not installed",
         "software.engine",
-        "install the extra that contains it (`uv sync --extra cuda`), or set runtime.engine: "
-        "transformers",
+        "install the pip extra that contains the package (`uv sync --extra cuda`), or set "
+        "runtime.engine: transformers",
         1,
         "No module named 'vllm'",
         "No module named 'bitsandbytes'",
@@ -134,7 +136,7 @@ ENTRIES = (
         "torch-without-cuda",
         "torch was installed without CUDA, or without its CUDA libraries",
         "software.torch",
-        "install the locked torch of the extra `cuda`: `uv sync --extra cuda`",
+        "install the locked torch of the pip extra `cuda`: `uv sync --extra cuda`",
         1,
         "Torch not compiled with CUDA enabled",
         "PyTorch was not compiled with CUDA",

@@ -1,4 +1,4 @@
-"""The classes of a known failure, and the pattern language of its texts."""
+"""The class ``Symptom`` (a known failure), and the patterns that recognise its error texts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MOST_PLACES = 12  # number of occurrences checked from the start, and the same 
 class Symptom:
     """One known failure.
 
-    ``check`` names the checks, the rules or the part of ``envcheck size`` that find the failure
-    before any GPU time is used. If nothing finds it beforehand, ``check`` is ``none: `` and the
+    ``check`` says what finds the failure before any GPU time is used: checks, rules, or a part of
+    ``envcheck size``. If nothing finds the failure beforehand, ``check`` is ``none: `` and the
     reason. ``exit_code`` is one of ``base.errors.EXIT_CODES`` and shows who must act.
     """
 
@@ -43,17 +43,19 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """Return a copy of this symptom with the fields in ``values`` replaced, for details that
-        were read from the numbers in a text.
+        """Return a copy of this symptom with other values of the fields in ``values``. It is used
+        to add details that were read from the numbers in an error text.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 
 
 class Text:
-    """One error text of another library. ``{n}`` is a number, ``{w}`` a word, ``{..}`` up to 300
-    characters and ``{....}`` up to 4000; everything else is literal, and case is ignored.
+    """The pattern of one error text of another library. ``{n}`` stands for a number, ``{w}`` for a
+    word, ``{..}`` for up to 300 characters, and ``{....}`` for up to 4000. Everything else is
+    literal. Case is ignored.
 
-    ``anchor`` is the longest literal part. If the anchor does not occur, the rest is not searched.
+    ``anchor`` is the longest literal part. It is searched first, because a plain search is fast.
+    The whole pattern is tried only around the places where ``anchor`` occurs.
     """
 
     def __init__(self, text: str) -> None:
@@ -65,8 +67,8 @@ class Text:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The compiled pattern. It is compiled only after the anchor was found, so that imports
-        stay fast.
+        """The compiled regular expression. It is compiled on first use, when a text contains
+        ``anchor``, and not at import, so that imports stay fast.
         """
         joined = "".join(
             _PARTS[part] if part in _PARTS else re.escape(part) for part in self._parts
@@ -74,7 +76,7 @@ class Text:
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
     def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
-        """Return the match of this pattern in ``text``, with the characters around it; None if
+        """Find this pattern in ``text``. Return the match, and the text from the match on; None if
         there is no match. ``lowered`` is ``text`` in lower case.
         """
         for at in places(lowered, self.anchor):
@@ -90,7 +92,7 @@ class Text:
 
 
 def words_of(text: str) -> frozenset[str]:
-    """The words of three letters and more, in lower case."""
+    """The words in ``text`` with three or more letters, in lower case."""
     return frozenset(re.findall(r"[a-z_]{3,}", text.lower()))
 
 
@@ -112,8 +114,11 @@ def places(text: str, wanted: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A symptom with the error texts that show it. ``read`` is a function that adds details from
-    the numbers in the text. ``unless`` names symptoms that explain the same text better.
+    """A symptom, with the patterns of the error texts that show it.
+
+    ``read`` is a function that reads the numbers in an error text and adds them to the symptom.
+    ``unless`` contains ids of other symptoms. If one of them is found in the same text, this entry
+    is ignored, because the other symptom explains the text better.
     """
 
     symptom: Symptom
@@ -122,8 +127,8 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """Return the symptom if one of its texts occurs in ``text``, else None. Details come from
-        the first of its texts that occurs.
+        """Return the symptom if one of its patterns occurs in ``text``, else None. The first
+        pattern that occurs supplies the details.
         """
         for one in self.texts:
             if found := one.find(text, lowered):

@@ -44,8 +44,9 @@ def catalogue() -> dict[str, Check]:
 
 
 def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
-    """Return the checks that ``only`` and ``skip`` select. Each entry is the id of a check, or a
-    family: the part of an id before the dot.
+    """Return the checks that ``only`` and ``skip`` select. An entry of ``only`` or ``skip`` is the
+    id of a check (``health.ecc``), or a family of checks (``health``). The family is the part of
+    the id before the dot.
 
     Raises InputError for any other entry.
     """
@@ -82,12 +83,12 @@ def run_checks(
 
 
 def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
-    """Return who must act, as one of ``base.errors.EXIT_CODES``.
+    """Return one of ``base.errors.EXIT_CODES``, which shows who must act.
 
     A bad node (3) takes precedence over a user error (1), because a bad node can cause the user
-    error (eight cards requested, but only seven respond). With ``node`` only a bad node counts, so
-    that a scheduler's prolog does not drain a node because of a job's mistake or a process that is
-    just ending. With ``strict`` an unknown result counts too (5).
+    error (eight cards requested, but only seven respond). With ``node`` only a bad node counts. So
+    a scheduler's prolog does not drain a node because of a mistake of the job, or because of a
+    process that is just ending. With ``strict`` a check with the result "unknown" counts too (5).
     """
     blames = {result.blame for result in results if result.verdict == "fail"}
     for blame, code in (("node", 3), ("user", 1), ("retry", 4)):

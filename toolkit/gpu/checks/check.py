@@ -1,5 +1,6 @@
-"""The classes of checks. A check is a small function that gets a snapshot and a context and returns
-an outcome, with texts for people.
+"""The classes of checks. A check is a small function. Its arguments are a snapshot of the node and
+the requirements of the job (``CheckContext``), and it returns an ``Outcome``. Texts for users
+belong to each check.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    ``configured`` is true if the values come from a run file. Then the job needs only what the run
-    file requires. ``engine`` is auto, vllm or transformers. ``gpu_memory_utilization`` None means
-    auto. ``world_size`` counts this node's processes. ``node`` checks every card of the node and
-    ignores the job. ``lock`` maps a package to its locked version. ``sizer_model_types`` are the
-    ``model_type`` values for which the sizer is exact. ``absent_packages`` are the packages that
-    the run file's ``environment`` section needs and that are not installed, each with the command
-    that installs it.
+    - ``configured``: whether the values come from a run file. If so, only what the run file
+      requires is required.
+    - ``node``: whether the whole node is checked, independent of any job (``--node``).
+    - ``engine``: auto, vllm or transformers.
+    - ``gpu_memory_utilization``: None means auto.
+    - ``world_size``: the number of the job's processes on this node.
+    - ``lock``: maps a package to its version in the lock file.
+    - ``sizer_model_types``: the values of ``model_type`` for which the sizer is exact.
+    - ``absent_packages``: the packages that the ``environment`` section of the run file needs and
+      that are not installed. Each text also contains the command that installs the package.
     """
 
     configured: bool = False
@@ -71,7 +75,7 @@ class CheckContext:
         return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The values that differ from the default, for a recorded snapshot."""
+        """The values that differ from their defaults. They are saved in a recorded snapshot."""
         changed = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -102,8 +106,8 @@ def context_from_json(data: Any) -> CheckContext:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of a check. ``evidence`` says what was found, ``blame`` who must act. ``remedy``
-    replaces the check's own remedy if this case has a better one.
+    """The outcome of a check. ``evidence`` says what was found, and ``blame`` says who must act.
+    ``remedy`` is a remedy for this outcome; if it is None, the general remedy of the check applies.
     """
 
     verdict: Verdict
@@ -123,17 +127,17 @@ class CheckResult:
     blame: Blame | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The form of report.schema.json."""
+        """This result as a check entry of report.schema.json."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check with its texts. ``run`` returns None if the check does not apply (no GPU, no run
-    file, no model).
+    """A check with its texts. ``run`` is the function of the check. It returns None if the check
+    does not apply (no GPU, no run file, no model).
 
-    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` marks the checks that
-    ``--node`` runs: they concern the node's own health, independent of any job.
+    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` is true for the checks
+    that ``--node`` runs. These concern the health of the node, independent of any job.
     """
 
     id: str
@@ -149,7 +153,9 @@ class Check:
         return self.id.partition(".")[0]
 
     def result(self, snapshot: NodeSnapshot, context: CheckContext) -> CheckResult | None:
-        """Run the check. Remedy and blame are kept only if something is wrong or unknown."""
+        """Run the check. The result has a remedy only if the verdict is not ok, and a blame only if
+        the verdict is fail.
+        """
         outcome = self.run(snapshot, context)
         if outcome is None:
             return None
@@ -166,7 +172,9 @@ Row = tuple[str, str, str, str, "Callable[[NodeSnapshot, CheckContext], Outcome 
 
 
 def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[Check, ...]:
-    """Checks from rows of (id, title, why, remedy, run); ``about_node`` lists what --node runs."""
+    """Return one Check for each row of (id, title, why, remedy, run). ``about_node`` contains the
+    ids of the checks that ``--node`` runs.
+    """
     return tuple(Check(*row, about_node=row[0] in about_node) for row in rows)
 
 
@@ -186,23 +194,27 @@ def fail(blame: Blame, evidence: str, remedy: str | None = None) -> Outcome:
 
 
 def unknown(evidence: str, remedy: str | None = None) -> Outcome:
-    """The outcome if the check could not find out."""
+    """The outcome if the check could not find out whether there is a problem."""
     return Outcome("unknown", evidence, remedy=remedy)
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """Return the outcome for a reading that has no value. If the query failed, the outcome is
-    unknown, never a pass. If the driver does not support the query, there is nothing to check, so
-    return None.
+    """Return the outcome of a check whose reading has no value.
+
+    If the query failed, the outcome is "unknown", so a failed query never counts as a pass. If the
+    driver does not support the query, the check does not apply, and the result is None.
     """
     return None if reading.unsupported else unknown(f"{what} could not be read: {reading.reason}")
 
 
 def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """Return the cards and slices that the job would use; with ``node``, every card.
+    """Return the cards and slices that the job would use. With ``context.node``, return every card
+    of the node.
 
-    If neither CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, lost cards are included too. CUDA
-    does not count them, so the job would get a different card than expected.
+    Usually the job would use the devices that CUDA sees. But if neither CUDA_VISIBLE_DEVICES nor
+    --gpu-index selects cards, and no card has MIG slices, the result is every card, even one that
+    no longer responds. CUDA leaves such a card out and numbers the others anew, so the job would
+    get a different card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
@@ -214,8 +226,8 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
 
 
 def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """Return the whole cards of the devices in ``judged``. Health is a property of the card, even
-    if the job has only a slice of it.
+    """Return the physical cards of the devices that ``judged`` returns. If the job uses only a MIG
+    slice, the health of its whole card matters.
     """
     cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
     return tuple({card.index: card for card in cards}.values())
@@ -224,8 +236,9 @@ def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnap
 def each(
     gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """Return one outcome for all cards: the worst one, with every card that has it. Lost cards are
-    skipped, because the check ``health.lost`` reports them.
+    """Apply ``look`` to every card, and return one outcome for all cards. It has the worst verdict
+    that occurs, and lists all cards with that verdict. Cards that do not respond are skipped,
+    because the check ``health.lost`` reports them.
     """
     seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
     outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]

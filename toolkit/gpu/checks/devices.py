@@ -29,7 +29,7 @@ VLLM_READS_UUIDS = (0, 25)
 
 
 def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """CUDA_VISIBLE_DEVICES names existing cards."""
+    """Every entry of CUDA_VISIBLE_DEVICES is an existing card."""
     if not snapshot.gpus:
         return None
     seen = visible_devices(snapshot)
@@ -95,7 +95,7 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The installed vLLM understands the form of CUDA_VISIBLE_DEVICES."""
+    """The installed vLLM can read CUDA_VISIBLE_DEVICES, which may contain indices or UUIDs."""
     entries = snapshot.environment.get(VISIBLE, "").upper()
     installed = (snapshot.software.packages.value or {}).get("vllm")
     if not snapshot.gpus or not installed or not ("GPU-" in entries or "MIG-" in entries):
@@ -112,7 +112,7 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """CUDA numbers the cards like NVML; if that is not certain, the check warns."""
+    """CUDA and NVML number the cards in the same order. The check warns if that is not certain."""
     if len(snapshot.gpus) < 2:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
@@ -123,7 +123,7 @@ def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """A card in MIG mode has a slice, and one slice is enough for the job."""
+    """Cards in MIG mode have a slice, and the job does not need more than one."""
     cut = [gpu for gpu in snapshot.gpus if in_mig_mode(gpu)]
     if not cut:
         return None
@@ -144,8 +144,8 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All cards of the job are of one kind. This is a requirement for cards that share a model,
-    else a recommendation.
+    """All cards of the job are of the same model. If they are not, the check fails for cards that
+    share a model (tensor parallelism), and only warns for other cards.
     """
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
@@ -167,15 +167,15 @@ CHECKS = (
     Check(
         "devices.visible",
         "CUDA_VISIBLE_DEVICES names existing cards",
-        "CUDA reads the list up to the first unknown entry and silently ignores the rest. A job "
-        "then runs on fewer cards or finds no GPU.",
-        "write indices that exist, UUIDs as `envcheck probe` shows them, or unset the variable",
+        "CUDA reads the list in CUDA_VISIBLE_DEVICES up to the first unknown entry and silently "
+        "ignores the rest. A job then runs on fewer cards or finds no GPU.",
+        "write existing indices, or UUIDs as `envcheck probe` shows them, or unset the variable",
         visible,
     ),
     Check(
         "devices.count",
         "There are as many GPUs as the job needs",
-        "GPUs are counted after CUDA_VISIBLE_DEVICES and without lost cards. The required "
+        "Only GPUs that CUDA_VISIBLE_DEVICES allows and that respond are counted. The required "
         "number comes from --require N, or from world size and tensor_parallel_size.",
         "request more GPUs from the scheduler, or lower tensor_parallel_size",
         count,

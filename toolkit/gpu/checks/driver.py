@@ -51,7 +51,9 @@ SHIPPED_CUDA = (
 
 
 def cuda_of(driver: str) -> str | None:
-    """The CUDA version that a driver supports, from its branch."""
+    """The newest CUDA version that a driver supports, found from the first number of the driver's
+    version.
+    """
     branch = as_version(driver).major
     return next((cuda for least, cuda in SHIPPED_CUDA if branch >= least), None)
 
@@ -98,7 +100,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return fail(
         "node",
         f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
-        f"which needs {least}",
+        f"which needs driver {least} or newer",
         _newer_driver(snapshot, least, wanted),
     )
 
@@ -117,14 +119,16 @@ def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
     """Whether the card does not support forward compatibility. Desktop cards and cards with
-    integrated memory do not.
+    integrated memory do not support it.
     """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
 
 
 def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The libcuda.so.1 that the loader finds first is the driver's own (else CUDA error 803)."""
+    """The first libcuda.so.1 on the library search path is the driver's own, or a newer one for
+    forward compatibility. With any other libcuda, CUDA fails with error 803.
+    """
     if not snapshot.gpus:
         return None
     found = snapshot.driver.libcuda.value
@@ -155,24 +159,29 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return ok(f"{where} is the driver's own, {module}")
     if as_version(first["version"]) > as_version(module) and "compat" in first["path"]:
         return ok(
-            f"{where} is the forward-compatibility library {first['version']} over driver {module}"
+            f"{where} is the forward-compatibility library {first['version']}, used with the older "
+            f"driver {module}"
         )
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
-        f"{where} belongs to driver {first['version']}, but the kernel module to {module}: CUDA "
-        "error 803",
+        f"{where} belongs to driver {first['version']}, but the kernel module belongs to "
+        f"driver {module}: CUDA error 803",
     )
 
 
 def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Forward compatibility only works on data-centre cards (else CUDA error 804)."""
+    """If forward compatibility is used, all cards are data-centre cards. On other cards CUDA fails
+    with error 804.
+    """
     first = (snapshot.driver.libcuda.value or [{}])[0]
     module = snapshot.driver.kernel_module.value or snapshot.driver.version.value
     version = first.get("version")
     if not snapshot.gpus or not version or not module or "compat" not in first["path"]:
         return None
     if as_version(version) <= as_version(module):
-        return warn(f"{first['path']} is older than driver {module} and hides its own libcuda")
+        return warn(
+            f"{first['path']} is older than driver {module} and hides that driver's own libcuda"
+        )
     consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
     if consumer:
         return fail(
@@ -192,7 +201,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return unknown(f"/dev could not be read: {found.reason}")
     usable = {entry["path"]: entry["usable"] for entry in found.value}
     if "/dev/dxg" in usable or "/dev/nvgpu" in usable:
-        return ok("/dev/dxg or /dev/nvgpu: WSL or an integrated GPU")
+        return ok("the GPU is used through /dev/dxg (WSL) or /dev/nvgpu (an integrated GPU)")
     wanted = ["/dev/nvidiactl", "/dev/nvidia-uvm"]
     wanted += [f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.known]
     missing = [path for path in wanted if path not in usable]
@@ -251,7 +260,7 @@ CHECKS = (
         "If a different libcuda is found first (an image's compat folder, a stub, a leftover of "
         "an update), CUDA fails to start with error 803 while NVML still works.",
         "remove the folder of that libcuda from LD_LIBRARY_PATH; after an update of the driver, "
-        "reload it",
+        "reload its kernel modules",
         libcuda,
     ),
     Check(

@@ -160,7 +160,7 @@ def _meaning(event: dict[str, Any]) -> str:
 
 
 def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The kernel's log has no XID that means a bad card."""
+    """The kernel's log contains no XID (error of the NVIDIA driver) that means a bad card."""
     if not snapshot.gpus:
         return None
     events = snapshot.driver.kernel_log.value

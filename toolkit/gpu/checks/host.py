@@ -27,8 +27,9 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
     NCCL uses about 10 MiB of /dev/shm for each channel to a neighbour (nccl issue 342: 64 MB are
     not enough for four cards). Every group of vLLM ranks uses a ring buffer of 24 MiB
-    (shm_broadcast, vLLM 0.25 and 0.31). A job with a single process uses none, because the engine
-    runs inside this process and GRPO's data are texts. Ranks on CPUs communicate over sockets.
+    (shm_broadcast, vLLM 0.25 and 0.31). A job with a single process exchanges no data: the engine
+    runs inside this process, and the data of GRPO are texts, which do not pass through /dev/shm.
+    Processes on CPUs communicate over sockets.
     """
     space = snapshot.host.shm
     if space.value is None:
@@ -51,8 +52,8 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def available_memory(snapshot: NodeSnapshot) -> int | None:
-    """Return the bytes of main memory for this job: those that the host has available, or less if
-    its cgroup has a limit.
+    """Return the bytes of main memory that this job can use: the available memory of the host, or
+    less if the cgroup of the job has a limit.
     """
     memory, cgroup = snapshot.host.memory.value, snapshot.host.cgroup.value or {}
     if memory is None:
@@ -183,8 +184,11 @@ def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _rigid(variables: Mapping[str, str]) -> list[str]:
-    """Return the allocator settings that lack expandable segments. Training sets expandable
-    segments if no setting exists (policy/cuda_allocator.py), and the sizer assumes them.
+    """Return a text for each allocator setting in ``variables`` that does not turn on expandable
+    segments.
+
+    Training turns on expandable segments if no setting exists (policy/cuda_allocator.py). The sizer
+    assumes that they are on.
     """
     written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [
@@ -238,7 +242,8 @@ _ROWS = (
     (
         "host.cpus",
         "There are enough CPUs for engine, trainer and rewards",
-        "The host limits the speed of a small model's decode step; a single CPU halves it.",
+        "The host limits the speed of a small model's decode step. With a single CPU, decoding "
+        "takes twice as long.",
         "request more CPUs (--cpus-per-task)",
         cpus,
     ),

@@ -37,8 +37,8 @@ CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Return the bytes that other processes use. With version 1 of NVML's memory call, the result
-    includes the memory that the driver reserves.
+    """Return the bytes that other processes use. If the driver supports only version 1 of NVML's
+    memory query, the result includes the memory that the driver reserves.
     """
     memory = gpu.memory.value
     if memory is None:
@@ -50,8 +50,9 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """Return what drives the display (a desktop, or Windows with WSL) if it uses most of the memory
-    that other processes use; else None. Waiting does not free this memory.
+    """Return a name for the programs that draw the display (a desktop, or Windows with WSL), if
+    they use most of the memory that other processes use; else None. Waiting does not free this
+    memory.
     """
     held = held_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
@@ -67,7 +68,7 @@ def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
 
 
 def share_that_fits(gpu: GpuSnapshot) -> float:
-    """The largest gpu_memory_utilization that fits with the memory used now, rounded down."""
+    """The largest gpu_memory_utilization that fits into the free memory, rounded down."""
     memory = gpu.memory.value or {}
     total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
     room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
@@ -77,14 +78,14 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 def beside_display(gpu: GpuSnapshot) -> str:
     """The remedy if a display uses memory of the card."""
     return (
-        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (envcheck size shows "
+        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (`envcheck size` shows "
         "whether that is enough), close graphical programs, or use another card for the display"
     )
 
 
 def holders(gpu: GpuSnapshot) -> str:
-    """Return a text with the processes that use memory, by pid. In a pid namespace NVML's list is
-    empty or contains the host's pids.
+    """Return a text that lists the processes that use memory, with their pids. In a pid namespace
+    NVML reports no processes, or reports pids that are valid only on the host.
     """
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
@@ -109,7 +110,9 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if memory.integrated:
             return ok(f"{size}, shared with the CPU")
         if gpu.memory.value and gpu.memory.value["version"] == 1:
-            return ok(f"{size} (older driver: 'used' includes the memory that it reserves)")
+            return ok(
+                f"{size} (older driver: NVML's used memory includes what the driver reserves)"
+            )
         return ok(size)
 
     return each(judged(snapshot, context), look)
@@ -131,7 +134,8 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if wanted <= memory.free_bytes:
             return ok(amount)
         if wanted > memory.total_bytes - CONTEXT_BYTES:
-            return fail("user", f"{amount} of {format_bytes(memory.total_bytes)}: it can never fit")
+            size = format_bytes(memory.total_bytes)
+            return fail("user", f"{amount} of {size}: so much memory can never be free")
         if who := display(snapshot, gpu):
             verb = "uses" if who == DISPLAY else "use"
             text = f"{amount}; {who} ({holders(gpu)}) {verb} the rest"

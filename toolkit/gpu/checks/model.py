@@ -113,7 +113,7 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
     kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
     if known is not None and kind not in known:
         return warn(
-            f"the sizer does not support {kind or names[0]} exactly and uses a larger margin",
+            f"the sizer supports {kind or names[0]} only approximately, with a larger margin",
             "leave more memory free, or run `envcheck calibrate` on a short run",
         )
     return ok(

@@ -48,13 +48,13 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
         if mode.value == _EXCLUSIVE and others:
             return fail(
                 "retry",
-                f"the mode is exclusive, and process {others[0]['pid']} uses the card",
+                f"the compute mode is exclusive, and process {others[0]['pid']} uses the card",
                 "wait for that process to end",
             )
         if mode.value == _EXCLUSIVE:
             return warn(
-                "the mode is exclusive: only one process can use the card, so the engine must run "
-                "in the trainer's process"
+                "the compute mode is exclusive: only one process can use the card, so the engine "
+                "must run in the trainer's process"
             )
         return ok("shared (default)")
 
@@ -62,7 +62,7 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
 
 
 def mps(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """No MPS server is between the job and the card."""
+    """No server of MPS, NVIDIA's Multi-Process Service, is between the job and the card."""
     running = snapshot.driver.mps
     if not snapshot.gpus or running.value is None:
         return None if not snapshot.gpus else unread(running, "MPS")

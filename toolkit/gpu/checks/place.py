@@ -35,7 +35,7 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """NVIDIA_DRIVER_CAPABILITIES includes compute, with which the container gets CUDA's library."""
+    """NVIDIA_DRIVER_CAPABILITIES contains ``compute``. Otherwise the container has no libcuda."""
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None
@@ -85,8 +85,8 @@ _ROWS = (
     (
         "place.capabilities",
         "The container has CUDA's library",
-        "The NVIDIA runtime provides what NVIDIA_DRIVER_CAPABILITIES names. Without 'compute' "
-        "NVML works but CUDA does not.",
+        "The NVIDIA runtime provides only the libraries that NVIDIA_DRIVER_CAPABILITIES lists. "
+        "Without 'compute' NVML works but CUDA does not.",
         "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
         capabilities,
     ),

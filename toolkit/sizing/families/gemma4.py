@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 
 def gemma4(fields: Fields) -> Shape:
-    """The shape of the language model of Gemma 4 (transformers' Gemma4TextConfig), alone or as a
-    text_config. Towers for images and sound are not counted.
+    """The shape of the language model of Gemma 4 (transformers' Gemma4TextConfig). Its config may
+    be the whole config.json, or the section text_config. Towers for images and sound are not
+    counted.
     """
     text = fields.section("text_config") or fields
     shape = _text(text)

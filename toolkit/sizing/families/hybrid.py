@@ -37,8 +37,9 @@ def qwen3_next(fields: Fields) -> Shape:
 
 
 def qwen3_5(fields: Fields) -> Shape:
-    """The shape of the dense Qwen3.5 and 3.6 (Qwen3_5TextConfig), alone or as the text_config of
-    the multimodal model, whose vision tower is not counted.
+    """The shape of the dense Qwen3.5 and 3.6 (Qwen3_5TextConfig). Its config may be the whole
+    config.json, or the section text_config of a multimodal model, whose vision tower is not
+    counted.
     """
     text = fields.section("text_config") or fields
     inner = text.integer("intermediate_size", default=12288)
@@ -47,14 +48,18 @@ def qwen3_5(fields: Fields) -> Shape:
 
 
 def qwen3_5_moe(fields: Fields) -> Shape:
-    """The shape of Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig), alone or as text_config."""
+    """The shape of Qwen3.5 and 3.6 with experts (Qwen3_5MoeTextConfig). Its config may be the whole
+    config.json, or the section text_config.
+    """
     text = fields.section("text_config") or fields
     sparse = _sparse(text, experts_default=256, active_default=8)
     return _tied_by(fields, _hybrid(text, sparse, fused=False))
 
 
 def _tied_by(fields: Fields, shape: Shape) -> Shape:
-    """``shape`` with the outer config's value of tie_word_embeddings, as in transformers."""
+    """Return ``shape`` with the value of tie_word_embeddings in the outer config (the one that
+    contains text_config). transformers uses this value too.
+    """
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def deepseek(fields: Fields) -> Shape:
-    """The shape of DeepSeek V2, V2-Lite (q_lora_rank null: one plain query projection), V3 and R1.
+    """The shape of DeepSeek V2, V2-Lite, V3 and R1. In V2-Lite, q_lora_rank is null, and there is
+    one plain query projection.
 
-    The correction bias of V3's router is a buffer in transformers, so no parameter count includes
-    it.
+    The correction bias of V3's router is a buffer in transformers, and not a parameter. So it is
+    not counted in the number of parameters.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")

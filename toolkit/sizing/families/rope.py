@@ -1,8 +1,9 @@
-"""Size the engine's tables of cosines and sines. There is one table per kind of rotary embedding in
-a model.
+"""Compute the size of the engine's tables of cosines and sines for rotary embeddings. Each kind of
+rotary embedding in a model has one table.
 
-A table has one row per possible position, whatever max_seq_length is
-(vllm/model_executor/layers/rotary_embedding; checked by tests/contract/test_sizing_engine.py).
+A table has one row for each position that the model supports. So its size does not depend on
+max_seq_length (vllm/model_executor/layers/rotary_embedding; checked by
+tests/contract/test_sizing_engine.py).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def rope_tables(
     fields: Fields, columns: int, max_position: int, *, local: bool = False
 ) -> tuple[RopeTable, ...]:
-    """Return the tables of a model. Their scaling is under rope_parameters (transformers 5) or
-    rope_scaling. ``local`` is true if sliding-window layers have their own unscaled table.
+    """Return the tables of a model. The settings of the scaling are under the key rope_parameters
+    (transformers 5) or rope_scaling of config.json. ``local`` is true if sliding-window layers have
+    their own unscaled table.
     """
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
