@@ -247,11 +247,13 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns None if no layer gets one.
+    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns the copies, or None if no
+    layer gets one.
 
-    If ``wanted`` is True, all 4-bit layers get a copy. If it is a number, the largest layers whose
-    copies fit into that many bytes get one. Call this function after vLLM has loaded the model and
-    before the first forward pass, which creates the copies. CUDA graphs are captured later.
+    If ``wanted`` is True, all 4-bit layers get a copy. If ``wanted`` is a number of bytes, the
+    largest layers get a copy, as long as all copies together fit into these bytes. Call this
+    function after vLLM has loaded the model and before the first forward pass. The first forward
+    pass fills the copies. CUDA graphs are captured after it.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -265,17 +267,18 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes of the copies for ``dequantized_rollouts: auto``. Warns if the bytes are too
-    few for all layers.
+    """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
+    not enough memory for copies of all layers.
 
-    It is not called for a run file. There the toolkit's memory estimate chooses the bytes before
-    the engine starts, and a note of the estimate reports layers without a copy.
+    This function is not called for a run file. For a run file the toolkit's memory estimate chooses
+    the bytes before the engine starts. A note of the estimate then reports that layers have no
+    copy.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
     made = sum(copy_bytes(_weight(layer)) for layer in largest_first(layers, room))
     if made < whole:
-        what = f"only {format_bytes(made)} are made" if made else "none are made"
+        what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
             f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
             f"{format_bytes(whole)}, but the weights and the KV cache leave only "
@@ -288,8 +291,9 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes that the copies may take. They are a share of the memory that the engine
-    may use in addition to its weights and, if its size is configured, to the KV cache.
+    """Return the bytes that the copies may take. This is a share of the engine's memory minus the
+    weights. If the size of the KV cache is configured, it is a share of the free memory minus the
+    KV cache.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -81,15 +81,15 @@ def in_parts(
     at_once: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """Draw the rollout of ``whole``, in smaller parts if memory runs out.
+    """Draw the completions of the batch ``whole``, in smaller parts if memory runs out.
 
-    ``draw`` samples one part. ``most`` is the maximum number of completions per call (None: no
-    limit). ``at_once`` is the number of sequences that the engine runs at a time. ``recover`` makes
-    the engine usable after a failed call.
+    ``draw`` samples one part. ``most`` is the maximum number of completions per call of ``draw``
+    (None: no limit). ``at_once`` is the number of sequences that the engine runs at a time.
+    ``recover`` makes the engine usable after a failed call.
 
-    Returns the rollout, and the new maximum number of completions per call, which is ``most`` if
-    no call failed. An out-of-memory error is raised only for a part with a single completion. Other
-    errors are always raised.
+    Returns the rollout and a new value for ``most``, which is unchanged if no call failed. An
+    out-of-memory error is raised only for a part with a single completion. Other errors are always
+    raised.
     """
     waiting, done = whole.fit(most), []
     while waiting:

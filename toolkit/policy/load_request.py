@@ -224,8 +224,8 @@ def check_engine(request: LoadRequest) -> None:
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed",
             where=WHERE,
-            fix="run pip install 'grpo-toolkit[vllm]' on a GPU machine, or pip install"
-            " 'grpo-toolkit[cpu-engine]' on a CPU, or use fast_inference=False",
+            fix="run `pip install 'grpo-toolkit[vllm]'` on a GPU machine, or `pip install "
+            "'grpo-toolkit[cpu-engine]'` on a CPU, or use fast_inference=False",
         )
 
 
