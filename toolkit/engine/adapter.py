@@ -199,7 +199,7 @@ class AdapterSlots:
         if rank > self._max_rank:
             raise ConfigValueError(
                 (
-                    f"the adapter has rank {rank}, but the engine was built for at most "
+                    f"the adapter has rank {rank}, but the engine supports ranks up to "
                     f"{self._max_rank}"
                 ),
                 where="lora.r",

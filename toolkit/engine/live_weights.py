@@ -45,7 +45,7 @@ class LiveWeights:
     have added padding rows.
     """
     read_names: frozenset[str]
-    """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read it."""
+    """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read them."""
     rewritten: frozenset[str]
     """Names of tensors that vLLM rewrote for a kernel after loading. They no longer have the
     checkpoint's values.

@@ -102,8 +102,8 @@ def read_table(path: Path) -> dict[str, Any]:
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
     if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
-            "the file is not a table of LoRA kernel configurations, which has the keys vllm, "
-            f"{', '.join(OPS)}",
+            "the file is not a table of LoRA kernel configurations. Such a table has the keys "
+            f"vllm, {', '.join(OPS)}",
             where=str(path),
             fix=f"create a table with `toolkit tune`, or set {TABLE_VARIABLE}=off",
         )

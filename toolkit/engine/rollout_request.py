@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SEED_LIMIT = 2**62
-"""Upper limit of a batch's seed. It is such that seed plus row is within a signed 64-bit integer.
+"""The upper limit of hashed seeds. With this limit, the sum of a hashed seed and a row fits into a
+signed 64-bit integer.
 """
 
 
@@ -24,12 +25,12 @@ SEED_LIMIT = 2**62
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs`` selects the log-probabilities that are returned. With None
-    there are none. With 0 they are those of the sampled tokens. With k they are also those of the k
-    most likely tokens. The log-probabilities are those of the distribution that tokens are sampled
-    from (after temperature, top-k, top-p, min-p and penalties). ``extra`` has the
-    ``generation_kwargs`` of a run file, which are other sampling arguments of the engine under its
-    own names. The values in ``extra`` take precedence over the fields of this class.
+    ``top_k`` 0 means off. ``logprobs`` selects which log-probabilities are returned: none (None),
+    those of the sampled tokens (0), or also those of the k most likely tokens (k). The
+    log-probabilities are those of the distribution that tokens are sampled from (after temperature,
+    top-k, top-p, min-p and penalties). ``extra`` has the ``generation_kwargs`` of a run file, which
+    are other sampling arguments of the engine under its own names. The values in ``extra`` take
+    precedence over the fields of this class.
     """
 
     n: int = 1

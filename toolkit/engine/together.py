@@ -59,7 +59,7 @@ def watch() -> None:
 
 @contextmanager
 def phase() -> Iterator[None]:
-    """Run work that can be repeated within this block. If one process runs out of memory after the
+    """A context manager for work that can be repeated. If one process runs out of memory after the
     call of ``watch``, an out-of-memory error is raised in all processes of the group.
 
     Raises:

@@ -90,8 +90,8 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """Run a call of ``llm.generate`` within this block. If vLLM rejects a request, its exception is
-    converted.
+    """A context manager for a call of ``llm.generate``. It converts the exception with which vLLM
+    rejects a request.
 
     vLLM checks each request when the request is added. If vLLM rejects a request, it also removes
     the requests that were added before. So if an exception is raised while the engine has requests,

@@ -3,8 +3,8 @@
 A base model has two short digests. The first is the digest of the checkpoint's files. It does not
 depend on how the checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any
 number of shards. The second is the digest of the loaded weights. It also exists for models without
-local files, and is the same for copies whose files have another layout. If two
-base models have the same digest of one kind, they are the same.
+local files, and is the same for copies whose files have another layout. Two base models are the
+same if one of the two digests is equal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names. ``TRAINED`` occur in the names of adapter parameters.
-``WRAPPERS`` come from PEFT's wrappers around base layers.
+"""Parts of PEFT's parameter names. Those in ``TRAINED`` occur in the names of adapter parameters.
+Those in ``WRAPPERS`` come from PEFT's wrappers around base layers.
 """
 
 SAMPLE = 16

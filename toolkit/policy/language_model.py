@@ -83,13 +83,13 @@ class FastLanguageModel:
     ) -> tuple[Any, Any]:
         """Load ``model_name`` and its tokenizer.
 
-        ``model_name`` is a folder, a hub id, or the folder of an adapter. If it is an adapter, the
-        adapter's base model is loaded, and the adapter is added to it and can be trained. ``dtype``
-        None means bfloat16 (or float16) on a GPU and float32 on a CPU. ``max_seq_length`` is in
-        tokens.
+        ``model_name`` is a folder, a hub id, or the folder of an adapter. For the folder of an
+        adapter, the adapter's base model is loaded with the adapter, which can be trained further.
+        ``dtype`` None means bfloat16 (or float16) on a GPU and float32 on a CPU.
+        ``max_seq_length`` is in tokens.
 
         If ``fast_inference`` is True, a vLLM engine loads the weights, and the model's parameters
-        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the card's
+        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the GPU's
         memory, and ``max_lora_rank`` is the largest adapter rank that the engine supports. If one
         of these is "auto", the toolkit's memory estimate chooses its value, as for a run file with
         the same keys. The estimate uses the adapter of the folder, else an adapter of rank 16.

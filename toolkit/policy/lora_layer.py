@@ -23,9 +23,9 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 class FastForward(nn.Module):
     """A forward pass for a PEFT layer that is faster and needs less memory under autocast.
 
-    The faster pass is used if the frozen layer has the dtype of autocast, and there is one plain
-    adapter with another dtype. In all other cases the forward pass of PEFT's class is used. PEFT's
-    class is the next base class of the layer.
+    The faster pass is used if the frozen layer has the dtype of autocast and exactly one adapter is
+    active. This adapter must be plain LoRA and have another dtype. In all other cases the forward
+    pass of PEFT's class is used. PEFT's class is the next base class of the layer.
     """
 
     base_layer: Any

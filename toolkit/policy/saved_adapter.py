@@ -232,7 +232,7 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
             del given[key]
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     shapes = [
-        f"{key} is {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
+        f"{key} with shape {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]

@@ -36,8 +36,8 @@ EXPERT_MODULES = ("routed_experts", "")
 within the ``experts`` module. The empty name means that ``experts`` itself contains them.
 """
 ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
-"""The pattern for the name of a tensor of a single expert, as in most checkpoints. The group is the
-name within the expert.
+"""The pattern for the name of a tensor of a single expert, as in most checkpoints. The group of the
+pattern is the name of the tensor within the expert.
 """
 
 

@@ -50,7 +50,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
             self.in_features, self.out_features = own
         if adapter_name in self.lora_variant or self.lora_bias[adapter_name]:
             raise UnsupportedError(
-                "LoRA variants and biases are not supported on a model that is split",
+                "LoRA variants and biases are not supported on a model that is split over "
+                "several processes",
                 where=WHERE,
                 fix="use plain LoRA, or set tensor_parallel_size: 1",
             )
@@ -64,7 +65,9 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         in) to (..., out) if it is split by columns.
         """
         if args or kwargs:
-            raise UnsupportedError("adapter_names is not supported on a model that is split")
+            raise UnsupportedError(
+                "adapter_names is not supported on a model that is split over several processes"
+            )
         base: SplitLinear = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
@@ -108,7 +111,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         if len(active) > 1 or self.merged:
             raise UnsupportedError(
                 "several active adapters and merged adapters are not supported on a model that is "
-                "split",
+                "split over several processes",
                 where=WHERE,
                 fix="use one adapter and do not merge it, or set tensor_parallel_size: 1",
             )
