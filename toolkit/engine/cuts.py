@@ -103,8 +103,8 @@ def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
 
 def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
     """Return vLLM's layer for the Hugging Face layer ``name``, and an index. If vLLM fuses several
-    Hugging Face layers into one layer, the index is the number of ``name`` among them. Otherwise it
-    is 0.
+    Hugging Face layers into one layer, the index is the position of ``name`` among them. Otherwise
+    the index is 0.
     """
     target = engine_name(module, name)
     parent, _, leaf = target.rpartition(".")

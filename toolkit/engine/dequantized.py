@@ -65,7 +65,9 @@ def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
 
 
 class Copies:
-    """The 16-bit copies of some layers of one model. ``weight`` fills them if they are empty."""
+    """The 16-bit copies of some layers of one model. The method ``weight`` fills the copies if they
+    are empty.
+    """
 
     def __init__(
         self,
@@ -141,7 +143,7 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release the memory and the addresses of the copies. They cannot be used afterwards."""
+        """Release the memory and the addresses of the copies. The copies are unusable afterwards."""
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
@@ -271,8 +273,7 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     not enough memory for copies of all layers.
 
     This function is not called for a run file. For a run file the toolkit's memory estimate chooses
-    the bytes before the engine starts. A note of the estimate then reports that layers have no
-    copy.
+    the bytes before the engine starts. If layers have no copy, a note of the estimate reports that.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
@@ -291,9 +292,11 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes that the copies may take. This is a share of the engine's memory minus the
-    weights. If the size of the KV cache is configured, it is a share of the free memory minus the
-    KV cache.
+    """Return the bytes that the copies may take.
+
+    The weights are subtracted from the engine's memory. If the size of the KV cache is configured,
+    the KV cache is subtracted from the free memory instead. The copies may take a share of the
+    rest.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -268,9 +268,9 @@ def _inference(model: Any) -> Iterator[None]:
 def _without_defaults(model: Any) -> Iterator[None]:
     """Ignore the checkpoint's generation config within the block.
 
-    transformers takes options that the user did not set from that config. So, for example, a
-    no_repeat_ngram_size of the checkpoint would change the distribution that tokens are sampled
-    from.
+    If the user did not set an option, transformers takes its value from that config. So, for
+    example, a no_repeat_ngram_size of the checkpoint would change the distribution that tokens are
+    sampled from.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.generation_config

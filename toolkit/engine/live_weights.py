@@ -1,5 +1,5 @@
 """List the engine's own parameters, which are not copies, and the parts of the engine's fused
-layers. Parameters are listed by their names without what vLLM adds to the names.
+layers. The names of the parameters do not have the parts that vLLM's LoRA wrappers add.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ and the next N ranks are the second group. A group is vLLM's tensor-parallel gro
 uses it too.
 
 accelerate, TRL and DistributedDataParallel treat torch.distributed's default group as the whole
-run. So while a mesh is open, another group is the default group. This
-group consists of the ranks with the same part of the model: one rank of each replica. These ranks
-train data-parallel.
+run. So while a mesh is open, another group is the default group. This group consists of the ranks
+with the same part of the model: one rank of each replica. These ranks train data-parallel.
 
 vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
 """

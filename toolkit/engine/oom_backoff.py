@@ -1,8 +1,8 @@
 """Retry a rollout in smaller parts if memory runs out. The completions stay the same.
 
-A completion depends only on the seed and its row (``rollout_request.request_seed``), not on the
-other completions of the call. So if a call runs out of memory, its two halves give the same
-completions, and only time is lost.
+A completion depends only on the seed and on its row in the batch
+(``rollout_request.request_seed``), not on the other completions of the call. So if a call runs out
+of memory, its two halves give the same completions, and only time is lost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a batch: ``n`` completions of each of ``prompts``. ``rows[i]`` is the row of the
-    first completion of prompt i.
+    first completion of prompt i, which is its index in the batch.
     """
 
     prompts: Sequence[Sequence[int]]

@@ -72,9 +72,7 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """Return the run configuration that has the model of ``request``, with the given length and
-    dtype.
-    """
+    """Return a run configuration with the model of ``request`` and the given length and dtype."""
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,

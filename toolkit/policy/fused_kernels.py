@@ -327,7 +327,7 @@ def _nearest(
     module: nn.Module, forwards: Sequence[Forward], shape: Sequence[int], dtype: torch.dtype
 ) -> Forward | str:
     """Return the first of ``forwards`` that computes the same as ``module``. If there is none,
-    return a text with the smallest difference.
+    return a text that states the smallest difference.
     """
     x = _random(shape, module, dtype)
     theirs = _with_gradients(lambda: [module(x)], [x])

@@ -181,8 +181,8 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
     """Return the adapter's tensors by the names that they have in the adapter's file. The tensors
     are not copied.
 
-    If several processes share a model, the parts of each tensor are joined, and all of these
-    processes must call this function.
+    There is one exception. If several processes share a model, the result has new tensors, which
+    join the parts of these processes. All of these processes must call this function.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False

@@ -111,10 +111,10 @@ def use_fast_layers(config: Any) -> Any:
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
     """Create the LoRA layer for ``target``, if ``target`` is a plain, split or 4-bit linear layer.
-    Returns None in other cases, and PEFT then chooses its own class.
+    In other cases return None, and PEFT then chooses its own class.
 
-    Other cases are other subclasses of nn.Linear, and layers that a hook of accelerate moves
-    between devices.
+    PEFT's own class is used for other subclasses of nn.Linear, and for layers that a hook of
+    accelerate moves between devices.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

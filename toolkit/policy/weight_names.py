@@ -204,5 +204,5 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
 
 
 def join(*parts: str) -> str:
-    """Join the parts that are not empty with dots."""
+    """Join ``parts`` with dots. Empty parts are left out."""
     return ".".join(part for part in parts if part)

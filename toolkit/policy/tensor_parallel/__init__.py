@@ -8,6 +8,6 @@ torch.distributed.
 
 torch.distributed.tensor.parallel and transformers also implement tensor parallelism. They cannot be
 used, because they distribute or load the weights themselves. In this package every parameter is a
-view of a vLLM tensor, and vLLM has decided how it is split (for example, the same KV heads on
-several GPUs, and a padded vocabulary).
+view of a vLLM tensor, and vLLM has decided how the tensor is split (for example, the same KV heads
+on several GPUs, and a padded vocabulary).
 """
