@@ -143,7 +143,7 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release the memory and the addresses of the copies. The copies are unusable afterwards."""
+        """Release the memory and the addresses of the copies. The copies cannot be used again."""
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
