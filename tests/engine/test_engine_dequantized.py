@@ -207,7 +207,7 @@ def test_a_resumed_run_over_copies_ends_with_the_same_bytes(
 # --- too little memory
 
 
-@pytest.mark.parametrize(("free", "said"), [(2 << 30, "none are made"), (80 << 30, None)])
+@pytest.mark.parametrize(("free", "said"), [(2 << 30, "no copies are made"), (80 << 30, None)])
 def test_auto_without_a_sizer_says_what_it_leaves_out(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, free: int, said: str | None
 ) -> None:

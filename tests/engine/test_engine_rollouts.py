@@ -298,7 +298,7 @@ def test_a_saved_adapter_takes_the_slot_and_gives_it_back(
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"r": 32, "target_modules": SEVEN}, "rank 32, but the engine was built for at most 16"),
+        ({"r": 32, "target_modules": SEVEN}, "rank 32, but the engine supports ranks up to 16"),
         ({"r": 8, "target_modules": ["lm_head"]}, "no LoRA slot for lm_head"),
         ({"r": 8, "target_modules": ["embed_tokens"]}, "embedding"),
         ({"r": 8, "target_modules": SEVEN, "use_dora": True}, "DoRA"),

@@ -1,13 +1,14 @@
 """Publish the adapter that is being trained: copy it from memory into the engine's LoRA slots.
 
-The first publish goes through vLLM's own manager, which registers the adapter and chooses its slot.
-Every later publish only copies into the stacked tensors of that slot on the device, so the
-addresses that CUDA graphs captured stay valid.
+vLLM has stacked LoRA tensors on the device. A *slot* is the part of them that belongs to one
+adapter. The first publish goes through vLLM's own manager, which registers the adapter and chooses
+its slot. Every later publish only copies values into that slot. So the addresses that CUDA graphs
+captured stay valid.
 
-The scaling is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732). The copy
-multiplies B by the scaling in the trainer's dtype, and vLLM gets alpha = r, which is a scaling of
-1. With another alpha, vLLM would multiply lora_B by alpha/r in place
-(``LoRALayerWeights.optimize``), and so change the tensors that are being trained. Also, before
+The scaling of an adapter is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732).
+The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. vLLM gets alpha = r,
+so that its own scaling is 1. With another alpha, vLLM would multiply lora_B by alpha/r in place
+(``LoRALayerWeights.optimize``). This would change the tensors that are being trained. Also, before
 0.31 vLLM ignores rsLoRA when it packs expert layers.
 """
 
@@ -37,10 +38,12 @@ MiCA computes the same sum, but does not train B.
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The LoRA tensors A (r, in) and B (out, r) of one adapted layer, and the scaling of B.
+    """The LoRA matrices A (r, in) and B (out, r) of one adapted layer, and the factor that B is
+    multiplied by (``scaling``).
 
-    The tensors are references, not copies. If tensor parallelism splits the layer, A and B are the
-    tensors that this process computes with, and ``held`` is the part of B that this process trains.
+    The tensors are references to the model's tensors, not copies. This process computes with ``a``
+    and ``b``, and trains ``held``. ``b`` is ``held``, or only some rows of ``held`` if tensor
+    parallelism splits the layer.
     """
 
     module: str
@@ -57,9 +60,11 @@ class Pair:
 
 @dataclass(slots=True)
 class Plan:
-    """The trained tensors and the slots that they are copied to, as lists.
+    """The trained tensors (``a_from``, ``b_from``), and the parts of the slot that they are copied
+    to (``a_to``, ``b_to``).
 
-    With lists, torch copies all tensors in one fused kernel (``torch._foreach_copy_``).
+    All of them are lists, because torch copies lists of tensors in one fused kernel
+    (``torch._foreach_copy_``).
     """
 
     signature: tuple[object, ...]
@@ -87,7 +92,7 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
     Raises:
         ConfigValueError: the model has no adapter of that name.
         UnsupportedError: the adapter has parts that vLLM's slots do not support (DoRA, biases,
-            experts, whole modules).
+            experts, ``modules_to_save``).
     """
     config = getattr(peft_model, "peft_config", {}).get(name)
     if config is None:
@@ -142,8 +147,8 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
 
 
 class AdapterSlots:
-    """The adapters of one engine. ``slots`` is vLLM's LoRAModelManager, and ``module`` is vLLM's
-    module of the model.
+    """Publishes adapters to the slots of one engine. ``slots`` is vLLM's LoRAModelManager, and
+    ``module`` is vLLM's model.
     """
 
     def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
@@ -194,7 +199,7 @@ class AdapterSlots:
         if rank > self._max_rank:
             raise ConfigValueError(
                 (
-                    f"the adapter has rank {rank}, but the engine was built for at most "
+                    f"the adapter has rank {rank}, but the engine supports ranks up to "
                     f"{self._max_rank}"
                 ),
                 where="lora.r",
@@ -208,8 +213,8 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Add the adapter with vLLM's own functions. They get copies of the tensors, because vLLM
-        writes to the tensors that it gets.
+        """Register the adapter with vLLM's own functions. The functions get copies of the tensors,
+        because vLLM writes to the tensors that it gets.
         """
         for pair in pairs:
             self._places(pair.module)  # raises an error; vLLM would skip the module silently
@@ -253,14 +258,15 @@ class AdapterSlots:
                 start += rows
             if start != pair.b.shape[0]:
                 raise DefectError(
-                    f"B of {pair.module} has {pair.b.shape[0]} rows, but the slots for it have "
-                    f"{start} rows"
+                    f"the LoRA matrix B of {pair.module} has {pair.b.shape[0]} rows, but the "
+                    f"engine's slots for this matrix have {start} rows"
                 )
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """Return the (vLLM layer, part) slots of an adapted Hugging Face layer. A layer has one
-        slot, or one slot per part if the layer is fused (such as gate_up_proj).
+        """Return where vLLM stores the LoRA of the Hugging Face layer ``module``, as a list of
+        (vLLM layer, index of a part). The list has one entry, or one entry per part if the Hugging
+        Face layer itself is fused (such as gate_up_proj).
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module
@@ -270,10 +276,11 @@ class AdapterSlots:
 def find_places(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
-    """Return the slots for the LoRA of the Hugging Face layer ``module``.
+    """Return where vLLM stores the LoRA of the Hugging Face layer ``module``.
 
-    Each slot is a vLLM layer and the index of a part. vLLM fuses layers such as q_proj, k_proj and
-    v_proj into one layer, and the index tells which of the fused parts the slot belongs to.
+    Each entry of the list is a vLLM layer and the index of a part of this layer. vLLM fuses layers
+    such as q_proj, k_proj and v_proj into one layer. The index tells which of the fused parts
+    ``module`` is.
 
     Raises:
         UnsupportedError: vLLM has no layer with a LoRA slot for ``module``, vLLM's model class

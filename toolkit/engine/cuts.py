@@ -1,8 +1,8 @@
-"""Find which part of a Hugging Face layer the engine of this process has (tensor parallelism).
+"""Find which part of each Hugging Face layer is in the engine of this process (tensor parallelism).
 
 vLLM's layer classes record how a layer is split (``ColumnParallelLinear``, ``RowParallelLinear``,
 ``VocabParallelEmbedding``; written for vLLM 0.25.1 and 0.31.0). This module reads only these
-records, so it works for every architecture.
+records. So it works for every architecture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ WHERE = "model.tensor_parallel_size"
 
 
 class EngineCuts:
-    """Look up how a layer of vLLM's ``module`` is split, by the layer's Hugging Face name."""
+    """Tells how vLLM's model ``module`` splits its layers. Layers are looked up by their Hugging
+    Face names.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -43,11 +45,12 @@ class EngineCuts:
 
 
 def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
-    """Return how vLLM's ``module`` splits the Hugging Face linear layer ``name``.
+    """Return how vLLM's model ``module`` splits the linear layer with the Hugging Face name
+    ``name``.
 
     Raises:
-        UnsupportedError: the engine does not have this layer, or its layer is of a class that the
-            trainer cannot split in the same way.
+        UnsupportedError: the engine does not have this layer, or the trainer cannot split the class
+            of the engine's layer in the same way.
     """
     shared = mesh()
     assert shared is not None
@@ -78,8 +81,8 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
 
 
 def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
-    """Return the rows of the embedding or head ``name`` that this process has, and the number of
-    rows per process including padding.
+    """Return which rows of the embedding or head ``name`` this process has. Return also the number
+    of rows per process, which includes padding rows.
 
     Raises:
         UnsupportedError: the engine does not have this layer, or does not split it by vocabulary.
@@ -99,8 +102,9 @@ def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
 
 
 def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
-    """Return vLLM's layer for the Hugging Face layer ``name``, and the index of its part if vLLM
-    fuses several Hugging Face layers into one layer (else 0).
+    """Return vLLM's layer for the Hugging Face layer ``name``, and an index. If vLLM fuses several
+    Hugging Face layers into one layer, the index is the position of ``name`` among them. Otherwise
+    the index is 0.
     """
     target = engine_name(module, name)
     parent, _, leaf = target.rpartition(".")

@@ -40,8 +40,8 @@ COPIES = "_toolkit_dequantized"
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""The number of bytes that must be free in addition to the copies. With less, torch's cached memory
-from the trainer's step is released before the copies are allocated again.
+"""The number of bytes that must be free in addition to the copies. If fewer bytes are free, torch's
+cached memory from the trainer's step is released before the copies are allocated again.
 """
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
@@ -65,7 +65,9 @@ def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
 
 
 class Copies:
-    """The 16-bit copies of some layers of one model. ``weight`` fills them if they are empty."""
+    """The 16-bit copies of some layers of one model. The method ``weight`` fills the copies if they
+    are empty.
+    """
 
     def __init__(
         self,
@@ -141,7 +143,7 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release the memory and the addresses of the copies. They cannot be used afterwards."""
+        """Release the memory and the addresses of the copies. The copies cannot be used again."""
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
@@ -247,11 +249,13 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns None if no layer gets one.
+    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns the copies, or None if no
+    layer gets one.
 
-    If ``wanted`` is True, all 4-bit layers get a copy. If it is a number, the largest layers whose
-    copies fit into that many bytes get one. Call this function after vLLM has loaded the model and
-    before the first forward pass, which creates the copies. CUDA graphs are captured later.
+    If ``wanted`` is True, all 4-bit layers get a copy. If ``wanted`` is a number of bytes, the
+    largest layers get a copy, as long as all copies together fit into these bytes. Call this
+    function after vLLM has loaded the model and before the first forward pass. The first forward
+    pass fills the copies. CUDA graphs are captured after it.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -265,17 +269,17 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes of the copies for ``dequantized_rollouts: auto``. Warns if the bytes are too
-    few for all layers.
+    """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
+    not enough memory for copies of all layers.
 
-    It is not called for a run file. There the toolkit's memory estimate chooses the bytes before
-    the engine starts, and a note of the estimate reports layers without a copy.
+    This function is not called for a run file. For a run file the toolkit's memory estimate chooses
+    the bytes before the engine starts. If layers have no copy, a note of the estimate reports that.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
     made = sum(copy_bytes(_weight(layer)) for layer in largest_first(layers, room))
     if made < whole:
-        what = f"only {format_bytes(made)} are made" if made else "none are made"
+        what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
             f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
             f"{format_bytes(whole)}, but the weights and the KV cache leave only "
@@ -288,8 +292,11 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes that the copies may take. They are a share of the memory that the engine
-    may use in addition to its weights and, if its size is configured, to the KV cache.
+    """Return the bytes that the copies may take.
+
+    The weights are subtracted from the engine's memory. If the size of the KV cache is configured,
+    the KV cache is subtracted from the free memory instead. The copies may take a share of the
+    rest.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

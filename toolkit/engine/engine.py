@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """vLLM's module of the model, whose parameters the trainer shares."""
+        """vLLM's model (a torch module). The trainer shares its parameters."""
         if self._module is None:
             raise closed()
         return self._module
@@ -97,8 +97,8 @@ class Engine:
         return self._llm is None
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Publish the current values of adapter ``name`` of a PEFT model, and drop cached prefixes
-        that were computed with earlier values.
+        """Copy the current values of adapter ``name`` of a PEFT model to the engine. Cached
+        prefixes that were computed with earlier values are dropped.
 
         The PEFT model does not change. The scaling is applied only to the copies in the engine,
         which have the engine's dtype.
@@ -135,16 +135,18 @@ class Engine:
             sampling: sampling parameters.
             seed: the seed of the whole batch. The seed of a completion is computed from this seed
                 and the row of the completion (``rollout_request.request_seed``).
-            rows: the row of each prompt's first completion, if the call is part of a batch.
+            rows: the row of each prompt's first completion in the batch. Needed if the call draws
+                only a part of the batch.
             adapter: which weights to sample from. True means the adapter that was last published
                 as ``"default"``, or the base model if none was published. A name means the adapter
                 of that name. False means the base model.
 
         Raises:
             ConfigValueError: vLLM rejects a sampling option, or a prompt is too long.
-            NodeError, RetryError, ConfigError: the engine failed; the message names the check that
-                explains the failure. If memory runs out, the batch is retried in smaller parts, so
-                an error is raised only if a single sequence does not fit.
+            NodeError, RetryError, ConfigError: the engine failed. If the cause is known, the
+                message names the check of `envcheck check` that detects the cause. If memory runs
+                out, the batch is retried in smaller parts. So an error is raised only if a single
+                sequence does not fit.
         """
         self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
@@ -226,8 +228,8 @@ class Engine:
         """Allocate the KV cache and the copies again. Does nothing if the engine is awake.
 
         Raises:
-            RetryError, NodeError, ConfigError: there is not enough memory; the message names the
-                check that explains the failure.
+            RetryError, NodeError, ConfigError: there is not enough memory. If the cause is known,
+                the message names the check of `envcheck check` that detects the cause.
         """
         if self._sleep is not None:
             self._sleep.wake()
@@ -242,7 +244,8 @@ class Engine:
     def close(self) -> None:
         """Shut the engine down and release its memory. A second call does nothing.
 
-        The weights are freed only when the model that shares them is dropped too.
+        The memory of the weights is freed only after the model that shares the weights is dropped
+        too.
         """
         if self._llm is None:
             return

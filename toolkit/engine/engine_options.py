@@ -28,7 +28,9 @@ OWNED = frozenset(
         "quantization",
     }
 )
-"""vLLM arguments that weight sharing depends on. The toolkit sets them; ``extra`` must not."""
+"""vLLM arguments that weight sharing depends on. The toolkit sets them, and ``extra`` must not
+contain them.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,8 +45,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         does not support.
 
         Raises:
-            UnsupportedError: the layer has an activation that is not in ``ACTIVATIONS``, biases, or
-                router weights that are applied to its input.
+            UnsupportedError: the layer has biases, an activation that is not in ``ACTIVATIONS``, or
+                router weights that are applied to the layer's input.
         """
         super().process_weights_after_loading(layer)
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:

@@ -1,8 +1,8 @@
 """Check, before an engine starts, that the processes of a group can share a model.
 
-A group is the processes that split one model (tensor parallelism). They must be on one node, with
-the same environment and cards of one kind. All processes of a group must compute the same tokens,
-and different kernels in one process could give different tokens.
+A group is the processes that split one model (tensor parallelism). They must be on one node, and
+have the same environment and GPUs (cards) of one kind. All processes of a group must compute the
+same tokens. Different kernels in one of the processes could give different tokens.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def check_world(size: int) -> None:
 
 def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence[Any]]) -> None:
     """Call ``check_world``, and check that the processes of each group have the same versions of
-    the libraries and cards of one kind. Every process must call this function.
+    the libraries and GPUs (cards) of one kind. Every process must call this function.
 
-    ``card`` is the name of this process's card (None: the CPU). ``exchange`` sends a value to all
-    processes, and returns the values of all processes in the order of their ranks.
+    ``card`` is the name of this process's GPU (None: the process runs on the CPU). ``exchange`` is
+    a function that sends a value to all processes, and returns the values of all processes in the
+    order of their ranks.
 
     Raises:
         ConfigError: a group is incomplete or on several nodes, or its cards differ.
@@ -65,8 +66,8 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
 
 
 def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
-    """Raise an error if the processes of one group of ``size`` have different cards or library
-    versions. ``told`` has what each process sent in ``check_groups``, by rank.
+    """Raise an error if the processes of one group of ``size`` have different GPUs (cards) or
+    library versions. ``told`` lists, by rank, what each process sent in ``check_groups``.
     """
     for start in range(0, len(told), size):
         group = range(start, start + size)

@@ -27,8 +27,8 @@ WHERE = "sampling"
 
 
 class TransformersEngine:
-    """An engine that samples from the current weights of ``model`` (transformers or PEFT), so an
-    adapter does not have to be published.
+    """An engine that samples from ``model`` (transformers or PEFT) itself. It always uses the
+    current weights, so an adapter does not have to be published.
 
     ``end_ids`` are the token ids that end a completion. ``pad_id`` is the token id that pads
     shorter prompts on the left. ``max_model_len`` is in tokens (prompt plus completion). If it is
@@ -208,12 +208,12 @@ def _check_ranges(sampling: Sampling) -> None:
 def _logprobs(
     scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
-    """Return log-probabilities and token ids, both as [sequence][position][rank] with the most
-    likely token first.
+    """Return log-probabilities and token ids, both as nested lists [sequence][position][rank]. Rank
+    0 is the most likely token.
 
     ``scores`` are T tensors (B, V) of processed logits. If ``count`` is 0, a position has only the
-    sampled token. Else it has the ``count`` most likely tokens, and then the sampled token if it is
-    not one of them.
+    sampled token. Otherwise it has the ``count`` most likely tokens. The sampled token is added if
+    it is not one of them.
     """
     values: list[list[list[float | None]]] = [[] for _ in range(sampled_BT.shape[0])]
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]

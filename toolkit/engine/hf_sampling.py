@@ -37,10 +37,11 @@ one copy.
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The last logits processor, which keeps only the sampled token of each row.
+    """The last logits processor. It samples one token per row, and gives all other tokens the score
+    -inf.
 
-    If ``keep_scores`` is True, ``scores`` collects the input of each call, one (B, V) tensor per
-    token.
+    If ``keep_scores`` is True, the attribute ``scores`` collects the scores that each call gets,
+    one (B, V) tensor per token.
     """
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
@@ -124,8 +125,8 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
 
 
 class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
-    """The stopping criterion for stop strings. It records at which length each row reached a stop
-    string. The rest of that row is padding.
+    """The stopping criterion for stop strings. For each row it records the number of tokens at
+    which the row reached a stop string. The later tokens of this row are padding.
 
     The class has its own tokenizer, because transformers 5.17 does not pass the tokenizer on if
     ``generate`` gets ``custom_generate``.
@@ -221,8 +222,9 @@ def draw(
 
 
 def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """Return the maximum number of tokens of each of ``rows`` completions, such that prompt plus
-    completion have at most ``longest`` tokens. Each prompt has the same number of consecutive rows.
+    """Return the maximum number of tokens of each of ``rows`` completions. A prompt and its
+    completion may have at most ``longest`` tokens together. Each prompt has the same number of
+    completions, in consecutive rows.
     """
     each = rows // len(prompts)
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
@@ -234,9 +236,9 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Return each row up to and including its first token of ``ends`` or the end of its stop
-    string. ``most`` has the maximum number of tokens of each row. vLLM shortens completions in the
-    same way when they reach the maximum length.
+    """Shorten each row, and return the rows. A row ends after its first token of ``ends``, after
+    its stop string, or after its maximum number of tokens in ``most``, whichever comes first. vLLM
+    shortens completions in the same way when they reach the maximum length.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:
@@ -266,9 +268,9 @@ def _inference(model: Any) -> Iterator[None]:
 def _without_defaults(model: Any) -> Iterator[None]:
     """Ignore the checkpoint's generation config within the block.
 
-    transformers takes options that the user did not set from that config. So, for example, a
-    no_repeat_ngram_size of the checkpoint would change the distribution that tokens are sampled
-    from.
+    If the user did not set an option, transformers takes its value from that config. So, for
+    example, a no_repeat_ngram_size of the checkpoint would change the distribution that tokens are
+    sampled from.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = inner.generation_config

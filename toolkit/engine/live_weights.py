@@ -1,5 +1,5 @@
-"""List the engine's own parameters (not copies) under names without vLLM's additions, and the parts
-of the engine's fused layers.
+"""List the engine's own parameters, which are not copies, and the parts of the engine's fused
+layers. The names of the parameters do not have the parts that vLLM's LoRA wrappers add.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LiveWeights:
     have added padding rows.
     """
     read_names: frozenset[str]
-    """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read it."""
+    """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read them."""
     rewritten: frozenset[str]
     """Names of tensors that vLLM rewrote for a kernel after loading. They no longer have the
     checkpoint's values.
@@ -73,8 +73,9 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 def rewritten(
     parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
 ) -> frozenset[str]:
-    """Return the names of the tensors that changed after loading. Empty if ``as_loaded`` is empty,
-    because the loader recorded no samples.
+    """Return the names of the tensors whose values changed after loading. ``as_loaded`` has sampled
+    values from the time of loading. If it is empty, the loader recorded none, and the result is
+    empty.
     """
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
@@ -94,8 +95,8 @@ def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return a mapping from each fused layer to its parts. It joins the mappings of all submodules
-    that define one.
+    """Return a mapping from each fused layer to its parts. A submodule of ``module`` may define
+    such a mapping. The result joins the mappings of all submodules.
     """
     found: dict[str, tuple[str, ...]] = {}
     for child in module.modules():
@@ -106,8 +107,8 @@ def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def padded_parameters(module: nn.Module) -> frozenset[str]:
-    """Return the names of the weights and biases of vocabulary layers. vLLM's vocabulary layers
-    (VocabParallelEmbedding) have an attribute ``num_embeddings_padded``.
+    """Return the names of the weights and biases of vocabulary layers. A vocabulary layer of vLLM
+    (VocabParallelEmbedding) is recognized by its attribute ``num_embeddings_padded``.
     """
     names = set()
     for path, child in module.named_modules(remove_duplicate=False):
@@ -120,9 +121,9 @@ def padded_parameters(module: nn.Module) -> frozenset[str]:
 def rename_mapper(module: Any) -> Any | None:
     """Return vLLM's mapper from Hugging Face names to engine names, or None if the model has none.
 
-    The returned mapper does not fuse q, k and v, because their adapters would then have the same
-    name. The vLLM method for it is ``get_unstacked_mapper`` in 0.25.1 and ``get_rename_mapper`` in
-    0.31.0.
+    The returned mapper does not map q_proj, k_proj and v_proj to one fused name, because their
+    adapters would then have the same name. The vLLM method that returns this mapper is
+    ``get_unstacked_mapper`` in 0.25.1 and ``get_rename_mapper`` in 0.31.0.
     """
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     if mapper is None:

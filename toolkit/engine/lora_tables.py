@@ -45,15 +45,16 @@ _made: dict[str, str] = {}
 
 
 def class_of(card: str) -> tuple[str, ...]:
-    """Return the names of the tables in the package that fit a device with the name ``card``, best
-    first.
+    """Return the names of the package's tables that suit the device with the name ``card``. The
+    best table is first.
     """
     return next((names for pattern, names in CLASSES if re.search(pattern, card)), ())
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """Return the path of the table for a device. This is the table in TOOLKIT_LORA_TABLE, else a
-    table of the package, else None.
+    """Return the path of the table for the device with the name ``card``. This is the file that
+    TOOLKIT_LORA_TABLE names. If the variable is not set, it is a table of the package. Returns None
+    if there is no table, or the variable is ``off``.
     """
     written = os.environ.get(TABLE_VARIABLE)
     if written:
@@ -101,8 +102,8 @@ def read_table(path: Path) -> dict[str, Any]:
     good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
     if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
-            "the file is not a table of LoRA kernel configurations, which has the keys vllm, "
-            f"{', '.join(OPS)}",
+            "the file is not a table of LoRA kernel configurations. Such a table has the keys "
+            f"vllm, {', '.join(OPS)}",
             where=str(path),
             fix=f"create a table with `toolkit tune`, or set {TABLE_VARIABLE}=off",
         )

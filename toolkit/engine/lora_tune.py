@@ -66,8 +66,9 @@ and the weights of several layers are used to reach it.
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """The shape of a fused LoRA layer. Each of its slices (fused parts) has A (rank, wide) and B
-    (rows, rank), with one entry of ``rows`` per slice.
+    """The shape of a fused LoRA layer. Its fused parts are called slices. Each slice has its own
+    matrix A (rank, wide) and its own matrix B (number of rows, rank). ``rows`` has the number of
+    rows of each slice.
     """
 
     rows: tuple[int, ...]
@@ -81,7 +82,9 @@ class Shape:
 
     @property
     def tall(self) -> int:
-        """The hidden size that vLLM uses to look up an expand kernel: the largest of ``rows``."""
+        """The largest of ``rows``. vLLM uses it as the hidden size when it looks up an expand
+        kernel.
+        """
         return max(self.rows)
 
 
@@ -132,8 +135,9 @@ class Tuner:
         )
 
     def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
-        """Return the table of the best configurations. As vLLM reads it, the table is nested by
-        number of adapters, slices and tokens, then by input size and output size.
+        """Return the table of the best configurations, nested as vLLM reads it. The levels are the
+        number of adapters, the number of slices, the number of tokens, the input size, and the
+        output size.
         """
         ops: dict[str, Any] = {}
         for shape in shapes:
@@ -166,7 +170,7 @@ def tune_card(
 ) -> tuple[dict[str, Any], float, float]:
     """Measure the kernels of ``shapes`` on this machine's GPU.
 
-    Returns the table, and the sum of the seconds of all kernels before and after tuning.
+    Returns the table and two sums of seconds over all kernels: before tuning, and after tuning.
 
     Raises:
         NodeError: there is no CUDA GPU.

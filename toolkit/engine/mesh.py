@@ -6,8 +6,8 @@ and the next N ranks are the second group. A group is vLLM's tensor-parallel gro
 uses it too.
 
 accelerate, TRL and DistributedDataParallel treat torch.distributed's default group as the whole
-run. So while a mesh is open, the default group is replaced. It then has the ranks with the same
-part of the model, one of each replica. These ranks train data-parallel.
+run. So while a mesh is open, another group is the default group. This group consists of the ranks
+with the same part of the model: one rank of each replica. These ranks train data-parallel.
 
 vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
 """
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This process's place in the mesh.
+    """The position of this process in the mesh.
 
-    ``size`` is the number of processes that share a model. ``rank`` is the number of this process
-    among them. ``replica`` is the number of their group, of ``replicas`` groups. ``group`` is the
-    torch process group that transfers tensors on their device. ``host_group`` has the same
-    processes, and transfers Python objects over the CPU.
+    The processes of a run form ``replicas`` groups of ``size`` processes. A group shares one model.
+    ``replica`` is the number of this process's group, and ``rank`` is the number of this process in
+    its group. ``group`` is the torch process group that transfers tensors on their device.
+    ``host_group`` has the same processes, and transfers Python objects over the CPU.
     """
 
     size: int
@@ -65,8 +65,8 @@ class Mesh:
         return held[0]
 
     def largest(self, flag: int, device: torch.device) -> int:
-        """Return the largest ``flag`` of all processes of the run. Every process of the run must
-        call this method.
+        """Return the largest of the values ``flag`` that the processes of the run pass. Every
+        process of the run must call this method.
         """
         told = torch.tensor([int(flag)], device=device)
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world)
@@ -94,8 +94,8 @@ class Mesh:
         return tensor
 
     def digest_of_all(self, own: str) -> str:
-        """Return one digest of the digests ``own`` of all processes of the group. Every process of
-        the group must call this method.
+        """Return one digest that combines the digest ``own`` of each process of the group. Every
+        process of the group must call this method.
         """
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, own, group=self.host_group)
@@ -136,8 +136,8 @@ def mesh() -> Mesh | None:
 
 
 def open_mesh(size: int) -> Mesh | None:
-    """Open the mesh with the groups that vLLM has created. Every process of the run must call this
-    function. Returns None for ``size`` 1.
+    """Open the mesh. It uses the tensor-parallel groups that vLLM has created. Every process of the
+    run must call this function. Returns None if ``size`` is 1.
     """
     if size == 1:
         return None
@@ -155,9 +155,9 @@ def open_mesh(size: int) -> Mesh | None:
 
 
 def settle(size: int, group: Any, host_group: Any) -> Mesh:
-    """Create the mesh in which the ``size`` processes of ``group`` share a model. The ranks with
-    the same part of each replica become the default group. Every process of the run must call this
-    function.
+    """Create and open the mesh in which the ``size`` processes of ``group`` share a model. The
+    ranks with the same part of the model, one rank of each replica, become the default group. Every
+    process of the run must call this function.
     """
     global _open
     whole, number = distributed.get_world_size(), distributed.get_rank()

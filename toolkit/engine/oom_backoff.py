@@ -1,8 +1,8 @@
 """Retry a rollout in smaller parts if memory runs out. The completions stay the same.
 
-A completion depends only on the seed and its row (``rollout_request.request_seed``), not on the
-other completions of the call. So if a call runs out of memory, its two halves give the same
-completions, and only time is lost.
+A completion depends only on the seed and on its row in the batch
+(``rollout_request.request_seed``), not on the other completions of the call. So if a call runs out
+of memory, its two halves give the same completions, and only time is lost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a batch: ``n`` completions of each of ``prompts``. ``rows[i]`` is the row of the
-    first completion of prompt i.
+    first completion of prompt i, which is its index in the batch.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -81,15 +81,15 @@ def in_parts(
     at_once: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """Draw the rollout of ``whole``, in smaller parts if memory runs out.
+    """Draw the completions of the batch ``whole``, in smaller parts if memory runs out.
 
-    ``draw`` samples one part. ``most`` is the maximum number of completions per call (None: no
-    limit). ``at_once`` is the number of sequences that the engine runs at a time. ``recover`` makes
-    the engine usable after a failed call.
+    ``draw`` samples one part. ``most`` is the maximum number of completions per call of ``draw``
+    (None: no limit). ``at_once`` is the number of sequences that the engine runs at a time.
+    ``recover`` makes the engine usable after a failed call.
 
-    Returns the rollout, and the new maximum number of completions per call, which is ``most`` if
-    no call failed. An out-of-memory error is raised only for a part with a single completion. Other
-    errors are always raised.
+    Returns the rollout and a new value for ``most``, which is unchanged if no call failed. An
+    out-of-memory error is raised only for a part with a single completion. Other errors are always
+    raised.
     """
     waiting, done = whole.fit(most), []
     while waiting:

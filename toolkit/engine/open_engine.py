@@ -40,16 +40,16 @@ def open_engine(options: EngineOptions) -> Engine:
         MissingExtraError: vLLM is not installed.
         UnsupportedError: the model has FP8 weights, or an architecture for which vLLM has no model
             class or no LoRA support.
-        ConfigError, NodeError, RetryError: vLLM did not start; the message names the check that
-            explains the failure, and a fix.
+        ConfigError, NodeError, RetryError: vLLM did not start. If the cause is known, the message
+            names the check of `envcheck check` that detects the cause.
     """
     if not vllm_available():
         raise MissingExtraError(
             "fast_inference needs vLLM, which is not installed",
             where="model.fast_inference",
             fix=(
-                "run pip install 'grpo-toolkit[cuda]' (CUDA) or 'grpo-toolkit[cpu-engine]'"
-                " (CPU), or set fast_inference: false"
+                "run `pip install 'grpo-toolkit[cuda]'` (CUDA) or `pip install "
+                "'grpo-toolkit[cpu-engine]'` (CPU), or set fast_inference: false"
             ),
         )
     prepare_environment()

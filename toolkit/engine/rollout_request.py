@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SEED_LIMIT = 2**62
-"""Upper limit of a batch's seed. It is such that seed plus row is within a signed 64-bit integer.
+"""The upper limit of hashed seeds. With this limit, the sum of a hashed seed and a row fits into a
+signed 64-bit integer.
 """
 
 
@@ -24,12 +25,12 @@ SEED_LIMIT = 2**62
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs`` is which log-probabilities are returned. None means none, 0
-    means those of the sampled tokens, and k means also those of the k most likely tokens. The
+    ``top_k`` 0 means off. ``logprobs`` selects which log-probabilities are returned: none (None),
+    those of the sampled tokens (0), or also those of the k most likely tokens (k). The
     log-probabilities are those of the distribution that tokens are sampled from (after temperature,
     top-k, top-p, min-p and penalties). ``extra`` has the ``generation_kwargs`` of a run file, which
-    are other sampling arguments of the engine under its own names. They take precedence over the
-    fields.
+    are other sampling arguments of the engine under its own names. The values in ``extra`` take
+    precedence over the fields of this class.
     """
 
     n: int = 1
@@ -72,10 +73,10 @@ class Rollout:
     1.16).
 
     Each of the four lists has ``len(prompts) * n`` entries, and the n completions of a prompt are
-    adjacent. ``logprobs`` and ``logprob_token_ids`` are [sequence][position][rank], with the most
-    likely token first. With ``Sampling.logprobs`` 0 a position has only the sampled token. Both
-    lists are None if no log-probabilities were requested. A log-probability that is NaN becomes
-    None.
+    adjacent. ``logprobs`` and ``logprob_token_ids`` are nested lists [sequence][position][rank],
+    where rank 0 is the most likely token. With ``Sampling.logprobs`` 0 a position has only the
+    sampled token. Both lists are None if no log-probabilities were requested. A log-probability
+    that is NaN becomes None.
     """
 
     prompt_ids: list[list[int]]
@@ -91,13 +92,14 @@ class Rollout:
 
 
 def request_seed(seed: int, row: int) -> int:
-    """Return the seed of the completion in row ``row`` of a batch with ``seed``.
+    """Return the seed of the completion in row ``row`` of a batch with the seed ``seed``.
 
-    The result is a hash of ``seed`` plus ``row``, within a signed 64-bit integer. ``seed`` is
-    hashed so that the seeds of different batches do not overlap. vLLM samples the n completions of
-    one request with consecutive seeds, from the request's seed to seed + n - 1. These are the seeds
-    that n single requests with rows ``row`` to ``row`` + n - 1 would have. So the completions of a
-    prompt are the same whether they are one request or are split over ranks.
+    The result is the hash of ``seed``, plus ``row``. It fits into a signed 64-bit integer. ``seed``
+    is hashed so that the seeds of different batches do not overlap. vLLM samples the n completions
+    of one request with n consecutive seeds, beginning with the request's seed. These are also the
+    seeds of n requests with one completion each, for the rows ``row`` to ``row + n - 1``. So the
+    completions of a prompt are the same whether one request samples them all or they are split over
+    ranks.
     """
     digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT + row

@@ -24,7 +24,8 @@ Style = Literal["rows", "columns", "whole"]
 class Cut:
     """How the weight of a layer is split over the processes.
 
-    This process has ``length`` of the ``total`` rows or columns (``style``), from ``start`` on. If
+    ``style`` tells whether the rows or the columns are split, or the weight is not split. This
+    process has ``length`` of the ``total`` rows or columns, beginning at index ``start``. If
     ``repeated`` is True, other processes have the same rows, because there are fewer KV heads than
     processes.
     """
@@ -38,8 +39,8 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The mark on a parameter that is a part of a larger one. The larger parameter has size
-    ``total`` along dimension ``dim``, and each process has an equal part.
+    """The mark on a parameter that is only a part of a larger parameter. The larger parameter has
+    size ``total`` along dimension ``dim``. Each process has an equal part of it.
     """
 
     dim: int
@@ -61,8 +62,9 @@ def shard_of(parameter: Any) -> Shard | None:
 
 @torch.no_grad()
 def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
-    """Return the whole tensor of which ``tensor`` is this process's part. A tensor that is not
-    split is returned unchanged. Every process of the group must call this function.
+    """Join the parts that the processes have, and return the whole tensor. ``tensor`` is this
+    process's part. A tensor that is not split is returned unchanged. Every process of the group
+    must call this function.
 
     The mark of the parameter ``like`` tells how ``tensor`` is split. If ``like`` is None, the mark
     of ``tensor`` itself is used.
@@ -71,7 +73,7 @@ def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     if shard is None:
         return tensor
     if shared is None:
-        raise DefectError("a part of a parameter, and its engine is closed")
+        raise DefectError("the parameter is split over processes, but its engine is closed")
     return torch.cat(shared.gather(tensor.detach()), dim=shard.dim)
 
 
@@ -81,7 +83,7 @@ def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     if shard is None:
         return tensor
     if shared is None:
-        raise DefectError("a part of a parameter, and its engine is closed")
+        raise DefectError("the parameter is split over processes, but its engine is closed")
     if tensor.dim() == 0 or tensor.shape[shard.dim] != shard.total:
         return tensor  # the shape is wrong, and the caller reports that
     length = shard.total // shared.size
@@ -92,7 +94,7 @@ def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def whole_shape(parameter: Any) -> torch.Size:
-    """Return the shape of the whole parameter, also if ``parameter`` is only a part of it."""
+    """Return the shape of the whole parameter, even if ``parameter`` is only one part of it."""
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:
         shape[shard.dim] = shard.total

@@ -85,8 +85,9 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory at the addresses of every released allocation with the tag ``tag``. The contents
     are undefined.
 
-    torch's cached memory is released first. It is kept if more than the needed memory is free, by
-    at least ``spare_bytes``.
+    torch's cached memory is released first, so that it can be used. If ``spare_bytes`` is given,
+    and the free memory is larger than the needed memory by at least ``spare_bytes``, torch's cached
+    memory is kept.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -106,8 +107,8 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
-    """Allocate the tensors that are created within the block from the memory pool of ``tag``. Their
-    memory can then be released and mapped by ``tag``, also without ``enable_sleep_mode``.
+    """Within the block, new tensors get memory from the pool of ``tag``. ``release_tag`` and
+    ``map_tag`` can then release their memory and map it again, also without ``enable_sleep_mode``.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -115,11 +116,11 @@ def tagged_pool(tag: str) -> Iterator[None]:
 
 
 def drop_pool(tag: str) -> None:
-    """Free the memory pool of ``tag``. Its tensors must have been dropped before.
+    """Free the memory pool of ``tag``. The tensors in the pool must have been dropped before.
 
-    vLLM itself would keep the pool until the process ends, and would count its memory as used when
-    it loads another model. torch's pool must be freed before the allocator that it references
-    (as in ``CuMemAllocator.release_pools``).
+    vLLM itself would keep the pool until the process ends. When vLLM loads another model, it would
+    count the memory of the pool as used. torch's pool references an allocator, and must be freed
+    before this allocator (as in ``CuMemAllocator.release_pools``).
     """
     allocator, _, _ = _allocator()
     entry = allocator.allocator_and_pools.pop(tag, None)
@@ -133,8 +134,8 @@ def drop_pool(tag: str) -> None:
 
 
 def _allocator() -> tuple[Any, Any, Any]:
-    """Return vLLM's allocator of this process, and its functions that unmap and map memory. The
-    import is in this function because it needs CUDA.
+    """Return vLLM's allocator of this process, vLLM's function that unmaps memory, and its function
+    that maps memory. The module is imported only in this function, because the import needs CUDA.
     """
     from vllm.device_allocator import cumem  # noqa: PLC0415 - needs the CUDA runtime library
 
@@ -152,7 +153,9 @@ class KvSleep:
         llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
 
     def sleep(self) -> None:
-        """Release the KV cache. Level 1 is used because vLLM's worker then copies no buffers."""
+        """Release the KV cache with level 1 of vLLM's sleep. At level 1 vLLM's worker copies no
+        buffers.
+        """
         if not self.asleep:
             self._llm.sleep(level=1)
             self.asleep = True

@@ -128,9 +128,9 @@ def make_room() -> None:
 def fit_cpu(arguments: dict[str, Any]) -> None:
     """Add the arguments that vLLM's CPU worker needs to ``arguments``.
 
-    Chunked prefill is switched off. After a partial prefill vLLM sets back the request's random
-    generator, and torch's CPU generators do not support that ("CPU Generator does not use offset",
-    0.25.1 to 0.31.0).
+    Chunked prefill is switched off. After a partial prefill vLLM resets the random generator of the
+    request to an earlier offset. torch's CPU generators do not support that ("CPU Generator does
+    not use offset", 0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
         sum_over_gloo()

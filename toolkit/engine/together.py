@@ -50,7 +50,7 @@ class OutOfMemoryElsewhere(RuntimeError):
 
 
 def watch() -> None:
-    """Make the processes exchange flags before each collective call of the group, until the
+    """Make the processes exchange flags before each collective call of the group, until the current
     ``phase`` ends. Every process of the group must call this function at the same point.
     """
     global _watched
@@ -59,8 +59,8 @@ def watch() -> None:
 
 @contextmanager
 def phase() -> Iterator[None]:
-    """Surround work that can be repeated. If one process runs out of memory after ``watch``, an
-    out-of-memory error is raised in all processes of the group.
+    """A context manager for work that can be repeated. If one process runs out of memory after the
+    call of ``watch``, an out-of-memory error is raised in all processes of the group.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
@@ -138,8 +138,11 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
 
 
 def _idle() -> bool:
-    """Return True if the GPU completes all work of this process within ``ANSWER_S``. If it does,
-    the other processes have also made every collective call that this process started.
+    """Wait until the GPU has completed all work of this process, for at most ``ANSWER_S``. Returns
+    False if the work is not complete by then.
+
+    If the result is True, every collective call that this process started is complete. So the other
+    processes have made these calls too.
     """
     cuda: Any = torch.cuda  # torch.cuda has no types
     if not cuda.is_initialized():

@@ -90,11 +90,12 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """Surround a call of ``llm.generate``, and convert the error with which vLLM rejects a request.
+    """A context manager for a call of ``llm.generate``. It converts the exception with which vLLM
+    rejects a request.
 
-    vLLM checks each request when it is added, and removes the requests that were added before if it
-    rejects one. So if an error is raised while requests are in the engine, the error comes from a
-    generation step. Such an error is not converted.
+    vLLM checks each request when the request is added. If vLLM rejects a request, it also removes
+    the requests that were added before. So if an exception is raised while the engine has requests,
+    it comes from a generation step. Such an exception is not converted.
 
     Raises:
         ConfigValueError: vLLM rejects a request.
@@ -189,8 +190,8 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
 
 
 def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
-    """Return the log-probabilities of one sequence and their token ids, both as [position][rank]
-    with the most likely token first.
+    """Return the log-probabilities of one sequence and their token ids, both as nested lists
+    [position][rank]. Rank 0 is the most likely token.
 
     vLLM lists the sampled token first and then the k most likely tokens, which may contain the
     sampled token again. As in TRL, the result has each token once, ordered by probability.

@@ -34,12 +34,14 @@ def died(error: ToolkitError) -> ToolkitError:
 
 
 def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
-    """Convert ``problem`` (and the exceptions that caused it) to a ToolkitError.
+    """Convert the exception ``problem`` to a ToolkitError.
 
-    If the text of an exception matches a known symptom, the error has the exit code and the fix of
-    that symptom. Else the error quotes the text. It is then a ConfigError if vLLM rejected a value.
-    Otherwise it is a NodeError, because the config may be correct. ``fix`` replaces the default fix
-    of the NodeError, and is passed if the engine was already running.
+    If the text of ``problem``, or of an exception that caused it, matches a known symptom, the
+    error has the exit code and the fix of that symptom. Otherwise the error quotes the text of
+    ``problem``. If vLLM rejected a value when the engine started, this error is a ConfigError. In
+    all other cases it is a NodeError, because the config may be correct.
+
+    Pass ``fix`` if the engine was already running. It replaces the default fix of the NodeError.
     """
     if known := explained(problem, what, AGAIN if fix else ""):
         return known

@@ -1,7 +1,7 @@
 """Access vLLM's internals (0.25.1 and 0.31.0). Each function of this module is one such access.
 
-``tests/contract/test_vllm_seams.py`` checks each internal, and names those that a new version of
-vLLM has changed.
+``tests/contract/test_vllm_seams.py`` checks each internal. If a new version of vLLM has changed an
+internal, the test names it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Internals:
-    """The internals of a started engine. ``runner`` is vLLM's model runner, and ``module`` is its
-    module of the model. ``slots`` is the manager of the adapter slots (None without LoRA).
+    """The internals of a started engine. ``runner`` is vLLM's model runner. ``module`` is the
+    runner's model (a torch module). ``slots`` is vLLM's manager of the adapter slots (None without
+    LoRA).
     """
 
     runner: Any

@@ -98,9 +98,9 @@ def register_dequantizing() -> None:
 
 
 def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
-    """Return a subclass of ``loader``, which is a vLLM loader of 4-bit weights. The subclass gives
-    layers 16-bit copies, as ``model_loader_extra_config`` requests. ``options`` are passed to
-    ``dequantized.attach``.
+    """Return a subclass of ``loader``, which is a vLLM loader of 4-bit weights. The subclass adds
+    16-bit copies to the layers if vLLM's ``model_loader_extra_config`` requests them. ``options``
+    are passed to ``dequantized.attach``.
     """
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time

@@ -1,10 +1,10 @@
 """Compute a linear layer with its LoRA update as one autograd function.
 
-PEFT's own forward pass (0.21.2) casts the input up to the adapter's float32, and autocast casts it
-down again. The update is scaled and added in separate passes, and autograd keeps a copy of the
-input for every adapted layer. The function in this module keeps only the original input, which q, k
-and v share. One fused matrix product computes the update and adds it to the output. The gradient of
-the input is computed in the same way.
+PEFT's own forward pass (0.21.2) casts the input to float32, the dtype of the adapter, and autocast
+then casts it back. PEFT scales and adds the update in separate passes, and autograd keeps a copy of
+the input for every adapted layer. The function in this module keeps only the original input, which
+q, k and v share. One fused matrix product computes the update and adds it to the output. The
+gradient of the input is computed in the same way.
 
     y = x W^T + bias + s (x A^T) B^T        (LoRA: arXiv 2106.09685)
 

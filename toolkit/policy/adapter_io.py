@@ -106,7 +106,7 @@ def beside(target: Path) -> Iterator[Path]:
 
     Raises:
         InputError: an OSError occurred in the block. If the file system is full or failing, the
-            error of ``disk`` is raised instead.
+            error of the module ``disk`` for this case is raised instead.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

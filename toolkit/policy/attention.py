@@ -19,9 +19,10 @@ def choose_attention(
     default.
 
     Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM applies the cap on every
-    device, but Hugging Face's default attention does not. So the model that is trained would
+    device, but Hugging Face's default attention does not. The model that is trained would then
     compute other log-probabilities than the model that samples. With a large adapter on a small
-    model the difference is 0.4 nats. So a model with such a cap gets ``"eager"``.
+    model the difference is 0.4 nats. For this reason a model with such a cap gets ``"eager"``,
+    which applies the cap.
 
     Raises:
         ConfigValueError: ``asked`` is not an attention function, or ignores the cap, or is not

@@ -3,7 +3,8 @@
 
 This is the only module of ``policy`` that uses ``toolkit.sizing``, the memory estimate. The
 training settings are not known when the model is loaded. So the estimate assumes TRL's default
-batch, and the adapter that the folder contains, else the default adapter.
+batch. If the loaded folder contains an adapter, the estimate assumes this adapter. Otherwise it
+assumes the default adapter of ``get_peft_model``.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def settled(
     length: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return the arguments ``SETTLED`` of the request. The memory estimate replaces each "auto", as
-    in a run file.
+    """Return the arguments of ``request`` that ``SETTLED`` lists. The memory estimate replaces each
+    "auto", as in a run file.
 
     ``length`` is max_seq_length in tokens. ``dtype`` is the name of the weights' dtype. In a run of
     several processes, all of them must call this function. They all get the values for the GPU with
@@ -71,9 +72,7 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """Return the run configuration that has the model of ``request``, with the given length and
-    dtype.
-    """
+    """Return a run configuration with the model of ``request`` and the given length and dtype."""
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def find_parts(rows: Sequence[int], start: int, count: int) -> range:
-    """Return the indices of the parts that make up the rows from ``start`` to ``start + count``.
-    ``rows`` has the number of rows of each part.
+    """Return the indices of the parts that together are the rows from ``start`` to
+    ``start + count`` of a fused layer. ``rows`` has the number of rows of each part.
 
     Raises:
         UnsupportedError: the rows begin or end inside a part.
@@ -122,7 +122,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
         raise MissingExtraError(
             "load_in_4bit needs bitsandbytes, which is not installed",
             where="model.load_in_4bit",
-            fix="run pip install 'grpo-toolkit[cuda]'",
+            fix="run `pip install 'grpo-toolkit[cuda]'`",
         ) from problem
     rows, columns = (int(size) for size in state.shape)
     layer: nn.Module = Linear4bit(

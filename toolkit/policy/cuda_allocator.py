@@ -1,9 +1,9 @@
 """Make torch's CUDA allocator use expandable segments.
 
-Ordinary segments cannot grow, so freed pieces that are too small for later requests stay unusable.
+Ordinary segments cannot grow, so freed blocks that are too small for later requests stay unusable.
 If a run uses almost all memory of a GPU, a step can then run out of memory although gigabytes are
 free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens). Expandable segments unmap
-such pieces, so that their memory can be used again.
+such blocks, so that their memory can be used again.
 
 In sleep mode, vLLM itself switches expandable segments off while it allocates the KV cache. Version
 0.25.1 does so if they are set in ``PYTORCH_CUDA_ALLOC_CONF``. Version 0.31 reads torch's setting.
@@ -25,8 +25,8 @@ segments need virtual memory management, which some virtual GPUs do not support.
 
 
 def use_expandable_segments() -> None:
-    """Set the environment variables for expandable segments, and configure an allocator that is
-    already in use. Does nothing if a GPU does not support expandable segments.
+    """Set the environment variables for expandable segments. If torch's allocator is already in
+    use, it is configured too. Does nothing if a GPU does not support expandable segments.
 
     If the user has set one of the variables ``VARIABLES``, its value is kept. The value is also
     copied to the other variable, because some libraries read only that one.

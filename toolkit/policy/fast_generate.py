@@ -38,7 +38,9 @@ BORROWED = "toolkit_request"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraRequest:
-    """A saved adapter for generation. Its values are those of the time when it was loaded."""
+    """A saved adapter that ``fast_generate`` can sample with. The adapter's values were read when
+    the request was created. Later changes of the folder have no effect.
+    """
 
     folder: Path
     adapter: Adapter
@@ -73,10 +75,11 @@ def fast_generate(
             with an engine).
         lora_request: the default samples with the model's current adapter. None samples from the
             base model. A result of ``load_lora`` samples with that adapter.
-        **kwargs: options. With and without an engine these are n, max_tokens, temperature (0 is
+        **kwargs: options. With or without an engine, the options n, max_tokens, temperature (0 is
             greedy), top_p, top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs and
-            seed. Without an engine, ``input_ids`` may be passed instead of ``prompts``. Then
-            ``input_ids`` and all other keywords are passed to transformers' ``generate``.
+            seed are supported. Without an engine, ``input_ids`` may be passed instead of
+            ``prompts``. Then ``input_ids`` and all other keywords are passed to transformers'
+            ``generate``.
 
     Returns:
         A list with one entry per prompt. An entry has a list ``.outputs``, and each output has
@@ -195,8 +198,8 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
 
 @contextmanager
 def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
-    """Put ``adapter`` on ``model``, activate it, and yield the model. The previous state of the
-    model is restored afterwards.
+    """Add ``adapter`` to ``model`` within the block, activate it, and yield the PEFT model. After
+    the block the previous state of the model is restored.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None

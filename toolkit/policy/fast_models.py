@@ -18,8 +18,8 @@ ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
 
 
 class FastModel(FastLanguageModel):
-    """``FastLanguageModel``, but ``get_peft_model`` has four more arguments: the ``finetune_*``
-    switches.
+    """The same as ``FastLanguageModel``, except that ``get_peft_model`` has four more arguments.
+    These are the switches ``finetune_*``.
     """
 
     @staticmethod
@@ -33,8 +33,9 @@ class FastModel(FastLanguageModel):
         finetune_mlp_modules: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None, the switches
-        select whether the projections of attention, of the MLP, or all of them are adapted.
+        """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None or "all-linear",
+        the switches select the layers to adapt: the projections of attention, those of the MLP, or
+        both.
 
         Raises:
             UnsupportedError: ``finetune_vision_layers`` is True.

@@ -3,8 +3,8 @@
 A base model has two short digests. The first is the digest of the checkpoint's files. It does not
 depend on how the checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any
 number of shards. The second is the digest of the loaded weights. It also exists for models without
-local files, and is the same for copies whose files have another layout. If one of the two digests
-is equal, the base model is the same.
+local files, and is the same for copies whose files have another layout. Two base models are the
+same if one of the two digests is equal.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
 WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names. ``TRAINED`` occur in the names of adapter parameters.
-``WRAPPERS`` come from PEFT's wrappers around base layers.
+"""Parts of PEFT's parameter names. Those in ``TRAINED`` occur in the names of adapter parameters.
+Those in ``WRAPPERS`` come from PEFT's wrappers around base layers.
 """
 
 SAMPLE = 16
@@ -53,8 +53,8 @@ class BaseDigests:
 
 
 def note_checkpoint(model: Any, folder: Path) -> None:
-    """Store the digests of ``model`` on the model. ``folder`` is the checkpoint that it was loaded
-    from.
+    """Compute the digests of ``model``, and store them in an attribute of ``model``. ``folder`` is
+    the checkpoint that the model was loaded from.
     """
     setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
 
@@ -99,8 +99,8 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
     """Return a digest of the names, shapes and a few values of all frozen weights.
 
     The values are rounded to bfloat16, so that a bfloat16 checkpoint has the same digest in every
-    dtype. Returns None for quantized weights, and if this process has only a part of the model. If
-    ``tied_twice`` is True, tied weights are listed under each of their names.
+    dtype. Returns None if the weights are quantized, or if this process has only a part of the
+    model. If ``tied_twice`` is True, tied weights are listed under each of their names.
     """
     if getattr(_base(model), "toolkit_mesh", None) is not None:
         return None

@@ -57,8 +57,9 @@ class Kernels(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """Which layers use a kernel. ``layers`` has the number of layers that use one, by class name.
-    ``refused`` has, for each other class name, the reason why its layers use no kernel.
+    """Which layers use a kernel. ``layers`` maps a class name to the number of its layers that use
+    a kernel. ``refused`` maps the name of any other class to the reason why its layers use no
+    kernel.
     """
 
     layers: dict[str, int] = field(default_factory=dict)
@@ -114,7 +115,7 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
             raise MissingExtraError(
                 "fused_kernels is true, but liger-kernel is not installed",
                 where=KEY,
-                fix="run pip install 'grpo-toolkit[cuda]', or set fused_kernels: auto",
+                fix="run `pip install 'grpo-toolkit[cuda]'`, or set fused_kernels: auto",
             )
         return Applied(refused={"all layers": "liger-kernel is not installed"})
     return apply_kernels(model, kernels)
@@ -146,9 +147,10 @@ def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
 
 
 def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Yield a tuple for each way in which ``module`` may use a kernel. Its first entry is "norm",
-    "mlp" or "rotary", and its second is the module's class. The other entries are properties in
-    which layers of one class may differ, such as the shape.
+    """Yield one tuple for each kind of kernel that ``module`` may use. Layers with equal tuples are
+    of the same kind. The first entry of the tuple is "norm", "mlp" or "rotary", and the second is
+    the module's class. The other entries are properties in which layers of one class may differ,
+    such as the shape.
     """
     kind = type(module)
     if "RMSNorm" in kind.__name__ and _takes_one(module) and _epsilon(module) is not None:
@@ -183,11 +185,12 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return the forward of a norm with the kernel, or the reason why the kernel cannot be used.
+    """Return a ``forward`` for the norm layer ``module`` that uses the kernel. If the kernel cannot
+    be used, return the reason.
 
-    The three variants that are tried are those of Llama, Gemma and OLMo 2. Llama multiplies by the
-    weight in the weight's dtype. Gemma multiplies by 1 + weight in float32. OLMo 2 multiplies by
-    the weight in float32.
+    Three variants of the kernel are tried: those of Llama, Gemma and OLMo 2. Llama multiplies by
+    the weight in the weight's dtype. Gemma multiplies by 1 + weight in float32. OLMo 2 multiplies
+    by the weight in float32.
     """
     weight, eps = module.weight, _epsilon(module)
     assert isinstance(weight, nn.Parameter)
@@ -210,8 +213,8 @@ def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
 
 
 def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return the forward of an MLP with the kernel for its activation, or the reason why no kernel
-    can be used.
+    """Return a ``forward`` for the MLP ``module`` that uses the kernel for its activation. If no
+    kernel can be used, return the reason.
 
     The activation function alone is compared first, in float32. In bfloat16 the two forms of GELU
     (exact and tanh) cannot be distinguished.
@@ -241,8 +244,8 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return the class's own forward with the kernel in place of its rotary function, or the reason
-    why the kernel cannot be used.
+    """Return the ``forward`` of the module's class, changed so that the kernel applies the rotary
+    embedding. If the kernel cannot be used, return the reason.
     """
     own = type(module).forward
     plain = own.__globals__[ROTARY]
@@ -280,7 +283,9 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
 
 
 def _angles(model: nn.Module, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the cosines and sines of the model's rotary embeddings, for each type of layer."""
+    """Return the cosines and sines of the model's rotary embeddings. The list has one pair for each
+    type of layer (such as full and sliding attention).
+    """
     device = next(model.parameters()).device
     embedding = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
     x = torch.zeros(1, _TOKENS, 8, dtype=dtype, device=device)
@@ -322,7 +327,7 @@ def _nearest(
     module: nn.Module, forwards: Sequence[Forward], shape: Sequence[int], dtype: torch.dtype
 ) -> Forward | str:
     """Return the first of ``forwards`` that computes the same as ``module``. If there is none,
-    return a text with the smallest difference.
+    return a text that states the smallest difference.
     """
     x = _random(shape, module, dtype)
     theirs = _with_gradients(lambda: [module(x)], [x])
@@ -344,8 +349,8 @@ def _as_list(function: Forward, *inputs: Any) -> list[torch.Tensor]:
 def _with_gradients(
     function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Return the outputs of ``function`` and then the gradients of ``inputs``. The gradients of the
-    outputs are random numbers, which are the same in every call.
+    """Return the outputs of ``function``, followed by the gradients of ``inputs``. The backward
+    pass begins with random gradients of the outputs. They are the same in every call.
     """
     outputs = function()
     drawn = torch.Generator().manual_seed(7)
@@ -357,8 +362,8 @@ def _with_gradients(
 def _difference(
     ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> str | None:
-    """Return a text if two results differ by more than rounding, else None. The text states the
-    difference.
+    """Compare two results. Returns None if they differ by no more than rounding. Otherwise returns
+    a text that states the difference.
     """
     limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
     for mine, other in zip(ours, theirs, strict=True):

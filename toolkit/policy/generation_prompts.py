@@ -95,7 +95,8 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
     ``engine`` tells whether the model has a vLLM engine.
 
     Raises:
-        ConfigTypeError: an argument is not supported with, or without, a vLLM engine.
+        ConfigTypeError: an argument is not supported with a vLLM engine, or is supported only with
+            one.
     """
     if is_vllms(params):
         raise ConfigTypeError(
@@ -136,7 +137,8 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
     """Raise an error if ``kwargs`` has keywords that cannot be combined with vLLM's SamplingParams.
 
     Raises:
-        ConfigTypeError: a keyword belongs into SamplingParams, or vLLM's generate does not have it.
+        ConfigTypeError: a keyword is an option of SamplingParams, or vLLM's generate has no such
+            keyword.
     """
     for name in kwargs:
         if name in NEUTRAL:
@@ -150,8 +152,8 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse(name: str, *, engine: bool) -> None:
-    """Raise an error if the argument ``name``, which is not in NEUTRAL, is not supported. The
-    message names the engine that supports the argument, if there is one.
+    """Raise an error, because the argument ``name`` is not supported here. ``NEUTRAL`` does not
+    contain this name. If an engine supports the argument, the message names this engine.
     """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(

@@ -21,11 +21,12 @@ REFERENCE_SEQUENCES = 8
 
 
 def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | None) -> bool | str:
-    """Switch ``model`` (a transformers or PEFT model) to ``mode``. Returns the mode, or the chosen
-    mode if ``mode`` is "auto".
+    """Set the gradient checkpointing of ``model`` (a transformers or PEFT model) to ``mode``.
+    Returns the mode. If ``mode`` is "auto", this is the mode that was chosen.
 
-    TRL 1.16 switches checkpointing off before each rollout and on after it, with its own arguments,
-    which do not include offloading. This function makes sure that the mode stays the same.
+    TRL 1.16 switches checkpointing off before each rollout and on after it. It passes its own
+    arguments, which do not include offloading. This function makes sure that the model still gets
+    the same mode after each rollout.
 
     Raises:
         UnsupportedError: the model does not support gradient checkpointing.
@@ -57,7 +58,9 @@ def pause_checkpointing(model: Any) -> None:
 
 
 def resume_checkpointing(model: Any) -> None:
-    """Switch back to the mode that ``apply_checkpointing`` set (off, if it never ran)."""
+    """Switch back to the mode that ``apply_checkpointing`` set. If it was never called,
+    checkpointing stays off.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mode = getattr(base, "toolkit_checkpointing", False)
     if mode is not False:

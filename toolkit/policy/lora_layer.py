@@ -23,9 +23,9 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 class FastForward(nn.Module):
     """A forward pass for a PEFT layer that is faster and needs less memory under autocast.
 
-    The faster pass is used in training if the frozen layer has the dtype of autocast, and there is
-    one plain adapter with another dtype. In all other cases PEFT's forward pass is used, which is
-    that of the next base class.
+    The faster pass is used if the frozen layer has the dtype of autocast and exactly one adapter is
+    active. This adapter must be plain LoRA and have another dtype. In all other cases the forward
+    pass of PEFT's class is used. PEFT's class is the next base class of the layer.
     """
 
     base_layer: Any
@@ -52,8 +52,8 @@ class FastForward(nn.Module):
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
-        """Return the name of the active adapter if there is exactly one and it is plain LoRA, else
-        None.
+        """Return the name of the active adapter if there is exactly one, and it is plain LoRA
+        without dropout. Otherwise return None.
         """
         if self.disable_adapters or self.merged:
             return None
@@ -110,11 +110,11 @@ def use_fast_layers(config: Any) -> Any:
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """Create the LoRA layer for ``target``, if it is a plain, split or 4-bit linear layer. Returns
-    None if PEFT must choose its own class.
+    """Create the LoRA layer for ``target``, if ``target`` is a plain, split or 4-bit linear layer.
+    In other cases return None, and PEFT then chooses its own class.
 
-    PEFT chooses for other subclasses of nn.Linear, and for layers that a hook of accelerate moves
-    between devices.
+    PEFT's own class is used for other subclasses of nn.Linear, and for layers that a hook of
+    accelerate moves between devices.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

@@ -232,7 +232,8 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
 
 
 def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
-    """Check that every target names a module of the model, by its full name or its last parts.
+    """Check that every target matches a module of the model. A target is a module's full name, or
+    the last parts of the name. A single string is a pattern.
 
     Raises:
         ConfigValueError: a target names no module. The message suggests the most similar name.
@@ -321,8 +322,8 @@ def default_for(model: Any) -> tuple[str, ...]:
 
 
 def told_default(model: Any) -> tuple[str, ...]:
-    """Return the result of ``default_for``. Warns if the model is a mixture of experts, because
-    then the default is not the seven projections of the drop-in API.
+    """Return the result of ``default_for``. Warns if the model is a mixture of experts. For such a
+    model the default has fewer layers than the seven projections of the drop-in API.
     """
     chosen = default_for(model)
     if has_experts(model.config.to_dict()):

@@ -17,7 +17,9 @@ def cuda_in_use() -> bool:
 
 
 def situation() -> Situation:
-    """Return this process's device, and whether vLLM is installed."""
+    """Return what ``config.resolved`` needs to know about this machine: the device of this process,
+    and whether vLLM is installed.
+    """
     device = DeviceFacts("no GPU", None)
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()

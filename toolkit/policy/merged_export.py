@@ -78,8 +78,8 @@ def merge_adapter(
 
 
 def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
-    """Write a model after full fine-tuning and its tokenizer to the folder ``to``, which is
-    replaced if it exists. Returns the folder.
+    """Write a model that was trained with full fine-tuning, and its tokenizer, to the folder
+    ``to``. If the folder exists, it is replaced. Returns the folder.
 
     Raises:
         InputError: a file cannot be written.
@@ -95,8 +95,8 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
 
 
 def _check_ties(base: Any, adapter: Adapter) -> None:
-    """Raise an error if the adapter is on a tied tensor. Merging into a tensor that embeddings and
-    head share would change both layers.
+    """Raise an error if the adapter is on a tensor that embeddings and head share (tied). A merge
+    into this tensor would change both layers.
     """
     touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
     if touched and base.config.tie_word_embeddings:
@@ -155,8 +155,8 @@ def check_empty(to: Path) -> None:
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``to``. After the block it is renamed to ``to``. The modes
-    are 0644 for files and 0755 for the folder, minus the umask.
+    """Yield a temporary folder next to ``to``. After the block the temporary folder is renamed to
+    ``to``. Its files get the mode 0644 and the folder gets 0755, minus the umask.
     """
     with beside(to) as work:
         yield work

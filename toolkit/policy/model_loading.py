@@ -34,8 +34,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load the model and the tokenizer of ``request``, and return both.
 
-    If ``request.model_name`` is the folder of an adapter, its base model is loaded with the
-    adapter. If ``adapter_folder`` is given, ``request.model_name`` must be the base model, and the
+    If ``request.model_name`` is the folder of an adapter, the adapter and its base model are
+    loaded. If ``adapter_folder`` is given, ``request.model_name`` must be the base model, and the
     adapter in that folder is added to it. ``tokenizer`` is the result of ``read_tokenizer``. If it
     is None, the tokenizer is read here.
 

@@ -89,8 +89,8 @@ def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
     a new data set of the datasets library.
 
     The keys ``from`` and ``value`` of the ShareGPT format are renamed. Messages that already have
-    role and content stay unchanged. If ``column`` is None, the column is the first that exists of
-    conversations, messages and prompt.
+    role and content stay unchanged. If ``column`` is None, the first existing column of
+    ``conversations``, ``messages`` and ``prompt`` is used.
     """
     names = [column] if column else ["conversations", "messages", "prompt"]
     found = next((name for name in names if name in dataset.column_names), None)

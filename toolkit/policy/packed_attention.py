@@ -6,11 +6,11 @@ attends causally to itself, and to all tokens of its *prefix*. The prefix is ano
 pack (the prompt), or is empty. So the completions of a group share one copy of their prompt, and no
 mask over the whole pack is needed.
 
-``packed_attention`` is registered with transformers' public ``AttentionInterface``. If it is called
-without a pack (``packed_layout``), it calls the model's own attention function. For a pack on a GPU
-in half precision it uses ``torch.nn.attention.varlen`` (FlashAttention-2). For a pack in other
-cases, and for models with a soft cap or attention sinks, it calls the model's own function with the
-segments in batches of similar length.
+``packed_attention`` is registered with transformers' public ``AttentionInterface``. If the keyword
+``packed_layout`` is not passed, there is no pack, and ``packed_attention`` calls the model's own
+attention function. For a pack on a GPU in half precision it uses ``torch.nn.attention.varlen``
+(FlashAttention-2). For a pack in other cases, and for models with a soft cap or attention sinks, it
+calls the model's own function with the segments in batches of similar length.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Segment(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Padded blocks of queries from segments of similar size, for one call of the model's own
-    attention function.
+    """Blocks of queries for one call of the model's own attention function. The blocks come from
+    segments of similar size, and are padded to the same size.
     """
 
     queries_ST: torch.Tensor  # indices into the pack; padding repeats a real token
@@ -106,12 +106,12 @@ class PackedLayout:
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Return the index of the keys (K), and a list of pairs for the backward pass.
+        """Return an index with K entries, and a list of pairs for the backward pass.
 
-        The index has the tokens of all segments' keys, segment by segment. A token of a shared
-        prefix occurs several times. Each pair has tokens of the pack and their positions among the
-        K keys. The first pair has the first occurrence of each token. The second pair has the
-        second occurrence of the tokens that occur twice, and so on.
+        The index lists the tokens that are keys, for one segment after another. A token of a shared
+        prefix is listed several times. Each pair has tokens of the pack, and their places in the
+        index. The first pair has the first place of each token. The second pair has the second
+        place of each token that is listed at least twice, and so on.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -143,14 +143,14 @@ class PackedLayout:
 
     @property
     def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
-        """The index of each token of the pack among the padded queries of all batches."""
+        """For each token of the pack, its index among the padded queries of all batches."""
         assert self.batches
         assert self._order_N is not None
         return self._order_N
 
     def _blocks(self) -> list[tuple[Segment, int, int]]:
-        """Return (segment, first query, end of queries) of each block of queries. A long segment is
-        split into several blocks.
+        """Return each block of queries as (segment, first, end). The block has the segment's
+        queries from ``first`` to ``end``. A long segment is split into several blocks.
         """
         blocks = []
         for segment in self.segments:
@@ -196,8 +196,8 @@ class PackedLayout:
 
 
 def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Put blocks of similar size into groups, so that padding to the largest block of a group
-    wastes little.
+    """Put blocks of similar size into groups. The blocks of a group are later padded to the largest
+    block of the group, so this padding stays small.
     """
     groups: list[list[tuple[Segment, int, int]]] = []
     real = 0
@@ -224,8 +224,8 @@ class _GatherKeys(torch.autograd.Function):
     """Computes ``x_NHD[key_index]``. The backward pass adds the gradients in a fixed order and in
     float32.
 
-    torch's own gradient of indexing uses atomic additions on a GPU. So its bits vary between runs,
-    and each addition rounds to the dtype of ``x``.
+    torch's own gradient of indexing uses atomic additions on a GPU. Their order varies between
+    runs, and so do the last bits of the result. Each addition also rounds to the dtype of ``x``.
     """
 
     @staticmethod
@@ -252,8 +252,8 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute attention (N, H, D) with the kernel. The keys and values are copied first, because
-    the kernel needs those of each segment in contiguous memory.
+    """Compute attention (N, H, D) with the kernel ``varlen_attn``. The keys and values are copied
+    first, because the kernel needs the keys and values of each segment in contiguous memory.
     """
     query_NHD, key_NHD, value_NHD = states
     output: torch.Tensor = _kernel(
@@ -329,8 +329,8 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Compute transformers' attention function with the name ``plain``. If ``packed_layout`` is
-    among the keywords, compute the same attention over a pack.
+    """Call transformers' attention function with the name ``plain``. If the keyword
+    ``packed_layout`` is passed, compute the attention of this function over a pack.
 
     ``query`` is (B, H, T, D). Returns the output (B, T, H, D) and the attention weights (None for a
     pack).
@@ -357,7 +357,9 @@ def packed_attention(
 
 
 def register() -> None:
-    """Register packed attention for each function of ``PLAIN``, with the masks of that function."""
+    """Register packed attention for each attention function in ``PLAIN``. The masks are those of
+    the attention function.
+    """
     for plain in PLAIN:
         AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
         AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])

@@ -1,5 +1,6 @@
-"""Set the number of positions of a model, if ``rope_scaling`` is given or ``max_seq_length`` is
-larger than the length that the model was trained with.
+"""Set the number of positions of a model (its maximum sequence length). This is needed if
+``rope_scaling`` is given, or if ``max_seq_length`` is larger than the length that the model was
+trained with.
 """
 
 from __future__ import annotations

@@ -182,8 +182,8 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
 
 
 def check_base(model: Any, adapter: Adapter) -> None:
-    """Check that ``adapter`` was trained on the base model ``model``. If the adapter and the model
-    have digests, these are compared. Else their hub ids are compared.
+    """Check that ``model`` is the base model that ``adapter`` was trained on. If both the adapter
+    and the model have digests, the digests are compared. Otherwise their hub ids are compared.
 
     Raises:
         ConfigValueError: the adapter was trained on another base model. The message names the two
@@ -213,12 +213,12 @@ def check_base(model: Any, adapter: Adapter) -> None:
 
 
 def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
-    """Check that the tensors of ``adapter`` match the adapter ``name`` of ``model``, and return
-    them.
+    """Check that the tensors of the saved ``adapter`` match those of the adapter ``name`` of
+    ``model``. Returns the saved tensors.
 
-    If an adapter is on embeddings or head, PEFT also stores the base model's tensors of these
-    layers. They must equal those of ``model``, and are not returned, so that base weights are never
-    overwritten.
+    If an adapter is on embeddings or head, PEFT also saves the base model's tensors of these
+    layers. These tensors must equal those of ``model``. They are not returned, so that base weights
+    are never overwritten.
 
     Raises:
         ConfigValueError: tensors are missing, unexpected or of another shape. The message names the
@@ -232,7 +232,7 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
             del given[key]
     missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     shapes = [
-        f"{key} is {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
+        f"{key} with shape {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]

@@ -41,8 +41,9 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
-        """Return the origin without the hub token. The origin is stored on the model, which may be
-        copied and pickled, so it must not contain a secret and must consist of plain values.
+        """Return the origin of a model, without the hub token. The model stores its origin, and may
+        be copied and pickled. So the origin must not contain a secret, and must consist of plain
+        values.
         """
         return cls(checkpoint, replace(request, token=None, engine=dict(request.engine)))
 

@@ -44,7 +44,7 @@ accepted as rounding, in nats. ``SPOT_TOLERANCE_HALF`` applies to dtypes that ar
 def shared_model(
     engine: Engine, *, attn_implementation: str | None = None, check: bool = True
 ) -> PreTrainedModel:
-    """Create the engine's model as a Hugging Face model without its own weights.
+    """Create a Hugging Face model of the engine's checkpoint, without weights of its own.
 
     Every parameter is a frozen view of an engine's tensor (``requires_grad`` is False). The model
     has its own buffers (rotary tables). These checks are made:
@@ -135,7 +135,8 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise an error if there are ``names`` that do not match the pattern ``ignored``.
+    """Raise an error if any of ``names`` does not match the pattern ``ignored``. ``what`` is the
+    problem with these names, for the message.
 
     Raises:
         UnsupportedError: there are such names. The message contains the first five.
@@ -175,7 +176,7 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
         expected = getattr(owner, attribute).dtype
         if tensor.dtype != expected:
             raise UnsupportedError(
-                f"{name} is {expected} in the model and {tensor.dtype} in the engine",
+                f"{name} has dtype {expected} in the model, but {tensor.dtype} in the engine",
                 where=WHY_SHARE,
                 fix=FALLBACK,
             )
@@ -185,7 +186,7 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
 
 
 def tied_names(model: nn.Module) -> list[frozenset[str]]:
-    """Return groups of names. The names of a group belong to the same (tied) parameter."""
+    """Return groups of parameter names. All names in a group belong to one (tied) parameter."""
     groups: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), set()).add(name)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
-    """Create the engine's model as a Hugging Face model, with parameters on the meta device and
-    real buffers on the engine's device.
+    """Create a Hugging Face model of the engine's checkpoint. Its parameters are on the meta
+    device, and its buffers are real tensors on the engine's device.
 
     Raises:
         UnsupportedError: the checkpoint also stores buffers.

@@ -36,8 +36,8 @@ EXPERT_MODULES = ("routed_experts", "")
 within the ``experts`` module. The empty name means that ``experts`` itself contains them.
 """
 ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
-"""The pattern for the name of a tensor of a single expert, as in most checkpoints. The group is the
-name within the expert.
+"""The pattern for the name of a tensor of a single expert, as in most checkpoints. The group of the
+pattern is the name of the tensor within the expert.
 """
 
 
@@ -151,8 +151,8 @@ def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
 def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
-    """Return the slice of the part ``leaf`` of a fused tensor. Its rows follow the rows of the
-    earlier parts.
+    """Return the slice of the fused tensor ``source`` that is its part ``leaf``. The parts follow
+    each other in the order of ``parts``.
     """
     have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
@@ -189,7 +189,8 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     ``read`` are the names of the tensors in the checkpoint. Hugging Face has one tensor for all
     experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per expert
     (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for every
-    expert of every layer. An expert must have each tensor that any other expert has.
+    expert of every layer. If one expert has a tensor, all
+    experts must have it.
     """
     tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
     names = set()
@@ -203,5 +204,5 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
 
 
 def join(*parts: str) -> str:
-    """Join the parts that are not empty to a dotted name."""
+    """Join ``parts`` with dots. Empty parts are left out."""
     return ".".join(part for part in parts if part)

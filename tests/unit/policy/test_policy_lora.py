@@ -81,7 +81,7 @@ def test_an_unknown_keyword_is_named_with_the_nearest(load: Any) -> None:
 
 
 def test_max_seq_length_is_the_loadings(load: Any) -> None:
-    with pytest.raises(ValueError, match="max_seq_length=512, but the model was loaded with 128"):
+    with pytest.raises(ValueError, match="but the model was loaded with max_seq_length=128"):
         FastLanguageModel.get_peft_model(load()[0], max_seq_length=512)
     FastLanguageModel.get_peft_model(load()[0], max_seq_length=128, **PLAIN)
 

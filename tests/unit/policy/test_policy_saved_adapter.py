@@ -60,7 +60,8 @@ def _shape(tensors: Any) -> None:
         (_add, "1 tensors are unexpected, the first is base_model.model.model.layers.9"),
         (
             _shape,
-            r"1 tensors have another shape, the first is .* is \(4, 65\), but the model needs \(4,",
+            r"1 tensors have another shape, the first is .* with shape \(4, 65\), but the model "
+            r"needs \(4,",
         ),
     ],
 )

@@ -1,10 +1,12 @@
 """Communicate between the processes that share a model. The functions support gradients.
 
-Most functions return their input in one direction (forward or backward), and sum over the group in
-the other direction. A tensor that is called whole has the same value and the same gradient in all
-processes of the group. Each function allocates its memory before it calls
-``together.before_collective``. So memory cannot run out between that call and the collective call
-of torch.distributed.
+In this module, a *whole* tensor is one whose value and gradient are the same in all processes of
+the group. A *part* is a tensor that each process computes for itself. Most functions return their
+input unchanged in one direction (forward or backward), and sum over the group in the other
+direction.
+
+Each function allocates its memory before it calls ``together.before_collective``. So memory cannot
+run out between that call and the collective call of torch.distributed.
 """
 
 from __future__ import annotations
@@ -74,16 +76,16 @@ class _JoinLast(torch.autograd.Function):
 
 
 def enter_parts(whole: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return ``whole`` unchanged. Use the result as the input of the part that each process
-    computes. The backward pass sums the gradients of all processes.
+    """Return the whole tensor ``whole`` unchanged. Each process then computes its part from the
+    result. The backward pass sums the gradients of all processes.
     """
     out: torch.Tensor = _EnterParts.apply(whole, group)  # type: ignore[no-untyped-call]
     return out
 
 
 def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return the sum of ``part`` over all processes. In the backward pass every process gets the
-    gradient of the sum.
+    """Return the sum of ``part`` over all processes, which is a whole tensor. In the backward pass
+    every process gets the gradient of the sum.
     """
     out: torch.Tensor = _LeaveParts.apply(part, group)  # type: ignore[no-untyped-call]
     return out
@@ -93,8 +95,8 @@ def join_last(
     part: torch.Tensor, group: Any, *, start: int, width: int, total: int
 ) -> torch.Tensor:
     """Concatenate the parts of all processes along the last dimension. Each part has at most
-    ``width`` entries, and the result has ``total`` entries. The part of this process begins at
-    ``start``.
+    ``width`` entries, and the result has ``total`` entries. This process's part begins at index
+    ``start`` of the result.
     """
     out: torch.Tensor = _JoinLast.apply(part, group, start, width, total)  # type: ignore[no-untyped-call]
     return out

@@ -53,7 +53,9 @@ class SplitLinear(nn.Linear):
         self.cut, self.mesh, self.entered = cut, mesh, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., part of out), or (..., part of in) to (..., out)."""
+        """Map (..., in) to (..., part of out) if the layer is split by rows. Map (..., part of in)
+        to (..., out) if it is split by columns.
+        """
         return self.leave(linear(self.enter(x), self.weight, self.own_bias))
 
     @property
@@ -66,8 +68,8 @@ class SplitLinear(nn.Linear):
         return None
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the input that this process computes with. In a layer that is split by rows, the
-        backward pass sums the gradient of the input over the group.
+        """Return the input ``x`` for the computation in this process. If the layer is split by
+        rows, the backward pass sums the gradient of ``x`` over the group.
         """
         if self.cut.style == "columns" or self.entered:
             return x
@@ -81,8 +83,8 @@ class SplitLinear(nn.Linear):
 
 
 class SplitEmbedding(nn.Embedding):
-    """An embedding of which this process has ``cut.length`` rows from ``cut.start`` on. If
-    ``scale`` is not None, the result is multiplied by it.
+    """An embedding that is split by rows. This process has ``cut.length`` rows, beginning with row
+    ``cut.start``. If ``scale`` is not None, the embedded tokens are multiplied by ``scale``.
     """
 
     def __init__(self, layer: nn.Embedding, cut: Cut, mesh: Mesh) -> None:
@@ -100,8 +102,9 @@ class SplitEmbedding(nn.Embedding):
 
 
 class SplitHead(nn.Linear):
-    """An output layer of which this process has ``cut.length`` rows from ``cut.start`` on.
-    ``width`` is the number of rows of each process, including the padding of the vocabulary.
+    """An output layer that is split by rows. This process has ``cut.length`` rows, beginning with
+    row ``cut.start``. ``width`` is the number of rows per process, which includes the padding of
+    the vocabulary.
     """
 
     def __init__(self, layer: nn.Linear, cut: Cut, width: int, mesh: Mesh) -> None:

@@ -2,9 +2,11 @@
 
 If the base layer is split by rows, B is split by rows too, and every process has all of A. If the
 base layer is split by columns, A is split by columns too, and every process has all of B. Every
-process computes with the tensor that is not split, so the gradients of this tensor are summed over
-the group. There is one exception. If several processes have the same KV head, every process has all
-of B and uses only the rows of its own KV heads.
+process computes with the matrix that is not split. So the gradients of this matrix are summed over
+the group.
+
+There is one exception. If several processes have the same KV head, neither A nor B is split. Every
+process then uses only the rows of B for its own KV heads.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
     out_features: int
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Create the adapter of the whole layer with PEFT, and keep this process's part of it. So
-        the drawn values do not depend on the number of processes.
+        """Let PEFT create the adapter of the whole layer, and keep this process's part of it. So
+        the adapter's random values do not depend on the number of processes.
         """
         base = self.base_layer
         own = self.in_features, self.out_features
@@ -48,7 +50,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
             self.in_features, self.out_features = own
         if adapter_name in self.lora_variant or self.lora_bias[adapter_name]:
             raise UnsupportedError(
-                "LoRA variants and biases are not supported on a model that is split",
+                "LoRA variants and biases are not supported on a model that is split over "
+                "several processes",
                 where=WHERE,
                 fix="use plain LoRA, or set tensor_parallel_size: 1",
             )
@@ -58,9 +61,13 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
             _keep(self.lora_B[adapter_name], 0, base)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map (..., in) to (..., part of out), or (..., part of in) to (..., out)."""
+        """Map (..., in) to (..., part of out) if the base layer is split by rows. Map (..., part of
+        in) to (..., out) if it is split by columns.
+        """
         if args or kwargs:
-            raise UnsupportedError("adapter_names is not supported on a model that is split")
+            raise UnsupportedError(
+                "adapter_names is not supported on a model that is split over several processes"
+            )
         base: SplitLinear = self.base_layer
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
@@ -77,8 +84,9 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return base.leave(out)
 
     def used_rows(self, name: str) -> torch.Tensor:
-        """Return the rows of B that this process computes with, as a view. These are all rows that
-        it has, or only the rows of its KV heads if other processes have the same KV heads.
+        """Return a view of the rows of B that this process computes with. If other processes have
+        the same KV heads, these are the rows for the KV heads of this process. Otherwise they are
+        all rows that this process has.
         """
         cut, b = self.base_layer.cut, self.lora_B[name].weight
         rows: torch.Tensor = b
@@ -87,8 +95,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         return rows
 
     def _halves(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B as this process computes with them. If A or B is not split, the backward
-        pass sums its gradient over the group.
+        """Return the matrices A and B that this process computes with. If a matrix is not split,
+        the backward pass sums its gradient over the group.
         """
         base, group = self.base_layer, self.base_layer.mesh.group
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -103,7 +111,7 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         if len(active) > 1 or self.merged:
             raise UnsupportedError(
                 "several active adapters and merged adapters are not supported on a model that is "
-                "split",
+                "split over several processes",
                 where=WHERE,
                 fix="use one adapter and do not merge it, or set tensor_parallel_size: 1",
             )

@@ -1,5 +1,5 @@
-"""Replace the layers of a Hugging Face model by split layers, in which this process has a part of
-the weight. The model has no weights yet.
+"""Replace the layers of a Hugging Face model by split layers. A split layer has only this process's
+part of the weight. At this time the model has no weights yet.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ WHERE = "model.tensor_parallel_size"
 
 
 class Cuts(Protocol):
-    """An object that tells which part of each layer this process has. The parts are those of the
-    engine in this process.
+    """An object that tells which part of each layer this process has. The engine of this process
+    has the same part.
     """
 
     def of_layer(self, name: str, out_features: int) -> Cut:
         """Return this process's part of the linear layer ``name``. Raises UnsupportedError if the
-        trainer does not support how the engine splits the layer.
+        engine splits the layer in a way that the trainer does not support.
         """
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """Return this process's part of the embedding or head ``name``, and the number of rows of
-        each process including padding.
+        """Return this process's part of the embedding or head ``name``. Return also the number of
+        rows per process, which includes padding rows.
         """
 
 
@@ -47,7 +47,7 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     """Replace the layers of ``model`` (on the meta device) by this process's parts of them.
 
     Raises:
-        UnsupportedError: the trainer does not support how the engine splits a layer.
+        UnsupportedError: the engine splits a layer in a way that the trainer does not support.
     """
     problem = model_problem(model.config.to_dict())
     if problem is not None:
@@ -88,8 +88,8 @@ def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
 
 
 def _fit_heads(layer: nn.Module) -> None:
-    """Set the number of query heads per KV head in this process. It is smaller than in the whole
-    model if several processes have the same KV head.
+    """Set the number of query heads per KV head in this process. If several processes have the same
+    KV head, this number is smaller than in the whole model.
     """
     query, key = getattr(layer, "q_proj", None), getattr(layer, "k_proj", None)
     if not isinstance(query, SplitLinear) or not isinstance(key, SplitLinear):
