@@ -56,8 +56,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
                 )
             elif source.text[start:end] not in PLAIN:
                 left.append(
-                    f'because this "auto" is an alias, an anchor or a block: {section}.{name}: '
-                    f"{spelled}"
+                    f'because this "auto" is a YAML alias, anchor or block: {section}.{name}: {spelled}'
                 )
             else:
                 edits.append((start, end, spelled, name))

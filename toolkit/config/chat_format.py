@@ -86,7 +86,7 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
 
 def chosen(chat: bool | str, template: bool | None) -> bool | None:
     """Return ``dataset.chat`` with "auto" resolved. ``template`` says whether the tokenizer has a
-    chat template. None if ``chat`` is "auto" and the tokenizer is not available.
+    chat template, and is None if the tokenizer is not available. Then the result of "auto" is None.
     """
     return chat if isinstance(chat, bool) else template
 

@@ -10,8 +10,13 @@ default and its ``Option`` define the option completely. The following are deriv
 - the default and the checks of ``from_pretrained``,
 - whether the key has no effect without an engine, and whether `envcheck size --write` sets it.
 
-To add an option, add a field here and run ``just schemas``. If the option changes how much memory
-the engine uses, also read it in ``sizing.engine_plan``.
+To add an option, add a field here and run ``just schemas``. Some options need more:
+
+- An option that changes how much memory the engine uses: a field of ``EnginePlan``, set in
+  ``sizing.engine_plan``, and a term that reads it (``sizing.engine_bytes``).
+- A ``sized`` option, whose "auto" the sizer resolves: a field of ``sizing.result.Choice``, set in
+  ``sizing.assemble._choice``.
+- An option without a name in vLLM, which the toolkit implements itself: ``engine.start``.
 """
 
 # ruff: noqa: RUF009 - _option makes a dataclass field, as dataclasses.field does

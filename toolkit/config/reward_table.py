@@ -24,7 +24,9 @@ PASSED_ALWAYS = (
 )  # fmt: skip
 # Names of columns that are never passed to a reward, and the reason.
 LEFT_OUT = {
-    **dict.fromkeys(PASSED_ALWAYS, "rewards get another value with the name {name}"),
+    **dict.fromkeys(
+        PASSED_ALWAYS, "the trainer itself passes an argument with the name {name} to every reward"
+    ),
     **dict.fromkeys(
         ("image", "images"),
         "the trainer would read this column as images, but it trains only on text",

@@ -49,8 +49,8 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
     ``name``.
 
     Raises:
-        UnsupportedError: the engine does not have this layer, or the trainer cannot split the class
-            of the engine's layer in the same way.
+        UnsupportedError: the engine does not have this layer, or the trainer cannot reproduce how
+            the engine's layer is split.
     """
     shared = mesh()
     assert shared is not None

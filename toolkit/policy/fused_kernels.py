@@ -216,8 +216,9 @@ def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str
     """Return a ``forward`` for the MLP ``module`` that uses the kernel for its activation. If no
     kernel can be used, return the reason.
 
-    The activation function alone is compared first, in float32. In bfloat16 the two forms of GELU
-    (exact and tanh) cannot be distinguished.
+    The module's activation function decides which kernel is used. It is compared in float32 with
+    the activations of the kernels, because in bfloat16 the two forms of GELU (exact and tanh)
+    cannot be distinguished.
     """
     activation: Any = getattr(module, "act_fn", None)
     if activation is None:

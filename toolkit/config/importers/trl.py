@@ -1,5 +1,6 @@
-"""The table for TRL's formats: the YAML file or the command line of ``trl grpo`` (ScriptArguments,
-ModelConfig, DatasetMixtureConfig and GRPOConfig of TRL 1.16).
+"""The table from TRL's settings to the keys of the run file. TRL's settings come from the YAML file
+or the command line of ``trl grpo`` (ScriptArguments, ModelConfig, DatasetMixtureConfig and
+GRPOConfig of TRL 1.16).
 """
 
 from __future__ import annotations

@@ -185,7 +185,11 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
             _REGEX,
             "training does not apply this constraint to its token distribution",
             notes=(what_follows("vllm"),),
-            fixes=(Fix("remove the key, and reward the format: functions: [{name: regex_match}]"),),
+            fixes=(
+                Fix(
+                    "remove the key, and add a reward for the format: functions: [{name: regex_match}]"
+                ),
+            ),
         )
 
 

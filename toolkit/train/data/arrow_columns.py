@@ -1,5 +1,5 @@
 """Convert the rows of a file to Arrow columns. If a value has another type than the rest of its
-column, the error has the row.
+column, the error names the row's place in the file.
 """
 
 from __future__ import annotations

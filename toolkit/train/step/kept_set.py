@@ -111,15 +111,21 @@ class Texts:
         return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
 
     def seen(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """Whether each token occurs in prompt or completion before ``places_N``, (N, V) bool."""
+        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or in
+        the completion before position ``places_N``.
+        """
         return self._first_BV[rows_N] < places_N[:, None]
 
     def drawn(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """Whether each token occurs in the completion before ``places_N``, (N, V) bool."""
+        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the completion
+        before position ``places_N``.
+        """
         return self._first_drawn_BV[rows_N] < places_N[:, None]
 
     def counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """How often each token occurs in the completion before ``places_N``, (N, V) float32."""
+        """Return an (N, V) float32 tensor: how often a token of the vocabulary occurs in the
+        completion before position ``places_N``.
+        """
         places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
         counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
         counts_NV = torch.zeros(len(rows_N), self._vocab, device=places_N.device)
