@@ -56,7 +56,8 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
                 )
             elif source.text[start:end] not in PLAIN:
                 left.append(
-                    f'because this "auto" is a YAML alias, anchor or block: {section}.{name}: {spelled}'
+                    'because this "auto" is a YAML alias, anchor or block: '
+                    f"{section}.{name}: {spelled}"
                 )
             else:
                 edits.append((start, end, spelled, name))

@@ -212,7 +212,8 @@ def test_columns_that_must_give_way_are_told(tmp_path: Path) -> None:
     assert data.report.train.notes == (
         "the column 'prompt' is left out, because dataset.prompt is the column 'q'",
         "the column 'answer' is left out, because dataset.answer is the column 'a'",
-        "the column 'completions' is left out: the trainer itself passes an argument with the name completions to every reward",
+        "the column 'completions' is left out: the trainer itself passes an argument with the name "
+        "completions to every reward",
     )
 
 

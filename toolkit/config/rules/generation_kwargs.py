@@ -187,7 +187,8 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
             notes=(what_follows("vllm"),),
             fixes=(
                 Fix(
-                    "remove the key, and add a reward for the format: functions: [{name: regex_match}]"
+                    "remove the key, and add a reward for the format: "
+                    "functions: [{name: regex_match}]"
                 ),
             ),
         )

@@ -111,8 +111,8 @@ class Texts:
         return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
 
     def seen(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
-        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or in
-        the completion before position ``places_N``.
+        """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or
+        in the completion before position ``places_N``.
         """
         return self._first_BV[rows_N] < places_N[:, None]
 
