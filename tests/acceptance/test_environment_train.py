@@ -99,3 +99,35 @@ def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
     (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert ended.returncode == 1
     assert line in ended.stderr
+    assert "environment.adapter" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("adapter", "task", "said"),
+    [
+        ("verifiers", "no-such-taskset", "environment.task: verifiers has no taskset no-such-"),
+        ("verifiers", "mine", "mine.py does not define __all__"),
+        ("reasoning_gym", "leg_countin", "has no task leg_countin"),
+        ("reasoning_gym", "leg_counting", "lacks 1 tensors"),
+    ],
+)
+def test_a_missing_task_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, adapter: str, task: str, said: str
+) -> None:
+    """A tensor has another name, so that a run with a good task fails where the model is loaded."""
+    pytest.importorskip(adapter)
+    model = make_model(tmp_path)
+    folder = make_world(tmp_path / "world", model)
+    run_file = folder / "run.yaml"
+    run = json.loads(run_file.read_text())
+    del run["dataset"], run["reward"]
+    run["environment"] = {"adapter": adapter, "task": task, "size": 4}
+    run["runtime"]["allow_code"] = [adapter, task.replace("-", "_")]
+    run_file.write_text(json.dumps(run))
+    for weights in model.glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes().replace(b"model.norm.", b"model.nrom."))
+    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert said in ended.stderr
+    good = task == "leg_counting"
+    assert ended.returncode == (2 if good else 1), ended.stderr
+    assert ("environment.task" in ended.stderr) is not good

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from toolkit.config.environment_tasks import task_names
 from toolkit.config.libraries import package_folder
 from toolkit.config.trl_names import (
     ACCELERATOR,
@@ -224,3 +225,8 @@ def families(kind: ast.ClassDef) -> set[str]:
     if "output_router_logits" not in values or not isinstance(name, ast.Constant):
         return set()
     return {str(name.value)}
+
+
+def test_the_tasks_of_reasoning_gym_are_read_from_its_source() -> None:
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    assert task_names() == set(reasoning_gym.factory.DATASETS)

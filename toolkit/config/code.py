@@ -1,5 +1,5 @@
-"""Find a user's function ``module:name`` and read its source. The module is never imported, because
-importing would run it.
+"""Find a user's function or class ``module:name`` and read its source. The module is never
+imported, because importing would run it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import InputError
 from toolkit.base.files import read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 MAX_SOURCE_BYTES = 4 << 20
 
@@ -49,7 +50,32 @@ def find_function(module: str, name: str, folder: Path) -> Found:
     """Return the function ``name`` of ``module``. The module is searched for next to the run file
     (in ``folder``), then on the Python path.
     """
-    file = module_file(module, folder)
+    read = _parsed(module, name, folder)
+    return read if isinstance(read, Found) else _in_tree(read[0], name, read[1])
+
+
+def find_name(module: str, name: str, folder: Path, path: Sequence[str] | None = None) -> Found:
+    """Return any ``name`` that ``module`` defines or imports: a class, ``__all__``. ``path`` is the
+    Python path of another interpreter.
+    """
+    read = _parsed(module, name, folder, path)
+    if isinstance(read, Found):
+        return read
+    tree, file = read
+    functions, others = _names(tree)
+    names = {*functions, *others}
+    if {name, "*"} & names:
+        return Found(name)
+    close = nearest(name, names)
+    meant = f" (did you mean {close}?)" if close else ""
+    return Found(name, f"{file} does not define {name}{meant}")
+
+
+def _parsed(
+    module: str, name: str, folder: Path, path: Sequence[str] | None = None
+) -> Found | tuple[ast.Module, Path]:
+    """Return the syntax tree of ``module`` and its file, or why there is none."""
+    file = module_file(module, folder, path)
     if file is None:
         return Found(
             name,
@@ -59,23 +85,22 @@ def find_function(module: str, name: str, folder: Path) -> Found:
     if file.suffix != ".py":
         return Found(name)
     try:
-        tree = ast.parse(read_bytes(file, limit=MAX_SOURCE_BYTES), str(file))
+        return ast.parse(read_bytes(file, limit=MAX_SOURCE_BYTES), str(file)), file
     except InputError as error:
         return Found(name, f"{file}: {error.message}", unknown=True)
     except SyntaxError as error:
         return Found(name, f"{file}:{error.lineno}: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
         return Found(name, f"{file} cannot be read: {error}", unknown=True)
-    return _in_tree(tree, name, file)
 
 
-def module_file(module: str, folder: Path) -> Path | None:
+def module_file(module: str, folder: Path, path: Sequence[str] | None = None) -> Path | None:
     """Return the file of the module with this dotted name; None if the module was not found. No
-    package is imported.
+    package is imported. ``path`` is the Python path, by default that of this interpreter.
     """
     parts = module.split(".")
     beside = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
-    places = [*beside, *sys.path]
+    places = [*beside, *(sys.path if path is None else path)]
     file: Path | None = None
     for depth, part in enumerate(parts):
         spec = PathFinder.find_spec(part if depth == 0 else ".".join(parts[: depth + 1]), places)
@@ -86,7 +111,10 @@ def module_file(module: str, folder: Path) -> Path | None:
     return file
 
 
-def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
+def _names(
+    tree: ast.Module,
+) -> tuple[dict[str, ast.FunctionDef | ast.AsyncFunctionDef], set[str]]:
+    """The functions of a module, and all other names that it may define."""
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
     others: set[str] = set()
     for statement in ast.walk(tree):
@@ -99,6 +127,11 @@ def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
             others |= {one.asname or one.name.partition(".")[0] for one in statement.names}
         elif isinstance(statement, ast.Name) and isinstance(statement.ctx, ast.Store):
             others.add(statement.id)
+    return functions, others
+
+
+def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
+    functions, others = _names(tree)
     function = functions.get(name)
     if function is None:
         if name in others or "*" in others:

@@ -43,9 +43,14 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
     package = ADAPTERS[adapter]
     if python is None:
         return None if installed(package) else package
-    folders = list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
+    folders = site_packages(python)
     there = any((folder / module).exists() for folder in folders for module in package.modules)
     return package if folders and not there else None
+
+
+def site_packages(python: str) -> list[Path]:
+    """The folders in which the interpreter of a virtual environment finds its packages."""
+    return list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
 
 
 def absent(section: EnvironmentSection | None) -> tuple[str, ...]:

@@ -139,8 +139,8 @@ def require_packages(config: RunConfig) -> None:
     missing = section and missing_package(section.adapter, section.python)
     if section and missing:
         raise MissingExtraError(
-            f"the environment {section.adapter} needs the package {missing.modules[0]}, which is "
-            f"not installed{' for ' + section.python if section.python else ''}",
+            f"environment.adapter: {section.adapter} needs the package {missing.modules[0]}, which "
+            f"is not installed{' for ' + section.python if section.python else ''}",
             where=config.source or "environment.adapter",
             fix=pip_line(missing, section.python),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.code import is_allowed
+from toolkit.config.environment_tasks import missing_task
 from toolkit.config.environments import (
     ADAPTERS,
     IN_STEPS,
@@ -21,6 +22,8 @@ from toolkit.config.run_paths import local_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from toolkit.config.document import Node
+    from toolkit.config.environment_tasks import Missing
     from toolkit.config.rules.run import Run
 
 _ADAPTER = "environment.adapter"
@@ -271,3 +274,71 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
             ),
             unknown=True,
         )
+
+
+def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
+    """Yield the key path, the adapter and the task of the environment and of each reward that is
+    the score of an environment.
+    """
+    adapter, node = _adapter(run), run.node(_TASK)
+    if adapter is not None and node is not None and run.written(_TASK):
+        yield _TASK, adapter, node
+    functions = run.node("reward.functions")
+    for at, name in _used(run):
+        if not isinstance(at, str) and functions is not None:
+            options = functions.value[at[2]].value.get("options")
+            if options is not None and isinstance(options.value, dict) and "task" in options.value:
+                yield (*at[:3], "options", "task"), name, options.value["task"]
+
+
+@rule(
+    "ENV009",
+    f"{_TASK} {_PYTHON}",
+    example="environment: {adapter: reasoning_gym, task: leg_countin}",
+    fix="environment: {adapter: reasoning_gym, task: leg_counting}",
+)
+def task_exists(run: Run) -> Iterator[RuleViolation]:
+    """The task of an environment exists.
+
+    For reasoning_gym the tasks are read from the source of the installed package. For verifiers the
+    task is a module with the list __all__, and for openenv a module with the class. The module is
+    searched next to the run file and among the packages of the environment's interpreter. It is
+    read and not imported. A missing module is a warning, because the run may be meant for another
+    machine (with --strict it is an error). Whether the module makes usable problems is known only
+    in training, which loads it before the model.
+    """
+    python = _python(run)
+    if python is not None and not is_interpreter(python):
+        return  # ENV008
+    for at, adapter, node in _tasks(run):
+        task = node.value
+        if not isinstance(task, str) or not _may_be_read(run, adapter, task):
+            continue
+        missing = missing_task(adapter, task, python, run.document.source.folder)
+        if missing is not None:
+            yield RuleViolation(
+                at,
+                missing.problem,
+                fixes=_ways_out(run, node, missing),
+                related=(_PYTHON,) if python else (),
+                severity=Severity.WARNING if missing.unknown else Severity.ERROR,
+                unknown=missing.unknown,
+            )
+
+
+def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
+    if missing.near is not None:
+        return (run.replace(node, missing.near),)
+    if missing.unknown:
+        return (Fix("put the module next to the run file, or install its package"),)
+    return ()
+
+
+def _may_be_read(run: Run, adapter: str, task: str) -> bool:
+    """Whether the task has the right form, and its module is allowed (ENV006)."""
+    module = task_module(adapter, task)
+    return module is None or (
+        all(map(str.isidentifier, module.split(".")))
+        and (adapter not in IN_STEPS or task.partition(":")[2].isidentifier())
+        and is_allowed(module, run.value("runtime.allow_code"))
+    )

@@ -1,0 +1,86 @@
+"""Whether the task of an environment exists, as far as files show. No code of a package or of the
+user is run.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from toolkit.base.did_you_mean import nearest
+from toolkit.config.code import Found, find_name, module_file
+from toolkit.config.environments import ADAPTERS, site_packages, task_module
+from toolkit.config.libraries import package_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_BUILT_IN = "verifiers.v1.tasksets"
+"""The package in which verifiers 0.4 looks for a taskset before it looks on the Python path."""
+_NAME = re.compile(
+    r"""^(?:DATASET_NAME\s*=|register_dataset\()\s*["']([^"'\n]+)["']""", re.MULTILINE
+)
+"""How modules of reasoning-gym 0.1.25 write the name of the task that they register."""
+
+
+class Missing(NamedTuple):
+    """Why a task cannot be used. ``unknown``: it may exist where the run will train. ``near``: the
+    task that may be meant.
+    """
+
+    problem: str
+    unknown: bool = False
+    near: str | None = None
+
+
+def missing_task(adapter: str, task: str, python: str | None, folder: Path) -> Missing | None:
+    """What is wrong with ``task``; None if it exists, or if nothing can be found out.
+
+    Modules are searched in ``folder``, that of the run file, and where the interpreter of the
+    environment has its packages.
+    """
+    path = None if python is None else [str(place) for place in site_packages(python)]
+    if adapter == "reasoning_gym":
+        return _missing_problem(task, path)
+    module = task_module(adapter, task) or ""
+    if adapter == "verifiers":
+        if module_file(f"{_BUILT_IN}.{module}", folder, path) is not None:
+            return None
+        found = find_name(module, "__all__", folder, path)
+        why = ", by which verifiers finds the Taskset class of a module"
+    else:
+        found, why = find_name(module, task.partition(":")[2], folder, path), ""
+    return _told(found, module, python, why)
+
+
+def _told(found: Found, module: str, python: str | None, why: str) -> Missing | None:
+    if found.problem is None:
+        return None
+    if found.unknown and python is not None:
+        return Missing(
+            f"module {module} is neither next to the run file nor installed for {python}", True
+        )
+    return Missing(found.problem + ("" if found.unknown else why), found.unknown)
+
+
+def _missing_problem(task: str, path: Sequence[str] | None) -> Missing | None:
+    names = task_names(path)
+    if not names or task in names:
+        return None
+    return Missing(f"the installed reasoning_gym has no task {task}", near=nearest(task, names))
+
+
+def task_names(path: Sequence[str] | None = None) -> set[str]:
+    """The tasks of the reasoning-gym that is installed here or in a folder of ``path``, read from
+    its source; empty if it is not installed.
+    """
+    package = ADAPTERS["reasoning_gym"].modules[0]
+    folders = [package_folder(package)] if path is None else [Path(one) / package for one in path]
+    return {
+        name
+        for folder in folders
+        if folder is not None
+        for file in folder.rglob("*.py")
+        for name in _NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
+    }
