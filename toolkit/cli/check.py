@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from toolkit.gpu.checks import CheckContext, CheckResult
+    from toolkit.gpu.snapshot import NodeSnapshot
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,12 +117,17 @@ def check(
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        click.echo(text_of(results, context, verbose=verbose, strict=strict))
+        click.echo(text_of(results, context, snapshot, verbose=verbose, strict=strict))
     sys.exit(code)
 
 
 def text_of(
-    results: Sequence[CheckResult], context: CheckContext, *, verbose: bool, strict: bool = False
+    results: Sequence[CheckResult],
+    context: CheckContext,
+    snapshot: NodeSnapshot,
+    *,
+    verbose: bool,
+    strict: bool = False,
 ) -> str:
     """The output for people: one paragraph per finding with its remedy, then (with ``verbose``) the
     passed checks, then the counts.
@@ -154,12 +160,23 @@ def text_of(
     )
     left = len(catalogue()) - len(results)
     summary += f" ({left} not selected or not applicable here)" if left else ""
-    lines.append(styled(f"{summary}. {MEANING[code]}", "red" if code else "green", bold=True))
+    meaning = MEANING[code] if code else ready(snapshot, context)
+    lines.append(styled(f"{summary}. {meaning}", "red" if code else "green", bold=True))
     return "\n".join(lines)
 
 
+def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
+    """What a node without a failure is ready for. Without a GPU, only runs on the CPU are."""
+    from toolkit.gpu.devices import visible  # noqa: PLC0415 - after parsing
+
+    if visible(snapshot).devices:
+        return "Ready."
+    if context.configured:
+        return "Ready for this run on the CPU (there is no GPU)."
+    return "Ready for runs on the CPU (there is no GPU)."
+
+
 MEANING = {
-    0: "Ready.",
     1: "Change the config or the request (exit 1).",
     3: "This node is bad; another node may work (exit 3).",
     4: "Try again later (exit 4).",

@@ -67,7 +67,7 @@ def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        click.echo(text_of(results, context, verbose=verbose, strict=strict))
+        click.echo(text_of(results, context, snapshot, verbose=verbose, strict=strict))
         click.echo(difference(verdicts, results))
     sys.exit(int(report["exit_code"]))
 

@@ -120,7 +120,7 @@ def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
         **resolve_run(run, situation).needs(),
         "world_size": process_environment.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
-        "absent_packages": absent(run.environment),
+        "absent_packages": absent(run),
     }
 
 

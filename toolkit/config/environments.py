@@ -1,4 +1,4 @@
-"""Define the environment adapters, and the Python package that each of them needs. An environment
+"""Define the environment adapters, and the Python packages that a run needs. An environment
 is a package of tasks. An environment adapter connects one kind of environment to the toolkit.
 """
 
@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.config.trl_names import Package, installed
+from toolkit.config.trl_names import Package, installed, needed_by
 
 if TYPE_CHECKING:
-    from toolkit.config.run_config import EnvironmentSection
+    from toolkit.config.run_config import RunConfig
 
 ADAPTERS = {
     "reasoning_gym": Package(("reasoning_gym",), "'reasoning-gym>=0.1.25,<0.2'"),
@@ -53,16 +53,20 @@ def site_packages(python: str) -> list[Path]:
     return list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
 
 
-def absent(section: EnvironmentSection | None) -> tuple[str, ...]:
-    """Return a tuple with one text if the package of a run's environment is missing: the name of
-    the package, and the command that installs it. Return an empty tuple if no package is missing.
+def absent(config: RunConfig) -> tuple[str, ...]:
+    """Return one text for each missing package of a run: the name of the package, and the command
+    that installs it. The packages are those of its trackers, its optimizer and its environment.
     """
-    if section is None:
-        return ()
-    missing = missing_package(section.adapter, section.python)
-    return (
-        () if missing is None else (f"{missing.modules[0]} ({pip_line(missing, section.python)})",)
-    )
+    section = config.environment
+    missing = None if section is None else missing_package(section.adapter, section.python)
+    lines = [
+        f"{package.modules[0]} (pip install {package.install}, for grpo.{key}: {value})"
+        for key, value, package in needed_by(config.grpo)
+        if not installed(package)
+    ]
+    if section is not None and missing is not None:
+        lines.append(f"{missing.modules[0]} ({pip_line(missing, section.python)})")
+    return tuple(lines)
 
 
 def is_interpreter(python: str) -> bool:

@@ -251,6 +251,17 @@ def needed_packages(
         yield "cache_implementation", cache, QUANTIZED_CACHE
 
 
+def needed_by(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Package]]:
+    """Yield (key, value, package) for each key of a run's section ``grpo`` that needs a package."""
+    asked = grpo.get("report_to")
+    yield from needed_packages(
+        [asked] if isinstance(asked, str) else list(asked or ()),
+        grpo.get("optim", ""),
+        use_liger=bool(grpo.get("use_liger_kernel")),
+        cache=grpo.get("cache_implementation"),
+    )
+
+
 def _weighs(value: Any) -> bool:
     return value is not None and value != 0
 

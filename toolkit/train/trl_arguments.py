@@ -13,7 +13,7 @@ from toolkit.config.build import thaw
 from toolkit.config.environments import missing_package, pip_line
 from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
-from toolkit.config.trl_names import installed, needed_packages
+from toolkit.config.trl_names import installed, needed_by
 from toolkit.policy.machine_facts import situation
 from toolkit.train.upstream_errors import config_fault
 
@@ -126,15 +126,7 @@ def require_packages(config: RunConfig) -> None:
     Raises:
         MissingExtraError: a tracker, an optimizer, Liger or an environment is not installed.
     """
-    asked = config.grpo.get("report_to")
-    trackers = [asked] if isinstance(asked, str) else thaw(asked or ())
-    needed = needed_packages(
-        trackers,
-        config.grpo.get("optim", ""),
-        use_liger=bool(config.grpo.get("use_liger_kernel")),
-        cache=config.grpo.get("cache_implementation"),
-    )
-    refuse_missing(needed, config.source)
+    refuse_missing(needed_by(config.grpo), config.source)
     section = config.environment
     missing = section and missing_package(section.adapter, section.python)
     if section and missing:

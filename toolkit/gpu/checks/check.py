@@ -41,8 +41,8 @@ class CheckContext:
     - ``world_size``: the number of the job's processes on this node.
     - ``lock``: maps a package to its version in the lock file.
     - ``sizer_model_types``: the values of ``model_type`` for which the sizer is exact.
-    - ``absent_packages``: the packages that the ``environment`` section of the run file needs and
-      that are not installed. Each text also contains the command that installs the package.
+    - ``absent_packages``: the packages that the run's environment, trackers and optimizer need
+      and that are not installed. Each text also contains the command that installs the package.
     """
 
     configured: bool = False
