@@ -18,7 +18,7 @@ from toolkit.base.errors import ConfigError
 # These modules contain only tables. Modules that import torch are imported inside the functions.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
 from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
-from toolkit.train.bench.shapes import SHAPES
+from toolkit.train.bench.shapes import SHAPES, SMALL
 from toolkit.train.bench.tasks import MOST_HELD_OUT, TASKS
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def bench(
         )
         _learn(wanted, Path(models), folder, written, gguf=apart["gguf"], as_json=as_json)
         return
+    _refuse_without_gpu(shape)
     from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
 
     values: dict[str, object] = {**WORKLOADS[workload], **written}
@@ -196,6 +197,21 @@ def _refuse_unused(*, learn: bool) -> None:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             why = "has no effect with --learn" if learn else "has an effect only with --learn"
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")
+
+
+def _refuse_without_gpu(shape: str) -> None:
+    """Raise ConfigError for a shape that is too large for a machine without a GPU."""
+    from toolkit.gpu.devices import select  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
+
+    if shape != SMALL and select(take()) is None:
+        raise ConfigError(
+            f"the shape {shape} needs a GPU, and CUDA sees none: its checkpoint has gigabytes, and "
+            "a step on the CPU takes hours",
+            where="--shape",
+            fix=f"use --shape {SMALL}, or a machine with a GPU (`envcheck check --require gpu` "
+            "says what is missing)",
+        )
 
 
 def _check_batch(settings: Settings) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from toolkit.cli.bench import bench
@@ -28,3 +31,19 @@ def test_an_arm_that_there_is_not_is_a_usage_error() -> None:
     outcome = CliRunner().invoke(bench, ["--arms", "ours,theirs"])
     assert outcome.exit_code == 2
     assert "unknown arm theirs" in outcome.output
+
+
+@pytest.mark.parametrize("shape", ["llama-8b", None], ids=["llama-8b", "default"])
+def test_a_large_shape_without_a_gpu_is_refused_at_once(tmp_path: Path, shape: str | None) -> None:
+    """Before torch is imported and the checkpoint of 16 GiB is begun."""
+    paths = ["--models", str(tmp_path / "models"), "--out", str(tmp_path / "out")]
+    chosen = ["--shape", shape] if shape else []
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("toolkit")), "bench", *chosen, *paths],
+        capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"--shape: the shape {shape or 'llama-1b'} needs a GPU" in done.stderr
+    assert "fix: use --shape tiny, or a machine with a GPU" in done.stderr
+    assert done.stdout == ""
+    assert not any(tmp_path.iterdir())

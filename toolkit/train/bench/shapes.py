@@ -102,6 +102,9 @@ SHAPES: dict[str, Shape] = {
     ),
 }
 
+SMALL = "tiny"
+"""The shape for a machine without a GPU."""
+
 
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Write a random checkpoint of shape ``name`` and a word-level tokenizer to ``folder``.
