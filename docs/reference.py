@@ -14,6 +14,7 @@ from toolkit.base.symptoms import SYMPTOMS, TEXTS
 from toolkit.config.explain import SECTIONS, about_key, all_keys
 from toolkit.config.importers.formats import TABLES, table
 from toolkit.config.importers.write import markdown
+from toolkit.config.metrics import METRICS, TIMINGS
 from toolkit.config.rules import all_rules
 from toolkit.gpu.cards import CARDS
 from toolkit.gpu.checks import catalogue
@@ -59,6 +60,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield _place("exit-codes/index"), _list_of_codes()
     yield from ((_place(f"exit-codes/{code}"), _code(code)) for code in EXIT_CODES)
     yield from ((_place(f"import/{form}"), _import(form)) for form in TABLES)
+    yield _place("metrics/index"), _list_of_metrics()
     yield _place("symptoms/index"), _list_of_symptoms()
     yield from ((_place(f"symptoms/{symptom.id}"), _symptom(symptom)) for symptom in SYMPTOMS)
 
@@ -171,6 +173,18 @@ def _import(form: str) -> str:
     return (
         f"# From {_text(found.title)}\n\nWhat `toolkit import` makes of each key. Print it with"
         f" `toolkit import --table {form}`.\n\n{rows}\n"
+    )
+
+
+def _list_of_metrics() -> str:
+    tables = (("metrics.jsonl", METRICS), ("timings.jsonl", TIMINGS))
+    return (
+        "# Values in the logs of a run\n\nA value of an evaluation has the prefix `eval/`. In a"
+        " terminal: `envcheck explain NAME`.\n"
+    ) + "".join(
+        f"\n## {file}\n\n| name | what it is |\n| --- | --- |\n"
+        + "".join(f"| `{name}` | {_text(text)} |\n" for name, text in values.items())
+        for file, values in tables
     )
 
 

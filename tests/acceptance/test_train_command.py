@@ -9,6 +9,7 @@ import pytest
 import train_world as world
 from spoiled_world import serve
 
+from toolkit.config.explain import explain
 from toolkit.config.validate import check_instance
 
 
@@ -55,6 +56,13 @@ def test_it_trains_and_leaves_the_run_folder(trained):
     completions = world.rows(run_dir, "completions.jsonl")
     assert len(completions) == 8 * 8
     assert set(completions[0]["rewards"]) == {"ones", "exact_match"}
+
+
+def test_every_name_in_its_logs_is_explained(trained):
+    run_dir = trained[0].parent / "run"
+    names = {name for log in ("metrics.jsonl", "timings.jsonl") for row in world.rows(run_dir, log)
+             for name in row}  # fmt: skip
+    assert [name for name in sorted(names) if explain(name) is None] == []
 
 
 def test_what_it_prints_is_lines(trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from transformers import Trainer
 from trl import GRPOConfig
 from trl import GRPOTrainer as Upstream
 
+from toolkit.config.explain import explain
+from toolkit.train.report.metrics_log import RENAMED
 from toolkit.train.step import importance_sampling
 from toolkit.train.trainer import GRPOTrainer
 from toolkit.train.trainer_seam import Drawn
@@ -258,3 +261,11 @@ def test_config_fields_that_arguments_sets_exist():
     fields = GRPOConfig.__dataclass_fields__
     for name in ("report_to", "use_cpu", "bf16", "logging_steps", "reward_weights", "save_steps"):
         assert name in fields
+
+
+def test_every_metric_of_trl_is_explained() -> None:
+    source = inspect.getsource(Upstream)
+    found = set(re.findall(r'self\._metrics\[mode\]\[f?"([^"]+)"\]', source))
+    assert len(found) > 20
+    names = {RENAMED.get(name, re.sub(r"\{.*?\}", "some_reward", name)) for name in found}
+    assert [name for name in sorted(names) if explain(name) is None] == []

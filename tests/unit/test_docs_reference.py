@@ -49,6 +49,7 @@ def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> Non
         "symptoms": {symptom.id for symptom in SYMPTOMS},
         "import": set(TABLES),
         "cards": set(),
+        "metrics": set(),
     }
     found: dict[str, set[str]] = {}
     for path in pages:

@@ -1,4 +1,6 @@
-"""``envcheck explain``: explain a rule, a check, a key, the exit codes, or a pasted traceback."""
+"""``envcheck explain``: explain a rule, a check, a key, a metric, the exit codes, or a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,21 @@ MAX_PASTED = 256 << 20
 
 
 @click.command("explain")
-@click.argument("what", nargs=-1, required=True, metavar="ID|KEY|exit-codes|rules|-")
+@click.argument("what", nargs=-1, required=True, metavar="ID|KEY|METRIC|exit-codes|rules|metrics|-")
 def explain(what: tuple[str, ...]) -> None:
-    """Explain a rule, a check, a key of a run file, the exit codes, or a traceback.
+    """Explain a rule, a check, a key of a run file, a metric, the exit codes, or a traceback.
 
     For a rule or a check: what it looks for, why, and what to do. For a key: which values it
-    accepts.
+    accepts. For a metric, a value in a log of a run: what it means.
 
     \b
-        envcheck explain GRPO001            a rule of envcheck validate
-        envcheck explain num_generations    a key of a run file
-        envcheck explain exit-codes         what the exit codes mean
-        envcheck explain rules              all rules
-        envcheck explain - < error.txt      a traceback: its cause and the remedy
+        envcheck explain GRPO001                a rule of envcheck validate
+        envcheck explain num_generations        a key of a run file
+        envcheck explain steps_without_signal   a value in metrics.jsonl or timings.jsonl
+        envcheck explain exit-codes             what the exit codes mean
+        envcheck explain rules                  all rules
+        envcheck explain metrics                all metrics
+        envcheck explain - < error.txt          a traceback: its cause and the remedy
     """
     click.echo("\n\n".join(_one(word) for word in what))
 

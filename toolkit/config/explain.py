@@ -1,4 +1,6 @@
-"""Make the texts of `envcheck explain`: explanations of rules, run file keys and exit codes."""
+"""Make the texts of `envcheck explain`: explanations of rules, run file keys, metrics and
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import EXIT_CODES, InputError
+from toolkit.config import metrics
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import describe, show
@@ -19,8 +22,8 @@ SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo"
 
 
 def explain(asked: str) -> str | None:
-    """Return the explanation of a rule id, a key (dotted, or only its last part), ``exit-codes`` or
-    ``rules``.
+    """Return the explanation of a rule id, a key or a metric (in full, or only its last part),
+    ``exit-codes``, ``rules`` or ``metrics``.
 
     Return None if ``asked`` is none of these.
     """
@@ -29,21 +32,25 @@ def explain(asked: str) -> str | None:
         return exit_codes()
     if word == "rules":
         return rule_list()
+    if word == "metrics":
+        return metrics.listed()
     rule = all_rules().get(word.upper())
     if rule is not None:
         return about_rule(rule)
-    return about_keys(word)
+    found = (about_keys(word), metrics.about_metric(word))
+    return "\n\n".join(text for text in found if text is not None) or None
 
 
 def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
     """Return the error for a word that has no explanation. The fix of the error suggests the most
     similar word that has an explanation. ``more`` are additional words that can be suggested.
     """
-    names = [*all_rules(), *(name for name, _ in all_keys()), *more, "exit-codes", "rules"]
+    names = [*all_rules(), *(name for name, _ in all_keys()), *more, *metrics.names()]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]
+    names += ["exit-codes", "rules", "metrics"]
     close = nearest(asked, names)
     fix = f"did you mean {close}?" if close else "list the rules with `envcheck explain rules`"
-    return InputError(f"there is no rule, key or topic named {asked!r}", fix=fix)
+    return InputError(f"there is no rule, key, metric or topic named {asked!r}", fix=fix)
 
 
 def exit_codes() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,44 @@ def test_the_explain_command() -> None:
     wrong = run(cli, ["explain", "num_generation"])
     assert wrong.exit_code == 1
     assert "num_generations" in str(wrong.exception)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("steps_without_signal", "learn nothing from the rewards"),
+        ("rewards/my_reward/mean", "The mean of one reward function"),
+        ("logp_gap_mean", "log-probabilities of the engine and of the trainer"),
+        ("eval/reward", "mean weighted reward"),
+        ("timing/rollout_s", "a value in timings.jsonl"),
+        ("learning_rate", "a value in metrics.jsonl"),
+        ("metrics", "dynamic_sampling/no_spread_after"),
+    ],
+)
+def test_a_name_of_the_logs_is_explained(word: str, said: str) -> None:
+    done = CliRunner().invoke(cli, ["explain", word])
+    assert done.exit_code == 0, done.exception
+    assert said in " ".join(done.output.split())
+
+
+def test_a_misspelt_name_of_the_logs_has_its_candidate() -> None:
+    wrong = CliRunner().invoke(cli, ["explain", "steps_without_signl"])
+    assert "did you mean steps_without_signal?" in str(wrong.exception)
+
+
+def test_every_name_that_training_writes_is_explained() -> None:
+    """Those in quotes in the sources; a run's own rows are compared in the acceptance tests."""
+    sources = Path(__file__).parents[3] / "toolkit" / "train"
+    written = r'"((?:sampling|packing|dynamic_sampling|curriculum|completions)/[a-z_/]+)"'
+    names = {
+        name
+        for part in ("report", "rollout", "step")
+        for file in (sources / part).glob("*.py")
+        for name in re.findall(written, file.read_text("utf-8"))
+    }
+    assert len(names) > 15
+    names -= {"completions/mean_length"}  # written as completion_length
+    assert [name for name in sorted(names) if explain(name) is None] == []
 
 
 def test_the_schema_command() -> None:
