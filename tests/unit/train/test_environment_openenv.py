@@ -1,12 +1,9 @@
-"""OpenEnv as an environment. It and vLLM need different releases of mcp, so the real package is
-installed into a virtual environment of its own, as environment.python is made for.
-"""
+"""OpenEnv as an environment: the real package, in a virtual environment of its own."""
 
 from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,22 +22,17 @@ from toolkit.train.rewards.problems import made
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import CallFailed, EpisodeHost
 
+sys.path.append(str(Path(__file__).parents[2] / "fixtures"))
+from openenv_venv import interpreter
+
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent / "environments"
-PACKAGE = "openenv==0.10.0"
 
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The interpreter of a virtual environment with OpenEnv; minutes."""
-    folder = tmp_path_factory.mktemp("openenv") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    interpreter = folder / "bin" / "python"
-    pip = [interpreter, "-m", "pip", "install", "-q", PACKAGE]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no package index that has {PACKAGE}: {done.stderr[-200:]}")
-    return str(interpreter)
+    return interpreter(tmp_path_factory.mktemp("openenv") / "venv")
 
 
 def config_of(python: str, task: str = "guess_game:Game", **options: Any) -> Any:
