@@ -10,15 +10,19 @@ from __future__ import annotations
 import warnings
 from dataclasses import fields
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
 from transformers.utils import is_torch_bf16_gpu_available
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
+from toolkit.train.collected import Collected
 from toolkit.train.legal_batches import refuse_partial_groups
 from toolkit.train.older_fields import translate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """For each half-precision dtype, the field of GRPOConfig that switches it on."""
@@ -46,49 +50,61 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         ConfigTypeError: an unknown field.
         ConfigValueError: an invalid value. If a batch does not contain whole groups, the message
             lists valid batch sizes.
+
+    One error lists all mistakes that are found. Its class is that of the first one.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given, notes = translate({**dict(zip(FIELDS, args, strict=False)), **kwargs}, FIELDS)
+        mistakes = Collected()
+        named = {**dict(zip(FIELDS, args, strict=False)), **kwargs}
+        given, notes = translate(named, (*FIELDS, *OWN), mistakes)
         if notes:
             warnings.warn(f"GRPOConfig: {'; '.join(notes)}", ToolkitWarning, stacklevel=2)
         # In TRL, None means that the field was left out.
         written = frozenset(name for name, value in given.items() if value is not None)
         setattr(self, WRITTEN, written)
-        self.padding_free = bool(given.pop("padding_free", True))
-        self.max_prompt_length = _length(given.pop("max_prompt_length", None))
-        self.dynamic_sampling = _switch(given, "dynamic_sampling")
-        self.max_resample_times = _rounds(given.pop("max_resample_times", 3))
-        self.curriculum = _switch(given, "curriculum")
-        self.curriculum_share = _share(given.pop("curriculum_share", 0.5))
+        for name, (default, checked) in OWN.items():
+            value = given.pop(name, default)
+            with mistakes.check():
+                setattr(self, name, checked(name, value))
         if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
             given["bf16"] = False  # transformers would reject TRL's default True here
         refused = None
         try:
             super().__init__(**given)
         except ValueError as problem:
-            if "divisible by" not in str(problem):
+            if "divisible by" not in str(problem) and not mistakes.errors:
                 raise
             refused = problem
         # Outside of the except block, so that Python does not print TRL's error above this one.
         if refused is not None:
-            refuse_partial_groups(self, written)
+            with mistakes.check():
+                _refuse(self, written, refused)
+        mistakes.refuse()
+        if refused is not None:
             raise refused
 
 
-def _length(value: Any) -> int | None:
+def _refuse(config: GRPOConfig, written: frozenset[str], refused: ValueError) -> None:
+    """Raise TRL's error ``refused`` as one of ours, if it is known."""
+    if "divisible by" in str(refused):
+        refuse_partial_groups(config, written)
+    else:
+        raise ConfigValueError(str(refused), where="GRPOConfig")
+
+
+def _length(name: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigValueError(
-            f"max_prompt_length={value!r} must be a number of tokens above 0, or None",
+            f"{name}={value!r} must be a number of tokens above 0, or None",
             where="GRPOConfig",
             fix="leave it out to accept prompts of any length that the model supports",
         )
     return value
 
 
-def _switch(given: dict[str, Any], name: str) -> bool:
-    value = given.pop(name, False)
+def _switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigValueError(
             f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"set {name}=True"
@@ -96,24 +112,35 @@ def _switch(given: dict[str, Any], name: str) -> bool:
     return value
 
 
-def _rounds(value: Any) -> int:
+def _rounds(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ConfigValueError(
-            f"max_resample_times={value!r} must be a number of rounds above 0",
+            f"{name}={value!r} must be a number of rounds above 0",
             where="GRPOConfig",
             fix="leave it out for 3 rounds, or set dynamic_sampling=False",
         )
     return value
 
 
-def _share(value: Any) -> float:
+def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigValueError(
-            f"curriculum_share={value!r} must be above 0 and at most 1",
+            f"{name}={value!r} must be above 0 and at most 1",
             where="GRPOConfig",
             fix="leave it out for half of each batch, or set curriculum=False",
         )
     return float(value)
+
+
+OWN: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+    "padding_free": (True, lambda _, value: bool(value)),
+    "max_prompt_length": (None, _length),
+    "dynamic_sampling": (False, _switch),
+    "max_resample_times": (3, _rounds),
+    "curriculum": (False, _switch),
+    "curriculum_share": (0.5, _share),
+}
+"""Fields that TRL's GRPOConfig does not have: their defaults, and what checks their values."""
 
 
 def _has_bfloat16(given: dict[str, Any]) -> bool:

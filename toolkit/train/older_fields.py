@@ -14,18 +14,11 @@ from toolkit.config.migration import MOVED
 from toolkit.config.sampling_keywords import KEYWORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
+
+    from toolkit.train.collected import Collected
 
 WHERE = "GRPOConfig"
-OURS = (
-    "padding_free",
-    "max_prompt_length",
-    "dynamic_sampling",
-    "max_resample_times",
-    "curriculum",
-    "curriculum_share",
-)
-"""Fields of the toolkit's GRPOConfig that TRL's GRPOConfig does not have."""
 BY_LOADING = "FastLanguageModel.from_pretrained sets it"
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(
@@ -66,35 +59,37 @@ class Translated(NamedTuple):
     notes: list[str]
 
 
-def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translated:
+def translate(given: Mapping[str, Any], known: Collection[str], mistakes: Collected) -> Translated:
     """Return the keyword arguments ``given``, with older names of fields replaced by the current
-    names. ``known`` are the fields of GRPOConfig.
+    names. ``known`` are the fields of the toolkit's GRPOConfig.
 
-    Raises:
-        ConfigTypeError: an unknown name.
-        ConfigValueError: a field has different values under its old and its new name, or a value is
-            invalid.
+    A wrong field is left out, and ``mistakes`` keeps its error: a ConfigTypeError for an unknown
+    name; a ConfigValueError if a field has different values under its old and its new name, or an
+    invalid value.
     """
-    known = (*known, *OURS)
     made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
     notes: list[str] = []
     for name, value in given.items():
-        if name in known:
-            continue
-        if name == "vllm_sampling_params":
-            notes += _sampling(made, value)
-        elif name == "warmup_ratio":
-            notes += _warmup(made, value)
-        elif name == "no_cuda":
-            notes += _renamed(made, name, "use_cpu", bool(value))
-        elif name in NO_EFFECT:
-            notes.append(f"{name} is left out: {NO_EFFECT[name]}")
-        else:
-            notes += _moved(made, name, value, known)
+        if name not in known:
+            with mistakes.check():
+                notes += _translated(made, name, value, known)
     return Translated(made, notes)
 
 
-def _moved(made: dict[str, Any], name: str, value: Any, known: Iterable[str]) -> list[str]:
+def _translated(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
+    """Add an older field to ``made`` under its current name. Return the notes."""
+    if name == "vllm_sampling_params":
+        return _sampling(made, value)
+    if name == "warmup_ratio":
+        return _warmup(made, value)
+    if name == "no_cuda":
+        return _renamed(made, name, "use_cpu", bool(value))
+    if name in NO_EFFECT:
+        return [f"{name} is left out: {NO_EFFECT[name]}"]
+    return _moved(made, name, value, known)
+
+
+def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
     moved = MOVED.get(f"grpo.{name}")
     if moved is None:
         close = nearest(name, known)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.config.trl_names import needed_packages
+from toolkit.train.collected import Collected
 from toolkit.train.rewards.script import judged
 from toolkit.train.rollout import prompt_choice
 from toolkit.train.trl_arguments import refuse_missing
@@ -27,20 +28,27 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
         ConfigError: a reward cannot be called, the lengths leave no room for a prompt, or an
             argument cannot be used with dynamic sampling or the curriculum.
         MissingExtraError: the package of a tracker or an optimizer is not installed.
+
+    One error lists all mistakes. Its class is that of the first one.
     """
-    config = given["args"]
-    prompt_choice.refuse(given)
-    given["reward_funcs"] = judged(given.get("reward_funcs"))
+    config, mistakes = given["args"], Collected()
+    with mistakes.check():
+        prompt_choice.refuse(given)
+    with mistakes.check():
+        given["reward_funcs"] = judged(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:
-        refuse_missing(
-            needed_packages(
-                config.report_to or (),
-                str(getattr(config.optim, "value", config.optim)),
-                use_liger=bool(config.use_liger_kernel),
-                cache=config.cache_implementation,
+        with mistakes.check():
+            refuse_missing(
+                needed_packages(
+                    config.report_to or (),
+                    str(getattr(config.optim, "value", config.optim)),
+                    use_liger=bool(config.use_liger_kernel),
+                    cache=config.cache_implementation,
+                )
             )
-        )
-    _refuse_no_room(config, getattr(model, "max_seq_length", None))
+    with mistakes.check():
+        _refuse_no_room(config, getattr(model, "max_seq_length", None))
+    mistakes.refuse()
 
 
 def _refuse_no_room(config: Any, longest: int | None) -> None:

@@ -242,6 +242,52 @@ def test_max_seq_length_holds_prompt_and_completion_without_an_engine_too(tmp_pa
     assert max(map(len, completion_ids[4:])) > 2  # a short prompt has more room
 
 
+def test_all_mistakes_in_a_config_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigTypeError) as caught:
+        config(
+            tmp_path,
+            num_generation=4,
+            warmup_ratio=2,
+            max_prompt_length=0,
+            dynamic_sampling="yes",
+            per_device_train_batch_size=1,
+            num_generations=6,
+        )
+    told = str(caught.value)
+    assert told.startswith("GRPOConfig: 5 mistakes\n- 'num_generation' is not a field")
+    for words in (
+        "(did you mean 'num_generations'?)",
+        "- warmup_ratio=2 must be a number from 0 to below 1",
+        "- max_prompt_length=0 must be a number of tokens above 0",
+        "- dynamic_sampling='yes' must be True or False",
+        "completion, which is not a multiple of num_generations=6",
+    ):
+        assert words in told
+    assert told.count("fix: ") == 5
+
+
+def test_a_mistake_that_trl_finds_is_told_beside_ours(tmp_path):
+    with pytest.raises(ConfigValueError) as caught:
+        config(tmp_path, curriculum_share=2, auto_find_batch_size=True)
+    assert "2 mistakes" in str(caught.value)
+    assert "auto_find_batch_size is not supported" in str(caught.value)
+    with pytest.raises(ValueError, match="auto_find_batch_size") as alone:
+        config(tmp_path, auto_find_batch_size=True)
+    assert not isinstance(alone.value, ConfigError)  # TRL's own
+
+
+def test_all_mistakes_in_a_trainers_arguments_are_told_at_once(tmp_path):
+    model = make_policy()
+    model.max_seq_length = 8
+    with pytest.raises(ConfigError) as caught:
+        trainer_of(tmp_path, no_kwargs, model=model, optim="lomo", max_completion_length=8)
+    told = str(caught.value)
+    assert told.startswith("3 mistakes\n- ")
+    assert "reward no_kwargs has the parameters (completions)" in told
+    assert "\n- grpo.optim: lomo needs" in told
+    assert "leaves no room for a prompt" in told
+
+
 def test_packages_of_the_config_are_looked_for_at_construction(tmp_path):
     given = {"report_to": ["dvclive"]}
     with pytest.raises(ImportError, match="report_to: dvclive needs dvclive"):
