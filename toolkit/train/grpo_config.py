@@ -87,7 +87,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
 
 
 def _refuse(config: GRPOConfig, written: frozenset[str], refused: ValueError) -> None:
-    """Raise TRL's error ``refused`` as one of ours, if it is known."""
+    """Raise TRL's error ``refused`` as a ConfigValueError, with legal values if they are known."""
     if "divisible by" in str(refused):
         refuse_partial_groups(config, written)
     else:
