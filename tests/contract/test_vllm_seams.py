@@ -367,3 +367,13 @@ def test_a_moved_name_is_told(tmp_path: Path) -> None:
         "class A:\n    x: int = 1\n    def f(self, y):\n        self.z = y\n\ng = 2\n"
     )
     assert names(source) == {"A", "A.x", "A.f", "A.f(self", "A.f(y", "A.z", "g"}
+
+
+@pytest.mark.parametrize("tree", trees(), ids=str)
+def test_gemma_2_has_no_head_of_its_own(tree: Path) -> None:
+    """What config/supported_features.ALWAYS_TIED says: other families create an lm_head."""
+    sources = {
+        name: (tree / "model_executor" / "models" / f"{name}.py").read_text()
+        for name in ("gemma2", "gemma3", "llama", "qwen3", "granite")
+    }
+    assert [name for name, text in sources.items() if "self.lm_head = " not in text] == ["gemma2"]

@@ -107,6 +107,10 @@ def test_train_generate_export_and_plain_transformers(
 ) -> None:
     run_file = world(tmp_path, family, tied, engine)
     done = toolkit("train", str(run_file))
+    if (family, tied, engine) == ("gemma2", False, "vllm"):
+        # vLLM has no separate head for Gemma 2, and no published model has one.
+        assert (done.returncode, "LOAD028" in done.stderr) == (1, True), done.stderr[-3000:]
+        return
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run"
     assert json.loads((folder / "manifest.json").read_text())["base"]["unchanged"] is True

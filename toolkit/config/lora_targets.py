@@ -134,3 +134,11 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
         return frozenset(name for name in MLP if re.fullmatch(targets, path + name))
     ends = {target.rpartition(".")[2] for target in targets}
     return frozenset(name for name in MLP if name in ends)
+
+
+def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
+    """Return the indices in ``layers`` that a model with ``count`` layers does not have."""
+    if count is None or layers is None:
+        return ()
+    listed = (layers,) if isinstance(layers, int) else tuple(layers)
+    return tuple(layer for layer in listed if not 0 <= layer < count)

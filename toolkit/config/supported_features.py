@@ -131,6 +131,9 @@ NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
 (``_FLOAT16_NOT_SUPPORTED_MODELS`` in vLLM's source).
 """
 
+ALWAYS_TIED = frozenset(("gemma2",))
+"""Model types whose class in vLLM 0.31 has no lm_head: the embedding is always the head."""
+
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The head sizes of vLLM 0.31's attention on a CPU (v1/attention/backends/cpu_attn.py)."""
 
@@ -374,6 +377,15 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
     )
 
 
+def head_problem(config: Mapping[str, Any]) -> Problem | None:
+    """Why vLLM cannot run the model of this config.json with its own head; None if it can."""
+    kind = config.get("model_type")
+    if kind not in ALWAYS_TIED or config.get("tie_word_embeddings", True) is not False:
+        return None
+    what = f"tie_word_embeddings is false, but vLLM has no separate head for {kind}"
+    return Problem("model.model_name", what, fixes=(("runtime.engine", "transformers"),))
+
+
 def head_size(text: Mapping[str, Any]) -> int | None:
     """Return the size of an attention head; None if it is unknown or attention is latent."""
     if text.get("kv_lora_rank"):
@@ -384,11 +396,3 @@ def head_size(text: Mapping[str, Any]) -> int | None:
     if type(hidden) is not int or type(heads) is not int or heads <= 0:
         return None
     return hidden // heads
-
-
-def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
-    """Return the indices in ``layers`` that a model with ``count`` layers does not have."""
-    if count is None or layers is None:
-        return ()
-    listed = (layers,) if isinstance(layers, int) else tuple(layers)
-    return tuple(layer for layer in listed if not 0 <= layer < count)

@@ -20,7 +20,7 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, Unsupport
 from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.lora_targets import has_experts
 from toolkit.config.parallel import size_of
-from toolkit.config.supported_features import cpu_engine_problem, stored_format
+from toolkit.config.supported_features import cpu_engine_problem, head_problem, stored_format
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.groups import check_groups
@@ -185,7 +185,7 @@ def check_model(options: EngineOptions, device: str) -> Any:
             fix="use the unquantized checkpoint of the model. To save memory, set load_in_4bit: "
             "true",
         )
-    problem = cpu_engine_problem(values) if device == "cpu" else None
+    problem = head_problem(values) or (cpu_engine_problem(values) if device == "cpu" else None)
     if problem is not None:
         raise UnsupportedError(problem.message, where=problem.key, fix=_WITHOUT)
     if (options.load_in_4bit or stored is not None) and device != "cuda":

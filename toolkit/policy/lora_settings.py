@@ -15,9 +15,15 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.config.libraries import LEGAL_RANKS
-from toolkit.config.lora_targets import MLP, default_targets, expert_targets, has_experts
+from toolkit.config.lora_targets import (
+    MLP,
+    default_targets,
+    expert_targets,
+    has_experts,
+    layers_beyond,
+)
 from toolkit.config.run_config import SEVEN_PROJECTIONS
-from toolkit.config.supported_features import init_with_engine, layers_beyond
+from toolkit.config.supported_features import init_with_engine
 from toolkit.policy.load_arguments import nearest
 
 if TYPE_CHECKING:

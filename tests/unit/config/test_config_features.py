@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from toolkit.config.libraries import model_type
+from toolkit.config.lora_targets import layers_beyond
 from toolkit.config.supported_features import (
     attention_lacks,
     cpu_engine_problem,
-    layers_beyond,
+    head_problem,
     stored_format,
     stored_problem,
 )
@@ -91,3 +92,17 @@ def test_the_installed_transformers_is_read_as_text() -> None:
     assert model_type("gemma3_text").attention["sdpa"] is True  # in the module of gemma3
     assert model_type("never_heard_of")[:2] == (False, False)
     assert model_type("../../x").attention == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "refused"),
+    [
+        ("gemma2", False, True),
+        ("gemma2", True, False),
+        ("gemma2", None, False),
+        ("llama", False, False),
+    ],
+)
+def test_a_separate_head(kind: str, tied: bool | None, refused: bool) -> None:
+    config = {"model_type": kind} | ({} if tied is None else {"tie_word_embeddings": tied})
+    assert (head_problem(config) is not None) is refused

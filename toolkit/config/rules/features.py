@@ -18,6 +18,7 @@ from toolkit.config.supported_features import (
     cpu_engine_problem,
     flag_problems,
     float16_problem,
+    head_problem,
 )
 
 if TYPE_CHECKING:
@@ -219,5 +220,27 @@ def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
     dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
     problem = float16_problem(run.model.config, dtype)
+    if problem is not None:
+        yield fault_of(run, problem, note=run.model.source)
+
+
+@rule(
+    "LOAD028",
+    "model.model_name runtime.engine",
+    example="""
+model: {model_name: ./untied}  # Gemma 2 with tie_word_embeddings: false
+runtime: {engine: vllm}
+""",
+    fix="runtime.engine: transformers",
+)
+def engine_has_the_head(run: Run) -> Iterator[RuleViolation]:
+    """With the vLLM engine, a Gemma 2 model must use its embedding as the head.
+
+    vLLM has no separate head for Gemma 2. The published models have none. The rule is checked if
+    the model is on this machine.
+    """
+    if run.model is None or run.engine != "vllm":
+        return
+    problem = head_problem(run.model.config)
     if problem is not None:
         yield fault_of(run, problem, note=run.model.source)

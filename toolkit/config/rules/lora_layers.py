@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.lora_targets import SLOTS
+from toolkit.config.lora_targets import SLOTS, layers_beyond
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.supported_features import DATA_INITS, layers_beyond
+from toolkit.config.supported_features import DATA_INITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
