@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trainer_helpers import make_trainer
+from datasets import Dataset
+from trainer_helpers import ROWS, arguments, make_trainer, ones
 
+from toolkit.train.demo import make_model, make_tokenizer
+from toolkit.train.grpo_config import GRPOConfig
 from toolkit.train.trainer import GRPOTrainer
 
 
@@ -88,3 +91,24 @@ def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, cas
             near = 1e-2 if name == "entropy" else 1e-5
             if not any(clock in name for clock in CLOCKS):
                 assert own[name] == pytest.approx(value, rel=near, abs=1e-6), name
+
+
+def test_a_model_without_an_adapter_has_a_separate_reference(tmp_path):
+    """TRL then loads a second model as the reference, and its head computes no entropy."""
+    make_model(3).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    found = {}
+    for kind in (GRPOTrainer, Padded):
+        trainer = kind(
+            model=str(tmp_path / "model"),
+            reward_funcs=ones,
+            args=arguments(tmp_path / kind.__name__, GRPOConfig, beta=0.1, **GRADIENTS),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=make_tokenizer(),
+        )
+        found[kind] = moved(trainer), [row["kl"] for row in logs(trainer)]
+    (mine, kl), (theirs, their_kl) = found[GRPOTrainer], found[Padded]
+    assert theirs.norm() > 0
+    assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+    assert kl == pytest.approx(their_kl, rel=1e-4, abs=1e-7)
+    assert max(kl) > 0
