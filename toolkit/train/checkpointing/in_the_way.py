@@ -14,13 +14,18 @@ from toolkit.base.errors import ConfigError
 from toolkit.base.files import kind_fault
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+from toolkit.train.tracking.to_mlflow import FOLDER as MLFLOW
+from toolkit.train.tracking.to_tensorboard import FOLDER as TENSORBOARD
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 FOLDERS = ("adapter", "model")
 """Folders that a run writes at its end, with files inside."""
 INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
+TRACKER_FOLDERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": "wandb"}
+"""Folders in the run folder that the package of a tracker writes."""
 ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
 REPLACED = (
     ".branch.json",
@@ -30,20 +35,25 @@ REPLACED = (
     "memory.json",
     "preflight.json",
     "report.html",
+    "trackers.json",
 )
 """Files that are written under a temporary name and renamed. The new file replaces a file or a link
 with its name. Any other object with its name prevents the write.
 """
 
 
-def refuse(run_dir: Path) -> None:
-    """Reject a run folder in which an object prevents the run from writing.
+def refuse(run_dir: Path, trackers: Iterable[str] = ()) -> None:
+    """Reject a run folder in which an object prevents the run, or one of its ``trackers``, from
+    writing.
 
     Raises:
         ConfigError: the message names the first such object.
     """
     for name in FOLDERS:
         _folder(run_dir / name)
+    for tracker in trackers:
+        if tracker in TRACKER_FOLDERS:
+            _folder(run_dir / TRACKER_FOLDERS[tracker])
     for name in ADDED_TO:
         mode = _mode(run_dir / name)
         if mode is not None and not stat.S_ISREG(mode):

@@ -11,6 +11,7 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
+from toolkit.train.metric_names import refuse_own
 from toolkit.train.rewards.returned import short
 
 if TYPE_CHECKING:
@@ -29,9 +30,13 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
     remove secrets and limit the length of texts.
     """
     wrapped = dict(columns)
-    for name, values in (("log_metric", number), ("log_extra", _texts)):
+    kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
+        ("log_metric", number, metric_name),
+        ("log_extra", _texts, str),
+    )
+    for name, values, named in kinds:
         if name in columns:
-            wrapped[name] = _wrapped(columns[name], values)
+            wrapped[name] = _wrapped(columns[name], values, named)
     return wrapped
 
 
@@ -82,11 +87,20 @@ def _saveable(value: Any, left: list[int]) -> Any:
     )
 
 
-def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[[str, Any], None]:
+def _wrapped(
+    log: Callable[..., Any], values: Callable[[Any], Any], named: Callable[[Any], str]
+) -> Callable[[str, Any], None]:
     def call(name: str, value: Any) -> None:
-        log(shortened(str(name), LONGEST_NAME), values(value))
+        log(shortened(named(name), LONGEST_NAME), values(value))
 
     return call
+
+
+def metric_name(name: Any) -> str:
+    """The name of a metric as text. Raises ValueError if the name belongs to the run."""
+    text = str(name)
+    refuse_own(text)
+    return text
 
 
 def number(value: Any) -> float:
