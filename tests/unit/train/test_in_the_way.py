@@ -21,8 +21,8 @@ LOGS = ("metrics.jsonl", "bad_rewards.jsonl")
 CASES = [
     *((name, kind) for name in ("adapter", "model") for kind in KINDS if kind != "folder"),
     *((name, kind) for name in LOGS for kind in KINDS if kind != "file"),
-    *((name, "folder") for name in ("report.html", "config.json", "adapter/base.json")),
-    *((name, "pipe") for name in ("report.html", "config.json", "adapter/base.json")),
+    *((name, "folder") for name in ("report.html", "trackers.json", "adapter/base.json")),
+    *((name, "pipe") for name in ("trackers.json", "config.json", "adapter/base.json")),
 ]
 
 
@@ -36,6 +36,18 @@ def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
         in_the_way.refuse(run_dir)
     assert refused.value.where == str(run_dir / name)
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("tracker", in_the_way.TRACKER_FOLDERS)
+def test_the_folder_of_a_tracker_is_no_link(tmp_path, tracker):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / in_the_way.TRACKER_FOLDERS[tracker]).symlink_to(outside)
+    in_the_way.refuse(run_dir)  # the run does not use it
+    with pytest.raises(ConfigError, match="is a link, but the run writes a folder"):
+        in_the_way.refuse(run_dir, [tracker])
 
 
 def test_what_a_run_left_is_not_in_the_way(tmp_path):

@@ -12,7 +12,7 @@ from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
 from toolkit.train.rewards.replies import is_trouble
 from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
-from toolkit.train.rewards.worker_process import Died, WorkerProcess
+from toolkit.train.rewards.worker_process import INVALID, Died, WorkerProcess
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
@@ -88,7 +88,7 @@ class RemoteReward:
         try:
             return _read(reply, batch)
         except (KeyError, TypeError, ValueError) as error:
-            raise Misbehaved(Trouble("sent an invalid reply from its process")) from error
+            raise Misbehaved(Trouble(INVALID)) from error
 
     def _cannot_travel(self, batch: Batch, error: Exception) -> ConfigError:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}

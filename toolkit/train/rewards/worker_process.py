@@ -37,6 +37,7 @@ START_ELSEWHERE = (
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
 _PACKAGE = Path(__file__).resolve().parents[2]
+INVALID = "sent an invalid reply from its process"
 _LAST_S = 5.0  # the time limit for exit handlers of the worker
 _RELOAD_S = 600.0  # the time limit for loading all functions again after a restart
 
@@ -243,18 +244,20 @@ def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 def _read(
     replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
 ) -> None:
+    how = None
     with suppress(wire.Broken):
         while (message := wire.receive(replies)) is not None:
             number = message.get("id") if isinstance(message, dict) else None
             if type(number) is not int:
-                break  # a reward has written to the pipe
+                how = INVALID  # a reward has written to the pipe
+                break
             reply = pending.pop(number, None)
             if reply is not None:
                 reply.set_result(message)
     os.close(replies)
     if not pending:
         return
-    how = _how_it_ended(process)
+    how = how or _how_it_ended(process)
     for reply in list(pending.values()):
         with suppress(Exception):
             reply.set_exception(Died(how))
@@ -277,7 +280,7 @@ def _asked(live: _Live, request: dict[str, Any], seconds: float | None) -> dict[
     """
     reply = live.ask(request, seconds)
     if not is_valid(request, reply):
-        raise Died("sent an invalid reply from its process")
+        raise Died(INVALID)
     if "error" not in reply:
         return reply
     kind, message, where, fix = reply["error"]
