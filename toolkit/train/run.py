@@ -42,7 +42,7 @@ from toolkit.train.rollout.tool_log import ToolLog
 from toolkit.train.run_context import Options, RunContext, finish, introduce
 from toolkit.train.run_end import refuse_lost, refuse_unfinished, stopped, total_steps
 from toolkit.train.step import step_errors
-from toolkit.train.tracking import named, open_tracking
+from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 from toolkit.train.trl_arguments import grpo_config, make_reproducible, require_packages
 from toolkit.train.user_code import load_user_code
@@ -114,7 +114,7 @@ def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch |
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
-        in_the_way.refuse(run_dir, named(config.grpo.get("report_to")))
+        in_the_way.refuse(run_dir, config)
         try:
             yield run_dir_watch
         except Exception as error:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import kind_fault
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+from toolkit.train.tracking import named
 from toolkit.train.tracking.to_mlflow import FOLDER as MLFLOW
 from toolkit.train.tracking.to_tensorboard import FOLDER as TENSORBOARD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from toolkit.config.run_config import RunConfig
 
 FOLDERS = ("adapter", "model")
 """Folders that a run writes at its end, with files inside."""
@@ -42,16 +43,16 @@ with its name. Any other object with its name prevents the write.
 """
 
 
-def refuse(run_dir: Path, trackers: Iterable[str] = ()) -> None:
-    """Reject a run folder in which an object prevents the run, or one of its ``trackers``, from
-    writing.
+def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
+    """Reject a run folder in which an object prevents the run of ``config``, or one of its
+    trackers, from writing, or in which the run would replace a file or a folder that it reads.
 
     Raises:
         ConfigError: the message names the first such object.
     """
     for name in FOLDERS:
         _folder(run_dir / name)
-    for tracker in trackers:
+    for tracker in [] if config is None else named(config.grpo.get("report_to")):
         if tracker in TRACKER_FOLDERS:
             _folder(run_dir / TRACKER_FOLDERS[tracker])
     for name in ADDED_TO:
@@ -60,6 +61,29 @@ def refuse(run_dir: Path, trackers: Iterable[str] = ()) -> None:
             raise _in_the_way(run_dir / name, _what(mode), "a file")
     for name in REPLACED:
         _replaceable(run_dir / name)
+    if config is not None:
+        _refuse_inputs(run_dir.resolve(), config)
+
+
+def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
+    inputs = {
+        "the run file": config.source,
+        "model.model_name": config.model.model_name,
+        "lora.adapter_path": config.lora.adapter_path,
+        "dataset.path": config.dataset.path,
+        "dataset.eval_path": config.dataset.eval_path,
+    }
+    own = {run_dir / name for name in (*FOLDERS, *ADDED_TO, *REPLACED)} | {run_dir}
+    for key, text in inputs.items():
+        path = Path(text) if text else None
+        if path is None or not path.exists():
+            continue
+        if {path.parent.resolve() / path.name, path.resolve()} & own:
+            raise ConfigError(
+                f"the run reads this path ({key}), and would replace it or files in it",
+                where=str(path),
+                fix="set another folder with --output-dir",
+            )
 
 
 def _folder(path: Path) -> None:
