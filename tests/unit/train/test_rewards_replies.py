@@ -87,7 +87,7 @@ def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(tmp_p
 @pytest.mark.parametrize("sent", ["{}", '{"misbehaved": []}', '{"function": "1"}'])
 def test_what_a_module_sends_as_it_is_imported(tmp_path: Path, sent: str) -> None:
     text = json.dumps({"id": 1, **json.loads(sent)})
-    with pytest.raises(ConfigError, match=f"reward sends:score: importing it {INVALID}"):
+    with pytest.raises(ConfigError, match=f"reward sends:score: .* {INVALID}"):
         loaded(tmp_path, "score", f"{SENDS}\n_send({text!r})\n")
 
 
@@ -130,6 +130,25 @@ def test_a_reward_cannot_log_under_a_name_of_the_run(name: str) -> None:
         log(name, 1.0)
     log("rewards/mine/length", 1.0)
     assert kept == [("rewards/mine/length", 1.0)]
+
+
+def cyclic() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return [value]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(5, TypeError), (None, TypeError), ("abcd", TypeError), (cyclic(), ValueError)],
+)
+def test_a_column_is_a_list_of_values(value: Any, error: type[Exception]) -> None:
+    kept: list[Any] = []
+    log = safely_logged({"log_extra": lambda *both: kept.append(both)})["log_extra"]
+    with pytest.raises(error, match="log_extra"):
+        log("mine", value)
+    log("mine", [{"a": [1]}, "x"])
+    assert kept == [("mine", [{"a": [1]}, "x"])]
 
 
 def test_nothing_replaces_the_step_of_a_row() -> None:

@@ -37,7 +37,7 @@ from toolkit.train.logging_setup import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
 from toolkit.train.rewards.environment_code import EnvironmentCode
-from toolkit.train.rewards.logged import metric_name, number, shortened
+from toolkit.train.rewards.logged import extra, metric_name, number, shortened
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.openenv import Episodes
 from toolkit.train.rewards.problems import problems
@@ -223,11 +223,10 @@ class Service:
 def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
     def log(key: str, value: Any) -> None:
         if len(logged) < MOST_LOGGED:
-            metric = name == "log_metric"
-            said, shown = (
-                metric_name(key) if metric else str(key),
-                (number if metric else plain)(value),
-            )
+            if name == "log_metric":
+                said, shown = metric_name(key), number(value)
+            else:
+                said, shown = str(key), plain(extra(value))
             logged.append([name, shortened(said), shown])
 
     return log
