@@ -78,6 +78,13 @@ def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
     in_the_way.refuse(tmp_path / "other", config)
 
 
+def test_the_config_of_a_run_can_resume_it(tmp_path):
+    for name in (".branch.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    source = str(tmp_path / "config.json")
+    in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source))
+
+
 def test_what_a_run_left_is_not_in_the_way(tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):

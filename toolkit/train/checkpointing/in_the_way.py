@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import kind_fault
+from toolkit.train.checkpointing.branch import RECORD
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 from toolkit.train.tracking import named
@@ -29,7 +30,7 @@ TRACKER_FOLDERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": "wandb
 """Folders in the run folder that the package of a tracker writes."""
 ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
 REPLACED = (
-    ".branch.json",
+    RECORD,
     "config.json",
     "evaluation.json",
     "manifest.json",
@@ -73,6 +74,9 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
     }
+    if (run_dir / RECORD).exists():
+        # The config.json of a run is a run file, too: it may be given to resume the run.
+        del inputs["the run file"]
     own = {run_dir / name for name in (*FOLDERS, *ADDED_TO, *REPLACED)} | {run_dir}
     for key, text in inputs.items():
         path = Path(text) if text else None
