@@ -69,7 +69,9 @@ def loaded(folder: Path, name: str, code: str = SENDS) -> Any:
     return found
 
 
-def test_what_a_reward_sends_in_place_of_its_process(tmp_path: Path, capfd) -> None:
+def test_what_a_reward_sends_in_place_of_its_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     reward = loaded(tmp_path, "score")
     for sent, said in SENT.items():
         with pytest.raises(ConfigError) as refused:
@@ -78,7 +80,9 @@ def test_what_a_reward_sends_in_place_of_its_process(tmp_path: Path, capfd) -> N
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(tmp_path, capfd) -> None:
+def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match="reward odd raised TypeError: object"):
         loaded(tmp_path, "odd")(prompts=["p"], completions=["c"])
     assert "Traceback" not in capfd.readouterr().err
