@@ -116,3 +116,18 @@ def test_a_recording_and_a_lock(tmp_path: Path) -> None:
         done = envcheck(*arguments)
         assert done.returncode == 2, done.stdout + done.stderr
         assert KINDS["pipe"] in done.stderr
+
+
+@pytest.mark.parametrize("words", [("envcheck", "validate", "x.yaml"), ("toolkit", "import", "x")])
+def test_a_working_folder_that_was_removed(tmp_path: Path, words: tuple[str, ...]) -> None:
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: the folder in which the command was started was removed")

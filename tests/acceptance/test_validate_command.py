@@ -191,3 +191,14 @@ def test_it_is_light(tmp_path: Path) -> None:
         "torch", "transformers", "vllm", "trl", "peft", "datasets", "numpy", "pyarrow", "pynvml",
         "jsonschema", "referencing", "requests", "urllib3",
     }  # fmt: skip
+
+
+def test_an_override_that_is_no_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(GOOD)
+    command = [f"{sys.exec_prefix}/bin/envcheck", "validate", "run.yaml", "--set"]
+    done = subprocess.run(
+        [*command, b"grpo.run_name=\xff"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert b"error[DOC012] an override must be UTF-8 text" in done.stdout
+    assert done.stderr == b""

@@ -54,7 +54,8 @@ def write_report(error: BaseException) -> Path | None:
     report into the current folder, else into the folder for temporary files. Return its path; None
     if none of these folders is writable.
     """
-    text = report(error)
+    # An argument of the command may be no UTF-8, and is then a text with lone surrogates.
+    text = report(error).encode(errors="backslashreplace")
     name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in _folders():
         try:

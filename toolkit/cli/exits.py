@@ -90,12 +90,25 @@ def debug_asked() -> bool:
 
 
 def _known(error: Exception) -> ToolkitError | None:
-    """The toolkit error that explains ``error``, if ``error`` is a disk failure or a known error of
-    another library. Else None.
+    """The toolkit error that explains ``error``, if ``error`` is a disk failure, a known error of
+    another library, or follows from a working folder that was removed. Else None.
     """
+    if isinstance(error, FileNotFoundError) and not _has_folder():
+        return InputError(
+            "the folder in which the command was started was removed",
+            fix="change to a folder that exists, and start the command again",
+        )
     from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
 
     return disk.failed(error) or explained(error, "the command failed")
+
+
+def _has_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _defect(error: Exception) -> str:

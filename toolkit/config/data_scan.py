@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault, nul_key
-from toolkit.config.data_types import EXACT, Kind, Misfit, misfit, wrong_chat, wrong_prompt
+from toolkit.config.data_types import (
+    EXACT,
+    Kind,
+    Misfit,
+    TooDeep,
+    misfit,
+    too_deep,
+    wrong_chat,
+    wrong_prompt,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +113,8 @@ class _Types:
                 continue  # fits; a full check of every value would be slow
             try:
                 self._kind(name, first).take(value)
+            except TooDeep:
+                return too_deep(name)
             except Misfit:
                 return misfit(name, value, first)
         return None

@@ -137,6 +137,11 @@ def _override(document: Document, text: str) -> None:
             )
         )
         return
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
+        document.findings.append(finding_at("DOC012", at, "an override must be UTF-8 text"))
+        return
     parsed = parse_yaml(source)
     if any(found.severity is Severity.ERROR for found in parsed.findings):
         document.findings += parsed.findings

@@ -1,4 +1,5 @@
-"""Run chat templates with limits, because a template is a program that comes with the checkpoint.
+"""Run chat templates and response templates with limits, because a template is a program that
+comes with the checkpoint.
 
 transformers renders a template in jinja's sandbox. The sandbox protects the process, but does not
 limit time or the size of the text. This module limits the time and the memory of a rendering, and
@@ -25,13 +26,18 @@ MEMORY_BYTES = 1 << 30
 # The text of a chat may have at most LONGEST + TIMES * (characters of the input) characters.
 LONGEST = 1_000_000
 TIMES = 20
+DEEPEST = 64
+"""The maximum number of levels of lists and objects in a message that is read from a completion."""
 
 
 def limit_template(tokenizer: Any) -> Any:
-    """Replace ``apply_chat_template`` of ``tokenizer`` by a version that raises ConfigError if the
-    template exceeds the limits. Returns ``tokenizer``.
+    """Replace ``apply_chat_template`` and ``parse_response`` of ``tokenizer`` by versions that
+    raise ConfigError if the chat template or the response template exceeds the limits. Returns
+    ``tokenizer``.
     """
     tokenizer.apply_chat_template = _LimitedTemplate(tokenizer)
+    if hasattr(type(tokenizer), "parse_response"):
+        tokenizer.parse_response = _LimitedParser(tokenizer)
     return tokenizer
 
 
@@ -45,6 +51,60 @@ class _LimitedTemplate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _apply(self._tokenizer, args, kwargs)
+
+
+class _LimitedParser:
+    """Reads the calls of tools from a completion, by the regular expressions of the tokenizer's
+    response template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tokenizer = self._tokenizer
+        upstream = type(tokenizer).parse_response
+        try:
+            with memory_within(MEMORY_BYTES):
+                return _usable(call_within(TIME_S, lambda: upstream(tokenizer, *args, **kwargs)))
+        except OutOfTime:
+            raise _bad_parser(tokenizer, f"did not end within {TIME_S:g} s") from None
+        except (ValueError, TypeError):
+            raise  # TRL then uses the completion as a plain text
+        except RecursionError as error:
+            raise ValueError("the completion is nested too deeply") from error
+        except Exception as error:
+            what = f"cannot be used: {type(error).__name__}: {first_line(error)}"
+            raise _bad_parser(tokenizer, what) from error
+
+
+def _usable(value: Any, deepest: int = DEEPEST) -> Any:
+    """``value`` with lone surrogates replaced by their codes: a model can write half of a character
+    as an escape in JSON, and no text that contains it can be tokenized. Raises ValueError if the
+    value is nested too deeply.
+    """
+    if isinstance(value, str):
+        return _whole(value)
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if deepest == 0:
+        raise ValueError(f"the completion is nested deeper than {DEEPEST} levels")
+    if isinstance(value, dict):
+        return {_usable(key, 1): _usable(item, deepest - 1) for key, item in value.items()}
+    return [_usable(item, deepest - 1) for item in value]
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _bad_parser(tokenizer: Any, what: str) -> ConfigError:
+    return ConfigError(
+        f"the response template of this tokenizer (it finds calls of tools) {what}",
+        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        fix="replace response_template in tokenizer_config.json in the model's folder, or get the "
+        "model from a source that you trust",
+    )
 
 
 def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,7 +161,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             f"limit is {most}"
         )
         raise _too_much(tokenizer, what)
-    return made
+    return _whole(made) if isinstance(made, str) else made
 
 
 def refused(tokenizer: Any, error: Exception) -> ConfigError:

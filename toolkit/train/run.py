@@ -93,7 +93,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
 def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessControl) -> None:
     begun = list[bool]()
     try:
-        with _watched_run_dir(run_dir) as run_dir_watch:
+        with _watched_run_dir(run_dir, config) as run_dir_watch:
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
     except StepAbandoned as cut:
         control.signals.end()
@@ -106,7 +106,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 
 @contextmanager
-def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
+def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch | None]:
     """Lock the run folder on the first rank. If a later error occurs because the folder was moved
     or removed, raise an error that says this instead.
     """
@@ -114,7 +114,7 @@ def _watched_run_dir(run_dir: Path) -> Iterator[RunDirWatch | None]:
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
-        in_the_way.refuse(run_dir)
+        in_the_way.refuse(run_dir, config)
         try:
             yield run_dir_watch
         except Exception as error:

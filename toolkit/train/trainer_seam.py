@@ -242,6 +242,7 @@ class TrainerSeam(Protocol):
     args: Any
     model: Any
     state: Any
+    eval_dataset: Any
     optimizer: Any
     lr_scheduler: Any
     current_flos: float

@@ -94,3 +94,12 @@ def _umask() -> int:
     old = os.umask(0)
     os.umask(old)
     return old
+
+
+def test_a_command_that_is_no_utf_8_has_a_report(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["toolkit", "\udcff"])
+    code, _ = ended(KeyError("x"), capsys)
+    (report,) = tmp_path.glob("toolkit-defect-*.txt")
+    assert code == 70
+    assert "\\udcff" in report.read_text()

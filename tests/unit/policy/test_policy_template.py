@@ -112,6 +112,51 @@ def test_it_is_copied_and_saved_with_the_tokenizer(tmp_path: Path) -> None:
     )
 
 
+def with_response(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
+    """A tokenizer that reads a call of a tool from every completion, by ``pattern``."""
+    made = tokenizer(PLAIN)
+    call = {"name": "f", "arguments": arguments or {"text": "{said}"}}
+    made.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<a>",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": pattern,
+                "repeats": True,
+                "content": "text",
+                "transform": {"type": "function", "function": call},
+            },
+            "content": {"content": "text"},
+        },
+    }
+    return limit_template(made)
+
+
+def test_a_response_pattern_that_never_ends_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(render_template, "TIME_S", 0.5)
+    limited = with_response("(?P<said>(?:a|a|.)+)+$\\b\\B")
+    with pytest.raises(ConfigError, match=r"response template of this tokenizer .* did not end"):
+        limited.parse_response("a" * 60, prefix="<a>")
+
+
+def test_a_call_of_a_tool_with_half_a_character() -> None:
+    """As a model writes it in JSON: it becomes text that can be rendered and tokenized."""
+    limited = with_response("(?P<said>.+)", {"text": ["{said}", "\ud800"], "\udfff": 1})
+    (call,) = limited.parse_response("a b", prefix="<a>")["tool_calls"]
+    assert call["function"]["arguments"] == {"text": ["a b", "\\ud800"], "\\udfff": 1}
+    limited.chat_template = "{{ messages[0].content }}\ud800"
+    assert limited.apply_chat_template(CHAT, tokenize=False) == "a b\\ud800"
+    assert limited.apply_chat_template(CHAT)["input_ids"]
+
+
+def test_a_completion_that_is_nested_deeply_is_a_text() -> None:
+    value: Any = "x"
+    for _ in range(200):
+        value = {"a": value}
+    with pytest.raises(ValueError, match="nested"):  # TRL then reads the completion as a text
+        with_response("(?P<said>.+)", {"text": value}).parse_response("a", prefix="<a>")
+
+
 def test_limits_cost_little() -> None:
     limited = limit_template(tokenizer(PLAIN))
     begin = time.perf_counter()

@@ -149,6 +149,15 @@ def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("value", ["[" * 33 + "]" * 33, '{"b":' * 33 + "1" + "}" * 33])
+def test_a_column_that_is_nested_deeply(tmp_path: Path, value: str) -> None:
+    """datasets and dill fail with a RecursionError for such a column."""
+    with pytest.raises(ConfigError, match="column 'a' is nested deeper than 32 levels"):
+        read_file(write(tmp_path, "d.jsonl", f'{{"a": {value}}}'))
+    less = value.removeprefix("[").removesuffix("]") if value[0] == "[" else value[5:-1]
+    assert read_file(write(tmp_path, "e.jsonl", f'{{"a": {less}}}')).table.num_rows == 1
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

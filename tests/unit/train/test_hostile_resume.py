@@ -9,7 +9,7 @@ import time
 import pytest
 from test_branch import tags, train, write
 
-from toolkit.base.errors import ConfigError
+from toolkit.base.errors import ConfigError, InputError
 from toolkit.train.checkpointing import branch, checkpoint, rollback
 from toolkit.train.data import chat_record
 from toolkit.train.report.reward_watch import RewardWatch
@@ -58,6 +58,30 @@ def test_what_a_rollback_finds_in_its_way(tmp_path):
     assert f"moved to {aside}: checkpoint-4, checkpoint-6" in start.notes[0]
     assert tags(aside) == "aaaaaa"
     assert (tmp_path / ".abandoned-1.partial").is_symlink()
+
+
+def test_a_link_at_the_temporary_name_of_a_rollback(tmp_path):
+    train(tmp_path, None, 4, "a")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / ".abandoned-1.partial").symlink_to(outside)
+    start = rollback.begin(tmp_path, tmp_path / "checkpoint-2")
+    assert "abandoned-1: checkpoint-4" in start.notes[0]
+    assert tags(tmp_path / "abandoned-1") == "aaaa"
+    assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"positions": {"metrics.jsonl": float("inf")}}, {"positions": {"metrics.jsonl": -1}},
+     {"positions": {"metrics.jsonl": "9"}}, {"log_sha256": 5}, {"log_sha256": []}],
+)  # fmt: skip
+def test_impossible_positions_of_logs(tmp_path, forged):
+    train(tmp_path, None, 2, "a")
+    state = tmp_path / "checkpoint-2" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), **forged}))
+    with pytest.raises(InputError, match="positions or log_sha256 has an impossible value"):
+        rollback.begin(tmp_path, tmp_path / "checkpoint-2")
 
 
 def test_many_folders_that_are_no_checkpoints(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line
+from toolkit.config.run_config import DatasetSection, LoraSection, ModelSection, RunConfig
 from toolkit.train.checkpointing import in_the_way, run_directory
 
 KINDS = {
@@ -21,8 +23,8 @@ LOGS = ("metrics.jsonl", "bad_rewards.jsonl")
 CASES = [
     *((name, kind) for name in ("adapter", "model") for kind in KINDS if kind != "folder"),
     *((name, kind) for name in LOGS for kind in KINDS if kind != "file"),
-    *((name, "folder") for name in ("report.html", "config.json", "adapter/base.json")),
-    *((name, "pipe") for name in ("report.html", "config.json", "adapter/base.json")),
+    *((name, "folder") for name in ("report.html", "trackers.json", "adapter/base.json")),
+    *((name, "pipe") for name in ("trackers.json", "config.json", "adapter/base.json")),
 ]
 
 
@@ -36,6 +38,51 @@ def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
         in_the_way.refuse(run_dir)
     assert refused.value.where == str(run_dir / name)
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("tracker", in_the_way.TRACKER_FOLDERS)
+def test_the_folder_of_a_tracker_is_no_link(tmp_path, tracker):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / in_the_way.TRACKER_FOLDERS[tracker]).symlink_to(outside)
+    plain = RunConfig(model=ModelSection(model_name="m"))
+    in_the_way.refuse(run_dir, plain)  # the run does not use it
+    with pytest.raises(ConfigError, match="is a link, but the run writes a folder"):
+        in_the_way.refuse(run_dir, replace(plain, grpo={"report_to": [tracker]}))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("model", "."), ("model", "model"), ("adapter", "adapter"), ("data", "completions.jsonl"),
+     ("data", "."), ("source", "config.json")],
+)  # fmt: skip
+def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
+    """As with --output-dir MODEL, which would replace the config.json of the model."""
+    run_dir = tmp_path / "run"
+    path = run_dir / name
+    if "." in name and name != ".":
+        run_dir.mkdir()
+        path.write_text("{}")
+    else:
+        path.mkdir(parents=True)
+    config = RunConfig(
+        model=ModelSection(model_name=str(path) if key == "model" else "m"),
+        lora=LoraSection(adapter_path=str(path) if key == "adapter" else None),
+        dataset=DatasetSection(path=str(path) if key == "data" else None),
+        source=str(path) if key == "source" else "",
+    )
+    with pytest.raises(ConfigError, match="and would replace it or files in it"):
+        in_the_way.refuse(run_dir, config)
+    in_the_way.refuse(tmp_path / "other", config)
+
+
+def test_the_config_of_a_run_can_resume_it(tmp_path):
+    for name in (".branch.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    source = str(tmp_path / "config.json")
+    in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source))
 
 
 def test_what_a_run_left_is_not_in_the_way(tmp_path):
@@ -67,3 +114,11 @@ def test_a_lock_that_leads_elsewhere_is_refused(tmp_path):
     ):
         pass
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_folder_whose_name_has_a_nul_is_refused(tmp_path):
+    with (
+        pytest.raises(ConfigError, match="cannot be written: embedded null byte"),
+        run_directory.lock_run_dir(tmp_path / "a\0b"),
+    ):
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from toolkit.config import load_run
 from toolkit.train import tracking
 from toolkit.train.run import run
 from toolkit.train.run_context import Options
-from toolkit.train.tracking import Tracking, flat, named
+from toolkit.train.tracking import Tracking, flat, named, start
 from toolkit.train.tracking.lane import Lane
 from toolkit.train.tracking.to_tensorboard import markdown
 from toolkit.train.tracking.to_upstream import UpstreamTracker
@@ -96,6 +97,19 @@ def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
     found, _, _ = scalars(folder)
     assert [step for step, _ in found["reward"]] == list(range(1, STEPS + 1))
     assert json.loads((folder / "trackers.json").read_text()) == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nested", "list", "huge"])
+def test_a_record_of_ids_that_somebody_else_made(tmp_path, kind):
+    path = tmp_path / "trackers.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        texts = {"nested": "[" * 200_000, "list": "[1]", "huge": '{"run_id": 1%s}' % ("0" * 5000)}
+        path.write_text(texts[kind])
+    assert start._read(tmp_path) == {}
 
 
 class Raises:

@@ -89,6 +89,14 @@ def edited(**values):
     return lambda described: json.dumps({**described, **values})
 
 
+def huge_generator(kind):
+    def change(described):
+        described["generators"][kind][1][0] = 10**30
+        return json.dumps(described)
+
+    return change
+
+
 def load_all(trainer, folder):
     trainer_state.check(trainer, folder)
     trainer_state.load_progress(trainer, folder)
@@ -109,6 +117,12 @@ def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
         ("rank-0.json", edited(generators={"python": 1}), "the state in the checkpoint cannot be"),
         ("trainer_state.json", edited(unknown=1), "cannot be used: TypeError"),
         ("trainer_state.json", lambda _: "null", "cannot be used: TypeError"),
+        ("trainer_state.json", edited(epoch=float("inf")), "cannot be used: OverflowError"),
+        ("trainer_state.json", edited(global_step=float("inf")), "global_step is inf"),
+        ("trainer_state.json", edited(global_step=10**30), "global_step is 1000"),
+        ("trainer_state.json", edited(global_step=-1), "global_step is -1"),
+        ("rank-0.json", huge_generator("python"), "cannot be used: OverflowError"),
+        ("rank-0.json", huge_generator("numpy"), "cannot be used: OverflowError"),
     ]
     trainer = make_trainer(tmp_path / "b")
     trainer.create_optimizer_and_scheduler(6)
@@ -119,6 +133,12 @@ def test_a_checkpoint_of_a_foe_is_refused_in_words(tmp_path):
         with pytest.raises(InputError) as refused:
             load_all(trainer, forged)
         assert words in refused.value.message, (name, words)
+    # an evaluation that was due, and no held-out data any more
+    shutil.rmtree(forged)
+    shutil.copytree(sound, forged)
+    forge(forged, "state.json", edited(pending_evaluation=True))
+    load_all(trainer, forged)
+    assert trainer.pending_evaluation is False
 
 
 def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):

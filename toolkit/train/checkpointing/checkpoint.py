@@ -52,13 +52,20 @@ def begin(run_dir: Path, step: int) -> Path:
     """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
-        if stale.is_dir() and not stale.is_symlink():
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            stale.unlink()
+        clear(stale)
     partial = partial_place(run_dir, step)
     partial.mkdir(mode=FOLDER_MODE)
     return partial
+
+
+def clear(path: Path) -> None:
+    """Remove what is at a temporary path: a folder with its content, a file, or a link (but not
+    what the link leads to). Raises OSError.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def commit(partial: Path, step: int) -> Path:
@@ -261,6 +268,26 @@ def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
             fix="resume from another checkpoint, or begin another run with --output-dir",
         )
     return value
+
+
+def read_logs(folder: Path) -> tuple[dict[str, int], dict[str, str] | None]:
+    """Return how many bytes of each log a checkpoint recorded, and the SHA-256 of these bytes (None
+    in a checkpoint of an earlier release).
+
+    Raises:
+        InputError: another program wrote the checkpoint.
+    """
+    kept = read_state(folder, "positions", dict)
+    state = read_json(folder, STATE)
+    sums = state.get("log_sha256")
+    numbers = all(type(size) is int and size >= 0 for size in kept.values())
+    if numbers and (sums is None or isinstance(sums, dict)):
+        return kept, sums
+    raise InputError(
+        "is not the state of a run: positions or log_sha256 has an impossible value",
+        where=str(folder / STATE),
+        fix="resume from another checkpoint, or begin another run with --output-dir",
+    )
 
 
 def read_json(folder: Path, name: str) -> Any:

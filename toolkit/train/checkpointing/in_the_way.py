@@ -8,48 +8,86 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.files import kind_fault
+from toolkit.train.checkpointing.branch import RECORD
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
+from toolkit.train.tracking import named
+from toolkit.train.tracking.to_mlflow import FOLDER as MLFLOW
+from toolkit.train.tracking.to_tensorboard import FOLDER as TENSORBOARD
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from toolkit.config.run_config import RunConfig
 
 FOLDERS = ("adapter", "model")
 """Folders that a run writes at its end, with files inside."""
 INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
+TRACKER_FOLDERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": "wandb"}
+"""Folders in the run folder that the package of a tracker writes."""
 ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
 REPLACED = (
-    ".branch.json",
+    RECORD,
     "config.json",
     "evaluation.json",
     "manifest.json",
     "memory.json",
     "preflight.json",
     "report.html",
+    "trackers.json",
 )
 """Files that are written under a temporary name and renamed. The new file replaces a file or a link
 with its name. Any other object with its name prevents the write.
 """
 
 
-def refuse(run_dir: Path) -> None:
-    """Reject a run folder in which an object prevents the run from writing.
+def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
+    """Reject a run folder in which an object prevents the run of ``config``, or one of its
+    trackers, from writing, or in which the run would replace a file or a folder that it reads.
 
     Raises:
         ConfigError: the message names the first such object.
     """
     for name in FOLDERS:
         _folder(run_dir / name)
+    for tracker in [] if config is None else named(config.grpo.get("report_to")):
+        if tracker in TRACKER_FOLDERS:
+            _folder(run_dir / TRACKER_FOLDERS[tracker])
     for name in ADDED_TO:
         mode = _mode(run_dir / name)
         if mode is not None and not stat.S_ISREG(mode):
             raise _in_the_way(run_dir / name, _what(mode), "a file")
     for name in REPLACED:
         _replaceable(run_dir / name)
+    if config is not None:
+        _refuse_inputs(run_dir.resolve(), config)
+
+
+def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
+    inputs = {
+        "the run file": config.source,
+        "model.model_name": config.model.model_name,
+        "lora.adapter_path": config.lora.adapter_path,
+        "dataset.path": config.dataset.path,
+        "dataset.eval_path": config.dataset.eval_path,
+    }
+    if (run_dir / RECORD).exists():
+        # The config.json of a run is a run file, too: it may be given to resume the run.
+        del inputs["the run file"]
+    own = {run_dir / name for name in (*FOLDERS, *ADDED_TO, *REPLACED)} | {run_dir}
+    for key, text in inputs.items():
+        path = Path(text) if text else None
+        if path is None or not path.exists():
+            continue
+        if {path.parent.resolve() / path.name, path.resolve()} & own:
+            raise ConfigError(
+                f"the run reads this path ({key}), and would replace it or files in it",
+                where=str(path),
+                fix="set another folder with --output-dir",
+            )
 
 
 def _folder(path: Path) -> None:

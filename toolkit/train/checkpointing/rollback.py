@@ -127,7 +127,7 @@ def _names(run_dir: Path, found: Path | None) -> list[str]:
     """Return the names of the run's log files. The tool logs are among them if the run has tools
     now or had tools before.
     """
-    kept = {} if found is None else checkpoint.read_state(found, "positions", dict)
+    kept = {} if found is None else checkpoint.read_logs(found)[0]
     more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
     return [*LOGS, *more]
 
@@ -159,10 +159,9 @@ def _log(run_dir: Path, found: Path, name: str) -> _Log:
     the recorded bytes. This is the log in the run folder, or the log next to ``found`` (in an
     ``abandoned-<n>`` folder, or in another run folder).
     """
-    positions = checkpoint.read_state(found, "positions", dict)
-    state = checkpoint.read_json(found, checkpoint.STATE)
-    keep = max(0, int(positions.get(name, 0)))
-    digest = state.get("log_sha256", {}).get(name)
+    positions, digests = checkpoint.read_logs(found)
+    keep = positions.get(name, 0)
+    digest = (digests or {}).get(name)
     beside = found.resolve().parent
     own = run_dir / name
     if digest is None:  # written by an earlier release
@@ -217,7 +216,7 @@ def _keep_aside(
         aside = newest
     else:
         partial = run_dir / f".{aside.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        checkpoint.clear(partial)
         partial.mkdir(mode=FOLDER_MODE)
         for log in logs if cut or left else ():
             if sizes[log.name]:
@@ -255,6 +254,7 @@ def _put_back(own: Path, log: _Log) -> None:
     if log.keep == 0:
         return
     temporary = own.with_name(f".{own.name}.partial")
+    checkpoint.clear(temporary)
     with log.source.open("rb") as source, temporary.open("wb") as target:
         left = log.keep
         while left and (part := source.read(min(CHUNK, left))):

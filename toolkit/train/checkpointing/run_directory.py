@@ -64,9 +64,10 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         make_folder(run_dir)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         handle = os.open(run_dir / LOCK_FILE, flags, 0o644)
-    except (OSError, FileExistsError) as problem:
+    except (OSError, ValueError) as problem:  # ValueError: a NUL character in the path
+        why = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise ConfigError(
-            f"the output folder cannot be written: {problem.strerror}",
+            f"the output folder cannot be written: {why}",
             where=str(run_dir),
             fix="set another runtime.output_dir (or --output-dir)",
         ) from problem

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "optimizer.safetensors"
 ADAPTER = "adapter_model.safetensors"
+_MOST_STEPS = 1 << 40
 COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
 
 
@@ -231,6 +232,8 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
     with _usable(folder):
         # Check that transformers can read this file as its own state, which it does later.
         TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
+    step_of(folder)
+    epochs_done(folder)
 
 
 def load_policy(trainer: TrainerSeam, folder: Path) -> None:
@@ -260,7 +263,9 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
         trainer.rollout_buffer = unflatten(rank["buffered"], rank_tensors, device)
         if "choice" in rank:
             trainer.prompt_choice.load(unflatten(rank["choice"], rank_tensors))
-        trainer.pending_evaluation = described["pending_evaluation"]
+        # The held-out data may have been removed from the run file since.
+        pending = described["pending_evaluation"] is True
+        trainer.pending_evaluation = pending and trainer.eval_dataset is not None
 
 
 def load_generators(trainer: TrainerSeam, folder: Path) -> None:
@@ -280,7 +285,9 @@ def _usable(folder: Path) -> Iterator[None]:
         yield
     except ToolkitError:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise InputError(
             f"the state in the checkpoint cannot be used: {type(error).__name__}:"
             f" {first_line(error)}",
@@ -325,9 +332,14 @@ def epochs_done(folder: Path) -> int:
 
 
 def step_of(folder: Path) -> int:
-    """Return the number of optimizer steps before this checkpoint."""
+    """Return the number of optimizer steps before this checkpoint. Raises InputError if the number
+    is impossible.
+    """
     with _usable(folder):
-        return int(checkpoint.read_json(folder, TRAINER_STATE)["global_step"])
+        step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
+        if type(step) is not int or not 0 <= step <= _MOST_STEPS:
+            raise ValueError(f"global_step is {step!r:.40}")
+        return step
 
 
 def _read_rank(trainer: TrainerSeam, folder: Path) -> tuple[Any, Tensors]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from toolkit.base.data_files import names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
-from toolkit.config.data_types import MISFIT_FIX, misfit
+from toolkit.config.data_types import MAX_DEPTH, MISFIT_FIX, misfit, too_deep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,6 +91,12 @@ def _nul_name(kind: pa.DataType) -> str | None:
 
 def _check_types(table: pa.Table, path: Path) -> None:
     for field in table.schema:
+        if _depth(field.type, MAX_DEPTH) > MAX_DEPTH:
+            raise ConfigError(
+                too_deep(field.name),
+                where=str(path),
+                fix="remove the column, or store it as a text",
+            )
         if (key := _nul_name(field.type)) is not None:
             raise ConfigError(
                 f"column {field.name!r}: the key {key!r} contains a NUL character",
@@ -107,6 +113,14 @@ def _check_types(table: pa.Table, path: Path) -> None:
                 where=str(path),
                 fix="remove the column, or store it as text, numbers, lists or objects",
             ) from None
+
+
+def _depth(kind: pa.DataType, most: int) -> int:
+    """How deeply a type is nested: 0 for a number or a text. Counting stops beyond ``most``."""
+    if most < 0 or not pa.types.is_nested(kind):
+        return 0
+    inner = (_depth(kind.field(index).type, most - 1) for index in range(kind.num_fields))
+    return 1 + max(inner, default=0)
 
 
 def in_memory(table: pa.Table) -> pa.Table:

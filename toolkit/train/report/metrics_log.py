@@ -23,6 +23,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FILE_MODE
 from toolkit.base.process_memory import peak_resident_bytes
 from toolkit.policy.machine_facts import cuda_in_use
+from toolkit.train.metric_names import LEADING, RENAMED, WALL_CLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,19 +36,6 @@ if TYPE_CHECKING:
 LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
 TOOL_LOGS = ("tool_calls.jsonl", "tool_timings.jsonl")
 """Additional logs of a run with tools or a multi-step environment."""
-LEADING = (
-    "step",
-    "reward",
-    "reward_std",
-    "loss",
-    "kl",
-    "entropy",
-    "completion_length",
-    "grad_norm",
-    "learning_rate",
-)
-RENAMED = {"completions/mean_length": "completion_length"}
-WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 MOST_SAID = 200_000
 """The maximum number of characters of one prompt or completion in completions.jsonl."""
 PHASES = ("rollout_s", "publish_s", "reward_s")
@@ -182,7 +170,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     The names in LEADING come first. All others follow, sorted by name. Values that depend on the
     wall clock are left out.
     """
-    found = {"step": step}
+    found: dict[str, Any] = {}
     for key, value in logs.items():
         evaluation = key.startswith("eval_")
         name = key.removeprefix("eval_")
@@ -190,6 +178,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         name = RENAMED.get(name, name)
         found[f"eval/{name}" if evaluation else name] = value
+    found["step"] = step
     leading = {name: found.pop(name) for name in LEADING if name in found}
     return leading | {name: found[name] for name in sorted(found)}
 

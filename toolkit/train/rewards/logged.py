@@ -11,6 +11,7 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
+from toolkit.train.metric_names import refuse_own
 from toolkit.train.rewards.returned import short
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 LONGEST_TEXT = 10_000  # the maximum number of characters of a text
 LONGEST_NAME = 200  # the maximum number of characters of a name
+DEEPEST = 64  # the maximum number of levels of lists and objects in a value of log_extra
 MOST_ITEMS = 10_000  # the maximum number of texts and numbers in one saved value
 # The number of characters after the limit that are searched for secrets too, because a secret may
 # begin before the limit and end after it.
@@ -29,9 +31,13 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
     remove secrets and limit the length of texts.
     """
     wrapped = dict(columns)
-    for name, values in (("log_metric", number), ("log_extra", _texts)):
+    kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
+        ("log_metric", number, metric_name),
+        ("log_extra", _texts, str),
+    )
+    for name, values, named in kinds:
         if name in columns:
-            wrapped[name] = _wrapped(columns[name], values)
+            wrapped[name] = _wrapped(columns[name], values, named)
     return wrapped
 
 
@@ -82,11 +88,20 @@ def _saveable(value: Any, left: list[int]) -> Any:
     )
 
 
-def _wrapped(log: Callable[..., Any], values: Callable[[Any], Any]) -> Callable[[str, Any], None]:
+def _wrapped(
+    log: Callable[..., Any], values: Callable[[Any], Any], named: Callable[[Any], str]
+) -> Callable[[str, Any], None]:
     def call(name: str, value: Any) -> None:
-        log(shortened(str(name), LONGEST_NAME), values(value))
+        log(shortened(named(name), LONGEST_NAME), values(value))
 
     return call
+
+
+def metric_name(name: Any) -> str:
+    """The name of a metric as text. Raises ValueError if the name belongs to the run."""
+    text = str(name)
+    refuse_own(text)
+    return text
 
 
 def number(value: Any) -> float:
@@ -102,9 +117,29 @@ def number(value: Any) -> float:
         raise TypeError("log_metric needs a number that fits into a float") from None
 
 
-def _texts(value: Any) -> Any:
-    """The values of a column for completions.jsonl. Texts are shortened, other values are kept."""
+def extra(value: Any) -> list[Any] | tuple[Any, ...]:
+    """The values of a column for completions.jsonl.
+
+    Raises TypeError if they are not a list, tuple, array or tensor, and ValueError if one of them
+    is nested deeper than ``DEEPEST`` levels.
+    """
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
-        return items
-    return [shortened(item) if isinstance(item, str) else item for item in items]
+        kind = type(value).__name__
+        raise TypeError(f"log_extra needs a list with a value for each completion, not a {kind}")
+    _refuse_deep(items, DEEPEST)
+    return items
+
+
+def _refuse_deep(value: Any, left: int) -> None:
+    if not isinstance(value, dict | list | tuple):
+        return
+    if left < 0:
+        raise ValueError(f"log_extra: a value is nested deeper than {DEEPEST} levels")
+    for item in value.values() if isinstance(value, dict) else value:
+        _refuse_deep(item, left - 1)
+
+
+def _texts(value: Any) -> list[Any]:
+    """The values of a column for completions.jsonl. Texts are shortened, other values are kept."""
+    return [shortened(item) if isinstance(item, str) else item for item in extra(value)]

@@ -10,8 +10,9 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
-from toolkit.train.rewards.returned import Misbehaved, Trouble
-from toolkit.train.rewards.worker_process import Died, WorkerProcess
+from toolkit.train.rewards.replies import is_trouble
+from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
+from toolkit.train.rewards.worker_process import INVALID, Died, WorkerProcess
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
@@ -87,7 +88,7 @@ class RemoteReward:
         try:
             return _read(reply, batch)
         except (KeyError, TypeError, ValueError) as error:
-            raise Misbehaved(Trouble("sent an invalid reply from its process")) from error
+            raise Misbehaved(Trouble(INVALID)) from error
 
     def _cannot_travel(self, batch: Batch, error: Exception) -> ConfigError:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}
@@ -129,17 +130,25 @@ class RemoteMathVerify(RemoteReward):
 
 
 def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Trouble]:
+    """The scores in a reply. Raises TypeError or ValueError if the reply is invalid."""
     for name, key, value in reply.get("logged", ()):
+        if name not in LOGS or name not in batch.columns or not isinstance(key, str):
+            raise ValueError
         batch.columns[name](key, value)
     if "misbehaved" in reply:
         raise Misbehaved(Trouble(*reply["misbehaved"]))
-    found = [
-        Trouble(*value) if isinstance(value, list) else None if value is None else float(value)
-        for value in reply["found"]
-    ]
+    found = [_score(value) for value in reply["found"]]
     if len(found) != len(batch.completions):
         raise ValueError
     return found
+
+
+def _score(value: Any) -> Score | Trouble:
+    if not isinstance(value, list):
+        return checked([value], 1)[0]
+    if not is_trouble(value):
+        raise ValueError
+    return Trouble(*value)
 
 
 def _fields(state: Any) -> dict[str, Any]:

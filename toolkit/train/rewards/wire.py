@@ -142,5 +142,5 @@ def _untagged(found: dict[str, Any]) -> Any:
         return found
     try:
         return read(found["value"])
-    except (KeyError, TypeError, ValueError, ArithmeticError):
+    except (LookupError, TypeError, ValueError, ArithmeticError):
         return found  # a value of the dataset that looks like a tag but is not one

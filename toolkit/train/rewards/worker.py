@@ -37,7 +37,7 @@ from toolkit.train.logging_setup import keep_upstream_quiet
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
 from toolkit.train.rewards.environment_code import EnvironmentCode
-from toolkit.train.rewards.logged import number, shortened
+from toolkit.train.rewards.logged import extra, metric_name, number, shortened
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.openenv import Episodes
 from toolkit.train.rewards.problems import problems
@@ -160,7 +160,11 @@ class Service:
         except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt, which only a reward can raise here
             reply = {"misbehaved": list(raised(error))}
         _flush()
-        frame = wire.pack({"id": request["id"], **reply})
+        try:
+            frame = wire.pack({"id": request["id"], **reply})
+        except (TypeError, ValueError, RecursionError) as error:  # an error with fields of any type
+            trouble = list(raised(error))
+            frame = wire.pack({"id": request["id"], "misbehaved": trouble})
         with self._writing:
             wire.send(self._replies, frame)
 
@@ -219,8 +223,11 @@ class Service:
 def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
     def log(key: str, value: Any) -> None:
         if len(logged) < MOST_LOGGED:
-            shown = number(value) if name == "log_metric" else plain(value)
-            logged.append([name, shortened(str(key)), shown])
+            if name == "log_metric":
+                said, shown = metric_name(key), number(value)
+            else:
+                said, shown = str(key), plain(extra(value))
+            logged.append([name, shortened(said), shown])
 
     return log
 

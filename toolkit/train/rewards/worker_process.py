@@ -23,6 +23,7 @@ from toolkit.base import errors
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
+from toolkit.train.rewards.replies import is_valid
 
 START = (
     "import sys; sys.path[:] = sys.argv[4:];"
@@ -36,6 +37,7 @@ START_ELSEWHERE = (
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
 _PACKAGE = Path(__file__).resolve().parents[2]
+INVALID = "sent an invalid reply from its process"
 _LAST_S = 5.0  # the time limit for exit handlers of the worker
 _RELOAD_S = 600.0  # the time limit for loading all functions again after a restart
 
@@ -57,7 +59,9 @@ class Workers(NamedTuple):
 
 
 class Died(Exception):
-    """Raised if the worker process ended during a call."""
+    """Raised if the worker process ended during a call, or if its reply was invalid. The text
+    completes the sentence "reward NAME ...".
+    """
 
 
 class _Replaced(Exception):
@@ -89,7 +93,11 @@ class WorkerProcess:
         """
         with self._lock:
             live = self._started()
-            made = _unless_error(live.ask({"do": "load", **request}, None))
+            try:
+                made = _asked(live, {"do": "load", **request}, None)
+            except Died:
+                self.close(live)
+                raise
             self._loaded.append(request)
             return made
 
@@ -104,7 +112,7 @@ class WorkerProcess:
             with self._lock:
                 live = self._started()
             try:
-                return _unless_error(live.ask({"do": "call", **request}, seconds))
+                return _asked(live, {"do": "call", **request}, seconds)
             except _Replaced:
                 continue
             except (ToolkitError, TypeError, ValueError):
@@ -130,7 +138,7 @@ class WorkerProcess:
             live = self._live = _Live(self._python)
             try:
                 for request in self._loaded:
-                    _unless_error(live.ask({"do": "load", **request}, _RELOAD_S))
+                    _asked(live, {"do": "load", **request}, _RELOAD_S)
             except BaseException:
                 self.close()
                 raise
@@ -236,17 +244,20 @@ def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 def _read(
     replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
 ) -> None:
+    how = None
     with suppress(wire.Broken):
         while (message := wire.receive(replies)) is not None:
-            if not isinstance(message, dict):
-                break  # a reward has written to the pipe, so the messages are invalid
-            reply = pending.pop(message.get("id", 0), None)
+            number = message.get("id") if isinstance(message, dict) else None
+            if type(number) is not int:
+                how = INVALID  # a reward has written to the pipe
+                break
+            reply = pending.pop(number, None)
             if reply is not None:
                 reply.set_result(message)
     os.close(replies)
     if not pending:
         return
-    how = _how_it_ended(process)
+    how = how or _how_it_ended(process)
     for reply in list(pending.values()):
         with suppress(Exception):
             reply.set_exception(Died(how))
@@ -263,7 +274,13 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     return f"ended its process by {signal.Signals(number).name if known else f'signal {number}'}"
 
 
-def _unless_error(reply: dict[str, Any]) -> dict[str, Any]:
+def _asked(live: _Live, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+    """The reply of ``live`` to ``request``. Raises the ToolkitError in the reply, Died for an
+    invalid reply, and what ``_Live.ask`` raises.
+    """
+    reply = live.ask(request, seconds)
+    if not is_valid(request, reply):
+        raise Died(INVALID)
     if "error" not in reply:
         return reply
     kind, message, where, fix = reply["error"]

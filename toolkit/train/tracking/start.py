@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from toolkit.base.errors import InputError
+from toolkit.base.files import read_object
 from toolkit.base.paths import write_file
 
 if TYPE_CHECKING:
@@ -85,10 +87,9 @@ def begin(
 
 def _read(run_dir: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(run_dir / FILE)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:

@@ -1,0 +1,69 @@
+"""Check what the worker process replies, before the run reads it.
+
+The code of a reward, a tool or an environment is in the same process as the pipe, and may write
+anything to it. An invalid reply is an error of that code, and never of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_ERROR_PARTS, _TROUBLE_PARTS = 4, 3
+_LOADED: tuple[tuple[str, str, type], ...] = (
+    ("function", "is_async", bool),
+    ("tool", "schema", dict),
+    ("episodes", "schema", dict),
+)
+
+
+def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
+    """Whether ``reply`` has the form of an answer to ``request``: a result, an error, a description
+    of what misbehaved, or a refusal. The scores of a reward are checked where they are read.
+    """
+    if "error" in reply:
+        return _texts(reply["error"], 2, _ERROR_PARTS) and len(reply["error"]) == _ERROR_PARTS
+    if "misbehaved" in reply:
+        return is_trouble(reply["misbehaved"])
+    if "refused" in reply:
+        return isinstance(reply["refused"], str)
+    kind = request["do"]
+    if kind == "load":
+        return any(
+            type(reply.get(number)) is int and isinstance(reply.get(more), form)
+            for number, more, form in _LOADED
+        )
+    if kind == "tool":
+        return isinstance(reply.get("value"), str)
+    if kind == "episode":
+        return _is_observation(reply)
+    if kind == "problems":
+        rows = reply.get("rows")
+        return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return isinstance(reply.get("found"), list)
+
+
+def is_trouble(value: Any) -> bool:
+    """Whether a value is the fields of a ``Trouble``, as they are sent."""
+    return _texts(value, 1, _TROUBLE_PARTS)
+
+
+def _texts(value: Any, needed: int, most: int) -> bool:
+    """Whether ``value`` is a list of texts, of which those after the first ``needed`` may be
+    None.
+    """
+    if not isinstance(value, list) or not needed <= len(value) <= most:
+        return False
+    return all(isinstance(one, str) for one in value[:needed]) and all(
+        one is None or isinstance(one, str) for one in value[needed:]
+    )
+
+
+def _is_observation(reply: dict[str, Any]) -> bool:
+    reward = reply.get("reward")
+    return (
+        isinstance(reply.get("text"), str)
+        and isinstance(reward, (int, float))
+        and math.isfinite(reward)
+        and isinstance(reply.get("done"), bool)
+    )
