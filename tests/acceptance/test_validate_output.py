@@ -67,7 +67,7 @@ def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
     run.chmod(0o640)
     done = envcheck("validate", run, "--fix")
     assert (done.returncode, done.stdout) == (0, f"no findings in {run}\n")
-    assert "fixed 4" in done.stderr
+    assert "4 edits made" in done.stderr
     assert run.read_bytes().decode() == (
         "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
         "    r:    8      # a rank\r\n    lora_alpha: 16 # scale\r\n"

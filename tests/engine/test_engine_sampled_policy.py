@@ -136,7 +136,7 @@ def test_penalties_of_one_turn_are_refused_with_tools(loaded, tmp_path) -> None:
             r"max_new_token is not a sampling keyword.*\n.*max_completion_length",
         ),
         ({"temperature": 0}, "temperature has the same meaning as grpo.temperature"),
-        ({"stop_strings": ["a"]}, r"does not read it\n.*vLLM has stop"),
+        ({"stop_strings": ["a"]}, r"does not read it\n.*use stop"),
         ({"presence_penalty": 9.0}, "9.0 is not a number from -2 to 2"),
         ({"seed": 1}, "seed is set by the toolkit"),
     ],
