@@ -4,6 +4,8 @@ the check of `envcheck check` that detects this cause before a run.
 
 from __future__ import annotations
 
+import traceback
+
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import AGAIN, explained
 
@@ -46,9 +48,23 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     if known := explained(problem, what, AGAIN if fix else ""):
         return known
     first = problem
-    told = f"{what}: {type(first).__name__}: {first_line(first)}"
+    told = f"{what}: {_text_of(first)}"
     kinds = type(first).__mro__
     if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node (--debug shows the whole traceback)"
     return NodeError(told, where="vLLM", fix=fix)
+
+
+def _text_of(problem: BaseException) -> str:
+    """Return the class and the message of ``problem``. Without a message (a failed assertion),
+    return the class and the place in the source where it was raised.
+    """
+    name = type(problem).__name__
+    if str(problem).strip():
+        return f"{name}: {first_line(problem)}"
+    frames = traceback.extract_tb(problem.__traceback__)
+    if not frames:
+        return name
+    path = frames[-1].filename.rpartition("site-packages/")[2]
+    return f"{name} without a message, raised at {path}:{frames[-1].lineno}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,17 @@ def test_a_known_failure_is_told_by_its_check(text: str, kind: type) -> None:
     assert told.fix
 
 
+def test_an_error_without_a_message_names_its_place() -> None:
+    """A failed assertion of vLLM often has no text."""
+    try:
+        raise AssertionError
+    except AssertionError as error:
+        told = explain(error, "the engine did not start")
+    assert "AssertionError without a message, raised at " in told.message
+    assert f"{Path(__file__).name}:" in told.message
+    assert explain(AssertionError(), "start").message == "start: AssertionError"
+
+
 def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
     outer = RuntimeError("Engine core initialization failed")
     outer.__cause__ = RuntimeError("No available memory for the cache blocks.")
@@ -98,4 +111,4 @@ def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
     assert type(explain(ValueError("dtype foo"), "start")) is ConfigError
     missing = explain(AssertionError("Attempted to load weight (a) into parameter (b)"), "start")
     assert (type(missing), missing.where) == (ConfigError, "check model.weights")
-    assert explain(RuntimeError(), "start").message == "start: RuntimeError: RuntimeError"
+    assert explain(RuntimeError(), "start").message == "start: RuntimeError"
