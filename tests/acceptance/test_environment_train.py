@@ -108,7 +108,7 @@ def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
         ("verifiers", "no-such-taskset", "environment.task: verifiers has no taskset no-such-"),
         ("verifiers", "mine", "mine.py does not define __all__"),
         ("reasoning_gym", "leg_countin", "has no task leg_countin"),
-        ("reasoning_gym", "leg_counting", "lacks 1 tensors"),
+        ("reasoning_gym", "leg_counting", "does not contain 1 tensors"),
     ],
 )
 def test_a_missing_task_is_refused_before_the_model_is_loaded(
