@@ -100,7 +100,9 @@ def test_its_health_check_notices_a_stall(store: Store, envcheck_image: str) -> 
     options = ("--tmpfs", "/cache:rw,mode=1777", "--env", "TOOLKIT_RUN_DIR=/cache/run")
     result = store.run(envcheck_image, "1000:1000", "sh", "-c", script, options=options)
     assert result.returncode == 1
-    assert re.fullmatch(r"the run has written no step for 36\d\d s \(/cache/run/timings.jsonl\)\n", result.stdout)
+    assert re.fullmatch(
+        r"the run has written no step for 36\d\d s \(/cache/run/timings.jsonl\)\n", result.stdout
+    )
 
 
 def test_no_writable_place_is_told(store: Store, envcheck_image: str) -> None:
