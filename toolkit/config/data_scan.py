@@ -236,15 +236,16 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
     if len(raw) > MAX_SCAN_BYTES:
         yield None
         return
-    value = json_value(raw.decode("utf-8-sig"))
+    text = raw.decode("utf-8-sig")
+    value = json_value(text)
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
     if not is_text(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
-    for row in rows:
-        if (key := nul_key(list(row.values()))) is not None:
-            raise ValueError(f"the key {key!r} contains a NUL character")
+    inner = [list(row.values()) for row in rows] if _NUL in text else []
+    if (key := nul_key(inner)) is not None:
+        raise ValueError(f"the key {key!r} contains a NUL character")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 

@@ -11,7 +11,7 @@ from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.config import metrics
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import describe, show
+from toolkit.config.wording import describe, show, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ def about_rule(rule: Rule) -> str:
     """Return the full explanation of a rule."""
     lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
     if rule.why:
-        lines += ["", *_wrapped(rule.why)]
+        lines += ["", *wrapped(rule.why)]
     lines += [
         "",
         "An example that the rule reports:",
@@ -83,16 +83,8 @@ def about_rule(rule: Rule) -> str:
     ]
     lines += ["", "Fix:", *(f"    {line}" for line in rule.fix.split("\n"))]
     if rule.keys:
-        lines += ["", "Keys:", *_wrapped(", ".join(rule.keys), indent="    ")]
+        lines += ["", "Keys:", *wrapped(", ".join(rule.keys), indent="    ")]
     return "\n".join(lines)
-
-
-def _wrapped(text: str, *, indent: str = "  ") -> list[str]:
-    import textwrap  # noqa: PLC0415 - only to explain
-
-    return textwrap.wrap(
-        text, 96, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
 
 
 def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,11 +116,11 @@ def about_key(name: str, schema: dict[str, Any]) -> str:
     """Return a text with the meaning of a key, its type, default, unit and examples, and the rules
     that check it.
     """
-    lines = [name, *_wrapped(schema["description"])]
+    lines = [name, *wrapped(schema["description"])]
     if "x-refused" in schema:
         return "\n".join(lines)
     if "properties" in schema:
-        lines += ["", "Keys:", *_wrapped(", ".join(_open_keys(schema)), indent="    ")]
+        lines += ["", "Keys:", *wrapped(", ".join(_open_keys(schema)), indent="    ")]
     else:
         lines += ["", f"  type:     {_type(schema)}"]
         if "default" in schema:
@@ -176,10 +168,10 @@ def _choices(schema: dict[str, Any]) -> list[str]:
         for value, text in zip(
             branch.get("enum", ()), branch.get("enumDescriptions", ()), strict=False
         ):
-            lines += [f"    {show(value)}", *_wrapped(text, indent="        ")]
+            lines += [f"    {show(value)}", *wrapped(text, indent="        ")]
         if "const" in branch and "description" in branch:
             lines += [
                 f"    {show(branch['const'])}",
-                *_wrapped(branch["description"], indent="        "),
+                *wrapped(branch["description"], indent="        "),
             ]
     return ["", "Values:", *lines] if lines else []

@@ -4,6 +4,8 @@ report speak of them. A test trains and compares the names with this table.
 
 from __future__ import annotations
 
+from toolkit.config.wording import wrapped
+
 METRICS = {
     "step": "The number of optimizer steps at this row.",
     "reward": "The mean weighted reward of the completions. null: no completion was scored.",
@@ -140,11 +142,6 @@ def _is_named(name: str, wanted: str) -> bool:
 
 
 def _told(name: str) -> str:
-    import textwrap  # noqa: PLC0415 - only to explain
-
     file = "metrics.jsonl" if name in METRICS else "timings.jsonl"
     text = METRICS.get(name) or TIMINGS[name]
-    lines = textwrap.wrap(
-        text, 96, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-    )
-    return "\n".join([f"{name} (a value in {file} of a run folder)", *lines])
+    return "\n".join([f"{name} (a value in {file} of a run folder)", *wrapped(text)])

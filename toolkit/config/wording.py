@@ -59,3 +59,12 @@ def spell(value: Any, form: str) -> str:
     if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'
     return text
+
+
+def wrapped(text: str, *, indent: str = "  ") -> list[str]:
+    """Return ``text`` as indented lines of at most 96 characters."""
+    import textwrap  # noqa: PLC0415 - only to explain
+
+    return textwrap.wrap(
+        text, 96, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

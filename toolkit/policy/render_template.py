@@ -98,10 +98,15 @@ def _whole(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def _place(tokenizer: Any) -> str | None:
+    """Return the name or folder of the tokenizer, for messages."""
+    return str(getattr(tokenizer, "name_or_path", "")) or None
+
+
 def _bad_parser(tokenizer: Any, what: str) -> ConfigError:
     return ConfigError(
         f"the response template of this tokenizer (it finds calls of tools) {what}",
-        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        where=_place(tokenizer),
         fix="replace response_template in tokenizer_config.json in the model's folder, or get the "
         "model from a source that you trust",
     )
@@ -172,13 +177,13 @@ def refused(tokenizer: Any, error: Exception) -> ConfigError:
     if not getattr(tokenizer, "chat_template", None):
         return ConfigError(
             "the prompts are lists of messages, but the tokenizer has no chat template",
-            where=str(getattr(tokenizer, "name_or_path", "")) or None,
+            where=_place(tokenizer),
             fix="use an instruct model, or write the prompts as plain text, or set a template in "
             'your script with tokenizer = get_chat_template(tokenizer, "chatml")',
         )
     return ConfigError(
         f"the tokenizer's chat template rejects the prompts: {said}",
-        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        where=_place(tokenizer),
         fix="use only the roles that the template supports, in the order that it supports, or "
         "replace chat_template.jinja in the model's folder. If the template does not support a "
         "system message, put the text of dataset.system into the prompts",
@@ -188,7 +193,7 @@ def refused(tokenizer: Any, error: Exception) -> ConfigError:
 def _too_much(tokenizer: Any, what: str) -> ConfigError:
     return ConfigError(
         f"the chat template of this tokenizer {what}",
-        where=str(getattr(tokenizer, "name_or_path", "")) or None,
+        where=_place(tokenizer),
         fix="replace chat_template.jinja (or chat_template in tokenizer_config.json) in the "
         "model's folder, or get the model from a source that you trust",
     )

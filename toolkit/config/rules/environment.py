@@ -15,7 +15,7 @@ from toolkit.config.environments import (
     task_module,
 )
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.rewards import unusable
+from toolkit.config.rules.rewards import not_allowed, unusable
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import local_path
 
@@ -201,22 +201,8 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     adapter, node = _adapter(run), run.node(_TASK)
     if adapter is None or node is None or not isinstance(node.value, str):
         return
-    module, task = task_module(adapter, node.value), node.value
-    if module is None:
-        return
-    if not all(map(str.isidentifier, module.split("."))):
-        yield RuleViolation(_TASK, f"{task} does not name a Python module")
-    elif adapter in IN_STEPS and not task.partition(":")[2].isidentifier():
-        yield RuleViolation(_TASK, f"{task} must have the form module:Class")
-    elif not is_allowed(module, run.value("runtime.allow_code")):
-        top = module.partition(".")[0]
-        yield RuleViolation(
-            _TASK,
-            f"runtime.allow_code does not allow code of {module} to run",
-            notes=(run.operand("runtime.allow_code"),),
-            fixes=(Fix(f"runtime: {{allow_code: [{ADAPTERS[adapter].modules[0]}, {top}]}}"),),
-            related=("runtime.allow_code",),
-        )
+    if (fault := _unread_task(run, adapter, node.value)) is not None:
+        yield fault
 
 
 @rule(
@@ -312,7 +298,7 @@ def task_exists(run: Run) -> Iterator[RuleViolation]:
         return  # ENV008
     for at, adapter, node in _tasks(run):
         task = node.value
-        if not isinstance(task, str) or not _may_be_read(run, adapter, task):
+        if not isinstance(task, str) or _unread_task(run, adapter, task) is not None:
             continue
         missing = missing_task(adapter, task, python, run.document.source.folder)
         if missing is not None:
@@ -334,11 +320,18 @@ def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
     return ()
 
 
-def _may_be_read(run: Run, adapter: str, task: str) -> bool:
-    """Whether the task has the right form, and its module is allowed (ENV006)."""
+def _unread_task(run: Run, adapter: str, task: str) -> RuleViolation | None:
+    """Return the violation if the source of a task may not be read: the task has the wrong form, or
+    its module is not allowed. None if it may be read.
+    """
     module = task_module(adapter, task)
-    return module is None or (
-        all(map(str.isidentifier, module.split(".")))
-        and (adapter not in IN_STEPS or task.partition(":")[2].isidentifier())
-        and is_allowed(module, run.value("runtime.allow_code"))
-    )
+    if module is None:
+        return None
+    if not all(map(str.isidentifier, module.split("."))):
+        return RuleViolation(_TASK, f"{task} does not name a Python module")
+    if adapter in IN_STEPS and not task.partition(":")[2].isidentifier():
+        return RuleViolation(_TASK, f"{task} must have the form module:Class")
+    if is_allowed(module, run.value("runtime.allow_code")):
+        return None
+    package, code = ADAPTERS[adapter].modules[0], "runtime.allow_code"
+    return not_allowed(run, _TASK, module, package, related=(code,))

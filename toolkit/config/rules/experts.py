@@ -37,14 +37,8 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     runtime.engine: transformers, experts can be trained. The rule is checked if the model is on
     this machine.
     """
-    if run.engine == "transformers" or run.model is None or run.ask("model.full_finetuning"):
-        return
-    targets = run.value(_TARGETS)
-    if targets == "auto":
-        return
-    family = str(run.model.config.get("model_type"))
-    found = expert_targets(family, targets) if run.model.experts else frozenset()
-    if found:
+    found = frozenset() if run.engine == "transformers" else _adapted_experts(run)
+    if found and run.model is not None:
         names = ", ".join(name for name in MLP if name in found)
         yield RuleViolation(
             _TARGETS,
@@ -79,15 +73,11 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
     transformers engine if the model is on this machine. With the vLLM engine, LORA013 reports
     adapters on experts.
     """
-    if run.model is None or not run.model.experts or run.ask("model.full_finetuning"):
+    found = frozenset() if run.engine == "vllm" else _adapted_experts(run)
+    present = [name for name in FUSED_EXPERT if name in found]
+    if len(present) != 1 or run.model is None:
         return
     targets = run.value(_TARGETS)
-    if run.engine == "vllm" or targets == "auto":
-        return
-    found = expert_targets(str(run.model.config.get("model_type")), targets)
-    present = [name for name in FUSED_EXPERT if name in found]
-    if len(present) != 1:
-        return
     missing = next(name for name in FUSED_EXPERT if name not in found)
     fixes = (Fix("target_modules: auto"),)
     if not isinstance(targets, str):
@@ -101,6 +91,18 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
         notes=(f"experts from {run.model.source}",),
         fixes=fixes,
     )
+
+
+def _adapted_experts(run: Run) -> frozenset[str]:
+    """Return the layers of routed experts that lora.target_modules names. The result is empty if
+    there are none, or if the model is not on this machine.
+    """
+    targets = run.value(_TARGETS)
+    if run.model is None or not run.model.experts or targets == "auto":
+        return frozenset()
+    if run.ask("model.full_finetuning"):
+        return frozenset()
+    return expert_targets(str(run.model.config.get("model_type")), targets)
 
 
 def _listed(names: Iterable[str]) -> str:

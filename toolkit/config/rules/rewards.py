@@ -137,13 +137,7 @@ def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[Rule
     runtime.allow_code does not allow the module or its source does not define the function.
     """
     if not _allowed(run, module):
-        top = module.partition(".")[0]
-        yield RuleViolation(
-            at,
-            f"runtime.allow_code does not allow code of {module} to run",
-            notes=(run.operand("runtime.allow_code"),),
-            fixes=(Fix(f"runtime: {{allow_code: [{top}]}}"),),
-        )
+        yield not_allowed(run, at, module)
         return
     found = find_function(module, function, run.document.source.folder)
     if found.problem:
@@ -162,6 +156,22 @@ def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
 
 def _identifiers(module: str) -> bool:
     return all(part.isidentifier() for part in module.split("."))
+
+
+def not_allowed(
+    run: Run, at: str | KeyPath, module: str, *others: str, related: tuple[str, ...] = ()
+) -> RuleViolation:
+    """Return the violation for a ``module`` of the user that runtime.allow_code does not contain.
+    ``others`` are packages that must be in the list too.
+    """
+    packages = ", ".join((*others, module.partition(".")[0]))
+    return RuleViolation(
+        at,
+        f"runtime.allow_code does not allow code of {module} to run",
+        notes=(run.operand("runtime.allow_code"),),
+        fixes=(Fix(f"runtime: {{allow_code: [{packages}]}}"),),
+        related=related,
+    )
 
 
 def _allowed(run: Run, module: str) -> bool:

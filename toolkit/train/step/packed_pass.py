@@ -210,10 +210,10 @@ def score(
         if pack is not None:
             output = packing.forward(model, pack, batch if own_head else None)
             logps = packing.scatter(output.log_probs, pack, shape)
-            entropies = torch.zeros_like(logps)
-            if output.entropy is not None:  # the head of a separate reference model computes none
-                entropies = packing.scatter(output.entropy, pack, shape)
-            found.append((logps, entropies))
+            if output.entropy is None:  # the head of a separate reference model computes none
+                found.append((logps, torch.zeros_like(logps)))
+            else:
+                found.append((logps, packing.scatter(output.entropy, pack, shape)))
     if not found:
         return None
     logps, entropies = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
