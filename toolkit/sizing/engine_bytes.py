@@ -172,3 +172,12 @@ def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
         block_tokens=plan.block_tokens,
         batched_tokens=plan.max_num_batched_tokens,
     )
+
+
+def kv_shared_bytes(spec: ModelSpec, plan: EnginePlan, prompt_tokens: int) -> int:
+    """The KV bytes that each further completion of a prompt saves, because prefix caching stores
+    the blocks of a prompt of ``prompt_tokens`` tokens only once.
+    """
+    return kv_bytes.shared_bytes(
+        spec, prompt_tokens, kv_element_bytes(plan), block_tokens=plan.block_tokens
+    )

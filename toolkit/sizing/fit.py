@@ -303,10 +303,18 @@ def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
 
 
 def _wanted(candidate: Candidate) -> int:
-    """The KV bytes of all sequences that the engine runs at once, at the run's maximum length."""
-    sequences = min(candidate.plan.max_num_seqs, candidate.work.rollouts)
-    length = min(candidate.work.sequence_tokens, candidate.plan.max_model_len)
-    return sequences * engines.kv_sequence_bytes(candidate.spec, candidate.plan, length)
+    """The KV bytes of all sequences that the engine runs at once, at the run's maximum length. With
+    prefix caching, the completions of a group share the blocks of their prompt.
+    """
+    plan, work = candidate.plan, candidate.work
+    sequences = min(plan.max_num_seqs, work.rollouts)
+    length = min(work.sequence_tokens, plan.max_model_len)
+    wanted = sequences * engines.kv_sequence_bytes(candidate.spec, plan, length)
+    if not candidate.config.model.enable_prefix_caching or work.rollouts % work.generations:
+        return wanted
+    groups = min(work.rollouts // work.generations, sequences)
+    prompt = min(work.prompt_tokens, length - 1)
+    return wanted - (sequences - groups) * engines.kv_shared_bytes(candidate.spec, plan, prompt)
 
 
 def _largest(terms: list[Term], *phases: str) -> str:

@@ -43,6 +43,19 @@ def sequence_bytes(
     )
 
 
+def shared_bytes(spec: ModelSpec, tokens: int, element_bytes: int, *, block_tokens: int) -> int:
+    """The KV bytes of a prompt of ``tokens`` tokens that another sequence with the same prompt does
+    not need again. Only full blocks are shared, and vLLM computes the last token of a prompt again.
+
+    The result is 0 if a layer has a sliding window or a state, because then vLLM may free or copy
+    blocks of the prompt.
+    """
+    if any(b.cache.window is not None or b.cache.kind == "linear" for b in spec.blocks):
+        return 0
+    blocks = max(tokens - 1, 0) // block_tokens
+    return sequence_bytes(spec, blocks * block_tokens, element_bytes, block_tokens=block_tokens)
+
+
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
     """Return the number of layers for each kind of KV cache, rounded up as vLLM does.
 

@@ -51,8 +51,18 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
     assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
     assert filled.ours_tokens is not None
-    assert filled.ours_tokens > batch * 320  # fewer and larger ones: the sleeping cache makes room
+    assert filled.ours_tokens > batch * 320  # fewer and larger ones: the small cache makes room
     assert filled.sequences % filled.ours_batch == 0
+    assert filled.ours_engine is not None
+    share = filled.ours_engine["gpu_memory_utilization"]
+    assert share <= given.gpu_memory_utilization
+    assert f"gpu_memory_utilization {share:g}" in filled.ours_plan
+    # The cache holds all sequences of a step, and little more.
+    cache = share * device.cuda_total_bytes - (
+        ours.interval.min * device.cuda_total_bytes - ours.engine.kv_sequence_bytes
+    )
+    assert ours.engine.kv_wanted_bytes <= cache
+    assert cache <= ours.engine.kv_wanted_bytes + 0.03 * device.cuda_total_bytes
 
 
 def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> None:
@@ -60,10 +70,25 @@ def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> Non
     filled = bench_plan.fill(given, spec, _device("h100"))
     assert filled.ours_tokens == 16384 + 8 * 2048
     assert "passes of at most 32,768 tokens" in filled.ours_plan
+    # The engine stores one copy of the prompt, and 16-bit copies of the 4-bit weights fit.
+    ours = bench_plan.size(filled, spec, _device("h100"))
+    completions = 8 * (2048 + 16) * ours.model.kv_bytes_per_token
+    assert ours.engine.kv_wanted_bytes <= 16384 * ours.model.kv_bytes_per_token + completions
+    assert filled.ours_engine is not None
+    assert filled.ours_engine["dequantized_rollouts"] is True
+    assert filled.ours_engine["gpu_memory_utilization"] < given.gpu_memory_utilization / 2
+
+
+def test_the_share_of_the_other_arms_is_the_largest(spec: ModelSpec) -> None:
+    given = Settings(model="m", gpu_memory_utilization=0.02)
+    filled = bench_plan.fill(given, spec, _device("h200"))
+    assert filled.ours_engine is None or filled.ours_engine["gpu_memory_utilization"] <= 0.02
 
 
 def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpec) -> None:
-    written = Settings(model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False)
+    written = Settings(
+        model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False, ours_engine={}
+    )
     assert bench_plan.fill(written, spec, _device("h100")) == written
     plain = bench_plan.fill(Settings(model="m"), spec, None)
     assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache kept"

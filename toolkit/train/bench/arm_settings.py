@@ -44,12 +44,12 @@ class Settings:
     ``completion_tokens``.
 
     The ``ours_`` fields are for the toolkit's arm only: its micro-batch (``ours_batch``), the
-    tokens of a forward pass (``ours_tokens``), gradient checkpointing (``ours_checkpointing``), and
-    whether the KV cache is freed during training (``ours_sleep``). If one of these fields is None,
-    ``bench_plan.fill`` chooses its value. If ``ours_batch`` is set, it also limits the rows of a
-    forward pass. An optimizer step has the same number of completions in every arm, so the work is
-    the same. ``ours_cards`` is the number of cards over which the toolkit's arm splits the model,
-    with one process per card.
+    tokens of a forward pass (``ours_tokens``), gradient checkpointing (``ours_checkpointing``),
+    whether the KV cache is freed during training (``ours_sleep``), and other options of its engine
+    (``ours_engine``, by name). If one of these fields is None, ``bench_plan.fill`` chooses its
+    value. If ``ours_batch`` is set, it also limits the rows of a forward pass. An optimizer step
+    has the same number of completions in every arm, so the work is the same. ``ours_cards`` is the
+    number of cards over which the toolkit's arm splits the model, with one process per card.
     """
 
     model: str
@@ -66,6 +66,7 @@ class Settings:
     ours_tokens: int | None = None
     ours_checkpointing: bool | None = None
     ours_sleep: bool | None = None
+    ours_engine: dict[str, Any] | None = None
     ours_cards: int = 1
     gpu_memory_utilization: float = 0.3
     max_seq_length: int = 1024
@@ -108,8 +109,10 @@ class Settings:
         size = f"micro-batch {batch} x {self.sequences // batch}"
         if self.ours_tokens is not None:
             size = f"passes of at most {self.ours_tokens:,} tokens"
+        share = (self.ours_engine or {}).get("gpu_memory_utilization")
+        memory = f", gpu_memory_utilization {share:g}" if share is not None else ""
         cards = f", the model over {self.ours_cards} cards" if self.ours_cards > 1 else ""
-        return f"{size}, {checkpointing}, {sleep}{cards}"
+        return f"{size}, {checkpointing}, {sleep}{memory}{cards}"
 
     @property
     def accumulation(self) -> int:

@@ -105,7 +105,9 @@ def _ours(settings: Settings, job: Job) -> Any:
     checkpointing = settings.gradient_checkpointing
     if settings.ours_checkpointing is not None:
         checkpointing = settings.ours_checkpointing
-    more: dict[str, Any] = {"enable_sleep_mode": True} if settings.ours_sleep else {}
+    more: dict[str, Any] = dict(settings.ours_engine or {})
+    if settings.ours_sleep:
+        more["enable_sleep_mode"] = True
     if settings.ours_cards > 1:
         more["tensor_parallel_size"] = settings.ours_cards
     model, tokenizer = _load(FastLanguageModel, settings, checkpointing, **more)
@@ -200,15 +202,17 @@ BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
-    """Load the model with an adapter. The calls are the same for Unsloth and the toolkit."""
+    """Load the model with an adapter. The calls are the same for Unsloth and the toolkit. ``more``
+    are other options of the engine.
+    """
+    options = {"gpu_memory_utilization": settings.gpu_memory_utilization} | more
     model, tokenizer = fast_language_model.from_pretrained(
         model_name=settings.model,
         max_seq_length=settings.max_seq_length,
         load_in_4bit=settings.load_in_4bit,
         fast_inference=True,
         max_lora_rank=settings.r,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        **more,
+        **options,
     )
     model = fast_language_model.get_peft_model(
         model,

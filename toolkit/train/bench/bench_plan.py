@@ -1,5 +1,6 @@
 """Choose the settings of the toolkit's arm so that it needs no more memory than the other arms: the
-micro-batch, gradient checkpointing, and whether the KV cache is freed during training.
+micro-batch, gradient checkpointing, whether the KV cache is freed during training, and the options
+of the engine.
 
 The other arms get their micro-batch and gradient checkpointing from the settings. The toolkit's arm
 uses the sizer, as a run with "auto" does. Its memory limit is the peak that the sizer predicts for
@@ -43,6 +44,7 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
         rows = max(1, tokens // settings.sequence_tokens)
         micro = next(n for n in range(rows, 0, -1) if settings.sequences % n == 0)
         candidate = _filled(settings, micro, *kept, tokens=tokens)
+        candidate = _with_engine(candidate, size(candidate, spec, device), device)
         sized = size(candidate, spec, device)
         within = sized.feasible and sized.peaks.torch_bytes <= limit
         if within and sized.trainer.step_s_estimate < fastest:
@@ -55,7 +57,9 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
     for one copy of the weights, a KV cache that is not freed, and activation checkpoints on the
     host, as in Unsloth.
     """
-    theirs = replace(settings, ours_batch=settings.per_device_batch, ours_sleep=False)
+    theirs = replace(
+        settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None
+    )
     sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
     return sized.peaks.torch_bytes
 
@@ -90,6 +94,29 @@ def _filled(
     )
 
 
+def _with_engine(settings: Settings, sized: SizingResult, device: Device) -> Settings:
+    """Return ``settings`` with the options of the engine in ``ours_engine``, unless the user set
+    this field. ``sized`` is the sizing result for ``settings``.
+
+    The KV cache is just large enough for all sequences of a step, because a larger one has no use:
+    every step changes the adapter, so cached prompts of earlier steps are not valid. The engine
+    never gets a larger share of the card than the engines of the other arms.
+    """
+    least = sized.interval.min
+    if settings.ours_engine is not None or least is None:
+        return settings
+    more = max(sized.engine.kv_wanted_bytes - sized.engine.kv_sequence_bytes, 0)
+    share = math.ceil(100 * (least + more / device.cuda_total_bytes) + 1) / 100  # 1 % spare
+    options = {
+        "gpu_memory_utilization": min(share, settings.gpu_memory_utilization),
+        "max_num_seqs": sized.choice.max_num_seqs,
+        "max_num_batched_tokens": sized.choice.max_num_batched_tokens,
+    }
+    if settings.load_in_4bit:
+        options["dequantized_rollouts"] = sized.choice.dequantized_rollouts
+    return replace(settings, ours_engine=options)
+
+
 def _first(written: bool | None, chosen: bool) -> bool:
     return chosen if written is None else written
 
@@ -106,6 +133,9 @@ def size(
     value in ``settings``. With ``padded``, rows are padded and layers are not fused, as in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
+    share = (settings.ours_engine or {}).get(
+        "gpu_memory_utilization", settings.gpu_memory_utilization
+    )
     if checkpointing is None:
         checkpointing = settings.ours_checkpointing is True
     return solve(
@@ -115,7 +145,7 @@ def size(
                 max_seq_length=settings.max_seq_length,
                 load_in_4bit=settings.load_in_4bit,
                 max_lora_rank=settings.r,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
+                gpu_memory_utilization=share,
                 enable_sleep_mode=settings.ours_sleep is True,
                 fast_inference=True,
                 tensor_parallel_size=settings.ours_cards,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EVALUATION_LIMIT_S = 7200.0
-OURS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep")
+OURS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep", "ours_engine")
 
 
 def learn(
