@@ -21,7 +21,7 @@ _THEMES = (
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """All rules by id, topic by topic."""
+    """Return a mapping from the id of each rule to the rule, topic by topic."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES
@@ -29,8 +29,8 @@ def all_rules() -> dict[str, Rule]:
 
 @cache
 def judging_rules() -> tuple[Rule, ...]:
-    """The rules with a function that checks a run. The other rules only describe faults that are
-    found while the run file is read.
+    """Return the rules that have a function to check a run. The other rules are only texts about
+    faults that are found while the run file is read.
     """
     from toolkit.config.rules.structural import RULE_TEXTS  # noqa: PLC0415 - registers rules after all topics
 

@@ -32,8 +32,8 @@ def micro_batch(run: Run) -> int:
 
 
 def world(run: Run) -> str:
-    """The number of processes that train on different rows (``Run.world_size``), as text for a
-    finding.
+    """A text for a finding: the number of processes that train on different rows
+    (``Run.world_size``).
     """
     return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
 
@@ -88,8 +88,8 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """Return three values: the number of completions of one generation batch, the formula of this
-    number as text, and the key that a fix changes first.
+    """Return three values: the number of completions in one generation batch, the formula of this
+    number as text, and the key that a fix sets to get another number.
     """
     size = run.value(SIZE)
     if size is not None:

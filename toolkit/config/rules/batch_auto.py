@@ -1,5 +1,8 @@
-"""Rules on per_device_train_batch_size: auto, with which the sizer chooses the micro-batch size.
-They check what else the run file must set, and that the loss does not depend on the chosen size.
+"""Rules on per_device_train_batch_size: auto. With this value, the sizer chooses the micro-batch
+size.
+
+The rules check that the run file sets the other keys that the sizer needs, and that the loss does
+not depend on the micro-batch size.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     if run.value(STEPS) is not None:
         yield RuleViolation(
             STEPS,
-            "cannot be set while the micro-batch size is auto, because it counts micro-batches",
+            "cannot be set while the micro-batch size is auto, because the number of micro-batches "
+            "depends on this size",
             notes=(run.operand(MICRO),),
             fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
             related=(MICRO,),
@@ -88,7 +92,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     elif run.value(SIZE) is None:
         yield RuleViolation(
             MICRO,
-            "is auto, but generation_batch_size does not set the number of completions to split",
+            "is auto, but generation_batch_size, the number of completions to split, is not set",
             notes=(run.operand(SIZE),),
             fixes=(run.to(SIZE, size),),
         )

@@ -71,8 +71,8 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
 def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
     """No prompt is empty or repeated.
 
-    Training skips rows with an empty prompt. A repeated prompt counts twice. In a large file only
-    the first rows are checked.
+    Training skips rows with an empty prompt. A prompt that is in two rows is trained on twice as
+    often as the others. In a large file only the first rows are checked.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -268,11 +268,10 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     fix="path: train.jsonl",
 )
 def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
-    """dataset.path is set, so there is a data set to train on.
+    """dataset.path is set, unless the run has an environment.
 
-    Every completion answers a prompt of the data set. So every run needs a data set, even a run
-    whose length is set by grpo.max_steps. Only a run with an environment needs none, because the
-    environment makes the prompts.
+    The prompts of a run come from the data set at dataset.path or from an environment.
+    grpo.max_steps sets the length of the run, but does not replace a data set.
     """
     if run.value("dataset.path") is None and run.node("environment") is None:
         yield RuleViolation(
@@ -291,8 +290,7 @@ def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     fix="give all values of a column the same type, and make every prompt a text or messages",
 )
 def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
-    """A column must have one type for all rows. A prompt must be text or messages, not a number or
-    a boolean.
+    """A column must have one type for all rows. A prompt must be a text or a list of messages.
 
     The rule checks the first rows of JSONL, JSON and CSV files on this machine, and the schema of
     Parquet files. Training checks every row.
@@ -320,8 +318,8 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
 
     The model is a folder with config.json, or a snapshot in the hub cache. A missing model is a
     warning (with --strict an error), because lengths, attention heads and target modules cannot be
-    checked without it. A folder that contains a pipe, a device or a loop of links is an error,
-    because it cannot be loaded.
+    checked without its files. A folder that contains a pipe, a device file or a loop of symbolic
+    links is an error, because the model cannot be loaded.
     """
     text = _written_text(run, "model.model_name")
     if text is None:

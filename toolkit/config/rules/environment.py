@@ -1,4 +1,6 @@
-"""Rules on environments and tools: their code must be allowed, and prompts come from one source."""
+"""Rules on environments and tools. runtime.allow_code must allow their code, and all prompts must
+come from one source.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ _TOOLS = "tools.functions"
 
 def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     """Yield the key path and the name of each environment adapter that the run uses. An adapter
-    connects a package such as reasoning_gym, which can be the environment or a reward.
+    connects the run to a package such as reasoning_gym, as the environment or as a reward.
     """
     if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
@@ -215,16 +217,16 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     """An environment with several turns cannot be used for evaluation, and needs prompts that are
     chats.
 
-    An evaluation asks for one answer to each prompt. The model does not act in the environment
-    during an evaluation, so there would be nothing to score. In training the model acts by tool
-    calls, which are messages of a chat.
+    An evaluation asks for one answer to each prompt. The model takes no steps in the environment,
+    so there would be nothing to score. In training the model takes a step by a tool call, and a
+    tool call is a message of a chat.
     """
     if _adapter(run) not in IN_STEPS:
         return
     if run.value("environment.eval_size") is not None:
         yield RuleViolation(
             "environment.eval_size",
-            "the evaluation takes no steps in the environment, so it has nothing to score",
+            "an evaluation takes no steps in the environment, so there is nothing to score",
             fixes=(run.to("environment.eval_size", None),),
             related=(_ADAPTER,),
         )
@@ -256,15 +258,18 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
             _PYTHON,
             f"{python} is not an executable file",
             fixes=(
-                Fix("run `python -m venv openenv-venv`, and set python: openenv-venv/bin/python"),
+                Fix(
+                    "run `python -m venv openenv-venv`, and set environment.python to "
+                    "openenv-venv/bin/python"
+                ),
             ),
             unknown=True,
         )
 
 
 def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
-    """Yield the key path, the adapter and the task of the environment and of each reward that is
-    the score of an environment.
+    """Yield the key path, the adapter and the task. The tasks are that of the environment, and
+    those of the rewards that an environment computes.
     """
     adapter, node = _adapter(run), run.node(_TASK)
     if adapter is not None and node is not None and run.written(_TASK):
@@ -286,12 +291,13 @@ def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
 def task_exists(run: Run) -> Iterator[RuleViolation]:
     """The task of an environment exists.
 
-    For reasoning_gym the tasks are read from the source of the installed package. For verifiers the
-    task is a module with the list __all__, and for openenv a module with the class. The module is
-    searched next to the run file and among the packages of the environment's interpreter. It is
-    read and not imported. A missing module is a warning, because the run may be meant for another
-    machine (with --strict it is an error). Whether the module makes usable problems is known only
-    in training, which loads it before the model.
+    With adapter: reasoning_gym, the tasks are read from the source of the installed package. With
+    verifiers, the task is a module with the list __all__. With openenv, the task is a class in a
+    module. The module is searched next to the run file and among the packages of the environment's
+    Python interpreter. Validation reads the module's source and does not import it. A missing
+    module is a warning, because the run may be meant for another machine (with --strict it is an
+    error). Only training can find out whether the module makes usable problems. Training imports
+    the module before it loads the model.
     """
     python = _python(run)
     if python is not None and not is_interpreter(python):
@@ -321,8 +327,9 @@ def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
 
 
 def _unread_task(run: Run, adapter: str, task: str) -> RuleViolation | None:
-    """Return the violation if the source of a task may not be read: the task has the wrong form, or
-    its module is not allowed. None if it may be read.
+    """Return a violation if validation must not read the source of a task, else None. The source
+    must not be read if the task has the wrong form or if runtime.allow_code does not allow its
+    module.
     """
     module = task_module(adapter, task)
     if module is None:

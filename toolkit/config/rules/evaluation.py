@@ -93,15 +93,15 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
     """save_strategy: best needs eval_strategy and metric_for_best_model.
 
     An evaluation metric decides which checkpoint is the best. Without evaluations no checkpoint is
-    ever saved. If no metric is named, load_best_model_at_end uses the loss, but the loss of GRPO is
-    a poor measure of quality.
+    ever saved. If metric_for_best_model is not set, load_best_model_at_end: true selects the loss
+    as the metric. The loss of GRPO is a poor measure of quality.
     """
     if run.value(_SAVE) != "best":
         return
     if run.value(_STRATEGY) == "no":
         yield RuleViolation(
             _SAVE,
-            "best needs evaluations, but there are none: no checkpoint would be saved",
+            "best never saves a checkpoint in a run without evaluations",
             notes=(run.operand(_STRATEGY),),
             fixes=(run.to(_SAVE, "steps"),),
             related=(_STRATEGY,),
@@ -128,8 +128,8 @@ def _rewards(run: Run) -> tuple[list[str], bool]:
 
 
 def _follows(run: Run) -> bool:
-    """Whether the learning rate schedule depends on a metric. If it does and metric_for_best_model
-    is not set, transformers uses a default metric.
+    """Whether the learning rate schedule depends on an evaluation metric. If metric_for_best_model
+    is not set, such a schedule uses a default metric of transformers.
     """
     return run.ask(_SCHEDULER) in FOLLOWERS
 

@@ -32,10 +32,10 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, routed experts cannot have an adapter.
 
     On Qwen3-MoE and DeepSeek, PEFT applies the targets gate_proj, up_proj and down_proj to the
-    experts. The engine reserves no memory for adapters on experts, because this memory would be
-    gigabytes. target_modules: auto adapts only the attention of a mixture-of-experts model. With
-    runtime.engine: transformers, experts can be trained. The rule is checked if the model is on
-    this machine.
+    experts. Adapters on experts would take gigabytes of memory, so the engine reserves no memory
+    for them. target_modules: auto adapts only the attention of a mixture-of-experts model. With
+    runtime.engine: transformers, adapters on experts can be trained. The rule is checked if the
+    model is on this machine.
     """
     found = frozenset() if run.engine == "transformers" else _adapted_experts(run)
     if found and run.model is not None:

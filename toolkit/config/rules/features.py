@@ -120,11 +120,12 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
     fix="attn_implementation: sdpa",
 )
 def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
-    """flash_attention_N needs a GPU, a 16-bit dtype and its package. flex_attention needs a GPU.
+    """flash_attention_N needs a GPU, a 16-bit dtype and an installed flash-attention package.
+    flex_attention needs a GPU.
 
-    torch has no backward pass of flex attention on a CPU. `envcheck validate` checks the rule only
-    with --gpu. `envcheck check` also checks on the machine that trains whether the package is
-    installed.
+    torch has no backward pass of flex attention on a CPU. `envcheck validate` checks the GPU and
+    the dtype if --gpu is given. `envcheck check` runs on the machine that trains, and also checks
+    that the package is installed.
     """
     device = run.situation.device
     if device is None:
@@ -150,11 +151,11 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
 def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """fp16 needs a GPU.
 
-    Without a GPU there is no float16 mixed precision and no loss scaling. fp16 then has no effect
-    on a float32 model, and a float16 model is trained without loss scaling. Both are warnings. The
-    finding is an error if the vLLM engine samples in another format than float16. Without a GPU
-    this engine samples in float32 unless model.dtype is set. `envcheck validate` checks the rule
-    only with --gpu.
+    Without a GPU there is no float16 mixed precision and no loss scaling. The finding is an error
+    if the vLLM engine samples in another format than float16. Without a GPU the vLLM engine samples
+    in float32 unless model.dtype is set. In the other cases the finding is a warning: fp16 has no
+    effect on a float32 model, and a float16 model is trained without loss scaling. `envcheck
+    validate` checks the rule only with --gpu.
     """
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
@@ -236,8 +237,8 @@ runtime: {engine: vllm}
 def engine_has_the_head(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, a Gemma 2 model must use its embedding as the head.
 
-    vLLM has no separate head for Gemma 2. The published models have none. The rule is checked if
-    the model is on this machine.
+    vLLM does not support a Gemma 2 model with a separate head. The published Gemma 2 models use the
+    embedding. The rule is checked if the model is on this machine.
     """
     if run.model is None or run.engine != "vllm":
         return

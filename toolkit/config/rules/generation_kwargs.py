@@ -47,8 +47,8 @@ def _finite(value: Any) -> bool:
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """The engines that may generate. If two engines are possible, the run uses the first one where
-    it is installed, and the second one elsewhere.
+    """Return the engines that may generate the completions. If the run uses vLLM only where vLLM is
+    installed, the result is vLLM and then transformers.
     """
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 
@@ -185,12 +185,7 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
             _REGEX,
             "training does not apply this constraint to its token distribution",
             notes=(what_follows("vllm"),),
-            fixes=(
-                Fix(
-                    "remove the key, and add a reward for the format: "
-                    "functions: [{name: regex_match}]"
-                ),
-            ),
+            fixes=(Fix("remove the key, and add the reward `regex_match` to reward.functions"),),
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules on what the GPU must support. They check the card that was given with --gpu, or a machine
+"""Rules on what the GPU must support. The rules check the card that --gpu names, or a machine
 without a GPU (--gpu none).
 """
 
@@ -43,7 +43,7 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     "HW001",
     "runtime.engine",
     example="runtime:\n  engine: vllm  # with --gpu v100",
-    fix="use a card that the builds support (check with `envcheck validate --gpu NAME`)",
+    fix="use a card that these builds support (check the card with `envcheck validate --gpu NAME`)",
 )
 def builds_have_code(run: Run) -> Iterator[RuleViolation]:
     """The builds of torch and vLLM in the lock file support the card.

@@ -100,7 +100,7 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
     "KEY008",
     "lora model grpo dataset runtime",
     example="runtime:\n  engine: transformers\nmodel:\n  max_lora_rank: 64",
-    fix="remove the key, or change the setting that turns it off",
+    fix="remove the key, or change the other setting that makes it ineffective",
     severity=Severity.WARNING,
 )
 def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
@@ -122,14 +122,14 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
 
 
 def has_turns(run: Run) -> bool:
-    """Whether the model may act before it answers: call tools, or take steps in an environment."""
+    """Whether the model may act before it answers, by tool calls or by steps in an environment."""
     adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
     return run.node("tools") is not None or adapter in IN_STEPS
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield two values for each key that the run's engine does not read: the key, and the reason. A
-    key is yielded even if the run file does not set it.
+    """Yield each key that the run's engine does not read, with the reason. The run file need not
+    set the key.
     """
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
@@ -179,8 +179,8 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield keys without effect, each with the reason: the evaluation keys if the run has no
-    evaluation, and the metric keys if the run uses no metric.
+    """Yield keys without effect, each with the reason. These are the evaluation keys if the run has
+    no evaluation, and the metric keys if no setting of the run uses a metric.
     """
     evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
@@ -232,7 +232,9 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
 
 
 def _today(run: Run, old: str, use: str | None) -> Fix:
-    """The fix for an old key: an edit if a current key has the same meaning, else only a text."""
+    """The fix for an old key. If a current key has the same meaning, the fix edits the run file.
+    Otherwise the fix is only a text.
+    """
     path = tuple(old.split("."))
     node = run.document.node(path)
     assert node is not None

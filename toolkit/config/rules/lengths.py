@@ -101,8 +101,8 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     if context > MANY_TIMES * needed:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is {context // needed} times the length that the run uses: the engine "
-            "reserves KV cache and tables that it never uses",
+            f"{context} is {context // needed} times the length of the run's longest sequence: the "
+            "engine reserves KV cache and tables that are never used",
             notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
             fixes=(run.to(_CONTEXT, needed),),
             related=(_PROMPT, _COMPLETION),

@@ -181,7 +181,7 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
         if run.value(other) != wanted:
             yield RuleViolation(
                 key,
-                "has no effect: no weights are dequantized before completions are sampled",
+                "has no effect: the run has no 4-bit weights in an engine on one GPU",
                 notes=(run.operand(other),),
                 fixes=(run.to(key, "auto"),),
                 related=(other,),

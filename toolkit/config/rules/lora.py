@@ -96,7 +96,7 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     close = nearest(value, names)
     yield RuleViolation(
         _INIT,
-        f"{value} is not an initialization of {legal.origin}",
+        f"{value} is not an initialization that {legal.origin} supports",
         notes=(f"legal values: true, false, {', '.join(names)}, pissa_niter_16",),
         fixes=(run.to(_INIT, close or True),),
     )

@@ -112,8 +112,9 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
 
 
 def _there(run: Run, leaf: str) -> bool:
-    """Whether the model has a module with this name, or its modules are not known. LORA007 reports
-    names that do not exist. LORA028 reports normalization layers, so the result is False for them.
+    """Whether the model has a module named ``leaf``. True if the names of its modules are not
+    known. False for a normalization layer, which LORA028 reports. LORA007 reports names that do not
+    exist.
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):

@@ -59,7 +59,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     if run.value(init) is not True:
         yield RuleViolation(
             init,
-            "has no effect: the run starts from the values of an adapter",
+            "has no effect: the adapter at adapter_path sets the initial values",
             notes=(run.operand(_PATH),),
             severity=Severity.WARNING,
         )
@@ -129,8 +129,8 @@ def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
     """Each key of rank_pattern and alpha_pattern matches a module that has an adapter.
 
     A key is a regular expression for a module name or the end of a module name. A key that matches
-    no module would have no effect. If the model's weights are on this machine, the names are
-    compared with them.
+    no module would have no effect. The keys are compared with the module names in the model's
+    weights if the weights are on this machine.
     """
     modules = _adapted(run)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -157,7 +157,8 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
     """exclude_modules excludes at least one of the target modules, but not all of them.
 
     A list item matches the end of a module name. A string is one regular expression for whole
-    module names. If the model's weights are on this machine, the names are compared with them.
+    module names. exclude_modules is compared with the module names in the model's weights if the
+    weights are on this machine.
     """
     exclude = run.value(_EXCLUDE)
     if exclude is None:

@@ -110,8 +110,8 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
 def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     """The model is a text-only causal language model.
 
-    The loader refuses multimodal models and encoders. transformers must contain the code of the
-    model, or the checkpoint must. Code in the checkpoint needs trust_remote_code: true. If the
+    The loader refuses multimodal models and encoders. The code of the model must be part of
+    transformers or of the checkpoint. Code in the checkpoint needs trust_remote_code: true. If the
     model is on this machine, the rule checks it with the installed transformers.
     """
     if run.model is None:

@@ -133,8 +133,9 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
 
 
 def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[RuleViolation]:
-    """Yield a violation if the user's ``module:function`` at key ``at`` cannot be called, because
-    runtime.allow_code does not allow the module or its source does not define the function.
+    """Yield a violation if the user's function cannot be called. Either runtime.allow_code does not
+    allow ``module``, or its source does not define ``function``. ``at`` is the key that is
+    reported.
     """
     if not _allowed(run, module):
         yield not_allowed(run, at, module)

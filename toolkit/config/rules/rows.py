@@ -155,8 +155,8 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     for key in on:
         yield RuleViolation(
             key,
-            f"has no effect: every generation batch needs all {rows} rows, so no other row can "
-            "replace one",
+            f"has no effect: every generation batch needs all {rows} rows, so there is no other "
+            "row to choose",
             notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
                    f"rows = {origin}"),
             fixes=(run.to(key, False),),

@@ -137,8 +137,8 @@ class Run:
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
     def to(self, path: str, value: Any) -> Fix:
-        """The fix that sets ``path`` to ``value``. --fix can apply it if the run file sets
-        the key.
+        """The fix that sets ``path`` to ``value``. --fix can apply this fix only if the run file
+        sets the key.
         """
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
@@ -174,7 +174,7 @@ class Run:
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
-        """The facts of the adapter at ``lora.adapter_path``; {} without this key."""
+        """The lora settings of the adapter at ``lora.adapter_path``; {} if this key is not set."""
         from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("lora.adapter_path")
@@ -182,7 +182,9 @@ class Run:
 
     @cached_property
     def model(self) -> ModelFacts | None:
-        """The facts in the model's config.json; None if the model is not on this machine."""
+        """Facts about the model, read from its config.json; None if the model is not on this
+        machine.
+        """
         from toolkit.config.model_facts import read_model  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("model.model_name")

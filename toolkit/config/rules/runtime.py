@@ -28,8 +28,8 @@ _OUTPUT = "runtime.output_dir"
 def output_is_free(run: Run) -> Iterator[RuleViolation]:
     """With resume: never, output_dir is empty.
 
-    A new run would overwrite the old one. With resume: auto the run continues where the old one
-    stopped.
+    A new run would overwrite the files of the old run. With resume: auto the old run continues from
+    its last checkpoint.
     """
     if run.value(_RESUME) != "never":
         return
@@ -158,9 +158,9 @@ def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
     With a float32 engine and a bfloat16 trainer, the run samples a slightly different policy than
-    it trains. The log-probabilities differ by 3e-3 to 6e-3 nats per token instead of 1e-6. Without
-    the vLLM engine, the trained model itself samples, so there is only one format. GRPO023 reports
-    two different 16-bit formats.
+    it trains. The log-probabilities of the two differ by 3e-3 to 6e-3 nats per token. If both use
+    float32, the difference is 1e-6. Without the vLLM engine, the trained model itself samples, so
+    there is only one format. GRPO023 reports two different 16-bit formats.
     """
     if run.engine != "vllm" or run.ask("model.dtype") != "float32":
         return

@@ -171,11 +171,11 @@ def _wanted(name: str, node: Node) -> str | None:
 def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     """The schedule's lowest rate is below learning_rate.
 
-    With lr_scheduler_type: polynomial the rate ends at lr_end (default 1e-7). This schedule refuses
+    With lr_scheduler_type: polynomial the rate ends at lr_end (default 1e-7). transformers refuses
     an lr_end that is not below learning_rate. In other schedules min_lr is the lowest rate, and a
     min_lr above learning_rate increases the rate. With lr_scheduler_type: greedy the default of
-    min_lr is 0.001, far above the usual rates of GRPO. The first change of the rate by
-    the greedy schedule would raise the rate to 0.001.
+    min_lr is 0.001, far above the usual rates of GRPO. The greedy schedule would raise the rate to
+    0.001 at its first change.
     """
     found, given = _schedule(run), _given(run)
     if found is None or given is None:
@@ -191,7 +191,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     origin = run.origin(given.get(name))
     yield RuleViolation(
         RATE,
-        f"{rate} must be above {name} {lowest} of {kind}",
+        f"{rate} must be above {name} ({lowest}) of the {kind} schedule",
         notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),

@@ -36,7 +36,8 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC002": RuleText(
         "No key occurs twice in one mapping.",
-        "Some parsers silently use the first value, and others use the last one.",
+        "If a key occurs twice, some parsers silently use its first value, and others its last "
+        "value.",
         "grpo:\n  beta: 0.0\n  beta: 0.1",
         "remove one of the two lines",
     ),
@@ -99,11 +100,10 @@ RULE_TEXTS: dict[str, RuleText] = {
     "DOC011": RuleText(
         "The value of `extends` is an existing run file. A file must not extend itself, even "
         "indirectly.",
-        "The file at the path `extends` is the base file. The path is relative to the folder of "
-        "the file that sets `extends`. If both files have a mapping at the same key, the two "
-        "mappings are merged. Any other value in the base file is replaced by the value of the "
-        "file that sets `extends`. Relative paths in the base file stay relative to the folder of "
-        "the base file.",
+        "The value of `extends` is the path of a base file, relative to the folder of the file "
+        "that sets `extends`. If both files have a mapping at the same key, the two mappings are "
+        "merged. Any other value in the base file is replaced by the value of the file that sets "
+        "`extends`. Relative paths in the base file stay relative to the folder of the base file.",
         "extends: missing.yaml",
         "extends: base.yaml",
     ),
@@ -145,9 +145,9 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC017": RuleText(
         "The value of `extends` is a run file.",
-        "The file's name ends in .yaml, .yml, .json or .toml, and its top level is a mapping with "
-        "sections of a run file. A finding about any other file shows no line of it, because the "
-        "file may be private.",
+        "The name of this file ends in .yaml, .yml, .json or .toml, and its top level is a mapping "
+        "with sections of a run file. A finding about any other file shows no line of the "
+        "file, because it may be private.",
         "extends: notes.txt",
         "extends: base.yaml",
     ),
@@ -178,7 +178,7 @@ RULE_TEXTS: dict[str, RuleText] = {
         "lora:\n  r: 8",
     ),
     "KEY004": RuleText(
-        "A value is one of those that the key allows.",
+        "A value is one of the values that the key allows.",
         "The legal values are listed in the finding and by `envcheck explain KEY`.",
         "grpo:\n  loss_type: DAPO",
         "grpo:\n  loss_type: dapo",

@@ -1,5 +1,5 @@
-"""Rules on tensor_parallel_size, which splits one model over several cards. They check its value,
-the model, and the settings that cannot be combined with it.
+"""Rules on tensor_parallel_size, which splits one model over several cards. The rules check its
+value, the model, and the settings that cannot be combined with it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ _CARDS = "model:\n  tensor_parallel_size: 2"
 
 
 def _split(run: Run) -> bool:
-    """Whether several processes share one model, or may share it because the value is auto."""
+    """Whether several processes share one model (tensor_parallel_size above 1), or may share one
+    model (tensor_parallel_size: auto).
+    """
     return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
 
 
 def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
-    """A violation at ``key``, for a value that cannot be used while processes share one model."""
+    """The violation at ``key`` for a value that cannot be used while processes share one model."""
     return RuleViolation(
         key,
         message,

@@ -57,7 +57,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     what = "does not return its router's logits" if run.model.experts else "has no experts"
     yield RuleViolation(
         ROUTER,
-        f"this model has no auxiliary loss that could be weighted: {family} {what}",
+        f"this model has no auxiliary loss, because {family} {what}",
         notes=(f"from {run.model.source}",),
         fixes=(run.to(ROUTER, None),),
         related=("model.model_name",),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Disagreement:
     """Running totals of gaps and importance weights over the micro-batches of a logging window.
 
-    The totals stay on the device, so that there is only one synchronisation per window.
+    The totals stay on the device, so that host and device synchronise only once per window.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class Disagreement:
             self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """Return the metrics of the window over all ranks, and reset the totals.
+        """Return the metrics of the logging window over all ranks, and reset the totals.
 
-        If importance weights were used, the metrics include those that TRL itself would log. This
-        is a collective call.
+        If importance weights were used, the metrics include those that TRL itself would log. All
+        ranks must call this method together.
         """
         if self.sums is None or self.extremes is None:
             return {}
@@ -125,10 +125,11 @@ def importance_ratio(
 
 
 def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
-    """Whether the forward pass of training computes the same numbers as TRL's extra forward pass.
+    """Whether the forward pass of training computes the same numbers as TRL's extra forward pass,
+    which can then be skipped.
 
-    True if importance weights are used, each generation is used for one optimizer step, and there
-    is no dropout.
+    The result is True if importance weights are used, each generation is used for one optimizer
+    step, and there is no dropout.
     """
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return False
@@ -148,7 +149,8 @@ def has_dropout(model: torch.nn.Module) -> bool:
 def observe(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
-    """Record the gaps of one micro-batch. ``logps`` come from its forward pass in training.
+    """Record the gaps of one micro-batch. ``logps`` are the log-probabilities from the forward pass
+    of training.
 
     The importance weights, which TRL's loss reads, are added to ``inputs``. ``skipped`` are the
     indices of rows that the forward pass left out. The metrics exclude these rows.
@@ -172,8 +174,8 @@ def observe(
 def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
     """Record the gaps of one micro-batch, computed from the old log-probabilities.
 
-    TRL computed the old log-probabilities with its extra pass when the batch was sampled, possibly
-    some steps ago. If TRL runs its extra pass, TRL itself logs the importance weights.
+    TRL computed the old log-probabilities in its extra forward pass when the batch was sampled,
+    possibly some steps ago. In this case TRL itself logs the importance weights.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 
@@ -212,11 +214,13 @@ with 16-bit or 4-bit weights.
 
 
 def warn_of_gap(trainer: TrainerSeam) -> None:
-    """Warn once, on the first rank, if the mean gap of a logging window is too large for rounding.
+    """Warn once, on the first rank, if the mean gap of a logging window is larger than rounding can
+    explain.
 
     Such a gap means that the completions come from another policy than the trained one, for example
-    from the base model without its adapter. There is no warning if ``warn_of_collapse`` has warned,
-    or if sampling options or dropout explain the gap (the engine samples without dropout).
+    from the base model without its adapter. There is no warning if ``warn_of_collapse`` has warned.
+    There is also none if sampling options or dropout explain the gap (the engine samples without
+    dropout).
     """
     means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
@@ -232,9 +236,9 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     trainer.gap_reported = True
     warnings.warn(
         f"{GAP} is {mean:.2g} nats, but rounding explains at most {limit:g}: the completions are"
-        " not sampled from the policy that is trained, as if the engine sampled without the"
-        " adapter. Stop the run and report it with its run file. If the value is as large at"
-        " the first step, compare with a run with fast_inference: false",
+        " not sampled from the policy that is trained. For example, the engine may sample without"
+        " the adapter. Stop the run, and report this warning together with the run file. If the"
+        " value is as large at the first step, compare it with a run with fast_inference: false",
         ToolkitWarning,
         stacklevel=2,
     )
@@ -255,5 +259,5 @@ def _remedy(trainer: TrainerSeam) -> str:
         return f"Remove {', '.join(names)}, which the training pass cannot apply"
     return (
         "Completions may be too old (lower num_iterations or steps_per_generation), or the "
-        "numbers of engine and trainer differ too much (see sampling/logp_gap_mean)"
+        "log-probabilities of engine and trainer differ too much (see sampling/logp_gap_mean)"
     )

@@ -2,20 +2,20 @@
 temperature, min-p, top-k and top-p.
 
 Truncation (min-p, top-k, top-p) is part of the policy. The sampler draws from the softmax over the
-set of kept tokens. A trainer that uses the softmax over the whole vocabulary trains another policy,
-and the importance weight of a sequence would be the product of the probability masses of its kept
-sets. Therefore the trainer applies the sampler's steps to its own logits ("keep sampling mask" in
-the DeepSeek-V3.2 report, arXiv 2512.02556).
+set of kept tokens. A trainer that uses the softmax over the whole vocabulary trains another policy.
+Then the importance weight of a sequence contains the probability mass of each kept set as a factor.
+Therefore the trainer applies the sampler's steps to its own logits ("keep sampling mask" in the
+DeepSeek-V3.2 report, arXiv 2512.02556).
 
 Every function treats tokens independently, so a caller may split N tokens into chunks in any way.
 The choice of the kept set has no gradient, but the log-probabilities within the set have one. A
-sampled token always counts as kept. Otherwise different rounding of sampler and trainer could drop
-it, and its log-probability would be infinite.
+sampled token always counts as kept. If it did not, a rounding difference between sampler and
+trainer could drop a sampled token, and the token's log-probability would be infinite.
 
 The steps and their order follow vLLM 0.25.1 and 0.31 (``v1/sample/sampler.py``) and transformers
 5.17 (``generation/logits_process.py``).
 
-Suffixes: N tokens, V vocabulary, B rows, L tokens of a row (prompt and completion).
+Suffixes of tensor names: N tokens, V vocabulary, B rows, L tokens of a row (prompt and completion).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Distribution:
 
     @property
     def plain(self) -> bool:
-        """Whether the distribution is the softmax of the whole vocabulary at a temperature."""
+        """Whether the distribution is the softmax of the logits at a temperature, without
+        truncation and without penalties.
+        """
         return not (self.truncates or self.penalizes)
 
 

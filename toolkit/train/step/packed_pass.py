@@ -56,8 +56,8 @@ def router_loss(model: Any) -> bool:
 
 
 def refusal(model: Any) -> str | None:
-    """Why packs cannot be used for this model, according to its class and config. None if they
-    can.
+    """Why packs cannot be used for this model, according to its class and config. None if packs can
+    be used.
     """
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not a transformers model"
@@ -77,8 +77,9 @@ def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model``, and compare its results once with TRL's padded pass
     ``padded``.
 
-    Return the reason why packs cannot be used, or None if they can. ``model`` must not be wrapped.
-    The returned value is stored on the model, so that a second call does not compare again.
+    Return the reason why packs cannot be used, or None if packs can be used. ``model`` must not be
+    wrapped. The returned value is stored on the model, so that a second call does not compare
+    again.
     """
     known: str | None
     if "toolkit_packed_refusal" in model.__dict__:
@@ -114,7 +115,8 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
-    """Compare the packed and the padded pass on a small batch. Return how they differ, or None.
+    """Compare the packed and the padded pass on a small batch. Return a text that says how the
+    results differ, or None if they agree.
 
     With a wrong attention function, log-probabilities change about as much as if the prompts were
     left out. Rounding changes them far less. Therefore the limit for the difference is a fraction
@@ -158,10 +160,10 @@ def _logps(
 
 
 def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
-    """Why packs would ignore a sliding window, or None.
+    """Why packs would ignore a sliding window of the model. None if packs apply all its windows.
 
-    A layer may apply its window only in the mask and not pass it to the attention function. Packs
-    do not use the mask.
+    A layer may apply its window only in the attention mask and not pass it to the attention
+    function. Packs do not use the mask.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)

@@ -34,7 +34,7 @@ SKIPPED = "packing/skipped_rows"
 
 class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """A base class of the GRPO trainer that computes log-probabilities with packs. With
-    ``padding_free=False`` it uses TRL's padded pass.
+    ``padding_free=False`` the trainer uses TRL's padded pass.
 
     ``micro_rows`` is the number of rows of a micro-batch in the configuration. It is None unless
     micro-batches were merged (``merge_micro_batches``). If ``pack_tokens`` is not set, one pass has
@@ -76,10 +76,10 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     # --- how a batch is split
 
     def row_parts(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Split a micro-batch into parts, and return the rows of each part. Each part has its own
-        backward pass.
+        """Split a micro-batch into parts, and return the row indices of each part. Each part has
+        its own backward pass.
 
-        This is a collective call, and the number of parts is the same on all ranks.
+        All ranks must call this method together, and all get the same number of parts.
         """
         size = inputs["completion_ids"].shape[0]
         rows = self.rows_to_pack(inputs)
@@ -102,8 +102,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return [torch.tensor(sorted(part)) for part in parts]
 
     def _equal_parts(self, rows: list[Row], dead: frozenset[int], limit: int) -> list[torch.Tensor]:
-        """Split ``rows`` into parts that have the same number of rows on every rank. TRL gathers a
-        value for each row of a part, so the numbers must be equal.
+        """Split ``rows`` into parts. Each part has the same number of rows on every rank, because
+        TRL gathers one value per row from all ranks.
         """
         groups = {row.prompt: row.number for row in reversed(rows)}
         ordered = sorted(rows, key=lambda row: (groups[row.prompt], -row.length, row.number))
@@ -119,8 +119,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return list(order.tensor_split(number))
 
     def _token_limit(self, inputs: Mapping[str, Any]) -> int | None:
-        """The maximum number of tokens per pass: ``pack_tokens`` if set, else the tokens of the
-        configured micro-batch at full width. None if micro-batches were not merged.
+        """The maximum number of tokens per pass: ``pack_tokens`` if set, else the tokens of
+        ``micro_rows`` rows of full width (prompt and longest completion). None if micro-batches
+        were not merged.
         """
         if self.micro_rows is None:
             return None
@@ -140,7 +141,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return self.pack_tokens or min(batch_size, self.micro_rows) * width
 
     def rows_to_pack(self, inputs: Mapping[str, Any]) -> list[Row] | None:
-        """The rows of a batch, or None if packs cannot be used for it."""
+        """The rows of a batch that packs are built from. None if packs cannot be used for the
+        batch.
+        """
         if inputs.get("pixel_values") is not None or self.aux_loss_enabled:
             return None
         if self._packed_refusal(self.model) is not None:
@@ -152,7 +155,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     # --- the rows and tokens that a pass computes
 
     def _packed_refusal(self, model: Any) -> str | None:
-        """Why packs are not used for ``model``, or None. The reason is logged once."""
+        """Why packs are not used for ``model``, or None if they are used. The reason is logged
+        once.
+        """
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not self.padding_free or sharded:
             return "padding_free is off" if not sharded else "the model is sharded"
@@ -169,8 +174,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         raise NotImplementedError
 
     def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's padded pass with the distribution that was sampled from. It is used for policy, old
-        policy and reference.
+        """Run TRL's padded pass with the distribution that the completions were sampled from. It
+        computes the log-probabilities of policy, old policy and reference.
         """
         with scoring(self, model):
             return self._trl_pass(model, *args, **kwargs)
@@ -240,9 +245,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """Fill in values for the rows that the pass left out. Return log-probabilities and
         entropies.
 
-        A row that was left out gets the old log-probabilities, or those of the sampler if there are
-        no old ones. With these values, each of its ratios is 1. Its entropy is 0. ``own_entropy``
-        uses only the rows that were computed.
+        Such a row gets the old log-probabilities, or those of the sampler if there are no old
+        log-probabilities. With these values, each probability ratio of the row is 1. The entropy of
+        the row is 0. ``own_entropy`` uses only the rows that were computed.
         """
         if not inputs:  # outside the loss: old or reference log-probabilities
             return scores
@@ -263,12 +268,12 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     @contextmanager
     def own_entropy(self) -> Iterator[None]:
-        """A context in which the loss of a micro-batch is computed. At its end, the context
-        corrects the logged metrics.
+        """A context manager for computing the loss of a micro-batch. After the block, it corrects
+        the logged metrics.
 
         The entropy that TRL logged is replaced by the mean over all computed tokens of all parts
-        and ranks. The metric ``SKIPPED`` is added. Its value is the share of the rows of all ranks
-        that were left out.
+        and ranks. The metric ``SKIPPED`` is added: the share of the rows of all ranks that were
+        left out.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:

@@ -59,8 +59,8 @@ class Pack:
     """Rows joined into one sequence of N tokens.
 
     ``ids_N``, ``positions_N`` and ``labels_N`` have the shape (N) and are on the device.
-    ``places_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are their
-    indices in the completions of the padded batch, flattened to B * T.
+    ``places_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are the indices
+    of the same tokens in the completions of the padded batch, flattened to B * T.
     """
 
     layout: PackedLayout

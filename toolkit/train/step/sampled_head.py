@@ -45,15 +45,16 @@ class HeadOutput(NamedTuple):
 
 @contextmanager
 def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
-    """In the block, the head of ``model`` computes the distribution that the completions were drawn
-    from.
+    """A context manager. In its block, the head of ``model`` computes the distribution that the
+    completions were sampled from.
 
     ``model`` is the policy or the reference, and may be wrapped. If TRL's head already computes
     this distribution, nothing changes.
 
-    For the reference, the same sampling settings are applied to its own logits. Therefore the KL
-    term compares the policies as they would be sampled, and is 0 if they are equal. A sampled token
-    always counts as kept, so that its log-ratio is finite even if the reference would drop it.
+    For the reference, the same sampling settings are applied to the reference's own logits.
+    Therefore the KL term compares the two distributions after truncation and penalties, and is 0 if
+    policy and reference are equal. A sampled token always counts as kept, so that its log-ratio is
+    finite even if the reference would drop it.
     """
     distribution = sampler.distribution(trainer)
     model = trainer.accelerator.unwrap_model(model)
@@ -202,7 +203,7 @@ def logit_scale(config: Any) -> float:
 
 
 def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The load-balancing loss of a mixture of experts. None if it is not enabled."""
+    """The load-balancing loss of a mixture of experts. None if the router loss is not enabled."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import (  # noqa: PLC0415 - rarely needed
@@ -221,8 +222,8 @@ def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Ten
 def score_parts(
     logits_NV: torch.Tensor, tokens_N: torch.Tensor, temperature: float, head: SplitHead
 ) -> Scored:
-    """The result of ``kept_set.score`` for a plain distribution and a head that is split over
-    processes.
+    """The result of ``kept_set.score`` for a distribution without truncation and penalties, and a
+    head that is split over processes.
 
     Each process has a part of the vocabulary, and ``logits_NV`` are the logits of this part.
     ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. Let l be
@@ -231,7 +232,7 @@ def score_parts(
         log Z = m + log sum exp(l - m),  log p(token) = l(token) - log Z,  entropy = log Z - sum p l
 
     The processes of the group compute each sum together, and no process ever has the logits of the
-    whole vocabulary. Suffixes: N tokens, V part of the vocabulary.
+    whole vocabulary. Suffixes of tensor names: N tokens, V part of the vocabulary.
     """
     group = head.mesh.group
     logits_NV = logits_NV.float() / temperature

@@ -45,8 +45,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     """The error for the user, with an exit code that a scheduler can act on.
 
     An exception that another library raises while it uses keys of ``config`` becomes an error about
-    these keys (train/upstream_errors). None if the exception is unknown. Then it is a defect of the
-    toolkit.
+    these keys (train/upstream_errors). The result is None if the exception is unknown, which means
+    that the toolkit has a defect.
     """
     if isinstance(error, ToolkitError):
         return error
@@ -57,14 +57,14 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return ConfigError(
             "the run writes a file with this name, but a folder with this name exists",
             where=str(error.filename2 or error.filename or where),
-            fix="move the folder away, or name another --output-dir",
+            fix="move the folder away, or set --output-dir to another folder",
         )
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
         return ConfigError(
             f"the Hugging Face Hub: {said}",
             where=where,
-            fix="check the network and `hf auth whoami`, or remove the key that uses the Hub "
-            "(grpo.log_completions_hub_repo)",
+            fix="check the network, and check the login with `hf auth whoami`. Or remove the key "
+            "grpo.log_completions_hub_repo, so that the run does not use the Hub",
         )
     known = explained(error, "the run failed", AGAIN)
     if known is not None and known.exit_code == RetryError.exit_code:
@@ -74,13 +74,13 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             f"out of memory, even with the micro-batch split into the smallest parts: {said}",
             where=where,
             fix="lower grpo.per_device_train_batch_size or grpo.max_completion_length (`envcheck "
-            "size` shows the memory of each), then run the same command again to resume the run",
+            "size` shows the memory budget). Then run the same command again to resume the run",
         )
     if "parameters that were not used in producing loss" in str(error):
         return ConfigError(
             (
                 "some trainable parameters do not take part in the loss. By default, training with "
-                "several processes does not support this"
+                "several processes does not support such parameters"
             ),
             where=where,
             fix="set grpo.ddp_find_unused_parameters: true, or use fewer lora.target_modules",
@@ -89,8 +89,8 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return ConfigError(
             f"a kernel of this run has no deterministic implementation: {said}",
             where=where,
-            fix="remove grpo.full_determinism; runtime.reproducible uses deterministic kernels "
-            "where they exist",
+            fix="remove grpo.full_determinism, and set runtime.reproducible: true, which uses "
+            "deterministic kernels where they exist",
         )
     if _LOST.search(f"{type(error).__name__}: {error}"):
         return NodeError(

@@ -33,8 +33,8 @@ MAX_SPLIT = 64
 class Attempt:
     """One micro-step that may be repeated.
 
-    The object keeps the inputs of the micro-step and the values from before it. After an incomplete
-    attempt, these values are restored.
+    The object keeps the inputs of the micro-step, and the gradients, metrics and progress from
+    before the micro-step. After a failed attempt, the gradients, metrics and progress are restored.
     """
 
     def __init__(self, trainer: TrainerSeam, model: Any) -> None:
@@ -89,7 +89,7 @@ class Attempt:
             f"because {number} replicas train together: {first_line(error)}",
             where=f"step {self.trainer.state.global_step + 1}",
             fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
-            "grpo.max_completion_length (`envcheck size` shows the memory of each), then run the "
+            "grpo.max_completion_length (`envcheck size` shows the memory budget). Then run the "
             "same command again: the run resumes from the last checkpoint",
         ) from error
 
@@ -109,7 +109,8 @@ class Attempt:
         return bool(self.trainer.accelerator.num_processes == 1)
 
     def _unsynchronized(self) -> AbstractContextManager[None]:
-        """A context without synchronization by DistributedDataParallel, if there is one replica.
+        """A context manager. If there is one replica, it turns off the synchronization of
+        DistributedDataParallel.
 
         With one replica there is nothing to synchronize. But DistributedDataParallel would raise an
         error in a forward pass that follows an interrupted backward pass.
@@ -220,10 +221,10 @@ def drop_step(trainer: TrainerSeam, model: Any) -> None:
     path = save_batch(trainer, step)
     raise ConfigError(
         f"loss or gradient was not finite for {trainer.bad_steps} steps in a row, up to step "
-        f"{step}; the rollouts are in {path}",
+        f"{step}. The rollouts of this step are in {path}",
         where=f"step {step}",
-        fix="lower grpo.learning_rate or grpo.max_grad_norm, and check the rewards in that file; "
-        "the last checkpoint has the weights from before these steps",
+        fix="check the rewards of the rollouts, and lower grpo.learning_rate or "
+        "grpo.max_grad_norm. The last checkpoint has the weights from before these steps",
     )
 
 
@@ -278,8 +279,8 @@ def split_weights(
 
 
 def _rows(value: Any, part: torch.Tensor, size: int) -> Any:
-    """``value`` with only the rows in ``part`` if it has a value per row. Other values are returned
-    unchanged.
+    """``value`` with only the rows in ``part``, if ``value`` has one item per row. Other values are
+    returned unchanged.
     """
     if isinstance(value, torch.Tensor):
         has_rows = value.ndim and value.shape[0] == size
