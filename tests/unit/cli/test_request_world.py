@@ -26,7 +26,7 @@ def test_whole_groups_over_all_processes_are_whole(
     }
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
-    with pytest.raises(ConfigError, match="does not divide the generation batch 1"):
+    with pytest.raises(ConfigError, match="do not divide the generation batch of 1 completions"):
         request._load(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
     _, run = request._load(path, ())

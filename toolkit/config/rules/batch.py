@@ -80,7 +80,7 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
     related = tuple(path for path in (factor, MICRO) if path != GROUP)
     yield RuleViolation(
         GROUP,
-        f"{group} does not divide the generation batch {batch}",
+        f"{group} completions per prompt do not divide the generation batch of {batch} completions",
         notes=(f"batch = {formula}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
         related=related,
@@ -121,7 +121,7 @@ def at_least_two(run: Run) -> Iterator[RuleViolation]:
         batch = 8
     yield RuleViolation(
         GROUP,
-        f"{node.value} completion per prompt cannot be compared with others; GRPO needs at least 2",
+        f"GRPO compares the completions of a prompt and needs at least 2, got {node.value}",
         fixes=(run.to(GROUP, nearest_divisor(batch, 8) or 2),),
     )
 
@@ -144,7 +144,7 @@ def size_or_steps(run: Run) -> Iterator[RuleViolation]:
     implied = micro_batch(run) * run.world_size * steps
     yield RuleViolation(
         SIZE,
-        f"{size} and steps_per_generation {steps} cannot both be set",
+        f"{size} cannot be set together with steps_per_generation {steps}",
         notes=(f"{run.operand(MICRO)} x {run.operand(STEPS)} x {world(run)} = {implied}",),
         fixes=(run.to(SIZE, None), run.to(STEPS, None)),
         related=(STEPS,),
@@ -181,7 +181,7 @@ def whole_steps(run: Run) -> Iterator[RuleViolation]:
     what = "world size" if micro == "auto" else "global micro-batch"
     yield RuleViolation(
         SIZE,
-        f"{size} is not a multiple of the {what} {per_step}",
+        f"{size} completions are not a multiple of the {what} ({per_step})",
         notes=(
             f"{run.operand(MICRO)}; {world(run)}"
             if micro == "auto"
@@ -227,7 +227,7 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
         fixes.append(run.to("grpo.num_generations_eval", smaller))
     yield RuleViolation(
         size_key,
-        f"{group} generations per prompt do not divide the evaluation batch {batch}",
+        f"{group} completions per prompt do not divide the evaluation batch of {batch} completions",
         notes=(f"batch = {run.operand(size_key)} x {world(run)}; group = {run.operand(key)}",),
         fixes=tuple(fixes),
         related=(key,),

@@ -39,7 +39,7 @@ def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     if run.value("grpo.auto_find_batch_size"):
         yield RuleViolation(
             "grpo.auto_find_batch_size",
-            "would halve the batch, which then no longer contains all completions of each prompt",
+            "a batch that transformers halves no longer contains all completions of each prompt",
             fixes=(run.to("grpo.auto_find_batch_size", False),),
         )
 
@@ -83,8 +83,8 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     if run.value(STEPS) is not None:
         yield RuleViolation(
             STEPS,
-            "cannot be set while the micro-batch size is auto, because the number of micro-batches "
-            "depends on this size",
+            "cannot be set if per_device_train_batch_size is auto, because the sizer then chooses "
+            "the number of micro-batches",
             notes=(run.operand(MICRO),),
             fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
             related=(MICRO,),
@@ -92,7 +92,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     elif run.value(SIZE) is None:
         yield RuleViolation(
             MICRO,
-            "is auto, but generation_batch_size, the number of completions to split, is not set",
+            "auto needs generation_batch_size, the number of completions that are split",
             notes=(run.operand(SIZE),),
             fixes=(run.to(SIZE, size),),
         )
@@ -144,7 +144,7 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     if clashes:
         yield RuleViolation(
             MICRO,
-            "is auto, but the loss depends on the micro-batch size",
+            "auto cannot be used, because the loss depends on the micro-batch size",
             notes=("; ".join(told),),
             fixes=tuple(fixes),
             related=tuple(clashes),

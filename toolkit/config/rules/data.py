@@ -140,7 +140,7 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
             continue
         yield RuleViolation(
             f"dataset.{key}",
-            f"{data.path.name} is a single file. A file has no splits, so it has no split {name}",
+            f"{data.path.name} is a single file, which has only the split train and not {name}",
             fixes=(Fix(f"set dataset.eval_path to the evaluation file, and remove {key}"),),
         )
 
@@ -162,7 +162,7 @@ def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
     if run.value("dataset.eval_path") is None and run.value("dataset.eval_split") is None:
         yield RuleViolation(
             "grpo.eval_strategy",
-            f"is {strategy}, but there is no data to evaluate on",
+            f"evaluation is on ({strategy}), but there is no data to evaluate on",
             notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
             fixes=(run.to("grpo.eval_strategy", "no"),),
         )
@@ -215,7 +215,7 @@ def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
         return  # a model without a chat template reads only plain text
     yield RuleViolation(
         "dataset.system",
-        "is put before each prompt as plain text, because dataset.chat is false",
+        "the system prompt is put before each prompt as plain text, because chat is false",
         notes=(run.operand("dataset.chat"),),
         fixes=(run.to("dataset.chat", "auto"), Fix("remove dataset.system")),
         related=("dataset.chat",),
@@ -287,7 +287,7 @@ def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
     "DATA040",
     "dataset.path dataset.eval_path dataset.prompt",
     example='dataset:\n  path: train.jsonl  # {"question": true}',
-    fix="give all values of a column the same type, and make every prompt a text or messages",
+    fix="give every column one type, and make every prompt a text or a list of messages",
 )
 def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     """A column must have one type for all rows. A prompt must be a text or a list of messages.

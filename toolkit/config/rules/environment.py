@@ -94,7 +94,7 @@ def one_source_of_prompts(run: Run) -> Iterator[RuleViolation]:
         if run.value(key) is not None:
             yield RuleViolation(
                 key,
-                "cannot be set together with an environment, which makes the prompts",
+                "cannot be set together with an environment, which makes the prompts itself",
                 fixes=(Fix(f"remove {key}, or the section environment"),),
                 related=("environment",),
             )
@@ -233,7 +233,7 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     if run.value("dataset.chat") is False:
         yield RuleViolation(
             "dataset.chat",
-            "cannot be false: the model acts by tool calls, which are messages of a chat",
+            "cannot be false, because the model acts by tool calls, which are messages of a chat",
             fixes=(Fix("chat: auto"),),
             related=(_ADAPTER,),
         )

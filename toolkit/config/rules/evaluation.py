@@ -101,7 +101,7 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
     if run.value(_STRATEGY) == "no":
         yield RuleViolation(
             _SAVE,
-            "best never saves a checkpoint in a run without evaluations",
+            "the strategy best never saves a checkpoint in a run without evaluations",
             notes=(run.operand(_STRATEGY),),
             fixes=(run.to(_SAVE, "steps"),),
             related=(_STRATEGY,),

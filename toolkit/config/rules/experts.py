@@ -43,7 +43,7 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _TARGETS,
             f"{names} are layers of the experts of this model, and experts cannot have an adapter "
-            "in the engine",
+            "in the vLLM engine",
             notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(_listed(default_targets(run.model.config))),
@@ -86,8 +86,8 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
         fixes = (Fix(_listed(with_both)), *((Fix(_listed(with_neither)),) if with_neither else ()))
     yield RuleViolation(
         _TARGETS,
-        f"{present[0]} is named without {missing}, but the experts of this model store gate_proj "
-        "and up_proj as one parameter",
+        f"target_modules contains {present[0]} but not {missing}. The experts of this model store "
+        "gate_proj and up_proj as one parameter",
         notes=(f"experts from {run.model.source}",),
         fixes=fixes,
     )

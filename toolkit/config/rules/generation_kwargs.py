@@ -183,7 +183,7 @@ def followed_keywords(run: Run) -> Iterator[RuleViolation]:
     if there and _no_automaton(run) is None:  # GRPO064 reports this fault
         yield RuleViolation(
             _REGEX,
-            "training does not apply this constraint to its token distribution",
+            "training does not apply the regular expression to its token distribution",
             notes=(what_follows("vllm"),),
             fixes=(Fix("remove the key, and add the reward `regex_match` to reward.functions"),),
         )

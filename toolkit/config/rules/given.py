@@ -94,7 +94,7 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             f"dataset.{which}",
             f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats "
-            "written as JSON text, but the others are not, so all are read as plain text",
+            "written as JSON text, but the others are not, so all prompts are read as plain text",
             related=("dataset.prompt",),
             fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),
         )

@@ -100,7 +100,7 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
     "KEY008",
     "lora model grpo dataset runtime",
     example="runtime:\n  engine: transformers\nmodel:\n  max_lora_rank: 64",
-    fix="remove the key, or change the other setting that makes it ineffective",
+    fix="remove the key, or change the setting that makes the key ineffective",
     severity=Severity.WARNING,
 )
 def keys_without_effect(run: Run) -> Iterator[RuleViolation]:

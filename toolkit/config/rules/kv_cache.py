@@ -54,8 +54,8 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     if written < least:
         yield RuleViolation(
             _CACHE,
-            f"{written} bytes are fewer than {least} bytes ({format_bytes(least)}), which vLLM "
-            f"needs for one sequence of {length} tokens and one empty block",
+            f"a KV cache of {written} bytes is too small: vLLM needs {least} bytes "
+            f"({format_bytes(least)}) for one sequence of {length} tokens and one empty block",
             notes=(
                 f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; model shape from "
                 f"{run.model.source}",

@@ -101,7 +101,7 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     if context > MANY_TIMES * needed:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is {context // needed} times the length of the run's longest sequence: the "
+            f"{context} tokens are {context // needed} times the longest sequence of the run: the "
             "engine reserves KV cache and tables that are never used",
             notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
             fixes=(run.to(_CONTEXT, needed),),
@@ -130,7 +130,7 @@ def within_the_model(run: Run) -> Iterator[RuleViolation]:
     if context > model.max_length:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is more than this model's maximum of {model.max_length} tokens",
+            f"{context} tokens are more than this model's maximum of {model.max_length} tokens",
             notes=(f"{model.max_length_from} in {model.source}",),
             fixes=(run.to(_CONTEXT, model.max_length),),
             related=("model.model_name",),
@@ -165,8 +165,8 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     if context > original:
         yield RuleViolation(
             _CONTEXT,
-            f"{context} is more than {original}: vLLM would use the long rope factors for every "
-            f"sequence, but the trainer only for sequences of more than {original} tokens",
+            f"{context} is more than original_max_position_embeddings ({original}): vLLM would use "
+            "the long rope factors for every sequence, but the trainer only for longer sequences",
             notes=(f"original_max_position_embeddings in {model.source}",),
             fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
             related=("model.model_name",),

@@ -181,7 +181,7 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
         if run.value(other) != wanted:
             yield RuleViolation(
                 key,
-                "has no effect: the run has no 4-bit weights in an engine on one GPU",
+                "has no effect without 4-bit weights and an engine on one GPU",
                 notes=(run.operand(other),),
                 fixes=(run.to(key, "auto"),),
                 related=(other,),

@@ -66,7 +66,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     if reason:
         yield RuleViolation(
             _INIT,
-            "loftq quantizes the base weights itself, but they are already quantized",
+            "loftq quantizes the base weights itself, but the base weights are already quantized",
             notes=(reason,),
             fixes=(run.to(_INIT, True),),
             related=("model.load_in_4bit", "model.load_in_8bit"),
@@ -220,7 +220,7 @@ def dropout_differs(run: Run) -> Iterator[RuleViolation]:
     if dropout:
         yield RuleViolation(
             "lora.lora_dropout",
-            f"{dropout} makes steps slower, and makes the trainer's log-probabilities differ from "
-            "the engine's",
+            f"a dropout of {dropout} makes steps slower, and makes the trainer's log-probabilities "
+            "differ from the engine's",
             fixes=(run.to("lora.lora_dropout", 0.0),),
         )

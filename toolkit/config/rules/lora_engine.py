@@ -43,7 +43,7 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
     up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
     yield RuleViolation(
         _ROOM,
-        f"{node.value} is not a rank that is supported by {legal.origin}",
+        f"{node.value} is not a rank that {legal.origin} supports",
         notes=(f"legal values: auto, {', '.join(map(str, legal.values))}",),
         fixes=(run.to(_ROOM, up),),
     )
@@ -75,8 +75,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
         if room == "auto":
             yield RuleViolation(
                 at,
-                f"{rank} is more than {largest}, the largest rank that is supported by "
-                f"{legal.origin}",
+                f"rank {rank} is above {largest}, the largest rank that {legal.origin} supports",
                 fixes=(lower,),
             )
             continue

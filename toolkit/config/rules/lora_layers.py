@@ -46,8 +46,8 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     kept = [layer for layer in listed if layer not in beyond]
     yield RuleViolation(
         _LAYERS,
-        f"{', '.join(map(str, beyond))} {'is' if len(beyond) == 1 else 'are'} not among the"
-        f" {count} layers of this model (0 to {count - 1})",
+        f"the model has no layer {', '.join(map(str, beyond))}: it has {count} layers "
+        f"(0 to {count - 1})",
         notes=(f"num_hidden_layers in {run.model.source}",),
         fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.to(_LAYERS, None),),
     )

@@ -59,7 +59,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     if run.value(init) is not True:
         yield RuleViolation(
             init,
-            "has no effect: the adapter at adapter_path sets the initial values",
+            "has no effect: the adapter at adapter_path contains the initial weights",
             notes=(run.operand(_PATH),),
             severity=Severity.WARNING,
         )

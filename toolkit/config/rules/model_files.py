@@ -45,7 +45,7 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
     if run.value("model.revision") is not None and _folder(run) is not None:
         yield RuleViolation(
             "model.revision",
-            "is only for models of the hub, but model_name is a folder",
+            "a revision is only for models of the hub, but model_name is a folder",
             notes=(run.operand(_NAME),),
             fixes=(run.to("model.revision", None),),
         )

@@ -129,7 +129,7 @@ def _unread(
     left = {one: value for one, value in given.items() if one != name}
     return RuleViolation(
         ARGS,
-        f"{optim} does not read {name}; its options: {', '.join(options) or 'none'}",
+        f"the optimizer {optim} does not read {name} (it reads: {', '.join(options) or 'none'})",
         notes=(run.operand(OPTIM),),
         fixes=(_args(run, renamed if close else left),),
         related=(OPTIM,),
@@ -164,7 +164,7 @@ def targets_are_read(run: Run) -> Iterator[RuleViolation]:
         return
     yield RuleViolation(
         TARGETS,
-        "has no effect: only galore_* and apollo_* optimizers read it",
+        "has no effect: only galore_* and apollo_* optimizers read this key",
         notes=(run.operand(OPTIM),),
         fixes=(run.to(TARGETS, None),),
         related=(OPTIM,),

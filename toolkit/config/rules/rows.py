@@ -155,8 +155,8 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     for key in on:
         yield RuleViolation(
             key,
-            f"has no effect: every generation batch needs all {rows} rows, so there is no other "
-            "row to choose",
+            f"has no effect: every generation batch needs all {rows} rows, so there are no other "
+            "rows to choose from",
             notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
                    f"rows = {origin}"),
             fixes=(run.to(key, False),),

@@ -76,7 +76,7 @@ def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
     if run.value(_MIN) is None and run.value(_MAX) is None:
         yield RuleViolation(
             _MODE,
-            f"{run.value(_MODE)} needs at least one bound, but clip_min and clip_max are null",
+            f"{run.value(_MODE)} needs a bound, but both clip_min and clip_max are null",
             notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
             fixes=(run.to(_MAX, 3.0),),
             related=(_MAX, _MIN),
@@ -127,7 +127,7 @@ def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
     if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
         yield RuleViolation(
             _LEVEL,
-            f"sequence with loss_type {loss} weights each sequence by its length",
+            f"with loss_type {loss}, the level sequence weights each sequence by its length",
             notes=(run.operand("grpo.loss_type"),),
             fixes=(run.to("grpo.loss_type", "grpo"), run.to(_LEVEL, "token")),
             related=("grpo.loss_type",),
@@ -148,7 +148,7 @@ def no_greedy_training(run: Run) -> Iterator[RuleViolation]:
     if run.value("grpo.temperature") == 0:
         yield RuleViolation(
             "grpo.temperature",
-            "at 0 all completions of a prompt are the same, so every advantage is 0",
+            "at temperature 0 all completions of a prompt are the same, so every advantage is 0",
             fixes=(run.to("grpo.temperature", 1.0),),
         )
 

@@ -73,7 +73,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     if not run.ask("model.full_finetuning"):
         yield RuleViolation(
             _BEST,
-            "a LoRA run ends with its last adapter: no checkpoint would be loaded",
+            "has no effect in a LoRA run, which always ends with its last adapter",
             notes=(
                 "runtime.keep_best: 1 keeps the best checkpoint, and toolkit export --checkpoint "
                 "exports it",
@@ -104,7 +104,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
         return
     yield RuleViolation(
         _SAVE_STEPS,
-        f"{save} is not a multiple of eval_steps {every}",
+        f"the step interval {save} is not a multiple of eval_steps {every}",
         notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
         fixes=(run.to(_SAVE_STEPS, every), run.to(_EVAL_STEPS, save)),
         related=(_EVAL_STEPS, _BEST),
@@ -127,7 +127,7 @@ def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
     if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
         yield RuleViolation(
             _SCHEDULER,
-            f"{kind} needs evaluations, but there are none",
+            f"the schedule {kind} needs evaluations, but there are none",
             notes=(run.operand(_EVAL),),
             fixes=(run.to(_SCHEDULER, "linear"),),
             related=(_EVAL,),

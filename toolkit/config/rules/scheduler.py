@@ -76,7 +76,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     if wants_one and len(either) > 1:
         yield RuleViolation(
             KWARGS,
-            f"{kind} takes min_lr or min_lr_rate, not both",
+            f"the schedule {kind} takes min_lr or min_lr_rate, not both",
             fixes=(Fix("remove min_lr"), Fix("remove min_lr_rate")),
             related=(TYPE,),
         )
@@ -191,7 +191,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     origin = run.origin(given.get(name))
     yield RuleViolation(
         RATE,
-        f"{rate} must be above {name} ({lowest}) of the {kind} schedule",
+        f"the rate {rate} must be above {name} ({lowest}) of the {kind} schedule",
         notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),

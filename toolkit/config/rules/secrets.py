@@ -57,4 +57,6 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
         tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
         known = "token" in kind.lower() or tool == "wandb"
         fix = _WHERE[tool] if known else "put the secret into an environment variable"
-        yield RuleViolation(path, f"{kind}; a run file must not contain secrets", fixes=(Fix(fix),))
+        yield RuleViolation(
+            path, f"{kind}, but a run file must not contain secrets", fixes=(Fix(fix),)
+        )

@@ -30,7 +30,7 @@ class RuleText(NamedTuple):
 RULE_TEXTS: dict[str, RuleText] = {
     "DOC001": RuleText(
         "A run file is valid YAML, JSON or TOML, and its top level is a mapping.",
-        "Reading stops at the first syntax error, so each validation reports only one.",
+        "Reading stops at the first syntax error, so a validation reports only one syntax error.",
         "model: {model_name: x\nlora: {r: 16}",
         "close the bracket",
     ),
@@ -50,7 +50,7 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC004": RuleText(
         "YAML is indented with spaces.",
-        "YAML forbids tabs in indentation, because their width is not defined.",
+        "YAML forbids tabs in indentation, because the width of a tab is not defined.",
         "lora:\n\tr: 16",
         "lora:\n  r: 16",
     ),
@@ -85,9 +85,9 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC009": RuleText(
         "The size of a run file is limited.",
-        f"A run file has at most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels, {MAX_NODES:,} values, "
-        f"and {MAX_ALIASED:,} values from YAML aliases. An alias must not contain itself. "
-        f"envcheck shows at most {MAX_FINDINGS} findings.",
+        f"A run file has at most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels of nesting, "
+        f"{MAX_NODES:,} values, and {MAX_ALIASED:,} values from YAML aliases. An "
+        f"alias must not contain itself. envcheck shows at most {MAX_FINDINGS} findings.",
         "model: &m\n  again: *m",
         "write the values without an alias",
     ),
@@ -145,8 +145,8 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC017": RuleText(
         "The value of `extends` is a run file.",
-        "The name of this file ends in .yaml, .yml, .json or .toml, and its top level is a mapping "
-        "with sections of a run file. A finding about any other file shows no line of the "
+        "The name of a run file ends in .yaml, .yml, .json or .toml, and its top level is a "
+        "mapping with sections of a run file. A finding about any other file shows no line of the "
         "file, because it may be private.",
         "extends: notes.txt",
         "extends: base.yaml",

@@ -63,7 +63,7 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     elif run.processes % size:
         yield RuleViolation(
             _KEY,
-            f"{size} does not divide the world size {run.processes}",
+            f"{size} cards per model do not divide the world size {run.processes}",
             notes=("the world size is torchrun's number of processes; --world-size sets it here",),
             fixes=fixes,
         )

@@ -136,7 +136,7 @@ def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
     elif adapts_head(run):
         yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
-            "lm_head cannot be cast while it has an adapter",
+            "lm_head cannot be cast to float32 while it has an adapter",
             notes=(run.operand(_TARGETS),),
             fixes=(NO_HEAD,),
             related=(_TARGETS,),
@@ -186,7 +186,7 @@ def one_warmup(run: Run) -> Iterator[RuleViolation]:
     if ratio is not None and run.written("grpo.warmup_steps"):
         yield RuleViolation(
             "grpo.warmup_ratio",
-            "warmup_steps is set too, but only one of them can be set",
+            "cannot be set together with warmup_steps",
             notes=(run.operand("grpo.warmup_steps"),),
             related=("grpo.warmup_steps",),
             on_key=True,
@@ -212,6 +212,6 @@ def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
         which = "below 1e-7" if rate < SLOWEST else "above 1"
         yield RuleViolation(
             "grpo.learning_rate",
-            f"{rate} is {which}: is the exponent right?",
+            f"the rate {rate} is {which}, probably because the exponent is wrong",
             fixes=(run.to("grpo.learning_rate", 1e-6),),
         )

@@ -238,7 +238,8 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
         f"{GAP} is {mean:.2g} nats, but rounding explains at most {limit:g}: the completions are"
         " not sampled from the policy that is trained. For example, the engine may sample without"
         " the adapter. Stop the run, and report this warning together with the run file. If the"
-        " value is as large at the first step, compare it with a run with fast_inference: false",
+        " gap is this large at the first step already, also start a run with fast_inference: false"
+        " and compare the gaps",
         ToolkitWarning,
         stacklevel=2,
     )

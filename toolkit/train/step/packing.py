@@ -231,8 +231,8 @@ def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 
 
 def _spread(units: list[list[Row]], number: int) -> list[list[Row]]:
-    """Distribute units over ``number`` packs. The longest unit comes first, and each unit is put
-    into the pack with the fewest tokens.
+    """Distribute units (rows with the same prompt) over ``number`` packs. The longest unit comes
+    first, and each unit is put into the pack with the fewest tokens.
     """
     while len(units) < number:  # with fewer units than packs, split the longest unit in two
         longest = max(units, key=lambda unit: (len(unit) > 1, tokens_of(unit)))
