@@ -167,8 +167,8 @@ def whole_steps(run: Run) -> Iterator[RuleViolation]:
 
     Every process splits its share of the generation batch into micro-batches of
     per_device_train_batch_size completions, and no completion may be left over. With
-    per_device_train_batch_size: auto, the sizer chooses a micro-batch size that fits. Then a
-    multiple of the world size is enough.
+    per_device_train_batch_size: auto, the sizer chooses a micro-batch size that divides the share.
+    Then it is enough that generation_batch_size is a multiple of the world size.
     """
     size, micro = run.value(SIZE), run.value(MICRO)
     if size is None or run.value(STEPS) is not None:

@@ -92,7 +92,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     elif run.value(SIZE) is None:
         yield RuleViolation(
             MICRO,
-            "auto needs generation_batch_size, the number of completions that are split",
+            "auto needs a generation_batch_size, which is then split into micro-batches",
             notes=(run.operand(SIZE),),
             fixes=(run.to(SIZE, size),),
         )
@@ -119,7 +119,10 @@ grpo:
   generation_batch_size: 64
   loss_type: bnpo
 """,
-    fix="set loss_type: dapo, or write numbers instead of auto",
+    fix=(
+        "set loss_type: dapo, or set per_device_train_batch_size and gradient_accumulation_steps "
+        "to numbers"
+    ),
 )
 def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     """per_device_train_batch_size: auto needs a loss that does not depend on the micro-batch size.

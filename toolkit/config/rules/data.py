@@ -40,8 +40,8 @@ def _written_text(run: Run, key: str) -> str | None:
 def columns_exist(run: Run) -> Iterator[RuleViolation]:
     """dataset.prompt and dataset.answer are names of columns that the data set has.
 
-    JSONL, JSON, CSV and Parquet files, and folders that save_to_disk wrote, are read if they are on
-    this machine.
+    The rule checks data sets that are on this machine: JSONL, JSON, CSV and Parquet files, and
+    folders that save_to_disk wrote.
     """
     for which in _PATHS:
         data = data_of(run.document, which)
@@ -344,6 +344,7 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
         where = f"{path} does not exist" if local else f"{text} is not on this machine"
         yield RuleViolation(
             "model.model_name",
-            f"{where}: lengths, attention heads and target modules are not checked",
+            f"{where}. Without the model, lengths, attention heads and target modules are "
+            "not checked",
             unknown=not local,
         )

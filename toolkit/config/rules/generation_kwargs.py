@@ -28,7 +28,9 @@ _KEYS = f"{_KWARGS} runtime.engine model.fast_inference"
 
 
 def _written(run: Run) -> Mapping[str, Node]:
-    """The keywords in the run file, except those whose value another rule reports as invalid."""
+    """The keywords of generation_kwargs in the run file, except those whose value another rule
+    reports as invalid.
+    """
     node = run.node(_KWARGS)
     if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
         return {}

@@ -128,8 +128,8 @@ def has_turns(run: Run) -> bool:
 
 
 def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield each key that the run's engine does not read, with the reason. The run file need not
-    set the key.
+    """Yield each key that the run's engine does not read, with the reason. Keys that the run file
+    does not set are yielded too.
     """
     if run.engine == "transformers":
         key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"

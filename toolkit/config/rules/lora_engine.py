@@ -58,8 +58,8 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
 def rank_fits(run: Run) -> Iterator[RuleViolation]:
     """lora.r, and each rank of lora.rank_pattern, is at most max_lora_rank.
 
-    When the engine starts, it allocates memory for adapters of max_lora_rank. With an adapter of a
-    higher rank vLLM would fail in the first step, after everything is loaded.
+    When the engine starts, it allocates memory for adapters of rank max_lora_rank. With an adapter
+    of a higher rank vLLM would fail in the first step, after everything is loaded.
     """
     if run.engine == "transformers":
         return

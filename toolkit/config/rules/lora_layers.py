@@ -112,9 +112,9 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
 
 
 def _there(run: Run, leaf: str) -> bool:
-    """Whether the model has a module named ``leaf``. True if the names of its modules are not
-    known. False for a normalization layer, which LORA028 reports. LORA007 reports names that do not
-    exist.
+    """Whether ``leaf`` is the name of a module of the model. If the names of the modules are not
+    known, the result is True. For a normalization layer the result is False, because LORA028
+    reports it.
     """
     modules = run.model.modules if run.model is not None else None
     if leaf.lower().endswith("norm"):

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 _PATH = "lora.adapter_path"
 _EXCLUDE = "lora.exclude_modules"
 WEIGHTS = "adapter_model.safetensors"
+_START_KEYS = " ".join((_PATH, *(f"lora.{name}" for name in INHERITED)))
 
 
 @rule(
     "LORA024",
-    f"{_PATH} {' '.join(f'lora.{name}' for name in INHERITED)}",
+    _START_KEYS,
     example="lora:\n  adapter_path: runs/first/adapter  # of rank 8\n  r: 16",
     fix="remove r, or set r: 8",
 )

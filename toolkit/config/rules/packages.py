@@ -34,7 +34,7 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     fix="report_to: wandb",
 )
 def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
-    """Every tracker in report_to is one that transformers supports.
+    """Every tracker in report_to is a tracker that transformers supports.
 
     The value of report_to is one tracker, a list of trackers, `all` (every installed tracker), or
     `none`. With any of these values the run writes metrics.jsonl and report.html.

@@ -134,8 +134,8 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
 
 def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[RuleViolation]:
     """Yield a violation if the user's function cannot be called. Either runtime.allow_code does not
-    allow ``module``, or its source does not define ``function``. ``at`` is the key that is
-    reported.
+    allow ``module``, or the source of ``module`` does not define ``function``. The violation is
+    reported at the key ``at``.
     """
     if not _allowed(run, module):
         yield not_allowed(run, at, module)

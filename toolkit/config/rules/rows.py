@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 _LIMIT, _PATH = "dataset.limit", "dataset.path"
 _ENVIRONMENT, _PROBLEMS = "environment", "environment.size"
 _CHOOSING = ("grpo.dynamic_sampling", "grpo.curriculum")
+_CHOICE_KEYS = f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP} {SIZE}"
+_ROW_KEYS = f"{_PATH} {_LIMIT} {GROUP} {SIZE} {STEPS} {ACCUMULATION} {MICRO}"
 
 
 @rule(
     "GRPO043",
-    f"{_PATH} {_LIMIT} {GROUP} {SIZE} {STEPS} {ACCUMULATION} {MICRO}",
+    _ROW_KEYS,
     example="""
 dataset:
   path: train.jsonl  # 100 rows
@@ -47,10 +49,10 @@ grpo:
 def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     """The data set has enough rows for at least one generation batch.
 
-    A generation batch needs (completions / num_generations) prompts over all processes, each from a
-    different row. TRL drops rows that do not fill a generation batch, so with too few rows nothing
-    is trained. Rows without a prompt do not count. The rule is checked if the rows can be counted
-    or dataset.limit is set.
+    A generation batch of N completions needs N / num_generations prompts over all processes, each
+    from a different row. TRL drops rows that do not fill a generation batch, so with too few rows
+    nothing is trained. Rows without a prompt do not count. The rule is checked if the rows can be
+    counted or dataset.limit is set.
     """
     if run.value(_PATH) is None:
         return
@@ -120,7 +122,7 @@ def _largest(step: int, most: int, group: int) -> int:
 
 @rule(
     "GRPO070",
-    f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP} {SIZE}",
+    _CHOICE_KEYS,
     example="""
 dataset:
   path: train.jsonl  # 4 rows

@@ -143,7 +143,9 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
 
 
 def _wanted(name: str, node: Node) -> str | None:
-    """The values that the keyword accepts, as text; None if the value in the run file is valid."""
+    """If the value in the run file is invalid, return a text with the values that the keyword
+    accepts. Otherwise return None.
+    """
     value: Any = node.value
     if name in CHOICES:
         return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"

@@ -58,5 +58,5 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
         known = "token" in kind.lower() or tool == "wandb"
         fix = _WHERE[tool] if known else "put the secret into an environment variable"
         yield RuleViolation(
-            path, f"{kind}, but a run file must not contain secrets", fixes=(Fix(fix),)
+            path, f"a run file must not contain secrets, but {kind}", fixes=(Fix(fix),)
         )

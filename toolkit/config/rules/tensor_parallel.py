@@ -84,7 +84,7 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
         yield RuleViolation(
             _KEY,
-            f"{run.value(_KEY)} cannot be used while the trainer has its own copy of the weights",
+            "one model cannot be split while the trainer has its own copy of the weights",
             notes=(run.operand(_SHARE),),
             fixes=(run.to(_SHARE, True), run.to(_KEY, 1)),
             related=(_SHARE,),
@@ -109,7 +109,7 @@ def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
     if run.ask("model.load_in_4bit"):
         yield RuleViolation(
             _KEY,
-            f"{run.value(_KEY)} cannot be used with packed 4-bit weights",
+            "packed 4-bit weights cannot be split over several cards",
             notes=(run.operand("model.load_in_4bit"),),
             fixes=(run.to("model.load_in_4bit", False), run.to(_KEY, 1)),
             related=("model.load_in_4bit",),

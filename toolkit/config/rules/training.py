@@ -98,7 +98,7 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
     elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:
         yield RuleViolation(
             _LIGER,
-            f"needs {LIGER.install}, which is not installed here",
+            f"Liger's loss needs the package {LIGER.install}, which is not installed here",
             fixes=(Fix(f"pip install {LIGER.install}"),),
             severity=Severity.WARNING,
             unknown=True,

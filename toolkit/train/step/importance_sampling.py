@@ -175,7 +175,7 @@ def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
     """Record the gaps of one micro-batch, computed from the old log-probabilities.
 
     TRL computed the old log-probabilities in its extra forward pass when the batch was sampled,
-    possibly some steps ago. In this case TRL itself logs the importance weights.
+    possibly some steps ago. If TRL runs the extra pass, TRL itself logs the importance weights.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 

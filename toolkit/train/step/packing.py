@@ -9,8 +9,8 @@ joined like this (``policy.packed_attention``):
 
 The token at position i of a completion segment predicts completion token i, so the labels are not
 shifted. The last token of a completion predicts nothing and is left out. TRL's fused head computes
-the log-probabilities (argument ``shift_labels``, TRL 1.16.0). On a GPU, it computes only positions
-with a label.
+the log-probabilities (argument ``shift_labels``, TRL 1.16.0). On a GPU, this head computes only
+positions with a label.
 """
 
 from __future__ import annotations
@@ -187,10 +187,10 @@ def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torc
 def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     """Distribute ``rows`` over a small number of evenly filled packs of at most ``limit`` tokens.
 
-    Rows of one prompt stay together, but a group larger than ``limit`` is split. A row longer than
-    ``limit`` is a pack of its own. Groups are placed in order of their length, the longest first,
-    each into the pack with the fewest tokens. The result depends only on the lengths and the order
-    of the rows. Therefore a resumed run gets the same packs.
+    Rows of one prompt (a group) stay together, but a group larger than ``limit`` is split. A row
+    longer than ``limit`` is a pack of its own. Groups are placed in order of their length, the
+    longest first, each into the pack with the fewest tokens. The result depends only on the lengths
+    and the order of the rows. Therefore a resumed run gets the same packs.
     """
     number = max(1, -(-tokens_of(rows) // limit))
     while True:
@@ -203,8 +203,8 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
     """Distribute ``rows`` over exactly ``number`` evenly filled packs.
 
-    If there are fewer rows than packs, some packs are empty. A group is split if it has more than
-    ``limit`` tokens or more tokens than the average pack.
+    If there are fewer rows than packs, some packs are empty. The rows of one prompt are split if
+    they have more than ``limit`` tokens or more tokens than the average pack.
     """
     share = max(1, -(-tokens_of(rows) // number))
     units = _units(rows, share if limit is None else min(limit, share))
