@@ -114,7 +114,7 @@ def test_a_replica_that_runs_out_of_memory_is_told_once(run_file, expected, tmp_
     said = ranks.told(run_dir)
     assert codes == [1, 1], said
     assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
-    assert f"process {victim} ran out of memory. It cannot repeat the step" in said
+    assert f"process {victim} ran out of memory. The process cannot repeat the step" in said
     assert "because 2 replicas train together" in said
     assert "Tried to allocate 2.00 GiB" in said
     assert "resumes from the last checkpoint" in said

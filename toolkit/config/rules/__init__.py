@@ -21,7 +21,7 @@ _THEMES = (
 
 @cache
 def all_rules() -> dict[str, Rule]:
-    """Return a mapping from the id of each rule to the rule, topic by topic."""
+    """Return all rules as a mapping from id to rule, ordered by topic."""
     for theme in _THEMES:
         import_module(f"toolkit.config.rules.{theme}")
     return RULES

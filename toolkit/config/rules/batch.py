@@ -88,8 +88,8 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
 
 
 def generation_batch(run: Run) -> tuple[int, str, str]:
-    """Return three values: the number of completions in one generation batch, the formula of this
-    number as text, and the key that a fix sets to get another number.
+    """Return three values: the number of completions in one generation batch, a text with the
+    formula of this number, and the key whose value a fix changes.
     """
     size = run.value(SIZE)
     if size is not None:

@@ -231,8 +231,8 @@ def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
 def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     """Prompts that are lists of messages need dataset.chat to be auto or true, and a chat template.
 
-    Messages have roles, and only a template can turn roles into text. JSONL and JSON files are read
-    if they are on this machine.
+    Messages have roles, and only a template can turn roles into text. The rule checks JSONL and
+    JSON files that are on this machine.
     """
     for which in _PATHS:
         data = data_of(run.document, which)

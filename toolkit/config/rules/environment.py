@@ -135,7 +135,8 @@ dataset: {chat: false}
 def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
     """Tools need prompts that are chats.
 
-    A tool call and its result are messages of a chat. Only a chat template can turn them into text.
+    A tool call and its result are messages of a chat. Only a chat template can turn such messages
+    into text.
     """
     if run.node(_TOOLS) is None or run.value("dataset.chat") is not False:
         return

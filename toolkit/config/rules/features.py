@@ -33,7 +33,9 @@ _ATTENTION = "model.attn_implementation"
 def fault_of(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
-    """The violation for a ``Problem`` of ``config.supported_features``, with its fixes."""
+    """The violation for a ``Problem`` (a setting that the model loader would refuse), with its
+    fixes.
+    """
     fixes = tuple(run.to(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)

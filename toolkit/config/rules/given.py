@@ -84,8 +84,8 @@ def answers_are_there(run: Run) -> Iterator[RuleViolation]:
 def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
     """If one prompt is a chat written as JSON text, all prompts must be chats written as JSON text.
 
-    If all prompts are chats in JSON, they are read as chats. If only some are, all prompts are read
-    as plain text, and the model sees the JSON.
+    If all prompts are chats in JSON, they are read as chats. If only some prompts are chats in
+    JSON, all prompts are read as plain text, and the model sees the JSON.
     """
     for which in _PATHS:
         data = data_of(run.document, which)

@@ -43,7 +43,10 @@ def lacks(run: Run, needed: tuple[int, int]) -> str | None:
     "HW001",
     "runtime.engine",
     example="runtime:\n  engine: vllm  # with --gpu v100",
-    fix="use a card that these builds support (check the card with `envcheck validate --gpu NAME`)",
+    fix=(
+        "use a card that the builds of torch and vLLM support (`envcheck validate --gpu NAME` "
+        "checks a card)"
+    ),
 )
 def builds_have_code(run: Run) -> Iterator[RuleViolation]:
     """The builds of torch and vLLM in the lock file support the card.

@@ -37,7 +37,7 @@ def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
     The engine supports at most max_seq_length tokens per sequence. If max_prompt_length is not set,
     max_completion_length must leave at least one token for a prompt. TRL removed max_prompt_length
     in 0.28, but the toolkit supports it. Longer prompts are truncated from the left, and the run
-    reports their number.
+    reports the number of truncated prompts.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
     needed = (prompt or 1) + completion

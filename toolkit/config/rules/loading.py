@@ -80,8 +80,8 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     fix="max_num_batched_tokens: 256",
 )
 def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
-    """max_num_batched_tokens is at least max_num_seqs. Without chunked prefill it is also at least
-    max_seq_length.
+    """max_num_batched_tokens is at least max_num_seqs. Without chunked prefill,
+    max_num_batched_tokens is also at least max_seq_length.
 
     A decoding step processes one token of each sequence. Without chunked prefill a whole prompt
     must fit into one step.

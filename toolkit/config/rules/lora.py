@@ -1,4 +1,4 @@
-"""Rules on the adapter that apply with every engine, as PEFT requires."""
+"""Rules on the adapter, as PEFT requires. The rules apply with every engine."""
 
 from __future__ import annotations
 

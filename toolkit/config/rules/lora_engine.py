@@ -1,4 +1,4 @@
-"""Rules on the adapter that apply with the vLLM engine: ranks and adapters that vLLM supports."""
+"""Rules on the adapter with the vLLM engine: which ranks and adapters vLLM supports."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
 
 def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
     """Yield three values for lora.r and for each rank in lora.rank_pattern: the key path, a text
-    that tells a finding where the rank was set, and the rank.
+    that says where the rank was set, and the rank.
     """
     yield ("lora", "r"), run.operand(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():

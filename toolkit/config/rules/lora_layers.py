@@ -63,8 +63,8 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a method that a run file can configure completely.
 
     CorDA, EVA and LoRA-GA need data before the adapter is created. LoftQ needs a loftq_config. A
-    run file cannot provide such data or a loftq_config. Without them PEFT refuses the method or
-    starts from random values.
+    run file cannot provide such data or a loftq_config. Without these inputs PEFT refuses the
+    method or starts from random values.
     """
     init = run.value(_INIT)
     why = DATA_INITS.get(init) if isinstance(init, str) else None

@@ -137,8 +137,8 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     fix="use the 16-bit checkpoint of the model",
 )
 def trained_format(run: Run) -> Iterator[RuleViolation]:
-    """A quantized checkpoint must be in the format of bitsandbytes, and load_in_4bit or
-    load_in_8bit must be true, whichever matches its number of bits.
+    """A quantized checkpoint must be in the format of bitsandbytes. A 4-bit checkpoint needs
+    load_in_4bit: true, and an 8-bit checkpoint needs load_in_8bit: true.
 
     Training on AWQ, GPTQ, FP8, MXFP4 or compressed-tensors weights is not supported. 8-bit
     bitsandbytes weights are supported without the vLLM engine. The rule is checked if the model is

@@ -51,8 +51,8 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     fix="resume: auto",
 )
 def something_to_resume(run: Run) -> Iterator[RuleViolation]:
-    """resume: must needs a checkpoint in output_dir, and resume: FOLDER needs the folder of a
-    checkpoint.
+    """With resume: must, output_dir contains a checkpoint. With resume: FOLDER, FOLDER is the
+    folder of a checkpoint.
     """
     resume = run.value(_RESUME)
     if resume in ("auto", "never"):

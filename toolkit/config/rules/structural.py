@@ -43,8 +43,8 @@ RULE_TEXTS: dict[str, RuleText] = {
     ),
     "DOC003": RuleText(
         "YAML tags are not used.",
-        "A tag (!!python/object, !!str, !include) gives a value a type that its spelling does "
-        "not show. Some parsers run code when they read a tag.",
+        "A tag (!!python/object, !!str, !include) gives a value another type than the value's "
+        "spelling shows. Some parsers run code when they read a tag.",
         "lora:\n  r: !!str 16",
         "lora:\n  r: 16",
     ),

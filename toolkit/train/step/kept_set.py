@@ -196,7 +196,8 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 @torch.no_grad()
 def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
-    """Whether each token is kept after min-p, top-k and top-p in sequence, (N, V) bool.
+    """Return an (N, V) bool tensor: whether a token of the vocabulary is kept after min-p, top-k
+    and top-p in sequence.
 
     Tokens with the same probability as the last of the top k are kept too, as in vLLM and
     transformers.

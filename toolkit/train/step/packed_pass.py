@@ -96,8 +96,8 @@ def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
 
 
 def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A small padded batch for the comparison: (ids, mask, completion width). It has two prompts,
-    the first with two completions.
+    """A small padded batch for the comparison of the packed and the padded pass: (ids, mask,
+    completion width). It has two prompts, the first with two completions.
     """
     prompts, completions, widths = (5, 5, 3), (4, 2, 3), (5, 4)
     ids = torch.zeros(3, sum(widths), dtype=torch.long)

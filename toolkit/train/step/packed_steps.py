@@ -56,9 +56,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     def merge_micro_batches(self, args: Any, model: Any) -> None:
         """Merge the micro-batches of one optimizer step into one batch.
 
-        Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the group
-        of a prompt together. The gradient does not depend on this split, unless one of the settings
-        in ``CUT_MATTERS`` is used. With such a setting, micro-batches are not merged.
+        Later ``row_parts`` splits the merged batch by the lengths of its rows, and keeps the
+        completions of a prompt together. The gradient does not depend on this split, unless one of
+        the settings in ``CUT_MATTERS`` is used. With such a setting, micro-batches are not merged.
         """
         self.padding_free = getattr(args, "padding_free", True)
         if not self.padding_free or packed_pass.refusal(packed_pass.base_of(model)) is not None:
@@ -214,8 +214,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """The log-probabilities (B, T), the entropies (B, T) and the router loss of a batch.
 
         This method replaces TRL 1.16's ``_get_per_token_logps_and_entropies``, and uses packs if
-        possible. ``options`` are TRL's: ``batch_size``, ``compute_entropy``, ``compute_aux_loss``,
-        and the inputs for images.
+        possible. ``options`` are the other arguments of TRL's method: ``batch_size``,
+        ``compute_entropy``, ``compute_aux_loss``, and the inputs for images.
         """
         batch_size: int | None = options.get("batch_size")
         others = {"batch_size", "compute_entropy"}

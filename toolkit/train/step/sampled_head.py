@@ -113,8 +113,8 @@ def _forward(
 
 
 def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]) -> HeadOutput:
-    """The forward pass of a pack. Its labels are at the tokens that predict them, so they are not
-    shifted. The results have the shape (1, N).
+    """The forward pass of a pack. Each label of a pack is at the position of the token that
+    predicts the label, so the labels are not shifted. The results have the shape (1, N).
     """
     labels_1N = kwargs.pop("shift_labels")
     batch: PaddedBatch | None = kwargs.pop(BATCH, None)

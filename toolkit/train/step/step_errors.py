@@ -1,8 +1,8 @@
 """Turn exceptions inside a training step into errors for the user: out of memory, a failed GPU, a
 full disk and others.
 
-Each error has an exit code that a scheduler can act on. ``step_retry.py`` first retries a step in
-smaller parts if this keeps the gradient.
+Each error has an exit code that a scheduler can act on. After an out-of-memory error,
+``step_retry.py`` first retries the step in smaller parts if the gradient stays the same.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
         return full
     if isinstance(error, IsADirectoryError):  # write_file raises this when it renames onto a folder
         return ConfigError(
-            "the run writes a file with this name, but a folder with this name exists",
+            "the run must write a file at this path, but there is a folder",
             where=str(error.filename2 or error.filename or where),
             fix="move the folder away, or set --output-dir to another folder",
         )

@@ -85,8 +85,8 @@ class Attempt:
             return
         number = self.trainer.accelerator.num_processes
         raise ConfigError(
-            f"process {rank()} ran out of memory. It cannot repeat the step in smaller parts, "
-            f"because {number} replicas train together: {first_line(error)}",
+            f"process {rank()} ran out of memory. The process cannot repeat the step in smaller "
+            f"parts, because {number} replicas train together: {first_line(error)}",
             where=f"step {self.trainer.state.global_step + 1}",
             fix="lower runtime.pack_tokens, grpo.per_device_train_batch_size or "
             "grpo.max_completion_length (`envcheck size` shows the memory budget). Then run the "
