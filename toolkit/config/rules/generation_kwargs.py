@@ -164,12 +164,12 @@ def keyword_values(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def followed_keywords(run: Run) -> Iterator[RuleViolation]:
-    """Training can reproduce every change that sampling keywords make to the token distribution.
+    """generation_kwargs contains only sampling keywords that training can apply too.
 
-    Training also applies temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and
-    frequency_penalty. Training does not apply other keywords that ban, force or bias tokens.
-    Importance weights correct for the difference, but over long completions these weights and the
-    gradient may become 0.
+    Training applies temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty and
+    frequency_penalty to its own token distribution. It does not apply other keywords that ban,
+    force or bias tokens. Importance weights correct for the difference, but over long completions
+    these weights and the gradient may become 0.
     """
     engine = _engines(run)[0]
     for name in not_reproduced(_written(run), engine):

@@ -42,7 +42,7 @@ def release_memory() -> None:
 
 
 def translate(error: Exception, where: str, config: RunConfig | None = None) -> ToolkitError | None:
-    """The error for the user, with an exit code that a scheduler can act on.
+    """Turn an exception into an error for the user, with an exit code that a scheduler can act on.
 
     An exception that another library raises while it uses keys of ``config`` becomes an error about
     these keys (train/upstream_errors). The result is None if the exception is unknown, which means
