@@ -86,8 +86,9 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
     if isinstance(init, str) and init.startswith(REWRITING_INITS):
         return Problem(
             "lora.adapter_path",
-            f"the adapter was initialized with {init}, which rewrote the base weights: its tensors"
-            " belong to the rewritten base, not to the checkpoint that model.model_name names",
+            f"the adapter was initialized with {init}, which rewrote the base weights. The "
+            "adapter fits only the rewritten base weights, not the checkpoint that "
+            "model.model_name names",
             hint="convert the adapter with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion="
             "...), or start from an adapter with init_lora_weights true",
@@ -96,8 +97,8 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
         if values.get(name):
             return Problem(
                 "lora.adapter_path",
-                f"the adapter sets {name}, for which the lora section has no key, so the size and"
-                " the layers of the adapter would differ from those in the run file",
+                f"the adapter sets {name}, but the lora section of a run file has no such key. "
+                "The adapter's size or layers would differ from those in the run file",
                 hint="start from an adapter on linear layers that sets only keys of the lora"
                 " section",
             )

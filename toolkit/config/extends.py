@@ -64,8 +64,8 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             node,
             f"extends: {node.value} is outside the run file's folder {root.resolve()}",
             Fix(
-                "move the file below that folder, or allow its folder by setting "
-                f"{VARIABLE}={path.parent}"
+                f"move the base file into that folder, or set {VARIABLE}={path.parent} to allow "
+                "its current folder"
             ),
         )
     if path.suffix.lower() not in FORMATS:
@@ -74,7 +74,7 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
-            Fix(f"set extends to a file whose name ends in {ends}, for example base.yaml"),
+            Fix(f"set `extends` to a file whose name ends in {ends}, for example base.yaml"),
         )
     try:
         mode = path.stat().st_mode
@@ -103,8 +103,8 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         node,
         f"extends: {node.value} is not a run file: it {what}",
         Fix(
-            "set extends to a run file, or run `envcheck validate` on this file to see what is "
-            "wrong with it"
+            "set `extends` to a run file, or run `envcheck validate` on the base file and "
+            "correct its errors"
         ),
     )
 

@@ -156,8 +156,7 @@ def _override(document: Document, text: str) -> None:
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
     """Set the key at the path ``keys`` to ``value``. Missing mappings on the path are created.
-    Return an error text if a value on the path is not a mapping, or is a list without the required
-    item.
+    Return an error text if a value on the path is neither a mapping nor a list that has the item.
     """
     node = root
     for depth, key in enumerate(keys):

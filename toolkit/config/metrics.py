@@ -126,7 +126,9 @@ def about_metric(asked: str) -> str | None:
 
 
 def names() -> list[str]:
-    """Return the names of all metrics. ``NAME`` in a name stands for the name of a reward function."""
+    """Return the names of all metrics. ``NAME`` in them stands for the name of a
+    reward function.
+    """
     return [*METRICS, *TIMINGS]
 
 

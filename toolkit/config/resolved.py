@@ -2,9 +2,9 @@
 the adapter's layers, and what the machine that trains must provide.
 
 The commands ``validate``, ``check``, ``size`` and ``train`` and the drop-in API all use this
-module. This module does not inspect the machine: the caller passes the facts of the machine as
-plain values (``Situation``). A value that the run file sets is never changed. Resolving a resolved
-run again therefore gives the same result.
+module. The caller passes the facts of the machine as a ``Situation``, because this module does not
+inspect the machine. A value that the run file sets is never changed, so resolving a resolved run
+again gives the same result.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """The facts about the training processes and their machine, on which the decisions depend.
-    These facts are not in the run file.
+    """The facts about the training processes and their machine. They are not in the run file, but
+    the open decisions depend on them.
 
     ``world_size`` is the number of training processes. ``device`` is the device that trains; None
     means unknown. ``vllm`` says whether vLLM is installed on the machine that trains; None means
@@ -87,12 +87,13 @@ class ResolvedRun:
         return replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
     def needs(self) -> dict[str, Any]:
-        """Return what the run requires of the machine that trains. The keys are the fields of
-        ``CheckContext`` in ``toolkit.gpu``.
+        """Return what the run requires of the machine that trains, as a dict. Its keys are the
+        names of the fields of ``CheckContext`` in ``toolkit.gpu``. A value of None means that
+        sizing chooses the value later. If the run does not use vLLM, the values require nothing of
+        vLLM.
 
-        The result is a dict, because the packages ``config`` and ``gpu`` do not import each other:
-        the caller passes the values on to ``gpu``. If the run does not use vLLM, the result
-        contains no requirement of vLLM. A value of None means that sizing chooses the value later.
+        The result is not a ``CheckContext``, because the packages ``config`` and ``gpu`` do not
+        import each other.
         """
         model = self.config.model
         vllm = self.engine != "transformers"
