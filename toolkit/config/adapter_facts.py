@@ -97,8 +97,8 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
         if values.get(name):
             return Problem(
                 "lora.adapter_path",
-                f"the adapter sets {name}, but the lora section of a run file has no such key. "
-                "The adapter's size or layers would differ from those in the run file",
+                f"the adapter sets {name}, but the lora section has no key for {name}. The "
+                "adapter's size and layers would differ from those in the run file",
                 hint="start from an adapter on linear layers that sets only keys of the lora"
                 " section",
             )

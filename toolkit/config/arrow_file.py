@@ -67,7 +67,7 @@ def _body_length(metadata: bytes) -> int:
     """Return the length in bytes of a message's body, as the message's ``metadata`` states it.
 
     The metadata is a flatbuffer. A flatbuffer begins with the position of its root table. The root
-    table begins with the distance from its vtable. The vtable precedes the root table and contains
+    table begins with its distance to its vtable. The vtable precedes the root table and contains
     the offset of each field.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)

@@ -1,12 +1,12 @@
 """Resolve ``dataset.chat``, which says whether plain text prompts become user messages.
 
-"auto" means true if the tokenizer has a chat template, because such a model was trained on chats.
-If the prompt column contains lists of messages, these are always treated as chats. The meaning of
-"auto" does not depend on ``dataset.system``. If prompts stay plain text, the system text is put
-before each prompt.
+"auto" means true if the tokenizer has a chat template, because a model with a chat template was
+trained on chats. If the prompt column contains lists of messages, they are always treated as chats.
+The meaning of "auto" does not depend on ``dataset.system``. If prompts stay plain text, the system
+text is put before each prompt.
 
-``usable`` is the only function that decides whether a chat template can be used. It is called both
-for the files of a tokenizer and for a loaded tokenizer.
+The function ``usable`` decides whether a chat template can be used, both for the files of a
+tokenizer and for a loaded tokenizer.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CHATS_WITHOUT_TEMPLATE_FIX = (
 
 
 def usable(template: Any) -> bool:
-    """Whether ``template`` can render chats. ``template`` is the ``chat_template`` of a loaded
-    tokenizer or of tokenizer_config.json. It can render chats if it is one template, or if it is a
-    collection of templates and one of them is named "default".
+    """Whether chats can be rendered with ``template``, the ``chat_template`` of a loaded tokenizer
+    or of tokenizer_config.json. Chats can be rendered with a single template, and with a collection
+    of templates if one of them is named "default".
     """
     if isinstance(template, str):
         return bool(template)

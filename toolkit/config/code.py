@@ -23,8 +23,9 @@ MAX_SOURCE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A function as its source code defines it. ``parameters`` is None if they cannot be read from
-    the source, for example if the name is defined by an assignment or has a decorator.
+    """A function as its source code defines it. ``parameters`` is None if the parameters cannot be
+    read from the source, for example if the function has a decorator or is defined by an
+    assignment.
     """
 
     name: str

@@ -60,7 +60,7 @@ def too_deep(name: str) -> str:
 
 
 class Kind:
-    """The type of the values of a column that were checked so far.
+    """The type of a column, as the values that were checked so far show it.
 
     Arrow accepts a boolean after floats, so this class accepts it too. A boolean before floats is
     always refused, although Arrow refuses it only in two cases: both values are in the same list,

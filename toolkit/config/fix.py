@@ -50,9 +50,9 @@ class Repair:
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
     """Fix the problems of ``source`` as far as possible, one finding at a time.
 
-    A fix is applied if it is the only fix of its finding and changes only ``source``. The number of
-    findings must also decrease. For an unknown or invalid key, it may stay the same, because other
-    rules check such a key only after the fix. Those rules may report a new finding.
+    A fix is applied if it is the only fix of its finding and changes only ``source``. It must also
+    reduce the number of findings. For an unknown or invalid key, the number may stay the same,
+    because other rules check such a key only after the fix and may report a new finding.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -147,7 +147,7 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
 
 
 def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
-    """Return the line number in the original text for each line of the text after ``edits``. An
+    """Return, for each line of the edited text, its line number in the original text ``text``. An
     inserted line gets the number of the line at which it was inserted.
     """
     after = list(lines)

@@ -187,8 +187,8 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """Return the comment at the end of the line of ``node``, which moves together with the key.
-    Return an empty text if there is no comment, or if other text precedes the key on its line.
+    """Return the comment at the end of the line of ``node``. The comment moves together with the
+    key. Return an empty text if there is no comment, or if other text precedes the key on its line.
     """
     if node.key is None:
         return ""

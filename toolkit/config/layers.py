@@ -156,7 +156,8 @@ def _override(document: Document, text: str) -> None:
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
     """Set the key at the path ``keys`` to ``value``. Missing mappings on the path are created.
-    Return an error text if a value on the path is neither a mapping nor a list that has the item.
+    Return an error text if a value on the path cannot contain the next key: it is a scalar, or a
+    list that is too short.
     """
     node = root
     for depth, key in enumerate(keys):

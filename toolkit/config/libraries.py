@@ -106,8 +106,8 @@ def installed(which: str) -> Known | None:
 class ModelType(NamedTuple):
     """What the installed transformers supports for one model_type. ``known`` says whether
     transformers has the model_type, and ``causal`` says whether it has a causal language model of
-    that type (None: unknown). ``attention`` maps the name of an attention function to whether the
-    model supports it. ``attention`` is empty if this is unknown.
+    that type (None: unknown). ``attention`` says for each attention function whether models of that
+    type support it, and is empty if this is unknown.
     """
 
     known: bool | None = None

@@ -1,5 +1,5 @@
-"""Decide which layers of a model get a LoRA adapter: the default layers, and PEFT's rules for names
-and patterns of modules.
+"""Decide which layers of a model get a LoRA adapter. This module defines the default layers, and
+PEFT's rules for names and patterns of modules.
 
 In a mixture of experts, only the attention layers get an adapter by default. Adapters on routed
 experts are not supported, because the engine would need LoRA slots there. (A LoRA slot is memory
@@ -99,7 +99,7 @@ def pattern_fault(text: str) -> str | None:
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
     """Return the value that ``pattern`` (a ``rank_pattern`` or ``alpha_pattern``) has for a module.
     Return ``default`` if no key of ``pattern`` matches. Each key is a regular expression, which
-    must match the full name of the module, or a part after a dot up to the end of the name. The
+    must match the full name of the module, or everything after one of the dots in the name. The
     first matching key decides, as in PEFT 0.21.2 (``get_pattern_key``).
     """
     for key, value in pattern.items():
@@ -120,9 +120,9 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
-    """Return which of gate_proj, up_proj and down_proj PEFT applies only to the stacked experts,
-    and not to dense layers and shared experts. Only names in ``targets`` are returned. The set is
-    empty if PEFT does not stack the experts of this ``model_type``.
+    """Return those of the names gate_proj, up_proj and down_proj that ``targets`` selects and that
+    PEFT applies only to stacked experts, not to dense layers and shared experts. The set is empty
+    if PEFT does not stack the experts of this ``model_type``.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

@@ -77,7 +77,8 @@ MOVED: dict[str, Moved] = {
     "grpo.unsloth_grpo_mini_batch": Moved(
         None,
         "Unsloth",
-        "set per_device_train_batch_size to a number, or to auto so that the toolkit chooses it",
+        "set per_device_train_batch_size to a number, or to auto to let the toolkit choose the "
+        "number",
     ),
     "grpo.vllm_sampling_params": Moved(
         None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"

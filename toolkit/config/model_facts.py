@@ -1,5 +1,5 @@
-"""Read the facts of a model that the rules check. The facts come from config.json and from the
-names of the weights. torch is not needed.
+"""Read the facts about a model that the rules check. They come from the model's config.json and
+from the names of its weights. torch is not needed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class ModelFacts:
         return dict(text_part(self.config))
 
     def whole(self, *names: str) -> int | None:
-        """Return a positive integer from the language model's settings in config.json. ``names``
-        are the possible keys, and the first key with such a value decides. Return None if there is
-        no such key.
+        """Return the value of the first key in ``names`` that is a positive integer in the language
+        model's settings in config.json. Return None if there is no such key.
         """
         for name in names:
             value = self.text.get(name)
@@ -192,8 +191,8 @@ def least_cache_bytes(
     text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
     """Return a lower bound of the size of the KV cache per GPU in bytes. The bound is the size of
-    one sequence of ``tokens`` tokens, plus the block that vLLM keeps empty. Return None if a layer
-    stores other state than its own keys and values.
+    the KV cache for one sequence of ``tokens`` tokens, plus the block that vLLM keeps empty. Return
+    None if a layer stores other state than its own keys and values.
 
     ``text`` contains the settings of the language model in config.json. ``cards`` is the number of
     GPUs over which the model is split. Each GPU stores its part of the KV heads, at least one head.

@@ -122,8 +122,8 @@ def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
 
 
 def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
-    """Return the names of the top-level columns. ``elements`` lists the elements of the schema. The
-    schema is a tree, and ``elements`` lists its nodes in pre-order, beginning with the root.
+    """Return the names of the top-level columns. ``elements`` lists the nodes of the schema tree in
+    pre-order, beginning with the root.
     """
     names: list[str] = []
     index = 1

@@ -89,7 +89,7 @@ class ResolvedRun:
     def needs(self) -> dict[str, Any]:
         """Return what the run requires of the machine that trains, as a dict. Its keys are the
         names of the fields of ``CheckContext`` in ``toolkit.gpu``. A value of None means that
-        sizing chooses the value later. If the run does not use vLLM, the values require nothing of
+        sizing chooses the value later. For a run without vLLM, the dict contains no requirements of
         vLLM.
 
         The result is not a ``CheckContext``, because the packages ``config`` and ``gpu`` do not
@@ -157,9 +157,9 @@ def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> 
     """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is not
     "auto", else ``model.fast_inference`` if it is not "auto".
 
-    If both are "auto", the engine is vLLM if the device is a GPU and vLLM is not known to be
-    missing. Otherwise it is transformers. The result is "maybe" if the device is unknown and vLLM
-    is not known to be missing.
+    If both keys are "auto" and the device is known, the engine is vLLM on a GPU, unless vLLM is
+    known to be missing, and otherwise transformers. If the device is unknown, the result is
+    transformers if vLLM is known to be missing, and otherwise "maybe".
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"

@@ -44,8 +44,8 @@ class LoraSection:
     ``use_rslora`` is true.
 
     ``target_modules`` "auto" means the layers that ``config.lora_targets.default_targets`` returns
-    for the model. ``adapter_path`` is the adapter from which training starts. If ``adapter_path``
-    is set, the values of keys that the run file does not set come from that adapter.
+    for the model. ``adapter_path`` is the adapter from which training starts. Keys that the run
+    file does not set get their values from that adapter.
     """
 
     r: int = 16

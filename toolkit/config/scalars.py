@@ -173,9 +173,7 @@ def differs(text: str, core: Any) -> str | None:
 
 
 def plain_spelling(value: Any) -> str:
-    """Return a scalar as text that YAML 1.1 and YAML 1.2 both read as this scalar, and that people
-    understand.
-    """
+    """Return the text of a scalar in a form that YAML 1.1 and YAML 1.2 read in the same way."""
     if value is None:
         return "null"
     if isinstance(value, bool):

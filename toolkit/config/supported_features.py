@@ -36,8 +36,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A storage format of checkpoints. ``flag`` is the load_in_* flag with which this format can be
-    trained (None: it cannot). ``engine`` says whether the trainer and vLLM can share such weights.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag for training on this format;
+    None if that is not supported. ``engine`` says whether trainer and vLLM can share the weights.
     """
 
     name: str
@@ -380,7 +380,9 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
 
 
 def head_problem(config: Mapping[str, Any]) -> Problem | None:
-    """Return why vLLM cannot run the model of this config.json with its lm_head; None if it can."""
+    """Return why vLLM cannot run this config.json's model with a separate lm_head;
+    None if it can.
+    """
     kind = config.get("model_type")
     if kind not in ALWAYS_TIED or config.get("tie_word_embeddings", True) is not False:
         return None

@@ -1,4 +1,4 @@
-"""Read a run file as text. The size of the file, and the time to wait for a pipe, are limited."""
+"""Read a run file as text. The size of the file and the time to wait for a pipe are limited."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
 
 
 def failed(finding: Finding) -> Document:
-    """Return an empty document that has only ``finding``, which says why the run file could not be
-    read.
+    """Return an empty document with ``finding`` as its only finding. ``finding`` says why the run
+    file could not be read.
     """
     source = finding.source or Source("run file", "", Path.cwd())
     return Document(source, empty(source), [finding], readable=False)

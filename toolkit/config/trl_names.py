@@ -74,8 +74,8 @@ WHOLE = (
 
 
 class Package(NamedTuple):
-    """A Python package. ``modules`` are its modules, and the package counts as installed if one of
-    them can be found. ``install`` is the requirement that pip gets.
+    """A Python package. It counts as installed if one of its ``modules`` can be found. ``install``
+    is its name for ``pip install``.
     """
 
     modules: tuple[str, ...]
@@ -237,7 +237,7 @@ def _is_there(module: str) -> bool:
 def needed_packages(
     report_to: Sequence[str], optim: str, *, use_liger: bool, cache: str | None = None
 ) -> Iterator[tuple[str, str, Package]]:
-    """Yield (key, value, package) for each of these settings of the grpo section that needs a
+    """Yield (key, value, package) for each of the given settings of the grpo section that needs a
     package. ``cache`` is the value of ``cache_implementation``.
     """
     for tracker in report_to:

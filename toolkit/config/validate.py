@@ -153,8 +153,8 @@ def refusal(document: Document, findings: Sequence[Finding]) -> InputError | Con
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
-    """Return the messages of the jsonschema library about a JSON value that is checked with one of
-    the project's schemas. The list is empty if the value is valid.
+    """Check a JSON value with one of the project's schemas, and return the error messages of the
+    jsonschema library. The list is empty if the value is valid.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - the import takes from 60 ms to a second
     from referencing import Registry  # noqa: PLC0415 - part of jsonschema

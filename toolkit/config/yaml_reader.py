@@ -1,6 +1,6 @@
 """Parse YAML to nodes with positions. Only this module imports PyYAML.
 
-The events of libyaml are read instead of calling PyYAML's function ``compose``. ``compose``
+This module reads libyaml's events and does not call PyYAML's function ``compose``. ``compose``
 recurses in C, so a file of 100,000 brackets would end the process with a segmentation fault. The
 limits on size and depth are far above what a run file needs. With these limits, reading any input
 takes less than one second.

@@ -113,7 +113,7 @@ _TOP = (
              "datasets.type"),
     Row("test_datasets.path", "dataset.eval_path"),
     Row("test_datasets.split", "dataset.eval_split"),
-    *left("a run reads only dataset.path and dataset.eval_path", "test_datasets.*", "datasets.*"),
+    *left("a run reads only the data at dataset.path and dataset.eval_path", "test_datasets.*", "datasets.*"),
     *refused("set dataset.eval_path to the evaluation data", "val_set_size"),
     Row("micro_batch_size", "grpo.per_device_train_batch_size"),
     Row("eval_batch_size", "grpo.per_device_eval_batch_size"),
@@ -133,7 +133,7 @@ _TOP = (
     Row("evals_per_epoch", None, "set grpo.eval_steps and grpo.eval_strategy", refused=True),
     Row("save_total_limit", "runtime.keep_last"),
     Row("output_dir", "runtime.output_dir"),
-    *left("model.dtype: auto uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
+    *left("`model.dtype: auto` uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
           "bfloat16"),
     *left("metrics are written every step", "logging_steps"),
     *left("to resume a run, start the same command again", "resume_from_checkpoint",
@@ -163,7 +163,7 @@ _TOP = (
           "save_safetensors", "low_cpu_mem_usage", "lora_mlp_kernel", "lora_qkv_kernel",
           "lora_o_kernel", "ddp_timeout", "save_only_model", "save_first_step",
           "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *refused("only LoRA weights are trained here; ReLoRA, GaLore on all weights and layer freezing "
+    *refused("a run trains only LoRA weights; ReLoRA, GaLore on all weights and layer freezing "
              "are not supported", "relora_steps", "unfrozen_parameters", "lisa_n_layers"),
     *left("to use fused layer kernels, set grpo.use_liger_kernel",
           "plugins", "liger_rope", "liger_rms_norm",

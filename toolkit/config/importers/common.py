@@ -65,8 +65,8 @@ def targets(value: Any) -> Any:
 
 
 def module_function(name: str) -> str:
-    """Return the name ``package.module.function`` in the form ``package.module:function``. Raises
-    Unfit if ``name`` does not have this form.
+    """Return the dotted name ``package.module.function`` in the form ``package.module:function``.
+    Raises Unfit if ``name`` is not a dotted name.
     """
     head, _, last = name.rpartition(".")
     if not head or not all(part.isidentifier() for part in name.split(".")):
@@ -76,8 +76,7 @@ def module_function(name: str) -> str:
 
 def from_file(path: Any, name: Any) -> str:
     """Return the name of a function in a Python file in the form ``module:function``. The module is
-    the name of the file without its folder. Raises Unfit if that name cannot be the name of a
-    module.
+    the file's name without its folder and ``.py``. Raises Unfit if this is not a valid module name.
     """
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():

@@ -71,8 +71,8 @@ class Row(NamedTuple):
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
-        """Whether ``value`` turns the unsupported feature off that the refused key of this row
-        requests.
+        """Whether ``value`` turns off the unsupported feature to which the refused key of this row
+        belongs.
         """
         return value in ([], {}) or any(
             type(one) is type(value) and one == value for one in self.off
@@ -125,7 +125,7 @@ class Table:
 
     def find(self, key: str) -> Row | None:
         """Return the row for a key of the other tool. If the key has no row of its own, return the
-        row of the longest prefix ``prefix.*`` of the key. Return None if there is no such row.
+        row ``prefix.*`` for the longest prefix of the key. Return None if there is no such row.
         """
         row = self.by_key.get(key)
         while row is None and "." in key:
@@ -202,8 +202,8 @@ class Translation:
         return default if found is None or isinstance(found.value, Computed) else found.value
 
     def reward(self, name: str, note: str, **options: Any) -> None:
-        """Add a reward function with its ``options`` to the run file. ``note`` says where the name
-        comes from.
+        """Add a reward function with its ``options`` to the run file. ``note`` becomes the comment
+        on its line.
         """
         self.rewards.append({"name": name, **({"options": options} if options else {})})
         self.reward_notes.append(note)
@@ -296,7 +296,7 @@ _SPREAD = (
     "(--nproc-per-node)"
 )
 _ONE_PROCESS = "the engine runs in the training process, so there is no vLLM server"
-_FORMAT = "model.dtype: auto uses bfloat16 if the GPU supports it"
+_FORMAT = "`model.dtype: auto` uses bfloat16 if the GPU supports it"
 # Keys of TRL that a run file refuses, but that an imported file can simply leave out.
 _OURS = {
     row.old: row

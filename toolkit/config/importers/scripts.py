@@ -167,7 +167,8 @@ def _rewards(made: Translation) -> None:
             else:
                 made.refuse(
                     entry,
-                    f"{name} is not the name of a function. Define a reward function with a name",
+                    f"{name} is not the name of a function. Write the reward as a function, and "
+                    "use the function's name",
                 )
     if made.modules:
         made.notes.append(
@@ -198,7 +199,7 @@ def _finish(made: Translation) -> None:
             made.write("model.load_in_4bit", True, "Unsloth's default")
     if fast and made.get("model.fast_inference") is None:
         made.write(
-            "runtime.engine", "transformers", "fast_inference is false by default in Unsloth"
+            "runtime.engine", "transformers", "the default of fast_inference is false in Unsloth"
         )
     _rewards(made)
     _data(made)
@@ -293,8 +294,9 @@ def _others() -> Iterator[Row]:
     yield Row(f"{auto}*", None, "a run file has no key for this option", refused=True)
     bits = "BitsAndBytesConfig."
     yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
-    yield Row(f"{bits}*", None, "4-bit always means the nf4 format of bitsandbytes here",
-              computed="4-bit always means the nf4 format of bitsandbytes here")  # fmt: skip
+    yield Row(f"{bits}*", None, "in this toolkit, 4-bit always means the nf4 format of "
+                                "bitsandbytes",
+              computed="in this toolkit, 4-bit always means the nf4 format of bitsandbytes")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
     why = (

@@ -112,7 +112,9 @@ def _finish(made: Translation) -> None:
     _rewards(made)
     split_warmup(made)
     if made.value_of("quant_method") not in (None, "bnb") and "model.load_in_4bit" in made.written:
-        made.notes.append("Only bitsandbytes can quantize the model here (model.load_in_4bit).")
+        made.notes.append(
+            "In this toolkit, only bitsandbytes can quantize the model (model.load_in_4bit)."
+        )
     fit_length(made)
 
 
@@ -186,7 +188,7 @@ _OWN = (
     *left("a run always removes tokens at the start of a prompt that is too long, and counts "
           "such prompts",
           "truncation_strategy"),
-    *left("4-bit always means the nf4 format of bitsandbytes here",
+    *left("in this toolkit, 4-bit always means the nf4 format of bitsandbytes",
           "quant_method", "bnb_4bit_quant_type",
           "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
     *left("the run prepares the data itself", "dataset_num_proc", "load_from_cache_file",

@@ -175,7 +175,7 @@ def called(node: ast.expr) -> str:
 
 
 def owner(node: ast.expr) -> str:
-    """Return the part of the called function's name before the last dot, without its own prefix.
-    For ``FastLanguageModel.from_pretrained``, this is ``FastLanguageModel``.
+    """Return the name of the object of which a method is called. For
+    ``FastLanguageModel.from_pretrained``, this is ``FastLanguageModel``.
     """
     return called(node.value) if isinstance(node, ast.Attribute) else ""

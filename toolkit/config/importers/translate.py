@@ -91,9 +91,9 @@ def _why(entry: Entry, row: Row) -> str:
 
 
 def _evaluate(made: Translation) -> None:
-    """Set the evaluation batch size to num_generations, because it must be a multiple of
-    num_generations. Do so only if the run evaluates, and the default size of 8 is not such a
-    multiple.
+    """Set the evaluation batch size to num_generations if the default size of 8 is not valid. The
+    evaluation batch size must be a multiple of num_generations. Nothing is set if the run does not
+    evaluate.
     """
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
     held_out = made.get("dataset.eval_path") or made.get("dataset.eval_split")

@@ -41,7 +41,7 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewards(made: Translation, key: str = "reward_funcs") -> None:
-    """Add the reward functions that the setting ``key`` names to the run file. The names have the
+    """Add to the run file the reward functions that the setting ``key`` names. The names have the
     same meaning as in TRL's script.
     """
     for entry in made.take(key).values():

@@ -82,9 +82,9 @@ def _interval(value: Any) -> Any:
 
 
 def _resamples(value: Any) -> int:
-    """Return the value of ``grpo.max_resample_times`` for verl's limit. verl's limit counts all
-    sampled batches with the first one, so the result is one less. Raises Unfit for a limit of 0 (in
-    verl: no limit) and for a limit of 1 (verl never samples again).
+    """Return the value of ``grpo.max_resample_times`` for verl's limit. verl's limit includes the
+    first batch, so the result is one less. Raises Unfit for a limit of 0 (in verl: no limit) and
+    for a limit of 1 (verl never samples a batch again).
     """
     if not is_count(value):
         raise Unfit("a run file needs a limit, and the limit must be a positive number")
@@ -288,7 +288,7 @@ ROWS = (
              "algorithm.use_kl_in_reward"),
     Row("algorithm.filter_groups.enable", "grpo.dynamic_sampling"),
     Row("algorithm.filter_groups.max_num_gen_batches", "grpo.max_resample_times",
-        "verl's number includes the first batch, but max_resample_times does not", _resamples),
+        "verl's number includes the first batch, but max_resample_times does not include it", _resamples),
     *left("groups are always filtered by the spread of their weighted rewards",
           "algorithm.filter_groups.*"),
     *left("this setting has no meaning in GRPO",

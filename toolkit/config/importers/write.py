@@ -98,7 +98,7 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return ``text`` with the characters escaped that YAML does not accept inside quotes, such as
+    """Return ``text`` with all characters escaped that YAML does not accept inside quotes, such as
     line ends.
     """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)

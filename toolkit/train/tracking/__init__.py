@@ -45,8 +45,8 @@ it.
 
 
 def named(asked: Any) -> list[str]:
-    """Return the names of the trackers that the value ``asked`` of ``grpo.report_to`` requests.
-    "all" means all installed trackers.
+    """Return the names of the trackers that ``asked`` requests. ``asked`` is the value of
+    ``grpo.report_to``, in which "all" means all installed trackers.
     """
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if names == ["all"]:
@@ -67,10 +67,10 @@ class Tracking:
         self._every = max(1, total // TABLES)
 
     def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """Send the numbers in a row of metrics.jsonl to the trackers.
+        """Send the numbers in ``row``, a row of metrics.jsonl, to the trackers.
 
-        For a training step, ``timings`` is its row of timings.jsonl. Its numbers are sent too,
-        under names that begin with ``timing/``.
+        For a training step, ``timings`` is the step's row of timings.jsonl. The numbers in
+        ``timings`` are sent too, under names that begin with ``timing/``.
         """
         step = int(row["step"])
         values = {name: value for name, value in row.items() if name != "step"}
@@ -98,8 +98,7 @@ class Tracking:
 
     def close(self, *, stopped: bool) -> None:
         """Close the trackers. Wait a limited time until they have sent all rows and tables, then
-        drop the rest. ``stopped`` says whether a signal stopped the run, in which case the time is
-        shorter.
+        drop the rest. The time is shorter if a signal stopped the run (``stopped``).
         """
         for lane in self.lanes:
             lane.finish()
