@@ -157,7 +157,7 @@ def _override(document: Document, text: str) -> None:
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
     """Set the key at the path ``keys`` to ``value``. Missing mappings on the path are created.
     Return an error text if a value on the path cannot contain the next key: it is a scalar, or a
-    list that is too short.
+    list without that item.
     """
     node = root
     for depth, key in enumerate(keys):

@@ -115,9 +115,7 @@ DATA_INITS = {
 
 
 def init_with_engine(init: bool | str) -> str | None:
-    """Return why an adapter with the init_lora_weights ``init`` cannot be used with an engine that
-    shares the base weights with the trainer; None if it can.
-    """
+    """Return why the init_lora_weights ``init`` cannot be used with vLLM; None if it can."""
     if not isinstance(init, str):
         return None
     if init.startswith(REWRITING_INITS):

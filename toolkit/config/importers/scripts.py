@@ -296,7 +296,8 @@ def _others() -> Iterator[Row]:
     yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
     yield Row(f"{bits}*", None, "in this toolkit, 4-bit always means the nf4 format of "
                                 "bitsandbytes",
-              computed="in this toolkit, 4-bit always means the nf4 format of bitsandbytes")  # fmt: skip
+              computed="in this toolkit, 4-bit always means the nf4 format of "
+                       "bitsandbytes")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
     why = (

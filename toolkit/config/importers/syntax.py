@@ -175,7 +175,7 @@ def called(node: ast.expr) -> str:
 
 
 def owner(node: ast.expr) -> str:
-    """Return the name of the object of which a method is called. For
+    """Return the name before the last dot in the name of the called function. For
     ``FastLanguageModel.from_pretrained``, this is ``FastLanguageModel``.
     """
     return called(node.value) if isinstance(node, ast.Attribute) else ""
