@@ -243,7 +243,9 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
     value = json_value(text)
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
+        raise ValueError(
+            'must be a list of objects, or an object {"data": [...]} that contains such a list'
+        )
     if not is_text(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
     inner = [list(row.values()) for row in rows] if _NUL in text else []

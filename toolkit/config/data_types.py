@@ -62,9 +62,9 @@ def too_deep(name: str) -> str:
 class Kind:
     """The type of a column, as the values that were checked so far show it.
 
-    Arrow accepts a boolean after floats, so this class accepts it too. A boolean before floats is
-    always refused, although Arrow refuses it only in two cases: both values are in the same list,
-    or both are directly in the column.
+    Arrow accepts a boolean after floats, so this class accepts it too. This class refuses every
+    boolean before floats. Arrow refuses it only if both are items of the same list, or if both are
+    values of the column itself.
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")

@@ -120,9 +120,10 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
-    """Return those of the names gate_proj, up_proj and down_proj that ``targets`` selects and that
-    PEFT applies only to stacked experts, not to dense layers and shared experts. The set is empty
-    if PEFT does not stack the experts of this ``model_type``.
+    """Return the names in ``targets`` that PEFT applies only to the stacked experts of the model.
+    These can be gate_proj, up_proj and down_proj. PEFT does not apply the returned names to dense
+    layers and shared experts. The set is empty if PEFT does not stack the experts of this
+    ``model_type``.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()

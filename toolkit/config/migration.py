@@ -72,13 +72,13 @@ MOVED: dict[str, Moved] = {
     ),
     "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
     "grpo.unsloth_num_chunks": Moved(
-        None, "Unsloth", "log-probabilities are always computed in chunks here"
+        None, "Unsloth", "the toolkit always computes log-probabilities in chunks"
     ),
     "grpo.unsloth_grpo_mini_batch": Moved(
         None,
         "Unsloth",
-        "set per_device_train_batch_size to a number, or to auto to let the toolkit choose the "
-        "number",
+        "set per_device_train_batch_size to a number, or to auto (the toolkit then chooses the "
+        "number)",
     ),
     "grpo.vllm_sampling_params": Moved(
         None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"

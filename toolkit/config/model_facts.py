@@ -1,5 +1,5 @@
-"""Read the facts about a model that the rules check. They come from the model's config.json and
-from the names of its weights. torch is not needed.
+"""Read the facts about a model that the rules check. The facts come from the model's config.json
+and from the names of its weights. torch is not needed.
 """
 
 from __future__ import annotations

@@ -55,9 +55,8 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """Return the fixes for an unknown key that belongs to another section. That section has a key
-    of the same name, or a key that replaces a key of that name. Return None if no section has such
-    a key.
+    """Return the fixes for a key that is unknown in its section, but that another section has under
+    the same name or under a newer name. Return None if no section has the key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [

@@ -378,9 +378,7 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
 
 
 def head_problem(config: Mapping[str, Any]) -> Problem | None:
-    """Return why vLLM cannot run this config.json's model with a separate lm_head;
-    None if it can.
-    """
+    """Return why vLLM cannot run the model with its untied lm_head; None if it can."""
     kind = config.get("model_type")
     if kind not in ALWAYS_TIED or config.get("tie_word_embeddings", True) is not False:
         return None

@@ -31,8 +31,8 @@ _TRACKER = "a run always writes metrics.jsonl and a report; to use a tracker, se
 
 
 def _steps(value: Any) -> Any:
-    """Return axolotl's number of steps unchanged. Raises Unfit for a value below 1, because axolotl
-    reads such a value as a fraction of an epoch.
+    """Return axolotl's number of steps. Raises Unfit for a value below 1, because such a value is a
+    fraction of an epoch in axolotl.
     """
     if isinstance(value, float) and 0 < value < 1:
         raise Unfit(

@@ -202,8 +202,8 @@ class Translation:
         return default if found is None or isinstance(found.value, Computed) else found.value
 
     def reward(self, name: str, note: str, **options: Any) -> None:
-        """Add a reward function with its ``options`` to the run file. ``note`` becomes the comment
-        on its line.
+        """Add a reward function with its ``options`` to the run file. ``note`` becomes a comment in
+        the run file.
         """
         self.rewards.append({"name": name, **({"options": options} if options else {})})
         self.reward_notes.append(note)

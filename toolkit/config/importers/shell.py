@@ -61,8 +61,8 @@ class _Shell:
 
 
 def scalar(text: str) -> Any:
-    """Return the value of a text on a command line: a number, a boolean, None, a text, or a list or
-    mapping in JSON.
+    """Return the value that a command line argument stands for: a number, a boolean, None, a
+    string, or a list or mapping in JSON.
     """
     if text[:1] in "{[" and text:
         try:

@@ -142,8 +142,8 @@ _OWN = (
     Row("adapters", "lora.adapter_path", convert=_data),
     Row("dataset", "dataset.path", convert=_data),
     Row("val_dataset", "dataset.eval_path", convert=_data),
-    Row("columns", "dataset.prompt", "dataset.prompt and dataset.answer are set to the columns "
-                                     "that this value names",
+    Row("columns", "dataset.prompt", "the prompt column and the answer column that this setting "
+                                     "names become dataset.prompt and dataset.answer",
         convert=later),
     Row("system", "dataset.system"),
     Row("reward_funcs", "reward.functions", convert=later),
