@@ -63,8 +63,8 @@ class Kind:
     """The type of a column, as the values that were checked so far show it.
 
     Arrow accepts a boolean after floats, so this class accepts it too. This class refuses every
-    boolean before floats. Arrow refuses it only if both are items of the same list, or if both are
-    values of the column itself.
+    boolean before a float. Arrow refuses such a boolean only if it is in the same list as the
+    float, or if the boolean and the float are values of the column itself.
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")

@@ -88,9 +88,9 @@ def fit_length(made: Translation) -> None:
     """Set ``model.max_seq_length`` to the sum of the maximum lengths of prompt and completion,
     unless it is already set.
 
-    If the prompt has no maximum length and the completion may have 2048 tokens or more, 1024 tokens
-    are added for the prompt. If the completion is shorter, ``model.max_seq_length`` keeps its
-    default.
+    If the prompt has no maximum length, 1024 tokens are assumed for the prompt. This is done only
+    if the maximum length of the completion is 2048 tokens or more. Otherwise, the default of
+    ``model.max_seq_length`` is kept.
     """
     if "model.max_seq_length" in made.written:
         return
