@@ -1,5 +1,5 @@
-"""Read a run file and the position of each value in it, check its structure, apply the rules, and
-build the frozen RunConfig.
+"""Load a run file: parse it, check its structure, apply the rules, and build the frozen RunConfig.
+The parsers record the position of each value, so that messages can show it.
 
 The trainer and the sizer call ``load_run(path, overrides)``. The names of this package are imported
 on first use. Importing only ``toolkit.config.run_config`` therefore does not import a YAML parser.

@@ -50,9 +50,9 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
 
 
 def inherited(node: Node | None) -> dict[str, Any]:
-    """Return the settings of the adapter in the folder ``lora.adapter_path``. The result maps keys
-    of the ``lora`` section to plain values. ``node`` is the node of ``lora.adapter_path`` in the
-    run file.
+    """Return the settings of the adapter in the folder ``lora.adapter_path``, as a dict from keys
+    of the ``lora`` section to values. The dict is empty if the folder has no readable
+    adapter_config.json. ``node`` is the node of ``lora.adapter_path`` in the run file.
     """
     if node is None or not isinstance(node.value, str):
         return {}
@@ -67,8 +67,8 @@ def inherited(node: Node | None) -> dict[str, Any]:
 
 
 def other_fields(values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the fields of adapter_config.json (``values``) that this toolkit does not
-    read, and that are set to another value than PEFT's default.
+    """Return the names of the fields of adapter_config.json that this toolkit does not read, and
+    whose value is not PEFT's default. ``values`` is the content of adapter_config.json.
     """
     return [
         name
@@ -78,15 +78,17 @@ def other_fields(values: Mapping[str, Any]) -> list[str]:
 
 
 def start_problem(values: Mapping[str, Any]) -> Problem | None:
-    """Why training cannot start from an adapter with this adapter_config.json (``values``); None if
-    it can. Validation and the loader both call this function.
+    """Return the reason why training cannot start from an adapter; None if it can. ``values`` is
+    the content of the adapter's adapter_config.json. Validation and the loader both call this
+    function.
     """
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(REWRITING_INITS):
         return Problem(
             "lora.adapter_path",
-            f"the adapter was initialized with {init}, which rewrote the base weights: its tensors"
-            " belong to the rewritten base, not to the checkpoint that model.model_name names",
+            f"the adapter was initialized with {init}, which rewrote the base weights. The "
+            "adapter fits only the rewritten base weights, not the checkpoint that "
+            "model.model_name names",
             hint="convert the adapter with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion="
             "...), or start from an adapter with init_lora_weights true",
@@ -95,8 +97,8 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
         if values.get(name):
             return Problem(
                 "lora.adapter_path",
-                f"the adapter sets {name}, for which the lora section has no key, so the size and"
-                " the layers of the adapter would differ from those in the run file",
+                f"the adapter sets {name}, but the lora section has no key for {name}. The "
+                "adapter's size and layers would differ from those in the run file",
                 hint="start from an adapter on linear layers that sets only keys of the lora"
                 " section",
             )

@@ -22,8 +22,8 @@ _BODY_LENGTH = 3  # the number of the field bodyLength of the table Message (Mes
 
 
 def arrow_fault(file: IO[bytes]) -> str | None:
-    """Return a text that says what is wrong with the framing of ``file``; None if no fault was
-    found.
+    """Return a text that says what is wrong with the framing of the Arrow file ``file``; None if no
+    fault was found.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -64,11 +64,11 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
 
 
 def _body_length(metadata: bytes) -> int:
-    """Return the length in bytes of a message's body. It is a field of the message's ``metadata``.
+    """Return the length in bytes of a message's body, as the message's ``metadata`` states it.
 
-    The metadata is a flatbuffer. A flatbuffer begins with the position of its root table. The table
-    begins with the distance from its vtable, which precedes it and contains the offset of each
-    field.
+    The metadata is a flatbuffer. A flatbuffer begins with the position of its root table. The root
+    table begins with its distance to its vtable. The vtable precedes the root table and contains
+    the offset of each field.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)
     (back,) = struct.unpack_from("<i", metadata, table)

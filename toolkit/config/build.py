@@ -1,5 +1,5 @@
-"""Build the frozen RunConfig from a validated document. A relative path is resolved against the
-folder of the file that contains the path.
+"""Build the frozen RunConfig from a validated document. Relative paths in a file are resolved
+against the folder of that file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_pa
 
 
 def build_config(document: Document) -> RunConfig:
-    """Return the run as a frozen RunConfig. The document must have no errors."""
+    """Return the frozen RunConfig of ``document``, which must not have errors."""
     root = document.root
     sections = {
         name: _section(root.value.get(name))
@@ -71,9 +71,9 @@ def build_config(document: Document) -> RunConfig:
 def _with_scorer(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
-    """Return ``rewards`` with the environment's own reward appended, unless ``rewards`` already
-    contains that reward. This is the case if the user set the weight of that reward in the run
-    file, or if the run file is the config.json of an earlier run.
+    """Return ``rewards`` with the environment's own reward appended. Return ``rewards`` unchanged
+    if it already contains the environment's reward. This is the case if the run file sets the
+    weight of that reward, or if the run file is the config.json of an earlier run.
     """
     if environment is None or any(one.name == environment.adapter for one in rewards):
         return rewards
@@ -96,8 +96,8 @@ def _value(key: str, node: Node) -> Any:
 
 
 def freeze(value: Any) -> Any:
-    """Return a read-only copy of a value: at every level, lists become tuples and mappings become
-    read-only views.
+    """Return a read-only copy of a value. At every level, lists become tuples, and mappings become
+    read-only mappings.
     """
     if isinstance(value, dict):
         frozen: Mapping[str, Any] = MappingProxyType(
@@ -110,8 +110,8 @@ def freeze(value: Any) -> Any:
 
 
 def thaw(value: Any) -> Any:
-    """Undo ``freeze``: return the value with plain lists and dicts, which JSON and some libraries
-    require.
+    """Undo ``freeze``: return a copy of the value with plain lists and dicts. JSON and some
+    libraries require these types.
     """
     if isinstance(value, (dict, MappingProxyType)):
         return {key: thaw(below) for key, below in value.items()}

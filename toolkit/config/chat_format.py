@@ -1,12 +1,12 @@
-"""Resolve ``dataset.chat``, which says whether prompts that are plain text become user messages.
+"""Resolve ``dataset.chat``, which says whether plain text prompts become user messages.
 
-``auto`` means true if the tokenizer has a chat template, because the model was then trained on
-chats. Lists of messages in the prompt column are always treated as chats. ``dataset.system`` does
-not change the meaning of ``auto``: if prompts do not become messages, the system text is put before
-each prompt.
+"auto" means true if the tokenizer has a chat template, because a model with a chat template was
+trained on chats. If the prompt column contains lists of messages, they are always treated as chats.
+The meaning of "auto" does not depend on ``dataset.system``. If prompts stay plain text, the system
+text is put before each prompt.
 
-``usable`` is the only function that decides whether a tokenizer has a chat template. It is used
-both for the files of a tokenizer and for a loaded tokenizer.
+The function ``usable`` decides whether a chat template can be used, both for the files of a
+tokenizer and for a loaded tokenizer.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CHATS_WITHOUT_TEMPLATE_FIX = (
 
 
 def usable(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` can render chats. It can if it consists of one
-    template, or of several templates of which one is named "default". ``template`` is the value of
-    ``chat_template``, either of a loaded tokenizer or in tokenizer_config.json.
+    """Whether chats can be rendered with ``template``, the ``chat_template`` of a loaded tokenizer
+    or of tokenizer_config.json. Chats can be rendered with a single template, and with a collection
+    of templates if one of them is named "default".
     """
     if isinstance(template, str):
         return bool(template)
@@ -71,9 +71,9 @@ def template_in(folder: Path) -> bool | None:
 
 
 def template_of(model_name: str, revision: str | None = None) -> bool | None:
-    """Whether the tokenizer of a model has a chat template. ``model_name`` is a model folder or a
-    hub id, which is looked up in the hub cache. None if the model is not on this machine. Nothing
-    is downloaded.
+    """Whether the tokenizer of a model has a chat template; None if the model is not on this
+    machine. ``model_name`` is a model folder or a hub id. A hub id is looked up in the hub cache,
+    and nothing is downloaded.
     """
     folder = Path(model_name)
     if not (folder / "config.json").is_file():
@@ -85,8 +85,8 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
 
 
 def chosen(chat: bool | str, template: bool | None) -> bool | None:
-    """Return ``dataset.chat`` with "auto" resolved. ``template`` says whether the tokenizer has a
-    chat template, and is None if the tokenizer is not available. Then the result of "auto" is None.
+    """Return ``dataset.chat`` with "auto" resolved. "auto" becomes ``template``, which says whether
+    the tokenizer has a chat template. ``template`` is None if the tokenizer is not available.
     """
     return chat if isinstance(chat, bool) else template
 

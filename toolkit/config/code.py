@@ -1,5 +1,5 @@
-"""Find a user's function or class ``module:name`` and read its source. The module is never
-imported, because importing would run it.
+"""Find the function or class that a user names as ``module:name``, and read its source. The module
+is never imported, because importing would run its code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ MAX_SOURCE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A function as its source code defines it. ``parameters`` is None if the module defines the
-    name, but not by a plain ``def``.
+    """A function as its source code defines it. ``parameters`` is None if the parameters cannot be
+    read from the source, for example if the function has a decorator or is defined by an
+    assignment.
     """
 
     name: str
@@ -47,16 +48,18 @@ def is_allowed(module: str, allow_code: Iterable[str]) -> bool:
 
 
 def find_function(module: str, name: str, folder: Path) -> Found:
-    """Return the function ``name`` of ``module``. The module is searched for next to the run file
-    (in ``folder``), then on the Python path.
+    """Return what the source code of ``module`` says about the function ``name``. The module is
+    searched for in ``folder`` (the folder of the run file), then on the Python path.
     """
     read = _parsed(module, name, folder)
     return read if isinstance(read, Found) else _in_tree(read[0], name, read[1])
 
 
 def find_name(module: str, name: str, folder: Path, path: Sequence[str] | None = None) -> Found:
-    """Return any ``name`` that ``module`` defines or imports: a class, ``__all__``. ``path`` is the
-    Python path of another interpreter.
+    """Look for ``name`` in the source code of ``module``. ``name`` can be any name that the module
+    defines or imports, such as a class or ``__all__``. The ``problem`` of the result says why the
+    name was not found; None if it was found. ``path`` is the Python path to search; None means that
+    of this interpreter.
     """
     read = _parsed(module, name, folder, path)
     if isinstance(read, Found):
@@ -74,7 +77,9 @@ def find_name(module: str, name: str, folder: Path, path: Sequence[str] | None =
 def _parsed(
     module: str, name: str, folder: Path, path: Sequence[str] | None = None
 ) -> Found | tuple[ast.Module, Path]:
-    """Return the syntax tree of ``module`` and its file, or why there is none."""
+    """Return the syntax tree of ``module`` and the path of its file. If there is no syntax tree,
+    return a ``Found`` with the reason.
+    """
     file = module_file(module, folder, path)
     if file is None:
         return Found(
@@ -95,8 +100,8 @@ def _parsed(
 
 
 def module_file(module: str, folder: Path, path: Sequence[str] | None = None) -> Path | None:
-    """Return the file of the module with this dotted name; None if the module was not found. No
-    package is imported. ``path`` is the Python path, by default that of this interpreter.
+    """Return the file of a module by its dotted name; None if the module was not found. No package
+    is imported. ``path`` is the Python path to search; None means that of this interpreter.
     """
     parts = module.split(".")
     beside = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
@@ -114,7 +119,9 @@ def module_file(module: str, folder: Path, path: Sequence[str] | None = None) ->
 def _names(
     tree: ast.Module,
 ) -> tuple[dict[str, ast.FunctionDef | ast.AsyncFunctionDef], set[str]]:
-    """The functions of a module, and all other names that it may define."""
+    """Return the functions at the top level of a module by name, and the set of all other names
+    that the module may define.
+    """
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = {}
     others: set[str] = set()
     for statement in ast.walk(tree):

@@ -1,5 +1,5 @@
-"""Read from the files of a data set what the rules check: its columns, and how many prompts are
-empty or repeated.
+"""Read the facts that the rules check from the files of a data set: its columns, and how many
+prompts are empty or repeated.
 
 JSONL, JSON and CSV files are read up to a limit. From Parquet files and saved folders, only the
 column names are read. Data sets on the hub are not read.
@@ -39,8 +39,9 @@ NO_DATA = "the run file names no data set, so there are no prompts to train on"
 
 
 def data_of(document: Document, key: str) -> DataFacts | None:
-    """Return the facts of the data at ``dataset.path`` or ``dataset.eval_path``; None if this path
-    does not exist. ``key`` is "path" or "eval_path".
+    """Return the facts of the data set at ``dataset.path`` (``key`` is "path") or
+    ``dataset.eval_path`` (``key`` is "eval_path"). Return None if the key is not set or its path
+    does not exist.
     """
     node = document.node(("dataset", key))
     if node is None or not isinstance(node.value, str):
@@ -66,8 +67,8 @@ def _limit(document: Document, key: str) -> int | None:
 
 
 def _leads_nowhere(path: Path) -> bool:
-    """Whether a path is a symbolic link whose target does not exist here. The target may still
-    exist on the machine that trains, so this is not a fault.
+    """Whether a path is a symbolic link whose target does not exist on this machine. Such a link is
+    not an error, because its target may exist on the machine that trains.
     """
     try:
         path.stat()
@@ -85,8 +86,9 @@ def _text(document: Document, key: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, wanted: Wanted, split: str, _stamp: tuple[int, int]) -> DataFacts:
-    """Read the facts of the file at ``path``. ``_stamp`` changes with the file, so that the cache
-    does not return the facts of an older version.
+    """Return the facts of the data file or saved folder at ``path``. The result is cached.
+    ``_stamp`` is the time of the last change and the size of the file. It is part of the cache key,
+    so that a changed file is read again.
     """
     try:
         return _facts(path, wanted, split)
@@ -147,9 +149,9 @@ def _archive(path: Path) -> DataFacts:
 
 
 def _unpack_on(file: IO[bytes]) -> None:
-    """Continue reading a compressed file until the check for decompression bombs applies. That
-    check applies only after a certain number of bytes. Raises InputError if the file is a
-    decompression bomb.
+    """Unpack more of a compressed file, to find out whether it is a decompression bomb. The check
+    for decompression bombs starts only after a minimum number of unpacked bytes, so this function
+    reads beyond that number. Raises InputError if the file is a decompression bomb.
     """
     left = RATIO_FREE_BYTES + 2 * READ_BYTES
     while left > 0 and (chunk := file.read(READ_BYTES)):
@@ -157,7 +159,7 @@ def _unpack_on(file: IO[bytes]) -> None:
 
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
-    """Return the columns of a data set that ``save_to_disk`` of the datasets library wrote to
+    """Return the column names of a data set that ``save_to_disk`` of the datasets library wrote to
     ``folder``; None if they are unknown.
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only saved folders need it

@@ -1,7 +1,8 @@
-"""Scan the first rows of a text file of data (JSONL, JSON, CSV). The scan finds the columns, and
-the first row that training would refuse.
+"""Scan the first rows of a JSONL, JSON or CSV file. The scan finds the columns, and the first row
+that training would refuse.
 
-This scan and training report a refused row with the same messages (``config.data_types``).
+The scan and training report a refused row with the same messages, which are defined in
+``config.data_types``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _NUL = "\\u0000"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The columns that a run reads, and the number of rows that it reads (None: all)."""
+    """The columns that a run reads from a data file, and the maximum number of rows that it reads
+    (None: all rows).
+    """
 
     prompt: str
     answer: str | None = None
@@ -45,8 +48,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Facts of a data file. ``columns`` is None if the columns cannot be read from this type of
-    file. The counts include only the rows that were read.
+    """Facts of a data file. ``columns`` is None if the column names cannot be read. The counts
+    include only the rows that were read.
     """
 
     path: Path
@@ -74,8 +77,8 @@ Row = tuple[str, dict[str, Any]]
 
 
 class _Types:
-    """Find the first row whose values have other types than in earlier rows, or whose prompt is not
-    valid.
+    """Finds the first row that has an invalid prompt, or a value of another type than the earlier
+    values in its column.
     """
 
     def __init__(self, wanted: Wanted) -> None:
@@ -240,7 +243,9 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
     value = json_value(text)
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('must be a list of objects, or {"data": [...]} with such a list')
+        raise ValueError(
+            'must be a list of objects, or an object {"data": [...]} that contains such a list'
+        )
     if not is_text(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
     inner = [list(row.values()) for row in rows] if _NUL in text else []

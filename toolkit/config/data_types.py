@@ -1,7 +1,9 @@
-"""Check the rows of a data set: one type per column, and prompts that are texts or chats.
+"""Check the rows of a data set. All values of a column must have one type, and prompts must be
+texts or chats.
 
-Validation works without pyarrow and training works with it, but both report problems with these
-messages. A test checks that this module accepts the same types in a column as pyarrow.
+Validation and training report problems with the messages of this module. Training also uses
+pyarrow, but validation does not import it. A test therefore checks that this module accepts the
+same types in a column as pyarrow.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ _WORDS = {
 
 
 def kind_of(value: Any) -> str:
-    """Return the name of a JSON value's type, for messages."""
+    """Return the name of the type of a JSON value, for messages."""
     return "null" if value is None else _WORDS.get(type(value), "a number")
 
 
 def misfit(name: str, value: Any, first: Any) -> str:
-    """Return the message for a ``value`` whose type differs from that of ``first``, an earlier
-    value of column ``name``.
+    """Return the message for a ``value`` of column ``name`` whose type differs from the type of
+    ``first``, which is an earlier value of the column.
     """
     before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
     held = f"column {name!r} has {kind_of(value)} in this row{before}"
@@ -49,20 +51,20 @@ class Misfit(Exception):
 
 
 class TooDeep(Misfit):
-    """Raised if a value is in more than ``MAX_DEPTH`` lists and objects."""
+    """Raised if a value is nested in more than ``MAX_DEPTH`` lists and objects."""
 
 
 def too_deep(name: str) -> str:
-    """The message for a column that is nested too deeply."""
+    """Return the message for a column whose values are nested too deeply."""
     return f"column {name!r} is nested deeper than {MAX_DEPTH} levels"
 
 
 class Kind:
-    """The type that the values of a column have had so far.
+    """The type of a column, as the values that were checked so far show it.
 
-    A boolean after floats is accepted, because Arrow accepts it too. A boolean before floats is not
-    accepted, because Arrow refuses it if both values are in the same list or directly in the
-    column.
+    Arrow accepts a boolean after floats, so this class accepts it too. This class refuses every
+    boolean before a float. Arrow refuses such a boolean only if it is in the same list as the
+    float, or if the boolean and the float are values of the column itself.
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")

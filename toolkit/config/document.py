@@ -67,8 +67,8 @@ def empty(source: Source) -> Node:
 
 @dataclass(slots=True)
 class Document:
-    """A loaded run file: its tree of nodes, and the findings that loading produced. The files that
-    ``extends`` names and the ``--set`` overrides are already merged into the tree.
+    """A loaded run file: its tree of nodes, and the findings of the loading. The tree already
+    contains the values of the base files (key ``extends``) and of the ``--set`` overrides.
     """
 
     source: Source

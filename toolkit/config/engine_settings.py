@@ -7,16 +7,16 @@ default and its ``Option`` define the option completely. The following are deriv
 - the option's schema in ``schemas/run.schema.json`` (``just schemas`` writes it there),
 - the field of the run file's ``ModelSection``,
 - the argument that vLLM gets (``EngineOptions``),
-- the default and the checks of ``from_pretrained``,
+- the default of ``from_pretrained`` and its checks of the value,
 - whether the key has no effect without an engine, and whether `envcheck size --write` sets it.
 
-To add an option, add a field here and run ``just schemas``. Some options need more:
+To add an option, add a field here and run ``just schemas``. Three kinds of options need more:
 
-- An option that changes how much memory the engine uses: a field of ``EnginePlan``, set in
-  ``sizing.engine_plan``, and a term that reads it (``sizing.engine_bytes``).
-- A ``sized`` option, whose "auto" the sizer resolves: a field of ``sizing.result.Choice``, set in
-  ``sizing.assemble._choice``.
-- An option without a name in vLLM, which the toolkit implements itself: ``engine.start``.
+- If the option changes how much memory the engine uses, add a field to ``EnginePlan``, set the
+  field in ``sizing.engine_plan``, and read it in ``sizing.engine_bytes``.
+- If the sizer chooses the value for "auto" (``sized``), add a field to ``sizing.result.Choice``,
+  and set it in ``sizing.assemble._choice``.
+- If vLLM does not have the option, implement it in ``engine.start``.
 """
 
 # ruff: noqa: RUF009 - _option makes a dataclass field, as dataclasses.field does
@@ -42,12 +42,12 @@ which only vLLM checks.
 class Option(NamedTuple):
     """The properties of one option besides its name, type and default.
 
-    ``api`` is the default of ``from_pretrained``; if it is None, vLLM chooses the value. ``vllm``
-    is the name of the argument of ``vllm.LLM``; if it is None, vLLM does not get the option,
-    because the toolkit implements the option itself. ``values`` maps a value of the option to the
-    value of that argument; if it maps the value to None, vLLM does not get the argument. ``sized``
-    says whether `envcheck size` chooses a value for "auto" (and writes it to the run file with
-    ``--write``).
+    ``api`` is the default of ``from_pretrained``. None means that vLLM chooses the value. ``vllm``
+    is the name of the argument of ``vllm.LLM`` that gets the option's value. None means that vLLM
+    has no such argument, and the toolkit implements the option itself. ``values`` maps the option's
+    value to the value of the vLLM argument. If the result is None, the argument is not passed.
+    ``sized`` says whether `envcheck size` chooses a value for "auto" (and writes it to the run file
+    with ``--write``).
     """
 
     kind: Kind
@@ -247,8 +247,8 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiEngineSettings(EngineSettings):
-    """The engine options of ``from_pretrained``: the engine options of a run file, and four more
-    options of vLLM that only a script can set.
+    """The engine options of ``from_pretrained``. These are the engine options of a run file, and
+    four more options of vLLM that a run file cannot set.
     """
 
     disable_log_stats: bool = _option(True, "switch", api=True, vllm="disable_log_stats")

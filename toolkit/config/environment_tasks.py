@@ -1,5 +1,5 @@
-"""Whether the task of an environment exists, as far as files show. No code of a package or of the
-user is run.
+"""Check whether the task of an environment exists. The check only reads files. It does not run code
+of a package or of the user.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _NAME = re.compile(
 
 
 class Missing(NamedTuple):
-    """Why a task cannot be used. ``unknown``: it may exist where the run will train. ``near``: the
-    task that may be meant.
+    """The reason (``problem``) why a task cannot be used. ``unknown`` is True if the task could not
+    be checked on this machine; it may exist on the machine that trains. ``near`` is the most
+    similar name of an existing task, as a suggestion.
     """
 
     problem: str
@@ -35,10 +36,11 @@ class Missing(NamedTuple):
 
 
 def missing_task(adapter: str, task: str, python: str | None, folder: Path) -> Missing | None:
-    """What is wrong with ``task``; None if it exists, or if nothing can be found out.
+    """Return why the task ``task`` cannot be used. Return None if the task exists, or if this
+    cannot be determined.
 
-    Modules are searched in ``folder``, that of the run file, and where the interpreter of the
-    environment has its packages.
+    The task's module is searched for in ``folder`` (the folder of the run file), and in the
+    packages of the environment's interpreter ``python`` (None: the current interpreter).
     """
     path = None if python is None else [str(place) for place in site_packages(python)]
     if adapter == "reasoning_gym":
@@ -72,8 +74,9 @@ def _missing_problem(task: str, path: Sequence[str] | None) -> Missing | None:
 
 
 def task_names(path: Sequence[str] | None = None) -> set[str]:
-    """The tasks of the reasoning-gym that is installed here or in a folder of ``path``, read from
-    its source; empty if it is not installed.
+    """Return the names of the tasks in the installed reasoning-gym package, as its source code
+    defines them. The set is empty if reasoning-gym is not installed. ``path`` lists the folders in
+    which the package is searched for; None means the Python path of this interpreter.
     """
     package = ADAPTERS["reasoning_gym"].modules[0]
     folders = [package_folder(package)] if path is None else [Path(one) / package for one in path]

@@ -1,5 +1,6 @@
-"""Define the environment adapters, and the Python packages that a run needs. An environment
-is a package of tasks. An environment adapter connects one kind of environment to the toolkit.
+"""List the environment adapters, and find the Python packages that a run needs but that are not
+installed. An environment is a package of tasks. An environment adapter connects one kind of
+environment to the toolkit.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def task_module(adapter: str, task: str) -> str | None:
 
 
 def missing_package(adapter: str, python: str | None) -> Package | None:
-    """Return the Python package that an environment adapter needs, if the interpreter ``python``
-    (None: the current one) cannot find it. Return None if the package is installed, or if this
-    cannot be determined. Only the files of the interpreter's virtual environment are inspected.
-    Nothing is imported and no interpreter is started.
+    """Return the Python package that an environment adapter needs, if it is not installed for the
+    interpreter ``python`` (None: the current one). Return None if the package is installed, or if
+    this cannot be determined.
+
+    Only the files of the interpreter's virtual environment are inspected. Nothing is imported and
+    no interpreter is started.
     """
     package = ADAPTERS[adapter]
     if python is None:
@@ -49,13 +52,16 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
 
 
 def site_packages(python: str) -> list[Path]:
-    """The folders in which the interpreter of a virtual environment finds its packages."""
+    """Return the site-packages folders of the virtual environment to which the interpreter
+    ``python`` belongs.
+    """
     return list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
 
 
 def absent(config: RunConfig) -> tuple[str, ...]:
-    """Return one text for each missing package of a run: the name of the package, and the command
-    that installs it. The packages are those of its trackers, its optimizer and its environment.
+    """Return one text for each package that the run needs and that is not installed. Each text
+    contains the name of the package and the command that installs it. The trackers, the optimizer
+    and the environment of a run can need packages.
     """
     section = config.environment
     missing = None if section is None else missing_package(section.adapter, section.python)
@@ -70,7 +76,7 @@ def absent(config: RunConfig) -> tuple[str, ...]:
 
 
 def is_interpreter(python: str) -> bool:
-    """Whether the path ``python`` is an executable file."""
+    """Whether ``python`` is the path of an executable file."""
     return Path(python).is_file() and os.access(python, os.X_OK)
 
 

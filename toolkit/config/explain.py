@@ -1,5 +1,5 @@
-"""Make the texts of `envcheck explain`: explanations of rules, run file keys, metrics and
-exit codes.
+"""Write the texts of `envcheck explain`, which explain rules, run file keys, metrics and exit
+codes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo"
 
 
 def explain(asked: str) -> str | None:
-    """Return the explanation of a rule id, a key or a metric (in full, or only its last part),
-    ``exit-codes``, ``rules`` or ``metrics``.
+    """Return the explanation of ``asked`` as text; None if there is no such explanation.
 
-    Return None if ``asked`` is none of these.
+    ``asked`` is the id of a rule, the name of a key or metric, or one of the topics ``exit-codes``,
+    ``rules`` and ``metrics``. For a key or metric, the last part of the name is enough.
     """
     word = asked.strip()
     if word == "exit-codes":
@@ -42,8 +42,9 @@ def explain(asked: str) -> str | None:
 
 
 def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
-    """Return the error for a word that has no explanation. The fix of the error suggests the most
-    similar word that has an explanation. ``more`` are additional words that can be suggested.
+    """Return the error for the word ``asked``, which has no explanation. The fix of the error
+    suggests the most similar word that has an explanation. ``more`` are additional words that may
+    be suggested.
     """
     names = [*all_rules(), *(name for name, _ in all_keys()), *more, *metrics.names()]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]
@@ -72,7 +73,7 @@ def rule_list() -> str:
 
 
 def about_rule(rule: Rule) -> str:
-    """Return the full explanation of a rule."""
+    """Return the full explanation of a rule as text."""
     lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
     if rule.why:
         lines += ["", *wrapped(rule.why)]
@@ -88,8 +89,8 @@ def about_rule(rule: Rule) -> str:
 
 
 def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and schema of every section and key of a run file, including the keys of a
-    reward.
+    """Yield the name and schema of every section and key of a run file, including the keys of each
+    reward function.
     """
     properties = find_schema("run")["properties"]
     yield "extends", properties["extends"]
@@ -103,8 +104,8 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def about_keys(asked: str) -> str | None:
-    """Return the explanation of the key ``asked``. If ``asked`` is the last part of several keys,
-    all of them are explained. Return None if there is no such key.
+    """Return the explanation of the key ``asked`` as text; None if there is no such key. If
+    ``asked`` is not a full name, all keys whose last part is ``asked`` are explained.
     """
     found = [(name, schema) for name, schema in all_keys() if name == asked]
     if not found:
@@ -113,8 +114,8 @@ def about_keys(asked: str) -> str | None:
 
 
 def about_key(name: str, schema: dict[str, Any]) -> str:
-    """Return a text with the meaning of a key, its type, default, unit and examples, and the rules
-    that check it.
+    """Return the explanation of one key as text: its meaning, type, default, unit and examples, and
+    the rules that check it.
     """
     lines = [name, *wrapped(schema["description"])]
     if "x-refused" in schema:

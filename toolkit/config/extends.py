@@ -1,12 +1,12 @@
 """Check base files. The base file of a run file is the file that its key ``extends`` names. A base
-file must itself be a run file. It must be below the folder of the loaded run file, or below a
+file must itself be a run file. It must be in or below the folder of the loaded run file, or a
 folder that the environment variable TOOLKIT_EXTENDS_FROM lists.
 
 Without these checks, a run file from someone else could name a private file (``extends:
-/etc/shadow``), and an error message would print lines of that file. The location of a base file is
-therefore checked before the file is read. All symbolic links in its path are resolved first. If a
-base file is not a run file, the message contains the position of the problem, but no text of the
-file.
+/etc/shadow``), and an error message would print lines of that private file. The location of a base
+file is therefore checked before the file is read, after all symbolic links in its path were
+resolved. If a base file is not a run file, the error message contains the position of the problem,
+but no text of the base file.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def allowed_folders(root: Path) -> list[Path]:
 
 
 def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
-    """Return a finding if a base file must not be read; None if it may be read. ``path`` is the
-    path of the base file with symbolic links resolved, ``node`` is the value of ``extends``, and
-    ``root`` is the folder of the run file.
+    """Return a finding if a base file is outside the allowed folders or does not have the name of a
+    run file; None if it may be read. ``path`` is the path of the base file with symbolic links
+    resolved. ``node`` is the value of ``extends``. ``root`` is the folder of the run file.
     """
     if not any(path.is_relative_to(folder) for folder in allowed_folders(root)):
         return finding_at(
@@ -64,8 +64,8 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             node,
             f"extends: {node.value} is outside the run file's folder {root.resolve()}",
             Fix(
-                "move the file below that folder, or allow its folder by setting "
-                f"{VARIABLE}={path.parent}"
+                f"move the base file into that folder, or set {VARIABLE}={path.parent} to allow "
+                "its current folder"
             ),
         )
     if path.suffix.lower() not in FORMATS:
@@ -74,7 +74,7 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
             "DOC017",
             node,
             f"extends: {node.value} is not a run file: its name must end in one of {ends}",
-            Fix(f"set extends to a file whose name ends in {ends}, for example base.yaml"),
+            Fix(f"set `extends` to a file whose name ends in {ends}, for example base.yaml"),
         )
     try:
         mode = path.stat().st_mode
@@ -103,15 +103,15 @@ def content_fault(base: Document, node: Node) -> Finding | None:
         node,
         f"extends: {node.value} is not a run file: it {what}",
         Fix(
-            "set extends to a run file, or run `envcheck validate` on this file to see what is "
-            "wrong with it"
+            "set `extends` to a run file, or run `envcheck validate` on the base file and "
+            "correct its errors"
         ),
     )
 
 
 def real_path(node: Node) -> Path | None:
-    """Return the path that ``extends`` names, with symbolic links resolved; None if the links form
-    a loop.
+    """Return the path that ``extends`` names, with symbolic links resolved; None if the symbolic
+    links form a loop.
     """
     try:
         return Path(node.source.folder, node.value).resolve(strict=False)
@@ -120,10 +120,10 @@ def real_path(node: Node) -> Path | None:
 
 
 def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
-    """Check whether the base file ``path`` may be loaded after the files in ``chain``. In
-    ``chain``, each file is the base file of the file before it. Return None if ``path`` is not yet
-    in the chain and the chain has fewer than ``most`` files. Otherwise, return the file names as
-    text.
+    """Check whether the base file ``path`` may be loaded. ``chain`` lists the files that were
+    loaded so far: each file is the base file of the previous one. Return None if ``path`` may be
+    loaded. Return the names of the files as text if ``path`` is already in ``chain``, or if
+    ``chain`` has ``most`` or more files.
     """
     if path in [seen.resolve() for seen in chain] or len(chain) >= most:
         return " -> ".join(seen.name for seen in [*chain, path])

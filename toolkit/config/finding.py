@@ -1,5 +1,5 @@
-"""Define the results of validation: a finding has a message, a position, notes with the
-computation, and fixes.
+"""Define the results of validation. A finding has a message, a position, notes and fixes. The notes
+show the computation that led to the finding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Severity(StrEnum):
-    """The severity of a finding. An error prevents the run. A warning prevents the run only with
-    ``--strict``.
+    """The severity of a finding. An error prevents the run. A warning prevents the run only if
+    ``--strict`` is given.
     """
 
     ERROR = "error"
@@ -23,7 +23,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A change of a source text: the characters from ``start`` to ``end`` are replaced by
+    """One change of a source text. The characters from ``start`` to ``end`` are replaced by
     ``text``.
     """
 
@@ -34,15 +34,16 @@ class Edit:
 
 
 def rename(source: Source, key: Position, name: str) -> Edit:
-    """Return the edit that renames the key at position ``key`` to ``name``."""
+    """Return the edit that renames a key to ``name``. ``key`` is the position of the key."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One possible fix of a finding. ``text`` describes the fix. ``edits`` are the changes that
-    apply it; there are none if replacing scalars and keys is not enough. ``moved`` is the old and
-    the new text that ``--fix`` prints; it is set only if the edits do not show what was moved.
+    """One possible fix of a finding. ``text`` describes the fix. ``edits`` are the changes of the
+    source text that apply the fix. ``edits`` is empty if the fix needs more than changes of scalars
+    and keys. ``moved`` is a pair (old text, new text) that ``--fix`` prints, or None if ``--fix``
+    prints the texts of the edits.
     """
 
     text: str
@@ -77,8 +78,8 @@ class Finding:
 
     @property
     def place(self) -> str:
-        """The position as text: ``run.yaml:12:20``, or ``run.yaml`` for the whole file, or the
-        ``--set`` argument itself.
+        """The position as text. This is ``run.yaml:12:20`` for a line and column, ``run.yaml`` for
+        the whole file, and the argument itself for a ``--set`` argument.
         """
         name = self.source.name if self.source else "run file"
         if self.mark is None or (self.source is not None and self.source.is_override):
@@ -93,8 +94,8 @@ class Finding:
 def error_finding(
     rule: str, message: str, source: Source, mark: Position | None = None, *fixes: Fix
 ) -> Finding:
-    """Return a finding with the severity error, for a problem found while reading a text. ``mark``
-    None means that the problem concerns the whole text.
+    """Return a finding with the severity error, for a problem found while reading a text. If
+    ``mark`` is None, the problem concerns the whole text.
     """
     return Finding(
         rule=rule,

@@ -25,8 +25,9 @@ _HIDDEN = "[hidden]"
 
 
 def rule_page(rule: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the URL of a rule's page in the documentation. TOOLKIT_DOCS_URL must contain the URL
-    of the documentation's front page; if it is not set, return None.
+    """Return the URL of a rule's documentation page. Return None if the environment variable
+    TOOLKIT_DOCS_URL is not set. TOOLKIT_DOCS_URL contains the URL of the documentation's front
+    page.
     """
     base = environ.get(DOCS_VARIABLE, "").rstrip("/")
     return f"{base}/reference/rules/{rule}/" if base else None
@@ -37,13 +38,13 @@ def _plain(text: str, _role: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Replace characters that control a terminal."""
+    """Return ``text`` with control characters of terminals replaced."""
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shown_line(source: Source, mark: Position) -> str:
-    """Return the source line at a position, with secrets hidden. A long line is shortened to the
-    part around the column.
+    """Return the source line that contains the position ``mark``, with secrets hidden. Only the
+    part near the position is returned if the line is long.
     """
     line = source.lines[mark.line - 1]
     start = mark.start - (mark.column - 1)
@@ -70,7 +71,8 @@ def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = 
     """Return the findings as text. Each finding has a first line, the source line, notes, and
     fixes.
 
-    ``paint(text, role)`` returns a piece of text with colours; the role is error, warning or place.
+    ``paint(text, role)`` returns ``text`` with the colour of ``role``, which is error, warning or
+    place.
     """
     return "\n".join(_one(found, paint) for found in findings)
 
@@ -91,8 +93,8 @@ def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
 
 
 def render_github(findings: Sequence[Finding]) -> str:
-    """Return one GitHub workflow command per finding, one per line (docs.github.com, workflow
-    commands for actions).
+    """Return the findings as GitHub workflow commands, one line per finding (docs.github.com,
+    workflow commands for actions).
     """
     return "\n".join(_annotation(found) for found in findings)
 

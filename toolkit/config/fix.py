@@ -1,6 +1,6 @@
-"""Apply fixes to a run file. Only scalars and keys that a finding names are changed or moved.
-Comments and the order of lines stay as they are. If a finding has several possible fixes, none is
-applied and the user must choose.
+"""Apply fixes to a run file. Only the scalars and keys that a finding names are changed or moved.
+Comments and the order of lines stay unchanged. If a finding has several possible fixes, the user
+must choose, and none of these fixes is applied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OVERHEAD = 500  # the fixed cost of one validation, as a number of characters
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """An edit that was applied. ``line`` is the line in the text before any edit."""
+    """An edit that was applied. ``line`` is a line number in the original text."""
 
     rule: str
     line: int
@@ -48,12 +48,11 @@ class Repair:
 
 
 def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -> Repair:
-    """Apply fixes to ``source``. A fix is applied only if its finding has no other fix, and if the
-    fix changes no text except ``source``.
+    """Fix the problems of ``source`` as far as possible, one finding at a time.
 
-    Fixes are tried one finding at a time. A fix is not applied if it only replaces its finding by
-    another finding. Fixes of unknown and invalid keys are an exception, because the other rules
-    check such a key only after the fix.
+    A fix is applied if it is the only fix of its finding and changes only ``source``. It must also
+    reduce the number of findings. For an unknown or invalid key, the number may stay the same,
+    because other rules check such a key only after the fix and may report a new finding.
     """
     return _Fixer(overrides, situation).run(source)
 
@@ -86,9 +85,9 @@ class _Fixer:
     def improved(
         self, source: Source, found: Finding, now: Validation
     ) -> tuple[Source, Validation] | None:
-        """Apply the fix of the finding ``found``. Return the new text, and the validation of the
-        new text. Return None if the finding does not have exactly one fix, or if the fix does not
-        reduce the problems.
+        """Apply the fix of the finding ``found``. Return the new text and its validation. Return
+        None if the finding does not have exactly one fix, or if the fix does not reduce the number
+        of findings. For a KEY rule, the number of findings may stay the same.
         """
         if len(found.fixes) != 1 or self.left < 0:
             return None
@@ -113,8 +112,8 @@ def _same(found: Finding, after: Validation) -> bool:
 
 
 def _choices(source: Source, now: Validation) -> tuple[Finding, ...]:
-    """Return the findings that have several possible fixes, of which at least one edits this
-    text.
+    """Return the findings with several possible fixes, if at least one of these fixes changes the
+    text ``source``.
     """
     return tuple(
         found
@@ -138,8 +137,8 @@ def _told(found: Finding, lines: list[int]) -> list[Applied]:
 
 
 def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
-    """Return the old and new text of an edit. If the edit changes a value, both texts include its
-    key.
+    """Return the old text and the new text of an edit. If the edit changes the value of a key, both
+    texts include the key.
     """
     before = text[text.rfind("\n", 0, edit.start) + 1 : edit.start]
     key = _KEY.search(before)
@@ -148,7 +147,7 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
 
 
 def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
-    """Return, for each line after applying ``edits``, its line number in the original text. An
+    """Return, for each line of the edited text, its line number in the original text ``text``. An
     inserted line gets the number of the line at which it was inserted.
     """
     after = list(lines)
@@ -160,8 +159,8 @@ def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]
 
 
 def apply(text: str, edits: Sequence[Edit]) -> str:
-    """Return ``text`` with the edits applied. They are applied from the end, so that offsets stay
-    valid.
+    """Return ``text`` with ``edits`` applied. The last edit in the text is applied first, so that
+    the offsets of the other edits stay valid.
     """
     for edit in sorted(edits, key=lambda one: one.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]

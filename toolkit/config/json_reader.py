@@ -35,8 +35,8 @@ class Places:
 
 
 def parse_json(source: Source) -> Document:
-    """Parse a JSON text to a document. Reading stops at the first syntax error, which becomes a
-    finding.
+    """Parse a JSON text to a document. The first syntax error becomes a finding, and the rest of
+    the text is not read.
     """
     reader = _Reader(source)
     document = Document(source, empty(source), reader.findings)
@@ -64,8 +64,8 @@ class _Reader:
         return error_finding(rule, message, self.source, mark, *([Fix(fix)] if fix else []))
 
     def space(self) -> str:
-        """Skip white space, and return the next character (an empty string at the end of the
-        text).
+        """Skip white space. Return the character after it, or an empty string at the end of the
+        text.
         """
         found = _SPACE.match(self.text, self.at)
         self.at = found.end() if found else self.at
@@ -186,7 +186,9 @@ class _Reader:
         members[key] = node
 
     def more(self, closing: str) -> bool:
-        """Read what follows an item. Return True for a comma, and False for the closing bracket."""
+        """Read the character after an item. Return True for a comma, and False for the closing
+        bracket.
+        """
         following = self.space()
         if following not in (",", closing) or not following:
             raise self.fault(f"JSON syntax: expected a comma or {closing} here")

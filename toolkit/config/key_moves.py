@@ -1,8 +1,9 @@
-"""Make the edits that move a key of a run file to another section, or remove it, in YAML, JSON and
-TOML.
+"""Make the fixes that move a key of a run file to another section, or that remove a key, in YAML,
+JSON and TOML.
 
-A key is moved only if its value is a scalar on one line, and if this module supports the layout of
-the text around the key. Otherwise the fix has no edits, and the text of the fix says what to do.
+Such a fix contains edits only if the key's value is a scalar on one line, and if this module
+supports the layout of the text around the key. Otherwise the fix has no edits, and its text tells
+the user what to do.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ _COMMENT = re.compile(r"[ \t]*(#.*)?")
 
 
 def schema_of(path: KeyPath) -> dict[str, Any] | None:
-    """Return the schema of a key that a run file may contain; None for an unknown or refused
-    key.
-    """
+    """Return the schema of the key at ``path``; None if the key is unknown or refused."""
     schema: dict[str, Any] | None = find_schema("run")
     for part in path:
         schema = None if schema is None else schema.get("properties", {}).get(part)
@@ -34,7 +33,7 @@ def schema_of(path: KeyPath) -> dict[str, Any] | None:
 
 
 def is_valid(node: Node, schema: dict[str, Any]) -> bool:
-    """Whether the value of ``node`` is valid for a key with this schema."""
+    """Whether ``schema``, the schema of a key, accepts the value of ``node``."""
     outcome = check_structure(node, schema)
     return not outcome.bad and all(found.rule == "DOC007" for found in outcome.findings)
 
@@ -48,7 +47,7 @@ def at(root: Node, path: KeyPath) -> Node | None:
 
 
 def drop(root: Node, old: KeyPath) -> Fix:
-    """Return the fix that removes the key ``old``."""
+    """Return the fix that removes the key at the path ``old``."""
     node = at(root, old)
     edit = None if node is None else _removal(root, old, node)
     if node is None or edit is None:
@@ -57,10 +56,11 @@ def drop(root: Node, old: KeyPath) -> Fix:
 
 
 def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
-    """Return the fix that replaces the key ``old`` by the dotted key ``to`` with ``value``.
+    """Return the fix that replaces the key at the path ``old`` by the dotted key ``to`` with
+    ``value``.
 
-    The fix has no edits if the key ``to`` is already set to another value, or if ``value`` is not
-    valid for the key ``to``.
+    If the run file already sets ``to`` to the same value, the fix only removes the old key. The fix
+    has no edits if ``to`` has another value, or if ``value`` is not valid for ``to``.
     """
     node, new = at(root, old), tuple(to.split("."))
     spelling = spell(value, "yaml")
@@ -93,8 +93,8 @@ def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
 
 
 def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Return the edits that rename the key in place, and change its value if needed. Return no
-    edits if this is not possible.
+    """Return the edits that rename the key of ``node`` to the last part of ``new``, and that change
+    its value to ``value``. Return no edits if the key comes from a ``--set`` override.
     """
     if node.key is None or node.source.is_override:
         return ()
@@ -106,7 +106,7 @@ def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
 
 
 def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
-    """Return the edit that removes a key with its scalar; None if this is not possible."""
+    """Return the edit that removes a key and its scalar value; None if this is not possible."""
     source, key, parent = node.source, node.key, at(root, path[:-1])
     one_line = key is not None and key.line == node.mark.line and "\n" not in _written(node)
     if source.is_override or key is None or parent is None or not one_line:
@@ -137,7 +137,9 @@ def _flow_removal(node: Node) -> Edit | None:
 
 
 def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Return the edits that insert the key ``new`` into its section, or that create the section."""
+    """Return the edits that insert the key ``new`` into its section, and that create the section if
+    it does not exist. Return no edits if this is not possible.
+    """
     source = node.source
     section, name = at(root, new[:-1]), str(new[-1])
     if source.is_override or len(new) != 2:
@@ -185,8 +187,8 @@ def _new_section(
 
 
 def _comment(node: Node) -> str:
-    """Return the comment at the end of a key's line; it moves with the key. Return an empty text if
-    there is no such comment, or if something else precedes the key on its line.
+    """Return the comment at the end of the line of ``node``. The comment moves together with the
+    key. Return an empty text if there is no comment, or if other text precedes the key on its line.
     """
     if node.key is None:
         return ""
@@ -196,7 +198,9 @@ def _comment(node: Node) -> str:
 
 
 def _own(mapping: Node, source: Source) -> list[Node]:
-    """Return the entries of a mapping that come from the text ``source``, in source order."""
+    """Return the entries of a mapping that come from the text ``source``, in the order of the text.
+    The other entries come from base files and ``--set`` overrides.
+    """
     if not isinstance(mapping.value, dict):
         return []
     entries = [one for one in mapping.value.values() if one.source is source and one.key]
@@ -217,9 +221,9 @@ def _newline(source: Source) -> str:
 
 
 def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
-    """Describe the line that contains the characters from ``start`` to ``end``. Return four values:
-    the offset at which this line begins, the offset at which the next line begins, the text of the
-    line before these characters, and the text of the line after them.
+    """Return four values that describe the line with the characters from ``start`` to ``end``: the
+    offset at which the line begins, the offset at which the next line begins, the part of the line
+    before ``start``, and the part after ``end``.
     """
     begin = text.rfind("\n", 0, start) + 1
     stop = text.find("\n", end)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """Load the run file at ``path`` (``-`` is standard input). Problems in the text become
-    findings, not exceptions.
+    """Load the run file at ``path`` (``-`` is standard input), with its base files and the
+    overrides. Problems in the text become findings of the document, not exceptions.
     """
     try:
         source = read_source(path)
@@ -30,8 +30,8 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
-    """Return the document of a run file's text, merged over its base files and changed by the
-    overrides.
+    """Return the document of the run file ``source``, merged over its base files, with the
+    overrides applied.
     """
     document = parse(source)
     _extend(document, [source.path] if source.path else [], source.folder)
@@ -62,9 +62,10 @@ def parse(source: Source) -> Document:
 
 
 def _extend(document: Document, chain: list[Path], root: Path) -> None:
-    """Merge ``document`` over its base file. If the base file has a base file of its own, the base
-    file is first merged over that file. All files must be below ``root``, or below a folder that
-    the user allows. ``chain`` are the files that were loaded so far.
+    """Merge ``document`` over its base file, the file that its key ``extends`` names. A base file
+    is first merged over its own base file, if it has one. All base files must be in or below the
+    folder ``root``, or a folder that TOOLKIT_EXTENDS_FROM lists. ``chain`` lists the files that
+    were loaded so far.
     """
     node = document.root.value.pop("extends", None)
     if node is None:
@@ -81,8 +82,8 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
 
 
 def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
-    """Return the document of a base file, or a finding if the base file cannot be used. ``node`` is
-    the value of ``extends``.
+    """Return the document of a base file. Return a finding if the base file cannot be used.
+    ``node`` is the value of ``extends``.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
         return finding_at("DOC011", node, "extends: the value must be the path of one run file")
@@ -103,15 +104,15 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """Return the path of a base file in the form that findings show. The path is relative if the
-    run file with the key ``extends`` was given as a relative path.
+    """Return the path of a base file for messages. It is a relative path if the path of the run
+    file with the key ``extends`` was given as a relative path.
     """
     return Path(node.source.name).parent / node.value if node.source.path else path
 
 
 def merge(below: Node, above: Node) -> Node:
-    """Return ``above`` merged over ``below``. Mappings are merged key by key. All other values of
-    ``below`` are replaced. Nodes keep their positions.
+    """Return ``above`` merged over ``below``. Two mappings are merged key by key. Any other value
+    of ``above`` replaces the value of ``below``. Nodes keep their positions.
     """
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
@@ -123,7 +124,7 @@ def merge(below: Node, above: Node) -> Node:
 
 
 def _override(document: Document, text: str) -> None:
-    """Apply one override ``key.path=value``."""
+    """Apply one ``--set`` override, which has the form ``key.path=value``."""
     name, equals, written = text.partition("=")
     source = Source(f"--set {text}", written, Path.cwd(), None, "set")
     at = Node(None, Position(1, 1, 0, len(written)), source)
@@ -154,8 +155,9 @@ def _override(document: Document, text: str) -> None:
 
 
 def _put(root: Node, keys: list[str], value: Node) -> str | None:
-    """Set ``value`` at the path ``keys``, and create the missing mappings on the path. Return an
-    error text if an existing value on the path cannot contain the next key.
+    """Set the key at the path ``keys`` to ``value``. Missing mappings on the path are created.
+    Return an error text if a value on the path cannot contain the next key: it is a scalar, or a
+    list without that item.
     """
     node = root
     for depth, key in enumerate(keys):

@@ -1,10 +1,9 @@
 """Find the values that a library allows for a setting (LoRA ranks, loss types, initializations).
-They are read from the source code of the installed library. If the library is not installed, a
-recorded table is used.
+The values are read from the source code of the installed library. If the library is not installed,
+a recorded table of the values is used.
 
-The source code is read as text and never imported, because importing vLLM would take seconds and
-create a GPU context. A test in tests/contract compares the recorded table with the installed
-libraries.
+The libraries are never imported, because importing vLLM would take seconds and create a GPU
+context. A test in tests/contract compares the recorded table with the installed libraries.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Known(NamedTuple):
-    """The allowed values, and a text that says where they come from: ``the vLLM installed here`` or
-    ``vLLM 0.31.0``.
+    """The values that a library allows for a setting. ``origin`` says where the values come from:
+    ``the vLLM installed here`` or ``vLLM 0.31.0``.
     """
 
     values: tuple[Any, ...]
@@ -72,13 +71,15 @@ _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
 
 @cache
 def known(which: str) -> Known:
-    """Return the allowed values of ``lora_ranks``, ``loss_types`` or ``lora_inits``."""
+    """Return the allowed values of the setting ``which``: ``lora_ranks``, ``loss_types`` or
+    ``lora_inits``.
+    """
     return installed(which) or RECORDED[which]
 
 
 def installed(which: str) -> Known | None:
-    """Return the values in the installed library's source code. None if the library is not
-    installed, or if its source code has an unexpected form.
+    """Return the allowed values of the setting ``which`` from the installed library's source code.
+    Return None if the library is not installed, or if its source code has an unexpected form.
     """
     package, file, name, pattern = _SOURCES[which]
     folder = package_folder(package)
@@ -103,10 +104,10 @@ def installed(which: str) -> Known | None:
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for a model_type. ``known`` says whether
-    transformers has the model_type. ``causal`` says whether it has a causal language model of this
-    type. None means unknown. ``attention`` says for each attention function whether the model
-    supports it; it is empty if this is unknown.
+    """What the installed transformers supports for one model_type. ``known`` says whether
+    transformers has the model_type, and ``causal`` says whether it has a causal language model of
+    that type (None: unknown). ``attention`` says for each attention function whether models of that
+    type support it, and is empty if this is unknown.
     """
 
     known: bool | None = None
@@ -117,8 +118,8 @@ class ModelType(NamedTuple):
 @cache
 def model_type(name: str) -> ModelType:
     """Return what the installed transformers supports for the model_type ``name``. The keys of
-    ``attention`` are "sdpa", "flash" and "flex". The facts are read from the source code of
-    transformers, whose layout is assumed to be that of 5.17.
+    ``attention`` in the result are "sdpa", "flash" and "flex". The facts are read from the source
+    code of transformers, in the file layout of version 5.17.
     """
     folder = package_folder("transformers")
     try:
@@ -138,9 +139,9 @@ def model_type(name: str) -> ModelType:
 
 
 def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
-    """Return for each of the attention functions "sdpa", "flash" and "flex" whether transformers
-    supports it for the model type ``name``. Return an empty dict if transformers has no module for
-    this model type. ``types`` is the text of auto_mappings.py.
+    """Return a dict that says for each of the attention functions "sdpa", "flash" and "flex"
+    whether transformers supports it for the model_type ``name``. The dict is empty if transformers
+    has no module for this model_type. ``types`` is the text of auto_mappings.py.
     """
     special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
     moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)

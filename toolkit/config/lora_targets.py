@@ -1,10 +1,10 @@
-"""Decide which layers of a model get a LoRA adapter: find the default layers, and apply PEFT's
-rules for names and patterns of modules.
+"""Decide which layers of a model get a LoRA adapter. This module defines the default layers, and
+PEFT's rules for names and patterns of modules.
 
-In a mixture of experts, only the attention layers get an adapter by default. The reason is that the
-engine would need LoRA slots on the routed experts. (A LoRA slot is memory that the engine reserves
-at a linear layer for an adapter.) These slots would use gigabytes (3.1 GiB at rank 32 on
-Qwen3-30B-A3B), and the toolkit does not support adapters on routed experts in the engine.
+In a mixture of experts, only the attention layers get an adapter by default. Adapters on routed
+experts are not supported, because the engine would need LoRA slots there. (A LoRA slot is memory
+that the engine reserves at a linear layer for an adapter.) These slots would use gigabytes: 3.1 GiB
+at rank 32 on Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ FUSED_EXPERT = ("gate_proj", "up_proj")
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config.json that describes the language model: in a multimodal model,
-    the fields of text_config replace those at the top level.
+    """Return the settings of the language model in a config.json. In a multimodal model, the fields
+    of text_config replace the fields at the top level.
     """
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else config
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` (a config.json, or a Hugging Face config as a dict) describes a mixture of
-    experts.
+    """Whether a model is a mixture of experts. ``config`` is the content of its config.json, or its
+    Hugging Face config as a dict.
 
-    The number of experts must be above 1, because dense models of some families state 1 expert
+    The number of experts must be above 1, because the configs of some dense models state one expert
     (Hunyuan, Jamba). Some configs list the number for each layer.
     """
     text = text_part(config)
@@ -56,20 +56,21 @@ def has_experts(config: Mapping[str, Any]) -> bool:
 
 
 def _most(counts: Any) -> int:
-    """Return the largest integer in ``counts``, which is an integer or a list of integers; 0 if
-    there is no integer.
+    """Return the largest integer in ``counts``; 0 if there is none. ``counts`` is an integer or a
+    list of integers.
     """
     listed = counts if isinstance(counts, list) else [counts]
     return max((count for count in listed if isinstance(count, int)), default=0)
 
 
 def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the layers that ``lora.target_modules: auto`` means for the model of this config.json.
-    These are the projections of attention and MLP. In a mixture of experts, they are only the
-    projections of attention.
+    """Return the layers that get an adapter if ``lora.target_modules`` is "auto". ``config`` is the
+    content of the model's config.json.
 
-    In a mixture of experts with multi-head latent attention (DeepSeek), they are only the query and
-    output projections, because the engine's attention kernel computes keys and values itself.
+    In a dense model, these are the projections of attention and MLP. In a mixture of experts, these
+    are only the projections of attention. In a mixture of experts with multi-head latent attention
+    (DeepSeek), these are only the query and output projections, because the engine's attention
+    kernel computes keys and values itself.
     """
     text = text_part(config)
     if not has_experts(text):
@@ -80,7 +81,7 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def pattern_fault(text: str) -> str | None:
-    """Why ``text`` cannot be used as a regular expression; None if it can."""
+    """Return the reason why ``text`` cannot be used as a regular expression; None if it can."""
     if len(text) > LONGEST_PATTERN:
         return f"the pattern is longer than {LONGEST_PATTERN} characters"
     try:
@@ -96,10 +97,10 @@ def pattern_fault(text: str) -> str | None:
 
 
 def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -> _Value:
-    """Return the value of ``pattern`` (``rank_pattern`` or ``alpha_pattern``) for a module, or
-    ``default`` if no key of ``pattern`` matches. Each key is a regular expression. It must match
-    the whole name of the module, or the end of the name that follows a dot. The first key that
-    matches decides. PEFT has the same rule (PEFT 0.21.2, ``get_pattern_key``).
+    """Return the value that ``pattern`` (a ``rank_pattern`` or ``alpha_pattern``) has for a module.
+    Return ``default`` if no key of ``pattern`` matches. Each key is a regular expression, which
+    must match the full name of the module, or everything after one of the dots in the name. The
+    first matching key decides, as in PEFT 0.21.2 (``get_pattern_key``).
     """
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -108,7 +109,9 @@ def pattern_value(pattern: Mapping[str, _Value], module: str, default: _Value) -
 
 
 def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
-    """Whether ``exclude_modules`` excludes ``module``. The rules are those of PEFT."""
+    """Whether ``exclude``, the value of ``exclude_modules``, excludes ``module``. The rules are
+    those of PEFT.
+    """
     if not exclude:
         return False
     if isinstance(exclude, str):
@@ -117,11 +120,10 @@ def is_excluded(exclude: Iterable[str] | str | None, module: str) -> bool:
 
 
 def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[str]:
-    """Return those of the names gate_proj, up_proj and down_proj in ``targets`` that PEFT applies
-    to the stacked experts of this model type.
-
-    PEFT applies the returned names only to the stacked experts, and not to dense layers and shared
-    experts.
+    """Return the names in ``targets`` that PEFT applies only to the stacked experts of the model.
+    These can be gate_proj, up_proj and down_proj. PEFT does not apply the returned names to dense
+    layers and shared experts. The set is empty if PEFT does not stack the experts of this
+    ``model_type``.
     """
     if model_type not in EXPERT_CONVERTED:
         return frozenset()
@@ -137,7 +139,7 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:
-    """Return the indices in ``layers`` that a model with ``count`` layers does not have."""
+    """Return the layer indices in ``layers`` that do not exist in a model with ``count`` layers."""
     if count is None or layers is None:
         return ()
     listed = (layers,) if isinstance(layers, int) else tuple(layers)

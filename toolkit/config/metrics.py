@@ -1,5 +1,5 @@
-"""The values in the rows of metrics.jsonl and timings.jsonl, under which a run's warnings and its
-report speak of them. A test trains and compares the names with this table.
+"""The names and explanations of the values in metrics.jsonl and timings.jsonl. The warnings and the
+report of a run use these names. A test trains a model and compares the names with this table.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ _ANY = "NAME"
 
 
 def about_metric(asked: str) -> str | None:
-    """The explanation of a metric: its full name, or its last part. None if there is none."""
+    """Return the explanation of the metric ``asked`` as text; None if there is no such metric.
+    ``asked`` is the full name of a metric or the last part of its name.
+    """
     wanted = asked.removeprefix("eval/").removeprefix("timing/")
     found = [name for name in names() if _is_named(name, wanted)]
     if not found and "/" not in wanted:
@@ -124,12 +126,14 @@ def about_metric(asked: str) -> str | None:
 
 
 def names() -> list[str]:
-    """All names; ``NAME`` stands for that of a reward."""
+    """Return the names of all metrics. ``NAME`` in them stands for the name of a
+    reward function.
+    """
     return [*METRICS, *TIMINGS]
 
 
 def listed() -> str:
-    """The explanations of all metrics."""
+    """Return the explanations of all metrics as text."""
     return "\n\n".join(map(_told, names()))
 
 

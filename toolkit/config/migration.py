@@ -1,5 +1,5 @@
-"""Tables of keys of TRL, Unsloth, PEFT and transformers. They contain the old keys with their
-replacements, and the keys that have no effect here.
+"""Tables of keys of TRL, Unsloth, PEFT and transformers: old keys with their replacements, and keys
+that have no effect in this toolkit.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Moved(NamedTuple):
-    """The replacement of an old key. ``to`` is the dotted key that replaced the old key; None means
-    that the old key was removed. ``since`` is the name of the library that has or had the old key.
+    """The replacement of an old key. ``to`` is the dotted key that replaces the old key; None means
+    that nothing replaces it. ``since`` is the name of the library that has or had the old key.
     ``told`` is additional text for messages.
     """
 
@@ -19,7 +19,7 @@ class Moved(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """Text that says what replaced the key."""
+        """A text for messages that says which key replaces the old key."""
         if self.to is None:
             before = f"this key of {self.since} does not exist here"
             return f"{before}: {self.told}" if self.told else before
@@ -72,12 +72,13 @@ MOVED: dict[str, Moved] = {
     ),
     "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
     "grpo.unsloth_num_chunks": Moved(
-        None, "Unsloth", "log-probabilities are always computed in chunks here"
+        None, "Unsloth", "the toolkit always computes log-probabilities in chunks"
     ),
     "grpo.unsloth_grpo_mini_batch": Moved(
         None,
         "Unsloth",
-        "set per_device_train_batch_size, or set it to auto to let the toolkit choose",
+        "set per_device_train_batch_size to a number, or to auto (the toolkit then chooses the "
+        "number)",
     ),
     "grpo.vllm_sampling_params": Moved(
         None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"
@@ -140,12 +141,12 @@ INERT = {
 
 
 class Conversion(NamedTuple):
-    """How --fix converts an old key without changing its meaning. The key is replaced by the key
-    ``to``, or removed.
+    """How --fix converts an old key without changing its meaning. --fix replaces the old key by the
+    key ``to``, or removes it.
 
-    ``values`` maps old values to new values. A value that is missing in ``values`` cannot be
-    converted. If ``values`` is None, every value stays as it is. ``drop`` are the values with which
-    the key has no effect. If the key has such a value, the key is removed.
+    ``values`` maps each old value to the new value. A value that is missing in ``values`` cannot be
+    converted. If ``values`` is None, every value stays unchanged. ``drop`` lists the values with
+    which the old key has no effect. A key with such a value is removed.
     """
 
     to: str | None = None
@@ -180,8 +181,8 @@ value.
 
 
 def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """Return the current key and value for the key ``old`` with ``value``. Return (None, None) if
-    the key can be removed. Return None if the user must decide.
+    """Return the key and the value that replace the key ``old`` with ``value``. Return (None, None)
+    if the old key can be removed. Return None if the user must decide.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:

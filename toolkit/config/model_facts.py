@@ -1,5 +1,5 @@
-"""Read facts of a model that the rules check, from config.json and the names of its weights,
-without torch.
+"""Read the facts about a model that the rules check. The facts come from the model's config.json
+and from the names of its weights. torch is not needed.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's folder, the content of its config.json, and the facts that follow from them."""
+    """A model's folder, the content of its config.json, and facts that are derived from this
+    content and from the names of the weights.
+    """
 
     folder: Path
     config: dict[str, Any]
 
     @property
     def source(self) -> str:
-        """The path of the config.json that the facts come from."""
+        """The path of the model's config.json."""
         return str(self.folder / "config.json")
 
     @cached_property
     def text(self) -> dict[str, Any]:
-        """The part of config.json that describes the language model."""
+        """The settings of the language model in config.json."""
         return dict(text_part(self.config))
 
     def whole(self, *names: str) -> int | None:
-        """Return the value of the first key in ``names`` whose value is a positive integer; None if
-        there is no such key.
+        """Return the value of the first key in ``names`` that is a positive integer in the language
+        model's settings in config.json. Return None if there is no such key.
         """
         for name in names:
             value = self.text.get(name)
@@ -55,8 +57,8 @@ class ModelFacts:
 
     @property
     def max_length(self) -> int | None:
-        """The maximum length of a sequence in tokens, with the rope scaling of config.json; None if
-        unknown.
+        """The maximum length of a sequence in tokens, with the rope scaling of config.json applied;
+        None if it is unknown.
         """
         length = self.whole(*_LENGTHS)
         scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters")
@@ -84,7 +86,7 @@ class ModelFacts:
 
     @property
     def max_length_from(self) -> str:
-        """The name of the key that ``max_length`` comes from."""
+        """The name of the key in config.json from which ``max_length`` is computed."""
         return next((name for name in _LENGTHS if type(self.text.get(name)) is int), _LENGTHS[0])
 
     @property
@@ -99,8 +101,8 @@ class ModelFacts:
 
     @property
     def tied(self) -> bool | None:
-        """Whether lm_head shares its weight with the embedding; None if neither config.json nor the
-        weights show it.
+        """Whether lm_head and the embedding share one weight; None if neither config.json nor the
+        names of the weights show this.
         """
         said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         if isinstance(said, bool):
@@ -109,8 +111,8 @@ class ModelFacts:
 
     @cached_property
     def modules(self) -> frozenset[str] | None:
-        """The full names of the modules that have a weight; None if the weights are not
-        available.
+        """The full names of the modules that have a weight; None if the model's weight files are
+        not on this machine or cannot be read.
         """
         names = _weight_names(self.folder)
         if names is None:
@@ -120,7 +122,7 @@ class ModelFacts:
 
 def read_model(node: Node, revision: str | None) -> ModelFacts | None:
     """Return the facts of a model; None if the model is not on this machine. ``node`` is the value
-    of ``model.model_name``: a folder, or a hub id that is looked up in the hub cache.
+    of ``model.model_name``, which is a folder or a hub id. A hub id is looked up in the hub cache.
     """
     folder = resolve(node.value, node)
     if not exists(f"{folder}/config.json"):
@@ -133,9 +135,9 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Return a text that says why a model's folder cannot be loaded; None if it can. The text
-    says which file could make the loader wait without end (such as a named pipe), or why the folder
-    cannot be listed.
+    """Return a text that says why a model's folder cannot be loaded; None if it can. The reason is
+    that the folder cannot be listed, or that it contains a file on which the loader could wait
+    forever (such as a named pipe).
     """
     try:
         for name, fault in files.irregular_files(folder):
@@ -151,9 +153,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file of limited size; None if the file is missing, too large or
-    not JSON.
-    """
+    """Return the value in a JSON file; None if the file is missing, too large or not JSON."""
     try:
         return files.read_json(path)
     except InputError:
@@ -190,14 +190,14 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def least_cache_bytes(
     text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
 ) -> int | None:
-    """Return a lower bound of the size of the KV cache in bytes. This is the size for one sequence
-    of ``tokens`` tokens, and for the block that vLLM keeps empty. Return None if the model also
-    keeps a state other than the keys and values of each layer.
+    """Return a lower bound of the size of the KV cache per GPU in bytes. The bound is the size of
+    the KV cache for one sequence of ``tokens`` tokens, plus the block that vLLM keeps empty. Return
+    None if a layer stores other state than its own keys and values.
 
-    ``text`` is the part of config.json that describes the language model. If one layer has a
-    sliding window, that window is assumed for all layers, so the bound may be too low. ``cards`` is
-    the number of GPUs over which the model is split. Each GPU stores its part of the KV heads, at
-    least one head. ``sizing.kv_bytes`` computes the exact size for every model type.
+    ``text`` contains the settings of the language model in config.json. ``cards`` is the number of
+    GPUs over which the model is split. Each GPU stores its part of the KV heads, at least one head.
+    If one layer has a sliding window, that window is assumed for all layers, so the bound may be
+    too low. ``sizing.kv_bytes`` computes the exact size for every model type.
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
     counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
@@ -215,8 +215,9 @@ def least_cache_bytes(
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:
-    """Whether config.json (``text``) has a key that makes the formula of ``least_cache_bytes``
-    wrong. Such a key shows that layers keep another state (Mamba, linear attention), that layers
-    share a cache, or that the number of KV heads is stored under another name.
+    """Whether a key in ``text``, the settings of the language model, shows that the formula of
+    ``least_cache_bytes`` does not apply. Such a key means one of three things: layers store other
+    state (Mamba, linear attention), layers share a cache, or the number of KV heads has another
+    name.
     """
     return any(name.startswith(OTHER_CACHES) for name in text)

@@ -1,9 +1,9 @@
-"""Compute how the processes of a run share the model. With tensor parallelism, the model is split
-over a group of N processes (``tensor_parallel_size``). With data parallelism, a run has several
-such groups. Each group is called a replica.
+"""Compute how the processes of a run share the model. With tensor parallelism, a group of
+``tensor_parallel_size`` processes splits one copy of the model. Such a group is called a replica.
+With data parallelism, a run has several replicas.
 
-The world size is N times the number of replicas. Each replica samples and trains on its own rows.
-All processes of a replica work on the same rows.
+The world size is ``tensor_parallel_size`` times the number of replicas. Each replica samples and
+trains on its own rows. All processes of a replica work on the same rows.
 """
 
 from __future__ import annotations
@@ -40,21 +40,24 @@ VOCABULARY_PADDING = 64
 
 
 def size_of(value: Any) -> int:
-    """Return tensor_parallel_size as a number. An "auto" that is not resolved yet counts as 1."""
+    """Return ``value``, a tensor_parallel_size, as a number. "auto" counts as 1 until it is
+    resolved.
+    """
     return value if isinstance(value, int) else 1
 
 
 def replicas(world_size: int, size: Any) -> int:
-    """Return the number of replicas if ``world_size`` processes form groups of ``size``. If
-    ``size`` is an "auto" that is not resolved yet, or does not divide ``world_size``, each process
-    counts as a replica.
+    """Return the number of replicas if each replica consists of ``size`` of the ``world_size``
+    processes. Return ``world_size`` if ``size`` does not divide it, or if ``size`` is still "auto".
     """
     number = size_of(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size
 
 
 def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
-    """Why the model of this config.json cannot be split over ``size`` GPUs; None if it can."""
+    """Return the reason why a model cannot be split over ``size`` GPUs; None if it can. ``config``
+    is the content of the model's config.json.
+    """
     text = text_part(config)
     heads = _whole(text, "num_attention_heads")
     kv_heads = _whole(text, "num_key_value_heads") or heads
@@ -78,8 +81,8 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
 
 
 def model_problem(config: Mapping[str, Any]) -> str | None:
-    """Why the model of this config.json cannot be split at all, independent of the number of GPUs;
-    None if it can.
+    """Return the reason why a model cannot be split over any number of GPUs; None if it can.
+    ``config`` is the content of the model's config.json.
     """
     text = text_part(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")
@@ -94,8 +97,8 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
 
 
 def sizes(config: Mapping[str, Any] | None, world_size: int) -> list[int]:
-    """Return the values of tensor_parallel_size that are possible for "auto", in ascending order.
-    ``config`` is the content of config.json, or None if the model is not on this machine.
+    """Return the values that tensor_parallel_size "auto" can have, in ascending order. ``config``
+    is the content of the model's config.json, or None if the model is not on this machine.
     """
     found = [number for number in range(1, world_size + 1) if world_size % number == 0]
     if config is None:

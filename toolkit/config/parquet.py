@@ -1,5 +1,5 @@
-"""Read the column names of a Parquet file without pyarrow, and check that its parts are at the
-positions that its footer states (parquet.thrift, compact protocol).
+"""Read the column names of a Parquet file without pyarrow, and check that the pages of the file are
+at the positions that its footer states (parquet.thrift, compact protocol).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
 
 
 def number_column(file: IO[bytes], name: str) -> str | None:
-    """Return "bool", "int" or "float" if the values of the column ``name`` are booleans or plain
-    numbers. Return None if they are something else, or if the type is unknown.
+    """Return "bool", "int" or "float" if the column ``name`` contains booleans or plain numbers.
+    Return None if the column contains other values, or if its type is unknown.
     """
     try:
         metadata, _ = _footer(file)
@@ -53,8 +53,8 @@ def number_column(file: IO[bytes], name: str) -> str | None:
 
 
 def parquet_fault(file: IO[bytes]) -> str | None:
-    """Return a text that says what is wrong with a Parquet file; None if its footer and the header
-    of each page are valid. The content of the pages is not checked.
+    """Return a text that says what is wrong with a Parquet file; None if the footer and the page
+    headers are valid. The content of the pages is not checked.
     """
     size = file.seek(0, os.SEEK_END)
     if size < 12:
@@ -81,7 +81,9 @@ def parquet_fault(file: IO[bytes]) -> str | None:
 
 
 def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
-    """Return the metadata in the footer, and the offset in the file at which the footer begins."""
+    """Return the metadata in the footer, and the offset in the file at which the footer begins.
+    Raises ValueError if the file is not a Parquet file.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 8, 0))
     length, magic = struct.unpack("<I4s", file.read(8))
@@ -93,7 +95,8 @@ def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
 
 def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
     """Return a text that says what is wrong with the pages of one column chunk; None if no fault
-    was found. ``told`` is the metadata of the chunk, and ``end`` is the offset of the footer.
+    was found. ``told`` is the metadata of the column chunk, and ``end`` is the offset at which the
+    footer begins.
     """
     try:
         name = b".".join(told[_PATH]).decode("utf-8", "replace")
@@ -119,8 +122,8 @@ def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
 
 
 def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
-    """Return the names of the top-level columns. ``elements`` are the elements of the schema, which
-    is a tree, in pre-order, beginning with the root.
+    """Return the names of the top-level columns. ``elements`` lists the nodes of the schema tree in
+    pre-order, beginning with the root.
     """
     names: list[str] = []
     index = 1

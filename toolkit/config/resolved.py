@@ -2,9 +2,9 @@
 the adapter's layers, and what the machine that trains must provide.
 
 The commands ``validate``, ``check``, ``size`` and ``train`` and the drop-in API all use this
-module. This module does not inspect the machine: the caller passes the facts of the machine as
-plain values (``Situation``). A value that the run file sets is never changed. Resolving a resolved
-run again therefore gives the same result.
+module. The caller passes the facts of the machine as a ``Situation``, because this module does not
+inspect the machine. A value that the run file sets is never changed, so resolving a resolved run
+again gives the same result.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class DeviceFacts:
     """The facts of a device on which the decisions depend. ``compute_capability`` is None if the
     device is not a GPU, and (0, 0) if the GPU does not report its compute capability.
 
-    ``machine`` is the CPU architecture ("x86_64" or "aarch64"). It is set only if the GPU is not in
-    this machine. Validation then checks the package builds in the lock files. For a GPU in this
-    machine, `envcheck check` checks the installed builds.
+    ``machine`` is the CPU architecture ("x86_64" or "aarch64"). It is set only if the GPU is in
+    another machine. Validation then checks whether the lock files have package builds for
+    ``machine``. For a GPU in this machine, `envcheck check` checks the installed packages instead.
     """
 
     name: str
@@ -45,8 +45,8 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """The facts about the training processes and their machine, on which the decisions depend.
-    These facts are not in the run file.
+    """The facts about the training processes and their machine. They are not in the run file, but
+    the open decisions depend on them.
 
     ``world_size`` is the number of training processes. ``device`` is the device that trains; None
     means unknown. ``vllm`` says whether vLLM is installed on the machine that trains; None means
@@ -60,11 +60,11 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRun:
-    """A run after the open decisions were made. In ``config``, the engine, the dtype, the adapter's
-    layers and the chat format are set as far as they are known.
+    """A run after all open decisions were made. ``config`` contains the chosen engine, dtype,
+    adapter layers and chat format, as far as they are known.
 
-    ``dtype`` stays "auto" if the machine is unknown, and ``targets`` stays "auto" if the model is
-    not available. ``chat`` says whether plain text prompts become user messages
+    ``dtype`` stays "auto" if the machine is unknown. ``targets`` stays "auto" if the model is not
+    available. ``chat`` says whether plain text prompts become user messages
     (``config.chat_format``); None means unknown. ``asked_dtype`` is the number format that the run
     file sets with ``model.dtype`` or ``grpo.bf16``, or "auto" if it sets none.
     """
@@ -87,12 +87,13 @@ class ResolvedRun:
         return replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
     def needs(self) -> dict[str, Any]:
-        """Return what the run requires of the machine that trains. The keys are the fields of
-        ``CheckContext`` in ``toolkit.gpu``.
+        """Return what the run requires of the machine that trains, as a dict. Its keys are the
+        names of the fields of ``CheckContext`` in ``toolkit.gpu``. A value of None means that
+        sizing chooses the value later. For a run without vLLM, the dict contains no requirements of
+        vLLM.
 
-        The result is a dict, because the packages ``config`` and ``gpu`` do not import each other:
-        the caller passes the values on to ``gpu``. If the run does not use vLLM, the result
-        contains no requirement of vLLM. A value of None means that sizing chooses the value later.
+        The result is not a ``CheckContext``, because the packages ``config`` and ``gpu`` do not
+        import each other.
         """
         model = self.config.model
         vllm = self.engine != "transformers"
@@ -153,10 +154,12 @@ def resolve_run(
 
 
 def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
-    """Return the engine that generates the rollouts. If ``runtime.engine`` is set, it decides; else
-    ``model.fast_inference`` decides if it is set. If neither is set, the engine is vLLM if the
-    device is a GPU and vLLM is installed, else transformers. If the device is unknown too, the
-    result is "maybe", unless vLLM is known to be missing.
+    """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is not
+    "auto", else ``model.fast_inference`` if it is not "auto".
+
+    If both keys are "auto" and the device is known, the engine is vLLM on a GPU, unless vLLM is
+    known to be missing, and otherwise transformers. If the device is unknown, the result is
+    transformers if vLLM is known to be missing, and otherwise "maybe".
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"
@@ -176,14 +179,15 @@ def dtype_of(
     grpo: Mapping[str, Any] | None = None,
     load_in_16bit: bool = False,
 ) -> str:
-    """Return the number format of the weights and of the trainer's computations. ``model.dtype``
-    (``dtype``) decides unless it is "auto". If it is "auto" and the device is unknown, return
-    "auto".
+    """Return the number format of the weights and of the trainer's computations, as the name of a
+    torch dtype. ``dtype`` is the value of ``model.dtype``, and is returned unless it is "auto". If
+    ``dtype`` is "auto" and the device is unknown, return "auto".
 
-    Otherwise ``grpo.bf16`` decides if it is true, and on a GPU also ``grpo.fp16``, because engine
-    and trainer must use the same format. If neither is true, the format is bfloat16 on a GPU with
-    compute capability 8.0 or higher, and float16 on an older GPU. On a CPU, the format is bfloat16
-    with ``load_in_16bit``, else float32, which is both fast and exact on a CPU.
+    Otherwise, the result is bfloat16 if ``grpo.bf16`` is true. On a GPU, it is float16 if
+    ``grpo.fp16`` is true, because engine and trainer must use the same format. If neither key is
+    true, the result is bfloat16 on a GPU with compute capability 8.0 or higher, and float16 on an
+    older GPU. On a CPU, it is bfloat16 with ``load_in_16bit``, else float32, which is both fast and
+    exact on a CPU.
     """
     if dtype != "auto":
         return dtype
@@ -203,9 +207,9 @@ def dtype_of(
 
 
 def vllm_here() -> bool | None:
-    """Whether vLLM is installed in this Python environment. None if torch is missing: this Python
-    environment can then run only the light commands (such as `envcheck`), and training happens in
-    another one.
+    """Whether vLLM is installed in this Python environment. Return None if torch is not installed.
+    Training then happens in another Python environment, and this one runs only light commands such
+    as `envcheck`.
     """
     if find_spec("vllm") is not None:
         return True

@@ -1,5 +1,5 @@
-"""Tables of the built-in rewards with their options, and of the arguments that every reward gets. A
-test compares the tables with ``toolkit.train.rewards``.
+"""Tables of the built-in rewards with their options, and of the arguments that the trainer passes
+to every reward. A test compares the tables with ``toolkit.train.rewards``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEFT_OUT = {
     ),
     **dict.fromkeys(
         ("image", "images"),
-        "the trainer would read this column as images, but it trains only on text",
+        "the trainer would read this column as images, but the toolkit trains only on text",
     ),
     "completion": "the trainer uses this name for its own completions",
 }
@@ -39,9 +39,9 @@ PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
 
 
 def metric_names(names: list[str]) -> list[str]:
-    """Return the name of each reward function in the metrics. Usually this is the function's name
-    without its module. If several functions have the same name, the module or a number is added, so
-    that each name is unique.
+    """Return the name that each reward function in ``names`` has in the metrics. Usually this is
+    the function's name without its module. If several functions have the same name, the module or a
+    number is added.
     """
     short = [name.rpartition(":")[2] for name in names]
     if len(set(short)) < len(short):

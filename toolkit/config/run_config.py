@@ -1,8 +1,8 @@
-"""Define the validated run file as frozen dataclasses.
+"""Define the frozen dataclasses of a validated run file.
 
-The trainer gets this object, so the run file is parsed only once. A value can still be ``"auto"``.
-``toolkit.sizing`` later replaces it by a number, and the run's config.json records the result.
-Names and defaults are those of the drop-in API, of PEFT and of TRL's GRPOConfig.
+The trainer gets a ``RunConfig``, so the run file is parsed only once. A value can still be
+``"auto"``. ``toolkit.sizing`` later replaces "auto" by a number, and the run's config.json contains
+that number. Names and defaults are those of the drop-in API, of PEFT and of TRL's GRPOConfig.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class ModelSection(EngineSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSection:
-    """The LoRA adapter that is trained. Its output is scaled by alpha/r, or by alpha/sqrt(r) with
-    use_rslora.
+    """The LoRA adapter that is trained. Its output is multiplied by alpha/r, or by alpha/sqrt(r) if
+    ``use_rslora`` is true.
 
     ``target_modules`` "auto" means the layers that ``config.lora_targets.default_targets`` returns
-    for the model. ``adapter_path`` is the adapter from which training starts. If it is set, keys
-    that the run file does not set come from that adapter.
+    for the model. ``adapter_path`` is the adapter from which training starts. Keys that the run
+    file does not set get their values from that adapter.
     """
 
     r: int = 16
@@ -68,16 +68,16 @@ class LoraSection:
 
     @property
     def largest_rank(self) -> int:
-        """The largest adapter rank of any layer. The engine's adapter slots must be at least this
-        large.
+        """The largest rank that the adapter has at any layer. The rank of the engine's adapter
+        slots must be at least this rank.
         """
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSection:
-    """Where the prompts come from. ``path`` is a file, a folder that ``save_to_disk`` of the
-    datasets library wrote, or a hub id. Without ``path`` and without an environment the run is
+    """The data set that contains the prompts. ``path`` is a file, a folder that ``save_to_disk`` of
+    the datasets library wrote, or a hub id. A run without ``path`` and without an environment is
     refused, because it has no prompts. ``config.chat_format`` resolves ``chat`` "auto".
     """
 
@@ -97,8 +97,8 @@ class DatasetSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentSection:
-    """A package of tasks that makes the prompts and scores the completions. It replaces
-    ``dataset.path``.
+    """A package of tasks that makes the prompts and scores the completions. A run has an
+    environment instead of ``dataset.path``.
 
     ``options`` are the settings of the task. ``python`` is the interpreter in which the package is
     installed; None means the interpreter of the run.

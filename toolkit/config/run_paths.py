@@ -1,9 +1,9 @@
 """Resolve the paths in a run file.
 
-A relative path is relative to the folder of the file that contains it. In ``--set``, or in a run
-file on standard input, it is relative to the working directory. ``~`` is the home folder. The
-values of ``model_name``, ``path`` and ``eval_path`` may also be hub ids. Such a value is treated as
-a path if a file or folder with this path exists, or if the value cannot be a hub id.
+A relative path in a file is relative to the folder of that file. A relative path in ``--set``, or
+in a run file on standard input, is relative to the working directory. ``~`` is the home folder. The
+values of ``model_name``, ``path`` and ``eval_path`` may be hub ids instead of paths. Such a value
+is treated as a path if a file or folder with this path exists, or if the value cannot be a hub id.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _absolute(text: str, node: Node) -> str:
 
 
 def exists(path: Path | str) -> bool:
-    """Whether ``path`` exists. The result is False for a name that no file system accepts."""
+    """Whether ``path`` exists. The result is False if ``path`` cannot be the name of a file."""
     try:
         return os.path.exists(path)
     except (OSError, ValueError):
@@ -51,8 +51,8 @@ def exists(path: Path | str) -> bool:
 
 
 def is_path_only(text: str) -> bool:
-    """Whether ``text`` must be a path and not a hub id. This is the case if it begins like a path,
-    ends like the name of a data file, or is not a valid hub id.
+    """Whether ``text`` can only be a path and not a hub id. This is the case if ``text`` begins
+    like a path, ends like the name of a data file, or is not a valid hub id.
     """
     return (
         text.startswith((".", "/", "~"))
@@ -62,8 +62,8 @@ def is_path_only(text: str) -> bool:
 
 
 def local_path(key: str, node: Node) -> str:
-    """Return the value of a key that may be a path. A path is made absolute. A hub id, or a word
-    such as "auto" for ``resume``, is returned unchanged.
+    """Return the value of ``node``, whose key may contain a path. A path is returned as an absolute
+    path. A hub id, or a word such as "auto" for ``resume``, is returned unchanged.
     """
     text = str(node.value)
     if text in _WORDS.get(key, ()):

@@ -1,6 +1,6 @@
-"""Tables of the sampling keywords of both engines (vLLM and transformers). For each keyword, they
-state which values it accepts, how it changes the sampled distribution, and which field of
-GRPOConfig has the same meaning.
+"""Tables of the sampling keywords of both engines (vLLM and transformers). The tables state for
+each keyword which values are valid, how the keyword changes the sampled distribution, and which
+field of GRPOConfig has the same meaning.
 
 The rules on ``grpo.generation_kwargs``, the drop-in trainer and the engines all use these tables,
 so they refuse the same keywords with the same messages. A test in tests/contract compares the
@@ -56,7 +56,9 @@ class Keyword:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a keyword cannot be used. There is one rule for each ``kind`` of problem."""
+    """Why a sampling keyword cannot be used. Each ``kind`` of problem has a rule
+    that reports it.
+    """
 
     kind: Literal["owned", "unread", "field", "value"]
     message: str
@@ -204,7 +206,7 @@ _VLLM: dict[str, Keyword] = {
         output_text_buffer_length="vLLM computes this value from the stop strings",
     ),
     **_unused(
-        "the toolkit reads rollouts as token ids, and this keyword changes only their text",
+        "this keyword changes only the text of rollouts, but the toolkit reads their token ids",
         "skip_special_tokens spaces_between_special_tokens include_stop_str_in_output",
     ),
     **_unused(
@@ -311,10 +313,10 @@ _TWINS = (
 
 
 def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
-    """Return why ``name: value`` is refused in the ``generation_kwargs`` of a training run with
-    ``engine``; None if it is accepted. ``turns`` says whether a completion can have several turns
-    (tools). If it can, the engine's own limit (such as ``max_tokens``) is accepted: it limits one
-    turn, and ``max_completion_length`` limits the whole completion.
+    """Return why the sampling keyword ``name`` with ``value`` is refused in the
+    ``generation_kwargs`` of a training run with ``engine``; None if it is accepted. ``turns`` says
+    whether a completion can have several turns (tools). If it can, the engine's own length limit
+    (such as ``max_tokens``) is accepted as the limit of one turn.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:
@@ -336,9 +338,7 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
 
 
 def unknown(name: str, engine: Engine) -> Problem | None:
-    """Return why ``engine`` does not have the keyword ``name``; None if the table of the engine
-    contains it.
-    """
+    """Return why ``engine`` does not have the sampling keyword ``name``; None if it does."""
     return None if name in KEYWORDS[engine] else _unknown(name, engine)
 
 
@@ -374,8 +374,8 @@ def _shown(value: Any) -> str:
 
 
 def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
-    """Yield those of ``keywords`` that change the sampled distribution in a way that the training
-    pass does not reproduce.
+    """Yield those names in ``keywords`` that change the sampled distribution in a way that the
+    training pass does not reproduce.
     """
     for name in keywords:
         keyword = KEYWORDS[engine].get(name)
@@ -384,8 +384,8 @@ def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]
 
 
 def what_follows(engine: Engine) -> str:
-    """Return a text that says what happens in training if the sampled distribution differs from the
-    one that the training pass computes.
+    """Return a text that says how training is affected if completions are sampled from another
+    distribution than the one that the training pass computes.
     """
     if engine == "vllm":
         return (

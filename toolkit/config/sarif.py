@@ -22,8 +22,8 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a SARIF log with one run of envcheck. ``results`` are objects that ``result``
-    returned.
+    """Return a SARIF log with one run of envcheck. ``results`` are SARIF result objects, as the
+    function ``result`` returns them.
     """
     used = {found["ruleId"] for found in results}
     rules = [rule for name, rule in all_rules().items() if name in used]

@@ -1,4 +1,4 @@
-"""Read a plain (unquoted) YAML scalar by the YAML 1.2 core schema, and by YAML 1.1 for comparison.
+"""Read a plain (unquoted) YAML scalar as YAML 1.2 does, and as YAML 1.1 does, for comparison.
 
 Run files use the core schema of YAML 1.2 (yaml.org/spec/1.2.2, 10.3.2). Many readers, such as
 PyYAML, still follow YAML 1.1 (yaml.org/type). The two versions read some scalars differently, which
@@ -75,15 +75,15 @@ def too_large(text: str) -> str:
 
 
 def is_long_integer(text: str) -> bool:
-    """Whether a plain scalar is an integer with more than MAX_DIGITS digits, which is not
-    converted.
+    """Whether a plain scalar is an integer with more than MAX_DIGITS digits. Such an integer is not
+    converted to a number.
     """
     return len(text) > MAX_DIGITS and _LONG.fullmatch(text) is not None
 
 
 def read_core(text: str) -> Any:
-    """Return the value of a plain scalar by the YAML 1.2 core schema: None, bool, int, float or
-    str.
+    """Return the value of a plain scalar in the core schema of YAML 1.2. The type of the value is
+    None, bool, int, float or str.
     """
     if text in _WORDS_12:
         return _WORDS_12[text]
@@ -106,8 +106,8 @@ def read_core(text: str) -> Any:
 
 
 def read_legacy(text: str) -> tuple[str, Any]:
-    """Return what YAML 1.1 reads for a plain scalar: a text for messages (such as ``the boolean
-    true``), and the value. For a date the value is None.
+    """Return how YAML 1.1 reads a plain scalar, as a pair: a description for messages (such as
+    ``the boolean true``), and the value. The value of a date is None.
     """
     if text in _WORDS_11:
         value = _WORDS_11[text]
@@ -157,8 +157,8 @@ def _base_60(text: str) -> float:
 
 
 def differs(text: str, core: Any) -> str | None:
-    """Return a text that says what YAML 1.1 reads for ``text``; None if it reads the same value as
-    YAML 1.2 (``core``).
+    """Return a description of the value that YAML 1.1 reads for ``text``; None if YAML 1.1 and YAML
+    1.2 read the same value. ``core`` is the value in YAML 1.2.
     """
     if isinstance(core, str):
         first = text[0]
@@ -173,7 +173,7 @@ def differs(text: str, core: Any) -> str | None:
 
 
 def plain_spelling(value: Any) -> str:
-    """Return a scalar as text that YAML 1.1, YAML 1.2 and people all read as the same value."""
+    """Return the text of a scalar in a form that YAML 1.1 and YAML 1.2 read in the same way."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Find out why a value violates a schema, and which values could be written instead."""
+"""Find the reason why a value violates a schema, and valid values that the user may have meant."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def coerce(
     text: str, schema: dict[str, Any], fault: Callable[[Any, dict[str, Any]], object | None]
 ) -> tuple[Any, ...]:
-    """Return a tuple with the value that ``text`` most likely means and that ``schema`` accepts.
-    Return an empty tuple if there is no such value. ``fault(value, schema)`` returns None if the
-    schema accepts the value.
+    """Return the value that ``text`` most likely means, as a tuple of one item. The value is valid
+    for ``schema``. Return an empty tuple if there is no such value. ``fault(value, schema)`` is the
+    check: it returns None if the value is valid.
     """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
@@ -43,8 +43,8 @@ def _whole(value: float) -> bool:
 
 
 class SchemaViolation(NamedTuple):
-    """Why a value violates a schema. ``rule`` is a rule id, ``message`` is the text that follows
-    the name of the key, and ``notes`` are further lines.
+    """The reason why a value violates a schema. ``rule`` is the id of the rule that reports the
+    violation. ``message`` is the text after the name of the key, and ``notes`` are further lines.
     """
 
     rule: str
@@ -80,8 +80,8 @@ _PYTHON: dict[str, type] = {
 
 
 def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
-    """Return why ``value`` violates ``schema``; None if it does not. Values inside a collection are
-    not checked.
+    """Return the reason why ``value`` violates ``schema``; None if it does not. The items of a list
+    and the values of a mapping are not checked.
     """
     if "x-either" in schema or ("type" in schema and not fits_type(value, schema)):
         return _type_fault(value, schema)

@@ -1,5 +1,5 @@
-"""Find the project's JSON Schemas. In a checkout they are in schemas/, and in an installed package
-in toolkit/schemas/.
+"""Find the JSON Schemas of the project. They are in schemas/ in a checkout, and in toolkit/schemas/
+in an installed package.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _FOLDERS = (Path(__file__).parents[1] / "schemas", Path(__file__).parents[2] / "
 
 
 def schema_path(name: str) -> Path:
-    """Return the file of the schema ``name`` (``run``, ``report``, ``manifest`` ...). Raises
-    InputError for an unknown name.
+    """Return the path of the file with the schema ``name`` (``run``, ``report``, ``manifest`` ...).
+    Raises InputError if there is no such schema.
     """
     for folder in _FOLDERS:
         path = folder / f"{name}.schema.json"
@@ -38,7 +38,9 @@ def schema_names() -> list[str]:
 
 @cache
 def find_schema(name: str) -> dict[str, Any]:
-    """Return the schema as parsed JSON. All callers share this object, so do not change it."""
+    """Return the schema ``name`` as parsed JSON. All callers share the returned object, so do not
+    change it.
+    """
     schema = json.loads(schema_path(name).read_text(encoding="utf-8"))
     assert isinstance(schema, dict)
     return schema

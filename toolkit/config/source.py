@@ -1,7 +1,7 @@
-"""Define the source texts of a run file, positions in these texts, and limits on their size.
+"""Define the source texts of a run file, positions in these texts, and size limits of a run file.
 
-A position has a line and a column in characters, both counted from 1 as in editors. It also has
-offsets into ``Source.text``, which are counted from 0.
+A position has a line and a column in characters. Both are counted from 1, as in editors. A position
+also has offsets into ``Source.text``, which are counted from 0.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Source:
 
     @property
     def is_override(self) -> bool:
-        """Whether this text is one ``--set`` argument."""
+        """Whether this source text is a ``--set`` argument."""
         return self.format == "set"
 
     def hide(self, mark: Position) -> None:
-        """Mark these characters as a secret, so that no output shows them."""
+        """Mark the characters at a position as a secret, so that no output shows them."""
         self.hidden.append(mark)
 
     @cached_property
@@ -56,7 +56,7 @@ class Position:
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a key path as text: ``("reward", "functions", 0, "name")`` becomes
+    """Return a key path as text. For example, ``("reward", "functions", 0, "name")`` becomes
     ``reward.functions[0].name``.
     """
     text = ""

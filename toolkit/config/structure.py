@@ -2,11 +2,10 @@
 and values out of range are reported with their positions.
 
 This module implements only the part of JSON Schema that run.schema.json uses. One test checks that
-the schema uses nothing else. Another test compares the results with those of the jsonschema library
-on generated values. There is one intended difference between the two: for this module, 8.0 is not
-an integer.
+run.schema.json uses nothing else. Another test compares this module with the library jsonschema on
+generated values. There is one intended difference: this module does not accept 8.0 as an integer.
 
-The library itself is not used here for two reasons. Its message "is not valid under any of the
+The library jsonschema is not used here for two reasons. Its message "is not valid under any of the
 given schemas" does not help a user. Its import takes 60 ms to one second, depending on what else is
 installed.
 """
@@ -27,15 +26,17 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """The findings, and the paths of the invalid values (``bad``), which no rule may use."""
+    """The result of a structure check: the findings, and the paths of the invalid values (``bad``).
+    No rule may use an invalid value.
+    """
 
     findings: list[Finding]
     bad: set[KeyPath]
 
 
 class KeyAdvice(Protocol):
-    """The type of a function that returns notes and fixes for an unknown key
-    (config.suggest.key_advice).
+    """The type of a function that returns notes and fixes for an unknown key, such as
+    ``config.suggest.key_advice``.
     """
 
     def __call__(
@@ -44,8 +45,8 @@ class KeyAdvice(Protocol):
 
 
 def check_structure(root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None) -> Outcome:
-    """Check the nodes below ``root`` with ``schema``. ``advise`` suggests what the user probably
-    meant by an unknown key.
+    """Check ``root`` and all nodes below it with ``schema``. ``advise`` is a function that returns
+    notes and fixes for an unknown key.
     """
     walk = _Walk(root, advise)
     walk.visit(root, schema, ())
@@ -129,8 +130,8 @@ class _Walk:
             self.visit(child, items, (*path, index))
 
     def anything(self, node: Node, path: KeyPath) -> None:
-        """Check a value that the schema does not restrict. Only scalars that YAML 1.1 and 1.2 read
-        differently are reported.
+        """Check a value for which the schema has no restrictions. Only one problem is reported: a
+        scalar that YAML 1.1 and YAML 1.2 read differently.
         """
         for _, below in node.walk(path):
             if below.note is not None:
@@ -168,9 +169,8 @@ def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
 
 def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the branch of an ``anyOf`` with which ``value`` is checked. This is the first branch
-    that accepts the value. If no branch accepts the value, it is the first branch that allows the
-    type of the value. If there is no such branch either, return a schema whose key ``x-either``
-    lists all branches.
+    that accepts the value, else the first branch that allows the type of the value. If no branch
+    allows its type, return a schema whose key ``x-either`` lists all branches.
     """
     for branch in branches:
         if value_fault(value, branch) is None:

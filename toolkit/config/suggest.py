@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def key_advice(
     path: KeyPath, node: Node, properties: dict[str, Any], root: Node
 ) -> tuple[tuple[str, ...], tuple[Fix, ...]]:
-    """Return notes and fixes for an unknown key. A fix has an edit only if the value is valid for
-    the new key, and if the run file does not set the new key yet. ``properties`` are the valid keys
-    of the same section.
+    """Return the notes and the fixes for the unknown key at ``path``. A fix renames or moves the
+    key only if the value is valid for the new key and the run file does not set the new key yet.
+    Other fixes are only texts. ``properties`` contains the valid keys of the same section.
     """
     key, parent = str(path[-1]), path[:-1]
     other = _elsewhere(path, node, root)
@@ -55,9 +55,8 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """Return the fixes for a key that belongs to another section. The other section has the key
-    under the same name, or under the name that replaced it. Return None if no other section has
-    this key.
+    """Return the fixes for a key that is unknown in its section, but that another section has under
+    the same name or under a newer name. Return None if no section has the key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not supported: the key that requests it, the reason, and values that would
-    work, as (key, value). ``hint`` says what else the user can do.
+    """Something that is not supported. ``key`` is the key that requests it, and ``fixes`` are pairs
+    (key, value) that would work. ``hint`` says what else the user can do.
     """
 
     key: str
@@ -29,16 +29,15 @@ class Problem:
 
     @property
     def advice(self) -> str:
-        """All possible fixes as one text, with the names of the drop-in API."""
+        """The fixes and the hint as one text, with the argument names of the drop-in API."""
         values = [f"{key.rpartition('.')[2]}={value!r}" for key, value in self.fixes]
         return ", or ".join([*values, *([self.hint] if self.hint else [])])
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A storage format of checkpoints. ``flag`` is the load_in_* flag that training on this format
-    requires; None if training is not supported. ``engine`` says whether the trainer and the vLLM
-    engine can share weights in this format.
+    """A storage format of checkpoints. ``flag`` is the load_in_* flag for training on this format;
+    None if that is not supported. ``engine`` says whether trainer and vLLM can share the weights.
     """
 
     name: str
@@ -116,9 +115,7 @@ DATA_INITS = {
 
 
 def init_with_engine(init: bool | str) -> str | None:
-    """Why an adapter with this init_lora_weights (``init``) cannot be used with an engine that
-    shares the base weights; None if it can.
-    """
+    """Return why the init_lora_weights ``init`` cannot be used with vLLM; None if it can."""
     if not isinstance(init, str):
         return None
     if init.startswith(REWRITING_INITS):
@@ -142,7 +139,7 @@ CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 
 
 def stored_format(config: Mapping[str, Any]) -> Stored | None:
-    """Return the checkpoint's storage format by its config.json; None for unquantized weights."""
+    """Return the storage format that config.json states; None if the weights are not quantized."""
     inner = config.get("quantization_config")
     if not isinstance(inner, dict):
         return None
@@ -156,7 +153,9 @@ def stored_format(config: Mapping[str, Any]) -> Stored | None:
 def stored_problem(
     config: Mapping[str, Any], *, load_in_4bit: bool, load_in_8bit: bool, engine: bool
 ) -> Problem | None:
-    """Why a quantized checkpoint cannot be trained with these flags; None if it can."""
+    """Return the reason why the quantized checkpoint of this config.json cannot be trained with
+    these load_in_* flags; None if it can. ``engine`` says whether the run uses vLLM.
+    """
     stored = stored_format(config)
     if stored is None:
         return None
@@ -170,7 +169,7 @@ def stored_problem(
     if engine and not stored.engine:
         return Problem(
             "model.model_name",
-            f"{told}, which the vLLM engine cannot share",
+            f"{told}, and vLLM cannot share weights in this format",
             hint="name the 16-bit checkpoint of the model, or set runtime.engine: transformers",
         )
     asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
@@ -184,7 +183,9 @@ def stored_problem(
     for other, on in asked.items():
         if on:
             return Problem(
-                f"model.{other}", f"{told}, not for {other}", fixes=((f"model.{other}", False),)
+                f"model.{other}",
+                f"{told}, so {other} must be false",
+                fixes=((f"model.{other}", False),),
             )
     return None
 
@@ -197,8 +198,8 @@ def flag_problems(
     full_finetuning: bool,
     dtype: str,
 ) -> list[Problem]:
-    """Return what is wrong with the combination of these flags. A separate rule checks that only
-    one load_in_* flag is set.
+    """Return the problems of the combination of these flags. A separate rule checks that only one
+    load_in_* flag is set.
     """
     found = []
     for name, on in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
@@ -230,10 +231,10 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 def architecture_problem(
     config: Mapping[str, Any], *, trust_remote_code: bool, known: bool | None, causal: bool | None
 ) -> Problem | None:
-    """Why the model of this config.json cannot be trained; None if it can.
+    """Return the reason why the model of this config.json cannot be trained; None if it can.
 
-    ``known`` says whether the installed transformers has the model's model_type. ``causal`` says
-    whether it has a causal language model of this type. None means unknown.
+    ``known`` says whether the installed transformers has the model's model_type, and ``causal``
+    says whether it has a causal language model of that type (None: unknown).
     """
     kind, own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
     if is_multimodal(config):
@@ -247,8 +248,8 @@ def architecture_problem(
     if known is False and own_code:
         return Problem(
             "model.trust_remote_code",
-            f"the model type {kind!r} is not in the installed transformers: the checkpoint has "
-            "its own code, but trust_remote_code is false",
+            f"the installed transformers does not have the model type {kind!r}. The checkpoint "
+            "has its own code, but trust_remote_code is false",
             fixes=(("model.trust_remote_code", True),),
             hint="use a model whose type the installed transformers has",
         )
@@ -270,11 +271,10 @@ def architecture_problem(
 def attention_problem(
     asked: str | None, *, softcap: float | None, supports: Mapping[str, bool], trusted: bool
 ) -> Problem | None:
-    """Why ``attn_implementation`` cannot be used for the model; None if it can.
+    """Return why a model cannot use the attn_implementation ``asked``; None if it can.
 
-    ``asked`` is the value of ``attn_implementation``. ``softcap`` is the model's
-    attn_logit_softcapping. ``supports`` says whether the model supports "sdpa", "flash" and "flex"
-    (empty if unknown). ``trusted`` is ``trust_remote_code``.
+    ``softcap`` is the model's attn_logit_softcapping. ``supports`` says whether the model supports
+    "sdpa", "flash" and "flex" (empty if unknown). ``trusted`` is the value of trust_remote_code.
     """
     key = "model.attn_implementation"
     if asked is None:
@@ -293,8 +293,8 @@ def attention_problem(
     if asked.startswith("paged|") and (name := asked.removeprefix("paged|")) in ATTENTIONS:
         return Problem(
             key,
-            f"attn_implementation={asked!r} is only for continuous batching; training cannot use "
-            "it",
+            f"attn_implementation={asked!r} is only for continuous batching, which training does "
+            "not use",
             fixes=((key, name),),
         )
     if asked not in ATTENTIONS:
@@ -321,7 +321,7 @@ def attention_problem(
 def attention_lacks(
     asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
 ) -> Problem | None:
-    """What the machine lacks for the attention function ``asked``; None if it lacks nothing.
+    """Return why this machine cannot use the attention function ``asked``; None if it can.
     ``installed`` says whether the package of flash attention is installed.
     """
     key, name = "model.attn_implementation", asked or ""
@@ -343,7 +343,7 @@ def attention_lacks(
 
 
 def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
-    """Why vLLM on a CPU cannot run the model of this config.json; None if it can."""
+    """Return why vLLM cannot run the model of this config.json on a CPU; None if it can."""
     text = text_part(config)
     size = head_size(text)
     if size is not None and size not in CPU_HEAD_SIZES:
@@ -366,7 +366,7 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
 
 
 def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
-    """Why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
+    """Return why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
     kind = config.get("model_type")
     if dtype != "float16" or kind not in NO_FLOAT16:
         return None
@@ -378,7 +378,7 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
 
 
 def head_problem(config: Mapping[str, Any]) -> Problem | None:
-    """Why vLLM cannot run the model of this config.json with its own head; None if it can."""
+    """Return why vLLM cannot run the model with its untied lm_head; None if it can."""
     kind = config.get("model_type")
     if kind not in ALWAYS_TIED or config.get("tie_word_embeddings", True) is not False:
         return None
@@ -387,7 +387,7 @@ def head_problem(config: Mapping[str, Any]) -> Problem | None:
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:
-    """Return the size of an attention head; None if it is unknown or attention is latent."""
+    """Return the size of an attention head; None if it is unknown or the attention is latent."""
     if text.get("kv_lora_rank"):
         return None
     size, hidden, heads = (text.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))

@@ -1,4 +1,4 @@
-"""Read a run file as text, within limits on its size and on the waiting time."""
+"""Read a run file as text. The size of the file and the time to wait for a pipe are limited."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Unreadable(StopReading):
 
 def read_source(path: str | Path, *, real: Path | None = None) -> Source:
     """Return the text of the run file at ``path`` (``-`` is standard input). If ``real`` is given,
-    the file at ``real`` is read, and ``path`` is only the path that findings show. Raises
-    Unreadable if the text cannot be read.
+    the file at ``real`` is read instead, but findings show ``path``. Raises Unreadable if the text
+    cannot be read.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
@@ -58,7 +58,9 @@ def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
 
 
 def failed(finding: Finding) -> Document:
-    """Return an empty document with the finding that says why the file could not be read."""
+    """Return an empty document with ``finding`` as its only finding. ``finding`` says why the run
+    file could not be read.
+    """
     source = finding.source or Source("run file", "", Path.cwd())
     return Document(source, empty(source), [finding], readable=False)
 
@@ -74,7 +76,7 @@ def _read_file(source: Source, file: Path) -> bytes:
             message = f"has {kind.st_size} bytes, but a run file may have at most {MAX_BYTES}"
             notebook = file.suffix.lower() == ".ipynb"
             command = f"toolkit import {source.name}"
-            fixes = [Fix(f"make a run file from the notebook: {command}")] if notebook else []
+            fixes = [Fix(f"make a run file from the notebook with `{command}`")] if notebook else []
             raise Unreadable(unreadable(source, message, *fixes))
         return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
     finally:
@@ -82,9 +84,9 @@ def _read_file(source: Source, file: Path) -> bytes:
 
 
 def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
-    """Read from a file descriptor until the end of the file or pipe. ``wait_s`` limits the time in
-    seconds until the writer of a pipe must close it; None means no limit. Raises Unreadable if the
-    limit is exceeded, or if there are more than MAX_BYTES bytes.
+    """Return all bytes up to the end of the file or pipe ``descriptor``. Raises Unreadable if there
+    are more than MAX_BYTES bytes, or if the writer of a pipe does not close the pipe within
+    ``wait_s`` seconds (None: no limit).
     """
     chunks: list[bytes] = []
     total = 0
@@ -94,7 +96,9 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
                 raise Unreadable(
-                    unreadable(source, f"this pipe was not written and closed within {wait_s} s")
+                    unreadable(
+                        source, f"the writer of this pipe did not close it within {wait_s} s"
+                    )
                 )
         try:
             chunk = os.read(descriptor, 1 << 16)

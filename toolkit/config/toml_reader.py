@@ -1,9 +1,10 @@
-"""Parse TOML to nodes with positions. The standard library's tomllib reads the values. A separate
-scan (``toml_scan``) finds their positions, which tomllib does not report.
+"""Parse TOML to nodes with positions. The standard library's tomllib reads the values, but it does
+not report their positions. A separate scan (``toml_scan``) finds the positions.
 
-The scan may assume valid TOML, because tomllib reads the text first. A value that the scan does not
-find gets the position of the start of the file; no such case is known. The library tomlkit cannot
-replace the scan, because version 0.15 reports positions only for syntax errors.
+The scan may assume valid TOML, because tomllib reads the text first. If the scan did not find a
+value, the value would get the position of the start of the file, but no such case is known. The
+library tomlkit cannot replace the scan, because version 0.15 reports positions only for syntax
+errors.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ _DIGITS = re.compile(r"(?<![0-9A-Za-z_.+-])[-+]?[0-9][0-9_]{1000,}")
 
 
 def _long_integer(source: Source) -> StopReading:
-    """Return the finding for an integer of thousands of digits. For such an integer, tomllib raises
+    """Return the finding for an integer with thousands of digits, for which tomllib raises
     ValueError without a position. The finding gets the position of the first sequence of more than
     1000 digits in the text. This position is wrong if that sequence is part of a string.
     """
@@ -102,7 +103,7 @@ def _syntax(source: Source, message: str) -> Finding:
 
 
 class _Builder:
-    """Makes nodes from the values and their positions."""
+    """Makes nodes from the values that tomllib read and the positions that the scan found."""
 
     def __init__(
         self, source: Source, document: Document, places: dict[KeyPath, tuple[Position, Position]]

@@ -1,5 +1,5 @@
-"""Tables of the names that TRL's trainer accepts as values (of schedules, optimizers and trackers,
-for example), and of the packages that they need.
+"""Tables of the names that TRL's trainer accepts as values, for example the names of schedules,
+optimizers and trackers. The tables also contain the packages that these values need.
 
 The tables were recorded from transformers 5.17, accelerate and TRL 1.16, so that a run file can be
 validated without importing these libraries. tests/contract/test_config_upstream.py compares the
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Schedule(NamedTuple):
-    """The keywords of a learning rate schedule, without those that the trainer passes itself."""
+    """The keyword arguments of a learning rate schedule, except those that the trainer passes
+    itself.
+    """
 
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -72,8 +74,8 @@ WHOLE = (
 
 
 class Package(NamedTuple):
-    """A Python package. It is installed if one of ``modules`` can be found. ``install`` is its name
-    for pip.
+    """A Python package. It counts as installed if one of its ``modules`` can be found. ``install``
+    is its name for ``pip install``.
     """
 
     modules: tuple[str, ...]
@@ -81,8 +83,8 @@ class Package(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """The package that an optimizer needs, and the names that the optimizer reads from
-    ``optim_args``.
+    """An optimizer. ``package`` is the package that it needs (None: no extra package). ``options``
+    are the names that it reads from ``optim_args``.
     """
 
     package: Package | None = None
@@ -221,7 +223,7 @@ loss is computed from these logits.
 
 @cache
 def installed(package: Package) -> bool:
-    """Whether ``package`` is installed. Nothing is imported."""
+    """Whether ``package`` is installed. This is determined without importing the package."""
     return any(_is_there(module) for module in package.modules)
 
 
@@ -235,8 +237,8 @@ def _is_there(module: str) -> bool:
 def needed_packages(
     report_to: Sequence[str], optim: str, *, use_liger: bool, cache: str | None = None
 ) -> Iterator[tuple[str, str, Package]]:
-    """Yield (key, value, package) for each key of the grpo section whose value needs a package.
-    ``cache`` is the value of cache_implementation.
+    """Yield (key, value, package) for each of the given settings of the grpo section that needs a
+    package. ``cache`` is the value of ``cache_implementation``.
     """
     for tracker in report_to:
         package = TRACKERS.get(tracker)
@@ -252,7 +254,9 @@ def needed_packages(
 
 
 def needed_by(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Package]]:
-    """Yield (key, value, package) for each key of a run's section ``grpo`` that needs a package."""
+    """Yield (key, value, package) for each key in ``grpo`` whose value needs a package. ``grpo`` is
+    the content of a run's grpo section.
+    """
     asked = grpo.get("report_to")
     yield from needed_packages(
         [asked] if isinstance(asked, str) else list(asked or ()),

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validation:
-    """The result of validation: a document and its findings, sorted by position. Findings of
-    ``--set`` overrides come last.
+    """The result of validation: the document and its findings. The findings are sorted by position,
+    and those of ``--set`` overrides come last.
     """
 
     findings: tuple[Finding, ...]
@@ -39,7 +39,7 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        """Whether the run is accepted: no finding is an error."""
+        """Whether the run is accepted. A run is accepted if no finding has the severity error."""
         return all(found.severity is not Severity.ERROR for found in self.findings)
 
     @cached_property
@@ -49,8 +49,8 @@ class Validation:
 
 
 def validate(document: Document, situation: Situation | None = None) -> Validation:
-    """Validate a loaded document. ``situation`` contains the facts that are not in the run file,
-    such as the number of processes and the device.
+    """Validate a loaded document, and return its findings. ``situation`` contains facts that are
+    not in the run file, such as the number of processes and the device.
     """
     findings = list(document.findings)
     other = _other_tool(document)
@@ -80,8 +80,8 @@ def _key_advice(
 
 
 def _other_tool(document: Document) -> Finding | None:
-    """Return the finding IMPORT001 if the document is a config of another tool; else None. For a
-    config of another tool, this one finding replaces the findings for the single keys.
+    """Return the finding IMPORT001 if the document is a config of another tool, else None. This one
+    finding is then reported instead of a finding for each unknown key.
     """
     model = document.node(("model", "model_name"))
     if model is not None or not document.readable:
@@ -92,8 +92,8 @@ def _other_tool(document: Document) -> Finding | None:
 
 
 def _bounded(findings: list[Finding]) -> list[Finding]:
-    """Return the first MAX_FINDINGS findings. If there are more, add one finding with the number of
-    findings that are left out.
+    """Return the first MAX_FINDINGS findings. If there are more findings, the last returned finding
+    states the number of findings that are left out.
     """
     if len(findings) <= MAX_FINDINGS:
         return findings
@@ -110,7 +110,9 @@ _BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 
 def _order(found: Finding) -> tuple[bool, str, int, int, str]:
-    """Return the sort key of a finding: by position, with ``--set`` overrides last."""
+    """Return the sort key of a finding. It sorts findings by position, and puts the findings of
+    ``--set`` overrides last.
+    """
     source, mark = found.source, found.mark
     is_override = source is not None and source.is_override
     line, column = (mark.line, mark.column) if mark else (0, 0)
@@ -118,7 +120,8 @@ def _order(found: Finding) -> tuple[bool, str, int, int, str]:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
-    """Load and validate the run file at ``path``, with ``key=value`` overrides.
+    """Return the validated config of the run file at ``path``, with ``key=value`` overrides
+    applied.
 
     Raises InputError if the file cannot be read, and ConfigError with the text of all findings if
     one of them is an error.
@@ -127,8 +130,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
 
 
 def accepted(document: Document, situation: Situation | None = None) -> RunConfig:
-    """Validate a loaded document for ``situation``, and return its RunConfig. Raises the same
-    errors as ``load_run``.
+    """Return the RunConfig of a loaded document, after validating it for ``situation``. Raises the
+    same errors as ``load_run``.
     """
     outcome = validate(document, situation)
     if outcome.config is not None:
@@ -137,7 +140,9 @@ def accepted(document: Document, situation: Situation | None = None) -> RunConfi
 
 
 def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
-    """Return the error that a command raises if its run file is refused with these findings."""
+    """Return the error that a command raises if validation refuses its run file. ``findings`` are
+    the findings of the validation.
+    """
     from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a fault
 
     if document.readable:
@@ -148,8 +153,8 @@ def refusal(document: Document, findings: Sequence[Finding]) -> InputError | Con
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:
-    """Check a JSON value with one of the project's schemas, using the jsonschema library. Return
-    its error messages; the list is empty if the value is valid.
+    """Check a JSON value with one of the project's schemas, and return the error messages of the
+    jsonschema library. The list is empty if the value is valid.
     """
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - the import takes from 60 ms to a second
     from referencing import Registry  # noqa: PLC0415 - part of jsonschema

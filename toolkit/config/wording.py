@@ -1,4 +1,4 @@
-"""Write values and schemas as text for messages."""
+"""Convert values and schemas to text for messages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LONGEST = 60
 
 
 def show(value: Any) -> str:
-    """Return a value as a short text for messages. A list is shown by its first items, and a
-    mapping only as "a mapping".
+    """Return a value as a short text for messages. Only the first items of a list are shown, and a
+    mapping is shown as "a mapping".
     """
     if isinstance(value, dict):
         return "a mapping" if value else "{}"
@@ -27,7 +27,7 @@ def show(value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Return the type of a value as text: ``text``, ``a list``, ``an integer`` ..."""
+    """Return the name of the type of ``value``, such as ``text``, ``a list`` or ``an integer``."""
     if isinstance(value, bool):
         return "a boolean"
     for kind, name in ((int, "an integer"), (float, "a float"), (str, "text"), (list, "a list")):
@@ -37,7 +37,9 @@ def kind_of(value: Any) -> str:
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """Return a text that says which types or values a schema allows: ``an integer or auto``."""
+    """Return a text that names the types or values that a schema allows, such as ``an integer or
+    auto``.
+    """
     if "x-either" in schema:
         parts = [describe(branch) for branch in schema["x-either"]]
         return " or ".join(part for part in parts if part != "null") or "null"
@@ -54,7 +56,7 @@ def describe(schema: dict[str, Any]) -> str:
 
 
 def spell(value: Any, form: str) -> str:
-    """Return a scalar as it is written in a file of the format ``form`` (yaml, json or toml)."""
+    """Return the text of a scalar in a file of the format ``form`` ("yaml", "json" or "toml")."""
     text = plain_spelling(value)
     if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'

@@ -1,10 +1,12 @@
 """Parse YAML to nodes with positions. Only this module imports PyYAML.
 
-YAML is read through libyaml's events and not through PyYAML's function ``compose``, because
-``compose`` recurses in C. With ``compose``, a file of 100,000 brackets would end the process with a
-segmentation fault. The limits on size and depth are far above what a run file needs, and keep the
-reading time of any input below one second. The module ``layers`` assembles complete run files from
-the parsed texts.
+This module reads libyaml's events and does not call PyYAML's function ``compose``. ``compose``
+recurses in C, so a file of 100,000 brackets would end the process with a segmentation fault. The
+limits on size and depth are far above what a run file needs. With these limits, reading any input
+takes less than one second.
+
+This module parses one text. The module ``layers`` assembles a complete run file from several parsed
+texts.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ except ImportError:  # without libyaml, PyYAML's own parser makes the same event
 
 
 def parse_yaml(source: Source) -> Document:
-    """Parse the first YAML document of a text. Errors become findings."""
+    """Parse the first YAML document of a text. Errors become findings of the returned document."""
     document = Document(source, empty(source))
     builder = _Builder(source, document.findings)
     try:
@@ -54,7 +56,7 @@ _NODES = (yaml.ScalarEvent, yaml.AliasEvent, *_STARTS)
 
 
 class _Builder:
-    """Builds nodes from events, with an explicit stack instead of recursion."""
+    """Builds nodes from YAML events. It uses an explicit stack instead of recursion."""
 
     def __init__(self, source: Source, findings: list[Finding]) -> None:
         self.source = source
@@ -140,8 +142,8 @@ class _Builder:
         return node
 
     def resolve(self, node: Node, text: str) -> None:
-        """Set the value of a plain scalar. Add a warning to the node if YAML 1.1 would read a
-        different value.
+        """Set the value of ``node``, which is a plain scalar with the text ``text``. If YAML 1.1
+        would read another value, add a warning to the node.
         """
         node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
@@ -176,8 +178,8 @@ class _Builder:
         return self.copy(target, mark)
 
     def copy(self, target: Node, mark: Position) -> Node:
-        """Return a copy of the nodes to which an alias refers. The copied nodes are counted, so
-        that an alias bomb is stopped early.
+        """Return a copy of ``target`` and all nodes below it, for an alias that refers to
+        ``target``. The copied nodes are counted, so that an alias bomb is stopped early.
         """
         self.aliased += 1
         if self.aliased > MAX_ALIASED:
@@ -191,7 +193,9 @@ class _Builder:
         return copy
 
     def place(self, node: Node, event: Any) -> None:
-        """Add a node to the innermost open collection, as an item, a key or a value."""
+        """Add a node to the innermost collection that has not ended, as an item, a key or a value
+        of that collection.
+        """
         holder = self.stack[-1].value
         if isinstance(holder, list):
             holder.append(node)
@@ -211,8 +215,8 @@ class _Builder:
         holder[name] = node
 
     def key(self, node: Node, event: Any) -> tuple[str, Position]:
-        """Return the name and position of a key. An invalid key gets a unique placeholder name and
-        a finding.
+        """Return the name and position of a key. If the key is invalid, add a finding and return a
+        unique placeholder as the name.
         """
         nameless = f"\0{node.mark.start}"
         if not isinstance(event, yaml.ScalarEvent):

@@ -69,7 +69,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params=params)
     assert (made.min_p, made.top_p, made.top_k, made.temperature) == (0.1, 0.9, -1, 0.7)
     assert made.generation_kwargs == {"stop": ["</s>"]}
-    assert "include_stop_str_in_output is left out (the toolkit reads rollouts as token ids" in told
+    assert "include_stop_str_in_output is left out (this keyword changes only" in told
     assert "seed is left out (each completion is drawn from its own seed" in told
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7

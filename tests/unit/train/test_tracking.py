@@ -222,7 +222,7 @@ def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
     monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
     said = followed(Recording(slow_s=1.0), 20)
     assert any("did not finish in time" in line for line in said)
-    assert any("too slow: 16 calls" in line for line in said)
+    assert any("too slow: 16 updates" in line for line in said)
 
 
 def test_completions_are_sent_now_and_then():

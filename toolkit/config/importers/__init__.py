@@ -1,7 +1,8 @@
-"""Convert configs of other training tools to run files, and list what could not be converted.
+"""Convert configs of other training tools to run files, and list the settings that could not be
+converted.
 
-There is one module for each format (axolotl, trl, scripts, verl, prime_rl, swift), with a table of
-its keys. Nothing in the files is executed. Scripts and notebooks are read with ``ast``.
+Each format has a module with a table of its keys (axolotl, trl, scripts, verl, prime_rl, swift).
+The code in a file is never executed. Scripts and notebooks are parsed with the module ``ast``.
 """
 
 from toolkit.config.importers.formats import TABLES, guess, read_foreign

@@ -1,5 +1,5 @@
-"""The table for axolotl's format: YAML with ``base_model`` and ``rl: grpo`` (docs/grpo.qmd and
-utils/schemas of axolotl).
+"""The table of axolotl's keys and of the run file keys that replace them. Axolotl's format is a
+YAML file with ``base_model`` and ``rl: grpo`` (docs/grpo.qmd and utils/schemas of axolotl).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _TRACKER = "a run always writes metrics.jsonl and a report; to use a tracker, se
 
 
 def _steps(value: Any) -> Any:
-    """Convert axolotl's number of steps. A value below 1 is a fraction of an epoch, and raises
-    Unfit.
+    """Return axolotl's number of steps. Raises Unfit for a value below 1, because such a value is a
+    fraction of an epoch in axolotl.
     """
     if isinstance(value, float) and 0 < value < 1:
         raise Unfit(
-            "a value below 1 is a fraction of an epoch in axolotl, but here it would be a "
-            "fraction of the run: set a number of steps"
+            "a value below 1 is a fraction of an epoch in axolotl, but a fraction of the run in "
+            "a run file. Set a number of steps"
         )
     return value
 
@@ -64,7 +64,7 @@ def _eval_strategy(made: Translation) -> None:
 def _finish(made: Translation) -> None:
     rewards(made, "trl.reward_funcs")
     if "adapter" not in {entry.key for entry in made.foreign.entries}:
-        made.notes.append(f"The file sets no adapter: {NO_ADAPTER}.")
+        made.notes.append(f"The file does not set an adapter, but {NO_ADAPTER}.")
     if made.value_of("adapter") == "qlora" and "model.load_in_4bit" not in made.written:
         made.write("model.load_in_4bit", True, "adapter: qlora")
     if made.value_of("rl") is None:
@@ -108,12 +108,13 @@ _TOP = (
     Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
     Row("datasets.revision", "dataset.revision"),
     *left("the name of the file determines its type", "datasets.ds_type"),
-    *refused("this code changes the rows: write the changed rows to a file, or set "
-             "dataset.prompt to their prompt column",
+    *refused("this code changes the rows of the data set. Write the changed rows to a file, or "
+             "set dataset.prompt to the prompt column of the unchanged rows",
              "datasets.type"),
     Row("test_datasets.path", "dataset.eval_path"),
     Row("test_datasets.split", "dataset.eval_split"),
-    *left("a run reads only dataset.path and dataset.eval_path", "test_datasets.*", "datasets.*"),
+    *left("a run reads only the data at dataset.path and dataset.eval_path",
+          "test_datasets.*", "datasets.*"),
     *refused("set dataset.eval_path to the evaluation data", "val_set_size"),
     Row("micro_batch_size", "grpo.per_device_train_batch_size"),
     Row("eval_batch_size", "grpo.per_device_eval_batch_size"),
@@ -133,7 +134,7 @@ _TOP = (
     Row("evals_per_epoch", None, "set grpo.eval_steps and grpo.eval_strategy", refused=True),
     Row("save_total_limit", "runtime.keep_last"),
     Row("output_dir", "runtime.output_dir"),
-    *left("model.dtype: auto uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
+    *left("`model.dtype: auto` uses bfloat16 if the GPU supports it", "bf16", "fp16", "float16",
           "bfloat16"),
     *left("metrics are written every step", "logging_steps"),
     *left("to resume a run, start the same command again", "resume_from_checkpoint",
@@ -152,7 +153,7 @@ _TOP = (
     *left("the run prepares the data itself", "skip_prepare_dataset", "dataset_prepared_path",
           "dataset_processes", "dataset_num_proc", "shuffle_merged_datasets",
           "dataset_keep_in_memory"),
-    *left("this setting is for training with labels, which GRPO does not use",
+    *left("this setting concerns labels, and GRPO does not use labels",
           "train_on_inputs", "group_by_length", "remove_unused_columns"),
     *left(_TRACKER, "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
           "wandb_run_id", "mlflow_tracking_uri", "mlflow_experiment_name", "use_tensorboard",
@@ -163,13 +164,14 @@ _TOP = (
           "save_safetensors", "low_cpu_mem_usage", "lora_mlp_kernel", "lora_qkv_kernel",
           "lora_o_kernel", "ddp_timeout", "save_only_model", "save_first_step",
           "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *refused("only LoRA weights are trained here; ReLoRA, GaLore on all weights and layer freezing "
+    *refused("a run trains only LoRA weights; ReLoRA, GaLore on all weights and layer freezing "
              "are not supported", "relora_steps", "unfrozen_parameters", "lisa_n_layers"),
     *left("to use fused layer kernels, set grpo.use_liger_kernel",
           "plugins", "liger_rope", "liger_rms_norm",
           "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy"),
-    Row("vllm.gpu_memory_utilization", None, "the value was for the GPU of a vLLM server; "
-                                             "`envcheck size` computes the value for this toolkit"),
+    Row("vllm.gpu_memory_utilization", None, "the value is for a vLLM server on its own GPU; "
+                                             "use `envcheck size` to compute a value for this "
+                                             "toolkit"),
     Row("vllm.max_model_len", "model.max_seq_length"),
     *left("the engine runs in the training process, so there is no vLLM server",
           "vllm.host", "vllm.port",
@@ -177,9 +179,9 @@ _TOP = (
 )  # fmt: skip
 _TRL_OWN = (
     Row("trl.reward_funcs", "reward.functions", convert=later),
-    Row("trl.vllm_gpu_memory_utilization", None, "the value was for the GPU of a vLLM server; "
-                                                 "`envcheck size` computes the value for this "
-                                                 "toolkit"),
+    Row("trl.vllm_gpu_memory_utilization", None, "the value is for a vLLM server on its own "
+                                                 "GPU; use `envcheck size` to compute a value "
+                                                 "for this toolkit"),
     Row("trl.vllm_max_model_len", "model.max_seq_length"),
     Row("trl.vllm_enable_prefix_caching", "model.enable_prefix_caching"),
     Row("trl.vllm_dtype", None, "the engine uses the dtype of the model (model.dtype)"),
@@ -201,7 +203,7 @@ _TRL_OWN = (
              "trl.scope_rl"),
     *left("this setting belongs to trl.scope_rl", "trl.scope_target_entropy", "trl.scope_alpha",
           "trl.scope_positive_threshold"),
-    *refused("only the toolkit's own rollouts are supported",
+    *refused("a run always uses the toolkit's own rollouts",
              "trl.rollout_func", "trl.reward_processing_classes"),
 )  # fmt: skip
 _NAMED = {row.old for row in _TRL_OWN}

@@ -1,4 +1,4 @@
-"""Functions that convert values, shared by several formats."""
+"""Functions that convert values, for use by the tables of several formats."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ NO_ADAPTER = "a run of this toolkit trains a LoRA adapter (section lora), not al
 
 
 def dtype(value: Any) -> str | None:
-    """Return the name of a torch dtype; None if ``value`` leaves the choice to the checkpoint or
-    the GPU. Raises Unfit for other dtypes.
+    """Return the name of a torch dtype, such as "bfloat16". Return None if ``value`` means that the
+    dtype of the checkpoint or of the GPU is used. Raises Unfit for a dtype that a run file cannot
+    set.
     """
     if value in (None, "auto", ""):
         return None
@@ -30,8 +31,8 @@ _SAME = object()
 
 
 def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
-    """Return ``names[value]``. If ``names`` does not contain ``value``, return ``other`` if given,
-    else ``value`` unchanged.
+    """Return the new name of ``value``, as the dict ``names`` defines it. A value that is not in
+    ``names`` becomes ``other`` if ``other`` is given, and otherwise stays unchanged.
     """
     if isinstance(value, str) and value in names:
         return names[value]
@@ -39,8 +40,8 @@ def renamed(value: Any, names: dict[str, Any], other: Any = _SAME) -> Any:
 
 
 def as_integer(value: Any) -> Any:
-    """Return a whole float such as ``16.0`` as an integer, and any other value unchanged. Some
-    tools write integers as floats.
+    """Return a whole float such as ``16.0`` as an integer, because some tools write integers as
+    floats. Any other value is returned unchanged.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
@@ -48,8 +49,8 @@ def as_integer(value: Any) -> Any:
 
 
 def positive(value: Any) -> Any:
-    """Return a count unchanged (whole floats as integers). Return None for -1, 0 and null, which
-    mean "no limit" in some tools.
+    """Return a positive count, with a whole float as an integer. Return None for null and for
+    numbers up to 0, which mean "no limit" in some tools.
     """
     if value is None or (isinstance(value, (int, float)) and value <= 0):
         return None
@@ -57,15 +58,15 @@ def positive(value: Any) -> Any:
 
 
 def targets(value: Any) -> Any:
-    """Convert target modules: return "all-linear" for ["all-linear"], and any other value
-    unchanged.
+    """Return the value of ``lora.target_modules``. The list ["all-linear"] becomes the text
+    "all-linear", and any other value stays unchanged.
     """
     return "all-linear" if value == ["all-linear"] else value
 
 
 def module_function(name: str) -> str:
-    """Return ``package.module.function`` as ``package.module:function``. Raises Unfit for other
-    names.
+    """Return the dotted name ``package.module.function`` in the form ``package.module:function``.
+    Raises Unfit if ``name`` is not a dotted name.
     """
     head, _, last = name.rpartition(".")
     if not head or not all(part.isidentifier() for part in name.split(".")):
@@ -74,8 +75,8 @@ def module_function(name: str) -> str:
 
 
 def from_file(path: Any, name: Any) -> str:
-    """Return a function in a Python file as ``module:function``, without the folder of the file.
-    Raises Unfit if the file's name is not a module name.
+    """Return the name of a function in a Python file in the form ``module:function``. The module is
+    the file's name without its folder and ``.py``. Raises Unfit if this is not a valid module name.
     """
     stem = str(path).replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     if not stem.isidentifier():
@@ -84,10 +85,12 @@ def from_file(path: Any, name: Any) -> str:
 
 
 def fit_length(made: Translation) -> None:
-    """Set model.max_seq_length to the sum of the maximum lengths of prompt and completion. If only
-    the maximum length of the completion is known, add 1024 tokens for the prompt, but only if the
-    completion alone would fill the default model.max_seq_length. Do nothing if the key is already
-    set.
+    """Set ``model.max_seq_length`` to the sum of the maximum lengths of prompt and completion,
+    unless it is already set.
+
+    If the prompt has no maximum length, 1024 tokens are assumed for the prompt. This is done only
+    if the maximum length of the completion is 2048 tokens or more. Otherwise, the default of
+    ``model.max_seq_length`` is kept.
     """
     if "model.max_seq_length" in made.written:
         return
@@ -104,20 +107,23 @@ def fit_length(made: Translation) -> None:
 
 
 def whole_batch(made: Translation, completions: int, why: str) -> None:
-    """Set the batch keys so that one optimizer step uses ``completions`` completions. The sizes of
-    the micro-batches are set to "auto", so that the toolkit chooses sizes that fit the GPU.
+    """Set the batch keys of the run file so that one optimizer step uses ``completions``
+    completions. The micro-batch keys are set to "auto", so that the toolkit chooses sizes that fit
+    the GPU.
     """
     made.write("grpo.generation_batch_size", completions, why)
     made.write(
         "grpo.per_device_train_batch_size",
         "auto",
-        "the toolkit chooses a size that fits the GPU; the gradient is the same",
+        "the toolkit chooses a size that fits the GPU; the size does not change the gradient",
     )
     made.write("grpo.gradient_accumulation_steps", "auto", "see per_device_train_batch_size")
 
 
 def split_warmup(made: Translation) -> None:
-    """If warm-up is given both in steps and as a fraction, use the steps, as transformers does."""
+    """If the file sets the warm-up both in steps and as a fraction, use the steps, as transformers
+    does.
+    """
     steps, share = made.take("warmup_steps"), made.take("warmup_ratio")
     if steps and share:
         entry = steps["warmup_steps"]

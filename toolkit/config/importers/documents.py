@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def from_document(document: Document, table: Table) -> Foreign:
-    """Return the settings of a parsed file. Features that the reader of run files does not accept
-    (tags, merge keys, duplicate keys) are recorded as parts that could not be read.
+    """Return the settings in a YAML, JSON or TOML file of another tool. ``document`` is the parsed
+    file. YAML tags, merge keys and duplicate keys are not accepted by the parser, and are recorded
+    as parts that could not be read.
     """
     foreign = Foreign(table.form)
     for found in document.findings:
@@ -48,8 +49,8 @@ def _of_mappings(node: Node) -> bool:
 
 
 def plain(node: Node) -> Any:
-    """Return the value of a node as the other tool reads it. Other tools use YAML 1.1, in which
-    yes, no, on and off are booleans.
+    """Return the value of a node as YAML 1.1 reads it, because other tools use YAML 1.1. In YAML
+    1.1, yes, no, on and off are booleans.
     """
     if isinstance(node.value, dict):
         return {key: plain(child) for key, child in node.value.items()}

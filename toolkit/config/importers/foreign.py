@@ -1,5 +1,5 @@
-"""Define what is read from a file of another tool: entries with the tool's key, a value and a
-position.
+"""Define the settings that are read from a file of another tool. A setting has a key of that tool,
+a value and a position in the file.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A value that is known only when the file is executed. ``text`` is the expression in the
-    file.
-    """
+    """A value that is known only when the file runs. ``text`` is the expression in the file."""
 
     text: str
-    why: str = "its value is computed when the file runs"
+    why: str = "the value is computed when the file runs"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One setting in the file. ``value`` is a scalar, a list, a dict, or ``Computed``."""
+    """One setting in a file of another tool. ``value`` is a scalar, a list, a dict, or a
+    ``Computed``.
+    """
 
     key: str
     value: Any
@@ -38,7 +38,7 @@ class Unread:
 
 @dataclass(slots=True)
 class Foreign:
-    """The settings that a reader found in a file. ``form`` is the format's name in
+    """The settings of a file of another tool. ``form`` is the name of the file's format, a key of
     ``formats.TABLES``.
     """
 
@@ -47,9 +47,9 @@ class Foreign:
     unread: list[Unread] = field(default_factory=list)
 
     def add(self, key: str, value: Any, place: str) -> None:
-        """Add one entry."""
+        """Add one setting that was read."""
         self.entries.append(Entry(key, value, place))
 
     def miss(self, place: str, text: str, why: str) -> None:
-        """Add one part of the file that could not be read."""
+        """Add one part of the file that could not be read, and the reason."""
         self.unread.append(Unread(place, text, why))

@@ -1,4 +1,4 @@
-"""Find out to which tool a file belongs, and read its settings."""
+"""Find the tool to which a file belongs, and read the settings in the file."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ _OVERRIDE = re.compile(r"(\+{0,2})(~?)([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 
 @cache
 def table(form: str) -> Table:
-    """Return the table of a format."""
+    """Return the table of the format ``form``, which defines how the keys of the format are
+    converted.
+    """
     found: Table = import_module(f"toolkit.config.importers.{TABLES[form]}").TABLE
     return found
 
 
 def guess(document: Document) -> tuple[str, tuple[str, ...]] | None:
-    """Guess the format of a loaded file. Return its name, and the keys or words by which it was
-    recognized. Return None for a run file, and for a file of an unknown format.
+    """Guess the format of a loaded file. Return the name of the format, and the keys or words that
+    identify it. Return None for a run file, and for a file of an unknown format.
     """
     root = document.root.value
     if isinstance(root, dict) and root:
@@ -85,8 +87,8 @@ TITLES = {
 
 
 def found_foreign(document: Document) -> Finding | None:
-    """Return the finding IMPORT001 for a loaded file that looks like a file of another tool; None
-    for other files.
+    """Return the finding IMPORT001 if a loaded file looks like a file of another
+    tool; else None.
     """
     from toolkit.config.finding import Fix, error_finding  # noqa: PLC0415 - only for such a file
 
@@ -98,7 +100,7 @@ def found_foreign(document: Document) -> Finding | None:
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
     mark = None if first is None else first.key
     name = document.source.name if document.source.path else "FILE"
-    fix = Fix(f"convert the file to a run file with: toolkit import {name}")
+    fix = Fix(f"convert the file to a run file with `toolkit import {name}`")
     return error_finding("IMPORT001", message, document.source, mark, fix)
 
 
@@ -138,8 +140,9 @@ _COMMANDS = {
 
 
 def read_foreign(name: str, form: str | None = None) -> Foreign:
-    """Read the settings of the file ``name``. ``form`` is its format; None means that the format is
-    guessed. Raises InputError if the file cannot be read or its format is unknown.
+    """Return the settings in the file ``name``. ``form`` is the name of the file's format; None
+    means that the format is guessed. Raises InputError if the file cannot be read or its format is
+    unknown.
     """
     from toolkit.config.layers import parse  # noqa: PLC0415 - config.layers is above this package
     from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
@@ -231,16 +234,18 @@ def _overrides(foreign: Foreign, words: list[Word]) -> None:
         place = f"line {word.line}"
         if found is None:
             if word.text.startswith("--config"):
-                foreign.miss(place, word.text, "more settings are in this config file of hydra")
+                foreign.miss(place, word.text, "this config file of hydra contains more settings")
             continue
         value: Any = scalar(found[4])
         if word.unknown:
-            value = Computed(found[4], f"{word.unknown} gets its value in the shell")
+            value = Computed(
+                found[4], f"the value of {word.unknown} is known only when the shell runs"
+            )
         foreign.add(found[3], value, place)
 
 
 def unknown(name: str) -> InputError:
-    """Return the error for a file whose format is unknown."""
+    """Return the error for the file ``name``, whose format is unknown."""
     return InputError(
         "is not recognized as a file that can be imported. These files can be imported: "
         "axolotl (YAML), TRL (YAML, command line, script), Unsloth (script, notebook), verl (YAML, "

@@ -1,5 +1,6 @@
-"""Define the classes ``Table`` and ``Translation``. A table has one row for each key of another
-tool, which says what becomes of the key. A translation is the run file that is made with a table.
+"""Define the classes ``Table`` and ``Translation``. A ``Table`` has one row for each key of another
+tool, and the row says how the key is converted. A ``Translation`` is the result of converting a
+file: the values of the run file, and the settings that could not be converted.
 """
 
 from __future__ import annotations
@@ -22,31 +23,34 @@ KINDS = (SAME, RENAMED, LEFT_OUT, REFUSED)
 
 
 class Unfit(Exception):
-    """Raised for a value that a run file cannot express. The exception's text says why."""
+    """Raised for a value that cannot be expressed in a run file. The text of the exception is the
+    reason.
+    """
 
 
 class Later(Exception):
-    """Raised by ``later`` for a key that is not converted by its row. The table's function
-    ``finish`` converts such a key together with other keys.
+    """Raised by ``later`` if a key cannot be converted alone. The function ``finish`` of the table
+    converts the key together with other keys.
     """
 
 
 def later(_value: Any) -> Any:
-    """The ``convert`` function of a row whose key the table's ``finish`` converts. It always raises
-    Later.
+    """Raise Later. This is the ``convert`` function of a row if the table's function ``finish``
+    converts the key of the row.
     """
     raise Later
 
 
 class Row(NamedTuple):
-    """A row of a table: what becomes of the key ``old`` of the other tool.
+    """A row of a table. It says how the key ``old`` of another tool is converted.
 
     ``to`` is the dotted key of the run file that replaces ``old``; None means that no key replaces
-    it. In that case, ``refused`` is True if ``old`` requests something that this toolkit does not
-    support, and False if a run does not need ``old``. ``off`` are the values of a refused key that
-    turn the unsupported feature off. ``why`` is the reason for this row. ``convert`` is a function
-    that converts the value. ``trl`` is the key of TRL if config/migration converts it. ``computed``
-    says why the key can be ignored if a script computes its value.
+    it. If ``to`` is None, ``refused`` is True if ``old`` requests something that this toolkit does
+    not support, and False if a run does not need ``old``. ``off`` lists the values of a refused key
+    that turn the unsupported feature off. ``why`` is the reason for the conversion. ``convert`` is
+    the function that converts the value. ``trl`` is the name of the key in config/migration, if
+    that module converts the key. ``computed`` is the reason why the key can be ignored if a script
+    computes its value.
     """
 
     old: str
@@ -60,22 +64,24 @@ class Row(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The kind of this row, one of ``KINDS``."""
+        """What happens to the key of this row: one of ``KINDS``."""
         if self.to is None:
             return REFUSED if self.refused else LEFT_OUT
         same = self.to.rpartition(".")[2] == self.old.rpartition(".")[2]
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
-        """Whether a value of this refused key turns the unsupported feature off."""
+        """Whether ``value`` turns off the unsupported feature to which the refused key of this row
+        belongs.
+        """
         return value in ([], {}) or any(
             type(one) is type(value) and one == value for one in self.off
         )
 
 
 class Default(NamedTuple):
-    """A value that the run file gets if the other tool's file does not set the key, because the
-    other tool's default differs from this toolkit's default.
+    """A value that is written to the run file if the other tool's file does not set the key. It is
+    the other tool's default, which differs from this toolkit's default.
     """
 
     to: str
@@ -85,11 +91,12 @@ class Default(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The table of a format: its name (``form``), its name in messages (``title``), its rows, and
-    the defaults of its tool.
+    """The conversion table of a format. ``form`` is the name of the format, and ``title`` is its
+    name in messages. ``rows`` say how the keys are converted. ``defaults`` are the other tool's
+    defaults that differ from this toolkit's defaults.
 
-    ``finish`` is called after all rows were applied. It converts settings that depend on several
-    keys (batch sizes, lengths).
+    The function ``finish`` is called after all rows were applied. It converts settings that depend
+    on several keys, such as batch sizes and lengths.
     """
 
     form: str
@@ -100,14 +107,16 @@ class Table:
 
     @cached_property
     def by_key(self) -> dict[str, Row]:
-        """The rows, by the key of the other tool."""
+        """The rows as a dict. The keys of the dict are the keys of the other tool."""
         found = {row.old: row for row in self.rows}
         assert len(found) == len(self.rows), "a key has two rows"
         return found
 
     @cached_property
     def groups(self) -> frozenset[str]:
-        """The names of the keys that contain other keys of the table."""
+        """The dotted prefixes of the other tool's keys. For the key ``a.b.c``, these are ``a`` and
+        ``a.b``.
+        """
         return frozenset(
             ".".join(parts[:count])
             for parts in (row.old.split(".") for row in self.rows)
@@ -115,8 +124,8 @@ class Table:
         )
 
     def find(self, key: str) -> Row | None:
-        """Return the row of a key: its own row, or that of the innermost group ``name.*`` that
-        contains the key. Return None if there is neither.
+        """Return the row for a key of the other tool. If the key has no row of its own, return the
+        row ``prefix.*`` for the longest prefix of the key. Return None if there is no such row.
         """
         row = self.by_key.get(key)
         while row is None and "." in key:
@@ -130,7 +139,7 @@ HIDDEN = "[hidden]"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The value of a key of the run file, and the reason for it."""
+    """The value of a run file key, and the reason for this value."""
 
     value: Any
     why: str
@@ -138,7 +147,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Omission:
-    """A setting that is left out of the run file, and the reason."""
+    """A setting of the other tool that is left out of the run file, and the reason."""
 
     place: str
     key: str
@@ -148,7 +157,9 @@ class Omission:
 
 @dataclass(slots=True)
 class Translation:
-    """The run file that is being made, and what became of each setting of the other tool's file."""
+    """The run file that is being made from a file of another tool, and a record of the settings
+    that were left out, refused or not read.
+    """
 
     foreign: Foreign
     table: Table
@@ -162,13 +173,13 @@ class Translation:
     modules: list[str] = field(default_factory=list)  # modules of the user's rewards
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value that a key of the run file has so far."""
+        """Return the current value of a run file key; ``default`` if it is not set yet."""
         found = self.written.get(key)
         return default if found is None else found.value
 
     def write(self, key: str, value: Any, why: str) -> None:
-        """Set a key of the run file. If the key already has another value, that value is replaced,
-        and a note reports this.
+        """Set a run file key to ``value``. If the key already has another value, replace that value
+        and add a note.
         """
         before = self.written.get(key)
         if before is not None and before.value != value:
@@ -178,20 +189,22 @@ class Translation:
         self.written[key] = Written(value, why)
 
     def take(self, *keys: str) -> dict[str, Entry]:
-        """Return the entries with these keys of the other tool, by key. If a key occurs several
-        times, its last entry is used.
+        """Return the settings of the other tool with these keys, as a dict by key. If the file sets
+        a key several times, the last setting is used.
         """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 
     def value_of(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key of the other tool; ``default`` if the key is missing or its
-        value could not be read.
+        """Return the value that the other tool's file sets for a key. Return ``default`` if the
+        file does not set the key, or if the value is known only when the file runs.
         """
         found = self.take(key).get(key)
         return default if found is None or isinstance(found.value, Computed) else found.value
 
     def reward(self, name: str, note: str, **options: Any) -> None:
-        """Add a reward function with its ``options``."""
+        """Add a reward function with its ``options`` to the run file. ``note`` becomes a comment in
+        the run file.
+        """
         self.rewards.append({"name": name, **({"options": options} if options else {})})
         self.reward_notes.append(note)
         module = name.partition(":")[0]
@@ -199,15 +212,17 @@ class Translation:
             self.modules.append(module)
 
     def refuse(self, entry: Entry, why: str) -> None:
-        """Record a setting that requests something that this toolkit does not support."""
+        """Record a setting that requests something that this toolkit does not support, and the
+        reason.
+        """
         self.refused.append(_omission(entry, why))
 
     def leave(self, entry: Entry, why: str) -> None:
-        """Record a setting that a run file does not need."""
+        """Record a setting that a run file does not need, and the reason."""
         self.left_out.append(_omission(entry, why))
 
     def miss(self, entry: Entry, why: str) -> None:
-        """Record a setting that could not be read."""
+        """Record a setting whose value could not be read, and the reason."""
         self.unread.append(Unread(entry.place, f"{entry.key}: {_shown(entry)}", why))
 
 
@@ -223,31 +238,35 @@ def _shown(entry: Entry) -> str:
 
 
 def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
-    """Return the entries with these keys, in the order of the file."""
+    """Return the settings of the other tool with these keys, in the order of the file."""
     wanted = set(keys)
     return [entry for entry in made.foreign.entries if entry.key in wanted]
 
 
 def rows(to: str, *names: str, prefix: str = "") -> Iterator[Row]:
-    """Make rows for keys that have the same name in the section ``to`` of the run file."""
+    """Return a row for each key in ``names``. The run file has the same keys in its section ``to``.
+    ``prefix`` is put before the other tool's keys.
+    """
     return (Row(f"{prefix}{name}", f"{to}.{name}") for name in names)
 
 
 def left(why: str, *names: str) -> Iterator[Row]:
-    """Make rows for keys that are left out for the same reason."""
+    """Return a row for each key in ``names``. A run does not need these keys, and ``why`` is the
+    reason.
+    """
     return (Row(name, None, why) for name in names)
 
 
 def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
-    """Make rows for keys that request something that this toolkit does not support. ``off`` are
-    additional values that turn the unsupported feature off.
+    """Return a row for each key in ``names``. The keys request something that this toolkit does not
+    support. ``off`` lists additional values that turn the unsupported feature off.
     """
     return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
 
 
 def trl_rows(prefix: str = "") -> Iterator[Row]:
-    """Yield a row for each current and earlier key of TRL's GRPOConfig. ``prefix`` is put before
-    the keys.
+    """Yield a row for each key that TRL's GRPOConfig has now or had in earlier versions. ``prefix``
+    is put before the keys.
     """
     known = find_schema("run")["properties"]["grpo"]["properties"]
     older = [old.partition(".")[2] for old in MOVED if old.startswith("grpo.")]
@@ -277,15 +296,16 @@ _SPREAD = (
     "(--nproc-per-node)"
 )
 _ONE_PROCESS = "the engine runs in the training process, so there is no vLLM server"
-_FORMAT = "model.dtype: auto uses bfloat16 if the GPU supports it"
+_FORMAT = "`model.dtype: auto` uses bfloat16 if the GPU supports it"
 # Keys of TRL that a run file refuses, but that an imported file can simply leave out.
 _OURS = {
     row.old: row
     for row in (
         Row("output_dir", "runtime.output_dir"),
         Row("trust_remote_code", "model.trust_remote_code"),
-        Row("vllm_tensor_parallel_size", None, "model.tensor_parallel_size would also split the "
-                                               "trainer; set it yourself if you need it"),
+        Row("vllm_tensor_parallel_size", None, "this setting splits only the engine, but "
+                                               "model.tensor_parallel_size splits the trainer "
+                                               "too"),
         Row("bf16", None, _FORMAT),
         Row("fp16", None, _FORMAT),
         Row("bf16_full_eval", None, _FORMAT),
@@ -314,8 +334,9 @@ _OURS = {
 
 
 def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
-    """Return the key and the value of the run file for the key of TRL in ``row``. The key is None
-    if a run file does not need the setting. Raises Unfit if the user must decide.
+    """Return the run file key and the value that replace a setting of TRL. ``row`` is the row of
+    TRL's key. The returned key is None if a run file does not need the setting. Raises Unfit if the
+    user must decide.
     """
     assert row.trl is not None
     today = converted(row.trl, value)
@@ -327,5 +348,5 @@ def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
 
 
 def text_list(value: Any) -> list[Any]:
-    """Return ``value`` as a list: a single value becomes a list of one item."""
+    """Return ``value`` as a list. A value that is not a list becomes a list with one item."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

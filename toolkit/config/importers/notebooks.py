@@ -1,5 +1,5 @@
-"""Read notebooks. The code of the cells is joined to one script, without magics (lines that begin
-with % or !). Nothing is executed.
+"""Read the settings in notebooks. The code cells are joined to one script, without magics (lines
+that begin with % or !). Nothing is executed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _INSTALL = re.compile(r"\s*[!%]\s*(uv |python3? -m )?(pip|conda|uv|apt|apt-get)\
 
 
 def read_notebook(raw: bytes, name: str) -> Foreign:
-    """Return the settings in a notebook. ``raw`` is the content of the file ``name``. Raises
-    InputError if it is not JSON, and ValueError if it has no cells.
+    """Return the settings in a notebook. ``raw`` is the content of the notebook file, and ``name``
+    is its name. Raises InputError if the content is not JSON, and ValueError if it has no cells.
     """
     lines: list[str] = []
     places: list[str] = []
@@ -46,7 +46,9 @@ def read_notebook(raw: bytes, name: str) -> Foreign:
 
 
 def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
-    """Yield ``(number, source)`` of each code cell. Cells are counted from 1."""
+    """Yield the pair ``(number, source)`` for each code cell. ``number`` counts the
+    cells from 1.
+    """
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     sheets = notebook.get("worksheets") if isinstance(notebook, dict) else None
     if cells is None and isinstance(sheets, list) and sheets and isinstance(sheets[0], dict):
@@ -61,7 +63,7 @@ def _cells(notebook: Any) -> Iterator[tuple[int, str]]:
 
 
 def _code(source: str, number: int, unread: list[Unread]) -> list[str]:
-    """Return the lines of a cell, with ``pass`` in place of each magic. The magics are added to
+    """Return the lines of a code cell, with ``pass`` instead of each magic. Each magic is added to
     ``unread``.
     """
     lines = source.split("\n")

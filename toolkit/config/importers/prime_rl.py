@@ -1,5 +1,6 @@
-"""The table for prime-rl's formats: the TOML file of the command ``rl``, and the separate files of
-the trainer, the orchestrator and the inference server.
+"""The table of prime-rl's keys and of the run file keys that replace them. The formats are the TOML
+file of the command ``rl``, and the separate files of the trainer, the orchestrator and the
+inference server.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def _checkpointing(value: Any) -> bool:
 
 
 def _model(prefix: str) -> Iterator[Row]:
-    """Yield the rows of a [model] table. ``prefix`` is put before the keys. It is empty if the
-    table is at the top level, else it is the name of the part (such as the trainer) with a dot.
+    """Yield the rows for the keys of a [model] table. ``prefix`` is put before each key. It is
+    empty for a table at the top level. For a table in a part such as the trainer, it is the name of
+    the part and a dot.
     """
     yield Row(f"{prefix}model.name", "model.model_name")
     yield Row(f"{prefix}model.trust_remote_code", "model.trust_remote_code")
@@ -73,7 +75,9 @@ def _model(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}model.lora.modules_to_save", "lora.modules_to_save")
     yield Row(f"{prefix}model.experimental.lora.rank", "lora.r")
     yield Row(f"{prefix}model.experimental.lora.alpha", "lora.lora_alpha")
-    yield from left("the toolkit decides this when it loads the model", f"{prefix}model.*")
+    yield from left(
+        "the toolkit chooses this setting itself when it loads the model", f"{prefix}model.*"
+    )
 
 
 def _training(prefix: str) -> Iterator[Row]:
@@ -87,7 +91,7 @@ def _training(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}scheduler.type", "grpo.lr_scheduler_type", convert=_schedule)
     yield Row(f"{prefix}scheduler.warmup_steps", "grpo.warmup_steps")
     yield from left(
-        "the schedule or the optimizer uses its default value",
+        "the default of the schedule or the optimizer is used",
         f"{prefix}scheduler.*",
         f"{prefix}optim.*",
     )
@@ -139,7 +143,9 @@ def _rollouts(prefix: str) -> Iterator[Row]:
     yield Row(f"{prefix}buffer.online_difficulty_filtering", "grpo.dynamic_sampling")
     pools = (f"{prefix}buffer.{name}_threshold" for name in ("easy", "hard"))
     yield from refused(
-        "grpo.curriculum chooses prompts by the spread of their rewards, not by thresholds", *pools
+        "difficulty thresholds are not supported; grpo.curriculum chooses prompts by the spread "
+        "of their rewards",
+        *pools,
     )
     yield from left("grpo.seed determines the order of the prompts", f"{prefix}buffer.*")
     yield from left("set dataset.eval_path to the evaluation data", f"{prefix}eval.*",
@@ -150,13 +156,13 @@ def _rollouts(prefix: str) -> Iterator[Row]:
 
 def _finish(made: Translation) -> None:
     if "lora.r" not in made.written:
-        made.notes.append(f"The file does not set model.lora: {NO_ADAPTER}.")
+        made.notes.append(f"The file does not set model.lora, but {NO_ADAPTER}.")
     total = made.get("grpo.generation_batch_size")
     if is_count(total):
         whole_batch(made, total, made.written["grpo.generation_batch_size"].why)
     made.notes.append(
-        "prime-rl takes its data and rewards from an environment of the library verifiers. Write "
-        "the sections dataset and reward, or the section environment."
+        "prime-rl takes its data and rewards from an environment of the library verifiers. "
+        "Write the sections `dataset` and `reward`, or the section `environment`."
     )
     fit_length(made)
 
@@ -188,7 +194,7 @@ def _rows() -> Iterator[Row]:
     yield Row(
         "inference.gpu_memory_utilization",
         None,
-        "`envcheck size` computes the value, because the trainer uses the same GPU",
+        "the engine shares the GPU with the trainer; use `envcheck size` to compute the value",
     )
     yield from left(_APART, "inference", "inference.*", "deployment.*", "trainer", "trainer.*",
                     "orchestrator", "inference_gpu_ids", "trainer_gpu_ids", "weight_broadcast.*",

@@ -1,5 +1,5 @@
-"""Read Python scripts and notebooks that train with TRL or Unsloth. The settings are the arguments
-of certain calls, which are found with ``ast``.
+"""Read the settings in Python scripts and notebooks that train with TRL or Unsloth. The settings
+are the arguments of calls such as ``GRPOConfig(...)``. The calls are found with the module ``ast``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SAMPLING = "vllm_sampling_params"
 
 
 def read_script(text: str, place: Callable[[int], str] | None = None) -> Foreign:
-    """Return the settings in a script. ``place`` converts a line number to a position for messages.
-    Raises ValueError if the text is not Python.
+    """Return the settings in a script. ``place`` is a function that converts a line number to a
+    position for messages. Raises ValueError if the text is not Python.
     """
     reader = _Reader(parse(text), place or (lambda line: f"line {line}"))
     reader.read()
@@ -78,8 +78,8 @@ class _Reader:
             self.arguments(call, name, _CALLS[name])
         elif name in _CHANGES and isinstance(call.func, ast.Attribute) and self.data:
             why = (
-                "this code changes the rows: write the changed rows to a file, or set "
-                "dataset.prompt to their prompt column"
+                "this code changes the rows of the data set. Write the changed rows to a file, "
+                "or set dataset.prompt to the prompt column of the unchanged rows"
             )
             self.foreign.miss(self.place(call.lineno), f"{shown(call.func)}(...)", why)
         elif name in ("TrlParser", "HfArgumentParser"):
@@ -166,12 +166,15 @@ def _rewards(made: Translation) -> None:
                 made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
             else:
                 made.refuse(
-                    entry, f"{name} is not the name of a function: use a function of your own"
+                    entry,
+                    f"{name} is not the name of a function. Write the reward as a function, and "
+                    "use the function's name",
                 )
     if made.modules:
         made.notes.append(
-            "Move the reward functions into a file rewards.py next to this file. A run file names "
-            "functions of a module, and importing the script itself would start its training."
+            "Move the reward functions into a file rewards.py next to this file. A run imports "
+            "the module of each reward function, and importing the script itself would start "
+            "its training."
         )
 
 
@@ -189,14 +192,14 @@ def _finish(made: Translation) -> None:
     keys = {entry.key for entry in made.foreign.entries}
     fast = any(key.startswith("FastLanguageModel.") for key in keys)
     if "adapter" not in keys:
-        made.notes.append(f"The script creates no adapter: {NO_ADAPTER}.")
+        made.notes.append(f"The script does not create an adapter, but {NO_ADAPTER}.")
     if fast and "model.load_in_4bit" not in made.written:
         asks = any(made.get(f"model.load_in_{kind}") for kind in ("8bit", "16bit", "fp8"))
         if not (asks or made.get("model.full_finetuning")):
             made.write("model.load_in_4bit", True, "Unsloth's default")
     if fast and made.get("model.fast_inference") is None:
         made.write(
-            "runtime.engine", "transformers", "fast_inference is false by default in Unsloth"
+            "runtime.engine", "transformers", "the default of fast_inference is false in Unsloth"
         )
     _rewards(made)
     _data(made)
@@ -217,7 +220,7 @@ def _fast() -> Iterator[Row]:
                     "load_in_16bit", "load_in_fp8", "full_finetuning", "fast_inference", "revision",
                     "trust_remote_code", "attn_implementation", *OPTIONS, prefix=own)  # fmt: skip
     yield Row(f"{own}dtype", "model.dtype", convert=dtype)
-    yield from left("this is read from the files of the checkpoint",
+    yield from left("the toolkit reads this setting from the files of the checkpoint",
                     f"{own}rope_scaling", f"{own}fix_tokenizer",
                     f"{own}use_exact_model_name", f"{own}resize_model_vocab")  # fmt: skip
     yield from left("each process loads the model onto its own GPU", f"{own}device_map",
@@ -225,7 +228,7 @@ def _fast() -> Iterator[Row]:
     yield Row(f"{own}random_state", "lora.random_state")
     yield Row(f"{own}use_gradient_checkpointing", "lora.use_gradient_checkpointing")
     yield Row(f"{own}token", None, "set the environment variable HF_TOKEN instead")
-    yield Row(f"{own}*", None, "a run file does not have this option of Unsloth", refused=True)
+    yield Row(f"{own}*", None, "a run file has no key for this option of Unsloth", refused=True)
 
 
 def _peft(prefix: str) -> Iterator[Row]:
@@ -244,7 +247,7 @@ def _peft(prefix: str) -> Iterator[Row]:
                     f"{prefix}finetune_language_layers", f"{prefix}finetune_attention_modules",
                     f"{prefix}finetune_mlp_modules", f"{prefix}layer_replication",
                     f"{prefix}temporary_location")  # fmt: skip
-    yield Row(f"{prefix}*", None, "a run file does not have this option", refused=True)
+    yield Row(f"{prefix}*", None, "a run file has no key for this option", refused=True)
 
 
 def _grpo() -> Iterator[Row]:
@@ -269,7 +272,7 @@ def _sampling() -> Iterator[Row]:
     yield Row(f"{own}include_stop_str_in_output", None, "rewards always get the text without the "
                                                         "stop string",
               refused=True)  # fmt: skip
-    yield Row(f"{own}*", None, "a run file does not have this option", refused=True)
+    yield Row(f"{own}*", None, "a run file has no key for this option", refused=True)
 
 
 def _others() -> Iterator[Row]:
@@ -288,11 +291,13 @@ def _others() -> Iterator[Row]:
         None,
         "the arguments of BitsAndBytesConfig are converted instead",
     )
-    yield Row(f"{auto}*", None, "a run file does not have this option", refused=True)
+    yield Row(f"{auto}*", None, "a run file has no key for this option", refused=True)
     bits = "BitsAndBytesConfig."
     yield from rows("model", "load_in_4bit", "load_in_8bit", prefix=bits)
-    yield Row(f"{bits}*", None, "4-bit always means the nf4 format of bitsandbytes here",
-              computed="4-bit always means the nf4 format of bitsandbytes here")  # fmt: skip
+    yield Row(f"{bits}*", None, "in this toolkit, 4-bit always means the nf4 format of "
+                                "bitsandbytes",
+              computed="in this toolkit, 4-bit always means the nf4 format of "
+                       "bitsandbytes")  # fmt: skip
     yield Row("GRPOTrainer.model", "model.model_name")
     yield Row("GRPOTrainer.reward_funcs", "reward.functions", convert=later)
     why = (
@@ -309,7 +314,7 @@ def _others() -> Iterator[Row]:
         yield Row(
             f"GRPOTrainer.{name}",
             None,
-            "a run file cannot contain your own code around the trainer",
+            "a run file cannot contain your own rollout function or callbacks",
             refused=True,
         )
     data = "load_dataset."

@@ -1,5 +1,5 @@
-"""Split shell scripts into commands. A command is a list of words with line numbers. Nothing is
-executed.
+"""Split a shell script into commands. A command is a list of words, and each word has a line
+number. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ENDS = "\n;|&()"
 
 @dataclass(slots=True)
 class Word:
-    """A word of a command. ``unknown`` is a part, such as ``$NAME``, whose value is known only when
-    the shell runs.
+    """A word of a command. ``unknown`` is the part of the word, such as ``$NAME``, whose value is
+    known only when the shell runs. It is empty if there is no such part.
     """
 
     text: str
@@ -32,12 +32,13 @@ class Word:
 
     @property
     def value(self) -> Any:
-        """The value of the word: a scalar of YAML 1.2, a list or mapping in JSON, or
-        ``Computed``.
+        """The value of the word. This is a scalar of YAML 1.2, or a list or mapping in JSON. If a
+        part of the word is unknown, the value is a ``Computed``.
         """
         if self.unknown:
             return Computed(
-                self.text or self.unknown, f"{self.unknown} gets its value in the shell"
+                self.text or self.unknown,
+                f"the value of {self.unknown} is known only when the shell runs",
             )
         return scalar(self.text)
 
@@ -60,7 +61,9 @@ class _Shell:
 
 
 def scalar(text: str) -> Any:
-    """Return the value that a text on a command line stands for."""
+    """Return the value that a command line argument stands for: a number, a boolean, None, a
+    string, or a list or mapping in JSON.
+    """
     if text[:1] in "{[" and text:
         try:
             return json.loads(text)
@@ -75,8 +78,8 @@ def scalar(text: str) -> Any:
 
 
 def _flow(text: str) -> Any:
-    """Parse a list in the syntax of hydra, such as [console,wandb]. Return any other text
-    unchanged.
+    """Return the list that ``text`` contains in hydra's syntax, such as [console,wandb]. Return any
+    other text unchanged.
     """
     if not (text.startswith("[") and text.endswith("]")) or "[" in text[1:]:
         return text
@@ -85,8 +88,8 @@ def _flow(text: str) -> Any:
 
 
 def commands(text: str) -> Iterator[list[Word]]:
-    """Yield the commands of a shell script. Variables that were set to a literal value are replaced
-    by that value.
+    """Yield each command of a shell script as a list of words. A variable that the script sets to a
+    literal value is replaced by that value.
     """
     shell = _Shell(text)
     words: list[Word] = []
@@ -161,8 +164,8 @@ def _escaped(shell: _Shell, quote: str) -> str:
 
 
 def _expansion(shell: _Shell, sign: str, word: Word) -> str:
-    """Return the text that ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes stand for. If it is not
-    known, return the expression itself, and record it in ``word.unknown``.
+    """Return the value of ``$NAME``, ``${NAME}``, ``$(...)`` or backquotes. If the value is not
+    known, record this in ``word.unknown`` and return the text of the expression.
     """
     if sign == "`":
         return _unknown(shell, word, "`", "`")
@@ -193,8 +196,9 @@ def _unknown(shell: _Shell, word: Word, begin: str, end: str) -> str:
 
 
 def flags(words: list[Word]) -> Iterator[tuple[str, Any, int]]:
-    """Yield ``(name, value, line)`` for ``--name value``, ``--name=value``, ``--name a b`` (a list)
-    and ``--name`` (true). Hyphens in names become underscores.
+    """Yield ``(name, value, line)`` for each option of a command. The forms are ``--name value``,
+    ``--name=value``, ``--name a b`` (the value is a list) and ``--name`` (the value is True).
+    Hyphens in names become underscores.
     """
     at = 0
     while at < len(words):

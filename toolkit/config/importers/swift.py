@@ -1,5 +1,5 @@
-"""The table for ms-swift's formats: the settings of ``swift rlhf --rlhf_type grpo`` as a command
-line, a YAML file or args.json.
+"""The table of ms-swift's keys and of the run file keys that replace them. The formats are the
+command line ``swift rlhf --rlhf_type grpo``, a YAML file and args.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def _data(value: Any) -> str:
 def _bits(value: Any) -> bool | None:
     if value in (None, 4):
         return value == 4 or None
-    raise Unfit("quant_bits can be converted only if it is 4; for 8 bits, set model.load_in_8bit")
+    raise Unfit(
+        "quant_bits can be converted only if its value is 4. For 8 bits, set "
+        "model.load_in_8bit: true"
+    )
 
 
 def _attention(value: Any) -> Any:
@@ -97,8 +100,8 @@ def _rewards(made: Translation) -> None:
                     made.refuse(entry, str(reason))
                     continue
                 made.notes.append(
-                    f"{name} is a class (ORM) in {plugins[0]}. Write a function in its place that "
-                    "takes (prompts, completions, **columns) and returns a list of scores."
+                    f"{name} is a class (ORM) in {plugins[0]}. Replace the class by a function "
+                    "that takes (prompts, completions, **columns) and returns a list of scores."
                 )
             else:
                 made.refuse(entry, f"no built-in reward corresponds to {name}")
@@ -109,7 +112,9 @@ def _finish(made: Translation) -> None:
     _rewards(made)
     split_warmup(made)
     if made.value_of("quant_method") not in (None, "bnb") and "model.load_in_4bit" in made.written:
-        made.notes.append("Only bitsandbytes can quantize the model here (model.load_in_4bit).")
+        made.notes.append(
+            "In this toolkit, only bitsandbytes can quantize the model (model.load_in_4bit)."
+        )
     fit_length(made)
 
 
@@ -137,8 +142,8 @@ _OWN = (
     Row("adapters", "lora.adapter_path", convert=_data),
     Row("dataset", "dataset.path", convert=_data),
     Row("val_dataset", "dataset.eval_path", convert=_data),
-    Row("columns", "dataset.prompt", "the value says which columns contain the prompt and the "
-                                     "answer",
+    Row("columns", "dataset.prompt", "the prompt column and the answer column that this setting "
+                                     "names become dataset.prompt and dataset.answer",
         convert=later),
     Row("system", "dataset.system"),
     Row("reward_funcs", "reward.functions", convert=later),
@@ -153,17 +158,18 @@ _OWN = (
     Row("vllm_enable_prefix_caching", "model.enable_prefix_caching"),
     Row("vllm_max_num_seqs", "model.max_num_seqs"),
     Row("vllm_max_lora_rank", "model.max_lora_rank"),
-    Row("vllm_gpu_memory_utilization", None, "`envcheck size` computes the value, because the "
-                                             "trainer uses the same GPU"),
+    Row("vllm_gpu_memory_utilization", None, "the engine shares the GPU with the trainer; use "
+                                             "`envcheck size` to compute the value"),
     Row("sleep_level", "model.enable_sleep_mode", convert=_sleep),
     Row("max_resample_times", "grpo.max_resample_times"),
     Row("dynamic_sample", "grpo.dynamic_sampling"),
     *refused("only the advantage of GRPO is supported", "advantage_estimator", off=("grpo",)),
     *refused("the KL term is always added to the loss (grpo.beta), not to the reward",
              "kl_in_reward"),
-    *refused("to use a model as a reward, call it from your own reward function", "reward_model",
+    *refused("to use a reward model, call the model from your own reward function", "reward_model",
              "reward_model_plugin", "reward_adapters", "teacher_model"),
-    *refused("a rollout has several turns only with the section tools or an environment of openenv",
+    *refused("a rollout can have several turns only with the section `tools` or an openenv "
+             "environment",
              "multi_turn_scheduler"),
     *refused("your own code that changes models or data is not supported", "custom_register_path"),
     *refused("set dataset.eval_path to the evaluation data", "split_dataset_ratio"),
@@ -179,9 +185,10 @@ _OWN = (
           "offload_optimizer", "gc_collect_after_offload"),
     *left(_TEMPLATE, "template", "use_chat_template", "template_backend", "response_prefix",
           "norm_bbox", "agent_template", "loss_scale"),
-    *left("prompts that are too long lose tokens at their start, and the run counts such prompts",
+    *left("a run always removes tokens at the start of a prompt that is too long, and counts "
+          "such prompts",
           "truncation_strategy"),
-    *left("4-bit always means the nf4 format of bitsandbytes here",
+    *left("in this toolkit, 4-bit always means the nf4 format of bitsandbytes",
           "quant_method", "bnb_4bit_quant_type",
           "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
     *left("the run prepares the data itself", "dataset_num_proc", "load_from_cache_file",
@@ -190,7 +197,7 @@ _OWN = (
     *left("models and data come from the Hugging Face hub; download them first if they are on "
           "ModelScope",
           "use_hf", "model_type", "task_type"),
-    *left("only the data set self-cognition of ms-swift uses this name",
+    *left("only ms-swift's data set self-cognition uses this setting",
           "model_author", "model_name"),
     *left("the trainer packs sequences itself (runtime.padding_free)", "packing", "padding_free"),
     *left("every GPU has a complete copy of the model",

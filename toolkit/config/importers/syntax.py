@@ -1,4 +1,4 @@
-"""Compute the values of constants in a Python file from its syntax tree. Nothing is executed."""
+"""Find the values of constants in a Python file from its syntax tree. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LARGEST = 1e15
 
 
 class _Unfolded(Exception):
-    """Raised for an expression that is not a constant. The exception's text says why."""
+    """Raised for an expression that is not a constant. The text of the exception is the reason."""
 
 
 def parse(text: str) -> ast.Module:
-    """Return the syntax tree of a text. Raises ValueError with the reason if the text is not
+    """Return the syntax tree of a Python text. Raises ValueError with the reason if the text is not
     Python.
     """
     try:
@@ -40,8 +40,8 @@ def parse(text: str) -> ast.Module:
 
 
 class Names:
-    """The values of the names in a file. Only names that are set exactly once, outside of branches
-    and loops, have a value.
+    """The constant values of the names in a Python file. A name has a value only if the file sets
+    it exactly once, and not inside a branch or a loop.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -81,7 +81,7 @@ class Names:
         return self.assigned.get(name) if self.counts[name] == 1 else None
 
     def value(self, node: ast.expr) -> Any:
-        """Return the constant to which an expression evaluates, or ``Computed`` if it is not a
+        """Return the value of a constant expression. Return a ``Computed`` if the expression is not
         constant.
         """
         try:
@@ -110,13 +110,15 @@ class Names:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id == "torch":
                 return node.attr
-            raise _Unfolded(f"this attribute of {node.value.id} is known only when the script runs")
+            raise _Unfolded(
+                f"the value of this attribute of {node.value.id} is known only when the script runs"
+            )
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
             value = self._fold(node.operand, depth + 1)
             return (not value) if isinstance(node.op, ast.Not) else _sign(node.op, value)
         if isinstance(node, ast.BinOp):
             return self._sum(node, depth)
-        raise _Unfolded("its value is computed when the script runs")
+        raise _Unfolded("the value is computed when the script runs")
 
     def _name(self, node: ast.Name, depth: int) -> Any:
         found = self.lookup(node.id)
@@ -137,7 +139,7 @@ class Names:
             isinstance(one, (int, float)) and abs(one) < _LARGEST for one in (left, right)
         )
         if not numbers or kind not in _OPERATORS:
-            raise _Unfolded("its value is computed when the script runs")
+            raise _Unfolded("the value is computed when the script runs")
         return _OPERATORS[kind](left, right)
 
 
@@ -148,14 +150,14 @@ def _sign(sign: ast.unaryop, value: Any) -> Any:
 
 
 def _is_main(node: ast.AST) -> bool:
-    """Whether a statement is ``if __name__ == "__main__":``. Its body is treated like code at the
-    top level of the module.
+    """Whether a statement is ``if __name__ == "__main__":``. The body of such a statement is
+    treated as code at the top level of the module.
     """
     return isinstance(node, ast.If) and "__name__" in ast.dump(node.test)
 
 
 def shown(node: ast.expr) -> str:
-    """Return an expression as one short line of text."""
+    """Return the source text of an expression as one short line."""
     try:
         text = " ".join(ast.unparse(node).split())
     except RecursionError:
@@ -164,8 +166,8 @@ def shown(node: ast.expr) -> str:
 
 
 def called(node: ast.expr) -> str:
-    """Return the last part of the name of a called function: ``GRPOConfig`` for
-    ``trl.GRPOConfig``.
+    """Return the last part of the name of the called function. For ``trl.GRPOConfig``, this is
+    ``GRPOConfig``.
     """
     if isinstance(node, ast.Attribute):
         return node.attr
@@ -173,7 +175,7 @@ def called(node: ast.expr) -> str:
 
 
 def owner(node: ast.expr) -> str:
-    """Return the part of a called function's name before the last dot: ``FastLanguageModel`` for
-    ``FastLanguageModel.from_pretrained``.
+    """Return the name before the last dot in the name of the called function. For
+    ``FastLanguageModel.from_pretrained``, this is ``FastLanguageModel``.
     """
     return called(node.value) if isinstance(node, ast.Attribute) else ""

@@ -1,5 +1,5 @@
-"""Convert the settings of a file of another tool to the keys of a run file, using the rows of the
-format's table.
+"""Convert the settings of another tool's file to keys and values of a run file. The table of the
+file's format says how each key is converted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def translate(foreign: Foreign, table: Table) -> Translation:
-    """Convert ``foreign`` with ``table``. Settings that cannot be converted are recorded in the
-    result; no exception is raised.
+    """Return the conversion of ``foreign`` (the settings of another tool's file) with ``table``.
+    Settings that cannot be converted are recorded in the result, and do not raise an exception.
     """
     made = Translation(foreign, table)
     made.unread += foreign.unread
@@ -91,8 +91,9 @@ def _why(entry: Entry, row: Row) -> str:
 
 
 def _evaluate(made: Translation) -> None:
-    """Set the evaluation batch size to num_generations, if the run evaluates and the default size
-    of 8 is not a multiple of num_generations.
+    """Set the evaluation batch size to num_generations if the default size of 8 is not valid. The
+    evaluation batch size must be a multiple of num_generations. Nothing is set if the run does not
+    evaluate.
     """
     size, group = "grpo.per_device_eval_batch_size", made.get("grpo.num_generations")
     held_out = made.get("dataset.eval_path") or made.get("dataset.eval_split")
@@ -101,8 +102,8 @@ def _evaluate(made: Translation) -> None:
 
 
 def _weigh(made: Translation) -> None:
-    """Move the weights from ``grpo.reward_weights`` to the reward functions. In a run file, each
-    reward function has its own key ``weight``.
+    """Move the weights from ``grpo.reward_weights`` to the keys ``weight`` of the
+    reward functions.
     """
     weights = made.written.get("grpo.reward_weights")
     if weights is None or not made.rewards:

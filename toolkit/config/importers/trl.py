@@ -1,5 +1,5 @@
-"""The table from TRL's settings to the keys of the run file. TRL's settings come from the YAML file
-or the command line of ``trl grpo`` (ScriptArguments, ModelConfig, DatasetMixtureConfig and
+"""The table of TRL's keys and of the run file keys that replace them. The keys occur in the YAML
+file and on the command line of ``trl grpo`` (ScriptArguments, ModelConfig, DatasetMixtureConfig and
 GRPOConfig of TRL 1.16).
 """
 
@@ -41,8 +41,8 @@ _REWARDS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def rewards(made: Translation, key: str = "reward_funcs") -> None:
-    """Add the reward functions whose names are the value of the setting ``key``. The names are
-    resolved as in TRL's script.
+    """Add to the run file the reward functions that the setting ``key`` names. The names have the
+    same meaning as in TRL's script.
     """
     for entry in made.take(key).values():
         for name in map(str, text_list(entry.value)):
@@ -57,11 +57,11 @@ def rewards(made: Translation, key: str = "reward_funcs") -> None:
 
 
 def adapter(made: Translation) -> None:
-    """Add a note if use_peft is not true. TRL then trains all weights, but a run trains an
-    adapter.
+    """Add a note if use_peft is not true. TRL then trains all weights, but a run of this toolkit
+    trains only an adapter.
     """
     if made.value_of("use_peft") is not True:
-        made.notes.append(f"The file does not set use_peft: true: {NO_ADAPTER}.")
+        made.notes.append(f"The file does not set `use_peft: true`, but {NO_ADAPTER}.")
 
 
 def _finish(made: Translation) -> None:
@@ -104,7 +104,7 @@ DATA_ROWS = (
     Row("datasets.name", "dataset.name"),
     Row("datasets.split", "dataset.split"),
     Row("datasets.data_files", "dataset.path", "dataset.path can name a file instead of a hub id"),
-    *refused("write the rows that the run should use to a file",
+    *refused("write a file that contains only the rows for the run",
              "datasets.data_dir", "datasets.columns",
              "datasets.fraction", "test_split_size"),
     *left("the data set is always read completely", "streaming"),
@@ -112,7 +112,7 @@ DATA_ROWS = (
 SCRIPT_ROWS = (
     Row("reward_funcs", "reward.functions", convert=later),
     *refused(
-        "to use a model as a reward, call it from your own reward function",
+        "to use a reward model, call the model from your own reward function",
         "reward_model_name_or_path",
     ),
     *left("this setting is only for debugging", "ignore_bias_buffers"),

@@ -1,5 +1,6 @@
-"""The table for verl's formats: hydra's YAML files, or the overrides on the command line of
-``verl.trainer.main_ppo`` (docs/examples/config.rst of verl).
+"""The table of verl's keys and of the run file keys that replace them. The formats are hydra's YAML
+files, and the overrides on the command line of ``verl.trainer.main_ppo`` (docs/examples/config.rst
+of verl).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _one_file(value: Any) -> Any:
 
 def _loss(value: Any) -> str:
     if not isinstance(value, str) or value not in _LOSSES:
-        raise Unfit(f"only {', '.join(_LOSSES)} have a corresponding grpo.loss_type")
+        raise Unfit(f"only the values {', '.join(_LOSSES)} correspond to a grpo.loss_type")
     return _LOSSES[value]
 
 
@@ -81,13 +82,16 @@ def _interval(value: Any) -> Any:
 
 
 def _resamples(value: Any) -> int:
-    """Convert verl's limit to the number of times that a batch may be sampled again. verl's limit
-    includes the first batch. A limit of 0 (in verl: no limit) or 1 raises Unfit.
+    """Return the value of ``grpo.max_resample_times`` for verl's limit. verl's limit includes the
+    first batch, so the result is one less. Raises Unfit for a limit of 0 (in verl: no limit) and
+    for a limit of 1 (verl never samples a batch again).
     """
     if not is_count(value):
-        raise Unfit("the limit must be a positive number here")
+        raise Unfit("a run file needs a limit, and the limit must be a positive number")
     if value == 1:
-        raise Unfit("with a limit of 1, verl never samples again: set grpo.dynamic_sampling: false")
+        raise Unfit(
+            "with a limit of 1, verl never samples a batch again. Set grpo.dynamic_sampling: false"
+        )
     return int(value) - 1
 
 
@@ -96,8 +100,8 @@ def _share(value: Any) -> Any:
 
 
 def _batches(made: Translation) -> None:
-    """Convert the batch sizes. In verl they are numbers of prompts, and in a run file numbers of
-    completions. A mini-batch of verl becomes an optimizer step.
+    """Convert the batch sizes. verl states numbers of prompts, and a run file states numbers of
+    completions. Each mini-batch of verl becomes one optimizer step.
     """
     samples = made.value_of(f"{_ROLLOUT}.n")
     prompts = made.value_of("data.train_batch_size")
@@ -148,9 +152,10 @@ def _rewards(made: Translation) -> None:
                 continue
             made.reward(function, f"{entry.place}: {key}")
             made.notes.append(
-                f"{function}: verl calls this function for one sample (data_source, solution_str, "
-                "ground_truth, extra_info). Here a reward function takes (prompts, completions, "
-                "**columns) and returns a list of scores. Write a wrapper."
+                f"{function}: verl calls this function for one sample (data_source, "
+                "solution_str, ground_truth, extra_info). In this toolkit, a reward function "
+                "takes (prompts, completions, **columns) and returns a list of scores. Write a "
+                "wrapper function."
             )
     if not made.rewards:
         made.notes.append(
@@ -161,7 +166,7 @@ def _rewards(made: Translation) -> None:
 
 def _finish(made: Translation) -> None:
     if not made.value_of(f"{_MODEL}.lora_rank"):
-        made.notes.append(f"The file does not set {_MODEL}.lora_rank: {NO_ADAPTER}.")
+        made.notes.append(f"The file does not set {_MODEL}.lora_rank, but {NO_ADAPTER}.")
     _batches(made)
     _penalty(made)
     _rewards(made)
@@ -186,7 +191,7 @@ ROWS = (
           f"{_MODEL}.use_fused_kernels", f"{_MODEL}.fused_kernel_options.*"),
     *left("lora.use_gradient_checkpointing: unsloth offloads activations",
           f"{_MODEL}.enable_activation_offload"),
-    *left("the toolkit decides this when it loads the model", f"{_MODEL}.*"),
+    *left("the toolkit chooses this setting itself when it loads the model", f"{_MODEL}.*"),
     *refused("your own code that changes the model is not supported",
              f"{_MODEL}.external_lib", f"{_MODEL}.override_config"),
     Row("data.train_files", "dataset.path", convert=_one_file),
@@ -201,7 +206,8 @@ ROWS = (
     Row("data.train_max_samples", "dataset.limit", convert=positive),
     Row("data.val_max_samples", "dataset.eval_limit", convert=positive),
     Row("data.apply_chat_template_kwargs", "grpo.chat_template_kwargs"),
-    *left("prompts that are too long lose tokens at their start, and the run counts such prompts",
+    *left("a run always removes tokens at the start of a prompt that is too long, and counts "
+          "such prompts",
           "data.filter_overlong_prompts", "data.truncation",
           "data.filter_overlong_prompts_workers"),
     *left("every column is passed to the rewards",
@@ -217,17 +223,17 @@ ROWS = (
         "a value below 1 is a fraction of the run", convert=_share),
     Row(f"{_ACTOR}.optim.warmup_style", "grpo.lr_scheduler_type", convert=_schedule),
     Row(f"{_ACTOR}.optim.lr_scheduler_type", "grpo.lr_scheduler_type", convert=_schedule),
-    *left("the schedule or the optimizer uses its default value", f"{_ACTOR}.optim.*"),
+    *left("the default of the schedule or the optimizer is used", f"{_ACTOR}.optim.*"),
     Row(f"{_ACTOR}.ppo_mini_batch_size", "grpo.gradient_accumulation_steps",
-        "a mini-batch of verl is an optimizer step here", later),
+        "each mini-batch of verl becomes one optimizer step of the run", later),
     Row(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", "grpo.per_device_train_batch_size", "", later),
     Row(f"{_ACTOR}.ppo_epochs", "grpo.num_iterations"),
     Row(f"{_ACTOR}.grad_clip", "grpo.max_grad_norm"),
     Row(f"{_ACTOR}.clip_ratio", "grpo.epsilon"),
     Row(f"{_ACTOR}.clip_ratio_low", "grpo.epsilon", "", later),
     Row(f"{_ACTOR}.clip_ratio_high", "grpo.epsilon_high"),
-    Row(f"{_ACTOR}.clip_ratio_c", None, "dual clipping is not supported; grpo.delta would also "
-                                        "limit positive advantages",
+    Row(f"{_ACTOR}.clip_ratio_c", None, "dual clipping is not supported; grpo.delta is "
+                                        "different, because it also limits positive advantages",
         refused=True, off=(None, 3.0, 3)),
     Row(f"{_ACTOR}.entropy_coeff", "grpo.entropy_coef"),
     Row(f"{_ACTOR}.use_kl_loss", "grpo.beta", "if it is true, grpo.beta is kl_loss_coef", later),
@@ -261,13 +267,14 @@ ROWS = (
     Row(f"{_ROLLOUT}.enable_prefix_caching", "model.enable_prefix_caching"),
     Row(f"{_ROLLOUT}.free_cache_engine", "model.enable_sleep_mode"),
     Row(f"{_ROLLOUT}.dtype", None, "the engine uses the dtype of the model (model.dtype)"),
-    Row(f"{_ROLLOUT}.gpu_memory_utilization", None, "`envcheck size` computes the value, because "
-                                                    "the trainer uses the same GPU"),
+    Row(f"{_ROLLOUT}.gpu_memory_utilization", None, "the engine shares the GPU with the "
+                                                    "trainer; use `envcheck size` to compute "
+                                                    "the value"),
     *left(_SPREAD, f"{_ROLLOUT}.tensor_model_parallel_size", f"{_ROLLOUT}.data_parallel_size"),
     Row(f"{_ROLLOUT}.do_sample", None, "rollouts are always sampled",
                                        refused=True, off=(None, True)),
-    Row(f"{_ROLLOUT}.multi_turn.enable", None, "a rollout has several turns only with the "
-                                               "section tools or an environment of openenv",
+    Row(f"{_ROLLOUT}.multi_turn.enable", None, "a rollout can have several turns only with the "
+                                               "section `tools` or an openenv environment",
         refused=True),
     *left("evaluation uses the same sampling settings as training", f"{_ROLLOUT}.val_kwargs.*"),
     *left("data.max_prompt_length and data.max_response_length set the lengths",
@@ -281,18 +288,20 @@ ROWS = (
              "algorithm.use_kl_in_reward"),
     Row("algorithm.filter_groups.enable", "grpo.dynamic_sampling"),
     Row("algorithm.filter_groups.max_num_gen_batches", "grpo.max_resample_times",
-        "verl's number includes the first batch, but max_resample_times does not", _resamples),
-    *left("the spread of the weighted rewards decides which groups are replaced",
+        "verl's number includes the first batch, but max_resample_times does not include it",
+        _resamples),
+    *left("groups are always filtered by the spread of their weighted rewards",
           "algorithm.filter_groups.*"),
     *left("this setting has no meaning in GRPO",
           "algorithm.*", "critic.*", "trainer.critic_warmup"),
-    Row("custom_reward_function.path", "reward.functions", "the function is named in the form "
-                                                           "module:function", later),
+    Row("custom_reward_function.path", "reward.functions", "reward.functions names the function "
+                                                           "in the form module:function", later),
     Row("custom_reward_function.name", "reward.functions", "", later),
-    Row("reward.custom_reward_function.path", "reward.functions", "the function is named in the "
-                                                                  "form module:function", later),
+    Row("reward.custom_reward_function.path", "reward.functions", "reward.functions names the "
+                                                                  "function in the form "
+                                                                  "module:function", later),
     Row("reward.custom_reward_function.name", "reward.functions", "", later),
-    *refused("to use a model as a reward, call it from your own reward function",
+    *refused("to use a reward model, call the model from your own reward function",
              "reward_model.enable"),
     *left("rewards always run in a separate process", "reward_model.*", "reward.*",
           "custom_reward_function.*"),

@@ -1,5 +1,5 @@
-"""Write a translation as the text of a run file, with a comment on each line that says from which
-setting the line was made. This module also writes the table of a format for the documentation.
+"""Write a translation as the text of a run file. A comment on each line names the setting from
+which the line was made. This module also writes the table of a format for the documentation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def run_file_text(made: Translation, name: str) -> str:
-    """Return the text of the run file in YAML. ``name`` is the name of the file that was
-    converted.
-    """
+    """Return the text of the run file in YAML. ``name`` is the name of the other tool's file."""
     if "runtime.output_dir" not in made.written:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem).strip("-") or "run"
         made.written["runtime.output_dir"] = Written(
@@ -100,31 +98,32 @@ def _key(name: Any) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return ``text`` for use inside quotes in YAML. Characters that YAML does not accept there,
-    such as line ends, are escaped.
+    """Return ``text`` with all characters escaped that YAML does not accept inside quotes, such as
+    line ends.
     """
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
 
 def _one_line(text: str) -> str:
-    """Return a text for a comment: one line, without characters that control a terminal, and
-    without secrets.
+    """Return a text as one line for a comment. Secrets and characters that control a terminal are
+    hidden.
     """
     line = " ".join(redact(visible(text)).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _fine(row: Row) -> str:
-    """Return as text the values with which a refused key is not refused. Values that mean "off" for
-    every key, such as False, are left out. The text is empty for a key that is not refused.
+    """Return the special values with which a refused key is accepted, as text. Values that mean
+    "off" for every key, such as False, are not included. The text is empty for a key that is not
+    refused.
     """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""
 
 
 def markdown(form: str) -> str:
-    """Return a Markdown table with one line per key: its name in the other tool, its name in a run
-    file, what happens to it, and why.
+    """Return a Markdown table of the keys of a format. Each line has the key of the other tool, the
+    key of the run file, what happens to the key, and why.
     """
     found = table(form)
     lines = [

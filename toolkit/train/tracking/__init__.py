@@ -45,7 +45,9 @@ it.
 
 
 def named(asked: Any) -> list[str]:
-    """The names of the trackers in ``grpo.report_to``. "all" means all installed trackers."""
+    """Return the names of the trackers that ``asked`` requests. ``asked`` is the value of
+    ``grpo.report_to``, in which "all" means all installed trackers.
+    """
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if names == ["all"]:
         return [name for name, package in TRACKERS.items() if package and installed(package)]
@@ -53,20 +55,22 @@ def named(asked: Any) -> list[str]:
 
 
 class Tracking:
-    """The trackers of one run. No method raises, and only ``close`` waits."""
+    """The trackers of one run. No method raises an exception, and only ``close`` waits for the
+    trackers.
+    """
 
     def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
-        """``say`` prints a line on the terminal. ``total`` is the number of steps of the whole
-        run.
+        """``say`` is a function that prints a line on the terminal. ``total`` is the number of
+        steps of the whole run.
         """
         self.lanes, self._say = list(lanes), say
         self._every = max(1, total // TABLES)
 
     def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        """Send the numbers of a row of metrics.jsonl.
+        """Send the numbers in ``row``, a row of metrics.jsonl, to the trackers.
 
-        For a training step, also send its row of timings.jsonl, with names that begin with
-        ``timing/``.
+        For a training step, ``timings`` is the step's row of timings.jsonl. The numbers in
+        ``timings`` are sent too, under names that begin with ``timing/``.
         """
         step = int(row["step"])
         values = {name: value for name, value in row.items() if name != "step"}
@@ -81,7 +85,8 @@ class Tracking:
         self._tell()
 
     def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send the first completions of a step as a table. Most steps are skipped.
+        """Send the first completions of a step to the trackers as a table. For most steps, nothing
+        is sent.
 
         ``rows`` are the rows of completions.jsonl for the step.
         """
@@ -92,7 +97,9 @@ class Tracking:
             lane.put("table", step, table)
 
     def close(self, *, stopped: bool) -> None:
-        """Wait a limited time until the trackers have sent their queued calls. Drop the rest."""
+        """Close the trackers. Wait a limited time until they have sent all rows and tables, then
+        drop the rest. The time is shorter if a signal stopped the run (``stopped``).
+        """
         for lane in self.lanes:
             lane.finish()
         seconds = STOPPED_S if stopped else FLUSH_S
@@ -107,8 +114,8 @@ class Tracking:
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of completions.jsonl as a flat mapping, with one column per reward and chats as
-    JSON.
+    """Return a row of completions.jsonl as a flat mapping. Each reward is a separate column, and
+    chats are JSON texts.
     """
     found = {name: value for name, value in row.items() if name not in ("rewards", "extra")}
     for name, value in (row.get("rewards") or {}).items():
@@ -128,9 +135,10 @@ def open_tracking(
     total: int,
     say: Callable[[str], None],
 ) -> Tracking | None:
-    """Start the trackers that ``grpo.report_to`` names. Return None if it names no tracker.
+    """Start the trackers that ``grpo.report_to`` names. Return None if it does not name any
+    tracker.
 
-    ``step`` is the step of the checkpoint from which the run continues, or None for a new run.
+    ``step`` is the step of the checkpoint from which the run resumes; None for a new run.
     """
     names = named(config.grpo.get("report_to"))
     if not names:

@@ -1,5 +1,5 @@
-"""Run one tracker in its own thread. Errors of the tracker are only reported, and the run does not
-wait for it.
+"""Run one tracker in its own thread. The run does not wait for the tracker, and an error of the
+tracker is only reported.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ PATIENCE = 5
 
 
 class Lane:
-    """A tracker that ``make`` creates in a thread, and its queue of calls.
+    """One tracker, its thread, and the queue of calls for the tracker. The function ``make``
+    creates the tracker in the thread.
 
     A tracker has the methods ``row(step, numbers)``, ``table(step, rows)`` and ``close()``. Its
-    attribute ``note`` is a line about where the tracker writes.
+    attribute ``note`` is a text that says where the tracker writes.
     """
 
     def __init__(self, tracker: str, make: Callable[[], Any]) -> None:
@@ -40,7 +41,9 @@ class Lane:
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:
-        """Queue a call of the tracker's ``method``. If the queue is full, the call is dropped."""
+        """Add a call of the tracker's method ``method`` to the queue. If the queue is full, the
+        call is dropped.
+        """
         if self._over.is_set():
             return
         try:
@@ -49,33 +52,35 @@ class Lane:
             self._left_out += 1
 
     def finish(self) -> None:
-        """Queue the end: the tracker is closed after all queued calls."""
+        """Tell the thread to close the tracker after all queued calls."""
         try:
             self._calls.put_nowait(None)
         except queue.Full:
             self._over.set()
 
     def wait(self, seconds: float) -> float:
-        """Wait at most ``seconds`` until the thread ends. Return the seconds that are left."""
+        """Wait until the thread ends, but at most ``seconds``. Return the seconds that are left."""
         begin = monotonic()
         self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
             waiting = self._calls.qsize()
             self._over.set()
             self._news.put(
-                f"did not finish in time; {waiting} calls were left out, but metrics.jsonl contains"
-                " every row"
+                f"did not finish in time; {waiting} updates were not sent, but metrics.jsonl "
+                "contains every row"
             )
         if self._left_out:
             self._news.put(
-                f"too slow: {self._left_out} calls were left out, but metrics.jsonl contains every"
-                " row"
+                f"too slow: {self._left_out} updates were not sent, but metrics.jsonl contains "
+                "every row"
             )
             self._left_out = 0
         return max(0.0, seconds - (monotonic() - begin))
 
     def news(self) -> list[str]:
-        """The messages about the tracker since the last call, one line each."""
+        """Return the messages about the tracker since the previous call of this method, one line
+        each.
+        """
         lines = []
         while not self._news.empty():
             lines.append(self._news.get())

@@ -1,6 +1,7 @@
-"""The values that a tracker starts with: the names of project and run, the config, and ids.
+"""The values with which a tracker starts: the names of the project and the run, the config, and
+ids.
 
-With the ids, a resumed run continues the same run in the tracker.
+A resumed run uses the ids of the interrupted run, so that the tracker continues the same run.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ project is local.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The values that a tracker starts with.
+    """The values with which a tracker starts.
 
-    A run that was interrupted and resumed has several parts. ``run_id`` is the same for all parts.
-    ``step`` is the step of the checkpoint from which this part continues (0 for a new run).
-    ``config`` contains no secrets.
+    If a run was interrupted and resumed, it consists of several parts. ``run_id`` is the same for
+    all parts. ``step`` is the step of the checkpoint from which this part continues (0 for a new
+    run). ``config`` contains no secrets.
     """
 
     run_dir: Path
@@ -52,8 +53,8 @@ class Start:
     lock: Any = field(default_factory=threading.Lock)
 
     def remember(self, tracker: str, value: str) -> None:
-        """Write the id that a tracker gave to this run to trackers.json. A resumed run reads it.
-        Raises OSError.
+        """Write an id to trackers.json, so that a resumed run can read it. ``value`` is the id that
+        the tracker ``tracker`` gave to this run. Raises OSError.
         """
         with self.lock:
             self.ids[tracker] = value
@@ -63,9 +64,11 @@ class Start:
 def begin(
     config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
 ) -> Start:
-    """Create the ``Start`` of the trackers, and write the ids to trackers.json in ``run_dir``.
+    """Return the values with which the trackers of a run start, and write their ids to
+    trackers.json in ``run_dir``.
 
-    A resumed run reads its ids from this file. A new run (``step`` is None) gets a new id.
+    If the run is resumed, its ids are read from trackers.json. A new run (``step`` is None) gets a
+    new id.
     """
     kept = {} if step is None else _read(run_dir)
     run_id = str(kept.get("run_id") or uuid4().hex[:8])
@@ -97,7 +100,7 @@ def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The nested ``config`` as a flat mapping with dotted keys."""
+    """Return the nested mapping ``config`` as a flat mapping with dotted keys."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):

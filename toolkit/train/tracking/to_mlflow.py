@@ -1,5 +1,5 @@
-"""Send a run to MLflow: to the server that MLFLOW_TRACKING_URI names, or by default to files in
-``mlruns/`` of the run folder.
+"""Send a run to MLflow. The environment variable MLFLOW_TRACKING_URI names the server. If it is not
+set, MLflow writes files in ``mlruns/`` of the run folder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ AT_ONCE = 100  # the maximum number of parameters in one call
 
 
 class MlflowTracker:
-    """Sends metrics by step, the config as parameters, and completions as tables among the
-    artifacts.
+    """Sends metrics with their step, the config as MLflow parameters, and completions as tables in
+    the artifacts of the MLflow run.
     """
 
     def __init__(self, start: Start) -> None:
@@ -51,17 +51,19 @@ class MlflowTracker:
             self._client.log_batch(self._run_id, params=values[begin : begin + AT_ONCE])
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send the numbers of one step or evaluation in one call."""
+        """Send the numbers of one training step or evaluation in one call."""
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send completions as one file per step, because MLflow can only rewrite whole files."""
+        """Send the completions of a step as a separate file, because MLflow cannot append to a
+        file.
+        """
         if rows:
             columns = {name: [row.get(name) for row in rows] for name in rows[0]}
             self._client.log_table(self._run_id, columns, f"completions/step-{step:06d}.json")
 
     def close(self) -> None:
-        """Mark the run as finished."""
+        """Mark the run in MLflow as finished."""
         self._client.set_terminated(self._run_id)

@@ -19,8 +19,8 @@ LONGEST = 2000  # the maximum number of characters of one cell of a table
 
 
 class TensorBoardTracker:
-    """Writes numbers as scalars with the names of metrics.jsonl, and config and completions as
-    texts.
+    """Writes the metrics as scalars, under their names in metrics.jsonl. The config and the
+    completions are written as texts.
     """
 
     def __init__(self, start: Start) -> None:
@@ -38,7 +38,7 @@ class TensorBoardTracker:
         self._writer.add_text("config", f"```json\n{text}\n```", start.step + 1)
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write a scalar for each number."""
+        """Write each number of a row as a scalar."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
@@ -53,7 +53,7 @@ class TensorBoardTracker:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of ``rows``. Markup inside the texts is escaped."""
+    """Return a Markdown table of ``rows``. Markup in the values is escaped."""
     names = list(rows[0])
     lines = [f"| {' | '.join(map(_cell, names))} |", f"|{' --- |' * len(names)}"]
     lines += [f"| {' | '.join(_cell(row.get(name)) for name in names)} |" for row in rows]
@@ -70,7 +70,9 @@ def _cell(value: Any) -> str:
 
 
 def _writer() -> Any:
-    """The class SummaryWriter of torch, or else of tensorboardX, which has the same arguments."""
+    """Return the class SummaryWriter of torch. If it is not available, return that of tensorboardX,
+    which takes the same arguments.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - takes seconds, so only for runs that use it
     except ImportError:

@@ -1,5 +1,5 @@
-"""Send a run to trackio: to a Hugging Face Space if the run file names one, else to a local
-project.
+"""Send a run to trackio. The data goes to a Hugging Face Space if the run file names one, else to a
+local project.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 class TrackioTracker:
-    """Sends numbers by step, and completions as trackio tables. A resumed run keeps its name."""
+    """Sends metrics with their step, and completions as trackio tables. A resumed run keeps its
+    name in trackio.
+    """
 
     def __init__(self, start: Start) -> None:
         import trackio  # noqa: PLC0415 - takes seconds, so only for runs that use it
@@ -34,7 +36,7 @@ class TrackioTracker:
         self.note = f"{where}; view it with `trackio show --project {start.project}`"
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send the numbers of one step or evaluation."""
+        """Send the numbers of one training step or evaluation."""
         self._run.log(dict(numbers), step=step)
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -46,7 +48,9 @@ class TrackioTracker:
             self._run.log({"completions": table}, step=step)
 
     def close(self) -> None:
-        """Send the queued values. If the run file names a static Space, create it from the run."""
+        """Send the queued values and end the run in trackio. If the run file names a static Space,
+        create that Space from the data of the run.
+        """
         self._run.finish()
         static = self._start.trackio.get("static_space_id")
         if static:

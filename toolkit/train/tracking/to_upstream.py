@@ -1,5 +1,5 @@
-"""Send a run to a tracker through its callback in transformers. This is used for trackers that have
-no class of their own here.
+"""Send a run to a tracker for which this package has no class. The tracker's callback in
+transformers is used.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class UpstreamTracker:
-    """Calls transformers' callback of the tracker ``name``. Written for transformers 5.17.
+    """Calls transformers' callback for the tracker ``name`` (written for transformers 5.17).
 
-    The tracker's thread makes these calls, not the trainer.
+    The callback runs in the tracker's own thread, not in the thread of the trainer.
     """
 
     note = ""
@@ -29,14 +29,14 @@ class UpstreamTracker:
         self._call("on_train_begin", model=trainer.model, processing_class=None)
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send the numbers in the form of the trainer's logs."""
+        """Send the numbers of a row in the form in which transformers' trainer logs numbers."""
         self._call("on_log", step=step, model=self._trainer.model, logs=dict(numbers))
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Do nothing, because transformers' callbacks cannot send tables."""
 
     def close(self) -> None:
-        """Report the end of training."""
+        """Tell the callback that training has ended."""
         self._call("on_train_end", model=self._trainer.model, processing_class=None)
 
     def _call(self, event: str, *, step: int | None = None, **more: Any) -> None:

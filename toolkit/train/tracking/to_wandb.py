@@ -1,4 +1,6 @@
-"""Send a run to Weights & Biases: online if a key is set and the server answers, else offline."""
+"""Send a run to Weights & Biases. The run is online if an API key is set and the server answers,
+else offline.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
 class WandbTracker:
-    """Sends numbers and completions. The x axis is the metric ``step``, which this class sends.
+    """Sends numbers and completions. The x axis of all charts is a metric ``step``, which this
+    class sends with the numbers.
 
-    W&B's built-in step is not used. It must always increase, but a resumed run repeats steps.
+    W&B's built-in step cannot be used, because it must always increase, and a resumed run repeats
+    steps.
     """
 
     def __init__(self, start: Start) -> None:
@@ -49,7 +53,7 @@ class WandbTracker:
         )
 
     def row(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Send the numbers of one step or evaluation."""
+        """Send the numbers of one training step or evaluation."""
         self._run.log({**numbers, "step": step})
 
     def table(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -61,14 +65,15 @@ class WandbTracker:
             self._run.log({"completions": table, "step": step})
 
     def close(self) -> None:
-        """Send the queued values, and end the run in W&B."""
+        """Send the queued values and end the run in W&B."""
         self._run.finish()
 
 
 def _online() -> bool:
-    """Whether W&B can be used online: a key is set, and the server accepts a connection.
+    """Whether W&B can be used online. This is the case if an API key is set and the server accepts
+    a connection.
 
-    Behind a proxy, the connection is not tested and only the key is needed.
+    Behind a proxy, the connection is not tested, and only the API key is required.
     """
     if not any(os.environ.get(name) for name in KEYS) and not _in_netrc():
         return False
@@ -84,7 +89,7 @@ def _online() -> bool:
 
 
 def _in_netrc() -> bool:
-    """Whether `wandb login` has stored a key for the server in the netrc file."""
+    """Whether the netrc file contains an API key for the server. `wandb login` stores it there."""
     import netrc  # noqa: PLC0415 - only this function needs it
 
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
