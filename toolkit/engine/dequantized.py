@@ -1,15 +1,18 @@
-"""Make 16-bit copies of the engine's 4-bit weights for the time of a rollout.
+"""Keep 16-bit copies of the engine's 4-bit weights during a rollout, so that decode steps are
+faster.
 
-bitsandbytes dequantizes every weight at every decode step, but the weights do not change during a
-rollout. So this module dequantizes the weights once at the beginning of a rollout, and decode steps
-are plain matrix products with the copies. The copies have the values that the 4-bit layer uses
-(``dequantize_4bit`` of the same codes, in bfloat16). The trainer keeps the 4-bit weights. At the
-end of the rollout the memory of the copies is released. Their addresses stay reserved, so captured
-CUDA graphs stay valid. The next rollout fills the copies again.
+bitsandbytes dequantizes every weight at every decode step, although the weights do not change
+during a rollout. This module dequantizes the weights once, at the beginning of a rollout. The
+decode steps are then plain matrix products with the copies. The values of the copies are those that
+the 4-bit layer computes with (``dequantize_4bit`` of the same codes, in bfloat16). The trainer
+keeps using the 4-bit weights.
 
-``DequantizedMethod`` replaces the quantization method of a layer: the attribute ``quant_method``,
-which vLLM's linear layers and their LoRA wrappers call. Written for vLLM 0.25.1 and bitsandbytes
-0.50.2.
+At the end of the rollout the memory of the copies is released. Their addresses stay reserved, so
+captured CUDA graphs stay valid. The next rollout fills the copies again.
+
+``DequantizedMethod`` replaces the attribute ``quant_method`` of a layer, which is its quantization
+method. vLLM's linear layers and their LoRA wrappers call this method. Written for vLLM 0.25.1 and
+bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ the activations.
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
     """Dequantize ``packed`` (n, 1) uint8 into ``out`` (rows, columns). The values are rounded as
-    bitsandbytes rounds them for a matrix product.
+    bitsandbytes rounds them before a matrix product.
     """
     from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
@@ -96,9 +99,9 @@ class Copies:
         if self.nbytes > free:
             raise ConfigError(
                 f"the 16-bit copies of the 4-bit weights need {format_bytes(self.nbytes)}, but "
-                f"only {format_bytes(free)} of GPU memory are free",
+                f"only {format_bytes(free)} of GPU memory is free",
                 where="model.dequantized_rollouts",
-                fix=f"set dequantized_rollouts to auto, to false, or to at most {free} bytes",
+                fix=f"set `dequantized_rollouts` to `auto`, to `false`, or to at most {free} bytes",
             )
 
     def weight(self, index: int) -> torch.Tensor:
@@ -230,8 +233,11 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """Choose layers, largest copy first, until their copies take at most ``most`` bytes together.
-    Layers of equal size keep the order of the model. A layer that no longer fits is skipped.
+    """Return the layers that get a 16-bit copy. Layers are chosen in the order of size, the largest
+    first, so that all copies together take at most ``most`` bytes.
+
+    A layer whose copy does not fit into the remaining bytes is skipped. Layers of equal size keep
+    the order of the model.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -249,13 +255,13 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns the copies, or None if no
-    layer gets one.
+    """Make 4-bit layers of ``model`` compute with 16-bit copies of their weights. Returns the
+    copies, or None if no layer gets a copy.
 
     If ``wanted`` is True, all 4-bit layers get a copy. If ``wanted`` is a number of bytes, the
-    largest layers get a copy, as long as all copies together fit into these bytes. Call this
+    copies of the largest layers are chosen until they take this number of bytes together. Call this
     function after vLLM has loaded the model and before the first forward pass. The first forward
-    pass fills the copies. CUDA graphs are captured after it.
+    pass fills the copies. vLLM captures its CUDA graphs after the first forward pass.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -272,7 +278,7 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
     not enough memory for copies of all layers.
 
-    This function is not called for a run file. For a run file the toolkit's memory estimate chooses
+    This function is not called for a run file. In that case the toolkit's memory estimate chooses
     the bytes before the engine starts. If layers have no copy, a note of the estimate reports that.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
@@ -281,10 +287,10 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     if made < whole:
         what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
-            f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
+            "model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
             f"{format_bytes(whole)}, but the weights and the KV cache leave only "
-            f"{format_bytes(room)} for them. So {what}, and decode steps are slower. A higher "
-            "gpu_memory_utilization leaves more memory",
+            f"{format_bytes(room)} for the copies. So {what}, and decode steps are slower. Raise "
+            "gpu_memory_utilization to leave more memory for the copies",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -292,11 +298,12 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes that the copies may take.
+    """Return how many bytes of GPU memory the 16-bit copies may take.
 
-    The weights are subtracted from the engine's memory. If the size of the KV cache is configured,
-    the KV cache is subtracted from the free memory instead. The copies may take a share of the
-    rest.
+    The available memory is the free memory minus the KV cache, if the size of the KV cache is
+    configured. Otherwise it is the engine's share of the total memory (``gpu_memory_utilization``)
+    minus the weights, but at most the free memory. The copies may take the share ``AUTO_SHARE`` of
+    the available memory, and must leave ``LEAST_BESIDE_BYTES`` of it unused.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

@@ -98,10 +98,10 @@ class Engine:
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
         """Copy the current values of adapter ``name`` of a PEFT model to the engine. Cached
-        prefixes that were computed with earlier values are dropped.
+        prefixes that were computed with earlier values of the adapter are dropped.
 
-        The PEFT model does not change. The scaling is applied only to the copies in the engine,
-        which have the engine's dtype.
+        The PEFT model does not change. Only the copies in the engine are multiplied by the scaling,
+        and they have the engine's dtype.
 
         Raises:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
@@ -144,9 +144,10 @@ class Engine:
         Raises:
             ConfigValueError: vLLM rejects a sampling option, or a prompt is too long.
             NodeError, RetryError, ConfigError: the engine failed. If the cause is known, the
-                message names the check of `envcheck check` that detects the cause. If memory runs
-                out, the batch is retried in smaller parts. So an error is raised only if a single
-                sequence does not fit.
+                message names the check of `envcheck check` that detects the cause.
+
+        If memory runs out, the batch is drawn in smaller parts. An out-of-memory error is raised
+        only if a single completion does not fit.
         """
         self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
@@ -225,7 +226,8 @@ class Engine:
             self._sleep.sleep()
 
     def wake(self) -> None:
-        """Allocate the KV cache and the copies again. Does nothing if the engine is awake.
+        """Allocate the KV cache again, and fill the 16-bit copies of 4-bit weights. Does nothing if
+        the engine is awake.
 
         Raises:
             RetryError, NodeError, ConfigError: there is not enough memory. If the cause is known,

@@ -52,17 +52,17 @@ class TransformersEngine:
         self.max_model_len = max_model_len or longest or 2**31
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Check that ``peft_model`` is the sampled model. Nothing is copied, because the trained
-        model itself samples.
+        """Check that ``peft_model`` is the model that this engine samples from. No values are
+        copied, because the trained model itself generates.
 
         Raises:
             ConfigValueError: ``peft_model`` is another model.
         """
         if peft_model is not self.model:
             raise ConfigValueError(
-                f"adapter {name!r} is on a model that this engine does not sample from",
+                f"adapter {name!r} belongs to a model that this engine does not sample from",
                 where="publish",
-                fix="publish the model that the engine was created with",
+                fix="call `publish` with the model that the engine was created with",
             )
 
     def generate(
@@ -126,7 +126,7 @@ class TransformersEngine:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
                 where=WHERE,
-                fix="load the model with fast_inference=True, or remove the structured outputs",
+                fix="load the model with `fast_inference=True`, or remove the structured outputs",
             )
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
