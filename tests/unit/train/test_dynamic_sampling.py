@@ -127,7 +127,7 @@ def test_at_the_limit_the_groups_are_kept_and_the_run_says_so(
     grpo = {"dynamic_sampling": True, "max_resample_times": limit, "max_steps": steps}
     with pytest.warns(ToolkitWarning, match=why) as said:
         trainer = trained(tmp_path / "a", equal, **grpo)
-    assert sum("still have rewards without spread" in str(one.message) for one in said) == 1
+    assert sum("all rewards are still equal after" in str(one.message) for one in said) == 1
     first = history(trainer)[0]
     assert first[f"{NAME}/rounds"] == rounds
     assert first[f"{NAME}/no_spread_before"] == first[f"{NAME}/no_spread_after"] == 1
@@ -243,7 +243,9 @@ def test_what_excludes_it_is_said_at_construction(tmp_path: Any) -> None:
     refused("does not work with images", Dataset.from_list([{"prompt": "a", "image": "b"}]))
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     refused("train_dataset is a stream", stream)
-    refused("curriculum=True reads rows by their number", stream, {"curriculum": True})
+    refused(
+        "curriculum=True reads rows of the data set by their index", stream, {"curriculum": True}
+    )
     for fields, match in (
         ({"dynamic_sampling": 3}, "dynamic_sampling=3 must be True or False"),
         ({"max_resample_times": 0}, "max_resample_times=0 must be a number of rounds above 0"),
