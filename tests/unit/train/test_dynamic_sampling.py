@@ -196,7 +196,7 @@ def test_middle_difficulty_comes_first_and_others_come_again() -> None:
     assert [row in (4, 5) for row in half] == [True, False, True, False, False, False]
     difficulty.record([2], [0.0])
     assert difficulty.mean_spread([2]) == 0.25  # half of it is the latest draw
-    with pytest.raises(ValueError, match="records of"):
+    with pytest.raises(ValueError, match="curriculum records in the checkpoint"):
         Difficulty(5).load(difficulty.spread_N)
     with pytest.raises(ValueError, match="negative or infinite"):
         Difficulty(1).load(torch.tensor([-1.0], dtype=torch.float64))
