@@ -1,15 +1,15 @@
 """Publish the adapter that is being trained: copy it from memory into the engine's LoRA slots.
 
 vLLM keeps the LoRA matrices of all adapters in stacked tensors on the device. A *slot* is the part
-of these tensors that belongs to one adapter. The first publish calls vLLM's own manager, which
-registers the adapter and chooses its slot. Every later publish only copies values into that slot.
-The addresses of the tensors do not change, so captured CUDA graphs stay valid.
+of these tensors that belongs to one adapter. At the first publish, vLLM's own manager registers the
+adapter and chooses its slot. Every later publish only copies values into that slot. The addresses
+of the stacked tensors do not change, so captured CUDA graphs stay valid.
 
 The scaling of an adapter is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732).
-The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. vLLM gets alpha =
-r, so that its own scaling is 1. With another alpha, vLLM would multiply lora_B by alpha/r in place
-(``LoRALayerWeights.optimize``), and so change the tensors that are being trained. Also, before 0.31
-vLLM ignores rsLoRA when it packs expert layers.
+The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. So vLLM must not scale
+B again, and gets alpha = r. With another alpha, ``LoRALayerWeights.optimize`` of vLLM would
+multiply the lora_B that it gets by alpha/r, in place. The scaling is not left to vLLM, because
+before 0.31 vLLM ignores rsLoRA when it packs expert layers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Plan:
     """The trained tensors (``a_from``, ``b_from``), and the parts of the slot that they are copied
     to (``a_to``, ``b_to``).
 
-    All of them are lists, because torch copies lists of tensors in one fused kernel
+    These four attributes are lists, because torch copies lists of tensors in one fused kernel
     (``torch._foreach_copy_``).
     """
 
@@ -192,7 +192,7 @@ class AdapterSlots:
         return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
 
     def forget(self) -> None:
-        """Drop the references to all trained tensors."""
+        """Drop all references to trained tensors, and forget which adapters were published."""
         self._plans.clear()
         self.ids.clear()
 
@@ -215,8 +215,8 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Register the adapter with vLLM's own functions. They get copies of the trained tensors,
-        because vLLM writes to the tensors that it gets.
+        """Call vLLM's functions that register the adapter ``name``. These functions get copies of
+        the trained tensors, because they change the tensors in place.
         """
         for pair in pairs:
             self._places(pair.module)  # raises an error; vLLM would skip the module silently
@@ -292,7 +292,7 @@ def find_places(
     for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():
         if f".{prefix}" in name or name.startswith(prefix):
             raise UnsupportedError(
-                f"vLLM ignores an adapter on {module}, because its class for this model skips "
+                f"vLLM ignores an adapter on {module}, because vLLM's class for this model skips "
                 f"all modules under {prefix!r}",
                 where="lora.target_modules",
             )

@@ -41,7 +41,7 @@ class EngineCuts:
 
     def of_table(self, name: str) -> tuple[Cut, int]:
         """Return which rows of the embedding or head ``name`` this process has, and the number of
-        rows per process with padding rows.
+        rows per process including padding rows.
         """
         return vocabulary_cut(self.module, name)
 
@@ -84,7 +84,7 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
 
 def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
     """Return which rows of the embedding or head ``name`` this process has, and the number of rows
-    per process with padding rows.
+    per process including padding rows.
 
     Raises:
         UnsupportedError: the engine does not have this layer, or does not split it by vocabulary.

@@ -197,7 +197,7 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
-        """Call the original method, which creates the 4-bit weights."""
+        """Create the 4-bit weights, with the quantization method that the layer had before."""
         self.original.create_weights(*arguments, **keywords)
 
     def apply(
@@ -278,8 +278,8 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
     not enough memory for copies of all layers.
 
-    This function is not called for a run file. In that case the toolkit's memory estimate chooses
-    the bytes before the engine starts. If layers have no copy, a note of the estimate reports that.
+    For a run file this function is not called, because the toolkit's memory estimate chooses the
+    bytes before the engine starts. If some layers get no copy, the estimate has a note about it.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
@@ -287,10 +287,10 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     if made < whole:
         what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
-            "model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
-            f"{format_bytes(whole)}, but the weights and the KV cache leave only "
-            f"{format_bytes(room)} for the copies. So {what}, and decode steps are slower. Raise "
-            "gpu_memory_utilization to leave more memory for the copies",
+            f"the 16-bit copies of the 4-bit weights would take {format_bytes(whole)}, but the "
+            f"weights and the KV cache leave only {format_bytes(room)} for the copies. So {what} "
+            "(model.dequantized_rollouts: auto), and decode steps are slower. A higher "
+            "gpu_memory_utilization leaves more memory for the copies",
             ToolkitWarning,
             stacklevel=2,
         )

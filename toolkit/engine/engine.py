@@ -38,8 +38,8 @@ FILE_IDS_FROM = 1000  # first id of adapters from files; the ids of published ad
 
 
 class Engine:
-    """vLLM in this process. ``open_engine.open_engine`` creates an ``Engine``. The class is a
-    context manager and implements ``rollout_engine.RolloutEngine``.
+    """A vLLM engine in this process. ``open_engine.open_engine`` creates it. The class is a context
+    manager and implements the interface ``rollout_engine.RolloutEngine``.
     """
 
     sampler_name: SamplerName = "vllm"

@@ -75,13 +75,13 @@ class TransformersEngine:
         rows: Sequence[int] | None = None,
     ) -> Rollout:
         """Draw ``sampling.n`` completions of each prompt (token ids). The random numbers of a
-        completion depend only on ``seed`` and its row. ``rollout_engine.RolloutEngine`` explains
-        ``rows``.
+        completion depend only on ``seed`` and the row of the completion in the batch.
+        ``rollout_engine.RolloutEngine`` explains ``rows``.
 
-        The log-probabilities are those of the distribution that tokens are sampled from, which is
-        the one after temperature, top-k, top-p, min-p and penalties. If ``adapter`` is False,
-        tokens are sampled from the base model. The caller's random generators and the model's
-        training mode are restored.
+        The log-probabilities are those of the distribution that tokens are sampled from (after
+        temperature, top-k, top-p, min-p and penalties). If ``adapter`` is False, tokens are sampled
+        from the base model. Afterwards the caller's random generators and the model's training mode
+        are restored.
 
         Raises:
             ConfigValueError: a prompt is too long, or transformers rejects a value.

@@ -38,8 +38,8 @@ one copy.
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The last logits processor. It samples one token per row, and gives all other tokens the score
-    -inf.
+    """The logits processor that runs after all others. It samples one token per row, and gives all
+    other tokens the score -inf.
 
     If ``keep_scores`` is True, the attribute ``scores`` collects the scores that each call gets,
     one (B, V) tensor per token.
@@ -86,8 +86,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Run transformers' own sampling loop with this processor after all others. This method is
-        passed to ``generate(custom_generate=...)`` (transformers 5.17).
+        """Run transformers' own sampling loop, and add this processor after all others. This method
+        is passed to ``generate(custom_generate=...)`` (transformers 5.17).
         """
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
@@ -107,9 +107,10 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
     """The repetition penalty of transformers without its effect on padding.
 
-    The penalty of transformers 5.17 also applies to the token that pads shorter prompts. Often this
-    is the token that ends a completion. So a row would depend on the other rows of the batch.
-    ``real_BP`` (B, P) bool is False on the padding at the left of the prompts.
+    Shorter prompts are padded to the longest prompt of the batch. The penalty of transformers 5.17
+    also applies to the padding token, which often is the token that ends a completion. So the
+    completion of a row would depend on the other prompts of the batch. ``real_BP`` (B, P) bool is
+    False on the padding at the left of the prompts.
     """
 
     def __init__(self, penalty: LogitsProcessor, real_BP: torch.Tensor) -> None:

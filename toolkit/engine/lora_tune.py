@@ -171,7 +171,8 @@ def tune_card(
 ) -> tuple[dict[str, Any], float, float]:
     """Measure the kernels of ``shapes`` on this machine's GPU.
 
-    Returns the table and two sums of seconds over all kernels: before tuning, and after tuning.
+    Returns the table, the total seconds of all kernels before tuning, and the total seconds after
+    tuning.
 
     Raises:
         NodeError: there is no CUDA GPU.
@@ -212,7 +213,9 @@ def forget() -> None:
 
 
 class KernelCase:
-    """One kernel with one shape and one batch size. All tokens of the batch use one adapter."""
+    """A measurement of one LoRA kernel with one layer shape and one batch size. All tokens of the
+    batch use the same adapter.
+    """
 
     def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card

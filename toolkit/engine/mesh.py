@@ -89,7 +89,7 @@ class Mesh:
         return parts
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the group, in place, and return it."""
+        """Add up ``tensor`` over the processes of the group, in place, and return it."""
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 

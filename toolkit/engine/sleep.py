@@ -57,8 +57,8 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
 
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
-        """Return True, because addresses stay reserved. So compiled code and CUDA graphs stay
-        valid.
+        """Return True, because the addresses of released memory stay reserved. So compiled code and
+        CUDA graphs stay valid.
         """
         return True
 
@@ -85,9 +85,9 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
     """Map memory again at the addresses of every released allocation with the tag ``tag``. The
     contents are undefined.
 
-    torch's cached memory is released before, so that it can be mapped. It is kept only if the GPU
-    has enough free memory without it: the needed memory plus ``spare_bytes``. If ``spare_bytes`` is
-    None, it is always released.
+    Before that, torch's cached memory is released, so that the GPU has more free memory. This is
+    not done if ``spare_bytes`` is given and the free memory is already at least the needed memory
+    plus ``spare_bytes``.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -157,8 +157,8 @@ class KvSleep:
         llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
 
     def sleep(self) -> None:
-        """Release the KV cache. This calls vLLM's sleep with level 1, because vLLM's worker copies
-        model buffers to the host only at level 2.
+        """Release the KV cache. vLLM's sleep is called with level 1, because at level 2 vLLM's
+        worker would also copy the model's buffers.
         """
         if not self.asleep:
             self._llm.sleep(level=1)

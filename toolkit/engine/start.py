@@ -1,7 +1,7 @@
 """Start an engine from its options.
 
-This module imports vLLM when it is imported. Import it only through ``open_engine``, which sets
-vLLM's environment variables before.
+Importing this module imports vLLM. So import it only through ``open_engine``, which first sets
+vLLM's environment variables.
 """
 
 from __future__ import annotations

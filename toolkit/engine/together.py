@@ -84,8 +84,8 @@ def phase() -> Iterator[None]:
 
 
 def before_collective() -> None:
-    """Report to the other processes of the group, before a collective call, whether this process
-    ran out of memory, and receive their reports. Does nothing if ``watch`` was not called in this
+    """Before a collective call, find out whether a process of the group ran out of memory. Every
+    process of the group reports to the others. Does nothing if ``watch`` was not called in this
     phase.
 
     Raises:

@@ -43,8 +43,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     """Convert ``sampling`` to vLLM's SamplingParams.
 
     Raises:
-        ConfigValueError: vLLM rejects a value, or has no option with the name of a keyword of
-            ``sampling.extra``.
+        ConfigValueError: vLLM rejects a value, or does not have an option in ``sampling.extra``.
     """
     for name in sampling.extra:
         problem = unknown(name, "vllm")

@@ -321,7 +321,7 @@ def versions() -> dict[str, str]:
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:
-    """Run one arm and write its result, also if it fails."""
+    """Run one arm and write its result, even if the arm fails."""
     result = Result(arm)
     try:
         run_arm(arm, Settings.read(Path(settings_path)), result, Path(result_path))

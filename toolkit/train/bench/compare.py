@@ -143,12 +143,11 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
 
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
-    """Wait until all processes of an arm have ended. Return False if that takes longer than
-    ``limit_s``, else True.
+    """Wait for the processes of an arm. Return False if they are not done within ``limit_s``, else
+    True.
 
-    If one process fails, the others may wait for it forever. So this function waits at most
-    ``PATIENCE_S`` seconds after the first failure, and then returns True even if other processes
-    still run.
+    If one process fails, the others may wait for it forever. So a failed arm counts as done
+    ``PATIENCE_S`` seconds after its first failure, even if other processes still run.
     """
     end, last = time.monotonic() + limit_s, None
     while any(one.poll() is None for one in running):

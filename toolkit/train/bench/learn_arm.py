@@ -72,7 +72,7 @@ def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> li
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:
-    """Run one arm and write its result, also if it fails."""
+    """Run one arm and write its result, even if the arm fails."""
     settings = LearnSettings.read(Path(settings_path))
     result = LearnResult(arm, settings.seed)
     try:

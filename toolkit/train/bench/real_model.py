@@ -179,9 +179,9 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     """Set the end-of-sequence token to the token that ends a turn of a chat, and the padding token
     to ``pad``.
 
-    From this GGUF, transformers makes a tokenizer with a wrong end-of-sequence token: the token
-    that begins a turn. With that token, a completion would not end where the model ends its answer.
-    The tokenizer also has no padding token.
+    The tokenizer that transformers makes from this GGUF file has a wrong end-of-sequence token: the
+    token that begins a turn. With that token, a completion would not end where the model ends its
+    answer. The tokenizer also has no padding token.
 
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Saves the adapter before the first step, then every ``settings.every`` steps, and after the
-    last step. For each saved adapter, a ``Point`` is added to the result. Its seconds are the total
-    time of the optimizer steps until then.
+    last step. For each saved adapter, a ``Point`` is added to the result. The seconds of the point
+    are the total time of the optimizer steps until then.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class Difficulty:
         self.spread_N = spread_N
 
     def measured(self, rows: Sequence[int]) -> list[int]:
-        """Return those of ``rows`` that were drawn before."""
+        """Return the rows among ``rows`` that were drawn before."""
         return [row for row in rows if not self.spread_N[row].isnan()]
 
     def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:

@@ -123,9 +123,9 @@ class Generation:
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts in rounds, and replace the groups ``empty`` by those whose
-        rewards differ. Ends when all groups of ``empty`` are replaced, when the maximum number of
-        rounds is reached, or when all prompts of the data set were drawn.
+        """Draw groups of other prompts in rounds. Replace the groups ``empty`` (all rewards equal)
+        by drawn groups whose rewards differ. Ends when all groups of ``empty`` are replaced, when
+        the maximum number of rounds is reached, or when all prompts of the data set were drawn.
 
         Three arguments are changed in place: the completions of this rank (``mine``), the rewards
         of all ranks (``rewards``), and the round in which each completion of this rank was drawn
@@ -160,9 +160,9 @@ class Generation:
     def _put(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
-        """Replace those completions in ``mine`` (the completions of this rank) that the new
-        ``group`` replaces. ``first`` is the index of the group's first completion in the batch of
-        all ranks.
+        """Copy the completions of the new ``group`` that belong to this rank into ``mine`` (the
+        completions of this rank). ``first`` is the index in the batch of all ranks at which the
+        group begins.
         """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):
@@ -310,7 +310,9 @@ class Generation:
         }
 
     def _warn(self, empty: list[int]) -> None:
-        """Warn once per run that groups in which all rewards are equal are left, and why."""
+        """Warn if groups with equal rewards are left after the last round, and say why. The warning
+        is printed once per run.
+        """
         trainer = self.trainer
         if not empty or trainer.left_groups_reported or not trainer.accelerator.is_main_process:
             return

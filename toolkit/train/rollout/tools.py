@@ -117,11 +117,15 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
         found = worker.load(request)
     except Died as error:
         raise ConfigError(
-            f"{what} cannot be used: the import of its module {error}", where=WHERE, fix=FIX
+            f"{what} cannot be used, because the import of its module failed: it {error}",
+            where=WHERE,
+            fix=FIX,
         ) from error
     if "misbehaved" in found:
         raise ConfigError(
-            f"{what} cannot be used: the import of its module {found['misbehaved'][0]}", where=WHERE
+            f"{what} cannot be used, because the import of its module failed: it "
+            f"{found['misbehaved'][0]}",
+            where=WHERE,
         )
     request["schema"] = found["schema"]  # the worker uses the request again after a restart
     return found
