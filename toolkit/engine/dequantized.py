@@ -10,8 +10,8 @@ keeps using the 4-bit weights.
 At the end of the rollout the memory of the copies is released. Their addresses stay reserved, so
 captured CUDA graphs stay valid. The next rollout fills the copies again.
 
-``DequantizedMethod`` replaces the attribute ``quant_method`` of a layer, which is its quantization
-method. vLLM's linear layers and their LoRA wrappers call this method. Written for vLLM 0.25.1 and
+The attribute ``quant_method`` of a layer is the quantization method that vLLM's linear layers and
+their LoRA wrappers call. ``DequantizedMethod`` replaces it. Written for vLLM 0.25.1 and
 bitsandbytes 0.50.2.
 """
 
@@ -86,11 +86,11 @@ class Copies:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all copies when they are filled."""
+        """The number of bytes of all 16-bit copies when they are filled."""
         return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
 
     def refuse_too_many(self) -> None:
-        """Raise an error if the copies do not fit into the free GPU memory.
+        """Raise an error if the 16-bit copies do not fit into the free GPU memory.
 
         Raises:
             ConfigError: the copies do not fit. The message contains their size and the free memory.
@@ -105,15 +105,15 @@ class Copies:
             )
 
     def weight(self, index: int) -> torch.Tensor:
-        """Return the copy of layer ``index``, of shape (out, in)."""
+        """Return the 16-bit copy of the weight of layer ``index``, of shape (out, in)."""
         if not self.filled:
             self.fill()
         return self._tensors[index]
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Allocate memory for the copies and dequantize the weights into it. Does nothing if the
-        copies are filled.
+        """Allocate memory for the 16-bit copies and dequantize the weights into it. Does nothing if
+        the copies are filled.
 
         Raises:
             RuntimeError: there is not enough memory. The memory that was allocated is released.
@@ -133,8 +133,8 @@ class Copies:
         self.filled = True
 
     def release(self) -> None:
-        """Release the memory of the copies. On a GPU their addresses stay reserved. A second call
-        does nothing.
+        """Release the memory of the 16-bit copies. On a GPU their addresses stay reserved. A second
+        call does nothing.
         """
         self.filled = False
         if not self._tensors:
@@ -146,7 +146,9 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release the memory and the addresses of the copies. The copies cannot be used again."""
+        """Release the memory and the addresses of the 16-bit copies. The copies cannot be used
+        again.
+        """
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
@@ -178,8 +180,8 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """Dequantize one layer into ``copy``. In a fused layer the rows of its parts follow each
-        other, and each part has its own quantization state.
+        """Dequantize the 4-bit weight of one layer into ``copy``. In a fused layer the rows of its
+        parts follow each other, and each part has its own quantization state.
         """
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
@@ -191,7 +193,9 @@ class Copies:
 
 
 class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
-    """A quantization method for one layer that multiplies by the layer's 16-bit copy."""
+    """The quantization method of a layer with a 16-bit copy. It multiplies the input of the layer
+    by the copy.
+    """
 
     def __init__(self, original: Any, copies: Copies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
@@ -203,7 +207,9 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Multiply ``x`` (..., in) by the copy. Returns (..., out) in the dtype of ``x``."""
+        """Multiply ``x`` (..., in) by the 16-bit copy of the weight. Returns (..., out) in the
+        dtype of ``x``.
+        """
         del layer
         weight = self.copies.weight(self.index)
         out = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -275,8 +281,8 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
-    not enough memory for copies of all layers.
+    """Return the total bytes of the 16-bit copies for ``dequantized_rollouts: auto``. Warns if
+    there is not enough memory for copies of all layers.
 
     For a run file this function is not called, because the toolkit's memory estimate chooses the
     bytes before the engine starts. If some layers get no copy, the estimate has a note about it.

@@ -217,8 +217,9 @@ class Engine:
         return self._files[folder]
 
     def sleep(self) -> None:
-        """Release the 16-bit copies of 4-bit weights and, if the engine was built with
-        ``enable_sleep_mode``, the KV cache. Weights and LoRA slots are not released.
+        """Release the memory that only rollouts need: the 16-bit copies of 4-bit weights and, if
+        the engine was built with ``enable_sleep_mode``, the KV cache. Weights and LoRA slots stay
+        in memory.
         """
         if self._copies is not None:
             self._copies.release()

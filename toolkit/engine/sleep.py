@@ -145,8 +145,8 @@ def _allocator() -> tuple[Any, Any, Any]:
 
 
 class KvSleep:
-    """Releases and maps again the memory of the KV cache of one engine. The engine must be built
-    with ``enable_sleep_mode``.
+    """Releases the memory of the KV cache of one engine, and maps it again. The engine must be
+    built with ``enable_sleep_mode``.
     """
 
     def __init__(self, llm: LLM) -> None:

@@ -56,7 +56,7 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
             "gguf, which is not installed",
             where="bench --learn",
             fix="run `pip install gguf==0.19.0`. The package is in the extra `dev` of the "
-            "toolkit, but not in the images",
+            "toolkit, but not in the container images",
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -154,8 +154,8 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
 
 
 class EngineGeneration:
-    """Replaces TRL 1.16's object ``vllm_generation``. It samples with the vLLM engine in this
-    process.
+    """An object that replaces TRL 1.16's object ``vllm_generation`` and samples with the vLLM
+    engine in this process.
 
     TRL calls the methods ``sync_weights()`` and ``generate(...)``. The engine shares the base
     weights with the trainer, so ``sync_weights`` copies only the adapter to the engine.
