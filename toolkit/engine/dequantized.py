@@ -43,8 +43,8 @@ COPIES = "_toolkit_dequantized"
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""The number of bytes that must be free in addition to the copies. If fewer bytes are free, torch's
-cached memory from the trainer's step is released before the copies are allocated again.
+"""The number of bytes that must be free in addition to the 16-bit copies. If fewer bytes are free,
+torch's cached memory from the trainer's step is released before memory for the copies is allocated.
 """
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30

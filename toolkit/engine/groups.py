@@ -92,7 +92,7 @@ def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
 
 
 def installed(name: str) -> str | None:
-    """Return the version of an installed distribution, or None if it is not installed."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

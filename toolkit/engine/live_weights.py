@@ -1,6 +1,6 @@
 """List the parameters of the engine (not copies of them), and the Hugging Face layers that each
-fused layer of the engine consists of. Parameters are listed by their plain names, without what
-vLLM's LoRA wrappers add to a name.
+fused layer of the engine consists of. Parameters are listed by their plain names, which are the
+names without ``base_layer``. vLLM's LoRA wrappers add ``base_layer`` to a name.
 """
 
 from __future__ import annotations

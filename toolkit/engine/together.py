@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""The seconds that a process that ran out of memory waits for the flags of the others."""
+"""The seconds that a process which ran out of memory waits for the other processes."""
 
 _watched = False
 

@@ -73,7 +73,7 @@ def register() -> None:
 
 
 FOUR_BIT = "bitsandbytes"
-"""vLLM's name of its loader for 4-bit weights, which vLLM chooses itself."""
+"""The name of vLLM's loader for 4-bit weights. vLLM chooses this loader itself."""
 WANTED = "dequantized_rollouts"
 """The key of ``model_loader_extra_config`` that sets which layers get 16-bit copies. Its value is
 True for all layers, a number of bytes, or "auto".

