@@ -2,11 +2,11 @@
 micro-batch, gradient checkpointing, whether the KV cache is freed during training, and the options
 of the engine.
 
-The other arms use the micro-batch and the gradient checkpointing that the user set. For the
-toolkit's arm, the sizer (the toolkit's memory estimate) chooses them, as it does for a run file
-with the value "auto". The memory limit is the peak memory that the sizer predicts for Unsloth's
-arm. TRL's arm needs more, because only Unsloth moves activation checkpoints to the host. So the
-arms can be compared by time alone.
+The other arms use the micro-batch and the gradient checkpointing that the user set. The sizer (the
+toolkit's memory estimate) chooses the settings of the toolkit's arm, as it does for a run file with
+the value "auto". The memory limit is the peak memory that the sizer predicts for Unsloth's arm.
+TRL's arm needs more, because only Unsloth moves activation checkpoints to the host. So the arms can
+be compared by time alone.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _budgets(settings: Settings) -> list[int]:
 
     The largest candidate is the number of tokens of a whole optimizer step in which all sequences
     have the maximum length. The others are fractions of this number, but at least the tokens of one
-    sequence. If the user set ``ours_tokens``, it is the only candidate. If the user set
-    ``ours_batch``, the only candidate is the number of tokens of this many sequences.
+    sequence. If the user set ``ours_batch``, the only candidate is the number of tokens of this
+    many sequences. Otherwise, if the user set ``ours_tokens``, the only candidate is this number.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
