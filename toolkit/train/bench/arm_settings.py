@@ -117,7 +117,7 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """The number of micro-batches in one optimizer step of an arm that is not the toolkit's."""
+        """The number of micro-batches in one optimizer step of TRL's arm and Unsloth's arm."""
         return self.sequences // self.per_device_batch
 
     @classmethod

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
-    """Return ``settings`` with a value for every ``ours_`` field whose value is None.
+    """Return ``settings`` with a value for every ``ours_`` field (settings of the toolkit's arm)
+    whose value is None.
 
-    The sizer estimates the time of a step for all settings whose peak memory is at most that of the
-    other arms. The settings with the shortest step are chosen. Without a GPU, or if no settings
-    fit, the toolkit's arm gets the micro-batch and the gradient checkpointing of the other arms.
+    The sizer estimates the time of a step for all values whose peak memory is at most that of the
+    other arms (TRL, Unsloth). The values with the shortest step are chosen. Without a GPU, or if no
+    values fit, the toolkit's arm gets the micro-batch and the gradient checkpointing of the other
+    arms.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
@@ -54,9 +56,9 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
 
 
 def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
-    """Return the peak memory that the sizer predicts for the other arms, in bytes: with one copy of
-    the weights, a KV cache that is not freed, and activation checkpoints on the host, as in
-    Unsloth.
+    """Return the peak memory that the sizer predicts for the other arms (TRL, Unsloth), in bytes.
+    The prediction is for one copy of the weights, a KV cache that is not freed, and activation
+    checkpoints on the host, as in Unsloth.
     """
     theirs = replace(
         settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None
