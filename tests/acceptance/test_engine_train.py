@@ -118,7 +118,7 @@ QUICK = {
     ),
     "memory for four": Case(
         0,
-        ("rollout: out of memory with 8 sequences, at most 4 at a time from now on",),
+        ("rollout: out of memory with 8 sequences. From now on at most 4 run at a time",),
         {"grpo": SHORT},
         fault("steps > 1 and input_ids.shape[0] == 8", OOM),
     ),

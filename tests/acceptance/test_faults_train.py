@@ -159,8 +159,8 @@ def test_memory_that_runs_out_in_a_rollout_costs_no_completion(ended) -> None:
     assert run.returncode == 0, run.stderr
     told = [line.partition(" (")[0] for line in run.stderr.splitlines()]
     assert told == [  # once, and not in each step
-        "warning: rollout: out of memory with 4 sequences, at most 2 at a time from now on",
-        "warning: rollout: out of memory with 2 sequences, at most 1 at a time from now on",
+        "warning: rollout: out of memory with 4 sequences. From now on at most 2 run at a time",
+        "warning: rollout: out of memory with 2 sequences. From now on at most 1 run at a time",
     ]
     assert [len(rows(run)), len(rows(run, "completions.jsonl"))] == [4, 16]
     refused(ended["tiny card in the rollout"], "out of memory")

@@ -257,9 +257,9 @@ def test_experts_on_a_cpu(tmp_path: Path) -> None:
             r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
         )
         policy = get_peft_model(model, on_experts)
-        with pytest.raises(UnsupportedError, match="weight of experts") as told:
+        with pytest.raises(UnsupportedError, match="a weight of the experts") as told:
             engine.publish(policy)
-        assert "target the attention projections" in str(told.value.fix)
+        assert "set `target_modules` to the attention projections" in str(told.value.fix)
 
 
 def test_heads_that_the_cpu_has_no_kernel_for_are_the_users_to_change(tmp_path: Path) -> None:

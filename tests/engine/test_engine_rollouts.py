@@ -356,7 +356,7 @@ def test_out_of_memory_costs_time_and_nothing_else(
         patch.setattr(llama.module, name, narrow)
         again = llama.generate(prompts, sampling, seed=6)
         assert len(refused) >= 1
-        assert "out of memory with 12 sequences, at most 6 at a time from now on" in caplog.text
+        assert "out of memory with 12 sequences. From now on at most 6 run at a time" in caplog.text
         tried = len(refused)
         assert again.completion_ids == whole.completion_ids
         parts = llama.generate(prompts, sampling, seed=6)  # in parts from the start

@@ -103,7 +103,7 @@ def test_places_of_fused_and_plain_layers() -> None:
 def test_names_that_vllm_skips_or_renames() -> None:
     plain = layer(1)
     skipping = SimpleNamespace(lora_skip_prefixes=["mtp."])
-    with pytest.raises(UnsupportedError, match=r"skips adapters under 'mtp\.'"):
+    with pytest.raises(UnsupportedError, match=r"skips all modules under 'mtp\.'"):
         find_places("model.mtp.o_proj", {"model.mtp.o_proj": plain}, {}, skipping)
     from vllm.model_executor.models.utils import WeightsMapper
 

@@ -1,15 +1,15 @@
 """Publish the adapter that is being trained: copy it from memory into the engine's LoRA slots.
 
-vLLM has stacked LoRA tensors on the device. A *slot* is the part of them that belongs to one
-adapter. The first publish goes through vLLM's own manager, which registers the adapter and chooses
-its slot. Every later publish only copies values into that slot. So the addresses that CUDA graphs
-captured stay valid.
+vLLM keeps the LoRA matrices of all adapters in stacked tensors on the device. A *slot* is the part
+of these tensors that belongs to one adapter. At the first publish, vLLM's own manager registers the
+adapter and chooses its slot. Every later publish only copies values into that slot. The addresses
+of the stacked tensors do not change, so captured CUDA graphs stay valid.
 
 The scaling of an adapter is alpha/r, or alpha/sqrt(r) with rsLoRA (arXiv 2106.09685, 2312.03732).
-The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. vLLM gets alpha = r,
-so that its own scaling is 1. With another alpha, vLLM would multiply lora_B by alpha/r in place
-(``LoRALayerWeights.optimize``). This would change the tensors that are being trained. Also, before
-0.31 vLLM ignores rsLoRA when it packs expert layers.
+The copy multiplies the LoRA matrix B by the scaling, in the trainer's dtype. So vLLM must not scale
+B again, and gets alpha = r. With another alpha, ``LoRALayerWeights.optimize`` of vLLM would
+multiply the lora_B that it gets by alpha/r, in place. The scaling is not left to vLLM, because
+before 0.31 vLLM ignores rsLoRA when it packs expert layers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ MiCA computes the same sum, but does not train B.
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The LoRA matrices A (r, in) and B (out, r) of one adapted layer, and the factor that B is
-    multiplied by (``scaling``).
+    """The LoRA matrices of one adapted layer: A is ``a`` (r, in), and B is ``b`` (out, r). B is
+    multiplied by ``scaling``.
 
-    The tensors are references to the model's tensors, not copies. This process computes with ``a``
-    and ``b``, and trains ``held``. ``b`` is ``held``, or only some rows of ``held`` if tensor
-    parallelism splits the layer.
+    The tensors are references to the model's tensors, not copies. ``held`` is the trained parameter
+    for B. If tensor parallelism splits the layer, ``b`` has only the rows of ``held`` that this
+    process computes with. Otherwise ``b`` is ``held``.
     """
 
     module: str
@@ -63,7 +63,7 @@ class Plan:
     """The trained tensors (``a_from``, ``b_from``), and the parts of the slot that they are copied
     to (``a_to``, ``b_to``).
 
-    All of them are lists, because torch copies lists of tensors in one fused kernel
+    These four attributes are lists, because torch copies lists of tensors in one fused kernel
     (``torch._foreach_copy_``).
     """
 
@@ -76,8 +76,8 @@ class Plan:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Copy every tensor into its slot, in the slot's dtype; the source tensors do not
-        change.
+        """Copy the trained tensors into the slot, and convert the copies to the slot's dtype. The
+        trained tensors do not change.
         """
         torch._foreach_copy_(self.a_to, self.a_from)
         if all(factor == 1.0 for factor in self.factors):
@@ -87,7 +87,8 @@ class Plan:
 
 
 def read_pairs(peft_model: Any, name: str) -> list[Pair]:
-    """Return the LoRA tensors of each layer that adapter ``name`` of a PEFT model adapts.
+    """Return a ``Pair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a PEFT
+    model adapts.
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
@@ -103,17 +104,17 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
         )
     if getattr(config, "modules_to_save", None):
         raise UnsupportedError(
-            f"modules_to_save={list(config.modules_to_save)} would change the weights of whole"
-            " modules, but these weights are shared with the engine and must not change",
+            f"modules_to_save={list(config.modules_to_save)} would train whole modules, but "
+            "their weights are shared with the engine and must not change",
             where="lora.modules_to_save",
-            fix="remove modules_to_save, or train with fast_inference: false",
+            fix="remove `modules_to_save`, or set `fast_inference: false`",
         )
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise UnsupportedError(
             f"adapter {name!r} is a {kind} adapter, but vLLM supports only LoRA",
             where="publish",
-            fix="use peft.LoraConfig, or load with fast_inference=False",
+            fix="use `peft.LoraConfig`, or load the model with `fast_inference=False`",
         )
     pairs = []
     for path, module in peft_model.named_modules():
@@ -135,10 +136,11 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             )
         if a.weight.dim() != 2 or hasattr(module, "parameter_name"):
             raise UnsupportedError(
-                f"{path.removeprefix(PEFT_PREFIX)} is a weight of experts or their router, and "
-                "the engine does not support LoRA on it",
+                f"{path.removeprefix(PEFT_PREFIX)} is a weight of the experts or of their "
+                "router. The engine does not support LoRA on such weights",
                 where="lora.target_modules",
-                fix="target the attention projections, or train with fast_inference: false",
+                fix="set `target_modules` to the attention projections, or set `fast_inference: "
+                "false`",
             )
         used = module.used_rows(name) if hasattr(module, "used_rows") else b.weight
         plain = path.removeprefix(PEFT_PREFIX)
@@ -147,7 +149,7 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
 
 
 class AdapterSlots:
-    """Publishes adapters to the slots of one engine. ``slots`` is vLLM's LoRAModelManager, and
+    """Copies adapters into the LoRA slots of one engine. ``slots`` is vLLM's LoRAModelManager, and
     ``module`` is vLLM's model.
     """
 
@@ -190,7 +192,7 @@ class AdapterSlots:
         return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
 
     def forget(self) -> None:
-        """Drop the references to all trained tensors."""
+        """Drop all references to trained tensors, and forget which adapters were published."""
         self._plans.clear()
         self.ids.clear()
 
@@ -204,8 +206,8 @@ class AdapterSlots:
                 ),
                 where="lora.r",
                 fix=(
-                    f"load the model with max_lora_rank of at least {rank}, or use r <="
-                    f" {self._max_rank}"
+                    f"set `max_lora_rank` to at least {rank} when you load the model, or set the "
+                    f"LoRA rank `r` to at most {self._max_rank}"
                 ),
             )
 
@@ -213,8 +215,8 @@ class AdapterSlots:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
     def _register(self, pairs: Sequence[Pair], name: str) -> None:
-        """Register the adapter with vLLM's own functions. The functions get copies of the tensors,
-        because vLLM writes to the tensors that it gets.
+        """Call vLLM's functions that register the adapter ``name``. These functions get copies of
+        the trained tensors, because they change the tensors in place.
         """
         for pair in pairs:
             self._places(pair.module)  # raises an error; vLLM would skip the module silently
@@ -264,9 +266,8 @@ class AdapterSlots:
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """Return where vLLM stores the LoRA of the Hugging Face layer ``module``, as a list of
-        (vLLM layer, index of a part). The list has one entry, or one entry per part if the Hugging
-        Face layer itself is fused (such as gate_up_proj).
+        """Return the result of ``find_places`` for the Hugging Face layer ``module`` and this
+        engine: a list of (vLLM layer, index of a part of this layer).
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module
@@ -276,21 +277,23 @@ class AdapterSlots:
 def find_places(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
-    """Return where vLLM stores the LoRA of the Hugging Face layer ``module``.
+    """Return where vLLM stores the LoRA matrices of the Hugging Face layer ``module``, as a list of
+    (vLLM layer, index of a part of this layer).
 
-    Each entry of the list is a vLLM layer and the index of a part of this layer. vLLM fuses layers
-    such as q_proj, k_proj and v_proj into one layer. The index tells which of the fused parts
-    ``module`` is.
+    vLLM fuses layers such as q_proj, k_proj and v_proj into one layer. In this case the list has
+    one entry, and the index tells which part ``module`` is. If the Hugging Face layer itself is
+    fused (such as gate_up_proj), the list has one entry per part.
 
     Raises:
-        UnsupportedError: vLLM has no layer with a LoRA slot for ``module``, vLLM's model class
-            skips adapters under that name, or vLLM's latent attention does not call the layer.
+        UnsupportedError: the engine has no LoRA slot for ``module``, vLLM's model class skips
+            adapters under this name, or vLLM's latent attention does not call the layer.
     """
     name = engine_name(vllm_module, module)
     for prefix in getattr(vllm_module, "lora_skip_prefixes", None) or ():
         if f".{prefix}" in name or name.startswith(prefix):
             raise UnsupportedError(
-                f"vLLM skips adapters under {prefix!r} for this model ({module})",
+                f"vLLM ignores an adapter on {module}, because vLLM's class for this model skips "
+                f"all modules under {prefix!r}",
                 where="lora.target_modules",
             )
     parent, _, leaf = name.rpartition(".")
@@ -298,9 +301,9 @@ def find_places(
         # The slots exist, but an adapter in them would have no effect: vLLM uses the layer without
         # LoRA for prompts, and copies of its weight (W_UK and W_UV) for later tokens.
         raise UnsupportedError(
-            f"vLLM's latent attention ignores an adapter on {module}",
+            f"vLLM's multi-head latent attention (MLA) ignores an adapter on {module}",
             where="lora.target_modules",
-            fix="remove kv_b_proj from target_modules, or train with fast_inference: false",
+            fix="remove `kv_b_proj` from `target_modules`, or set `fast_inference: false`",
         )
     for fused, parts in packed.items():
         if leaf in parts and len(parts) > 1:
@@ -312,7 +315,7 @@ def find_places(
         raise UnsupportedError(
             f"the engine has no LoRA slot for {module}",
             where="lora.target_modules",
-            fix=f"remove {name.rpartition('.')[2]} from target_modules, or train with "
-            "fast_inference: false",
+            fix=f"remove `{name.rpartition('.')[2]}` from `target_modules`, or set "
+            "`fast_inference: false`",
         )
     return [(layer, part) for part in range(len(layer.lora_a_stacked))]

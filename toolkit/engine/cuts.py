@@ -1,8 +1,8 @@
-"""Find which part of each Hugging Face layer is in the engine of this process (tensor parallelism).
+"""Find which part of each Hugging Face layer the engine of this process has (tensor parallelism).
 
 vLLM's layer classes record how a layer is split (``ColumnParallelLinear``, ``RowParallelLinear``,
 ``VocabParallelEmbedding``; written for vLLM 0.25.1 and 0.31.0). This module reads only these
-records. So it works for every architecture.
+records, so it works for every architecture.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ WHERE = "model.tensor_parallel_size"
 
 
 class EngineCuts:
-    """Tells how vLLM's model ``module`` splits its layers. Layers are looked up by their Hugging
-    Face names.
+    """Finds how vLLM's model ``module`` splits its layers over the processes. The methods take the
+    Hugging Face name of a layer.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def of_layer(self, name: str, out_features: int) -> Cut:
-        """Return the result of ``cut_of`` for the linear layer ``name``."""
+        """Return how the engine splits the linear layer ``name``."""
         return cut_of(self.module, name, out_features)
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """Return the result of ``vocabulary_cut`` for the embedding or head ``name``."""
+        """Return which rows of the embedding or head ``name`` this process has, and the number of
+        rows per process including padding rows.
+        """
         return vocabulary_cut(self.module, name)
 
 
@@ -73,16 +75,16 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
     if isinstance(layer, ReplicatedLinear):
         return Cut("whole")
     raise UnsupportedError(
-        f"the engine's layer of {name} is a {type(layer).__name__}, and the trainer cannot split"
-        " this class of layer",
+        f"the engine implements {name} as a {type(layer).__name__}, and the trainer cannot split "
+        "this class of layer",
         where=WHERE,
         fix="set tensor_parallel_size: 1",
     )
 
 
 def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
-    """Return which rows of the embedding or head ``name`` this process has. Return also the number
-    of rows per process, which includes padding rows.
+    """Return which rows of the embedding or head ``name`` this process has, and the number of rows
+    per process including padding rows.
 
     Raises:
         UnsupportedError: the engine does not have this layer, or does not split it by vocabulary.
@@ -90,8 +92,8 @@ def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
     layer, _ = _layer_of(module, name)
     if not isinstance(layer, VocabParallelEmbedding):
         raise UnsupportedError(
-            f"the engine's layer of {name} is a {type(layer).__name__}, which is not split by"
-            " vocabulary",
+            f"the engine implements {name} as a {type(layer).__name__}, which is not split by "
+            "vocabulary",
             where=WHERE,
             fix="set tensor_parallel_size: 1",
         )

@@ -1,15 +1,18 @@
-"""Make 16-bit copies of the engine's 4-bit weights for the time of a rollout.
+"""Keep 16-bit copies of the engine's 4-bit weights during a rollout, so that decode steps are
+faster.
 
-bitsandbytes dequantizes every weight at every decode step, but the weights do not change during a
-rollout. So this module dequantizes the weights once at the beginning of a rollout, and decode steps
-are plain matrix products with the copies. The copies have the values that the 4-bit layer uses
-(``dequantize_4bit`` of the same codes, in bfloat16). The trainer keeps the 4-bit weights. At the
-end of the rollout the memory of the copies is released. Their addresses stay reserved, so captured
-CUDA graphs stay valid. The next rollout fills the copies again.
+bitsandbytes dequantizes every weight at every decode step, although the weights do not change
+during a rollout. This module dequantizes the weights once, at the beginning of a rollout. The
+decode steps are then plain matrix products with the copies. The values of the copies are those that
+the 4-bit layer computes with (``dequantize_4bit`` of the same codes, in bfloat16). The trainer
+keeps using the 4-bit weights.
 
-``DequantizedMethod`` replaces the quantization method of a layer: the attribute ``quant_method``,
-which vLLM's linear layers and their LoRA wrappers call. Written for vLLM 0.25.1 and bitsandbytes
-0.50.2.
+At the end of the rollout the memory of the copies is released. Their addresses stay reserved, so
+captured CUDA graphs stay valid. The next rollout fills the copies again.
+
+The attribute ``quant_method`` of a layer is the quantization method that vLLM's linear layers and
+their LoRA wrappers call. ``DequantizedMethod`` replaces it. Written for vLLM 0.25.1 and
+bitsandbytes 0.50.2.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ COPIES = "_toolkit_dequantized"
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
 SPARE_BYTES = 1 << 30
-"""The number of bytes that must be free in addition to the copies. If fewer bytes are free, torch's
-cached memory from the trainer's step is released before the copies are allocated again.
+"""The number of bytes that must be free in addition to the 16-bit copies. If fewer bytes are free,
+torch's cached memory from the trainer's step is released before memory for the copies is allocated.
 """
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
@@ -54,7 +57,7 @@ the activations.
 
 def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
     """Dequantize ``packed`` (n, 1) uint8 into ``out`` (rows, columns). The values are rounded as
-    bitsandbytes rounds them for a matrix product.
+    bitsandbytes rounds them before a matrix product.
     """
     from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
@@ -83,11 +86,11 @@ class Copies:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all copies when they are filled."""
+        """The number of bytes of all 16-bit copies when they are filled."""
         return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
 
     def refuse_too_many(self) -> None:
-        """Raise an error if the copies do not fit into the free GPU memory.
+        """Raise an error if the 16-bit copies do not fit into the free GPU memory.
 
         Raises:
             ConfigError: the copies do not fit. The message contains their size and the free memory.
@@ -96,21 +99,21 @@ class Copies:
         if self.nbytes > free:
             raise ConfigError(
                 f"the 16-bit copies of the 4-bit weights need {format_bytes(self.nbytes)}, but "
-                f"only {format_bytes(free)} of GPU memory are free",
+                f"only {format_bytes(free)} of GPU memory is free",
                 where="model.dequantized_rollouts",
-                fix=f"set dequantized_rollouts to auto, to false, or to at most {free} bytes",
+                fix=f"set `dequantized_rollouts` to `auto`, to `false`, or to at most {free} bytes",
             )
 
     def weight(self, index: int) -> torch.Tensor:
-        """Return the copy of layer ``index``, of shape (out, in)."""
+        """Return the 16-bit copy of the weight of layer ``index``, of shape (out, in)."""
         if not self.filled:
             self.fill()
         return self._tensors[index]
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Allocate memory for the copies and dequantize the weights into it. Does nothing if the
-        copies are filled.
+        """Allocate memory for the 16-bit copies and dequantize the weights into it. Does nothing if
+        the copies are filled.
 
         Raises:
             RuntimeError: there is not enough memory. The memory that was allocated is released.
@@ -130,8 +133,8 @@ class Copies:
         self.filled = True
 
     def release(self) -> None:
-        """Release the memory of the copies. On a GPU their addresses stay reserved. A second call
-        does nothing.
+        """Release the memory of the 16-bit copies. On a GPU their addresses stay reserved. A second
+        call does nothing.
         """
         self.filled = False
         if not self._tensors:
@@ -143,7 +146,9 @@ class Copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
-        """Release the memory and the addresses of the copies. The copies cannot be used again."""
+        """Release the memory and the addresses of the 16-bit copies. The copies cannot be used
+        again.
+        """
         if self._on_gpu and self._tensors:
             sleep.map_tag(TAG)  # only mapped memory can be freed
             self._tensors.clear()
@@ -175,8 +180,8 @@ class Copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:
-        """Dequantize one layer into ``copy``. In a fused layer the rows of its parts follow each
-        other, and each part has its own quantization state.
+        """Dequantize the 4-bit weight of one layer into ``copy``. In a fused layer the rows of its
+        parts follow each other, and each part has its own quantization state.
         """
         offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
         row = 0
@@ -188,19 +193,23 @@ class Copies:
 
 
 class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships no types
-    """A quantization method for one layer that multiplies by the layer's 16-bit copy."""
+    """The quantization method of a layer with a 16-bit copy. It multiplies the input of the layer
+    by the copy.
+    """
 
     def __init__(self, original: Any, copies: Copies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
-        """Call the original method, which creates the 4-bit weights."""
+        """Create the 4-bit weights, with the quantization method that the layer had before."""
         self.original.create_weights(*arguments, **keywords)
 
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Multiply ``x`` (..., in) by the copy. Returns (..., out) in the dtype of ``x``."""
+        """Multiply ``x`` (..., in) by the 16-bit copy of the weight. Returns (..., out) in the
+        dtype of ``x``.
+        """
         del layer
         weight = self.copies.weight(self.index)
         out = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -230,8 +239,11 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
-    """Choose layers, largest copy first, until their copies take at most ``most`` bytes together.
-    Layers of equal size keep the order of the model. A layer that no longer fits is skipped.
+    """Return the layers that get a 16-bit copy. Layers are chosen in the order of size, the largest
+    first, so that all copies together take at most ``most`` bytes.
+
+    A layer whose copy does not fit into the remaining bytes is skipped. Layers of equal size keep
+    the order of the model.
     """
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
@@ -249,13 +261,13 @@ def attach(
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> Copies | None:
-    """Make 4-bit layers of ``model`` compute with 16-bit copies. Returns the copies, or None if no
-    layer gets one.
+    """Make 4-bit layers of ``model`` compute with 16-bit copies of their weights. Returns the
+    copies, or None if no layer gets a copy.
 
     If ``wanted`` is True, all 4-bit layers get a copy. If ``wanted`` is a number of bytes, the
-    largest layers get a copy, as long as all copies together fit into these bytes. Call this
+    copies of the largest layers are chosen until they take this number of bytes together. Call this
     function after vLLM has loaded the model and before the first forward pass. The first forward
-    pass fills the copies. CUDA graphs are captured after it.
+    pass fills the copies. vLLM captures its CUDA graphs after the first forward pass.
     """
     layers = packed_layers(model)
     chosen = layers if wanted is True else largest_first(layers, int(wanted))
@@ -269,11 +281,11 @@ def attach(
 
 
 def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
-    """Return the total bytes of the copies for ``dequantized_rollouts: auto``. Warns if there is
-    not enough memory for copies of all layers.
+    """Return the total bytes of the 16-bit copies for ``dequantized_rollouts: auto``. Warns if
+    there is not enough memory for copies of all layers.
 
-    This function is not called for a run file. For a run file the toolkit's memory estimate chooses
-    the bytes before the engine starts. If layers have no copy, a note of the estimate reports that.
+    For a run file this function is not called, because the toolkit's memory estimate chooses the
+    bytes before the engine starts. If some layers get no copy, the estimate has a note about it.
     """
     room, layers = room_beside(model, vllm_config), packed_layers(model)
     whole = sum(copy_bytes(_weight(layer)) for layer in layers)
@@ -281,10 +293,10 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     if made < whole:
         what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
-            f"model.dequantized_rollouts: auto: 16-bit copies of the 4-bit weights would take "
-            f"{format_bytes(whole)}, but the weights and the KV cache leave only "
-            f"{format_bytes(room)} for them. So {what}, and decode steps are slower. A higher "
-            "gpu_memory_utilization leaves more memory",
+            f"the 16-bit copies of the 4-bit weights would take {format_bytes(whole)}, but the "
+            f"weights and the KV cache leave only {format_bytes(room)} for the copies. So {what} "
+            "(model.dequantized_rollouts: auto), and decode steps are slower. A higher "
+            "gpu_memory_utilization leaves more memory for the copies",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -292,11 +304,12 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
 
 
 def room_beside(model: nn.Module, vllm_config: Any) -> int:
-    """Return the bytes that the copies may take.
+    """Return how many bytes of GPU memory the 16-bit copies may take.
 
-    The weights are subtracted from the engine's memory. If the size of the KV cache is configured,
-    the KV cache is subtracted from the free memory instead. The copies may take a share of the
-    rest.
+    The available memory is the free memory minus the KV cache, if the size of the KV cache is
+    configured. Otherwise it is the engine's share of the total memory (``gpu_memory_utilization``)
+    minus the weights, but at most the free memory. The copies may take the share ``AUTO_SHARE`` of
+    the available memory, and must leave ``LEAST_BESIDE_BYTES`` of it unused.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()

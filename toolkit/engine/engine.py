@@ -38,8 +38,8 @@ FILE_IDS_FROM = 1000  # first id of adapters from files; the ids of published ad
 
 
 class Engine:
-    """vLLM in this process. ``open_engine.open_engine`` creates an ``Engine``. The class is a
-    context manager and implements ``rollout_engine.RolloutEngine``.
+    """A vLLM engine in this process. ``open_engine.open_engine`` creates it. The class is a context
+    manager and implements the interface ``rollout_engine.RolloutEngine``.
     """
 
     sampler_name: SamplerName = "vllm"
@@ -98,10 +98,10 @@ class Engine:
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
         """Copy the current values of adapter ``name`` of a PEFT model to the engine. Cached
-        prefixes that were computed with earlier values are dropped.
+        prefixes that were computed with earlier values of the adapter are dropped.
 
-        The PEFT model does not change. The scaling is applied only to the copies in the engine,
-        which have the engine's dtype.
+        The PEFT model does not change. Only the copies in the engine are multiplied by the scaling,
+        and they have the engine's dtype.
 
         Raises:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
@@ -144,9 +144,10 @@ class Engine:
         Raises:
             ConfigValueError: vLLM rejects a sampling option, or a prompt is too long.
             NodeError, RetryError, ConfigError: the engine failed. If the cause is known, the
-                message names the check of `envcheck check` that detects the cause. If memory runs
-                out, the batch is retried in smaller parts. So an error is raised only if a single
-                sequence does not fit.
+                message names the check of `envcheck check` that detects the cause.
+
+        If memory runs out, the batch is drawn in smaller parts. An out-of-memory error is raised
+        only if a single completion does not fit.
         """
         self._check_alive()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
@@ -216,8 +217,9 @@ class Engine:
         return self._files[folder]
 
     def sleep(self) -> None:
-        """Release the 16-bit copies of 4-bit weights and, if the engine was built with
-        ``enable_sleep_mode``, the KV cache. Weights and LoRA slots are not released.
+        """Release the memory that only rollouts need: the 16-bit copies of 4-bit weights and, if
+        the engine was built with ``enable_sleep_mode``, the KV cache. Weights and LoRA slots stay
+        in memory.
         """
         if self._copies is not None:
             self._copies.release()
@@ -225,7 +227,8 @@ class Engine:
             self._sleep.sleep()
 
     def wake(self) -> None:
-        """Allocate the KV cache and the copies again. Does nothing if the engine is awake.
+        """Allocate the KV cache again, and fill the 16-bit copies of 4-bit weights. Does nothing if
+        the engine is awake.
 
         Raises:
             RetryError, NodeError, ConfigError: there is not enough memory. If the cause is known,

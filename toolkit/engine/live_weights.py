@@ -1,5 +1,6 @@
-"""List the engine's own parameters, which are not copies, and the parts of the engine's fused
-layers. The names of the parameters do not have the parts that vLLM's LoRA wrappers add.
+"""List the parameters of the engine (not copies of them), and the Hugging Face layers that each
+fused layer of the engine consists of. Parameters are listed by their plain names, which are the
+names without ``base_layer``. vLLM's LoRA wrappers add ``base_layer`` to a name.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ SAMPLE_SIZE = 64
 
 @dataclass(frozen=True, slots=True)
 class LiveWeights:
-    """The engine's own tensors, not copies: writing to one of them changes the output of the
-    engine.
+    """The tensors of the engine, not copies. Writing to one of these tensors changes the output of
+    the engine.
     """
 
     parameters: Mapping[str, torch.Tensor]
@@ -74,8 +75,8 @@ def rewritten(
     parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
 ) -> frozenset[str]:
     """Return the names of the tensors whose values changed after loading. ``as_loaded`` has sampled
-    values from the time of loading. If it is empty, the loader recorded none, and the result is
-    empty.
+    values of each tensor from the time of loading. If the loader recorded no values, ``as_loaded``
+    is empty and so is the result.
     """
     changed = set()
     for name, tensor in parameters.items() if as_loaded else ():
@@ -87,8 +88,8 @@ def rewritten(
 
 
 def plain_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters of a vLLM module by their plain names, which are the names without
-    ``base_layer``. vLLM adds ``base_layer`` to the names of layers with LoRA.
+    """Return the parameters of a vLLM module by their plain names. A plain name is the name without
+    ``base_layer``, which vLLM adds to the names of layers with LoRA.
     """
     named = module.named_parameters(remove_duplicate=False)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in named}

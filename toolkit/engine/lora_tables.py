@@ -2,12 +2,12 @@
 
 vLLM reads ``CARD_SHRINK.json``, ``CARD_EXPAND_TRUE.json`` and ``CARD_EXPAND_FALSE.json`` from the
 folder in VLLM_TUNED_CONFIG_FOLDER. CARD is the device's name (``lora/ops/triton_ops/utils.py``,
-0.25.1). A table of the toolkit is one file. It has the contents of these three files, and the vLLM
-version that the table was measured with. ``engine.lora_tune`` writes it. With another vLLM version
-the table is ignored, because the kernels may use the values differently.
+0.25.1). A table of the toolkit is one file, which ``engine.lora_tune`` writes. It has the contents
+of these three files, and the version of vLLM that was measured. Another vLLM version may use the
+values differently, so the table is then ignored.
 
 The package contains tables in ``tuned/``, one for each class of cards. The environment variable
-TOOLKIT_LORA_TABLE names another table, or is ``off``. If the user has set
+TOOLKIT_LORA_TABLE has the path of another table, or is ``off``. If the user has set
 VLLM_TUNED_CONFIG_FOLDER, vLLM reads that folder and no table of the toolkit is used.
 """
 
@@ -52,9 +52,9 @@ def class_of(card: str) -> tuple[str, ...]:
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """Return the path of the table for the device with the name ``card``. This is the file that
-    TOOLKIT_LORA_TABLE names. If the variable is not set, it is a table of the package. Returns None
-    if there is no table, or the variable is ``off``.
+    """Return the path of the table for the device with the name ``card``. This is the path in the
+    environment variable TOOLKIT_LORA_TABLE. If the variable is not set, it is the path of a table
+    of the package. Returns None if there is no table, or the variable is ``off``.
     """
     written = os.environ.get(TABLE_VARIABLE)
     if written:
@@ -80,9 +80,9 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
     table = read_table(path)
     if table["vllm"] != vllm_version:
         _warn_once(
-            f"{path} has LoRA kernel configurations for vLLM {table['vllm']}, but this is vLLM "
-            f"{vllm_version}. So the table is ignored. `toolkit tune` creates a table for this "
-            "version"
+            f"{path} has LoRA kernel configurations for vLLM {table['vllm']}, but the installed "
+            f"version is vLLM {vllm_version}. So this table is ignored. Run `toolkit tune` to "
+            "create a table for the installed version"
         )
         return None
     folder = _made.get(f"{path}|{card}")
@@ -105,7 +105,8 @@ def read_table(path: Path) -> dict[str, Any]:
             "the file is not a table of LoRA kernel configurations. Such a table has the keys "
             f"vllm, {', '.join(OPS)}",
             where=str(path),
-            fix=f"create a table with `toolkit tune`, or set {TABLE_VARIABLE}=off",
+            fix="create a table with `toolkit tune`, or set the environment variable "
+            f"{TABLE_VARIABLE}=off",
         )
     found: dict[str, Any] = table
     return found

@@ -66,9 +66,9 @@ and the weights of several layers are used to reach it.
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """The shape of a fused LoRA layer. Its fused parts are called slices. Each slice has its own
-    matrix A (rank, wide) and its own matrix B (number of rows, rank). ``rows`` has the number of
-    rows of each slice.
+    """The shape of the LoRA matrices of one fused layer. The parts of the fused layer are called
+    slices. Each slice has its own matrix A (rank, ``wide``) and its own matrix B (number of rows,
+    rank). ``rows`` has the number of rows of B for each slice.
     """
 
     rows: tuple[int, ...]
@@ -82,8 +82,8 @@ class Shape:
 
     @property
     def tall(self) -> int:
-        """The largest of ``rows``. vLLM uses it as the hidden size when it looks up an expand
-        kernel.
+        """The largest number of rows of a matrix B. vLLM uses it as the hidden size when it looks
+        up an expand kernel.
         """
         return max(self.rows)
 
@@ -130,8 +130,9 @@ class Tuner:
         self.best[op, shape.slices, batch, wide, tall] = config
         self.gains.append((op, shape, batch, first, fastest))
         self.say(
-            f"{op} {shape.slices} x ({tall}, {wide}), {batch} tokens: {first * 1e6:.1f} ->"
-            f" {fastest * 1e6:.1f} us"
+            f"LoRA kernel {op}, {shape.slices} slices of ({tall}, {wide}), {batch} tokens: "
+            f"{first * 1e6:.1f} us with the configuration of vLLM, {fastest * 1e6:.1f} us with "
+            "the best one"
         )
 
     def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def tune_card(
 ) -> tuple[dict[str, Any], float, float]:
     """Measure the kernels of ``shapes`` on this machine's GPU.
 
-    Returns the table and two sums of seconds over all kernels: before tuning, and after tuning.
+    Returns the table, the total seconds of all kernels before tuning, and the total seconds after
+    tuning.
 
     Raises:
         NodeError: there is no CUDA GPU.
@@ -211,7 +213,9 @@ def forget() -> None:
 
 
 class KernelCase:
-    """One kernel with one shape and one batch size. All tokens of the batch use one adapter."""
+    """A measurement of one LoRA kernel with one layer shape and one batch size. All tokens of the
+    batch use the same adapter.
+    """
 
     def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
@@ -261,8 +265,8 @@ class KernelCase:
             )
 
     def result(self, config: Mapping[str, Any]) -> torch.Tensor:
-        """Run the kernel with ``config`` on the first layer, and return its result. The output
-        buffer is restored.
+        """Run the kernel with ``config`` on the first layer, and return the output. The output
+        buffer then gets its earlier values back.
         """
         self.use(config)
         out = self.narrow if self.op == "shrink" else self.wide
@@ -274,7 +278,7 @@ class KernelCase:
 
     def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
         """Return the seconds of one launch with ``config``. Returns None if the kernel does not
-        compile, or its result differs from ``wanted``.
+        compile, or its output differs from the correct output ``wanted``.
         """
         try:
             found = self.result(config)
@@ -288,8 +292,9 @@ class KernelCase:
             return None
 
     def seconds(self, config: Mapping[str, Any]) -> float:
-        """Return the seconds of one launch with ``config``. This is the median of ``REPEATS`` runs
-        of a CUDA graph, which has one launch per layer, divided by the number of layers.
+        """Return the seconds of one launch with ``config``. A CUDA graph with one launch per layer
+        is run ``REPEATS`` times. The result is the median time of a run, divided by the number of
+        layers.
         """
         self.use(config)
         for layer in self.layers[:2]:

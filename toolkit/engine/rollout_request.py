@@ -25,12 +25,13 @@ signed 64-bit integer.
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means off. ``logprobs`` selects which log-probabilities are returned: none (None),
-    those of the sampled tokens (0), or also those of the k most likely tokens (k). The
-    log-probabilities are those of the distribution that tokens are sampled from (after temperature,
-    top-k, top-p, min-p and penalties). ``extra`` has the ``generation_kwargs`` of a run file, which
-    are other sampling arguments of the engine under its own names. The values in ``extra`` take
-    precedence over the fields of this class.
+    ``top_k`` 0 means no top-k filter. With ``logprobs`` None, no log-probabilities are returned.
+    With 0, those of the sampled tokens are returned, and with k also those of the k most likely
+    tokens. They are computed from the distribution that tokens are sampled from (after temperature,
+    top-k, top-p, min-p and penalties).
+
+    ``extra`` has the ``generation_kwargs`` of a run file: other sampling arguments of the engine,
+    under the engine's names. The values in ``extra`` take precedence over the fields of this class.
     """
 
     n: int = 1
@@ -75,8 +76,8 @@ class Rollout:
     Each of the four lists has ``len(prompts) * n`` entries, and the n completions of a prompt are
     adjacent. ``logprobs`` and ``logprob_token_ids`` are nested lists [sequence][position][rank],
     where rank 0 is the most likely token. With ``Sampling.logprobs`` 0 a position has only the
-    sampled token. Both lists are None if no log-probabilities were requested. A log-probability
-    that is NaN becomes None.
+    sampled token. These two lists are None if no log-probabilities were requested. A
+    log-probability that is NaN becomes None.
     """
 
     prompt_ids: list[list[int]]
@@ -95,11 +96,12 @@ def request_seed(seed: int, row: int) -> int:
     """Return the seed of the completion in row ``row`` of a batch with the seed ``seed``.
 
     The result is the hash of ``seed``, plus ``row``. It fits into a signed 64-bit integer. ``seed``
-    is hashed so that the seeds of different batches do not overlap. vLLM samples the n completions
-    of one request with n consecutive seeds, beginning with the request's seed. These are also the
-    seeds of n requests with one completion each, for the rows ``row`` to ``row + n - 1``. So the
-    completions of a prompt are the same whether one request samples them all or they are split over
-    ranks.
+    is hashed so that the seeds of different batches do not overlap.
+
+    vLLM samples the n completions of one request with n consecutive seeds, beginning with the
+    request's seed. These are also the seeds of n requests with one completion each, for the rows
+    ``row`` to ``row + n - 1``. So the completions of a prompt do not depend on how they are split
+    into requests or over ranks.
     """
     digest = hashlib.blake2b(f"{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % SEED_LIMIT + row
@@ -114,7 +116,8 @@ def derive_seed(run_seed: int, step: int, call: int = 0) -> int:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Check that no prompt is empty, and that each prompt leaves space for a completion token.
+    """Check that no prompt is empty, and that each prompt is shorter than ``max_model_len``, so
+    that at least one token can follow.
 
     Raises:
         ConfigValueError: a prompt is empty or too long. The message names the first such prompt.
@@ -132,7 +135,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, max_model_l
                 f"{max_model_len} tokens for prompt and completion together",
                 where="rollout",
                 fix=(
-                    f"set model.max_seq_length to the longest prompt + {max_tokens} (tokens of a"
-                    " completion), or set grpo.max_prompt_length"
+                    "set `model.max_seq_length` to at least the length of the longest prompt "
+                    f"plus {max_tokens} tokens for the completion, or set "
+                    "`grpo.max_prompt_length` to a smaller length"
                 ),
             )

@@ -1,6 +1,7 @@
 """Mark parameters that are split over the processes of a group, and join their parts.
 
-With tensor parallelism each process of a group has only a part of some parameters.
+With tensor parallelism some parameters are split. Each process of the group then has only one part
+of such a parameter.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Style = Literal["rows", "columns", "whole"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the weight of a layer is split over the processes.
+    """How the weight of a layer is split over the processes of a group.
 
-    ``style`` tells whether the rows or the columns are split, or the weight is not split. This
+    ``style`` is ``"rows"``, ``"columns"``, or ``"whole"`` for a weight that is not split. This
     process has ``length`` of the ``total`` rows or columns, beginning at index ``start``. If
     ``repeated`` is True, other processes have the same rows, because there are fewer KV heads than
     processes.
@@ -39,7 +40,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The mark on a parameter that is only a part of a larger parameter. The larger parameter has
+    """The mark on a parameter that is only one part of a split parameter. The whole parameter has
     size ``total`` along dimension ``dim``. Each process has an equal part of it.
     """
 
@@ -73,7 +74,10 @@ def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     if shard is None:
         return tensor
     if shared is None:
-        raise DefectError("the parameter is split over processes, but its engine is closed")
+        raise DefectError(
+            "the parameter is split over several processes, but the engine that "
+            "connects these processes is closed"
+        )
     return torch.cat(shared.gather(tensor.detach()), dim=shard.dim)
 
 
@@ -83,7 +87,10 @@ def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     if shard is None:
         return tensor
     if shared is None:
-        raise DefectError("the parameter is split over processes, but its engine is closed")
+        raise DefectError(
+            "the parameter is split over several processes, but the engine that "
+            "connects these processes is closed"
+        )
     if tensor.dim() == 0 or tensor.shape[shard.dim] != shard.total:
         return tensor  # the shape is wrong, and the caller reports that
     length = shard.total // shared.size

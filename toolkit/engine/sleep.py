@@ -1,8 +1,8 @@
 """Release the memory of the KV cache while the trainer works, and keep the shared weights.
 
-vLLM's own sleep also unmaps the weights: level 1 moves them to the host, and level 2 drops them.
-Then the trainer's views of the weights would point to unmapped memory. So this module registers
-its own backend in vLLM's factory of sleep backends
+vLLM's own sleep also unmaps the memory of the weights: level 1 copies the weights to the host, and
+level 2 drops them. The trainer shares these weights, so its tensors would then point to unmapped
+memory. Therefore this module registers its own backend in vLLM's factory of sleep backends
 (``vllm/device_allocator/sleep_mode_backend.py``, 0.25.1 to 0.31.0). ``KvOnlyBackend`` releases only
 the allocations with the tag ``kv_cache``.
 """
@@ -26,8 +26,8 @@ KV_TAG = "kv_cache"
 
 
 class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no types
-    """Releases allocations with the tag ``kv_cache`` and maps them again. The cache's contents are
-    lost, as in vLLM's own sleep.
+    """Releases the memory of allocations with the tag ``kv_cache``, and maps memory for them again.
+    The contents of the KV cache are lost, as in vLLM's own sleep.
     """
 
     def suspend(self, level: int = 1) -> None:
@@ -57,8 +57,8 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
 
     @classmethod
     def preserves_compiled_artifacts(cls) -> bool:
-        """Return True, because addresses stay reserved. So compiled code and CUDA graphs stay
-        valid.
+        """Return True, because the addresses of released memory stay reserved. So compiled code and
+        CUDA graphs stay valid.
         """
         return True
 
@@ -82,12 +82,12 @@ def release_tag(tag: str) -> None:
 
 
 def map_tag(tag: str, spare_bytes: int | None = None) -> None:
-    """Map memory at the addresses of every released allocation with the tag ``tag``. The contents
-    are undefined.
+    """Map memory again at the addresses of every released allocation with the tag ``tag``. The
+    contents are undefined.
 
-    torch's cached memory is released first, so that it can be used. If ``spare_bytes`` is given,
-    and the free memory is larger than the needed memory by at least ``spare_bytes``, torch's cached
-    memory is kept.
+    Before that, torch's cached memory is released, so that the GPU has more free memory. This is
+    not done if ``spare_bytes`` is given and the free memory is already at least the needed memory
+    plus ``spare_bytes``.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
@@ -107,8 +107,9 @@ def map_tag(tag: str, spare_bytes: int | None = None) -> None:
 
 @contextmanager
 def tagged_pool(tag: str) -> Iterator[None]:
-    """Within the block, new tensors get memory from the pool of ``tag``. ``release_tag`` and
-    ``map_tag`` can then release their memory and map it again, also without ``enable_sleep_mode``.
+    """A context manager. New tensors in the block get memory from the pool of ``tag``.
+    ``release_tag`` and ``map_tag`` can then release this memory and map it again, also in an engine
+    without ``enable_sleep_mode``.
     """
     allocator, _, _ = _allocator()
     with allocator.use_memory_pool(tag=tag):
@@ -118,9 +119,9 @@ def tagged_pool(tag: str) -> Iterator[None]:
 def drop_pool(tag: str) -> None:
     """Free the memory pool of ``tag``. The tensors in the pool must have been dropped before.
 
-    vLLM itself would keep the pool until the process ends. When vLLM loads another model, it would
-    count the memory of the pool as used. torch's pool references an allocator, and must be freed
-    before this allocator (as in ``CuMemAllocator.release_pools``).
+    vLLM itself would keep the pool until the process ends, and would count its memory as used when
+    another model is loaded. torch's pool references an allocator, and must be freed before this
+    allocator (as in ``CuMemAllocator.release_pools``).
     """
     allocator, _, _ = _allocator()
     entry = allocator.allocator_and_pools.pop(tag, None)
@@ -134,8 +135,9 @@ def drop_pool(tag: str) -> None:
 
 
 def _allocator() -> tuple[Any, Any, Any]:
-    """Return vLLM's allocator of this process, vLLM's function that unmaps memory, and its function
-    that maps memory. The module is imported only in this function, because the import needs CUDA.
+    """Return three objects of vLLM: its memory allocator in this process, the function that unmaps
+    memory, and the function that maps memory. vLLM's module ``cumem`` is imported only here,
+    because the import needs CUDA.
     """
     from vllm.device_allocator import cumem  # noqa: PLC0415 - needs the CUDA runtime library
 
@@ -143,7 +145,9 @@ def _allocator() -> tuple[Any, Any, Any]:
 
 
 class KvSleep:
-    """Releases and maps the KV cache of one engine that was built with ``enable_sleep_mode``."""
+    """Releases the memory of the KV cache of one engine, and maps it again. The engine must be
+    built with ``enable_sleep_mode``.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -153,8 +157,8 @@ class KvSleep:
         llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
 
     def sleep(self) -> None:
-        """Release the KV cache with level 1 of vLLM's sleep. At level 1 vLLM's worker copies no
-        buffers.
+        """Release the KV cache. vLLM's sleep is called with level 1, because at level 2 vLLM's
+        worker would also copy the model's buffers.
         """
         if not self.asleep:
             self._llm.sleep(level=1)

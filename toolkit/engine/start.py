@@ -1,5 +1,7 @@
-"""Start an engine from its options. This module imports vLLM. Call it only through ``open_engine``,
-which sets vLLM's environment variables before the import.
+"""Start an engine from its options.
+
+Importing this module imports vLLM. So import it only through ``open_engine``, which first sets
+vLLM's environment variables.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ _started: weakref.ref[Engine] | None = None
 
 
 def start(options: EngineOptions) -> Engine:
-    """Run quick checks, then start vLLM. Returns the engine."""
+    """Check the options and the model, start vLLM, and return the engine. The checks take little
+    time and run before the model is loaded.
+    """
     global _started
     again = _started is not None
     if again:
@@ -88,11 +92,12 @@ def start(options: EngineOptions) -> Engine:
 
 
 def sum_over_gloo() -> None:
-    """Make vLLM's CPU workers sum over torch.distributed (gloo) instead of over shared memory.
+    """Make vLLM's CPU workers sum tensors over torch.distributed (gloo) instead of over shared
+    memory.
 
-    vLLM's own sums over shared memory (``CpuCommunicator``, 0.31.0) have two problems. They wait
-    forever if another process has ended. And with external_launcher, all runs on a machine use the
-    same name for the shared memory.
+    vLLM's own sums over shared memory (``CpuCommunicator``, 0.31.0) have two problems. A process
+    waits forever if another process has ended. And with external_launcher, all runs on a machine
+    use the same name for the shared memory.
     """
     from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
 
@@ -107,7 +112,7 @@ def make_room() -> None:
     memory pool for sleep mode per process, so closing one engine would break the other.
 
     Raises:
-        ConfigError: another engine is open and referenced.
+        ConfigError: another engine is open and still referenced.
     """
     gc.unfreeze()  # vLLM froze all objects that existed when it started
     gc.collect()
@@ -118,19 +123,16 @@ def make_room() -> None:
         raise ConfigError(
             f"another engine with the model {engine.options.model} is open in this process",
             where="engine",
-            fix=(
-                "close the other engine with model.toolkit_engine.close(), where model is the "
-                "model that was loaded before"
-            ),
+            fix=("call `model.toolkit_engine.close()` on the model that was loaded before"),
         )
 
 
 def fit_cpu(arguments: dict[str, Any]) -> None:
-    """Add the arguments that vLLM's CPU worker needs to ``arguments``.
+    """Add to ``arguments`` the arguments that vLLM's CPU worker needs.
 
-    Chunked prefill is switched off. After a partial prefill vLLM resets the random generator of the
-    request to an earlier offset. torch's CPU generators do not support that ("CPU Generator does
-    not use offset", 0.25.1 to 0.31.0).
+    Chunked prefill is switched off. After the prefill of a part of a prompt, vLLM resets the random
+    generator of the request to an earlier offset. torch's CPU generators cannot do that ("CPU
+    Generator does not use offset", 0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
         sum_over_gloo()
@@ -144,8 +146,8 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
 
 
 def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
-    """Add to ``arguments`` what vLLM's GPU worker needs for expert weights and for 16-bit copies of
-    4-bit weights. Also select the table of tuned LoRA kernels for the GPU.
+    """Add to ``arguments`` the arguments that vLLM's GPU worker needs for expert layers and for
+    16-bit copies of 4-bit weights. Also choose the table of tuned LoRA kernels for the GPU.
     """
     if options.share_weights and has_experts(config.to_dict()):
         # Triton is the only backend that does not change the expert weights after loading.
@@ -166,8 +168,8 @@ environment variable VLLM_CPU_KVCACHE_SPACE set the size.
 
 
 def check_model(options: EngineOptions, device: str) -> Any:
-    """Check that the engine supports the model, before minutes are spent on loading. Returns the
-    model's Hugging Face config.
+    """Check that the engine supports the model, and return the model's Hugging Face config. This
+    runs before the model is loaded, because loading takes minutes.
 
     Raises:
         InputError: the model has no readable config.
@@ -182,8 +184,8 @@ def check_model(options: EngineOptions, device: str) -> Any:
             f"{options.model} is stored in {stored.name}, but only unquantized and bitsandbytes "
             "4-bit weights can be shared with the trainer",
             where="model.model_name",
-            fix="use the unquantized checkpoint of the model. To save memory, set load_in_4bit: "
-            "true",
+            fix="use the unquantized checkpoint of the model. To save memory, set "
+            "`load_in_4bit: true`",
         )
     problem = head_problem(values) or (cpu_engine_problem(values) if device == "cpu" else None)
     if problem is not None:
@@ -198,20 +200,22 @@ def check_model(options: EngineOptions, device: str) -> Any:
         raise UnsupportedError(
             f"vLLM {vllm.__version__} does not support bitsandbytes 4-bit weights",
             where="model.load_in_4bit",
-            fix="install the vLLM version in the lock files, or set load_in_4bit: false",
+            fix="install the version of vLLM that is in the lock files, or set `load_in_4bit: "
+            "false`",
         )
     architectures = list(getattr(config, "architectures", None) or [])
     known = ModelRegistry.get_supported_archs()
     if not any(name in known for name in architectures):
         raise UnsupportedError(
-            f"vLLM does not support {', '.join(architectures) or 'a config without architectures'}",
+            "vLLM does not support the architecture of the model "
+            f"({', '.join(architectures) or 'the config has no architectures'})",
             where="model.model_name",
             fix=_WITHOUT,
         )
     return config
 
 
-_WITHOUT = "set fast_inference: false (runtime.engine: transformers)"
+_WITHOUT = "set `fast_inference: false` (in a run file: `runtime.engine: transformers`)"
 
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
@@ -233,5 +237,6 @@ def read_config(options: EngineOptions) -> Any:
         raise InputError(
             f"the model config cannot be read: {first_line(problem)}",
             where=options.model,
-            fix="check the folder or hub id, and HF_HUB_OFFLINE if that variable is set",
+            fix="check the path or the hub id of the model. If the environment variable "
+            "`HF_HUB_OFFLINE` is set, check that the model is in the local cache",
         ) from problem

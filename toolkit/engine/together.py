@@ -2,17 +2,17 @@
 
 If one process repeated its work alone, the other processes would wait forever in a collective call
 (such as an all-reduce) that this process never joins. So either all processes of the group repeat
-the work, or none does. To agree on this, each process sends a flag over the group's CPU connection,
-never over the connection that transfers tensors.
+the work, or none does. To agree on this, each process sends a flag: whether it ran out of memory.
+Flags are sent over the group's CPU connection, never over the connection that transfers tensors.
 
 * In a training step, the processes exchange flags before each collective call of the group. If a
   process runs out of memory, the others learn this at their next exchange. At that point all
   processes have made the same collective calls, and all repeat the step.
 * In a rollout, the collective calls are inside vLLM, so no flags can be exchanged before them.
-  Instead the processes exchange flags after vLLM's call. If one process ran out of memory and the
-  call has ended in all others too, all processes repeat the call. If another process still waits in
-  a collective call, the process that ran out of memory gets no answer within ``ANSWER_S``, and the
-  run ends with an error.
+  Instead the processes exchange flags after vLLM's call. If one process ran out of memory and
+  vLLM's call has ended in all other processes, all processes repeat the call. If another process
+  still waits in a collective call, it sends no flag. The process that ran out of memory waits
+  ``ANSWER_S`` for the flags, and then the run ends with an error.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""The seconds that a process that ran out of memory waits for the flags of the others."""
+"""The seconds that a process which ran out of memory waits for the other processes."""
 
 _watched = False
 
 
 class OutOfMemoryElsewhere(RuntimeError):
-    """Raised if another process of the group ran out of memory. Then all processes repeat the
-    work.
+    """Raised in a process if another process of its group ran out of memory. All processes of the
+    group then repeat the work.
     """
 
 
 def watch() -> None:
-    """Make the processes exchange flags before each collective call of the group, until the current
-    ``phase`` ends. Every process of the group must call this function at the same point.
+    """From now until the current ``phase`` ends, the processes of the group report to each other
+    before each collective call whether they ran out of memory. Every process of the group must call
+    this function at the same point.
     """
     global _watched
     _watched = mesh() is not None
@@ -59,12 +60,14 @@ def watch() -> None:
 
 @contextmanager
 def phase() -> Iterator[None]:
-    """A context manager for work that can be repeated. If one process runs out of memory after the
-    call of ``watch``, an out-of-memory error is raised in all processes of the group.
+    """A context manager for work that can be repeated. If one process runs out of memory in the
+    block and after the call of ``watch``, an out-of-memory error is raised in all processes of the
+    group.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this process ran out of memory, and the others do not send their flags.
+        ConfigError: this process ran out of memory, and the other processes do not answer,
+            because they wait in a collective call.
     """
     global _watched
     try:
@@ -81,11 +84,13 @@ def phase() -> Iterator[None]:
 
 
 def before_collective() -> None:
-    """Exchange flags with the other processes of the group before the next collective call. Does
-    nothing if ``watch`` was not called in this phase.
+    """Before a collective call, find out whether a process of the group ran out of memory. Every
+    process of the group reports to the others. Does nothing if ``watch`` was not called in this
+    phase.
 
     Raises:
-        OutOfMemoryElsewhere: another process ran out of memory, so it will not make the call.
+        OutOfMemoryElsewhere: another process ran out of memory, so it will not join the collective
+            call.
     """
     shared = mesh()
     if not _watched or shared is None:
@@ -95,12 +100,13 @@ def before_collective() -> None:
 
 
 def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
-    """Return the result of ``draw()``, which every process of the group calls. If one process runs
-    out of memory, an out-of-memory error is raised in all of them.
+    """Return the result of ``draw()``. Every process of the group must call this function. If one
+    process runs out of memory, an out-of-memory error is raised in all processes of the group.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory.
-        ConfigError: this process ran out of memory, and the others do not send their flags.
+        ConfigError: this process ran out of memory, and the other processes do not answer,
+            because they wait in a collective call.
     """
     try:
         result = draw()
@@ -114,35 +120,38 @@ def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
 
 
 def _answer(shared: Mesh, error: BaseException, during: str) -> None:
-    """Report to the other processes that this one ran out of memory. Returns after all processes
-    have sent their flags.
+    """Report to the other processes of the group that this process ran out of memory, and wait
+    until all of them have reported too.
 
     Raises:
-        ConfigError: the other processes do not send their flags within ``ANSWER_S``.
+        ConfigError: another process does not report within ``ANSWER_S``.
     """
     try:
         if not _idle():
-            raise RuntimeError("a collective call of this process does not end")
+            raise RuntimeError(
+                f"a collective call of this process does not end within {ANSWER_S:g} s"
+            )
         _largest_flag(shared, shared.rank + 1, timedelta(seconds=ANSWER_S))
     except RuntimeError as lost:
         raise ConfigError(
-            f"process {rank()} ran out of memory during {during}. The work cannot be repeated, "
-            "because the other processes that share its model wait for it in a collective call: "
-            f"{first_line(error)}",
+            f"process {rank()} ran out of memory during {during} ({first_line(error)}). The work "
+            "cannot be repeated, because the other processes that share its model wait for it "
+            "in a collective call",
             where=f"process {rank()}",
-            fix="set model.tensor_parallel_size to a larger number, or lower "
-            "grpo.per_device_train_batch_size, grpo.max_completion_length or model.max_num_seqs "
-            "(`envcheck size` shows how much memory each needs). Then run the same command again. "
-            "The run resumes from the last checkpoint",
+            fix="set `model.tensor_parallel_size` to a larger number, or lower "
+            "`grpo.per_device_train_batch_size`, `grpo.max_completion_length` or "
+            "`model.max_num_seqs`. `envcheck size` shows how much memory each of these keys "
+            "needs. Then run the same command again. The run resumes from the last "
+            "checkpoint",
         ) from lost
 
 
 def _idle() -> bool:
-    """Wait until the GPU has completed all work of this process, for at most ``ANSWER_S``. Returns
-    False if the work is not complete by then.
+    """Wait until the GPU has completed all work of this process, but at most ``ANSWER_S``. Returns
+    True if all work is complete, else False.
 
     If the result is True, every collective call that this process started is complete. So the other
-    processes have made these calls too.
+    processes have joined these calls.
     """
     cuda: Any = torch.cuda  # torch.cuda has no types
     if not cuda.is_initialized():

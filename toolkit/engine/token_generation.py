@@ -43,8 +43,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     """Convert ``sampling`` to vLLM's SamplingParams.
 
     Raises:
-        ConfigValueError: vLLM rejects a value, or has no option with the name of a keyword of
-            ``sampling.extra``.
+        ConfigValueError: vLLM rejects a value, or does not have an option in ``sampling.extra``.
     """
     for name in sampling.extra:
         problem = unknown(name, "vllm")
@@ -90,12 +89,12 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 @contextmanager
 def judging(llm: LLM) -> Iterator[None]:
-    """A context manager for a call of ``llm.generate``. It converts the exception with which vLLM
-    rejects a request.
+    """A context manager for a call of ``llm.generate``. If vLLM rejects a request, its exception
+    becomes a ConfigValueError.
 
     vLLM checks each request when the request is added. If vLLM rejects a request, it also removes
-    the requests that were added before. So if an exception is raised while the engine has requests,
-    it comes from a generation step. Such an exception is not converted.
+    the requests that were added before. So an exception that is raised while the engine has
+    requests comes from a generation step. Such an exception is not converted.
 
     Raises:
         ConfigValueError: vLLM rejects a request.
@@ -108,8 +107,8 @@ def judging(llm: LLM) -> Iterator[None]:
         raise ConfigValueError(
             f"vLLM rejects the request: {problem}",
             where="sampling options",
-            fix="change the option that vLLM names (in a run file: grpo.generation_kwargs or "
-            "grpo.vllm_structured_outputs_regex)",
+            fix="change the option that the message of vLLM names. In a run file it is in "
+            "`grpo.generation_kwargs` or `grpo.vllm_structured_outputs_regex`",
         ) from problem
 
 
@@ -158,7 +157,7 @@ def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) 
 
 
 def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
-    """Convert vLLM's outputs to TRL's layout.
+    """Convert the outputs of vLLM to a ``Rollout``, which has TRL's layout.
 
     Raises:
         ConfigError: vLLM aborted a request.
@@ -174,8 +173,8 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
                     f"vLLM aborted a completion ({completion.finish_reason})",
                     where="rollout",
                     fix=(
-                        "check vllm_structured_outputs_regex and generation_kwargs. vLLM's log "
-                        "shows the details"
+                        "correct `vllm_structured_outputs_regex` or `generation_kwargs`. The "
+                        "log of vLLM shows why it aborted the completion"
                     ),
                 )
             prompt_ids.append(list(prompt))

@@ -39,11 +39,12 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     """Convert the exception ``problem`` to a ToolkitError.
 
     If the text of ``problem``, or of an exception that caused it, matches a known symptom, the
-    error has the exit code and the fix of that symptom. Otherwise the error quotes the text of
-    ``problem``. If vLLM rejected a value when the engine started, this error is a ConfigError. In
-    all other cases it is a NodeError, because the config may be correct.
+    result has the exit code and the fix of that symptom. Otherwise the result quotes the text of
+    ``problem``. It is a ConfigError if vLLM rejected a value when the engine started. In all other
+    cases it is a NodeError, because the config may be correct.
 
-    Pass ``fix`` if the engine was already running. It replaces the default fix of the NodeError.
+    Pass ``fix`` if the engine was already running. This text replaces the default fix of the
+    NodeError.
     """
     if known := explained(problem, what, AGAIN if fix else ""):
         return known
@@ -57,8 +58,8 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
 
 
 def _text_of(problem: BaseException) -> str:
-    """Return the class and the message of ``problem``. Without a message (a failed assertion),
-    return the class and the place in the source where it was raised.
+    """Return the class and the message of ``problem``. If the message is empty (a failed
+    assertion), return the class and the line of source code that raised the exception.
     """
     name = type(problem).__name__
     if str(problem).strip():

@@ -1,7 +1,8 @@
-"""Access vLLM's internals (0.25.1 and 0.31.0). Each function of this module is one such access.
+"""Access vLLM's internals (0.25.1 and 0.31.0). Each function of this module accesses one internal
+function or attribute.
 
-``tests/contract/test_vllm_seams.py`` checks each internal. If a new version of vLLM has changed an
-internal, the test names it.
+``tests/contract/test_vllm_seams.py`` checks each of these internals. If a new version of vLLM has
+changed one of them, the test names it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def device_type() -> str:
     raise UnsupportedError(
         f"vLLM runs on {current_platform.device_name or 'an unknown device'} on this machine, but "
         "the toolkit's engine supports only CUDA and CPU",
-        fix="set fast_inference: false (runtime.engine: transformers)",
+        fix="set `fast_inference: false` (in a run file: `runtime.engine: transformers`)",
     )
 
 
@@ -86,9 +87,10 @@ def drop_requests(llm: LLM) -> None:
     memory. The engine can then be used again.
 
     vLLM treats such an engine as unusable, because the error may have any cause. But after a failed
-    allocation the engine's state is intact. Only these objects of the failed step must be removed:
-    requests in the output processor and the scheduler, batches that still run (asynchronous
-    scheduling), and the runner's record of a forward pass whose tokens were not sampled yet.
+    allocation the engine's state is intact, except for what the failed step left: requests in the
+    output processor and the scheduler, batches that still run (asynchronous scheduling), and the
+    runner's record of a forward pass whose tokens were not sampled yet. This function removes these
+    objects.
     """
     engine = llm.llm_engine
     engine.abort_request(list(engine.output_processor.request_states), internal=True)

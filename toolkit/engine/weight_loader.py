@@ -5,8 +5,8 @@ The loader reads checkpoints as vLLM's default loader does, and in addition:
 * On a CPU it makes each linear layer keep its weight as loaded. Otherwise vLLM would repack the
   weight for its matrix kernel and drop the original, so the trainer could not share it
   (``_cpu_skip_gemm_dispatch``, vLLM 0.31.0). On CUDA vLLM does not repack the weights.
-* It records the name of every tensor that it read. With these names ``policy.shared_weights``
-  rejects a checkpoint that contains tensors which belong to no parameter of the model.
+* It records the name of every tensor that it read. ``policy.shared_weights`` uses these names to
+  reject a checkpoint with a tensor that belongs to no parameter of the model.
 * It records a few loaded values of each parameter. They show which parameters vLLM later rewrites
   for a kernel (experts on a CPU). Rewritten parameters cannot be shared.
 
@@ -73,7 +73,7 @@ def register() -> None:
 
 
 FOUR_BIT = "bitsandbytes"
-"""vLLM's name of its loader for 4-bit weights, which vLLM chooses itself."""
+"""The name of vLLM's loader for 4-bit weights. vLLM chooses this loader itself."""
 WANTED = "dequantized_rollouts"
 """The key of ``model_loader_extra_config`` that sets which layers get 16-bit copies. Its value is
 True for all layers, a number of bytes, or "auto".
@@ -81,8 +81,8 @@ True for all layers, a number of bytes, or "auto".
 
 
 def register_dequantizing() -> None:
-    """Replace vLLM's 4-bit loader by the subclass that ``dequantizing`` returns. Does nothing on a
-    second call, or if this version of vLLM has no such loader (0.31 moved it).
+    """Replace vLLM's loader of 4-bit models by the subclass that ``dequantizing`` returns. Does
+    nothing on a second call, or if this version of vLLM does not have this loader (0.31 moved it).
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -98,9 +98,9 @@ def register_dequantizing() -> None:
 
 
 def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
-    """Return a subclass of ``loader``, which is a vLLM loader of 4-bit weights. The subclass adds
-    16-bit copies to the layers if vLLM's ``model_loader_extra_config`` requests them. ``options``
-    are passed to ``dequantized.attach``.
+    """Return a subclass of ``loader``, which is vLLM's loader of 4-bit models. If
+    ``model_loader_extra_config`` requests 16-bit copies of the weights, the subclass attaches them
+    to the layers. ``options`` are passed to ``dequantized.attach``.
     """
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time

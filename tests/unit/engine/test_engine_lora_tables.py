@@ -63,7 +63,9 @@ def test_vllm_finds_its_files_under_the_names_of_the_card(tmp_path: Path) -> Non
 
 def test_a_table_for_another_version_is_ignored_with_one_warning(tmp_path: Path) -> None:
     shipped = made(tmp_path, "h200", version="0.24.0")
-    with pytest.warns(ToolkitWarning, match=r"vLLM 0\.24\.0, but this is vLLM 0\.25\.1"):
+    with pytest.warns(
+        ToolkitWarning, match=r"vLLM 0\.24\.0, but the installed version is vLLM 0\.25\.1"
+    ):
         use_table(H200, "0.25.1", shipped)
     assert use_table(H200, "0.25.1", shipped) is None  # a second warning would be an error
     assert FOLDER_VARIABLE not in os.environ

@@ -127,7 +127,7 @@ def test_at_the_limit_the_groups_are_kept_and_the_run_says_so(
     grpo = {"dynamic_sampling": True, "max_resample_times": limit, "max_steps": steps}
     with pytest.warns(ToolkitWarning, match=why) as said:
         trainer = trained(tmp_path / "a", equal, **grpo)
-    assert sum("still have rewards without spread" in str(one.message) for one in said) == 1
+    assert sum("all rewards are still equal after" in str(one.message) for one in said) == 1
     first = history(trainer)[0]
     assert first[f"{NAME}/rounds"] == rounds
     assert first[f"{NAME}/no_spread_before"] == first[f"{NAME}/no_spread_after"] == 1
@@ -196,7 +196,7 @@ def test_middle_difficulty_comes_first_and_others_come_again() -> None:
     assert [row in (4, 5) for row in half] == [True, False, True, False, False, False]
     difficulty.record([2], [0.0])
     assert difficulty.mean_spread([2]) == 0.25  # half of it is the latest draw
-    with pytest.raises(ValueError, match="records of"):
+    with pytest.raises(ValueError, match="curriculum records in the checkpoint"):
         Difficulty(5).load(difficulty.spread_N)
     with pytest.raises(ValueError, match="negative or infinite"):
         Difficulty(1).load(torch.tensor([-1.0], dtype=torch.float64))
@@ -243,7 +243,9 @@ def test_what_excludes_it_is_said_at_construction(tmp_path: Any) -> None:
     refused("does not work with images", Dataset.from_list([{"prompt": "a", "image": "b"}]))
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
     refused("train_dataset is a stream", stream)
-    refused("curriculum=True reads rows by their number", stream, {"curriculum": True})
+    refused(
+        "curriculum=True reads rows of the data set by their index", stream, {"curriculum": True}
+    )
     for fields, match in (
         ({"dynamic_sampling": 3}, "dynamic_sampling=3 must be True or False"),
         ({"max_resample_times": 0}, "max_resample_times=0 must be a number of rounds above 0"),

@@ -33,9 +33,9 @@ def told(card: str = "H100", **changes: str) -> dict[str, Any]:
 
 def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 6, 3)
-    with pytest.raises(ConfigError, match="a group of 2 would be on two nodes") as refused:
+    with pytest.raises(ConfigError, match="a group of 2 processes that share a model") as refused:
         check_world(2)
-    assert "6 processes, 3 of them" in refused.value.message
+    assert "6 processes, and 3 of them" in refused.value.message
     launched(monkeypatch, 8, 4)
     check_world(2)
 

@@ -153,7 +153,7 @@ def test_a_failure_can_end_the_run(tmp_path: Path) -> None:
         bad(how="raises")
     said = str(stopped.value.error)
     assert "tool my_own_tools:bad raised RuntimeError: no such page" in said
-    assert 'its arguments: {"how": "raises"}' in said
+    assert 'arguments of the call: {"how": "raises"}' in said
     assert "tools.on_error: answer" in said
     sys.modules.pop("my_own_tools")
 

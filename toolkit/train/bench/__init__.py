@@ -1,3 +1,3 @@
-"""``toolkit bench``: run the toolkit, TRL's colocate mode and Unsloth one after another on the same
-workload.
+"""``toolkit bench``: run the toolkit, TRL (with vLLM in the process of the trainer) and Unsloth one
+after another on the same workload.
 """

@@ -1,5 +1,5 @@
-"""Run the whole benchmark: make the checkpoint, measure the floor (a lower bound of the time of a
-step), run the arms (the compared programs), and collect their results.
+"""Run the whole speed benchmark: create the checkpoint, compute the floor (a lower bound of the
+time of a step), run the arms (the compared programs), and collect their results.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def node_device() -> Device | None:
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """The numbers on which the time of one training step of ``model`` depends, for one card."""
+    """Return the sizes on which the floor of one optimizer step of ``model`` depends. If the
+    toolkit's arm splits the model, these are the sizes for one card.
+    """
     return Work(
         parameters=model.parameters // settings.ours_cards,
         weight_bytes=model.weight_bytes,

@@ -43,13 +43,14 @@ class Settings:
     mean, and ``completion_tokens`` is their maximum. Otherwise, all completions have the length
     ``completion_tokens``.
 
-    The ``ours_`` fields are for the toolkit's arm only: its micro-batch (``ours_batch``), the
-    tokens of a forward pass (``ours_tokens``), gradient checkpointing (``ours_checkpointing``),
-    whether the KV cache is freed during training (``ours_sleep``), and other options of its engine
-    (``ours_engine``, by name). If one of these fields is None, ``bench_plan.fill`` chooses its
-    value. If ``ours_batch`` is set, it also limits the rows of a forward pass. An optimizer step
-    has the same number of completions in every arm, so the work is the same. ``ours_cards`` is the
-    number of cards over which the toolkit's arm splits the model, with one process per card.
+    An optimizer step has the same number of completions in every arm (every compared program), so
+    the work is the same. The ``ours_`` fields are for the toolkit's arm only: its micro-batch
+    (``ours_batch``), the maximum number of tokens of a forward pass (``ours_tokens``), gradient
+    checkpointing (``ours_checkpointing``), whether the KV cache is freed during training
+    (``ours_sleep``), and other options of its engine by name (``ours_engine``). If one of these
+    fields is None, ``bench_plan.fill`` chooses its value. If ``ours_batch`` is set, it also limits
+    the rows of a forward pass. ``ours_cards`` is the number of cards over which the toolkit's arm
+    splits the model, with one process per card.
     """
 
     model: str
@@ -77,17 +78,17 @@ class Settings:
 
     @property
     def sequences(self) -> int:
-        """Completions in one optimizer step."""
+        """The number of completions in one optimizer step."""
         return self.prompts * self.num_generations
 
     @property
     def sequence_tokens(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence (prompt and completion)."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def usual_tokens(self) -> float:
-        """Mean length of a completion."""
+        """The mean length of a completion, in tokens."""
         if self.mean_tokens is None:
             return float(self.completion_tokens)
         left = (1 - 1 / self.mean_tokens) ** self.completion_tokens
@@ -95,14 +96,14 @@ class Settings:
 
     @property
     def decode_steps(self) -> float:
-        """Expected length of the longest completion of a step."""
+        """The expected length of the longest completion of an optimizer step, in tokens."""
         if self.mean_tokens is None:
             return float(self.completion_tokens)
         return min(float(self.completion_tokens), self.mean_tokens * math.log(self.sequences))
 
     @property
     def ours_plan(self) -> str:
-        """The ``ours_`` fields as a text for the user."""
+        """The values of the ``ours_`` fields as a text for the user."""
         batch = self.ours_batch or self.per_device_batch
         checkpointing = "checkpointing" if self.ours_checkpointing else "no checkpointing"
         sleep = "KV cache freed while training" if self.ours_sleep else "KV cache kept"
@@ -116,7 +117,7 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in one optimizer step of the other arms."""
+        """The number of micro-batches in one optimizer step of TRL's arm and Unsloth's arm."""
         return self.sequences // self.per_device_batch
 
     @classmethod
@@ -132,8 +133,8 @@ class Settings:
 @dataclass(slots=True)
 class Result:
     """The measurements of one arm, in seconds, bytes and nats. A measurement that the arm does not
-    have is None or an empty list. ``publish_s`` has the times in which the trained policy was
-    copied to the engine.
+    have is None or an empty list. ``publish_s`` has the seconds of each copy of the trained policy
+    to the engine.
     """
 
     arm: str
@@ -157,23 +158,24 @@ class Result:
 
     @property
     def first_step_s(self) -> float | None:
-        """Seconds of the first step, with compilation, graph capture and cold caches."""
+        """Seconds of the first step. It includes compilation, graph capture and cold caches."""
         return self.step_s[0] if self.step_s else None
 
     @property
     def median_step_s(self) -> float | None:
-        """Median of the steps after the first."""
+        """Median seconds of the steps after the first."""
         return _median(self.step_s[1:])
 
     @property
     def median_rollout_s(self) -> float | None:
-        """Median of the rollouts after the first."""
+        """Median seconds of the rollouts after the first."""
         return _median(self.rollout_s[1:])
 
     @property
     def median_training_s(self) -> float | None:
-        """Median time of training in a step. Training is everything except the rollout and the copy
-        of the policy to the engine: rewards, training passes, the optimizer.
+        """Median seconds of training in the steps after the first. Training is the step without the
+        rollout and without the copy of the policy to the engine: rewards, training passes, and the
+        optimizer.
         """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         return _median([step - rollout - publish for step, rollout, publish in spent][1:])
@@ -185,8 +187,8 @@ class Result:
 
     @property
     def train_tokens_s(self) -> float | None:
-        """Completion tokens per second of training, over the steps after the first. Training is all
-        phases except the rollout and the copy of the policy to the engine.
+        """Completion tokens per second of training, over the steps after the first. Training is the
+        step without the rollout and without the copy of the policy to the engine.
         """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         rest = [step - rollout - publish for step, rollout, publish in spent]
@@ -194,8 +196,8 @@ class Result:
 
     @property
     def padding_share(self) -> float | None:
-        """The share of padding tokens in a padded batch of these lengths. A padded pass computes
-        the padding tokens although nothing uses the results.
+        """The share of padding tokens in a batch that is padded to its longest sequence. A padded
+        pass computes these tokens, although nothing uses the results.
         """
         if not sum(self.padded_tokens):
             return None
@@ -203,7 +205,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """Read a result that :meth:`write` wrote; derived values are computed again."""
+        """Read a result that :meth:`write` wrote. The derived values are computed again."""
         known = {field.name for field in fields(cls)}
         stored = json.loads(path.read_text())
         return cls(**{name: value for name, value in stored.items() if name in known})
@@ -215,7 +217,7 @@ class Result:
         beside.replace(path)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all values, also the derived ones."""
+        """Return all values, including the derived ones."""
         derived = (
             "first_step_s",
             "median_step_s",

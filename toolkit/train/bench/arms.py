@@ -2,10 +2,11 @@
 
 An arm is one of the three programs that are compared: the toolkit, TRL, Unsloth. All arms train the
 same checkpoint on the same prompts with the same TRL options. The toolkit's arm and TRL's arm use
-the pinned TRL. Unsloth needs another version of TRL, so each arm has its own process.
+the TRL version of the lock files. Unsloth needs another version of TRL, so each arm has its own
+process.
 
-A ``Job`` has the training data and the reward of the arms. The jobs of this module have prompts of
-random words. The jobs of ``learn_arm`` have problems with answers.
+A ``Job`` has the training data and the reward function of the arms. The jobs of this module have
+prompts of random words. The jobs of ``learn_arm`` have problems with answers.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The data and the reward with which every arm trains. The function ``rows`` returns the rows
-    of the dataset.
+    """The training data and the reward function of every arm. The function ``rows`` returns the
+    rows of the data set.
     """
 
     rows: Callable[[Settings], list[dict[str, Any]]]
@@ -69,9 +70,9 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
 
 
 def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
-    """Train, and store three measurements in ``result.profile``: the times of the phases of the
-    start, the account of a decode step, and the account of the last training step without its
-    rollout.
+    """Train, and store three measurements in ``result.profile``: the seconds of each phase of the
+    start, the time of each kind of kernel in a decode step, and the time of each kind of kernel in
+    the last training step without its rollout.
     """
     from toolkit.train.bench import kernel_account  # noqa: PLC0415 - torch
 
@@ -183,8 +184,8 @@ def _trl(settings: Settings, job: Job) -> Any:
 
 
 def _colocate(settings: Settings) -> dict[str, Any]:
-    """Return TRL's arguments for vLLM in the same process. On a CPU, return no arguments. TRL then
-    generates with transformers.
+    """Return the arguments with which TRL runs vLLM in the process of the trainer. On a CPU the
+    result is empty, and TRL generates with transformers.
     """
     return {
         "use_vllm": True,
@@ -202,8 +203,8 @@ BUILDERS: dict[str, Callable[[Settings, Job], Any]] = {
 
 
 def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **more: Any) -> Any:
-    """Load the model with an adapter. The calls are the same for Unsloth and the toolkit. ``more``
-    are other options of the engine.
+    """Load the model with an adapter, with Unsloth or the toolkit. Both have the same functions for
+    this. ``more`` has other options of the engine.
     """
     options = {"gpu_memory_utilization": settings.gpu_memory_utilization} | more
     model, tokenizer = fast_language_model.from_pretrained(
@@ -226,14 +227,14 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
 
 
 def _grpo_config(trainer: Any) -> Any:
-    """Return the class GRPOConfig of the TRL version to which the class ``trainer`` belongs."""
+    """Return the class GRPOConfig from the TRL version that the class ``trainer`` is from."""
     modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 
 
 def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
-    """Return the arguments that all arms share, as an instance of ``config`` (a GRPOConfig
-    class).
+    """Return the training arguments that all arms share, as an object of the class ``config``
+    (GRPOConfig).
     """
     import torch  # noqa: PLC0415 - heavy
 
@@ -272,7 +273,7 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
 
 
 def prompts(settings: Settings) -> list[dict[str, Any]]:
-    """Return prompts of ``settings.prompt_tokens`` random words. Each word is one token."""
+    """Return prompts of ``settings.prompt_tokens`` random words each. Each word is one token."""
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
     last = AutoConfig.from_pretrained(settings.model).vocab_size - 1
@@ -284,9 +285,11 @@ def prompts(settings: Settings) -> list[dict[str, Any]]:
 
 
 def stop_tokens(settings: Settings) -> list[int]:
-    """Return the tokens that end a completion. Of the whole vocabulary, the share 1 /
-    ``mean_tokens`` are such tokens. A random model samples almost uniformly, so the lengths of
-    completions are geometric with the mean ``mean_tokens``.
+    """Return the ids of the tokens that end a completion: one of every ``mean_tokens`` tokens of
+    the vocabulary.
+
+    A random model samples almost uniformly, so the lengths of completions have a geometric
+    distribution with the mean ``mean_tokens``.
     """
     from transformers import AutoConfig  # noqa: PLC0415 - heavy
 
@@ -318,7 +321,7 @@ def versions() -> dict[str, str]:
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:
-    """Run one arm and write its result, also if it fails."""
+    """Run one arm and write its result, even if the arm fails."""
     result = Result(arm)
     try:
         run_arm(arm, Settings.read(Path(settings_path)), result, Path(result_path))

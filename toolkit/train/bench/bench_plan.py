@@ -2,10 +2,11 @@
 micro-batch, gradient checkpointing, whether the KV cache is freed during training, and the options
 of the engine.
 
-The other arms get their micro-batch and gradient checkpointing from the settings. The toolkit's arm
-uses the sizer, as a run with "auto" does. Its memory limit is the peak that the sizer predicts for
-Unsloth's arm. This peak is smaller than that of TRL's arm, because Unsloth moves activation
-checkpoints to the host. So the arms can be compared by time alone.
+The other arms use the micro-batch and the gradient checkpointing that the user set. The sizer (the
+toolkit's memory estimate) chooses the settings of the toolkit's arm, as it does for a run file with
+the value "auto". The memory limit is the peak memory that the sizer predicts for Unsloth's arm.
+TRL's arm needs more, because only Unsloth moves activation checkpoints to the host. So the arms can
+be compared by time alone.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 
 def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
-    """Return ``settings`` with a value for every ``ours_`` field whose value is None.
+    """Return ``settings`` with a value for every ``ours_`` field (settings of the toolkit's arm)
+    whose value is None.
 
-    Candidates are settings whose peak memory is at most that of the other arms. The candidate with
-    the shortest step, as the sizer estimates it, is chosen. Without a GPU, or if there is no
-    candidate, the toolkit's arm gets the micro-batch of the other arms.
+    The sizer estimates the time of a step for all values whose peak memory is at most that of the
+    other arms (TRL, Unsloth). The values with the shortest step are chosen. Without a GPU, or if no
+    values fit, the toolkit's arm gets the micro-batch and the gradient checkpointing of the other
+    arms.
     """
     by_hand = _filled(settings, settings.per_device_batch, settings.gradient_checkpointing, False)
     if device is None:
@@ -53,9 +56,9 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
 
 
 def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
-    """Return the peak memory that the sizer predicts with the settings of the other arms. This is
-    for one copy of the weights, a KV cache that is not freed, and activation checkpoints on the
-    host, as in Unsloth.
+    """Return the peak memory that the sizer predicts for the other arms (TRL, Unsloth), in bytes.
+    The prediction is for one copy of the weights, a KV cache that is not freed, and activation
+    checkpoints on the host, as in Unsloth.
     """
     theirs = replace(
         settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None
@@ -65,11 +68,13 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
 
 
 def _budgets(settings: Settings) -> list[int]:
-    """Return the candidates for ``ours_tokens``, the tokens of a forward pass, the largest first.
-    The first is the number of tokens of the whole step if all sequences have the maximum length.
-    The others are parts of this number, down to the tokens of one sequence. If the user set
-    ``ours_batch`` or ``ours_tokens``, the only candidate is the number of tokens that follows from
-    it.
+    """Return the candidates for ``ours_tokens`` (the maximum number of tokens of a forward pass),
+    the largest first.
+
+    The largest candidate is the number of tokens of a whole optimizer step in which all sequences
+    have the maximum length. The others are fractions of this number, but at least the tokens of one
+    sequence. If the user set ``ours_batch``, the only candidate is the number of tokens of this
+    many sequences. Otherwise, if the user set ``ours_tokens``, the only candidate is this number.
     """
     one = settings.sequence_tokens
     if settings.ours_batch is not None:
@@ -84,7 +89,9 @@ def _budgets(settings: Settings) -> list[int]:
 def _filled(
     settings: Settings, micro: int, checkpointing: bool, sleep: bool, *, tokens: int | None = None
 ) -> Settings:
-    """Return ``settings`` with these values in the ``ours_`` fields that the user did not set."""
+    """Return ``settings`` with the given values in those ``ours_`` fields that the user did not
+    set.
+    """
     return replace(
         settings,
         ours_tokens=settings.ours_tokens if settings.ours_batch is not None else tokens,
@@ -129,8 +136,9 @@ def size(
     checkpointing: Checkpointing | None = None,
     padded: bool = False,
 ) -> SizingResult:
-    """Return the sizing result for the toolkit's arm. ``checkpointing`` is used instead of the
-    value in ``settings``. With ``padded``, rows are padded and layers are not fused, as in TRL.
+    """Return the sizer's result for the toolkit's arm. If ``checkpointing`` is given, it replaces
+    the value in ``settings``. If ``padded`` is True, rows are padded and no kernels are fused, as
+    in TRL.
     """
     batch = settings.ours_batch or settings.per_device_batch
     share = (settings.ours_engine or {}).get(

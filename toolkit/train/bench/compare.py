@@ -1,4 +1,4 @@
-"""Run the arms one after another and put their results in one table."""
+"""Run the arms (the compared programs) one after another, and put their results in one table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def compare(
     limit_s: float,
     gpu: bool,
 ) -> Iterator[list[Result]]:
-    """Run each arm in its own process, so that no memory of an earlier arm is in use. The output of
-    an arm goes to a log.
+    """Run each arm in its own process, so that an arm does not use memory of an earlier one. The
+    output of an arm goes to a log file.
 
     After each arm, yield the list of all results so far. An arm that takes longer than ``limit_s``
-    seconds is stopped. It keeps the measurements that it made before. If ``folder`` already has
-    results of other arms with the same settings, the list begins with these results.
+    seconds is stopped, and its measurements until then are kept. If ``folder`` already has results
+    of other arms with the same settings, the list begins with these results.
     """
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
@@ -48,8 +48,8 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Return the existing results of the arms that are not in ``arms``, and so do not run now. If
-    the existing results have other settings, delete them.
+    """Return the stored results of the arms that are not in ``arms``, because these arms do not run
+    now. If the stored results have other settings, delete them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]
@@ -62,7 +62,7 @@ def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]
 
 
 def lacking(arm: str, gpu: bool) -> str | None:
-    """Return why ``arm`` cannot run on this machine, or None if it can."""
+    """Return the reason why ``arm`` cannot run on this machine, or None if it can run."""
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
         return "Unsloth is not installed"
     if arm == "trl" and not gpu:
@@ -98,8 +98,8 @@ ENDED = "the process ended unexpectedly; see its log"
 
 
 def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
-    """Run a module of the benchmark in its own process, with its output in ``log``. Return None if
-    the module finished, else the reason why it did not finish.
+    """Run a module of the benchmark in its own process, with its output in the file ``log``. Return
+    None if the module finished, else the reason why it did not finish.
     """
     with log.open("w") as output:
         try:
@@ -143,9 +143,11 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
 
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
-    """Wait until all processes of an arm have ended, and return True. Return False if that takes
-    longer than ``limit_s``. If one process fails, the others may wait for it forever. In that case,
-    return True ``PATIENCE_S`` seconds after the failure, although other processes still run.
+    """Wait for the processes of an arm. Return False if they are not done within ``limit_s``, else
+    True.
+
+    If one process fails, the others may wait for it forever. So a failed arm counts as done
+    ``PATIENCE_S`` seconds after its first failure, even if other processes still run.
     """
     end, last = time.monotonic() + limit_s, None
     while any(one.poll() is None for one in running):
@@ -163,8 +165,8 @@ def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
 def report(
     settings: Settings, results: Sequence[Result], floor: dict[str, float], card: str
 ) -> dict[str, Any]:
-    """Return the benchmark's report as JSON values: the settings, the card, the floor, and every
-    arm with its step time divided by the floor.
+    """Return the benchmark's report as JSON values: the settings, the card, the floor (a lower
+    bound of the step time), and for every arm its result and its step time divided by the floor.
     """
     arms = []
     for result in results:

@@ -1,9 +1,10 @@
-"""The floor: a lower bound of the time of one GRPO step on this GPU.
+"""Compute the floor: a lower bound of the time of one GRPO step on this GPU.
 
 Each decode step must read every weight once, and the KV cache of every sequence. Prefill and the
-training step must do their multiplications. LoRA does not train base weights, so the training step
-is a forward pass and a backward pass to the activations: 4 operations per parameter and token
-(Kaplan et al. 2020, arXiv 2001.08361, without the weight gradients).
+training step must do their matrix multiplications. LoRA does not train base weights, so the
+training step is a forward pass and the part of the backward pass that computes the gradients of
+activations. These are 4 operations per parameter and token (Kaplan et al. 2020, arXiv 2001.08361,
+without the gradients of weights).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Measured speeds of this device: copied bytes per second, and bf16 operations per second of a
-    matrix product.
+    """Measured speeds of this device: bytes per second of a copy, and bf16 operations per second of
+    a matrix product.
     """
 
     name: str
@@ -30,8 +31,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The sizes of the model and of one step. ``decode_steps`` is the number of tokens of the
-    longest completion, ``usual_tokens`` the mean number of tokens of a completion.
+    """The sizes of the model and of one optimizer step. ``decode_steps`` is the number of tokens of
+    the longest completion. ``usual_tokens`` is the mean number of tokens of a completion.
     """
 
     parameters: int
@@ -45,8 +46,8 @@ class Work:
 
 
 def measure_card() -> Card:
-    """Measure a copy and a product of large bf16 matrices. The fastest of five measurements counts.
-    On a CPU, the matrices are smaller and float32.
+    """Measure the speed of this device with a copy and a product of large bf16 matrices. The
+    fastest of five measurements counts. On a CPU, the matrices are smaller and float32.
     """
     import torch  # noqa: PLC0415 - heavy
 
@@ -80,7 +81,9 @@ def _best(work: Callable[[], object], *, cuda: bool) -> float:
 
 
 def floor_seconds(work: Work, card: Card) -> dict[str, float]:
-    """Seconds of one step at the measured rates: ``decode``, ``prefill``, ``train``, ``step``."""
+    """Return the shortest possible seconds of one optimizer step at the measured speeds of
+    ``card``: of its parts ``decode``, ``prefill`` and ``train``, and their sum ``step``.
+    """
     read_tokens = work.usual_tokens * (work.prompt_tokens + work.usual_tokens / 2)
     cache_bytes = work.sequences * read_tokens * work.kv_bytes_per_token
     decode = (work.decode_steps * work.weight_bytes + cache_bytes) / card.bandwidth_bytes_s

@@ -1,9 +1,11 @@
-"""Measure the time of each kind of kernel, and of the host, in a decode step and a training step.
+"""Measure how long each kind of kernel runs, and how long the host works, in a decode step and a
+training step.
 
 The measurements are made with torch.profiler. On the CPU, torch's operations are measured instead
-of kernels. The time of an operation does not include the operations that it calls. The time that is
-not spent in kernels counts as host time: Python, the scheduler, and launches of kernels for which
-the device waits. The profiler itself slows the host down.
+of kernels. The time of an operation does not include the operations that it calls.
+
+The time in which no kernel runs counts as host time: the GPU waits for Python, the scheduler or the
+launch of a kernel. The profiler itself slows the host down.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ TOP = 12
 
 @dataclass(slots=True)
 class Account:
-    """The times of ``steps`` steps, summed. ``kinds`` has [seconds, calls] for each kind of kernel.
-    ``top`` has (name, seconds, calls) for the kernels that take longest.
+    """The time of each kind of kernel, summed over ``steps`` steps. ``kinds`` has [seconds, calls]
+    for each kind of kernel. ``top`` has (name, seconds, calls) for the kernels that take longest.
     """
 
     steps: int
@@ -58,16 +60,18 @@ class Account:
 
     @property
     def busy_s(self) -> float:
-        """Seconds in kernels (on the CPU: in torch's operations)."""
+        """The seconds in which kernels run (on the CPU: torch's operations)."""
         return sum(seconds for seconds, _ in self.kinds.values())
 
     @property
     def host_s(self) -> float:
-        """Seconds of the wall clock outside of kernels."""
+        """The seconds of wall-clock time in which no kernel runs."""
         return max(0.0, self.wall_s - self.busy_s)
 
     def less(self, other: Account, steps: int) -> Account:
-        """Return this account minus ``other``, as an account of ``steps`` steps."""
+        """Return the difference of the times of this account and of ``other``, as an account of
+        ``steps`` steps.
+        """
         left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
             before = other.kinds.get(kind, [0.0, 0])
@@ -75,7 +79,7 @@ class Account:
         return left
 
     def to_json(self) -> dict[str, Any]:
-        """Return the seconds and calls per step."""
+        """Return the seconds and calls of each kind of kernel, per step."""
         return {
             "steps": self.steps,
             "wall_s": self.wall_s / self.steps,
@@ -101,7 +105,7 @@ def kind_of(name: str) -> str:
 
 
 class Recorder:
-    """Profiles a block with torch.profiler and makes its account."""
+    """Profiles a block of code with torch.profiler, and returns the time of each kind of kernel."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
@@ -121,7 +125,9 @@ class Recorder:
         self._profiler.stop()
 
     def account(self, steps: int) -> Account:
-        """Return the account of the profiled block, which has ``steps`` steps."""
+        """Return the time of each kind of kernel in the profiled block, which has
+        ``steps`` steps.
+        """
         sums: dict[str, list[float]] = {}
         for event in self._profiler.key_averages():
             on_device = event.device_type.name != "CPU"
@@ -148,7 +154,7 @@ class Recorder:
 
 @contextmanager
 def recorded() -> Iterator[Recorder]:
-    """Profile the block."""
+    """A context manager that profiles the block and yields its ``Recorder``."""
     recorder = Recorder()
     recorder.start()
     try:
@@ -158,9 +164,11 @@ def recorded() -> Iterator[Recorder]:
 
 
 def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
-    """Return the account of ``DECODE_STEPS`` decode steps of ``len(prompts) * generations``
-    sequences on ``engine``. Two rollouts are measured: one of a single token, and one that is
-    ``DECODE_STEPS`` tokens longer. The result is the second account minus the first.
+    """Return the time of each kind of kernel in ``DECODE_STEPS`` decode steps of ``engine``, with
+    ``generations`` sequences per prompt.
+
+    Two rollouts are profiled: one of a single token per sequence, and one that is ``DECODE_STEPS``
+    tokens longer. The result is the difference of their times.
     """
 
     def run(tokens: int) -> Recorder:
@@ -176,8 +184,8 @@ def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: i
 
 
 class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Profiles the last optimizer step without its rollout. The profile begins when the rollout
-    ends.
+    """Profiles the last optimizer step without its rollout. The profile begins at the end of the
+    rollout.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -186,21 +194,21 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.recorder: Recorder | None = None
 
     def rolled_out(self) -> None:
-        """Called at the end of a rollout; starts the recording at the last step."""
+        """Called at the end of a rollout. In the last step, this starts the profiler."""
         if self.step == self.last and self.recorder is None:
             self.recorder = Recorder()
             self.recorder.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Called at the end of an optimizer step; ends the recording."""
+        """Called at the end of an optimizer step. In the last step, this stops the profiler."""
         if self.recorder is not None and self.step == self.last:
             self.recorder.stop()
         self.step += 1
 
 
 def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
-    """Return rows of text: the kind of kernel, milliseconds per step, calls per step, and the share
-    of the wall clock.
+    """Return the account as rows of text. Each row has a kind of kernel, its milliseconds per step,
+    its calls per step, and its share of the wall-clock time.
     """
     wall = account["wall_s"] or 1.0
     rows = [[name, f"{1e3 * wall:.2f} ms", "", ""]]

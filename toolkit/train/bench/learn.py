@@ -1,8 +1,8 @@
-"""``toolkit bench --learn``: measure how fast each arm learns, on a real model and problems with
-answers.
+"""``toolkit bench --learn``: measure how fast each arm (each compared program) learns, on a real
+model and problems with answers.
 
 Each arm trains with each seed in its own process. Then one process evaluates all saved adapters.
-``learn.json`` has all numbers, ``learn.svg`` is the picture.
+The numbers are written to ``learn.json``, and the picture of the learning curves to ``learn.svg``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def learn(
     settings: LearnSettings, wanted: Runs, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train each arm with each seed, evaluate the saved adapters, and write ``learn.json`` and
-    ``learn.svg``. Return the report. If ``folder`` already has results with the same settings,
-    these are kept.
+    ``learn.svg``. Return the report. Results in ``folder`` that were measured with the same
+    settings are kept.
 
     As in the speed benchmark, ``bench_plan.fill`` chooses the settings of the toolkit's arm that
-    the user did not set. The toolkit's arm then has the same optimizer step as the other arms, in
-    micro-batches that need no more memory.
+    the user did not set. An optimizer step has the same completions in every arm, and the
+    micro-batches of the toolkit's arm need no more memory than those of the other arms.
     """
     device = arm_process.node_device()
     filled = bench_plan.fill(settings, read_spec(settings.model), device)
@@ -69,7 +69,7 @@ def learn(
 
 
 def prepare(folder: Path, given: Path | None) -> None:
-    """Make the checkpoint in another process, because this process must not use device memory."""
+    """Create the checkpoint in another process, because this process must not use device memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(_prepare, (folder, given))
         pool.close()
@@ -88,8 +88,8 @@ def stored(folder: Path) -> list[LearnResult]:
 def summary(
     settings: LearnSettings, results: Sequence[LearnResult], target: float, card: str
 ) -> dict[str, Any]:
-    """Return the report: the headline, the settings, a curve for each arm, and the result of every
-    run.
+    """Return the report of the benchmark: the headline, the settings, a learning curve for each
+    arm, and the result of every run.
     """
     found = curves(results, target)
     return {

@@ -1,10 +1,10 @@
-"""One arm of ``bench --learn`` with one seed, in its own process: ``python -m
+"""Train one arm of ``bench --learn`` with one seed in its own process: ``python -m
 toolkit.train.bench.learn_arm ARM SETTINGS RESULT``.
 
-Adapters are saved during the training and evaluated afterwards (``learn_eval``). So all arms have
-the same evaluator, and the training time includes no evaluation. The clock of the training time
-starts at the first optimizer step, because the time of loading is reported separately. The clock
-stops while an adapter is saved.
+Adapters are saved during the training, and ``learn_eval`` evaluates them after it. So all arms have
+the same evaluator, and the training time includes no evaluation. The training time starts at the
+first optimizer step, because the time of loading is reported separately. The clock is stopped while
+an adapter is saved.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
 
 
 def job() -> arms.Job:
-    """Return the job of the arm: training rows that are chats with a question, and a reward that
-    compares the number in the completion with the answer.
+    """Return the data and the reward function of the arm. The rows are chats with a question, and
+    the reward compares the number in the completion with the answer.
     """
     return arms.Job(rows=rows, reward=number_is_right)
 
@@ -62,8 +62,8 @@ def rows(settings: Any) -> list[dict[str, Any]]:
 
 
 def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
-    """Score completions with the toolkit's reward ``numeric_match``. TRL logs the name of this
-    function.
+    """Return the scores of completions from the toolkit's reward ``numeric_match``. TRL logs the
+    rewards under the name of this function.
     """
     from toolkit.train.rewards.builtin import NumericMatch  # noqa: PLC0415 - after the arm
 
@@ -72,7 +72,7 @@ def number_is_right(prompts: Any, completions: Any, answer: Any, **_: Any) -> li
 
 
 def main(arm: str, settings_path: str, result_path: str) -> None:
-    """Run one arm and write its result, also if it fails."""
+    """Run one arm and write its result, even if the arm fails."""
     settings = LearnSettings.read(Path(settings_path))
     result = LearnResult(arm, settings.seed)
     try:

@@ -1,8 +1,8 @@
-"""Measure the held-out accuracy of saved adapters, with one evaluator for all arms: ``python -m
+"""Measure the held-out accuracy of saved adapters, in the same way for all arms: ``python -m
 toolkit.train.bench.learn_eval SETTINGS FOLDER``.
 
 With every adapter, the model answers the same problems, with greedy decoding in transformers. An
-answer is right if the reward function of the training scores it 1.
+answer is correct if the reward function of the training gives it the score 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ BATCH = 256
 
 
 class Evaluator:
-    """The base model with an adapter whose values are replaced for each evaluation."""
+    """The base model with an adapter. Each evaluation loads the values of a saved adapter
+    into it.
+    """
 
     def __init__(self, settings: LearnSettings) -> None:
         self.tokens = settings.completion_tokens
@@ -47,7 +49,8 @@ class Evaluator:
         self._of_base: float | None = None
 
     def accuracy(self, adapter: Path) -> float:
-        """The share of held-out problems that the base model with this adapter answers correctly.
+        """Return the share of held-out problems that the base model answers correctly with the
+        saved adapter ``adapter``.
 
         Raises:
             InputError: the tensors in the file are not those of an adapter with these settings.
@@ -57,8 +60,9 @@ class Evaluator:
         if stored.keys() != mine.keys():
             odd = sorted(stored.keys() ^ mine.keys())
             raise InputError(
-                f"the file has {len(stored)} tensors, but an adapter of these settings has "
-                f"{len(mine)}; {len(odd)} names differ, the first is {odd[0]}",
+                f"the file has {len(stored)} tensors, but an adapter with these settings has "
+                f"{len(mine)} tensors. {len(odd)} names are only in one of the two, for example "
+                f"{odd[0]}",
                 where=str(adapter),
                 fix="delete the folder of results and run the benchmark again",
             )
@@ -75,7 +79,7 @@ class Evaluator:
         return share
 
     def answers(self, problems: list[Problem]) -> list[str]:
-        """The greedy answer to each problem, as text."""
+        """Return the answer of the model to each problem, as text. Decoding is greedy."""
         chats = [[{"role": "user", "content": problem.question}] for problem in problems]
         inputs = self.tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -96,8 +100,8 @@ class Evaluator:
 
 
 def evaluate(settings: LearnSettings, folder: Path) -> None:
-    """Measure the accuracy of each saved adapter of the runs in ``folder``, and store it. An
-    adapter whose accuracy is already stored is skipped.
+    """Measure the accuracy of each saved adapter of the runs in ``folder``, and write it to the
+    result of the run. An adapter that was measured before is skipped.
     """
     evaluator: Any = None
     for path in sorted(folder.glob("*-*.json")):
@@ -110,7 +114,7 @@ def evaluate(settings: LearnSettings, folder: Path) -> None:
 
 
 def main(settings_path: str, folder: str) -> None:
-    """Evaluate the runs in ``folder``."""
+    """Evaluate the saved adapters of the runs in ``folder``."""
     evaluate(LearnSettings.read(Path(settings_path)), Path(folder))
 
 

@@ -1,7 +1,8 @@
-"""Draw the curves of ``bench --learn`` as one SVG file: accuracy over training time and over steps.
+"""Draw the learning curves of ``bench --learn`` in one SVG file: accuracy over training time and
+over optimizer steps.
 
-The picture is drawn with the report's charts (train/report/chart). The file contains its style
-sheet, has no scripts, and loads no other file.
+The picture is drawn with the chart functions of the report (train/report/chart). The file contains
+its style sheet, has no scripts, and loads no other file.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weig
 
 
 def draw(found: Sequence[Curve], target: float, note: str) -> str:
-    """Return the picture as text of an SVG file. It has the headline, a legend and two panels. In a
-    panel, each arm has a line and a band from the lowest to the highest accuracy over the seeds. A
-    dashed line shows the target.
+    """Return the picture as the text of an SVG file. It has the headline, a legend and two charts.
+    In each chart, an arm has a line for its mean accuracy, and a band from the lowest to the
+    highest accuracy of its seeds. A dashed line shows the target accuracy.
     """
     said = headline(found, target)
     parts = [
@@ -50,7 +51,9 @@ def draw(found: Sequence[Curve], target: float, note: str) -> str:
 
 
 def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: str) -> str:
-    """Return the panel with the accuracy over seconds (``index`` 0) or over steps (``index`` 1)."""
+    """Return the chart of the accuracy over seconds (``index`` 0) or over optimizer steps
+    (``index`` 1).
+    """
     places = [list(map(float, (curve.seconds, curve.steps)[index])) for curve in found]
     last = max((xs[-1] for xs in places if xs), default=0.0) or 1.0
     highest = max([target, *(value for curve in found for value in curve.high)])

@@ -1,4 +1,6 @@
-"""The settings of one run of ``bench --learn``, its result, and the summary of several runs."""
+"""The settings of one run of ``bench --learn``, the result of the run, and the summary of several
+runs.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ completions, TRL's step took 2.5 times as long.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnSettings(Settings):
-    """The settings of one arm with one seed. The adapter is evaluated every ``every`` optimizer
-    steps on ``held_out`` problems of ``task``.
+    """The settings of one arm with one seed. An adapter is saved every ``every`` optimizer steps,
+    and evaluated later on ``held_out`` problems of ``task``.
     """
 
     task: str = "sums"
@@ -44,8 +46,9 @@ class LearnSettings(Settings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
-    """The arms, the seeds with which each arm trains, the target accuracy, and the time limit of a
-    run in seconds. The report has the time in which each arm reaches the target accuracy.
+    """The runs of one benchmark: the arms (``arms``), the seeds with which each arm trains
+    (``seeds``), the target accuracy (``target``), and the time limit of a run in seconds
+    (``limit_s``). The report has the time in which each arm reaches the target accuracy.
     """
 
     arms: Sequence[str]
@@ -56,8 +59,9 @@ class Runs:
 
 @dataclass(slots=True)
 class Point:
-    """A saved adapter of the run: the optimizer step after which it was saved, the seconds of
-    training before that, and its held-out accuracy. The accuracy is measured after the run.
+    """A saved adapter: the optimizer step after which it was saved, the seconds of training until
+    then, its file, and its held-out accuracy. The accuracy is None until it is measured after the
+    run.
     """
 
     step: int
@@ -68,8 +72,8 @@ class Point:
 
 @dataclass(slots=True)
 class LearnResult:
-    """The result of one arm with one seed. ``generation`` is the library that draws the
-    completions.
+    """The result of one arm with one seed. ``generation`` is the name of the library that samples
+    the completions.
     """
 
     arm: str
@@ -85,7 +89,7 @@ class LearnResult:
 
     @property
     def name(self) -> str:
-        """The name of the run's files."""
+        """The name of the files of this run, without a suffix."""
         return f"{self.arm}-{self.seed}"
 
     def write(self, path: Path) -> None:
@@ -103,9 +107,11 @@ class LearnResult:
         return cls(**values | {"points": [Point(**point) for point in stored["points"]]})
 
     def reaches(self, accuracy: float) -> tuple[float, float] | None:
-        """Return (seconds, steps) until the run reaches ``accuracy``, or None if it never does. The
-        values are interpolated between the first evaluation with this accuracy and the evaluation
-        before it.
+        """Return the training seconds and the optimizer steps after which the run reaches
+        ``accuracy``, or None if the run never reaches it.
+
+        Both values are interpolated between the first evaluation with at least this accuracy and
+        the evaluation before it.
         """
         before: tuple[float, float, float] | None = None
         for point in self.points:
@@ -142,8 +148,8 @@ class Curve:
 
 
 def curves(results: Sequence[LearnResult], target: float) -> list[Curve]:
-    """Return a curve for each arm with at least one evaluated run, in the order of ``ARMS``. A
-    curve has only the evaluations that all seeds of the arm have.
+    """Return a learning curve for each arm with at least one evaluated run, in the order of
+    ``ARMS``. A curve has only the optimizer steps at which all seeds of the arm were evaluated.
     """
     found = []
     for arm in ARMS:
@@ -178,8 +184,8 @@ def _accuracies(run: LearnResult) -> list[float]:
 
 
 def headline(found: Sequence[Curve], target: float) -> str:
-    """Return one sentence. It has the time in which each arm reaches ``target``, and the ratio of
-    the toolkit's time to the time of the fastest other arm.
+    """Return the main result in one sentence: the time in which each arm reaches the accuracy
+    ``target``, and the ratio of the toolkit's time to the time of the fastest other arm.
     """
     times = {curve.arm: curve.to_target_s for curve in found}
     said = [

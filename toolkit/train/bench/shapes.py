@@ -1,6 +1,7 @@
-"""Make random checkpoints with the shapes of real models. A speed benchmark needs no real weights.
+"""Create random checkpoints with the shapes of real models, because a speed benchmark needs no
+trained weights.
 
-Shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B and
+The shapes are those of the published config.json files of Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B and
 Qwen2.5-32B.
 """
 
@@ -107,10 +108,11 @@ SMALL = "tiny"
 
 
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
-    """Write a random checkpoint of shape ``name`` and a word-level tokenizer to ``folder``.
+    """Write a checkpoint with random weights of the shape ``name``, and a word-level tokenizer, to
+    ``folder``.
 
     The weights are bfloat16 on a GPU, float32 on the CPU. If the folder already has a checkpoint of
-    that shape, it is kept, so that all arms use one checkpoint.
+    this shape, it is kept, so that all arms use the same checkpoint.
     """
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - heavy
@@ -136,11 +138,11 @@ def make_checkpoint(name: str, folder: Path, *, seed: int = 0) -> Path:
 
 
 def _tokenizer(vocab_size: int) -> Any:
-    """A tokenizer whose vocabulary has one word per token id (``t4`` .. ``tN``). So the number of
-    words of a text is its number of tokens.
+    """Return a tokenizer whose vocabulary has one word per token id (``t4`` .. ``tN``). So the
+    number of words of a text is its number of tokens.
 
-    A word is never equal to a special token, and never begins with one. This is necessary because
-    the tokenizer first cuts special tokens out of a text, and then splits the text into words.
+    No word is equal to a special token or begins with one. The tokenizer first cuts special tokens
+    out of a text and then splits the rest into words, so it would split such a word.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 - heavy
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415 - heavy

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Saves the adapter before the first step, then every ``settings.every`` steps, and after the
-    last step. For each saved adapter, a ``Point`` is added to the result. The seconds of a point
+    last step. For each saved adapter, a ``Point`` is added to the result. The seconds of the point
     are the total time of the optimizer steps until then.
     """
 
@@ -40,8 +40,8 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.started = clock()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
-        """After an optimizer step, stop the clock, save the adapter if it is due, and restart the
-        clock.
+        """Stop the clock after an optimizer step, save the adapter if this step is a multiple of
+        ``every`` or the last one, and restart the clock.
         """
         now = clock()
         self.spent_s += now - self.started
@@ -51,7 +51,7 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
         self.started = clock()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Record the mean reward of the step, and the largest differences between the
+        """Record the mean reward of the step. Keep the largest differences so far between the
         log-probabilities of engine and trainer.
         """
         logs = logs or {}
@@ -71,8 +71,8 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapter's parameters, by their names without the parts that PEFT and torch.compile
-    add.
+    """Return the adapter's parameters by name. The names do not have the parts that PEFT and
+    torch.compile add.
     """
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -91,5 +91,5 @@ def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
 
 
 def generation_of(trainer: Any) -> str:
-    """Return the name of the library that draws the completions of ``trainer``."""
+    """Return the name of the library that samples the completions of ``trainer``."""
     return "vLLM" if getattr(trainer, "use_vllm", False) else "transformers"

@@ -23,8 +23,8 @@ VLLM_MARKS = (
 
 
 class StartAccount(logging.Handler):
-    """Measures the seconds of each phase. ``phases`` has them in the order of time. Call ``begin``
-    before any heavy library is imported.
+    """Measures the seconds of each phase of the start. ``phases`` has them in the order of the
+    phases. Call ``begin`` before any heavy library is imported.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,9 @@ class StartAccount(logging.Handler):
         self._last = time.perf_counter()
 
     def begin(self) -> None:
-        """Import the packages of a run, measure each import, and begin to read vLLM's messages."""
+        """Import the packages of a run, measure the seconds of each import, and begin to read
+        vLLM's log messages.
+        """
         os.environ.setdefault(LEVEL_VARIABLE, "INFO")
         import torch  # noqa: F401, PLC0415
 
@@ -61,14 +63,16 @@ class StartAccount(logging.Handler):
         self._last = now
 
     def emit(self, record: logging.LogRecord) -> None:
-        """End a phase if ``record``, a message of vLLM, marks its end. Called by ``logging``."""
+        """If ``record`` is a log message of vLLM that marks the end of a phase, end this phase.
+        ``logging`` calls this method.
+        """
         text = str(record.msg)
         phase = next((name for begins, name in VLLM_MARKS if text.startswith(begins)), None)
         if phase is not None:
             self.mark(phase)
 
     def end(self) -> None:
-        """Stop reading vLLM's messages."""
+        """Stop reading vLLM's log messages."""
         logging.getLogger("vllm").removeHandler(self)
 
 

@@ -1,9 +1,9 @@
 """Make arithmetic problems with answers from a seed: training problems, and held-out problems that
 are never used for training.
 
-The digest of a problem is a hash of its question. A problem is held out if its digest is in a fixed
-eighth of all possible digests. So training problems and held-out problems are disjoint for every
-seed and size. The held-out problems are the same for all seeds.
+A problem is held out if the first byte of a hash of its question is a multiple of 8. This does not
+depend on the seed. So training problems and held-out problems are disjoint for every seed, and the
+held-out problems are the same for all seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Problem(NamedTuple):
 
 
 def _sums(draw: random.Random) -> Problem:
-    """Make a problem with two or three numbers up to 30. The result is not negative."""
+    """Return a problem that adds or subtracts two or three numbers up to 30. Its answer is not
+    negative.
+    """
     while True:
         values = [draw.randint(1, 30) for _ in range(draw.choice((2, 2, 3)))]
         signs = [draw.choice((1, 1, -1)) for _ in values[1:]]
@@ -51,7 +53,7 @@ TASKS: Mapping[str, Callable[[random.Random], Problem]] = MappingProxyType(
 
 
 def training_problems(task: str, count: int, seed: int) -> list[Problem]:
-    """Return ``count`` training problems. Repetitions are possible."""
+    """Return ``count`` training problems. The same problem may occur more than once."""
     return _draw(task, count, f"train {seed}", held_out=False)
 
 
@@ -61,7 +63,7 @@ def held_out_problems(task: str, count: int) -> list[Problem]:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a problem belongs to the held-out part."""
+    """Return True if the problem with this question is held out."""
     return sha256(question.encode()).digest()[0] % HELD_OUT_PARTS == 0
 
 

@@ -1,12 +1,13 @@
-"""Number the completions of the whole batch, to derive the seed of each completion.
+"""Number the completions of a batch over all ranks, to derive the seed of each completion.
 
 The seed of a completion is derived from (run seed, generation, turn, row). A generation is one
 batch of completions that the trainer samples, and ``generation`` is its number. ``turn`` is the
 number of the turn in the tool loop. ``row`` is the number of the completion in the batch, counted
-over all ranks in the order in which TRL's sampler distributes the prompts. The seed depends neither
-on the rank nor on how a generation is split into micro-batches. Therefore two ranks draw the same
-completions as one rank with twice the batch, and a resumed run draws the same completions as an
-uninterrupted one.
+over all ranks in the order in which TRL's sampler distributes the prompts.
+
+The seed depends neither on the rank nor on how a generation is split into micro-batches. Therefore
+two ranks draw the same completions as one rank with twice the batch, and a resumed run draws the
+same completions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class CompletionIndex:
 
     @property
     def generation(self) -> int:
-        """The number of the current generation in training. In an evaluation, the step at which the
-        evaluation runs.
+        """The number of the current generation in training. During an evaluation, the optimizer
+        step at which the evaluation runs.
         """
         return self._now()[1]
 
@@ -60,15 +61,16 @@ class CompletionIndex:
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of the rows of the latest sampling call. Before the second turn of a tool
-        loop, these are all rows of the batch.
+        """The row numbers (in the whole batch) of the completions of the latest sampling call.
+        Before the second turn of a tool loop, these are the numbers of all rows of this rank.
         """
         return list(self._numbers or ())
 
     def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
-        """Begin the next sampling call, and return (seed of the call, row number of each prompt).
+        """Begin the next sampling call. Return the seed of the call, and the row number of each
+        prompt.
 
-        The seed of a completion is derived from this seed and the completion's row number.
+        The seed of a completion is derived from the seed of the call and the row number.
         """
         if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
             self.begin(len(prompts))
@@ -82,7 +84,9 @@ class CompletionIndex:
     def drawn(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None:
-        """Record the drawn completions. With tools, the next turn continues some of these rows."""
+        """Record the drawn completions. In a run with tools they are needed to find the rows that
+        the next turn continues.
+        """
         if not getattr(self.trainer, "tools", None):
             self._numbers = None
             return
@@ -90,8 +94,8 @@ class CompletionIndex:
         self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
     def _now(self) -> tuple[str, int]:
-        """The current mode and its number: ("train", number of the generation), or ("eval", step at
-        which the evaluation runs).
+        """Return the current mode and a number: ("train", the number of the generation), or
+        ("eval", the optimizer step at which the evaluation runs).
         """
         model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
         if not getattr(model, "training", True):
@@ -101,11 +105,11 @@ class CompletionIndex:
         return "train", getattr(self.trainer, "micro_steps", 0) // every
 
     def _find(self, prompts: Sequence[list[int]]) -> list[int]:
-        """The row numbers of the prompts in a later turn of the tool loop.
+        """Return the row number of each prompt of a later turn of the tool loop.
 
         TRL does not pass the row numbers, but keeps the order of the rows. The prompt of a later
-        turn begins with the prompt and the completion of the turn before, so the rows are found by
-        comparing tokens. A prompt that was truncated is matched by its position.
+        turn begins with the prompt and the completion of the turn before. So this method finds the
+        rows by comparing tokens. If a prompt was truncated, its row is found by its position.
         """
         assert self._numbers is not None
         found, place = [], 0

@@ -1,10 +1,10 @@
-"""The curriculum: choose the next prompts by the spread (standard deviation) of the rewards that
-each prompt got in earlier draws.
+"""The curriculum: choose the next prompts by the spread of the rewards that each prompt got in
+earlier draws. The spread is the standard deviation of the rewards in the prompt's group.
 
 If the model always or never solves a prompt, all rewards of its group are equal, and GRPO learns
-nothing from the group. ``Difficulty.order`` defines the order of the prompts. It depends only on
-the seed and the recorded spreads. Therefore a run that resumes with the same records chooses the
-same prompts.
+nothing from the group. ``Difficulty.order`` defines the order of the prompts. The order depends
+only on the seed and the recorded spreads. Therefore a run that resumes with the same records
+chooses the same prompts.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ model.
 
 
 class Difficulty:
-    """The recorded spread of each row of the data set. A row with a record is called measured."""
+    """The recorded reward spread of each row of the data set. A row with a record is called
+    measured.
+    """
 
     def __init__(self, rows: int) -> None:
         self.spread_N = torch.full((rows,), torch.nan, dtype=torch.float64)
         """The recorded spreads, float64. NaN for a row that was not drawn yet."""
 
     def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
-        """Update the records of ``rows`` with the standard deviation of the rewards of each row's
-        group.
+        """Update the records of ``rows``. ``deviations`` has the standard deviation of the rewards
+        of each row's group. A new value and the old record are averaged, with the weight ``RECENT``
+        for the new value.
         """
         # The tensor is not changed in place, because a checkpoint may still be writing the old one.
         spread_N = self.spread_N.clone()
@@ -52,26 +55,31 @@ class Difficulty:
         """
         if spread_N.shape != self.spread_N.shape or spread_N.dtype != torch.float64:
             raise ValueError(
-                f"the checkpoint has curriculum records of the shape {tuple(spread_N.shape)}, but"
-                f" the data set has {len(self.spread_N)} rows"
+                "the curriculum records in the checkpoint have the shape "
+                f"{tuple(spread_N.shape)}, but the data set has {len(self.spread_N)} rows"
             )
         known = spread_N[~spread_N.isnan()]
         if not (known.isfinite() & (known >= 0)).all():
-            raise ValueError("the curriculum's records have a spread that is negative or infinite")
+            raise ValueError(
+                "the curriculum records in the checkpoint have a spread that is "
+                "negative or infinite"
+            )
         self.spread_N = spread_N
 
     def measured(self, rows: Sequence[int]) -> list[int]:
-        """The rows among ``rows`` that were drawn before."""
+        """Return the rows among ``rows`` that were drawn before."""
         return [row for row in rows if not self.spread_N[row].isnan()]
 
     def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
-        """Yield all rows in the order in which they are drawn.
+        """Yield all rows of the data set in the order in which they are drawn.
 
-        Measured rows (drawn before) and new rows alternate evenly. ``share`` is the share of
-        measured rows. Measured rows are chosen without replacement, with a probability in
-        proportion to their spread. A spread below ``LEAST`` times the mean spread counts as this
-        product. New rows come in the order ``unmeasured_order``. When all rows of one kind are
-        used, only rows of the other kind follow.
+        Rows that were drawn before (measured rows) and new rows alternate evenly, so that ``share``
+        of the rows are measured rows. When all rows of one kind are used, only rows of the other
+        kind follow.
+
+        Measured rows are chosen without replacement. The probability of a row is proportional to
+        its spread, or to ``LEAST`` times the mean spread if that is larger. New rows come in the
+        order ``unmeasured_order``.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
@@ -87,8 +95,7 @@ class Difficulty:
             yield row
 
     def _by_spread(self, seed: int) -> list[int]:
-        """The measured rows in a random order in which rows with a larger spread tend to come
-        first.
+        """Return the measured rows in a random order. Rows with a larger spread tend to come first.
 
         The method is weighted sampling without replacement by the key log(u) / weight (Efraimidis
         and Spirakis, 2006).
@@ -104,9 +111,8 @@ class Difficulty:
         return found
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
-        """The mean spread of all measured rows. With ``rows``, only rows in ``rows`` count.
-
-        None if no row is left.
+        """Return the mean spread of the measured rows, or of those that are in ``rows``. Returns
+        None if there is no such row.
         """
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
         known = spread[~spread.isnan()]
@@ -114,5 +120,5 @@ class Difficulty:
 
     @property
     def measured_share(self) -> float:
-        """The share of rows that were drawn before."""
+        """The share of the rows of the data set that were drawn before."""
         return (~self.spread_N.isnan()).double().mean().item()

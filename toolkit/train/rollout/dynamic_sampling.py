@@ -1,11 +1,12 @@
-"""Dynamic sampling: replace groups in which all completions have the same reward (no spread) by
-groups of other prompts (DAPO, Yu et al. 2025, https://arxiv.org/abs/2503.14476, section 3.2).
+"""Dynamic sampling: if all completions of a group have the same reward (no spread), replace the
+group by a group of another prompt (DAPO, Yu et al. 2025, https://arxiv.org/abs/2503.14476, section
+3.2).
 
 TRL 1.16 has no option for dynamic sampling. Its ``_generate_and_score_completions`` has four steps:
 ``_generate(prompts)`` draws completions, log-probabilities are computed,
 ``_calculate_rewards(inputs, prompts, ...)`` scores the completions, and the rewards are normalized.
 
-A ``Generation`` acts after the first step. It scores the drawn completions, then draws and scores
+A ``Generation`` runs after the first step. It scores the drawn completions, then draws and scores
 groups of other prompts. It writes the new groups into the lists ``inputs`` and ``prompts``, which
 TRL uses in the later steps. Thus log-probabilities are computed only for completions that are
 trained on, and each completion is scored only once.
@@ -55,10 +56,8 @@ class Completion:
 
 
 class Generation:
-    """One generation: a batch of completions that the trainer samples.
-
-    This object holds the generation from the choice of its prompts until the completions for
-    training are final.
+    """One generation, which is a batch of completions that the trainer samples. The object exists
+    from the choice of the prompts until the completions for training are final.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class Generation:
         rounds: int,
         chosen: list[int],
     ) -> None:
-        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set, and
-        groups are replaced in at most ``rounds`` rounds. If the curriculum chose the prompts,
-        ``chosen`` has, for each group of all ranks, the index of its row in the data set.
+        """``inputs`` are the rows of this rank. ``order`` yields further rows of the data set.
+        ``rounds`` is the maximum number of rounds in which groups are replaced. If the curriculum
+        chose the prompts, ``chosen`` has the index of the data set row for each group of all ranks.
         """
         self.trainer, self.order, self.most_rounds = trainer, order, rounds
         self.inputs = list(inputs)
@@ -92,10 +91,10 @@ class Generation:
         self._logged = trainer.completion_metric_counts()
 
     def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
-        """Score the completions ``drawn``, and replace groups without spread.
+        """Score the completions ``drawn``, and replace the groups in which all rewards are equal.
 
-        Return the completions after the replacement. ``prompts`` and ``self.inputs`` are changed in
-        place.
+        Returns the completions of this rank after the replacement. ``prompts`` and ``self.inputs``
+        are changed in place.
         """
         self.drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)
@@ -124,10 +123,13 @@ class Generation:
         rewards: torch.Tensor,
         round_of: list[int],
     ) -> None:
-        """Draw groups of other prompts until all groups in ``empty`` are replaced or a limit is
-        reached.
+        """Draw groups of other prompts in rounds. Replace the groups ``empty`` (all rewards equal)
+        by drawn groups whose rewards differ. Ends when all groups of ``empty`` are replaced, when
+        the maximum number of rounds is reached, or when all prompts of the data set were drawn.
 
-        ``mine``, ``rewards`` and ``round_of`` are changed in place.
+        Three arguments are changed in place: the completions of this rank (``mine``), the rewards
+        of all ranks (``rewards``), and the round in which each completion of this rank was drawn
+        (``round_of``).
         """
         tokens = sum(len(one.completion_ids) for one in mine)
         further = self._further()
@@ -158,8 +160,9 @@ class Generation:
     def _put(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
-        """Put the completions of ``group`` that belong to this rank into ``mine``. ``first`` is the
-        index of the group's first completion in the whole batch.
+        """Copy the completions of the new ``group`` that belong to this rank into ``mine`` (the
+        completions of this rank). ``first`` is the index in the batch of all ranks at which the
+        group begins.
         """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):
@@ -169,8 +172,8 @@ class Generation:
                 self.inputs[place] = dict(self.trainer.training_rows[one.row])
 
     def _draw(self, rows: Sequence[int]) -> tuple[list[Completion], torch.Tensor]:
-        """Draw a group for each of ``rows``. Return the completions of all ranks and their
-        rewards.
+        """Draw a group of completions for each of ``rows``. Return the completions of all ranks and
+        their rewards.
         """
         each = len(rows) * self.group // self.ranks
         first = each * self.trainer.accelerator.process_index
@@ -183,13 +186,17 @@ class Generation:
         return gather_object(made), rewards
 
     def _own(self, all_ranks: list[Completion]) -> list[Completion]:
-        """The completions among ``all_ranks`` (the result of ``_draw``) that this rank drew."""
+        """Return those completions of ``all_ranks`` (the result of ``_draw``) that this
+        rank drew.
+        """
         each = len(all_ranks) // self.ranks
         rank = self.trainer.accelerator.process_index
         return all_ranks[rank * each : (rank + 1) * each]
 
     def _further(self) -> Iterator[int]:
-        """Yield the rows of prompts that are not in the batch yet. Each prompt occurs once."""
+        """Yield further rows of the data set. A row whose prompt is already in the batch, or was
+        yielded before, is skipped.
+        """
         used = set(gather_object([_key(one["prompt"]) for one in self.inputs]))
         for row in self.order:
             key = _key(self.trainer.training_rows[row]["prompt"])
@@ -198,7 +205,8 @@ class Generation:
                 yield row
 
     def _next_rows(self, further: Iterator[int], needed: int) -> list[int]:
-        """The rows of the next round: at least ``needed`` rows, if so many are left.
+        """Return the rows of the data set for the next round: at least ``needed`` rows, if so many
+        are left.
 
         The number of rows is rounded up, so that every rank draws the same number of completions.
         TRL's collective calls need equal shapes. A round is never larger than the batch.
@@ -212,8 +220,8 @@ class Generation:
     ) -> torch.Tensor:
         """Score the completions of this rank, and return the rewards of all ranks.
 
-        ``made`` has the completions of this rank. The values that rewards log for a completion are
-        stored in its object in ``made``.
+        ``made`` has the completions of this rank. With dynamic sampling, the values that the reward
+        functions log for a completion are stored in ``columns`` of the completion.
         """
         if drawn.images is not None:
             raise UnsupportedError(
@@ -235,8 +243,9 @@ class Generation:
         return found
 
     def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
-        """Pass to TRL the columns that it logs. A column has one value per completion in
-        ``mine``.
+        """Pass to TRL the values that it logs for the completions of this rank (``mine``). They are
+        the values that the reward functions logged, and the round in which each completion was
+        drawn.
         """
         pending = self.trainer.pending_columns
         pending.clear()
@@ -270,7 +279,7 @@ class Generation:
 
     @staticmethod
     def _joined(mine: list[Completion]) -> Drawn:
-        """The completions in TRL's layout."""
+        """Return the completions ``mine`` as the result of TRL's sampling call (``Drawn``)."""
         masks = [one.tool_mask for one in mine if one.tool_mask is not None]
         logprobs = [one.logprobs for one in mine]
         return Drawn(
@@ -285,7 +294,9 @@ class Generation:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of dynamic sampling. Shares are relative to the groups of the batch."""
+        """Return the metrics of dynamic sampling. ``no_spread_before`` and ``no_spread_after`` are
+        shares of the groups of the batch. The other metrics are counts.
+        """
         if not self.most_rounds:
             return {}
         name = "dynamic_sampling"
@@ -299,7 +310,9 @@ class Generation:
         }
 
     def _warn(self, empty: list[int]) -> None:
-        """Warn once that groups without spread are left, and why."""
+        """Warn if groups with equal rewards are left after the last round, and say why. The warning
+        is printed once per run.
+        """
         trainer = self.trainer
         if not empty or trainer.left_groups_reported or not trainer.accelerator.is_main_process:
             return
@@ -311,16 +324,18 @@ class Generation:
             else f"all {len(trainer.training_rows)} rows of the data set were drawn"
         )
         warnings.warn(
-            f"dynamic sampling: {len(empty)} of {self.groups} groups still have rewards without"
-            f" spread after {self.rounds} more rounds ({why}). The model learns nothing from these"
-            " groups. dynamic_sampling/no_spread_after in metrics.jsonl is their share in each"
-            " generation. This warning is printed once",
+            f"dynamic sampling: in {len(empty)} of {self.groups} groups all rewards are still "
+            f"equal after {self.rounds} more rounds ({why}). The model learns nothing from these "
+            "groups. In metrics.jsonl, dynamic_sampling/no_spread_after is the share of such "
+            "groups in each generation. This warning is printed once",
             ToolkitWarning,
             stacklevel=2,
         )
 
 
 def _key(prompt: Any) -> str:
-    """A digest of a prompt, to find rows of the data set with the same prompt."""
+    """Return a digest of a prompt. Rows of the data set with the same prompt have the
+    same digest.
+    """
     text = json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()

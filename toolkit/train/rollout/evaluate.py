@@ -1,5 +1,5 @@
 """Evaluate held-out prompts with greedy decoding, with or without the adapter. The result is the
-mean of every reward.
+mean of each reward function.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ BATCH = 250
 class Evaluation:
     """Means over ``count`` held-out prompts with one greedy completion each.
 
-    ``length`` is the mean completion length in tokens. The mean of a reward covers only completions
-    that were scored. It is None if no completion was scored.
+    ``length`` is the mean completion length in tokens. ``reward`` is the mean of the total reward,
+    and ``rewards`` has the mean of each reward function. A mean covers only completions that were
+    scored, and is None if no completion was scored.
     """
 
     count: int
@@ -37,7 +38,7 @@ class Evaluation:
     length: float
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in evaluation.json."""
+        """Return the values that are written to evaluation.json."""
         return {
             "count": self.count,
             "reward": self.reward,
@@ -47,8 +48,8 @@ class Evaluation:
 
 
 def engine_of(model: Any, tokenizer: Any) -> Any:
-    """The vLLM engine of ``model`` if it has one, else an object with the same interface that uses
-    generation of transformers.
+    """Return the vLLM engine of ``model``. If the model has no engine, return an object with the
+    same interface that generates with transformers.
     """
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
@@ -64,11 +65,11 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
 
 
 def evaluates(config: RunConfig, asked: bool | None) -> bool:
-    """Whether held-out prompts are evaluated before the first step and after the last.
+    """Return True if held-out prompts are evaluated before the first step and after the last step.
 
-    ``asked`` is True for ``--evaluate``, False for ``--no-evaluate``, and None without such an
-    option. For None, the result is True if the run file names held-out data and does not set
-    ``grpo.eval_strategy``, which evaluates during training.
+    ``asked`` is True for ``--evaluate``, False for ``--no-evaluate``, and None if neither option is
+    given. For None, the result is True if the run file names held-out data and does not set
+    ``grpo.eval_strategy``. With that key, TRL evaluates during training.
     """
     if asked is not None:
         return asked
@@ -79,8 +80,8 @@ def evaluates(config: RunConfig, asked: bool | None) -> bool:
 
 
 def plan(config: RunConfig, asked: bool | None) -> str:
-    """A text that says when the held-out prompts are evaluated, for the first lines of the
-    output.
+    """Return a text for the first lines of the output. It says when the held-out prompts are
+    evaluated.
     """
     strategy = config.grpo.get("eval_strategy", "no")
     when = []
@@ -106,9 +107,9 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """Evaluate one greedy completion per row of ``dataset``.
+    """Evaluate one greedy completion per row of ``dataset``, and return the means.
 
-    If ``adapter`` is False, the base model is evaluated. ``template`` is
+    If ``adapter`` is False, the base model is evaluated. ``template`` has the values of
     ``grpo.chat_template_kwargs``.
     """
     engine = engine_of(model, tokenizer)
@@ -149,9 +150,10 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
 
 
 def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """The reward of one completion: the weighted sum over the functions that scored it, as in TRL.
+    """Return the total reward of one completion. As in TRL, this is the weighted sum over the
+    reward functions that scored the completion.
 
-    None if no function scored it.
+    Returns None if no function scored it.
     """
     scored = [
         weight * value for weight, value in zip(weights, row, strict=True) if value is not None
@@ -160,6 +162,8 @@ def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | Non
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean over the scored completions. None if no completion was scored."""
+    """Return the mean over the completions that were scored. Returns None if no completion was
+    scored.
+    """
     scored = [value for value in values if value is not None]
     return sum(scored) / len(scored) if scored else None

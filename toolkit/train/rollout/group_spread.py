@@ -1,5 +1,5 @@
-"""Measure the spread of rewards within the groups of a batch. Only a group with spread has
-advantages that are not 0.
+"""Measure the spread of the rewards within each group of a batch. In a group without spread all
+rewards are equal, so all advantages are 0.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ separately."""
 
 
 class GroupSpread(NamedTuple):
-    """For each group of the batch: whether the group has a training signal, and the standard
-    deviation of its rewards.
+    """For each group of the batch: whether the group has a training signal (its rewards differ),
+    and the standard deviation of its rewards.
     """
 
     has_signal: list[bool]
@@ -32,7 +32,7 @@ class GroupSpread(NamedTuple):
 def spread_of(
     rewards_BF: torch.Tensor, weights_F: torch.Tensor, group: int, aggregation: str
 ) -> GroupSpread:
-    """The spread of rewards in each group of ``group`` completions.
+    """Return the spread of the rewards in each group of ``group`` completions.
 
     ``rewards_BF`` has a row per completion and a column per reward function. The completions of a
     group are in consecutive rows. A value is NaN if the function did not score the completion.
@@ -58,7 +58,7 @@ def spread_of(
 
 
 def _differs(values_PG: torch.Tensor) -> torch.Tensor:
-    """For each row, whether its values differ. NaN is ignored."""
+    """Return for each row whether its values differ. NaN values are ignored."""
     missing_PG = values_PG.isnan()
     high_P = values_PG.masked_fill(missing_PG, -torch.inf).amax(dim=1)
     low_P = values_PG.masked_fill(missing_PG, torch.inf).amin(dim=1)

@@ -31,11 +31,11 @@ place of the turn. No turn has this number, so the two kinds of seeds differ.
 
 
 def refuse(given: Mapping[str, Any]) -> None:
-    """Check that dynamic sampling and the curriculum work with the arguments ``given`` to a
-    trainer.
+    """Check that the arguments ``given`` of a trainer can be used with dynamic sampling and the
+    curriculum, if one of the two is on.
 
     Raises:
-        ConfigValueError: one of the arguments excludes dynamic sampling or the curriculum.
+        ConfigValueError: an argument cannot be used with dynamic sampling or the curriculum.
     """
     config, rows = given["args"], given.get("train_dataset")
     on = [name for name in ("dynamic_sampling", "curriculum") if _on(config, name)]
@@ -43,9 +43,10 @@ def refuse(given: Mapping[str, Any]) -> None:
         return
     if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise ConfigValueError(
-            f"{on[0]}=True reads rows by their number, but train_dataset is a stream",
+            f"{on[0]}=True reads rows of the data set by their index, but train_dataset is a "
+            "stream without indices",
             where="GRPOConfig",
-            fix=f"load the data set without streaming, or set {on[0]}=False",
+            fix=f"load the data set without streaming, or set `{on[0]}=False`",
         )
     columns = getattr(rows, "column_names", None) or ()
     clashes = {
@@ -61,10 +62,10 @@ def refuse(given: Mapping[str, Any]) -> None:
     found = next((name for name, there in clashes.items() if there), None)
     if on[0] == "dynamic_sampling" and found is not None:
         raise ConfigValueError(
-            f"dynamic_sampling=True draws some groups of a batch again, which does not work with "
-            f"{found}: {why[found]}",
+            "dynamic_sampling=True draws some groups of a batch again. This does not work with "
+            f"{found}, because {why[found]}",
             where="GRPOConfig",
-            fix=f"set dynamic_sampling=False, or train without {found}",
+            fix=f"set `dynamic_sampling=False`, or train without {found}",
         )
 
 
@@ -85,7 +86,7 @@ class PromptChoice:
         return self.rounds > 0 or self.difficulty is not None
 
     def begin(self, inputs: list[dict[str, Any]]) -> Generation:
-        """Choose the prompts of the generation that now begins, and return its ``Generation``.
+        """Choose the prompts of the generation that begins now, and return its ``Generation``.
 
         ``inputs`` are the rows that TRL's sampler chose for this rank.
         """
@@ -120,21 +121,24 @@ class PromptChoice:
             self.trainer.metric_values[name].append(value)
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """The state that a checkpoint stores. Later generations do not change the returned
-        tensors. None without the curriculum.
+        """Return the state that a checkpoint stores, or None without the curriculum. Later
+        generations do not change the returned tensors.
         """
         return None if self.difficulty is None else {"spread": self.difficulty.spread_N}
 
     def load(self, state: Mapping[str, torch.Tensor] | None) -> None:
-        """Restore ``state``. It is None if the checkpoint was written without the curriculum.
+        """Restore the curriculum from ``state``. ``state`` is None if the checkpoint was written
+        without the curriculum.
 
-        Raises ValueError if the state belongs to other data.
+        Raises ValueError if the state belongs to another data set.
         """
         if self.difficulty is not None and state is not None:
             self.difficulty.load(state["spread"].cpu())
 
     def _order(self, generation: int) -> Iterator[int]:
-        """All rows of the data set, each once, in the order in which this generation draws them."""
+        """Return an iterator over all rows of the data set, in the order in which this generation
+        draws them. Each row occurs once.
+        """
         seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)
         now = derive_seed(seed, generation, CHOICE)
         if self.difficulty is None:
@@ -150,5 +154,7 @@ class PromptChoice:
 
 
 def _on(config: Any, name: str) -> bool:
-    """Whether the option ``name`` is on. TRL's own GRPOConfig does not have it."""
+    """Return True if the option ``name`` is on. With TRL's own GRPOConfig, which does not have the
+    toolkit's options, the result is False.
+    """
     return bool(getattr(config, name, False))

@@ -1,8 +1,8 @@
-"""Sample completions for the trainer, from the vLLM engine or with generation of transformers.
+"""Sample completions for the trainer, either with the vLLM engine or with transformers.
 
 In both cases each completion has its own seed (``completion_index``). TRL's own sampling uses the
-global random generator of the process instead, so that a completion depends on everything that
-ran before it.
+global random generator of the process instead, so that a completion depends on everything that ran
+before it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Timers:
             self._seconds[phase] += perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        """Return the seconds by phase, and reset them."""
+        """Return the seconds of each phase, and set them to 0."""
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
 
 
 def find_engine(model: Any) -> RolloutEngine | None:
-    """The engine that ``FastLanguageModel`` attached to the model, or None. Wrappers around the
-    model (PEFT and others) are searched too.
+    """Return the engine that ``FastLanguageModel`` attached to the model, or None. If the model is
+    wrapped (by PEFT or others), the wrapped models are searched too.
     """
     for _ in range(4):
         engine = getattr(model, "toolkit_engine", None)
@@ -74,9 +74,10 @@ def find_engine(model: Any) -> RolloutEngine | None:
 
 
 def sampler_name(model: Any, config: Any) -> Engine:
-    """The name of the sampler that a trainer of ``model`` with ``config`` uses.
+    """Return which library samples the completions of a trainer of ``model`` with ``config``:
+    "vllm" or "transformers".
 
-    The sampler decides which keywords of ``generation_kwargs`` are supported.
+    The library decides which keywords of ``generation_kwargs`` are supported.
     """
     engine = find_engine(model)
     if engine is not None:
@@ -85,12 +86,13 @@ def sampler_name(model: Any, config: Any) -> Engine:
 
 
 def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
-    """Check that the sampler of ``model`` supports every keyword in ``generation_kwargs``.
+    """Check that the library that samples for ``model`` supports every keyword in
+    ``generation_kwargs``.
 
-    The messages are the same as for a run file. Some keywords change the sampled distribution in a
-    way that the training pass cannot apply. Without an engine, no importance weights correct for
-    this, so a warning is printed here. With an engine, ``importance_sampling.warn_of_collapse``
-    warns if the difference is large.
+    The messages are the same as for a run file. Some keywords change the sampled distribution, and
+    the training pass cannot apply them. Without a vLLM engine no importance weights correct the
+    difference, so a warning is printed here. With an engine,
+    ``importance_sampling.warn_of_collapse`` warns if the difference is large.
 
     Raises:
         ConfigValueError: a keyword is not supported. The message names the first such keyword.
@@ -105,25 +107,26 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
         if tools and name in ("presence_penalty", "frequency_penalty"):
             raise ConfigValueError(
                 (
-                    f"{name} counts the tokens of one turn, but training scores all turns as one "
-                    "completion"
+                    f"with tools, {name} counts the tokens of one turn, but training scores all "
+                    "turns as one completion"
                 ),
                 where=f"grpo.generation_kwargs.{name}",
-                fix=f"remove {name}, or use repetition_penalty, which counts all tokens",
+                fix=f"remove `{name}`, or use `repetition_penalty`, which counts the tokens of "
+                "all turns",
             )
     biased = list(not_reproduced(keywords, engine))
     if biased and engine == "transformers" and find_engine(model) is None:
         warnings.warn(
-            f"generation_kwargs: the training pass does not apply {', '.join(biased)}: "
-            f"{what_follows(engine)}",
+            "the training pass does not apply these keywords of generation_kwargs: "
+            f"{', '.join(biased)}. So {what_follows(engine)}",
             ToolkitWarning,
             stacklevel=3,
         )
 
 
 def distribution(trainer: TrainerSeam) -> Distribution:
-    """The distribution that the trainer's completions are drawn from. Settings that the training
-    pass cannot apply are left out.
+    """Return the distribution that the trainer's completions are drawn from. It has only the
+    settings that the training pass can apply.
     """
     args = getattr(trainer, "args", None)
     extra = getattr(args, "generation_kwargs", None) or {}
@@ -141,8 +144,8 @@ def distribution(trainer: TrainerSeam) -> Distribution:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
-    """In the block, torch's random generators start from ``seed``. After the block, their earlier
-    state is restored.
+    """A context manager. In the block, torch's random generators start from ``seed``. After the
+    block, their earlier state is restored.
     """
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -151,10 +154,11 @@ def seeded(seed: int, device: torch.device | None) -> Iterator[None]:
 
 
 class EngineGeneration:
-    """Replaces TRL 1.16's object ``vllm_generation`` for an engine in this process.
+    """An object that replaces TRL 1.16's object ``vllm_generation`` and samples with the vLLM
+    engine in this process.
 
-    TRL calls its methods ``sync_weights()`` and ``generate(...)``. The engine shares the base
-    weights with the trainer, so ``sync_weights`` passes only the adapter to the engine.
+    TRL calls the methods ``sync_weights()`` and ``generate(...)``. The engine shares the base
+    weights with the trainer, so ``sync_weights`` copies only the adapter to the engine.
     """
 
     def __init__(self, trainer: TrainerSeam, engine: RolloutEngine) -> None:
@@ -169,7 +173,7 @@ class EngineGeneration:
         return SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
 
     def sync_weights(self) -> None:
-        """Pass the current adapter to the engine."""
+        """Copy the current values of the adapter to the engine."""
         with self.trainer.timers("publish_s"):
             self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
@@ -183,10 +187,10 @@ class EngineGeneration:
         """Draw one completion for each row of ``prompts`` (token ids).
 
         Consecutive equal rows are the group of one prompt. Returns ``(prompt_ids, completion_ids,
-        logprobs, logprob_token_ids)`` in TRL's layout, with one row per row of ``prompts``.
+        logprobs, logprob_token_ids)`` in TRL's layout, with one entry per row of ``prompts``.
 
         Raises:
-            UnsupportedError: there are images.
+            UnsupportedError: the prompts have images.
         """
         if images is not None and any(images):
             raise UnsupportedError(
@@ -206,7 +210,7 @@ class EngineGeneration:
         return rollout.as_tuple()
 
     def sampling(self, n: int) -> Sampling:
-        """The current sampling options of the trainer, for ``n`` completions per prompt."""
+        """Return the current sampling options of the trainer, for ``n`` completions per prompt."""
         trainer = self.trainer
         return Sampling(
             n=n,
@@ -223,11 +227,12 @@ class EngineGeneration:
 
 
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
-    """The number of consecutive prompts that one request can replace.
+    """Return how many consecutive prompts can be sampled with one request.
 
-    A request has one prompt and several completions, and its prompt is computed only once. The
-    result is ``num_generations`` if the prompts within each group are equal, else 1. They differ
-    after a turn with a tool. The result is also 1 if this rank has only a part of a group.
+    A request has one prompt and several completions, and its prompt is computed only once. If the
+    prompts within each group are equal, the result is ``num_generations``. Otherwise it is 1. For
+    example, the prompts of a group differ after a turn with a tool. The result is also 1 if this
+    rank has only a part of a group.
     """
     if num_generations < 2 or len(prompts) % num_generations:
         return 1
@@ -239,17 +244,17 @@ def group_size(prompts: list[list[int]], num_generations: int) -> int:
 
 
 class TransformersGeneration:
-    """Draws completions with generation of transformers and TRL's generation config. If memory runs
-    out, the batch is split into halves.
+    """Draws completions with transformers, with TRL's generation config. If memory runs out, the
+    batch is split into halves.
     """
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
     def can(self, images: Any, multimodal_fields: Any) -> bool:
-        """Whether this class can generate. If not, TRL generates.
+        """Return True if this class can generate the batch. If it cannot, TRL generates.
 
-        This class supports neither images nor beam search, continuous batching or sharded models.
+        This class does not support images, beam search, continuous batching and sharded models.
         """
         trainer = self.trainer
         sharded = getattr(trainer, "is_fsdp_enabled", False) or getattr(
@@ -292,7 +297,7 @@ class TransformersGeneration:
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:
-        """(TRL's generation config without its stop strings, the stop strings).
+        """Return TRL's generation config without its stop strings, and the stop strings.
 
         Values are converted to those that transformers accepts: floats, and 0 for no top-k. Stop
         strings are returned separately, because generation with stop strings needs a tokenizer.

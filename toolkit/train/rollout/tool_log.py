@@ -1,8 +1,9 @@
-"""Log the tool calls in rollouts. Arguments and results are written to tool_calls.jsonl, times to
-tool_timings.jsonl.
+"""Log the tool calls of rollouts. Arguments and results are written to tool_calls.jsonl, and the
+seconds of each call to tool_timings.jsonl.
 
-The rows are kept in memory until the step is logged. If a step is abandoned, none of its rows are
-written. Therefore a resumed run writes the same bytes as a run that was not stopped.
+The rows of these files are kept in memory until the optimizer step is logged. If a step is
+abandoned, none of its rows are written. Therefore a resumed run writes the same tool_calls.jsonl as
+a run that was not stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from toolkit.train.report.metrics_log import Journal
 
     class Rollouts(Protocol):
-        """The part of the trainer that this module reads."""
+        """The attribute of the trainer that this module uses: the tools of each row."""
 
         tools_by_row: list[dict[str, Any]]
 
@@ -37,10 +38,10 @@ _NOT_NAMED = "the arguments are not a mapping of names to values"
 
 @dataclass
 class Call:
-    """One call of a tool.
+    """One call of a tool by the model.
 
-    The object is created when TRL looks up the tool by its name. Therefore a call is logged even if
-    its arguments are not a mapping and cannot be passed to the tool.
+    The object is created when TRL looks up the tool by its name. So a call is logged even if its
+    arguments are not a mapping, and the tool cannot be called with them.
     """
 
     tool: str
@@ -53,7 +54,7 @@ class Call:
     time_s: float = 0.0
 
     def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The row of tool_calls.jsonl and the row of tool_timings.jsonl."""
+        """Return the row of this call for tool_calls.jsonl, and its row for tool_timings.jsonl."""
         which = {
             "step": step,
             "completion": self.completion,
@@ -67,7 +68,7 @@ class Call:
 
 
 class ToolLog:
-    """Collects the tool calls since the last ``write``."""
+    """Collects the tool calls until ``write`` writes them to the log files."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
@@ -75,10 +76,10 @@ class ToolLog:
     def watch(
         self, trainer: Rollouts, completions: list[list[Any]], numbers: list[int], step: int
     ) -> list[Call]:
-        """Wrap the tools of each row of ``trainer``, so that their calls are added to the returned
-        list.
+        """Wrap the tools in ``trainer.tools_by_row``, so that their calls are recorded. Return the
+        list to which the calls are added.
 
-        ``numbers`` are the numbers of the completions in the whole batch.
+        ``numbers`` are the numbers of the completions in the batch of all ranks.
         """
         calls: list[Call] = []
         trainer.tools_by_row = [
@@ -90,12 +91,14 @@ class ToolLog:
         return calls
 
     def keep(self, calls: list[Call]) -> None:
-        """Add the calls of all ranks. This is a collective call, so every rank must make it."""
+        """Gather the ``calls`` of all ranks, and keep them until ``write``. Every rank must call
+        this method.
+        """
         found = gather_object(calls)
         self._calls += sorted(found, key=lambda call: (call.completion, call.turn, call.number))
 
     def write(self, journal: Journal, step: int) -> None:
-        """Append the calls to the log files of the run. Raises OSError."""
+        """Append the collected calls to the log files of the run. Raises OSError."""
         calls, self._calls = self._calls, []
         for call in calls:
             row, timing = call.rows(step)
@@ -104,7 +107,7 @@ class ToolLog:
 
 
 class _Watched(dict[str, Any]):
-    """The tools of one row, which log their calls.
+    """The tools of one row of the batch, by their names. Each call of a tool is logged.
 
     TRL 1.16 checks ``name in tools``, then calls ``tools[name](**arguments)``. If the call raises
     an exception, its text becomes the answer to the model. Here ``name in tools`` is always True,
@@ -150,8 +153,8 @@ class _Watched(dict[str, Any]):
 
 
 def _outcome(tool: Tool | None, call: Call, place: tuple[int, ...]) -> tuple[Any, str]:
-    """Call ``tool``. Return (whether it failed, text), or (exception, "") if the exception must end
-    the run.
+    """Call ``tool`` with the arguments of ``call``. Return (whether the call failed, answer to the
+    model). If the run must end, return (exception, "") instead.
     """
     if tool is None:
         return True, f"Tool {call.tool} not found."

@@ -1,4 +1,5 @@
-"""The tools of a run file, and environments whose ``step`` is a tool.
+"""The tools of a run file, and environments. The method ``step`` of an environment is offered to
+the model as a tool.
 
 Tools and environments are called in the worker process, with a time limit for each call. With
 ``reward.isolate: false``, tools are called in the training process.
@@ -47,8 +48,8 @@ class StopRun(BaseException):
 
 
 class Tool(dict[str, Any]):
-    """The JSON schema of a tool. A chat template reads it as a mapping, and TRL 1.16 calls it as a
-    function.
+    """A tool that the model can call. As a mapping it is the JSON schema of the tool, which the
+    chat template reads. TRL 1.16 calls it as a function.
     """
 
     def __init__(
@@ -63,9 +64,7 @@ class Tool(dict[str, Any]):
 
 
 class ToolPolicy(NamedTuple):
-    """The settings of the run file for tools: ``on_error`` and ``timeout_s``, and the run's
-    seed.
-    """
+    """The keys ``tools.on_error`` and ``tools.timeout_s`` of the run file, and the run's seed."""
 
     on_error: str
     timeout_s: float | None
@@ -73,7 +72,7 @@ class ToolPolicy(NamedTuple):
 
 
 def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
-    """The tools that ``tools.functions`` of the run file names.
+    """Return the tools in ``tools.functions`` of the run file.
 
     If ``worker`` is given, the code of the tools is imported and called only in the worker process.
 
@@ -118,10 +117,16 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
         found = worker.load(request)
     except Died as error:
         raise ConfigError(
-            f"{what}: the import of its module {error}", where=WHERE, fix=FIX
+            f"{what} cannot be used, because the import of its module failed: it {error}",
+            where=WHERE,
+            fix=FIX,
         ) from error
     if "misbehaved" in found:
-        raise ConfigError(f"{what}: the import of its module {found['misbehaved'][0]}", where=WHERE)
+        raise ConfigError(
+            f"{what} cannot be used, because the import of its module failed: it "
+            f"{found['misbehaved'][0]}",
+            where=WHERE,
+        )
     request["schema"] = found["schema"]  # the worker uses the request again after a restart
     return found
 
@@ -141,9 +146,11 @@ def _there(
 
 
 def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """Send ``request`` to the worker and return its reply.
+    """Send ``request`` to the worker and return its reply. ``seconds`` is the time limit of the
+    call.
 
-    Raises Refused for wrong arguments, Misbehaved if the code of the user failed, and ToolkitError.
+    Raises Refused if the arguments are wrong, Misbehaved if the user's code failed, and
+    ToolkitError.
     """
     limit = None if seconds is None else seconds + RemoteReward.kill_s
     try:
@@ -166,10 +173,11 @@ def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None)
 def _judged(
     name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
 ) -> Callable[[Mapping[str, Any], Place], str]:
-    """The function ``ask`` with the policy ``tools.on_error`` for failures.
+    """Return a function that calls ``ask`` and treats a failure as ``tools.on_error`` of the run
+    file requires.
 
-    With this policy, a failure becomes an answer to the model (CallFailed) or ends the run
-    (StopRun).
+    It raises CallFailed, whose text becomes the answer to the model, or StopRun, which ends the
+    run. Wrong arguments of the model always raise CallFailed.
     """
 
     def call(arguments: Mapping[str, Any], place: Place) -> str:
@@ -184,10 +192,10 @@ def _judged(
                 said = json.dumps(dict(arguments), ensure_ascii=False, default=str)[:500]
                 raise StopRun(
                     ConfigError(
-                        f"tool {name} {what}\n  its arguments: {said}",
+                        f"tool {name} {what}\n  arguments of the call: {said}",
                         where=WHERE,
-                        fix=f"correct the function,{longer} or set tools.on_error: answer, so that "
-                        "the model reads the error",
+                        fix=f"correct the function,{longer} or set `tools.on_error: answer`. The "
+                        "model then reads the error, and the run continues",
                     )
                 ) from error
             raise CallFailed(what) from error
@@ -196,9 +204,10 @@ def _judged(
 
 
 class Episode:
-    """A rollout in an environment, as an object of TRL 1.16's environment factory.
+    """One rollout in an environment, with the interface that TRL 1.16 needs of an environment.
 
-    TRL calls ``reset`` to begin the rollout. Every other public method is a tool.
+    TRL calls ``reset`` to begin the rollout. TRL offers every other public method to the model as a
+    tool.
     """
 
     def __init__(self, host: EpisodeHost, slot: int) -> None:
@@ -213,7 +222,9 @@ class Episode:
         return f"Episode(seed={self._seed}, steps={len(self._past)}, reward={self._total})"
 
     def reset(self, **row: Any) -> None:
-        """Begin the problem of a row of the data set. Its prompt is the first observation."""
+        """Begin the problem of one row of the data set. The prompt of the row must end with the
+        first observation of the environment.
+        """
         self._number, self._past = self._number + 1, []
         self._total, self._done, self._fault = 0.0, False, None
         self._seed = json.loads(row["problem"])["seed"]
@@ -231,7 +242,9 @@ class Episode:
         raise NotImplementedError
 
     def score(self) -> float:
-        """The sum of the rewards of all steps. Raises Misbehaved if the environment failed."""
+        """Return the sum of the rewards of all steps. Raises Misbehaved if the
+        environment failed.
+        """
         if self._fault is not None:
             raise Misbehaved(self._fault)
         return self._total
@@ -267,8 +280,8 @@ class Episode:
 
 
 class EpisodeHost:
-    """The environment factory of a run. It creates episodes, whose environments run in
-    ``worker``.
+    """The environment factory of a run. It creates the episodes. Their environments run in
+    ``worker``, the worker process.
     """
 
     def __init__(self, code: EnvironmentCode, worker: WorkerProcess, seconds: float | None) -> None:
@@ -287,6 +300,8 @@ class EpisodeHost:
         return Episode(self, self._slots)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the next observation of an episode. Raises Refused and Misbehaved."""
+        """Return the environment's reply to one request of an episode: the next observation, the
+        reward, and whether the episode has ended. Raises Refused and Misbehaved.
+        """
         named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
         return asked(self._worker, {**request, **named}, self._seconds)
