@@ -53,8 +53,8 @@ def shared_model(
     * The checkpoint and the model have the same tensors.
     * If ``check`` is True, the log-probabilities of a few tokens agree with the engine's.
 
-    Drop the model soon after the engine is closed, because the memory of the weights is freed only
-    when the engine is closed and the model is dropped.
+    Delete all references to the model soon after the engine is closed. The memory of the weights is
+    freed only when the engine is closed and the model is deleted.
 
     Args:
         engine: a running engine.
@@ -135,11 +135,11 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise an error if any of ``names`` does not match the pattern ``ignored``. ``what`` is the
-    problem with these names, for the message.
+    """Raise an error for the tensors ``names``, except those that match the pattern ``ignored``.
+    ``what`` says in the message what is wrong with these tensors.
 
     Raises:
-        UnsupportedError: there are such names. The message contains the first five.
+        UnsupportedError: there are such tensors. The message contains the first five names.
     """
     bad = sorted(name for name in names if not ignored.search(name))
     if bad:

@@ -60,8 +60,8 @@ class SplitLinear(nn.Linear):
 
     @property
     def own_bias(self) -> torch.Tensor | None:
-        """The bias that this process adds. If the bias is not split, only the first process adds
-        it.
+        """The bias that this process adds, or None. If the bias is not split, only the first
+        process adds it.
         """
         if self.cut.style == "rows" or self.mesh.first:
             return self.bias
@@ -93,7 +93,7 @@ class SplitEmbedding(nn.Embedding):
         self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return (..., hidden), which is the same in all processes."""
+        """Return the embedded tokens (..., hidden). They are the same in all processes."""
         own = ids - self.cut.start
         here = (own >= 0) & (own < self.cut.length)
         found = embedding(own.where(here, 0), self.weight)

@@ -1,5 +1,5 @@
 """Replace the layers of a Hugging Face model by split layers. A split layer has only this process's
-part of the weight. At this time the model has no weights yet.
+part of the weight. The layers are replaced before the model has weights.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log, as it was when a checkpoint was written. Its first ``keep`` bytes belong to the run,
-    and the file ``source`` has them. ``source`` is None if no file has these bytes.
+    """A log, as it was when a checkpoint was written. The checkpoint recorded the first ``keep``
+    bytes of the log. ``source`` is a file that begins with these bytes, or None if there is no such
+    file.
     """
 
     name: str
@@ -102,7 +103,7 @@ def begin(
     for log in foreign:
         _put_back(run_dir / log.name, log)
         if log.source is None and log.keep:
-            notes.append(f"{log.name} is not the file that {found} recorded, so a new one begins")
+            notes.append(f"{log.name} is not the file that {found} recorded, so a new log begins")
     return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
 
 
@@ -124,7 +125,7 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
 
 
 def _names(run_dir: Path, found: Path | None) -> list[str]:
-    """Return the names of the run's log files. The tool logs are among them if the run has tools
+    """Return the names of the run's log files. The logs of tools are included if the run has tools
     now or had tools before.
     """
     kept = {} if found is None else checkpoint.read_logs(found)[0]
@@ -141,8 +142,8 @@ def _rows(log: Path) -> int:
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """Return the branch ``before`` if the checkpoint ``found`` is its last checkpoint, else a new
-    branch.
+    """Return the branch ``before`` if ``found`` is the last checkpoint of this branch. Otherwise
+    return a new branch that continues from ``found``.
     """
     lineage, step = branches.of_checkpoint(found)
     if step is None:
@@ -232,8 +233,8 @@ def _keep_aside(
 
 
 def _return_rest(aside: Path, own: Path, length: int) -> None:
-    """Keep the first ``length`` bytes in the file ``aside``, and move the bytes after them to the
-    file ``own``.
+    """Move the bytes after the first ``length`` bytes of the file ``aside`` to the file ``own``.
+    These are the rows that this process has written.
     """
     if _size(aside) <= length:
         return

@@ -39,9 +39,9 @@ def open_run(
     used. Otherwise, the finished adapter is used, or the latest valid checkpoint if the run has not
     finished.
 
-    The rules for run files are not checked again, because they also check the run's data, which is
-    not needed here. The folder may come from another person. Therefore code that comes with its
-    model runs only with ``trust_remote_code``.
+    The rules for run files are not checked again. They also check the run's data, which is not
+    needed here. The folder may come from another person. Therefore code that comes with the model
+    runs only if ``trust_remote_code`` is True.
 
     Raises:
         InputError: ``folder`` is not a run folder.
@@ -54,7 +54,7 @@ def open_run(
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            "is not a run folder: config.json is missing",
+            "the folder is not a run folder: config.json is missing",
             where=str(folder),
             fix="pass the output_dir of a run of `toolkit train`",
         )
@@ -204,9 +204,9 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Whether the run's prompts were chats, as config.json records it. If an older version wrote
-    config.json, this is not recorded. Then the result follows from the first completion in the log,
-    or from the system prompt.
+    """Return True if the run's prompts were chats, as config.json records. An older version of this
+    package does not record this in config.json. The first completion in the log or the system
+    prompt then decides.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):

@@ -277,9 +277,9 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """In the block, the content of a checkpoint is used. If that fails, raise InputError. The
-    checksums of the files are correct, so the cause is that another program or another release
-    wrote the content.
+    """A context manager for code that uses the content of a checkpoint. If the code fails,
+    InputError is raised. The checksums of the files are correct, so the cause is that another
+    program or another release wrote the content.
     """
     try:
         yield
@@ -297,8 +297,8 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a checkpoint of the toolkit, also if it is damaged. False for a checkpoint of plain
-    transformers.
+    """Return True if the toolkit wrote the checkpoint, even if the checkpoint is damaged. Return
+    False for a checkpoint of plain transformers.
     """
     ours = (checkpoint.CHECKSUMS, STATE)
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
