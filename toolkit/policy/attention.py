@@ -1,4 +1,6 @@
-"""Choose a Hugging Face attention function that computes the model correctly."""
+"""Choose a Hugging Face attention function that computes the same attention as vLLM for the given
+model.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """Return a run configuration with the model of ``request`` and the given length and dtype."""
+    """Return the run configuration for the memory estimate. It has the model of ``request``, and
+    the given length and dtype.
+    """
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,

@@ -85,7 +85,7 @@ class FastVisionModel:
 
 def _text_only() -> UnsupportedError:
     return UnsupportedError(
-        "models with images are not supported, because only text models can be loaded",
+        "only text models are supported, not models that read images",
         where="FastVisionModel",
         fix="use FastLanguageModel with a text-only model",
     )

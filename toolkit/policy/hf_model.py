@@ -69,7 +69,8 @@ def choose_dtype(request: LoadRequest) -> torch.dtype:
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """Read the model's configuration, and set its number of positions for ``request``.
+    """Read the model's configuration, and set its number of positions (its maximum sequence length)
+    as ``request`` needs it.
 
     Raises:
         InputError: config.json cannot be read.

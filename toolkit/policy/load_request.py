@@ -177,9 +177,9 @@ def _check_flags(request: LoadRequest) -> None:
     hint = "load_in_4bit is True by default, so pass load_in_4bit=False for another format"
     if len(chosen) > 1:
         raise ConfigValueError(
-            f"{' and '.join(chosen)} exclude each other",
+            f"{' and '.join(chosen)} cannot be used together",
             where=WHERE,
-            fix=f"set only one of these arguments to True. {hint}",
+            fix=f"set only one load_in_* argument to True. {hint}",
         )
     for problem in flag_problems(
         load_in_4bit=request.load_in_4bit,
@@ -208,7 +208,7 @@ def check_engine(request: LoadRequest) -> None:
     for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
         if getattr(request, name):
             raise UnsupportedError(
-                f"{name} and fast_inference exclude each other: {why}",
+                f"{name} and fast_inference cannot be used together, because {why}",
                 where=WHERE,
                 fix=f"remove {name}, or use fast_inference=False",
             )
@@ -263,7 +263,9 @@ def _check_values(engine: Mapping[str, Any]) -> None:
 
 
 def _next_rank(name: str, asked: Any) -> str:
-    """Return the text of the fix for a rank that vLLM does not support."""
+    """Return the advice for the user if vLLM does not support the rank ``asked``: another rank, or
+    "auto".
+    """
     legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
     return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these ranks, or "auto"'
 

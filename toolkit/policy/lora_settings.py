@@ -218,7 +218,8 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
                 f"{what} is not supported by the engine's LoRA slots, so the engine would sample "
                 "completions without it",
                 where=WHERE,
-                fix="remove this setting, or load the model with fast_inference=False",
+                fix="remove the setting that the message names, or load the model with "
+                "fast_inference=False",
             )
     wrong_init = init_with_engine(settings.init_lora_weights)
     if wrong_init is not None:

@@ -130,7 +130,8 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
         raise ConfigTypeError(
             f"the adapter to start from has other settings: {'; '.join(different)}",
             where=str(adapter.folder),
-            fix="remove these keys from the lora section, so that the adapter's values are used",
+            fix="remove the differing keys from the lora section, so that the adapter's values "
+            "are used",
         )
 
 

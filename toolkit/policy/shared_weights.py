@@ -253,6 +253,6 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
             f"model differ by {gap:.3g} nats, but rounding explains only {limit:g}. So vLLM "
             f"computes {type(model).__name__} differently on this machine",
             where=WHY_SHARE,
-            fix="set fast_inference: false, and report this model as a defect",
+            fix="set fast_inference: false, and report the difference as a defect of the toolkit",
         )
     return gap

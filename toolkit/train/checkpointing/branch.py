@@ -205,7 +205,9 @@ def rotate(
 
 
 def _sound(run_dir: Path) -> Iterable[tuple[Path, int]]:
-    """Yield (folder, step) of each intact checkpoint with a correct name, the latest first."""
+    """Yield (folder, step) of each intact checkpoint whose name has the right step, the latest
+    first.
+    """
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if checkpoint.is_sound(folder) and _step(folder) == step:

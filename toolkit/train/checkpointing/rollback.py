@@ -156,9 +156,9 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Describe the log ``name`` as the checkpoint ``found`` recorded it, and find a file that has
-    the recorded bytes. This is the log in the run folder, or the log next to ``found`` (in an
-    ``abandoned-<n>`` folder, or in another run folder).
+    """Return the log ``name`` as the checkpoint ``found`` recorded it. Its ``source`` is the log in
+    the run folder if this file begins with the recorded bytes. Otherwise it is the log next to
+    ``found`` (in an ``abandoned-<n>`` folder, or in another run folder) if that file does.
     """
     positions, digests = checkpoint.read_logs(found)
     keep = positions.get(name, 0)

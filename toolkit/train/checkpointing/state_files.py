@@ -192,8 +192,8 @@ def difference(
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Return the dotted keys whose values differ. A key is left out if it, or a section that
-    contains it, is in ``allowed``.
+    """Return the dotted keys whose values differ between the run ``now`` and the run ``then``. A
+    key is left out if ``allowed`` has the key or a section that contains it.
     """
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]

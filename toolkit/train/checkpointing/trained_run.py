@@ -76,7 +76,7 @@ def open_run(
             "this file sets model.trust_remote_code, so loading the model runs code that "
             f"comes with {config.model.model_name}",
             where=str(path),
-            fix="read that code, then allow it with --trust-remote-code",
+            fix="read the code that comes with the model, then allow it with --trust-remote-code",
         )
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():

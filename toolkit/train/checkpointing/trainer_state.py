@@ -333,7 +333,7 @@ def epochs_done(folder: Path) -> int:
 
 def step_of(folder: Path) -> int:
     """Return the number of optimizer steps before this checkpoint. Raises InputError if the number
-    is impossible.
+    in the checkpoint is not a valid step.
     """
     with _usable(folder):
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
