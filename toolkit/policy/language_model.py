@@ -91,12 +91,12 @@ class FastLanguageModel:
         float32 on a CPU. ``max_seq_length`` is in tokens.
 
         If ``fast_inference`` is True, a vLLM engine loads the weights, and the model's parameters
-        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the GPU's
-        memory, and ``max_lora_rank`` is the largest adapter rank that the engine supports. If one
-        of these is "auto", the toolkit's memory estimate chooses its value, as for a run file with
-        the same keys. The estimate assumes the adapter that is loaded. If no adapter is loaded, it
-        assumes an adapter of rank 16. ``kwargs`` are ``attn_implementation`` and engine options
-        such as ``max_num_seqs``.
+        are views of the engine's weights. Then ``gpu_memory_utilization`` is the engine's share of
+        the GPU's memory, and ``max_lora_rank`` is the largest adapter rank that the engine
+        supports. If one of these is "auto", the toolkit's memory estimate chooses its value, as for
+        a run file with the same keys. The estimate assumes the adapter that is loaded. If no
+        adapter is loaded, it assumes an adapter of rank 16. ``kwargs`` are ``attn_implementation``
+        and engine options such as ``max_num_seqs``.
 
         Returns:
             (model, tokenizer). The model also has ``fast_generate``, ``save_lora``, ``load_lora``,

@@ -243,7 +243,8 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     the last parts of the name. A single string is a pattern.
 
     Raises:
-        ConfigValueError: a target names no module. The message suggests the most similar name.
+        ConfigValueError: no module has the name of a target. The message suggests the most similar
+            name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules

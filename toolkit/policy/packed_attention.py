@@ -8,9 +8,10 @@ mask over the whole pack is needed.
 
 ``packed_attention`` is registered with transformers' public ``AttentionInterface``. If the keyword
 ``packed_layout`` is not passed, there is no pack, and ``packed_attention`` calls the model's own
-attention function. For a pack on a GPU in half precision it uses ``torch.nn.attention.varlen``
-(FlashAttention-2). For a pack in other cases, and for models with a soft cap or attention sinks, it
-calls the model's own function with the segments in batches of similar length.
+attention function. For a pack on a GPU in half precision, ``packed_attention`` uses
+``torch.nn.attention.varlen`` (FlashAttention-2). In other cases, and for models with a soft cap or
+attention sinks, it splits the segments into batches of similar length and calls the model's own
+attention function for each batch.
 """
 
 from __future__ import annotations

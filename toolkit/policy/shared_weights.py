@@ -147,7 +147,7 @@ def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.
         raise UnsupportedError(
             f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
             where="model.model_name",
-            fix="use a complete checkpoint of this architecture",
+            fix="use a complete checkpoint of the model",
         )
 
 

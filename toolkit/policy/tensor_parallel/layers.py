@@ -76,8 +76,8 @@ class SplitLinear(nn.Linear):
         return enter_parts(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """Return the output for the next layer. In a layer that is split by columns, the outputs
-        are summed over the group.
+        """Return the layer's output for the next layer, from the output of this process. If the
+        layer is split by columns, this is the sum of the outputs of all processes.
         """
         return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
 

@@ -1,9 +1,10 @@
-"""Choose the branch on which a run resumes: its own branch, or a new branch if it resumes from an
-older checkpoint. A branch is a sequence of steps (``branch``).
+"""Choose the branch on which a run resumes. A run that resumes from its last checkpoint stays on
+its branch. A run that resumes from an older checkpoint gets a new branch. A branch is a sequence of
+steps (``branch``).
 
-No file of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
-into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
-``abandoned-<n>``, set ``runtime.resume`` to its path.
+No file of the old branch is deleted. The later checkpoints, logs and results of the old branch are
+moved or copied into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
+this folder, set ``runtime.resume`` to the path of the checkpoint.
 
 First, the files to keep are copied. Second, the new branch is recorded. Third, the later
 checkpoints are moved. This order is safe if the process is killed at any point: the same command,

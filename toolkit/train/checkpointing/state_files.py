@@ -80,8 +80,8 @@ def unflatten(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return the value from which ``flatten`` made ``described`` and ``tensors``. Tensors are moved
-    to ``device``.
+    """Return the value that ``flatten`` converted to the JSON ``described`` and to ``tensors``. Its
+    tensors are on ``device``.
     """
     ((kind, inner),) = described.items()
     if kind == "tensor":

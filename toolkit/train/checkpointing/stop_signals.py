@@ -163,8 +163,8 @@ class StopSignals:
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:
-    """Tell other ``StopSignals`` objects that the process has begun to end: if a method of such an
-    object is among the signal ``handlers``, call ``end`` of the object.
+    """Call ``end`` of each ``StopSignals`` object that has a method among the signal ``handlers``.
+    These objects then know that the process has begun to end.
     """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)

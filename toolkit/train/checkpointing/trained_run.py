@@ -89,7 +89,8 @@ def open_run(
         if step is None
         else f"has no intact checkpoint-{step}",
         where=str(folder),
-        fix="let the run write a checkpoint, or select another checkpoint with --checkpoint",
+        fix="wait until the run has written a checkpoint, or select another checkpoint with "
+        "--checkpoint",
     )
 
 

@@ -74,7 +74,9 @@ class TrainerSnapshot:
 
 
 def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
-    """Take a snapshot of ``trainer``. This is cheap, because rollouts are not copied."""
+    """Return a snapshot of ``trainer``. Buffered rollouts are not copied, so a snapshot costs
+    little time and memory.
+    """
     described, tensors = generators()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
@@ -123,7 +125,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     Return the checkpoint's folder on the first rank, None on the others.
 
     Raises:
-        ToolkitError: the disk failed or is full; the message has the size of the checkpoint.
+        ToolkitError: the disk failed or is full. The message has the size of the checkpoint.
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
