@@ -1,9 +1,9 @@
-"""Compute a checksum of the base model's weights. It is fast enough to compute before and after
-every run.
+"""Compute a checksum of the base model's weights. The checksum is fast enough to be computed before
+and after every run.
 
 The bytes of each frozen tensor are read as 64-bit integers and summed, modulo 2^64, on the tensor's
-device. This needs one pass over the weights, and no copy or rounding. If no weight changes, every
-checksum stays the same.
+device. The computation needs one pass over the weights. Nothing is copied or rounded. If no weight
+changes, every checksum stays the same.
 """
 
 from __future__ import annotations

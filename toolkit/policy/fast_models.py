@@ -35,8 +35,8 @@ class FastModel(FastLanguageModel):
         **kwargs: Any,
     ) -> Any:
         """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None or "all-linear",
-        the switches select the layers to adapt: the projections of attention, those of the MLP, or
-        both.
+        the switches select the layers to adapt: the projections of attention, the projections of
+        the MLP, or both groups.
 
         Raises:
             UnsupportedError: ``finetune_vision_layers`` is True.

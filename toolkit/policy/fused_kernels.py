@@ -353,7 +353,7 @@ def _with_gradients(
     function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return the outputs of ``function``, followed by the gradients of ``inputs``. The backward
-    pass begins with random gradients of the outputs. They are the same in every call.
+    pass begins with random gradients of the outputs, which are the same in every call.
     """
     outputs = function()
     drawn = torch.Generator().manual_seed(7)

@@ -200,8 +200,8 @@ def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
 def set_adapter_tensors(
     model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
-    """Copy ``tensors`` into the adapter ``name``. The caller must have checked that their names and
-    shapes are those of ``adapter_tensors``.
+    """Copy ``tensors`` into the adapter ``name``. The caller must have checked that ``tensors`` has
+    the names and shapes that ``adapter_tensors`` returns.
     """
     cut = _parameters(model, name)
     own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}

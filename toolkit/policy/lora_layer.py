@@ -1,8 +1,8 @@
 """Define a PEFT LoRA layer with a faster forward pass, ``adapted_linear``.
 
 The faster forward pass is used only if it computes the same as PEFT's. The layer is registered
-through PEFT's ``LoraConfig._register_custom_module`` (see PEFT's guide "Custom models"). Names,
-parameters, saving and merging are those of PEFT.
+through PEFT's ``LoraConfig._register_custom_module`` (see PEFT's guide "Custom models"). The layer
+has PEFT's names and parameters, and PEFT saves and merges it.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA 
 
 
 class Segment(NamedTuple):
-    """The tokens from ``start`` to ``start + length`` of the pack. They attend also to the tokens
-    of their prefix, from ``prefix_start`` to ``prefix_start + prefix_length``.
+    """The tokens from ``start`` to ``start + length`` of the pack. These tokens also attend to the
+    tokens of the segment's prefix, from ``prefix_start`` to ``prefix_start + prefix_length``.
     """
 
     start: int
@@ -112,8 +112,8 @@ class PackedLayout:
 
         The index has the keys of one segment after another, as positions in the pack. A token of a
         shared prefix occurs once for each segment with this prefix. Each pair is (tokens, places).
-        Pair number i has all tokens that occur more than i times in the index, and for each of them
-        the place of its occurrence number i. Both numbers count from 0.
+        Pair number i (counted from 0) has all tokens that occur more than i times in the index. For
+        each of these tokens it has the place of occurrence number i.
         """
         parts = [
             torch.arange(begin, begin + size)

@@ -1,4 +1,4 @@
-"""Set the number of positions of a model (its maximum sequence length). This is needed if
+"""Set the number of positions of a model (its maximum sequence length). The number must be set if
 ``rope_scaling`` is given, or if ``max_seq_length`` is larger than the length that the model was
 trained with.
 """

@@ -214,8 +214,8 @@ def check_base(model: Any, adapter: Adapter) -> None:
 
 
 def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
-    """Check that the tensors of the saved ``adapter`` match those of the adapter ``name`` of
-    ``model``. Returns the saved tensors.
+    """Check that the tensors of the saved ``adapter`` match the tensors of the model's adapter
+    ``name``. Returns the saved tensors.
 
     If an adapter is on embeddings or head, PEFT also saves the base model's tensors of these
     layers. These tensors must equal those of ``model``. They are not returned, so that base weights

@@ -87,8 +87,8 @@ def shared_model(
 
 def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
     """Raise an error if a model with LongRoPE (Phi-3) has a max_seq_length above its original
-    length. vLLM 0.25 to 0.31 then uses the long rope factors for every sequence. Hugging Face uses
-    them only for sequences above the original length.
+    length. In this case vLLM 0.25 to 0.31 uses the long rope factors for every sequence. Hugging
+    Face uses the long factors only for sequences above the original length.
 
     Raises:
         UnsupportedError: max_seq_length is above the original length.
@@ -210,8 +210,8 @@ def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
 
 
 def spot_check(engine: Engine, model: PreTrainedModel) -> float:
-    """Sample a few tokens greedily with the engine, and compare their log-probabilities with those
-    of the model. Returns the largest difference, in nats.
+    """Sample a few tokens greedily with the engine, and compare the engine's log-probabilities of
+    these tokens with the model's. Returns the largest difference, in nats.
 
     Raises:
         UnsupportedError: the difference is more than rounding, so engine and model compute

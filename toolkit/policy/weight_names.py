@@ -136,8 +136,11 @@ def locate(
 
 
 def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
-    """Return the slice that is the whole tensor ``source``. If the engine has padded the tensor,
-    return the slice of its first rows.
+    """Return a slice with all rows of the tensor ``source``. If the engine has padded the tensor,
+    the slice has only the rows before the padding.
+
+    Raises:
+        UnsupportedError: ``shape`` is not the shape of the tensor.
     """
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]

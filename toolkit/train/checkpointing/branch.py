@@ -108,8 +108,8 @@ def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     """Return the steps of the checkpoints that no longer belong to the run when its branch changes
-    from ``before`` to ``after``. These are checkpoints of ``before`` or of a parent of ``after``
-    that are later than the step from which ``after`` continues.
+    from ``before`` to ``after``. Such a checkpoint was written by ``before`` or by a parent of
+    ``after``, and is later than the last step of its branch that belongs to ``after``.
     """
     known = before.names | after.names
     return [

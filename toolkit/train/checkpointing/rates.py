@@ -1,9 +1,9 @@
 """Keep changed learning rates and other optimizer settings when a run resumes.
 
 When torch loads a checkpoint, it restores all settings of a param group and a scheduler. So the old
-settings would replace those in the run file, although ``runtime.allow_changed`` allows the change.
-Therefore the settings from the run file are saved before the checkpoint is loaded, and restored
-afterwards.
+settings would replace the settings in the run file, although ``runtime.allow_changed`` allows the
+change. Therefore the settings from the run file are saved before the checkpoint is loaded, and
+restored afterwards.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Choose the branch to which new checkpoints belong. This is for trainers in a script.
-        ``toolkit train`` chooses the branch itself.
+        """Choose the branch to which new checkpoints belong. Only the trainer of a user's script
+        calls this method, because ``toolkit train`` chooses the branch itself.
         """
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):
@@ -223,9 +223,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, run_dir: Path, written: int) -> None:
-        """Remove old checkpoints. In addition to the limits that the user set, these are kept: the
-        checkpoint that was just ``written``, the one from which the run resumed, and the one at
-        which its branch begins.
+        """Remove old checkpoints, as the limits of the user say. Three checkpoints are always kept:
+        the checkpoint of the step ``written``, the checkpoint from which the run resumed, and the
+        checkpoint at which its branch begins.
         """
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
         kept = {

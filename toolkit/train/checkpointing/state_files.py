@@ -21,8 +21,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def generators() -> tuple[dict[str, Any], Tensors]:
-    """Return the state of every random generator of this process. The states of Python and numpy
-    are JSON, those of torch (CPU and current CUDA device) are byte tensors.
+    """Return the state of every random generator of this process. The states of Python's and
+    numpy's generators are JSON. The states of torch's generators (CPU and current CUDA device) are
+    byte tensors.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

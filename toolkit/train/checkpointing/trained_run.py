@@ -21,9 +21,8 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run folder to read. ``config`` is the resolved config of the run. One of these two paths is
-    set: ``adapter``, the folder of the finished adapter, or ``checkpoint``, the folder of a
-    checkpoint.
+    """A run folder to read. ``config`` is the resolved config of the run. Either ``adapter`` (the
+    folder of the finished adapter) or ``checkpoint`` (the folder of a checkpoint) is set.
     """
 
     folder: Path
