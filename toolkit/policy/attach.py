@@ -1,4 +1,4 @@
-"""Set the toolkit's own attributes on a model, in addition to those of transformers and PEFT."""
+"""Set the toolkit's own attributes and methods on a model of transformers or PEFT."""
 
 from __future__ import annotations
 
