@@ -122,8 +122,8 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
 
 
 def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
-    """Use a fused kernel in each layer of ``model`` for which one computes the same result as the
-    layer. Returns the layers with and without a kernel.
+    """Use fused kernels in the layers of ``model``. A layer uses a kernel only if the kernel
+    computes the same result as the layer. Returns the layers with and without a kernel.
     """
     applied = Applied()
     alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
@@ -247,8 +247,8 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return a copy of the ``forward`` of the module's class in which the kernel applies the rotary
-    embedding, or the reason why the kernel cannot be used.
+    """Copy the ``forward`` of the module's class, and let the kernel apply the rotary embedding in
+    the copy. Return the copy. If the kernel cannot be used, return the reason.
     """
     own = type(module).forward
     plain = own.__globals__[ROTARY]

@@ -25,8 +25,8 @@ class FastForward(nn.Module):
 
     The faster pass is used if three conditions hold. The frozen layer has the dtype of autocast.
     Exactly one adapter is active. This adapter is plain LoRA and has another dtype than the frozen
-    layer. In all other cases the forward pass of PEFT's class is used, which is the next base class
-    of the layer.
+    layer. In all other cases the layer uses the forward pass of its next base class, which is
+    PEFT's class.
     """
 
     base_layer: Any

@@ -135,12 +135,12 @@ class SplitHead(nn.Linear):
 
 
 def enter_once(module: nn.Module, mesh: Mesh) -> None:
-    """Apply ``enter_parts`` once to the input of ``module``, and not in each of its linear layers
-    that are split by rows. Then the gradients of q, k and v need one sum over the group instead of
-    three, and those of gate and up need one instead of two.
+    """Apply ``enter_parts`` once to the input of ``module``, instead of once in each linear layer
+    that is split by rows. Then the gradients of q, k and v need one sum over the group instead of
+    three. The gradients of gate and up need one sum instead of two.
 
-    This is done only if all linear layers of ``module`` are split, so that no other layer uses the
-    input.
+    The function does this only if all linear layers of ``module`` are split, so that no other layer
+    uses the input.
     """
     layers = [child for child in module.children() if isinstance(child, nn.Linear)]
     split = [child for child in layers if isinstance(child, SplitLinear)]

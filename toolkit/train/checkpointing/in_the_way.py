@@ -85,7 +85,7 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
             continue
         if {path.parent.resolve() / path.name, path.resolve()} & own:
             raise ConfigError(
-                f"the run reads this path ({key}), and would replace it or files in it",
+                f"the run reads this path ({key}), but would overwrite it or files in it",
                 where=str(path),
                 fix="set another folder with --output-dir",
             )

@@ -199,8 +199,9 @@ def _keep_aside(
     bad_rewards_bytes: int | None,
 ) -> Path:
     """Copy the logs and move the results of the abandoned branch into ``abandoned-<n>``, and return
-    the path of this folder. If an earlier rollback was killed before it recorded its branch, its
-    ``abandoned-<n>`` is used again. The folder is not created if there is nothing to keep.
+    the path of this folder. If an earlier rollback was killed before it recorded the new branch,
+    the folder of the earlier rollback is used again. The folder is not created if there is nothing
+    to keep.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}

@@ -204,9 +204,10 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Return True if the run's prompts were chats, as config.json records. An older version of this
-    package does not record this in config.json. The first completion in the log or the system
-    prompt then decides.
+    """Return True if the run's prompts were chats. config.json records this, unless an older
+    version of this package wrote the file. Without this record, the first completion in the log
+    decides. Without a log, the prompts count as chats if there is a chat template
+    (``has_template``) and a system prompt.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):
