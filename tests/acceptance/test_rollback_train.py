@@ -119,7 +119,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
     code, said = go(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said
-    assert "1 prompts, but one generation takes 2: 8 completions" in said
+    assert "the number of prompts is 1, but one generation needs 2, so no step" in said
     assert "no step would run" in said
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,1 +1,3 @@
-"""Build the model that is trained: Hugging Face modules on the engine's tensors, and LoRA."""
+"""Build the model that is trained: Hugging Face modules, whose weights may be views of the vLLM
+engine's tensors, and a LoRA adapter.
+"""

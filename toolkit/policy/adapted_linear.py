@@ -1,10 +1,12 @@
 """Compute a linear layer with its LoRA update as one autograd function.
 
 PEFT's own forward pass (0.21.2) casts the input to float32, the dtype of the adapter, and autocast
-then casts it back. PEFT scales and adds the update in separate passes, and autograd keeps a copy of
-the input for every adapted layer. The function in this module keeps only the original input, which
-q, k and v share. One fused matrix product computes the update and adds it to the output. The
-gradient of the input is computed in the same way.
+then casts it back. PEFT scales the update in one pass over memory and adds it to the output in
+another. Autograd keeps a copy of the input for every adapted layer.
+
+The function in this module keeps only the original input, which the q, k and v projections share.
+One fused operation (``addmm``) computes the update and adds it to the output. The backward pass
+uses the same operation for the gradient of the input.
 
     y = x W^T + bias + s (x A^T) B^T        (LoRA: arXiv 2106.09685)
 
@@ -31,10 +33,11 @@ def adapted_linear(
     b_OR: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Map ``x`` (..., I) to (..., O). Input, output, frozen weight and bias have the same dtype.
+    """Return the output (..., O) of the adapted layer for the input ``x`` (..., I). Input, output,
+    frozen weight and bias have the same dtype.
 
-    The adapter may have another dtype. For the computation it is cast to the dtype of ``x``, as
-    under autocast. Its gradients have the adapter's own dtype.
+    The adapter (``a_RI`` and ``b_OR``) may have another dtype. It is cast to the dtype of ``x`` for
+    the computation, as under autocast. The gradients of the adapter have the adapter's own dtype.
     """
     out: torch.Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, weight_OI, bias_O, a_RI, b_OR, scaling
@@ -49,14 +52,15 @@ class PackedBase(Protocol):
         """Return x W^T + bias (T, O), in the dtype of ``x_TI``."""
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the unpacked weight (O, I), which is a new tensor."""
+        """Return the unpacked weight (O, I) as a new tensor of ``dtype``."""
 
 
 def adapted_packed(
     x: torch.Tensor, base: PackedBase, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Compute ``adapted_linear`` with a packed base layer. The weight is unpacked in the forward
-    pass and again in the backward pass, so that no unpacked copy is kept between them.
+    """Return the same output as ``adapted_linear``, for a base layer with a packed weight. The
+    weight is unpacked in the forward pass and again in the backward pass, so that no unpacked copy
+    is kept between the two passes.
     """
     out: torch.Tensor = _AdaptedPacked.apply(  # type: ignore[no-untyped-call]  # untyped upstream
         x, base, a_RI, b_OR, scaling
@@ -128,8 +132,8 @@ def _gradients(
     weight: Callable[[torch.dtype], torch.Tensor],
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of the input, A and B. ``needs`` has a flag for each of the three in
-    this order, and a gradient is None if its flag is False.
+    """Return the gradients of the input, of A and of B. ``needs`` has one flag per gradient, in
+    this order. A gradient is None if its flag is False.
     """
     x_TI, a_RI, b_OR, hidden_TR = saved
     grad_TO = grad.reshape(-1, grad.shape[-1])

@@ -57,9 +57,10 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     """Write the adapter ``name`` of ``model`` to ``folder`` and return the folder. The same adapter
     gives the same bytes.
 
-    The files are written to a temporary folder and moved at the end. If the disk is full or the
-    process is killed before that, the previous files are unchanged. If several processes share a
-    model, all of them must call this function, and the first process writes.
+    The files are first written to a temporary folder and then moved to ``folder``. If the disk is
+    full or the process is killed before the move, the previous files in ``folder`` are unchanged.
+    If several processes share a model, all of these processes must call this function. Only the
+    first one writes.
 
     Raises:
         ConfigValueError: the model has no adapter.
@@ -102,11 +103,14 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """Create a temporary folder on the same file system as ``target``, and delete it at the end.
+    """Yield a temporary folder on the same file system as ``target``. The folder is deleted after
+    the ``with`` block.
 
     Raises:
-        InputError: an OSError occurred in the block. If the file system is full or failing, the
-            error of the module ``disk`` for this case is raised instead.
+        InputError: ``target`` cannot be written, or the ``with`` block raised an OSError or
+            SafetensorError.
+        ToolkitError: the file system is full, read-only or failing. ``disk.translate`` chooses the
+            class of this error.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

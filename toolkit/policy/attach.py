@@ -1,4 +1,4 @@
-"""Set the toolkit's own attributes on a model, in addition to those of transformers and PEFT."""
+"""Set the toolkit's own attributes and methods on a model of transformers or PEFT."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push
 
 
 def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
-    """Set the attributes ``CARRIED`` of ``model`` to the values in ``carried``, and add the
-    toolkit's methods to ``model``. Returns ``model``.
+    """Set the toolkit's attributes and methods on ``model``, and return ``model``.
 
-    If a model ``like`` is given, the values are those of its attributes, and ``like`` gets the
-    methods too. The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are
-    functions of ``policy.fast_generate`` and ``policy.adapter_io``. The other methods are functions
-    of ``policy.saving``.
+    ``CARRIED`` lists the names of the attributes. Their values come from ``carried``. If another
+    model is given as ``like``, the values are copied from ``like``, and ``like`` gets the methods
+    too.
+
+    The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
+    ``policy.fast_generate`` and ``policy.adapter_io``. The other methods are functions of
+    ``policy.saving``.
     """
     if like is not None:
         carried = {name: getattr(like, name, None) for name in CARRIED}

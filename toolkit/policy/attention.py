@@ -1,4 +1,6 @@
-"""Choose a Hugging Face attention function that computes the model correctly."""
+"""Choose a Hugging Face attention function that computes the same attention as vLLM for the given
+model.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,13 @@ def choose_attention(
     default.
 
     Gemma 2 caps its attention scores (``attn_logit_softcapping``). vLLM applies the cap on every
-    device, but Hugging Face's default attention does not. The model that is trained would then
-    compute other log-probabilities than the model that samples. With a large adapter on a small
-    model the difference is 0.4 nats. For this reason a model with such a cap gets ``"eager"``,
-    which applies the cap.
+    device, but Hugging Face's default attention does not. So the trainer and vLLM would compute
+    different log-probabilities. The measured difference is 0.4 nats for a large adapter on a small
+    model. For this reason a model with a cap gets ``"eager"``, which applies the cap.
 
     Raises:
-        ConfigValueError: ``asked`` is not an attention function, or ignores the cap, or is not
-            supported by the model or this machine (``config.supported_features``).
+        ConfigValueError: the attention function ``asked`` does not exist, ignores the cap, or is
+            not supported by the model or this machine (``config.supported_features``).
     """
     text = config.get_text_config()
     cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")

@@ -1,5 +1,5 @@
-"""Replace "auto" in the arguments of ``from_pretrained`` by the value that a run file with the same
-``model`` keys gets.
+"""Choose values for the arguments of ``from_pretrained`` that are "auto". A run file with the same
+``model`` keys gets the same values.
 
 This is the only module of ``policy`` that uses ``toolkit.sizing``, the memory estimate. The
 training settings are not known when the model is loaded. So the estimate assumes TRL's default
@@ -39,13 +39,13 @@ def settled(
     length: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return the arguments of ``request`` that ``SETTLED`` lists. The memory estimate replaces each
-    "auto", as in a run file.
+    """Return the values of the arguments that ``SETTLED`` lists. If ``request`` has "auto" for an
+    argument, the memory estimate chooses the value, as for a run file.
 
     ``length`` is max_seq_length in tokens. ``dtype`` is the name of the weights' dtype. In a run of
-    several processes, all of them must call this function. They all get the values for the GPU with
-    the least free memory. Without a GPU ``gpu_memory_utilization`` stays "auto", because vLLM does
-    not use it there.
+    several processes, all processes must call this function, and all get the values for the GPU
+    with the least free memory. On a machine without a GPU, ``gpu_memory_utilization`` stays "auto",
+    because vLLM uses this option only on a GPU.
 
     Raises:
         ConfigError: engine and training together need more memory than the GPU has. The message
@@ -72,7 +72,9 @@ def as_run(
     length: int,
     dtype: str,
 ) -> RunConfig:
-    """Return a run configuration with the model of ``request`` and the given length and dtype."""
+    """Return the run configuration for the memory estimate. It has the model of ``request``, and
+    the given length and dtype.
+    """
     given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
     model: dict[str, Any] = {
         **given,
@@ -90,8 +92,8 @@ def as_run(
 
 
 def lora_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
-    """Return the ``lora`` section for the memory estimate. It describes the given adapter, or if
-    there is none, the default adapter of ``get_peft_model``.
+    """Return the ``lora`` section for the memory estimate. It describes ``adapter``. If ``adapter``
+    is None, it describes the default adapter of ``get_peft_model``.
     """
     config = None if adapter is None else adapter.config
     found = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}

@@ -1,9 +1,9 @@
-"""Compute a checksum of the base model's weights. It is fast enough to compute before and after
-every run.
+"""Compute a checksum of the base model's weights. The checksum is fast enough to be computed before
+and after every run.
 
 The bytes of each frozen tensor are read as 64-bit integers and summed, modulo 2^64, on the tensor's
-device. This needs one pass over the weights, and no copy or rounding. If no value changes, the sums
-stay equal.
+device. The computation needs one pass over the weights. Nothing is copied or rounded. If no weight
+changes, every checksum stays the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Models that share their weights with an engine have it.
 
 
 class Sum(NamedTuple):
-    """The sum of one tensor, with the tensor's dtype and shape. ``changed`` compares only sums with
-    the same dtype and shape.
+    """The checksum of one tensor, with the tensor's dtype and shape. ``changed`` compares two
+    checksums only if their dtypes and shapes are equal.
     """
 
     dtype: torch.dtype
@@ -41,8 +41,8 @@ class Sum(NamedTuple):
 
 
 def base_sums(model: Any) -> dict[str, Sum]:
-    """Return the sum of every frozen tensor of the base model. The keys are the parameter names
-    without the parts that PEFT's wrappers add.
+    """Return the checksum of every frozen tensor of the base model. The keys are the parameter
+    names without the parts that PEFT's wrappers add.
     """
     names, values = [], []
     for name, parameter in model.named_parameters():
@@ -68,7 +68,7 @@ def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
 
 
 def digest(sums: Mapping[str, Sum]) -> str:
-    """Return one short checksum of all sums."""
+    """Return one short checksum of the checksums of all tensors."""
     lines = [f"{name} {found.dtype} {found.shape} {found.value}" for name, found in sums.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
@@ -89,8 +89,8 @@ def _add_up(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _to_host(values: list[torch.Tensor]) -> list[int]:
-    """Convert the sums to ints. They are copied to the host with one copy per device, instead of
-    one copy per tensor.
+    """Convert the checksums to ints. One copy per device brings them to the host, instead of one
+    copy per tensor.
     """
     found: dict[int, int] = {}
     for device in {value.device for value in values}:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def find_parts(rows: Sequence[int], start: int, count: int) -> range:
-    """Return the indices of the parts that together are the rows from ``start`` to
-    ``start + count`` of a fused layer. ``rows`` has the number of rows of each part.
+    """Return the indices of the 4-bit parts that together contain exactly the rows from ``start``
+    to ``start + count`` of a fused layer. ``rows`` has the number of rows of each part.
 
     Raises:
         UnsupportedError: the rows begin or end inside a part.
@@ -44,13 +44,13 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
 
 
 def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
-    """Replace the linear layer ``path`` by a 4-bit layer whose weight is ``part`` of the engine's
-    packed ``tensor``.
+    """Replace the linear layer named ``path`` by a 4-bit layer. The weight of the new layer is
+    ``part``, which is a range of rows of the engine's packed ``tensor``. The weight is not copied.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        UnsupportedError: the layer is not a plain linear layer, or ``join_states`` cannot join the
-            quantization states of ``part``.
+        UnsupportedError: the layer is not a plain linear layer, the rows begin or end inside a
+            4-bit weight, or ``join_states`` cannot join the quantization states of these rows.
     """
     old = model.get_submodule(path)
     if type(old) is not torch.nn.Linear:
@@ -73,8 +73,9 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
 
 
 def join_states(states: Sequence[Any], where: str) -> Any:
-    """Return one quantization state for adjacent parts. For a single part this is its own state.
-    For several parts it is a new state with the absmax values of all parts, in order.
+    """Return one quantization state for adjacent 4-bit parts of a fused layer, from the ``states``
+    of these parts. The state of a single part is returned unchanged. For several parts the result
+    is a new state with the absmax values (scales) of all parts, in order.
 
     Raises:
         UnsupportedError: the absmax values of a state are themselves quantized (nested), or the
@@ -166,7 +167,7 @@ class FourBitBase(NamedTuple):
         return out
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (O, I) in ``dtype``."""
+        """Return the unpacked weight (O, I) in ``dtype``."""
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
         weight = self.layer.weight
@@ -186,6 +187,6 @@ def four_bit_dtype(layer: Any) -> torch.dtype | None:
 
 
 def mark_4bit(model: nn.Module) -> None:
-    """Mark ``model`` as a model with 4-bit layers, by the attribute that PEFT and TRL read."""
+    """Set the attribute of ``model`` that tells PEFT and TRL that the model has 4-bit layers."""
     # nn.Module declares every attribute as a tensor or a module.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]

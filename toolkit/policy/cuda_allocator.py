@@ -5,8 +5,9 @@ If a run uses almost all memory of a GPU, a step can then run out of memory alth
 free (1.8 and 3.1 GiB were measured for an 8B model with 8 x 4096 tokens). Expandable segments unmap
 such blocks, so that their memory can be used again.
 
-In sleep mode, vLLM itself switches expandable segments off while it allocates the KV cache. Version
-0.25.1 does so if they are set in ``PYTORCH_CUDA_ALLOC_CONF``. Version 0.31 reads torch's setting.
+In sleep mode, vLLM itself switches expandable segments off while it allocates the KV cache. vLLM
+0.25.1 reads ``PYTORCH_CUDA_ALLOC_CONF`` to find out whether they are on. vLLM 0.31 reads the
+setting of torch's allocator.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ segments need virtual memory management, which some virtual GPUs do not support.
 
 
 def use_expandable_segments() -> None:
-    """Set the environment variables for expandable segments. If torch's allocator is already in
-    use, it is configured too. Does nothing if a GPU does not support expandable segments.
+    """Set the environment variables that switch expandable segments on. If torch's allocator is
+    already in use, configure the allocator too. Do nothing if a GPU does not support expandable
+    segments.
 
-    If the user has set one of the variables ``VARIABLES``, its value is kept. The value is also
-    copied to the other variable, because some libraries read only that one.
+    ``VARIABLES`` has two names, because some libraries read only one of them. If the user has set
+    one of the two variables, its value is kept and copied to the other.
     """
     found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():

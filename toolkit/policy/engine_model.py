@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def load_on_engine(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> tuple[Any, Any]:
-    """Load a model and its engine, and return both. The model shares the engine's weights. If
-    ``share_weights`` is False, it has its own copy.
+    """Load a model and its engine, and return both. The model's weights are views of the engine's
+    weights. If the engine option ``share_weights`` is False, the model has its own copy of the
+    weights.
 
     Raises:
         InputError, ConfigValueError: the checkpoint cannot be used with these arguments.
@@ -92,7 +93,9 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
 def _settled(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> dict[str, Any]:
-    """Return the result of ``auto_engine.settled`` for the length and the dtype of the request."""
+    """Return the engine options that the memory estimate chooses (``auto_engine.settled``), for the
+    maximum sequence length and the dtype of ``request``.
+    """
     text = read_config(checkpoint, request).get_text_config()
     length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
     dtype = str(choose_dtype(request)).removeprefix("torch.")

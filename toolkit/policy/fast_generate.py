@@ -73,8 +73,8 @@ def fast_generate(
         prompts: text, token ids, ``{"prompt": ...}``, or a list of these.
         sampling_params: a mapping of options, a ``Sampling``, or vLLM's own SamplingParams (only
             with an engine).
-        lora_request: the default samples with the model's current adapter. None samples from the
-            base model. A result of ``load_lora`` samples with that adapter.
+        lora_request: the adapter to sample with. By default this is the model's current adapter.
+            Pass a result of ``load_lora`` for a saved adapter, or None for the base model.
         **kwargs: options. With or without an engine, the options n, max_tokens, temperature (0 is
             greedy), top_p, top_k, min_p, repetition_penalty, stop, stop_token_ids, logprobs and
             seed are supported. Without an engine, ``input_ids`` may be passed instead of
@@ -82,13 +82,13 @@ def fast_generate(
             ``generate``.
 
     Returns:
-        A list with one entry per prompt. An entry has a list ``.outputs``, and each output has
-        ``.text``, ``.token_ids`` and ``.finish_reason``. With ``input_ids``, the result of
-        transformers' ``generate``.
+        A list with one entry per prompt. The list ``.outputs`` of an entry has the completions of
+        the prompt. Each completion has ``.text``, ``.token_ids`` and ``.finish_reason``. If
+        ``input_ids`` is passed, the result of transformers' ``generate`` is returned instead.
 
     Raises:
-        ConfigTypeError: the model's engine does not support an argument. The message names the
-            engine that supports it.
+        ConfigTypeError: the library that samples (vLLM or transformers) does not support an
+            argument. If the other library supports the argument, the message says so.
         ConfigValueError: a prompt is too long, or the engine rejects a value.
     """
     engine = getattr(model, "toolkit_engine", None)
@@ -156,7 +156,7 @@ def _vllm_generate(
 def _transformers_generate(
     policy: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
-    """Call transformers' own generate with its own arguments, in evaluation mode."""
+    """Call transformers' own generate with the arguments ``kwargs``, in evaluation mode."""
     if prompts is not None or sampling_params is not None:
         raise ConfigTypeError(
             "input_ids cannot be used with prompts or sampling_params",
@@ -175,7 +175,8 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
     """Yield the model to sample from and the name of its adapter. The name is None for the base
     model. If the model has an engine, the adapter is copied to the engine first.
 
-    The adapter of a ``LoraRequest`` is on the model only within the block, under a temporary name.
+    The adapter of a ``LoraRequest`` is on the model only within the ``with`` block, under a
+    temporary name.
     """
     engine = getattr(model, "toolkit_engine", None)
     # _adapters_disabled is True inside `with model.disable_adapter():`
@@ -198,8 +199,8 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
 
 @contextmanager
 def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
-    """Add ``adapter`` to ``model`` within the block, activate it, and yield the PEFT model. After
-    the block the previous state of the model is restored.
+    """Add ``adapter`` to ``model``, activate it, and yield the PEFT model. After the ``with`` block
+    the previous state of the model is restored.
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None

@@ -1,4 +1,5 @@
-"""Define ``FastModel`` and ``FastVisionModel``, further classes of the drop-in API.
+"""Define ``FastModel`` and ``FastVisionModel``, which scripts for Unsloth use in place of
+``FastLanguageModel``.
 
 Only text models are supported.
 """
@@ -18,8 +19,8 @@ ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
 
 
 class FastModel(FastLanguageModel):
-    """The same as ``FastLanguageModel``, except that ``get_peft_model`` has four more arguments.
-    These are the switches ``finetune_*``.
+    """The same as ``FastLanguageModel``, except that ``get_peft_model`` has four more arguments,
+    the switches ``finetune_*``. The switches select the layers that get an adapter.
     """
 
     @staticmethod
@@ -34,8 +35,8 @@ class FastModel(FastLanguageModel):
         **kwargs: Any,
     ) -> Any:
         """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None or "all-linear",
-        the switches select the layers to adapt: the projections of attention, those of the MLP, or
-        both.
+        the switches select the layers to adapt: the projections of attention, the projections of
+        the MLP, or both groups.
 
         Raises:
             UnsupportedError: ``finetune_vision_layers`` is True.
@@ -71,23 +72,20 @@ class FastVisionModel:
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-        """Raise UnsupportedError."""
+        """Raise UnsupportedError, because images are not supported."""
         del args, kwargs
         raise _text_only()
 
     @staticmethod
     def get_peft_model(*args: Any, **kwargs: Any) -> NoReturn:
-        """Raise UnsupportedError."""
+        """Raise UnsupportedError, because images are not supported."""
         del args, kwargs
         raise _text_only()
 
 
 def _text_only() -> UnsupportedError:
     return UnsupportedError(
-        "only text models are supported. Images in prompts are not supported",
+        "only text models are supported, not models that read images",
         where="FastVisionModel",
-        fix=(
-            "use FastLanguageModel with a text model, or with the text part of a model "
-            "(text_only=True)"
-        ),
+        fix="use FastLanguageModel with a text-only model",
     )

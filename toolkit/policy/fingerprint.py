@@ -1,10 +1,10 @@
 """Identify base models, so that an adapter is never used with the wrong base model.
 
-A base model has two short digests. The first is the digest of the checkpoint's files. It does not
-depend on how the checkpoint is loaded: with or without an engine, in 4 bits, in any dtype, from any
-number of shards. The second is the digest of the loaded weights. It also exists for models without
-local files, and is the same for copies whose files have another layout. Two base models are the
-same if one of the two digests is equal.
+A base model has two short digests. The first is the digest of the checkpoint's files. This digest
+does not depend on how the checkpoint is loaded (with or without an engine, in 4 bits, in any dtype,
+from any number of shards). The second is the digest of the loaded weights. This digest also exists
+for a model without local files. It is the same for a copy of the model whose files have another
+layout. Two base models are the same if one of the two digests is equal.
 """
 
 from __future__ import annotations

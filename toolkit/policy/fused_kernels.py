@@ -88,8 +88,8 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
     """Use fused kernels in ``model`` if ``asked`` (``runtime.fused_kernels``) is True or "auto".
 
     Call this function before an adapter is put on the model. With "auto", kernels are used if the
-    model is on a CUDA device and liger-kernel is installed. Returns None if ``asked`` is False or
-    the model is not on a CUDA device.
+    model is on a CUDA device and liger-kernel is installed. Returns the layers with and without a
+    kernel, or None if ``asked`` is False or the model is not on a CUDA device.
 
     Raises:
         ConfigValueError: ``asked`` is True, but the model is not on a CUDA device.
@@ -122,7 +122,9 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
 
 
 def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
-    """Use a kernel in each layer of ``model`` for which a kernel computes the same result."""
+    """Use fused kernels in the layers of ``model``. A layer uses a kernel only if the kernel
+    computes the same result as the layer. Returns the layers with and without a kernel.
+    """
     applied = Applied()
     alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
     for module in model.modules():
@@ -185,12 +187,12 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _norm(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return a ``forward`` for the norm layer ``module`` that uses the kernel. If the kernel cannot
-    be used, return the reason.
+    """Return a ``forward`` for the norm layer ``module`` that uses the RMSNorm kernel, or the
+    reason why the kernel cannot be used.
 
-    Three variants of the kernel are tried: those of Llama, Gemma and OLMo 2. Llama multiplies by
-    the weight in the weight's dtype. Gemma multiplies by 1 + weight in float32. OLMo 2 multiplies
-    by the weight in float32.
+    Three variants of the kernel are tried, for the norms of Llama, Gemma and OLMo 2. Llama
+    multiplies by the weight in the weight's dtype. Gemma multiplies by 1 + weight in float32. OLMo
+    2 multiplies by the weight in float32.
     """
     weight, eps = module.weight, _epsilon(module)
     assert isinstance(weight, nn.Parameter)
@@ -213,12 +215,12 @@ def _norm_forward(kernel: Forward, eps: float | None) -> Forward:
 
 
 def _mlp(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return a ``forward`` for the MLP ``module`` that uses the kernel for its activation. If no
-    kernel can be used, return the reason.
+    """Return a ``forward`` for the MLP ``module`` that uses the kernel for its activation function,
+    or the reason why no kernel can be used.
 
-    The module's activation function decides which kernel is used. It is compared in float32 with
-    the activations of the kernels, because in bfloat16 the two forms of GELU (exact and tanh)
-    cannot be distinguished.
+    The module's activation function decides which kernel is used. This function is compared in
+    float32 with the activation functions of the kernels, because in bfloat16 the two forms of GELU
+    (exact and tanh) cannot be distinguished.
     """
     activation: Any = getattr(module, "act_fn", None)
     if activation is None:
@@ -245,8 +247,8 @@ def _mlp_forward(kernel: Forward) -> Forward:
 
 
 def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | str:
-    """Return the ``forward`` of the module's class, changed so that the kernel applies the rotary
-    embedding. If the kernel cannot be used, return the reason.
+    """Copy the ``forward`` of the module's class, and let the kernel apply the rotary embedding in
+    the copy. Return the copy. If the kernel cannot be used, return the reason.
     """
     own = type(module).forward
     plain = own.__globals__[ROTARY]
@@ -316,8 +318,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _random(
     shape: Sequence[int], model: nn.Module, dtype: torch.dtype, seed: int = 0
 ) -> torch.Tensor:
-    """Return normal random numbers. They come from a separate generator, so that the state of the
-    run's generator does not change.
+    """Return normal random numbers. They come from a separate generator, so that the random numbers
+    of the run do not change.
     """
     device = next(model.parameters()).device
     drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -351,7 +353,7 @@ def _with_gradients(
     function: Callable[[], list[torch.Tensor]], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return the outputs of ``function``, followed by the gradients of ``inputs``. The backward
-    pass begins with random gradients of the outputs. They are the same in every call.
+    pass begins with random gradients of the outputs, which are the same in every call.
     """
     outputs = function()
     drawn = torch.Generator().manual_seed(7)

@@ -62,8 +62,9 @@ replaces it. None means that no option replaces it.
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion, with the attribute names of vLLM's CompletionOutput. ``logprobs`` has the
-    layout of ``Rollout``.
+    """One completion, with the attribute names of vLLM's CompletionOutput. ``logprobs`` is a nested
+    list [position][rank], where rank 0 is the most likely token. If only the log-probability of the
+    sampled token was requested, each position has only this value.
     """
 
     index: int
@@ -95,8 +96,8 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
     ``engine`` tells whether the model has a vLLM engine.
 
     Raises:
-        ConfigTypeError: an argument is not supported with a vLLM engine, or is supported only with
-            one.
+        ConfigTypeError: an option is passed twice, ``params`` has an unsupported type, or the model
+            (with or without a vLLM engine) does not support an argument.
     """
     if is_vllms(params):
         raise ConfigTypeError(
@@ -109,7 +110,8 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
         raise ConfigTypeError(
             f"sampling_params has the unsupported type {type(params).__name__}",
             where=WHERE,
-            fix="pass a mapping, a Sampling, or (with an engine) vLLM's SamplingParams",
+            fix="pass sampling_params as a mapping or a Sampling. If the model has a vLLM engine, "
+            "vLLM's SamplingParams is supported too",
         )
     given = dict(params) if isinstance(params, Mapping) else {}
     for name, value in kwargs.items():
@@ -152,8 +154,9 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse(name: str, *, engine: bool) -> None:
-    """Raise an error, because the argument ``name`` is not supported here. ``NEUTRAL`` does not
-    contain this name. If an engine supports the argument, the message names this engine.
+    """Raise ConfigTypeError for the argument ``name`` of ``fast_generate``, which is not one of the
+    supported options (``NEUTRAL``). The message says that the argument is unknown, or names the
+    library that supports it.
     """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(
@@ -178,8 +181,8 @@ def _refuse(name: str, *, engine: bool) -> None:
 
 
 def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[list[int]]]:
-    """Return the texts and the token ids of one prompt or of a list of prompts. The text is None if
-    the prompt consists of token ids.
+    """Return the texts and the token ids of one prompt or of a list of prompts. The text of a
+    prompt is None if the prompt was passed as token ids.
 
     Texts are tokenized with the tokenizer's own special tokens, as vLLM does.
 
@@ -222,8 +225,8 @@ def answers(
     sampling: Sampling,
     ends: Collection[int],
 ) -> list[Answer]:
-    """Convert ``rollout`` to one result per prompt. ``ends`` are the token ids that end a
-    completion.
+    """Convert ``rollout`` to a list with one ``Answer`` per prompt. ``ends`` are the token ids that
+    end a completion.
     """
     found = []
     for place, text in enumerate(texts):

@@ -3,7 +3,7 @@
 The mode is True, False, "unsloth" or "auto". True recomputes each layer in the backward pass (arXiv
 1604.06174). "unsloth" also moves the saved input of each layer to pinned host memory
 (``gradient_checkpointing_enable(offload=True)`` of transformers). "auto" chooses one of the other
-modes by the free memory.
+modes depending on the free memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
     """Set the gradient checkpointing of ``model`` (a transformers or PEFT model) to ``mode``.
     Returns the mode. If ``mode`` is "auto", this is the mode that was chosen.
 
-    TRL 1.16 switches checkpointing off before each rollout and on after it. It passes its own
-    arguments, which do not include offloading. This function makes sure that the model still gets
-    the same mode after each rollout.
+    TRL 1.16 switches checkpointing off before each rollout and on again after the rollout. TRL then
+    passes its own arguments, which do not include offloading. This function makes sure that the
+    model has the same mode again after each rollout.
 
     Raises:
         UnsupportedError: the model does not support gradient checkpointing.
@@ -50,16 +50,16 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
 
 
 def pause_checkpointing(model: Any) -> None:
-    """Switch checkpointing off for inference. The mode stays recorded for
-    ``resume_checkpointing``.
+    """Switch gradient checkpointing off for inference. The model keeps a record of its mode, so
+    that ``resume_checkpointing`` can switch it on again.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.gradient_checkpointing_disable()
 
 
 def resume_checkpointing(model: Any) -> None:
-    """Switch back to the mode that ``apply_checkpointing`` set. If it was never called,
-    checkpointing stays off.
+    """Switch gradient checkpointing back to the mode that ``apply_checkpointing`` set. If
+    ``apply_checkpointing`` was never called, checkpointing stays off.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mode = getattr(base, "toolkit_checkpointing", False)
@@ -68,7 +68,9 @@ def resume_checkpointing(model: Any) -> None:
 
 
 def _offloads(base: Any) -> bool:
-    """Return True if hidden states must be moved to the host. On a CPU they are already there."""
+    """Return True if the hidden states must be moved to host memory. On a CPU they are in host
+    memory already.
+    """
     return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 

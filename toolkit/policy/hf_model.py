@@ -69,7 +69,8 @@ def choose_dtype(request: LoadRequest) -> torch.dtype:
 
 
 def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """Read the model's configuration, and set its number of positions for ``request``.
+    """Read the model's configuration, and set its number of positions (its maximum sequence length)
+    as ``request`` needs it.
 
     Raises:
         InputError: config.json cannot be read.
@@ -125,8 +126,8 @@ def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
 
 
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
-    """Load the base model with every tensor from the checkpoint. The weights are frozen, except
-    with ``full_finetuning``.
+    """Load the base model from the checkpoint. The weights are frozen, unless ``full_finetuning``
+    is set.
 
     Raises:
         InputError: a weight file cannot be read, or tensors are missing, unexpected or have a wrong
@@ -211,8 +212,8 @@ def _device_map(asked: Any) -> Any:
 
 
 def _check_complete(info: dict[str, Any], name: str) -> None:
-    """Check that every tensor of the model came from the checkpoint, and that the checkpoint has no
-    other tensors.
+    """Raise an error if the checkpoint lacks a tensor of the model, or has a tensor that the model
+    does not have.
     """
     for key, what in (
         ("missing_keys", "the checkpoint does not contain {} tensors of the model"),

@@ -1,4 +1,4 @@
-"""Upload one folder to the Hugging Face hub. This happens only if the user requests it."""
+"""Upload one folder to the Hugging Face hub. A folder is uploaded only if the user requests it."""
 
 from __future__ import annotations
 

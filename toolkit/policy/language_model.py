@@ -48,7 +48,9 @@ are fields of PEFT's LoraConfig.
 
 
 class FastLanguageModel:
-    """The drop-in API. Every method is static, because the state is in the model."""
+    """The class with which a script loads a model, adds an adapter, and switches between training
+    and inference. Every method is static, because the state is stored in the model.
+    """
 
     @staticmethod
     def from_pretrained(  # noqa: PLR0913 - the drop-in signature
@@ -85,15 +87,16 @@ class FastLanguageModel:
 
         ``model_name`` is a folder, a hub id, or the folder of an adapter. For the folder of an
         adapter, the adapter's base model is loaded with the adapter, which can be trained further.
-        ``dtype`` None means bfloat16 (or float16) on a GPU and float32 on a CPU.
-        ``max_seq_length`` is in tokens.
+        If ``dtype`` is None, the dtype is bfloat16 on a GPU (float16 on a GPU without bfloat16) and
+        float32 on a CPU. ``max_seq_length`` is in tokens.
 
         If ``fast_inference`` is True, a vLLM engine loads the weights, and the model's parameters
-        are views of them. Then ``gpu_memory_utilization`` is the engine's share of the GPU's
-        memory, and ``max_lora_rank`` is the largest adapter rank that the engine supports. If one
-        of these is "auto", the toolkit's memory estimate chooses its value, as for a run file with
-        the same keys. The estimate uses the adapter of the folder, else an adapter of rank 16.
-        ``kwargs`` are ``attn_implementation`` and engine options such as ``max_num_seqs``.
+        are views of the engine's weights. Then ``gpu_memory_utilization`` is the engine's share of
+        the GPU's memory, and ``max_lora_rank`` is the largest adapter rank that the engine
+        supports. If one of these is "auto", the toolkit's memory estimate chooses its value, as for
+        a run file with the same keys. The estimate assumes the adapter that is loaded. If no
+        adapter is loaded, it assumes an adapter of rank 16. ``kwargs`` are ``attn_implementation``
+        and engine options such as ``max_num_seqs``.
 
         Returns:
             (model, tokenizer). The model also has ``fast_generate``, ``save_lora``, ``load_lora``,
@@ -177,9 +180,9 @@ class FastLanguageModel:
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
-        """Set ``model`` to training mode and return it. Gradient checkpointing gets the mode that
-        was set before. If ``use_gradient_checkpointing`` is False, checkpointing is switched off
-        instead.
+        """Set ``model`` to training mode and return it. Gradient checkpointing is switched back to
+        the mode that was set for this model (``apply_checkpointing``). If
+        ``use_gradient_checkpointing`` is False, checkpointing is switched off.
         """
         model.train()
         if use_gradient_checkpointing is False:
@@ -199,8 +202,8 @@ class FastLanguageModel:
 
 
 def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
-    """Add a new adapter and the toolkit's methods to ``model``, set it to training mode, and return
-    it.
+    """Add a new adapter and the toolkit's methods to ``model``, set the model to training mode, and
+    return the PEFT model.
     """
     peft_model = tell_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
@@ -214,8 +217,8 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     """Load the model, its adapter and the tokenizer for a resolved run file. Returns (model,
     tokenizer).
 
-    ``runtime.engine`` of the run file selects the engine. ``tokenizer`` is the result of
-    ``policy_tokenizer``, if that function was called before. Raises the errors of
+    ``runtime.engine`` of the run file selects the engine. If ``policy_tokenizer`` was called
+    before, pass its result as ``tokenizer``. Raises the errors of
     ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
     """
     if config.lora.adapter_path is not None and not config.model.full_finetuning:
@@ -253,8 +256,8 @@ def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
 
 
 def policy_tokenizer(config: RunConfig) -> Any:
-    """Load only the tokenizer that ``load_policy`` returns, not the model and its engine. Raises
-    InputError if the tokenizer cannot be read.
+    """Load the tokenizer that ``load_policy`` returns, without loading the model and its engine.
+    Raises InputError if the tokenizer cannot be read.
     """
     return read_tokenizer(request_of(config))
 

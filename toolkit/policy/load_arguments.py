@@ -53,8 +53,8 @@ are rejected, and the fix.
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` with the name of ``known`` that is most similar to ``name``.
-    If no name is similar, return an empty string.
+    """Return the text `` (did you mean 'x'?)``, where x is the name in ``known`` that is most
+    similar to ``name``. If no name is similar, return an empty string.
     """
     match = near(name, sorted(known), cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
@@ -75,8 +75,8 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def check_checkpointing(value: Any, where: str) -> None:
-    """Raise an error if ``value`` of ``use_gradient_checkpointing`` is not True, False, "unsloth"
-    or "auto".
+    """Raise an error if ``value``, the argument ``use_gradient_checkpointing``, is not True, False,
+    "unsloth" or "auto".
     """
     if not any(
         value is known or (isinstance(value, str) and value == known) for known in CHECKPOINTING

@@ -98,11 +98,11 @@ _SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
 def _honour_special(values: dict[str, Any]) -> None:
-    """Check the parameters ``_SPECIAL`` and remove them from ``values``.
+    """Check the three parameters in ``_SPECIAL``, and remove them from ``values``.
 
-    ``use_exact_model_name`` and ``text_only`` have no effect, because model names are never mapped
-    to other names, and only text models are loaded. ``float32_mixed_precision`` True is replaced by
-    dtype float32.
+    ``use_exact_model_name`` has no effect, because model names are never mapped to other names.
+    ``text_only`` has no effect, because only text models are loaded. If ``float32_mixed_precision``
+    is True, ``dtype`` is set to float32.
     """
     for name in ("use_exact_model_name", "text_only"):
         value = values.pop(name, False)
@@ -177,9 +177,9 @@ def _check_flags(request: LoadRequest) -> None:
     hint = "load_in_4bit is True by default, so pass load_in_4bit=False for another format"
     if len(chosen) > 1:
         raise ConfigValueError(
-            f"{' and '.join(chosen)} exclude each other",
+            f"{' and '.join(chosen)} cannot be used together",
             where=WHERE,
-            fix=f"set only one of these arguments to True. {hint}",
+            fix=f"set only one load_in_* argument to True. {hint}",
         )
     for problem in flag_problems(
         load_in_4bit=request.load_in_4bit,
@@ -198,7 +198,7 @@ device.
 
 
 def check_engine(request: LoadRequest) -> None:
-    """Reject arguments that cannot be used if the model has an engine.
+    """Reject arguments that cannot be used together with an engine.
 
     Raises:
         UnsupportedError, ConfigValueError, ConfigTypeError: an argument is rejected. The message
@@ -208,7 +208,7 @@ def check_engine(request: LoadRequest) -> None:
     for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
         if getattr(request, name):
             raise UnsupportedError(
-                f"{name} and fast_inference exclude each other: {why}",
+                f"{name} and fast_inference cannot be used together, because {why}",
                 where=WHERE,
                 fix=f"remove {name}, or use fast_inference=False",
             )
@@ -263,7 +263,9 @@ def _check_values(engine: Mapping[str, Any]) -> None:
 
 
 def _next_rank(name: str, asked: Any) -> str:
-    """Return the fix for a rank that vLLM does not support."""
+    """Return the advice for the user if vLLM does not support the rank ``asked``: another rank, or
+    "auto".
+    """
     legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
     return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these ranks, or "auto"'
 

@@ -155,8 +155,8 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
 def differences(
     current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
 ) -> list[str]:
-    """Compare the adapter config ``current`` (a ``peft.LoraConfig``) with ``settings``. Returns one
-    text for each of the fields ``names`` that differs.
+    """Compare the adapter config ``current`` (a ``peft.LoraConfig``) with ``settings``. Only the
+    fields in ``names`` are compared. Returns one line of text for each field whose values differ.
     """
     asked = to_peft(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
@@ -178,11 +178,11 @@ def _plain_set(config: Any, name: str) -> Any:
 
 
 def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors by the names that they have in the adapter's file. The tensors
-    are not copied.
+    """Return the adapter's tensors, by their names in the adapter's file.
 
-    There is one exception. If several processes share a model, the result has new tensors, which
-    join the parts of these processes. All of these processes must call this function.
+    The tensors are those of the model, not copies. If several processes share a model, each of them
+    has only a part of the adapter. Then the result has new tensors, which are joined from the parts
+    of all these processes, and all of them must call this function.
     """
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
@@ -200,8 +200,8 @@ def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
 def set_adapter_tensors(
     model: Any, tensors: Mapping[str, torch.Tensor], name: str = "default"
 ) -> None:
-    """Copy ``tensors`` into the adapter ``name``. The caller must have checked that their names and
-    shapes are those of ``adapter_tensors``.
+    """Copy ``tensors`` into the adapter ``name``. The caller must have checked that ``tensors`` has
+    the names and shapes that ``adapter_tensors`` returns.
     """
     cut = _parameters(model, name)
     own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}
@@ -212,9 +212,9 @@ def set_adapter_tensors(
 def merge(model: Any, name: str = "default") -> Any:
     """Merge the adapter ``name`` into the base model's weights. Returns the base model.
 
-    The sum is computed in float32 and rounded once. PEFT's own merge rounds the update before the
-    addition. So PEFT's merge is used only for an adapter that does more than add s B A (such as
-    DoRA).
+    The merged weight W + s B A is computed in float32 and rounded once. PEFT's own merge rounds the
+    update before the addition. So PEFT's merge is used only for an adapter that does more than add
+    s B A to a weight (such as DoRA).
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(_is_plain(layer, name) for layer in layers):
@@ -335,8 +335,8 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
 
 @contextmanager
 def kept_float32(model: Any) -> Iterator[None]:
-    """Keep the adapter of ``model`` in float32. If code in the block converts the adapter to
-    another dtype, the float32 values are restored after the block.
+    """Keep the adapter of ``model`` in float32. If code in the ``with`` block converts the adapter
+    to another dtype, the float32 values are restored after the block.
 
     If a model is loaded in 4 or 8 bits, TRL 1.16 casts the adapter to bfloat16
     (GRPOTrainer.__init__), as the QLoRA paper does. But GRPO's updates are smaller than the

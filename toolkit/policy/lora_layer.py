@@ -1,8 +1,8 @@
 """Define a PEFT LoRA layer with a faster forward pass, ``adapted_linear``.
 
 The faster forward pass is used only if it computes the same as PEFT's. The layer is registered
-through PEFT's ``LoraConfig._register_custom_module`` (see PEFT's guide "Custom models"). Names,
-parameters, saving and merging are those of PEFT.
+through PEFT's ``LoraConfig._register_custom_module`` (see PEFT's guide "Custom models"). The layer
+has PEFT's names and parameters, and PEFT saves and merges it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 class FastForward(nn.Module):
     """A forward pass for a PEFT layer that is faster and needs less memory under autocast.
 
-    The faster pass is used if the frozen layer has the dtype of autocast and exactly one adapter is
-    active. This adapter must be plain LoRA and have another dtype. In all other cases the forward
-    pass of PEFT's class is used. PEFT's class is the next base class of the layer.
+    The faster pass is used if three conditions hold. The frozen layer has the dtype of autocast.
+    Exactly one adapter is active. This adapter is plain LoRA and has another dtype than the frozen
+    layer. In all other cases the layer uses the forward pass of its next base class, which is
+    PEFT's class.
     """
 
     base_layer: Any
@@ -40,7 +41,7 @@ class FastForward(nn.Module):
     lora_dropout: Any
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map ``x`` (..., in) to (..., out)."""
+        """Return the output (..., out) of the adapted layer for the input ``x`` (..., in)."""
         name = None if args or kwargs else self._single_adapter()
         if name is None or not self._as_under_autocast(x, name):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -92,7 +93,9 @@ def _four_bit_class() -> Any:
 
 
 def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwargs: Any) -> Any:
-    """Create the 4-bit layer in the same way as PEFT 0.21.2 (``dispatch_bnb_4bit``)."""
+    """Create a 4-bit layer with an adapter, with the same arguments as PEFT 0.21.2
+    (``dispatch_bnb_4bit``).
+    """
     own = {
         "compute_dtype": base.compute_dtype,
         "compress_statistics": base.weight.compress_statistics,
@@ -103,18 +106,20 @@ def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwar
 
 def use_fast_layers(config: Any) -> Any:
     """Change ``config`` (a ``peft.LoraConfig``) so that PEFT adapts linear layers with the classes
-    of this module, and return it.
+    of this module. Returns ``config``.
     """
     config._register_custom_module({nn.Linear: _layer_for})
     return config
 
 
 def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
-    """Create the LoRA layer for ``target``, if ``target`` is a plain, split or 4-bit linear layer.
-    In other cases return None, and PEFT then chooses its own class.
+    """Return a LoRA layer of this package for the layer ``target``, or None if PEFT must choose its
+    own class.
 
-    PEFT's own class is used for other subclasses of nn.Linear, and for layers that a hook of
-    accelerate moves between devices.
+    This package has LoRA layers for a plain ``nn.Linear``, a 4-bit linear layer, and a linear layer
+    that is split over processes. PEFT chooses its own class for every other layer, such as another
+    subclass of ``nn.Linear``. PEFT also chooses it for a layer that a hook of accelerate moves
+    between devices.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:

@@ -96,7 +96,7 @@ class LoraSettings:
 
 
 def check_settings(settings: LoraSettings) -> None:
-    """Check the values that can be checked without a model.
+    """Check the settings that can be checked without a model.
 
     Raises:
         ConfigTypeError: r or another number has the wrong type.
@@ -218,7 +218,8 @@ def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
                 f"{what} is not supported by the engine's LoRA slots, so the engine would sample "
                 "completions without it",
                 where=WHERE,
-                fix="remove this setting, or load the model with fast_inference=False",
+                fix="remove the setting that the message names, or load the model with "
+                "fast_inference=False",
             )
     wrong_init = init_with_engine(settings.init_lora_weights)
     if wrong_init is not None:
@@ -242,7 +243,8 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     the last parts of the name. A single string is a pattern.
 
     Raises:
-        ConfigValueError: a target names no module. The message suggests the most similar name.
+        ConfigValueError: no module has the name of a target. The message suggests the most similar
+            name.
     """
     names = [name for name in module_names if name]
     targets = settings.target_modules
@@ -328,8 +330,8 @@ def default_for(model: Any) -> tuple[str, ...]:
 
 
 def told_default(model: Any) -> tuple[str, ...]:
-    """Return the result of ``default_for``. Warns if the model is a mixture of experts. For such a
-    model the default has fewer layers than the seven projections of the drop-in API.
+    """Return the result of ``default_for``. If the model is a mixture of experts, warn that the
+    default has fewer layers than Unsloth's default (seven projections).
     """
     chosen = default_for(model)
     if has_experts(model.config.to_dict()):
@@ -343,15 +345,17 @@ def told_default(model: Any) -> tuple[str, ...]:
 
 
 def experts_of(settings: LoraSettings, model: Any) -> frozenset[str]:
-    """Return the targets of ``settings`` that PEFT applies to the experts of this model."""
+    """Return the entries of ``settings.target_modules`` that PEFT applies to the experts of this
+    model (a mixture of experts).
+    """
     if not has_experts(model.config.to_dict()):
         return frozenset()
     return expert_targets(model.config.model_type, settings.target_modules)
 
 
 def refuse_experts(found: frozenset[str], where: str) -> None:
-    """Raise UnsupportedError if experts would be adapted. This is called only for a model with an
-    engine.
+    """Raise UnsupportedError if ``found``, the expert layers that the adapter targets, is not
+    empty. The caller has checked that the model has an engine.
     """
     if found:
         names = ", ".join(name for name in MLP if name in found)
@@ -359,5 +363,6 @@ def refuse_experts(found: frozenset[str], where: str) -> None:
             f"target_modules: {names} are the experts of this model, and the engine has no LoRA"
             " slots for them",
             where=where,
-            fix="target the attention projections, or load the model with fast_inference=False",
+            fix="set target_modules to the attention projections, or load the model with "
+            "fast_inference=False",
         )

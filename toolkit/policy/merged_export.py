@@ -109,8 +109,8 @@ def _check_ties(base: Any, adapter: Adapter) -> None:
 
 
 def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
-    """Copy the files of ``adapter``, which was read and checked, to the folder ``to``, and write
-    the tokenizer of its base model there. Returns the folder.
+    """Copy the files of ``adapter`` to the folder ``to``, and write the tokenizer of its base model
+    there. The caller has already read and checked the adapter. Returns the folder.
 
     Raises:
         ConfigValueError: ``to`` is not empty.
@@ -155,8 +155,9 @@ def check_empty(to: Path) -> None:
 
 @contextmanager
 def into(to: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``to``. After the block the temporary folder is renamed to
-    ``to``. Its files get the mode 0644 and the folder gets 0755, minus the umask.
+    """Yield a temporary folder next to ``to``, and rename it to ``to`` after the ``with`` block.
+    The files get the mode 0644, and the folder gets 0755. The bits of the umask are cleared in both
+    modes.
     """
     with beside(to) as work:
         yield work

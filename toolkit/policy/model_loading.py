@@ -36,8 +36,8 @@ def load(
 
     If ``request.model_name`` is the folder of an adapter, the adapter and its base model are
     loaded. If ``adapter_folder`` is given, ``request.model_name`` must be the base model, and the
-    adapter in that folder is added to it. ``tokenizer`` is the result of ``read_tokenizer``. If it
-    is None, the tokenizer is read here.
+    adapter in that folder is added to it. ``tokenizer`` is the result of ``read_tokenizer``. If
+    ``tokenizer`` is None, this function reads the tokenizer.
 
     Raises:
         InputError, ConfigValueError, UnsupportedError, MissingExtraError: see ``from_pretrained``.
@@ -84,8 +84,8 @@ def _find(request: LoadRequest, name: str) -> Checkpoint:
 
 
 def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
-    """Return the checkpoint that ``adapter`` was trained on, whose name is in the adapter's
-    config.
+    """Return the checkpoint of the base model that ``adapter`` was trained on. The adapter's config
+    has the name of this checkpoint.
     """
     name = adapter.config.base_model_name_or_path
     if not name:
@@ -104,8 +104,8 @@ def _finish(
     adapter: Adapter | None,
     tokenizer: Any,
 ) -> tuple[Any, Any]:
-    """Set the model's name and padding, and add the adapter and the toolkit's methods. Returns the
-    model and the tokenizer.
+    """Set the model's name and padding, and add the adapter (if one is given) and the toolkit's
+    methods. Returns the model and the tokenizer.
     """
     # transformers stores the snapshot's folder as the model's name, but adapters must record the
     # name that the user gave.
@@ -152,8 +152,7 @@ def _fuse(model: Any, request: LoadRequest) -> Applied | None:
 def tell_engine(peft_model: Any) -> Any:
     """If the model has an engine, copy the new adapter to the engine. Returns ``peft_model``.
 
-    With this call, an adapter that the engine does not support is rejected now and not in the first
-    rollout.
+    The engine then rejects an unsupported adapter now, and not in the first rollout.
 
     Raises:
         UnsupportedError, ConfigValueError: the engine does not support the adapter. The adapter is

@@ -1,7 +1,7 @@
 """Provide the functions for chat templates that notebooks import.
 
-The chat template comes from the checkpoint's tokenizer. ``get_chat_template`` checks that it is the
-one that the notebook names.
+The chat template comes from the checkpoint's tokenizer. ``get_chat_template`` checks that this
+template belongs to the model family that the notebook names.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def get_chat_template(
 
     ``chat_template`` is Jinja text, or the name of a model family ("llama-3.1", "qwen-2.5",
     "gemma-3", "chatml", ...). Jinja text is set on the tokenizer. For the name of a family, the
-    tokenizer must already have the template of that family, and is returned unchanged. "chatml" is
-    an exception. Its template is set if the tokenizer has no template.
+    tokenizer must already have the template of that family, and is returned unchanged. For "chatml"
+    there is an exception: if the tokenizer has no template, the template of ChatML is set.
 
     Raises:
         ConfigValueError: the tokenizer does not have a template of that family.

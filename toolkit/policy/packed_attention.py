@@ -8,9 +8,10 @@ mask over the whole pack is needed.
 
 ``packed_attention`` is registered with transformers' public ``AttentionInterface``. If the keyword
 ``packed_layout`` is not passed, there is no pack, and ``packed_attention`` calls the model's own
-attention function. For a pack on a GPU in half precision it uses ``torch.nn.attention.varlen``
-(FlashAttention-2). For a pack in other cases, and for models with a soft cap or attention sinks, it
-calls the model's own function with the segments in batches of similar length.
+attention function. For a pack on a GPU in half precision, ``packed_attention`` uses
+``torch.nn.attention.varlen`` (FlashAttention-2). In other cases, and for models with a soft cap or
+attention sinks, it splits the segments into batches of similar length and calls the model's own
+attention function for each batch.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA 
 
 
 class Segment(NamedTuple):
-    """The tokens from ``start`` to ``start + length`` of the pack. They attend also to the tokens
-    of their prefix, from ``prefix_start`` to ``prefix_start + prefix_length``.
+    """The tokens from ``start`` to ``start + length`` of the pack. These tokens also attend to the
+    tokens of the segment's prefix, from ``prefix_start`` to ``prefix_start + prefix_length``.
     """
 
     start: int
@@ -106,12 +107,13 @@ class PackedLayout:
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Return an index with K entries, and a list of pairs for the backward pass.
+        """Return the keys of all segments as one index tensor (K,), and a list of pairs for the
+        backward pass.
 
-        The index lists the tokens that are keys, for one segment after another. A token of a shared
-        prefix is listed several times. Each pair has tokens of the pack, and their places in the
-        index. The first pair has the first place of each token. The second pair has the second
-        place of each token that is listed at least twice, and so on.
+        The index has the keys of one segment after another, as positions in the pack. A token of a
+        shared prefix occurs once for each segment with this prefix. Each pair is (tokens, places).
+        Pair number i (counted from 0) has all tokens that occur more than i times in the index. For
+        each of these tokens it has the place of occurrence number i.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -143,7 +145,9 @@ class PackedLayout:
 
     @property
     def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
-        """For each token of the pack, its index among the padded queries of all batches."""
+        """For each of the N tokens of the pack, the index of its query among the padded queries of
+        all batches.
+        """
         assert self.batches
         assert self._order_N is not None
         return self._order_N
@@ -178,9 +182,9 @@ class PackedLayout:
         return Batch(*(x.to(self.device) for x in (queries, keys, positions, counts)))
 
     def mask(self, number: int, window: int | None) -> torch.Tensor:
-        """Return a mask (S, 1, T, K) for batch ``number``. It is True where the query attends to
-        the key. ``window`` is the number of tokens that a token attends to, including itself (None:
-        no limit).
+        """Return the mask of batch ``number``, (S, 1, T, K), for S blocks of T queries with K keys.
+        An entry is True if the query attends to the key. ``window`` is the number of tokens that a
+        token attends to, including itself (None means no limit).
         """
         known = self._masks.get((number, window))
         if known is not None:
@@ -196,8 +200,8 @@ class PackedLayout:
 
 
 def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Put blocks of similar size into groups. The blocks of a group are later padded to the largest
-    block of the group, so this padding stays small.
+    """Put blocks of similar size into groups. ``_batch`` later pads the blocks of a group to the
+    size of the largest block in the group. So this padding stays small.
     """
     groups: list[list[tuple[Segment, int, int]]] = []
     real = 0
@@ -329,11 +333,12 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Call transformers' attention function with the name ``plain``. If the keyword
-    ``packed_layout`` is passed, compute the attention of this function over a pack.
+    """Compute attention with transformers' attention function named ``plain``, such as "sdpa". If
+    the keyword ``packed_layout`` is passed, the inputs are a pack, and the result is the attention
+    over this pack.
 
-    ``query`` is (B, H, T, D). Returns the output (B, T, H, D) and the attention weights (None for a
-    pack).
+    ``query`` has the shape (B, H, T, D). Returns the output (B, T, H, D) and the attention weights
+    (None for a pack).
     """
     layout: PackedLayout | None = kwargs.pop(KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -357,8 +362,8 @@ def packed_attention(
 
 
 def register() -> None:
-    """Register packed attention for each attention function in ``PLAIN``. The masks are those of
-    the attention function.
+    """Register packed attention with transformers, once for each attention function in ``PLAIN``.
+    The masks are made by transformers' mask function for the same attention function.
     """
     for plain in PLAIN:
         AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))

@@ -1,4 +1,4 @@
-"""Set the number of positions of a model (its maximum sequence length). This is needed if
+"""Set the number of positions of a model (its maximum sequence length). The number must be set if
 ``rope_scaling`` is given, or if ``max_seq_length`` is larger than the length that the model was
 trained with.
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def set_positions(config: Any, request: LoadRequest, name: str) -> None:
-    """Apply ``rope_scaling`` to ``config``. Without it, extend the positions if ``max_seq_length``
-    is larger than the length that the model was trained with.
+    """Apply the argument ``rope_scaling`` to ``config``. If it is not given, but ``max_seq_length``
+    is larger than the length that the model was trained with, extend the positions by dynamic NTK
+    scaling.
 
-    The extension is dynamic NTK scaling, which does not change the results for sequences within the
-    trained length.
+    Dynamic NTK scaling does not change the results for sequences within the trained length.
     """
     longest = getattr(config, "max_position_embeddings", None)
     wanted = request.max_seq_length

@@ -42,8 +42,8 @@ def limit_template(tokenizer: Any) -> Any:
 
 
 class _LimitedTemplate:
-    """The replaced ``apply_chat_template`` of one tokenizer. It is an object and not a function, so
-    that it can be copied and pickled with the tokenizer.
+    """The method that replaces ``apply_chat_template`` of a tokenizer. It is an object of this
+    class and not a function, so that it can be copied and pickled with the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -54,8 +54,8 @@ class _LimitedTemplate:
 
 
 class _LimitedParser:
-    """Reads the calls of tools from a completion, by the regular expressions of the tokenizer's
-    response template.
+    """The method that replaces ``parse_response`` of a tokenizer. It reads tool calls from a
+    completion, with the regular expressions of the tokenizer's response template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -79,9 +79,10 @@ class _LimitedParser:
 
 
 def _usable(value: Any, deepest: int = DEEPEST) -> Any:
-    """``value`` with lone surrogates replaced by their codes: a model can write half of a character
-    as an escape in JSON, and no text that contains it can be tokenized. Raises ValueError if the
-    value is nested too deeply.
+    """Return ``value`` with each lone surrogate replaced by its escape code. A model can write half
+    of a character as an escape in JSON, and a text with such a lone surrogate cannot be tokenized.
+
+    Raises ValueError if ``value`` is nested more than ``deepest`` levels deep.
     """
     if isinstance(value, str):
         return _whole(value)
@@ -105,7 +106,7 @@ def _place(tokenizer: Any) -> str | None:
 
 def _bad_parser(tokenizer: Any, what: str) -> ConfigError:
     return ConfigError(
-        f"the response template of this tokenizer (it finds calls of tools) {what}",
+        f"the tokenizer's response template, which finds the tool calls, {what}",
         where=_place(tokenizer),
         fix="replace response_template in tokenizer_config.json in the model's folder, or get the "
         "model from a source that you trust",
@@ -170,7 +171,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def refused(tokenizer: Any, error: Exception) -> ConfigError:
-    """Return the error to raise if a template raised ``error``, or if the tokenizer has no
+    """Return the error for a template that raised ``error``, or for a tokenizer without a chat
     template.
     """
     said = first_line(error) or type(error).__name__
@@ -179,14 +180,14 @@ def refused(tokenizer: Any, error: Exception) -> ConfigError:
             "the prompts are lists of messages, but the tokenizer has no chat template",
             where=_place(tokenizer),
             fix="use an instruct model, or write the prompts as plain text, or set a template in "
-            'your script with tokenizer = get_chat_template(tokenizer, "chatml")',
+            'your script with `tokenizer = get_chat_template(tokenizer, "chatml")`',
         )
     return ConfigError(
         f"the tokenizer's chat template rejects the prompts: {said}",
         where=_place(tokenizer),
-        fix="use only the roles that the template supports, in the order that it supports, or "
-        "replace chat_template.jinja in the model's folder. If the template does not support a "
-        "system message, put the text of dataset.system into the prompts",
+        fix="use only roles that the template supports, in the order that it supports. If it does "
+        "not support a system message, put the text of dataset.system into the prompts. "
+        "Alternatively, replace chat_template.jinja in the model's folder",
     )
 
 

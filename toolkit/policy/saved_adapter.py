@@ -130,7 +130,8 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
         raise ConfigTypeError(
             f"the adapter to start from has other settings: {'; '.join(different)}",
             where=str(adapter.folder),
-            fix="remove these keys from the lora section, so that the adapter's values are used",
+            fix="remove the differing keys from the lora section, so that the adapter's values "
+            "are used",
         )
 
 
@@ -213,8 +214,8 @@ def check_base(model: Any, adapter: Adapter) -> None:
 
 
 def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
-    """Check that the tensors of the saved ``adapter`` match those of the adapter ``name`` of
-    ``model``. Returns the saved tensors.
+    """Check that the tensors of the saved ``adapter`` match the tensors of the model's adapter
+    ``name``. Returns the saved tensors.
 
     If an adapter is on embeddings or head, PEFT also saves the base model's tensors of these
     layers. These tensors must equal those of ``model``. They are not returned, so that base weights

@@ -53,8 +53,8 @@ def shared_model(
     * The checkpoint and the model have the same tensors.
     * If ``check`` is True, the log-probabilities of a few tokens agree with the engine's.
 
-    Drop the model soon after the engine is closed, because the memory of the weights is freed only
-    when the engine is closed and the model is dropped.
+    Delete all references to the model soon after the engine is closed. The memory of the weights is
+    freed only when the engine is closed and the model is deleted.
 
     Args:
         engine: a running engine.
@@ -87,8 +87,8 @@ def shared_model(
 
 def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
     """Raise an error if a model with LongRoPE (Phi-3) has a max_seq_length above its original
-    length. vLLM 0.25 to 0.31 then uses the long rope factors for every sequence. Hugging Face uses
-    them only for sequences above the original length.
+    length. In this case vLLM 0.25 to 0.31 uses the long rope factors for every sequence. Hugging
+    Face uses the long factors only for sequences above the original length.
 
     Raises:
         UnsupportedError: max_seq_length is above the original length.
@@ -135,11 +135,11 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
 
 
 def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
-    """Raise an error if any of ``names`` does not match the pattern ``ignored``. ``what`` is the
-    problem with these names, for the message.
+    """Raise an error for the tensors ``names``, except those that match the pattern ``ignored``.
+    ``what`` says in the message what is wrong with these tensors.
 
     Raises:
-        UnsupportedError: there are such names. The message contains the first five.
+        UnsupportedError: there are such tensors. The message contains the first five names.
     """
     bad = sorted(name for name in names if not ignored.search(name))
     if bad:
@@ -147,7 +147,7 @@ def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.
         raise UnsupportedError(
             f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
             where="model.model_name",
-            fix="use a complete checkpoint of this architecture",
+            fix="use a complete checkpoint of the model",
         )
 
 
@@ -210,8 +210,8 @@ def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
 
 
 def spot_check(engine: Engine, model: PreTrainedModel) -> float:
-    """Sample a few tokens greedily with the engine, and compare their log-probabilities with those
-    of the model. Returns the largest difference, in nats.
+    """Sample a few tokens greedily with the engine, and compare the engine's log-probabilities of
+    these tokens with the model's. Returns the largest difference, in nats.
 
     Raises:
         UnsupportedError: the difference is more than rounding, so engine and model compute
@@ -253,6 +253,6 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
             f"model differ by {gap:.3g} nats, but rounding explains only {limit:g}. So vLLM "
             f"computes {type(model).__name__} differently on this machine",
             where=WHY_SHARE,
-            fix="set fast_inference: false, and report this model as a defect",
+            fix="set fast_inference: false, and report the difference as a defect of the toolkit",
         )
     return gap

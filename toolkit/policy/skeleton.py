@@ -66,9 +66,9 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
 def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the model class of ``config`` as it was before vLLM changed it.
 
-    If vLLM has no model class for the architecture, it runs the Hugging Face class, and changes
-    that class for the whole process (bases, ``__init__`` and ``__call__`` in
-    ``support_torch_compile``, vLLM 0.31.0). The changed class cannot be used outside vLLM. So the
+    If vLLM has no model class for the architecture, it runs the Hugging Face class. vLLM then
+    changes this class for the whole process. In vLLM 0.31.0, ``support_torch_compile`` changes the
+    bases, ``__init__`` and ``__call__``. The changed class cannot be used outside vLLM. So the
     class's file is imported a second time under another name.
     """
     touched = AutoModelForCausalLM._model_mapping[type(config)]

@@ -136,8 +136,11 @@ def locate(
 
 
 def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
-    """Return the slice that is the whole tensor ``source``. If the engine has padded the tensor,
-    return the slice of its first rows.
+    """Return a slice with all rows of the tensor ``source``. If the engine has padded the tensor,
+    the slice has only the rows before the padding.
+
+    Raises:
+        UnsupportedError: ``shape`` is not the shape of the tensor.
     """
     have = available(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
@@ -151,8 +154,13 @@ def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
 def part_of(
     leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
 ) -> Slice:
-    """Return the slice of the fused tensor ``source`` that is its part ``leaf``. The parts follow
-    each other in the order of ``parts``.
+    """Return the slice of the fused tensor ``source`` that belongs to the layer ``leaf``, such as
+    q_proj. ``parts`` has the names of the fused layers, and ``shapes`` the shapes of their tensors,
+    in the order of their rows in ``source``.
+
+    Raises:
+        UnsupportedError: the model lacks one of the fused layers, or the shapes do not add up to
+            the shape of ``source``.
     """
     have = available(source, sources)
     known = [shape for shape in shapes if shape is not None]
@@ -186,11 +194,10 @@ def available(source: str, sources: Sources) -> Shape:
 def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     """Return the tensor names that a checkpoint must have for the parameters ``wanted``.
 
-    ``read`` are the names of the tensors in the checkpoint. Hugging Face has one tensor for all
+    ``read`` has the names of the tensors in the checkpoint. Hugging Face has one tensor for all
     experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per expert
     (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for every
-    expert of every layer. If one expert has a tensor, all
-    experts must have it.
+    expert of every layer. If one expert has a tensor, all experts must have this tensor.
     """
     tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
     names = set()

@@ -135,7 +135,7 @@ def with_response(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
 def test_a_response_pattern_that_never_ends_is_stopped(monkeypatch) -> None:
     monkeypatch.setattr(render_template, "TIME_S", 0.5)
     limited = with_response("(?P<said>(?:a|a|.)+)+$\\b\\B")
-    with pytest.raises(ConfigError, match=r"response template of this tokenizer .* did not end"):
+    with pytest.raises(ConfigError, match=r"response template, which .* calls, did not end"):
         limited.parse_response("a" * 60, prefix="<a>")
 
 

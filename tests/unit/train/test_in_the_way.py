@@ -73,7 +73,7 @@ def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
         dataset=DatasetSection(path=str(path) if key == "data" else None),
         source=str(path) if key == "source" else "",
     )
-    with pytest.raises(ConfigError, match="and would replace it or files in it"):
+    with pytest.raises(ConfigError, match="but would overwrite it or files in it"):
         in_the_way.refuse(run_dir, config)
     in_the_way.refuse(tmp_path / "other", config)
 

@@ -115,8 +115,8 @@ def clip_whole(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
     """Scale the gradients so that their norm over all processes is at most ``most``. Returns the
     norm before scaling.
 
-    This is ``torch.nn.utils.clip_grad_norm_`` for parameters that are split over processes. A
-    parameter that is not split counts once, although every process has it.
+    The function does the same as ``torch.nn.utils.clip_grad_norm_``, for parameters that are split
+    over processes. A parameter that is not split counts once, although every process has it.
     """
     known = [one for one in parameters if one.grad is not None]
     if not known:

@@ -60,8 +60,8 @@ class SplitLinear(nn.Linear):
 
     @property
     def own_bias(self) -> torch.Tensor | None:
-        """The bias that this process adds. If the bias is not split, only the first process adds
-        it.
+        """The bias that this process adds, or None. If the bias is not split, only the first
+        process adds it.
         """
         if self.cut.style == "rows" or self.mesh.first:
             return self.bias
@@ -76,8 +76,8 @@ class SplitLinear(nn.Linear):
         return enter_parts(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """Return the output for the next layer. In a layer that is split by columns, the outputs
-        are summed over the group.
+        """Return the layer's output for the next layer, from the output of this process. If the
+        layer is split by columns, this is the sum of the outputs of all processes.
         """
         return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
 
@@ -93,7 +93,7 @@ class SplitEmbedding(nn.Embedding):
         self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return (..., hidden), which is the same in all processes."""
+        """Return the embedded tokens (..., hidden). They are the same in all processes."""
         own = ids - self.cut.start
         here = (own >= 0) & (own < self.cut.length)
         found = embedding(own.where(here, 0), self.weight)
@@ -135,12 +135,12 @@ class SplitHead(nn.Linear):
 
 
 def enter_once(module: nn.Module, mesh: Mesh) -> None:
-    """Apply ``enter_parts`` once to the input of ``module``, and not in each of its linear layers
-    that are split by rows. Then the gradients of q, k and v need one sum over the group instead of
-    three, and those of gate and up need one instead of two.
+    """Apply ``enter_parts`` once to the input of ``module``, instead of once in each linear layer
+    that is split by rows. Then the gradients of q, k and v need one sum over the group instead of
+    three. The gradients of gate and up need one sum instead of two.
 
-    This is done only if all linear layers of ``module`` are split, so that no other layer uses the
-    input.
+    The function does this only if all linear layers of ``module`` are split, so that no other layer
+    uses the input.
     """
     layers = [child for child in module.children() if isinstance(child, nn.Linear)]
     split = [child for child in layers if isinstance(child, SplitLinear)]

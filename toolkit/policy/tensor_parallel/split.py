@@ -1,5 +1,5 @@
 """Replace the layers of a Hugging Face model by split layers. A split layer has only this process's
-part of the weight. At this time the model has no weights yet.
+part of the weight. The layers are replaced before the model has weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ WHERE = "model.tensor_parallel_size"
 
 
 class Cuts(Protocol):
-    """An object that tells which part of each layer this process has. The engine of this process
-    has the same part.
+    """The interface of an object that returns this process's part of each layer. This process's
+    engine has the same parts.
     """
 
     def of_layer(self, name: str, out_features: int) -> Cut:

@@ -1,11 +1,12 @@
 """Find the checkpoints of a run folder that belong to the current branch of the run.
 
 A branch is one sequence of steps. A run that resumes from an older checkpoint begins a new branch,
-because the later steps in the folder are no longer part of the run. Each checkpoint records its
-branch and the branches from which that branch continues. For each of these earlier branches, it
-also records the last step that still counts. The run folder records the current branch in
-``.branch.json``. A checkpoint is valid if its files are intact, the step in its name is correct,
-and it belongs to the current branch. Only valid checkpoints are chosen, scored or removed.
+because the later steps in the folder are no longer part of the run. Each checkpoint records the
+branch that wrote it and the earlier branches that this branch continues. For each earlier branch,
+the checkpoint also records the last step that still belongs to the run. The run folder records the
+current branch in ``.branch.json``. A checkpoint is valid if its files are intact, the step in its
+name is correct, and it belongs to the current branch. Only valid checkpoints are chosen by
+``resume: auto``, scored or removed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Branch:
     parents: tuple[tuple[str, int], ...] = ()
 
     def holds(self, name: str, step: int) -> bool:
-        """Whether a checkpoint of ``step``, written by branch ``name``, belongs to this branch."""
+        """Return True if the checkpoint that branch ``name`` wrote at ``step`` belongs to this
+        branch.
+        """
         return name == self.name or any(name == n and step <= last for n, last in self.parents)
 
     def fork(self, step: int) -> Branch:
@@ -54,11 +57,13 @@ class Branch:
 
     @property
     def root(self) -> int | None:
-        """The step from which the branch continues, or None for the first branch of a run."""
+        """The step of the parent branch after which this branch begins, or None for the first
+        branch of a run.
+        """
         return self.parents[-1][1] if self.parents else None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object in checkpoints and ``.branch.json``."""
+        """The branch as a JSON object, as checkpoints and ``.branch.json`` store it."""
         return {"name": self.name, "parents": [list(parent) for parent in self.parents]}
 
 
@@ -103,8 +108,8 @@ def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     """Return the steps of the checkpoints that no longer belong to the run when its branch changes
-    from ``before`` to ``after``. These are checkpoints of ``before`` or of a parent of ``after``
-    that are later than the step from which ``after`` continues.
+    from ``before`` to ``after``. Such a checkpoint was written by ``before`` or by a parent of
+    ``after``, and is later than the last step of its branch that belongs to ``after``.
     """
     known = before.names | after.names
     return [
@@ -200,7 +205,9 @@ def rotate(
 
 
 def _sound(run_dir: Path) -> Iterable[tuple[Path, int]]:
-    """Yield (folder, step) of each intact checkpoint with a correct name, the latest first."""
+    """Yield (folder, step) of each intact checkpoint whose name has the right step, the latest
+    first.
+    """
     for step in checkpoint.list_steps(run_dir):
         folder = checkpoint.place(run_dir, step)
         if checkpoint.is_sound(folder) and _step(folder) == step:

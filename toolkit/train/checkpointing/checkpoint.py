@@ -59,8 +59,8 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def clear(path: Path) -> None:
-    """Remove what is at a temporary path: a folder with its content, a file, or a link (but not
-    what the link leads to). Raises OSError.
+    """Remove the folder, file or link at a temporary path. The target of a link is not removed.
+    Raises OSError.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -69,8 +69,8 @@ def clear(path: Path) -> None:
 
 
 def commit(partial: Path, step: int) -> Path:
-    """Write the checksums of ``partial``, sync its files, rename it to ``checkpoint-<step>``, and
-    return the new path.
+    """Write the checksums of the files in the folder ``partial``, sync the files, rename the folder
+    to ``checkpoint-<step>``, and return the new path.
 
     If something is already at that path (a damaged checkpoint, a link, another folder), it is moved
     by ``set_aside``, never removed. Raises OSError.
@@ -93,7 +93,9 @@ def commit(partial: Path, step: int) -> Path:
 
 
 def next_aside(run_dir: Path) -> Path:
-    """Return the path ``abandoned-<n>`` with the next free number in the run folder."""
+    """Return the path ``abandoned-<n>`` in the run folder, with the next free number. Such a folder
+    keeps the files of a branch that the run has left.
+    """
     number = _asides(run_dir) + 1
     # ``_asides`` ignores a name with more digits than ``_ASIDE`` allows.
     while os.path.lexists(run_dir / f"{ASIDE}{number}"):
@@ -102,7 +104,9 @@ def next_aside(run_dir: Path) -> Path:
 
 
 def newest_aside(run_dir: Path) -> Path | None:
-    """Return the path ``abandoned-<n>`` with the largest number in the run folder, or None."""
+    """Return the folder ``abandoned-<n>`` with the largest number in the run folder, or None if
+    there is no such folder.
+    """
     number = _asides(run_dir)
     return run_dir / f"{ASIDE}{number}" if number else None
 
@@ -227,8 +231,8 @@ def _is_ours(folder: Path) -> bool:
 def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
     """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
     stores the buffered rollouts and the states of the random generators of each process. If
-    ``size`` processes share a model, they have the same state and count as one process (a replica).
-    ``replicas`` is the number of replicas of this run.
+    processes share a model (``size`` processes per model), they have the same state and count as
+    one process (a replica). ``replicas`` is the number of replicas of this run.
 
     Raises:
         ConfigError: another number of processes wrote the checkpoint.
@@ -263,7 +267,7 @@ def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
     value = state.get(key) if isinstance(state, dict) else None
     if type(value) is not kind:
         raise InputError(
-            f"is not the state of a run: {key} is missing, or not of type {kind.__name__}",
+            f"the file is not the state of a run: {key} is missing, or not of type {kind.__name__}",
             where=str(folder / STATE),
             fix="resume from another checkpoint, or begin another run with --output-dir",
         )
@@ -284,7 +288,7 @@ def read_logs(folder: Path) -> tuple[dict[str, int], dict[str, str] | None]:
     if numbers and (sums is None or isinstance(sums, dict)):
         return kept, sums
     raise InputError(
-        "is not the state of a run: positions or log_sha256 has an impossible value",
+        "the file is not the state of a run: positions or log_sha256 has an impossible value",
         where=str(folder / STATE),
         fix="resume from another checkpoint, or begin another run with --output-dir",
     )

@@ -45,8 +45,9 @@ with its name. Any other object with its name prevents the write.
 
 
 def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
-    """Reject a run folder in which an object prevents the run of ``config``, or one of its
-    trackers, from writing, or in which the run would replace a file or a folder that it reads.
+    """Reject a run folder in which an object prevents the run of ``config`` from writing a file.
+    The files of the run's trackers are checked too. Reject the run folder also if the run would
+    replace a file or a folder that it reads.
 
     Raises:
         ConfigError: the message names the first such object.
@@ -84,7 +85,7 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
             continue
         if {path.parent.resolve() / path.name, path.resolve()} & own:
             raise ConfigError(
-                f"the run reads this path ({key}), and would replace it or files in it",
+                f"the run reads this path ({key}), but would overwrite it or files in it",
                 where=str(path),
                 fix="set another folder with --output-dir",
             )
@@ -97,7 +98,7 @@ def _folder(path: Path) -> None:
     if not stat.S_ISDIR(mode):
         raise _in_the_way(path, _what(mode), "a folder")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise _in_the_way(path, "is a folder that this user cannot write to", "a folder")
+        raise _in_the_way(path, "is a folder that this user cannot write to", "files in a folder")
     for name in INSIDE:
         _replaceable(path / name)
 
@@ -123,7 +124,7 @@ def _what(mode: int) -> str:
 
 def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
     return ConfigError(
-        f"{what}, but the run writes {expected} with this name",
+        f"the path {what}, but the run writes {expected} with this name",
         where=str(path),
-        fix="remove or rename it, or set another folder with --output-dir",
+        fix="remove or rename this path, or set another folder with --output-dir",
     )

@@ -32,8 +32,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     """Return ``config`` with the value "auto" replaced by the micro-batch that the checkpoint
     ``found`` records.
 
-    If the number of completions per step changed, the recorded numbers do not fit, and ``config``
-    is returned unchanged. A later check reports the change.
+    If the user changed the number of completions per step, the recorded micro-batch cannot be used,
+    and ``config`` is returned unchanged. A later check reports the change.
     """
     if found is None or not is_auto(config.grpo):
         return config
@@ -53,8 +53,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """Return the config for a checkpoint to record. It has the values of ``config``, which the user
-    wrote, but the micro-batch of ``resolved``.
+    """Return the config that a checkpoint records. It has the values of ``config``, which the user
+    wrote. Only its micro-batch comes from ``resolved``.
     """
     if not is_auto(config.grpo):
         return config
@@ -75,8 +75,9 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
     if prompts >= needed:
         return
     raise ConfigError(
-        f"{prompts} prompts, but one generation takes {needed}: {own * processes} completions "
-        f"({own} in each of {processes} processes), {group} for each prompt; so no step would run",
+        f"the number of prompts is {prompts}, but one generation needs {needed}, so no step would "
+        f"run. A generation has {own * processes} completions ({own} in each of {processes} "
+        f"processes), {group} for each prompt",
         where=config.dataset.path,
         fix=f"use at least {needed} prompts, or a generation batch of at most {prompts * group}"
         " completions (grpo.per_device_train_batch_size x grpo.gradient_accumulation_steps x"

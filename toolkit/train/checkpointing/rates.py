@@ -1,9 +1,9 @@
 """Keep changed learning rates and other optimizer settings when a run resumes.
 
 When torch loads a checkpoint, it restores all settings of a param group and a scheduler. So the old
-settings would replace those in the run file, although ``runtime.allow_changed`` allows the change.
-Therefore the settings from the run file are saved before the checkpoint is loaded, and restored
-afterwards.
+settings would replace the settings in the run file, although ``runtime.allow_changed`` allows the
+change. Therefore the settings from the run file are saved before the checkpoint is loaded, and
+restored afterwards.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ group (schedule-free optimizers, Prodigy).
 
 @dataclass(frozen=True)
 class FileSettings:
-    """Two values for each param group: its settings from the run file, and its learning rate before
-    the schedule scales it.
+    """The optimizer and scheduler settings of the run file: the settings of each param group, and
+    the learning rate of each group before the schedule scales it.
     """
 
     groups: list[dict[str, Any]]
@@ -42,7 +42,9 @@ class FileSettings:
 
 
 def settings_of(trainer: Any) -> FileSettings:
-    """Return the settings of the optimizer and the scheduler that ``trainer`` has just created."""
+    """Return the settings of the optimizer and the scheduler of ``trainer``. Call this function
+    before a checkpoint is loaded.
+    """
     optimizer, scheduler = _inner(trainer)
     groups = [
         {key: value for key, value in group.items() if key in SETTINGS}

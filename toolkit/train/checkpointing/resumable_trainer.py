@@ -58,7 +58,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     _epochs_done: int = 0
 
     def _any_rank(self, flag: int) -> int:
-        """Return the largest value of ``flag`` on all ranks. Every rank must call this."""
+        """Return the largest value that ``flag`` has on any rank. Every rank must call this."""
         if (shared := mesh()) is not None:
             return shared.largest(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
@@ -83,7 +83,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return self._place or Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL, but ``resume_from_checkpoint=True`` selects the latest valid checkpoint."""
+        """Train as in TRL. Only ``resume_from_checkpoint=True`` differs: it selects the latest
+        valid checkpoint.
+        """
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
             folder, passed = choose(run_dir, "must")
@@ -95,8 +97,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Choose the branch to which new checkpoints belong. This is for trainers in a script.
-        ``toolkit train`` chooses the branch itself.
+        """Choose the branch to which new checkpoints belong. Only the trainer of a user's script
+        calls this method, because ``toolkit train`` chooses the branch itself.
         """
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):
@@ -186,11 +188,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return bool(super().is_world_process_zero() and (shared is None or shared.first))
 
     def _sharded(self) -> bool:
-        """True if no process has the whole model."""
+        """True if no process has the whole model (DeepSpeed or FSDP)."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def save_last(self) -> None:
-        """Save the state from before the interrupted step. Only for runs with one process."""
+        """Save a checkpoint of the state before the interrupted step. Only for runs with one
+        process.
+        """
         if self.run_dir_watch is not None and not self.run_dir_watch.is_whole():
             self.lost = True
             self._find_place()
@@ -206,8 +210,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self.save_snapshot(trainer_state.take(self))
 
     def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
-        """Write the checkpoint of ``snapshot``, unless this checkpoint exists. Then remove the
-        checkpoints beyond the limit. Every rank must call this.
+        """Write the checkpoint of ``snapshot``, unless this checkpoint exists. Then remove old
+        checkpoints (``_rotate``). Every rank must call this.
         """
         step = snapshot.hf_state.global_step
         if self._saved_step == step:
@@ -219,9 +223,9 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, run_dir: Path, written: int) -> None:
-        """Remove old checkpoints. In addition to the limits that the user set, these are kept: the
-        checkpoint that was just ``written``, the one from which the run resumed, and the one at
-        which its branch begins.
+        """Remove old checkpoints, as the limits of the user say. Three checkpoints are always kept:
+        the checkpoint of the step ``written``, the checkpoint from which the run resumed, and the
+        checkpoint at which its branch begins.
         """
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
         kept = {

@@ -1,9 +1,10 @@
-"""Choose the branch on which a run resumes: its own branch, or a new branch if it resumes from an
-older checkpoint. A branch is a sequence of steps (``branch``).
+"""Choose the branch on which a run resumes. A run that resumes from its last checkpoint stays on
+its branch. A run that resumes from an older checkpoint gets a new branch. A branch is a sequence of
+steps (``branch``).
 
-No file of the old branch is deleted. Its later checkpoints, logs and results are moved or copied
-into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
-``abandoned-<n>``, set ``runtime.resume`` to its path.
+No file of the old branch is deleted. The later checkpoints, logs and results of the old branch are
+moved or copied into the folder ``abandoned-<n>`` of the run folder. To resume from a checkpoint in
+this folder, set ``runtime.resume`` to the path of the checkpoint.
 
 First, the files to keep are copied. Second, the new branch is recorded. Third, the later
 checkpoints are moved. This order is safe if the process is killed at any point: the same command,
@@ -54,8 +55,9 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Log:
-    """A log, as it was when a checkpoint was written. Its first ``keep`` bytes belong to the run,
-    and the file ``source`` has them. ``source`` is None if no file has these bytes.
+    """A log, as it was when a checkpoint was written. The checkpoint recorded the first ``keep``
+    bytes of the log. ``source`` is a file that begins with these bytes, or None if there is no such
+    file.
     """
 
     name: str
@@ -102,7 +104,7 @@ def begin(
     for log in foreign:
         _put_back(run_dir / log.name, log)
         if log.source is None and log.keep:
-            notes.append(f"{log.name} is not the file that {found} recorded, so a new one begins")
+            notes.append(f"{log.name} is not the file that {found} recorded, so a new log begins")
     return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
 
 
@@ -124,7 +126,7 @@ def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...
 
 
 def _names(run_dir: Path, found: Path | None) -> list[str]:
-    """Return the names of the run's log files. The tool logs are among them if the run has tools
+    """Return the names of the run's log files. The logs of tools are included if the run has tools
     now or had tools before.
     """
     kept = {} if found is None else checkpoint.read_logs(found)[0]
@@ -141,8 +143,8 @@ def _rows(log: Path) -> int:
 
 
 def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
-    """Return the branch ``before`` if the checkpoint ``found`` is its last checkpoint, else a new
-    branch.
+    """Return the branch ``before`` if ``found`` is the last checkpoint of this branch. Otherwise
+    return a new branch that continues from ``found``.
     """
     lineage, step = branches.of_checkpoint(found)
     if step is None:
@@ -155,9 +157,9 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Describe the log ``name`` as the checkpoint ``found`` recorded it, and find a file that has
-    the recorded bytes. This is the log in the run folder, or the log next to ``found`` (in an
-    ``abandoned-<n>`` folder, or in another run folder).
+    """Return the log ``name`` as the checkpoint ``found`` recorded it. Its ``source`` is the log in
+    the run folder if this file begins with the recorded bytes. Otherwise it is the log next to
+    ``found`` (in an ``abandoned-<n>`` folder, or in another run folder) if that file does.
     """
     positions, digests = checkpoint.read_logs(found)
     keep = positions.get(name, 0)
@@ -197,8 +199,9 @@ def _keep_aside(
     bad_rewards_bytes: int | None,
 ) -> Path:
     """Copy the logs and move the results of the abandoned branch into ``abandoned-<n>``, and return
-    the path of this folder. If an earlier rollback was killed before it recorded its branch, its
-    ``abandoned-<n>`` is used again. The folder is not created if there is nothing to keep.
+    the path of this folder. If an earlier rollback was killed before it recorded the new branch,
+    the folder of the earlier rollback is used again. The folder is not created if there is nothing
+    to keep.
     """
     aside = checkpoint.next_aside(run_dir)
     sizes = {log.name: _size(run_dir / log.name) for log in logs}
@@ -232,8 +235,8 @@ def _keep_aside(
 
 
 def _return_rest(aside: Path, own: Path, length: int) -> None:
-    """Keep the first ``length`` bytes in the file ``aside``, and move the bytes after them to the
-    file ``own``.
+    """Move the bytes after the first ``length`` bytes of the file ``aside`` to the file ``own``.
+    These are the rows that this process has written.
     """
     if _size(aside) <= length:
         return

@@ -77,14 +77,14 @@ class RunDirWatch:
                 f"{names} was removed, replaced or changed by another program during the run, so "
                 f"rows may be lost; {told}",
                 where=str(self.path),
-                fix="do not change the files of a run while it runs; run the same command again: "
-                "it resumes from the last checkpoint, and a new log begins",
+                fix="run the same command again. The run then resumes from the last checkpoint and "
+                "begins a new log. Do not change the files of a run while it runs",
             )
         if place is None:
             return ConfigError(
                 f"the run folder was removed during the run; {told}",
                 where=str(self.path),
-                fix="do not move or remove the folder of a run while it runs; start the run again",
+                fix="start the run again. Do not move or remove its folder while it runs",
             )
         what = "was replaced by another folder" if self.path.exists() else "was moved"
         return ConfigError(

@@ -78,7 +78,7 @@ def lock_run_dir(run_dir: Path) -> Iterator[Path]:
         raise RetryError(
             "another run is writing to this folder",
             where=str(run_dir),
-            fix="wait for that run to end, or set another runtime.output_dir",
+            fix="wait for the other run to end, or set another runtime.output_dir",
         ) from problem
     try:
         yield run_dir

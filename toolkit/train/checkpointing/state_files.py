@@ -21,8 +21,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def generators() -> tuple[dict[str, Any], Tensors]:
-    """Return the state of every random generator of this process. The states of Python and numpy
-    are JSON, those of torch (CPU and current CUDA device) are byte tensors.
+    """Return the state of every random generator of this process. The states of Python's and
+    numpy's generators are JSON. The states of torch's generators (CPU and current CUDA device) are
+    byte tensors.
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -80,8 +81,8 @@ def unflatten(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return the value from which ``flatten`` made ``described`` and ``tensors``. Tensors are moved
-    to ``device``.
+    """Return the value that ``flatten`` converted to the JSON ``described`` and to ``tensors``. Its
+    tensors are on ``device``.
     """
     ((kind, inner),) = described.items()
     if kind == "tensor":
@@ -192,8 +193,8 @@ def difference(
 
 
 def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Return the dotted keys whose values differ. A key is left out if it, or a section that
-    contains it, is in ``allowed``.
+    """Return the dotted keys whose values differ between the run ``now`` and the run ``then``. A
+    key is left out if ``allowed`` has the key or a section that contains it.
     """
     keys = sorted(set(now) | set(then))
     differing = [key for key in keys if now.get(key) != then.get(key)]

@@ -56,11 +56,11 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handle signals while the block runs, and restore the previous handlers afterwards. Main
-        thread only.
+        """Handle signals inside the ``with`` block, and restore the previous handlers afterwards.
+        Call this only in the main thread.
 
         A previous handler may belong to another ``StopSignals`` object. If this run has begun to
-        end (``end``) when the block ends, the other object ignores later signals too.
+        end (``end``) before the ``with`` block ends, the other object ignores later signals too.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -108,8 +108,8 @@ class StopSignals:
 
     @contextmanager
     def at_steps(self) -> Iterator[None]:
-        """In the block, a signal takes effect at the end of a step, or abandons a step that takes
-        too long.
+        """Inside the ``with`` block, a signal stops the run at the end of the current step. A step
+        that takes too long is abandoned.
         """
         self.immediate = False
         try:
@@ -163,8 +163,8 @@ class StopSignals:
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:
-    """Tell other ``StopSignals`` objects that the process has begun to end: if a method of such an
-    object is among the signal ``handlers``, call ``end`` of the object.
+    """Call ``end`` of each ``StopSignals`` object that has a method among the signal ``handlers``.
+    These objects then know that the process has begun to end.
     """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)

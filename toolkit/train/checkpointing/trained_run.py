@@ -21,9 +21,8 @@ EngineName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run folder to read. ``config`` is the resolved config of the run. One of these two paths is
-    set: ``adapter``, the folder of the finished adapter, or ``checkpoint``, the folder of a
-    checkpoint.
+    """A run folder to read. ``config`` is the resolved config of the run. Either ``adapter`` (the
+    folder of the finished adapter) or ``checkpoint`` (the folder of a checkpoint) is set.
     """
 
     folder: Path
@@ -39,9 +38,9 @@ def open_run(
     used. Otherwise, the finished adapter is used, or the latest valid checkpoint if the run has not
     finished.
 
-    The rules for run files are not checked again, because they also check the run's data, which is
-    not needed here. The folder may come from another person. Therefore code that comes with its
-    model runs only with ``trust_remote_code``.
+    The rules for run files are not checked again. They also check the run's data, which is not
+    needed here. The folder may come from another person. Therefore code that comes with the model
+    runs only if ``trust_remote_code`` is True.
 
     Raises:
         InputError: ``folder`` is not a run folder.
@@ -54,7 +53,7 @@ def open_run(
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            "is not a run folder: config.json is missing",
+            "the folder is not a run folder: config.json is missing",
             where=str(folder),
             fix="pass the output_dir of a run of `toolkit train`",
         )
@@ -76,7 +75,7 @@ def open_run(
             "this file sets model.trust_remote_code, so loading the model runs code that "
             f"comes with {config.model.model_name}",
             where=str(path),
-            fix="read that code, then allow it with --trust-remote-code",
+            fix="read the code that comes with the model, then allow it with --trust-remote-code",
         )
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():
@@ -89,7 +88,8 @@ def open_run(
         if step is None
         else f"has no intact checkpoint-{step}",
         where=str(folder),
-        fix="let the run write a checkpoint, or select another checkpoint with --checkpoint",
+        fix="wait until the run has written a checkpoint, or select another checkpoint with "
+        "--checkpoint",
     )
 
 
@@ -204,9 +204,10 @@ def complete(
 
 
 def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
-    """Whether the run's prompts were chats, as config.json records it. If an older version wrote
-    config.json, this is not recorded. Then the result follows from the first completion in the log,
-    or from the system prompt.
+    """Return True if the run's prompts were chats. config.json records this, unless an older
+    version of this package wrote the file. Without this record, the first completion in the log
+    decides. Without a log, the prompts count as chats if there is a chat template
+    (``has_template``) and a system prompt.
     """
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):

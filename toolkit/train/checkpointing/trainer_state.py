@@ -74,7 +74,9 @@ class TrainerSnapshot:
 
 
 def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
-    """Take a snapshot of ``trainer``. This is cheap, because rollouts are not copied."""
+    """Return a snapshot of ``trainer``. Buffered rollouts are not copied, so a snapshot costs
+    little time and memory.
+    """
     described, tensors = generators()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
@@ -123,7 +125,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     Return the checkpoint's folder on the first rank, None on the others.
 
     Raises:
-        ToolkitError: the disk failed or is full; the message has the size of the checkpoint.
+        ToolkitError: the disk failed or is full. The message has the size of the checkpoint.
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
@@ -277,9 +279,9 @@ def load_generators(trainer: TrainerSeam, folder: Path) -> None:
 
 @contextmanager
 def _usable(folder: Path) -> Iterator[None]:
-    """In the block, the content of a checkpoint is used. If that fails, raise InputError. The
-    checksums of the files are correct, so the cause is that another program or another release
-    wrote the content.
+    """A context manager for code that uses the content of a checkpoint. If the code fails,
+    InputError is raised. The checksums of the files are correct, so the cause is that another
+    program or another release wrote the content.
     """
     try:
         yield
@@ -297,8 +299,8 @@ def _usable(folder: Path) -> Iterator[None]:
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a checkpoint of the toolkit, also if it is damaged. False for a checkpoint of plain
-    transformers.
+    """Return True if the toolkit wrote the checkpoint, even if the checkpoint is damaged. Return
+    False for a checkpoint of plain transformers.
     """
     ours = (checkpoint.CHECKSUMS, STATE)
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
@@ -333,7 +335,7 @@ def epochs_done(folder: Path) -> int:
 
 def step_of(folder: Path) -> int:
     """Return the number of optimizer steps before this checkpoint. Raises InputError if the number
-    is impossible.
+    in the checkpoint is not a valid step.
     """
     with _usable(folder):
         step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
