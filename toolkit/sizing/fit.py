@@ -70,7 +70,7 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
         Term(
             "rollout.kv",
             work.rollouts * (sequence + growing),
-            f"{work.rollouts} x {work.sequence_tokens} tokens in transformers' cache",
+            f"transformers' cache for {work.rollouts} sequences of {work.sequence_tokens} tokens",
             "rollout",
         ),
         Term(

@@ -69,8 +69,9 @@ def engine_elements(
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """Return (numbers of rows of the slices, number of columns) of the layers that have LoRA slots.
-    Layers are fused as in the engine: q, k and v become three slices of one layer.
+    """Return the shapes of the layers that have LoRA slots in the engine. A shape is (numbers of
+    rows of the slices, number of columns). The engine fuses layers: q, k and v are three slices of
+    one layer.
     """
     found = set()
     for block in spec.blocks:
@@ -107,8 +108,9 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Return which of gate_proj, up_proj and down_proj are in ``targets`` and get an adapter from
-    PEFT in the experts of this model. The weights of all experts are stacked into one tensor.
+    """Return those of gate_proj, up_proj and down_proj that ``targets`` contains and that PEFT
+    adapts in the experts of this model. PEFT adapts them as one tensor with the weights of all
+    experts.
     """
     return names.expert_targets(spec.family, targets)
 
@@ -173,9 +175,10 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """The sum of the ranks that ``linear`` has in the layers of ``block``. If a model has several
-    kinds of layers, it is not known here which layer is of which kind. Then each layer counts with
-    the largest rank.
+    """The sum of the ranks that ``linear`` has in the layers of ``block``.
+
+    If a model has several kinds of layers, this function does not know which layer is of which
+    kind. Then every layer of ``block`` counts with the largest rank.
     """
     if layout.plain:
         return block.count * rank
@@ -214,8 +217,8 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """The number of elements in those expert weights of one layer that have an adapter. PEFT
-    computes the updates of all these weights at the same time.
+    """The number of elements of the updates (B x A) that PEFT computes for the adapted expert
+    weights of one layer. PEFT computes the updates of all experts at the same time.
     """
     moved = expert_targets(spec, targets)
     return max(

@@ -254,8 +254,9 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """Return an error if the run file sets a gpu_memory_utilization outside the interval
-        without margins; None if there is no such problem.
+        """Return an error if the run file sets a gpu_memory_utilization that is impossible: outside
+        the interval that would be possible if no memory were kept as a margin. Otherwise return
+        None.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
@@ -267,7 +268,7 @@ class SizingResult:
             else (f"above {high}, the maximum", interval.binding_max)
         )
         return ConfigError(
-            f"{written} is {bound} for this run on this device ({why})",
+            f"{written} is {bound} for this run on this device (limited by: {why})",
             where="model.gpu_memory_utilization",
             fix=f"set gpu_memory_utilization to a value from {interval.min} to {interval.max}, "
             "or to auto",

@@ -71,7 +71,7 @@ def spec_from_values(
             raise UnsupportedError(
                 f"unknown weight format {quantization!r}, and there are no safetensors headers",
                 where=where,
-                fix="give a folder with the safetensors files",
+                fix="use a folder that contains the safetensors files",
             )
     elif quantization is not None and quantization.method == "mxfp4":
         # Marlin pads expert weights to 128 x 256, which adds 9 % to gpt-oss's 2880 x 2880; Triton
@@ -128,7 +128,8 @@ def _unknown(
             f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
             "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
-            fix=f"give a folder that also contains the weights, or a model of these types: {known}",
+            fix="use a folder that also contains the safetensors files, or a model of one of these "
+            f"types: {known}",
         )
     inner = fields.section("text_config")
     return shape_from_headers(inner or fields, stored)

@@ -75,7 +75,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head, {one.scored_tokens} rows, minus activations that are freed before",
+            f"fused head for {one.scored_tokens:,} tokens, minus a layer's temporary tensors, "
+            "which do not exist then",
             "training",
         ),
     ]
