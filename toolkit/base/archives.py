@@ -2,8 +2,9 @@
 and devices are refused, and the unpacked size is limited.
 
 The extractors of tarfile and zipfile silently change some names and follow some links. This module
-changes nothing. It reads an archive twice: if the first pass finds a bad member, the whole archive
-is refused before anything is written. Extra files that macOS adds are ignored.
+changes no name and follows no link. It reads an archive twice: if the first pass finds a bad
+member, the whole archive is refused before anything is written. Extra files that macOS adds are
+ignored.
 """
 
 from __future__ import annotations

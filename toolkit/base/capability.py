@@ -51,14 +51,14 @@ def spelled(capability: tuple[int, int]) -> str:
 
 def torch_list(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that torch supports, if it is built for CUDA ``cuda`` and the
-    machine type ``machine``; None if unknown.
+    machine type ``machine`` (such as ``aarch64``); None if unknown.
     """
     return _known(_TORCH, cuda, machine)
 
 
 def vllm_list(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that vLLM supports, if it is built for CUDA ``cuda`` and the machine
-    type ``machine``; None if unknown.
+    type ``machine`` (such as ``aarch64``); None if unknown.
     """
     return _known(_VLLM, cuda, machine)
 

@@ -54,8 +54,9 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that is replaced by the null device after its first failure. The warning about
-    the failure is written to the stream ``other``. All other attributes are those of the stream.
+    """A wrapper around a text stream, which becomes the null device when the stream fails for the
+    first time. The warning about the failure is written to the stream ``other``. All other
+    attributes are those of the wrapped stream.
     """
 
     def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:

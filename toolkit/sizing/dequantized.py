@@ -52,7 +52,7 @@ def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def room_for_copies(candidate: Candidate, fit: Fit) -> int:
-    """The bytes that are free for 16-bit copies if the KV cache holds all sequences of a rollout."""
+    """The bytes of 16-bit copies that fit beside a KV cache for all sequences of a rollout."""
     most, spare = fit.max_sampling_bytes, 0
     written = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:

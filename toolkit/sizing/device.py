@@ -1,5 +1,5 @@
-"""Describe the card to size for: a card of this node (GpuSnapshot) or a card of the table
-(Card).
+"""Describe the card to size for: a card of this node (GpuSnapshot), or a card in the table of known
+cards (Card).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Device:
 
     @classmethod
     def from_card(cls, card: Card) -> Device:
-        """The device for a card of the table, with all its memory free."""
+        """The device for a card in the table of known cards. All memory of the card counts as free."""
         return cls(
             name=card.name,
             total_bytes=card.total_bytes,

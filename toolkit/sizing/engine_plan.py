@@ -59,9 +59,9 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """Return the engine plan for ``config``, whose dtype must be resolved. A value that the run
-    file sets is used unchanged. A value for "auto" is computed from the workload. Raises
-    ConfigError for a rank that vLLM does not support.
+    """Return the engine plan for ``config``, in which model.dtype must not be "auto". A value that
+    the run file sets is used unchanged. A value for "auto" is computed from the workload. Raises
+    ConfigError for a LoRA rank that vLLM does not support.
     """
     model = config.model
     if model.max_num_seqs == "auto":

@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises InputError if the header violates the format."""
     with open_regular(path) as (descriptor, size):
         if size < 8:
-            raise _bad(path, f"is {size} bytes long, too short for a header")
+            raise _bad(path, f"has {size} bytes, which is too short for a header")
         length = int.from_bytes(read_exactly(descriptor, 8, path), "little")
         if length > MAX_HEADER_BYTES:
             raise _bad(
@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"states a header of {length} bytes; the limit is {MAX_HEADER_BYTES}",
             )
         if 8 + length > size:
-            raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
+            raise _bad(path, f"ends inside its header: it has {size} bytes, the header {length}")
         raw = read_exactly(descriptor, length, path)
     header = parse_json(raw, path)
     if not isinstance(header, dict):

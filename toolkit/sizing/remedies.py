@@ -347,7 +347,9 @@ def _split_model(
 def _larger_card(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """Return the remedy to use the smallest card of the table on which the unchanged run fits."""
+    """Return the remedy to use a card with more memory: the smallest card in the table of known
+    cards on which the unchanged run fits.
+    """
     if candidate.device is None:
         return []
     larger = sorted(

@@ -157,8 +157,9 @@ class Remedy:
     frees, ``enough`` says whether the run then fits, and ``costs`` describes its disadvantages.
 
     Remedies are ordered by ``harm``; 0 means that nothing is lost. ``settings`` are the keys and
-    values to set in the run file. ``world_size`` is the number of cards that the change needs, and
-    ``card`` is the kind of card; None means that they stay the same.
+    values to set in the run file. ``world_size`` is the number of cards that the change needs
+    (None: the number stays the same). ``card`` is the kind of card that it needs (None: the kind
+    stays the same).
     """
 
     change: str

@@ -31,10 +31,11 @@ UNTRAINED = "the model is sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
-    """Read the description of a model from a folder, a config.json, or a cached hub id.
+    """Return the description of a model that is given as a folder, a config.json, or a cached hub
+    id.
 
-    Raises InputError if files are missing or broken, and UnsupportedError if the architecture is
-    unknown and there are no headers to size it from.
+    Raises InputError if files are missing or broken. Raises UnsupportedError if the architecture is
+    unknown and the model has no safetensors headers, which could give the sizes.
     """
     files = find_model(model, revision)
     values = read_json(files.config)
@@ -51,8 +52,8 @@ def spec_from_values(
     where: str = "config.json",
     stored: StoredWeights | None = None,
 ) -> ModelSpec:
-    """The ModelSpec for the mapping of a config.json and the checkpoint's headers, if any. Raises
-    the errors of ``read_spec``.
+    """Return the ModelSpec for ``values``, the content of a config.json, and ``stored``, the
+    safetensors headers of the checkpoint, if there are any. Raises the errors of ``read_spec``.
     """
     fields = Fields(values, where)
     model_type = fields.text("model_type") or ""

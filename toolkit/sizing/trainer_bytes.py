@@ -126,8 +126,8 @@ def is_packed(quantization: Quantization | None) -> bool:
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of the largest weight of a quantized base model in 16 bits. A weight is dequantized
-    for each matrix product that it is used in.
+    """The bytes of the largest weight of the base model in 16 bits, if the base model is quantized.
+    Each matrix product dequantizes one weight.
     """
     largest = max(
         linear.out_features * linear.in_features

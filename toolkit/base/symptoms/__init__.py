@@ -44,7 +44,8 @@ _NEAREST = 3
 
 def match(text: str) -> list[Symptom]:
     """Return the known failures in a pasted traceback or log, the most specific first; empty if
-    there are none. An error that only follows another error counts only if no other error is found.
+    there are none. Failures that are only consequences of others are returned if the text contains
+    no other known failure.
 
     Colours, log prefixes, mixed output of several ranks, and line breaks (also inside a word) are
     ignored.

@@ -43,8 +43,8 @@ def floor_share(value: float) -> float:
 
 
 def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read torch's message about a failed allocation. Return the symptom with the cause (another
-    process, the allocator, or a run that is too large) and the missing memory.
+    """Read torch's message about a failed allocation. Return the symptom with the missing bytes and
+    the cause: another process, the allocator, or a run that needs too much memory.
     """
     del hit
     said = around[:_RAISED_LATEST]
@@ -193,8 +193,8 @@ def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the required and the actual compute capability (written as 8.9 or 89), and add them to
-    the title.
+    """Read the required and the actual compute capability from the error text (written as 8.9 or
+    89), and add them to the title.
     """
     del hit
     numbers = re.search(
@@ -212,8 +212,8 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the CUDA version that the driver supports (``12040`` means CUDA 12.4) or that the image
-    requires, and add it to the title.
+    """Read a CUDA version from the error text, and add it to the title. It is the version that the
+    driver supports (``12040`` means CUDA 12.4), or the version that the container image requires.
     """
     del hit
     found = re.search(r"found version (\d+)", around[:300], re.I)
@@ -241,7 +241,9 @@ def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the requested and the available number of cards, and add them to the remedy."""
+    """Read the requested and the available number of cards from the error text, and add them to the
+    remedy.
+    """
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     if len(numbers) < 2:

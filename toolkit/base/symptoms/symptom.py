@@ -43,8 +43,8 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """Return a copy of this symptom with other values of the fields in ``values``. It is used
-        to add details that were read from the numbers in an error text.
+        """Return a copy of this symptom in which ``values`` replace the fields of these names. A
+        ``read`` function uses it to add the numbers of an error text to the symptom.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 
