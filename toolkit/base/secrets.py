@@ -250,8 +250,8 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """Return every text that may be printed for a secret: the secret itself, and its encodings by
-    ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by ``visible``.
+    """Return the texts in which ``secret`` may appear in output: the secret itself, and its
+    encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by ``visible``.
     """
     once = _quoted(secret)
     forms = [

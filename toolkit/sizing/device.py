@@ -52,7 +52,7 @@ class Device:
 
     @classmethod
     def from_card(cls, card: Card) -> Device:
-        """The device for a card in the table of known cards. All memory of the card counts as free."""
+        """The device for a card in the table of known cards. All of its memory counts as free."""
         return cls(
             name=card.name,
             total_bytes=card.total_bytes,
@@ -139,7 +139,8 @@ def smallest(found: Sequence[Device | None]) -> Device | None:
     """Return the device with the least free memory among the devices of all processes of a run;
     None if all processes run on the CPU.
 
-    Raises: ConfigError: some processes have a GPU and others do not.
+    Raises:
+        ConfigError: some processes have a GPU and others do not.
     """
     cards = [device for device in found if device is not None]
     if cards and len(cards) < len(found):

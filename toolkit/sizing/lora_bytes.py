@@ -69,9 +69,9 @@ def engine_elements(
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """Return the shapes of the layers that have LoRA slots in the engine. A shape is (numbers of
-    rows of the slices, number of columns). The engine fuses layers: q, k and v are three slices of
-    one layer.
+    """Return the shapes of the layers that have LoRA slots in the engine. The engine fuses some
+    layers: q, k and v are three slices of one layer. So a shape is (tuple of the rows of each
+    slice, columns).
     """
     found = set()
     for block in spec.blocks:

@@ -80,12 +80,12 @@ def resolve(
 def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
-    """Size a run with several processes, each on one of ``devices``, and return three values: the
-    run file with every "auto" replaced, the result of sizing, and the device that it was computed
-    for. This is the device with the least free memory. All processes use the same values.
+    """Size a run with several processes, each on one of ``devices``. Return three values: the run
+    file with every "auto" replaced, the result of sizing, and the device with the least free
+    memory. The sizes are those for this device, and all processes use the same values.
 
-    Raises: ConfigError: the run does not fit on one of the devices, or only some processes have a
-    GPU.
+    Raises:
+        ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
     """
     device = smallest(devices)
     resolved, sizing = resolve(config, device, world_size=world_size)

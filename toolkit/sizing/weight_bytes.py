@@ -25,9 +25,10 @@ def padded_vocab(vocab: int) -> int:
 
 
 def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
-    """Return the quantization of the weights in memory: that of the checkpoint, or for an
-    unquantized checkpoint the one that ``load_in_4bit``, ``load_in_8bit`` or ``load_in_fp8``
-    requests. Return None without quantization.
+    """Return the quantization of the weights in memory; None if they are not quantized.
+
+    If the checkpoint is quantized, the result is its quantization. Otherwise it is what
+    ``load_in_4bit``, ``load_in_8bit`` or ``load_in_fp8`` requests.
     """
     if spec.quantization is not None:
         return spec.quantization
