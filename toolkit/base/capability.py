@@ -45,7 +45,7 @@ _VLLM: dict[tuple[str, str], str] = {
 
 
 def spelled(capability: tuple[int, int]) -> str:
-    """A compute capability as text: ``8.9``."""
+    """A compute capability as text, such as ``8.9``."""
     return ".".join(map(str, capability))
 
 

@@ -110,8 +110,8 @@ def translate(
             f"the file would be larger than the limit of this process (ulimit -f) or of the file"
             f" system ({said}){kept}",
             where=f"{place}{system}",
-            fix="raise the limit, or set runtime.output_dir to a folder on another file system;"
-            " then start the same command again",
+            fix="raise the limit on the size of a file, or set runtime.output_dir to a folder on"
+            " another file system; then start the same command again",
         )
     if number in CLOSED:
         return ConfigError(

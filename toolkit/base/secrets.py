@@ -173,8 +173,8 @@ class _Redacting:
 
 
 class _RedactingBytes:
-    """Like ``_Redacting``, for the binary buffer of a text stream (click writes to it in a C
-    locale).
+    """A binary stream like ``_Redacting``. It replaces the ``buffer`` of a text stream, because
+    click writes to this buffer in a C locale.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -99,8 +99,8 @@ def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
     """The bytes of keys and values that a layer keeps for the attention of a pack; 0 without packs.
 
-    The kernel keeps one copy of the keys and values. Without the kernel, they are repeated for each
-    query head and padded; up to a quarter of the bytes is padding.
+    The kernel ``varlen_attn`` keeps one copy of the keys and values. Without this kernel, the keys
+    and values are repeated for each query head and padded; up to a quarter of the bytes is padding.
     """
     if step.pack_tokens is None:
         return 0

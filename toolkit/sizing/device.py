@@ -84,7 +84,7 @@ class Device:
 
     @classmethod
     def from_snapshot(cls, gpu: GpuSnapshot) -> Device:
-        """The device for a card in its current state, including memory used by other processes.
+        """The device for a card in its current state. Memory that other processes use is not free.
         Raises ConfigError if NVML does not report the memory.
         """
         total, free = gpu.total_bytes, gpu.free_bytes

@@ -1,5 +1,5 @@
-"""Choose the settings of an engine, with a candidate value for each "auto". The memory of the
-engine is computed from these settings.
+"""Choose the settings of the engine. Each "auto" gets a value that the sizer then tries: the memory
+of the engine is computed from these settings.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """The contents of all headers of a checkpoint."""
+    """The tensors that the safetensors headers of a checkpoint list, and their numbers of files,
+    bytes and elements.
+    """
 
     files: int
     nbytes: int

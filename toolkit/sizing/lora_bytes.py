@@ -52,7 +52,7 @@ def engine_elements(
 
     ``modules`` selects the layers that have slots, by the last parts of their names (vLLM's
     lora_target_modules). With None, vLLM's default applies: every linear layer, the experts, and
-    those embedding tables that the model declares.
+    the embedding tables that the model declares as adaptable.
     """
     total = 0
     for block in spec.blocks:

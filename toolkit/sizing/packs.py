@@ -73,8 +73,8 @@ def longest_pair(work: Workload) -> tuple[int, int]:
 
 
 def groups_of(work: Workload) -> int:
-    """The largest possible number of groups among the rollouts of one process. A group contains all
-    completions of one prompt.
+    """The largest possible number of groups among the completions of one process. A group contains
+    all completions of one prompt.
     """
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
@@ -83,7 +83,9 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """The number of tokens of a pack that contains all rollouts of one process."""
+    """The number of tokens of a pack that contains all completions of one process and their
+    prompts.
+    """
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion
 

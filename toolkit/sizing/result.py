@@ -255,9 +255,8 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """Return an error if the run file sets a gpu_memory_utilization that is impossible: outside
-        the interval that would be possible if no memory were kept as a margin. Otherwise return
-        None.
+        """Return an error if gpu_memory_utilization in the run file is too low or too high for this
+        run, even without the safety margins. Otherwise return None.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin

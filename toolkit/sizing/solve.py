@@ -205,8 +205,8 @@ def _best_way(
 
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
-    """Whether the model will use fused kernels, which need liger-kernel. On another node than this
-    one, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
+    """Whether the model will use fused kernels, which need liger-kernel. For a card of another
+    node, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
     """
     if device is None or config.runtime.fused_kernels is False:
         return False

@@ -81,9 +81,11 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
-        notes.append(f"{UNTRAINED}, because it is stored in {stored_in.name}")
+        notes.append(f"{UNTRAINED}, because the model is stored in {stored_in.name}")
     if is_multimodal(values):
-        notes.append(f"{UNTRAINED}, because it is multimodal; only its language model is counted")
+        notes.append(
+            f"{UNTRAINED}, because the model is multimodal; only the language model is counted"
+        )
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
         notes.append(

@@ -75,8 +75,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head for {one.scored_tokens:,} tokens, minus a layer's temporary tensors, "
-            "which do not exist then",
+            f"fused head for {one.scored_tokens:,} tokens, as far as it exceeds a layer's "
+            "temporary tensors",
             "training",
         ),
     ]

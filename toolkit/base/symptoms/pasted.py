@@ -63,8 +63,8 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 def _without_repeats(text: str) -> str:
     """Return ``text`` without repeated lines, so that an error between a million progress lines is
-    still found. A line is removed if three earlier lines are equal to it except for their numbers.
-    The end of the text is kept.
+    still found. A line is removed if three earlier lines differ from it only in their digits. The
+    end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 The model differs from Gemma 3 in these points:
 
-- Full-attention layers have larger heads, whose keys may also be the values.
+- Full-attention layers have larger heads. Their keys may also be used as values.
 - Some layers use the KV cache of an earlier layer.
 - Each layer has its own embedding.
 - Some models add experts to the MLP.

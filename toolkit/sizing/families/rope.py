@@ -37,7 +37,9 @@ def rope_tables(
 
 
 def rotary_columns(fields: Fields, head_dim: int, *, default: float = 1.0) -> int:
-    """The number of columns of a table: the size of the part of a head that is rotated."""
+    """The number of columns of a table of cosines and sines. This is the number of dimensions of a
+    head that are rotated.
+    """
     scaling = _scaling(fields)
     inner = (
         scaling.number("partial_rotary_factor", default=default, low=0, high=1)
