@@ -55,7 +55,7 @@ def safe_join(
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
-            fix="get the file again from a source that you trust; this file is damaged or malicious",
+            fix="get the file again from a trusted source, because it is damaged or malicious",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):

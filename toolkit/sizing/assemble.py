@@ -207,7 +207,9 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
             f"has LoRA slots for no others: {', '.join(candidate.spec.targets)}"
         )
     if not candidate.work.adapter_parameters(candidate.spec):
-        notes.append("lora.target_modules names no layer of this model: no adapter is counted")
+        notes.append(
+            "lora.target_modules names no layer of this model, so the sizes include no adapter"
+        )
     if candidate.plan.tensor_parallel > 1 and candidate.work.uses_engine:
         notes.append(
             f"with tensor_parallel_size {candidate.plan.tensor_parallel}, all sizes are those of "

@@ -60,10 +60,10 @@ def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
     """Return a mapping from each kind of KV cache to the number of layers that vLLM allocates for
     it.
 
-    vLLM divides the layers of each kind into groups of the same size, because the kinds share pools
-    of pages. The size is usually the number of layers of the rarest kind. It is the number of
-    layers of the commonest kind if that is less than 1.5 times the number of the rarest. A group
-    with too few layers is padded (v1/core/kv_cache_utils.py,
+    vLLM divides the layers of each kind into groups, because all kinds share the same pools of
+    pages. All groups have the same number of layers, and a smaller group is padded. If the rarest
+    kind has ``least`` layers and the commonest has ``most``, this number is ``most`` if most < 1.5
+    x least, and ``least`` otherwise (v1/core/kv_cache_utils.py,
     ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()

@@ -171,8 +171,8 @@ def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Sympto
     del around
     half = max(1, int(float(hit.group(1))) // 2)
     return symptom.but(
-        remedy=f"set max_num_seqs to {half} or less, or to auto: the warm-up grows with "
-        "max_num_seqs x vocabulary"
+        remedy=f"set max_num_seqs to {half} or less, or to auto; the warm-up needs memory for "
+        "max_num_seqs x vocabulary numbers"
     )
 
 
