@@ -128,8 +128,8 @@ def translate(
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """Return the error to report for a disk failure if the written path is not known. Otherwise
-    like ``translate``.
+    """Return the error to report for a disk failure, as ``translate`` does. This function is for
+    callers that do not know which path was written to.
 
     Return None if ``error`` is not a disk failure. Also return None for a missing permission,
     because the error may come from reading a file.

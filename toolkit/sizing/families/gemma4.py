@@ -95,8 +95,8 @@ def _text(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, heads: Heads, *, alone: bool, values: bool
 ) -> tuple[list[Linear], int]:
-    """Return (projections of attention, number of parameters of the norms on its heads). A layer
-    that uses the KV cache of another layer has no key and value projections.
+    """Return (projections of attention, number of parameters of the norms on query and key heads).
+    A layer that uses the KV cache of another layer has no key and value projections.
     """
     bias = fields.flag("attention_bias", False)
     linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
