@@ -203,8 +203,8 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
     experts = any(block.active_experts for block in candidate.spec.blocks)
     if experts and candidate.work.targets == candidate.spec.targets:
         notes.append(
-            "in this mixture of experts the adapter is on these layers only, because the engine "
-            f"has LoRA slots for no others: {', '.join(candidate.spec.targets)}"
+            "in this mixture of experts the adapter is on the layers for which the engine has LoRA "
+            f"slots: {', '.join(candidate.spec.targets)}"
         )
     if not candidate.work.adapter_parameters(candidate.spec):
         notes.append(

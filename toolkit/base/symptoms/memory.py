@@ -153,8 +153,8 @@ ENTRIES = (
         "The driver does not report this card's memory (integrated memory, or a vGPU without "
         "permission)",
         "memory.readable",
-        "add the free memory as `--free`, or the name of the card as `--gpu`. For integrated "
-        "memory, the value of `--free` is the free memory of the host",
+        "name the card with the option --gpu: `envcheck size run.yaml --gpu CARD`. On a card with "
+        "integrated memory, the sizer uses the available memory of the host",
         5,
         "nvmlDeviceGetMemoryInfo{..}Not Supported",
         "Memory-Usage : Not Supported",
