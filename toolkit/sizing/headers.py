@@ -48,8 +48,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """The tensors that the safetensors headers of a checkpoint list, and their numbers of files,
-    bytes and elements.
+    """The tensors that the safetensors headers of a checkpoint list. ``files``, ``nbytes`` and
+    ``elements`` are the numbers of files, bytes and elements of all tensors together.
     """
 
     files: int

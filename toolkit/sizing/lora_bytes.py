@@ -70,8 +70,9 @@ def engine_elements(
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
     """Return the shapes of the layers that have LoRA slots in the engine. The engine fuses some
-    layers: q, k and v are three slices of one layer. So a shape is (tuple of the rows of each
-    slice, columns).
+    layers: q, k and v become one layer with three slices.
+
+    A shape has two parts: a tuple with the number of rows of each slice, and the number of columns.
     """
     found = set()
     for block in spec.blocks:
