@@ -1,7 +1,7 @@
 """End a process although an abandoned thread (one that no other thread waits for) still runs.
 
-When the interpreter ends, a library that was called in such a thread may wait for a server (W&B
-does). If the server does not answer, the process would never end, although its work is finished.
+A library that was called in such a thread may have an exit handler that waits for a server, as W&B
+has. If the server does not answer, the process would never end, although its work is finished.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 and devices are refused, and the unpacked size is limited.
 
 The extractors of tarfile and zipfile silently change some names and follow some links. This module
-changes nothing. It reads an archive twice: if the first pass finds a bad member, the whole archive
-is refused before anything is written. Extra files that macOS adds are ignored.
+changes no name and follows no link. It reads an archive twice: if the first pass finds a bad
+member, the whole archive is refused before anything is written. Extra files that macOS adds are
+ignored.
 """
 
 from __future__ import annotations
@@ -84,10 +85,9 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
 def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
     """Return the names of the files that ``unpack`` would write, without writing anything.
 
-    Only the headers of the members are needed. In a zip file all headers are listed in one place.
-    In a compressed tar file the contents between the headers must be unpacked too. So the result is
-    None if the members of a tar file have more than ``most_bytes_read`` bytes in total. Raises the
-    same errors as ``unpack``.
+    Return None if the archive is a tar file whose members have more than ``most_bytes_read`` bytes
+    in total: to find all names in a compressed tar file, all of it must be unpacked. A zip file has
+    one list of all names and needs no unpacking. Raises the same errors as ``unpack``.
     """
     names: list[str] = []
     total_bytes = 0
@@ -108,8 +108,8 @@ def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[None]:
-    """Inside the block, an error about the bytes of an archive becomes an InputError that names the
-    archive.
+    """Inside the ``with`` block, turn an error about the bytes of ``archive`` into an InputError
+    that names the archive.
     """
     try:
         yield
@@ -184,8 +184,8 @@ def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
 
 @contextmanager
 def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
-    """Yield an iterator over the members, in the order of the archive. Read the content of a member
-    before requesting the next one.
+    """Inside the ``with`` block, give an iterator over the members in the order of the archive. The
+    caller must read the content of a member before it requests the next member.
     """
     file.seek(0)
     if zipfile.is_zipfile(file):
@@ -197,8 +197,9 @@ def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Itera
 
 
 class _Capped:
-    """Limit the size of one read from a zip file. The header of a zip file may state any size for
-    the central directory (the list of members), and zipfile reads the whole directory at once.
+    """A zip file whose single reads are limited in size. The header of a zip file may state any
+    size for the central directory (the list of members), and zipfile reads the whole directory at
+    once.
     """
 
     def __init__(self, archive: Path, file: IO[bytes]) -> None:
@@ -210,7 +211,7 @@ class _Capped:
     def read(self, count: int = -1) -> bytes:
         if count > MAX_DIRECTORY_BYTES:
             raise ConfigError(
-                f"has a directory of {count} bytes; the limit is {MAX_DIRECTORY_BYTES}",
+                f"has a central directory of {count} bytes, but the limit is {MAX_DIRECTORY_BYTES}",
                 where=str(self.archive),
             )
         return self.file.read(count)
@@ -224,13 +225,13 @@ def _counted(archive: Path, number: int) -> None:
         raise ConfigError(
             f"contains more than {MAX_MEMBERS} members",
             where=str(archive),
-            fix="unpack the archive and name its data file",
+            fix="unpack the archive, and use the data file in it instead of the archive",
         )
 
 
 def _is_extra(name: str) -> bool:
-    """Whether a member is an extra file of a macOS archiver, or the entry of the packed folder
-    itself (./).
+    """Whether a member should be ignored: a file that macOS adds to archives (such as
+    ``.DS_Store``), or the entry ``./`` of the packed folder itself.
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return (

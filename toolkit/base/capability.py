@@ -45,20 +45,20 @@ _VLLM: dict[tuple[str, str], str] = {
 
 
 def spelled(capability: tuple[int, int]) -> str:
-    """A compute capability as text: ``8.9``."""
+    """A compute capability as text, such as ``8.9``."""
     return ".".join(map(str, capability))
 
 
 def torch_list(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that torch supports, if it is built for CUDA ``cuda`` and the
-    machine type ``machine``; None if unknown.
+    machine type ``machine`` (such as ``aarch64``); None if unknown.
     """
     return _known(_TORCH, cuda, machine)
 
 
 def vllm_list(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that vLLM supports, if it is built for CUDA ``cuda`` and the machine
-    type ``machine``; None if unknown.
+    type ``machine`` (such as ``aarch64``); None if unknown.
     """
     return _known(_VLLM, cuda, machine)
 

@@ -33,8 +33,8 @@ OTHER_PACKERS = {
 
 
 class Kind(NamedTuple):
-    """The type of a data file by its name: the ``suffix`` of the data itself, and whether it is
-    packed (.gz).
+    """The type of a data file, as its name shows. For ``a.jsonl.gz``, ``suffix`` is ``.jsonl`` and
+    ``packed`` is true.
     """
 
     suffix: str
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
 
 def data_kind(path: Path) -> Kind | None:
-    """The kind of a data file by its name; None if it is not a data file."""
+    """The type of a data file, as its name shows; None if the name is not that of a data file."""
     name = path.name.lower()
     packed = name.endswith(PACKED)
     suffix = Path(name.removesuffix(PACKED) if packed else name).suffix
@@ -83,8 +83,10 @@ def path_fault(path: Path) -> str | None:
 
 @contextmanager
 def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]:
-    """Open a data file as a stream of its unpacked bytes. Raises InputError if it cannot be read or
-    has more than ``limit`` bytes, also while reading.
+    """Open a data file as a stream of its unpacked bytes.
+
+    Raises InputError if the file cannot be opened. Reading the stream raises InputError if the
+    content is damaged or has more than ``limit`` bytes.
     """
     with open_bytes(path, limit=limit) as file:
         kind = data_kind(path)
@@ -107,7 +109,9 @@ def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def decoded(raw: bytes, where: str) -> str:
-    """Decode UTF-8 bytes. Raises InputError at ``where``."""
+    """Decode UTF-8 bytes. Raises InputError for other bytes; ``where`` is the file and line in its
+    message.
+    """
     try:
         return raw.decode()
     except UnicodeDecodeError as error:

@@ -34,8 +34,8 @@ MAX_TRACEBACK_CHARACTERS = 200_000
 
 
 class Work:
-    """Two parts of a defect report: the run folder of this process, and a function that describes
-    the run of this process.
+    """What a defect report says about the run of this process: ``folder`` is the run folder, and
+    ``run`` is a function that describes the run.
     """
 
     folder: Path | None = None
@@ -43,16 +43,16 @@ class Work:
 
 
 def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None) -> None:
-    """Remember the run folder and a function that describes the run, in case a report is
-    written.
-    """
+    """Store the run folder, and a function that describes the run, for a possible defect report."""
     Work.folder, Work.run = folder, run
 
 
 def write_report(error: BaseException) -> Path | None:
-    """Write the report of ``error`` into the run folder. If there is no run folder, write the
-    report into the current folder, else into the folder for temporary files. Return its path; None
-    if none of these folders is writable.
+    """Write the report of ``error`` into a file and return its path.
+
+    The file is in the run folder, if there is one. Otherwise it is in the current folder, or in the
+    folder for temporary files if the current folder is not writable. Return None if no folder is
+    writable.
     """
     # An argument of the command may be no UTF-8, and is then a text with lone surrogates.
     text = report(error).encode(errors="backslashreplace")

@@ -19,9 +19,9 @@ def near(
     """Return at most three of ``words`` that ``word`` may be a misspelling of, the most similar
     first.
 
-    Case is ignored, and ``-`` equals ``_``. Similarity is a number from 0 to 1. Each result has a
-    similarity of at least ``cutoff``. The similarity of each result is less than ``within`` below
-    that of the first result.
+    Case is ignored, and ``-`` equals ``_``. The similarity of two words is a number from 0 to 1. A
+    result has at least the similarity ``cutoff``. Words whose similarity is lower than that of the
+    first result by ``within`` or more are left out.
     """
     if len(word) > _LONGEST:
         return []

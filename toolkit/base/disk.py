@@ -1,9 +1,9 @@
 """Turn a disk failure that any library reports into an error with an exit code.
 
-An OSError has an error number. Rust libraries (safetensors, tokenizers) write "(os error 28)" into
-the message, and Arrow writes "[errno 28]". The error of torch's archive writer has no number. The
-number is then taken from the cause of this error. If no cause has a number, the free space on the
-disk decides whether the disk was full.
+A disk failure has an error number (errno). An OSError has it as an attribute. Rust libraries
+(safetensors, tokenizers) write "(os error 28)" into the message, and Arrow writes "[errno 28]". The
+archive writer of torch reports no number, so the number is taken from the cause of its error. If no
+cause has a number either, the free space shows whether the disk was full.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def translate(
             f"the disk is full ({said}){_account(Path(place), number, needed, name)}{kept}",
             where=f"{place}{system}",
             fix=(
-                "free some space or set another runtime.output_dir, then start the same "
-                "command again"
+                "free some disk space, or set runtime.output_dir to a folder on another disk; then "
+                "start the same command again"
             ),
         )
     if number in LIMITED:
@@ -110,25 +110,29 @@ def translate(
             f"the file would be larger than the limit of this process (ulimit -f) or of the file"
             f" system ({said}){kept}",
             where=f"{place}{system}",
-            fix="raise the limit or name another runtime.output_dir, then start the same command"
-            " again",
+            fix="raise the limit on the size of a file, or set runtime.output_dir to a folder on"
+            " another file system; then start the same command again",
         )
     if number in CLOSED:
         return ConfigError(
-            f"cannot write: {said}", where=f"{place}{system}", fix="set another runtime.output_dir"
+            f"cannot write: {said}",
+            where=f"{place}{system}",
+            fix="set runtime.output_dir to a writable folder",
         )
     return NodeError(
         f"the disk failed: {said} ({type(error).__name__}: {first_line(error)})",
         where=f"{place}{system}",
-        fix="look at the node's log (dmesg) for this file system, and start the same command on"
-        " another node, or with another runtime.output_dir",
+        fix="search the kernel log of the node (`dmesg`) for errors of this file system, and start"
+        " the same command on another node, or set runtime.output_dir to another file system",
     )
 
 
 def failed(error: Exception) -> ToolkitError | None:
-    """Return the error to report for a disk failure, like ``translate``, if the path that was
-    written to is not known. Return None if ``error`` is not a disk failure, or if only a permission
-    is missing: it may concern a file that was read.
+    """Return the error to report for a disk failure, as ``translate`` does. This function is for
+    callers that do not know which path was written to.
+
+    Return None if ``error`` is not a disk failure. Also return None for a missing permission,
+    because the error may come from reading a file.
     """
     found = reason(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):
@@ -137,7 +141,7 @@ def failed(error: Exception) -> ToolkitError | None:
 
 
 def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
-    """Return a text with the needed, the free and the missing space."""
+    """Return a text about disk space: the needed, the free and the missing bytes."""
     free = None if number == errno.EDQUOT else free_bytes(place)
     wanted = "" if needed is None else f"{format_bytes(needed)} needed"
     if free is None:
@@ -147,7 +151,7 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= LEAST_FREE:
         where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
-        parts.append(f"the error does not name the file: look at {where}")
+        parts.append(f"the error names no file, so check {where}")
     return f": {', '.join(parts)}"
 
 

@@ -53,7 +53,7 @@ class ConfigValueError(ConfigError, ValueError):
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """The drop-in API refuses the type of a value, or a keyword."""
+    """The drop-in API refuses a keyword argument, or a value because of its type."""
 
 
 class UnsupportedError(ConfigError, NotImplementedError):
@@ -71,19 +71,19 @@ class InputError(ToolkitError):
 
 
 class NodeError(ToolkitError):
-    """This node is bad: its owner must act. The job may work on another node."""
+    """The node is faulty and its administrator must act. The job may work on another node."""
 
     exit_code = 3
 
 
 class RetryError(ToolkitError):
-    """Nothing is wrong with the config or the node: try again later."""
+    """The config and the node have no fault; the user should try again later."""
 
     exit_code = 4
 
 
 class UnestablishedError(ToolkitError):
-    """The toolkit could not find out what it was asked for, such as the cause of an error."""
+    """The toolkit could not answer the user's question, such as what caused an error."""
 
     exit_code = 5
 
@@ -103,12 +103,12 @@ class DefectError(ToolkitError):
 
 
 def first_line(error: BaseException, *, longest: int = 300) -> str:
-    """Return the message of an error of another library, in one line of at most ``longest``
+    """Return the first line of the message of another library's error, cut to ``longest``
     characters.
 
-    An empty message (``MemoryError()``) is replaced by the name of the error's class. The text of a
-    pydantic error begins with the number of its problems. The result is then the messages of the
-    single problems, separated by semicolons.
+    If the message is empty (``MemoryError()``), return the name of the error's class. For a
+    pydantic error, whose first line only counts the problems, return the messages of all problems,
+    separated by semicolons.
     """
     judged = getattr(error, "errors", None)
     if callable(judged) and "validation error" in str(error):
@@ -119,6 +119,6 @@ def first_line(error: BaseException, *, longest: int = 300) -> str:
 
 
 class ToolkitWarning(UserWarning):
-    """A warning about something that did not fail: a choice that the toolkit made, or a setting
-    without effect.
+    """A warning about a choice that the toolkit made, or about a setting without effect. Nothing
+    failed.
     """

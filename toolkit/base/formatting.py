@@ -17,8 +17,8 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """Return ``text`` with each unprintable character replaced by its number: ``[U+202E]``. Line
-    feeds and tabs stay.
+    """Return ``text`` with each unprintable character replaced by its code point, such as
+    ``[U+202E]``. Line feeds and tabs stay.
     """
     return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 

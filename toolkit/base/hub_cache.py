@@ -19,15 +19,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_home(environ: Mapping[str, str]) -> Path:
-    """The folder in which huggingface_hub keeps its files: HF_HOME, else huggingface/ in the user's
-    cache folder.
+    """The folder in which huggingface_hub keeps its files. This is the value of HF_HOME. If HF_HOME
+    is not set, it is the folder huggingface/ in the user's cache folder.
     """
     caches = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(environ.get("HF_HOME") or caches / "huggingface").expanduser()
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """The folder of the cached models: HF_HUB_CACHE, else hub/ in ``hub_home``."""
+    """The folder of the cached models. This is the value of HF_HUB_CACHE. If HF_HUB_CACHE is not
+    set, it is the folder hub/ in ``hub_home``.
+    """
     return Path(environ.get("HF_HUB_CACHE") or hub_home(environ) / "hub").expanduser()
 
 

@@ -67,8 +67,8 @@ def mapped_files() -> list[tuple[int, int, str]]:
 
 
 def _is_weights(path: str) -> bool:
-    """Whether a mapped file is a weights file. In a hub snapshot, links lead to blobs, whose names
-    are digests without a suffix.
+    """Whether a mapped file is a weights file. In the Hugging Face cache, every file in a ``blobs``
+    folder counts as one, because the name of a blob is a digest without a suffix.
     """
     plain = path.removesuffix(" (deleted)")
     return plain.startswith("/") and (plain.endswith(_WEIGHT_FILES) or "/blobs/" in plain)

@@ -24,15 +24,15 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """The largest size to which ``packed_bytes`` packed bytes may be unpacked. It is at most
+    """The limit on the unpacked size of a stream of ``packed_bytes`` bytes. The result is at most
     ``limit``.
     """
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
 def source_of(file: IO[bytes]) -> IO[bytes] | None:
-    """Return a stream of the unpacked bytes of ``file``; None if it is not packed. The format is
-    recognised by the first bytes.
+    """Return a stream of the unpacked bytes of ``file``; None if ``file`` is not packed. The first
+    bytes show the format.
     """
     start = file.read(6)
     file.seek(0)

@@ -45,8 +45,9 @@ def safe_join(
 
     Raises ConfigError if ``name`` is empty or an absolute path, or if it contains a drive, ``..``
     or a NUL character. Also raises ConfigError if the path is a link to a place outside ``root``,
-    unless ``links`` is true (the hub cache consists of such links). The error is reported at
-    ``where`` (default ``root``), and ``what`` describes the name in its message.
+    unless ``links`` is true (the hub cache consists of such links). The error names ``where``
+    (default ``root``) as the place of the problem. ``what`` is the noun for ``name`` in the
+    message, such as "a member".
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
@@ -54,7 +55,7 @@ def safe_join(
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
-            fix="get the file again from a source that you trust: it is damaged or malicious",
+            fix="get the file again from a trusted source, because it is damaged or malicious",
         )
     path = root / pure
     if not links and not path.resolve().is_relative_to(root.resolve()):
@@ -117,8 +118,8 @@ def write_named_file(path: Path, content: str) -> Path:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raise OSError for a device, a pipe or a socket, because a rename would replace it (as root
-    even ``/dev/null``).
+    """Raise OSError if ``path`` is a device, a pipe or a socket. Otherwise the rename would replace
+    the device (as root even ``/dev/null``).
     """
     try:
         mode = path.lstat().st_mode
@@ -155,8 +156,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def set_mode(path: Path) -> None:
-    """Set the mode of a file to 0644 (of a folder: 0755) minus the umask, because a library created
-    it with another mode. Raises OSError.
+    """Set the mode of a file that a library created: 0644 minus the umask, or 0755 minus the umask
+    for a folder. Raises OSError.
     """
     mode = FOLDER_MODE if path.is_dir() else FILE_MODE
     path.chmod(mode & ~_umask())

@@ -20,7 +20,9 @@ WANTED = "expandable_segments:True"
 
 
 def expands(setting: str) -> bool:
-    """Whether ``setting``, a value of one of ``VARIABLES``, turns on expandable_segments."""
+    """Whether ``setting`` turns on expandable_segments. ``setting`` is the value of an environment
+    variable for torch's CUDA allocator (one of ``VARIABLES``).
+    """
     return WANTED.lower() in setting.lower().replace(" ", "")
 
 
@@ -30,8 +32,8 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of this run on this node (LOCAL_WORLD_SIZE). If that variable is not
-    set, the number of all processes of the run. Raises InputError.
+    """The number of processes of this run on this node, from LOCAL_WORLD_SIZE. If LOCAL_WORLD_SIZE
+    is not set, WORLD_SIZE is used, the number of processes on all nodes. Raises InputError.
     """
     name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
     return _number(environ, name, least=1)
@@ -72,6 +74,6 @@ def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
         raise InputError(
             f"{name}={text} must be a whole number of at least {least}",
             where="the environment",
-            fix=f"start the run with torchrun or --nproc-per-node, or unset {name}",
+            fix=f"start the run with torchrun or --nproc-per-node, or unset the variable {name}",
         )
     return int(text)

@@ -9,8 +9,8 @@ from pathlib import Path
 def peak_resident_bytes() -> int:
     """Return the peak resident memory of this process in bytes, since its program began.
 
-    On Linux, ru_maxrss also includes the memory of the parent process at the moment when it started
-    this process. VmHWM of /proc/self/status counts only from the start of the program.
+    On Linux, the result is VmHWM of /proc/self/status. ru_maxrss would be wrong there: it includes
+    the memory of the parent process at the moment when the parent started this process.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -94,8 +94,8 @@ def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
 
 
 def free_bytes() -> int:
-    """Bytes of memory that nothing uses now, not even the cache. This is less than the available
-    memory.
+    """The bytes of memory that are completely unused. Memory that the system's file cache uses is
+    not included, so the result is smaller than the "available" memory.
     """
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,9 +1,9 @@
 """Find tokens and keys, and remove them from everything that is printed or written.
 
-There are two ways to recognise a secret. Its pattern: tokens of common services have published
-prefixes. Its value: it is the value of an environment variable whose name suggests a secret.
-``protect_output`` uses both ways for stdout, stderr and every log record. Text for files is passed
-through ``redact`` or ``redact_tree`` before it is written.
+A secret is recognised in two ways. The first is its pattern, because the tokens of common services
+have published prefixes. The second is its value: the value of an environment variable is a secret
+if the variable's name suggests this. ``protect_output`` uses both ways for stdout, stderr and every
+log record. Text for files is passed through ``redact`` or ``redact_tree`` before it is written.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class _Redacting:
 
 
 class _RedactingBytes:
-    """Like ``_Redacting``, for the binary buffer of a text stream (click writes to it in a C
-    locale).
+    """A binary stream like ``_Redacting``. It replaces the ``buffer`` of a text stream, because
+    click writes to this buffer in a C locale.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -219,8 +219,8 @@ def _known_here() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=4)
 def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return (variable, value) for the secrets in the environment, the longest value first. Each
-    secret is listed in every encoding of ``_forms``.
+    """Return (variable, value) for each secret in the environment, the longest value first. Every
+    encoding of a secret that ``_forms`` returns has its own pair.
     """
     found: dict[str, str] = {}
     for name, value in sorted(environ):
@@ -233,8 +233,8 @@ def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str],
 
 
 def _is_path(value: str) -> bool:
-    """Whether ``value`` is the path of a file that contains a secret (``/run/secrets/token``). A
-    secret can begin with "/" too (base64). So ``value`` counts as a path only if the file or its
+    """Whether ``value`` is a path to a secret (``/run/secrets/token``) instead of a secret. A
+    base64 secret can begin with "/" too, so ``value`` counts as a path only if the file or its
     folder exists.
     """
     if not value.startswith("/") or "\0" in value:
@@ -250,9 +250,8 @@ def _folder(value: str) -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """Return all texts as which a secret may be printed: the secret itself, and its encodings. The
-    encodings are those of ``repr`` (once and twice, and for bytes), of JSON, of URLs, and of
-    ``visible``.
+    """Return the texts in which ``secret`` may appear in output: the secret itself, and its
+    encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by ``visible``.
     """
     once = _quoted(secret)
     forms = [

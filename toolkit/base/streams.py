@@ -40,8 +40,8 @@ def open_missing() -> None:
 
 @contextmanager
 def outliving() -> Iterator[None]:
-    """Inside this context a failing stdout or stderr is not an error. Further output to the stream
-    is dropped. A failure of stdout is reported once on stderr.
+    """A context in which a failing stdout or stderr raises no error. Further output to the failed
+    stream is dropped. A failure of stdout is reported once on stderr.
     """
     before = sys.stdout, sys.stderr
     err = Outliving(before[1], "stderr", None)
@@ -54,8 +54,9 @@ def outliving() -> Iterator[None]:
 
 
 class Outliving:
-    """A text stream that is replaced by the null device after its first failure. The warning about
-    the failure is written to the stream ``other``. All other attributes are those of the stream.
+    """A wrapper around a text stream, which becomes the null device when the stream fails for the
+    first time. The warning about the failure is written to the stream ``other``. All other
+    attributes are those of the wrapped stream.
     """
 
     def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:
@@ -99,9 +100,9 @@ class Outliving:
 
 
 def discard(stream: TextIO) -> None:
-    """Connect the descriptor of ``stream`` to the null device and flush ``stream``. The buffered
-    output of a failed stream is lost. Otherwise Python would flush this output at the end of the
-    process, fail again, and change the exit code to 120.
+    """Connect the descriptor of the failed ``stream`` to the null device, and flush ``stream``, so
+    that its buffered output is lost. Without this, Python would flush the output when the process
+    ends, fail again, and change the exit code to 120.
     """
     with suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()

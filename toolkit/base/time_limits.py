@@ -36,8 +36,8 @@ class OutOfTime(Exception):
 
 
 class _Cut(BaseException):
-    """The exception that the timer signal raises inside the called code when its time is over. It
-    is not an ``Exception``, so that ``except Exception`` in the called code does not catch it.
+    """The exception that the timer signal raises in the called code when the time is over. It is
+    not an ``Exception``, so ``except Exception`` in the called code does not catch it.
     """
 
 
@@ -107,10 +107,11 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
 
 @contextmanager
 def memory_within(more_bytes: int) -> Iterator[None]:
-    """Limit the memory that this process can allocate inside the ``with`` block to ``more_bytes``
-    more than it has. Allocations above this limit raise MemoryError.
+    """Inside the ``with`` block, let this process allocate at most ``more_bytes`` in addition to
+    its present memory. Allocations above this limit raise MemoryError.
 
-    The limit applies to all threads. So keep the block short, and let no other thread run in it.
+    The limit applies to all threads. So keep the block short, and let no other thread run
+    meanwhile.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:

@@ -1,3 +1,5 @@
-"""The version. It is in the lowest layer because reports of all layers contain it."""
+"""The version of the toolkit. This module is in the lowest layer because reports of all layers
+contain the version.
+"""
 
 __version__ = "0.1.0"

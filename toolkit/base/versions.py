@@ -1,5 +1,5 @@
-"""Compare versions as PEP 440 does. Only this module imports ``packaging``. The import takes as
-long as a whole command that does little, so ``packaging`` is imported only on first use.
+"""Compare versions as PEP 440 does. The module imports ``packaging`` only on first use, because the
+import is slow compared with a short command. No other module imports ``packaging``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @cache
 def as_version(text: str) -> Version:
-    """Parse a version such as ``2.13.0+cpu`` or a driver's ``580.159.04``, for comparison. If a
-    text is not a version, such as ``580.65.06-server``, only the numbers at its start count.
+    """Parse a version such as ``2.13.0+cpu``, or a driver version such as ``580.159.04``, so that
+    it can be compared. If PEP 440 does not allow the text (``580.65.06-server``), use only the
+    numbers at its start.
     """
     from packaging.version import InvalidVersion, Version  # noqa: PLC0415 - see above
 

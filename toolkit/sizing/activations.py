@@ -1,7 +1,8 @@
-"""Count the activations of a training step, tensor by tensor, as autograd saves them.
+"""Compute the bytes of activations in a training step: the tensors that autograd saves for the
+backward pass, and the temporary tensors of the backward pass.
 
 Written for transformers 5.17 and PEFT 0.21.2. tests/contract/test_sizing_activations.py compares
-the count with the bytes that autograd saves in these versions.
+the result with the bytes that autograd saves in these versions.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
 
 
 def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
-    """Return three numbers of bytes: what all layers keep until the backward pass, what one layer
-    keeps while it is recomputed (0 without gradient checkpointing), and the temporary tensors of
-    the backward pass of that layer.
+    """Return three numbers of bytes for one training step.
+
+    - what all layers keep until the backward pass,
+    - what one layer keeps while it is recomputed (0 without gradient checkpointing),
+    - the temporary tensors in the backward pass of one layer.
     """
     one = pass_of(work, step)
     tokens = one.tokens
@@ -77,28 +80,27 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
 
 
 def _casts(work: Workload, step: StepPlan) -> bool:
-    """Whether PEFT's own forward pass runs. In it, each adapted module makes one more copy of its
-    input: PEFT casts the input to float32, and autocast casts it back. policy/lora_layer.py avoids
-    this copy, but leaves the forward pass to PEFT if the adapter has dropout.
+    """Whether the adapted modules run PEFT's own forward pass, which makes one more copy of each
+    input: PEFT casts the input to float32, and autocast casts it back. This is the case if the
+    adapter has dropout. Without dropout policy/lora_layer.py replaces the forward pass and makes no
+    copy.
     """
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
 def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
-    """Whether the kernel ``varlen_attn`` computes attention for packs
-    (policy/packed_attention.can_use_kernel). A pack consists of several rows merged without
-    padding.
+    """Whether the kernel ``varlen_attn`` computes the attention of packs (rows merged without
+    padding). The conditions are those of ``can_use_kernel`` in policy/packed_attention.
     """
     half = step.compute_bytes < MASTER_BYTES
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The bytes of the keys and values that a layer keeps for a pack. They are arranged by segments
-    of the pack.
+    """The bytes of keys and values that a layer keeps for the attention of a pack; 0 without packs.
 
-    The kernel uses the keys and values unchanged. Without the kernel they are repeated for each
-    query head, in batches of which up to a quarter is padding.
+    The kernel ``varlen_attn`` keeps one copy of the keys and values. Without this kernel, the keys
+    and values are repeated for each query head and padded; up to a quarter of the bytes is padding.
     """
     if step.pack_tokens is None:
         return 0
@@ -111,11 +113,12 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
 
 
 def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The bytes of temporary tensors in attention's backward pass for a pack: the gradients of all
-    keys and values, and the sums of these gradients over the segments, in float32.
+    """The bytes of the temporary tensors in attention's backward pass for a pack, minus the bytes
+    that the MLP saved; 0 without packs.
 
-    These tensors exist after the tensors that the MLP saved are freed. So the bytes that the MLP
-    saved are subtracted.
+    The tensors are the gradients of all keys and values, and the float32 sums of these gradients.
+    They are created after the backward pass of the MLP, which frees what the MLP saved. Therefore
+    the freed bytes are subtracted.
     """
     if step.pack_tokens is None:
         return 0
@@ -162,9 +165,9 @@ def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
 
 
 def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
-    """The bytes per token that the MLP saves for each active expert: the output of the gate
-    projection, the activation of this output, and the output of the up projection. A fused MLP
-    recomputes the activation instead of saving it.
+    """The bytes per token that the MLP saves. For each active expert (a dense MLP counts as one)
+    these are three tensors: the output of the gate projection, its activation, and the output of
+    the up projection. A fused MLP recomputes the activation instead of saving it.
     """
     total, width = 0, step.compute_bytes
     for linear in block.linears:
@@ -178,11 +181,11 @@ def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
 
 
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The bytes per token of the temporary tensors in one layer's backward pass: the gradients of
-    the tensors inside the MLP.
+    """The largest number of bytes per token that temporary tensors need in one layer's backward
+    pass: those of the MLP, or those of the attention scores if these are larger.
 
-    A gradient is float32 if PEFT cast the adapted input to float32. The gradient of the hidden
-    state exists twice.
+    The temporary tensors of the MLP are gradients. A gradient is float32 if PEFT cast the adapted
+    input to float32. The gradient of the hidden state exists twice.
     """
     down = max(
         (linear for linear in block.linears if linear.leaf == "down_proj"),
@@ -209,11 +212,12 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
 
 
 def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The bytes per token of the temporary tensors in the backward pass of the score matrices. They
-    need 1.5 times the bytes of their gradients in float32.
+    """The bytes per token of the temporary tensors in the backward pass of the attention scores,
+    minus the bytes that the MLP saved; 0 for fused attention.
 
-    These tensors exist after the tensors that the MLP saved are freed. So the bytes that the MLP
-    saved are subtracted.
+    The tensors need 4 bytes per score (float32 gradients), plus half of the bytes of the compute
+    dtype. They are created after the backward pass of the MLP, which frees what the MLP saved.
+    Therefore the freed bytes are subtracted.
     """
     if spec.scores == "fused":
         return 0

@@ -77,9 +77,11 @@ def assemble(
 
 
 def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
-    """Return the interval of gpu_memory_utilization, and the utilization that is used. Both ends of
-    the interval are rounded inwards. The utilization is the value in the run file. If that is
-    "auto", the utilization is the upper end of the interval.
+    """Return the interval of gpu_memory_utilization, and the value that is used.
+
+    The value is that of the run file. For "auto", it is the upper end of the interval, or None if
+    the run does not fit. The lower end is rounded up, and the upper end is rounded down. Without a
+    vLLM engine on a GPU, both ends and the value are None.
     """
     if candidate.device is None or not candidate.work.uses_engine:
         return Interval(
@@ -169,7 +171,7 @@ def _model(candidate: Candidate, fit: Fit) -> ModelPart:
 
 
 def _format(candidate: Candidate) -> str:
-    """Return the name of the format of the weights in memory."""
+    """Return the name of the number format of the weights in memory, such as ``bfloat16``."""
     if candidate.spec.weights_by_headers:
         return "as stored"
     return (
@@ -178,8 +180,9 @@ def _format(candidate: Candidate) -> str:
 
 
 def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
-    """Return a note if the engine makes 16-bit copies of only some of the 4-bit weights, or of
-    none. Return None if the engine copies all of them, or if the run file sets how many are copied.
+    """Return a note that says why the engine makes 16-bit copies of only some of the 4-bit weights,
+    or of none. Return None if it copies all of them, or if model.dequantized_rollouts is not
+    "auto".
     """
     copies, whole = candidate.plan.dequantized, all_copies(candidate.spec, candidate.plan)
     left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
@@ -204,11 +207,13 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
             f"slots: {', '.join(candidate.spec.targets)}"
         )
     if not candidate.work.adapter_parameters(candidate.spec):
-        notes.append("lora.target_modules names no layer of this model: no adapter is counted")
+        notes.append(
+            "lora.target_modules names no layer of this model, so the sizes include no adapter"
+        )
     if candidate.plan.tensor_parallel > 1 and candidate.work.uses_engine:
         notes.append(
-            f"tensor_parallel_size {candidate.plan.tensor_parallel}: all bytes are those of one "
-            "card"
+            f"with tensor_parallel_size {candidate.plan.tensor_parallel}, all sizes are those of "
+            "one card"
         )
     return notes
 

@@ -54,7 +54,9 @@ class Row:
 
     @property
     def off(self) -> float | None:
-        """The relative error, predicted / measured - 1: positive if the prediction is higher."""
+        """The relative error of the prediction, (predicted - measured) / measured; None without a
+        measurement.
+        """
         if not self.measured:
             return None
         return self.predicted / self.measured - 1
@@ -70,7 +72,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The comparison of all terms. ``bound`` is the predicted upper bound of torch's peak."""
+    """The comparison of predicted and measured bytes. ``rows`` has one row per term. ``bound`` is
+    the predicted upper bound of the peak of torch's allocator.
+    """
 
     rows: tuple[Row, ...]
     bound: int
@@ -105,7 +109,7 @@ def calibrate(run_dir: Path) -> Calibration:
         raise InputError(
             "the folder has no preflight.json, so it is not a run folder",
             where=str(run_dir),
-            fix="name the folder that a run file sets as runtime.output_dir",
+            fix="use the run folder, which is the value of runtime.output_dir in a run file",
         )
     written = read_json(run_dir / "preflight.json")
     sizing = written.get("sizing") if isinstance(written, dict) else None
@@ -113,7 +117,7 @@ def calibrate(run_dir: Path) -> Calibration:
         raise InputError(
             "the file contains no sizing",
             where=str(run_dir / "preflight.json"),
-            fix="name the folder of a run that was made with this version",
+            fix="use the folder of a run that this version of the toolkit made",
         )
     measured: dict[str, Any] = {}
     if (run_dir / "memory.json").is_file():

@@ -52,7 +52,7 @@ def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def room_for_copies(candidate: Candidate, fit: Fit) -> int:
-    """The bytes that remain for copies if the KV cache can hold all sequences of a rollout."""
+    """The bytes of 16-bit copies that fit beside a KV cache for all sequences of a rollout."""
     most, spare = fit.max_sampling_bytes, 0
     written = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:
@@ -63,9 +63,12 @@ def room_for_copies(candidate: Candidate, fit: Fit) -> int:
 
 
 def best_copies(candidate: Candidate, fit: Fit) -> int:
-    """Return how many bytes of copies to add to ``candidate``, which fits without copies. The
-    result is the bytes of all copies if these fit. Otherwise it is the bytes that remain, with
-    which the engine copies the largest layers first. If little memory remains, the result is 0.
+    """Return how many bytes of 16-bit copies the engine should make. ``candidate`` fits without
+    copies.
+
+    If the copies of all weights fit, the result is their size. Otherwise it is the size of the free
+    memory, and the engine copies the largest layers first. If the free memory is less than a tenth
+    of the size of all copies, the result is 0.
     """
     whole = all_copies(candidate.spec, candidate.plan)
     fitting = min(whole, room_for_copies(candidate, fit))

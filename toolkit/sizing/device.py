@@ -1,5 +1,5 @@
-"""Describe the card to size for: a card of this node (GpuSnapshot) or a card of the table
-(Card).
+"""Describe the card to size for: a card of this node (GpuSnapshot), or a card in the table of known
+cards (Card).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Device:
 
     @classmethod
     def from_card(cls, card: Card) -> Device:
-        """The device for a card of the table, with all its memory free."""
+        """The device for a card in the table of known cards. All of its memory counts as free."""
         return cls(
             name=card.name,
             total_bytes=card.total_bytes,
@@ -65,11 +65,11 @@ class Device:
 
     @classmethod
     def from_node(cls, snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Device:
-        """Return the device for ``gpu`` of a node. On a GPU with integrated memory, the free bytes
-        are those that the host has available.
+        """Return the device for ``gpu``, a GPU of this node. If the GPU has integrated memory, its
+        free bytes are the available bytes of the host.
 
-        A MIG slice is sized by its own memory, not by its card's. Raises ConfigError if NVML does
-        not report the memory.
+        A MIG slice has the memory of the slice, and not that of the whole card. Raises ConfigError
+        if NVML does not report the memory.
         """
         memory = memory_of(snapshot, gpu)
         if memory is None or not memory.integrated:
@@ -84,14 +84,14 @@ class Device:
 
     @classmethod
     def from_snapshot(cls, gpu: GpuSnapshot) -> Device:
-        """The device for a card in its current state, including memory used by other processes.
+        """The device for a card in its current state. Memory that other processes use is not free.
         Raises ConfigError if NVML does not report the memory.
         """
         total, free = gpu.total_bytes, gpu.free_bytes
         if total is None or free is None:
             raise ConfigError(
                 f"{gpu.label} does not report its memory ({gpu.memory.reason})",
-                fix="name the card with --gpu",
+                fix="use the option --gpu with the name of the card",
             )
         reserved = (gpu.memory.value or {}).get("reserved")
         if not isinstance(reserved, int) or reserved <= 0:
@@ -106,9 +106,9 @@ class Device:
 
 
 def situation_of(device: Device | None, world_size: int = 1) -> Situation:
-    """Return the situation of a run on ``device`` (None: the CPU): its card, the number of its
-    processes, and the installed vLLM. A ``device`` that is not in this node belongs to another
-    node, and vLLM is assumed to be installed on that node.
+    """Return the Situation of a run on ``device`` (None: the CPU): the card, the number of
+    processes of the run, and the installed vLLM. If ``device`` belongs to another node, vLLM is
+    assumed to be installed there.
     """
     here = device is None or device.here
     facts = DeviceFacts("no GPU", None)
@@ -121,9 +121,11 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
 def situation_here(
     snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
 ) -> Situation:
-    """Return the situation of a run on this node. The card of the run is the GPU that CUDA numbers
-    ``gpu_index``. It is the first GPU if ``gpu_index`` is None or too large. Without a GPU the run
-    uses the CPU.
+    """Return the Situation of a run on this node: the card, the number of processes of the run, and
+    the installed vLLM.
+
+    The card is the GPU with the CUDA index ``gpu_index``. If ``gpu_index`` is None or too large,
+    the card is the first GPU. Without a GPU, the run uses the CPU.
     """
     seen = visible(snapshot).devices
     facts = DeviceFacts("no GPU", None)
@@ -134,8 +136,8 @@ def situation_here(
 
 
 def smallest(found: Sequence[Device | None]) -> Device | None:
-    """Return the device with the least free memory among those of all processes of a run; None if
-    all processes run on the CPU.
+    """Return the device with the least free memory among the devices of all processes of a run;
+    None if all processes run on the CPU.
 
     Raises:
         ConfigError: some processes have a GPU and others do not.
@@ -150,8 +152,8 @@ def smallest(found: Sequence[Device | None]) -> Device | None:
             ),
             where="pre-flight",
             fix=(
-                "start one process per visible GPU on each node (CUDA_VISIBLE_DEVICES limits the "
-                "visible ones)"
+                "on each node, start as many processes as the node has visible GPUs "
+                "(CUDA_VISIBLE_DEVICES limits the visible GPUs)"
             ),
         )
     return min(cards, key=lambda card: (card.free_bytes, card.total_bytes), default=None)

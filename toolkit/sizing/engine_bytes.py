@@ -2,16 +2,16 @@
 of vLLM's profiling run, the sampler, CUDA graphs, and the runtime.
 
 Written for vLLM 0.25.1 (v1/worker/gpu_worker.py ``determine_available_memory``). vLLM may use
-gpu_memory_utilization x total memory. All of these terms are part of this amount, and the rest is
+gpu_memory_utilization x total memory. What remains of this amount after the terms of this module is
 the KV cache. After profiling, the memory of the activations and the sampler goes back to torch's
-allocator. So training in the same process can use it. The memory of the other terms stays in use.
+allocator, and training in the same process can use it. The memory of the other terms stays in use.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.formatting import MIB
+from toolkit.base.formatting import MIB, plural
 from toolkit.config.engine_settings import graph_sizes
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
@@ -48,12 +48,13 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
     how = plan.quantization.method if plan.quantization else plan.dtype
     how = "as stored" if spec.weights_by_headers else how
+    adapters = plural(plan.max_loras, "adapter")
     terms = [
         Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
         Term(
             "engine.lora",
             slot_bytes(spec, plan, plan.max_lora_rank),
-            f"vLLM slot buffers, {plan.max_loras} x rank {plan.max_lora_rank} on the projections",
+            f"vLLM's buffers for {adapters} of rank {plan.max_lora_rank} on the projections",
         ),
         Term(
             "engine.rope_tables",
@@ -83,8 +84,8 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
         Term(
             "engine.activations",
             max(forward, sampler),
-            f"{'forward' if forward >= sampler else 'sampler'}: "
-            f"{plan.max_num_batched_tokens} tokens, {plan.max_num_seqs} sequences",
+            f"peak of the {'forward pass' if forward >= sampler else 'sampler'} with "
+            f"{plan.max_num_batched_tokens} tokens of {plan.max_num_seqs} sequences",
             "rollout",
         )
     )
@@ -100,9 +101,8 @@ def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The peak bytes of one compiled forward pass with max_num_batched_tokens tokens. The attention
-    and the MLP of a layer do not need their memory at the same time, so the larger of the two
-    counts.
+    """The peak bytes of one compiled forward pass with max_num_batched_tokens tokens. For each
+    layer, the larger of attention and MLP counts, because they run one after the other.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0
@@ -125,8 +125,8 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
-    """The bytes of the largest weight, unpacked to 16 bits. For a batch of more than a few tokens,
-    bitsandbytes unpacks one fused weight at a time.
+    """The bytes of the largest weight in 16 bits; 0 without bitsandbytes weights. For a batch of
+    more than a few tokens, bitsandbytes unpacks one fused weight at a time.
     """
     if quantization is None or quantization.method != "bnb-nf4":
         return 0

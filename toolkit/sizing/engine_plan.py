@@ -1,5 +1,5 @@
-"""Choose the settings of an engine, with a candidate value for each "auto". The memory of the
-engine is computed from these settings.
+"""Choose the settings of the engine. Each "auto" gets a value that the sizer then tries: the memory
+of the engine is computed from these settings.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class EnginePlan:
 def plan_engine(
     config: RunConfig, spec: ModelSpec, work: Workload, device: Device | None
 ) -> EnginePlan:
-    """Return the engine plan for ``config``, whose dtype must be resolved. A value that the run
-    file sets is used unchanged. A value for "auto" is computed from the workload. Raises
-    ConfigError for a rank that vLLM does not support.
+    """Return the engine plan for ``config``, in which model.dtype must not be "auto". A value that
+    the run file sets is used unchanged. A value for "auto" is computed from the workload. Raises
+    ConfigError for a LoRA rank that vLLM does not support.
     """
     model = config.model
     if model.max_num_seqs == "auto":

@@ -40,8 +40,8 @@ class Fields:
     def integer(
         self, *keys: str, default: Any = _MISSING, low: int = 1, high: int = MAX_DIMENSION
     ) -> int:
-        """The first of ``keys`` that has a value, as an int within [low, high]. Raises
-        InputError.
+        """The value of the first key in ``keys`` that has a value. It must be an int within [low,
+        high]. Raises InputError.
         """
         for key in keys:
             value = self.values.get(key)
@@ -102,8 +102,8 @@ class Fields:
         return Fields(value, f"{self.where}: {key}")
 
     def items(self, key: str, kind: type) -> tuple[Any, ...] | None:
-        """The list under ``key``, whose members are all of ``kind``; None if it is absent. Raises
-        InputError.
+        """The list under ``key``, whose members all have the type ``kind``; None if it is absent.
+        Raises InputError.
         """
         value = self.values.get(key)
         if value is None:

@@ -57,9 +57,9 @@ LOGIT_BYTES = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
-    """Return the memory terms of sampling with transformers: the KV cache of all rollouts at once,
-    and the temporary tensors of sampling. The KV cache of a layer grows by concatenation, which
-    needs two more copies of the cache of one layer.
+    """Return the memory terms of sampling with transformers: the KV cache of all completions at
+    once, and the temporary tensors of sampling. The KV cache of a layer grows by concatenation,
+    which needs two more copies of the cache of one layer.
     """
     width = DTYPE_BYTES[plan.dtype]
     sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
@@ -70,7 +70,7 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
         Term(
             "rollout.kv",
             work.rollouts * (sequence + growing),
-            f"{work.rollouts} x {work.sequence_tokens} tokens in transformers' cache",
+            f"transformers' cache for {work.rollouts} sequences of {work.sequence_tokens} tokens",
             "rollout",
         ),
         Term(
@@ -101,8 +101,9 @@ CPU_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The input of ``evaluate``. ``unsplit`` describes the whole model. ``spec`` describes the part
-    of the model on one card. Both are equal if the model is not split over cards.
+    """The input of ``evaluate``: a run, a card, an engine plan and a step plan. ``unsplit``
+    describes the whole model, and ``spec`` the part of the model on one card. Both are equal if the
+    model is not split over cards.
     """
 
     config: RunConfig

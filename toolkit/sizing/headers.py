@@ -48,7 +48,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeights:
-    """The contents of all headers of a checkpoint."""
+    """The tensors that the safetensors headers of a checkpoint list. ``files``, ``nbytes`` and
+    ``elements`` are the numbers of files, bytes and elements of all tensors together.
+    """
 
     files: int
     nbytes: int
@@ -60,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises InputError if the header violates the format."""
     with open_regular(path) as (descriptor, size):
         if size < 8:
-            raise _bad(path, f"is {size} bytes long, too short for a header")
+            raise _bad(path, f"has {size} bytes, which is too short for a header")
         length = int.from_bytes(read_exactly(descriptor, 8, path), "little")
         if length > MAX_HEADER_BYTES:
             raise _bad(
@@ -68,7 +70,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"states a header of {length} bytes; the limit is {MAX_HEADER_BYTES}",
             )
         if 8 + length > size:
-            raise _bad(path, f"ends inside its header ({size} bytes, header {length})")
+            raise _bad(path, f"ends inside its header: it has {size} bytes, the header {length}")
         raw = read_exactly(descriptor, length, path)
     header = parse_json(raw, path)
     if not isinstance(header, dict):
@@ -109,7 +111,7 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[StoredTensor, int, int]:
         raise _bad(path, f"has invalid data offsets at {where}")
     tensor = StoredTensor(str(dtype), tuple(shape), offsets[1] - offsets[0])
     if tensor.elements * bits != tensor.nbytes * 8:
-        raise _bad(path, f"has a shape and data offsets that disagree at {where}")
+        raise _bad(path, f"has a shape that does not match the data offsets at {where}")
     return tensor, offsets[0], offsets[1]
 
 
@@ -121,8 +123,8 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 
 def read_stored(folder: Path) -> StoredWeights | None:
-    """Read the headers of every shard in ``folder``; return None if it contains no safetensors.
-    Raises InputError.
+    """Read the headers of every safetensors shard in ``folder``. Return None if the folder contains
+    no safetensors file. Raises InputError for a file that violates the format.
     """
     files = _shards(folder)
     if not files:
@@ -131,7 +133,7 @@ def read_stored(folder: Path) -> StoredWeights | None:
     for file in files:
         found = read_header(file)
         if twice := next((name for name in found if name in tensors), None):
-            raise _bad(file, f"contains {twice[:80]!r}, which another shard contains too")
+            raise _bad(file, f"contains the tensor {twice[:80]!r}, which is also in another shard")
         tensors.update(found)
     return StoredWeights(
         files=len(files),
@@ -164,9 +166,9 @@ def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
     distinct = list(dict.fromkeys(name if isinstance(name, str) else "" for name in names))
     for name in distinct:
         if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-            raise _bad(index, f"names a shard outside its folder: {name[:80]!r}")
+            raise _bad(index, f"lists a shard outside its folder: {name[:80]!r}")
     if len(distinct) > MAX_SHARDS:
-        raise _bad(index, f"names {len(distinct)} shards; the limit is {MAX_SHARDS}")
+        raise _bad(index, f"lists {len(distinct)} shards; the limit is {MAX_SHARDS}")
     return sorted(distinct)
 
 

@@ -18,8 +18,8 @@ STATES = 2
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
-    """The KV bytes that one more token needs. The number is valid as long as the window of no
-    sliding-window layer is full.
+    """The KV bytes that a sequence needs for one more token. This holds until the sequence is
+    longer than the window of a sliding-window layer.
     """
     return sum(block.count * _token_bytes(block.cache, element_bytes) for block in spec.blocks)
 
@@ -57,13 +57,14 @@ def shared_bytes(spec: ModelSpec, tokens: int, element_bytes: int, *, block_toke
 
 
 def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
-    """Return the number of layers for each kind of KV cache, rounded up as vLLM does.
+    """Return a mapping from each kind of KV cache to the number of layers that vLLM allocates for
+    it.
 
-    Layers of different kinds share pools of pages. So vLLM divides the layers of each kind into
-    groups, and all groups have the same number of layers. This number is usually the number of
-    layers of the rarest kind. If the commonest kind has less than 1.5 times as many layers as the
-    rarest, the number is that of the commonest kind. A group with too few layers is padded
-    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
+    vLLM divides the layers of each kind into groups, because all kinds share the same pools of
+    pages. All groups have the same number of layers, and a smaller group is padded. If the rarest
+    kind has ``least`` layers and the commonest has ``most``, this number is ``most`` if most < 1.5
+    x least, and ``least`` otherwise (v1/core/kv_cache_utils.py,
+    ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()
     for block in spec.blocks:

@@ -52,7 +52,7 @@ def engine_elements(
 
     ``modules`` selects the layers that have slots, by the last parts of their names (vLLM's
     lora_target_modules). With None, vLLM's default applies: every linear layer, the experts, and
-    those embedding tables that the model declares.
+    the embedding tables that the model declares as adaptable.
     """
     total = 0
     for block in spec.blocks:
@@ -69,8 +69,10 @@ def engine_elements(
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
-    """Return (numbers of rows of the slices, number of columns) of the layers that have LoRA slots.
-    Layers are fused as in the engine: q, k and v become three slices of one layer.
+    """Return the shapes of the layers that have LoRA slots in the engine. The engine fuses some
+    layers: q, k and v become one layer with three slices.
+
+    A shape has two parts: a tuple with the number of rows of each slice, and the number of columns.
     """
     found = set()
     for block in spec.blocks:
@@ -107,8 +109,9 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Return which of gate_proj, up_proj and down_proj are in ``targets`` and get an adapter from
-    PEFT in the experts of this model. The weights of all experts are stacked into one tensor.
+    """Return those of gate_proj, up_proj and down_proj that ``targets`` contains and that PEFT
+    adapts in the experts of this model. PEFT adapts them as one tensor with the weights of all
+    experts.
     """
     return names.expert_targets(spec.family, targets)
 
@@ -173,9 +176,10 @@ def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, 
 
 
 def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
-    """The sum of the ranks that ``linear`` has in the layers of ``block``. If a model has several
-    kinds of layers, it is not known here which layer is of which kind. Then each layer counts with
-    the largest rank.
+    """The sum of the ranks that ``linear`` has in the layers of ``block``.
+
+    If a model has several kinds of layers, this function does not know which layer is of which
+    kind. Then every layer of ``block`` counts with the largest rank.
     """
     if layout.plain:
         return block.count * rank
@@ -214,8 +218,8 @@ def adapter_parameters(
 
 
 def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> int:
-    """The number of elements in those expert weights of one layer that have an adapter. PEFT
-    computes the updates of all these weights at the same time.
+    """The number of elements of the updates (B x A) that PEFT computes for the adapted expert
+    weights of one layer. PEFT computes the updates of all experts at the same time.
     """
     moved = expert_targets(spec, targets)
     return max(

@@ -3,7 +3,8 @@ list the possible micro-batches.
 
 With "auto", the completions of one rollout (a generation batch) make one optimizer step. The number
 of completions of one process is micro-batch x accumulation. So the micro-batch must divide this
-number. The gradient does not depend on the choice: rule GRPO029 refuses losses for which it would.
+number. The choice of the micro-batch does not change the gradient: rule GRPO029 refuses "auto" for
+the losses that depend on the micro-batch.
 """
 
 from __future__ import annotations
@@ -81,9 +82,9 @@ def batch_of(
     whole = count(grpo, GENERATION)
     if whole % world:
         raise ConfigError(
-            f"{whole} completions cannot be divided evenly among {world} processes",
+            f"{whole} completions per rollout cannot be divided evenly among {world} processes",
             where=f"grpo.{GENERATION}",
-            fix=f"set {GENERATION}: {-(-whole // world) * world}",
+            fix=f"set {GENERATION} to {-(-whole // world) * world}",
         )
     own = whole // world
     micros = divisors(own)
@@ -99,8 +100,8 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def count(grpo: Mapping[str, Any], key: str) -> int:
-    """The number under ``key``, or TRL's default. Raises ConfigError if the value is not a number
-    of at least 1.
+    """The number under ``key`` in the ``grpo`` section of the run file, or TRL's default. Raises
+    ConfigError if it is not an integer from 1 to ``MOST``.
     """
     value = grpo.get(key)
     if value is None:

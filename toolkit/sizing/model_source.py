@@ -42,7 +42,7 @@ def find_model(name: str, revision: str | None = None) -> ModelFiles:
     if not _HUB_ID.fullmatch(name):
         raise InputError(
             f"{name!r} is neither an existing folder nor a valid hub id",
-            fix="give a folder with config.json, or ORGANISATION/NAME",
+            fix="use a folder that contains config.json, or a hub id (ORGANISATION/NAME)",
         )
     return _in_cache(name, revision)
 

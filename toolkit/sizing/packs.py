@@ -43,10 +43,12 @@ class Pass:
 
 
 def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
-    """Whether training uses packs, as far as the run file and the architecture decide this.
-    Training with packs merges its micro-batches and divides the result by tokens.
+    """Whether training uses packs, as far as the run file and the architecture decide it.
 
-    If the result is false, sizing counts rows with padding, which need more memory.
+    A run does not use packs in these cases: ``runtime.padding_free`` is false, the attention is
+    neither sdpa nor eager, the loss depends on how the batch is split into micro-batches, or a
+    layer does not have its own keys and values for each token. Sizing then counts rows with
+    padding, which need more memory.
     """
     grpo = config.grpo
     if not config.runtime.padding_free or config.model.attn_implementation not in (
@@ -71,8 +73,8 @@ def longest_pair(work: Workload) -> tuple[int, int]:
 
 
 def groups_of(work: Workload) -> int:
-    """The largest possible number of groups among the rollouts of one process. A group contains all
-    completions of one prompt.
+    """The largest possible number of groups among the completions of one process. A group contains
+    all completions of one prompt.
     """
     rows, group = work.rollouts, work.generations
     if rows % group == 0:
@@ -81,7 +83,9 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """The number of tokens of a pack that contains all rollouts of one process."""
+    """The number of tokens of a pack that contains all completions of one process and their
+    prompts.
+    """
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion
 
@@ -108,7 +112,7 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
 
 
 def pass_of(work: Workload, step: StepPlan) -> Pass:
-    """The largest pass of a step."""
+    """The numbers of tokens and keys in the largest pass of a step."""
     rows = step.micro_batch * min(work.completion_tokens, work.sequence_tokens)
     tokens = step.micro_batch * work.sequence_tokens
     if step.pack_tokens is None:

@@ -82,9 +82,9 @@ class _Change:
 def remedies_for(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
-    """Return the changes of ``config`` that free memory. Changes that make the run fit, alone or
-    combined, come before changes that are not enough. Among each of these, changes are sorted by
-    harm and then by the bytes that they free.
+    """Return the changes of ``config`` that free memory. First come the changes that make the run
+    fit, then those that are not enough. In both parts, the changes are sorted by harm, and changes
+    with equal harm by the bytes that they free.
 
     ``short`` is the number of missing bytes. ``attempt`` is a function that returns the best
     candidate of a changed run.
@@ -116,8 +116,9 @@ def _remedy(change: _Change, short: int, left: int) -> Remedy:
 
 
 def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
-    """Combine the least harmful changes until the run fits, and return the combination. Changes are
-    added one by one. In the end, changes that turn out to be unnecessary are removed.
+    """Combine several changes into one change with which the run fits. The least harmful changes
+    are added one by one until the run fits. Then the changes that turn out to be unnecessary are
+    removed.
 
     Return None if all changes together are not enough, or if the run fits without changes.
     """
@@ -148,9 +149,9 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return groups of keys, in the order in which ``_together`` tries to undo their changes. First
-    come single keys, beginning with the last change. Then come keys that can only be changed
-    together.
+    """Return groups of keys whose changes ``_together`` tries to undo, in this order. First comes
+    each key that can be changed alone, the last change first. Then come keys that must be changed
+    together, such as the micro-batch and the accumulation.
     """
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
@@ -294,7 +295,7 @@ def _second_card(
         return []
     change = _Change(
         HARDWARE,
-        f"a second card of this kind (--world-size 2) with {MICRO} {micro // 2}",
+        f"a second card of this kind (--world-size 2) with {MICRO}: {micro // 2}",
         {f"grpo.{MICRO}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
     left = attempt(change.applied(config), 2)[1].short_bytes
@@ -346,7 +347,9 @@ def _split_model(
 def _larger_card(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """Return the remedy to use the smallest card of the table on which the unchanged run fits."""
+    """Return the remedy to use a card with more memory: the smallest card in the table of known
+    cards on which the unchanged run fits.
+    """
     if candidate.device is None:
         return []
     larger = sorted(
@@ -368,5 +371,5 @@ def _larger_card(
     card = larger[place]
     left = attempt(config, device=Device.from_card(card))[1].short_bytes
     size = format_bytes(card.cuda_bytes)
-    change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} or more ({size})")
+    change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} ({size}) or one with more memory")
     return [replace(_remedy(change, short, left), card=card.aliases[0])]

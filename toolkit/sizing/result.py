@@ -157,8 +157,9 @@ class Remedy:
     frees, ``enough`` says whether the run then fits, and ``costs`` describes its disadvantages.
 
     Remedies are ordered by ``harm``; 0 means that nothing is lost. ``settings`` are the keys and
-    values to set in the run file. ``world_size`` is the number of cards that the change needs, and
-    ``card`` is the kind of card; None means that they stay the same.
+    values to set in the run file. ``world_size`` is the number of cards that the change needs
+    (None: the number stays the same). ``card`` is the kind of card that it needs (None: the kind
+    stays the same).
     """
 
     change: str
@@ -254,8 +255,8 @@ class SizingResult:
         )
 
     def written_problem(self, config: RunConfig) -> ConfigError | None:
-        """Return an error if the run file sets a gpu_memory_utilization outside the interval
-        without margins; None if there is no such problem.
+        """Return an error if gpu_memory_utilization in the run file is too low or too high for this
+        run, even without the safety margins. Otherwise return None.
         """
         written, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
@@ -267,7 +268,7 @@ class SizingResult:
             else (f"above {high}, the maximum", interval.binding_max)
         )
         return ConfigError(
-            f"{written} is {bound} for this run on this device ({why})",
+            f"{written} is {bound} for this run on this device (limited by: {why})",
             where="model.gpu_memory_utilization",
             fix=f"set gpu_memory_utilization to a value from {interval.min} to {interval.max}, "
             "or to auto",

@@ -80,9 +80,9 @@ def resolve(
 def resolve_for_all(
     config: RunConfig, devices: Sequence[Device | None], *, world_size: int
 ) -> tuple[RunConfig, SizingResult, Device | None]:
-    """Do the same as ``resolve`` for a run with several processes, each of which uses one of
-    ``devices``. All processes get the same values: those for the device with the least free memory.
-    The third part of the result is this device.
+    """Size a run with several processes, each on one of ``devices``. Return three values: the run
+    file with every "auto" replaced, the result of sizing, and the device with the least free
+    memory. The sizes are those for this device, and all processes use the same values.
 
     Raises:
         ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
@@ -127,8 +127,8 @@ def best_case(
 def _splits(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> list[int]:
-    """Return the possible values of tensor_parallel_size. If the run file sets a number, this is
-    the only value. For "auto", the values are those with which the completions of a rollout divide
+    """Return the possible values of tensor_parallel_size. If the run file sets a number, this
+    number is the only value. For "auto", a value is possible if the completions of a rollout divide
     evenly over the replicas of the model.
     """
     written = config.model.tensor_parallel_size
@@ -155,7 +155,9 @@ def _deals_evenly(config: RunConfig, replicas: int) -> bool:
 def _best_way(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
-    """Do the same as ``best_case`` for one tensor_parallel_size."""
+    """Return the best candidate for one tensor_parallel_size, with its fit, by the criteria of
+    ``best_case``.
+    """
     run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
     config = run.config
     unsplit = spec
@@ -203,8 +205,8 @@ def _best_way(
 
 
 def fuses(config: RunConfig, device: Device | None) -> bool:
-    """Whether the model will use fused kernels, which need liger-kernel. On another node than this
-    one, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
+    """Whether the model will use fused kernels, which need liger-kernel. For a card of another
+    node, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
@@ -226,8 +228,8 @@ def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
 
 
 def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
-    """Raise ConfigError if the run file sets a KV cache that is too small for one sequence: vLLM
-    would not start.
+    """Raise ConfigError if model.kv_cache_bytes in the run file is too small for one sequence,
+    because vLLM would not start.
     """
     written = config.model.kv_cache_bytes
     if not work.uses_engine or not isinstance(written, int):
@@ -237,10 +239,10 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
     least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
     if written < least:
         raise ConfigError(
-            f"{written} bytes are less than {least} bytes, which one sequence of"
-            f" {plan.max_model_len} tokens (model.max_seq_length) and an empty block need",
+            f"a KV cache of {written} bytes is too small: {least} bytes are needed for one sequence"
+            f" of {plan.max_model_len} tokens (model.max_seq_length) and an empty block",
             where="model.kv_cache_bytes",
-            fix=f"set model.kv_cache_bytes to auto or to at least {least}, or lower "
+            fix=f"set model.kv_cache_bytes to auto or to at least {least}, or set a smaller "
             "model.max_seq_length",
         )
 

@@ -31,10 +31,11 @@ UNTRAINED = "the model is sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
-    """Read the description of a model from a folder, a config.json, or a cached hub id.
+    """Return the description of a model that is given as a folder, a config.json, or a cached hub
+    id.
 
-    Raises InputError if files are missing or broken, and UnsupportedError if the architecture is
-    unknown and there are no headers to size it from.
+    Raises InputError if files are missing or broken. Raises UnsupportedError if the architecture is
+    unknown and the model has no safetensors headers, which could give the sizes.
     """
     files = find_model(model, revision)
     values = read_json(files.config)
@@ -51,8 +52,8 @@ def spec_from_values(
     where: str = "config.json",
     stored: StoredWeights | None = None,
 ) -> ModelSpec:
-    """The ModelSpec for the mapping of a config.json and the checkpoint's headers, if any. Raises
-    the errors of ``read_spec``.
+    """Return the ModelSpec for ``values``, the content of a config.json, and ``stored``, the
+    safetensors headers of the checkpoint, if there are any. Raises the errors of ``read_spec``.
     """
     fields = Fields(values, where)
     model_type = fields.text("model_type") or ""
@@ -71,7 +72,7 @@ def spec_from_values(
             raise UnsupportedError(
                 f"unknown weight format {quantization!r}, and there are no safetensors headers",
                 where=where,
-                fix="give a folder with the safetensors files",
+                fix="use a folder that contains the safetensors files",
             )
     elif quantization is not None and quantization.method == "mxfp4":
         # Marlin pads expert weights to 128 x 256, which adds 9 % to gpt-oss's 2880 x 2880; Triton
@@ -80,9 +81,11 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
-        notes.append(f"{UNTRAINED}, because it is stored in {stored_in.name}")
+        notes.append(f"{UNTRAINED}, because the model is stored in {stored_in.name}")
     if is_multimodal(values):
-        notes.append(f"{UNTRAINED}, because it is multimodal; only its language model is counted")
+        notes.append(
+            f"{UNTRAINED}, because the model is multimodal; only the language model is counted"
+        )
     if family is None:
         shape = _unknown(fields, stored, model_type, architectures)
         notes.append(
@@ -128,7 +131,8 @@ def _unknown(
             f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
             "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
-            fix=f"give a folder that also contains the weights, or a model of these types: {known}",
+            fix="use a folder that also contains the safetensors files, or a model of one of these "
+            f"types: {known}",
         )
     inner = fields.section("text_config")
     return shape_from_headers(inner or fields, stored)

@@ -73,7 +73,9 @@ def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
 
 
 def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
-    """The terms of the buffers that each card of a group needs for communication."""
+    """The memory terms of the buffers that each card of a group needs to communicate with the
+    others.
+    """
     if size == 1 or not on_gpu:
         return []
     what = f"NCCL and all-reduce buffers of a group of {size} cards, estimated"

@@ -29,5 +29,5 @@ class Term:
 
 
 def total(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
-    """The sum of the bytes of the terms in these phases (in all phases if none is named)."""
+    """The sum of the bytes of the terms in ``phases``; of all terms if no phase is given."""
     return sum(term.bytes for term in terms if not phases or term.phase in phases)

@@ -75,7 +75,8 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head, {one.scored_tokens} rows, minus activations that are freed before",
+            f"fused head for {one.scored_tokens:,} tokens, as far as it exceeds a layer's "
+            "temporary tensors",
             "training",
         ),
     ]
@@ -125,8 +126,8 @@ def is_packed(quantization: Quantization | None) -> bool:
 
 
 def dequantized_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The bytes of the largest weight of a quantized base model in 16 bits. A weight is dequantized
-    for each matrix product that it is used in.
+    """The bytes of the largest weight of the base model in 16 bits, if the base model is quantized.
+    Each matrix product dequantizes one weight.
     """
     largest = max(
         linear.out_features * linear.in_features

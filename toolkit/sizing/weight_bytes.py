@@ -18,13 +18,17 @@ VOCABULARY_PADDING = 64
 
 
 def padded_vocab(vocab: int) -> int:
-    """The number of vocabulary rows that the engine allocates."""
+    """The number of rows of the embedding in the engine: the vocabulary size, rounded up to a
+    multiple of ``VOCABULARY_PADDING``.
+    """
     return -(-vocab // VOCABULARY_PADDING) * VOCABULARY_PADDING
 
 
 def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | None:
-    """Return the format of the weights in memory: the quantization of the checkpoint. If the
-    checkpoint is not quantized, return the format that ``load_in_*`` requests.
+    """Return the quantization of the weights in memory; None if they are not quantized.
+
+    If the checkpoint is quantized, the result is its quantization. Otherwise it is what
+    ``load_in_4bit``, ``load_in_8bit`` or ``load_in_fp8`` requests.
     """
     if spec.quantization is not None:
         return spec.quantization
@@ -38,7 +42,9 @@ def format_on_load(spec: ModelSpec, section: ModelSection) -> Quantization | Non
 def weight_bytes(
     spec: ModelSpec, dtype: str, quantization: Quantization | None, *, engine: bool = False
 ) -> int:
-    """The bytes of all weights; with ``engine`` including vLLM's padded vocabulary rows."""
+    """The bytes of all weights of the model. With ``engine``, the vocabulary rows that vLLM adds as
+    padding are included.
+    """
     if spec.weights_by_headers and spec.stored is not None:
         return spec.stored.nbytes
     if engine and quantization is not None and quantization.nested:

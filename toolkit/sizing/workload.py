@@ -31,10 +31,10 @@ class Workload:
     """The numbers of a training step for one process. A micro-batch is the number of rows of one
     forward pass.
 
-    - ``micro_batches``: the candidates for the micro-batch, the largest first. There is only one if
-      the run file sets it.
-    - ``micro_batch``, ``accumulation``: the largest candidate, and the gradient accumulation with
-      it.
+    - ``micro_batches``: the possible micro-batches, the largest first. If the run file sets the
+      micro-batch, there is only this one.
+    - ``micro_batch``: the largest possible micro-batch.
+    - ``accumulation``: the gradient accumulation for ``micro_batch``.
     - ``rank``: the largest rank of the adapter in any module.
     - ``base_rank``: the rank in the modules that ``layout`` does not name.
     """
@@ -91,8 +91,8 @@ class StepPlan:
 
 
 def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
-    """Return the numbers of ``run``. Raises ConfigError if a value must be a number of at least 1
-    but is not.
+    """Return the numbers of ``run`` that determine its memory. Raises ConfigError if a number in
+    the run file is not an integer of at least 1.
     """
     config, world_size = run.config, run.replicas
     grpo = config.grpo
@@ -138,9 +138,9 @@ def layout_of(section: LoraSection) -> lora_bytes.Layout:
 
 
 def optimizer_bytes(name: str) -> float:
-    """Return the bytes of optimizer state per trainable parameter. They are found by the longest
-    known optimizer name with which ``name`` begins. For an unknown optimizer, return the 8 bytes of
-    AdamW.
+    """Return the bytes of optimizer state per trainable parameter. An optimizer whose name begins
+    with the name of a known optimizer counts as this optimizer. For an unknown optimizer, return 8,
+    the bytes of AdamW.
     """
     known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
     if "8bit" in name and not any("8bit" in key for key in known):

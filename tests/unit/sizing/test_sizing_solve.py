@@ -110,7 +110,9 @@ def test_no_legal_rank(spec_of, card, run):
 
 
 def test_a_cache_that_holds_no_sequence(spec_of, card, run):
-    with pytest.raises(ConfigError, match=r"less than \d+ bytes, which one sequence of \d+ tokens"):
+    with pytest.raises(
+        ConfigError, match=r"too small: \d+ bytes are needed for one sequence of \d+ tokens"
+    ):
         solve(run(kv_cache_bytes=1 << 16), spec_of(ONE_B), card("h100"))
     assert solve(run(kv_cache_bytes=1 << 30), spec_of(ONE_B), card("h100")).feasible
     free = run(kv_cache_bytes=1 << 16, engine="transformers")

@@ -1,5 +1,5 @@
-"""The most common error texts of other libraries, each with the check that finds the problem
-beforehand and with a remedy.
+"""The most common error texts of other libraries. For each text, a ``Symptom`` gives the remedy,
+and the check that finds the problem before the run.
 
 ``match`` searches a traceback or a log. ``envcheck explain -`` prints the result, and ``toolkit``
 commands use it to explain errors of other libraries. The texts are those of vLLM 0.8 to 0.31, torch
@@ -44,7 +44,8 @@ _NEAREST = 3
 
 def match(text: str) -> list[Symptom]:
     """Return the known failures in a pasted traceback or log, the most specific first; empty if
-    there are none. An error that only follows another error counts only if no other error is found.
+    there are none. A failure that only follows another failure is returned only if no other failure
+    is found.
 
     Colours, log prefixes, mixed output of several ranks, and line breaks (also inside a word) are
     ignored.

@@ -35,7 +35,7 @@ ENTRIES = (
     ),
     entry(
         "engine-ended",
-        "An engine process ended: its own error is above this one",
+        "An engine process ended, and its own error is earlier in the log",
         _FIRST,
         "search the log upwards for the first traceback of EngineCore or of a worker, and paste "
         "the whole log",

@@ -41,7 +41,9 @@ USER_XIDS: dict[int, str] = {
 
 
 def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Return the symptom of an XID with the meaning of its number, and with who must act."""
+    """Return the symptom of an XID (an error number of the NVIDIA driver). Its title explains the
+    number, and its exit code says who must act.
+    """
     del around
     number = int(hit.group(2).rstrip("."))
     if number in FATAL_XIDS:

@@ -106,8 +106,8 @@ ENTRIES = (
         "wsl-driver",
         "WSL cannot reach the Windows driver",
         "place.wsl",
-        "do not install a Linux driver in WSL: update the Windows driver, run `wsl --shutdown`, "
-        "and put /usr/lib/wsl/lib first in LD_LIBRARY_PATH",
+        "update the Windows driver, run `wsl --shutdown`, and put /usr/lib/wsl/lib first in "
+        "LD_LIBRARY_PATH. Do not install a Linux driver in WSL",
         3,
         "GPU access blocked by the operating system",
         "/usr/lib/wsl/lib/libcuda.so.1 is not a symbolic link",

@@ -38,7 +38,8 @@ AGAIN = "then start the same command again: it resumes from the last checkpoint"
 
 def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
     """Return ``problem`` as an error with the exit code and the remedy of its symptom; None if no
-    symptom matches. ``again`` says what to do after the remedy.
+    symptom matches. ``again`` is advice that is appended to the remedy, such as "then start the
+    same command again".
     """
     for error in chain(problem):
         for symptom in match(f"{type(error).__name__}: {error}"):

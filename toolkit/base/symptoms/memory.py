@@ -10,8 +10,8 @@ ENTRIES = (
         "no-cache-blocks",
         "The engine has no memory left for its KV cache",
         "size: interval.min",
-        "raise gpu_memory_utilization above interval.min of `envcheck size run.yaml`, or set it to "
-        "auto",
+        "raise gpu_memory_utilization above the value of interval.min in `envcheck size run.yaml "
+        "--json`, or set it to auto",
         1,
         "No available memory for the cache blocks",
         "Available KV cache memory: -{n} GiB",
@@ -21,7 +21,8 @@ ENTRIES = (
         "Less memory is free than gpu_memory_utilization requests",
         "memory.free",
         "wait for the process that uses the memory, or end it (`envcheck probe` names it), or "
-        "lower gpu_memory_utilization to interval.max of `envcheck size run.yaml`",
+        "lower gpu_memory_utilization to the value of interval.max in `envcheck size run.yaml "
+        "--json`",
         4,
         "Free memory on device{..}is less than desired GPU memory utilization",
         read=numbers.free_share,
@@ -56,8 +57,8 @@ ENTRIES = (
         "lora-target",
         "vLLM does not support an adapter on this layer",
         "LORA004",
-        "remove the layer that the error names from lora.target_modules (and modules_to_save: vLLM "
-        "supports adapters on linear layers, not on lm_head or embed_tokens)",
+        "remove the layer that the error names from lora.target_modules and lora.modules_to_save; "
+        "vLLM supports adapters on linear layers, but not on lm_head or embed_tokens",
         1,
         "is unsupported LoRA weight",
         "expected target modules in [{..}] but received [",
@@ -66,7 +67,8 @@ ENTRIES = (
         "sampler-warm-up",
         "The engine ran out of memory while warming up its sampler",
         "size: choice.max_num_seqs",
-        "lower max_num_seqs, or set it to auto: the warm-up grows with max_num_seqs x vocabulary",
+        "lower max_num_seqs, or set it to auto; the warm-up needs memory for max_num_seqs x "
+        "vocabulary numbers",
         1,
         "when warming up sampler with {n} dummy requests",
         read=numbers.halve_sequences,
@@ -75,8 +77,8 @@ ENTRIES = (
         "graph-capture",
         "Memory ran out while capturing CUDA graphs",
         "size: CUDA graphs",
-        "lower gpu_memory_utilization to interval.max of `envcheck size run.yaml`, or set "
-        "enforce_eager: true",
+        "lower gpu_memory_utilization to the value of interval.max in `envcheck size run.yaml "
+        "--json`, or set enforce_eager: true",
         1,
         "out of memory while capturing CUDA graphs",
         "Capturing CUDA graph{....}out of memory",
@@ -107,8 +109,8 @@ ENTRIES = (
         "cublas-allocation",
         "cuBLAS found no memory for its workspace: the card is full",
         "size: trainer peak at the longest completion",
-        "lower gpu_memory_utilization by 0.01 to 0.02: cuBLAS allocates its handle and workspace "
-        "(up to about 100 MiB) outside torch's pool",
+        "lower gpu_memory_utilization by 0.01 to 0.02, because cuBLAS allocates its handle and "
+        "workspace (up to about 100 MiB) outside torch's pool",
         1,
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
@@ -151,8 +153,8 @@ ENTRIES = (
         "The driver does not report this card's memory (integrated memory, or a vGPU without "
         "permission)",
         "memory.readable",
-        "give the free memory with --free, or the name of the card with --gpu; for integrated "
-        "memory, give the host's free memory",
+        "name the card with the option --gpu: `envcheck size run.yaml --gpu CARD`. On a card with "
+        "integrated memory, the sizer uses the available memory of the host",
         5,
         "nvmlDeviceGetMemoryInfo{..}Not Supported",
         "Memory-Usage : Not Supported",

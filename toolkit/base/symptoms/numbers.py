@@ -38,13 +38,13 @@ def _gib(pattern: re.Pattern[str], text: str) -> float | None:
 
 
 def floor_share(value: float) -> float:
-    """A share of a card, rounded down to two places."""
+    """A fraction of a card's memory, rounded down to two decimal places."""
     return math.floor(value * 100 + 1e-9) / 100
 
 
 def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read torch's message about a failed allocation. Return the symptom with the cause (another
-    process, the allocator, or a run that is too large) and the missing memory.
+    """Read torch's message about a failed allocation. Return the symptom with the missing bytes and
+    the cause: another process, the allocator, or a run that needs too much memory.
     """
     del hit
     said = around[:_RAISED_LATEST]
@@ -99,8 +99,11 @@ def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
 
 
 def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read free and total memory, and add the largest utilization that fits. On a nearly empty card
-    no other process uses memory, so waiting would not help.
+    """Read the free and the total memory of the card from the error text. Add to the remedy the
+    largest gpu_memory_utilization that fits.
+
+    The remedy advises to wait for another process only if such a process uses much of the card's
+    memory.
     """
     del hit
     amounts = re.search(r"\(\s*([\d.]+)\s*/\s*([\d.]+)\s*GiB\)", around[:300])
@@ -122,8 +125,8 @@ def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read from vLLM's message the longest sequence that fits and the missing size of the cache,
-    and add both to the symptom's remedy.
+    """Read two numbers from vLLM's message: the longest sequence that fits, and the bytes that the
+    KV cache lacks. Add both numbers to the remedy.
     """
     del hit
     said = around[:900]
@@ -150,8 +153,8 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
 
 
 def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the LoRA rank of the adapter from the error text. Add the smallest legal max_lora_rank
-    that is not below this rank to the remedy.
+    """Read the LoRA rank of the adapter from the error text, and add to the remedy the smallest
+    legal max_lora_rank for this rank.
     """
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
@@ -162,17 +165,21 @@ def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Add the remedy to halve max_num_seqs, the number of dummy requests in the message."""
+    """Read max_num_seqs from the error text (as the number of dummy requests), and add half of it
+    to the remedy.
+    """
     del around
     half = max(1, int(float(hit.group(1))) // 2)
     return symptom.but(
-        remedy=f"set max_num_seqs to {half} or less, or to auto: the warm-up grows with "
-        "max_num_seqs x vocabulary"
+        remedy=f"set max_num_seqs to {half} or less, or to auto; the warm-up needs memory for "
+        "max_num_seqs x vocabulary numbers"
     )
 
 
 def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the model's maximum length, if the text states it, and add it to the remedy."""
+    """Read the maximum sequence length of the model from the error text, and add it to the remedy.
+    If the text does not state the length, change nothing.
+    """
     del hit
     longest = re.search(
         r"(?:max_position_embeddings|derived_max_model_len|max_model_len|maximum context length is"
@@ -186,8 +193,8 @@ def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the required and the actual compute capability (written as 8.9 or 89), and add them to
-    the title.
+    """Read the required and the actual compute capability from the error text (written as 8.9 or
+    89), and add them to the title.
     """
     del hit
     numbers = re.search(
@@ -205,8 +212,8 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the CUDA version that the driver supports (``12040`` means CUDA 12.4) or that the image
-    requires, and add it to the title.
+    """Read a CUDA version from the error text, and add it to the title. It is the version that the
+    driver supports (``12040`` means CUDA 12.4), or the version that the container image requires.
     """
     del hit
     found = re.search(r"found version (\d+)", around[:300], re.I)
@@ -221,7 +228,9 @@ def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the size of the segment that NCCL could not create, and add it to the title."""
+    """Read the size of the shared-memory segment that NCCL could not create, and add it to the
+    title.
+    """
     del hit
     size = re.search(r"\(size (\d+)\)", around[:400])
     if size is None:
@@ -232,7 +241,9 @@ def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 
 def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
-    """Read the requested and the available number of cards, and add them to the remedy."""
+    """Read the requested and the available number of cards from the error text, and add them to the
+    remedy.
+    """
     del around
     numbers = [int(float(one)) for one in hit.groups() if one]
     if len(numbers) < 2:

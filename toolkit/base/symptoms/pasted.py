@@ -63,8 +63,8 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
 
 def _without_repeats(text: str) -> str:
     """Return ``text`` without repeated lines, so that an error between a million progress lines is
-    still found. A line is removed if three earlier lines are equal to it except for their numbers.
-    The end of the text is kept.
+    still found. A line is removed if three earlier lines differ from it only in their digits. The
+    end of the text is kept.
     """
     body, end = text[:-_END], text[-_END:]
     seen: dict[str, int] = {}
@@ -95,8 +95,8 @@ def _hits(text: str) -> set[int]:
 
 
 def _ends(text: str, longest: int) -> str:
-    """Return the first and the last part of a text that is still too long, because these parts
-    contain the first and the last error.
+    """Return ``text`` cut to about ``longest`` characters: its beginning and its end, because these
+    contain the first and the last error of a log.
     """
     if len(text) <= longest:
         return text
@@ -105,9 +105,9 @@ def _ends(text: str, longest: int) -> str:
 
 
 def streams(text: str) -> tuple[str, str]:
-    """Return two versions of ``text`` without prefixes and suffixes, with the lines of each rank
-    together. The first version has a space for each line break. The second version has nothing
-    there.
+    """Return two versions of ``text`` in which line prefixes are removed and the lines of each rank
+    are next to each other. The first version has a space in place of each line break. The second
+    version joins the lines without a space.
     """
     if "\x1b" in text:
         text = _ESCAPES.sub("", text)

@@ -43,8 +43,8 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """Return a copy of this symptom with other values of the fields in ``values``. It is used
-        to add details that were read from the numbers in an error text.
+        """Return a copy of this symptom in which ``values`` replace the fields of these names. A
+        ``read`` function uses it to add the numbers of an error text to the symptom.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 
@@ -76,8 +76,8 @@ class Text:
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
     def find(self, text: str, lowered: str) -> tuple[re.Match[str], str] | None:
-        """Find this pattern in ``text``. Return the match, and the text from the match on; None if
-        there is no match. ``lowered`` is ``text`` in lower case.
+        """Find this pattern in ``text``. Return (match, the text from the beginning of the match);
+        None if there is no match. ``lowered`` is ``text`` in lower case.
         """
         for at in places(lowered, self.anchor):
             around = text[max(0, at - self.window) : at + self.window]
@@ -87,7 +87,7 @@ class Text:
 
     @property
     def words(self) -> frozenset[str]:
-        """The words of the text's literal parts."""
+        """The words in the literal parts of this pattern."""
         return words_of(" ".join(self._parts[::2]))
 
 
@@ -127,8 +127,8 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """Return the symptom if one of its patterns occurs in ``text``, else None. The first
-        pattern that occurs supplies the details.
+        """Return the symptom if one of its patterns occurs in ``text``, else None. If several
+        patterns occur, the numbers are read from the match of the first one.
         """
         for one in self.texts:
             if found := one.find(text, lowered):
@@ -146,6 +146,6 @@ def entry(  # noqa: PLR0913 - a row of a table
     read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
     unless: tuple[str, ...] = (),
 ) -> Entry:
-    """Create one entry of the tables."""
+    """Create one ``Entry`` from the fields of its symptom and the patterns of its error texts."""
     symptom = Symptom(symptom_id, title, check, remedy, exit_code)
     return Entry(symptom, tuple(Text(text) for text in texts), read, frozenset(unless))

@@ -82,8 +82,8 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
 
 
 def gemma2(fields: Fields) -> Shape:
-    """The shape of Gemma 2. Every other layer uses a sliding window. Scores are soft-capped unless
-    the config has null for the cap.
+    """The shape of Gemma 2. Every other layer uses a sliding window. The attention scores are
+    soft-capped unless attn_logit_softcapping is null in config.json.
     """
     full = _with_defaults(fields, GEMMA2_DEFAULTS)
     capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
@@ -130,7 +130,9 @@ def gemma3(fields: Fields) -> Shape:
 
 
 def _siglip(vision: Fields) -> int:
-    """The number of parameters of SiglipVisionModel (arXiv 2303.15343) without a head."""
+    """The number of parameters of SiglipVisionModel (arXiv 2303.15343). The pooling head is
+    included unless vision_use_head is false.
+    """
     hidden = vision.integer("hidden_size", default=768)
     inner = vision.integer("intermediate_size", default=3072)
     layers = vision.integer("num_hidden_layers", default=12)

@@ -2,7 +2,7 @@
 
 The model differs from Gemma 3 in these points:
 
-- Full-attention layers have larger heads, whose keys may also be the values.
+- Full-attention layers have larger heads. Their keys may also be used as values.
 - Some layers use the KV cache of an earlier layer.
 - Each layer has its own embedding.
 - Some models add experts to the MLP.
@@ -95,8 +95,8 @@ def _text(fields: Fields) -> Shape:
 def _attention(
     fields: Fields, heads: Heads, *, alone: bool, values: bool
 ) -> tuple[list[Linear], int]:
-    """Return the projections of attention and the number of parameters of its head norms. A layer
-    that uses the cache of another layer has only queries.
+    """Return (projections of attention, number of parameters of the norms on query and key heads).
+    A layer that uses the KV cache of another layer has no key and value projections.
     """
     bias = fields.flag("attention_bias", False)
     linears = [Linear("self_attn.q_proj", heads.query, heads.hidden, bias)]
@@ -109,7 +109,9 @@ def _attention(
 
 
 def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Linear], int, int]:
-    """Return (linears, number of vector parameters, active experts) of the MLP and the experts."""
+    """Return three values for the MLP and the experts of a layer: the linear maps, the number of
+    parameters outside linear maps, and the number of active experts.
+    """
     double = 2 if shared and fields.flag("use_double_wide_mlp", False) else 1
     linears = gated_mlp(hidden, double * fields.integer("intermediate_size", default=9216))
     if not fields.flag("enable_moe_block", False):

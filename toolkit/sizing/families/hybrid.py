@@ -66,7 +66,9 @@ def _tied_by(fields: Fields, shape: Shape) -> Shape:
 def _sparse(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
-    """Return (linears, active experts) of routed experts with a gated shared expert."""
+    """Return (linear maps, number of active experts) of an MLP with routed experts and a gated
+    shared expert.
+    """
     hidden = fields.integer("hidden_size")
     count = fields.integer("num_experts", default=experts_default, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=512)

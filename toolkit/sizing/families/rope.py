@@ -22,9 +22,11 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def rope_tables(
     fields: Fields, columns: int, max_position: int, *, local: bool = False
 ) -> tuple[RopeTable, ...]:
-    """Return the tables of a model. The settings of the scaling are under the key rope_parameters
-    (transformers 5) or rope_scaling of config.json. ``local`` is true if sliding-window layers have
-    their own unscaled table.
+    """Return the tables of cosines and sines that the engine needs for a model.
+
+    The settings of the rotary embeddings are under the key rope_parameters (transformers 5) or
+    rope_scaling of config.json. ``local`` is true if sliding-window layers have their own unscaled
+    table.
     """
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
@@ -35,7 +37,9 @@ def rope_tables(
 
 
 def rotary_columns(fields: Fields, head_dim: int, *, default: float = 1.0) -> int:
-    """The number of columns of a table: the size of the part of a head that is rotated."""
+    """The number of columns of a table of cosines and sines. This is the number of dimensions of a
+    head that are rotated.
+    """
     scaling = _scaling(fields)
     inner = (
         scaling.number("partial_rotary_factor", default=default, low=0, high=1)

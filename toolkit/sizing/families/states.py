@@ -135,7 +135,9 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
 
 
 def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, Cache, int]:
-    """Return (linears, number of vector parameters, cache, active experts) of one kind of layer."""
+    """Return four values for one kind of layer: the linear maps, the number of parameters outside
+    linear maps, the cache, and the number of active experts.
+    """
     none = Cache(kind="none")
     if kind == "attention":
         bias = fields.flag("attention_bias", False)
