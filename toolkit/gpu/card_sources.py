@@ -1,9 +1,9 @@
-"""The public logs and reports from which the memory sizes in card_table were read. Each entry has
-the first alias of its card as key.
+"""The web addresses of the public logs and reports that contain memory sizes of ``card_table``. The
+key of an entry is the first alias of its card.
 
-A card without an entry was not read from a log. Its size is that of another card (``alike``), a
-computed size (``computed``), or a part of the host's memory (``host``); card_table explains these
-words.
+A card without an entry has no such log. ``card_table`` then copies its size from another card
+(``alike``), computes the size (``computed``), uses a commonly reported size (``reported``), or uses
+the host's memory (``host``). The docstring of ``card_table`` explains these words.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ SLICE_ADDRESSES: dict[str, str] = {
 
 
 def spelled(paths: str) -> tuple[str, ...]:
-    """Return the addresses of one entry of ``ADDRESSES``. A path at github.com becomes a full
-    address.
+    """Return the full web addresses of one entry of ``ADDRESSES``. A path such as
+    ``owner/name/issues/1`` becomes an address at github.com.
     """
     return tuple(
         path if path.startswith("https://") else f"https://github.com/{path}"

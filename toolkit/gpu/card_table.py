@@ -1,30 +1,35 @@
-"""The cards known by name, and the MIG slices of those that support MIG.
+"""The table of known cards with their memory sizes, and the MIG slices of the cards that support
+MIG.
 
 ``nvml`` is the total memory that ``nvidia-smi`` prints, in MiB. ``cuda`` is the total memory that
 CUDA reports (``cudaMemGetInfo``, and "total capacity" in torch's messages), in GiB. ``cuda`` is
-smaller than ``nvml``, because the driver reserves a part. The source of a row is one of these
-words:
+smaller than ``nvml``, because the driver reserves a part of the memory. Each row names the source
+of its sizes with one of these words:
 
 - ``read``: both sizes were read on the card.
 - ``log``: ``nvml`` is what ``nvidia-smi`` prints in public logs. ``cuda`` is what torch, vLLM,
   deviceQuery, Ollama or another engine prints in the public log at the address in card_sources.
 - ``reserved``: ``cuda`` is ``nvml`` minus the size that ``nvidia-smi -q`` calls "Reserved" in the
   log at the address in card_sources.
-- ``reported``: ``cuda`` is commonly reported for current drivers, but no log that names the card
-  was found. The address in card_sources, if there is one, is the source of ``nvml``, or of ``cuda``
-  with an older driver, which reserved less.
+- ``reported``: ``cuda`` is the size that is commonly reported for current drivers. No log that
+  names the card was found. If card_sources has an address for the card, the address is the source
+  of ``nvml``, or of ``cuda`` with an older driver that reserved less memory.
 - ``alike``: ``nvml`` is what ``nvidia-smi`` prints. ``cuda`` is copied from another card in this
   table with the same chip and the same memory.
 - ``computed``: ``nvml`` is what ``nvidia-smi`` prints in public logs, or the size in the data
-  sheet. ``cuda`` is ``nvml`` minus the largest part that the driver was seen to reserve on cards of
-  that size: 500 MiB up to 36 GiB, 690 MiB up to 100 GiB, 1000 MiB above.
+  sheet. ``cuda`` is ``nvml`` minus an assumed reserve of the driver: 500 MiB for cards up to 36
+  GiB, 690 MiB for cards up to 100 GiB, 1000 MiB for larger cards. These are the largest reserves
+  that were seen on cards of such sizes.
 - ``host``: the card has integrated memory, which is a part of the host's memory.
 
-The size of a MIG slice is the one that ``nvidia-smi mig -lgip`` prints in the public logs of
-card_sources and in NVIDIA's MIG guide. If drivers print different sizes, the smallest is used. For
-a slice without a published size the size is computed. The basis are the published slices of other
-cards with the same number of memory eighths (a slice gets one or more eighths of the memory of its
-card). The smallest share of the card's memory that one of these slices has is used.
+The size of a MIG slice is the size that ``nvidia-smi mig -lgip`` prints, according to the public
+logs in card_sources and NVIDIA's MIG guide. If drivers print different sizes, the smallest size is
+used.
+
+A size with ``~`` is computed, because no size of this slice was published. NVIDIA divides the
+memory of a card into eighths, and a slice gets one or more eighths. The computation compares the
+published slices of other cards with the same number of eighths. It uses the smallest share of a
+card's memory that one of these slices has.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ from toolkit.gpu import card_sources, card_table
 class Card:
     """One model of card, or one of its MIG slices.
 
-    ``total_bytes`` is the total memory that NVML reports, ``cuda_bytes`` the total that CUDA
-    reports. ``source`` says where these sizes come from, as one of the words that card_table
+    ``total_bytes`` is the total memory that NVML reports, ``cuda_bytes`` the total memory that CUDA
+    reports. ``source`` names the source of these sizes with one of the words that ``card_table``
     explains. ``addresses`` and ``slice_addresses`` are the web addresses of the logs with the
-    sizes. ``machine`` is the machine type that the card is used in: aarch64 for cards that exist
-    only in aarch64 machines.
+    sizes. ``machine`` is the CPU architecture of machines with this card: ``aarch64`` for cards
+    that exist only in aarch64 machines, else ``x86_64``.
     """
 
     name: str
@@ -103,8 +103,8 @@ CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip()
 
 
 def _key(name: str) -> str:
-    """Return a name in a normal form, so that different spellings can be compared: ``NVIDIA GeForce
-    RTX 4090``, ``rtx_4090`` and ``RTX4090`` have the same result.
+    """Return ``name`` in a normal form, so that different spellings of a card are equal: ``NVIDIA
+    GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090`` give the same result.
     """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 
@@ -113,11 +113,16 @@ _BY_KEY = {_key(alias): card for card in CARDS for alias in (card.name, *card.al
 
 
 def find(name: str, *, where: str = "--gpu") -> Card:
-    """Find a card. ``name`` is the name or alias of a card, ``CARD:PROFILE`` for a MIG slice
-    (``h100:3g.40gb``), or a size (``24GiB``, or ``24GiB:8.9`` with the compute capability).
+    """Return the card that ``name`` describes.
 
-    Raises ConfigError at ``where`` for an unknown card or profile; its fix names the most similar
-    cards.
+    ``name`` is one of these:
+
+    - the name or an alias of a card,
+    - ``CARD:PROFILE`` for a MIG slice (``h100:3g.40gb``),
+    - a memory size (``24GiB``, or ``24GiB:8.9`` with the compute capability).
+
+    Raises ConfigError at ``where`` for an unknown card or profile. The fix of the error names the
+    most similar cards.
     """
     if plain := _SIZE.fullmatch(name.strip().lower()):
         return _plain(plain)
@@ -129,8 +134,8 @@ def find(name: str, *, where: str = "--gpu") -> Card:
 
 
 def _plain(found: re.Match[str]) -> Card:
-    """A card that is known only by the size of its memory. All of this memory counts as usable by
-    CUDA.
+    """Return a card that is known only by its memory size, such as ``24GiB:8.9``. CUDA can use all
+    of this memory. Without a compute capability, ``ASSUMED_CAPABILITY`` is used.
     """
     size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
     capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
@@ -146,13 +151,13 @@ def _unknown(name: str, where: str) -> ConfigError:
                 f"{name!r} is a device of {maker}, but this toolkit supports only NVIDIA cards "
                 "(CUDA) and CPUs",
                 where=where,
-                fix="name an NVIDIA card, or a plain size with its compute capability "
-                "(24GiB:8.9), or use --cpu",
+                fix="use the name of an NVIDIA card, or a memory size with a compute capability "
+                "(`24GiB:8.9`), or `--cpu`",
             )
     near = did_you_mean.near(_key(name), _BY_KEY, cutoff=0.4, within=1)
     hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
-    size = "; or give the card's memory: 24GiB, or 24GiB:8.9 with the compute capability"
+    size = ". You can also give a memory size (`24GiB`, or `24GiB:8.9` with a compute capability)"
     fix = (
         f"did you mean {hint}? Known cards: {known}"
         if hint
@@ -178,15 +183,15 @@ def _slice(card: Card, profile: str, where: str) -> Card:
 
 
 def of_name(name: str) -> Card | None:
-    """Return the card in the table with the name ``name``, as NVML reports it; None if there is
-    none.
+    """Return the card of the table that NVML reports as ``name``; None if the table does not
+    contain this card.
     """
     return _BY_KEY.get(_key(name))
 
 
 def check_family(wanted: str, *, where: str = "--require") -> None:
-    """Raise ConfigError at ``where`` if ``wanted`` is neither a card, nor a family of cards
-    (``a100``, ``rtx-40``), nor an architecture.
+    """Raise ConfigError at ``where`` unless ``wanted`` is a card, a family of cards (``a100``,
+    ``rtx-40``) or an architecture (``hopper``).
     """
     if wanted.lower() in ARCHITECTURES:
         return

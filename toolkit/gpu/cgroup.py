@@ -45,7 +45,7 @@ def read_cgroup(root: Path) -> dict[str, Any]:
 
 
 def _groups(root: Path) -> dict[str, str]:
-    """Map each controller to the path of this process's group. For version 2 the only key is ""."""
+    """Return {controller: path of this process's control group}. In version 2, the only key is ""."""
     groups: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         parts = line.split(":", 2)
@@ -55,7 +55,7 @@ def _groups(root: Path) -> dict[str, str]:
 
 
 def _chain(base: Path, group: str) -> list[Path]:
-    """Return the folder of the group and all its parent folders up to ``base``.
+    """Return the folder of the control group ``group``, and all its parent folders up to ``base``.
 
     In a container, ``group`` may be a path of the host that does not exist in the container. Then
     the result is only ``base``.
@@ -78,8 +78,9 @@ def _number(path: Path) -> int | None:
 
 
 def _used(folder: Path, name: str, prefix: str = "") -> int | None:
-    """Return the bytes of memory in use, not counting the page cache. The kernel frees the page
-    cache before it kills a process for lack of memory.
+    """Return the bytes of memory that the control group uses, without the page cache; None if the
+    file ``name`` does not exist. The page cache is subtracted, because the kernel frees it before
+    it kills a process for lack of memory.
     """
     used = _number(folder / name)
     if used is None:

@@ -1,7 +1,7 @@
 """Map CUDA's device numbers to NVML's cards, with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
 
 The rules are those of the CUDA programming guide. CUDA_VISIBLE_DEVICES is a list of indices or of
-UUIDs (a unique prefix of a UUID is enough). CUDA ignores the first unknown entry and everything
+UUIDs (a unique prefix of a UUID is enough). CUDA ignores the first unknown entry and all entries
 after it. CUDA uses at most one MIG slice.
 """
 
@@ -22,8 +22,8 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """The devices that CUDA will number 0, 1, ... ``problem`` is a text if CUDA ignores a part of
-    CUDA_VISIBLE_DEVICES, and says why.
+    """The devices that CUDA numbers 0, 1, ..., in this order. If CUDA ignores a part of
+    CUDA_VISIBLE_DEVICES, ``problem`` is a text that says why. Otherwise ``problem`` is None.
     """
 
     devices: tuple[GpuSnapshot, ...]
@@ -32,8 +32,8 @@ class Visible:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The bytes of memory that CUDA can use on a device. ``integrated`` is true if the device
-    shares its memory with the CPU (GB10, Jetson).
+    """The total and the free bytes of memory that CUDA can use on a device. ``integrated`` is true
+    if the device shares its memory with the CPU (GB10, Jetson).
     """
 
     total_bytes: int
@@ -42,11 +42,13 @@ class Memory:
 
 
 def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
-    """Return all cards that respond, in CUDA's own order, before CUDA_VISIBLE_DEVICES is applied.
+    """Return all cards that respond, in the order in which CUDA numbers the cards without
+    CUDA_VISIBLE_DEVICES.
 
-    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts by speed with an undocumented rule. Equal cards
-    keep the order of the PCI bus. For unequal cards this function guesses the order by capability
-    and memory, and the check ``devices.order`` reports that the order is a guess.
+    Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA sorts the cards by speed with an undocumented rule.
+    Cards of one kind keep the order of the PCI bus. If the kinds differ, this function guesses the
+    order from compute capability and memory, and the check ``devices.order`` reports that the order
+    is a guess.
     """
     answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
     by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
@@ -65,13 +67,15 @@ def mixed(snapshot: NodeSnapshot) -> bool:
 
 
 def visible(snapshot: NodeSnapshot) -> Visible:
-    """The devices that CUDA will see; for cards in MIG mode, their slices."""
+    """Return the devices that CUDA will see. If one of the cards has a MIG slice, this is one
+    slice.
+    """
     cards = cuda_order(snapshot)
     wanted = snapshot.environment.get(VISIBLE)
     if wanted is None:
         return _with_slices(cards)
     if wanted.strip() == "NoDevFiles":
-        return Visible((), f"{VISIBLE}=NoDevFiles: Slurm gave this job no GPU")
+        return Visible((), f"{VISIBLE} is NoDevFiles, because Slurm gave this job no GPU")
     chosen: list[GpuSnapshot] = []
     for entry in (part.strip() for part in wanted.split(",")):
         device = _named(entry, cards)
@@ -104,16 +108,17 @@ def _named(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
 
 
 def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
-    """The name that drivers before 470 gave a MIG slice: ``MIG-GPU-<uuid of the card>/<gpu
-    instance>/<compute instance>``.
+    """Return the name of a MIG slice in the form that drivers before 470 used: ``MIG-GPU-<uuid of
+    the card>/<gpu instance>/<compute instance>``, in lower case.
     """
     card = next(card for card in cards if card.index == part.parent)
     return f"mig-{card.uuid.value}/{part.gpu_instance.value}/{part.compute_instance.value}".lower()
 
 
 def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
-    """Return the visible devices. A card in MIG mode is replaced by its first slice. CUDA uses only
-    one slice. So if there is a slice, the result is the first slice alone.
+    """Return what CUDA sees of the chosen ``devices``. If one of them is a MIG slice or a card with
+    slices, CUDA sees only the first slice and no other device. Otherwise CUDA sees all cards that
+    are not in MIG mode.
     """
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
@@ -125,14 +130,15 @@ def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -
 
 
 def in_mig_mode(gpu: GpuSnapshot) -> bool:
-    """Whether the card is in MIG mode (possibly without slices)."""
+    """Whether the card is in MIG mode. A card in MIG mode may have no slices."""
     return bool(gpu.mig_mode.value and gpu.mig_mode.value[0] == 1)
 
 
 def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
-    """The device that CUDA numbers ``index`` (0 for None); None if CUDA will see no GPU.
+    """Return the device that CUDA numbers ``index``; without an ``index``, device 0. Return None if
+    CUDA sees no GPU.
 
-    Raises ConfigError if CUDA sees GPUs, but too few for ``index``.
+    Raises ConfigError if CUDA sees GPUs, but none with the number ``index``.
     """
     seen = visible(snapshot)
     if not seen.devices:
@@ -142,16 +148,16 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
             f"GPU {index} was requested, but CUDA sees {len(seen.devices)} on this node"
             + (f" ({seen.problem})" if seen.problem else ""),
             where="--gpu-index",
-            fix=f"use an index below {len(seen.devices)}: CUDA numbers the cards from 0, after it "
-            "has applied CUDA_VISIBLE_DEVICES",
+            fix=f"use an index below {len(seen.devices)}. CUDA numbers the cards in "
+            "CUDA_VISIBLE_DEVICES from 0",
         )
     return seen.devices[index or 0]
 
 
 def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
-    """Return the memory of a device that CUDA can use. GB10 and Jetson share the memory between CPU
-    and GPU, and there NVML reports "not supported". For them, return the total and the available
-    memory of the host. Return None if the memory is unknown.
+    """Return the memory of ``gpu`` that CUDA can use; None if it is unknown. GB10 and Jetson share
+    their memory with the CPU, and NVML does not report it. For these devices, the result is the
+    total and the available memory of the host.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return Memory(gpu.total_bytes, gpu.free_bytes)
@@ -162,8 +168,8 @@ def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
 
 
 def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
-    """Return the card that a slice belongs to; for a card, the card itself. Health is a property of
-    the card, memory a property of the slice.
+    """Return the card that the MIG slice ``gpu`` belongs to. If ``gpu`` is a card, return ``gpu``.
+    Memory errors and links are properties of the card, but a slice has its own memory size.
     """
     if gpu.parent is None:
         return gpu
@@ -171,8 +177,8 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
 
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
-    """Return the node's machine type (x86_64, aarch64). If the snapshot does not contain the
-    machine type, return the one in the table of cards; for a card that is not in the table, return
+    """Return the CPU architecture of the node (x86_64, aarch64). If the snapshot does not contain
+    it, return the architecture in the table of cards. For a card that is not in the table, return
     x86_64.
     """
     if snapshot.software.machine.value:

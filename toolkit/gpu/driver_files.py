@@ -1,8 +1,9 @@
 """Read facts about the driver from the file system: which libcuda is loaded, the device files, and
 the kernel's log.
 
-No library is loaded: a library's version is read from its file name, and the loader's cache is read
-as bytes. Paths are relative to ``root`` so that tests can create their own node.
+No library is loaded: the version of a library is read from its file name, and the loader's cache is
+parsed as bytes. All paths start at ``root``, so that tests can use a folder in place of a node's
+file system.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LOG_SECONDS = 0.5
 
 
 def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any]]:
-    """Read the fields of ``DriverSnapshot`` that come from files."""
+    """Return {field: reading} for the fields of ``DriverSnapshot`` that come from files."""
     return {
         "kernel_module": asked(lambda: kernel_module(root)),
         "libcuda": asked(lambda: libcuda(environ, root)),
@@ -41,8 +42,9 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
 
 
 def asked(question: Callable[[], Any]) -> Reading[Any]:
-    """Call ``question``, a function that reads files, and return a reading with its result. If a
-    file is missing, the reading is "not supported". After any other error, the reading is "failed".
+    """Call ``question``, a function that reads files, and return its result as a Reading. If a file
+    does not exist, the Reading is "not supported". After any other OSError or ValueError, the
+    Reading is "failed".
     """
     try:
         return of(question())
@@ -53,11 +55,11 @@ def asked(question: Callable[[], Any]) -> Reading[Any]:
 
 
 def kernel_module(root: Path = ROOT) -> str:
-    """Version of the loaded kernel module.
+    """Return the version of the driver's loaded kernel module.
 
     Raises:
         OSError: the module is not loaded.
-        ValueError: its version file has an unknown form.
+        ValueError: the file with the version has an unknown form.
     """
     text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     found = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
@@ -67,8 +69,9 @@ def kernel_module(root: Path = ROOT) -> str:
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
-    """Return every libcuda.so.1 on the loader's search path, with its version and the source of its
-    path. The order is that of the loader, which loads the first one.
+    """Return {path, version, source} for every libcuda.so.1 on the loader's search path. ``source``
+    says where the folder comes from (LD_LIBRARY_PATH, ld.so.cache or the default folders). The
+    loader loads the first one.
     """
     found: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
@@ -82,7 +85,7 @@ def shared_library(
     name: str, environ: Mapping[str, str], root: Path = ROOT
 ) -> Iterator[tuple[Path, Path, str]]:
     """Find the files named ``name`` on the loader's search path. Yield (path, path with all links
-    resolved, source of the path) for each, in the order of the search path.
+    resolved, source of the folder) for each file, in the order of the search path.
     """
     places = [
         ("LD_LIBRARY_PATH", Path(folder))
@@ -100,8 +103,8 @@ def shared_library(
 
 
 def _cached(name: str, root: Path) -> list[Path]:
-    """Return the paths of a library in the loader's cache (``ld.so.cache``). The cache contains the
-    paths as NUL-terminated strings.
+    """Return the paths of the library ``name`` in the loader's cache (``ld.so.cache``). The cache
+    contains the paths as NUL-terminated strings.
     """
     try:
         data = (root / "etc/ld.so.cache").read_bytes()
@@ -113,7 +116,9 @@ def _cached(name: str, root: Path) -> list[Path]:
 
 
 def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
-    """The NVIDIA device files, and whether this user can open each for reading and writing."""
+    """Return {path, usable} for each NVIDIA device file. ``usable`` is true if this user can open
+    the file for reading and writing.
+    """
     names = [
         name
         for name in os.listdir(root / "dev")
@@ -126,7 +131,7 @@ def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
 
 
 def pci_gpus(root: Path = ROOT) -> int:
-    """The number of NVIDIA display controllers on the PCI bus, with or without a driver."""
+    """Return the number of NVIDIA display controllers on the PCI bus, with or without a driver."""
     count = 0
     for device in (root / "sys/bus/pci/devices").iterdir():
         try:
@@ -139,14 +144,16 @@ def pci_gpus(root: Path = ROOT) -> int:
 
 
 def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
-    """Whether the multi-process service (MPS) is between CUDA and the card."""
+    """Whether a daemon of MPS (NVIDIA's Multi-Process Service) serves CUDA programs on this node.
+    """
     pipe = environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # CUDA's default
     return (root / pipe.lstrip("/") / "control").exists()
 
 
 def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
-    """The XID and SXID events (faults that the driver reported) since boot: number, bus id, and age
-    in seconds if known.
+    """Return the XID and SXID events since boot, each with its number, bus id, and age in seconds
+    if known. XID events are faults that the NVIDIA driver reports; SXID events are faults of an
+    NVSwitch.
     """
     try:
         return of(_events(root / "dev/kmsg"))
@@ -165,8 +172,8 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
 
 
 def _events(kmsg: Path) -> list[dict[str, Any]]:
-    """The XID and SXID events in the kernel's ring buffer. One read returns one record. Reading
-    ends when a read would block, or after a time limit.
+    """Return the XID and SXID events in the kernel's ring buffer. Each call of ``os.read`` returns
+    one record. The function returns when there is no further record, or after a time limit.
     """
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     events, until = [], time.monotonic() + _LOG_SECONDS

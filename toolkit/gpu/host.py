@@ -1,8 +1,8 @@
-"""Read the facts about the host that apply to the job: the limits of its cgroup instead of the
-machine's totals, disks, and the clock.
+"""Read the facts about the host that apply to the job: the limits of the job's cgroup instead of
+the machine's totals, disks, and the clock.
 
-Nothing is written: the kernel reports whether a folder is writable (``access``). Paths are relative
-to ``root`` so that tests can create their own host.
+Nothing is written: the kernel reports whether a folder is writable (``access``). All paths start at
+``root``, so that tests can use a folder in place of a host's file system.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class HostSnapshot:
     Some fields have several values:
 
     - ``place``: {container, kubernetes, slurm, wsl}.
-    - ``memory`` and ``shm``: the total, and the available or free bytes.
+    - ``memory``: {total, available}, and ``shm``: {total, free}.
     - ``cgroup``: {version, memory_limit, memory_used, cpu_limit}.
     - ``limits``: {memlock, nofile}, None for unlimited.
     - ``disks``: a list of {role, path, total, free, free_inodes, writable}.
@@ -78,12 +78,14 @@ class HostSnapshot:
 
 
 def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of ``environ`` that checks read."""
+    """Return the variables of ``environ`` that checks read."""
     return {name: environ[name] for name in VARIABLES if name in environ}
 
 
 def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROOT) -> HostSnapshot:
-    """Read all facts about the host. If one cannot be read, the others are still returned."""
+    """Read all facts about the host. If one fact cannot be read, the other facts are still
+    returned.
+    """
     return HostSnapshot(
         place=asked(lambda: place(environ, root)),
         memory=read_memory(root),
@@ -98,7 +100,7 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
 
 
 def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
-    """Return the total bytes of main memory, and those that are available without swapping."""
+    """Return the total bytes of main memory, and the bytes that are available without swapping."""
     return asked(lambda: _memory(root))
 
 
@@ -116,8 +118,8 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def disk(role: str, path: Path) -> dict[str, Any]:
-    """Return facts about the file system of a folder. If the folder does not exist yet, use its
-    nearest existing parent.
+    """Return the total and the free space of the file system of a folder, and whether the folder is
+    writable. For a folder that does not exist yet, its nearest existing parent is used.
     """
     existing = path.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
@@ -143,8 +145,8 @@ def _limits() -> dict[str, int | None]:
 
 
 def clock() -> Reading[dict[str, Any]]:
-    """The current time, and whether the kernel's clock is synchronized (``adjtimex`` with nothing
-    to set).
+    """Return the current time, and whether the kernel's clock is synchronized. The kernel's state
+    is read with ``adjtimex``, which changes nothing here.
     """
     now = time.time()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -157,8 +159,9 @@ def clock() -> Reading[dict[str, Any]]:
 
 
 def _user(environ: Mapping[str, str]) -> Reading[str]:
-    """Return where the name of the account comes from. torch and triton need a name and fail if the
-    user id has none.
+    """Return whether the account's name comes from the environment or from the system's list of
+    accounts. The Reading is "failed" if the account has no name, because torch and triton then
+    fail.
     """
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):
@@ -171,8 +174,9 @@ def _user(environ: Mapping[str, str]) -> Reading[str]:
 
 
 def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
-    """Return the container engine, and whether Kubernetes, Slurm and WSL are in use. They are
-    recognised by their files and environment variables.
+    """Return {container, kubernetes, slurm, wsl}: the name of the container engine or None, and
+    whether this process runs under Kubernetes, Slurm and WSL. Files and environment variables show
+    this.
     """
     container = None
     if "APPTAINER_CONTAINER" in environ or "SINGULARITY_CONTAINER" in environ:

@@ -1,8 +1,8 @@
-"""Find out whether the files of a model are complete, before anything loads them. The model is in a
-local folder or in a snapshot of the hub cache.
+"""Find out whether the files of a model are complete before anything loads the model. The model is
+in a local folder or in a snapshot of the hub cache.
 
-Only JSON files and directory listings are read. Sizes are limited, links are followed once and
-loops are detected. The sizer, not this module, reads parameters and shapes.
+Only JSON files and directory listings are read, and their sizes are limited. Broken links and loops
+of links are reported. The sizer, not this module, reads parameters and shapes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class ModelSnapshot:
 def read(
     name: str, revision: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> ModelSnapshot:
-    """Read the files of a model, by folder or hub id. Never uses the network."""
+    """Return what is known about the files of the model ``name``, which is a folder or a hub id.
+    The network is never used.
+    """
     location = asked(lambda: locate(name, revision, environ))
     place = location.value
     if place is None or place["kind"] == "hub":
@@ -87,9 +89,10 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
 
 
 def _load(path: Path) -> Any:
-    """Parse a JSON file of limited size.
+    """Return the content of a JSON file of limited size.
 
-    Raises OSError if the file does not exist, and ValueError with the reason if it cannot be read.
+    Raises OSError if the file does not exist, and ValueError with the reason if the file cannot be
+    read.
     """
     if not path.is_symlink() and not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))
@@ -105,7 +108,7 @@ def _files(folder: Path) -> dict[str, Any]:
     with os.scandir(folder) as entries:
         listed = list(islice(entries, MAX_FOLDER_FILES + 1))
     if len(listed) > MAX_FOLDER_FILES:
-        raise ValueError(f"more than {MAX_FOLDER_FILES} files: not a model's folder")
+        raise ValueError(f"the folder has more than {MAX_FOLDER_FILES} files, so it is not the folder of a model")
     for entry in listed:
         names.append(entry.name)
         try:
@@ -170,7 +173,7 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
 
 
 def _vllm_knows(architectures: list[str]) -> Reading[bool]:
-    """Whether vLLM's registry names the architecture."""
+    """Whether the registry of the installed vLLM lists one of the architectures."""
     listed = vllm_lists(architectures)
     if listed is None:
         return unsupported("vLLM is not installed")

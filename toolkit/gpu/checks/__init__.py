@@ -1,4 +1,4 @@
-"""All checks, and the function that runs selected ones."""
+"""The list of all checks, and functions that select and run checks."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ CHECKS = tuple(check for family in _FAMILIES for check in family)
 
 
 def catalogue() -> dict[str, Check]:
-    """Every check by its id, in the order they are run."""
+    """Return {id: check} for all checks, in the order in which they run."""
     return {check.id: check for check in CHECKS}
 
 
 def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
-    """Return the checks that ``only`` and ``skip`` select. An entry of ``only`` or ``skip`` is the
-    id of a check (``health.ecc``), or a family of checks (``health``). The family is the part of
+    """Return the checks that ``only`` and ``skip`` select. Each entry of ``only`` and ``skip`` is
+    the id of a check (``health.ecc``) or a family of checks (``health``). The family is the part of
     the id before the dot.
 
     Raises InputError for any other entry.
@@ -59,7 +59,8 @@ def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
             raise InputError(
-                f"no check named {entry!r}", fix=f"{fix}use the id of a check, or a family: {names}"
+                f"no check named {entry!r}",
+                fix=f"{fix}use the id of a check, or one of these families: {names}",
             )
     return [
         check
@@ -75,7 +76,9 @@ def run_checks(
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
 ) -> list[CheckResult]:
-    """Run the checks on a snapshot. Checks that do not apply are left out of the result."""
+    """Run the checks that ``only`` and ``skip`` select, and return their results. The result does
+    not contain checks that do not apply to the snapshot.
+    """
     asked = context or CheckContext()
     checks = [check for check in choose(only, skip) if check.about_node or not asked.node]
     results = [check.result(snapshot, asked) for check in checks]
@@ -83,12 +86,15 @@ def run_checks(
 
 
 def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
-    """Return one of ``base.errors.EXIT_CODES``, which shows who must act.
+    """Return the exit code for the results of the checks (see ``base.errors.EXIT_CODES``). The code
+    shows who must act.
 
     A bad node (3) takes precedence over a user error (1), because a bad node can cause the user
-    error (eight cards requested, but only seven respond). With ``node`` only a bad node counts. So
-    a scheduler's prolog does not drain a node because of a mistake of the job, or because of a
-    process that is just ending. With ``strict`` a check with the result "unknown" counts too (5).
+    error: a job requests eight cards, but only seven respond.
+
+    With ``node``, only a bad node counts as a failure. Therefore a scheduler's prolog does not
+    drain a node because of a mistake in the job, or because of a process that is just ending. With
+    ``strict``, a check with the verdict "unknown" counts too (5).
     """
     blames = {result.blame for result in results if result.verdict == "fail"}
     for blame, code in (("node", 3), ("user", 1), ("retry", 4)):

@@ -1,6 +1,6 @@
-"""The classes of checks. A check is a small function. Its arguments are a snapshot of the node and
-the requirements of the job (``CheckContext``), and it returns an ``Outcome``. Texts for users
-belong to each check.
+"""The classes of checks. A check is a small function with two arguments: a snapshot of the node,
+and the requirements of the job (``CheckContext``). The function returns an ``Outcome``. The class
+``Check`` adds the texts for users.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
 # The remedy for an unknown result, which does not mean that something is broken: the check's own
 # remedy would mislead.
 ASK_AGAIN = (
-    "run the check again, with more rights if a file is not readable; use --skip if the "
-    "check does not matter"
+    "run the check again, as a user with more rights if a file is not readable, or skip the "
+    "check with `--skip`"
 )
 
 
@@ -33,16 +33,17 @@ ASK_AGAIN = (
 class CheckContext:
     """What the job requires of the node, as plain values. All defaults mean "no requirement".
 
-    - ``configured``: whether the values come from a run file. If so, only what the run file
-      requires is required.
+    - ``configured``: whether the values come from a run file. If so, checks fail only for what the
+      run file requires. For example, a GPU without a driver is only a warning if the run can use
+      the CPU.
     - ``node``: whether the whole node is checked, independent of any job (``--node``).
     - ``engine``: auto, vllm or transformers.
     - ``gpu_memory_utilization``: None means auto.
     - ``world_size``: the number of the job's processes on this node.
     - ``lock``: maps a package to its version in the lock file.
     - ``sizer_model_types``: the values of ``model_type`` for which the sizer is exact.
-    - ``absent_packages``: the packages that the run's environment, trackers and optimizer need
-      and that are not installed. Each text also contains the command that installs the package.
+    - ``absent_packages``: the packages that are not installed, but that the run's environment,
+      trackers and optimizer need. Each text also contains the command that installs the package.
     """
 
     configured: bool = False
@@ -75,7 +76,9 @@ class CheckContext:
         return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
     def to_json(self) -> dict[str, Any]:
-        """The values that differ from their defaults. They are saved in a recorded snapshot."""
+        """Return the fields that differ from their defaults. ``envcheck record`` saves these
+        fields.
+        """
         changed = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -89,9 +92,9 @@ def _plain(value: Any) -> Any:
 
 
 def context_from_json(data: Any) -> CheckContext:
-    """The inverse of ``CheckContext.to_json``.
+    """Return the CheckContext that ``CheckContext.to_json`` converted to ``data``.
 
-    Raises ValueError for unknown names or if ``data`` is not a recorded context.
+    Raises ValueError if ``data`` is not a recorded context or has unknown names.
     """
     if not isinstance(data, dict):
         raise ValueError("the context must be an object")
@@ -107,7 +110,8 @@ def context_from_json(data: Any) -> CheckContext:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The outcome of a check. ``evidence`` says what was found, and ``blame`` says who must act.
-    ``remedy`` is a remedy for this outcome; if it is None, the general remedy of the check applies.
+    ``remedy`` says what to do about this outcome. If ``remedy`` is None, the general remedy of the
+    check applies.
     """
 
     verdict: Verdict
@@ -118,7 +122,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of one check. ``remedy`` and ``blame`` are None if nothing is wrong."""
+    """The result of one check. ``remedy`` is None if the verdict is ok. ``blame`` says who must
+    act; it is None unless the verdict is fail.
+    """
 
     id: str
     verdict: Verdict
@@ -127,17 +133,18 @@ class CheckResult:
     blame: Blame | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """This result as a check entry of report.schema.json."""
+        """Return this result as an entry of the list ``checks`` in report.schema.json."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check with its texts. ``run`` is the function of the check. It returns None if the check
+    """A check: its id, its texts, and its function ``run``. The function returns None if the check
     does not apply (no GPU, no run file, no model).
 
-    ``envcheck explain ID`` prints ``why`` and ``remedy``. ``about_node`` is true for the checks
-    that ``--node`` runs. These concern the health of the node, independent of any job.
+    ``envcheck explain ID`` prints the texts ``title``, ``why`` and ``remedy``. ``about_node`` is
+    true for the checks that ``--node`` runs. These checks concern the health of the node, not a
+    job.
     """
 
     id: str
@@ -149,12 +156,12 @@ class Check:
 
     @property
     def family(self) -> str:
-        """The part of the id before the dot."""
+        """The family of the check: the part of its id before the dot."""
         return self.id.partition(".")[0]
 
     def result(self, snapshot: NodeSnapshot, context: CheckContext) -> CheckResult | None:
-        """Run the check. The result has a remedy only if the verdict is not ok, and a blame only if
-        the verdict is fail.
+        """Run the check and return its result; None if the check does not apply. The result has a
+        remedy only if the verdict is not ok, and a blame only if the verdict is fail.
         """
         outcome = self.run(snapshot, context)
         if outcome is None:
@@ -179,30 +186,32 @@ def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[
 
 
 def ok(evidence: str) -> Outcome:
-    """The outcome of a check that found no problem."""
+    """Return the outcome of a check that found no problem."""
     return Outcome("ok", evidence)
 
 
 def warn(evidence: str, remedy: str | None = None) -> Outcome:
-    """The outcome if the run will work, but not as well as it could."""
+    """Return the outcome of a check that found a problem, but the run will still work."""
     return Outcome("warn", evidence, remedy=remedy)
 
 
 def fail(blame: Blame, evidence: str, remedy: str | None = None) -> Outcome:
-    """The outcome if the run will not work here; ``blame`` says who must act."""
+    """Return the outcome of a check that found that the run will not work on this node. ``blame``
+    says who must act.
+    """
     return Outcome("fail", evidence, blame, remedy)
 
 
 def unknown(evidence: str, remedy: str | None = None) -> Outcome:
-    """The outcome if the check could not find out whether there is a problem."""
+    """Return the outcome of a check that could not find out whether there is a problem."""
     return Outcome("unknown", evidence, remedy=remedy)
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """Return the outcome of a check whose reading has no value.
+    """Return the outcome of a check if the value that it needs could not be read from the driver.
 
-    If the query failed, the outcome is "unknown", so a failed query never counts as a pass. If the
-    driver does not support the query, the check does not apply, and the result is None.
+    If the query failed, the outcome is "unknown", so that a failed query never counts as a pass. If
+    the driver does not support the query, the check does not apply, and the result is None.
     """
     return None if reading.unsupported else unknown(f"{what} could not be read: {reading.reason}")
 
@@ -211,10 +220,11 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
     """Return the cards and slices that the job would use. With ``context.node``, return every card
     of the node.
 
-    Usually the job would use the devices that CUDA sees. But if neither CUDA_VISIBLE_DEVICES nor
-    --gpu-index selects cards, and no card has MIG slices, the result is every card, even one that
-    no longer responds. CUDA leaves such a card out and numbers the others anew, so the job would
-    get a different card than expected.
+    Usually these are the devices that CUDA sees. There is an exception if neither
+    CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, and no card has MIG slices. Then the result
+    is every card, including cards that no longer respond. CUDA skips a card that does not respond
+    and renumbers the other cards. Without the exception, no check would report this, and the job
+    would get another card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
@@ -226,8 +236,8 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
 
 
 def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """Return the physical cards of the devices that ``judged`` returns. If the job uses only a MIG
-    slice, the health of its whole card matters.
+    """Return the physical cards of the devices that ``judged`` returns. For a MIG slice this is the
+    card that the slice belongs to, because memory errors and links are properties of the card.
     """
     cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
     return tuple({card.index: card for card in cards}.values())
@@ -236,9 +246,9 @@ def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnap
 def each(
     gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """Apply ``look`` to every card, and return one outcome for all cards. It has the worst verdict
-    that occurs, and lists all cards with that verdict. Cards that do not respond are skipped,
-    because the check ``health.lost`` reports them.
+    """Call ``look`` for every card, and return one outcome for all cards; None if no card has an
+    outcome. The outcome has the worst verdict of all cards, and its text lists the cards with this
+    verdict. Cards that do not respond are skipped, because the check ``health.lost`` reports them.
     """
     seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
     outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]

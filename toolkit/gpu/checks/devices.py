@@ -1,4 +1,6 @@
-"""The cards that CUDA will see: CUDA_VISIBLE_DEVICES, order, MIG slices, and their number."""
+"""Checks of the cards that CUDA will see: the entries of CUDA_VISIBLE_DEVICES, the order and number
+of the cards, and MIG slices.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ VLLM_READS_UUIDS = (0, 25)
 
 
 def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every entry of CUDA_VISIBLE_DEVICES is an existing card."""
+    """Check that every entry of CUDA_VISIBLE_DEVICES is an existing card."""
     if not snapshot.gpus:
         return None
     seen = visible_devices(snapshot)
@@ -39,12 +41,12 @@ def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if seen.devices or gpu_needed(snapshot, context):
         return fail("user", seen.problem)
     if snapshot.environment.get(VISIBLE, "x").strip() in ("", "-1"):
-        return ok(f"{VISIBLE} hides every GPU: the run uses the CPU")
+        return ok(f"{VISIBLE} hides every GPU, so the run uses the CPU")
     return fail("user", seen.problem)
 
 
 def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """There are as many cards as the job needs."""
+    """Check that CUDA sees as many cards as the job needs."""
     wanted = context.gpus_wanted
     if not snapshot.gpus or (wanted <= 1 and context.required_gpus == 0):
         return None
@@ -60,7 +62,7 @@ def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card that --gpu-index selects exists."""
+    """Check that the card that --gpu-index selects exists."""
     if context.gpu_index is None or not snapshot.gpus:
         return None
     seen, asked = visible_devices(snapshot).devices, f"--gpu-index {context.gpu_index}"
@@ -71,7 +73,7 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card matches the name and the compute capability that --require gives."""
+    """Check that the card matches the name and the compute capability that --require gives."""
     gpus = [gpu for gpu in judged_cards(snapshot, context) if not gpu.lost]
     if not gpus or not (context.required_card or context.required_capability):
         return None
@@ -89,13 +91,14 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         has = ".".join(map(str, low[0].capability or ())) or "unknown"
         wanted = ".".join(map(str, least))
         return fail(
-            "user", f"{low[0].label} has compute capability {has}, but {wanted} is required"
+            "user",
+            f"{low[0].label} has compute capability {has}, but at least {wanted} is required",
         )
     return ok(", ".join(sorted(names)))
 
 
 def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The installed vLLM can read CUDA_VISIBLE_DEVICES, which may contain indices or UUIDs."""
+    """Check that the installed vLLM can read CUDA_VISIBLE_DEVICES if it contains UUIDs."""
     entries = snapshot.environment.get(VISIBLE, "").upper()
     installed = (snapshot.software.packages.value or {}).get("vllm")
     if not snapshot.gpus or not installed or not ("GPU-" in entries or "MIG-" in entries):
@@ -104,33 +107,39 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
     if "MIG-" in entries:
         return warn(
-            f"vLLM {installed} reads the memory of a MIG device from NVML by index, so it may use "
-            "the memory size of the whole card",
-            "set gpu_memory_utilization from `envcheck size`, which uses the slice's own memory",
+            f"vLLM {installed} asks NVML for the memory of a MIG slice by its index, so vLLM may "
+            "use the memory size of the whole card",
+            "set `model.gpu_memory_utilization` to the value that `envcheck size` prints, because "
+            "that value is computed from the memory of the slice",
         )
     return ok(f"vLLM {installed} reads UUIDs")
 
 
 def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """CUDA and NVML number the cards in the same order. The check warns if that is not certain."""
+    """Check that CUDA and NVML number the cards in the same order. Warn if this is not certain."""
     if len(snapshot.gpus) < 2:
         return None
     by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
     if by_bus or not mixed(snapshot):
         return ok("CUDA numbers the cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
-    return warn(f"cards of different kinds and no {ORDER}: CUDA sorts by speed, probably {guess}")
+    return warn(
+        f"the cards differ and {ORDER} is not set, so CUDA numbers the cards by speed: "
+        f"probably {guess}"
+    )
 
 
 def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Cards in MIG mode have a slice, and the job does not need more than one."""
+    """Check that cards in MIG mode have a slice, and that the job does not need more than one
+    slice.
+    """
     cut = [gpu for gpu in snapshot.gpus if in_mig_mode(gpu)]
     if not cut:
         return None
     empty = [gpu for gpu in cut if not gpu.slices]
     if len(empty) == len(snapshot.gpus):
         return fail(
-            "node", f"{empty[0].label} is in MIG mode but has no slice: CUDA sees no device"
+            "node", f"{empty[0].label} is in MIG mode but has no slice, so CUDA sees no device"
         )
     if context.gpus_wanted > 1:
         return fail(
@@ -138,14 +147,14 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             f"the job needs {context.gpus_wanted} GPUs, but CUDA uses one MIG slice per process",
         )
     if empty:
-        return warn(f"{empty[0].label} is in MIG mode but has no slice: CUDA ignores it")
+        return warn(f"{empty[0].label} is in MIG mode but has no slice, so CUDA ignores this card")
     names = [f"{part.label} ({part.name.value})" for gpu in cut for part in gpu.slices]
     return ok("slices: " + ", ".join(names))
 
 
 def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All cards of the job are of the same model. If they are not, the check fails for cards that
-    share a model (tensor parallelism), and only warns for other cards.
+    """Check that all cards of the job are of the same kind. If cards of one tensor-parallel group
+    differ, the check fails. If only cards of different groups differ, the check warns.
     """
     seen = visible_devices(snapshot).devices[: context.gpus_wanted]
     if context.gpus_wanted < 2 or len(seen) < 2:
@@ -155,11 +164,12 @@ def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         group = sorted({str(gpu.name.value) for gpu in seen[start : start + size]})
         if len(group) > 1:
             last = min(start + size, len(seen)) - 1
-            what = f"cards {start} to {last} would share a model, but differ: {' and '.join(group)}"
+            kinds = " and ".join(group)
+            what = f"cards {start} to {last} form a tensor-parallel group, but differ: {kinds}"
             return fail("user", what)
     names = {gpu.name.value for gpu in seen}
     if len(names) > 1:
-        return warn(f"the job would use cards that differ: {' and '.join(sorted(map(str, names)))}")
+        return warn(f"the job would use different cards: {' and '.join(sorted(map(str, names)))}")
     return ok(f"{len(seen)} x {names.pop()}")
 
 
@@ -169,64 +179,68 @@ CHECKS = (
         "CUDA_VISIBLE_DEVICES names existing cards",
         "CUDA reads the list in CUDA_VISIBLE_DEVICES up to the first unknown entry and silently "
         "ignores the rest. A job then runs on fewer cards or finds no GPU.",
-        "write existing indices, or UUIDs as `envcheck probe` shows them, or unset the variable",
+        "set `CUDA_VISIBLE_DEVICES` to indices or UUIDs of existing GPUs (`envcheck probe --json` "
+        "lists both), or unset it",
         visible,
     ),
     Check(
         "devices.count",
         "There are as many GPUs as the job needs",
-        "Only GPUs that CUDA_VISIBLE_DEVICES allows and that respond are counted. The required "
-        "number comes from --require N, or from world size and tensor_parallel_size.",
-        "request more GPUs from the scheduler, or lower tensor_parallel_size",
+        "Only GPUs that CUDA_VISIBLE_DEVICES lists and that respond are counted. The required "
+        "number is the largest of --require N, the world size on this node and "
+        "model.tensor_parallel_size.",
+        "request more GPUs from the scheduler, or lower `model.tensor_parallel_size`",
         count,
     ),
     Check(
         "devices.index",
         "--gpu-index names an existing card",
-        "An index is CUDA's number of a card. CUDA numbers the cards from 0, after it has applied "
-        "CUDA_VISIBLE_DEVICES.",
+        "The index N of --gpu-index is CUDA's number of a card. CUDA numbers the cards in "
+        "CUDA_VISIBLE_DEVICES from 0.",
         "use an index below the number of visible GPUs",
         index,
     ),
     Check(
         "devices.kind",
         "The card is the required one",
-        "The user requires a card with --require h200, or a compute capability with --require "
-        "'cc>=9.0'.",
+        "`--require h200` requires a card by its name. `--require 'cc>=9.0'` requires a compute "
+        "capability.",
         "use a node with the required card",
         kind,
     ),
     Check(
         "devices.uuid",
         "vLLM understands the form of CUDA_VISIBLE_DEVICES",
-        "vLLM up to at least 0.20.1 fails on UUIDs (invalid literal for int()). vLLM 0.25.1 and "
-        "later queries NVML for the index.",
+        "CUDA_VISIBLE_DEVICES can contain indices or UUIDs. vLLM 0.20.1 and older fails on a UUID "
+        "(invalid literal for int()). vLLM 0.25.1 and newer asks NVML for the index of the UUID.",
         "write the index of the GPU instead of its UUID, or install vllm 0.25.1",
         uuid,
     ),
     Check(
         "devices.order",
         "CUDA numbers the cards like nvidia-smi",
-        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers unequal cards by speed, but nvidia-smi "
-        "numbers them by bus. So a job that selects 'GPU 1' may run on a different card.",
-        "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        "Without CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA numbers different cards by speed, but "
+        "nvidia-smi numbers the cards by PCI bus. A job that selects GPU 1 of nvidia-smi may then "
+        "run on another card.",
+        "set `CUDA_DEVICE_ORDER=PCI_BUS_ID`",
         order,
     ),
     Check(
         "devices.mig",
         "A card in MIG mode has a slice for the job",
-        "A card in MIG mode without slices is not a CUDA device. A process can use only one "
-        "slice, so tensor parallelism over slices does not work.",
+        "A card in MIG mode without slices is not a CUDA device. A process can use only one MIG "
+        "slice, so tensor parallelism over several slices does not work.",
         "create a slice (`nvidia-smi mig -cgi PROFILE -C`), or use a whole card",
         mig,
     ),
     Check(
         "devices.alike",
         "All cards of the job are of one kind",
-        "A job on several cards is limited by the smallest memory and the slowest card. Cards that "
-        "share a model (model.tensor_parallel_size) must be equal, because different cards use "
-        "different kernels, which round differently and so sample different tokens.",
-        "list only equal cards in CUDA_VISIBLE_DEVICES",
+        "A job on several cards is limited by the smallest memory and the slowest card. With "
+        "model.tensor_parallel_size above 1, the cards of a group must be of one kind. Different "
+        "kinds of cards use different kernels, whose results are rounded differently. The cards "
+        "would then sample different tokens.",
+        "list only cards of one kind in `CUDA_VISIBLE_DEVICES`",
         alike,
     ),
 )

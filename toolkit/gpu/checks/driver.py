@@ -51,15 +51,15 @@ SHIPPED_CUDA = (
 
 
 def cuda_of(driver: str) -> str | None:
-    """The newest CUDA version that a driver supports, found from the first number of the driver's
-    version.
+    """Return the newest CUDA version that a driver supports, found from the driver's major version;
+    None if the driver is older than all drivers in ``SHIPPED_CUDA``.
     """
     branch = as_version(driver).major
     return next((cuda for least, cuda in SHIPPED_CUDA if branch >= least), None)
 
 
 def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
-    """NVML starts and reports a card."""
+    """Check that NVML starts and reports a card."""
     found = presence(snapshot)
     if found.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
@@ -77,7 +77,9 @@ def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
 
 
 def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The driver is new enough for the CUDA that the installed torch was built for."""
+    """Check that the driver is new enough for the CUDA version that the installed torch was built
+    for.
+    """
     wanted, driver = snapshot.software.torch_cuda.value, snapshot.driver.version.value
     if not snapshot.gpus or wanted is None:
         return None
@@ -87,7 +89,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     least = MINIMUM_DRIVER.get(major)
     if least is None:
         return unknown(
-            f"torch was built for CUDA {wanted}, but the driver that it needs is unknown"
+            f"torch was built for CUDA {wanted}, and the driver version that this needs is unknown"
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
@@ -106,28 +108,28 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
-    """Return the remedy for an old driver. The remedy names forward compatibility only if the cards
-    support it.
+    """Return the remedy for a driver that is too old. The remedy names forward compatibility only
+    if the cards support it.
     """
     newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
     if any(_no_compat(gpu) for gpu in snapshot.gpus):
-        return f"{newer}; this card does not support forward compatibility"
+        return f"{newer} (this card does not support forward compatibility)"
     package = f"cuda-compat-{wanted.replace('.', '-')}"
-    switch = "set TOOLKIT_CUDA_COMPAT=1 in this project's container"
-    return f"{newer}; or use forward compatibility: {switch}, or elsewhere install {package}"
+    switch = "set `TOOLKIT_CUDA_COMPAT=1` in the toolkit's container"
+    return f"{newer}. For forward compatibility, {switch}, or install `{package}` elsewhere"
 
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
-    """Whether the card does not support forward compatibility. Desktop cards and cards with
-    integrated memory do not support it.
+    """Whether the card does not support forward compatibility: desktop cards, and cards with
+    integrated memory.
     """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))
 
 
 def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The first libcuda.so.1 on the library search path is the driver's own, or a newer one for
-    forward compatibility. With any other libcuda, CUDA fails with error 803.
+    """Check that the first libcuda.so.1 on the library search path is the driver's own, or a newer
+    one for forward compatibility. With any other libcuda, CUDA fails with error 803.
     """
     if not snapshot.gpus:
         return None
@@ -170,8 +172,8 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """If forward compatibility is used, all cards are data-centre cards. On other cards CUDA fails
-    with error 804.
+    """Check that all cards are data-centre cards if forward compatibility is used. On other cards
+    CUDA fails with error 804.
     """
     first = (snapshot.driver.libcuda.value or [{}])[0]
     module = snapshot.driver.kernel_module.value or snapshot.driver.version.value
@@ -193,7 +195,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The device files that CUDA opens exist and can be opened."""
+    """Check that the device files that CUDA opens exist and can be opened."""
     if not snapshot.gpus:
         return None
     found = snapshot.driver.device_nodes
@@ -207,9 +209,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     missing = [path for path in wanted if path not in usable]
     blame = "user" if _contained(snapshot) else "node"
     if missing:
-        text = (
-            f"these device files are missing: {', '.join(missing)}; CUDA cannot start without them"
-        )
+        text = f"CUDA cannot start, because these device files are missing: {', '.join(missing)}"
         # mypy widens the conditional literal
         return fail(blame, text)  # type: ignore[arg-type]
     shut = [path for path in wanted if not usable[path]]
@@ -219,7 +219,7 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver has at least the version that --require gives."""
+    """Check that the driver has at least the version that --require gives."""
     if not context.required_driver:
         return None
     driver = snapshot.driver.version.value
@@ -227,7 +227,7 @@ def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return fail("user", f"driver {context.required_driver} is required, but there is no driver")
     if as_version(driver) < as_version(context.required_driver):
         return fail("node", f"driver {driver} is older than the required {context.required_driver}")
-    return ok(f"driver {driver}, at least {context.required_driver} as required")
+    return ok(f"driver {driver} is at least the required {context.required_driver}")
 
 
 def _contained(snapshot: NodeSnapshot) -> bool:
@@ -249,9 +249,9 @@ CHECKS = (
         "driver.cuda",
         "The driver runs the CUDA that torch was built for",
         "CUDA 13.x needs driver 580 or newer, CUDA 12.x driver 525 or newer. Within a "
-        "major release of CUDA, newer minor releases also run on these drivers, except for code "
-        "that is compiled at run time.",
-        "update the driver, use a node with a newer one, or install torch for an older CUDA",
+        "major release of CUDA, these drivers also run newer minor releases, except for code that "
+        "is compiled at run time.",
+        "update the driver, use a node with a newer driver, or install torch for an older CUDA",
         cuda,
     ),
     Check(
@@ -259,8 +259,8 @@ CHECKS = (
         "The loaded libcuda.so.1 is the driver's own",
         "If a different libcuda is found first (an image's compat folder, a stub, a leftover of "
         "an update), CUDA fails to start with error 803 while NVML still works.",
-        "remove the folder of that libcuda from LD_LIBRARY_PATH; after an update of the driver, "
-        "reload its kernel modules",
+        "remove the folder of that libcuda from `LD_LIBRARY_PATH`. After an update of the driver, "
+        "reload the kernel modules of the driver",
         libcuda,
     ),
     Check(
@@ -268,7 +268,7 @@ CHECKS = (
         "The cards support forward compatibility, if it is used",
         "With the cuda-compat package, newer CUDA runs on older drivers, but only on data-centre "
         "cards. On other cards CUDA fails to start with error 804.",
-        "remove the compat folder from LD_LIBRARY_PATH",
+        "remove the compat folder from `LD_LIBRARY_PATH`",
         compat,
     ),
     Check(
@@ -283,7 +283,7 @@ CHECKS = (
     Check(
         "driver.required",
         "The driver is at least the required one",
-        "The user requires a version with `--require driver>=VERSION`.",
+        "`--require driver>=VERSION` requires a driver of at least this version.",
         "use a node with a newer driver",
         required,
     ),

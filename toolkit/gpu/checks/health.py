@@ -40,7 +40,7 @@ _UNHEALTHY, _LIMITED = 2, 3
 
 
 def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every card responds."""
+    """Check that every card responds."""
     cards = judged_cards(snapshot, context)
     gone = [gpu for gpu in cards if gpu.lost]
     if not cards:
@@ -51,13 +51,13 @@ def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No uncorrected memory error since the driver was loaded."""
+    """Check that the card had no uncorrected memory error since the driver was loaded."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         if gpu.ecc_mode.value == 0:
             return warn(
-                "ECC is off: memory errors are not detected",
-                "ask the node's owner to run `nvidia-smi -e 1`",
+                "ECC is off, so memory errors are not detected",
+                "ask the node's owner to turn on ECC with `nvidia-smi -e 1`",
             )
         errors = gpu.ecc_uncorrected
         if errors.value is None:
@@ -66,13 +66,16 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             found = plural(errors.value, "uncorrected ECC error")
             return fail("node", f"{found} since the driver was loaded")
         before = gpu.ecc_uncorrected_lifetime.value or 0
-        return ok(f"no uncorrected ECC error ({before} in the card's life)")
+        return ok(
+            f"no uncorrected ECC error since the driver was loaded ({before} over the card's "
+            "lifetime)"
+        )
 
     return each(judged_cards(snapshot, context), look)
 
 
 def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No memory row is pending remapping, and none failed to remap."""
+    """Check that no memory row waits for remapping, and that no remapping failed."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.remapped_rows.value
@@ -89,7 +92,7 @@ def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No memory page is pending retirement (cards before Ampere)."""
+    """Check that no memory page waits for retirement (cards before Ampere)."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.retired_pages.value
@@ -97,7 +100,8 @@ def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unread(gpu.retired_pages, "retired pages")
         total = state["single_bit"] + state["double_bit"]
         if state["pending"]:
-            return fail("node", f"a page retirement is pending ({total} retired)")
+            retired = plural(total, "page")
+            return fail("node", f"a page retirement is pending ({retired} already retired)")
         if total >= RETIRED_PAGES_LIMIT:
             return fail("node", f"{total} pages retired", "replace the card (RMA)")
         return ok(f"{plural(total, 'page')} retired, none pending")
@@ -106,7 +110,7 @@ def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver does not request a reset or reboot."""
+    """Check that the driver does not request a reset of the card or a reboot of the node."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         action = gpu.recovery_action
@@ -121,8 +125,8 @@ def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The NVSwitch fabric is ready. Without the fabric, CUDA fails to start with error 802, even on
-    one card.
+    """Check that the NVSwitch fabric is ready. Otherwise CUDA fails to start with error 802, even
+    on one card.
     """
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
@@ -136,9 +140,12 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
                 "retry", "the fabric is being set up", "wait until the fabric manager is ready"
             )
         if state["state"] != _COMPLETED:
-            return fail("node", "the fabric is not started: CUDA error 802")
+            return fail("node", "the fabric has not started, so CUDA fails with error 802")
         if state["status"]:
-            return fail("node", f"the fabric failed (NVML code {state['status']}): CUDA error 802")
+            code = state["status"]
+            return fail(
+                "node", f"the fabric failed with NVML code {code}, so CUDA fails with error 802"
+            )
         if state["health"] == _UNHEALTHY:
             return fail("node", "the fabric is unhealthy")
         if state["health"] == _LIMITED:
@@ -152,7 +159,7 @@ XID_RECENT_S = 3600
 
 
 def _meaning(event: dict[str, Any]) -> str:
-    """Return a short text with the meaning of an event in the kernel's log."""
+    """Return a short text with the meaning of an XID or SXID event in the kernel's log."""
     if event["kind"] == "sxid":
         return "NVSwitch fault"
     number = event["number"]
@@ -160,7 +167,9 @@ def _meaning(event: dict[str, Any]) -> str:
 
 
 def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The kernel's log contains no XID (error of the NVIDIA driver) that means a bad card."""
+    """Check that the kernel's log contains no XID that means a bad card. An XID is an error that
+    the NVIDIA driver reports.
+    """
     if not snapshot.gpus:
         return None
     events = snapshot.driver.kernel_log.value
@@ -172,7 +181,7 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not bad:
         seen = sorted({event["number"] for event in ours if event["number"] in USER_XIDS})
         of_programs = f" (XID {', '.join(map(str, seen))}: caused by programs)" if seen else ""
-        return ok(f"no XID of a bad card since boot{of_programs}")
+        return ok(f"no XID since boot indicates a bad card{of_programs}")
     worst = min(bad, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
     text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {_meaning(worst)}"
     if worst["age_s"] is None:
@@ -183,8 +192,8 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _bus(text: str) -> str:
-    """Return a short bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become ``3b:00``. The PCI
-    domain is kept if it is not 0.
+    """Return the short form of a PCI bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become
+    ``3b:00``. The PCI domain is kept if it is not 0.
     """
     domain, _, rest = text.lower().partition(":")
     short = rest.split(".")[0]
@@ -197,13 +206,15 @@ _ROWS = (
         "Every GPU responds",
         "A card that fell off the bus (XID 79) fails every query. CUDA may still start on the "
         "other cards, but numbers them differently.",
-        "reset the card or reboot the node; if the card is lost again, check its power and seating",
+        "reset the card or reboot the node. If the card is lost again, check its power supply and "
+        "its PCIe slot",
         lost,
     ),
     (
         "health.ecc",
         "No uncorrected memory error",
-        "An uncorrected ECC error ends the process that hits it, and soon the next one.",
+        "An uncorrected ECC error ends the process that reads the bad memory. Later processes on "
+        "the card soon fail too.",
         "ask the node's owner to reset the GPU (`nvidia-smi -r`), and to drain the node if the "
         "error recurs",
         ecc,
@@ -211,9 +222,9 @@ _ROWS = (
     (
         "health.rows",
         "No row remap is pending or failed",
-        "Ampere and newer cards replace bad memory rows by spare rows (remap). The remap takes "
-        "effect at a reset. Until then the bad row is in use.",
-        "reset the GPU with no process on it, then check again",
+        "Ampere and newer cards remap a bad memory row to a spare row. The remap takes effect at "
+        "the next reset of the card. Until then the bad row is in use.",
+        "end all processes on the GPU, reset the GPU, and run the check again",
         rows,
     ),
     (
@@ -221,14 +232,14 @@ _ROWS = (
         "No page retirement is pending",
         "Cards before Ampere retire bad pages at a reset. A card with 64 retired pages must "
         "be replaced.",
-        "reset the GPU with no process on it, then check again",
+        "end all processes on the GPU, reset the GPU, and run the check again",
         pages,
     ),
     (
         "health.recovery",
         "The driver requests no recovery",
-        "Drivers from 570 on report whether the card must be reset or the node rebooted.",
-        "do what the driver requests, with no process on the card",
+        "Driver 570 and newer reports whether the card must be reset or the node rebooted.",
+        "end all processes on the card, then do what the driver requests",
         recovery,
     ),
     (
@@ -236,16 +247,16 @@ _ROWS = (
         "The kernel's log has no XID of a bad card",
         "XID and SXID lines are the driver's own reports of faults. Some are caused by a "
         "program (13, 31, 43, 45), others by the card (48, 64, 74, 79, 94, 95, 119, 120 ...).",
-        "drain the node and follow NVIDIA's XID catalogue; if the log could not be read, run the "
-        "check with the permission to read it",
+        "drain the node and follow NVIDIA's XID catalogue. If the kernel's log could not be read, "
+        "run the check as a user who can read the log",
         xid,
     ),
     (
         "health.fabric",
         "The NVSwitch fabric is ready",
         "On HGX boards CUDA does not start, even on one card, until nvidia-fabricmanager has "
-        "set up the fabric: error 802, system not yet initialized.",
-        "start nvidia-fabricmanager of exactly the driver's version",
+        "set up the fabric. Until then CUDA fails with error 802, system not yet initialized.",
+        "start the version of `nvidia-fabricmanager` that is equal to the driver's version",
         fabric,
     ),
     (
@@ -259,16 +270,18 @@ _ROWS = (
     (
         "health.compute_mode",
         "The compute mode allows the job",
-        "The mode 'prohibited' refuses every CUDA context; 'exclusive process' allows only one.",
-        "ask the node's owner to run `nvidia-smi -c 0`",
+        "In the compute mode 'prohibited', no process can create a CUDA context. In the mode "
+        "'exclusive process', only one process can create a CUDA context.",
+        "ask the node's owner to set the default compute mode with `nvidia-smi -c 0`",
         compute_mode,
     ),
     (
         "health.mps",
         "No MPS daemon limits the job",
-        "With MPS (CUDA's multi-process service), the daemon's limits on memory and threads apply, "
-        "and an error of one process can end the other processes.",
-        "stop the daemon (`echo quit | nvidia-cuda-mps-control`) or unset CUDA_MPS_PIPE_DIRECTORY",
+        "With MPS (CUDA's multi-process service), the limits of the MPS daemon on memory and "
+        "threads apply to the job. An error in one process can end the other processes.",
+        "stop the MPS daemon (`echo quit | nvidia-cuda-mps-control`), or unset "
+        "`CUDA_MPS_PIPE_DIRECTORY`",
         mps,
     ),
 )

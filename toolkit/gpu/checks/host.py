@@ -1,4 +1,6 @@
-"""Checks of the host: shared memory, limits, disks, clock, account, environment."""
+"""Checks of the host: shared memory, main memory, CPUs, limits, disks, clock, account, environment
+variables.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ WRITTEN = 1_790_000_000
 
 
 def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """/dev/shm has enough space for the data that the processes of a job on several cards exchange.
+    """Check that /dev/shm has enough free space for the processes of a job on several cards.
 
     NCCL uses about 10 MiB of /dev/shm for each channel to a neighbour (nccl issue 342: 64 MB are
     not enough for four cards). Every group of vLLM ranks uses a ring buffer of 24 MiB
-    (shm_broadcast, vLLM 0.25 and 0.31). A job with a single process exchanges no data: the engine
+    (shm_broadcast, vLLM 0.25 and 0.31). A job with one process needs almost no space: the engine
     runs inside this process, and the data of GRPO are texts, which do not pass through /dev/shm.
     Processes on CPUs communicate over sockets.
     """
@@ -40,20 +42,20 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if context.gpus_wanted > 1 and on_cards and space.value["free"] < SHM_LEAST:
         return fail(
             "user",
-            f"{text}; the processes of a job on {context.gpus_wanted} cards share it and need "
-            f"{format_bytes(SHM_LEAST)}",
+            f"{text}; the processes of a job on {context.gpus_wanted} cards need at least "
+            f"{format_bytes(SHM_LEAST)} free",
         )
     if space.value["free"] >= SHM_WANTED:
         return ok(text)
     # a Python semaphore needs one page of /dev/shm in any case
     if context.configured and context.gpus_wanted == 1 and space.value["free"] >= MIB:
-        return ok(f"{text}; a job with one process does not use it")
+        return ok(f"{text}; a job with one process does not need /dev/shm")
     return warn(text)
 
 
 def available_memory(snapshot: NodeSnapshot) -> int | None:
-    """Return the bytes of main memory that this job can use: the available memory of the host, or
-    less if the cgroup of the job has a limit.
+    """Return the bytes of main memory that this job can still use; None if unknown. This is the
+    available memory of the host, or the rest of the job's cgroup limit if that is smaller.
     """
     memory, cgroup = snapshot.host.memory.value, snapshot.host.cgroup.value or {}
     if memory is None:
@@ -64,7 +66,7 @@ def available_memory(snapshot: NodeSnapshot) -> int | None:
 
 
 def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Main memory, within the cgroup's limit, is enough to load the model."""
+    """Check that the available main memory, within the cgroup's limit, is enough to load the model."""
     free = available_memory(snapshot)
     if free is None:
         return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")
@@ -83,18 +85,18 @@ def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def cpus(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The job has enough CPUs for the engine, the trainer and the rewards."""
+    """Check that the job has enough CPUs for the engine, the trainer and the rewards."""
     count = snapshot.host.cpus.value
     if count is None:
         return unknown(f"the CPUs could not be read: {snapshot.host.cpus.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("cpu_limit")
     usable = min(count, limit) if limit else count
     text = f"{usable:g} CPUs" + (f" (cgroup limit; the host has {count})" if limit else "")
-    return ok(text) if usable >= 2 else warn(f"{text}: so few CPUs limit the speed of rollouts")
+    return ok(text) if usable >= 2 else warn(f"{text}: fewer than 2 CPUs slow down the rollouts")
 
 
 def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The limits on open files and locked memory are not too low."""
+    """Check that the limits on open files and locked memory are high enough."""
     values = snapshot.host.limits.value
     if values is None:
         return unknown(f"the limits could not be read: {snapshot.host.limits.reason}")
@@ -116,7 +118,7 @@ def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
 
 
 def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The output and cache folders have free space and inodes."""
+    """Check that the output and cache folders have enough free space and inodes."""
     found = _disks(snapshot)
     if not isinstance(found, list):
         return found
@@ -138,7 +140,7 @@ def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The output and cache folders are writable."""
+    """Check that the output and cache folders are writable."""
     found = _disks(snapshot)
     if not isinstance(found, list):
         return found
@@ -149,12 +151,12 @@ def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
     if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
-        return warn(f"{text} (the run does not need it, because the model is already complete)")
+        return warn(f"{text} (not needed, because the model is already on this machine)")
     return fail("user", text)
 
 
 def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The clock is accurate enough for TLS, caches and the order of files."""
+    """Check that the clock is accurate enough for TLS, caches and the order of files."""
     state = snapshot.host.clock.value
     if state is None:
         return unknown(f"the clock could not be read: {snapshot.host.clock.reason}")
@@ -166,7 +168,7 @@ def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 
 def user(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The account has a name, which torch and triton use for their cache folders."""
+    """Check that the account has a name. torch and triton use the name for their cache folders."""
     name = snapshot.host.user
     if name.known:
         return ok(f"account name {name.value}")
@@ -177,35 +179,35 @@ _ON = ("1", "true", "yes", "on")
 
 
 def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No environment variable harms the run."""
+    """Check that no environment variable harms the run."""
     del context
     harms = [*_rigid(snapshot.environment), *harmful(snapshot.environment)]
     return warn("; ".join(harms)) if harms else ok("no harmful variable")
 
 
 def _rigid(variables: Mapping[str, str]) -> list[str]:
-    """Return a text for each allocator setting in ``variables`` that does not turn on expandable
-    segments.
+    """Return a text for each variable in ``variables`` that sets torch's CUDA allocator but does
+    not turn on expandable segments.
 
-    Training turns on expandable segments if no setting exists (policy/cuda_allocator.py). The sizer
-    assumes that they are on.
+    Without such a variable, training turns on expandable segments (policy/cuda_allocator.py). The
+    sizer assumes that they are on.
     """
     written = {name: variables[name] for name in VARIABLES if variables.get(name)}
     return [
-        f"{name}={value}: without {WANTED} memory is lost to fragmentation, which the sizer "
-        "does not include"
+        f"{name}={value}: without {WANTED}, memory is lost to fragmentation, and the sizer does "
+        "not count this loss"
         for name, value in written.items()
         if not expands(value)
     ]
 
 
 def harmful(variables: Mapping[str, str]) -> list[str]:
-    """Return the variables that slow a run down or change which code and cards it uses, each with
-    the reason.
+    """Return a text for each variable that slows the run down or changes the code or the cards that
+    the run uses. The text gives the reason.
     """
     found = []
     if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _ON:
-        found.append("CUDA_LAUNCH_BLOCKING=1: every kernel waits for the previous one")
+        found.append("CUDA_LAUNCH_BLOCKING=1: the CPU waits for every kernel")
     if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _ON:
         found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation calls the slow driver")
     if variables.get("LD_PRELOAD"):
@@ -227,24 +229,24 @@ _ROWS = (
         "Containers get 64 MiB by default. With several cards, NCCL and vLLM's ranks share memory "
         "through /dev/shm. When /dev/shm is full, NCCL and vLLM fail with a bus error or 'No space "
         "left on device'.",
-        "start the container with --shm-size 8g or --ipc host; in Kubernetes mount an emptyDir of "
-        "medium Memory at /dev/shm",
+        "start the container with `--shm-size 8g` or `--ipc host`. In Kubernetes, mount an "
+        "emptyDir of medium Memory at /dev/shm",
         shm,
     ),
     (
         "host.memory",
         "Main memory, within the cgroup's limit, is enough",
-        "The limit of the job's cgroup counts, not the host's total. If the job uses more than its "
-        "limit, the kernel kills it without a message.",
-        "request more memory (--mem in Slurm, resources.limits.memory in Kubernetes)",
+        "If the job's cgroup has a limit, the limit counts, not the host's memory. If the job uses "
+        "more memory than the limit, the kernel kills the job without a message.",
+        "request more memory (`--mem` in Slurm, `resources.limits.memory` in Kubernetes)",
         memory,
     ),
     (
         "host.cpus",
         "There are enough CPUs for engine, trainer and rewards",
-        "The host limits the speed of a small model's decode step. With a single CPU, decoding "
-        "takes twice as long.",
-        "request more CPUs (--cpus-per-task)",
+        "The CPU limits the decoding speed of a small model. With a single CPU, decoding takes "
+        "twice as long.",
+        "request more CPUs (`--cpus-per-task` in Slurm)",
         cpus,
     ),
     (
@@ -252,23 +254,24 @@ _ROWS = (
         "Limits on open files and locked memory are not low",
         "Weights in many shards and data workers need many open files. Collectives over several "
         "cards lock memory.",
-        "raise the limits with ulimit; in Docker with --ulimit nofile=65536 --ulimit memlock=-1",
+        "raise the limits with `ulimit`, or in Docker with `--ulimit nofile=65536 --ulimit "
+        "memlock=-1`",
         limits,
     ),
     (
         "host.disk",
         "Output and cache folders have free space and inodes",
         "If a checkpoint cannot be written, the run ends and its last steps are lost.",
-        "free some space, or set output_dir, HF_HOME and VLLM_CACHE_ROOT to other folders",
+        "free some space, or set `output_dir`, `HF_HOME` and `VLLM_CACHE_ROOT` to other folders",
         disk,
     ),
     (
         "host.writable",
         "Output and cache folders are writable",
-        "In read-only images or under a different user, HF_HOME and the caches of Triton and "
-        "vLLM may not be writable. Without this check the run fails minutes after its start.",
-        "set output_dir, HF_HOME, TRITON_CACHE_DIR and VLLM_CACHE_ROOT to folders that you "
-        "can write to",
+        "In a read-only image or under a different user, HF_HOME and the caches of Triton and "
+        "vLLM may not be writable. The run would then fail minutes after its start.",
+        "set `output_dir`, `HF_HOME`, `TRITON_CACHE_DIR` and `VLLM_CACHE_ROOT` to folders that "
+        "you can write to",
         writable,
     ),
     (
@@ -281,9 +284,9 @@ _ROWS = (
     (
         "host.env",
         "No environment variable harms the run",
-        "An allocator without expandable segments loses memory to fragmentation. "
-        "CUDA_LAUNCH_BLOCKING makes every kernel wait. A preloaded library can change any "
-        "behaviour.",
+        "Without expandable segments, torch's CUDA allocator loses memory to fragmentation. "
+        "CUDA_LAUNCH_BLOCKING makes the CPU wait for every kernel. A library in LD_PRELOAD can "
+        "change any behaviour.",
         "unset the variable that this check names",
         env,
     ),
@@ -292,7 +295,7 @@ _ROWS = (
         "The account has a name",
         "torch and triton call getpass.getuser(), which fails for a uid without an account. "
         "Containers often run under such a uid.",
-        "set USER to any name",
+        "set the environment variable `USER` to any name",
         user,
     ),
 )

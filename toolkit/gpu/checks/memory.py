@@ -37,8 +37,9 @@ CONTEXT_BYTES = 600 * MIB
 
 
 def held_by_others(gpu: GpuSnapshot) -> int | None:
-    """Return the bytes that other processes use. If the driver supports only version 1 of NVML's
-    memory query, the result includes the memory that the driver reserves.
+    """Return the bytes of the card's memory that other processes use; None if unknown. If the
+    driver supports only version 1 of NVML's memory query, the result includes the memory that the
+    driver reserves.
     """
     memory = gpu.memory.value
     if memory is None:
@@ -50,9 +51,9 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
 
 
 def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
-    """Return a name for the programs that draw the display (a desktop, or Windows with WSL), if
-    they use most of the memory that other processes use; else None. Waiting does not free this
-    memory.
+    """Return a name for the programs that draw the display ("the display", or "Windows and its
+    programs" with WSL), if they use most of the memory that other processes use. Otherwise return
+    None. This memory does not become free by waiting.
     """
     held = held_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
@@ -68,7 +69,9 @@ def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
 
 
 def share_that_fits(gpu: GpuSnapshot) -> float:
-    """The largest gpu_memory_utilization that fits into the free memory, rounded down."""
+    """Return the largest gpu_memory_utilization that fits into the free memory, rounded down to two
+    decimals.
+    """
     memory = gpu.memory.value or {}
     total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
     room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
@@ -76,16 +79,16 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
 
 
 def beside_display(gpu: GpuSnapshot) -> str:
-    """The remedy if a display uses memory of the card."""
+    """Return the remedy for a card whose memory is partly used by a display."""
     return (
-        f"set gpu_memory_utilization to at most {share_that_fits(gpu):.2f} (`envcheck size` shows "
-        "whether that is enough), close graphical programs, or use another card for the display"
+        f"set `gpu_memory_utilization` to at most {share_that_fits(gpu):.2f} (`envcheck size` "
+        "shows whether that is enough), close graphical programs, or use another card for the display"
     )
 
 
 def holders(gpu: GpuSnapshot) -> str:
-    """Return a text that lists the processes that use memory, with their pids. In a pid namespace
-    NVML reports no processes, or reports pids that are valid only on the host.
+    """Return a text that lists the pids, names and memory of other processes on the card. In a
+    container, NVML may report no processes, or pids that are valid only on the host.
     """
     others: list[dict[str, Any]] = [p for p in gpu.processes.value or [] if not p["mine"]]
     if not others:
@@ -100,7 +103,7 @@ def holders(gpu: GpuSnapshot) -> str:
 
 
 def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card reports its memory."""
+    """Check that the memory of the card can be read."""
 
     def look(gpu: GpuSnapshot) -> Outcome:
         memory = memory_of(snapshot, gpu)
@@ -111,7 +114,7 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return ok(f"{size}, shared with the CPU")
         if gpu.memory.value and gpu.memory.value["version"] == 1:
             return ok(
-                f"{size} (older driver: NVML's used memory includes what the driver reserves)"
+                f"{size} (this older driver counts the memory that it reserves as used memory)"
             )
         return ok(size)
 
@@ -119,7 +122,7 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The memory that the job needs is free."""
+    """Check that the memory that the job needs is free."""
     share, least = context.gpu_memory_utilization, context.required_free_bytes
     if share is None and not least:
         return None
@@ -135,7 +138,7 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return ok(amount)
         if wanted > memory.total_bytes - CONTEXT_BYTES:
             size = format_bytes(memory.total_bytes)
-            return fail("user", f"{amount} of {size}: so much memory can never be free")
+            return fail("user", f"{amount}; the card has only {size} in total")
         if who := display(snapshot, gpu):
             verb = "uses" if who == DISPLAY else "use"
             text = f"{amount}; {who} ({holders(gpu)}) {verb} the rest"
@@ -150,7 +153,7 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """No other process uses a large part of the card."""
+    """Check that no other process uses a large part of the card's memory."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         held, total = held_by_others(gpu), gpu.total_bytes
@@ -173,25 +176,27 @@ CHECKS = (
     Check(
         "memory.readable",
         "The card reports its memory",
-        "The sizer needs the total and the free memory. On GB10 and Jetson NVML reports 'not "
-        "supported', and the host's available memory is used.",
-        "name the card yourself: `envcheck size --gpu CARD`",
+        "The sizer needs the total and the free memory. On GB10 and Jetson, NVML reports 'not "
+        "supported', so the sizer uses the host's available memory.",
+        "give the name of the card with `envcheck size --gpu CARD`",
         readable,
     ),
     Check(
         "memory.free",
         "The memory that the job needs is free",
-        "vLLM refuses to start if less memory is free than gpu_memory_utilization x total.",
-        "lower gpu_memory_utilization, set it to auto, or wait for the other process",
+        "vLLM reserves the fraction gpu_memory_utilization of the card's total memory. vLLM does "
+        "not start if less memory is free.",
+        "lower `gpu_memory_utilization`, set it to `auto`, or wait until the other process ends",
         free,
     ),
     Check(
         "memory.tenant",
         "No other process uses much of the card",
-        "If another process frees or allocates memory while vLLM measures, vLLM fails to start. "
-        "If the other process allocates more later, the run fails. In a container its pid may be "
-        "invisible.",
-        "wait for the process to end, or end it, or choose another card with CUDA_VISIBLE_DEVICES",
+        "If another process frees or allocates memory while vLLM measures the memory, vLLM fails "
+        "to start. If the other process allocates more memory later, the run fails. In a "
+        "container, the pid of the other process may be invisible.",
+        "end the other process, wait until it ends, or choose another card with "
+        "`CUDA_VISIBLE_DEVICES`",
         tenant,
     ),
 )

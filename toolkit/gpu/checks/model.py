@@ -14,8 +14,8 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
-    """Return the location of the model's files; None if the job has no model or the files are not
-    on this machine.
+    """Return the folder of the model's files; None if the job has no model or the files are not on
+    this machine.
     """
     if context.model is None:
         return None
@@ -24,7 +24,7 @@ def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
 
 
 def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The model is a folder, is in the cache, or can be downloaded."""
+    """Check that the model is a folder, is in the hub cache, or can be downloaded."""
     if context.model is None:
         return None
     place = snapshot.model.location
@@ -42,7 +42,7 @@ def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every shard of the index exists, and no link is broken."""
+    """Check that every weight file that the index lists exists, and that no link is broken."""
     path = _place(snapshot, context)
     if path is None:
         return None
@@ -69,7 +69,7 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """config.json is readable and names an architecture."""
+    """Check that config.json is readable and names an architecture."""
     path = _place(snapshot, context)
     if path is None:
         return None
@@ -84,7 +84,7 @@ def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """There is a tokenizer."""
+    """Check that the folder of the model contains a tokenizer."""
     path = _place(snapshot, context)
     if path is None:
         return None
@@ -97,7 +97,7 @@ def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The sizer and the installed vLLM support the architecture."""
+    """Check that the sizer and the installed vLLM support the architecture of the model."""
     if _place(snapshot, context) is None or snapshot.model.config.value is None:
         return None
     names = snapshot.model.config.value["architectures"]
@@ -108,13 +108,15 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
         return fail("user", f"the installed vLLM does not support {names[0]}")
     if knows.value is False:
         return warn(
-            f"the installed vLLM does not support {names[0]}: only engine transformers works"
+            f"the installed vLLM does not support {names[0]}; only `runtime.engine: transformers` "
+            "works"
         )
     kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
     if known is not None and kind not in known:
         return warn(
             f"the sizer supports {kind or names[0]} only approximately, with a larger margin",
-            "leave more memory free, or run `envcheck calibrate` on a short run",
+            "leave more memory free, or compare the prediction with the memory of a short run "
+            "(`envcheck calibrate`)",
         )
     return ok(
         f"{names[0]} is supported" + ("" if knows.known else " by the sizer; vLLM is not installed")
@@ -125,15 +127,16 @@ _ROWS = (
     (
         "model.location",
         "The model is on this machine or can be downloaded",
-        "A hub id is first searched in the cache. Offline, the model must already be in the cache.",
-        "download it first (`hf download MODEL`), or correct model_name and revision",
+        "A hub id is first searched in the hub cache. Without network access, the model must "
+        "already be in the cache.",
+        "download the model first (`hf download MODEL`), or correct `model_name` and `revision`",
         location,
     ),
     (
         "model.weights",
         "All weights are present",
-        "After an interrupted download, shards are missing or links are broken. Without this "
-        "check, loading fails only after minutes.",
+        "After an interrupted download, weight files are missing or links are broken. Loading "
+        "the model would fail after minutes.",
         "download the model again (`hf download MODEL`), or copy the missing files",
         weights,
     ),
@@ -147,7 +150,7 @@ _ROWS = (
     (
         "model.tokenizer",
         "There is a tokenizer",
-        "Prompts cannot be encoded without one.",
+        "Prompts cannot be encoded without a tokenizer.",
         "copy the tokenizer files of the base model into the folder",
         tokenizer,
     ),
@@ -155,8 +158,8 @@ _ROWS = (
         "model.architecture",
         "The sizer and vLLM support the architecture",
         "vLLM runs only the architectures in its registry. The sizer is exact only for the "
-        "architectures that it has rules for; for others it adds a margin.",
-        "use runtime.engine: transformers, or a model of a supported architecture",
+        "architectures that it has rules for. For other architectures the sizer adds a margin.",
+        "set `runtime.engine: transformers`, or use a model of a supported architecture",
         architecture,
     ),
 )

@@ -1,4 +1,6 @@
-"""Checks of the modes that the owner of the card sets: persistence, compute mode, MPS."""
+"""Checks of the modes that the card's owner sets: persistence mode, compute mode, and MPS (NVIDIA's
+Multi-Process Service).
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,23 @@ _PROHIBITED, _EXCLUSIVE = 2, 3
 
 
 def persistence(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The driver stays loaded between jobs."""
+    """Check that persistence mode is on, which keeps the driver loaded between jobs."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mode = gpu.persistence_mode
         if mode.value is None:
             return unread(mode, "persistence mode")
         return (
-            ok("on") if mode.value else warn("off: each start waits until the card is initialized")
+            ok("persistence mode is on")
+            if mode.value
+            else warn("persistence mode is off, so each start waits until the card is initialized")
         )
 
     return each(judged_cards(snapshot, context), look)
 
 
 def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Processes can create CUDA contexts on the card."""
+    """Check that the compute mode allows the job to create CUDA contexts on the card."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mode = gpu.compute_mode
@@ -44,7 +48,9 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             return unread(mode, "compute mode")
         others = [p for p in gpu.processes.value or [] if not p["mine"] and p["kind"] == "compute"]
         if mode.value == _PROHIBITED:
-            return fail("node", "compute mode is 'prohibited': no CUDA context can be created")
+            return fail(
+                "node", "the compute mode is 'prohibited', so no process can create a CUDA context"
+            )
         if mode.value == _EXCLUSIVE and others:
             return fail(
                 "retry",
@@ -53,7 +59,7 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             )
         if mode.value == _EXCLUSIVE:
             return warn(
-                "the compute mode is exclusive: only one process can use the card, so the engine "
+                "the compute mode is exclusive, so only one process can use the card. The engine "
                 "must run in the trainer's process"
             )
         return ok("shared (default)")
@@ -62,12 +68,12 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
 
 
 def mps(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """No server of MPS, NVIDIA's Multi-Process Service, is between the job and the card."""
+    """Check that the job does not use the card through MPS (NVIDIA's Multi-Process Service)."""
     running = snapshot.driver.mps
     if not snapshot.gpus or running.value is None:
         return None if not snapshot.gpus else unread(running, "MPS")
     if running.value:
         return warn(
-            "an MPS control daemon is running: its memory and thread limits apply to the job"
+            "an MPS control daemon is running. Its limits on memory and threads apply to the job"
         )
     return ok("no MPS daemon")

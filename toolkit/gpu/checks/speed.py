@@ -1,5 +1,5 @@
-"""Checks for causes of a slow but healthy card: heat, power, a narrow PCIe link, links between
-cards.
+"""Checks for causes that make a healthy card slow: heat, power, a narrow PCIe link, missing links
+between cards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _P2P_OK = 0
 
 
 def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Nothing lowers the clocks."""
+    """Check that neither heat, power nor the owner lowers the clocks of the card."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mask = gpu.clock_reasons
@@ -48,7 +48,8 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return warn(f"{', '.join(trouble)}{now}")
         if mask.value & _OWNER_SET:
             return warn(
-                f"clocks are set by the owner{now}", "ask the node's owner to run `nvidia-smi -rac`"
+                f"the node's owner has set lower clocks{now}",
+                "ask the node's owner to reset the clocks with `nvidia-smi -rac`",
             )
         return ok("not throttled")
 
@@ -56,7 +57,7 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The power limit is the default limit of the card."""
+    """Check that the power limit of the card is not lower than its default limit."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         limit, usual = gpu.power_limit_mw.value, gpu.power_default_mw.value
@@ -69,7 +70,7 @@ def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The card is below its slowdown temperature."""
+    """Check that the card is cooler than the temperature at which it lowers its clocks."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         now, limit = gpu.temperature_c.value, gpu.slowdown_c.value
@@ -84,7 +85,7 @@ def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
 
 
 def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The PCIe link has its full width, and its full speed under load."""
+    """Check that the PCIe link has its full width, and its full speed under load."""
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         link = gpu.pcie.value
@@ -104,7 +105,7 @@ def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """All NVLinks are up."""
+    """Check that all NVLinks of the cards are up."""
     if len(snapshot.gpus) < 2:
         return None
 
@@ -121,7 +122,7 @@ def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The cards of a job can read each other's memory."""
+    """Check that the cards of a job can read each other's memory."""
     if context.gpus_wanted < 2 or len(snapshot.gpus) < 2:
         return None
     pairs = snapshot.driver.p2p
@@ -130,12 +131,14 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     wanted = {gpu.index for gpu in judged_cards(snapshot, context)}
     bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
     if bad:
-        return warn(f"no peer access between {', '.join(bad[:6])}: copies go through the host")
+        return warn(
+            f"no peer access between cards {', '.join(bad[:6])}, so copies go through the host"
+        )
     return ok("all cards can read each other's memory")
 
 
 def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """The cards that share a model are linked by NVLink."""
+    """Check that the cards of a tensor-parallel group are linked by NVLink."""
     size = context.tensor_parallel_size
     if size < 2 or len(snapshot.gpus) < 2:
         return None
@@ -146,8 +149,8 @@ def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unread(gpu.nvlinks, "NVLink")
         up = sum(bool(state) for state in links)
         if up:
-            return ok(f"{up} NVLinks to the cards that share the model")
-        return warn(f"no NVLink: the {size} cards that share the model communicate over PCIe")
+            return ok(f"{up} NVLinks to the other cards of the tensor-parallel group")
+        return warn(f"no NVLink, so the {size} cards of the tensor-parallel group use PCIe")
 
     return each(judged_cards(snapshot, context), look)
 
@@ -157,50 +160,51 @@ _ROWS = (
         "speed.throttle",
         "Nothing lowers the clocks",
         "Heat, a power brake or a failing power supply can halve the clocks without any error.",
-        "check cooling and power supply of the node; use another node meanwhile",
+        "use another node until the cooling and the power supply of this node were checked",
         throttle,
     ),
     (
         "speed.power",
         "The power limit is the card's usual one",
-        "A lowered limit often remains from an experiment and reduces speed under load.",
-        "ask the node's owner to run `nvidia-smi -pl DEFAULT`",
+        "A lowered power limit often remains from an experiment. It reduces speed under load.",
+        "ask the node's owner to set the default limit with `nvidia-smi -pl WATTS`",
         power,
     ),
     (
         "speed.temperature",
         "The card is below its slowdown temperature",
         "At its slowdown temperature a card halves its clocks.",
-        "check the cooling; use another node meanwhile",
+        "use another node until the cooling of this node was checked",
         temperature,
     ),
     (
         "speed.pcie",
         "The PCIe link is at its full width",
-        "A badly seated card uses fewer lanes, which slows down loading weights and host copies.",
-        "ask the node's owner to reseat the card and to check the slot's lanes and the BIOS",
+        "A card that is not fully in its slot uses fewer PCIe lanes, which slows down the loading "
+        "of weights and copies to the host.",
+        "ask the node's owner to reseat the card, and to check the slot and its BIOS settings",
         pcie,
     ),
     (
         "speed.nvlink",
         "All NVLinks are up",
-        "A link that is down slows down every collective of a job on several cards.",
+        "An NVLink that is down slows down every collective operation of a job on several cards.",
         "ask the node's owner to check the bridge or the NVSwitch trays, and to reset the node",
         nvlink,
     ),
     (
         "speed.p2p",
         "The cards of a job can read each other's memory",
-        "Without peer access NCCL copies through the host.",
+        "Without peer access, NCCL copies data between cards through the host's memory.",
         "check the topology (`nvidia-smi topo -m`) and the settings of IOMMU and ACS",
         p2p,
     ),
     (
         "speed.group_link",
-        "Cards that share a model have NVLink between them",
-        "With model.tensor_parallel_size above 1, the cards of a group add up their results four "
-        "times per layer in a training step, and twice per layer for each sampled token.",
-        "use cards with NVLink, or set tensor_parallel_size as low as the memory allows",
+        "Cards of a tensor-parallel group have NVLink between them",
+        "With model.tensor_parallel_size above 1, the cards of a group sum their results over the "
+        "link: four times per layer in a training step, twice per layer for each sampled token.",
+        "use cards with NVLink, or set `model.tensor_parallel_size` as low as the memory allows",
         group_link,
     ),
 )
