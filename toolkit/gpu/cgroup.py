@@ -45,7 +45,9 @@ def read_cgroup(root: Path) -> dict[str, Any]:
 
 
 def _groups(root: Path) -> dict[str, str]:
-    """Return {controller: path of this process's control group}. In version 2, the only key is ""."""
+    """Return {controller: path of this process's control group}. In version 2, the only key
+    is "".
+    """
     groups: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         parts = line.split(":", 2)

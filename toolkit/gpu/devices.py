@@ -67,8 +67,8 @@ def mixed(snapshot: NodeSnapshot) -> bool:
 
 
 def visible(snapshot: NodeSnapshot) -> Visible:
-    """Return the devices that CUDA will see. If one of the cards has a MIG slice, this is one
-    slice.
+    """Return the devices that CUDA will see. If one of the selected cards has a MIG slice, CUDA
+    sees only this slice.
     """
     cards = cuda_order(snapshot)
     wanted = snapshot.environment.get(VISIBLE)

@@ -144,7 +144,8 @@ def pci_gpus(root: Path = ROOT) -> int:
 
 
 def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
-    """Whether a daemon of MPS (NVIDIA's Multi-Process Service) serves CUDA programs on this node.
+    """Whether a daemon of MPS (NVIDIA's Multi-Process Service) serves CUDA programs on this
+    node.
     """
     pipe = environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # CUDA's default
     return (root / pipe.lstrip("/") / "control").exists()

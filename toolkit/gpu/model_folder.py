@@ -108,7 +108,9 @@ def _files(folder: Path) -> dict[str, Any]:
     with os.scandir(folder) as entries:
         listed = list(islice(entries, MAX_FOLDER_FILES + 1))
     if len(listed) > MAX_FOLDER_FILES:
-        raise ValueError(f"the folder has more than {MAX_FOLDER_FILES} files, so it is not the folder of a model")
+        raise ValueError(
+            f"the folder has more than {MAX_FOLDER_FILES} files, so it is not the folder of a model"
+        )
     for entry in listed:
         names.append(entry.name)
         try:

@@ -1,9 +1,9 @@
-"""Read NVML, one query at a time.
+"""Read the state of the GPUs from NVML, one query at a time.
 
 This is the only module that imports pynvml. Every result is a ``Reading``, so a lost card affects
 only its own readings. No setting of a card is changed. ``nvmlSystemGetCudaDriverVersion`` is not
-called, because it opens libcuda; the CUDA version that a driver supports follows from the driver's
-version.
+called, because it opens libcuda. The newest CUDA version that a driver supports is found from the
+driver's version instead.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class NvmlAnswers:
     not start.
 
     ``gpus`` contains a pair for each card: the readings of the card, and a list with the readings
-    of each of its MIG devices. Readings are a mapping from the name of a field of ``GpuSnapshot``
-    to a ``Reading``.
+    of each of its MIG slices. The readings of a card or slice are a mapping from the name of a
+    field of ``GpuSnapshot`` to a ``Reading``.
     """
 
     start: Reading[str]
@@ -51,11 +51,11 @@ class NvmlAnswers:
 
 
 def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
-    """Run one query and return its outcome as a Reading.
+    """Call ``query`` and return its result as a Reading.
 
-    If the driver is older than the queried function, newer versions of pynvml raise
-    NVMLLibraryMismatchError, which is not a subclass of NVMLError. In this case too, the reading is
-    "not supported".
+    If the driver does not support the query, the Reading is "not supported"; after any other error
+    it is "failed". Newer versions of pynvml raise NVMLLibraryMismatchError if the driver is too old
+    for the query. This exception is not a subclass of NVMLError.
     """
     try:
         return of(query(*arguments))
@@ -70,7 +70,9 @@ def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
 
 
 def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
-    """All NVML results for this node. A hanging driver is reported after a time limit."""
+    """Return the results of all NVML queries on this node. If the driver does not respond within
+    ``deadline_s`` seconds, the result says so.
+    """
     results: list[NvmlAnswers] = []
     worker = threading.Thread(target=lambda: results.append(_read()), name="nvml", daemon=True)
     worker.start()
@@ -128,7 +130,7 @@ def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
 
 
 def _slices(nvml: Any, parent: Any) -> list[Answers]:
-    """Return the readings of each MIG device of a card. Every possible index is tried, because the
+    """Return the readings of each MIG slice of a card. Every possible index is tried, because the
     indices may have gaps.
     """
     rows = []
@@ -143,9 +145,7 @@ def _slices(nvml: Any, parent: Any) -> list[Answers]:
 
 
 def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
-    """Return 1 (up) or 0 for each NVLink of the card, up to the first link that the card does not
-    have.
-    """
+    """Return a list with 1 (up) or 0 (down) for each NVLink of the card."""
     states: list[int] = []
     for link in range(MAX_NVLINKS):
         state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
@@ -156,8 +156,8 @@ def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
 
 
 def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
-    """Return the action that the driver requests (driver 570 and newer): 0 nothing, 1 reset, 2
-    reboot, 3 and 4 drain.
+    """Return the recovery that the driver requests for the card (driver 570 and newer): 0 nothing,
+    1 reset, 2 reboot, 3 and 4 drain. Other numbers are later additions of NVML.
     """
     answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:
@@ -169,7 +169,7 @@ def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
 
 
 def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
-    """Return ``[i, j, status]`` for each pair of cards, where status 0 means that the cards can
+    """Return ``[i, j, status]`` for each pair of cards. The status 0 means that the two cards can
     read each other's memory.
     """
     if len(handles) < 2:

@@ -1,9 +1,9 @@
-"""The NVML queries about a card. The table maps each field of ``GpuSnapshot`` to a query, which is
-a function.
+"""The NVML queries about a card. ``GPU_QUERIES`` maps each field of ``GpuSnapshot`` to a query,
+which is a function.
 
-A query gets the pynvml module and a device handle, and returns plain values that JSON can
-represent. It does not catch NVMLError: ``nvml.ask``, which calls it, records the error. Units are
-those of NVML: bytes (never MiB), mW, MHz, degrees Celsius.
+A query gets the pynvml module and a device handle. It returns plain values that JSON can represent.
+A query does not catch NVMLError, because its caller ``nvml.ask`` records the error. Units are those
+of NVML: bytes (never MiB), mW, MHz, degrees Celsius.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SLOWDOWN = 1
 
 
 def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
-    """Return the result of the first query that this driver supports, because older drivers lack
-    the newer calls.
+    """Call ``queries`` in turn until the driver supports one of them, and return its result. The
+    newest query comes first, because older drivers do not support it.
     """
     for query in queries[:-1]:
         try:
@@ -41,8 +41,8 @@ def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
 
 
 def memory(nvml: Any, handle: Any) -> dict[str, Any]:
-    """The memory of a card in bytes. Version 2 of the call reports the memory that the driver
-    reserves as a separate value. Version 1 includes it in the used memory.
+    """Return the memory of a card in bytes. Version 2 of the NVML call reports the memory that the
+    driver reserves as a separate value. Version 1 counts this memory as used.
     """
 
     def version_2() -> dict[str, Any]:
@@ -70,10 +70,11 @@ def memory(nvml: Any, handle: Any) -> dict[str, Any]:
 
 
 def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
-    """The processes that use memory of the card: pid, bytes (None if hidden), kind, and whether it
-    is this process.
+    """Return the processes that use memory of the card, each with its pid, bytes (None if hidden),
+    kind, name, and whether it is this process.
 
-    In a pid namespace the list is empty, or its pids are not valid here; then ``name`` is None.
+    In a container, NVML may report no processes, or pids that do not exist in the container. In the
+    second case ``name`` is None.
     """
     kinds = (
         ("compute", "nvmlDeviceGetComputeRunningProcesses"),
@@ -105,8 +106,8 @@ def _command(pid: int) -> str | None:
 
 
 def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
-    """Return the state of the NVSwitch fabric: ``state`` 3 means ready, ``status`` is an NVML code
-    that is valid only in state 3, and ``health`` is None with older drivers.
+    """Return {state, status, health} of the NVSwitch fabric. The ``state`` 3 means ready.
+    ``status`` is an NVML code that is valid only in state 3. ``health`` is None with older drivers.
     """
 
     def newer(kind: Any) -> dict[str, int | None]:
@@ -132,8 +133,8 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
 
 
 def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return the number of remapped memory rows after correctable and after uncorrectable errors,
-    and whether a remap is pending or failed (Ampere and later).
+    """Return how many memory rows were remapped after correctable and after uncorrectable errors,
+    and whether a remap is pending or has failed (Ampere and later).
     """
     correctable, uncorrectable, pending, failure = nvml.nvmlDeviceGetRemappedRows(handle)
     return {
@@ -145,7 +146,7 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return the number of memory pages that were retired after many single-bit errors or after one
+    """Return how many memory pages were retired after many single-bit errors and after one
     double-bit error, and whether a retirement is pending (cards before Ampere).
     """
     return {
@@ -156,8 +157,8 @@ def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def pcie(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return the current and the maximum generation and width of the PCIe link. An idle card lowers
-    the generation to save power, but not the width.
+    """Return the current and the maximum generation and width of the PCIe link. To save power, an
+    idle card lowers the generation, but not the width.
     """
     return {
         "generation": int(nvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
@@ -168,7 +169,7 @@ def pcie(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clocks(nvml: Any, handle: Any) -> dict[str, int]:
-    """The current and the maximum clocks in MHz."""
+    """Return the current and the maximum clocks of the SMs and of the memory, in MHz."""
     return {
         "sm": int(nvml.nvmlDeviceGetClockInfo(handle, _SM)),
         "max_sm": int(nvml.nvmlDeviceGetMaxClockInfo(handle, _SM)),
@@ -178,8 +179,8 @@ def clocks(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def clock_reasons(nvml: Any, handle: Any) -> int:
-    """Return the bit mask of reasons for lowered clocks. Drivers before 535 call them throttle
-    reasons.
+    """Return NVML's bit mask of the reasons why the clocks are lowered. Drivers before 535 call
+    these reasons throttle reasons.
     """
     return int(
         first_of(
@@ -191,7 +192,7 @@ def clock_reasons(nvml: Any, handle: Any) -> int:
 
 
 def temperature(nvml: Any, handle: Any) -> int:
-    """The temperature of the GPU in degrees Celsius."""
+    """Return the temperature of the GPU in degrees Celsius."""
     return int(
         first_of(
             nvml,

@@ -1,5 +1,5 @@
-"""Find out why there is no usable GPU, and whether a job needs one. Each cause has its own text: no
-card, no driver, a version mismatch, no permission, or no response.
+"""Find out why there is no usable GPU, and whether a job needs a GPU. Each cause has its own text:
+no card, no driver, a version mismatch, no permission, or a driver that does not respond.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """Whether this process can use a GPU. If it cannot, ``text`` says why, and ``remedy`` says what
-    to do.
+    """Whether this process can use a GPU. If not, ``text`` says why, and ``remedy`` says what to
+    do. If the process can use a GPU, ``kind`` is "gpus" and ``text`` is the number of GPUs.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ _ELSEWHERE = "use a machine with an NVIDIA GPU"
 
 
 def presence(snapshot: NodeSnapshot) -> Presence:
-    """Whether this process can use a GPU, with the reason if it cannot."""
+    """Find out from a snapshot whether this process can use a GPU, and the reason if not."""
     if snapshot.gpus:
         return Presence("gpus", plural(len(snapshot.gpus), "GPU"), "")
     start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
@@ -54,14 +54,14 @@ def presence(snapshot: NodeSnapshot) -> Presence:
             "driver and library do not match: the driver was updated, but the old kernel module"
             + (f" ({module})" if module else "")
             + " is still loaded",
-            "reload the nvidia kernel modules with no process on the GPU, or reboot the node",
+            "end all processes on the GPU and reload the nvidia kernel modules, or reboot the node",
         )
     if start.code == _NO_PERMISSION:
         return Presence(
             "no permission",
             "the driver refuses this user, who cannot open the NVIDIA device files",
-            "give this user access to /dev/nvidia* (change their group or mode), or correct the "
-            "container's device rule",
+            "give this user access to `/dev/nvidia*` by changing the group or mode of these files, "
+            "or correct the device rule of the container",
         )
     if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
         return _absent(snapshot, cards, how)
@@ -74,12 +74,13 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     return Presence(
         "broken",
         f"NVML does not start: {start.reason} (code {start.code})",
-        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
+        "read the lines with NVRM in the kernel's log (`dmesg`), then reset the GPU or reboot the "
+        "node",
     )
 
 
 def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
-    """Return the Presence for a node where NVML does not start. The cause may be a missing card, a
+    """Return the Presence for a node where NVML finds no card. The cause may be a missing card, a
     missing library or a missing kernel module. ``cards`` is the number of cards on the PCI bus.
     """
     start = snapshot.driver.nvml
@@ -90,11 +91,11 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     if start.code == _NO_LIBRARY:
         if how != _ELSEWHERE:
             return Presence(
-                "not passed in", f"{many}, but none was passed into this environment", how
+                "not passed in", f"{many}, but no GPU was passed into this environment", how
             )
         return Presence(
             "no driver",
-            f"{many}, but no NVIDIA driver: libnvidia-ml.so.1 is not installed",
+            f"{many}, but the NVIDIA driver is not installed (no libnvidia-ml.so.1)",
             "install the NVIDIA driver (580 or newer for CUDA 13)",
         )
     if start.code == _DRIVER_NOT_LOADED:
@@ -106,13 +107,14 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     return Presence(
         "broken",
         f"{many}, but the driver reports none of them",
-        "check the kernel's log (lines with NVRM in dmesg), then reset the GPU or reboot the node",
+        "read the lines with NVRM in the kernel's log (`dmesg`), then reset the GPU or reboot the "
+        "node",
     )
 
 
 def how_to_pass_in(snapshot: NodeSnapshot) -> str:
-    """Return the remedy that gives a job a GPU in this environment (a container, Kubernetes, Slurm
-    or none of them).
+    """Return the remedy for a job without a GPU. The remedy depends on the environment of the job:
+    a container, Kubernetes, Slurm or none of them.
     """
     place = snapshot.host.place.value or {}
     if place.get("kubernetes"):
@@ -123,10 +125,10 @@ def how_to_pass_in(snapshot: NodeSnapshot) -> str:
 
 
 def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
-    """Return why this job cannot run without a GPU; None if it can.
+    """Return the reason why this job cannot run without a GPU; None if the job can run on the CPU.
 
-    The transformers engine and the CPU build of vLLM need no GPU. So if this function returns None,
-    a missing GPU is reported but is not a failure.
+    The transformers engine and the CPU build of vLLM need no GPU. If the result is None, a missing
+    GPU is reported but is not a failure.
     """
     packages = snapshot.software.packages.value or {}
     reasons = (

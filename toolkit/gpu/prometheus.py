@@ -1,5 +1,5 @@
-"""Write a snapshot in Prometheus' text format, for node_exporter's textfile collector. Unknown
-values are left out.
+"""Write a snapshot in Prometheus' text format, for node_exporter's textfile collector. Metrics with
+an unknown value are omitted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _scaled(reading: Reading[int], divisor: int) -> float | None:
 def exposition(
     snapshot: NodeSnapshot, results: Sequence[CheckResult] = (), exit_code: int | None = None
 ) -> str:
-    """Return the metrics of a snapshot and of its checks, each with its HELP and TYPE lines."""
+    """Return the metrics of a snapshot and of its check results as text. Each metric has a HELP and
+    a TYPE line.
+    """
     families = [
         _family("info", "Versions of the tool and the driver.", [(_info(snapshot), 1)]),
         _family(

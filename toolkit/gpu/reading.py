@@ -1,7 +1,7 @@
-"""The result of one query: a value, "not supported", or "failed".
+"""The class ``Reading``: the result of one query, which is a value, "not supported", or "failed".
 
-``value`` is None if the query has no value. Code that uses ``value`` must handle this case, so that
-an unknown value never counts as a pass.
+Without a value, ``Reading.value`` is None. Code that uses ``Reading.value`` must handle this case,
+so that an unknown value never counts as a pass.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T_co]):
-    """The result of a query. If the query succeeded, ``value`` is the result. Otherwise ``reason``
-    says why there is no value, and ``code`` is the return code of NVML if NVML was queried.
+    """The result of one query. If the query succeeded, ``value`` is the result. Otherwise
+    ``reason`` says why there is no value. If NVML was queried, ``code`` is NVML's return code.
 
-    ``unsupported`` is true if this hardware or driver does not provide the value (normal on many
-    cards). It is false if the query should have worked but failed.
+    ``unsupported`` is true if this hardware or driver does not provide the value, which is normal
+    on many cards. ``unsupported`` is false after a query that failed although it should have
+    worked.
     """
 
     value: T_co | None = None
@@ -29,17 +30,17 @@ class Reading(Generic[T_co]):
 
     @property
     def known(self) -> bool:
-        """Whether this reading has a value."""
+        """Whether the query succeeded, so that this Reading has a value."""
         return self.reason is None
 
     @property
     def failed(self) -> bool:
-        """Whether the query should have worked but failed."""
+        """Whether the query failed although it should have worked."""
         return self.reason is not None and not self.unsupported
 
     def to_json(self) -> dict[str, Any]:
-        """Return this reading as JSON: ``{"value": ...}``, ``{"unsupported": why}`` or ``{"failed":
-        why}``. ``unsupported`` and ``failed`` come with the code if there is one.
+        """Return this Reading as JSON: ``{"value": ...}``, ``{"unsupported": reason}`` or
+        ``{"failed": reason}``. If NVML returned a code, the last two also have the key ``code``.
         """
         if self.known:
             return {"value": self.value}
@@ -48,17 +49,17 @@ class Reading(Generic[T_co]):
 
 
 def of(value: T) -> Reading[T]:
-    """The reading of a query that succeeded."""
+    """Return the Reading of a query that succeeded with ``value``."""
     return Reading(value=value)
 
 
 def unsupported(reason: str, code: int | None = None) -> Reading[Any]:
-    """The reading of a query that is not supported here."""
+    """Return the Reading of a query that this hardware or driver does not support."""
     return Reading(reason=reason, unsupported=True, code=code)
 
 
 def failed(reason: str, code: int | None = None) -> Reading[Any]:
-    """The reading of a query that failed."""
+    """Return the Reading of a query that failed although it should have worked."""
     return Reading(reason=reason, code=code)
 
 
@@ -66,7 +67,9 @@ NOT_ASKED: Reading[Any] = failed("not asked")
 
 
 def from_json(answer: Any) -> Reading[Any]:
-    """The inverse of ``Reading.to_json``. Raises ValueError if ``answer`` is not a reading."""
+    """Return the Reading that ``Reading.to_json`` converted to ``answer``. Raises ValueError if
+    ``answer`` is not a Reading.
+    """
     if isinstance(answer, dict):
         code = answer.get("code")
         if "value" in answer:

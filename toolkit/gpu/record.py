@@ -1,9 +1,9 @@
-"""Write the facts about a node into a file for a bug report: all readings, without names of persons
-or hosts.
+"""Create the file that ``envcheck record`` writes for a bug report. It contains all facts about a
+node, but no names of persons or hosts.
 
-Each UUID is replaced by another one, so that cards can still be told apart. Each pid is replaced by
-a small number. Names of processes, users and hosts are removed. The snapshot contains only those
-environment variables that checks read.
+Each UUID is replaced by an invented UUID, so that cards can still be distinguished. Each pid is
+replaced by a small number. Names of processes, users and hosts are removed. Of the environment
+variables, only those that checks read are in the file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _DROPPED = {"SLURM_JOB_ID": "1"}
 def recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
-    """Return the content of the file, without secrets and names. Its key ``verdicts`` contains the
-    results of the checks on this node. ``replay`` runs the checks again on the recorded facts, and
-    compares its results with ``verdicts``.
+    """Return the content of the file that ``envcheck record`` writes, without secrets and names.
+    The key ``verdicts`` contains the results of the checks on this node. ``envcheck replay`` runs
+    the checks again on the recorded facts, and compares its results with ``verdicts``.
     """
     data: dict[str, Any] = {
         "schema": SCHEMA_ID,
@@ -61,7 +61,9 @@ _LOCK = "software.lock"
 
 
 def _names_here() -> dict[str, str]:
-    """The names that must not leave this machine: home folder, account name, host name."""
+    """Return {name: replacement} for the names that must not leave this machine: home folder,
+    account name, host name.
+    """
     names = {str(Path.home()): "~"}
     with suppress(KeyError, OSError):  # a user id without an account
         names[getpass.getuser()] = "USER"
@@ -72,8 +74,9 @@ def _names_here() -> dict[str, str]:
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
-    """Return a copy of ``data`` in which ``names`` and UUIDs are replaced in every text, pids are
-    replaced by small numbers, and processes have no names.
+    """Return a copy of ``data`` without secrets. In every text, the keys of ``names`` are replaced
+    by their values, and UUIDs by invented UUIDs. Pids are replaced by small numbers, and the names
+    of processes by None.
     """
     pids: dict[int, int] = {}
     salt = os.urandom(16)
@@ -117,12 +120,12 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
 
 
 def _other(uuid: str, salt: bytes) -> str:
-    """Replace each digit of a UUID by another digit. The amount by which a digit is shifted depends
-    on the salt and on the digits before it.
+    """Return an invented UUID for ``uuid``. Each digit is shifted by an amount that depends on the
+    salt and on the digits before it.
 
-    So different UUIDs stay different. A prefix of a UUID (CUDA_VISIBLE_DEVICES may contain one)
-    becomes a prefix of the new UUID. The salt is not saved, so that nobody can find the old UUID by
-    trying all digits.
+    Thus different UUIDs stay different, and a prefix of a UUID becomes a prefix of the invented
+    UUID (CUDA_VISIBLE_DEVICES may contain a prefix). The salt is not saved, so that nobody can find
+    the original UUID by trying all digits.
     """
     turned = []
     for position, digit in enumerate(uuid):
@@ -132,8 +135,8 @@ def _other(uuid: str, salt: bytes) -> str:
 
 
 def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
-    """Read what ``recording`` wrote: the node, the requirements of the job, and the recorded
-    verdicts.
+    """Return the node, the requirements of the job and the verdicts from ``data``, a recording that
+    ``recording`` created.
 
     Raises InputError if ``data`` is not a recording of this format.
     """

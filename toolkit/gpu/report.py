@@ -1,4 +1,6 @@
-"""Build the JSON of ``probe --json``, ``check --json`` and preflight.json (report.schema.json)."""
+"""Build the JSON of ``envcheck probe --json``, ``envcheck check --json`` and preflight.json. The
+schema is report.schema.json.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ NO_GPU_EXIT = NodeError.exit_code
 
 
 def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """The report of a node without verdicts. Its exit code is 0 with a GPU and 3 without."""
+    """Return the report of a node without checks. Its exit code is 0 if the node has a GPU,
+    else 3.
+    """
     code = 0 if snapshot.gpus else NO_GPU_EXIT
     return {**_head("probe", code), **_node(snapshot)}
 
@@ -37,9 +41,9 @@ def check_report(
     node: bool = False,
     run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the report of a node and of every check. ``run`` is added in the preflight.json of a
-    run. It has the keys ``device`` (the card that the run is sized for; None is the CPU) and
-    ``sizing``.
+    """Return the report of a node with the results of its checks. For the preflight.json of a run,
+    ``run`` contains two more keys of the report: ``device`` (the card that the run is sized for;
+    None is the CPU) and ``sizing``.
     """
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
@@ -54,13 +58,15 @@ def check_report(
 
 
 def overall(results: Sequence[CheckResult]) -> str:
-    """Return the worst verdict of the results: fail, else unknown, else warn, else ok."""
+    """Return the worst verdict of the results. The order from bad to good is fail, unknown, warn,
+    ok.
+    """
     verdicts = {result.verdict for result in results}
     return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
 
 
 def now() -> str:
-    """The current time in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

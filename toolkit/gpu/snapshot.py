@@ -1,8 +1,8 @@
-"""A snapshot contains the facts about a node as plain values. ``take`` reads a node, ``record``
-writes a snapshot to a file, and the checks evaluate it.
+"""The classes of a snapshot, which contains the facts about a node as plain values. ``take`` reads
+this node, the checks evaluate its snapshot, and ``record`` writes the snapshot to a file.
 
-``GpuSnapshot`` and ``NodeSnapshot`` contain only ``Reading``s, so a snapshot of another node (or of
-a broken one) has the same type.
+Every fact is a ``Reading``. Therefore a snapshot that was recorded on another node, or on a broken
+node, has the same classes.
 """
 
 from __future__ import annotations
@@ -71,17 +71,21 @@ class GpuSnapshot:
 
     @property
     def total_bytes(self) -> int | None:
-        """Memory of the card or slice as reported by NVML; None if not reported."""
+        """The total memory of the card or slice that NVML reports; None if NVML does not
+        report it.
+        """
         return None if self.memory.value is None else int(self.memory.value["total"])
 
     @property
     def free_bytes(self) -> int | None:
-        """Free memory as reported by NVML; None if not reported."""
+        """The free memory of the card or slice that NVML reports; None if NVML does not
+        report it.
+        """
         return None if self.memory.value is None else int(self.memory.value["free"])
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """Compute capability, as (major, minor)."""
+        """The compute capability as (major, minor); None if it is unknown."""
         value = self.compute_capability.value
         return None if value is None else (int(value[0]), int(value[1]))
 
@@ -92,17 +96,19 @@ class GpuSnapshot:
 
     @property
     def label(self) -> str:
-        """The name of the card or slice in messages: ``GPU 3`` or ``GPU 3 MIG 1``."""
+        """The name of this card or slice in messages: ``GPU 3`` for a card, ``GPU 3 MIG 1`` for a
+        slice.
+        """
         return f"GPU {self.index}" if self.parent is None else f"GPU {self.parent} MIG {self.index}"
 
 
 @dataclass(frozen=True, slots=True)
 class DriverSnapshot:
-    """What is known about the driver. ``nvml`` is NVML's version, or why NVML did not start.
-    ``version`` is the driver's version.
+    """What is known about the driver. ``nvml`` is the version of NVML, or the reason why NVML did
+    not start. ``version`` is the version of the driver.
 
-    ``p2p`` has [i, j, status] for each pair of cards (status 0 is OK). The other fields come from
-    ``driver_files``.
+    ``p2p`` has [i, j, status] for each pair of cards (status 0 is OK). ``driver_files`` reads the
+    other fields.
     """
 
     nvml: Reading[str] = NOT_ASKED
@@ -118,7 +124,9 @@ class DriverSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NodeSnapshot:
-    """One node at one moment. ``environment`` contains only the variables that checks read."""
+    """The facts about one node at one moment. ``environment`` contains only the environment
+    variables that checks read.
+    """
 
     driver: DriverSnapshot = field(default_factory=DriverSnapshot)
     gpus: tuple[GpuSnapshot, ...] = ()
@@ -139,9 +147,9 @@ def take(
     privileges.
 
     Args:
-        paths: the folders whose disks matter, by role (``output_dir``, ``HF_HOME`` ...). For a
+        paths: the folders whose disks are read, by role (``output_dir``, ``HF_HOME`` ...). For a
             folder that does not exist yet, its nearest existing parent is used.
-        model: the folder or hub id of the model whose files matter.
+        model: the folder or hub id of the model whose files are read.
         revision: the revision of ``model`` on the hub.
         environ: the environment variables to use instead of ``os.environ``.
     """

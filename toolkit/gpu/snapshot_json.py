@@ -1,4 +1,6 @@
-"""Convert a snapshot to JSON and back: `record` writes this JSON and `replay` reads it."""
+"""Convert a snapshot to JSON and back. ``envcheck record`` writes this JSON and ``envcheck replay``
+reads it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ FORMAT = 1
 
 
 def node_to_json(snapshot: NodeSnapshot) -> dict[str, Any]:
-    """A snapshot as plain objects; ``node_from_json`` reads them."""
+    """Return a snapshot as plain objects. ``node_from_json`` is the inverse."""
     return {
         "format": FORMAT,
         "driver": values_of(snapshot.driver),
@@ -31,7 +33,7 @@ def node_to_json(snapshot: NodeSnapshot) -> dict[str, Any]:
 
 
 def values_of(snapshot: Any) -> dict[str, Any]:
-    """The readings of a snapshot dataclass as plain objects."""
+    """Return the fields of a snapshot class, each as the JSON of its Reading."""
     return {item.name: getattr(snapshot, item.name).to_json() for item in fields(snapshot)}
 
 
@@ -39,7 +41,9 @@ _NOT_READINGS = {"index", "parent", "slices"}
 
 
 def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """Return a card and its slices as plain objects. Queries that were not made are left out."""
+    """Return a card and its slices as plain objects. Fields that NVML was not asked for are
+    omitted.
+    """
     readings = {
         item.name: getattr(gpu, item.name).to_json()
         for item in fields(gpu)
@@ -49,9 +53,9 @@ def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
 
 
 def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
-    """Return the readings in ``data`` that are fields of the class ``kind``.
+    """Return {field: Reading} for the fields of the class ``kind`` that ``data`` contains.
 
-    Raises ValueError if ``data`` is not an object of readings.
+    Raises ValueError if ``data`` is not an object of Readings.
     """
     if not isinstance(data, dict):
         raise ValueError(f"{kind.__name__}: not an object")
@@ -60,7 +64,9 @@ def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
 
 
 def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:
-    """The inverse of ``gpu_to_json``. Raises ValueError if ``data`` is not a recorded card."""
+    """Return the card that ``gpu_to_json`` converted to ``data``. Raises ValueError if ``data`` is
+    not a recorded card.
+    """
     readings = readings_from_json(GpuSnapshot, data)
     number = data.get("index", index)
     parts: Sequence[Any] = data.get("slices", [])
@@ -71,15 +77,15 @@ def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSn
 
 
 def node_from_json(data: Any) -> NodeSnapshot:
-    """The inverse of ``node_to_json``.
+    """Return the snapshot that ``node_to_json`` converted to ``data``.
 
-    Raises ValueError if ``data`` is not a recorded node, or has another format.
+    Raises ValueError if ``data`` is not a recorded node, or is in another version of the format.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a snapshot of format {FORMAT}")
     rows, environment = data.get("gpus", []), data.get("environment", {})
     if not isinstance(rows, list) or not isinstance(environment, dict):
-        raise ValueError("gpus must be a list and environment an object")
+        raise ValueError("gpus must be a list, and environment must be an object")
     return NodeSnapshot(
         driver=DriverSnapshot(**readings_from_json(DriverSnapshot, data.get("driver"))),
         gpus=tuple(gpu_from_json(row, index=position) for position, row in enumerate(rows)),

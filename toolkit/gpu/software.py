@@ -1,4 +1,4 @@
-"""Read which software is installed, from package metadata and files. No package is imported."""
+"""Find out which software is installed, from package metadata and files. No package is imported."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class SoftwareSnapshot:
     """What is known about the installed software.
 
     - ``python``: the version of Python.
-    - ``machine``: the machine type, x86_64 or aarch64.
-    - ``packages``: maps the name of a package to its version; None if it is not installed.
+    - ``machine``: the CPU architecture, x86_64 or aarch64.
+    - ``packages``: maps the name of a package to its version; None if the package is not installed.
     - ``pins``: {name, requires, extra} for each requirement in the toolkit's metadata. ``extra`` is
       the pip extra that the requirement belongs to, or None.
     - ``torch_cuda``: the CUDA version that torch was built for; None for a CPU build.
@@ -54,7 +54,7 @@ class SoftwareSnapshot:
 
 
 def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
-    """The installed software of this interpreter."""
+    """Return what is known about the software that is installed for this Python interpreter."""
     return SoftwareSnapshot(
         python=asked(lambda: ".".join(str(part) for part in sys.version_info[:3])),
         machine=asked(lambda: os.uname().machine),
@@ -66,7 +66,9 @@ def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a distribution; None if it is not installed."""
+    """Return the installed version of the package ``name``; None if the package is not
+    installed.
+    """
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - the import takes 20 ms
 
     try:
@@ -76,8 +78,8 @@ def version_of(name: str) -> str | None:
 
 
 def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
-    """Return the path of libnuma.so.1 next to this Python (for conda) or on the usual search path;
-    None if it is not found.
+    """Return the path of libnuma.so.1; None if it is not found. The folder of this Python is
+    searched first (for conda), then the loader's search path.
     """
     own = Path(sys.base_prefix, "lib", "libnuma.so.1")
     if own.is_file():
@@ -86,8 +88,8 @@ def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version that the installed torch was built for (``13.0``), or None for a CPU build.
-    Raises FileNotFoundError if torch is not installed.
+    """Return the CUDA version that the installed torch was built for (``13.0``), or None for a CPU
+    build. Raises FileNotFoundError if torch is not installed.
     """
     path = on_import_path("torch/version.py")
     if path is None:
@@ -98,8 +100,8 @@ def _torch_cuda() -> str | None:
 
 
 def on_import_path(name: str) -> Path | None:
-    """The path of a file in an importable package, without importing it; None if there is no such
-    file.
+    """Return the path of the file ``name`` (``torch/version.py``) in an installed package; None if
+    there is no such file. The package is not imported.
     """
     return next(
         (path for entry in sys.path if entry and (path := Path(entry, name)).is_file()), None
@@ -107,10 +109,10 @@ def on_import_path(name: str) -> Path | None:
 
 
 def _pins() -> list[dict[str, Any]]:
-    """Return the requirements in the toolkit's metadata that limit the version of one of
+    """Return those requirements of the toolkit's metadata that limit the version of one of
     ``PACKAGES``.
 
-    Raises FileNotFoundError in a checkout that is not installed.
+    Raises FileNotFoundError if the toolkit runs from a checkout that is not installed.
     """
     from importlib.metadata import PackageNotFoundError, requires  # noqa: PLC0415 - as above
 

@@ -66,7 +66,9 @@ def available_memory(snapshot: NodeSnapshot) -> int | None:
 
 
 def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
-    """Check that the available main memory, within the cgroup's limit, is enough to load the model."""
+    """Check that the available main memory, within the cgroup's limit, is enough to load the
+    model.
+    """
     free = available_memory(snapshot)
     if free is None:
         return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")

@@ -82,7 +82,8 @@ def beside_display(gpu: GpuSnapshot) -> str:
     """Return the remedy for a card whose memory is partly used by a display."""
     return (
         f"set `gpu_memory_utilization` to at most {share_that_fits(gpu):.2f} (`envcheck size` "
-        "shows whether that is enough), close graphical programs, or use another card for the display"
+        "shows whether that is enough), close graphical programs, or use another card for "
+        "the display"
     )
 
 
