@@ -1,4 +1,5 @@
 """The commands ``toolkit`` and ``envcheck``.
 
-Heavy imports happen inside the function that needs them, after the arguments are parsed.
+A function imports slow modules such as torch itself, after the arguments are parsed. So ``--help``
+and errors of the command line appear at once.
 """

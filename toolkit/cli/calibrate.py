@@ -1,6 +1,6 @@
-"""``envcheck calibrate``: compare the measured memory of a run with the sizer's prediction.
+"""``envcheck calibrate``: compare the memory that a run used with the sizer's prediction.
 
-Each term of the memory budget has its own row.
+The output has one row for each term of the memory budget.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(run: Path, as_json: bool) -> None:
-    """Compare the measured memory peaks of a run folder with the sizer's prediction.
+    """Compare the measured memory peaks of the run folder RUN with the sizer's prediction.
 
-    Exit code 1 if a peak is above the predicted bound. Please report this, because it is a fault of
-    the sizer.
+    The exit code is 1 if a peak is above the predicted bound. Please report such a peak, because it
+    is a fault of the sizer.
     """
     from toolkit.sizing.calibrate import calibrate as compare_run  # noqa: PLC0415 - after parsing
 
@@ -37,7 +37,9 @@ def calibrate(run: Path, as_json: bool) -> None:
 
 
 def text_of(found: Calibration) -> str:
-    """The table of terms, followed by the verdict."""
+    """Return the output for people: the table of memory terms, and whether the peaks are within the
+    predicted bound.
+    """
     rows = [_row(row) for row in found.rows]
     lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
     if not found.measured:

@@ -1,4 +1,6 @@
-"""``envcheck check``: check whether this node can run a job, or with --node only its health."""
+"""``envcheck check``: check whether this node can run a job; with ``--node``, check only the health
+of the node.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that adds the options of ``check`` and ``record``: they describe what a job
-    requires of the node.
+    """Add the options that ``check`` and ``record`` share to a command. These options describe what
+    a job requires of the node.
     """
     options = (
         click.option(
@@ -39,32 +41,35 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Change a key of the run file, as in `toolkit train`. Repeatable.",
         ),
         click.option(
-            "--gpu-index", type=click.IntRange(min=0), metavar="N", help="CUDA's GPU number."
+            "--gpu-index",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Check the GPU that CUDA numbers N.",
         ),
         click.option(
             "--require",
             multiple=True,
             metavar="WHAT",
-            help="Require a number of GPUs (8), any GPU (gpu), a card (h200), cc>=9.0, "
-            "free>=40GiB or driver>=580. Repeatable.",
+            help="Require a number of GPUs (8), any GPU (gpu), a card (h200), a compute capability "
+            "(cc>=9.0), free GPU memory (free>=40GiB) or a driver (driver>=580). Repeatable.",
         ),
         click.option(
             "--lock",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             metavar="FILE",
-            help="Compare packages with a requirements file of == pins.",
+            help="Compare the installed packages with a requirements file that has == pins.",
         ),
         click.option(
             "--only",
             multiple=True,
             metavar="CHECK",
-            help="Run only this check (its id) or this family of checks. Repeatable.",
+            help="Run only the check with this id, or only this family of checks. Repeatable.",
         ),
         click.option(
             "--skip",
             multiple=True,
             metavar="CHECK",
-            help="Do not run this check (its id) or this family of checks. Repeatable.",
+            help="Do not run the check with this id, or this family of checks. Repeatable.",
         ),
     )
     for option in reversed(options):
@@ -99,9 +104,9 @@ def check(
     """Check that this node can run the job.
 
     The command only reads and needs no privileges. Exit codes: 0 the node can run the job; 1 the
-    config or the request must change; 3 this node is bad; 4 try again later; 5 (with --strict) a
-    check could not be completed. With --node the only failure is a bad node (3). A run that needs
-    no GPU passes on a node without a GPU.
+    run file or the options must change; 3 this node is bad; 4 try again later; 5 (with --strict) a
+    check could not be completed. With --node, only a bad node (3) is a failure. A run that needs no
+    GPU passes on a node without a GPU.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
@@ -129,8 +134,8 @@ def text_of(
     verbose: bool,
     strict: bool = False,
 ) -> str:
-    """The output for people: one paragraph per finding with its remedy, then (with ``verbose``) the
-    passed checks, then the counts.
+    """Return the output for people. It has a paragraph for each finding with its remedy, then the
+    passed checks (with ``verbose``), then the counts.
     """
     from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
 
@@ -166,7 +171,9 @@ def text_of(
 
 
 def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
-    """What a node without a failure is ready for. Without a GPU, only runs on the CPU are."""
+    """Return what a node without a failed check is ready for. A node without a GPU is ready only
+    for runs on the CPU.
+    """
     from toolkit.gpu.devices import visible  # noqa: PLC0415 - after parsing
 
     if visible(snapshot).devices:

@@ -1,4 +1,6 @@
-"""``toolkit demo``: create a small model and data, then run the commands that a user would run."""
+"""``toolkit demo``: create a small model and data, then run the usual commands of a user on
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,18 @@ REWARD = "exact_match"
     help="The engine that generates the completions.",
 )
 @click.option(
-    "--out", metavar="DIR", help="Folder for all files (default: runs/demo, or the next free name)."
+    "--out",
+    metavar="DIR",
+    help="Folder for all files (default: runs/demo, or runs/demo-2 ... if it exists).",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
 def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
-    """Pretrain a small model on half of the addition problems, then train the rest with GRPO.
+    """Pretrain a small model on half of the addition problems, then train it with GRPO on the rest.
 
-    Creates a character-level Llama model, data and a run file. Then runs `envcheck check`,
-    `envcheck size`, `envcheck validate` and `toolkit train` on them. Training evaluates 500
-    held-out problems before its first and after its last step.
+    The command creates a character-level Llama model, data and a run file. Then it runs `envcheck
+    check`, `envcheck size`, `envcheck validate` and `toolkit train` on them. 500 held-out problems
+    are evaluated before and after training.
     """
     begin = monotonic()
     folder = choose_folder(out)
@@ -68,10 +72,10 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
 
 
 def choose_folder(out: str | None) -> Path:
-    """The folder of ``--out``, or by default the first of runs/demo, runs/demo-2, ... that does not
-    exist yet.
+    """Return the folder that ``--out`` names. Without ``--out``, return the first of runs/demo,
+    runs/demo-2, ... that does not exist yet.
 
-    Raises ConfigError if the folder of ``--out`` is not empty.
+    Raises ConfigError if the folder that ``--out`` names is not empty.
     """
     if out is not None:
         folder = Path(out)
@@ -87,7 +91,9 @@ def choose_folder(out: str | None) -> Path:
 
 
 def step(program: str, arguments: Sequence[str]) -> None:
-    """Print a command and run it in this process. If the command fails, exit with its exit code."""
+    """Print a command and run it in this process. If the command fails, exit with the exit code of
+    the command.
+    """
     from toolkit.cli import envcheck, train  # noqa: PLC0415 - after parsing
 
     click.echo(f"\n$ {program} {' '.join(arguments)}")
@@ -101,7 +107,7 @@ def step(program: str, arguments: Sequence[str]) -> None:
 
 
 def finish(folder: Path, *, seconds: float) -> None:
-    """Print where the results are. The last line is the accuracy before and after training.
+    """Print where the results are. The last line shows the accuracy before and after training.
 
     Raises DefectError if the two evaluations used different numbers of problems.
     """

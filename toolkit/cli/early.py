@@ -1,7 +1,8 @@
-"""Handle signals that arrive before the run has installed its own handlers.
+"""Handle the signals that arrive before ``toolkit train`` has installed its own handlers.
 
-Such a signal ends the process with the exit code of a stopped run. The imports and the reading of
-the run file take seconds. A job that is preempted in these seconds must not look like a failed job.
+The imports and the reading of the run file take seconds. A job that is preempted in these seconds
+must not look like a failed job. Therefore a signal ends the process with the exit code of a stopped
+run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """A click group that handles signals for ``train`` from its start.
+    """A click group that handles signals from the start of the command ``train``.
 
     ``train`` also continues if its standard output is closed.
     """
@@ -35,10 +36,10 @@ class StoppableGroup(LazyGroup):
 
 @contextmanager
 def listening_early() -> Iterator[None]:
-    """Inside the block, a signal raises StoppedError.
+    """Inside the block, a signal that stops a run raises StoppedError.
 
-    In a process of a run with several ranks, no StoppedError is raised, because the launcher of the
-    ranks reports the signal once.
+    If the process belongs to a run with several ranks, no StoppedError is raised, because the
+    launcher of the ranks reports the signal once.
     """
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - only for train
     from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only for train

@@ -1,6 +1,6 @@
-"""``envcheck``: probe the GPU, check the node, size the run, validate the run file.
+"""``envcheck``: show the GPUs, check the node, size a run, validate a run file.
 
-Never imports torch.
+No command of ``envcheck`` imports torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMMANDS = {
 @click.version_option(__version__, prog_name="envcheck")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Find errors before any GPU time is used."""
+    """Find errors of a run file, a node or the installation before a run uses GPU time."""
     del debug  # command_main reads --debug from sys.argv, so that it also applies during imports
 
 

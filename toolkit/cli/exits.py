@@ -30,11 +30,12 @@ INTERRUPTED = 130
 
 @contextmanager
 def guarded(*, debug: bool = False) -> Iterator[None]:
-    """If the block raises a ToolkitError, print it to stderr and exit with its exit code.
+    """If the block raises a ToolkitError, print its message to stderr and exit with the exit code
+    of the error.
 
-    For a known error of another library, the explanation of base.symptoms is printed. Any other
-    error is a defect of the toolkit: a report is written, and the exit code is 70. ``debug`` also
-    prints the traceback.
+    For a known error of another library, print the explanation that base.symptoms has for it. Any
+    other error is a defect of the toolkit: write a report, and exit with 70. With ``debug``, also
+    print the traceback.
     """
     try:
         yield
@@ -52,11 +53,10 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """End the process quietly after Ctrl-C, or if the program that reads the output has ended, as
-    in `envcheck probe | head`.
+    """If the block ends because of Ctrl-C, print "interrupted" and exit with 130. If the program
+    that reads the output has ended (``envcheck probe | head``), exit with 0.
 
-    The exit code is 130 after Ctrl-C, and 0 in the other case. click would print "Aborted!" and
-    exit with 1 in both cases.
+    Without this block, click would print "Aborted!" and exit with 1 in both cases.
     """
     try:
         yield
@@ -70,33 +70,37 @@ def left_alone() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into an InputError: the file ``path`` cannot be written."""
+    """If the block raises an OSError, raise an InputError instead, which says that the file
+    ``path`` cannot be written.
+    """
     try:
         yield
     except OSError as error:
         raise InputError(
             f"cannot be written: {error.strerror}",
             where=str(path),
-            fix="name a file in an existing folder that you can write to",
+            fix="give the path of a file in an existing folder that you can write to",
         ) from None
 
 
 def debug_asked() -> bool:
     """Whether to show tracebacks and the output of upstream libraries.
 
-    True with ``--debug`` before or after the command's name, or with TOOLKIT_DEBUG=1.
+    This is the case with ``--debug`` before or after the name of the command, or with
+    TOOLKIT_DEBUG=1.
     """
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
 
 def _known(error: Exception) -> ToolkitError | None:
-    """The toolkit error that explains ``error``, if ``error`` is a disk failure, a known error of
-    another library, or follows from a working folder that was removed. Else None.
+    """Return a toolkit error that explains ``error``; None if there is no explanation. Three causes
+    are known: a disk failure, a known error of another library, and a working folder that was
+    removed.
     """
     if isinstance(error, FileNotFoundError) and not _has_folder():
         return InputError(
             "the folder in which the command was started was removed",
-            fix="change to a folder that exists, and start the command again",
+            fix="change to an existing folder with `cd`, and start the command again",
         )
     from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
 
@@ -112,7 +116,9 @@ def _has_folder() -> bool:
 
 
 def _defect(error: Exception) -> str:
-    """Write a report about a defect of the toolkit, and return the text to print."""
+    """Write a report about ``error``, which is a defect of the toolkit, and return the text to
+    print.
+    """
     from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
 
     said = error.message if isinstance(error, ToolkitError) else str(error)
@@ -135,10 +141,10 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
-    """The console-script entry of a group of commands.
+    """Return the function that the console script of a group of commands calls.
 
-    Usage errors exit with 2; ``guarded`` handles all other errors. The entry first makes sure that
-    no secret is printed and that other users cannot write to the created files.
+    A usage error exits with 2, and ``guarded`` handles all other errors. First the function ensures
+    that no secret is printed and that other users cannot write to the created files.
     """
 
     def main() -> None:

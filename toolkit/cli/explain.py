@@ -23,8 +23,9 @@ MAX_PASTED = 256 << 20
 def explain(what: tuple[str, ...]) -> None:
     """Explain a rule, a check, a key of a run file, a metric, the exit codes, or a traceback.
 
-    For a rule or a check: what it looks for, why, and what to do. For a key: which values it
-    accepts. For a metric, a value in a log of a run: what it means.
+    For a rule or a check, the explanation says what it looks for, why, and what to do. For a key,
+    it says which values the key accepts. For a metric (a value in a log of a run), it says what the
+    value means.
 
     \b
         envcheck explain GRPO001                a rule of envcheck validate
@@ -57,7 +58,7 @@ def _check_names() -> list[str]:
 
 
 def _check(word: str) -> str | None:
-    """The explanation of the check with the id ``word``; None if no check has this id."""
+    """Return the explanation of the check with the id ``word``; None if no check has this id."""
     from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
     check = catalogue().get(word.lower())
@@ -71,8 +72,8 @@ def _check(word: str) -> str | None:
 
 
 def _pasted(text: str) -> str:
-    """The explanation of every known error in a traceback: the check that finds the error before a
-    run, and the remedy.
+    """Return the explanation of every known error in a traceback: its remedy, and the check that
+    finds the error before a run.
 
     Raises UnestablishedError if the traceback contains no known error.
     """
@@ -85,7 +86,9 @@ def _pasted(text: str) -> str:
 
 
 def _not_known(text: str) -> UnestablishedError:
-    """The error for a traceback without a known error. It lists the most similar known errors."""
+    """Return the error for a traceback that contains no known error. The message lists the known
+    errors that are most similar.
+    """
     from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
 
     near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
@@ -93,7 +96,7 @@ def _not_known(text: str) -> UnestablishedError:
     return UnestablishedError(
         f"no known error found{told}",
         where="explain -",
-        fix="run `envcheck check --config run.yaml` and `envcheck size run.yaml`",
+        fix="run `envcheck check --config run.yaml` and `envcheck size run.yaml` to find the cause",
     )
 
 
@@ -110,8 +113,9 @@ def _told(symptom: Symptom) -> str:
 
 
 def _command(check: str) -> str:
-    """The command that finds the problem. In parentheses, it names the rule or the check that finds
-    the problem, or the number to look at in the output.
+    """Return the command that finds a known error before the run. The text in parentheses is the
+    rule or the check that finds the error, or the number to look at in the output. ``check`` is the
+    field ``check`` of a Symptom.
     """
     if check.startswith("none: "):
         return f"nothing before the run ({check.removeprefix('none: ')})"

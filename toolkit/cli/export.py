@@ -1,4 +1,6 @@
-"""``toolkit export RUN --to DIR``: write the adapter of a run, or merged weights."""
+"""``toolkit export RUN --to DIR``: write the adapter of a run, or the base model with merged
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from toolkit.cli.request import TRUST
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="Format of the merged weights; auto is the base checkpoint's format.",
+    help="Number format of the merged weights; auto is the format of the base checkpoint.",
 )
 @click.option(
     "--checkpoint",
@@ -53,7 +55,7 @@ def export(  # noqa: PLR0913 - one argument per option
     """Write the adapter of the run folder RUN (PEFT, safetensors) to DIR. With --merge, write a
     transformers checkpoint with merged weights.
 
-    The last line of the output is a command that serves the result with vLLM.
+    The last line of the output is a command that serves the exported files with vLLM.
     """
     from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - after the arguments are parsed
 

@@ -22,7 +22,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "place": None}
 
 
 class Printer:
-    """The base class of the output formats. It counts findings, and subclasses print them."""
+    """The base class of the output formats. It counts the findings; a subclass prints them."""
 
     def __init__(self) -> None:
         self.errors = self.warnings = 0
@@ -46,7 +46,10 @@ class Printer:
 
     @property
     def exit_code(self) -> int:
-        """The worst exit code of all files."""
+        """The exit code of ``envcheck validate`` for all findings: 2 if a file could not be read,
+        else 5 if all errors mean that something could not be checked, else 1 if there is an error,
+        else 0.
+        """
         if self.unreadable:
             return 2
         if self.errors:
@@ -55,7 +58,7 @@ class Printer:
 
 
 class Text(Printer):
-    """Findings for people, with colours on a terminal."""
+    """Print findings as text for people, with colours on a terminal."""
 
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a finding
@@ -78,7 +81,7 @@ class Text(Printer):
 
 
 class Github(Printer):
-    """Findings as annotations of GitHub actions."""
+    """Print findings as annotations of GitHub Actions."""
 
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import render_github  # noqa: PLC0415
@@ -90,7 +93,9 @@ class Github(Printer):
 
 
 class Collected(Printer):
-    """Collect findings for JSON or SARIF, which are one document that is printed at the end."""
+    """Collect findings for JSON and SARIF. Each of these formats is one document, which is printed
+    at the end.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +106,7 @@ class Collected(Printer):
 
 
 class Json(Collected):
-    """All findings as one JSON object."""
+    """Print all findings as one JSON object."""
 
     def show(self, found: Finding) -> None:
         from toolkit.config.finding_output import to_json  # noqa: PLC0415
@@ -115,7 +120,7 @@ class Json(Collected):
 
 
 class Sarif(Collected):
-    """All findings as one SARIF log."""
+    """Print all findings as one SARIF log."""
 
     def show(self, found: Finding) -> None:
         from toolkit.config.sarif import result  # noqa: PLC0415
@@ -138,7 +143,8 @@ PRINTERS: dict[str, type[Printer]] = {
 
 
 def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
-    """Yield a line for each edit that --fix made, then the number of edits.
+    """Yield a line for each edit that --fix made in the file ``name``, then a line with the number
+    of edits.
 
     The line numbers are those of the file before the edits.
     """
@@ -149,7 +155,9 @@ def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
 
 
 def choice_lines(repair: Repair) -> Iterator[str]:
-    """Yield a line for each finding that --fix left unchanged because it has more than one fix."""
+    """Yield a line for each finding that --fix did not fix, because the finding has several
+    possible fixes.
+    """
     for found in repair.choices:
         ways = " or ".join(fix.text for fix in found.fixes)
         text = f"{found.place}: {found.rule} is not fixed, choose one of: {ways}"

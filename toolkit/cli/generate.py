@@ -46,7 +46,8 @@ from toolkit.cli.request import TRUST
 @click.option(
     "--chat/--plain",
     default=None,
-    help="Apply the chat template to the prompt (--chat) or not (--plain). Default: as in the run.",
+    help="Apply the chat template to the prompts (--chat) or not (--plain).  "
+    "[default: as in the run]",
 )
 @click.option(
     "--engine",
@@ -83,12 +84,14 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
 
 def shown(text: str) -> str:
-    """The model's text to print. On a terminal, control characters are removed."""
+    """Return ``text`` as it is printed. On a terminal, control characters are replaced by their
+    code points.
+    """
     return visible(text) if sys.stdout.isatty() else text
 
 
 def _texts(prompts: tuple[str, ...]) -> list[str]:
-    """The prompts of the command line, with "-" replaced by the lines of stdin.
+    """Return the prompts of the command line. The prompt "-" is replaced by the lines of stdin.
 
     Raises InputError if a prompt is not UTF-8 text or if there is no prompt.
     """
@@ -106,6 +109,6 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
         raise InputError(
             "no prompt is given",
             where="PROMPTS",
-            fix='give a prompt, or "-" to read prompts from stdin',
+            fix='give a prompt, or give "-" to read prompts from stdin',
         )
     return [text for text in texts if text]

@@ -33,7 +33,7 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
 @click.option(
     "--to",
     metavar="RUN.YAML",
-    help="The run file to write (default: FILE-run.yaml beside FILE; - is standard output).",
+    help="The run file to write (default: FILE-run.yaml in the folder of FILE; - for stdout).",
 )
 @click.option(
     "--from",
@@ -47,21 +47,21 @@ def _print_table(context: click.Context, _: click.Parameter, form: str | None) -
     is_eager=True,
     expose_value=False,
     callback=_print_table,
-    help="Print how each key of a format is imported, as a Markdown table, and end.",
+    help="Print a Markdown table that shows how each key of this format is imported, and exit.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing run file.")
 @click.option(
     "--strict",
     is_flag=True,
-    help="Fail if a setting was refused (exit 1) or could not be read (exit 5).",
+    help="Fail if a setting of FILE was refused (exit 1) or could not be read (exit 5).",
 )
 def import_config(file: str, to: str | None, form: str | None, force: bool, strict: bool) -> None:
     """Write a run file from FILE, a config of axolotl, TRL, Unsloth, verl, prime-rl or ms-swift.
 
     FILE can be YAML, TOML, JSON, a shell script with a command line, a Python script or a notebook.
-    FILE is only read, never executed. A comment on each line of the run file names the setting that
-    the line comes from. Comments at the end of the run file list the settings that were left out,
-    were refused or could not be read. Then the run file is validated.
+    FILE is only read, never executed. A comment on each line of the run file names the setting of
+    FILE that the line comes from. Comments at the end of the run file list the settings that were
+    left out, were refused or could not be read. Then the run file is validated.
 
     Exit codes: 0 the run file is valid; 1 the run file must change before it can run, or (with
     --strict) a setting was refused; 2 FILE cannot be read; 5 (with --strict) a setting could not be
@@ -86,7 +86,7 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
 
 
 def _place(file: str, to: str | None) -> Path | None:
-    """The path that the run file is written to; None for standard output."""
+    """Return the path of the run file to write; None for standard output."""
     if to == STDOUT or (to is None and file == STDOUT):
         return None
     if to is not None:
@@ -103,7 +103,7 @@ def _write(place: Path, text: str, *, force: bool) -> None:
         raise ConfigError(
             "the run file exists already",
             where=str(place),
-            fix="name another file with --to, or add --force to replace it",
+            fix="choose another file with `--to`, or replace the existing file with `--force`",
         )
     with writing(place):
         write_file(place, text)

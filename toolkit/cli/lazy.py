@@ -1,4 +1,6 @@
-"""A click group that imports a command only when it runs, so that ``--help`` stays fast."""
+"""A click group that imports the module of a command only when the command runs. This keeps
+``--help`` fast.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class LazyGroup(click.Group):
-    """A click group whose commands are imported on first use.
+    """A click group that imports a command only when it is used.
 
     ``commands_at`` maps a command's name to ``(module:attribute, one line of help)``.
     """
@@ -34,11 +36,11 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. After Ctrl-C, print "interrupted" instead of click's text."""
+        """Run the command. After Ctrl-C, "interrupted" is printed instead of click's text."""
         with left_alone():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """List the commands from the table, without importing any of them."""
+        """Write the list of commands for ``--help``. No command is imported."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self.commands_at.items()])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object (report.schema.json); with --watch one per line.",
+    help="Print one JSON object (report.schema.json); with --watch one object per line.",
 )
 @click.option(
     "--prometheus",
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 def probe(
     as_json: bool, prometheus: Path | None, watch: bool, interval: float, count: int | None
 ) -> None:
-    """Show this node's GPUs as NVML sees them.
+    """Show this node's GPUs as NVML reports them.
 
-    Exit code 0 if there is a GPU, 3 if there is none. A GPU that NVML has lost is marked in its own
-    row and does not change the exit code. If no GPU can be used, the text gives the reason: no GPU,
-    no driver, no permission, or a driver that does not match its library.
+    The exit code is 0 if there is a GPU, else 3. A GPU that no longer responds is marked in its row
+    and does not change the exit code. If no GPU can be used, the output says why: no GPU, no
+    driver, no permission, or a driver library that does not match the loaded driver.
     """
     from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
@@ -75,7 +75,9 @@ def probe(
 def show(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
-    """Print one snapshot in the requested format. ``one_line`` prints JSON without line breaks."""
+    """Print one snapshot in the requested format. If ``one_line`` is true, the JSON has no line
+    breaks. If ``prometheus`` is a path, also write the metrics to this file.
+    """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
@@ -90,7 +92,7 @@ def show(
 
 
 def text_of(snapshot: NodeSnapshot) -> str:
-    """The table of GPUs, or the reason why no GPU can be used."""
+    """Return the table of GPUs, or the reason why no GPU can be used."""
     from toolkit.gpu.checks.driver import cuda_of  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import visible  # noqa: PLC0415 - as above
     from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
@@ -139,7 +141,9 @@ def _row(
 
 
 def state_of(gpu: GpuSnapshot) -> str:
-    """A few words about the card's worst problem, or ``ok``. ``envcheck check`` shows details."""
+    """Return a few words about the worst problem of the card, or ``ok``. ``envcheck check`` prints
+    the details.
+    """
     from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
     from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above

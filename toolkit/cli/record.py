@@ -1,4 +1,6 @@
-"""``envcheck record`` and ``replay``: record a node in a file and check it on another machine."""
+"""``envcheck record`` and ``envcheck replay``: write the facts about a node to a file, and run the
+checks on this file on another machine.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @request_options
 def record(file: Path, **request: Any) -> None:
-    """Write a redacted snapshot of this node with all raw readings, for a bug report.
+    """Write all raw readings of this node to FILE, for a bug report. Names and secrets are removed.
 
     UUIDs are replaced by invented UUIDs and pids by small numbers. Names of processes, users and
     hosts are removed. Of the environment variables, only those that checks read are kept.
@@ -37,8 +39,8 @@ def record(file: Path, **request: Any) -> None:
         write_named_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
     click.echo(
         f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}, "
-        f"redacted. Read the file before you send it. `envcheck replay {file}` repeats the checks "
-        "on any machine."
+        f"without names and secrets. Read the file before you send it. `envcheck replay {file}` "
+        "repeats the checks on any machine."
     )
 
 
@@ -51,8 +53,8 @@ def record(file: Path, **request: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (report.schema.json).")
 @click.option("-v", "--verbose", is_flag=True, help="List passed checks too.")
 def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -> None:
-    """Run the checks on a recorded snapshot. The exit code is that of `check` on the recorded
-    node.
+    """Run the checks on FILE, which `envcheck record` wrote. The exit code is that of `envcheck
+    check` on the recorded node.
     """
     from dataclasses import replace  # noqa: PLC0415 - after the arguments are parsed
 
@@ -89,7 +91,9 @@ def _read(file: Path) -> Any:
 
 
 def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
-    """A text that lists each check whose verdict differs from the recorded verdict."""
+    """Return a text that lists each check whose verdict now differs from its verdict in the
+    recording.
+    """
     now = {result.id: result.verdict for result in results}
     both = verdicts.keys() & now.keys()
     changed = [

@@ -1,7 +1,8 @@
 """Output functions that all commands share: tables that fit the terminal, and colours.
 
-Colours are used only on a terminal, and not if NO_COLOR is set (https://no-color.org). The
-meaning of a colour is always written as a word too.
+Colours are used only on a terminal, and not if NO_COLOR is set (https://no-color.org). Output
+without colours has the same information, because every coloured text also says in words what the
+colour means.
 """
 
 from __future__ import annotations
@@ -28,29 +29,31 @@ def colours_on() -> bool:
 
 
 def styled(text: str, colour: str | None = None, *, bold: bool = False) -> str:
-    """The text in a colour, or unchanged if colours are off."""
+    """Return the text in a colour. If colours are off, return the text unchanged."""
     if not colours_on() or not (colour or bold):
         return text
     return click.style(text, fg=colour, bold=bold or None)
 
 
 def verdict_word(verdict: str) -> str:
-    """A verdict in its colour, padded to the length of the longest verdict."""
+    """Return the verdict in its colour, padded to the length of the longest verdict."""
     return styled(f"{verdict:<7}", COLOURS.get(verdict), bold=verdict == "fail")
 
 
 def terminal_width() -> int:
-    """The width of the terminal (or the value of COLUMNS) in columns, at least 80."""
+    """Return the width of the terminal in columns, at least 80. The variable COLUMNS overrides the
+    width.
+    """
     return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 
 
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
 ) -> str:
-    """The rows as aligned columns, two spaces apart. ``right`` lists the right-aligned columns.
+    """Return the rows as aligned columns, two spaces apart. ``right`` contains the indices of the
+    right-aligned columns.
 
-    If the terminal is too narrow, the text of one column is wrapped: the widest column other than
-    the first.
+    If the table is wider than the terminal, the widest column other than the first is wrapped.
     """
     cells = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
@@ -64,7 +67,9 @@ def table(
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
-    """The lines of one row: as many as its longest cell needs."""
+    """Return the lines of one row. A cell that is longer than its column is wrapped to several
+    lines.
+    """
     cells = [textwrap.wrap(text, width) for text, width in zip(row, widths, strict=True)]
     lines = []
     for parts in zip_longest(*cells, fillvalue=""):
@@ -77,8 +82,8 @@ def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> l
 
 
 def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
-    """The text wrapped to the terminal's width. ``first`` is put before its first line and
-    ``indent`` before the other lines.
+    """Return the text wrapped to the width of the terminal. ``first`` is put before the first line,
+    and ``indent`` before the other lines.
     """
     return textwrap.fill(
         text,

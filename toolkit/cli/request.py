@@ -1,4 +1,6 @@
-"""Turn a command line and a run file into the input of the checks: a snapshot and a context."""
+"""Turn a command line and a run file into the arguments of the checks: a snapshot of the node, and
+a CheckContext with the requirements of the job.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 TRUST = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Execute Python code of the model's checkpoint, if the run file allows it too.",
+    help="Execute Python code of the model's checkpoint, if the run file also allows this.",
 )
 
 
@@ -45,8 +47,8 @@ def examine(
     node: bool = False,
     **choice: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
-    """Read this node and run the checks that ``only`` and ``skip`` select. Return the snapshot of
-    the node, the context of the checks and their results.
+    """Read this node and run the checks that ``only`` and ``skip`` (in ``choice``) select. Return
+    the snapshot of the node, the context of the checks and their results.
 
     Raises:
         ConfigError: the run file has errors.
@@ -67,7 +69,7 @@ def examine(
     document = run = None
     if overrides and config is None:
         raise InputError(
-            "--set changes a run file, but no run file is given", fix="add --config RUN.yaml"
+            "--set changes a run file, but no run file is given", fix="add `--config RUN.yaml`"
         )
     if config is not None:
         document, run = _load(config, overrides)
@@ -91,7 +93,8 @@ def examine(
 
 
 def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
-    """The document of a run file and its resolved run, validated without facts about a device.
+    """Return the document of a run file and the run that it describes. The run file is validated
+    without facts about a GPU.
 
     Raises the same errors as ``config.validate.accepted``.
     """
@@ -111,7 +114,7 @@ def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
 
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
-    """What a run file requires of its node, as arguments of CheckContext."""
+    """Return the requirements that a run file has for a node, as arguments of CheckContext."""
     from toolkit.config.environments import absent  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - as above
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
@@ -125,7 +128,9 @@ def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
 
 
 def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:
-    """The folders that a run writes to, by role (``output_dir``, ``HF_HOME`` ...)."""
+    """Return {role: folder} for the folders that a run writes to (roles: ``output_dir``,
+    ``HF_HOME`` ...).
+    """
     cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache")
     paths = {
         "HF_HOME": hub_home(environ),
@@ -136,10 +141,11 @@ def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path
 
 
 def requirements(texts: Sequence[str]) -> dict[str, Any]:
-    """The values of ``--require`` as arguments of CheckContext.
+    """Return the values of ``--require`` as arguments of CheckContext.
 
-    The forms are ``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB`` and ``driver>=580``. Raises
-    InputError for any other form, and for a card that is not in the table of cards.
+    The forms of a value are ``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB`` and
+    ``driver>=580``. Raises InputError for any other form, and ConfigError for a card that is not in
+    the table of cards.
     """
     from toolkit.gpu import cards  # noqa: PLC0415 - after parsing
 
@@ -168,15 +174,17 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def unknown_form(text: str) -> InputError:
-    """The error for a requirement in an unknown form."""
+    """Return the error for a value of ``--require`` that has an unknown form."""
     return InputError(
         f"--require {text!r} has an unknown form",
-        fix="write a number of GPUs, gpu, a card (h200), cc>=9.0, free>=40GiB or driver>=580",
+        fix="use a number of GPUs, `gpu`, a card (`h200`), `cc>=9.0`, `free>=40GiB` or "
+        "`driver>=580`",
     )
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """The version of each package that a requirements file pins with ``name==version``.
+    """Return {package: version} for the packages that a requirements file pins with
+    ``name==version``.
 
     Hashes and markers are ignored. Raises InputError if the file pins no package.
     """
@@ -187,13 +195,15 @@ def read_lock(path: Path) -> dict[str, str]:
             pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]
     if not pins:
         raise InputError(
-            f"{path} has no name==version line", fix="give a requirements file with == pins"
+            f"{path} has no name==version line", fix="use a requirements file with `==` pins"
         )
     return pins
 
 
 def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
-    """The snapshot, to which the installed versions of all packages in ``lock`` are added."""
+    """Return a copy of the snapshot that also contains the installed version of each package in
+    ``lock``.
+    """
     from dataclasses import replace  # noqa: PLC0415 - only with --lock
 
     from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock

@@ -1,6 +1,4 @@
-"""``envcheck schema``: print one of the toolkit's JSON Schemas, for editors and other
-validators.
-"""
+"""``envcheck schema``: print a JSON Schema of the toolkit, for editors and validators."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ from toolkit.config.schemas import schema_names, schema_path
 @click.option("--path", "only_path", is_flag=True, help="Print the path of the schema file.")
 @click.option("--list", "only_names", is_flag=True, help="Print the names of all schemas.")
 def schema(name: str, only_path: bool, only_names: bool) -> None:
-    """Print the JSON Schema NAME (draft 2020-12). The default is run, the schema of run files.
+    """Print the JSON Schema NAME (draft 2020-12). The default NAME is `run`, the schema of run
+    files.
 
     An editor with a YAML language server completes and checks keys if the run file starts with
 

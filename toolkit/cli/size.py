@@ -1,5 +1,5 @@
-"""``envcheck size``: print the possible interval of gpu_memory_utilization, the value chosen for
-every "auto", and the memory budget.
+"""``envcheck size``: print the memory budget of a run, the possible interval of
+gpu_memory_utilization, and the value chosen for every "auto".
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", metavar="RUN.YAML|MODEL")
 @click.option(
-    "--gpu", metavar="NAME", help="Size for this card (h200, 4090, ...), even if it is not here."
+    "--gpu",
+    metavar="NAME",
+    help="Compute for this card (h200, 4090, ...). This node need not have it.",
 )
 @click.option(
     "--gpu-index",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Size for the GPU of this node with this CUDA number.",
+    help="Compute for the GPU of this node that CUDA numbers N.",
 )
-@click.option("--cpu", is_flag=True, help="Size for the CPU, even if there is a GPU.")
+@click.option("--cpu", is_flag=True, help="Compute for the CPU, even if this node has a GPU.")
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a value of the run file, or set a value for a MODEL (lora.r=64). Repeatable.",
+    help="Change a key of the run file or, if the target is a MODEL, a default (lora.r=64). "
+    "Repeatable.",
 )
 @click.option(
     "--world-size",
@@ -48,11 +51,12 @@ if TYPE_CHECKING:
 def size(
     target: str, *, gpu: str | None, gpu_index: int | None, cpu: bool, as_json: bool, **rest: object
 ) -> None:
-    """Compute the memory of a run file, or of a model (a folder, a config.json or a cached hub id).
+    """Compute the memory that a run needs. The argument is a run file or a model (a folder, a
+    config.json or a cached hub id).
 
-    Reads only config.json and the headers of safetensors files. Exit code 0 if the run fits, 1 if
-    it does not, 2 if a file cannot be read. If the run does not fit, the output lists changes and
-    the memory that each change would free.
+    The command reads only config.json and the headers of safetensors files. The exit code is 0 if
+    the run fits, 1 if it does not fit, 2 if a file cannot be read. If the run does not fit, the
+    output lists changes and the memory that each change would free.
     """
     from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
@@ -84,10 +88,10 @@ def size(
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
-    """The device to size for: the card that the options name, or the card of this node.
+    """Return the device to compute for: the card that the options name, or the card of this node.
 
-    None means the CPU, because this node has no usable card. If this node has a GPU that cannot be
-    used, the reason is printed. Raises ConfigError for an unknown card or index.
+    If this node has no usable card, return None, which means the CPU. If this node has a GPU that
+    cannot be used, the reason is printed. Raises ConfigError for an unknown card or index.
     """
     from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
@@ -118,7 +122,7 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
 def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
     """Exit with 1 if the run does not fit.
 
-    Raise a ConfigError if gpu_memory_utilization in the run file is outside the possible interval.
+    Raises ConfigError if gpu_memory_utilization in the run file is outside the possible interval.
     """
     if not result.feasible:
         if not quiet:

@@ -1,5 +1,5 @@
-"""The text output of ``envcheck size``: the interval of gpu_memory_utilization, the chosen values,
-and the memory budget with a bar for each phase.
+"""The output of ``envcheck size`` as text: the interval of gpu_memory_utilization, the chosen
+values, and the memory budget with a bar for each phase of a step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OTHER_LETTERS = (("x", "used by other processes"), (".", "free"), ("!", "more th
 
 
 def text_of(result: SizingResult, config: RunConfig) -> str:
-    """The whole result as text."""
+    """Return the output of ``envcheck size`` as text."""
     parts = [_head(result), _interval(result, config), _choice(result, config), _budget(result)]
     parts += [_bars(result), _ranks(result), _peaks(result)]
     if result.model.notes:
@@ -188,7 +188,7 @@ def _budget(result: SizingResult) -> str:
 
 
 def _bars(result: SizingResult) -> str:
-    """One bar per phase, as wide as the terminal.
+    """Return a bar for each phase (rollouts, training), and a legend of the letters in the bars.
 
     Each letter stands for the same number of bytes.
     """
@@ -210,7 +210,7 @@ def _bars(result: SizingResult) -> str:
         bar = _bar(terms, whole, int(result.device["free_bytes"]))
         seen.update(bar)
         used = f"{taken / GIB:.1f} of {whole / GIB:.1f} GiB"
-        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV asleep' if asleep else ''}")
+        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV cache freed' if asleep else ''}")
     legend = [f"{letter} {meaning}" for letter, meaning, _ in LETTERS if letter in seen]
     legend += [f"{letter} {meaning}" for letter, meaning in OTHER_LETTERS if letter in seen]
     indent = " " * 9
@@ -233,10 +233,12 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 
 
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
-    """The number of letters for each part of the bar, in proportion to its size in bytes.
+    """Return how many letters each part of a bar gets, in proportion to the size of the part in
+    bytes.
 
-    There are ``most`` letters in all. A part below 0.1% of ``taken`` gets no letter. Every other
-    part gets at least one letter. If this makes too many letters, the longest parts are shortened.
+    The sum is ``most``, the length of the bar. A part below 0.1% of ``taken`` gets no letter. Every
+    other part gets at least one letter. If the sum is then above ``most``, the longest parts are
+    shortened.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}

@@ -1,5 +1,5 @@
-"""Read the target of ``envcheck size``: a run file or a model. A model is sized with the default
-values of a run file.
+"""Read the target of ``envcheck size``: a run file or a model. For a model, every key of a run file
+has its default value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 def read_target(
     target: str, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document | None]:
-    """The run to size, and the document of the run file (None if the target is a model).
+    """Return the run whose memory is computed, and the document of the run file (None if the target
+    is a model).
 
     Raises:
         ConfigError: the run file has an error outside the sections ``dataset`` and ``reward``, or
@@ -41,7 +42,7 @@ def read_target(
 
 
 def _is_model_config(path: Path) -> bool:
-    """Whether a JSON file is a model's config.json under another name."""
+    """Whether a JSON file is the config.json of a model under another name."""
     from toolkit.base.files import read_json  # noqa: PLC0415 - only for a JSON file
 
     values = read_json(path)
@@ -72,10 +73,10 @@ def _of_run_file(
 
 
 def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
-    """A run of ``model`` with ``overrides``, and default values for all other keys.
+    """Return a run of ``model`` with ``overrides``, and default values for all other keys.
 
-    Only errors in overrides and errors of the rules in OF_THE_CARD are raised. The rules in
-    OF_THE_CARD find default values that the card does not support.
+    Raises ConfigError for an invalid override, and for a default value that the card does not
+    support (found by the rules in OF_THE_CARD). All other findings are ignored.
     """
     if not overrides and situation.device is None:
         return RunConfig(model=ModelSection(model_name=model))

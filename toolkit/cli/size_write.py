@@ -1,5 +1,5 @@
-"""``envcheck size --write``: replace each "auto" in the run file by the chosen value. Nothing else
-in the file changes.
+"""``envcheck size --write``: replace each "auto" in the run file by the chosen value. The rest of
+the file stays unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WRITABLE = {
 
 
 def write_choice(document: Document, resolved: RunConfig) -> str:
-    """Rewrite the run file, and return a text that lists which value was written where.
+    """Rewrite the run file, and return a text that lists the value that was written for each key.
 
     Only the characters of each "auto" are replaced. Comments, order, line ends and the quoting of
     other values are kept.
@@ -36,7 +36,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
     """
     source = document.source
     if source.path is None:
-        raise ConfigError("standard input cannot be rewritten", fix="give the name of the file")
+        raise ConfigError("standard input cannot be rewritten", fix="give the path of the run file")
     edits: list[tuple[int, int, str, str]] = []
     left: list[str] = []
     expected = parse(source).root.to_plain()
@@ -51,13 +51,10 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
                 continue
             start, end, spelled = node.mark.start, node.mark.end, _spelled(value, node)
             if node.source is not source:
-                left.append(
-                    f'because this "auto" is in {node.source.name}: {section}.{name}: {spelled}'
-                )
+                left.append(f'{section}.{name}: {spelled} (this "auto" is in {node.source.name})')
             elif source.text[start:end] not in PLAIN:
                 left.append(
-                    'because this "auto" is a YAML alias, anchor or block: '
-                    f"{section}.{name}: {spelled}"
+                    f'{section}.{name}: {spelled} (this "auto" is a YAML alias, anchor or block)'
                 )
             else:
                 edits.append((start, end, spelled, name))
@@ -69,19 +66,19 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
         raise ConfigError(
             "the values cannot be written without changing other values",
             where=source.name,
-            fix="write the values yourself: replace each value that several keys share (an anchor "
-            "and its aliases) by one value per key",
+            fix="replace the YAML aliases in the run file by their values, so that each key has "
+            "its own value",
         )
     if edits:
         with writing(source.path):
             rewrite_file(source.path, source.bom + text)
     lines = [f"{source.name}: {name}: {spelled}" for _, _, spelled, name in sorted(edits)]
-    lines += [f"not written, {line}" for line in left]
+    lines += [f"not written: {line}" for line in left]
     return "\n".join(lines) or f'{source.name}: contains no "auto"'
 
 
 def _spelled(value: Any, node: Node) -> str:
-    """The value as text, in the format of the file."""
+    """Return the value as text in the format of the run file (YAML, TOML or JSON)."""
     if isinstance(value, str) and node.source.format == "yaml":
         return value
     return json.dumps(value)

@@ -38,7 +38,9 @@ COMMANDS = {
 @click.version_option(__version__, prog_name="toolkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Fine-tune a language model with GRPO and LoRA. vLLM generates on the same GPU."""
+    """Fine-tune a language model with GRPO and LoRA. vLLM generates the completions on the same
+    GPU.
+    """
     del debug  # command_main reads --debug from sys.argv, so that it also applies during imports
 
 

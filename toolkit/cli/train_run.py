@@ -1,4 +1,4 @@
-"""``toolkit train``: train a run file, from the pre-flight checks to the report."""
+"""``toolkit train``: train as a run file says, from the checks of the node to the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Processes(click.IntRange):
     """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of processes. Raises click.UsageError if the value is invalid."""
+        """Return the number of processes. Raises click.UsageError if the value is invalid."""
         if value != "auto":
             return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only this function needs it
@@ -56,17 +56,17 @@ class Processes(click.IntRange):
 @click.option(
     "--evaluate/--no-evaluate",
     default=None,
-    help="Evaluate held-out prompts with greedy decoding before and after training. Default: "
-    "evaluate if there are held-out prompts and grpo.eval_strategy is not set.",
+    help="Evaluate held-out prompts with greedy decoding before and after training. By default, "
+    "this happens if there are held-out prompts and grpo.eval_strategy is not set.",
 )
 @click.option(
     "--nproc-per-node",
     "processes",
     type=Processes(min=1),
     metavar="N|auto",
-    help="Train on N GPUs of this node, or (auto) on all visible GPUs, with one process per GPU. "
-    "For several nodes, start this command on each node and set PET_NNODES, PET_NODE_RANK, "
-    "MASTER_ADDR and MASTER_PORT.",
+    help="Train with N processes on this node, one per GPU. With auto, use all visible GPUs. For "
+    "several nodes, start this command on each node and set the environment variables PET_NNODES, "
+    "PET_NODE_RANK, MASTER_ADDR and MASTER_PORT.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the resolved run as JSON and stop.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the output of upstream libraries.")
@@ -85,8 +85,8 @@ def train(  # noqa: PLR0913 - one parameter per option
 
     The command checks the node, chooses every "auto" value for the memory of the GPU, trains, and
     writes a report. Exit codes: 1 the run file must change; 2 an input cannot be read; 3 the node
-    is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint (start the
-    same command again).
+    is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint. After exit
+    code 75, start the same command again to continue.
     """
     given = {
         "runtime.output_dir": output_dir,
@@ -127,8 +127,8 @@ def _launch(
 def _load(
     run_file: str, overrides: list[str], world_size: int
 ) -> tuple[RunConfig, Callable[[Situation], object]]:
-    """The run, and a function that takes facts about the machine and validates the run file again
-    with them.
+    """Return the run that the run file describes, and a function. The function takes facts about
+    the machine (a Situation) and validates the run file again with these facts.
     """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
@@ -170,7 +170,7 @@ def _run(
 
 
 def _read_weights_ahead(config: RunConfig) -> None:
-    """Start to read the weights into the page cache while the libraries are imported.
+    """Start to read the model's weights into the page cache, while the libraries are imported.
 
     Missing files are ignored here. They are reported when the model is loaded.
     """

@@ -1,5 +1,5 @@
-"""``toolkit tune``: measure vLLM's LoRA kernels on this card, and write a table of the fastest
-settings.
+"""``toolkit tune``: measure vLLM's LoRA kernels on this card, and write a table with the fastest
+kernel settings.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from toolkit.base.errors import MissingExtraError
     "--limit-s", type=float, default=600, show_default=True, help="Time limit in seconds."
 )
 def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: float) -> None:
-    """Measure vLLM's LoRA kernels for the shapes of MODEL, and write the fastest settings.
+    """Measure vLLM's LoRA kernels for the matrix shapes of MODEL, and write the fastest kernel
+    settings to a table.
 
-    MODEL is a folder, a config.json file or a cached hub id. Set TOOLKIT_LORA_TABLE=FILE to use the
-    written table in a run. The table is used only by the vLLM version that it was measured with.
+    MODEL is a folder, a config.json file or a cached hub id. A run uses the table if the
+    environment variable TOOLKIT_LORA_TABLE is set to its path. A table is used only by the version
+    of vLLM that it was measured with.
     """
     from toolkit.engine.rollout_engine import vllm_available  # noqa: PLC0415 - after parsing
     from toolkit.sizing.lora_bytes import fused_shapes, legal_rank  # noqa: PLC0415
@@ -44,6 +46,6 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))
     write_table(table, out)
     click.echo(
-        f"{out}: all cases together took {before * 1e6:.0f} us before and {after * 1e6:.0f} us"
-        f" after tuning; use the table with TOOLKIT_LORA_TABLE={out}"
+        f"{out}: all measured kernels together took {before * 1e6:.0f} us before tuning and "
+        f"{after * 1e6:.0f} us after tuning. Set TOOLKIT_LORA_TABLE={out} to use the table"
     )

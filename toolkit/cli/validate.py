@@ -1,5 +1,5 @@
-"""``envcheck validate``: print every error in run files, with its position, the arithmetic and the
-fix.
+"""``envcheck validate``: print every error in run files, with its position, the computation behind
+it and the fix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """The parsed command line."""
+    """The options of the command line."""
 
     strict: bool
     fix: bool
@@ -51,7 +51,7 @@ class _Request:
     "--fix",
     is_flag=True,
     help=(
-        "Rewrite a value or a key if a finding has exactly one possible fix, and print each edit."
+        "Apply the fix of each finding that has exactly one fix, and print each edit of the file."
     ),
 )
 @click.option(
@@ -66,20 +66,21 @@ class _Request:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Validate for this number of processes (as many as torchrun starts).",
+    help="Validate for a run with this number of processes, one per GPU.",
 )
 @click.option(
     "--gpu",
     metavar="NAME|none",
-    help="Validate for this card (h200, a100-40, t4 ...), or for a machine without a GPU (none).",
+    help="Validate for this card (h200, a100-40, t4 ...). none means a machine without a GPU.",
 )
 def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
-    """Find every error in run files (YAML, JSON, TOML; folders, globs; - is standard input).
+    """Find every error in run files. FILE is a YAML, JSON or TOML file, a folder, a glob pattern,
+    or - for standard input.
 
-    No model is loaded and nothing is downloaded. Exit code 0: no error; 1: the file must change; 2:
-    a file cannot be read; 5 (only with --strict): something could not be checked on this machine.
-    `envcheck explain RULE` explains a finding. If TOOLKIT_DOCS_URL is set, each finding names its
-    page in the documentation (in SARIF: helpUri).
+    No model is loaded and nothing is downloaded. Exit codes: 0 no error; 1 the file must change; 2
+    a file cannot be read; 5 (only with --strict) something could not be checked on this machine.
+    `envcheck explain RULE` explains a finding. If TOOLKIT_DOCS_URL is set, each finding contains
+    the address of its page in the documentation (in SARIF: helpUri).
     """
     request = _request(options)
     printer = PRINTERS[form]()
@@ -133,7 +134,7 @@ def _rewrite(name: str, request: _Request) -> None:
     from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
 
     if name == "-":
-        raise InputError("--fix cannot rewrite standard input", fix="name the file")
+        raise InputError("--fix cannot rewrite standard input", fix="give the path of the run file")
     try:
         source = read_source(name)
     except Unreadable:
@@ -178,7 +179,8 @@ def _outside_interval(
     yield Finding(
         rule="LOAD008",
         severity=Severity.ERROR,
-        message=f"model.gpu_memory_utilization: {node.value} is outside {low:.3f} to {high:.3f}",
+        message=f"model.gpu_memory_utilization: {node.value} is outside the possible interval, "
+        f"which is {low:.3f} to {high:.3f}",
         path=("model", "gpu_memory_utilization"),
         source=node.source,
         mark=node.mark,
@@ -191,7 +193,8 @@ def _outside_interval(
 
 
 def expand(arguments: tuple[str, ...]) -> Iterator[str]:
-    """Yield the run files that the arguments name. The files of a folder or a pattern are sorted.
+    """Yield the run files that the arguments describe. An argument is a file, a folder, a glob
+    pattern, or "-". The files of a folder or a pattern are sorted.
 
     Raises InputError for a folder or a pattern without run files.
     """
@@ -204,7 +207,7 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
                 raise InputError(
                     "contains no run file",
                     where=argument,
-                    fix="name a folder with *.yaml, *.toml or *.json run files",
+                    fix="use a folder with `*.yaml`, `*.toml` or `*.json` run files",
                 )
             yield from found
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
@@ -221,9 +224,8 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
 
 
 def _in_folder(folder: str) -> Iterator[str]:
-    """Yield the run files in a folder: YAML and TOML files, and JSON files with a model section.
-
-    Other JSON files are data.
+    """Yield the run files in a folder and its subfolders: all YAML and TOML files, and the JSON
+    files that have a section ``model``. Other JSON files are not run files.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = [one for one in folders if not one.startswith(".")]

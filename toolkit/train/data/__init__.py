@@ -1,1 +1,3 @@
-"""Read the dataset section of a run file and prepare prompts for the trainer."""
+"""Read the data that the section ``dataset`` of a run file names, and prepare prompts for the
+trainer.
+"""

@@ -1,5 +1,5 @@
-"""Convert the rows of a file to Arrow columns. If a value has another type than the rest of its
-column, the error names the row's place in the file.
+"""Convert the rows of a data file to Arrow columns. If the type of a value differs from the type of
+its column, the error says in which row of the file the value is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ARROW_ERRORS = (pa.ArrowException, UnicodeDecodeError, ValueError, KeyError, Typ
 
 
 class Rows(NamedTuple):
-    """A table of rows. ``place(i)`` returns the place of row ``i`` in the file ("train.jsonl:12",
-    "train.json row 7").
+    """A table, and the place of each row in its data file. ``place(i)`` returns the place of row
+    ``i`` ("train.jsonl:12", "train.json row 7").
     """
 
     table: pa.Table
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 def from_rows(
     rows: list[dict[str, Any]], place: Callable[[int], str], names: list[str] | None = None
 ) -> Rows:
-    """Convert rows to columns. If a row does not have a key, its value is null."""
+    """Convert rows to columns. A key that a row does not have gets the value null in this row."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
     if fault := names_fault(keys):
         first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
@@ -43,11 +43,12 @@ def from_rows(
 
 
 def checked(rows: Rows, path: Path) -> Rows:
-    """Check a table for training, and convert map columns to lists of {key, value}.
+    """Check that a table can be used for training. Return it with each map column converted to
+    lists of {key, value}.
 
     Raises:
-        InputError: column names are not distinct texts, or a value (such as a text that is not
-            UTF-8) cannot be read.
+        InputError: two columns have the same name, a column name is invalid, or a value cannot be
+            read (for example, a text that is not UTF-8).
         ConfigError: a column has a type that the toolkit cannot read.
     """
     table = rows.table
@@ -67,7 +68,9 @@ def checked(rows: Rows, path: Path) -> Rows:
 
 
 def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert maps to lists of {key, value}, because a data set cannot have a map column."""
+    """Convert the maps of a column to lists of {key, value}, because a Dataset cannot have a map
+    column.
+    """
     kind = column.type
     item = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
     rows = [
@@ -78,8 +81,8 @@ def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _nul_name(kind: pa.DataType) -> str | None:
-    """Return the first name with a NUL character of a field inside the type ``kind``; None if there
-    is no such name.
+    """Return the first field name inside the type ``kind`` that contains a NUL character; None if
+    there is no such name.
     """
     for index in range(kind.num_fields):
         field = kind.field(index)
@@ -95,7 +98,7 @@ def _check_types(table: pa.Table, path: Path) -> None:
             raise ConfigError(
                 too_deep(field.name),
                 where=str(path),
-                fix="remove the column, or store it as a text",
+                fix="remove the column, or store its values as text",
             )
         if (key := _nul_name(field.type)) is not None:
             raise ConfigError(
@@ -111,12 +114,14 @@ def _check_types(table: pa.Table, path: Path) -> None:
                 f"column {field.name!r} has the type {str(field.type)[:80]}, which the toolkit "
                 f"cannot read: {first_line(error)}",
                 where=str(path),
-                fix="remove the column, or store it as text, numbers, lists or objects",
+                fix="remove the column, or store its values as text, numbers, lists or objects",
             ) from None
 
 
 def _depth(kind: pa.DataType, most: int) -> int:
-    """How deeply a type is nested: 0 for a number or a text. Counting stops beyond ``most``."""
+    """Return how many levels of lists or objects a type has: 0 for a number or a text. The result
+    is at most ``most`` + 1, because deeper levels are not counted.
+    """
     if most < 0 or not pa.types.is_nested(kind):
         return 0
     inner = (_depth(kind.field(index).type, most - 1) for index in range(kind.num_fields))
@@ -124,7 +129,9 @@ def _depth(kind: pa.DataType, most: int) -> int:
 
 
 def in_memory(table: pa.Table) -> pa.Table:
-    """Return a copy of ``table`` in memory. The copy does not depend on a mapped file."""
+    """Return a copy of ``table`` in memory. The copy no longer needs the file that ``table`` is
+    mapped to.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -132,9 +139,10 @@ def in_memory(table: pa.Table) -> pa.Table:
 
 
 def without_nulls(value: Any) -> Any:
-    """Remove the null keys that Arrow added to messages. In a column, Arrow adds the keys of all
-    objects to each object, with the value null. Chat templates would treat such a null as a value
-    of the user. ``content`` is kept, because it may be null in a message with tool calls.
+    """Remove the null values that Arrow added to chat messages. If one message of a column has a
+    key, Arrow adds this key with the value null to all other messages. Chat templates would treat
+    such a null as a value of the user. ``content`` is kept, because it may be null in a message
+    with tool calls.
     """
     if isinstance(value, dict):
         return {
@@ -148,8 +156,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
-    """Return ``table`` as a Dataset for the trainer. Values of the column ``chats``, if there is
-    one, are read with ``without_nulls``.
+    """Return ``table`` as a Dataset for the trainer. ``chats`` is the name of the column with
+    chats, or None. If its messages contain nulls, ``without_nulls`` removes the nulls whenever rows
+    are read.
     """
     dataset = datasets.Dataset(table)
     if chats is None or without_nulls(first := table[chats].to_pylist()) == first:
@@ -167,13 +176,17 @@ def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Arr
     except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _first_misfit(values)
     if _has_surrogate(values[index]):
-        broken(place(index), f"column {name!r} contains half of a character (a lone surrogate)")
+        broken(
+            place(index), f"column {name!r} contains a lone surrogate, which is half of a character"
+        )
     first = next((value for value in values[:index] if value is not None), None)
     raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
 
 
 def _first_misfit(values: list[Any]) -> int:
-    """Find by bisection the index of the first value that does not fit the values before it."""
+    """Return the index of the first value whose type differs from the type of the values before it.
+    The index is found by bisection.
+    """
     fits, fails = 0, len(values)  # values[:fits] convert, values[:fails] do not
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -186,8 +199,10 @@ def _first_misfit(values: list[Any]) -> int:
 
 
 def broken(where: str, what: str) -> NoReturn:
-    """Raise InputError for invalid content of a data file: ``what`` is wrong at ``where``."""
-    raise InputError(what, where=where, fix="correct or remove this row or file")
+    """Raise an InputError for a data file with invalid content. ``where`` is the place in the file,
+    ``what`` the fault.
+    """
+    raise InputError(what, where=where, fix="correct this row or file, or remove it")
 
 
 def _has_surrogate(value: Any) -> bool:
@@ -195,7 +210,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield each character of every text and key in a nested value."""
+    """Yield the characters of all texts and keys in a nested value."""
     if isinstance(value, str):
         yield from value
     elif isinstance(value, dict):

@@ -1,9 +1,10 @@
-"""Keep the chat format of a run the same when the run is resumed or used for generation.
+"""Ensure that a run that is resumed, or used for generation, formats its prompts as in training: as
+chats or as plain texts.
 
 A checkpoint and config.json record ``dataset.chat`` as true or false. Older versions of the toolkit
 did not have this key. In these versions, a text became a chat only if ``dataset.system`` was set
-and the tokenizer had a chat template. For a run of an older version, the format is read from the
-first completion in its log.
+and the tokenizer had a chat template. For a run of an older version, the first completion in its
+log shows the format.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ KEY = "dataset.chat"
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """Return ``config`` with the value "auto" replaced by the chat format that the checkpoint
-    ``found`` records.
+    """If ``dataset.chat`` is "auto", return ``config`` with the chat format that the checkpoint
+    ``found`` records. Otherwise return ``config`` unchanged.
     """
     if found is None or config.dataset.chat != "auto":
         return config
@@ -36,16 +37,17 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
 
 
 def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
-    """Return the config for a checkpoint to record. It has the values of ``config``, which the user
-    wrote, but the chat format of ``resolved``.
+    """Return the config that a checkpoint records. It has the values of ``config``, as the user
+    wrote them. Only ``dataset.chat`` is taken from ``resolved``, where "auto" is already replaced
+    by true or false.
     """
     return _with(config, resolved.dataset.chat)
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """Return ``then``, the values that the checkpoint ``found`` recorded. If they have no chat
-    format, the format is added. It is None if it cannot be found out. The run then used the format
-    to which ``auto`` resolves.
+    """Return ``then``, the config values that the checkpoint ``found`` recorded, with a value for
+    ``dataset.chat``. If a checkpoint of an older version has no such value, the log of the run
+    shows it. The value is None if the log has no completion and ``dataset.system`` was set.
     """
     if then.get(KEY) is not None:
         return dict(then)

@@ -1,5 +1,5 @@
 """Find common mistakes in a data set: chats written as JSON text, missing answers, prompts far
-longer than the limit, and columns with names that the trainer uses for other values.
+longer than the limit, and columns whose names the trainer uses for other values.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MOST_CHARACTERS_PER_TOKEN = 256  # at most this many, if the vocabulary has long
 
 
 def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
-    """Return the prompts of a column, and notes for the user on how they were read.
+    """Return the prompts of a column, and notes that tell the user how the prompts were read.
 
     If every text of the column is a chat in JSON, the prompts are read as chats. If only some texts
-    are, all prompts stay texts.
+    are chats in JSON, all prompts stay texts.
     """
     texts = [value for value in values if isinstance(value, str) and value.strip()]
     chats = {text: chat for text in texts if (chat := chat_in(text)) is not None}
@@ -47,8 +47,8 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
 
 
 def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
-    """Return the answers, and the number of null answers. NaN, which pandas writes for a missing
-    value, is replaced by null.
+    """Return the answers of a column, and how many of them are null. NaN, which pandas writes for a
+    missing value, is replaced by null.
 
     Rewards that compare with the answer return None for a null answer. Raises ConfigError if all
     answers are null.
@@ -57,15 +57,17 @@ def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.Chunke
         column = compute.if_else(compute.is_nan(column), pa.scalar(None, column.type), column)
     if len(column) and column.null_count == len(column):
         raise ConfigError(
-            f"column {name!r} has no answers: it is null in all {len(column)} rows",
+            f"column {name!r} has no answers: all {len(column)} values are null",
             where=path,
-            fix="fill the column, or remove dataset.answer if no reward compares with it",
+            fix="fill the column with answers, or remove `dataset.answer` if no reward needs it",
         )
     return column, column.null_count
 
 
 def answer_note(missing: int, rows: int) -> list[str]:
-    """Return a line for the report on how many answers are missing, if any."""
+    """Return a list with a line for the report that says how many answers are missing. The list is
+    empty if no answer is missing.
+    """
     if not missing:
         return []
     verb = "has" if missing == 1 else "have"
@@ -74,8 +76,9 @@ def answer_note(missing: int, rows: int) -> list[str]:
 
 
 def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
-    """Return the columns of ``names`` that are not passed to the trainer, each with the reason. A
-    column in ``used`` is never in the result, because the run file uses it as prompt or answer.
+    """Return {column: reason} for the columns of ``names`` that are not passed to the trainer.
+    Columns in ``used`` are never in the result, because they are the prompt or the answer column of
+    the run file.
     """
     return {
         name: LEFT_OUT[name].format(name=name)
@@ -85,10 +88,9 @@ def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    """Shorten very long prompts before they are tokenized. Otherwise, megabytes of text would be
-    tokenized to keep a few hundred tokens. Only the beginning of a text is removed, and only so
-    much that the rest still has more than ``limit`` tokens. The exact limit is applied later
-    (``prompt_format.truncate``).
+    """Remove the beginning of very long prompts before the prompts are tokenized. Otherwise
+    megabytes of text would be tokenized to keep a few hundred tokens. A shortened prompt still has
+    more than ``limit`` tokens. ``prompt_format.truncate`` applies the exact limit later.
     """
     if limit is None or all(_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
@@ -107,8 +109,8 @@ def _characters(prompt: Prompt) -> int:
 
 
 def _last(prompt: Prompt, most: int) -> Prompt:
-    """Return the last ``most`` characters of a prompt. In a chat, the system message is kept, and
-    its characters are not counted.
+    """Return the last ``most`` characters of a prompt. In a chat, the system message is kept in
+    addition.
     """
     if isinstance(prompt, str):
         return prompt[-most:]

@@ -1,5 +1,5 @@
-"""Load the data of the section ``dataset`` of a run file. The trainer gets the prompts and the
-other columns. The report gets the counts.
+"""Load the data that the section ``dataset`` of a run file names. The trainer gets the prompts and
+the other columns, and the report of the run gets the counts.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ HELD_OUT = 1 << 31
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """The facts about one split. The manifest has ``digest``, the report has the counts.
-    ``wrapped`` is true if the prompts were texts, and dataset.chat made each text a user message.
+    """The facts about one split (training or held-out). ``digest`` is written to the run's
+    manifest, the counts to the report. ``wrapped`` is true if the prompts were texts and each text
+    was made a user message, because of dataset.chat.
     """
 
     source: str
@@ -55,7 +56,7 @@ class SplitReport:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Return the lines of the report. The first line is a summary, the others are warnings."""
+        """Return the lines of the report on this split: first a summary, then warnings."""
         kind = "chats" if self.chat else "plain prompts"
         summary = f"{self.used} {kind} from {self.source}"
         if self.wrapped:
@@ -64,7 +65,9 @@ class SplitReport:
         if self.empty:
             found.append(f"{self.empty} of {self.rows} rows have no prompt and were left out")
         if self.duplicates:
-            found.append(f"{self.duplicates} prompts are duplicates of earlier prompts (kept)")
+            found.append(
+                f"{self.duplicates} prompts are duplicates of earlier prompts and were kept"
+            )
         if self.truncated:
             found.append(
                 f"{self.truncated} prompts were longer than grpo.max_prompt_length: their first "
@@ -75,17 +78,19 @@ class SplitReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """The reports of both splits."""
+    """The reports on the training split and the held-out split."""
 
     train: SplitReport
     eval: SplitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as plain values for the manifest."""
+        """Return this report as plain values for the run's manifest."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the lines of both reports. Lines of the held-out split begin with "held out:"."""
+        """Return the lines of the report on both splits. Lines about the held-out split begin with
+        "held out:".
+        """
         held_out = [f"held out: {line}" for line in self.eval.lines()] if self.eval else []
         return [*self.train.lines(), *held_out]
 
@@ -93,7 +98,7 @@ class DataReport:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The splits of the data set, and the report on them. ``train`` and ``eval`` have a column
-    ``prompt`` (text, or list of messages). If dataset.answer is set, they have a column ``answer``.
+    ``prompt`` (a text, or a list of messages) and, if dataset.answer is set, a column ``answer``.
     They also have the other columns of the source, which the trainer passes to the rewards.
     """
 
@@ -111,14 +116,14 @@ def load_data(
     environment: EnvironmentSection | None = None,
     make: Callable[..., list[Row]] | None = None,
 ) -> Data:
-    """Read, check and prepare the training split. If ``section`` has a held-out split, do the same
-    with this split.
+    """Read, check and prepare the training split and, if ``section`` has one, the held-out split.
 
-    With an ``environment``, the problems of both splits are made by ``make(seed=, size=, start=)``
-    (see rewards/problems). Of ``section``, only the keys ``system`` and ``chat`` then apply.
+    With an ``environment``, the function ``make(seed=, size=, start=)`` creates the problems of
+    both splits (see rewards/problems). Then only the keys ``system`` and ``chat`` of ``section``
+    are used.
 
-    If a prompt has more than ``max_prompt_length`` tokens, its first tokens are removed. The count
-    includes special tokens and the tokens of the chat template. ``template`` is
+    If a prompt has more than ``max_prompt_length`` tokens, its first tokens are removed. Special
+    tokens and the tokens of the chat template are counted too. ``template`` is
     ``grpo.chat_template_kwargs``.
 
     Raises:
@@ -182,8 +187,8 @@ def _of_environment(
 
 @contextmanager
 def _about(key: str) -> Iterator[None]:
-    """If the block raises an error, add ``key`` to its location. ``key`` is the run file's key
-    whose value is the place of the data.
+    """If the block raises a ToolkitError, put ``key`` before its location. ``key`` is the key of
+    the run file that names the data.
     """
     try:
         yield
@@ -193,7 +198,9 @@ def _about(key: str) -> Iterator[None]:
 
 
 class Rendering(NamedTuple):
-    """What is needed to convert prompts to tokens."""
+    """What is needed to convert prompts to tokens: the tokenizer, the limit in tokens, and the
+    arguments of the chat template.
+    """
 
     tokenizer: Any
     max_prompt_length: int | None
@@ -222,7 +229,7 @@ def _prepared(
     is_chat = prompt_format.check_prompts(found, section.prompt, rows.place)
     kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
     if not kept:
-        raise ConfigError(f"column {section.prompt!r} is empty in every row", where=path)
+        raise ConfigError(f"no row has a prompt in the column {section.prompt!r}", where=path)
     chat = chat_format.chosen(
         section.chat, chat_format.usable(getattr(rendering.tokenizer, "chat_template", None))
     )
@@ -269,16 +276,20 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
         f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
         f"{', '.join(table.column_names)}",
         where=path,
-        fix=f"set dataset.{key}: {near[0]}"
+        fix=f"set `dataset.{key}` to {near[0]}"
         if near
-        else f"set dataset.{key} to one of these columns",
+        else f"set `dataset.{key}` to one of these columns",
     )
 
 
 def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
-    """Return three values: the prompts, shortened to the limit in tokens; the number of prompts
-    that were shortened; the number of tokens that the longest prompt had before. The last value is
-    None without a limit.
+    """Shorten prompts that are longer than the limit.
+
+    Returns three values:
+
+    - the prompts, each with at most ``max_prompt_length`` tokens,
+    - the number of prompts that were shortened,
+    - the number of tokens of the longest prompt before it was shortened, or None without a limit.
     """
     tokenizer, limit, template = rendering
     if limit is None:
@@ -294,8 +305,13 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
 def _columns(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
-    """Return three values: a table of the rows with the indices ``kept``, with the columns
-    ``prompt`` and ``answer``; notes on columns that were left out; the number of missing answers.
+    """Build the table for the trainer.
+
+    Returns three values:
+
+    - a table of the rows with the indices ``kept``, with the columns ``prompt`` and ``answer``,
+    - notes on columns that were left out,
+    - the number of missing answers.
     """
     table = rows.table.take(kept)
     new: dict[str, Any] = {"prompt": prompts}

@@ -1,4 +1,6 @@
-"""Load prompts from a file, a folder written by ``datasets``, or the hub, and compute a digest."""
+"""Load the rows of a data set from a file, a folder written by ``datasets``, or the hub, and
+compute a digest.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,15 @@ _CHUNK_BYTES = 1 << 20
 def read_source(
     path: str, *, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Return the first ``limit`` rows of the source, and a digest of the source for the manifest.
+    """Return the first ``limit`` rows of the data set at ``path``, and its digest for the run's
+    manifest.
 
-    The digest ``sha256:...`` is computed from the bytes of the file. For a saved folder, it is
-    computed from the bytes of its data files. For data from the hub, it is computed from the rows.
+    The digest ``sha256:...`` is computed from the bytes of the file, or from the bytes of the data
+    files in a saved folder. For data from the hub, it is computed from the rows.
 
     Raises:
         InputError: a file cannot be read, or changed while it was read.
-        ConfigError: the source or the split does not exist.
+        ConfigError: the data set or the split does not exist.
         RetryError: the hub does not answer.
     """
     local = Path(path).expanduser()
@@ -54,10 +57,10 @@ def read_source(
     if local.exists() or is_path_only(path):
         if split != "train":
             raise ConfigError(
-                "is a single file. A file has no splits, but the run file sets the split "
-                f"{split!r}",
+                f"is a single file without splits, but the run file sets the split {split!r}",
                 where=path,
-                fix="remove the split, and set dataset.eval_path to the held-out file",
+                fix="remove the split from the run file. Set `dataset.eval_path` to the file with "
+                "the held-out prompts",
             )
         before = _identity([local])
         rows = read_file(local, limit)
@@ -72,13 +75,13 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             raise ConfigError(
                 f"has no split {split!r}",
                 where=str(folder),
-                fix=f"set dataset.split to one of {', '.join(map(str, splits))}",
+                fix=f"set `dataset.split` to one of {', '.join(map(str, splits))}",
             )
         folder = safe_join(folder, split, what="a split")
     if not (folder / "state.json").is_file():
         inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
         raise ConfigError(
-            "is a folder that was not written by datasets' save_to_disk",
+            "is not a folder that `save_to_disk` of datasets wrote",
             where=str(folder),
             fix=f"use a file in it: {', '.join(inside[:8])}" if inside else None,
         )
@@ -107,8 +110,8 @@ def _list_in(path: Path, key: str) -> list[Any]:
 
 
 def _data_file(folder: Path, entry: Any) -> Path:
-    """Return the path of a data file. Its name comes from state.json, and the file must be inside
-    the folder.
+    """Return the path of a data file that state.json lists as ``entry``. Raises an error if the
+    file is not inside ``folder``.
     """
     name = entry.get("filename") if isinstance(entry, dict) else None
     if not isinstance(name, str):
@@ -119,7 +122,9 @@ def _data_file(folder: Path, entry: Any) -> Path:
 def _read_hub(
     path: str, split: str, name: str | None, revision: str | None, limit: int | None
 ) -> tuple[Rows, str]:
-    """Load from the hub or its cache. datasets >= 4 does not run code from a dataset."""
+    """Load a data set from the hub or the hub cache, and return its rows and their digest. datasets
+    >= 4 does not run code of a data set.
+    """
     try:
         dataset = datasets.load_dataset(path, name=name, split=split, revision=revision)
     except ConnectionError as error:
@@ -131,9 +136,9 @@ def _read_hub(
                 f"dataset {path!r} is not a file or folder on this machine and not in the hub's "
                 f"cache, and {why}"
             ),
-            fix="for a file, write a path that starts with ./ or /; for a hub dataset, download "
-            "it on a machine with network access, save it with save_to_disk, and use the path of "
-            "that folder",
+            fix="use a path that starts with `./` or `/` for a file. Download a hub dataset on a "
+            "machine with network access, save it with `save_to_disk`, and use the path of the "
+            "saved folder",
         ) from error
     except FileNotFoundError as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ConfigError(
@@ -148,15 +153,17 @@ def _read_hub(
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
-    """Copy the first ``limit`` rows into memory. ``datasets`` only maps the files of the data, and
-    these files may change during the run.
+    """Return a copy of the first ``limit`` rows in memory. ``datasets`` would only map the data
+    files, and these files may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return in_memory(dataset.with_format("arrow")[:count])
 
 
 def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
-    """Return inode, size and modification time of each file that exists, to detect a change."""
+    """Return (inode, size, modification time) of each file that exists. A later call shows whether
+    a file has changed.
+    """
     found = []
     for path in sorted(paths):
         with contextlib.suppress(OSError):
@@ -166,9 +173,9 @@ def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 
 def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
-    """Return the SHA-256 of the bytes of the files, in the order of their names. ``before`` is what
-    ``_identity`` returned for these files before they were read. Raises InputError if a file has
-    changed since then.
+    """Return the SHA-256 of the bytes of the files, in the order of their paths. ``before`` is what
+    ``_identity`` returned before the files were read. Raises InputError if a file has changed since
+    then.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -179,7 +186,7 @@ def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
         raise InputError(
             "the data changed while it was read",
             where=", ".join(str(path) for path in paths[:3]),
-            fix="start again when no process writes to these files",
+            fix="wait until no process writes to these files, and start the run again",
         )
     return f"sha256:{digest.hexdigest()}"
 

@@ -1,8 +1,9 @@
-"""Convert prompts to the trainer's format: texts, or chats that the tokenizer's template renders.
+"""Convert prompts to the format of the trainer: texts, or chats that the tokenizer's chat template
+renders.
 
 With ``dataset.chat``, a text becomes a user message. A system prompt becomes the first message of a
 chat, unless the chat already has a system message. If a prompt stays a text, the system prompt and
-an empty line are put before it.
+an empty line are put before the prompt.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ UNKNOWN_SHARE = 0.05
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
-    """Return True if the column has chats, False if it has texts. Raises ConfigError with the place
-    of the first row that does not fit.
+    """Return True if the column contains chats, False if it contains texts. Raises ConfigError with
+    the place of the first row that is not of this kind.
     """
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)
@@ -39,15 +40,15 @@ def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], st
 
 
 def is_empty(prompt: Any) -> bool:
-    """True if the prompt has no text, or no message with text."""
+    """Whether the prompt has no text. A chat is empty if none of its messages has content."""
     if isinstance(prompt, list):
         return not any(message.get("content") for message in prompt)
     return prompt is None or not prompt.strip()
 
 
 def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
-    """Return ``prompt`` with the system prompt, in the format that this module's docstring
-    describes.
+    """Return ``prompt`` with the system prompt, as a text or a chat. The docstring of this module
+    describes the format.
     """
     if isinstance(prompt, str):
         if not chat:
@@ -61,7 +62,8 @@ def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
 def check_template(
     tokenizer: Any, prompt: Prompt, column: str, template: TemplateArguments = None
 ) -> None:
-    """Render one chat, to report a template that rejects chats before the first step.
+    """Render one chat, so that a chat template that rejects chats is reported before the first
+    step.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or the template rejects the chat.
@@ -82,8 +84,9 @@ def check_template(
 def token_ids(
     prompts: Sequence[Prompt], tokenizer: Any, template: TemplateArguments = None
 ) -> list[list[int]]:
-    """Tokenize prompts (text, or chat messages) as the trainer does: with special tokens and the
-    chat template. ``template`` is ``grpo.chat_template_kwargs``.
+    """Return the token ids of each prompt (a text, or a list of chat messages). Prompts are
+    tokenized as in the trainer: with special tokens and the chat template. ``template`` is
+    ``grpo.chat_template_kwargs``.
     """
     if prompts and isinstance(prompts[0], list):
         rendered = tokenizer.apply_chat_template(
@@ -100,8 +103,8 @@ def token_ids(
 def unknown_note(
     tokenizer: Any, prompts: Sequence[Prompt], template: TemplateArguments = None
 ) -> list[str]:
-    """Return a note for the user if the tokenizer has no tokens for a large part of the first
-    prompts. The model then gets its unknown token in their place.
+    """Return a note for the user if a large part of the first prompts becomes the tokenizer's
+    unknown token. The model cannot read this part. Otherwise return an empty list.
     """
     unknown = _unknown_id(tokenizer)
     if unknown is None or not prompts:
@@ -120,8 +123,8 @@ def unknown_note(
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
-    """Return the id of the unknown token, or None. Some tokenizers have no attribute for it. It is
-    then read from the model of their backend.
+    """Return the id of the tokenizer's unknown token; None if it has no unknown token. If the
+    tokenizer has no attribute ``unk_token_id``, its backend model names the token.
     """
     if (found := getattr(tokenizer, "unk_token_id", None)) is not None:
         return int(found)
@@ -132,17 +135,19 @@ def _unknown_id(tokenizer: Any) -> int | None:
 
 
 def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
-    """Return the number of tokens of a prompt, as the trainer counts them."""
+    """Return the number of tokens of a prompt, with special tokens and the chat template as in the
+    trainer.
+    """
     return len(token_ids([prompt], tokenizer, template)[0])
 
 
 def truncate(
     tokenizer: Any, prompt: Prompt, limit: int, template: TemplateArguments = None
 ) -> Prompt:
-    """Remove the beginning of ``prompt``, so that it has at most ``limit`` tokens.
+    """Remove tokens from the beginning of ``prompt``, so that at most ``limit`` tokens remain.
 
-    The first tokens of a text are removed. In a chat, the first tokens of the oldest messages are
-    removed, but the system message is kept. Raises ConfigError if the prompt is still too long.
+    In a chat, the first tokens of the oldest messages are removed, but the system message is kept.
+    Raises ConfigError if the prompt cannot become short enough.
     """
     if isinstance(prompt, str):
         rest = _cut(tokenizer, prompt, lambda text: length_of(tokenizer, text) - limit)
@@ -162,23 +167,23 @@ def truncate(
         message["content"] = _cut(tokenizer, text, over)
         if length_of(tokenizer, kept, template) <= limit:
             return kept
-    raise _too_short(limit, "system prompt and template", length_of(tokenizer, kept, template))
+    raise _too_short(limit, "system prompt and chat template", length_of(tokenizer, kept, template))
 
 
 def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
     return ConfigError(
-        f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens): {what} alone "
-        f"have {tokens} tokens",
-        fix="raise grpo.max_prompt_length, or shorten dataset.system",
+        f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens), because {what} "
+        f"alone have {tokens} tokens",
+        fix="raise `grpo.max_prompt_length`, or shorten `dataset.system`",
     )
 
 
 def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
-    """Remove tokens from the beginning of ``text`` until the rest is short enough, and return the
-    rest. ``over(text)`` returns by how many tokens ``text`` is too long. The rest may be empty.
+    """Remove tokens from the beginning of ``text`` until it is short enough, and return the rest,
+    which may be empty. ``over(text)`` returns by how many tokens ``text`` is too long.
 
-    After each removal, the tokens of the rest are counted again, because its first characters may
-    now be other tokens.
+    After each removal, the tokens of the rest are counted again, because the first characters of
+    the rest may be tokenized differently.
     """
     starts = _token_starts(tokenizer, text)
     dropped = 0
@@ -191,7 +196,7 @@ def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
 
 
 def _token_starts(tokenizer: Any, text: str) -> list[int]:
-    """Return the character offset at which each token of ``text`` begins."""
+    """Return the character position in ``text`` at which each of its tokens begins."""
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]

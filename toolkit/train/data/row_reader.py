@@ -1,7 +1,7 @@
-"""Read data files as Arrow tables, with the location of each row for error messages.
+"""Read data files as Arrow tables, with the place of each row for error messages.
 
-JSONL and JSON are parsed here, because errors of pandas and pyarrow do not have the line number.
-Values keep their types. In CSV, all values are texts.
+JSONL and JSON are parsed here, because the errors of pandas and pyarrow have no line number. In all
+formats except CSV, values keep their types. In CSV, all values are texts.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any numbe
 
 
 def read_file(path: Path, limit: int | None = None) -> Rows:
-    """Read the first ``limit`` rows of a file, whose suffix decides the format. The rows do not
-    depend on the file afterwards, because it is not mapped into memory.
+    """Return the first ``limit`` rows of a data file. The suffix of the path decides the format.
+    The rows are in memory, so the file may change afterwards.
 
     Raises:
         InputError: the file is missing, unreadable, not a regular file, or invalid. The message has
@@ -76,7 +76,7 @@ def _read_jsonl(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         where = f"{path}:{number}"
         row = _parse(text, where)
         if not isinstance(row, dict):
-            broken(where, f"a line must be a JSON object, not {kind_of(row)}")
+            broken(where, f"each line must be a JSON object, but this line is {kind_of(row)}")
         rows.append(row)
         lines.append(number)
     return from_rows(rows, lambda index: f"{path}:{lines[index]}")
@@ -90,10 +90,16 @@ def _read_json(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
-        broken(str(path), 'must be a list of objects, or {"data": [...]} with such a list')
+        broken(
+            str(path),
+            'must be a list of JSON objects, or {"data": [...]} with a list of JSON objects',
+        )
     for index, row in enumerate(value):
         if not isinstance(row, dict):
-            broken(f"{path} row {index + 1}", f"must be a JSON object, not {kind_of(row)}")
+            broken(
+                f"{path} row {index + 1}",
+                f"each row must be a JSON object, but this row is {kind_of(row)}",
+            )
     return from_rows(value[:limit], lambda index: f"{path} row {index + 1}")
 
 
@@ -155,7 +161,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         rows, taken = opened.metadata.num_rows, []
         wanted = rows if limit is None else min(limit, rows)
         if wanted > MAX_ROWS:
-            broken(str(path), f"has {rows} rows; the maximum is {MAX_ROWS}")
+            broken(str(path), f"has {rows} rows, but at most {MAX_ROWS} rows are supported")
         count = 0
         for batch in opened.iter_batches() if wanted else ():
             taken.append(batch)
@@ -193,7 +199,9 @@ LIMITS = {".json": MAX_JSON_DATA_BYTES}
 
 
 def _read_archive(path: Path, limit: int | None) -> Rows:
-    """Read the only data file in an archive. Its name in messages is ``archive/member``."""
+    """Read the data file in an archive, which must be the only one. Messages call the file
+    ``archive/member``.
+    """
     with tempfile.TemporaryDirectory(prefix="toolkit-data-") as temporary:
         folder = unpack(path, Path(temporary) / "data")
         files = [
@@ -231,6 +239,6 @@ def _parse(text: str, where: str) -> Any:
 def _nearest(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
-        return f"correct the path; the folder {folder} does not exist either"
+        return f"correct the path, because the folder {folder} does not exist either"
     there = sorted(item.name for item in folder.iterdir() if data_kind(item))
     return f"use a data file in {folder}: {', '.join(there[:8])}" if there else None
