@@ -125,8 +125,8 @@ def test_write_leaves_what_it_cannot_replace(tmp_path, model):
     told = call("size", path, "--gpu", "h100", "--write").stdout
     assert path.read_text() == before.replace("'auto'", "bfloat16")
     for name in ("max_lora_rank: 16", "gpu_memory_utilization: 0.", "max_num_seqs: 8"):
-        what = 'not written, because this "auto" is a YAML alias, anchor or block'
-        assert f"{what}: model.{name}" in told
+        assert f"not written: model.{name}" in told
+    assert told.count('(this "auto" is a YAML alias, anchor or block)') == 3
 
 
 def test_write_json_and_toml(tmp_path, model):

@@ -225,7 +225,7 @@ def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str, tmp_
     assert several.returncode == 1, several.stdout + several.stderr
     told = " ".join(several.stdout.split())
     assert "host.shm" in told
-    assert "64.0 MiB free of 64.0 MiB; the processes of a job on 2 cards share it" in told
+    assert "64.0 MiB free of 64.0 MiB; the processes of a job on 2 cards need" in told
     assert "--shm-size 8g" in told
 
     enough = store.run(

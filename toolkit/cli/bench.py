@@ -38,7 +38,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
     "--arms",
     default=",".join(ARMS),
     show_default=True,
-    help="The trainers to compare, separated by commas. They run in this order.",
+    help="Trainers to compare, in this order.",
 )
 @click.option("--workload", type=click.Choice(tuple(WORKLOADS)), default="even", show_default=True)
 @click.option("--rank", "r", type=click.IntRange(min=1))

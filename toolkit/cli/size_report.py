@@ -210,7 +210,7 @@ def _bars(result: SizingResult) -> str:
         bar = _bar(terms, whole, int(result.device["free_bytes"]))
         seen.update(bar)
         used = f"{taken / GIB:.1f} of {whole / GIB:.1f} GiB"
-        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV cache freed' if asleep else ''}")
+        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV freed' if asleep else ''}")
     legend = [f"{letter} {meaning}" for letter, meaning, _ in LETTERS if letter in seen]
     legend += [f"{letter} {meaning}" for letter, meaning in OTHER_LETTERS if letter in seen]
     indent = " " * 9

@@ -95,7 +95,7 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
             )
         return Presence(
             "no driver",
-            f"{many}, but the NVIDIA driver is not installed (no libnvidia-ml.so.1)",
+            f"{many}, but the NVIDIA driver is missing: libnvidia-ml.so.1 is not installed",
             "install the NVIDIA driver (580 or newer for CUDA 13)",
         )
     if start.code == _DRIVER_NOT_LOADED:

@@ -44,6 +44,6 @@ def test_a_large_shape_without_a_gpu_is_refused_at_once(tmp_path: Path, shape: s
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert f"--shape: the shape {shape or 'llama-1b'} needs a GPU" in done.stderr
-    assert "fix: use --shape tiny, or a machine with a GPU" in done.stderr
+    assert "fix: use `--shape tiny`, or a machine with a GPU" in done.stderr
     assert done.stdout == ""
     assert not any(tmp_path.iterdir())

@@ -223,7 +223,7 @@ def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
     alone = CheckContext(configured=True)
     result = verdict(with_shm("h100x8-small-shm", small), "host.shm", alone)
     assert result.verdict == "ok"
-    assert "one process does not use it" in result.evidence
+    assert "one process does not need /dev/shm" in result.evidence
     assert verdict(with_shm("h100x8-small-shm", 0), "host.shm", alone).verdict == "warn"
     for several in (
         CheckContext(configured=True, world_size=2),
@@ -232,7 +232,7 @@ def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
     ):
         result = verdict(with_shm("h100x8-small-shm", small), "host.shm", several)
         assert (result.verdict, result.blame) == ("fail", "user")
-        assert "job on 2 cards share it and need 512.0 MiB" in result.evidence
+        assert "job on 2 cards need at least 512.0 MiB free" in result.evidence
         assert result.remedy is not None
         assert "--shm-size" in result.remedy
         assert verdict(with_shm("h100x8-small-shm", enough), "host.shm", several).verdict == "ok"
@@ -248,7 +248,7 @@ def test_cards_that_share_a_model_want_nvlink() -> None:
     slow = replace(node, gpus=tuple(replace(gpu, nvlinks=of([])) for gpu in node.gpus))
     result = verdict(slow, "speed.group_link", group)
     assert result.verdict == "warn"
-    assert "the 2 cards that share the model communicate over PCIe" in result.evidence
+    assert "the 2 cards of the tensor-parallel group use PCIe" in result.evidence
     hidden = replace(node, gpus=tuple(replace(gpu, nvlinks=failed("driver")) for gpu in node.gpus))
     assert verdict(hidden, "speed.group_link", group).verdict == "unknown"
     assert "speed.group_link" not in {one.id for one in run_checks(node, CheckContext())}
@@ -259,7 +259,7 @@ def test_cards_that_share_a_model_are_of_one_kind() -> None:
     group = CheckContext(configured=True, tensor_parallel_size=4, world_size=8)
     result = verdict(node, "devices.alike", group)
     assert (result.verdict, result.blame) == ("fail", "user")
-    assert "cards 4 to 7 would share a model, but differ: NVIDIA" in result.evidence
+    assert "cards 4 to 7 form a tensor-parallel group, but differ: NVIDIA" in result.evidence
     assert "CUDA_VISIBLE_DEVICES" in str(result.remedy)
     replicas = CheckContext(configured=True, world_size=8)
     assert verdict(node, "devices.alike", replicas).verdict == "warn"

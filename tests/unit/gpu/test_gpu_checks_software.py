@@ -13,7 +13,8 @@ from toolkit.gpu.reading import NOT_ASKED
 def test_a_lock_is_compared() -> None:
     snapshot = snapshot_of("h200-healthy")
     held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
-    assert verdict(snapshot, "software.lock", held).evidence == "1 package as locked"
+    same = verdict(snapshot, "software.lock", held)
+    assert same.evidence == "versions of the lock file: 1 package"
     off = verdict(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
     assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
 

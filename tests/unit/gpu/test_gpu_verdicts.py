@@ -37,7 +37,7 @@ def test_a_display_is_not_a_tenant(
     assert (result.verdict, result.blame) == ("fail", "user")
     assert evidence in result.evidence
     share = 0.71 if "display" in node else 0.67
-    assert f"gpu_memory_utilization to at most {share:.2f}" in str(result.remedy)
+    assert f"`gpu_memory_utilization` to at most {share:.2f}" in str(result.remedy)
 
 
 def test_hidden_processes_hold_the_rest() -> None:

@@ -52,7 +52,7 @@ def test_empty_duplicate_and_long_prompts_are_counted(tmp_path: Path) -> None:
     assert data.report.lines() == [
         f"4 plain prompts from {tmp_path}/train.jsonl",
         "3 of 7 rows have no prompt and were left out",
-        "2 prompts are duplicates of earlier prompts (kept)",
+        "2 prompts are duplicates of earlier prompts and were kept",
         "1 prompts were longer than grpo.max_prompt_length: their first tokens were removed "
         "(the longest had 5 tokens)",
     ]
@@ -173,11 +173,11 @@ def test_a_damaged_folder(tmp_path: Path, damage, error) -> None:
     ("section", "message"),
     [
         ({"prompt": "quest"}, "'quest', which does not exist; the columns are q, a"),
-        ({"prompt": "qq"}, "fix: set dataset.prompt: q"),
+        ({"prompt": "qq"}, "fix: set `dataset.prompt` to q"),
         ({"answer": "answer"}, "dataset.answer names the column 'answer'"),
         (
             {"eval_split": "test"},
-            "is a single file. A file has no splits, but the run file sets the split 'test'",
+            "is a single file without splits, but the run file sets the split 'test'",
         ),
         ({"path": None}, "the run file names no data set, so there are no prompts to train on"),
     ],
@@ -190,7 +190,7 @@ def test_refused_sections(tmp_path: Path, section: dict[str, Any], message: str)
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "the dataset is empty"), ([{"q": "", "a": 1}], "column 'q' is empty in every row")],
+    [([], "the dataset is empty"), ([{"q": "", "a": 1}], "no row has a prompt in the column 'q'")],
 )
 def test_nothing_to_train_on(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -199,7 +199,7 @@ def test_nan_is_no_answer(tmp_path: Path) -> None:
 
 def test_a_data_set_without_any_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{"q": "w1", "a": None}]))
-    with pytest.raises(ConfigError, match="column 'a' has no answers: it is null in all 1"):
+    with pytest.raises(ConfigError, match="column 'a' has no answers: all 1 values are null"):
         load(tmp_path / "d.jsonl")
 
 

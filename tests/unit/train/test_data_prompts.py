@@ -91,7 +91,7 @@ def test_a_text_loses_its_first_tokens() -> None:
     assert prompt_format.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
     assert prompt_format.truncate(tokenizer, text, 11) == text
     with pytest.raises(
-        ConfigError, match=r"max_prompt_length .1 tokens.: the special tokens alone have 1"
+        ConfigError, match=r"max_prompt_length .1 tokens., because the special tokens alone have 1"
     ):
         prompt_format.truncate(tokenizer, text, 1)
 
@@ -109,7 +109,7 @@ def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
     shorter = prompt_format.truncate(tokenizer, chat, whole - 4)
     assert [message["content"] for message in shorter] == ["w1 w2", "", "w7", "w8 w9"]
     assert chat[1]["content"] == "w3 w4 w5"
-    with pytest.raises(ConfigError, match="system prompt and template alone have 11 tokens"):
+    with pytest.raises(ConfigError, match="system prompt and chat template alone have 11 tokens"):
         prompt_format.truncate(tokenizer, chat, 5)
 
 

@@ -176,9 +176,7 @@ def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Arr
     except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _first_misfit(values)
     if _has_surrogate(values[index]):
-        broken(
-            place(index), f"column {name!r} contains a lone surrogate, which is half of a character"
-        )
+        broken(place(index), f"column {name!r} contains half of a character (a lone surrogate)")
     first = next((value for value in values[:index] if value is not None), None)
     raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
 
