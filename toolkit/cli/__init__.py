@@ -1,5 +1,5 @@
 """The commands ``toolkit`` and ``envcheck``.
 
-A function imports slow modules such as torch itself, after the arguments are parsed. So ``--help``
-and errors of the command line appear at once.
+Modules that are slow to import, such as torch, are imported inside the function that needs them,
+after the arguments are parsed. Thus ``--help`` and usage errors appear at once.
 """

@@ -139,7 +139,7 @@ def bench(
     checkpoint on the same prompts in its own process. Without a GPU, use only `--shape tiny`.
 
     The options `--ours-...` change settings of the toolkit. The sizer chooses the toolkit's other
-    settings. It estimates the memory that TRL and Unsloth need with `--per-device-batch` and
+    settings. The sizer estimates the memory that TRL and Unsloth need with `--per-device-batch` and
     gradient checkpointing, and lets the toolkit use at most this much memory.
 
     A workload sets these values, which other options can change:

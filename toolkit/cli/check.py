@@ -184,7 +184,7 @@ def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
 
 
 MEANING = {
-    1: "Change the config or the request (exit 1).",
+    1: "Change the run file or the options (exit 1).",
     3: "This node is bad; another node may work (exit 3).",
     4: "Try again later (exit 4).",
     5: "Some checks could not be completed, and --strict requires all (exit 5).",

@@ -21,8 +21,11 @@ COMMANDS = {
         "toolkit.cli.explain:explain",
         "Explain a rule, a check, a config key, or a pasted traceback.",
     ),
-    "record": ("toolkit.cli.record:record", "Write a redacted snapshot of this node."),
-    "replay": ("toolkit.cli.record:replay", "Check a recorded snapshot as if on its node."),
+    "record": (
+        "toolkit.cli.record:record",
+        "Write a snapshot of this node without names and secrets.",
+    ),
+    "replay": ("toolkit.cli.record:replay", "Run the checks on a snapshot of another node."),
     "calibrate": (
         "toolkit.cli.calibrate:calibrate",
         "Compare a run's measured memory peaks with the prediction.",

@@ -41,8 +41,8 @@ def verdict_word(verdict: str) -> str:
 
 
 def terminal_width() -> int:
-    """Return the width of the terminal in columns, at least 80. The variable COLUMNS overrides the
-    width.
+    """Return the width of the terminal in columns, at least 80. The environment variable COLUMNS
+    overrides the width.
     """
     return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 

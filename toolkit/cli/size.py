@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="Compute for this card (h200, 4090, ...). This node need not have it.",
+    help="Compute the memory for this card (h200, 4090, ...), even if this node does not have it.",
 )
 @click.option(
     "--gpu-index",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Compute for the GPU of this node that CUDA numbers N.",
+    help="Compute the memory for the GPU that CUDA numbers N on this node.",
 )
-@click.option("--cpu", is_flag=True, help="Compute for the CPU, even if this node has a GPU.")
+@click.option(
+    "--cpu", is_flag=True, help="Compute the memory for the CPU, even if this node has a GPU."
+)
 @click.option(
     "--set",
     "overrides",
@@ -88,7 +90,8 @@ def size(
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
-    """Return the device to compute for: the card that the options name, or the card of this node.
+    """Return the device to size a run for: the card that the options name, or the card of this
+    node.
 
     If this node has no usable card, return None, which means the CPU. If this node has a GPU that
     cannot be used, the reason is printed. Raises ConfigError for an unknown card or index.

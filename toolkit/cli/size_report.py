@@ -68,7 +68,7 @@ def _head(result: SizingResult) -> str:
             "this model exactly"
         )
     if result.device is None:
-        lines.append("device  the CPU (--gpu NAME sizes for a card)")
+        lines.append("device  the CPU (use --gpu NAME for a card)")
     else:
         device = result.device
         major, minor = device["compute_capability"]

@@ -1,4 +1,4 @@
-"""``toolkit train``: train as a run file says, from the checks of the node to the report."""
+"""``toolkit train``: check the node, train as the run file says, and write a report."""
 
 from __future__ import annotations
 

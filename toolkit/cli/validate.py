@@ -1,5 +1,5 @@
-"""``envcheck validate``: print every error in run files, with its position, the computation behind
-it and the fix.
+"""``envcheck validate``: print every error in run files, with its position, the calculation that
+shows the error, and the fix.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ logs in card_sources and NVIDIA's MIG guide. If drivers print different sizes, t
 used.
 
 A size with ``~`` is computed, because no size of this slice was published. NVIDIA divides the
-memory of a card into eighths, and a slice gets one or more eighths. The computation compares the
-published slices of other cards with the same number of eighths. It uses the smallest share of a
-card's memory that one of these slices has.
+memory of a card into eighths, and a slice gets one or more eighths. Other cards have published
+slices with the same number of eighths. For each of them, the share of its card's memory is
+computed. The smallest share, multiplied by the memory of this card, is the size of the slice.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ def read_cgroup(root: Path) -> dict[str, Any]:
     """Return {version, memory_limit, memory_used, cpu_limit}. The values for memory are in bytes,
     and cpu_limit is a number of CPUs. A limit of None means that there is no limit.
 
-    The limits of all parent groups apply too, so each limit is the smallest one of the group and
-    its parents.
+    The limits of all parent groups apply too. So memory_limit and cpu_limit are the smallest limits
+    among the group and its parent groups.
 
     Raises:
         OSError: there is no cgroup file system.
@@ -45,8 +45,8 @@ def read_cgroup(root: Path) -> dict[str, Any]:
 
 
 def _groups(root: Path) -> dict[str, str]:
-    """Return {controller: path of this process's control group}. In version 2, the only key
-    is "".
+    """Return {controller: path of the control group of this process}. With cgroup version 2, the
+    only key is "".
     """
     groups: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():

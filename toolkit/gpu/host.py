@@ -118,8 +118,9 @@ def _space(path: Path) -> dict[str, int]:
 
 
 def disk(role: str, path: Path) -> dict[str, Any]:
-    """Return the total and the free space of the file system of a folder, and whether the folder is
-    writable. For a folder that does not exist yet, its nearest existing parent is used.
+    """Return the total space, the free space and the free inodes of the file system of a folder,
+    and whether the folder is writable. For a folder that does not exist yet, its nearest existing
+    parent is used.
     """
     existing = path.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
@@ -175,8 +176,8 @@ def _user(environ: Mapping[str, str]) -> Reading[str]:
 
 def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
     """Return {container, kubernetes, slurm, wsl}: the name of the container engine or None, and
-    whether this process runs under Kubernetes, Slurm and WSL. Files and environment variables show
-    this.
+    whether this process runs under Kubernetes, Slurm and WSL. All four are detected from files and
+    environment variables.
     """
     container = None
     if "APPTAINER_CONTAINER" in environ or "SINGULARITY_CONTAINER" in environ:

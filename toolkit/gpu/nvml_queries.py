@@ -26,8 +26,8 @@ _SLOWDOWN = 1
 
 
 def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
-    """Call ``queries`` in turn until the driver supports one of them, and return its result. The
-    newest query comes first, because older drivers do not support it.
+    """Return the result of the first of ``queries`` that the driver supports. The newest query
+    comes first, because older drivers do not support it.
     """
     for query in queries[:-1]:
         try:
@@ -133,8 +133,9 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
 
 
 def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return how many memory rows were remapped after correctable and after uncorrectable errors,
-    and whether a remap is pending or has failed (Ampere and later).
+    """Return {correctable, uncorrectable, pending, failure} for cards since Ampere: how many memory
+    rows were remapped because of correctable and of uncorrectable errors, whether a remap is
+    pending, and whether a remap has failed.
     """
     correctable, uncorrectable, pending, failure = nvml.nvmlDeviceGetRemappedRows(handle)
     return {
@@ -146,8 +147,9 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return how many memory pages were retired after many single-bit errors and after one
-    double-bit error, and whether a retirement is pending (cards before Ampere).
+    """Return {single_bit, double_bit, pending} for cards before Ampere: how many memory pages were
+    retired because of several single-bit errors and because of a double-bit error, and whether a
+    retirement is pending.
     """
     return {
         "single_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 0)),

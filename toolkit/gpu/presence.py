@@ -32,12 +32,12 @@ class Presence:
 # NVML's return codes.
 _NO_PERMISSION, _DRIVER_NOT_LOADED, _NO_LIBRARY, _MISMATCH = 4, 9, 12, 18
 _PASS_IN = {
-    "docker": "run the container with --gpus all (NVIDIA Container Toolkit on the host)",
-    "podman": "run the container with --device nvidia.com/gpu=all (CDI)",
-    "apptainer": "run apptainer with --nv",
+    "docker": "run the container with `--gpus all` (the host needs the NVIDIA Container Toolkit)",
+    "podman": "run the container with `--device nvidia.com/gpu=all` (the host needs CDI)",
+    "apptainer": "run apptainer with `--nv`",
 }
-_KUBERNETES = "give the pod resources.limits: {nvidia.com/gpu: 1}"
-_SLURM = "request a GPU from Slurm, e.g. --gpus=1"
+_KUBERNETES = "set `resources.limits: {nvidia.com/gpu: 1}` for the pod"
+_SLURM = "request a GPU from Slurm, for example with `--gpus=1`"
 _ELSEWHERE = "use a machine with an NVIDIA GPU"
 
 

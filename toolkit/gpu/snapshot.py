@@ -143,8 +143,8 @@ def take(
     revision: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> NodeSnapshot:
-    """Read this node: NVML, the host and the installed software. Writes nothing and needs no
-    privileges.
+    """Return the snapshot of this node: NVML, the host and the installed software. Writes nothing
+    and needs no privileges.
 
     Args:
         paths: the folders whose disks are read, by role (``output_dir``, ``HF_HOME`` ...). For a

@@ -238,7 +238,7 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        ConfigError, match=r"not a file or folder on this machine.* HF_HUB_OFFLINE is set"
+        ConfigError, match=r"was not found: this machine has no such file.* HF_HUB_OFFLINE is set"
     ):
         load("somebody/nothing")
 
@@ -247,7 +247,7 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "message", "code"),
     [
         (ConnectionError("no"), "the hub does not answer", 4),
-        (datasets.exceptions.DatasetNotFoundError("gone"), "not a hub dataset .*gone", 1),
+        (datasets.exceptions.DatasetNotFoundError("gone"), "no such hub dataset .*gone", 1),
         (ValueError("Unknown split"), "Unknown split", 1),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", 1),
     ],

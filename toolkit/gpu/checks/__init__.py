@@ -86,15 +86,15 @@ def run_checks(
 
 
 def exit_code(results: Sequence[CheckResult], *, strict: bool = False, node: bool = False) -> int:
-    """Return the exit code for the results of the checks (see ``base.errors.EXIT_CODES``). The code
-    shows who must act.
+    """Return the exit code for the results of the checks (see ``base.errors.EXIT_CODES``). The exit
+    code shows who must act.
 
     A bad node (3) takes precedence over a user error (1), because a bad node can cause the user
     error: a job requests eight cards, but only seven respond.
 
-    With ``node``, only a bad node counts as a failure. Therefore a scheduler's prolog does not
-    drain a node because of a mistake in the job, or because of a process that is just ending. With
-    ``strict``, a check with the verdict "unknown" counts too (5).
+    With ``node``, only a bad node is a failure. Therefore a scheduler's prolog does not drain a
+    node because of a mistake in the job, or because of a process that is just ending. With
+    ``strict``, the exit code is 5 if no check failed but a check has the verdict "unknown".
     """
     blames = {result.blame for result in results if result.verdict == "fail"}
     for blame, code in (("node", 3), ("user", 1), ("retry", 4)):

@@ -70,8 +70,8 @@ class CheckContext:
 
     @property
     def gpus_wanted(self) -> int:
-        """The number of cards of this node that the job uses. One process uses one card, so this is
-        the largest of required_gpus, world_size and tensor_parallel_size.
+        """The number of cards of this node that the job uses. One process uses one card, so the job
+        needs the largest of required_gpus, world_size and tensor_parallel_size.
         """
         return max(self.required_gpus, self.world_size, self.tensor_parallel_size)
 
@@ -208,7 +208,7 @@ def unknown(evidence: str, remedy: str | None = None) -> Outcome:
 
 
 def unread(reading: Reading[Any], what: str) -> Outcome | None:
-    """Return the outcome of a check if the value that it needs could not be read from the driver.
+    """Return the outcome of a check whose value could not be read from the driver.
 
     If the query failed, the outcome is "unknown", so that a failed query never counts as a pass. If
     the driver does not support the query, the check does not apply, and the result is None.
@@ -223,8 +223,8 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
     Usually these are the devices that CUDA sees. There is an exception if neither
     CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, and no card has MIG slices. Then the result
     is every card, including cards that no longer respond. CUDA skips a card that does not respond
-    and renumbers the other cards. Without the exception, no check would report this, and the job
-    would get another card than expected.
+    and renumbers the other cards. Without the exception, no check would report the lost card, and
+    the job would get another card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):

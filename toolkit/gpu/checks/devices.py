@@ -83,7 +83,7 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         cards.is_of(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
     ):
         return fail(
-            "user", f"{wanted_card} is required, but the job has: {', '.join(sorted(names))}"
+            "user", f"{wanted_card} is required, but the job has {', '.join(sorted(names))}"
         )
     least = context.required_capability
     low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
@@ -107,8 +107,8 @@ def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
     if "MIG-" in entries:
         return warn(
-            f"vLLM {installed} asks NVML for the memory of a MIG slice by its index, so vLLM may "
-            "use the memory size of the whole card",
+            f"vLLM {installed} queries NVML with an index instead of the UUID of the MIG slice, so "
+            "it may use the memory size of the whole card",
             "set `model.gpu_memory_utilization` to the value that `envcheck size` prints, because "
             "that value is computed from the memory of the slice",
         )
@@ -186,8 +186,8 @@ CHECKS = (
     Check(
         "devices.count",
         "There are as many GPUs as the job needs",
-        "Only GPUs that CUDA_VISIBLE_DEVICES lists and that respond are counted. The required "
-        "number is the largest of --require N, the world size on this node and "
+        "Only GPUs that respond and that CUDA_VISIBLE_DEVICES does not hide are counted. The "
+        "required number is the largest of --require N, the world size on this node and "
         "model.tensor_parallel_size.",
         "request more GPUs from the scheduler, or lower `model.tensor_parallel_size`",
         count,

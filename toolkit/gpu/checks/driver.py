@@ -89,7 +89,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     least = MINIMUM_DRIVER.get(major)
     if least is None:
         return unknown(
-            f"torch was built for CUDA {wanted}, and the driver version that this needs is unknown"
+            f"torch was built for CUDA {wanted}, but the driver version for this CUDA is unknown"
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
@@ -141,14 +141,14 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not found:
         return fail(
             "user" if _contained(snapshot) else "node",
-            "NVML works, but libcuda.so.1 is not on the library search path: CUDA cannot start",
+            "NVML works, but CUDA cannot start: libcuda.so.1 is not on the library search path",
             "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the "
             "driver's CUDA library",
         )
     first, module = found[0], snapshot.driver.kernel_module.value
     where = f"{first['path']} ({first['source']})"
     if "/stubs/" in first["path"]:
-        return fail("user", f"{where} is only a stub for linking: CUDA finds no driver through it")
+        return fail("user", f"{where} is only a stub library for linking, so CUDA finds no driver")
     module = module or snapshot.driver.version.value
     if first["version"] is None or module is None:
         place = snapshot.host.place.value or {}
@@ -167,7 +167,7 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return fail(
         "user" if first["source"] == "LD_LIBRARY_PATH" else "node",
         f"{where} belongs to driver {first['version']}, but the kernel module belongs to "
-        f"driver {module}: CUDA error 803",
+        f"driver {module}, so CUDA fails with error 803",
     )
 
 
@@ -189,7 +189,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return fail(
             "user",
             f"{first['path']} needs forward compatibility, but {consumer[0].label} "
-            f"({consumer[0].name.value}) does not support it: CUDA error 804",
+            f"({consumer[0].name.value}) does not support it. CUDA fails with error 804",
         )
     return ok(f"forward compatibility {version} works on these data-centre cards")
 

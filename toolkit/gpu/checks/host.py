@@ -153,7 +153,7 @@ def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
     if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
-        return warn(f"{text} (not needed, because the model is already on this machine)")
+        return warn(f"{text} (the run writes nothing there: the model is already on this machine)")
     return fail("user", text)
 
 

@@ -66,7 +66,7 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return (
         warn("; ".join(off))
         if off
-        else ok(f"pinned versions: {plural(checked, 'package')} of the pip extra {extra!r}")
+        else ok(f"{plural(checked, 'package')} with the pinned version (pip extra {extra!r})")
     )
 
 
@@ -84,7 +84,7 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         more = f" and {len(off) - 6} more" if len(off) > 6 else ""
         return fail("user", f"{', '.join(off[:6])}{more}")
     held = sum(1 for name in context.lock if have.get(name))
-    return ok(f"versions of the lock file: {plural(held, 'package')}")
+    return ok(f"{plural(held, 'package')} with the version of the lock file")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
@@ -188,8 +188,8 @@ _ROWS = (
         "The training packages are the tested ones",
         "The trainer and the engine use internal interfaces of pinned TRL, vLLM and PEFT "
         "versions. Contract tests cover only these versions.",
-        "install the pip extra again: `pip install 'grpo-toolkit[cuda]'` (or [cpu-engine], "
-        "[train])",
+        "run `pip install 'grpo-toolkit[cuda]'` again (with `[cpu-engine]` or `[train]` if the "
+        "toolkit was installed with this pip extra)",
         pins,
     ),
     (
@@ -212,7 +212,7 @@ _ROWS = (
         "software.torch",
         "torch can use the GPU",
         "A CPU build of torch ignores the card without an error.",
-        "install torch from the CUDA index: `pip install 'grpo-toolkit[cuda]'`",
+        "install a CUDA build of torch with `pip install 'grpo-toolkit[cuda]'`",
         torch,
     ),
     (
@@ -226,8 +226,8 @@ _ROWS = (
     (
         "software.features",
         "The card supports the requested number formats",
-        "bfloat16 and FP8 caches need compute capability 8.0. The 4-bit weights of bitsandbytes "
-        "need compute capability 7.0.",
+        "bfloat16 and FP8 caches need compute capability 8.0 or higher. The 4-bit weights of "
+        "bitsandbytes need compute capability 7.0 or higher.",
         "change `dtype`, `load_in_4bit`, `load_in_8bit` or `float8_kv_cache`, or use a newer card",
         features,
     ),

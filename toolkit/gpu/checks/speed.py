@@ -160,7 +160,7 @@ _ROWS = (
         "speed.throttle",
         "Nothing lowers the clocks",
         "Heat, a power brake or a failing power supply can halve the clocks without any error.",
-        "use another node until the cooling and the power supply of this node were checked",
+        "use another node, and ask the node's owner to check the cooling and the power supply",
         throttle,
     ),
     (
@@ -174,7 +174,7 @@ _ROWS = (
         "speed.temperature",
         "The card is below its slowdown temperature",
         "At its slowdown temperature a card halves its clocks.",
-        "use another node until the cooling of this node was checked",
+        "use another node, and ask the node's owner to check the cooling",
         temperature,
     ),
     (

@@ -157,8 +157,8 @@ def without_nulls(value: Any) -> Any:
 
 def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
     """Return ``table`` as a Dataset for the trainer. ``chats`` is the name of the column with
-    chats, or None. If its messages contain nulls, ``without_nulls`` removes the nulls whenever rows
-    are read.
+    chats; None if all prompts are texts. Whenever a row is read, ``without_nulls`` removes the
+    nulls from the messages in this column.
     """
     dataset = datasets.Dataset(table)
     if chats is None or without_nulls(first := table[chats].to_pylist()) == first:

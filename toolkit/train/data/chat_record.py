@@ -46,8 +46,11 @@ def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
     """Return ``then``, the config values that the checkpoint ``found`` recorded, with a value for
-    ``dataset.chat``. If a checkpoint of an older version has no such value, the log of the run
-    shows it. The value is None if the log has no completion and ``dataset.system`` was set.
+    ``dataset.chat``.
+
+    A checkpoint of an older version has no such value. Then the first completion in the log of the
+    run shows whether its prompts were chats. Without a completion, ``dataset.chat`` is false if
+    ``dataset.system`` was not set, else None.
     """
     if then.get(KEY) is not None:
         return dict(then)

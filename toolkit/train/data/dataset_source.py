@@ -81,9 +81,9 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
     if not (folder / "state.json").is_file():
         inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
         raise ConfigError(
-            "is not a folder that `save_to_disk` of datasets wrote",
+            "is not a folder that `save_to_disk` of the datasets library wrote",
             where=str(folder),
-            fix=f"use a file in it: {', '.join(inside[:8])}" if inside else None,
+            fix=f"use a file in this folder: {', '.join(inside[:8])}" if inside else None,
         )
     files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
     check_folder(folder)
@@ -133,8 +133,8 @@ def _read_hub(
         why = "HF_HUB_OFFLINE is set" if offline else "the hub does not answer"
         raise kind(
             (
-                f"dataset {path!r} is not a file or folder on this machine and not in the hub's "
-                f"cache, and {why}"
+                f"dataset {path!r} was not found: this machine has no such file or folder, the hub "
+                f"cache does not contain it, and {why}"
             ),
             fix="use a path that starts with `./` or `/` for a file. Download a hub dataset on a "
             "machine with network access, save it with `save_to_disk`, and use the path of the "
@@ -142,8 +142,8 @@ def _read_hub(
         ) from error
     except FileNotFoundError as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ConfigError(
-            f"dataset {path!r} is not a file or folder on this machine and not a hub dataset that "
-            f"this account can read ({first_line(error)})",
+            f"dataset {path!r} was not found: this machine has no such file or folder, and this "
+            f"account can read no such hub dataset ({first_line(error)})",
         ) from error
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, or a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error

@@ -199,8 +199,8 @@ LIMITS = {".json": MAX_JSON_DATA_BYTES}
 
 
 def _read_archive(path: Path, limit: int | None) -> Rows:
-    """Read the data file in an archive, which must be the only one. Messages call the file
-    ``archive/member``.
+    """Read the only data file in an archive. Messages call the file ``archive/member``. Raises
+    ConfigError if the archive contains no data file or several data files.
     """
     with tempfile.TemporaryDirectory(prefix="toolkit-data-") as temporary:
         folder = unpack(path, Path(temporary) / "data")
