@@ -254,7 +254,7 @@ def _learn(
     gguf: Path | None,
     as_json: bool,
 ) -> None:
-    """Run ``bench --learn``: train the real model with every arm and seed, and print the
+    """Run ``bench --learn``: train a real model with every arm and every seed, and print the
     results.
     """
     model = models.resolve() / "smollm2-135m-instruct"

@@ -1,4 +1,4 @@
-"""``envcheck calibrate``: compare the memory that a run used with the sizer's prediction.
+"""``envcheck calibrate``: compare the sizer's prediction with the memory that a run used.
 
 The output has one row for each term of the memory budget.
 """

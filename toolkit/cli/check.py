@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that ``check`` and ``record`` share to a command. These options describe what
-    a job requires of the node.
+    """Return ``command`` with the options that ``envcheck check`` and ``envcheck record`` have in
+    common. These options describe what a job requires of the node.
     """
     options = (
         click.option(
@@ -80,7 +80,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @request_options
 @click.option(
-    "--node", is_flag=True, help="Check only the node's health (for a scheduler's prolog)."
+    "--node", is_flag=True, help="Check only the health of the node, as in a scheduler's prolog."
 )
 @click.option(
     "--strict", is_flag=True, help="Treat a check that cannot be completed as a failure (exit 5)."

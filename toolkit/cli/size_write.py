@@ -64,7 +64,7 @@ def write_choice(document: Document, resolved: RunConfig) -> str:
         text = text[:start] + spelled + text[end:]
     if parse(replace(source, text=text)).root.to_plain() != expected:
         raise ConfigError(
-            "the values cannot be written without changing other values",
+            "the chosen values cannot be written without changing other values of the file",
             where=source.name,
             fix="replace the YAML aliases in the run file by their values, so that each key has "
             "its own value",

@@ -71,7 +71,7 @@ class _Request:
 @click.option(
     "--gpu",
     metavar="NAME|none",
-    help="Validate for this card (h200, a100-40, t4 ...). none means a machine without a GPU.",
+    help="Validate for this card (h200, a100-40, t4 ...). `none` is a machine without a GPU.",
 )
 def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     """Find every error in run files. FILE is a YAML, JSON or TOML file, a folder, a glob pattern,

@@ -155,9 +155,9 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
 
 
 def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
-    """Return the memory of ``gpu`` that CUDA can use; None if it is unknown. GB10 and Jetson share
-    their memory with the CPU, and NVML does not report it. For these devices, the result is the
-    total and the available memory of the host.
+    """Return how much memory of ``gpu`` CUDA can use; None if this is unknown. GB10 and Jetson
+    share their memory with the CPU, and NVML does not report this memory. For these devices, the
+    result is the total and the available memory of the host.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
         return Memory(gpu.total_bytes, gpu.free_bytes)
@@ -178,8 +178,8 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
 
 def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
     """Return the CPU architecture of the node (x86_64, aarch64). If the snapshot does not contain
-    it, return the architecture in the table of cards. For a card that is not in the table, return
-    x86_64.
+    the architecture, return the one in the table of cards. For a card that is not in the table,
+    return x86_64.
     """
     if snapshot.software.machine.value:
         return snapshot.software.machine.value

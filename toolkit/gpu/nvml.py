@@ -71,7 +71,7 @@ def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
 
 def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
     """Return the results of all NVML queries on this node. If the driver does not respond within
-    ``deadline_s`` seconds, the result says so.
+    ``deadline_s`` seconds, the results have the reason in ``start``.
     """
     results: list[NvmlAnswers] = []
     worker = threading.Thread(target=lambda: results.append(_read()), name="nvml", daemon=True)

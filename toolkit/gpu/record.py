@@ -74,9 +74,9 @@ def _names_here() -> dict[str, str]:
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
-    """Return a copy of ``data`` without secrets. In every text, the keys of ``names`` are replaced
-    by their values, and UUIDs by invented UUIDs. Pids are replaced by small numbers, and the names
-    of processes by None.
+    """Return a copy of ``data`` without secrets. ``names`` maps each secret name to its
+    replacement, which is used in all texts. UUIDs are replaced by invented UUIDs, pids by small
+    numbers, and the names of processes by None.
     """
     pids: dict[int, int] = {}
     salt = os.urandom(16)

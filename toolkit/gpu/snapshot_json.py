@@ -41,7 +41,7 @@ _NOT_READINGS = {"index", "parent", "slices"}
 
 
 def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
-    """Return a card and its slices as plain objects. Fields that NVML was not asked for are
+    """Return a card and its slices as plain objects. Fields for which NVML was not queried are
     omitted.
     """
     readings = {

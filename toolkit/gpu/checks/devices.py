@@ -186,9 +186,9 @@ CHECKS = (
     Check(
         "devices.count",
         "There are as many GPUs as the job needs",
-        "Only GPUs that respond and that CUDA_VISIBLE_DEVICES does not hide are counted. The "
-        "required number is the largest of --require N, the world size on this node and "
-        "model.tensor_parallel_size.",
+        "A GPU counts if it responds and CUDA_VISIBLE_DEVICES does not hide it. The job needs the "
+        "largest of three numbers: N of `--require N`, the number of its processes on this node, "
+        "and model.tensor_parallel_size.",
         "request more GPUs from the scheduler, or lower `model.tensor_parallel_size`",
         count,
     ),

@@ -35,7 +35,9 @@ _P2P_OK = 0
 
 
 def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
-    """Check that neither heat, power nor the owner lowers the clocks of the card."""
+    """Check that the clocks of the card are not lowered by heat, by a lack of power or by the
+    node's owner.
+    """
 
     def look(gpu: GpuSnapshot) -> Outcome | None:
         mask = gpu.clock_reasons
@@ -48,7 +50,7 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return warn(f"{', '.join(trouble)}{now}")
         if mask.value & _OWNER_SET:
             return warn(
-                f"the node's owner has set lower clocks{now}",
+                f"the node's owner has limited the clocks{now}",
                 "ask the node's owner to reset the clocks with `nvidia-smi -rac`",
             )
         return ok("not throttled")

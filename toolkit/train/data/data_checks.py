@@ -59,7 +59,7 @@ def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.Chunke
         raise ConfigError(
             f"column {name!r} has no answers: all {len(column)} values are null",
             where=path,
-            fix="fill the column with answers, or remove `dataset.answer` if no reward needs it",
+            fix="fill the column, or remove `dataset.answer` if no reward uses answers",
         )
     return column, column.null_count
 
