@@ -103,8 +103,8 @@ CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip()
 
 
 def _key(name: str) -> str:
-    """Return ``name`` in a normal form, so that different spellings of a card are equal: ``NVIDIA
-    GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090`` give the same result.
+    """Return ``name`` in a normal form. Different spellings of a card have the same normal form:
+    ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090``.
     """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 

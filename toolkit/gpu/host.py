@@ -1,5 +1,5 @@
-"""Read the facts about the host that apply to the job: the limits of the job's cgroup instead of
-the machine's totals, disks, and the clock.
+"""Read the facts about the host that apply to the job: its memory and CPUs (within the limits of
+the job's cgroup), its disks, and its clock.
 
 Nothing is written: the kernel reports whether a folder is writable (``access``). All paths start at
 ``root``, so that tests can use a folder in place of a host's file system.

@@ -157,7 +157,7 @@ def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
 
 def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
     """Return the recovery that the driver requests for the card (driver 570 and newer): 0 nothing,
-    1 reset, 2 reboot, 3 and 4 drain. Other numbers are later additions of NVML.
+    1 reset, 2 reboot, 3 and 4 drain. checks/health.py lists the meaning of higher numbers.
     """
     answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:

@@ -94,15 +94,15 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
     if as_version(driver) >= as_version(least):
-        return ok(f"driver {driver} (CUDA {cuda_of(driver)}) runs torch's CUDA {wanted}")
+        return ok(f"driver {driver} (CUDA {cuda_of(driver)}) supports CUDA {wanted} of torch")
     if first and as_version(first) >= as_version(least):
         return warn(
             f"driver {driver} runs CUDA {wanted} only through libcuda {first} (cuda-compat)"
         )
     return fail(
         "node",
-        f"driver {driver} (CUDA {cuda_of(driver)}) is too old for torch's CUDA {wanted}, "
-        f"which needs driver {least} or newer",
+        f"driver {driver} (CUDA {cuda_of(driver)}) is too old: torch was built for CUDA "
+        f"{wanted}, which needs driver {least} or newer",
         _newer_driver(snapshot, least, wanted),
     )
 
@@ -120,8 +120,8 @@ def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
 
 
 def _no_compat(gpu: GpuSnapshot) -> bool:
-    """Whether the card does not support forward compatibility: desktop cards, and cards with
-    integrated memory.
+    """Whether the card does not support forward compatibility. This is the case for desktop cards
+    and for cards with integrated memory.
     """
     name = gpu.name.value or ""
     return any(word in name for word in ("GeForce", "TITAN", "Laptop", "GB10", "Thor", "Orin"))

@@ -198,7 +198,7 @@ def _first_misfit(values: list[Any]) -> int:
 
 def broken(where: str, what: str) -> NoReturn:
     """Raise an InputError for a data file with invalid content. ``where`` is the place in the file,
-    ``what`` the fault.
+    and ``what`` is the fault.
     """
     raise InputError(what, where=where, fix="correct this row or file, or remove it")
 
