@@ -202,8 +202,8 @@ def bench(
 
 
 def _refuse_unused(*, learn: bool) -> None:
-    """Raise click.UsageError if the command line has an option of ``bench --learn`` without
-    --learn, or an option that --learn ignores.
+    """Raise click.UsageError if the command line has an option that needs --learn but --learn is
+    not given, or an option that --learn ignores.
     """
     context = click.get_current_context()
     for name in sorted(NOT_LEARN if learn else LEARN_ALONE):

@@ -1,4 +1,4 @@
-"""``toolkit demo``: create a small model and data, then run the usual commands of a user on
+"""``toolkit demo``: create a small model and data, then check, size, validate and train with
 them.
 """
 

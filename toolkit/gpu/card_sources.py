@@ -1,7 +1,7 @@
-"""The web addresses of the public logs and reports that memory sizes in ``card_table`` were read
-from. The key of an entry is the first alias of its card.
+"""The sources of memory sizes in ``card_table``: web addresses of public logs and reports. The key
+of an entry is the first alias of its card.
 
-A card without an entry has no such log. ``card_table`` then copies the size from another card
+A card without an entry has no such source. ``card_table`` then copies the size from another card
 (``alike``), computes the size (``computed``), uses a commonly reported size (``reported``), or uses
 the host's memory (``host``). The docstring of ``card_table`` explains these words.
 """

@@ -247,7 +247,11 @@ def test_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "message", "code"),
     [
         (ConnectionError("no"), "the hub does not answer", 4),
-        (datasets.exceptions.DatasetNotFoundError("gone"), "no such hub dataset .*gone", 1),
+        (
+            datasets.exceptions.DatasetNotFoundError("gone"),
+            "a hub dataset with this name .*gone",
+            1,
+        ),
         (ValueError("Unknown split"), "Unknown split", 1),
         (RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer", 1),
     ],

@@ -191,7 +191,7 @@ def ok(evidence: str) -> Outcome:
 
 
 def warn(evidence: str, remedy: str | None = None) -> Outcome:
-    """Return the outcome of a check that found a problem, but the run will still work."""
+    """Return the outcome of a check that found a problem with which the run still works."""
     return Outcome("warn", evidence, remedy=remedy)
 
 

@@ -143,7 +143,7 @@ def _read_hub(
     except FileNotFoundError as error:  # DatasetNotFoundError is a FileNotFoundError
         raise ConfigError(
             f"dataset {path!r} was not found: this machine has no such file or folder, and this "
-            f"account can read no such hub dataset ({first_line(error)})",
+            f"account cannot read a hub dataset with this name ({first_line(error)})",
         ) from error
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, or a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
