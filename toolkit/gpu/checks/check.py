@@ -191,7 +191,7 @@ def ok(evidence: str) -> Outcome:
 
 
 def warn(evidence: str, remedy: str | None = None) -> Outcome:
-    """Return the outcome of a check that found a problem with which the run still works."""
+    """Return the outcome of a check that found a problem that does not stop the run."""
     return Outcome("warn", evidence, remedy=remedy)
 
 
