@@ -72,7 +72,11 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
     type=click.IntRange(min=1),
     help="The toolkit splits the model over this many GPUs.  [default: 1]",
 )
-@click.option("--gpu-memory-utilization", type=float)
+@click.option(
+    "--gpu-memory-utilization",
+    type=float,
+    help="Share of the card for the engine. The toolkit uses less if its KV cache needs less.",
+)
 @click.option("--load-in-4bit/--load-in-16bit", default=None)
 @click.option(
     "--profile",

@@ -86,9 +86,19 @@ class Plan:
             torch._foreach_copy_(self.b_to, torch._foreach_mul(self.b_from, self.factors))
 
 
-def read_pairs(peft_model: Any, name: str) -> list[Pair]:
+Layers = list[tuple[str, Any]]
+"""The adapted layers of a PEFT model, with their paths in the model."""
+
+
+def find_layers(peft_model: Any) -> Layers:
+    """Return the adapted layers of a PEFT model."""
+    found = peft_model.named_modules()
+    return [(path, module) for path, module in found if isinstance(module, LoraLayer)]
+
+
+def read_pairs(peft_model: Any, name: str, layers: Layers | None = None) -> list[Pair]:
     """Return a ``Pair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a PEFT
-    model adapts.
+    model adapts. ``layers`` are the adapted layers of the model if they are known.
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
@@ -117,9 +127,7 @@ def read_pairs(peft_model: Any, name: str) -> list[Pair]:
             fix="use `peft.LoraConfig`, or load the model with `fast_inference=False`",
         )
     pairs = []
-    for path, module in peft_model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    for path, module in find_layers(peft_model) if layers is None else layers:
         if name in module.lora_embedding_A:
             raise UnsupportedError(
                 f"the engine does not support LoRA on the embedding {path}",
@@ -158,6 +166,7 @@ class AdapterSlots:
         self._module = module
         self._max_rank = max_lora_rank
         self._plans: dict[str, Plan] = {}
+        self._layers: dict[str, tuple[Any, Any, Layers]] = {}
         self.ids: dict[str, int] = {}
 
     def publish(self, peft_model: Any, name: str) -> None:
@@ -167,7 +176,7 @@ class AdapterSlots:
             ConfigValueError: the adapter's rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of the adapter.
         """
-        pairs = read_pairs(peft_model, name)
+        pairs = read_pairs(peft_model, name, self._layers_of(peft_model, name))
         if not pairs:
             raise ConfigValueError(
                 (f"adapter {name!r} does not adapt any layer"), where="lora.target_modules"
@@ -185,6 +194,16 @@ class AdapterSlots:
         ]
         plan.run()
 
+    def _layers_of(self, peft_model: Any, name: str) -> Layers:
+        """Return the adapted layers. They are searched again only if the model or the adapter's
+        config is another object, because the search takes milliseconds in every step.
+        """
+        config = getattr(peft_model, "peft_config", {}).get(name)
+        known = self._layers.get(name)
+        if known is None or known[0] is not peft_model or known[1] is not config:
+            known = self._layers[name] = (peft_model, config, find_layers(peft_model))
+        return known[2]
+
     def is_active(self, name: str) -> bool:
         """Return True if adapter ``name`` was published and no other adapter has replaced it in
         its slot.
@@ -194,6 +213,7 @@ class AdapterSlots:
     def forget(self) -> None:
         """Drop all references to trained tensors, and forget which adapters were published."""
         self._plans.clear()
+        self._layers.clear()
         self.ids.clear()
 
     def _check_ranks(self, pairs: Sequence[Pair]) -> None:

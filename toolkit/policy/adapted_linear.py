@@ -137,13 +137,18 @@ def _gradients(
     """
     x_TI, a_RI, b_OR, hidden_TR = saved
     grad_TO = grad.reshape(-1, grad.shape[-1])
-    grad_hidden_TR = (grad_TO @ b_OR.to(grad.dtype)).mul_(ctx.scaling)
+    grad_hidden_TR = _scaled(grad_TO @ b_OR.to(grad.dtype), ctx.scaling)
     grad_a = grad_b = grad_x = None
     if needs[1]:
         grad_a = (grad_hidden_TR.T @ x_TI).to(a_RI.dtype)
     if needs[2]:
-        grad_b = (grad_TO.T @ hidden_TR).to(b_OR.dtype).mul_(ctx.scaling)
+        grad_b = _scaled((grad_TO.T @ hidden_TR).to(b_OR.dtype), ctx.scaling)
     if needs[0]:
         grad_TI = grad_TO @ weight(grad.dtype)
         grad_x = grad_TI.addmm_(grad_hidden_TR, a_RI.to(grad.dtype)).view(ctx.shape)
     return grad_x, grad_a, grad_b
+
+
+def _scaled(tensor: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Multiply ``tensor`` by ``scaling`` in place. A factor of 1 needs no kernel."""
+    return tensor if scaling == 1 else tensor.mul_(scaling)

@@ -42,6 +42,7 @@ PLAIN = ("sdpa", "eager")
 """The attention functions that packed attention supports."""
 
 _MAX_SCORES = 1 << 26  # maximum query-key pairs per head in one call of the model's own function
+_SUM_ELEMENTS = 1 << 24  # largest float32 copy of gradients of keys, in elements (64 MiB)
 _WASTE = 1.25  # maximum ratio of the padded size of a batch of segments to its real size
 _HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA else varlen_attn
@@ -99,21 +100,20 @@ class PackedLayout:
         self.max_keys = max(segment.keys for segment in self.segments)
         self.query_ends = self._ends([segment.length for segment in self.segments])
         self.key_ends = self._ends([segment.keys for segment in self.segments])
-        self.key_index, self.key_uses = self._key_index()
+        self.key_index, self.key_order, self.key_counts = self._key_index()
 
     def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
         """Return 0 and the cumulative sums of ``lengths`` as int32, as the kernel needs them."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.device)
 
-    def _key_index(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Return the keys of all segments as one index tensor (K,), and a list of pairs for the
-        backward pass.
+    def _key_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the keys of all segments as one index tensor (K,), and two tensors for the
+        backward pass: an order (K,) and counts (N,).
 
         The index has the keys of one segment after another, as positions in the pack. A token of a
-        shared prefix occurs once for each segment with this prefix. Each pair is (tokens, places).
-        Pair number i (counted from 0) has all tokens that occur more than i times in the index. For
-        each of these tokens it has the place of occurrence number i.
+        shared prefix occurs once for each segment with this prefix. The order sorts the index, and
+        the counts say how often each token of the pack occurs in the index.
         """
         parts = [
             torch.arange(begin, begin + size)
@@ -123,13 +123,7 @@ class PackedLayout:
         index_K = torch.cat(parts)
         order_K = index_K.argsort(stable=True)
         counts_N = torch.bincount(index_K, minlength=self.tokens)
-        begins_N = counts_N.cumsum(0) - counts_N
-        uses = []
-        for number in range(int(counts_N.max())):
-            tokens = (counts_N > number).nonzero().flatten()
-            places = order_K[begins_N[tokens] + number]
-            uses.append((tokens.to(self.device), places.to(self.device)))
-        return index_K.to(self.device), uses
+        return index_K.to(self.device), order_K.to(self.device), counts_N.to(self.device)
 
     @property
     def batches(self) -> list[Batch]:
@@ -241,13 +235,18 @@ class _GatherKeys(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient_KHD,) = gradients
         layout: PackedLayout = ctx.layout
-        total_NHD = gradient_KHD.new_zeros(
-            (layout.tokens, *gradient_KHD.shape[1:]), dtype=torch.float32
-        )
-        for tokens, places in layout.key_uses:
-            # No token occurs twice in one addition, so the order is fixed.
-            total_NHD[tokens] += gradient_KHD.index_select(0, places).float()
-        return total_NHD.to(gradient_KHD.dtype), None
+        heads = max(1, _SUM_ELEMENTS // gradient_KHD[:, 0].numel())
+        sums = [
+            torch.segment_reduce(
+                part_KHD.index_select(0, layout.key_order).float(),
+                "sum",
+                lengths=layout.key_counts,
+                axis=0,
+                unsafe=True,  # the lengths are correct, and checking them would wait for the GPU
+            ).to(gradient_KHD.dtype)
+            for part_KHD in gradient_KHD.split(heads, dim=1)
+        ]
+        return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1), None
 
 
 def _varlen(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import Scope
 from toolkit.train.step.packed_steps import PackedSteps
 from toolkit.train.step.step_retry import Attempt, drop_step, loss_in_parts
-from toolkit.train.trainer_seam import Drawn, TrlState
+from toolkit.train.trainer_seam import Drawn, TrlState, unwrapped
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
@@ -126,6 +127,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         Raises:
             DefectError: the base weights changed.
         """
+        self._parameters = None
         check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)
         self.base_check = None if check is None else check.result()
@@ -172,7 +174,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return generation.replace_empty_groups(prompts, Drawn(*drawn))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        tokenize = super()._tokenize_prompts
+        if getattr(self, "environment_factories", None) is not None:
+            prompt_ids, images, fields = tokenize(prompts)  # rows have different tools
+        else:
+            prompt_ids, images, fields = sampler.tokenized_once(tokenize, prompts)
         return script.cut_prompts(self, prompt_ids, images), images, fields
 
     def _generate_single_turn(
@@ -183,7 +189,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
                 return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            longest = getattr(self.accelerator.unwrap_model(self.model), "max_seq_length", None)
+            longest = getattr(unwrapped(self, self.model), "max_seq_length", None)
             if longest is not None:
                 check_prompts(prompt_ids, self.max_completion_length, longest)
             own = sampler.TransformersGeneration(self)
@@ -310,7 +316,10 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         of the complete adapter, not by the norm of the part in this process.
         """
         if mesh() is None:
-            return super()._clip_grad_norm(model)
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            # Parameters without a gradient do not change the norm, but a model has many.
+            trained = SimpleNamespace(parameters=self.trained_parameters)
+            return super()._clip_grad_norm(model if sharded else trained)
         return clip_whole(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

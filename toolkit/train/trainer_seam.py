@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from transformers import Trainer
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,11 +44,31 @@ class Drawn(NamedTuple):
     tool_images: Any
 
 
+def unwrapped(trainer: TrainerSeam, model: Any) -> Any:
+    """Return ``model`` without the wrapper of a distributed run.
+
+    accelerate's ``unwrap_model`` looks at every module of the model, which takes milliseconds. So
+    it is called only if there may be a wrapper.
+    """
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return model
+    return trainer.accelerator.unwrap_model(model)
+
+
 class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
     """TRL's private state. Each private attribute is available under a public name."""
 
     tools: Any
     rollout_func: Any
+    _parameters: list[torch.nn.Parameter] | None = None
+
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of the model that have gradients. The list of all parameters is made once
+        per run, because a step would spend milliseconds on it.
+        """
+        if self._parameters is None:
+            self._parameters = list(self.model.parameters())
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
@@ -271,6 +292,7 @@ class TrainerSeam(Protocol):
     vllm_importance_sampling_clip_max: float | None
 
     # TrlState: TRL's private state
+    def trained_parameters(self) -> list[torch.nn.Parameter]: ...
     @property
     def metric_values(self) -> dict[str, list[float]]: ...
     @property

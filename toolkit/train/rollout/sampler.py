@@ -26,9 +26,10 @@ from toolkit.engine.rollout_request import Rollout, Sampling, request_seed
 from toolkit.train.report.memory_peaks import rollout_phase
 from toolkit.train.step.kept_set import Distribution
 from toolkit.train.step.step_errors import release_memory
+from toolkit.train.trainer_seam import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import GenerationConfig
 
@@ -175,7 +176,7 @@ class EngineGeneration:
     def sync_weights(self) -> None:
         """Copy the current values of the adapter to the engine."""
         with self.trainer.timers("publish_s"):
-            self.engine.publish(self.trainer.accelerator.unwrap_model(self.trainer.model))
+            self.engine.publish(unwrapped(self.trainer, self.trainer.model))
 
     def generate(
         self,
@@ -226,6 +227,24 @@ class EngineGeneration:
         )
 
 
+def tokenized_once(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) -> Any:
+    """Return ``tokenize(prompts)``: token ids, images and other fields, for each prompt. Equal
+    prompts that follow one another, as in a group, are tokenized once.
+
+    ``tokenize`` is TRL's ``_tokenize_prompts``. If there are images or other fields, it is called
+    with all prompts.
+    """
+    starts = [at for at, prompt in enumerate(prompts) if at == 0 or prompt != prompts[at - 1]]
+    if len(starts) < len(prompts):
+        ids, images, fields = tokenize([prompts[at] for at in starts])
+        if images is None and not fields:
+            ends = [*starts[1:], len(prompts)]
+            sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+            rows = zip(ids, sizes, strict=True)
+            return [list(row) for row, size in rows for _ in range(size)], None, fields
+    return tokenize(prompts)
+
+
 def group_size(prompts: list[list[int]], num_generations: int) -> int:
     """Return how many consecutive prompts can be sampled with one request.
 
@@ -270,7 +289,7 @@ class TransformersGeneration:
         """Draw one completion for each prompt. Prompts and completions are lists of token ids."""
         trainer = self.trainer
         seed, rows = trainer.rows.call(prompts)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = unwrapped(trainer, trainer.model)
         config, strings = self._config()
         longest = getattr(model, "max_seq_length", None)
         if longest is not None:

@@ -24,6 +24,7 @@ from toolkit.train.rollout import sampler
 from toolkit.train.step import kept_set
 from toolkit.train.step.kept_set import Distribution, Places, Scored, Texts
 from toolkit.train.step.packing import BATCH, PaddedBatch
+from toolkit.train.trainer_seam import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     finite even if the reference would drop it.
     """
     distribution = sampler.distribution(trainer)
-    model = trainer.accelerator.unwrap_model(model)
+    model = unwrapped(trainer, model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if distribution.plain and mesh_of(base) is None:
         yield

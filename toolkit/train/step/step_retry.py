@@ -40,7 +40,9 @@ class Attempt:
     def __init__(self, trainer: TrainerSeam, model: Any) -> None:
         self.trainer, self.model = trainer, model
         self.inputs: Any = None
-        self._gradients = [None if p.grad is None else p.grad.clone() for p in _trained(model)]
+        self._gradients = [
+            None if p.grad is None else p.grad.clone() for p in trainer.trained_parameters()
+        ]
         self._marks: dict[str, int] = {}
         self._progress: tuple[int, float] | None = None
 
@@ -123,7 +125,8 @@ class Attempt:
         return int(max(self.trainer.least_parts, self.trainer.parts))
 
     def _undo(self) -> None:
-        for parameter, gradient in zip(_trained(self.model), self._gradients, strict=True):
+        trained = self.trainer.trained_parameters()
+        for parameter, gradient in zip(trained, self._gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         for name, found in self.trainer.train_metric_values.items():
             del found[self._marks.get(name, 0) :]
@@ -236,10 +239,6 @@ def save_batch(trainer: TrainerSeam, step: int) -> Path:
     path = Path(trainer.args.output_dir) / f"bad-step-{step}-rank-{rank}.safetensors"
     save_file(tensors, str(path))
     return path
-
-
-def _trained(model: Any) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def split_weights(
