@@ -16,8 +16,9 @@ AGAIN = "load the model again; do not write to its weights or merge an adapter i
 
 
 class BaseCheck:
-    """Checksums of the frozen weights of ``model``. They were computed when the engine loaded the
-    weights. For a model without an engine, they are computed when this object is made.
+    """Checksums of the frozen weights of ``model``, to compare with later checksums. They were
+    computed when the engine loaded the weights. For a model without an engine, they are computed
+    when this object is created.
     """
 
     def __init__(self, model: Any) -> None:
@@ -25,15 +26,15 @@ class BaseCheck:
         self._model, self._before = model, at_load if at_load is not None else base_sums(model)
 
     def refuse_changed(self) -> None:
-        """Check before a run that the engine's weights are still the ones that the engine loaded.
+        """Check before a run that the base weights are unchanged since the engine loaded them.
 
         Raises:
-            ConfigValueError: something wrote to the weights that engine and trainer share.
+            ConfigValueError: some code changed the weights, which engine and trainer share.
         """
         if names := changed(self._before, base_sums(self._model)):
             raise ConfigValueError(
-                f"{_text(names)} of the base model changed after the engine loaded the model, and "
-                "the engine and the trainer share these weights",
+                f"the base model changed after the engine loaded it: {_text(names)}. The engine "
+                "and the trainer share the weights of the base model",
                 where="model",
                 fix=AGAIN,
             )
@@ -47,11 +48,11 @@ class BaseCheck:
         after = base_sums(self._model)
         if names := changed(self._before, after):
             raise DefectError(
-                f"{_text(names)} of the base model changed during the run, and only the adapter "
-                "may change: the trained adapter does not fit the base model on disk",
+                f"the base model changed during the run: {_text(names)}. The trained adapter "
+                "therefore does not fit the base model on disk",
                 where="model",
-                fix="do not use this adapter; check rewards and callbacks for code that writes "
-                "to the model; if there is no such code, report a defect",
+                fix="do not use this adapter. Remove code that changes the weights from your "
+                "rewards and callbacks. If there is no such code, report a defect",
             )
         checksum = digest(after)
         if (shared := mesh()) is not None:
@@ -60,18 +61,19 @@ class BaseCheck:
 
 
 def refuse_untrainable(model: Any, engine: Any) -> None:
-    """Check that a parameter is trainable, and that the engine uses no trainable parameter.
+    """Check that the model has trainable parameters, and that the engine does not share them.
 
     Raises:
-        ConfigValueError: no parameter is trainable.
-        UnsupportedError: trainable weights are shared with the engine.
+        ConfigValueError: the model has no trainable parameter.
+        UnsupportedError: the engine samples from a trainable parameter.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigValueError(
             "the model has no trainable parameter",
             where="GRPOTrainer",
-            fix="add an adapter with FastLanguageModel.get_peft_model, or pass peft_config",
+            fix="add an adapter with FastLanguageModel.get_peft_model, or pass peft_config "
+            "to GRPOTrainer",
         )
     module = getattr(engine, "module", None)
     if module is None:
@@ -80,9 +82,9 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
     own = [name for name, p in trained.items() if p.untyped_storage().data_ptr() in shared]
     if own:
         raise UnsupportedError(
-            f"{_text(own)} would be trained, but the engine samples from these weights",
+            f"the trainer would train weights from which the engine samples: {_text(own)}",
             where="GRPOTrainer",
-            fix="train an adapter only, or load with fast_inference=False",
+            fix="train only an adapter, or load the model with fast_inference=False",
         )
 
 

@@ -12,22 +12,23 @@ if TYPE_CHECKING:
 
 
 class Collected:
-    """The errors that checks raised inside ``check``."""
+    """Collects the errors of several checks. Each check runs inside ``with collected.check():``."""
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
 
     @contextmanager
     def check(self) -> Iterator[None]:
-        """Keep a ConfigError that the block raises, and continue after the block."""
+        """Catch a ConfigError that the ``with`` block raises, and add it to ``errors``."""
         try:
             yield
         except ConfigError as error:
             self.errors.append(error)
 
     def refuse(self) -> None:
-        """Raise the error that was kept. Several become one error of the first one's class, whose
-        message lists all of them, each with its fix.
+        """Raise the collected error, if there is one. Several errors are raised as one error. Its
+        message lists the message and the fix of each error. Its class is the class of the first
+        error.
         """
         if not self.errors:
             return
@@ -41,7 +42,9 @@ class Collected:
 
 
 def _item(error: ConfigError, *, named: bool) -> str:
-    """One error as lines; ``named`` adds its place."""
+    """Return the message and the fix of ``error`` as lines of a list. With ``named``, the first
+    line begins with the place of the mistake (``error.where``).
+    """
     named = named and error.where is not None and not error.message.startswith(error.where)
     head = f"{error.where}: {error.message}" if named else error.message
     lines = [*head.split("\n"), *([f"  fix: {error.fix}"] if error.fix else [])]

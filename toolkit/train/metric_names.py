@@ -1,6 +1,7 @@
-"""The names in metrics.jsonl that belong to the run, which a reward cannot log under.
+"""The metric names in metrics.jsonl that the run itself uses. A reward cannot use these names for
+its own metrics.
 
-A light module: the worker of the rewards imports it, and needs no torch for it.
+This module does not import torch, because the reward worker process imports this module.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ _OWN_STARTS = ("eval_", "eval/", "sampling/", "timing/")
 
 
 def refuse_own(name: str) -> None:
-    """Raise ValueError if a reward cannot log a metric under ``name``, because the run logs its own
-    value there, or reads the name.
-    """
+    """Raise ValueError if a reward logs a metric under a ``name`` that the run itself uses."""
     start = next((start for start in _OWN_STARTS if name.startswith(start)), None)
     if name in _OWN or start is not None:
-        what = f"names that begin with {start} belong" if start else f"the name {name} belongs"
-        raise ValueError(f"log_metric: {what} to the run; log the value under another name")
+        what = f"names that begin with {start} are" if start else f"the name {name} is"
+        raise ValueError(f"log_metric: {what} reserved for the run. Use another name")

@@ -44,9 +44,9 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
         card = model_card(run, repo_id)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the model card is made from manifest.json, which cannot be read: {error}",
+            f"the model card needs manifest.json, which cannot be read: {error}",
             where=str(run.folder),
-            fix=f"upload without a card: hf upload {repo_id} {folder}",
+            fix=f"use `hf upload {repo_id} {folder}` to upload the adapter without a model card",
         ) from error
     write_file(folder / "README.md", card)
     return push_folder(
@@ -76,14 +76,14 @@ def model_card(run: FinishedRun, repo_id: str) -> str:
 
 
 def _hub_name(name: str) -> str | None:
-    """Return ``name`` if it is a name on the hub. Return None if it is a folder, because other
-    machines do not have the folder.
+    """Return ``name`` if it has the form of a name on the hub. Return None if it is the path of a
+    local folder, which other machines do not have.
     """
     return name if MODEL_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _front_matter(run: FinishedRun, base: str | None) -> str:
-    """The metadata that the hub reads."""
+    """The metadata at the top of README.md, which the Hugging Face hub reads (YAML)."""
     lines = ["library_name: peft", "pipeline_tag: text-generation"]
     if base is not None:
         lines = [f"base_model: {base}", *lines]
@@ -197,8 +197,9 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) -> list[str]:
-    """Return the command ``vllm serve`` with its arguments, for the exported run of ``config`` in
-    ``folder``. The adapter is served as a model with the name of its folder.
+    """Return the command ``vllm serve`` and its arguments as a list. ``folder`` is the exported
+    adapter, or with ``merged`` the merged model. vLLM serves the adapter under the name of
+    ``folder``.
     """
     model = config.model
     words = ["vllm", "serve", str(folder) if merged else model.model_name]
@@ -220,8 +221,8 @@ def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) ->
 
 
 def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
-    """Return the command of ``serve_arguments`` as text, or the reason why plain vLLM does not
-    support this adapter.
+    """Return the command ``vllm serve ...`` as text. If vLLM without the toolkit does not support
+    the adapter, return the reason.
     """
     why = None if merged else not_served(config)
     if why is not None:
@@ -230,7 +231,9 @@ def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
 
 
 def not_served(config: RunConfig) -> str | None:
-    """Return a feature of the adapter that vLLM's LoRA does not support, or None."""
+    """Return the first feature of the adapter that vLLM does not support. None if vLLM supports the
+    adapter.
+    """
     lora = config.lora
     if lora.use_dora:
         return "DoRA"

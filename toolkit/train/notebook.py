@@ -25,7 +25,7 @@ def PatchFastRL(  # noqa: N802 - Unsloth's name
     algorithm: str | None = None,
     FastLanguageModel: Any = None,
 ) -> None:
-    """Do nothing except warn. The warning has the imports to use instead."""
+    """Do nothing except warn. The warning shows the import that replaces this function."""
     del algorithm, FastLanguageModel
     warnings.warn(
         "PatchFastRL does nothing. To train with the engine on the model, replace the imports from"

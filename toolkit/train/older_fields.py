@@ -1,7 +1,7 @@
 """Translate keyword arguments of GRPOConfig from older versions of TRL, transformers and Unsloth.
 
 Older scripts and notebooks pass such arguments. Each argument is translated, or dropped if it has
-no effect any more. One warning lists all of them.
+no effect any more. One warning lists all translated and dropped arguments.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ SETTLED = {
 
 
 class Translated(NamedTuple):
-    """``kwargs`` are the fields of TRL's GRPOConfig. ``notes`` has one sentence for each field that
-    was translated.
+    """The result of ``translate``. ``kwargs`` are fields of the toolkit's GRPOConfig. ``notes``
+    contains one sentence for each field that was translated or dropped.
     """
 
     kwargs: dict[str, Any]
@@ -63,9 +63,9 @@ def translate(given: Mapping[str, Any], known: Collection[str], mistakes: Collec
     """Return the keyword arguments ``given``, with older names of fields replaced by the current
     names. ``known`` are the fields of the toolkit's GRPOConfig.
 
-    A wrong field is left out, and ``mistakes`` keeps its error: a ConfigTypeError for an unknown
-    name; a ConfigValueError if a field has different values under its old and its new name, or an
-    invalid value.
+    A wrong field is left out, and its error is added to ``mistakes``. An unknown name is a
+    ConfigTypeError. An invalid value is a ConfigValueError. It is also a ConfigValueError if the
+    old name and the new name of a field have different values.
     """
     made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
     notes: list[str] = []
@@ -77,7 +77,9 @@ def translate(given: Mapping[str, Any], known: Collection[str], mistakes: Collec
 
 
 def _translated(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
-    """Add an older field to ``made`` under its current name. Return the notes."""
+    """Add the older field ``name`` to the fields ``made``, under its current name. Return the notes
+    for the user.
+    """
     if name == "vllm_sampling_params":
         return _sampling(made, value)
     if name == "warmup_ratio":
@@ -107,9 +109,10 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) 
     if section == "model":
         return [f"{name} is left out: pass {today} to FastLanguageModel.from_pretrained"]
     raise ConfigTypeError(
-        f"{name!r} is not a field of GRPOConfig: it is {moved.to} in a run file",
+        f"{name!r} is not a field of GRPOConfig (the key of a run file is {moved.to})",
         where=WHERE,
-        fix="remove it from GRPOConfig, and set it where your script loads the model or the data",
+        fix=f"remove {name} from GRPOConfig, and set the option where your script loads the model "
+        "or the data",
     )
 
 
@@ -159,7 +162,7 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
             told.append(f"{name}={value}")
         elif name in SAMPLED_BY_FIELD:
             if made[name] != value:
-                told.append(f"{name} stays {made[name]}, the value in GRPOConfig")
+                told.append(f"{name}={value} is ignored, because GRPOConfig has {made[name]}")
         elif name not in extra:
             extra[name] = value
             told.append(f"{name} is in generation_kwargs")

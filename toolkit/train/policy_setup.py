@@ -1,8 +1,8 @@
-"""Check that a model fits its trainer: one GPU, one number format, an adapter that the engine
+"""Check that a model fits its trainer: the same GPU, the same dtype, and an adapter that the engine
 supports.
 
-``prepare`` runs before TRL gets the model, ``after_init`` afterwards. Both accept models from any
-loader.
+``prepare`` runs before TRL builds its trainer, and ``after_init`` runs afterwards. Both functions
+accept any model, also one that ``FastLanguageModel`` did not load.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
 
 
 def _refuse_other_engines(config: Any) -> None:
-    """Reject arguments that request another generation method, because the engine on the model
-    always generates.
-    """
+    """Reject a ``config`` that requests another generation method than the engine on the model."""
     asked = {
         "vllm_mode": ("server", "no vLLM server is used"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
@@ -61,18 +59,18 @@ def _refuse_other_engines(config: Any) -> None:
     for name, (value, why) in asked.items():
         if getattr(config, name, None) == value:
             raise ConfigValueError(
-                f"{name}={value!r}, but the engine on the model generates completions, and {why}",
+                f"{name}={value!r} cannot be used with the engine on the model: {why}",
                 where=f"GRPOConfig.{name}",
-                fix=f"leave {name} out, or load the model with fast_inference=False",
+                fix=f"remove {name}, or load the model with fast_inference=False",
             )
 
 
 def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
-    """Make the adapter float32 and register it with the engine, after TRL has built its trainer.
-    ``fresh`` is true if TRL has just added the adapter to ``model``.
+    """Convert the adapter to float32, after TRL has built its trainer. ``fresh`` is True if TRL has
+    just added the adapter to ``model``. The adapter is then also registered with the engine.
 
     Raises:
-        ConfigError: no parameter is trainable, or the engine uses a trainable parameter.
+        ConfigError: no parameter is trainable, or the engine samples from a trainable parameter.
     """
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         widen_adapter(trainer.model)
@@ -91,8 +89,8 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 
 def _refuse_other_device(model: Any, config: Any) -> None:
-    """Reject a trainer on another device than the model. transformers would move the model to the
-    trainer's device, which makes a second copy of the weights.
+    """Raise ConfigError if the trainer would use another device than the model. transformers would
+    then move the model to the trainer's device, as a second copy of the weights.
     """
     here, there = next(model.parameters()).device, torch.device(config.device)
     if here.type != there.type or (here.index or 0) != (there.index or 0):

@@ -50,8 +50,8 @@ KEYS = {"model": " (model.model_name)"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """The result of the pre-flight. In ``config``, every "auto" is resolved. ``device`` None means
-    the CPU.
+    """The result of the pre-flight. In ``config``, every "auto" is replaced by a value. If
+    ``device`` is None, the run is on the CPU.
     """
 
     config: RunConfig
@@ -85,14 +85,14 @@ def preflight(
 
     Every rank inspects its own GPU. All ranks are sized for the smallest GPU, so that they use the
     same settings. ``rules`` checks the run file for the device and the packages of this machine, as
-    ``envcheck check`` does. The checks of the node come before ``rules``. So if a broken node has
-    no usable GPU, this is reported as an error of the node, not of the run file.
+    ``envcheck check`` does. The node is checked before the run file. Therefore a broken GPU is
+    reported as an error of the node, and not of the run file.
 
     Raises:
         NodeError, RetryError, ConfigError: a check failed (see ``refuse``).
-        ConfigError: a rule rejects the run file on this machine, or the run does not fit in
-            memory. The second message lists changes that make the run fit, with the memory that
-            each change saves.
+        ConfigError: a rule rejects the run file on this machine.
+        ConfigError: the run does not fit in memory. The message lists changes that make the run
+            fit, with the memory that each change saves.
     """
     snapshot = take(
         paths={"output_dir": Path(config.runtime.output_dir)},
@@ -133,7 +133,7 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
 
 
 def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
-    """Return what the run needs from the node of this process, as input of the checks."""
+    """Return the requirements of ``run`` on this node, as the input of the checks."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
@@ -147,8 +147,8 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
-    """Raise the error of the failed check with the highest precedence. Errors of the node come
-    before errors of the user.
+    """If checks failed, raise the error of one failed check. An error of the node (NodeError) is
+    preferred to an error of the user (ConfigError), and this error to a RetryError.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     order = list(FAILURES)

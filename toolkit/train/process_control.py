@@ -1,9 +1,8 @@
-"""The processes of one run: the rank of this process, and messages between the processes outside of
-training.
+"""Messages between the processes of a run, for example when one of them fails.
 
-Training uses torch's collectives, which fail if one of the processes has ended. Therefore the
-messages do not use collectives, but the key-value store of torch's rendezvous. So when a process
-fails, one process can report the failure, and the others exit silently with the same exit code.
+The messages use the key-value store of torch's rendezvous. They do not use torch's collectives,
+because a collective fails if one of the processes has ended. When a process fails, one process
+reports the failure, and the others exit silently with the same exit code.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _GONE = re.compile(
 
 
 def is_first_rank() -> bool:
-    """True for the process that writes files and output."""
+    """True in the process with rank 0, which writes the files and the output of the run."""
     return rank() == 0
 
 
@@ -88,13 +87,12 @@ def join(timeout_s: float | None = None) -> Peers | None:
 
 
 class Peers:
-    """The other processes of the run. This process exchanges messages with them through ``store``.
+    """Exchanges messages with the other processes of the run through the key-value ``store``.
 
-    A thread checks whether another process has failed. Without the thread, this process might
-    notice the failure only after the process that hosts the store has ended. The thread also
-    increments this process's number in the store as a sign of life. If the number of a process does
-    not change for ``patience_s`` seconds (``grpo.ddp_timeout``), the others assume that this
-    process was stopped or lost, and no longer wait for it.
+    A thread reads from the store whether another process has failed. The thread also increments a
+    counter of this process in the store, as a sign of life. If the counter of a process does not
+    change for ``patience_s`` seconds (``grpo.ddp_timeout``), the other processes no longer wait for
+    that process.
     """
 
     def __init__(self, store: Any, number: int, size: int, patience_s: float = TIMEOUT_S) -> None:
@@ -105,8 +103,9 @@ class Peers:
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
-        """Send the JSON value ``value`` to all processes under ``name``, and return the values of
-        all processes, by rank. There is no time limit for a process that shows signs of life.
+        """Send ``value`` (a JSON value) to all processes under the key ``name``. Wait for their
+        values, and return the values of all processes, by rank. There is no time limit while the
+        other processes show signs of life.
 
         Raises:
             PeerFailed: another process has failed, or shows no sign of life.
@@ -134,7 +133,7 @@ class Peers:
         return int(self.store.add(f"beat-{number}", 0))
 
     def leave(self) -> None:
-        """Wait until all processes have reached the end, and leave the process group."""
+        """Wait until all processes have called ``leave``, and destroy torch's process group."""
         self.exchange("end")
         self._over.set()
         self._say("left")
@@ -144,9 +143,9 @@ class Peers:
             distributed.destroy_process_group()
 
     def ending(self, error: Exception) -> BaseException:
-        """Return the exception with which this process ends. If this process reports the failure,
-        the exception is the error to report. Otherwise, it is SystemExit with the exit code of the
-        process that reports the failure.
+        """Return the exception that this process must raise after ``error``. If this process
+        reports the failure of the run, the result is the error to report. Otherwise, the result is
+        SystemExit with the exit code of the process that reports the failure.
         """
         try:
             told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
@@ -162,8 +161,8 @@ class Peers:
         return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
 
     def _tell(self, error: Exception) -> Exception | None:
-        """Return the error that this process must report. Return None if another process reports
-        the failure.
+        """Agree with the other processes on the process that reports the failure. Return the error
+        to report if it is this process. Return None if it is another process.
         """
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
@@ -186,7 +185,7 @@ class Peers:
         self.store.set(f"{name}-{self.number}", json.dumps(value))
 
     def _missing(self, name: str) -> list[int]:
-        """The processes that have not yet set ``name``."""
+        """The ranks of the processes that have not yet written ``name`` to the store."""
         return [n for n in range(self.size) if not self.store.check([f"{name}-{n}"])]
 
     def _listen(self) -> None:
@@ -208,9 +207,10 @@ class Peers:
 
 
 class _SignsOfLife:
-    """For each process that this process waits for, record when its last sign of life was seen. The
-    times come from a clock that pauses while this process is stopped, because all processes of a
-    job may be stopped and continued together.
+    """Records when each other process last showed a sign of life.
+
+    The times come from a clock that pauses while this process is stopped (SIGSTOP), because all
+    processes of a job may be stopped and continued together.
     """
 
     def __init__(self) -> None:
@@ -219,14 +219,14 @@ class _SignsOfLife:
         self._last_tick = time.monotonic()
 
     def tick(self) -> None:
-        """Advance the clock. Call this often: far more than once in ``MOST_TICK_S`` seconds."""
+        """Advance the clock. Call this method several times in every ``MOST_TICK_S`` seconds."""
         now = time.monotonic()
         self._clock_s += min(now - self._last_tick, MOST_TICK_S)
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
-        """``beats`` has the current number of each process that this process waits for. Record when
-        a number changed. Processes that are not in ``beats`` are forgotten.
+        """Record the time for each process whose counter has changed. ``beats`` maps the ranks of
+        the processes that this process waits for to their counters. Other processes are forgotten.
         """
         old = self._seen
         self._seen = {
@@ -235,15 +235,16 @@ class _SignsOfLife:
         }
 
     def silence_s(self) -> float:
-        """Return the longest silence in seconds: the time since the last sign of life of a process,
-        for the process where this time is longest.
+        """Return the time in seconds since the last sign of life of a process. If there are several
+        processes, return the longest of these times.
         """
         return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Run ``call`` in a thread, and return its result or raise its exception. If ``call`` does not
-    end within ``seconds``, raise RuntimeError. The thread then continues until the process ends.
+    """Run ``call`` in a thread, and return its result or raise its exception.
+
+    If ``call`` does not end within ``seconds``, raise RuntimeError. The thread is not stopped.
     """
     outcome = _started(call)
     if not wait([outcome], seconds).done:
@@ -266,8 +267,8 @@ def _started(call: Callable[[], T]) -> Future[T]:
 
 
 def is_gone(error: BaseException | None) -> bool:
-    """True if ``error``, or one of its causes, means only that another process does not answer or
-    ran out of memory. That process then reports the reason.
+    """True if ``error`` or one of its causes only means that another process does not answer or
+    has run out of memory. The other process then reports the reason.
     """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
@@ -280,8 +281,8 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
-    """Return the error to report if this process waited for other processes, and one of them has
-    ended. The processes with the numbers ``missing`` did not answer.
+    """Return the error to report if another process has ended unexpectedly. ``missing`` are the
+    ranks of the processes that did not answer. ``error`` is the exception in this process.
     """
     missing = list(missing)
     why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
@@ -292,8 +293,8 @@ def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
         ),
         where=f"process {rank()}",
         fix="read the last output of that process, and check the node's log for an out-of-memory "
-        "kill; run the same command again: it resumes from the last checkpoint. If the "
-        "process was only slow, raise grpo.ddp_timeout",
+        "kill. Then run the same command again to resume from the last checkpoint. If the "
+        "process was only slow, set a higher grpo.ddp_timeout",
     )
 
 
@@ -302,8 +303,8 @@ def _named(numbers: Iterable[int]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of the text of ``error``. If the text begins with a location in the source
-    code of gloo, the location is removed.
+    """The first sentence of the message of ``error``. Gloo begins its messages with a location in
+    its source code, which is removed.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S*\] ", "", line).split(". ")[0][:200]

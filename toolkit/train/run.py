@@ -1,4 +1,4 @@
-"""A whole run, top to bottom: resume, pre-flight, data, rewards, policy, training, report."""
+"""Do a whole run: resume, pre-flight, data, rewards, policy, training, report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """The objects that can stop this process. Only the first rank has a ``run_dir_watch``."""
+    """The objects that can end a run early. Only the first rank has a ``run_dir_watch``."""
 
     signals: StopSignals
     peers: Peers | None
@@ -107,8 +107,8 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
 
 @contextmanager
 def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch | None]:
-    """Lock the run folder on the first rank. If a later error occurs because the folder was moved
-    or removed, raise an error that says this instead.
+    """Lock the run folder on the first rank, inside the ``with`` block. If the block fails because
+    the folder was moved or removed, raise an error with this reason.
     """
     if not is_first_rank():
         yield None
@@ -146,7 +146,7 @@ def _begin(
 def _checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from, and one line for each checkpoint that is skipped."""
+    """Return (checkpoint to resume from or None, one line of text per skipped checkpoint)."""
     if peers is None:
         return branch.choose(run_dir, config.runtime.resume)
     # The first rank chooses for all, because it may already write to the folder when others read.
@@ -155,7 +155,7 @@ def _checkpoint(
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
         raise ConfigError(
-            "this process does not find the checkpoint that the first process resumes from",
+            "this process cannot find the checkpoint from which the first process resumes",
             where=found,
             fix="set runtime.output_dir to a folder that all nodes of the run share",
         )
@@ -165,8 +165,8 @@ def _checkpoint(
 def prepare(
     config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
 ) -> RunContext:
-    """Check the node, check the run file for this node (``rules``), size the run, and load data,
-    rewards and policy. Write config.json and preflight.json.
+    """Check the node and the run file (``rules``), and size the run. Then load data, rewards and
+    policy. The first rank also writes config.json and preflight.json.
     """
     require_packages(config)
     ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
@@ -198,7 +198,7 @@ def prepare(
 
 
 def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """Raise an error if the run file or the data changed after ``found`` was written."""
+    """Reject a run file or data that changed after the checkpoint ``found`` was written."""
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
@@ -213,13 +213,13 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
         raise ConfigError(
             f"the run file changed since the checkpoint was written: {named}{more}",
             where=str(found),
-            fix="restore the old value, or allow the change with runtime.allow_changed: "
+            fix="restore the old value, set runtime.allow_changed to "
             f"[{', '.join(differing)}], or begin another run with --output-dir",
         )
 
 
 def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
-    """Build the toolkit's trainer. Raises ConfigError if tools need another chat template."""
+    """Build the trainer. Raises ConfigError if the chat template does not support tools."""
     if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
     try:
@@ -238,12 +238,12 @@ def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
         raise ConfigError(
             first_line(error),
             where="tools",
-            fix="use a model whose chat template has tool calls, or remove the section tools",
+            fix="use a model whose chat template has tool calls, or remove the tools section",
         ) from error
 
 
 def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
-    """Build the toolkit's trainer from the parts of the run, without callbacks that print."""
+    """Build the trainer from the parts of the run. Its callbacks print nothing."""
     arguments = grpo_config(
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
@@ -338,7 +338,7 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Set the run's branch and open its log files. Both continue from the checkpoint ``found``."""
+    """Open the log files. After a resume from ``found``, first move later checkpoints away."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
@@ -378,7 +378,7 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 
 def shares_with_first() -> bool:
-    """True in a process that shares a model with the first process of the run."""
+    """True if the model of this process is split with the first process (tensor parallelism)."""
     shared = mesh()
     return shared is not None and shared.replica == 0
 

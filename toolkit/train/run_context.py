@@ -1,4 +1,6 @@
-"""The parts of a run, the lines it prints before it starts, and the files it writes at the end."""
+"""The parts of a run, the lines that are printed before the run, and the files that are written at
+its end.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,10 @@ FREE_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The output of a run, and options that are not in its run file. If ``evaluate`` is None, the
-    run file decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this
-    machine.
+    """The options of a run that are not in its run file.
+
+    Text is printed to ``out``. ``evaluate`` says whether the run evaluates. If it is None, the run
+    file decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
@@ -110,8 +113,8 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
 
 
 def _copies(sizing: SizingResult) -> list[str]:
-    """Return a line about the 16-bit copies of 4-bit weights: their size, or the reason why there
-    are none. If the weights are not 4-bit, return an empty list.
+    """Return a list with one line about the engine's 16-bit copies of 4-bit weights: their size, or
+    the reason why some weights have no copy. If the weights are not 4-bit, the list is empty.
     """
     if sizing.engine.copies_note is not None:
         return [f"rollouts {sizing.engine.copies_note}"]
@@ -120,8 +123,8 @@ def _copies(sizing: SizingResult) -> list[str]:
 
 
 def _groups(config: RunConfig) -> str:
-    """Return text that says how many processes share the model. It is empty if each process has its
-    own model.
+    """Return a text about the groups of processes that share a model (tensor parallelism). It is
+    empty if each process has its own model.
     """
     size = parallel.size_of(config.model.tensor_parallel_size)
     if size == 1:
@@ -135,7 +138,9 @@ def _groups(config: RunConfig) -> str:
 
 
 def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
-    """A hint for a run in one process, if other GPUs are visible that the run does not use."""
+    """A list with one line about the visible GPUs that the run does not use. It is empty if there
+    are no such GPUs, or if the run has several processes.
+    """
     seen = devices.visible(snapshot).devices
     if world_size() > 1 or len(seen) < 2:
         return []
@@ -162,9 +167,9 @@ def finish(
     out: TextIO,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter (with full fine-tuning, the model), the evaluation and the report. Print
-    the paths of adapter (or model) and report. ``base``, the trainer's checksum of the base
-    weights, is added to the manifest.
+    """Write the adapter, the evaluation and the report, and print their results and paths. With
+    full fine-tuning, write the model instead of the adapter. ``base`` is the trainer's checksum of
+    the base weights, which is added to the manifest.
     """
     if base is not None:
         manifest.add(context.run_dir, base=dict(base))

@@ -1,4 +1,4 @@
-"""Check how a run ended: the number of its steps, and the errors for a run that ended early."""
+"""Check that a run trained all its steps, and build the errors for a run that ended early."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
-    """Raise an error if a run ended before its last step and the reason is not known.
+    """Raise an error if training ended before the step ``total`` without a known reason.
 
     Raises:
         DefectError: training ended early for an unknown reason.
@@ -28,19 +28,19 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
     raise DefectError(
         f"training ended at step {done} of {total} for an unknown reason",
         where=str(trainer.run_dir),
-        fix="run the same command again: it resumes from the last checkpoint; report a defect if "
-        "it ends at that step again",
+        fix="run the same command again to resume from the last checkpoint. If training ends at "
+        "that step again, report a defect",
     )
 
 
 def refuse_lost(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
-    """Raise an error if the run folder is not at its path. Files that are written later would be
-    lost, or written to another folder.
+    """Raise an error if the run folder is no longer at its path. Files that are written after this
+    would be lost, or would be written to another folder.
 
     Raises:
-        ConfigError: the run folder was removed, moved or replaced; every rank raises the same
+        ConfigError: the run folder was removed, moved or replaced. Every rank raises the same
             error.
     """
     if not trainer.lost:
@@ -57,8 +57,8 @@ def refuse_lost(
 
 
 def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """Return the error for a run that a signal stopped. ``begun`` is true if the run had already
-    chosen the checkpoint from which it resumes.
+    """Return the error for a run that ``signal`` stopped. ``begun`` is False if the signal arrived
+    before the log files of the run were opened.
     """
     run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
     named = asked not in ("auto", "must", "never")
@@ -77,8 +77,8 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
-    """Return the number of optimizer steps of the whole run, counted as in transformers 5.17: if
-    micro-batches remain at the end of an epoch, these make one more step.
+    """Return the number of optimizer steps of the whole run, counted as in transformers 5.17. If
+    too few micro-batches for a step remain at the end of an epoch, they also count as one step.
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)

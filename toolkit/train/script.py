@@ -1,5 +1,5 @@
-"""Check, before the first step, the arguments that a Python script passes to the trainer. The
-checks are those for a run file.
+"""Check the arguments that a Python script passes to the trainer, before the first step. The same
+checks apply to a run file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 
 def check(given: MutableMapping[str, Any], model: Any) -> None:
-    """Check the arguments ``given`` to a trainer of ``model``. In ``given``, each reward function
-    is replaced by a function that calls it and also checks the rewards.
+    """Check ``given``, the arguments of a trainer of ``model``. In ``given``, each reward function
+    is replaced by a function that calls the reward function and checks the returned rewards.
 
     Raises:
-        ConfigError: a reward cannot be called, the lengths leave no room for a prompt, or an
-            argument cannot be used with dynamic sampling or the curriculum.
+        ConfigError: a reward cannot be called, ``max_completion_length`` leaves no room for a
+            prompt, or an argument cannot be used with dynamic sampling or the curriculum.
         MissingExtraError: the package of a tracker or an optimizer is not installed.
 
-    One error lists all mistakes. Its class is that of the first one.
+    If there are several mistakes, one error lists all of them. Its class is the class for the first
+    mistake.
     """
     config, mistakes = given["args"], Collected()
     with mistakes.check():
@@ -52,18 +53,18 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
 
 
 def _refuse_no_room(config: Any, longest: int | None) -> None:
-    """Reject a ``max_completion_length`` that leaves no room for a prompt. ``max_seq_length``
-    (``longest``) limits prompt and completion together, with an engine and without one.
+    """Reject a ``max_completion_length`` that leaves no room for a prompt. ``longest`` is the
+    model's ``max_seq_length``, the highest number of tokens of prompt and completion together.
     """
     wanted = config.max_completion_length
     if longest is None or wanted is None or wanted < longest:
         return
     raise ConfigError(
-        f"max_completion_length={wanted} leaves no room for a prompt: the model was loaded with"
-        f" max_seq_length={longest} tokens for prompt and completion together",
+        f"max_completion_length={wanted} leaves no room for a prompt. The model was loaded with"
+        f" max_seq_length={longest}, which limits prompt and completion together",
         where="GRPOConfig",
-        fix=f"lower max_completion_length below {longest}, or load the model with a"
-        f" max_seq_length above {wanted}",
+        fix=f"set max_completion_length to less than {longest} tokens, or load the model with a"
+        f" max_seq_length above {wanted} tokens",
     )
 
 
@@ -76,8 +77,8 @@ def cut_prompts(trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any) 
     if longest > most and not trainer.cut_reported:
         trainer.cut_reported = True
         warnings.warn(
-            f"a prompt has {longest} tokens, and max_prompt_length={most} keeps its last {most}: "
-            "the start of the prompt, often the system prompt, is cut off",
+            f"a prompt has {longest} tokens, which is more than max_prompt_length={most}. The "
+            "start of such a prompt (often the system prompt) is removed",
             ToolkitWarning,
             stacklevel=2,
         )

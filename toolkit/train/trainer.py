@@ -72,13 +72,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Takes TRL's arguments. The engine, gradient checkpointing and the dtype are those with
-        which ``FastLanguageModel`` loaded the model. So ``use_vllm`` has no effect, and TRL's
-        defaults ``gradient_checkpointing=True`` and ``bf16=True`` are replaced. The adapter always
-        becomes float32, and everything is on one GPU.
+        which ``FastLanguageModel`` loaded the model. Therefore ``use_vllm`` has no effect, and
+        TRL's defaults ``gradient_checkpointing=True`` and ``bf16=True`` are replaced. The adapter
+        is converted to float32. Each process trains on one GPU.
 
         Raises:
-            ConfigValueError: the loss type cannot use the importance-sampling mode, the engine
-                computes in another number format, or the base weights were changed.
+            ConfigValueError: the loss type does not support the importance-sampling mode, the
+                engine computes in another dtype, or the base weights were changed.
             UnsupportedError: the engine cannot sample from the adapter.
         """
         given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
@@ -99,8 +99,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self._use_engine(engine)
 
     def _use_engine(self, engine: Any) -> None:
-        """Set up the engine. This runs after TRL's ``__init__``, which would build its own
-        VLLMGeneration if ``use_vllm`` were set before.
+        """Make TRL generate with ``engine``. Call this method after TRL's ``__init__``, because
+        TRL's ``__init__`` builds its own engine if ``use_vllm`` is set.
         """
         modes = ("token_truncate", "token_mask")
         if (
@@ -110,19 +110,20 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         ):
             raise ConfigValueError(
                 (
-                    "the vespo loss needs a token-level mode, but vllm_importance_sampling_mode "
-                    f"is {self.vllm_importance_sampling_mode!r}"
+                    "the vespo loss needs a token-level mode of importance sampling, but "
+                    "vllm_importance_sampling_mode is "
+                    f"{self.vllm_importance_sampling_mode!r}"
                 ),
                 where="grpo.vllm_importance_sampling_mode",
-                fix=f"set it to {modes[0]} or {modes[1]}",
+                fix=f"set vllm_importance_sampling_mode to {modes[0]} or {modes[1]}",
             )
         self.use_vllm = True
         self.vllm_generation = EngineGeneration(self, engine)
         self._last_loaded_step = -1
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as in TRL, then check that the base weights did not change. The result of the check
-        is in ``base_check``.
+        """Train as TRL does, and then check that the base weights did not change. ``base_check``
+        contains the result of this check.
 
         Raises:
             DefectError: the base weights changed.
@@ -137,14 +138,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def timers(self) -> Timers:
-        """Seconds by phase since the last step."""
+        """The seconds that each phase (for example ``rollout_s``) took since the last step."""
         timers: Timers = self.__dict__.setdefault("_timers", Timers())
         return timers
 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
-        """The totals of the differences between the log-probabilities of engine and trainer, for
-        the current mode. Training and evaluation are two modes with separate totals.
+        """The totals of the differences between the log-probabilities of engine and trainer.
+        Training and evaluation have separate totals. The current mode of the model selects one.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
@@ -153,19 +154,21 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """The numbers of this rank's completions, counted over the batch of all ranks."""
+        """Numbers each completion of this rank by its position in the batch of all ranks."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 
     @property
     def prompt_choice(self) -> PromptChoice:
-        """Chooses the prompts of a generation for dynamic sampling and the curriculum."""
+        """The object that chooses prompts for dynamic sampling and the curriculum."""
         if self._prompt_choice is None:
             self._prompt_choice = PromptChoice(self)
         return self._prompt_choice
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """As in TRL. Then ``dynamic_sampling`` replaces groups whose rewards are all equal."""
+        """Generate as TRL does. With ``dynamic_sampling``, then replace groups without signal (all
+        rewards of the group are equal).
+        """
         self.rows.begin(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
@@ -184,7 +187,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in TRL, but each completion has its own seed. TRL calls this in the tool loop too."""
+        """Generate one turn as TRL does, but with a separate seed for each completion. TRL also
+        calls this method in the tool loop.
+        """
         parent = super()._generate_single_turn
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
@@ -203,8 +208,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL, but tool calls of a training batch are recorded for the log, and a tool can
-        end the run.
+        """Run the tool loop of TRL. In addition, record the tool calls of a training batch for the
+        log. If a tool fails, the error of the tool may end the run.
         """
         loop, log = super()._tool_call_loop, self.tool_log
         try:
@@ -284,8 +289,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return self._attempt.inputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """As in TRL, but if memory runs out, the step is repeated in smaller parts with the same
-        gradient.
+        """Do a step as TRL does. If memory runs out, the step is repeated in smaller parts, which
+        give the same gradient.
         """
         step = super().training_step
         self._attempt = Attempt(self, model)
@@ -299,8 +304,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As in TRL, but if the batch is split, the loss is computed part by part. The parts are
-        packs (completions joined into one sequence). They are smaller after memory ran out.
+        """Compute the loss as TRL does, but for one part of the batch at a time. A part is a pack
+        (completions joined into one sequence). After memory ran out, the parts are smaller.
         """
         loss = super().compute_loss
         if not self.model.training:
@@ -312,8 +317,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As in transformers. But if processes share a model, the gradient is clipped by the norm
-        of the complete adapter, not by the norm of the part in this process.
+        """Clip the gradient as transformers does. If several processes share a model, use the norm
+        of the complete adapter's gradient, and not the norm of the part in this process.
         """
         if mesh() is None:
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -323,8 +328,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return clip_whole(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As in transformers, but skips a step with NaN or infinite values. This is the last method
-        that transformers calls before the optimizer step.
+        """Return the gradient norm as transformers does. If the loss or the norm is NaN or
+        infinite, the optimizer step is skipped. transformers calls this method directly before
+        that step.
         """
         if grad_norm is None and mesh() is not None:
             grad_norm = clip_whole(model.parameters(), math.inf)
@@ -341,16 +347,15 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     # --- metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but all losses of the last batch are kept. transformers keeps as many
-        losses as the dataset has rows. But TRL's sampler repeats each row, so there are more losses
-        than rows, and those of the last processes would be lost.
+        """Evaluate as transformers does, but keep all losses. transformers would keep only as many
+        losses as the dataset has rows. TRL's sampler repeats each row, so there are more losses.
         """
         self.gather_function = self.accelerator.gather
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL, but with additional metrics: the differences between the log-probabilities of
-        engine and trainer.
+        """Log as TRL does. In addition, log the differences between the log-probabilities of engine
+        and trainer.
         """
         mode = "train" if self.model.training else "eval"
         for name, value in self.disagreement.take(self.accelerator).items():
@@ -366,9 +371,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
 @contextmanager
 def _without_vllm(config: Any) -> Iterator[None]:
-    """In the block, TRL's ``__init__`` does not build its own engine. It also does not read
-    ``generation_kwargs``. Without vLLM, it would pass them to generation with Hugging Face, but
-    they are keywords of vLLM.
+    """Inside the ``with`` block, hide ``use_vllm`` and ``generation_kwargs`` from TRL's
+    ``__init__``. With ``use_vllm``, TRL would build its own engine. Without it, TRL would pass
+    ``generation_kwargs``, which are keywords of vLLM, to Hugging Face generation.
     """
     kept = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None

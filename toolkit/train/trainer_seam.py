@@ -1,9 +1,9 @@
-"""The part of the trainer that other modules of ``train`` may use. Only this module uses TRL's
-private names.
+"""The interface of the trainer for other modules of ``train``. Only this module uses TRL's private
+names.
 
-``TrainerSeam`` is the type of this part. ``TrlState`` has public properties for the private
-attributes of TRL 1.16 and transformers 5.17 that a run needs (tests/contract/test_trl_seams.py
-checks that they exist).
+``TrainerSeam`` is a protocol class with all attributes of this interface. ``TrlState`` has public
+properties for the private attributes of TRL 1.16 and transformers 5.17 that a run needs.
+tests/contract/test_trl_seams.py checks that these private attributes exist.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ COMPLETION_METRICS = "completions/"
 
 
 class Drawn(NamedTuple):
-    """The completions of this rank: the values that TRL 1.16's ``_generate`` returns, in its
-    order.
+    """The completions of this rank. The fields are the values that ``_generate`` of TRL 1.16
+    returns, in the same order.
     """
 
     prompt_ids: list[list[int]]
@@ -56,7 +56,7 @@ def unwrapped(trainer: TrainerSeam, model: Any) -> Any:
 
 
 class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable types
-    """TRL's private state. Each private attribute is available under a public name."""
+    """A base class of the trainer with public names for private attributes of TRL's trainer."""
 
     tools: Any
     rollout_func: Any
@@ -72,15 +72,15 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
-        """Metric name -> its values since the last log row. During an evaluation, these are the
-        metrics of the evaluation. Otherwise, they are the metrics of training.
+        """Maps the name of a metric to its values since the last log row. During an evaluation,
+        only metrics of the evaluation are included. Otherwise, only metrics of training are.
         """
         found: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
         return found
 
     @property
     def train_metric_values(self) -> dict[str, list[float]]:
-        """Metric name -> its values since the last log row of training."""
+        """Maps the name of a training metric to its values since the last log row of training."""
         found: dict[str, list[float]] = self._metrics["train"]
         return found
 
@@ -92,7 +92,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def tools_by_row(self) -> list[dict[str, Any]]:
-        """The tools of each completion of the batch on this rank, by name."""
+        """For each completion of this rank's batch, a mapping of tool names to tools."""
         found: list[dict[str, Any]] = self._sync_tool_dicts
         return found
 
@@ -111,12 +111,12 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def micro_steps(self) -> int:
-        """The number of micro-batches trained on since the start."""
+        """The number of micro-batches on which the trainer has trained since the start."""
         return int(self._step)
 
     @property
     def micro_progress(self) -> tuple[int, float]:
-        """(``micro_steps``, seconds of the current optimizer step)."""
+        """The pair (``micro_steps``, seconds that the current optimizer step has taken so far)."""
         return int(self._step), float(self._current_train_step_time)
 
     @micro_progress.setter
@@ -125,7 +125,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def text_tokenizer(self) -> Any:
-        """The tokenizer, also if the processing class is a multimodal processor."""
+        """The tokenizer. If TRL's processing class is a multimodal processor, its tokenizer."""
         return self._tokenizer
 
     @property
@@ -135,7 +135,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def training_rows(self) -> Any:
-        """The rows of the training dataset, by index, with the columns that a batch has."""
+        """The training dataset, with only the columns that a batch contains."""
         rows = self.__dict__.get("_training_rows")
         if rows is None:
             rows = self._remove_unused_columns(self.train_dataset, description="training")
@@ -144,11 +144,13 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def pending_columns(self) -> Any:
-        """Column -> values that rewards passed to ``log_extra`` and that are not logged yet."""
+        """Maps a column name to the values that rewards passed to ``log_extra`` for this column. A
+        log row removes its values from here.
+        """
         return self._pending_extra_logs
 
     def draw_completions(self, prompts: list[Any]) -> Any:
-        """Draw a completion for each of this rank's ``prompts``; see ``Drawn``."""
+        """Draw a completion for each of this rank's ``prompts``. Return the values of ``Drawn``."""
         return self._generate(prompts)
 
     def score_completions(
@@ -158,24 +160,28 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         completions: list[Any],
         completion_ids: list[list[int]],
     ) -> torch.Tensor:
-        """Rewards of all ranks' completions: float32 [completion, function]."""
+        """Return the rewards of the completions of all ranks, as a float32 tensor with the shape
+        (completions, reward functions).
+        """
         found: torch.Tensor = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         return found
 
     def completion_metric_counts(self) -> dict[str, int]:
-        """Name of a metric of completions -> how many values it has since the last log row."""
+        """Map each of TRL's metrics of completions to the number of its values since the last log
+        row.
+        """
         values = self.train_metric_values
         return {name: len(values[name]) for name in values if name.startswith(COMPLETION_METRICS)}
 
     def describe_completions(
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions ``drawn``. Values of these metrics that were logged
-        since ``completion_metric_counts`` returned ``counts`` are removed first.
+        """Log TRL's metrics of the completions ``drawn``. First remove newer values of these
+        metrics. ``counts`` (from ``completion_metric_counts``) is the number of values to keep.
 
         TRL computes these metrics in its method ``_generate``. Therefore this method calls
-        ``_generate`` with a ``rollout_func`` that only returns ``drawn``. The number of tokens seen
-        does not change, because it already includes all drawn tokens.
+        ``_generate`` with a ``rollout_func`` that samples nothing and returns ``drawn``. The number
+        of tokens seen does not change, because the drawn tokens have already been counted.
         """
         values = self.train_metric_values
         for name in list(values):
@@ -197,14 +203,16 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
 
 class PhaseTimers(Protocol):
-    """The seconds that each phase took (rollout.sampler.Timers)."""
+    """The seconds that each phase took (implemented by rollout.sampler.Timers)."""
 
     def __call__(self, phase: str) -> AbstractContextManager[None]: ...
     def take(self) -> dict[str, float]: ...
 
 
 class RowNumbers(Protocol):
-    """The numbers that identify completions (rollout.completion_index.CompletionIndex)."""
+    """Numbers the completions of a batch (implemented by
+    rollout.completion_index.CompletionIndex).
+    """
 
     @property
     def generation(self) -> int: ...
@@ -215,8 +223,8 @@ class RowNumbers(Protocol):
 
 
 class PromptRecords(Protocol):
-    """The recorded spread of rewards of each prompt, for the curriculum
-    (rollout.prompt_choice.PromptChoice).
+    """The recorded spread of the rewards of each prompt, for the curriculum (implemented by
+    rollout.prompt_choice.PromptChoice).
     """
 
     def state(self) -> dict[str, torch.Tensor] | None: ...
@@ -224,15 +232,15 @@ class PromptRecords(Protocol):
 
 
 class GapTotals(Protocol):
-    """Totals of the differences between the log-probabilities of engine and trainer
-    (step.importance_sampling.Disagreement).
+    """Totals of the differences between the log-probabilities of engine and trainer (implemented by
+    step.importance_sampling.Disagreement).
     """
 
     def add(self, gap: torch.Tensor, ratio: torch.Tensor | None) -> None: ...
 
 
 class RunLogs(Protocol):
-    """The run's log files (report.metrics_log.Journal)."""
+    """The log files of a run (implemented by report.metrics_log.Journal)."""
 
     def positions(self) -> dict[str, int]: ...
     def digests(self) -> dict[str, str]: ...
@@ -240,23 +248,23 @@ class RunLogs(Protocol):
 
 
 class ToolCalls(Protocol):
-    """The tool calls since the last row of the log (rollout.tool_log.ToolLog)."""
+    """The tool calls since the last log row (implemented by rollout.tool_log.ToolLog)."""
 
     def write(self, journal: Any, step: int) -> None: ...
 
 
 class MemoryPeaks(Protocol):
-    """Peak memory by phase, in bytes (report.memory_peaks.PhasePeaks)."""
+    """Peak memory in bytes by phase (implemented by report.memory_peaks.PhasePeaks)."""
 
     def sampling(self, engine: RolloutEngine) -> AbstractContextManager[None]: ...
     def so_far(self) -> int: ...
 
 
 class TrainerSeam(Protocol):
-    """The part of the trainer that other modules may use. The types of its attributes are protocols
-    too. Therefore this module does not import the modules that use it.
+    """The attributes of the trainer that other modules may use. This class and the types of its
+    attributes are protocols, so that this module need not import the modules that use it.
 
-    Names without a comment are public attributes of TRL or transformers.
+    Attributes without a comment are public attributes of TRL or transformers.
     """
 
     accelerator: Any

@@ -1,5 +1,5 @@
-"""Build TRL's GRPOConfig from a resolved run. The values of its fields come from the run file, or
-depend on the machine.
+"""Build TRL's GRPOConfig for a run. The values of its fields come from the run file or depend on
+the machine.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ENGINE_KEYS = ("use_vllm", "vllm_mode")
 def grpo_config(
     config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
 ) -> Any:
-    """Return TRL's arguments for ``config``, as an instance of ``build`` (the class GRPOConfig).
-    The toolkit logs metrics at every step, and TRL writes nothing.
+    """Return TRL's GRPOConfig for the run file ``config``. ``build`` is the class GRPOConfig. The
+    returned config turns off all output of TRL, because the toolkit itself logs every step.
 
     Raises:
         ConfigError: TRL rejects a value.
@@ -108,11 +108,10 @@ def grpo_config(
 
 
 def _as_typed(name: str, value: Any) -> Any:
-    """Return ``value`` with the number type of TRL's default. ``report_to`` without a value becomes
-    an empty list.
+    """Return ``value`` as a float if TRL's default for the field ``name`` is a float. A run file
+    may contain an integer here (``adam_beta1: 0``), but torch needs two betas of the same type.
 
-    A run file may write a float as an integer (``adam_beta1: 0``), but torch needs both betas of
-    the same type.
+    If ``name`` is ``report_to`` and ``value`` is None, the result is an empty list.
     """
     if name == "report_to" and value is None:
         return []
@@ -121,10 +120,12 @@ def _as_typed(name: str, value: Any) -> Any:
 
 
 def require_packages(config: RunConfig) -> None:
-    """Check that the packages that the grpo section needs are installed, before anything is loaded.
+    """Check that the packages for the sections ``grpo`` and ``environment`` are installed. Call
+    this function before anything is loaded.
 
     Raises:
-        MissingExtraError: a tracker, an optimizer, Liger or an environment is not installed.
+        MissingExtraError: the package of a tracker, an optimizer, Liger or an environment is not
+            installed.
     """
     refuse_missing(needed_by(config.grpo), config.source)
     section = config.environment
@@ -132,18 +133,18 @@ def require_packages(config: RunConfig) -> None:
     if section and missing:
         raise MissingExtraError(
             f"environment.adapter: {section.adapter} needs the package {missing.modules[0]}, which "
-            f"is not installed{' for ' + section.python if section.python else ''}",
+            f"is not installed{' in ' + section.python if section.python else ''}",
             where=config.source or "environment.adapter",
             fix=pip_line(missing, section.python),
         )
 
 
 def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | None = None) -> None:
-    """Check that the packages ``needed``, from ``needed_packages``, are installed. ``source`` is
-    the run file that needs them.
+    """Check that the packages ``needed`` (the result of ``needed_packages``) are installed.
+    ``source`` is the path of the run file, for the error.
 
     Raises:
-        MissingExtraError: for the first package that is not installed.
+        MissingExtraError: a package is not installed. The message contains the first such package.
     """
     for key, value, package in needed:
         if not installed(package):
@@ -155,11 +156,11 @@ def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | Non
 
 
 def make_reproducible() -> None:
-    """Use deterministic kernels where torch has them.
+    """Make torch use deterministic kernels on a GPU, if they exist.
 
-    On the CPU, runs with the same number of threads have equal results without this function. On a
-    GPU, it makes cuBLAS and cuDNN deterministic. Some operations, such as some scatter-adds, have
-    no deterministic kernel. For these, torch only prints a warning.
+    This function makes cuBLAS and cuDNN deterministic. Some operations (for example some
+    scatter-adds) have no deterministic kernel, and torch only prints a warning for them. On the
+    CPU, this function does nothing: runs with the same number of threads always have equal results.
     """
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)

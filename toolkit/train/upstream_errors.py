@@ -1,10 +1,10 @@
-"""Find the keys of the run file that caused an upstream exception, from the place where it was
-raised.
+"""Find the keys of the run file that caused an exception in an upstream library.
 
-If upstream raises an exception while it uses keys that the run file sets, these keys are the cause,
-and the run ends with exit code 1. An exception from the toolkit's own code, or without such a key,
-is reported as a defect of the toolkit. The table is for transformers 5.17, TRL 1.16 and torch 2.11
-to 2.13; tests/contract/test_train_upstream.py checks the names of files and functions.
+The table ``PHASES`` lists functions of upstream libraries with the keys that they use. If such a
+function raises an exception, and the run file sets some of its keys, these keys count as the cause.
+The run then ends with exit code 1. All other exceptions are reported as a defect of the toolkit.
+The table is for transformers 5.17, TRL 1.16 and torch 2.11 to 2.13.
+tests/contract/test_train_upstream.py checks the names of files and functions in the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ Such a word is the name of the class into which upstream reads the key: Accelera
 
 
 class Phase(NamedTuple):
-    """A part of the work of an upstream library, and the keys of ``grpo`` that it uses."""
+    """A task of an upstream library, for example building the optimizer. ``doing`` describes the
+    task, ``places`` lists its source code, and ``keys`` are the ``grpo`` keys that the task uses.
+    """
 
     doing: str
     places: tuple[str, ...]
@@ -178,16 +180,17 @@ PHASES = (
 
 
 class Blame(NamedTuple):
-    """What the upstream library was doing, and the keys of the run file that it used."""
+    """The cause of an exception: the task of the upstream library, and the keys that it used."""
 
     doing: str
     keys: tuple[str, ...]
 
 
 def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
-    """Return the keys of ``written`` (the run file's ``grpo``) that caused ``error``, or None.
+    """Return the keys that caused ``error``, and the task that raised it. None if no key caused it.
 
-    Frames are searched from the innermost outwards, up to the first frame of the toolkit.
+    ``written`` is the ``grpo`` section of the run file. The frames of the traceback are searched
+    from the innermost frame up to the first frame of the toolkit.
     """
     for file, function in _upstream_frames(error):
         for phase in PHASES:
@@ -203,8 +206,8 @@ def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
 def config_fault(
     error: BaseException, written: Mapping[str, Any], where: str
 ) -> ConfigError | None:
-    """Return ``error`` as a ConfigError. Its message has the keys of the run file that caused
-    ``error``, and upstream's text. Return None if no key caused ``error``.
+    """Return a ConfigError that replaces ``error``. Its message contains the text of ``error`` and
+    the keys of the run file that caused it. Return None if no key caused ``error``.
     """
     found = blame(error, written)
     if found is None:
@@ -221,8 +224,8 @@ def config_fault(
 
 
 def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys that caused the exception, according to its text: the text contains the key,
-    or the class into which upstream reads the key (AcceleratorConfig, ContinuousBatchingConfig).
+    """Return the keys that occur in the text of the exception. A key also counts if the text
+    contains the name of its class (AcceleratorConfig for ``accelerator_config``).
     """
     words = {word.lower().replace("_", "") for word in re.findall(r"\w+", str(error))}
     plain = {key: key.replace("_", "") for key in written}
@@ -234,8 +237,8 @@ def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
-    """Yield (file, function) of each frame, the innermost first, up to the first frame of the
-    toolkit.
+    """Yield (file, function) for each frame of the traceback of ``error``. Begin with the innermost
+    frame, and stop before the first frame of the toolkit.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)

@@ -1,5 +1,5 @@
-"""Load the user's parts of a run before the engine starts: data, rewards, tools and an
-environment.
+"""Load the parts of a run that the user provides: data, rewards, tools and an environment. They are
+loaded before the engine starts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class UserCode(NamedTuple):
-    """The user's data, rewards, tools and environment. ``episodes`` makes the environments of
-    multi-step rollouts. It is None if the run has no such rollouts.
+    """The user's data, rewards, tools and environment. If rollouts have several steps in an
+    environment, ``episodes`` creates the environments. Otherwise, ``episodes`` is None.
     """
 
     data: Data
@@ -72,7 +72,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         episodes = EpisodeHost(code, workers.environment, seconds)
     if (tools or episodes) and not data.report.train.chat:
         raise ConfigError(
-            "tools are called in a chat, but the prompts are plain text",
+            "tools need prompts in a chat format, but the prompts are plain text",
             where="dataset.chat",
             fix="use a model with a chat template, or remove the section "
             + ("tools" if tools else "environment"),

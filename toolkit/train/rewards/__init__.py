@@ -38,13 +38,13 @@ def load_rewards(
     columns: Sequence[str] | None = None,
     workers: Workers | None = None,
 ) -> Rewards:
-    """Build every reward of a run file with its error policy.
+    """Build every reward of a run file. Each reward gets the error policy of the run file.
 
     Samples on which a reward fails are saved in ``run_dir``. With ``reward.isolate``, the user's
-    reward functions and the built-in reward math_verify run in one worker process, which they
-    share. The worker process belongs to ``workers``. If ``workers`` is None, a new ``Workers`` is
-    created. ``columns`` are the columns of the dataset, including ``answer``. If ``columns`` is
-    given, a reward that needs a missing column is rejected here and not only in the first step.
+    reward functions and the built-in reward math_verify run in a worker process of ``workers``. If
+    ``workers`` is None, a new worker process is used. ``columns`` are the names of the dataset's
+    columns, including ``answer``. With ``columns``, a reward that needs a missing column is
+    rejected here, and not only in the first step.
 
     Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """

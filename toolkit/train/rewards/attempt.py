@@ -78,9 +78,9 @@ class Batch(NamedTuple):
     columns: dict[str, Any]
 
     def only(self, index: int) -> Batch:
-        """A batch that contains only the sample at ``index``.
+        """Return a batch that contains only the sample at ``index``.
 
-        Values that a reward function logs when it is called with this batch are dropped.
+        If a reward function is called with this batch, the values that it logs are dropped.
         """
         size = len(self.completions)
         columns = {
@@ -94,12 +94,12 @@ class Batch(NamedTuple):
 def attempt(
     function: Callable[..., Any], batch: Batch, seconds: float | None, loop: LoopThread
 ) -> list[Score | Trouble]:
-    """Call ``function`` and return one item per completion: its score, or a ``Trouble`` (the
-    description of an error) if the returned value is invalid.
+    """Call the reward ``function`` with a copy of ``batch``. Return one item per completion: its
+    score, or a ``Trouble`` (the description of an error) if the returned value is invalid.
 
-    Raises Misbehaved if the whole call fails, so that there are no scores. ToolkitError is raised
-    unchanged. KeyboardInterrupt and StepAbandoned are raised unchanged too, because a signal to the
-    run caused them and not the reward.
+    Raises Misbehaved if the whole call fails and there are no scores. ToolkitError is raised
+    unchanged. KeyboardInterrupt and StepAbandoned are also raised unchanged, because they come from
+    a signal to the run and not from the reward.
     """
     copies = {name: copied(value) for name, value in batch.columns.items()}
     prompts, completions = copied(batch.prompts), copied(batch.completions)
@@ -136,7 +136,7 @@ def copied(value: Any) -> Any:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a call of ``function`` returns a coroutine. The rule is that of
+    """Whether a call of ``function`` returns a coroutine. The result is the same as that of
     ``is_async_callable`` in TRL 1.16.
     """
     while isinstance(function, partial):
@@ -147,8 +147,8 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def drop(*_: Any) -> None:
-    """Do nothing. This function replaces ``log_metric`` and ``log_extra`` if values must not be
-    logged.
+    """Do nothing. A reward gets this function as ``log_metric`` and ``log_extra`` if the values of
+    the reward must not be logged.
     """
     return
 
@@ -156,10 +156,11 @@ def drop(*_: Any) -> None:
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Trouble] | BaseException:
-    """The result of ``coroutine`` after the check of its values, or the exception that it raised.
+    """Await the ``coroutine`` of a reward. Return its checked result, or the exception that it
+    raised.
 
     The exception is returned and not raised, because a SystemExit in a task would end the thread of
-    the loop.
+    the event loop.
     """
     try:
         return checked(await coroutine, size)
@@ -168,9 +169,10 @@ async def _awaited(
 
 
 def _from_the_run(error: BaseException) -> BaseException | None:
-    """The exception that a signal to the run caused, or None if the reward itself raised ``error``.
+    """Return the KeyboardInterrupt or StepAbandoned in ``error``, which come from a signal to the
+    run. None if the reward itself raised ``error``.
 
-    The returned exception is ``error`` or, if ``error`` is an exception group, a member of it.
+    If ``error`` is an exception group, its members are searched.
     """
     if isinstance(error, _THE_RUNS):
         return error
@@ -182,7 +184,9 @@ def _from_the_run(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Restore the umask and the working folder after the block, in case user code changed them."""
+    """After the ``with`` block, restore the umask and the working folder of the process. User code
+    in the block may have changed them.
+    """
     umask, folder = _umask(), _folder()
     try:
         yield
@@ -202,8 +206,8 @@ def _folder() -> Path | None:
 def _umask() -> int:
     """The umask of this process.
 
-    It is read from /proc if possible. os.umask can only read the umask by changing it for a moment,
-    and other threads may create files in this moment.
+    If possible, the umask is read from /proc. os.umask reads the umask only by changing it for a
+    moment, and another thread may create a file in this moment.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,8 +1,8 @@
 """The built-in rewards. Each reward is a dataclass whose fields are its options.
 
 TRL calls a reward with ``(prompts, completions, **columns)``. Completions are texts or lists of
-chat messages. A reward returns one float per completion, or None if the dataset has no answer for
-it. The same completions always get the same rewards.
+chat messages. A reward returns a list with one float per completion. The value is None if the
+dataset has no answer for the completion. The same completions always get the same rewards.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: a plain completion itself, or the last assistant message of a chat.
+    """The text of a completion. If the completion is a chat, this is the text of its last assistant
+    message.
 
-    If the content of the message is a list of parts, their texts are joined. If the message has no
-    content (only a tool call), the text is empty.
+    If the content of the message is a list of parts, the texts of the parts are joined. If the
+    message has no content (only a tool call), the text is empty.
     """
     if isinstance(completion, str):
         return completion
@@ -42,7 +43,7 @@ def inside_tag(text: str, tag: str) -> str | None:
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
-    """The dataset column ``name``, which ``reward`` reads.
+    """The values of the dataset column ``name``, for the reward ``reward``.
 
     Raises ConfigError if the column does not exist. The error lists the existing columns.
     """
@@ -52,7 +53,8 @@ def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
     there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
     raise ConfigError(
         f"reward {reward} needs the column {name!r}; the dataset has: {there or 'none'}",
-        fix="set dataset.answer to the column with the answers, or set the reward's option column",
+        fix="set dataset.answer to the column with the answers, or set the option `column` of the "
+        "reward",
     )
 
 
@@ -61,7 +63,7 @@ Score = float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A reward that compares each completion with an answer from the dataset.
+    """The base class of rewards that compare each completion with an answer from the dataset.
 
     ``column`` is the name of the column with the answers. With ``tag``, only the text in the last
     ``<tag>...</tag>`` of a completion is compared, and a completion without the tag scores 0.
@@ -147,8 +149,8 @@ class RegexMatch:
                     f"regex_match: the pattern {self.pattern!r} is not a valid regular "
                     f"expression: {error}"
                 ),
-                fix="correct the pattern; in YAML, put it in single quotes so that backslashes are "
-                "kept",
+                fix="correct the pattern. In YAML, put the pattern in single quotes, which keep "
+                "backslashes",
             ) from error
 
     def _compiled(self) -> re.Pattern[str]:
@@ -167,10 +169,10 @@ class RegexMatch:
 class Format:
     """1 if the completion contains each of ``tags`` exactly once, closed and in this order, else 0.
 
-    With ``strict`` only white space may be outside the tags. ``opened`` means that the prompt
-    already ends with the first opening tag, as in the chat templates of some reasoning models. With
-    ``partial`` a completion with a wrong format scores 0.5 times the share of tags that occur
-    exactly once.
+    With ``strict``, only white space may be outside the tags. Use ``opened`` if the prompt already
+    ends with the first opening tag, as in the chat templates of some reasoning models. With
+    ``partial``, a completion with a wrong format scores 0.5 x the share of tags that occur exactly
+    once.
     """
 
     name: ClassVar[str] = "format"
@@ -182,7 +184,8 @@ class Format:
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) != len(self.tags):
             raise ConfigError(
-                f"format: tags must have at least one name, and all names must differ: {self.tags}"
+                f"format: the option tags is {self.tags}. It must have at least one name, and no "
+                "name twice"
             )
 
     def __call__(
@@ -226,8 +229,8 @@ class LengthPenalty:
     def __post_init__(self) -> None:
         if not 0 <= self.margin <= self.max_length or self.max_length < 1:
             raise ConfigError(
-                f"length_penalty: needs 0 <= margin <= max_length and max_length >= 1, "
-                f"not margin {self.margin} and max_length {self.max_length}"
+                f"length_penalty: margin is {self.margin} and max_length is {self.max_length}, but "
+                "0 <= margin <= max_length and max_length >= 1 must be true"
             )
         if self.unit not in ("tokens", "characters"):
             raise ConfigError(

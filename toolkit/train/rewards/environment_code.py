@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class EnvironmentCode(NamedTuple):
-    """The code of an environment (adapter, task and options) and the modules that the run file
-    allows.
+    """The source of an environment: its library (``adapter``), task and options.
 
-    ``adapter`` is the name of the environment's library. ``folder`` is the folder of the run file.
+    ``allow_code`` lists the modules that the run file allows. ``folder`` is the folder of the run
+    file.
     """
 
     adapter: str
@@ -32,18 +32,18 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """Create this object again, from a request to the worker process (see ``request``)."""
+        """Return the EnvironmentCode that ``request`` converted to JSON values (in the worker)."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
 
     def request(self) -> dict[str, Any]:
-        """This object as JSON values, for a request to the worker process."""
+        """Return the fields of this object as JSON values, to send them to the worker process."""
         named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
         return {**named, "options": thaw(self.options)}
 
     def prepare(self) -> None:
-        """Make the module of the environment importable, also from the folder of the run file.
+        """Make the module of the environment importable from the folder of the run file.
 
         Raises:
             ConfigError: runtime.allow_code does not list the module, so it must not be imported.
@@ -54,16 +54,17 @@ class EnvironmentCode(NamedTuple):
             return
         if not is_allowed(module, self.allow_code):
             raise ConfigError(
-                f"environment.task {self.task} is code of the module {module}, which "
+                f"environment.task {self.task} runs code of the module {module}, which "
                 "runtime.allow_code does not list",
                 where="environment.task",
-                fix=f"if you trust the module, add {module.partition('.')[0]} to allow_code",
+                fix=f"if you trust the module, add {module.partition('.')[0]} to "
+                "runtime.allow_code",
             )
         look_beside(self.folder, self.allow_code)
 
 
 def code_of(config: RunConfig) -> EnvironmentCode | None:
-    """The code of the run's environment. None if the run has no environment."""
+    """The EnvironmentCode of the run. None if the run has no environment."""
     section = config.environment
     if section is None:
         return None
@@ -74,11 +75,14 @@ def code_of(config: RunConfig) -> EnvironmentCode | None:
 
 
 def refuse_package(adapter: str, allow_code: Sequence[str]) -> None:
-    """Raise ConfigError if runtime.allow_code does not list the package of an environment."""
+    """Raise ConfigError if ``allow_code`` does not list the package of the environment library
+    ``adapter``.
+    """
     module = ADAPTERS[adapter].modules[0]
     if not is_allowed(module, allow_code):
         raise ConfigError(
             f"the environment {adapter} runs code of the module {module}, which runtime.allow_code "
             "does not list",
-            fix=f"if you trust the module, set runtime: {{allow_code: [{module}]}}",
+            fix=f"if you trust the module, add {module} to the list: "
+            f"runtime: {{allow_code: [{module}]}}",
         )

@@ -2,8 +2,8 @@
 value.
 
 A reward is called with the whole batch. If this call fails, the reward is called with one sample at
-a time to find the failing samples, which are saved to a file. Then the policy ``fail`` stops the
-run. The policy ``none`` gives the failing samples the score None and counts them. TRL leaves None
+a time, to find the failing samples. They are saved to a file. Then the policy ``fail`` stops the
+run. The policy ``none`` counts the failing samples and gives them the score None, which TRL leaves
 out of the mean.
 """
 
@@ -37,8 +37,8 @@ SEARCH_FACTOR = 4  # the search for hanging samples may take this many times tim
 
 @dataclass(frozen=True)
 class Policy:
-    """``on_error`` and ``timeout_s`` of the run file's reward section. ``file`` is the file to
-    which failing samples are saved.
+    """The error policy of a run. ``on_error`` and ``timeout_s`` come from the reward section of the
+    run file. Failing samples are saved to ``file``.
     """
 
     on_error: Literal["fail", "none"] = "fail"
@@ -69,9 +69,9 @@ class GuardedReward:
         return self.scores(Batch(prompts, completions, columns))
 
     def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
-        """The rewards for a call outside training. Works for async functions too.
+        """The rewards, one float or None per completion, for a call outside training.
 
-        This method adds the arguments that TRL passes in training.
+        This method adds the arguments that only TRL passes. It also works for async functions.
         """
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
@@ -102,7 +102,7 @@ class GuardedReward:
         return attempt(self.function, batch, seconds, self._loop)
 
     def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
-        """Score each sample alone, because the call with the whole batch failed.
+        """Call the reward with one sample at a time. Return a score or an error per sample.
 
         ``whole`` is the error of the call with the whole batch. If no sample fails alone, every
         sample gets the error ``whole``.
@@ -140,18 +140,18 @@ class GuardedReward:
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)
-            longer = " or raise reward.timeout_s," if "took longer than" in trouble.what else ","
+            longer = ", or raise reward.timeout_s," if "took longer than" in trouble.what else ","
             raise ConfigError(
                 redact(f"reward {self.__name__} {trouble.what} (sample {index} of {size})")
                 + (f"\n  saved: {saved}" if saved else ""),
-                fix=f"fix the function{longer} or set reward.on_error: none to score such samples "
-                "None",
+                fix=f"fix the function{longer} or set `reward.on_error: none` to give such samples "
+                "the score None",
             )
 
     def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
         """Append the sample to the file of failing samples, and return the path of the file.
 
-        If the sample could not be saved, the returned text contains the reason. None if the policy
+        If the sample could not be saved, return the path and the reason. Return None if the policy
         has no file.
         """
         file = self.policy.file
@@ -177,20 +177,20 @@ class GuardedReward:
 
 
 class AsyncGuardedReward(GuardedReward):
-    """A GuardedReward of a coroutine function. TRL runs all async rewards concurrently."""
+    """A GuardedReward for an async function. TRL runs all async rewards concurrently."""
 
     async def __call__(  # type: ignore[override]  # TRL checks if __call__ is async
         self, /, prompts: list[Any], completions: list[Any], **columns: Any
     ) -> list[Score]:
-        """The rewards, as in GuardedReward. The call runs in another thread, so that async rewards
-        do not wait for each other.
+        """The rewards, one float or None per completion. The function is called in another thread,
+        so that async rewards do not wait for each other.
         """
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
 def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
-    """``function`` with the error policy ``policy``. The returned reward is async if ``function``
-    is async.
+    """Return a reward that applies ``policy`` to the errors of ``function``. The returned reward is
+    async if ``function`` is async.
     """
     waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
     kind = AsyncGuardedReward if waits else GuardedReward
@@ -198,9 +198,10 @@ def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
 
 
 def _both(whole: Trouble, alone: Trouble) -> Trouble:
-    """The error of one sample: ``alone``, which occurred with this sample only.
+    """Return the error to report for a sample. ``alone`` is the error of the call with this sample.
+    ``whole`` is the error of the call with the whole batch.
 
-    If the call with the whole batch failed with another error, the text contains both errors.
+    If the two errors differ and ``alone`` has no traceback, the text contains both errors.
     """
     if alone.traceback or alone.what == whole.what:
         return alone

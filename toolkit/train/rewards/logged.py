@@ -27,8 +27,8 @@ _BEYOND = 4096
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
-    """``columns`` with its functions ``log_metric`` and ``log_extra`` replaced by functions that
-    remove secrets and limit the length of texts.
+    """Return ``columns`` with safe functions ``log_metric`` and ``log_extra``. They remove secrets
+    from texts and limit their length.
     """
     wrapped = dict(columns)
     kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
@@ -58,8 +58,8 @@ def _whole(text: str) -> str:
 
 
 def saveable(value: Any) -> Any:
-    """``value`` as values that strict JSON allows, without secrets. The length of texts and the
-    number of items are limited.
+    """Convert ``value`` to values that strict JSON allows. Secrets are removed. The length of texts
+    and the number of items are limited.
     """
     return _saveable(value, [MOST_ITEMS])
 
@@ -98,15 +98,15 @@ def _wrapped(
 
 
 def metric_name(name: Any) -> str:
-    """The name of a metric as text. Raises ValueError if the name belongs to the run."""
+    """The name of a metric as text. Raises ValueError if the run itself uses the name."""
     text = str(name)
     refuse_own(text)
     return text
 
 
 def number(value: Any) -> float:
-    """The value of a metric as a float. Raises TypeError if it is not a number, because the trainer
-    computes means of metrics.
+    """The value of a metric as a float. Raises TypeError if the value is not a number, because the
+    trainer computes the mean of a metric.
     """
     plain = value.item() if hasattr(value, "item") else value
     if not isinstance(plain, numbers.Real):
@@ -114,14 +114,14 @@ def number(value: Any) -> float:
     try:
         return float(plain)
     except OverflowError:
-        raise TypeError("log_metric needs a number that fits into a float") from None
+        raise TypeError("log_metric needs a number that is in the range of a float") from None
 
 
 def extra(value: Any) -> list[Any] | tuple[Any, ...]:
-    """The values of a column for completions.jsonl.
+    """The values that a reward passed to ``log_extra``, as a list or tuple for completions.jsonl.
 
-    Raises TypeError if they are not a list, tuple, array or tensor, and ValueError if one of them
-    is nested deeper than ``DEEPEST`` levels.
+    Raises TypeError if ``value`` is not a list, tuple, array or tensor. Raises ValueError if an
+    item is nested deeper than ``DEEPEST`` levels.
     """
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
@@ -141,5 +141,7 @@ def _refuse_deep(value: Any, left: int) -> None:
 
 
 def _texts(value: Any) -> list[Any]:
-    """The values of a column for completions.jsonl. Texts are shortened, other values are kept."""
+    """The values that a reward passed to ``log_extra``, with shortened texts. Other values are
+    unchanged.
+    """
     return [shortened(item) if isinstance(item, str) else item for item in extra(value)]

@@ -1,5 +1,5 @@
-"""Build a reward function from its entry in the run file. The function is built-in or the
-user's.
+"""Build a reward function from its entry in the run file. The entry is a built-in reward or a
+function of the user.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 
 
 def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
-    """Return ``kind(**options)`` for the reward ``name``.
+    """Create the built-in reward ``name``, which is the class ``kind``, with ``options``.
 
     Raises ConfigError for an unknown option, a missing option or a value of the wrong type.
     """
@@ -100,7 +100,7 @@ def make_function(
     folder: Path,
     columns: Sequence[str] | None,
 ) -> Callable[..., Any]:
-    """The callable for the entry ``wanted`` of the run file.
+    """Return the reward function for ``wanted``, an entry of the run file.
 
     ``folder`` is the folder of the run file. ``columns`` are the columns of the dataset, or None if
     they are not known yet. Raises ConfigError, or MissingExtraError if math_verify's package is not
@@ -122,7 +122,8 @@ def make_function(
         both = sorted(there & set(options))
         if both:
             raise ConfigError(
-                f"reward {wanted.name}: option {both[0]} is also a dataset column",
+                f"reward {wanted.name}: option {both[0]} is also a dataset column, so the function "
+                "would get this argument twice",
                 fix="rename the option or the column",
             )
         missing = missing_columns(function, there | set(options))
@@ -139,8 +140,8 @@ def _kind(name: str) -> type[Any]:
     raise ConfigError(
         f"the reward {name!r} does not exist",
         fix=(
-            f"{hint}Use a built-in reward ({', '.join(BUILTINS)}), or name your own function as "
-            "module:function"
+            f"{hint}Use a built-in reward ({', '.join(BUILTINS)}), or your own function as "
+            "`module:function`"
         ),
     )
 

@@ -17,7 +17,7 @@ class MathVerify(Compared):
     0.
 
     Source: https://github.com/huggingface/Math-Verify. Math-Verify has two time limits, one for
-    parsing and one for comparing. The toolkit replaces both by one limit per comparison
+    parsing and one for comparing. The toolkit replaces both limits by one limit per comparison
     (``seconds_each``). A comparison that takes longer scores 0. In the worker process
     (rewards/remote), the limit also applies to native code that cannot be interrupted, because the
     process is killed. If Math-Verify cannot read the dataset's answer, the score is None.

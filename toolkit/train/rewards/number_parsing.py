@@ -1,7 +1,8 @@
-"""Parse numbers as people and models write them, exactly (as fractions) and in bounded time.
+"""Parse numbers as people and models write them. The results are exact fractions, and parsing takes
+bounded time.
 
-The forms are ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``, ``1.2 x 10^3``, ``50%``,
-GSM8K's ``#### 42``, and LaTeX ``\\boxed{\\frac{3}{4}}``. Units after a number are ignored. A comma
+The supported forms are ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``,
+``1.2 x 10^3``, ``50%``, GSM8K's ``#### 42``, and LaTeX ``\\boxed{\\frac{3}{4}}``. Units after a number are ignored. A comma
 that does not separate thousands ends a number (``3,5`` is 3 and 5).
 """
 
@@ -46,8 +47,8 @@ class Number(NamedTuple):
 
 
 def numbers_in(text: str) -> list[Number]:
-    """Every number in ``text``, in order. Numbers that are too long and divisions by 0 are left
-    out. Never raises.
+    """Return every number in ``text``, in order. Numbers that are too long and divisions by 0 are
+    skipped. This function never raises an exception.
     """
     found = (_read(match) for match in _NUMBER.finditer(_plain(text)))
     return [number for number in found if number is not None]

@@ -38,11 +38,12 @@ _MOST_LIVE = 4096
 
 
 def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list[dict[str, Any]]:
-    """``size`` rows ``{prompt, problem}``, one for each seed from ``seed`` to ``seed + size - 1``.
+    """Return ``size`` rows ``{prompt, problem}`` of a data set. There is one row for each seed from
+    ``seed`` to ``seed + size - 1``.
 
     Raises:
-        ConfigError: the class does not exist, or cannot be used.
-        MissingExtraError: the package is not installed.
+        ConfigError: the Environment class ``task`` does not exist, or cannot be used.
+        MissingExtraError: the package openenv is not installed.
     """
     game = Game(task, options)
     made = []
@@ -56,7 +57,9 @@ class Game:
     """An Environment class and its Action class."""
 
     def __init__(self, task: str, options: Mapping[str, Any]) -> None:
-        """Import ``task`` (module:Class). ``options`` are arguments of its constructor."""
+        """Import the class ``task`` (``module:Class``). ``options`` are the arguments of its
+        constructor.
+        """
         self.kind = _environment_class(task)
         self.options = dict(options)
         self.action = _action_class(task, self.kind)
@@ -72,8 +75,8 @@ class Game:
         return environment.reset(seed=seed)
 
     def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
-        """The observation after an action. Raises Refused if the arguments are not valid for the
-        Action class.
+        """Run the action with ``arguments`` in ``environment``, and return the next observation.
+        Raises Refused if the arguments are not valid for the Action class.
         """
         try:
             action = self.action.model_validate(dict(arguments))
@@ -91,14 +94,14 @@ class _Live:
 
 
 class Episodes:
-    """The environments of the rollouts of a batch, in the worker process.
+    """The environments of the rollouts of a batch, in the worker process. Each rollout has one.
 
-    Each request contains the seed of its rollout and all earlier steps. If the worker was restarted
-    and an environment was lost, the worker creates the environment again and repeats these steps.
+    Each request contains the seed of its rollout and all earlier steps. If an environment was lost
+    in a restart of the worker, the worker creates the environment again and repeats these steps.
     """
 
     def __init__(self, code: EnvironmentCode) -> None:
-        """Load the class. Raises ConfigError."""
+        """Load the Environment class of ``code``. Raises ConfigError."""
         code.prepare()
         self._game = Game(code.task, code.options)
         self.schema = self._game.schema
@@ -142,10 +145,10 @@ class Episodes:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenEnv:
-    """The sum of the rewards of a rollout's steps.
+    """The score of a rollout: the sum of the rewards of its steps.
 
     The range depends on the environment. It is 0 to 1 if at most one step of a rollout has the
-    reward 1 and all others have 0.
+    reward 1 and all other steps have the reward 0.
     """
 
     name: ClassVar[str] = "openenv"
@@ -160,11 +163,11 @@ class OpenEnv:
 
 
 def text_of_observation(observation: Any) -> str:
-    """The observation as text for the model.
+    """Return ``observation`` as text for the model.
 
-    The fields ``reward``, ``done`` and ``metadata`` are left out. If a single field remains, and
-    its value is a text, the result is this text. Otherwise the result is the remaining fields as
-    JSON.
+    The fields ``reward``, ``done`` and ``metadata`` are left out. If only one field remains, and
+    its value is a text, the result is this text. Otherwise, the result is a JSON object of the
+    remaining fields.
     """
     fields = observation.model_dump(mode="json")
     said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}
@@ -181,8 +184,8 @@ def _package() -> Any:
     except ImportError as error:
         raise MissingExtraError(
             f"the environment openenv needs the package openenv: {first_line(error)}",
-            fix="install openenv into a virtual environment of its own (it and vLLM need different "
-            "releases of mcp), and name its interpreter in environment.python",
+            fix="install openenv in a separate virtual environment, and set environment.python to "
+            "the path of its interpreter. openenv and vLLM need different releases of mcp",
         ) from error
     return interfaces
 
@@ -196,8 +199,8 @@ def _environment_class(task: str) -> Any:
         raise ConfigError(
             f"the environment {task} cannot be imported: {first_line(error)}",
             where="environment.task",
-            fix="put the module next to the run file, or install it for the interpreter that "
-            "environment.python names",
+            fix="put the module next to the run file, or install the module for the Python "
+            "interpreter in environment.python",
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, interfaces.Environment)):
         raise ConfigError(
@@ -218,7 +221,8 @@ def _action_class(task: str, kind: Any) -> Any:
     fields = getattr(found, "model_fields", {})
     if not (isinstance(found, type) and issubclass(found, Action) and set(fields) - {"metadata"}):
         raise ConfigError(
-            f"the type hints of {task}.step do not name an Action class that has its own fields",
+            f"the method {task}.step must have the type hint of an Action class for its argument "
+            "action, and this class must have fields of its own",
             where="environment.task",
             fix=SUPPORTED,
         )

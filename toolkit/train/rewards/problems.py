@@ -21,10 +21,11 @@ Row = dict[str, Any]
 
 
 def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
-    """Up to ``size`` rows ``{prompt, problem}``, with ``answer`` if the task has answers.
+    """Return up to ``size`` rows ``{prompt, problem}``. The rows also have ``answer`` if the
+    environment has answers.
 
-    The same seed always gives the same rows. For a finite list of tasks, ``start`` is the position
-    of the first task to use. Held-out rows begin where the training rows end.
+    The same seed always gives the same rows. If the problems are a finite list, ``start`` is the
+    position of the first problem to use. Held-out rows begin where the training rows end.
 
     Raises:
         ConfigError: the task does not exist, it does not accept these options, or it needs
@@ -44,13 +45,14 @@ def made(
     seconds: float | None,
     **which: int,
 ) -> list[Row]:
-    """Call ``problems(code, **which)`` in the process ``worker``, with the time limit ``seconds``.
+    """Return the rows of ``problems(code, **which)``. The call runs in the process ``worker``, with
+    the time limit ``seconds``.
 
-    If ``worker`` is None, the call is made in this process and without a limit.
+    If ``worker`` is None, the call runs in this process and has no time limit.
 
     Raises:
-        ConfigError: as in ``problems``, or the environment failed, took too long or ended its
-            process.
+        ConfigError: ``problems`` raised it. It is also raised if the environment failed, took too
+            long or ended its process.
     """
     try:
         if worker is None:

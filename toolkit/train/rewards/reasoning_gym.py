@@ -25,7 +25,7 @@ _LATEST = 8  # the number of data sets (one per split) that stay in memory for s
 def problems(
     task: str, settings: Mapping[str, Any], *, seed: int, size: int
 ) -> list[dict[str, Any]]:
-    """``size`` problems of a task as rows ``{prompt, answer, problem}``.
+    """Return ``size`` problems of a task, as rows ``{prompt, answer, problem}`` of a data set.
 
     The same seed always gives the same rows.
 

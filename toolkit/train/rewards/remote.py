@@ -1,4 +1,4 @@
-"""Call a reward that runs in the worker process, in the same way as a reward of this process."""
+"""Rewards that run in the worker process. They are called in the same way as other rewards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FIX = "set reward.isolate: false to call the reward in the training process"
 
 
 class RemoteReward:
-    """The reward function that ``request`` names, in the process ``worker``.
+    """A reward function that runs in the process ``worker``.
 
-    ``seed`` is the seed of the run.
+    ``request`` contains the name and the options of the reward. ``seed`` is the seed of the run.
     """
 
     # The worker stops a call at its time limit, and then has this many seconds to reply before the
@@ -39,23 +39,23 @@ class RemoteReward:
             made = worker.load(request)
         except Died as error:
             raise ConfigError(
-                f"reward {self._name}: the import of its module {error}", fix=FIX
+                f"reward {self._name} {error} while its module was imported", fix=FIX
             ) from error
         except TypeError as error:
             raise ConfigError(
-                f"reward {self._name}: an option contains a {error}, which cannot be sent to the "
-                "reward process",
+                f"reward {self._name}: an option has a value of the type {error}, which cannot be "
+                "sent to the worker process",
                 fix=FIX,
             ) from error
         if "function" not in made:
             raise ConfigError(
-                f"reward {self._name}: the import of its module {made['misbehaved'][0]}"
+                f"reward {self._name} {made['misbehaved'][0]} while its module was imported"
             )
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
     def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
-        """Call the reward in the worker process. The result is that of ``attempt.attempt``: for
-        each completion, a score or a Trouble. Raises Misbehaved and ToolkitError.
+        """Call the reward in the worker process. Return one item per completion: its score, or a
+        Trouble. Raises Misbehaved and ToolkitError, as ``attempt.attempt`` does.
         """
         try:
             return self._ask(batch, seconds)
@@ -94,16 +94,17 @@ class RemoteReward:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}
         bad = next((name for name, value in values.items() if not _travels(value)), "a column")
         return ConfigError(
-            f"reward {self._name}: column {bad} has a value that cannot be sent to the reward "
+            f"reward {self._name}: the column {bad} has a value that cannot be sent to the worker "
             f"process ({error})",
             fix=FIX,
         )
 
 
 class RemoteMathVerify(RemoteReward):
-    """math_verify in the worker process, with one comparison per request.
+    """The reward math_verify in the worker process. Each request contains one comparison.
 
-    If a comparison cannot be interrupted, the worker is killed and only this comparison scores 0.
+    If a comparison exceeds its time limit and cannot be interrupted, the worker is killed. Only
+    this comparison then scores 0.
     """
 
     def __init__(
@@ -130,7 +131,9 @@ class RemoteMathVerify(RemoteReward):
 
 
 def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Trouble]:
-    """The scores in a reply. Raises TypeError or ValueError if the reply is invalid."""
+    """Return the scores in ``reply``, and log the values that the reward logged. Raises TypeError
+    or ValueError if the reply is invalid.
+    """
     for name, key, value in reply.get("logged", ()):
         if name not in LOGS or name not in batch.columns or not isinstance(key, str):
             raise ValueError

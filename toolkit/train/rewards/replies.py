@@ -1,7 +1,8 @@
-"""Check what the worker process replies, before the run reads it.
+"""Check the replies of the worker process before the run uses them.
 
-The code of a reward, a tool or an environment is in the same process as the pipe, and may write
-anything to it. An invalid reply is an error of that code, and never of the run.
+The worker process sends its replies through a pipe. The code of a reward, a tool or an environment
+runs in the same process, and may write anything to the pipe. Therefore an invalid reply counts as
+an error of this code.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _LOADED: tuple[tuple[str, str, type], ...] = (
 
 
 def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
-    """Whether ``reply`` has the form of an answer to ``request``: a result, an error, a description
-    of what misbehaved, or a refusal. The scores of a reward are checked where they are read.
+    """Whether ``reply`` is a well-formed reply to ``request``. A reply contains one of these: a
+    result, a ToolkitError (``error``), an error in the user's code (``misbehaved``), or an invalid
+    tool call (``refused``). The scores of a reward are checked later, in ``remote``.
     """
     if "error" in reply:
         return _texts(reply["error"], 2, _ERROR_PARTS) and len(reply["error"]) == _ERROR_PARTS
@@ -44,13 +46,13 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
 
 
 def is_trouble(value: Any) -> bool:
-    """Whether a value is the fields of a ``Trouble``, as they are sent."""
+    """Whether ``value`` is a list of the fields of a ``Trouble``."""
     return _texts(value, 1, _TROUBLE_PARTS)
 
 
 def _texts(value: Any, needed: int, most: int) -> bool:
-    """Whether ``value`` is a list of texts, of which those after the first ``needed`` may be
-    None.
+    """Whether ``value`` is a list with ``needed`` to ``most`` items. The first ``needed`` items
+    must be texts. Each other item must be a text or None.
     """
     if not isinstance(value, list) or not needed <= len(value) <= most:
         return False

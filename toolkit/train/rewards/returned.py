@@ -106,7 +106,9 @@ def _one(value: Any) -> Score | Trouble:
 
 
 def _item(value: Any) -> Any:
-    """The number in an array or tensor with one item. Other values are returned unchanged."""
+    """Return the number in ``value`` if it is an array or tensor with one item. Otherwise, return
+    ``value`` unchanged.
+    """
     try:
         return value.item() if hasattr(value, "item") else value
     except (TypeError, ValueError, RuntimeError):
@@ -114,7 +116,9 @@ def _item(value: Any) -> Any:
 
 
 def raised(error: BaseException) -> Trouble:
-    """The Trouble for a call that raised ``error``, with the last location of its traceback."""
+    """Return the Trouble for a call that raised ``error``. It contains the last location of the
+    traceback of ``error``.
+    """
     last = traceback.extract_tb(error.__traceback__)[-1:]
     at = f" at {last[0].filename}:{last[0].lineno}" if last else ""
     try:

@@ -26,11 +26,12 @@ FIX = "return a list with one number (or None) for each completion"
 
 
 def judged(rewards: Any) -> Any:
-    """``reward_funcs`` of a trainer, with each function wrapped so that its results are checked.
+    """Check ``rewards``, the argument ``reward_funcs`` of a trainer. Return it with each function
+    wrapped in a function that checks its results.
 
-    The parameters of each function are checked now, and its result at each call. Reward models and
+    The parameters of a function are checked now, and its results at each call. Reward models and
     names of models are returned unchanged. An exception of a function is raised unchanged. TRL
-    itself checks the number of values.
+    itself checks the number of the returned values.
 
     Raises:
         ConfigTypeError: a function does not accept every keyword argument, or a reward is not a
@@ -75,7 +76,8 @@ def _async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _numbers(returned: Any, name: str) -> list[float | None]:
-    """The returned values as floats or None. NaN becomes None, because TRL treats both alike.
+    """Return the values that a reward returned, as floats or None. NaN becomes None, because TRL
+    treats NaN in the same way as None.
 
     Raises:
         ConfigValueError: the result is not a list of numbers.
@@ -121,10 +123,10 @@ def _name(reward: Any) -> str:
 
 
 def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
-    """Whether a function has a named parameter for every argument that TRL always passes.
+    """Whether ``reward`` has a named parameter for every argument that TRL always passes. Also True
+    if Python cannot determine the parameters.
 
-    Such a function works without ``**kwargs`` if the data set has no further columns. True if the
-    parameters are not known.
+    Such a function needs ``**kwargs`` only if the data set has further columns.
     """
     try:
         names = set(inspect.signature(reward).parameters)

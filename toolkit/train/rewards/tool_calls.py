@@ -1,5 +1,5 @@
-"""Run a tool call that a model wrote. The arguments come from the model, the function from the
-user.
+"""Run a tool call that a model wrote. The model writes the arguments, and the user provides the
+function.
 
 The training process and the worker process use this module. Therefore both processes treat a faulty
 tool in the same way. Wrong arguments are a mistake of the model, which gets an error text as the
@@ -45,10 +45,10 @@ class LocalTool:
         folder: Path,
         schema: dict[str, Any] | None = None,
     ) -> None:
-        """Load ``module:function``.
+        """Load the function ``name`` (``module:function``).
 
-        ``schema`` is the result of an earlier load, if there was one. Without it, the schema is
-        created from the function, which imports transformers and torch.
+        Without ``schema``, the JSON schema is created from the function. This imports transformers
+        and torch. ``schema`` is a schema that was created earlier.
 
         Raises:
             ConfigError: the code is not allowed or does not exist, or the function has no
@@ -90,8 +90,8 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         raise ConfigError(
             f"tool {name}: {first_line(error)}",
             where=WHERE,
-            fix="give the function type hints, and a docstring with a line for each argument "
-            "(Args:)",
+            fix="add type hints to the function, and a docstring with a line for each argument "
+            "(section `Args:`)",
         ) from error
     return found
 
@@ -114,7 +114,7 @@ def guarded(call: Callable[[], Any]) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """``value`` as the text that the model reads. Raises Misbehaved if it is too long."""
+    """Return ``value`` as the text that the model reads. Raises Misbehaved if it is too long."""
     try:
         text = value if type(value) is str else str(value)
     except Exception as error:
@@ -127,10 +127,10 @@ def as_text(value: Any) -> str:
 
 
 async def _carried(coroutine: Any) -> Any:
-    """The result of ``coroutine``, or its exception.
+    """Await ``coroutine``. Return its result, or the exception that it raised.
 
     The exception is returned and not raised, because a SystemExit in a task would end the thread of
-    the loop.
+    the event loop.
     """
     try:
         return await coroutine

@@ -1,5 +1,5 @@
-"""Load a reward function of the user by ``module:name``, only from modules that the run file
-allows.
+"""Load a reward function of the user from ``module:name``. Only modules that the run file allows
+are imported.
 
 Importing a module runs its code, and a run file may come from a person who is not trusted.
 Therefore only modules that ``runtime.allow_code`` lists are imported. Such a module is searched in
@@ -45,11 +45,11 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
 def load_code(
     name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
 ) -> Callable[..., Any]:
-    """The callable at ``module:name``. ``folder`` is the folder of the run file.
+    """Import and return the callable ``name`` (``module:function``). ``folder`` is the folder of
+    the run file. ``what`` is the noun for the callable in error messages.
 
-    ``what`` is the noun for the callable in error messages. Raises ConfigError if the name is
-    malformed, the module is not allowed, its import raises any exception, or the callable does not
-    exist.
+    Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported, or
+    the callable does not exist.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{what} {name!r} must have the form module:function")
@@ -58,7 +58,7 @@ def load_code(
         raise ConfigError(
             f"{what} {name} runs code from a module that runtime.allow_code does not list",
             fix=(
-                "if you trust the module, set runtime: {allow_code: "
+                "if you trust the module, add it to the list: runtime: {allow_code: "
                 f"[{module_name.partition('.')[0]}]}}"
             ),
         )
@@ -71,8 +71,8 @@ def load_code(
 
 
 def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
-    """The required parameters of ``function`` that nothing provides: TRL does not pass them, and
-    ``there`` (the names of columns and options) does not contain them.
+    """Return the names of required parameters of ``function`` that would get no argument. TRL does
+    not pass them, and they are not in ``there`` (the names of dataset columns and options).
     """
     return [
         parameter.name
@@ -95,9 +95,7 @@ class BesideRunFile(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002 - importlib's signature
     ) -> ModuleSpec | None:
-        """The spec of the module (importlib's protocol). None means that the next finder is
-        used.
-        """
+        """Return the spec of the module, or None for all other modules (importlib's protocol)."""
         if path is not None or fullname != self.top:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])
@@ -134,8 +132,8 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
             ) from error
         raise ConfigError(
             (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
-            fix="install that module; or if it is next to the run file, allow it too: allow_code: "
-            f"[{module_name.partition('.')[0]}, {error.name}]",
+            fix=f"install the module {error.name}. If it is next to the run file, allow it: "
+            f"allow_code: [{module_name.partition('.')[0]}, {error.name}]",
         ) from error
     except SyntaxError as error:
         raise ConfigError(
@@ -163,7 +161,8 @@ def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
 
 
 def check_signature(name: str, function: Callable[..., Any]) -> None:
-    """Check that TRL can call a function as a reward: by keyword, with every dataset column.
+    """Check that TRL can call ``function`` as a reward. TRL passes all arguments by keyword, also
+    every column of the dataset.
 
     Raises:
         ConfigError: the function does not accept every keyword argument.
@@ -174,10 +173,10 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if positional or not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ConfigError(
-            f"reward {name} has the parameters ({', '.join(str(p) for p in parameters)}), but it "
+            f"reward {name} has the parameters ({', '.join(str(p) for p in parameters)}). But it "
             "is called by keyword with prompts, completions, completion_ids and every dataset "
             "column",
-            fix="add **kwargs at the end of its parameters",
+            fix="add `**kwargs` at the end of the parameters of the function",
         )
 
 

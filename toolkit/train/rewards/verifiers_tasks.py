@@ -36,11 +36,11 @@ SUPPORTED = (
 def rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
 ) -> list[dict[str, Any]]:
-    """Up to ``size`` tasks of the taskset, as rows ``{prompt, problem}``. ``start`` is the index of
-    the first of these tasks.
+    """Return up to ``size`` tasks of the taskset ``task``, as rows ``{prompt, problem}`` of a data
+    set. ``start`` is the index of the first of these tasks.
 
-    The rows have ``answer`` if every task has an answer. A finite taskset is first shuffled with
-    ``seed``, unless the seed is 0.
+    The rows also have ``answer`` if every task has an answer. A finite taskset is first shuffled
+    with ``seed``, unless the seed is 0.
 
     Raises:
         ConfigError: the taskset does not exist, it does not accept these options, or a task needs
@@ -52,9 +52,9 @@ def rows(
     found = [_row(task, one) for one in ordered.skip(start).take(size)]
     if not found:
         raise ConfigError(
-            f"the taskset {task} has no more tasks after the first {start}",
+            f"the taskset {task} has no more tasks after the first {start} tasks",
             where="environment.size",
-            fix="set environment.size and environment.eval_size to fewer rows",
+            fix="set environment.size and environment.eval_size to smaller numbers of rows",
         )
     if any(isinstance(row["prompt"], list) for row in found):
         for row in found:
@@ -84,8 +84,8 @@ def _message(taskset: str, message: Any) -> dict[str, str]:
     if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
         raise _unsupported(
             taskset,
-            f"its prompt has a message of {message.role}; only texts of system, user and "
-            "assistant are supported",
+            f"its prompt has an unsupported message with the role {message.role}. Only text "
+            "messages of system, user and assistant are supported",
         )
     return {"role": message.role, "content": message.content}
 
@@ -126,7 +126,8 @@ def _unsupported(taskset: str, reason: str) -> ConfigError:
 
 @dataclass(frozen=True, kw_only=True)
 class Verifiers:
-    """The weighted sum of the task's own rewards for a completion (``Trace.reward``).
+    """The reward of a completion: the weighted sum of the rewards that its task defines
+    (``Trace.reward``).
 
     The range depends on the task. A task with one reward of weight 1 has the range of that reward,
     usually 0 to 1.
@@ -154,7 +155,7 @@ class Verifiers:
 
 
 class _Known:
-    """A taskset, with a cache of the tasks that were already loaded."""
+    """A taskset with a cache of its loaded tasks."""
 
     def __init__(self, taskset: Any) -> None:
         self.taskset = taskset
@@ -162,13 +163,15 @@ class _Known:
         self._tasks: list[Any] = []
 
     def task(self, which: Mapping[str, Any]) -> Any:
-        """The task of the row ``which``. Raises ValueError if ``load()`` of the taskset no longer
-        returns the same task at the index of the row.
+        """Return the task of a row of the data set. ``which`` has the index and the key of the task.
+        Raises ValueError if the taskset now has another task at this index.
         """
         index = which["index"]
         self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))
         if index >= len(self._tasks) or self._tasks[index].key != which["key"]:
-            raise ValueError(f"load() returns a different task {index} than when the run began")
+            raise ValueError(
+                f"load() returns a different task at index {index} than when the run began"
+            )
         return self._tasks[index]
 
     async def score(self, prompt: Any, said: str, which: Mapping[str, Any]) -> float:
@@ -222,7 +225,8 @@ def _taskset(task: str, options: str) -> _Known:
         raise ConfigError(
             f"verifiers has no taskset {task}: {first_line(error)}",
             where="environment.task",
-            fix="use the id of an installed taskset package, or of a module next to the run file",
+            fix="set environment.task to the id of an installed taskset package, or of a module next "
+            "to the run file",
         ) from error
     try:
         config = loaders.taskset_config_type(task).model_validate(
@@ -232,14 +236,12 @@ def _taskset(task: str, options: str) -> _Known:
     except ValueError as error:
         said = "; ".join(str(error).split("\n")[:3])
         raise ConfigError(
-            f"the taskset {task} does not accept these options: {said}",
+            f"the taskset {task} does not accept the options: {said}",
             where="environment.options",
-            fix="use only fields of the taskset's config class",
+            fix="use only fields of the taskset's config class in environment.options",
         ) from error
     if kind.toolsets(config):
         raise _unsupported(task, "it has tool servers")
     if not issubclass(vf.SingleAgentEnv, loaders.environment_class(task)):
-        raise _unsupported(
-            task, "it has its own Env class (for several agents or a simulated user)"
-        )
+        raise _unsupported(task, "it defines an Env class (for several agents or a simulated user)")
     return _Known(taskset)

@@ -27,7 +27,7 @@ _TAG = "\0toolkit"
 
 
 class TokenIds:
-    """Lists of token ids in packed form. As JSON lists they would be slow and very long."""
+    """Lists of token ids in packed form, because JSON lists of them are slow and very long."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
         """Pack ``lists``. Raises TypeError or OverflowError if a value is not a list of token
@@ -71,13 +71,15 @@ class Broken(Exception):
 
 
 def pack(message: Any) -> bytes:
-    """``message`` as one frame. Raises TypeError or ValueError for values that cannot be sent."""
+    """Return ``message`` as the bytes of a frame. Raises TypeError or ValueError if a value cannot
+    be sent.
+    """
     data = json.dumps(message, default=_tagged, separators=(",", ":")).encode()
     return len(data).to_bytes(HEADER_BYTES, "big") + data
 
 
 def unpack(data: bytes) -> Any:
-    """The message in a frame's data. Raises Broken."""
+    """Return the message in the data of a frame. Raises Broken if the data is invalid."""
     try:
         return json.loads(data, object_hook=_untagged)
     except (ValueError, RecursionError) as error:
@@ -85,7 +87,9 @@ def unpack(data: bytes) -> Any:
 
 
 def receive(handle: int) -> Any:
-    """The next message from a pipe. None if the pipe was closed. Raises Broken."""
+    """Read and return the next message from a pipe. None if the pipe was closed. Raises Broken if
+    the message is invalid.
+    """
     header = _exactly(handle, HEADER_BYTES)
     if header is None:
         return None

@@ -1,13 +1,13 @@
 """The worker process, in which rewards, tools and environments run. The run starts the worker, and
 kills it if a call hangs.
 
-The worker consists of two processes. One process calls the rewards. It calls synchronous functions
-in its main thread, because code that uses alarms (math_verify) works only there. It runs coroutines
-concurrently in an event loop.
+The worker consists of two processes. The first process calls the rewards, tools and environments.
+It calls synchronous functions in its main thread, because code that uses alarms (math_verify) works
+only there. It runs coroutines concurrently in an event loop.
 
-The other process is the supervisor. When the run has ended, the supervisor kills the process group
-of the worker, which includes the processes that a reward started. This works even if a reward never
-returns from native code.
+The second process is the supervisor. When the run has ended, the supervisor kills the process group
+of the worker, with all processes that a reward started. This works even if a reward never returns
+from native code.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(requests: int, replies: int, run: int) -> NoReturn:
-    """Answer requests until the run ends or closes the pipe ``requests``. ``run`` is the process id
-    of the run.
+    """Run the worker process: answer requests until the run ends or closes the pipe ``requests``.
+    ``run`` is the process id of the run.
     """
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
@@ -89,9 +89,10 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
 
 
 def _wait(working: int, run: int) -> NoReturn:
-    """The supervisor: wait until the process ``working`` ends, and exit with its exit code.
+    """Run the supervisor: wait until the process ``working`` ends, and exit with its exit code.
 
-    If the process ``run`` ends first, kill the process group of the worker.
+    If the run ends first, kill the process group of the worker. ``working`` and ``run`` are process
+    ids.
     """
     while True:
         done, status = os.waitpid(working, os.WNOHANG)
@@ -108,11 +109,11 @@ def _wait(working: int, run: int) -> NoReturn:
 
 
 class Service:
-    """Answers the requests of the run.
+    """Answers the requests of the run. There are five kinds of requests.
 
-    ``load`` loads a reward, a tool or an environment. ``call`` calls a reward. ``tool`` and
-    ``episode`` run a tool call that a model wrote. ``problems`` generates the rows of an
-    environment.
+    ``load`` loads a reward, a tool or an environment. ``call`` calls a reward. ``tool`` runs a tool
+    call that a model wrote, and ``episode`` runs a step of an environment. ``problems`` generates
+    the rows of an environment.
     """
 
     def __init__(self, replies: int) -> None:
@@ -233,7 +234,7 @@ def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON values. Tensors and arrays become lists of numbers, and objects of other
+    """Convert ``value`` to JSON values. Tensors and arrays become lists of numbers. Objects of other
     types become text.
     """
     if value is None or type(value) in (bool, int, float):
@@ -287,7 +288,9 @@ class _Seeding(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of numpy or torch (importlib's protocol). Executing the module also seeds it."""
+        """Return the spec of numpy or torch (importlib's protocol), or None for other modules. The
+        spec's loader seeds the module after executing it.
+        """
         if fullname not in ("numpy", "torch") or path is not None:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -43,9 +43,10 @@ _RELOAD_S = 600.0  # the time limit for loading all functions again after a rest
 
 
 class Workers(NamedTuple):
-    """The worker for rewards and tools (``own``), and the worker for the environment.
+    """The worker processes of a run. ``own`` runs rewards and tools. ``environment`` runs the
+    environment.
 
-    They are the same object unless the environment has its own Python interpreter.
+    Both are the same process unless the run file sets a Python interpreter for the environment.
     """
 
     own: WorkerProcess
@@ -53,7 +54,9 @@ class Workers(NamedTuple):
 
     @classmethod
     def of(cls, python: str | None) -> Workers:
-        """The workers of a run whose environment uses ``python``. No process is started yet."""
+        """Return the workers of a run. ``python`` is the interpreter of the environment, or None. No
+        process is started yet.
+        """
         own = WorkerProcess()
         return cls(own, own if python is None else WorkerProcess(python))
 
@@ -65,19 +68,18 @@ class Died(Exception):
 
 
 class _Replaced(Exception):
-    """Raised in a call that was running when another call caused the worker to be killed."""
+    """Raised in a running call if the worker was killed because of another call."""
 
 
 class WorkerProcess:
-    """A worker process, which is started when it is needed and restarted after it was killed.
-
-    After a restart, all functions are loaded again.
+    """A worker process. It is started at the first call. If it was killed, it is started again at
+    the next call, and all functions are loaded again.
     """
 
     def __init__(self, python: str | None = None) -> None:
-        """``python`` is the interpreter of the worker (environment.python), by default that of this
-        process. Another interpreter uses its own packages. Only the package ``toolkit`` is imported
-        from the installation of this process.
+        """``python`` is the interpreter of the worker (``environment.python``). None means the
+        interpreter of this process. Another interpreter uses its own packages, except that it
+        imports ``toolkit`` from the installation of this process.
         """
         self._python = python
         self._lock = threading.RLock()
@@ -85,11 +87,11 @@ class WorkerProcess:
         self._loaded: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Load a function in the worker, and return the worker's reply.
+        """Load a reward, a tool or an environment in the worker, and return the worker's reply.
 
         For a reward, the reply is ``{"function": number of the function, "is_async": ...}``.
 
-        Raises the ToolkitError of the worker, or Died.
+        Raises the ToolkitError that occurred in the worker. Raises Died if the worker ended.
         """
         with self._lock:
             live = self._started()
@@ -102,11 +104,11 @@ class WorkerProcess:
             return made
 
     def call(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-        """The reply of the worker to ``request``. If there is no reply after ``seconds`` (None: no
-        limit), the worker is killed.
+        """Send ``request`` to the worker, and return its reply. If there is no reply after
+        ``seconds`` (None: no limit), kill the worker and raise OutOfTime.
 
-        Raises OutOfTime, Died, or the ToolkitError of the function. Raises TypeError or ValueError
-        if the request cannot be sent.
+        Raises Died if the worker ended. Raises the ToolkitError that occurred in the worker. Raises
+        TypeError or ValueError if the request cannot be sent.
         """
         while True:
             with self._lock:
@@ -126,7 +128,7 @@ class WorkerProcess:
     def close(self, live: _Live | None = None) -> None:
         """Kill the worker process and all processes that it started.
 
-        If ``live`` is given, nothing is killed unless ``live`` is still the current process.
+        With ``live``, the worker is killed only if ``live`` is still the current worker process.
         """
         with self._lock:
             if self._live is not None and live in (None, self._live):
@@ -148,8 +150,8 @@ class WorkerProcess:
 class _Live:
     """One running worker process.
 
-    Calls may come from several threads. A lock protects sending, and a thread delivers each reply
-    to its caller.
+    Several threads may send requests. A lock protects sending, and a thread delivers each reply to
+    its caller.
     """
 
     def __init__(self, python: str | None) -> None:
@@ -210,8 +212,8 @@ class _Live:
 
 
 def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
-    """Close the pipe, so that the worker runs its exit handlers and ends. Then kill the process
-    group of the worker, also if the exit handlers take too long.
+    """Close the pipe ``requests``, so that the worker runs its exit handlers and ends. At most
+    ``_LAST_S`` seconds later, kill the process group of the worker.
     """
     os.close(requests)
     if os.getpid() != owner:  # in a fork of the run, the worker is not a child of this process
@@ -223,9 +225,10 @@ def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
 
 
 def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Wait at most ``seconds`` for the exit code of ``process``, without reaping the process.
+    """Wait at most ``seconds`` until ``process`` ends, and return its exit code. The process is not
+    reaped.
 
-    A negative code is the number of a signal. None if the process still runs.
+    A negative exit code is the number of a signal. None means that the process still runs.
     """
     deadline = time.monotonic() + seconds
     look = os.WEXITED | os.WNOWAIT | os.WNOHANG
@@ -275,8 +278,10 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
 
 
 def _asked(live: _Live, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """The reply of ``live`` to ``request``. Raises the ToolkitError in the reply, Died for an
-    invalid reply, and what ``_Live.ask`` raises.
+    """Send ``request`` to the worker process ``live``, and return its reply.
+
+    Raises the ToolkitError that the reply contains. Raises Died for an invalid reply. The errors of
+    ``_Live.ask`` are raised too.
     """
     reply = live.ask(request, seconds)
     if not is_valid(request, reply):
