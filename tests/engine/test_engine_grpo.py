@@ -130,13 +130,13 @@ def test_a_base_that_was_written_to_is_refused(loaded, policy, tmp_path) -> None
     kept = weight.detach().clone()
     weight.data.mul_(1.5)
     try:
-        with pytest.raises(ConfigValueError, match=r"norm\.weight of the base model changed after"):
+        with pytest.raises(ConfigValueError, match=r"changed after .* loaded it: .*norm\.weight"):
             training.make_trainer(policy, loaded[1], tmp_path)
     finally:
         weight.data.copy_(kept)
     weight.requires_grad_(True)
     try:
-        with pytest.raises(UnsupportedError, match=r"norm\.weight would be trained"):
+        with pytest.raises(UnsupportedError, match=r"the engine samples: .*norm\.weight"):
             training.make_trainer(policy, loaded[1], tmp_path)
     finally:
         weight.requires_grad_(False)

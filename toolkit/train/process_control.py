@@ -294,7 +294,7 @@ def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
         where=f"process {rank()}",
         fix="read the last output of that process, and check the node's log for an out-of-memory "
         "kill. Then run the same command again to resume from the last checkpoint. If the "
-        "process was only slow, set a higher grpo.ddp_timeout",
+        "process was only slow, raise grpo.ddp_timeout",
     )
 
 

@@ -126,7 +126,7 @@ def test_a_faulty_environment_follows_the_reward_policy(
     ("task", "said"),
     [
         ("guess_game:Nothing", "is not a subclass of OpenEnv's Environment"),
-        ("guess_game:Untyped", "do not name an Action class that has its own fields"),
+        ("guess_game:Untyped", "must have the type hint of an Action class"),
         ("other_game:Game", "allow_code"),
     ],
 )

@@ -111,4 +111,4 @@ def test_a_taskset_that_changes_is_a_fault_of_the_sample(workers: Any, tmp_path:
     given = {"answer": list(data["answer"]), "problem": which}
     assert reward(prompts=list(data["prompt"]), completions=["1"] * 4, **given) == [None] * 4
     (first, *_) = (tmp_path / "bad_rewards.jsonl").read_text().splitlines()
-    assert "load() returns a different task 0 than when the run began" in first
+    assert "load() returns a different task at index 0 than when the run began" in first

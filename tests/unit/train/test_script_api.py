@@ -73,7 +73,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     assert "seed is left out (each completion is drawn from its own seed" in told
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7
-    assert "temperature stays 0.7" in told
+    assert "is ignored, because GRPOConfig has 0.7" in told
     with pytest.raises(ConfigTypeError, match="vllm_sampling_params has the type str"):
         config(tmp_path, vllm_sampling_params="greedy")
 
@@ -82,7 +82,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     ("fields", "words"),
     [
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
-        ({"dataset_text_field": "text"}, "is not a field of GRPOConfig: it is dataset.prompt"),
+        ({"dataset_text_field": "text"}, "the key of a run file is dataset.prompt"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef is the older name of beta, but kl_coef=0.1 and"),
         ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
@@ -194,7 +194,7 @@ def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
         ConfigError, match=re.escape("reward no_kwargs has the parameters (completions)")
     ) as e:
         trainer_of(tmp_path, no_kwargs)
-    assert e.value.fix == "add **kwargs at the end of its parameters"
+    assert e.value.fix == "add **kwargs at the end of the parameters of the function"
     with pytest.raises(ConfigTypeError, match="must be a function, not list"):
         trainer_of(tmp_path, [[1.0]])
 
@@ -224,7 +224,7 @@ def test_rewards_of_every_kind_keep_their_names(tmp_path):
 def test_max_prompt_length_cuts_on_the_left_and_says_so(tmp_path):
     trainer = trainer_of(tmp_path, ones)
     trainer.args.max_prompt_length = 2
-    with pytest.warns(ToolkitWarning, match="max_prompt_length=2 keeps its last 2"):
+    with pytest.warns(ToolkitWarning, match="more than max_prompt_length=2"):
         ids, _, _ = trainer._tokenize_prompts(["12+34=", "7="])
     tokenizer = make_tokenizer()
     assert tokenizer.batch_decode(ids) == ["4=", "7="]

@@ -1,6 +1,7 @@
 """Draw charts as inline SVG, without a library, network requests or scripts.
 
-The markup is safe: ``show`` or ``_n`` formats every number, and ``text`` escapes every text.
+The markup contains no unescaped text: ``text`` escapes every text, and ``show`` or ``_n`` formats
+every number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One quantity over the steps. ``tone`` is the number of its colour (1 to 6)."""
+    """A line of a chart, with one value per step. ``tone`` is the number of its colour (1 to 6)."""
 
     label: str
     values: Values
@@ -31,9 +32,9 @@ class Line:
 class Chart:
     """The content of a chart.
 
-    ``band`` is a shaded (low, high) range around the first line. ``dots`` are (x, y) marks that
-    belong to no line, such as evaluations. ``stacked`` draws the lines as stacked areas. With
-    ``exact`` the lines are not smoothed.
+    ``band`` is a shaded (low, high) range around the first line. ``dots`` are (x, y) marks beside
+    the lines, for example evaluations. With ``stacked``, the lines are drawn as stacked areas. With
+    ``exact``, the lines are not smoothed.
     """
 
     title: str
@@ -50,7 +51,9 @@ class Chart:
 
 @dataclass(frozen=True)
 class Frame:
-    """The size of a picture and the ranges of its axes. Converts values to positions."""
+    """The size of a chart's picture and the ranges of its axes. Converts values to positions in
+    the picture.
+    """
 
     width: float
     height: float
@@ -65,7 +68,8 @@ class Frame:
     def y(self, value: float) -> float:
         """The y position of a value.
 
-        A value far outside the range gets a position just outside the plot, where it is clipped.
+        A value far outside the range of the axis gets a position just outside the plot, where the
+        browser does not draw it.
         """
         low, high = self.y_range
         share = min(max((value - low) / (high - low), -0.5), 1.5)
@@ -73,7 +77,9 @@ class Frame:
 
 
 def draw(chart: Chart, number: int) -> str:
-    """A chart as HTML: heading, legend and picture. ``number`` makes its ids unique in the page."""
+    """Return a chart as HTML: heading, legend and picture. ``number`` is a different number for
+    each chart of the page, for unique HTML ids.
+    """
     band = list(chart.band) if chart.band else []
     xs, columns = thin(chart.xs, [*(line.values for line in chart.lines), *band])
     lines, band = columns[: len(chart.lines)], columns[len(chart.lines) :]
@@ -118,9 +124,9 @@ def draw(chart: Chart, number: int) -> str:
 
 
 def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) -> str:
-    """The SVG of the lines: each smoothed line is drawn over a faint line of the raw values.
+    """Return the SVG of the lines. Each smoothed line is drawn over a faint line of the raw values.
 
-    A point without neighbours is drawn as a dot.
+    If the values before and after a point are missing, the point is drawn as a dot.
     """
     window = 1 if chart.exact else window_for(len(xs))
     parts = []
@@ -148,8 +154,8 @@ def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -
 
 
 def area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
-    """The SVG of the area between ``low`` and ``high``. Where a value is missing, the area has a
-    gap.
+    """Return the SVG of the area between the lines ``low`` and ``high``. Where a value is missing,
+    the area has a gap.
     """
     pieces: list[list[int]] = [[]]
     for index in range(len(xs)):
@@ -179,14 +185,16 @@ def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
 
 
 def _alone(values: Values, index: int) -> bool:
-    """Whether both neighbours of a point are missing. A line would not show such a point."""
+    """Whether the values before and after a point are missing. A line would not show it."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
     return before is None and after is None
 
 
 def grid(frame: Frame, axis: str = "step") -> str:
-    """The grid lines and the numbers of both axes. ``axis`` is the name of the x axis."""
+    """Return the SVG of the grid lines and of the numbers at both axes. ``axis`` is the name of the
+    x axis.
+    """
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
     marks = ticks(*frame.y_range)
@@ -208,8 +216,8 @@ def grid(frame: Frame, axis: str = "step") -> str:
 
 
 def _legend(chart: Chart) -> str:
-    """The legend: the last value of each line, with its name if the chart is wide or has several
-    lines.
+    """Return the legend as HTML. It has the last value of each line. If the chart is wide or has
+    several lines, the legend also has the names of the lines.
     """
     items = []
     for line in chart.lines:
@@ -223,7 +231,9 @@ def _legend(chart: Chart) -> str:
 
 
 def _stack(lines: list[Values]) -> list[Values]:
-    """The running sums of the lines, for stacked areas. A missing value counts as 0."""
+    """Return the upper edges of the stacked areas: the sum of each line and all lines before it. A
+    missing value counts as 0.
+    """
     heights: list[Values] = []
     floor = [0.0] * (len(lines[0]) if lines else 0)
     for values in lines:

@@ -89,7 +89,8 @@ _PHASES = (
 
 
 def reward_chart(run: RunFiles) -> Chart | None:
-    """The main chart: the mean reward, a band of one standard deviation, and evaluations as marks.
+    """Return the main chart. It shows the mean reward, a band of one standard deviation around it,
+    and evaluations as marks.
 
     None if no reward was logged.
     """
@@ -114,7 +115,7 @@ def reward_chart(run: RunFiles) -> Chart | None:
 
 
 def other_charts(run: RunFiles) -> list[Chart]:
-    """All other charts that have a value, the most important first."""
+    """Return all other charts that have values. The most important chart comes first."""
     found = [_rewards(run), _lengths(run)]
     xs = _steps(run.metrics)
     for title, note, wanted in _SINGLE:

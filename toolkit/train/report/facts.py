@@ -1,4 +1,4 @@
-"""The parts of the report that are not charts: key figures, notices, evaluation, memory, set-up.
+"""The parts of the report that are not charts: key figures, warnings, evaluation, memory, set-up.
 
 Each function returns HTML, or an empty text if there is nothing to show.
 """
@@ -22,7 +22,7 @@ _SHOWN_TERMS = 6
 
 
 def status(run: RunFiles) -> tuple[str, str]:
-    """(kind, text): a style name for the state of the run, and a text about its progress."""
+    """Return (style class, text) for the state of the run, for example finished after 80 steps."""
     done = run.metrics[-1]["step"] if run.metrics else 0
     wanted = number(section(run.config, "grpo").get("max_steps"))
     of = f" of {int(wanted)}" if wanted and wanted > 0 else ""
@@ -32,7 +32,7 @@ def status(run: RunFiles) -> tuple[str, str]:
 
 
 def tiles(run: RunFiles) -> str:
-    """The key figures at the top."""
+    """The key figures at the top of the report, for example the first and the last reward."""
     found = [_reward_tile(run), *_held_out_tiles(run)]
     if run.metrics:
         found.append(("Steps", str(run.metrics[-1]["step"]), ""))
@@ -70,9 +70,10 @@ def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
 
 
 def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
-    """The tile (name, value, note) with the share of completions that dynamic sampling replaced.
+    """Return (name, value, note) of the key figure for dynamic sampling: the share of completions
+    that it replaced.
 
-    The value is empty without dynamic sampling. Tiles with an empty value are not shown.
+    Without dynamic sampling, the value is empty and the key figure is not shown.
     """
     counts = {
         name: sum(value or 0 for value in column(run.metrics, f"dynamic_sampling/{name}"))
@@ -102,7 +103,7 @@ def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def notices(run: RunFiles) -> str:
-    """A list of problems and warnings. Empty if there are none."""
+    """The problems and warnings of the run, as a list. Empty if there are no problems."""
     found = []
     skipped = sum(1 for row in run.metrics if row.get("skipped"))
     if skipped:
@@ -121,7 +122,7 @@ def notices(run: RunFiles) -> str:
 
 
 def evaluation(run: RunFiles) -> str:
-    """The mean rewards on held-out prompts before and after training, as bars."""
+    """The mean rewards on held-out prompts before and after training, as a bar chart."""
     before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
     rows = [
         (name, section(before, "rewards").get(name), value)
@@ -157,7 +158,7 @@ def _bars(name: str, old: float | None, new: float | None) -> str:
 
 
 def memory(run: RunFiles) -> str:
-    """The sizer's memory plan, the largest part first."""
+    """The memory plan that was computed before the run. The largest part comes first."""
     budget = section(run.preflight, "sizing").get("budget")
     terms = [
         (str(item.get("term")), number(item.get("bytes")) or 0.0, str(item.get("source", "")))
@@ -188,7 +189,7 @@ def memory(run: RunFiles) -> str:
 
 
 def setup(run: RunFiles) -> str:
-    """A summary of the configuration. ``folded`` returns the complete configuration."""
+    """A table with the most important settings of the run."""
     model, lora, grpo = (section(run.config, key) for key in ("model", "lora", "grpo"))
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
@@ -215,7 +216,7 @@ def setup(run: RunFiles) -> str:
 
 
 def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The options that change which prompts TRL's sampler draws, as rows of a table."""
+    """Return the table rows for dynamic sampling and the curriculum, if they are on."""
     options = (
         ("dynamic_sampling", "max_resample_times", "at most {} rounds"),
         ("curriculum", "curriculum_share", "{} of each batch"),
@@ -228,7 +229,7 @@ def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def provenance(run: RunFiles) -> str:
-    """A summary of the facts that are needed to repeat the run: versions, GPUs, seeds, data."""
+    """A table of what is needed to repeat the run: versions, GPUs, seeds and data."""
     manifest = run.manifest
     packages, git = section(manifest, "packages"), section(manifest, "git")
     revision = str(git.get("revision") or "")[:12]
@@ -257,6 +258,6 @@ def provenance(run: RunFiles) -> str:
 
 
 def folded(run: RunFiles) -> str:
-    """The complete config.json and manifest.json, in sections that are closed at first."""
+    """The complete config.json and manifest.json, in sections that the reader can open."""
     whole = (("The whole configuration", run.config), ("The whole manifest", run.manifest))
     return "".join(fold(title, table(flat(document))) for title, document in whole if document)

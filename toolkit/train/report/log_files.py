@@ -20,8 +20,8 @@ MAX_LINE_BYTES = 1 << 22  # longer lines are skipped
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """The content of the files of a run. A missing or broken file has empty content. ``broken``
-    names the broken files.
+    """The content of the files of a run. The content of a missing or broken file is empty.
+    ``broken`` lists the names of the broken files.
     """
 
     name: str
@@ -62,7 +62,7 @@ def read_run(run_dir: Path) -> RunFiles:
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a float, limited to ±LARGEST. None if it is not a finite number."""
+    """``value`` as a float, clamped to ±LARGEST. None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -73,10 +73,10 @@ def number(value: Any) -> float | None:
 
 
 def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
-    """The values of one metric, a number or None per row.
+    """Return the value of one metric in each row, as a number or None.
 
-    The metric is the first of ``names`` that has a number in any row. If there is none, all values
-    are None.
+    The metric is the first of ``names`` that has a number in at least one row. If there is no such
+    metric, all values are None.
     """
     for name in names:
         values = [number(row.get(name)) for row in rows]
@@ -124,7 +124,8 @@ def _rows(path: Path, broken: list[str]) -> Iterator[dict[str, Any]]:
 def _rows_at(path: Path, broken: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (byte offset, row) for every line that is a JSON object.
 
-    Other lines are skipped, and their number is added to ``broken``.
+    Other lines are skipped. If there are such lines, the file and their number are added to the
+    list ``broken``.
     """
     torn = 0
     try:
@@ -156,9 +157,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _samples(path: Path, broken: list[str]) -> dict[int, list[dict[str, Any]]]:
-    """The completions of a few steps, which are spread over the run.
+    """Return the completions of a few steps, by step. These steps are evenly spread over the run.
 
-    The completions of all other steps are not loaded, because the file can be large.
+    The completions of all other steps are not loaded, because completions.jsonl can be large.
     """
     where: dict[int, list[int]] = {}
     for offset, row in _rows_at(path, broken):

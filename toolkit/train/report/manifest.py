@@ -33,7 +33,7 @@ LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
 
 
 def packages() -> dict[str, str]:
-    """The version of every installed distribution, by name."""
+    """The version of every installed Python package, by name."""
     found = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
@@ -51,7 +51,9 @@ def lock_hashes() -> dict[str, str]:
 
 
 def image_digest() -> str | None:
-    """The digest of the container image. None if neither the environment nor a file contains it."""
+    """The digest of the container image, from an environment variable or a file. None if both are
+    missing.
+    """
     if value := os.environ.get(DIGEST_VARIABLE):
         return value
     try:
@@ -61,9 +63,10 @@ def image_digest() -> str | None:
 
 
 def image() -> dict[str, Any] | None:
-    """Selected keys of the manifest inside the container image (containers/image_manifest.py).
+    """Facts about the container image, for example its version and its base image. None outside a
+    container.
 
-    None outside a container.
+    containers/image_manifest.py writes them into the image.
     """
     try:
         described = json.loads(Path(os.environ[IMAGE_VARIABLE]).read_text())
@@ -73,8 +76,8 @@ def image() -> dict[str, Any] | None:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """The git commit of ``folder``, and whether tracked files differ from this commit. None without
-    git.
+    """The git commit of ``folder``, and whether tracked files differ from this commit. None if
+    ``folder`` is not in a git repository.
     """
 
     def ask(*arguments: str) -> str | None:
@@ -149,7 +152,7 @@ def _write(run_dir: Path, described: Mapping[str, Any]) -> Path:
 
 
 def _threads() -> int | None:
-    """The number of threads per operation of torch. None if torch is not imported.
+    """The number of CPU threads that torch uses for one operation. None if torch is not imported.
 
     Results on the CPU are reproducible only with the same number of threads.
     """

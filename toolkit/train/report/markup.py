@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def text(value: Any) -> str:
-    """``value`` as text for an HTML element or a quoted attribute: escaped and without secrets."""
+    """Escape ``value`` for an HTML element or a quoted attribute. Secrets are removed."""
     plain = redact(value if isinstance(value, str) else str(value))
     return html.escape(visible(plain), quote=True)
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
-    """An HTML table from rows (name, cell). The names are escaped here. The cells must be HTML."""
+    """Return an HTML table of the rows (name, cell). This function escapes the names. The cells
+    must be HTML already.
+    """
     body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
     return f'<table class="{kind}">{body}</table>' if body else ""
 
@@ -34,8 +36,8 @@ def fold(summary: str, inner: str) -> str:
 
 
 def shortened(value: str, limit: int) -> str:
-    """The first ``limit`` characters of ``value``, escaped. If ``value`` is longer, the number of
-    the characters that were left out follows.
+    """Return the first ``limit`` characters of ``value``, escaped. If ``value`` is longer, the
+    number of omitted characters is appended.
     """
     if len(value) <= limit:
         return text(value)
@@ -43,7 +45,7 @@ def shortened(value: str, limit: int) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as rows (key, HTML cell) of a table. Nested keys are joined by dots."""
+    """Return a nested mapping as table rows (key, HTML cell). Nested keys are joined by dots."""
     if isinstance(value, dict) and value:
         return [row for key, item in value.items() for row in flat(item, f"{prefix}{key}.")]
     shown = "–" if value in (None, {}, [], "") else text(_plain(value))  # noqa: RUF001

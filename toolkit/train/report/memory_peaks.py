@@ -5,8 +5,8 @@ calibrate`` reads memory.json.
 
 torch has a single counter of peak memory. The counter is read and reset at the beginning and the
 end of each rollout, so that each phase has its own peak. With KV sleep, the memory of the KV cache
-is unmapped during training, but torch still counts this memory as allocated. Therefore the size of
-the KV cache is subtracted from the training peak.
+is unmapped during training. But torch still counts this memory as allocated, so it is subtracted
+from the training peak.
 """
 
 from __future__ import annotations
@@ -34,35 +34,37 @@ NAME = "memory.json"
 
 
 class Statistics(Protocol):
-    """The device readings, in bytes. A peak is the largest value since the last ``reset``."""
+    """The memory use of a GPU, in bytes. A peak is the largest value since the last ``reset``."""
 
     def allocated(self) -> int:
-        """Bytes that torch's allocator has allocated now."""
+        """The bytes that torch's allocator has currently allocated for tensors."""
 
     def peak_allocated(self) -> int:
-        """Peak bytes that torch's allocator had allocated (tensors)."""
+        """The peak of the bytes that torch's allocator had allocated for tensors."""
 
     def peak_reserved(self) -> int:
-        """Peak bytes that torch's allocator had reserved (tensors and its cache)."""
+        """The peak of the bytes that torch's allocator had reserved (tensors and free blocks)."""
 
     def asleep(self) -> int:
-        """Bytes that torch counts as allocated, but whose memory is unmapped now (KV sleep)."""
+        """The bytes that are currently unmapped (KV sleep), but that torch counts as allocated."""
 
     def elsewhere(self) -> int:
-        """Bytes in use on the GPU outside torch: contexts, libraries, other processes."""
+        """The bytes on the GPU that are used outside torch: by CUDA contexts, libraries and other
+        processes.
+        """
 
     def card(self) -> int:
-        """Total bytes of the GPU, as CUDA reports it."""
+        """The total memory of the GPU in bytes, as CUDA reports it."""
 
     def reset(self) -> None:
         """Reset the peaks."""
 
 
 class CudaStatistics:
-    """Readings of the current CUDA device.
+    """The memory use of the current CUDA device, in bytes.
 
-    The function ``asleep`` comes from the engine, because only the engine knows how many bytes are
-    unmapped.
+    The engine provides the function ``asleep``, because only the engine knows how many bytes are
+    unmapped (KV sleep).
     """
 
     def __init__(self, asleep: Callable[[], int]) -> None:
@@ -90,12 +92,11 @@ class CudaStatistics:
 
 @dataclass
 class PhasePeaks:
-    """The peaks of each phase so far, in bytes. Call ``begin`` after the model is loaded.
+    """The memory peaks of a run so far, in bytes. Call ``begin`` after the model is loaded.
 
     ``rollout`` and ``training`` are the peaks of torch's allocator in the two phases. ``step`` is
-    the largest difference between the peak of a training phase and the memory that is allocated at
-    the end of this phase. ``on_card`` is the largest number of bytes in use on the GPU, also by
-    other processes.
+    the peak of a training phase minus the memory that is still allocated at its end (the largest
+    such value). ``on_card`` is the peak of the memory use of the GPU, including other processes.
     """
 
     statistics: Statistics
@@ -113,9 +114,9 @@ class PhasePeaks:
 
     @contextmanager
     def sampling(self, engine: RolloutEngine) -> Iterator[None]:
-        """Wake the engine and measure a rollout inside the block.
+        """Wake the engine, and measure the rollout inside the ``with`` block.
 
-        The time between two rollouts is the training phase.
+        The time between two rollouts is measured as a training phase.
         """
         self.end_training()
         engine.wake()  # frees torch's cache, so it must run before the reset
@@ -130,7 +131,7 @@ class PhasePeaks:
             self._stepping = True
 
     def end_training(self) -> None:
-        """Read the peaks of the training phase. Does nothing if no training phase has begun."""
+        """End the training phase and record its peaks. Does nothing outside a training phase."""
         if not self._stepping:
             return
         now, self._stepping = self.statistics, False
@@ -140,14 +141,14 @@ class PhasePeaks:
         self.on_card = max(self.on_card, now.elsewhere() + now.peak_reserved() - asleep)
 
     def so_far(self) -> int:
-        """The peak of torch's allocator until now, over rollouts and training."""
+        """The peak of torch's allocator since ``begin``, including the current training phase."""
         now = 0
         if self._stepping:
             now = self.statistics.peak_allocated() - self.statistics.asleep()
         return max(self.rollout, self.training, now)
 
     def terms(self) -> dict[str, int]:
-        """The measured values, by the names that ``toolkit.sizing.calibrate`` uses."""
+        """The measured values in bytes, by the names that ``toolkit.sizing.calibrate`` uses."""
         found = {
             "peak.rollout": self.rollout,
             "peak.training": self.training,
@@ -168,8 +169,8 @@ class PhasePeaks:
 
 
 def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
-    """The object that measures a run on ``engine``. None on the CPU or without vLLM, where phases
-    cannot be measured.
+    """Return the object that measures the memory peaks of a run with ``engine``. None on the CPU or
+    without vLLM, where the phases cannot be measured.
     """
     llm = getattr(engine, "llm", None)
     if llm is None or not cuda_in_use():
@@ -180,16 +181,18 @@ def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
 
 
 def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
-    """A context for a rollout of ``trainer``. It measures the rollout if ``measured`` is active."""
+    """Return a context manager for a rollout. Inside the context of ``measured``, it measures the
+    memory peak of the rollout. Otherwise, it does nothing.
+    """
     peaks: MemoryPeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
 @contextmanager
 def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
-    """A context for training that measures memory peaks on the first rank.
+    """A context manager for training. It measures memory peaks on the first rank.
 
-    At its end, memory.json is written if a step was measured.
+    At the end, it writes memory.json if at least one step was measured.
     """
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     trainer.peaks = peaks = watch(engine) if is_first_rank() else None

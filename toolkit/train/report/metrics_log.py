@@ -73,8 +73,8 @@ class Journal:
             self._sizes[name] = os.fstat(handle).st_size
 
     def write(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one row with one write call, so that only the last row is incomplete if the
-        process is killed. Raises OSError.
+        """Append ``row`` to the log ``name`` with one write call. If the process is killed, only
+        the last row can be incomplete. Raises OSError.
         """
         # The name of a metric can contain a lone surrogate (from a reward), which UTF-8 cannot
         # encode.
@@ -95,9 +95,7 @@ class Journal:
         return {name: os.fstat(handle).st_size for name, handle in self._handles.items()}
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of each log. Logs of different runs may have the same length, but they have
-        different digests.
-        """
+        """The SHA-256 of each log. It shows whether two logs of the same length are different."""
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
     def missing(self) -> list[str]:
@@ -118,7 +116,7 @@ class Journal:
             return False
 
     def close(self) -> None:
-        """Close the files; a second call does nothing."""
+        """Close the files. A second call does nothing."""
         self.missing()  # stores the result, because a closed file cannot be checked
         while self._handles:
             os.close(self._handles.popitem()[1])
@@ -127,8 +125,8 @@ class Journal:
 def _open_log(path: Path) -> int:
     """Open a log for appending, and create it if needed. Raises OSError.
 
-    Only a regular file is accepted: a full pipe would block the run, and truncating a link would
-    truncate the file that the link points to.
+    Only a regular file is accepted. A full pipe would block the run. If the path were a link, the
+    run would truncate the file that the link points to.
 
     Raises:
         ConfigError: the path is not a regular file.
@@ -145,14 +143,15 @@ def _open_log(path: Path) -> int:
     if handle >= 0:
         os.close(handle)
     raise ConfigError(
-        "the run writes a log with this name, but the path is not a regular file",
+        "the run writes a log to this path, but the path is not a regular file",
         where=str(path),
-        fix="remove what is at this path, or choose another run folder with --output-dir",
+        fix="remove the link, folder or device at this path, or set another run folder with "
+        "--output-dir",
     )
 
 
 def plain(value: Any) -> Any:
-    """``value`` as values that strict JSON allows. NaN and infinite numbers become None."""
+    """Convert ``value`` to values that strict JSON allows. NaN and infinite numbers become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -165,10 +164,10 @@ def plain(value: Any) -> Any:
 
 
 def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl from the trainer's log.
+    """Return a row of metrics.jsonl for ``logs``, the metrics that the trainer logs.
 
-    The names in LEADING come first. All others follow, sorted by name. Values that depend on the
-    wall clock are left out.
+    The metrics in LEADING come first. All other metrics follow, sorted by name. Values that depend
+    on the wall clock are left out.
     """
     found: dict[str, Any] = {}
     for key, value in logs.items():
@@ -184,7 +183,7 @@ def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
-    """The peak memory in bytes. Without a GPU, this is the peak resident memory of this process."""
+    """The peak GPU memory in bytes. Without a GPU, the peak resident memory of this process."""
     peaks = getattr(trainer, "peaks", None)
     if peaks is not None:  # torch's own peak covers only the current phase
         return int(peaks.so_far())
@@ -194,11 +193,11 @@ def peak_memory_bytes(trainer: TrainerSeam | None = None) -> int:
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no types that strict mode can use
-    """The callback that writes the logs, on the first rank.
+    """The trainer callback that writes the logs of a run, on the first rank.
 
-    ``on_row`` is called with (metrics row, timings row). The timings row is None for an evaluation.
-    ``watch`` gets each metrics row before the row is written. ``tracking`` gets the rows of all
-    three logs after they are written.
+    After each row, ``on_row`` is called with (row of metrics.jsonl, row of timings.jsonl). The
+    second row is None for an evaluation. ``watch`` gets each row of metrics.jsonl before the row is
+    written. ``tracking`` gets the rows of all three logs after they are written.
     """
 
     def __init__(
@@ -223,8 +222,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         self.last = monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write a row for a step or an evaluation. The trainer's summary at the end of training is
-        not written.
+        """Write the log rows of a step or an evaluation. The summary that the trainer logs at the
+        end of training is not written.
         """
         del args, control, kwargs
         if "train_runtime" in logs:
@@ -298,9 +297,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
 
 
 def shortened_said(value: Any) -> Any:
-    """A prompt or a completion, shortened to about ``MOST_SAID`` characters.
+    """Shorten a prompt or a completion to about ``MOST_SAID`` characters.
 
-    ``value`` is a text or the messages of a chat. Of a long text, the start and the end are kept.
+    ``value`` is a text or the messages of a chat. If a text is too long, its middle is removed.
     """
     return _shortened(value, [MOST_SAID])
 
@@ -323,7 +322,8 @@ def _shortened(value: Any, left: list[int]) -> Any:
 
 
 def _extra(logs: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """``{"extra": values}`` with the values that rewards passed to ``log_extra`` for a completion.
+    """Return ``{"extra": {name: value}}`` with the values that rewards passed to ``log_extra`` for
+    the completion at ``index``. Without such values, return an empty mapping.
 
     ``log_extra`` gets a name and one value per completion. If the number of values is not the
     number of completions, all values of this name are left out.

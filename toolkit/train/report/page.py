@@ -1,9 +1,9 @@
 """Build the HTML page of the report: one file that makes no network requests. It can be read
 without scripts.
 
-The page's content security policy contains the hashes of its own style sheet and script, and
-allows nothing else. If the toolkit failed to escape a text, markup in this text still could not
-run, load or send anything.
+The page has a content security policy that allows only its own style sheet and script (by their
+hashes). Therefore a text that the toolkit did not escape could not run scripts, or load or send
+data.
 """
 
 from __future__ import annotations

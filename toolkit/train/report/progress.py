@@ -24,17 +24,18 @@ SMOOTHING = 0.8
 def rewrites(stream: TextIO) -> bool:
     """Whether a line on ``stream`` can be overwritten.
 
-    True only for a terminal that supports control characters, and not for a log file. A terminal
-    does not support them if TERM is not set or is "dumb", as with ``srun --pty`` from a batch
-    script or in a shell inside an editor.
+    This is True only for a terminal that supports control characters. A terminal does not support
+    them if TERM is not set or is "dumb", for example with ``srun --pty`` from a batch script or in
+    a shell inside an editor.
     """
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 class Progress:
-    """Prints progress to ``stream``. ``every`` is the number of steps between permanent lines.
+    """Prints the progress of a run to ``stream``.
 
-    A permanent line is a line that is not overwritten later.
+    A permanent line is a line that is not overwritten later. ``every`` is the number of steps from
+    one permanent line to the next.
     """
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
@@ -67,18 +68,18 @@ class Progress:
             self._open = True
 
     def keep(self, line: str) -> None:
-        """Print a line that is not overwritten later."""
+        """Print ``line`` as a permanent line (a line that is not overwritten later)."""
         self.stream.write(f"\r\x1b[K{line}\n" if self._open else f"{line}\n")
         self.stream.flush()
         self._open = False
 
 
 def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, left_s: float) -> str:
-    """The line for a step, in aligned columns.
+    """The progress line for a step, in aligned columns.
 
-    It contains the step, the mean and the standard deviation of the reward, the loss, KL, the
+    The line contains the step, the mean and the standard deviation of the reward, the loss, KL, the
     completion length, tokens per second and the time left. With dynamic sampling, it also contains
-    the share of groups with equal rewards before and after replacement.
+    the share of groups with equal rewards, before and after such groups were replaced.
     """
     width = len(str(total))
     parts = [

@@ -1,13 +1,14 @@
-"""Detect steps without a training signal: no completion got a reward, or the rewards are equal
-within every group.
+"""Detect steps without a training signal. In such a step, no completion got a reward, or the
+rewards are equal within every group.
 
-GRPO learns from the differences of rewards within a group. Without differences all advantages are
-0, and the rewards do not change the weights. metrics.jsonl has the number of consecutive steps
-without signal (``steps_without_signal``).
+GRPO learns from the differences of rewards within a group. Without differences, all advantages are
+0, and the rewards do not change the weights. The metric ``steps_without_signal`` in metrics.jsonl
+is the number of consecutive steps without a signal.
 
-There are two warnings, and each is printed at most once. One is printed after the first step in
-which no completion got a reward. The other is printed after ``LIMIT`` consecutive steps without
-signal, or at the end of a run if no step had a signal and no warning was printed before.
+There are two warnings, and each is printed at most once. The first warning is printed after a step
+in which no completion got a reward. The second warning is printed after ``LIMIT`` consecutive steps
+without a signal. It is also printed at the end of a run in which no step had a signal, if no
+warning was printed before.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ _MOST_STEPS = 1 << 40
 
 
 class RewardWatch:
-    """Counts consecutive steps without signal. ``say`` prints a line on the terminal."""
+    """Counts consecutive steps without a training signal, and warns about them. ``say`` prints a
+    line on the terminal.
+    """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        """Start with the count in the last row of metrics.jsonl, for a resumed run. Raises
-        OSError.
+        """Start with the count in the last row of metrics.jsonl, so that a resumed run continues to
+        count. Raises OSError.
         """
         self.say = say
         self.count = _last_count(run_dir / "metrics.jsonl")
@@ -39,8 +42,8 @@ class RewardWatch:
         self.last: Mapping[str, Any] = {}
 
     def see(self, row: dict[str, Any]) -> None:
-        """Check a row of metrics.jsonl. Add the number of consecutive steps without signal to the
-        row, unless this number is 0.
+        """Check a new row of metrics.jsonl, and warn if needed. If the step has no training signal,
+        add the number of consecutive steps without a signal to the row.
         """
         if "loss" not in row or "reward" not in row:
             return  # an evaluation, or a step that trains on the completions of an earlier step

@@ -1,4 +1,4 @@
-"""The part of the report with completions of the model at a few steps of the run."""
+"""The part of the report that shows completions of the model at a few steps of the run."""
 
 from __future__ import annotations
 

@@ -16,10 +16,11 @@ MAX_POINTS = 400
 def thin(
     xs: Sequence[float], columns: Sequence[Sequence[float | None]]
 ) -> tuple[list[float], list[Values]]:
-    """Reduce the points to at most MAX_POINTS. Return the x values and the columns.
+    """Reduce the number of points of each line to at most MAX_POINTS. ``columns`` has the values of
+    each line. Return the new x values and columns.
 
-    Each new point replaces consecutive points. Its value is their mean, and its x value is that of
-    the last of them.
+    Several consecutive points are replaced by one point. It has the mean of their values, and the x
+    value of the last point.
     """
     size = -(-len(xs) // MAX_POINTS) or 1
     starts = range(0, len(xs), size)
@@ -66,8 +67,8 @@ def mean(values: Sequence[float | None]) -> float | None:
 def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
     """The range (low, high) of an axis for the values.
 
-    Rare values that are far from all other values may lie outside the range. With ``zero`` the
-    range begins at 0 or below (for stacked areas).
+    The range may exclude a few values that are far from all other values. With ``zero``, the range
+    begins at 0 or below (for stacked areas).
     """
     there = sorted(value for value in values if value is not None)
     if not there:
@@ -115,7 +116,7 @@ def show(value: float | None, digits: int = 3) -> str:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Ticks as text, with enough digits to show that they are different and equally spaced."""
+    """The labels of the ticks, with enough digits to show the equal distances between the ticks."""
     for digits in range(3, 8):
         shown = [show(value, digits) for value in values]
         rounded = (float(f"{value:.{digits}g}") for value in values)

@@ -184,8 +184,8 @@ class Format:
     def __post_init__(self) -> None:
         if not self.tags or len(set(self.tags)) != len(self.tags):
             raise ConfigError(
-                f"format: the option tags is {self.tags}. It must have at least one name, and no "
-                "name twice"
+                f"format: tags is {self.tags}, but it must have at least one name, and all names "
+                "must differ"
             )
 
     def __call__(

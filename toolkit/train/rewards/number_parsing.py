@@ -2,8 +2,8 @@
 bounded time.
 
 The supported forms are ``42``, ``-1,234.50``, ``$5``, ``3/4``, ``1 3/4``, ``1.2e3``,
-``1.2 x 10^3``, ``50%``, GSM8K's ``#### 42``, and LaTeX ``\\boxed{\\frac{3}{4}}``. Units after a number are ignored. A comma
-that does not separate thousands ends a number (``3,5`` is 3 and 5).
+``1.2 x 10^3``, ``50%``, GSM8K's ``#### 42``, and LaTeX ``\\boxed{\\frac{3}{4}}``. Units after a
+number are ignored. A comma that does not separate thousands ends a number (``3,5`` is 3 and 5).
 """
 
 from __future__ import annotations

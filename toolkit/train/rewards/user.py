@@ -176,7 +176,7 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
             f"reward {name} has the parameters ({', '.join(str(p) for p in parameters)}). But it "
             "is called by keyword with prompts, completions, completion_ids and every dataset "
             "column",
-            fix="add `**kwargs` at the end of the parameters of the function",
+            fix="add **kwargs at the end of the parameters of the function",
         )
 
 

@@ -163,7 +163,7 @@ class _Known:
         self._tasks: list[Any] = []
 
     def task(self, which: Mapping[str, Any]) -> Any:
-        """Return the task of a row of the data set. ``which`` has the index and the key of the task.
+        """Return the task of a data set row. ``which`` has the index and the key of the task.
         Raises ValueError if the taskset now has another task at this index.
         """
         index = which["index"]
@@ -225,8 +225,8 @@ def _taskset(task: str, options: str) -> _Known:
         raise ConfigError(
             f"verifiers has no taskset {task}: {first_line(error)}",
             where="environment.task",
-            fix="set environment.task to the id of an installed taskset package, or of a module next "
-            "to the run file",
+            fix="set environment.task to the id of an installed taskset package, or of a module "
+            "next to the run file",
         ) from error
     try:
         config = loaders.taskset_config_type(task).model_validate(
@@ -236,7 +236,7 @@ def _taskset(task: str, options: str) -> _Known:
     except ValueError as error:
         said = "; ".join(str(error).split("\n")[:3])
         raise ConfigError(
-            f"the taskset {task} does not accept the options: {said}",
+            f"the taskset {task} does not accept these options: {said}",
             where="environment.options",
             fix="use only fields of the taskset's config class in environment.options",
         ) from error

@@ -234,8 +234,8 @@ def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
 
 
 def plain(value: Any) -> Any:
-    """Convert ``value`` to JSON values. Tensors and arrays become lists of numbers. Objects of other
-    types become text.
+    """Convert ``value`` to JSON values. Tensors and arrays become lists of numbers. Objects of
+    other types become text.
     """
     if value is None or type(value) in (bool, int, float):
         return value

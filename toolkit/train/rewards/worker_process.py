@@ -54,8 +54,8 @@ class Workers(NamedTuple):
 
     @classmethod
     def of(cls, python: str | None) -> Workers:
-        """Return the workers of a run. ``python`` is the interpreter of the environment, or None. No
-        process is started yet.
+        """Return the workers of a run. ``python`` is the interpreter of the environment, or None.
+        No process is started yet.
         """
         own = WorkerProcess()
         return cls(own, own if python is None else WorkerProcess(python))
