@@ -1,4 +1,4 @@
-"""Reproducible GRPO fine-tuning with LoRA. vLLM generates the completions on the same GPU.
+"""Reproducible GRPO fine-tuning with LoRA. vLLM samples on the GPU that trains the model.
 
 ``from toolkit import FastLanguageModel, GRPOTrainer`` imports torch. ``import toolkit`` alone does
 not, because these names are imported on first use (PEP 562).

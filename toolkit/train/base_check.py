@@ -40,7 +40,8 @@ class BaseCheck:
             )
 
     def result(self) -> dict[str, Any]:
-        """Check after a run; return the number of tensors and their checksum, as in manifest.json.
+        """Check after a run that the base weights did not change. Return the entry for
+        manifest.json: the number of tensors and their checksum.
 
         Raises:
             DefectError: a frozen weight changed during the run.

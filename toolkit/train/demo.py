@@ -80,8 +80,8 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
 HELD_OUT, LOOKED_AT = 500, 250
 FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
-"""The probabilities that the teacher forgets the carry of a problem: before the model can add, and
-after that. 45 of 100 problems have a carry.
+"""The probabilities that the training answer to a problem lacks the carry: before the model can
+add, and after that. 45 of 100 problems have a carry.
 """
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
@@ -180,7 +180,7 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """Split ``problems`` into (held out, the rest). ``count`` problems are held out: the first
-    ones with a carry and the first ones without, half of each kind.
+    ones with a carry and the first ones without a carry, half of each kind.
     """
     carry = [p for p in problems if answer(p) != forgetful(p)][: count // 2]
     plain = [p for p in problems if answer(p) == forgetful(p)][: count - len(carry)]
@@ -241,7 +241,7 @@ def teach(
             if step % (4 * EVERY) == 0 or step >= last:
                 say(
                     f"supervised step {step}: {exact:.2f} of the answers are correct, "
-                    f"{as_taught:.2f} are answers that the teacher could give"
+                    f"{as_taught:.2f} are correct or lack only the carry"
                 )
             if step >= last:
                 model.eval()

@@ -1,8 +1,8 @@
 """TRL's GRPOConfig, which here also records which fields the user set.
 
-If the user did not set ``bf16``, TRL 1.16 sets it to True. This module sets the number format of
-the model instead. transformers 5.17 would train on every visible GPU with ``nn.DataParallel``. This
-module sets the number of GPUs to one.
+If the user did not set ``bf16``, TRL 1.16 sets it to True. This module sets ``bf16`` and ``fp16``
+from the dtype of the model instead. transformers 5.17 would train on every visible GPU with
+``nn.DataParallel``. This module sets the number of GPUs to one.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         ConfigValueError: an invalid value. If a batch does not contain whole groups, the message
             lists valid batch sizes.
 
-    If there are several mistakes, one error lists all of them. Its class is the class for the first
-    mistake.
+    If there are several mistakes, the message lists all of them. The class of the error is the one
+    for the first mistake.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped

@@ -28,5 +28,5 @@ def refuse_own(name: str) -> None:
     """Raise ValueError if a reward logs a metric under a ``name`` that the run itself uses."""
     start = next((start for start in _OWN_STARTS if name.startswith(start)), None)
     if name in _OWN or start is not None:
-        what = f"names that begin with {start} are" if start else f"the name {name} is"
-        raise ValueError(f"log_metric: {what} reserved for the run. Use another name")
+        used = f"names that begin with {start}" if start else f"the name {name}"
+        raise ValueError(f"log_metric: the run itself uses {used}. Use another name")

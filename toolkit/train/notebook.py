@@ -28,8 +28,8 @@ def PatchFastRL(  # noqa: N802 - Unsloth's name
     """Do nothing except warn. The warning shows the import that replaces this function."""
     del algorithm, FastLanguageModel
     warnings.warn(
-        "PatchFastRL does nothing. To train with the engine on the model, replace the imports from"
-        " trl by `from toolkit import GRPOConfig, GRPOTrainer`",
+        "PatchFastRL does nothing. To sample with the vLLM engine of the model, replace the imports"
+        " from trl by `from toolkit import GRPOConfig, GRPOTrainer`",
         ToolkitWarning,
         stacklevel=2,
     )

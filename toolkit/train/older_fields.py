@@ -109,7 +109,7 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) 
     if section == "model":
         return [f"{name} is left out: pass {today} to FastLanguageModel.from_pretrained"]
     raise ConfigTypeError(
-        f"{name!r} is not a field of GRPOConfig (the key of a run file is {moved.to})",
+        f"{name!r} is not a field of GRPOConfig. In a run file, this option is {moved.to}",
         where=WHERE,
         fix=f"remove {name} from GRPOConfig, and set the option where your script loads the model "
         "or the data",

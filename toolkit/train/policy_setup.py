@@ -51,7 +51,7 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
 
 
 def _refuse_other_engines(config: Any) -> None:
-    """Reject a ``config`` that requests another generation method than the engine on the model."""
+    """Raise ConfigValueError if ``config`` requests generation without the model's engine."""
     asked = {
         "vllm_mode": ("server", "no vLLM server is used"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
@@ -59,7 +59,7 @@ def _refuse_other_engines(config: Any) -> None:
     for name, (value, why) in asked.items():
         if getattr(config, name, None) == value:
             raise ConfigValueError(
-                f"{name}={value!r} cannot be used with the engine on the model: {why}",
+                f"{name}={value!r} cannot be used, because the model has its own engine: {why}",
                 where=f"GRPOConfig.{name}",
                 fix=f"remove {name}, or load the model with fast_inference=False",
             )
@@ -67,7 +67,7 @@ def _refuse_other_engines(config: Any) -> None:
 
 def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
     """Convert the adapter to float32, after TRL has built its trainer. ``fresh`` is True if TRL has
-    just added the adapter to ``model``. The adapter is then also registered with the engine.
+    just added the adapter to ``model``. In this case, also register the adapter with the engine.
 
     Raises:
         ConfigError: no parameter is trainable, or the engine samples from a trainable parameter.

@@ -1,5 +1,5 @@
-"""The checks before any heavy work: inspect the node, check it for this run, and replace every
-"auto" by a value.
+"""The pre-flight: check the node before any heavy work, and replace every "auto" in the run file by
+a value.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def preflight(
     peers: Peers | None = None,
     rules: Rules | None = None,
 ) -> Preflight:
-    """Inspect the node, check it, and size the run. If ``judge`` is False (``--dry-run``), a failed
-    check does not stop the run.
+    """Inspect and check the node, and choose settings with which the run fits in memory. If
+    ``judge`` is False (``--dry-run``), a failed check does not stop the run.
 
     Every rank inspects its own GPU. All ranks are sized for the smallest GPU, so that they use the
     same settings. ``rules`` checks the run file for the device and the packages of this machine, as
@@ -147,8 +147,8 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
 
 
 def refuse(checks: tuple[CheckResult, ...]) -> None:
-    """If checks failed, raise the error of one failed check. An error of the node (NodeError) is
-    preferred to an error of the user (ConfigError), and this error to a RetryError.
+    """Raise the error of a failed check. If several checks failed, NodeError (the node's fault)
+    comes first, then ConfigError (the user's fault), then RetryError.
     """
     failed = [check for check in checks if check.verdict == "fail"]
     order = list(FAILURES)

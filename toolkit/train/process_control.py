@@ -162,7 +162,7 @@ class Peers:
 
     def _tell(self, error: Exception) -> Exception | None:
         """Agree with the other processes on the process that reports the failure. Return the error
-        to report if it is this process. Return None if it is another process.
+        if this process must report it. Return None if another process reports the failure.
         """
         self._say("answer")
         if isinstance(error, StoppedError) or is_gone(error):
@@ -225,8 +225,8 @@ class _SignsOfLife:
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
-        """Record the time for each process whose counter has changed. ``beats`` maps the ranks of
-        the processes that this process waits for to their counters. Other processes are forgotten.
+        """Record the time for each process whose counter has changed. ``beats`` contains the rank
+        and the counter of each process to watch. All other processes are forgotten.
         """
         old = self._seen
         self._seen = {
@@ -235,9 +235,7 @@ class _SignsOfLife:
         }
 
     def silence_s(self) -> float:
-        """Return the time in seconds since the last sign of life of a process. If there are several
-        processes, return the longest of these times.
-        """
+        """Return the longest time in seconds for which a process has shown no sign of life."""
         return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
 
 

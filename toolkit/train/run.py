@@ -1,4 +1,4 @@
-"""Do a whole run: resume, pre-flight, data, rewards, policy, training, report."""
+"""The steps of a whole run: resume, pre-flight, data, rewards, policy, training, report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """The objects that can end a run early. Only the first rank has a ``run_dir_watch``."""
+    """The objects that can end a run early. Only the first rank watches the run folder."""
 
     signals: StopSignals
     peers: Peers | None
@@ -64,7 +64,7 @@ class ProcessControl(NamedTuple):
 
 
 def run(config: RunConfig, options: Options | None = None) -> Path:
-    """Train ``config`` and return its run folder.
+    """Do the training run of the run file ``config``, and return the run folder.
 
     Every rank of ``torchrun`` calls this function, and only the first rank writes files.
 
@@ -338,7 +338,7 @@ def _open_journal(
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Open the log files. After a resume from ``found``, first move later checkpoints away."""
+    """Open the log files. If the run resumes from ``found``, first move later checkpoints away."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
@@ -378,7 +378,7 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 
 def shares_with_first() -> bool:
-    """True if the model of this process is split with the first process (tensor parallelism)."""
+    """True if this process and the first one hold parts of one model (tensor parallelism)."""
     shared = mesh()
     return shared is not None and shared.replica == 0
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on an engine that shares the model's weights, with exact resume.
+"""TRL's GRPOTrainer with an engine that shares the model's weights, and with exact resume.
 
 The trainer is a subclass and takes TRL's arguments. The source of upstream libraries is not
 patched. Each method that overrides one of TRL 1.16 or transformers 5.17 is short, and calls other
@@ -51,7 +51,7 @@ SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
 class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
-    """trl.GRPOTrainer that samples from the engine on the model, if there is one."""
+    """trl.GRPOTrainer that samples from the model's own vLLM engine, if the model has one."""
 
     max_bad_steps: int = 3
     bad_steps: int = 0
@@ -145,7 +145,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     @property
     def disagreement(self) -> importance_sampling.Disagreement:
         """The totals of the differences between the log-probabilities of engine and trainer.
-        Training and evaluation have separate totals. The current mode of the model selects one.
+        Training and evaluation have separate totals. The result is for the model's current mode.
         """
         both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}

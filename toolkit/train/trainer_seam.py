@@ -144,8 +144,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def pending_columns(self) -> Any:
-        """Maps a column name to the values that rewards passed to ``log_extra`` for this column. A
-        log row removes its values from here.
+        """The values that rewards passed to ``log_extra`` and that are not yet logged, by column
+        name.
         """
         return self._pending_extra_logs
 

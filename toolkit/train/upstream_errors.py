@@ -187,7 +187,8 @@ class Blame(NamedTuple):
 
 
 def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
-    """Return the keys that caused ``error``, and the task that raised it. None if no key caused it.
+    """Return the keys that caused ``error``, and the upstream task that raised it. None if no key
+    caused ``error``.
 
     ``written`` is the ``grpo`` section of the run file. The frames of the traceback are searched
     from the innermost frame up to the first frame of the toolkit.

@@ -55,7 +55,7 @@ def test_nodes_count_their_processes_together(
     for name, value in (("PET_NNODES", "3"), ("PET_NODE_RANK", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match="the processes of 3 nodes need an address"):
+    with pytest.raises(InputError, match="The processes of 3 nodes"):
         acting("exit 0")
     monkeypatch.setenv("MASTER_ADDR", "first.nodes")
     monkeypatch.setenv("MASTER_PORT", "29400")

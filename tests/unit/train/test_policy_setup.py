@@ -133,7 +133,7 @@ def test_the_written_fields_are_those_that_were_passed(tmp_path):
 @pytest.mark.parametrize(
     ("written", "words"),
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server', but the engine on the"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' cannot be used"),
         ({"use_transformers_continuous_batching": True}, "Hugging Face generation is not used"),
     ],
 )

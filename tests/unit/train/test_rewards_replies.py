@@ -91,7 +91,7 @@ def test_an_error_of_the_toolkit_with_odd_fields_is_an_error_of_the_reward(
 @pytest.mark.parametrize("sent", ["{}", '{"misbehaved": []}', '{"function": "1"}'])
 def test_what_a_module_sends_as_it_is_imported(tmp_path: Path, sent: str) -> None:
     text = json.dumps({"id": 1, **json.loads(sent)})
-    with pytest.raises(ConfigError, match=f"reward sends:score: .* {INVALID}"):
+    with pytest.raises(ConfigError, match=f"reward sends:score {INVALID} while"):
         loaded(tmp_path, "score", f"{SENDS}\n_send({text!r})\n")
 
 
@@ -130,7 +130,7 @@ def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> Non
 def test_a_reward_cannot_log_under_a_name_of_the_run(name: str) -> None:
     kept: list[Any] = []
     log = safely_logged({"log_metric": lambda *both: kept.append(both)})["log_metric"]
-    with pytest.raises(ValueError, match="belong"):
+    with pytest.raises(ValueError, match="the run itself uses"):
         log(name, 1.0)
     log("rewards/mine/length", 1.0)
     assert kept == [("rewards/mine/length", 1.0)]

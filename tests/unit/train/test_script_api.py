@@ -82,7 +82,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     ("fields", "words"),
     [
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
-        ({"dataset_text_field": "text"}, "the key of a run file is dataset.prompt"),
+        ({"dataset_text_field": "text"}, "In a run file, this option is dataset.prompt"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef is the older name of beta, but kl_coef=0.1 and"),
         ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),

@@ -129,7 +129,7 @@ def test_random_numbers_follow_from_the_place_of_a_call(tools: dict[str, Any]) -
         ({"how": "hangs"}, "took longer than 1 s"),
         ({"how": "long"}, "returned 3000000 characters, more than 100000"),
         ({"how": "exits"}, "ended its process with exit code 3"),
-        ({"how": "none"}, "returned a value without a text: ValueError: no text"),
+        ({"how": "none"}, "returned a value that cannot become text: ValueError: no text"),
         ({"who": "me"}, "wrong arguments: missing a required argument: 'how'"),
     ],
 )

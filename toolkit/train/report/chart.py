@@ -1,7 +1,7 @@
 """Draw charts as inline SVG, without a library, network requests or scripts.
 
-The markup contains no unescaped text: ``text`` escapes every text, and ``show`` or ``_n`` formats
-every number.
+The markup is safe HTML: the function ``text`` escapes every text, and the function ``show`` or
+``_n`` formats every number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of a chart, with one value per step. ``tone`` is the number of its colour (1 to 6)."""
+    """A line of a chart, with one value per step. ``tone`` is a colour number (1 to 6)."""
 
     label: str
     values: Values
@@ -185,7 +185,7 @@ def line_path(frame: Frame, xs: Sequence[float], values: Values) -> str:
 
 
 def _alone(values: Values, index: int) -> bool:
-    """Whether the values before and after a point are missing. A line would not show it."""
+    """Whether the values before and after a point are missing. A line would not show this point."""
     before = values[index - 1] if index else None
     after = values[index + 1] if index + 1 < len(values) else None
     return before is None and after is None

@@ -22,7 +22,7 @@ _SHOWN_TERMS = 6
 
 
 def status(run: RunFiles) -> tuple[str, str]:
-    """Return (style class, text) for the state of the run, for example finished after 80 steps."""
+    """Return (style class, text) for the state of the run: ("good", "finished, 80 steps")."""
     done = run.metrics[-1]["step"] if run.metrics else 0
     wanted = number(section(run.config, "grpo").get("max_steps"))
     of = f" of {int(wanted)}" if wanted and wanted > 0 else ""

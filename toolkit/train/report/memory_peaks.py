@@ -95,8 +95,9 @@ class PhasePeaks:
     """The memory peaks of a run so far, in bytes. Call ``begin`` after the model is loaded.
 
     ``rollout`` and ``training`` are the peaks of torch's allocator in the two phases. ``step`` is
-    the peak of a training phase minus the memory that is still allocated at its end (the largest
-    such value). ``on_card`` is the peak of the memory use of the GPU, including other processes.
+    the largest value of: the peak of a training phase minus the memory that is still allocated at
+    the end of this phase. ``on_card`` is the peak of the memory use of the GPU, including other
+    processes.
     """
 
     statistics: Statistics

@@ -1,7 +1,7 @@
 """Print the progress of a run.
 
-On a terminal, the last line is overwritten at each step. Every few steps, on a terminal and in a
-log, a line is printed that is not overwritten later (a permanent line).
+On a terminal, the last line is overwritten at each step. Every few steps, a permanent line is
+printed, which is not overwritten later. In a log file, only permanent lines are printed.
 """
 
 from __future__ import annotations

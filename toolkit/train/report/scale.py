@@ -1,4 +1,6 @@
-"""Prepare numbers for a chart: reduce the points, smooth them, and choose a range and ticks."""
+"""Prepare values for a chart: reduce the number of points, smooth the values, and choose the range
+and the ticks of an axis.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,9 @@ def _median(values: Sequence[float | None]) -> float:
 
 
 def window_for(count: int) -> int:
-    """The width of the smoothing window for ``count`` points: a fifteenth of the points.
+    """Return the number of neighbouring points over which a line with ``count`` points is smoothed.
 
-    It is 1 (no smoothing) for fewer than 20 points.
+    The result is a fifteenth of ``count``. For fewer than 20 points it is 1 (no smoothing).
     """
     return max(1, count // 15) if count >= 20 else 1
 

@@ -34,10 +34,10 @@ _ANSWER_S = 0.1  # an event loop that does not react within this time counts as 
 class LoopThread:
     """An event loop in a daemon thread.
 
-    All calls of a reward share the loop, because an async client (for example of HTTP) works only
-    in the loop in which it was created. A coroutine that exceeds its time limit is cancelled. If
-    blocking code in a coroutine blocks the loop, the loop is abandoned and the next call gets a new
-    loop.
+    All calls of a reward share the loop, because an async client (for example an HTTP client) works
+    only in the loop in which it was created. A coroutine that exceeds its time limit is cancelled.
+    If blocking code in a coroutine blocks the loop, the loop is abandoned, and the next call gets a
+    new loop.
     """
 
     def __init__(self) -> None:

@@ -52,7 +52,7 @@ def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
         return values
     there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
     raise ConfigError(
-        f"reward {reward} needs the column {name!r}; the dataset has: {there or 'none'}",
+        f"reward {reward} needs the column {name!r}. The dataset has: {there or 'none'}",
         fix="set dataset.answer to the column with the answers, or set the option `column` of the "
         "reward",
     )
@@ -230,7 +230,7 @@ class LengthPenalty:
         if not 0 <= self.margin <= self.max_length or self.max_length < 1:
             raise ConfigError(
                 f"length_penalty: margin is {self.margin} and max_length is {self.max_length}, but "
-                "0 <= margin <= max_length and max_length >= 1 must be true"
+                "margin must be from 0 to max_length, and max_length must be at least 1"
             )
         if self.unit not in ("tokens", "characters"):
             raise ConfigError(

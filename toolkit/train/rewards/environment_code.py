@@ -32,7 +32,7 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """Return the EnvironmentCode that ``request`` converted to JSON values (in the worker)."""
+        """Return the EnvironmentCode whose method ``request`` returned the values ``request``."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
@@ -83,6 +83,5 @@ def refuse_package(adapter: str, allow_code: Sequence[str]) -> None:
         raise ConfigError(
             f"the environment {adapter} runs code of the module {module}, which runtime.allow_code "
             "does not list",
-            fix=f"if you trust the module, add {module} to the list: "
-            f"runtime: {{allow_code: [{module}]}}",
+            fix=f"if you trust the module, add it to the list `runtime.allow_code: [{module}]`",
         )

@@ -201,7 +201,7 @@ def _both(whole: Trouble, alone: Trouble) -> Trouble:
     """Return the error to report for a sample. ``alone`` is the error of the call with this sample.
     ``whole`` is the error of the call with the whole batch.
 
-    If the two errors differ and ``alone`` has no traceback, the text contains both errors.
+    If the two errors differ and ``alone`` has no traceback, the returned error describes both.
     """
     if alone.traceback or alone.what == whole.what:
         return alone

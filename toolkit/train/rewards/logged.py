@@ -27,8 +27,8 @@ _BEYOND = 4096
 
 
 def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
-    """Return ``columns`` with safe functions ``log_metric`` and ``log_extra``. They remove secrets
-    from texts and limit their length.
+    """Return ``columns`` with safe functions ``log_metric`` and ``log_extra``. These functions
+    remove secrets from texts and limit the length of texts.
     """
     wrapped = dict(columns)
     kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (

@@ -1,4 +1,4 @@
-"""Use an ``Environment`` class of OpenEnv as a data set of first observations, a tool, and a
+"""Use an ``Environment`` class of OpenEnv for training. It provides the prompts, a tool, and a
 reward.
 
 The toolkit creates the environment as an object in the worker process. It calls
@@ -94,7 +94,7 @@ class _Live:
 
 
 class Episodes:
-    """The environments of the rollouts of a batch, in the worker process. Each rollout has one.
+    """The environments of the rollouts of a batch (one per rollout), in the worker process.
 
     Each request contains the seed of its rollout and all earlier steps. If an environment was lost
     in a restart of the worker, the worker creates the environment again and repeats these steps.

@@ -51,8 +51,8 @@ def made(
     If ``worker`` is None, the call runs in this process and has no time limit.
 
     Raises:
-        ConfigError: ``problems`` raised it. It is also raised if the environment failed, took too
-            long or ended its process.
+        ConfigError: ``problems`` raised a ConfigError, or the environment failed, took too long or
+            ended its process.
     """
     try:
         if worker is None:

@@ -46,7 +46,7 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
 
 
 def is_trouble(value: Any) -> bool:
-    """Whether ``value`` is a list of the fields of a ``Trouble``."""
+    """Whether ``value`` is a list of the fields of a ``Trouble`` (the description of an error)."""
     return _texts(value, 1, _TROUBLE_PARTS)
 
 

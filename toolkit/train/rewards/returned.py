@@ -147,7 +147,7 @@ def _kind(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """``text`` in one line and without control characters. It may contain text of a model."""
+    """``text`` in one line and without control characters. It may come from a model."""
     return visible(text).replace("\n", "\\n")
 
 

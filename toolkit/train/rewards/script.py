@@ -26,8 +26,8 @@ FIX = "return a list with one number (or None) for each completion"
 
 
 def judged(rewards: Any) -> Any:
-    """Check ``rewards``, the argument ``reward_funcs`` of a trainer. Return it with each function
-    wrapped in a function that checks its results.
+    """Check ``rewards``, the argument ``reward_funcs`` of a trainer. Return ``rewards`` with each
+    function wrapped in a function that checks its results.
 
     The parameters of a function are checked now, and its results at each call. Reward models and
     names of models are returned unchanged. An exception of a function is raised unchanged. TRL

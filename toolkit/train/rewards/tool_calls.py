@@ -118,7 +118,9 @@ def as_text(value: Any) -> str:
     try:
         text = value if type(value) is str else str(value)
     except Exception as error:
-        raise Misbehaved(Trouble(f"returned a value without a text: {message(error)}")) from error
+        raise Misbehaved(
+            Trouble(f"returned a value that cannot become text: {message(error)}")
+        ) from error
     if len(text) > LONGEST_RESULT:
         what = f"returned {len(text)} characters, more than {LONGEST_RESULT}"
         raise Misbehaved(Trouble(what, text[:200]))

@@ -58,8 +58,8 @@ def load_code(
         raise ConfigError(
             f"{what} {name} runs code from a module that runtime.allow_code does not list",
             fix=(
-                "if you trust the module, add it to the list: runtime: {allow_code: "
-                f"[{module_name.partition('.')[0]}]}}"
+                "if you trust the module, add it to the list "
+                f"`runtime.allow_code: [{module_name.partition('.')[0]}]`"
             ),
         )
     look_beside(folder, allow_code)
@@ -132,8 +132,8 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
             ) from error
         raise ConfigError(
             (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
-            fix=f"install the module {error.name}. If it is next to the run file, allow it: "
-            f"allow_code: [{module_name.partition('.')[0]}, {error.name}]",
+            fix=f"install the module {error.name}. If it is next to the run file, allow it with "
+            f"`runtime.allow_code: [{module_name.partition('.')[0]}, {error.name}]`",
         ) from error
     except SyntaxError as error:
         raise ConfigError(

@@ -84,8 +84,8 @@ def _message(taskset: str, message: Any) -> dict[str, str]:
     if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
         raise _unsupported(
             taskset,
-            f"its prompt has an unsupported message with the role {message.role}. Only text "
-            "messages of system, user and assistant are supported",
+            f"the prompt of a task has an unsupported message with the role {message.role}. Only "
+            "text messages of system, user and assistant are supported",
         )
     return {"role": message.role, "content": message.content}
 

@@ -27,7 +27,7 @@ _TAG = "\0toolkit"
 
 
 class TokenIds:
-    """Lists of token ids in packed form, because JSON lists of them are slow and very long."""
+    """Lists of token ids in packed form. JSON lists of token ids would be slow and very long."""
 
     def __init__(self, lists: Sequence[Sequence[int]]) -> None:
         """Pack ``lists``. Raises TypeError or OverflowError if a value is not a list of token

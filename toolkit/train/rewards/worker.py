@@ -283,7 +283,7 @@ def _seed_library(name: str, module: Any) -> None:
 
 
 class _Seeding(MetaPathFinder):
-    """An import finder that seeds numpy or torch if a reward imports it during a call."""
+    """An import finder that seeds numpy and torch when a reward imports them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
