@@ -51,8 +51,8 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
         ConfigValueError: an invalid value. If a batch does not contain whole groups, the message
             lists valid batch sizes.
 
-    If there are several mistakes, the message lists all of them. The class of the error is the one
-    for the first mistake.
+    If there are several mistakes, the message lists all of them. The first mistake
+    determines the class of the error.
     """
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped

@@ -40,9 +40,9 @@ def refuse_partial_groups(config: Any, written: Collection[str]) -> None:
     if config.eval_strategy not in (None, "no") and per_eval % wanted:
         name = "num_generations_eval" if config.num_generations_eval else "num_generations"
         raise ConfigValueError(
-            "an evaluation batch is per_device_eval_batch_size "
-            f"{config.per_device_eval_batch_size} x {_processes(config)} = {per_eval} "
-            f"completions, which is not a multiple of {name}={wanted}",
+            f"an evaluation batch has {per_eval} completions (per_device_eval_batch_size "
+            f"{config.per_device_eval_batch_size} x {_processes(config)}). This number is not a "
+            f"multiple of {name}={wanted}",
             where=WHERE,
             fix="set per_device_eval_batch_size="
             f"{_next(config.per_device_eval_batch_size, config.world_size, wanted)}",
@@ -68,9 +68,9 @@ def _partial_groups_text(config: Any, written: Collection[str]) -> str:
         return f"generation_batch_size={size} is not a multiple of num_generations={group}"
     name = _steps_name(written)
     return (
-        f"a generation batch is per_device_train_batch_size {config.per_device_train_batch_size} x "
-        f"{_processes(config)} x {name} {config.steps_per_generation} = "
-        f"{plural(size, 'completion')}, which is not a multiple of num_generations={group}"
+        f"a generation batch has {plural(size, 'completion')} (per_device_train_batch_size "
+        f"{config.per_device_train_batch_size} x {_processes(config)} x {name} "
+        f"{config.steps_per_generation}). This number is not a multiple of num_generations={group}"
     )
 
 

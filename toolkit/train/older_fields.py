@@ -134,7 +134,7 @@ def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise ConfigValueError(
-            f"warmup_ratio={ratio!r} must be a number from 0 to below 1",
+            f"warmup_ratio={ratio!r} must be at least 0 and below 1",
             where=WHERE,
             fix="set warmup_steps to a number of steps, or to a share of the run below 1",
         )

@@ -61,7 +61,7 @@ class Preflight:
     checks: tuple[CheckResult, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of preflight.json (report.schema.json)."""
+        """Return the content of preflight.json, which has the schema report.schema.json."""
         device = None if self.device is None else self.device.name
         run = {"device": device, "sizing": self.sizing.to_json()}
         return check_report(self.snapshot, self.checks, run=run)

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class ProcessControl(NamedTuple):
-    """The objects that can end a run early. Only the first rank watches the run folder."""
+    """What can end a run early: a signal, another process, or (first rank) a lost run folder."""
 
     signals: StopSignals
     peers: Peers | None

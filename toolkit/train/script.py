@@ -29,8 +29,8 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
             prompt, or an argument cannot be used with dynamic sampling or the curriculum.
         MissingExtraError: the package of a tracker or an optimizer is not installed.
 
-    If there are several mistakes, the message lists all of them. The class of the error is the one
-    for the first mistake.
+    If there are several mistakes, the message lists all of them. The first mistake
+    determines the class of the error.
     """
     config, mistakes = given["args"], Collected()
     with mistakes.check():

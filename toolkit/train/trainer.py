@@ -154,7 +154,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
 
     @property
     def rows(self) -> CompletionIndex:
-        """Numbers each completion of this rank by its position in the batch of all ranks."""
+        """The object that numbers this rank's completions by their position in the whole batch."""
         rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
         return rows
 

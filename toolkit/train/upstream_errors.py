@@ -31,7 +31,8 @@ Such a word is the name of the class into which upstream reads the key: Accelera
 
 class Phase(NamedTuple):
     """A task of an upstream library, for example building the optimizer. ``doing`` describes the
-    task, ``places`` lists its source code, and ``keys`` are the ``grpo`` keys that the task uses.
+    task. ``places`` lists the source files and functions of the task. ``keys`` are the ``grpo``
+    keys that the task uses.
     """
 
     doing: str

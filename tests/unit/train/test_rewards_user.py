@@ -124,7 +124,7 @@ def test_malformed_names(tmp_path: Path, name: str) -> None:
         ("import not_there_at_all", "needs the module not_there_at_all"),
         ("def tone(prompts, completions): ...", "add \\*\\*kwargs"),
         ("def tone(completions, /, **kwargs): ...", "called by keyword"),
-        ("def tone(completions, solution, **kwargs): ...", "needs the column solution; .* answer"),
+        ("def tone(completions, solution, **kwargs): ...", "the column solution[.] .* answer"),
         ("def tone(completions, x, y, **kwargs): ...", "needs the columns x, y"),
     ],
 )
@@ -148,7 +148,7 @@ def test_an_option_that_is_also_a_column(tmp_path: Path) -> None:
 
 
 def test_a_built_in_reward_without_its_column(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"exact_match needs the column answer; .* gold"):
+    with pytest.raises(ConfigError, match=r"exact_match needs the column answer[.] .* gold"):
         rewards(tmp_path, RewardFunction(name="exact_match"), columns=("prompt", "gold"))
 
 

@@ -84,7 +84,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
         ({"gradient_accumulation_step": 2}, "did you mean 'gradient_accumulation_steps'"),
         ({"dataset_text_field": "text"}, "In a run file, this option is dataset.prompt"),
         ({"kl_coef": 0.1, "beta": 0.2}, "kl_coef is the older name of beta, but kl_coef=0.1 and"),
-        ({"warmup_ratio": 1}, "warmup_ratio=1 must be a number from 0 to below 1"),
+        ({"warmup_ratio": 1}, "warmup_ratio=1 must be at least 0 and below 1"),
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
     ],
 )
@@ -120,7 +120,7 @@ def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
 def test_batch_1_with_6_generations_says_what_to_write(tmp_path):
     with pytest.raises(ConfigValueError) as caught:
         config(tmp_path, per_device_train_batch_size=1, num_generations=6)
-    assert "1 x 1 process x gradient_accumulation_steps 1 = 1 completion" in str(caught.value)
+    assert "1 x 1 process x gradient_accumulation_steps 1)" in str(caught.value)
     assert "per_device_train_batch_size=6; gradient_accumulation_steps=6" in str(caught.value)
 
 

@@ -61,12 +61,12 @@ class Frame:
     y_range: tuple[float, float]
 
     def x(self, value: float) -> float:
-        """The x position of a step."""
+        """The x position of a step in the picture."""
         low, high = self.x_range
         return LEFT + (value - low) / (high - low) * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """The y position of a value.
+        """The y position of a value in the picture.
 
         A value far outside the range of the axis gets a position just outside the plot, where the
         browser does not draw it.

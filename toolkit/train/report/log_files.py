@@ -86,7 +86,7 @@ def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
 
 
 def section(document: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The mapping at the path ``keys`` inside a document. Empty if the path does not exist."""
+    """The mapping at the path ``keys`` in a JSON document. Empty if the path does not exist."""
     found: Any = document
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None

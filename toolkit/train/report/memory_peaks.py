@@ -57,7 +57,7 @@ class Statistics(Protocol):
         """The total memory of the GPU in bytes, as CUDA reports it."""
 
     def reset(self) -> None:
-        """Reset the peaks."""
+        """Set the peaks to the current memory use."""
 
 
 class CudaStatistics:
@@ -109,7 +109,7 @@ class PhasePeaks:
     _stepping: bool = field(default=False, repr=False)
 
     def begin(self) -> None:
-        """Start measuring. Peaks that occurred before this call are ignored."""
+        """Start to measure memory peaks. Peaks before this call are ignored."""
         self.statistics.reset()
         self._stepping = False
 

@@ -32,8 +32,8 @@ class RewardWatch:
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        """Start with the count in the last row of metrics.jsonl, so that a resumed run continues to
-        count. Raises OSError.
+        """Read the number of consecutive steps without a training signal from the last row of
+        metrics.jsonl. A resumed run continues to count these steps. Raises OSError.
         """
         self.say = say
         self.count = _last_count(run_dir / "metrics.jsonl")
@@ -59,8 +59,8 @@ class RewardWatch:
             self._once("flat", flat_text(row, self.count))
 
     def end(self) -> None:
-        """At the end of training, print the warning if no step had a signal and no warning was
-        printed before.
+        """At the end of training, print a warning if no step had a training signal and no warning
+        was printed before.
         """
         if self.count and not self.any_signal and not self.said:
             self._once("flat", flat_text(self.last, self.count))
@@ -106,7 +106,7 @@ def _shown(value: Any) -> str:
 
 
 def _last_count(path: Path) -> int:
-    """The count of steps without signal in the last training row of metrics.jsonl, or 0."""
+    """The number ``steps_without_signal`` in the last training row of metrics.jsonl, or 0."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:

@@ -44,7 +44,7 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def call_within(self, seconds: float | None, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run ``coroutine`` in the loop. Return its result or raise its exception.
+        """Run ``coroutine`` in the event loop. Return its result or raise its exception.
 
         Raises OutOfTime after ``seconds`` (None: no limit).
         """
@@ -206,8 +206,8 @@ def _folder() -> Path | None:
 def _umask() -> int:
     """The umask of this process.
 
-    If possible, the umask is read from /proc. os.umask reads the umask only by changing it for a
-    moment, and another thread may create a file in this moment.
+    If possible, the umask is read from /proc. os.umask can read the umask only by changing it for a
+    moment. A file that another thread creates in this moment would have the wrong permissions.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

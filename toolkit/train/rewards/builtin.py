@@ -167,7 +167,8 @@ class RegexMatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """1 if the completion contains each of ``tags`` exactly once, closed and in this order, else 0.
+    """1 if the completion contains ``<tag>...</tag>`` exactly once for each of ``tags``, in this
+    order. Otherwise 0.
 
     With ``strict``, only white space may be outside the tags. Use ``opened`` if the prompt already
     ends with the first opening tag, as in the chat templates of some reasoning models. With

@@ -32,7 +32,7 @@ class EnvironmentCode(NamedTuple):
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """Return the EnvironmentCode whose method ``request`` returned the values ``request``."""
+        """Create an EnvironmentCode from the JSON values that the method ``request`` returned."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)

@@ -79,7 +79,7 @@ class GuardedReward:
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
-        """Call the function. If it fails, find the failing samples and apply the policy to them.
+        """Call the reward function. If it fails, find the failing samples and apply the policy.
 
         With the policy ``none``, the share of failed samples is logged as a metric.
         """

@@ -59,7 +59,7 @@ class LocalTool:
         self._loop = LoopThread()
 
     def answer(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
-        """Call the function and return its result as text.
+        """Call the user's function, and return its result as text.
 
         Raises:
             Refused: the function does not accept these arguments.
