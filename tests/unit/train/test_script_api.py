@@ -257,10 +257,10 @@ def test_all_mistakes_in_a_config_are_told_at_once(tmp_path):
     assert told.startswith("GRPOConfig: 5 mistakes\n- 'num_generation' is not a field")
     for words in (
         "(did you mean 'num_generations'?)",
-        "- warmup_ratio=2 must be a number from 0 to below 1",
+        "- warmup_ratio=2 must be at least 0 and below 1",
         "- max_prompt_length=0 must be a number of tokens above 0",
         "- dynamic_sampling='yes' must be True or False",
-        "completion, which is not a multiple of num_generations=6",
+        "This number is not a multiple of num_generations=6",
     ):
         assert words in told
     assert told.count("fix: ") == 5

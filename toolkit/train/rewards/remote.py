@@ -43,14 +43,13 @@ class RemoteReward:
             ) from error
         except TypeError as error:
             raise ConfigError(
-                f"reward {self._name}: an option has a value of the type {error}, which cannot be "
-                "sent to the worker process",
+                f"reward {self._name}: an option has a value that cannot be sent to the worker "
+                f"process (type {error})",
                 fix=FIX,
             ) from error
         if "function" not in made:
-            raise ConfigError(
-                f"reward {self._name} {made['misbehaved'][0]} while its module was imported"
-            )
+            what = made["misbehaved"][0]
+            raise ConfigError(f"reward {self._name} {what} while its module was imported")
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
     def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
