@@ -12,7 +12,7 @@ from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.mesh import mesh
 from toolkit.policy.base_sums import AT_LOAD, base_sums, changed, digest
 
-AGAIN = "load the model again; do not write to its weights or merge an adapter into them"
+AGAIN = "load the model again. Do not change its weights, and do not merge an adapter into them"
 
 
 class BaseCheck:

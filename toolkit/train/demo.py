@@ -86,7 +86,7 @@ add, and after that. 45 of 100 problems have a carry.
 BATCH, MAX_STEPS, EVERY = 128, 1500, 25
 LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
 KNOWS = 0.88
-"""When the model answers this share of problems correctly, it can add (see ``FORGETS_LATER``)."""
+"""The model can add if it answers this share of the problems correctly (see ``FORGETS_LATER``)."""
 
 
 @dataclass(frozen=True, slots=True)

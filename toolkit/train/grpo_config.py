@@ -141,7 +141,7 @@ OWN: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "curriculum": (False, _switch),
     "curriculum_share": (0.5, _share),
 }
-"""Fields that TRL's GRPOConfig does not have: their defaults, and what checks their values."""
+"""Fields that TRL's GRPOConfig does not have: (default, function that checks the value)."""
 
 
 def _has_bfloat16(given: dict[str, Any]) -> bool:

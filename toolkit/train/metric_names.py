@@ -17,7 +17,7 @@ LEADING = (
     "grad_norm",
     "learning_rate",
 )
-"""The first names of a row, in this order."""
+"""The first metrics of a row of metrics.jsonl, in this order."""
 RENAMED = {"completions/mean_length": "completion_length"}
 WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
 _OWN = {*LEADING, *RENAMED, *WALL_CLOCK, "epoch", "skipped", "train_runtime"}

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
 KEYS = {"model": " (model.model_name)"}
-"""Group of checks -> the key of the run file to which its checks apply, as a text for errors."""
+"""For a group of checks, the key of the run file that these checks read, as text for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,16 +33,16 @@ __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
 POLL_S, LISTEN_S = 0.05, 0.3
 ANSWER_S = 3.0
-"""Seconds that a process may take to answer. The process that reports a failure has the same time
-to report it.
+"""Seconds that a process may take to answer another process. The process that reports a failure has
+the same time for its report.
 """
 MOST_TICK_S = 1.0
 """The most seconds that a tick of ``_SignsOfLife`` counts. If two ticks are further apart, this
 process was stopped (SIGSTOP) between them, and the rest of the time does not count.
 """
 TELLING = 4
-"""Reporting an error may take this many times ``ANSWER_S``. The limit is needed because a call of
-the store does not return while the process that hosts the store is stopped.
+"""The time limit for reporting an error is ``TELLING`` x ``ANSWER_S``. It is needed because a call
+of the store does not return while the process that hosts the store is stopped.
 """
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"

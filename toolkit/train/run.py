@@ -69,7 +69,7 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     Every rank of ``torchrun`` calls this function, and only the first rank writes files.
 
     Raises:
-        ToolkitError: the run failed. After a signal, it is a StoppedError (exit code 75).
+        ToolkitError: the run failed. After a signal, the error is StoppedError (exit code 75).
     """
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)

@@ -125,7 +125,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     @property
     def text_tokenizer(self) -> Any:
-        """The tokenizer. If TRL's processing class is a multimodal processor, its tokenizer."""
+        """The tokenizer. With a multimodal processor, this is the tokenizer of the processor."""
         return self._tokenizer
 
     @property

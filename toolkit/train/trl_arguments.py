@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OURS = ("max_prompt_length",)
 """Keys of the run file's ``grpo`` part that TRL 1.16 does not have."""
 ENGINE_KEYS = ("use_vllm", "vllm_mode")
-"""Keys that ``runtime.engine`` replaces; TRL would build its own engine from them."""
+"""Keys from which TRL would build its own engine. ``runtime.engine`` replaces these keys."""
 
 
 def grpo_config(
@@ -103,7 +103,7 @@ def grpo_config(
         raise ConfigError(
             f"TRL rejects the grpo section: {first_line(problem)}",
             where=where,
-            fix="correct the grpo section; `envcheck validate` checks the run file",
+            fix="correct the grpo section. Use `envcheck validate` to check the run file",
         ) from problem
 
 

@@ -39,7 +39,7 @@ class Phase(NamedTuple):
     places: tuple[str, ...]
     """Each place is ``file`` or ``file:function``. A file name that ends with / means a folder."""
     keys: tuple[str, ...] | None
-    """None: the keys that occur in the text of the exception."""
+    """None means the keys that occur in the text of the exception."""
 
 
 _SIZES = (
@@ -221,7 +221,7 @@ def config_fault(
         where=where,
         fix=f"change or remove grpo.{first}"
         + (f" (or {', '.join(f'grpo.{key}' for key in others)})" if others else "")
-        + f"; `envcheck explain grpo.{first}` lists its valid values",
+        + f". Use `envcheck explain grpo.{first}` to see its valid values",
     )
 
 

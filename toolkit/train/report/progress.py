@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 PLAIN_LINES = 40
-"""Approximate number of lines of a whole run if the output is not a terminal."""
+"""The approximate number of progress lines of a whole run if the output is not a terminal."""
 SMOOTHING = 0.8
 
 

@@ -52,7 +52,7 @@ def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
         return values
     there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
     raise ConfigError(
-        f"reward {reward} needs the column {name!r}. The dataset has: {there or 'none'}",
+        f"reward {reward} needs the column {name!r}. Columns of the dataset: {there or 'none'}",
         fix="set dataset.answer to the column with the answers, or set the option `column` of the "
         "reward",
     )

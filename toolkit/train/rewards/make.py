@@ -151,7 +151,7 @@ def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
     word = "column" if len(missing) == 1 else "columns"
     fix = "set dataset.answer to the column with the answers"
     return ConfigError(
-        f"reward {reward} needs the {word} {', '.join(missing)}. The dataset has: {names}",
+        f"reward {reward} needs the {word} {', '.join(missing)}. Columns of the dataset: {names}",
         fix=fix
         if "answer" in missing
         else (f"add the {word} to the dataset, or give the parameter of the function a default"),

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.environment_code import EnvironmentCode
 
 SUPPORTED = (
-    "name an Environment class as module:Class; the argument of its method step must be annotated "
-    "with an Action class whose fields have plain types"
+    "set environment.task to `module:Class`, a subclass of Environment. The argument of its method "
+    "step must have the type hint of an Action class whose fields have plain types"
 )
 _OF_THE_PROTOCOL = ("metadata", "done", "reward")
 _MOST_LIVE = 4096

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.mathverify import MathVerify
 
 LOGS = ("log_metric", "log_extra")
-FIX = "set reward.isolate: false to call the reward in the training process"
+FIX = "set `reward.isolate: false` to call the reward in the training process"
 
 
 class RemoteReward:
