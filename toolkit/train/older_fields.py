@@ -162,7 +162,9 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
             told.append(f"{name}={value}")
         elif name in SAMPLED_BY_FIELD:
             if made[name] != value:
-                told.append(f"{name}={value} is ignored, because GRPOConfig has {made[name]}")
+                told.append(
+                    f"{name}={value} is ignored, because GRPOConfig sets {name}={made[name]}"
+                )
         elif name not in extra:
             extra[name] = value
             told.append(f"{name} is in generation_kwargs")

@@ -73,7 +73,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
     assert "seed is left out (each completion is drawn from its own seed" in told
     made, told = config(tmp_path, temperature=0.7, vllm_sampling_params={"temperature": 1.2})
     assert made.temperature == 0.7
-    assert "is ignored, because GRPOConfig has 0.7" in told
+    assert "is ignored, because GRPOConfig sets temperature=0.7" in told
     with pytest.raises(ConfigTypeError, match="vllm_sampling_params has the type str"):
         config(tmp_path, vllm_sampling_params="greedy")
 

@@ -75,8 +75,9 @@ def _package() -> Any:
         import reasoning_gym  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
         raise MissingExtraError(
-            "the environment reasoning_gym needs the package reasoning-gym, which is not installed",
-            fix="run pip install reasoning-gym",
+            "environment.adapter: reasoning_gym needs the package reasoning-gym, which is not "
+            "installed",
+            fix="run `pip install reasoning-gym`",
         ) from error
     return reasoning_gym
 

@@ -204,7 +204,7 @@ def _package() -> Any:
         import verifiers.v1  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
         raise MissingExtraError(
-            f"the environment verifiers needs the package verifiers: {first_line(error)}",
+            f"environment.adapter: verifiers needs the package verifiers: {first_line(error)}",
             fix="run pip install 'verifiers>=0.4,<0.5'",
         ) from error
     return verifiers.v1
