@@ -42,10 +42,6 @@ COPIES = "_toolkit_dequantized"
 """The name of the model attribute in which ``attach`` stores the ``Copies`` object."""
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
-SPARE_BYTES = 1 << 30
-"""The number of bytes that must be free in addition to the 16-bit copies. If fewer bytes are free,
-torch's cached memory from the trainer's step is released before memory for the copies is allocated.
-"""
 AUTO_SHARE = 0.5
 LEAST_BESIDE_BYTES = 3 << 30
 """Limits of the copies for ``dequantized_rollouts: auto`` if the toolkit's memory estimate did not
@@ -174,7 +170,7 @@ class Copies:
 
     def _map(self) -> None:
         if self._on_gpu:
-            sleep.map_tag(TAG, SPARE_BYTES)
+            sleep.map_tag(TAG)
             return
         for copy in self._tensors:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())

@@ -81,24 +81,18 @@ def release_tag(tag: str) -> None:
             data.is_asleep = True
 
 
-def map_tag(tag: str, spare_bytes: int | None = None) -> None:
+def map_tag(tag: str) -> None:
     """Map memory again at the addresses of every released allocation with the tag ``tag``. The
-    contents are undefined.
-
-    Before that, torch's cached memory is released, so that the GPU has more free memory. This is
-    not done if ``spare_bytes`` is given and the free memory is already at least the needed memory
-    plus ``spare_bytes``.
+    contents are undefined. Before that, torch's cached memory is released.
     """
     allocator, _, create_and_map = _allocator()
     asleep = [
         data for data in allocator.pointer_to_data.values() if data.tag == tag and data.is_asleep
     ]
-    needed = sum(int(data.handle[1]) for data in asleep)
-    enough = spare_bytes is not None and torch.cuda.mem_get_info()[0] >= needed + spare_bytes
-    if asleep and not enough:
+    if asleep:
         # After the trainer's step, torch's cache still has the memory of the activations. Without
-        # this call the GPU would need memory for the activations and the KV cache at the same time.
-        # Sleep mode exists to avoid that.
+        # this call the GPU would need memory for the activations and for these allocations at the
+        # same time, which is more than `envcheck size` predicts.
         torch.cuda.empty_cache()
     for data in asleep:
         create_and_map(data.handle)

@@ -128,7 +128,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         Raises:
             DefectError: the base weights changed.
         """
-        self._parameters = None
+        self.new_model()
         check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)
         self.base_check = None if check is None else check.result()

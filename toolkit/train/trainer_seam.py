@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
-
-    import torch
 
     from toolkit.engine.rollout_engine import RolloutEngine
     from toolkit.train.checkpointing.branch import Branch
@@ -61,6 +60,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     tools: Any
     rollout_func: Any
     _parameters: list[torch.nn.Parameter] | None = None
+    _dropouts: list[torch.nn.Dropout] | None = None
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the model that have gradients. The list of all parameters is made once
@@ -69,6 +69,19 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         if self._parameters is None:
             self._parameters = list(self.model.parameters())
         return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def dropout_layers(self) -> list[torch.nn.Dropout]:
+        """The dropout layers of the model. Like the list of parameters, this list is made once per
+        run.
+        """
+        if self._dropouts is None:
+            modules = self.model.modules()
+            self._dropouts = [one for one in modules if isinstance(one, torch.nn.Dropout)]
+        return self._dropouts
+
+    def new_model(self) -> None:
+        """Make the lists of parameters and dropout layers again when they are next needed."""
+        self._parameters = self._dropouts = None
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
@@ -301,6 +314,7 @@ class TrainerSeam(Protocol):
 
     # TrlState: TRL's private state
     def trained_parameters(self) -> list[torch.nn.Parameter]: ...
+    def dropout_layers(self) -> list[torch.nn.Dropout]: ...
     @property
     def metric_values(self) -> dict[str, list[float]]: ...
     @property

@@ -54,6 +54,17 @@ def numbers_in(text: str) -> list[Number]:
     return [number for number in found if number is not None]
 
 
+def _last_number(text: str) -> Number | None:
+    """The last of ``numbers_in(text)``, or None. Only this number is converted, because a text can
+    have many numbers.
+    """
+    for match in reversed(list(_NUMBER.finditer(_plain(text)))):
+        number = _read(match)
+        if number is not None:
+            return number
+    return None
+
+
 def answer_in(text: str) -> Number | None:
     """The number that ``text`` states as its answer.
 
@@ -65,9 +76,8 @@ def answer_in(text: str) -> Number | None:
         if behind:
             return behind[0]
     boxed = last_boxed(text)
-    found = numbers_in(boxed) if boxed is not None else []
-    found = found or numbers_in(text)
-    return found[-1] if found else None
+    found = _last_number(boxed) if boxed is not None else None
+    return _last_number(text) if found is None else found
 
 
 def to_number(value: Any) -> Number | None:

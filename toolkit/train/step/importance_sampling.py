@@ -136,14 +136,15 @@ def old_logps_are_redundant(trainer: TrainerSeam) -> bool:
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     if trainer.args.gradient_accumulation_steps % generate_every:
         return False
-    return not trainer.model.training or not has_dropout(trainer.model)
+    return not trainer.model.training or not has_dropout(trainer)
 
 
-def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether any layer uses dropout in training."""
-    rates = (module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    config = getattr(model, "config", None)
-    return any(rate > 0 for rate in rates) or bool(getattr(config, "attention_dropout", 0.0))
+def has_dropout(trainer: TrainerSeam) -> bool:
+    """Whether any layer of the trainer's model uses dropout in training."""
+    config = getattr(trainer.model, "config", None)
+    if getattr(config, "attention_dropout", 0.0):
+        return True
+    return any(layer.p > 0 for layer in trainer.dropout_layers())
 
 
 def observe(
@@ -231,7 +232,7 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     mean = sum(means) / len(means)
     if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
         return
-    if has_dropout(trainer.model):
+    if has_dropout(trainer):
         return
     trainer.gap_reported = True
     warnings.warn(
