@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.result import Remedy
 
 STEPS = 1000  # the interval and the choice are rounded to 0.001
+FINE_STEPS = 10**6  # used if no multiple of 0.001 lies between the exact ends of the interval
 
 
 def assemble(
@@ -88,21 +89,32 @@ def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
         ), None
     card = candidate.device.cuda_total_bytes
-    low = math.ceil(fit.min_bytes * STEPS / card) / STEPS
-    high = math.floor(max(fit.max_bytes, 0) * STEPS / card) / STEPS
+    steps = STEPS
+    if fit.fits and _up(fit.min_bytes, card, steps) > _down(fit.max_bytes, card, steps):
+        steps = FINE_STEPS
+    low, high = _up(fit.min_bytes, card, steps), _down(fit.max_bytes, card, steps)
     interval = Interval(
         min=low,
         max=high,
         binding_min=fit.binding_min,
         binding_max=fit.binding_max,
-        min_without_margin=math.ceil((fit.min_bytes - fit.min_margin_bytes) * STEPS / card) / STEPS,
-        max_without_margin=math.floor((fit.max_bytes + fit.max_margin_bytes) * STEPS / card)
-        / STEPS,
+        min_without_margin=_up(fit.min_bytes - fit.min_margin_bytes, card, steps),
+        max_without_margin=_down(fit.max_bytes + fit.max_margin_bytes, card, steps),
     )
     written = candidate.config.model.gpu_memory_utilization
     if written != "auto":
         return interval, float(written)
     return interval, high if fit.fits else None
+
+
+def _up(used: int, total: int, steps: int) -> float:
+    """Return ``used / total``, rounded up to a multiple of ``1 / steps``."""
+    return math.ceil(used * steps / total) / steps
+
+
+def _down(used: int, total: int, steps: int) -> float:
+    """Return ``used / total``, rounded down to a multiple of ``1 / steps``; at least 0."""
+    return math.floor(max(used, 0) * steps / total) / steps
 
 
 def _kv_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from toolkit.sizing import solve
@@ -53,6 +53,26 @@ def make(spec_of, card, run):
 
 @settings(max_examples=250, deadline=None)
 @given(name=st.sampled_from(NAMES), on=st.sampled_from(CARDS), work=WORK, values=MODEL)
+@example(  # no multiple of 0.001 lies between the ends of the interval
+    name="deepseek-ai/DeepSeek-V2-Lite-Chat",
+    on="h100",
+    work={
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 1024,
+        "max_prompt_length": 1024,
+    },
+    values={
+        "r": 64,
+        "load_in_4bit": False,
+        "share_weights": False,
+        "enforce_eager": False,
+        "float8_kv_cache": True,
+        "enable_sleep_mode": False,
+        "checkpointing": False,
+        "engine": "vllm",
+    },
+)
 def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, work, values):
     config, spec, device = make(name, on, work, values)
     result = solve(config, spec, device)
