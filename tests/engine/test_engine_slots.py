@@ -13,7 +13,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine import sleep
-from toolkit.engine.adapter import Plan, find_places, read_pairs
+from toolkit.engine.adapter import KnownLayers, Plan, find_places, read_pairs
 
 pytestmark = pytest.mark.engine
 
@@ -81,6 +81,21 @@ def test_rank_and_alpha_patterns_are_read_from_each_layer() -> None:
         (4, 1.0),
         (2, 3.0),
     ]
+
+
+def test_an_adapter_that_was_replaced_is_searched_again() -> None:
+    policy, known = tiny_adapter(lora_alpha=4), KnownLayers()
+    first = known.of(policy, "default")
+    assert known.of(policy, "default") is first
+    policy.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
+    policy.set_adapter("other")
+    policy.delete_adapter("default")
+    policy.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))
+    pairs = read_pairs(policy, "default", known.of(policy, "default"))
+    assert [(pair.module, pair.rank) for pair in pairs] == [("q_proj", 2)]
+    other = tiny_adapter(lora_alpha=4)
+    modules = {id(module) for _, module in known.of(other, "default")}
+    assert modules == {id(other.base_model.model.q_proj), id(other.base_model.model.o_proj)}
 
 
 def layer(parts: int) -> SimpleNamespace:

@@ -96,6 +96,29 @@ def find_layers(peft_model: Any) -> Layers:
     return [(path, module) for path, module in found if isinstance(module, LoraLayer)]
 
 
+class KnownLayers:
+    """The adapted layers of PEFT models. They are searched once for each adapter, because a search
+    in every step would take milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Any, Any, Layers]] = {}
+
+    def of(self, peft_model: Any, name: str) -> Layers:
+        """Return the adapted layers of ``peft_model``. They are searched again if the model or the
+        config of adapter ``name`` is another object than before.
+        """
+        config = getattr(peft_model, "peft_config", {}).get(name)
+        known = self._found.get(name)
+        if known is None or known[0] is not peft_model or known[1] is not config:
+            known = self._found[name] = (peft_model, config, find_layers(peft_model))
+        return known[2]
+
+    def clear(self) -> None:
+        """Drop the references to models and layers."""
+        self._found.clear()
+
+
 def read_pairs(peft_model: Any, name: str, layers: Layers | None = None) -> list[Pair]:
     """Return a ``Pair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a PEFT
     model adapts. ``layers`` are the adapted layers of the model if they are known.
@@ -166,7 +189,7 @@ class AdapterSlots:
         self._module = module
         self._max_rank = max_lora_rank
         self._plans: dict[str, Plan] = {}
-        self._layers: dict[str, tuple[Any, Any, Layers]] = {}
+        self._layers = KnownLayers()
         self.ids: dict[str, int] = {}
 
     def publish(self, peft_model: Any, name: str) -> None:
@@ -176,7 +199,7 @@ class AdapterSlots:
             ConfigValueError: the adapter's rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of the adapter.
         """
-        pairs = read_pairs(peft_model, name, self._layers_of(peft_model, name))
+        pairs = read_pairs(peft_model, name, self._layers.of(peft_model, name))
         if not pairs:
             raise ConfigValueError(
                 (f"adapter {name!r} does not adapt any layer"), where="lora.target_modules"
@@ -193,16 +216,6 @@ class AdapterSlots:
             pair.scaling for pair in pairs for _ in range(len(self._places(pair.module)))
         ]
         plan.run()
-
-    def _layers_of(self, peft_model: Any, name: str) -> Layers:
-        """Return the adapted layers. They are searched again only if the model or the adapter's
-        config is another object, because the search takes milliseconds in every step.
-        """
-        config = getattr(peft_model, "peft_config", {}).get(name)
-        known = self._layers.get(name)
-        if known is None or known[0] is not peft_model or known[1] is not config:
-            known = self._layers[name] = (peft_model, config, find_layers(peft_model))
-        return known[2]
 
     def is_active(self, name: str) -> bool:
         """Return True if adapter ``name`` was published and no other adapter has replaced it in

@@ -244,7 +244,7 @@ class _GatherKeys(torch.autograd.Function):
                 axis=0,
                 unsafe=True,  # the lengths are correct, and checking them would wait for the GPU
             ).to(gradient_KHD.dtype)
-            for part_KHD in gradient_KHD.split(heads, dim=1)
+            for part_KHD in torch.split(gradient_KHD, heads, dim=1)
         ]
         return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1), None
 
@@ -261,8 +261,8 @@ def _varlen(
     query_NHD, key_NHD, value_NHD = states
     output: torch.Tensor = _kernel(
         query_NHD,
-        _gathered(key_NHD, layout),
-        _gathered(value_NHD, layout),
+        gather_keys(key_NHD, layout),
+        gather_keys(value_NHD, layout),
         layout.query_ends,
         layout.key_ends,
         layout.max_queries,
@@ -275,7 +275,13 @@ def _varlen(
     return output
 
 
-def _gathered(x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+def gather_keys(x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """Return the keys (or values) of all segments (K, H, D), one segment after another. ``x_NHD``
+    are those of the tokens of the pack.
+
+    The gradient of a token of a shared prompt is the sum over the segments that attend to it. It is
+    added in a fixed order, in float32.
+    """
     gathered: torch.Tensor = _GatherKeys.apply(x_NHD, layout)  # type: ignore[no-untyped-call]  # torch's own
     return gathered
 

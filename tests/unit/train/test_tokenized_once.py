@@ -1,0 +1,43 @@
+"""A prompt of a group is tokenized once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from toolkit.train.rollout.sampler import tokenized_once
+
+
+class Tokenizer:
+    """Stands in for TRL's ``_tokenize_prompts``, and counts the prompts that it gets."""
+
+    def __init__(self, images: Any = None, fields: dict[str, Any] | None = None) -> None:
+        self.images, self.fields = images, fields or {}
+        self.seen: list[int] = []
+
+    def __call__(self, prompts: list[Any]) -> Any:
+        self.seen.append(len(prompts))
+        return [[ord(letter) for letter in prompt] for prompt in prompts], self.images, self.fields
+
+
+def test_each_row_gets_its_own_list_of_the_ids_of_its_prompt() -> None:
+    tokenize = Tokenizer()
+    ids, images, fields = tokenized_once(tokenize, ["ab", "ab", "c", "ab"])
+    assert ids == [[97, 98], [97, 98], [99], [97, 98]]
+    assert tokenize.seen == [3]  # only equal neighbours are one group
+    assert (images, fields) == (None, {})
+    ids[0].append(0)
+    assert ids[1] == [97, 98]
+
+
+def test_different_prompts_are_one_call() -> None:
+    tokenize = Tokenizer()
+    assert tokenized_once(tokenize, ["a", "b"])[0] == [[97], [98]]
+    assert tokenize.seen == [2]
+
+
+def test_images_and_other_fields_need_every_row() -> None:
+    for tokenize in (Tokenizer(images=[None]), Tokenizer(fields={"token_type_ids": [[0]]})):
+        ids, images, fields = tokenized_once(tokenize, ["a", "a"])
+        assert ids == [[97], [97]]
+        assert tokenize.seen == [1, 2]
+        assert (images, fields) == (tokenize.images, tokenize.fields)
