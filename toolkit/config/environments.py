@@ -25,7 +25,7 @@ IN_STEPS = ("openenv",)
 
 def task_module(adapter: str, task: str) -> str | None:
     """Return the name of the user's module that contains ``task``. ``adapter`` is the name of an
-    environment adapter. Return None if all its tasks are in its own package (reasoning_gym).
+    environment adapter. Return None for reasoning_gym, whose own package contains all its tasks.
     """
     if adapter == "reasoning_gym":
         return None
