@@ -16,7 +16,7 @@ TOOLKIT = Path(sys.executable).with_name("toolkit")
 KINDS = {
     "pipe": "a pipe, not a regular file",
     "device": "a device, not a regular file",
-    "loop": "its links form a loop",
+    "loop": "the symbolic links of its path form a loop",
 }
 
 

@@ -56,7 +56,7 @@ def kind_fault(mode: int) -> str | None:
 def os_fault(error: OSError | ValueError) -> str:
     """Return a short text that says why a file cannot be opened."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
-        return "cannot be opened: its links form a loop"
+        return "cannot be opened: the symbolic links of its path form a loop"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return f"cannot be opened: {reason}"
 

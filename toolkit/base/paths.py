@@ -118,8 +118,8 @@ def write_named_file(path: Path, content: str) -> Path:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raise OSError if ``path`` is a device, a pipe or a socket. Otherwise the rename would replace
-    the device (as root even ``/dev/null``).
+    """Raise OSError if ``path`` is a device, a pipe or a socket. ``write_file`` renames a temporary
+    file to ``path``. Without this check, it would replace the device (as root even ``/dev/null``).
     """
     try:
         mode = path.lstat().st_mode

@@ -1,8 +1,8 @@
 """Read the members of a tar file once, from front to back, with limits.
 
-tarfile has three weaknesses: it reads a header of any size into memory, it follows a header that
-points to an earlier position, and it unpacks all data between two headers, however much it is.
-tarfile reads from a ``Forward`` stream, which prevents all three.
+Python's tarfile has three weaknesses: it reads a header of any size into memory, it follows a
+header that points to an earlier position, and it unpacks all data between two headers, however much
+it is. To prevent all three, this module makes tarfile read from a ``Forward`` stream.
 """
 
 from __future__ import annotations

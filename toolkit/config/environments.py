@@ -24,8 +24,8 @@ IN_STEPS = ("openenv",)
 
 
 def task_module(adapter: str, task: str) -> str | None:
-    """Return the name of the user's module that contains ``task``. Return None if the tasks of this
-    adapter are all in the adapter's own package.
+    """Return the name of the user's module that contains ``task``. ``adapter`` is the name of an
+    environment adapter. Return None for reasoning_gym, whose own package contains all its tasks.
     """
     if adapter == "reasoning_gym":
         return None

@@ -90,7 +90,9 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     path = real_path(node)
     if path is None:
         return finding_at(
-            "DOC011", node, f"extends: {node.value} cannot be opened: its links form a loop"
+            "DOC011",
+            node,
+            f"extends: {node.value} cannot be opened: the symbolic links of its path form a loop",
         )
     if around := check_chain(path, chain, MAX_LAYERS):
         return finding_at("DOC011", node, f"extends forms a loop: {around}")

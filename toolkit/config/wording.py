@@ -56,7 +56,9 @@ def describe(schema: dict[str, Any]) -> str:
 
 
 def spell(value: Any, form: str) -> str:
-    """Return the text of a scalar in a file of the format ``form`` ("yaml", "json" or "toml")."""
+    """Return ``value`` (a scalar) as a file spells it. ``form`` is the format of the file: "yaml",
+    "json" or "toml".
+    """
     text = plain_spelling(value)
     if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'

@@ -60,8 +60,8 @@ class Pair:
 
 @dataclass(slots=True)
 class Plan:
-    """The trained tensors (``a_from``, ``b_from``), and the parts of the slot that they are copied
-    to (``a_to``, ``b_to``).
+    """The trained tensors (``a_from``, ``b_from``), and the tensors that they are copied to
+    (``a_to``, ``b_to``). The target tensors are parts of the adapter's LoRA slot.
 
     These four attributes are lists, because torch copies lists of tensors in one fused kernel
     (``torch._foreach_copy_``).

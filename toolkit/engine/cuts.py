@@ -40,8 +40,8 @@ class EngineCuts:
         return cut_of(self.module, name, out_features)
 
     def of_table(self, name: str) -> tuple[Cut, int]:
-        """Return which rows of the embedding or head ``name`` this process has, and the number of
-        rows per process including padding rows.
+        """Return which rows of the table ``name`` (an embedding or a head) belong to this process.
+        Return also the number of rows per process, which includes padding rows.
         """
         return vocabulary_cut(self.module, name)
 

@@ -85,8 +85,8 @@ def phase() -> Iterator[None]:
 
 def before_collective() -> None:
     """Before a collective call, find out whether a process of the group ran out of memory. Every
-    process of the group reports to the others. Does nothing if ``watch`` was not called in this
-    phase.
+    process of the group reports to the others. Does nothing if ``watch`` was not called since the
+    current ``phase`` (the block of work that can be repeated) began.
 
     Raises:
         OutOfMemoryElsewhere: another process ran out of memory, so it will not join the collective

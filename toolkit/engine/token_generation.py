@@ -93,8 +93,9 @@ def judging(llm: LLM) -> Iterator[None]:
     becomes a ConfigValueError.
 
     vLLM checks each request when the request is added. If vLLM rejects a request, it also removes
-    the requests that were added before. So an exception that is raised while the engine has
-    requests comes from a generation step. Such an exception is not converted.
+    the requests that were added before, so the engine has no requests afterwards. If the engine
+    still has requests after an exception, the exception comes from a generation step. Such an
+    exception is not converted.
 
     Raises:
         ConfigValueError: vLLM rejects a request.

@@ -107,10 +107,10 @@ def beside(target: Path) -> Iterator[Path]:
     the ``with`` block.
 
     Raises:
-        InputError: ``target`` cannot be written, or the ``with`` block raised an OSError or
-            SafetensorError.
-        ToolkitError: the file system is full, read-only or failing. ``disk.translate`` chooses the
-            class of this error.
+        ConfigError: in the ``with`` block, the disk was full, or a file exceeded a size limit.
+        NodeError: in the ``with`` block, the disk failed (for example, an input/output error).
+        InputError: the temporary folder cannot be created, or the ``with`` block raised any other
+            OSError or SafetensorError (for example, if a permission is missing).
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

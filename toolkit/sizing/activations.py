@@ -114,11 +114,11 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
 
 def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
     """The bytes of the temporary tensors in attention's backward pass for a pack, minus the bytes
-    that the MLP saved; 0 without packs.
+    of the MLP's activations; 0 without packs.
 
     The tensors are the gradients of all keys and values, and the float32 sums of these gradients.
-    They are created after the backward pass of the MLP, which frees what the MLP saved. Therefore
-    the freed bytes are subtracted.
+    They are created after the backward pass of the MLP, which frees the activations that the MLP
+    kept. Therefore the freed bytes are subtracted.
     """
     if step.pack_tokens is None:
         return 0
@@ -213,11 +213,11 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
 
 def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The bytes per token of the temporary tensors in the backward pass of the attention scores,
-    minus the bytes that the MLP saved; 0 for fused attention.
+    minus the bytes of the MLP's activations; 0 for fused attention.
 
-    The tensors need 4 bytes per score (float32 gradients), plus half of the bytes of the compute
-    dtype. They are created after the backward pass of the MLP, which frees what the MLP saved.
-    Therefore the freed bytes are subtracted.
+    The temporary tensors need 4 bytes per score (float32 gradients), plus half of the bytes of the
+    compute dtype. They are created after the backward pass of the MLP, which frees the activations
+    that the MLP kept. Therefore the freed bytes are subtracted.
     """
     if spec.scores == "fused":
         return 0

@@ -101,8 +101,8 @@ def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
 
 
 def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
-    """The peak bytes of one compiled forward pass with max_num_batched_tokens tokens. For each
-    layer, the larger of attention and MLP counts, because they run one after the other.
+    """The peak bytes of one compiled forward pass with max_num_batched_tokens tokens. In a layer,
+    attention and MLP run one after the other, so only the larger of the two is counted.
     """
     width = DTYPE_BYTES[plan.dtype]
     widest = 0
@@ -175,8 +175,8 @@ def kv_sequence_bytes(spec: ModelSpec, plan: EnginePlan, tokens: int) -> int:
 
 
 def kv_shared_bytes(spec: ModelSpec, plan: EnginePlan, prompt_tokens: int) -> int:
-    """The KV bytes that each further completion of a prompt saves, because prefix caching stores
-    the blocks of a prompt of ``prompt_tokens`` tokens only once.
+    """The KV bytes that each further completion of the same prompt does not need again, because
+    prefix caching stores the shared blocks only once. The prompt has ``prompt_tokens`` tokens.
     """
     return kv_bytes.shared_bytes(
         spec, prompt_tokens, kv_element_bytes(plan), block_tokens=plan.block_tokens

@@ -88,8 +88,8 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return the names of the layers that have slots in the engine of the toolkit. These are all
-    layers that can be trained with this engine.
+    """Return the names of the layers for which the toolkit's engine has LoRA slots (the buffers of
+    an adapter). With this engine, no other layers can be trained.
     """
     return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
 

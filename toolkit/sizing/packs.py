@@ -83,8 +83,8 @@ def groups_of(work: Workload) -> int:
 
 
 def whole_tokens(work: Workload) -> int:
-    """The number of tokens of a pack that contains all completions of one process and their
-    prompts.
+    """The number of tokens of a pack (rows joined without padding) that contains all completions of
+    one process, and the prompts of these completions.
     """
     prompt, completion = longest_pair(work)
     return groups_of(work) * prompt + work.rollouts * completion

@@ -130,9 +130,9 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
 
 
 def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
-    """Return the compressed-tensors format if it has one group, with float or integer weights of 8
-    bits. Return None for any other compressed-tensors format; such weights are sized from the
-    headers.
+    """Return the compressed-tensors format if it has exactly one group of layers
+    (``config_groups``), and the weights of this group have 8 bits (float or integer). Otherwise
+    return None; the size of the weights is then read from the safetensors headers.
     """
     groups = fields.section("config_groups")
     if groups is None or len(groups.values) != 1:

@@ -36,7 +36,8 @@ class Workload:
     - ``micro_batch``: the largest possible micro-batch.
     - ``accumulation``: the gradient accumulation for ``micro_batch``.
     - ``rank``: the largest rank of the adapter in any module.
-    - ``base_rank``: the rank in the modules that ``layout`` does not name.
+    - ``base_rank``: the rank of the adapter in all modules to which ``layout.rank_pattern`` gives
+      no other rank.
     """
 
     micro_batch: int
@@ -66,8 +67,8 @@ class Workload:
 class StepPlan:
     """The settings of a training step.
 
-    - ``pack_tokens``: the maximum number of tokens of a pass over packs. If it is None, a pass has
-      ``micro_batch`` padded rows.
+    - ``pack_tokens``: the maximum number of tokens of a pass over packs (rows joined without
+      padding). If it is None, a pass has ``micro_batch`` padded rows.
     - ``passes``: the number of forward and backward passes of a step; None means ``accumulation``.
     - ``fused``: whether the model's layers use the kernels of policy/fused_kernels.
     """

@@ -43,8 +43,9 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """Return a copy of this symptom in which ``values`` replace the fields of these names. A
-        ``read`` function uses it to add the numbers of an error text to the symptom.
+        """Return a copy of this symptom with other values for the fields that the keywords name.
+        For example, ``but(title="...")`` replaces the title. The functions ``read`` of the entries
+        use this method to add the numbers of an error text to the symptom.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 

@@ -269,8 +269,8 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
 
 
 def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
-    """Yield one tuple (key path, adapter, task) for the task of the environment, and one for the
-    task of each reward that an environment computes.
+    """Yield (key path, environment adapter, task) for the task of the environment, and for the task
+    of each reward that an environment computes.
     """
     adapter, node = _adapter(run), run.node(_TASK)
     if adapter is not None and node is not None and run.written(_TASK):

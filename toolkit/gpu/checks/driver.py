@@ -94,7 +94,8 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
     if as_version(driver) >= as_version(least):
-        return ok(f"driver {driver} (CUDA {cuda_of(driver)}) supports CUDA {wanted} of torch")
+        have = f"driver {driver} (CUDA {cuda_of(driver)})"
+        return ok(f"{have} supports the CUDA version of torch ({wanted})")
     if first and as_version(first) >= as_version(least):
         return warn(
             f"driver {driver} runs CUDA {wanted} only through libcuda {first} (cuda-compat)"

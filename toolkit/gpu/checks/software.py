@@ -129,7 +129,7 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("user", problem)
         text = f"compute capability {spelled(gpu.capability)}"
         if torch_list(built, machine) is None:
-            return unknown(f"{text}; it is unknown which cards torch for CUDA {built} supports")
+            return unknown(f"{text}; the cards that torch (CUDA {built}) supports are unknown")
         return ok(f"torch for CUDA {built} supports {text}")
 
     return each(judged(snapshot, context), look)

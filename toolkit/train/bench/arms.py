@@ -227,7 +227,9 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
 
 
 def _grpo_config(trainer: Any) -> Any:
-    """Return the class GRPOConfig from the TRL version that the class ``trainer`` is from."""
+    """Return the class GRPOConfig of TRL. The TRL package is found by its trainer class, which is
+    ``trainer`` or a base class of ``trainer``.
+    """
     modules = (sys.modules[kind.__module__.partition(".")[0]] for kind in trainer.__mro__)
     return next(module.GRPOConfig for module in modules if module.__name__ == "trl")
 

@@ -97,8 +97,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin_branch(self, run_dir: Path, found: Any) -> None:
-        """Choose the branch to which new checkpoints belong. Only the trainer of a user's script
-        calls this method, because ``toolkit train`` chooses the branch itself.
+        """Choose the branch (a sequence of steps) to which new checkpoints belong. Only the trainer
+        of a user's script calls this method, because ``toolkit train`` chooses the branch itself.
         """
         source = Path(found) if isinstance(found, (str, Path)) else None
         if source is not None and not trainer_state.is_ours(source):

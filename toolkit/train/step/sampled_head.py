@@ -1,4 +1,4 @@
-"""A model head for the distribution that was sampled from, which replaces TRL's fused head.
+"""Replace TRL's fused head by a head for the distribution from which the tokens were sampled.
 
 TRL 1.16 calls ``model(..., labels=labels, fused_lm_head=True)`` and reads ``log_probs``,
 ``entropy`` and ``aux_loss`` (``trl.trainer.utils.add_fused_lm_head``). TRL's head supports only a

@@ -168,7 +168,9 @@ class PartMetrics:
     """Combines the metrics that TRL records for each part of a micro-batch."""
 
     def __init__(self, trainer: TrainerSeam, tokens: list[torch.Tensor]) -> None:
-        """``tokens`` has one item per part: the number of tokens that the loss uses."""
+        """``tokens`` has one number for each part of the micro-batch: how many tokens of this part
+        the loss uses.
+        """
         self.found = trainer.metric_values
         self.marks = {name: len(values) for name, values in self.found.items()}
         counts = torch.stack(tokens).double()
