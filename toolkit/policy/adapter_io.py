@@ -107,10 +107,11 @@ def beside(target: Path) -> Iterator[Path]:
     the ``with`` block.
 
     Raises:
-        InputError: ``target`` cannot be written, or the ``with`` block raised an OSError or
-            SafetensorError.
-        ToolkitError: the file system is full, read-only or failing. ``disk.translate`` chooses the
-            class of this error.
+        ConfigError: while the ``with`` block ran, the file system was full, or a file would have
+            been larger than the limit.
+        NodeError: while the ``with`` block ran, the disk failed.
+        InputError: the temporary folder cannot be created, or the ``with`` block raised any other
+            OSError or SafetensorError.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
