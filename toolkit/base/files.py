@@ -214,8 +214,8 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise InputError if ``irregular_files`` finds an entry in a folder that a library is about to
-    read.
+    """Check a folder before a library reads it. Raises InputError if ``irregular_files`` yields an
+    entry.
     """
     for name, fault in irregular_files(folder):
         raise unusable(Path(folder) / name, fault, fix=FIX_COPY)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class StoppableGroup(LazyGroup):
-    """A click group that handles signals from the start of the command ``train``.
+    """A click group that treats the command ``train`` specially.
 
-    ``train`` also continues if its standard output is closed.
+    As soon as ``train`` starts, signals are handled. If standard output is closed, ``train``
+    continues.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:

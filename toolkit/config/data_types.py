@@ -62,9 +62,9 @@ def too_deep(name: str) -> str:
 class Kind:
     """The type of a column, as the values that were checked so far show it.
 
-    Arrow accepts a boolean after floats, so this class accepts it too. This class refuses every
-    boolean before a float. Arrow refuses such a boolean only if it is in the same list as the
-    float, or if the boolean and the float are values of the column itself.
+    Arrow accepts a boolean after a float, and so does this class. If the boolean comes before the
+    float, this class always refuses the column, but Arrow refuses it in two cases only: both values
+    are in the same list, or both are values of the column itself (not nested).
     """
 
     __slots__ = ("fields", "floats", "item", "type", "wide")

@@ -157,9 +157,9 @@ def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> 
     """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is not
     "auto", else ``model.fast_inference`` if it is not "auto".
 
-    If both keys are "auto" and the device is known, the engine is vLLM on a GPU, unless vLLM is
-    known to be missing, and otherwise transformers. If the device is unknown, the result is
-    transformers if vLLM is known to be missing, and otherwise "maybe".
+    If both keys are "auto", the result depends on the machine. If vLLM is known to be missing, the
+    engine is transformers. Otherwise the engine is vLLM on a GPU, transformers on a CPU, and
+    "maybe" if the device is unknown.
     """
     if engine != "auto":
         return "vllm" if engine == "vllm" else "transformers"

@@ -56,9 +56,9 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         known = layer.activation.value in ACTIVATIONS
         if not known or self.moe.has_bias or layer.apply_router_weight_on_input:
             raise UnsupportedError(
-                "with LoRA, an expert layer with biases, with router weights on its input or "
-                "with an unsupported activation runs only on a GPU (the activation of this "
-                f"layer is {layer.activation.value})",
+                "with LoRA, an expert layer runs only on a GPU if it has biases, applies the "
+                "router weights to its input, or has an unsupported activation (the activation "
+                f"of this layer is {layer.activation.value})",
                 where="model.fast_inference",
                 fix="set `fast_inference: false` (in a run file: `runtime.engine: "
                 "transformers`) on this machine",

@@ -35,12 +35,12 @@ class FastModel(FastLanguageModel):
         **kwargs: Any,
     ) -> Any:
         """Call ``FastLanguageModel.get_peft_model``. If ``target_modules`` is None or "all-linear",
-        the switches select the layers to adapt: the projections of attention, the projections of
-        the MLP, or both groups.
+        the arguments ``finetune_*`` select the layers to adapt: the projections of attention, the
+        projections of the MLP, or both groups.
 
         Raises:
             UnsupportedError: ``finetune_vision_layers`` is True.
-            ConfigValueError: the switches leave no layer to train.
+            ConfigValueError: the arguments ``finetune_*`` leave no layer to train.
 
         ``FastLanguageModel.get_peft_model`` raises further errors.
         """

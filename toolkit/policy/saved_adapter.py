@@ -64,8 +64,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         InputError: a file is missing or unreadable.
-        ConfigValueError: the adapter is not a LoRA adapter, has only pickled weights or values that
-            are not finite, or has ranks that differ from its config.
+        ConfigValueError: the adapter is not a LoRA adapter, its config cannot be used, its weights
+            exist only as a pickle, a value is not finite, or a rank differs from the config.
     """
     path = Path(folder)
     if not path.is_dir():

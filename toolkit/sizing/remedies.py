@@ -295,7 +295,7 @@ def _second_card(
         return []
     change = _Change(
         HARDWARE,
-        f"a second card of this kind (--world-size 2) with {MICRO}: {micro // 2}",
+        f"add a second card of this kind (--world-size 2), and set {MICRO}: {micro // 2}",
         {f"grpo.{MICRO}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
     left = attempt(change.applied(config), 2)[1].short_bytes

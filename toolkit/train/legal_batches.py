@@ -85,8 +85,8 @@ def _steps_name(written: Collection[str]) -> str:
 
 
 def _choices(config: Any, written: Collection[str]) -> str:
-    """Return a text that lists fields of the config, each with a value that gives whole groups. It
-    is enough to set one of the fields.
+    """Return a text that lists fields of the config, each with a new value. If one of the fields
+    gets its new value, every batch contains whole groups (all completions of a prompt).
     """
     group, size = config.num_generations, config.generation_batch_size
     per_device, ranks = config.per_device_train_batch_size, config.world_size

@@ -279,8 +279,9 @@ def is_gone(error: BaseException | None) -> bool:
 
 
 def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
-    """Return the error to report if another process has ended unexpectedly. ``missing`` are the
-    ranks of the processes that did not answer. ``error`` is the exception in this process.
+    """Return an error which says that another process of the run has ended unexpectedly.
+    ``missing`` are the ranks of the processes that did not answer. ``error`` is the exception in
+    this process.
     """
     missing = list(missing)
     why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"

@@ -14,7 +14,7 @@ def test_a_lock_is_compared() -> None:
     snapshot = snapshot_of("h200-healthy")
     held = CheckContext(lock={"trl": "1.16.0", "absent": "1"})
     same = verdict(snapshot, "software.lock", held)
-    assert same.evidence == "1 package with the version of the lock file"
+    assert same.evidence == "the version of the lock file is installed (1 package)"
     off = verdict(snapshot, "software.lock", CheckContext(lock={"trl": "1.15.0"}))
     assert off.evidence == "trl 1.16.0 (lock: 1.15.0)"
 

@@ -1,5 +1,5 @@
-"""Error texts that only follow the error of another process. They count only in a text that has no
-other known error.
+"""Error texts of a process that fails only because another process failed first. If a log or
+traceback has any other known error, these texts are ignored.
 """
 
 from __future__ import annotations

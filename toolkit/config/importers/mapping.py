@@ -259,7 +259,8 @@ def left(why: str, *names: str) -> Iterator[Row]:
 
 def refused(why: str, *names: str, off: tuple[Any, ...] = ()) -> Iterator[Row]:
     """Return a row for each key in ``names``. The keys request something that this toolkit does not
-    support. ``off`` lists additional values that turn the unsupported feature off.
+    support. The values in ``off`` and in the default of ``Row.off`` turn the unsupported feature
+    off.
     """
     return (Row(name, None, why, refused=True, off=(*Row("", None).off, *off)) for name in names)
 

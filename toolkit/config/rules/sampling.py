@@ -127,7 +127,7 @@ def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
     if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
         yield RuleViolation(
             _LEVEL,
-            f"the level sequence with loss_type {loss} weights each sequence by its length",
+            f"if the level is sequence, loss_type {loss} weights each sequence by its length",
             notes=(run.operand("grpo.loss_type"),),
             fixes=(run.to("grpo.loss_type", "grpo"), run.to(_LEVEL, "token")),
             related=("grpo.loss_type",),

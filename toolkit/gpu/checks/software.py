@@ -84,7 +84,7 @@ def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         more = f" and {len(off) - 6} more" if len(off) > 6 else ""
         return fail("user", f"{', '.join(off[:6])}{more}")
     held = sum(1 for name in context.lock if have.get(name))
-    return ok(f"{plural(held, 'package')} with the version of the lock file")
+    return ok(f"the version of the lock file is installed ({plural(held, 'package')})")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:

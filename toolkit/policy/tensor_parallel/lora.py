@@ -38,8 +38,8 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
     out_features: int
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Let PEFT create the adapter of the whole layer, and keep this process's part of it. So
-        the adapter's random values do not depend on the number of processes.
+        """Let PEFT create the adapter of the whole layer, and then keep only this process's part of
+        the adapter. So the adapter's random values do not depend on the number of processes.
         """
         base = self.base_layer
         own = self.in_features, self.out_features

@@ -126,7 +126,9 @@ def _kinds(fields: Fields) -> tuple[str, ...]:
     wrong = sorted(set(kinds) - set(_PATTERN.values()))
     if not kinds or wrong or len(kinds) > MAX_LAYERS:
         raise InputError(
-            f"unknown kinds of layers: {', '.join(wrong) or 'config.json lists no layers'}",
+            f"unknown kinds of layers: {', '.join(wrong)}"
+            if wrong
+            else f"config.json must list 1 to {MAX_LAYERS} layers",
             where=fields.where,
             fix="set layers_block_type in config.json, or hybrid_override_pattern with the letters "
             "M, *, - and E",

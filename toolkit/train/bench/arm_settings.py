@@ -173,9 +173,9 @@ class Result:
 
     @property
     def median_training_s(self) -> float | None:
-        """Median seconds of training in the steps after the first. Training is the step without the
-        rollout and without the copy of the policy to the engine: rewards, training passes, and the
-        optimizer.
+        """Median seconds of the training part of a step, over the steps after the first. This part
+        contains the rewards, the training passes and the optimizer. It does not contain the rollout
+        and the copy of the policy to the engine.
         """
         spent = zip(self.step_s, self.rollout_s, self.publish_s, strict=False)
         return _median([step - rollout - publish for step, rollout, publish in spent][1:])

@@ -102,12 +102,13 @@ def _filled(
 
 
 def _with_engine(settings: Settings, sized: SizingResult, device: Device) -> Settings:
-    """Return ``settings`` with the options of the engine in ``ours_engine``, unless the user set
-    this field. ``sized`` is the sizing result for ``settings``.
+    """Return ``settings`` with a value for the field ``ours_engine``, the options of the engine. A
+    value that the user set is kept. ``sized`` is the sizing result for ``settings``.
 
     The KV cache is just large enough for all sequences of a step, because a larger one has no use:
     every step changes the adapter, so cached prompts of earlier steps are not valid. The engine
-    never gets a larger share of the card than the engines of the other arms.
+    never gets a larger share of the card than the engines of the other arms (the programs that the
+    benchmark compares).
     """
     least = sized.interval.min
     if settings.ours_engine is not None or least is None:

@@ -81,8 +81,9 @@ def _best(work: Callable[[], object], *, cuda: bool) -> float:
 
 
 def floor_seconds(work: Work, card: Card) -> dict[str, float]:
-    """Return the shortest possible seconds of one optimizer step at the measured speeds of
-    ``card``: of its parts ``decode``, ``prefill`` and ``train``, and their sum ``step``.
+    """Return the shortest possible time of one optimizer step in seconds, at the measured speeds of
+    ``card``. The result has the times of the parts ``decode``, ``prefill`` and ``train``, and their
+    sum ``step``.
     """
     read_tokens = work.usual_tokens * (work.prompt_tokens + work.usual_tokens / 2)
     cache_bytes = work.sequences * read_tokens * work.kv_bytes_per_token

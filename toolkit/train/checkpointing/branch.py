@@ -108,8 +108,10 @@ def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
 
 def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     """Return the steps of the checkpoints that no longer belong to the run when its branch changes
-    from ``before`` to ``after``. Such a checkpoint was written by ``before`` or by a parent of
-    ``after``, and is later than the last step of its branch that belongs to ``after``.
+    from ``before`` to ``after``.
+
+    Such a checkpoint was written by ``before``, or by a parent of ``before`` or ``after``. It does
+    not belong to ``after`` (``Branch.holds``).
     """
     known = before.names | after.names
     return [

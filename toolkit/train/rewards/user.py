@@ -95,7 +95,9 @@ class BesideRunFile(MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002 - importlib's signature
     ) -> ModuleSpec | None:
-        """Return the spec of the module, or None for all other modules (importlib's protocol)."""
+        """Return the spec of the allowed module, and None for every other module. This method is
+        part of importlib's protocol.
+        """
         if path is not None or fullname != self.top:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])

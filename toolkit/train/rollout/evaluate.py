@@ -107,7 +107,8 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
     adapter: bool,
     template: TemplateArguments = None,
 ) -> Evaluation:
-    """Evaluate one greedy completion per row of ``dataset``, and return the means.
+    """Draw and score one greedy completion per row of ``dataset``. Return the mean rewards and the
+    mean length of the completions.
 
     If ``adapter`` is False, the base model is evaluated. ``template`` has the values of
     ``grpo.chat_template_kwargs``.
