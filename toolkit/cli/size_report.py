@@ -233,12 +233,12 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
 
 
 def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
-    """Return how many letters each part of a bar gets, in proportion to the size of the part in
-    bytes.
+    """Return how many letters each part of a bar gets. ``sizes`` has the bytes of each part. The
+    letters are proportional to the bytes.
 
-    The sum is ``most``, the length of the bar. A part below 0.1% of ``taken`` gets no letter. Every
-    other part gets at least one letter. If the sum is then above ``most``, the longest parts are
-    shortened.
+    ``most`` is the length of the bar in letters, and ``taken`` is its length in bytes. A part below
+    0.1% of ``taken`` gets no letter. Every other part gets at least one letter. If the sum of the
+    letters is then above ``most``, the longest parts are shortened.
     """
     total = sum(sizes.values())
     shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}

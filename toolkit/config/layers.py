@@ -106,8 +106,10 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
 
 
 def _shown(path: Path, node: Node) -> Path:
-    """Return the path of a base file for messages. It is a relative path if the path of the run
-    file with the key ``extends`` was given as a relative path.
+    """Return the path of a base file as messages show it. ``node`` is the value of ``extends``.
+
+    The path begins with the folder of the file that contains ``extends``, as the user wrote this
+    folder (relative or absolute). If ``extends`` is not in a file, the result is ``path``.
     """
     return Path(node.source.name).parent / node.value if node.source.path else path
 

@@ -55,8 +55,9 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
-    """Return the fixes for a key that is unknown in its section, but that another section has under
-    the same name or under a newer name. Return None if no section has the key.
+    """Return the fixes that say to which other section a key belongs. The key is unknown in its own
+    section. The other section has it under the same name or under a newer name. Return None if no
+    section has the key.
     """
     key, parent = str(path[-1]), path[:-1]
     names = [

@@ -299,8 +299,8 @@ class AdapterSlots:
         return plan
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
-        """Return the result of ``find_places`` for the Hugging Face layer ``module`` and this
-        engine: a list of (vLLM layer, index of a part of this layer).
+        """Return where this engine stores the LoRA matrices of the Hugging Face layer ``module``.
+        ``find_places`` describes the result.
         """
         return find_places(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module

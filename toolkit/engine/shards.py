@@ -64,11 +64,11 @@ def shard_of(parameter: Any) -> Shard | None:
 @torch.no_grad()
 def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     """Join the parts that the processes have, and return the whole tensor. ``tensor`` is this
-    process's part. A tensor that is not split is returned unchanged. Every process of the group
-    must call this function.
+    process's part. Every process of the group must call this function.
 
-    The mark of the parameter ``like`` tells how ``tensor`` is split. If ``like`` is None, the mark
-    of ``tensor`` itself is used.
+    The mark (``Shard``) on the parameter ``like`` says how ``tensor`` is split. If ``like`` is
+    None, the mark on ``tensor`` itself says so. Without a mark, ``tensor`` is not split, and it is
+    returned unchanged.
     """
     shard, shared = shard_of(tensor if like is None else like), mesh()
     if shard is None:

@@ -154,9 +154,9 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse(name: str, *, engine: bool) -> None:
-    """Raise ConfigTypeError for the argument ``name`` of ``fast_generate``, which is not one of the
-    supported options (``NEUTRAL``). The message says that the argument is unknown, or names the
-    library that supports it.
+    """Raise ConfigTypeError, because ``fast_generate`` does not support the argument ``name``. The
+    supported arguments are in ``NEUTRAL``. The message names the library that supports the
+    argument, or says that the argument is unknown.
     """
     if name in VLLM_ONLY and not engine:
         raise ConfigTypeError(

@@ -35,8 +35,11 @@ MOST = 1 << 24
 
 
 def is_auto(grpo: Mapping[str, Any]) -> bool:
-    """Whether the sizer chooses the micro-batch and the accumulation, because both keys are auto.
-    Raises ConfigError if only one of the keys is auto, or if generation_batch_size is not set.
+    """Whether the keys for the micro-batch and the accumulation are both auto, so that the sizer
+    chooses them.
+
+    Raises ConfigError if only one of the two keys is auto. If both are auto, raises ConfigError
+    without a generation_batch_size.
     """
     keys = (MICRO, ACCUMULATION)
     autos = [key for key in keys if grpo.get(key) == "auto"]

@@ -140,9 +140,9 @@ def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
 
 
 def step_tokens(work: Workload, tokens: int) -> int:
-    """The maximum number of tokens in all passes of a step together, if a pack has at most
-    ``tokens`` tokens. If a group is divided over several packs, each of these packs contains the
-    prompt.
+    """The maximum number of tokens of a step, summed over its passes. Each pass computes one pack
+    (joined prompts and completions) of at most ``tokens`` tokens. If the completions of a prompt
+    are divided over several packs, each of these packs contains the prompt.
     """
     prompt, _ = longest_pair(work)
     number, groups = passes(work, tokens), groups_of(work)

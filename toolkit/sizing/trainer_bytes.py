@@ -106,8 +106,11 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
 
 
 def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The peak bytes of TRL's fused head: one tile, the hidden states of the scored tokens, the
-    float32 gradient of these hidden states, and the 16-bit copy of this gradient.
+    """The peak bytes of TRL's fused head, which computes the logits in tiles.
+
+    They are the sum of five sizes: one tile (``HEAD_TOKENS`` x ``HEAD_COLUMNS`` logits), the hidden
+    states of the scored tokens, the float32 gradient of these hidden states, the copy of this
+    gradient in the compute dtype, and the tensors of the final norm.
     """
     one = pass_of(work, step)
     rows = one.scored_tokens

@@ -129,7 +129,9 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
 
 
 def layout_of(section: LoraSection) -> lora_bytes.Layout:
-    """Return the settings of the ``lora`` section that apply to single modules and layers."""
+    """Return the ``lora`` settings that do not apply to all modules equally: the excluded modules,
+    the ranks of single modules, and the layers that get the adapter.
+    """
     layers = section.layers_to_transform
     return lora_bytes.Layout(
         exclude=section.exclude_modules,

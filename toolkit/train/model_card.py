@@ -35,8 +35,8 @@ def push_export(run: FinishedRun, folder: Path, repo_id: str, *, private: bool) 
     Return the address of the upload.
 
     Raises:
-        InputError: the run has no manifest. Errors of ``policy.hub_upload.push_folder`` are raised
-            too.
+        InputError: manifest.json of the run cannot be read.
+        ConfigError, RetryError: the upload fails (``policy.hub_upload.push_folder``).
     """
     from toolkit.policy.hub_upload import push_folder  # noqa: PLC0415 - needed only here
 

@@ -128,8 +128,8 @@ class Entry:
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
-        """Return the symptom if one of its patterns occurs in ``text``, else None. If several
-        patterns occur, the numbers are read from the match of the first one.
+        """Return the symptom if one of its patterns occurs in ``text``, else None. The patterns are
+        tried in the order of ``texts``. The numbers are read from the first match.
         """
         for one in self.texts:
             if found := one.find(text, lowered):

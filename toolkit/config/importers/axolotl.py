@@ -164,8 +164,9 @@ _TOP = (
           "save_safetensors", "low_cpu_mem_usage", "lora_mlp_kernel", "lora_qkv_kernel",
           "lora_o_kernel", "ddp_timeout", "save_only_model", "save_first_step",
           "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *refused("a run trains only LoRA weights; ReLoRA, GaLore on all weights and layer freezing "
-             "are not supported", "relora_steps", "unfrozen_parameters", "lisa_n_layers"),
+    *refused("a run trains a LoRA adapter, or all weights (model.full_finetuning). ReLoRA, LISA "
+             "and layer freezing are not supported",
+             "relora_steps", "unfrozen_parameters", "lisa_n_layers"),
     *left("to use fused layer kernels, set grpo.use_liger_kernel",
           "plugins", "liger_rope", "liger_rms_norm",
           "liger_glu_activation", "liger_layer_norm", "liger_fused_linear_cross_entropy"),

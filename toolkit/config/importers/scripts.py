@@ -163,7 +163,7 @@ def _rewards(made: Translation) -> None:
     for entry in made.take("GRPOTrainer.reward_funcs").values():
         for name in map(str, text_list(entry.value)):
             if name.isidentifier():
-                made.reward(f"rewards:{name}", f"{entry.place}: {name}, a function of the script")
+                made.reward(f"rewards:{name}", f"{entry.place}: {name} is a function of the script")
             else:
                 made.refuse(
                     entry,

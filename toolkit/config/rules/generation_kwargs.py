@@ -49,8 +49,8 @@ def _finite(value: Any) -> bool:
 
 
 def _engines(run: Run) -> tuple[Engine, ...]:
-    """Return the engines that may generate the completions. If the run uses vLLM only where vLLM is
-    installed, the result is vLLM and then transformers.
+    """Return the engines that may generate the completions. Usually there is one. If the engine
+    depends on whether vLLM is installed, the result is ``("vllm", "transformers")``.
     """
     return ("vllm", "transformers") if run.engine == "maybe" else (run.engine,)
 

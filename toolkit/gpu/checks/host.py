@@ -204,8 +204,8 @@ def _rigid(variables: Mapping[str, str]) -> list[str]:
 
 
 def harmful(variables: Mapping[str, str]) -> list[str]:
-    """Return a text for each variable that slows the run down or changes the code or the cards that
-    the run uses. The text gives the reason.
+    """Return one text for each environment variable that harms the run. The text names the variable
+    and says what it does. For example, the variable slows the run down or loads other code.
     """
     found = []
     if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _ON:

@@ -66,7 +66,10 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     return (
         warn("; ".join(off))
         if off
-        else ok(f"{plural(checked, 'package')} with the pinned version (pip extra {extra!r})")
+        else ok(
+            f"checked {plural(checked, 'package')} (pip extra {extra!r}): "
+            "each has the pinned version"
+        )
     )
 
 

@@ -151,7 +151,7 @@ def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unread(gpu.nvlinks, "NVLink")
         up = sum(bool(state) for state in links)
         if up:
-            return ok(f"{up} NVLinks to the other cards of the tensor-parallel group")
+            return ok(f"{up} NVLinks connect this card to the tensor-parallel group")
         return warn(f"no NVLink, so the {size} cards of the tensor-parallel group use PCIe")
 
     return each(judged_cards(snapshot, context), look)

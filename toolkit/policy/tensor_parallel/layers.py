@@ -76,8 +76,9 @@ class SplitLinear(nn.Linear):
         return enter_parts(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output for the next layer, from the output of this process. If the
-        layer is split by columns, this is the sum of the outputs of all processes.
+        """Return the layer's output for the next layer. ``out`` is the result of this process. If
+        the weight (out, in) is split by columns, the results of all processes are summed. If it is
+        split by rows, ``out`` is returned unchanged.
         """
         return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
 
@@ -136,8 +137,10 @@ class SplitHead(nn.Linear):
 
 def enter_once(module: nn.Module, mesh: Mesh) -> None:
     """Apply ``enter_parts`` once to the input of ``module``, instead of once in each linear layer
-    that is split by rows. Then the gradients of q, k and v need one sum over the group instead of
-    three. The gradients of gate and up need one sum instead of two.
+    whose weight (out, in) is split by rows.
+
+    Each ``enter_parts`` costs one sum over the group in the backward pass. So q, k and v need one
+    sum together instead of three, and gate and up need one instead of two.
 
     The function does this only if all linear layers of ``module`` are split, so that no other layer
     uses the input.

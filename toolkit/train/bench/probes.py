@@ -64,7 +64,9 @@ class TimedGeneration:
         self.after: Callable[[], None] = lambda: None
 
     def sync_weights(self) -> Any:
-        """Copy the policy to the engine with the wrapped object, and measure the time."""
+        """Call ``sync_weights`` of the wrapped object, which copies the policy to the engine.
+        Measure the time of the call.
+        """
         start = clock()
         out = self.inner.sync_weights()
         self.result.publish_s.append(clock() - start)

@@ -247,8 +247,9 @@ def _return_rest(aside: Path, own: Path, length: int) -> None:
 
 
 def _put_back(own: Path, log: _Log) -> None:
-    """Restore the file ``own`` to the content that the checkpoint recorded (``log``). If no file
-    has this content, make ``own`` empty.
+    """Restore the log file ``own``. It gets the first ``log.keep`` bytes of ``log.source``, which
+    are the content that the checkpoint recorded. If ``log.source`` is None, the recorded content is
+    lost, and ``own`` becomes empty.
     """
     if log.source is None:
         if own.exists():

@@ -45,12 +45,12 @@ def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
 
 
 def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
-    """Return ``then``, the config values that the checkpoint ``found`` recorded, with a value for
-    ``dataset.chat``.
+    """Return the config values that the checkpoint ``found`` recorded (``then``). If they have no
+    value for ``dataset.chat``, add one.
 
-    A checkpoint of an older version has no such value. Then the first completion in the log of the
-    run shows whether its prompts were chats. Without a completion, ``dataset.chat`` is false if
-    ``dataset.system`` was not set, else None.
+    Checkpoints of older versions have no such value. It is then read from the first completion in
+    the log of the run: true if the prompt is a chat, else false. If the log has no completion, the
+    value is None (unknown) if ``dataset.system`` was set, else false.
     """
     if then.get(KEY) is not None:
         return dict(then)

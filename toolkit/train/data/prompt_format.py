@@ -28,8 +28,11 @@ UNKNOWN_SHARE = 0.05
 
 
 def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
-    """Return True if the column contains chats, False if it contains texts. Raises ConfigError with
-    the place of the first row that is not of this kind.
+    """Return True if the column contains chats, False if it contains texts. The first prompt
+    decides this.
+
+    Raises ConfigError if a later prompt has the other type, or if a prompt is invalid. The error
+    contains the place of the row.
     """
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)

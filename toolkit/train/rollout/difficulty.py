@@ -38,9 +38,9 @@ class Difficulty:
         """The recorded spreads, float64. NaN for a row that was not drawn yet."""
 
     def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
-        """Update the records of ``rows``. ``deviations`` has the standard deviation of the rewards
-        of each row's group. A new value and the old record are averaged, with the weight ``RECENT``
-        for the new value.
+        """Update the records of ``rows``. Each row was drawn with a group of completions, and
+        ``deviations`` has the standard deviation of the rewards of each group. The new record is
+        the average of this value and the old record. The weight of the new value is ``RECENT``.
         """
         # The tensor is not changed in place, because a checkpoint may still be writing the old one.
         spread_N = self.spread_N.clone()

@@ -220,8 +220,8 @@ class Generation:
     ) -> torch.Tensor:
         """Score the completions of this rank, and return the rewards of all ranks.
 
-        ``made`` has the completions of this rank. With dynamic sampling, the values that the reward
-        functions log for a completion are stored in ``columns`` of the completion.
+        ``made`` has the completions of this rank. Reward functions may log values for each
+        completion. With dynamic sampling, these values are stored in ``Completion.columns``.
         """
         if drawn.images is not None:
             raise UnsupportedError(

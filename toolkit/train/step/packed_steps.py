@@ -200,7 +200,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return numbers
 
     def scope_of(self, inputs: Mapping[str, Any]) -> Scope:
-        """The part of a micro-batch that its loss needs."""
+        """Return the rows of a micro-batch that may be skipped, because their loss is 0, and the
+        mask of the tokens that the loss uses.
+        """
         return Scope(self._rows_without_loss(inputs), loss_mask(inputs))
 
     def scores(
@@ -271,9 +273,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """A context manager for computing the loss of a micro-batch. After the block, it corrects
         the logged metrics.
 
-        The entropy that TRL logged is replaced by the mean over all computed tokens of all parts
-        and ranks. The metric ``SKIPPED`` is added: the share of the rows of all ranks that were
-        left out.
+        TRL's logged entropy is replaced by the mean entropy of all tokens that were computed. The
+        mean includes all parts of the micro-batch and all ranks. The metric ``SKIPPED`` is added:
+        the share of rows that no pass computed, over all ranks.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:
