@@ -141,7 +141,7 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
 
 
 def command_main(group: click.Group) -> Callable[[], None]:
-    """Return the function that the console script of a group of commands calls.
+    """Return a function that runs the commands of ``group``. A console script calls this function.
 
     A usage error exits with 2, and ``guarded`` handles all other errors. First the function ensures
     that no secret is printed and that other users cannot write to the created files.

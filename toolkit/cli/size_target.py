@@ -42,7 +42,7 @@ def read_target(
 
 
 def _is_model_config(path: Path) -> bool:
-    """Whether a JSON file is the config.json of a model under another name."""
+    """Whether a JSON file has the content of a model's config.json, although its name differs."""
     from toolkit.base.files import read_json  # noqa: PLC0415 - only for a JSON file
 
     values = read_json(path)

@@ -197,7 +197,9 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
-        """Create the 4-bit weights, with the quantization method that the layer had before."""
+        """Create the 4-bit weights with the layer's original quantization method, which this
+        object replaces.
+        """
         self.original.create_weights(*arguments, **keywords)
 
     def apply(

@@ -94,8 +94,8 @@ class Mesh:
         return tensor
 
     def digest_of_all(self, own: str) -> str:
-        """Return one digest that combines the digest ``own`` of each process of the group. Every
-        process of the group must call this method.
+        """Combine the digests of all processes of the group into one digest, and return it. ``own``
+        is the digest of this process. Every process of the group must call this method.
         """
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, own, group=self.host_group)

@@ -61,7 +61,7 @@ def watch() -> None:
 @contextmanager
 def phase() -> Iterator[None]:
     """A context manager for work that can be repeated. If one process runs out of memory in the
-    block and after the call of ``watch``, an out-of-memory error is raised in all processes of the
+    block after it has called ``watch``, an out-of-memory error is raised in all processes of the
     group.
 
     Raises:

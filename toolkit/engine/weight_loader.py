@@ -107,8 +107,8 @@ def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
         def load_model(
             self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
         ) -> nn.Module:
-            """Load the model with ``loader``, and attach the 16-bit copies to its layers. The first
-            forward pass fills them.
+            """Load the model with ``loader``. If 16-bit copies of the weights are requested, attach
+            them to the layers. The copies stay empty until the first forward pass.
             """
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
             wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)

@@ -41,9 +41,9 @@ def check_report(
     node: bool = False,
     run: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the report of a node with the results of its checks. For the preflight.json of a run,
-    ``run`` contains two more keys of the report: ``device`` (the card that the run is sized for;
-    None is the CPU) and ``sizing``.
+    """Return the report of a node with the results of its checks. The keys of ``run`` are added to
+    the report. For the preflight.json of a run, these keys are ``device`` (the card that the run is
+    sized for; None is the CPU) and ``sizing``.
     """
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)

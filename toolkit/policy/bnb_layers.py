@@ -1,4 +1,4 @@
-"""Build 4-bit layers for the trainer whose weights are the engine's packed weights, not copies.
+"""Build the trainer's 4-bit layers. Their weights are the engine's packed weights, not copies.
 
 The engine fuses layers such as q, k and v. Each part of a fused layer is a complete 4-bit weight
 with its own quantization state (``engine.live_weights.is_packed``). So a ``Linear4bit`` layer

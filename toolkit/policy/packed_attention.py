@@ -139,8 +139,8 @@ class PackedLayout:
 
     @property
     def order_N(self) -> torch.Tensor:  # noqa: N802 - a tensor with its shape
-        """For each of the N tokens of the pack, the index of its query among the padded queries of
-        all batches.
+        """One index for each of the N tokens of the pack. The padded outputs of all batches are
+        concatenated, and the index says where the output for the token is.
         """
         assert self.batches
         assert self._order_N is not None

@@ -135,7 +135,9 @@ def push_to_hub_gguf(
     quantization_method: Any = "fast_quantized",
     **kwargs: Any,
 ) -> NoReturn:
-    """Raise UnsupportedError with the same commands as ``save_pretrained_gguf``."""
+    """Raise UnsupportedError, as ``save_pretrained_gguf`` does. The error's fix lists the commands
+    to run.
+    """
     del kwargs
     save_pretrained_gguf(model, repo_id.rpartition("/")[2], tokenizer, quantization_method)
 

@@ -44,8 +44,9 @@ def sequence_bytes(
 
 
 def shared_bytes(spec: ModelSpec, tokens: int, element_bytes: int, *, block_tokens: int) -> int:
-    """The KV bytes of a prompt of ``tokens`` tokens that another sequence with the same prompt does
-    not need again. Only full blocks are shared, and vLLM computes the last token of a prompt again.
+    """The KV bytes that two sequences with the same prompt share. The prompt has ``tokens`` tokens.
+    Only full blocks are shared. vLLM computes the last token of a prompt again, so the block of
+    this token is not shared.
 
     The result is 0 if a layer has a sliding window or a state, because then vLLM may free or copy
     blocks of the prompt.

@@ -149,9 +149,9 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
 
 
 def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return groups of keys whose changes ``_together`` tries to undo, in this order. First comes
-    each key that can be changed alone, the last change first. Then come keys that must be changed
-    together, such as the micro-batch and the accumulation.
+    """Return groups of keys, in the order in which ``_together`` tries to undo their changes. The
+    first groups have one key each, beginning with the last change. The groups after them have keys
+    that must be changed together, such as the micro-batch and the accumulation.
     """
     batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
@@ -307,11 +307,10 @@ def _second_card(
 def _split_model(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> list[Remedy]:
-    """Return the remedy to split the model over the smallest number of cards with which the run
-    fits.
+    """Return the remedy to set tensor_parallel_size to the smallest value with which the run fits.
 
-    The cards of the run are used if there are enough of them. Otherwise the remedy needs more cards
-    of this kind. An optimizer step has the same completions as before.
+    Values that need no further cards are tried first. If the run fits with none of them, the remedy
+    is to add cards of the same kind. An optimizer step has the same completions as before.
     """
     splits = (
         candidate.work.uses_engine

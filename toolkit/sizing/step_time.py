@@ -5,8 +5,9 @@ The card computes while the host launches the next kernels. So the time of a mic
 larger of two times: the compute time of the card, and the launch time of the host. The speeds of
 card and host were measured on one H100 with an 8B Llama and 64 sequences of 320 tokens per step:
 
-    micro-batch    8 plain   16 plain   32, 64 with checkpointing
-    seconds        2.46      1.82       2.31, 2.29
+    micro-batch      8      16     32     64
+    checkpointing    no     no     yes    yes
+    seconds          2.46   1.82   2.31   2.29
 
 On a slower card, a small micro-batch already uses the whole card. So on such a card a larger
 micro-batch saves less time than this estimate says.
@@ -54,7 +55,9 @@ def added_seconds(candidate: Candidate) -> float:
 
 
 def training_seconds(candidate: Candidate) -> float:
-    """The seconds of one optimizer step without its rollouts, including the time for KV sleep."""
+    """The seconds of one optimizer step without its rollouts. With KV sleep, the time to free the
+    KV cache and to map it again is included.
+    """
     step = candidate.step
     again = bool(step.checkpointing)
     host = candidate.spec.layers * LAYER_S * (RECOMPUTED if again else 1)

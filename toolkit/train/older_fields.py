@@ -77,7 +77,8 @@ def translate(given: Mapping[str, Any], known: Collection[str], mistakes: Collec
 
 
 def _translated(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
-    """Add the older field ``name`` to the fields ``made``, under its current name. Return the notes
+    """Add ``value`` to the fields ``made``. ``name`` is the older name of the field, and the value
+    is added under the current name. A field without a current name is left out. Return the notes
     for the user.
     """
     if name == "vllm_sampling_params":

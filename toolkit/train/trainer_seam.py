@@ -223,7 +223,7 @@ class PhaseTimers(Protocol):
 
 
 class RowNumbers(Protocol):
-    """Numbers the completions of a batch (implemented by
+    """An object that gives each completion of a batch a row number (implemented by
     rollout.completion_index.CompletionIndex).
     """
 

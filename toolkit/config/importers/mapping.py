@@ -49,8 +49,8 @@ class Row(NamedTuple):
     not support, and False if a run does not need ``old``. ``off`` lists the values of a refused key
     that turn the unsupported feature off. ``why`` is the reason for the conversion. ``convert`` is
     the function that converts the value. ``trl`` is the name of the key in config/migration, if
-    that module converts the key. ``computed`` is the reason why the key can be ignored if a script
-    computes its value.
+    that module converts the key. ``computed`` is for a value that a script computes, which is
+    unknown to the importer. It is the reason why the key can be left out in this case.
     """
 
     old: str

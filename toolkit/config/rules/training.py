@@ -117,8 +117,8 @@ def _plain(run: Run, key: str) -> object:
     fix="remove lm_head from target_modules",
 )
 def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
-    """cast_lm_head_to_fp32 excludes an adapter on lm_head, and an lm_head that shares its weight
-    with the embedding.
+    """With cast_lm_head_to_fp32, lm_head has no adapter and does not share its weight with the
+    embedding.
 
     The cast replaces lm_head by a float32 copy, so an adapter on lm_head would be lost. If lm_head
     is tied to the embedding, TRL 1.16 looks for the embedding under a name that a model with an

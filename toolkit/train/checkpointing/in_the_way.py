@@ -45,12 +45,13 @@ with its name. Any other object with its name prevents the write.
 
 
 def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
-    """Reject a run folder in which an object prevents the run of ``config`` from writing a file.
-    The files of the run's trackers are checked too. Reject the run folder also if the run would
-    replace a file or a folder that it reads.
+    """Reject a run folder if the run of ``config`` could not write one of its files there. For
+    example, a pipe or a folder may have the name of that file. The folders of the run's trackers
+    are checked too. The run folder is also rejected if the run would replace a file or a folder
+    that it reads.
 
     Raises:
-        ConfigError: the message names the first such object.
+        ConfigError: the message names the first path with such a problem.
     """
     for name in FOLDERS:
         _folder(run_dir / name)

@@ -241,8 +241,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but no checkpoint is removed, because ``_rotate`` does this. With a
-        limit of 1, transformers would keep only the best checkpoint.
+        """Do the same as transformers, but do not remove checkpoints in the toolkit's format. Only
+        ``_rotate`` removes them. With a limit of 1, transformers would keep only the best one.
         """
         limit = self.args.save_total_limit
         if self._stores_adapter():

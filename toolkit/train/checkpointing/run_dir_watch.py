@@ -61,7 +61,9 @@ class RunDirWatch:
         return found if same else None
 
     def is_whole(self) -> bool:
-        """Whether the run folder is still at its path, and no log file is missing or changed."""
+        """Whether the run folder is still at its path, and no other program has removed, replaced
+        or changed a log file.
+        """
         return self.in_place() and not (self.journal is not None and self.journal.missing())
 
     def fault(self) -> ConfigError:

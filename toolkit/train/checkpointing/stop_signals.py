@@ -59,8 +59,8 @@ class StopSignals:
         """Handle signals inside the ``with`` block, and restore the previous handlers afterwards.
         Call this only in the main thread.
 
-        A previous handler may belong to another ``StopSignals`` object. If this run has begun to
-        end (``end``) before the ``with`` block ends, the other object ignores later signals too.
+        A previous handler may belong to another ``StopSignals`` object. If ``end`` was called
+        inside the ``with`` block, that other object also ignores all later signals.
         """
         numbers = heard()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}

@@ -61,8 +61,7 @@ class Difficulty:
         known = spread_N[~spread_N.isnan()]
         if not (known.isfinite() & (known >= 0)).all():
             raise ValueError(
-                "the curriculum records in the checkpoint have a spread that is "
-                "negative or infinite"
+                "the checkpoint has a curriculum record whose spread is negative or infinite"
             )
         self.spread_N = spread_N
 
@@ -111,8 +110,8 @@ class Difficulty:
         return found
 
     def mean_spread(self, rows: Sequence[int] | None = None) -> float | None:
-        """Return the mean spread of the measured rows, or of those that are in ``rows``. Returns
-        None if there is no such row.
+        """Return the mean of the recorded reward spreads. If ``rows`` is given, only the records of
+        these rows count. Returns None if there is no record.
         """
         spread = self.spread_N if rows is None else self.spread_N[list(rows)]
         known = spread[~spread.isnan()]

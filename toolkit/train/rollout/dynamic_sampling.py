@@ -161,8 +161,8 @@ class Generation:
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
         """Copy the completions of the new ``group`` that belong to this rank into ``mine`` (the
-        completions of this rank). ``first`` is the index in the batch of all ranks at which the
-        group begins.
+        completions of this rank). ``first`` is the index of the group's first completion in
+        the batch of all ranks.
         """
         begin = self.trainer.accelerator.process_index * len(mine)
         for place, one in enumerate(group, start=first - begin):

@@ -102,8 +102,8 @@ class PromptChoice:
         return Generation(self.trainer, own, order, self.rounds, chosen)
 
     def end(self, generation: Generation) -> None:
-        """Log the metrics of the generation, and record the spread of its groups for the
-        curriculum.
+        """Log the metrics of the generation. With the curriculum, also record the spread of the
+        rewards in each group (their standard deviation).
         """
         values = generation.metrics()
         if self.difficulty is not None:

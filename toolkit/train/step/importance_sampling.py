@@ -173,10 +173,12 @@ def observe(
 
 
 def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
-    """Record the gaps of one micro-batch, computed from the old log-probabilities.
+    """Record the gaps of one micro-batch: the differences between the log-probabilities of the
+    engine and the old log-probabilities of the trainer.
 
-    TRL computed the old log-probabilities in its extra forward pass when the batch was sampled,
-    possibly some steps ago. If TRL runs the extra pass, TRL itself logs the importance weights.
+    This function is for a batch for which TRL has run its extra forward pass. TRL computed the old
+    log-probabilities in that pass when the batch was sampled, possibly some steps ago. Importance
+    weights are not recorded here, because TRL itself logs them.
     """
     trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
 

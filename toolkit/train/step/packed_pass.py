@@ -160,10 +160,11 @@ def _logps(
 
 
 def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
-    """Why packs would ignore a sliding window of the model. None if packs apply all its windows.
+    """Return the reason why packs (rows merged without padding) would ignore a sliding window of
+    the model. Return None if packs apply all sliding windows of the model.
 
-    A layer may apply its window only in the attention mask and not pass it to the attention
-    function. Packs do not use the mask.
+    Packs do not use the attention mask. They ignore the window of a layer that applies it only in
+    the mask, and does not pass it to the attention function.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)

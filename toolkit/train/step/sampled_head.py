@@ -223,8 +223,8 @@ def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Ten
 def score_parts(
     logits_NV: torch.Tensor, tokens_N: torch.Tensor, temperature: float, head: SplitHead
 ) -> Scored:
-    """The result of ``kept_set.score`` for a distribution without truncation and penalties, and a
-    head that is split over processes.
+    """The result of ``kept_set.score`` for a head that is split over processes. The distribution
+    has no truncation and no penalties.
 
     Each process has a part of the vocabulary, and ``logits_NV`` are the logits of this part.
     ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. Let l be
