@@ -37,7 +37,7 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     if _something_in(folder):
         yield RuleViolation(
             _OUTPUT,
-            f"{folder} is not empty, and resume is never",
+            f"resume: never needs an empty folder, but {folder} is not empty",
             notes=(run.operand(_RESUME),),
             fixes=(run.to(_RESUME, "auto"),),
             related=(_RESUME,),
