@@ -37,7 +37,7 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     if _something_in(folder):
         yield RuleViolation(
             _OUTPUT,
-            f"resume: never needs an empty folder, but {folder} is not empty",
+            f"{folder} is not empty, but a run with resume: never needs an empty folder",
             notes=(run.operand(_RESUME),),
             fixes=(run.to(_RESUME, "auto"),),
             related=(_RESUME,),
