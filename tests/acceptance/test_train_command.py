@@ -98,7 +98,7 @@ def test_with_resume_never_a_folder_with_a_run_is_refused(trained):
     done = again(run_file.parent, "--set", "runtime.resume=never")
     assert done.returncode == 1
     assert "RUN001" in done.stderr
-    assert "is not empty, and resume is never" in done.stderr
+    assert "is not empty, but a run with resume: never needs an empty folder" in done.stderr
     assert world.digests(run_file.parent / "run") == before
 
 

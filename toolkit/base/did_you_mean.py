@@ -20,8 +20,8 @@ def near(
     first.
 
     Case is ignored, and ``-`` equals ``_``. The similarity of two words is a number from 0 to 1. A
-    result has at least the similarity ``cutoff``. Words whose similarity is lower than that of the
-    first result by ``within`` or more are left out.
+    result has at least the similarity ``cutoff``. Each result is also compared with the first (most
+    similar) result: if its similarity is lower by ``within`` or more, it is left out.
     """
     if len(word) > _LONGEST:
         return []

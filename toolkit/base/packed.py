@@ -24,8 +24,8 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 def most_bytes(packed_bytes: int, limit: int) -> int:
-    """The limit on the unpacked size of a stream of ``packed_bytes`` bytes. The result is at most
-    ``limit``.
+    """Return how many bytes may be unpacked from ``packed_bytes`` bytes: ``MAX_RATIO`` times as
+    many, but at least ``RATIO_FREE_BYTES``. The result is never above ``limit``.
     """
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 

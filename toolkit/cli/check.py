@@ -171,8 +171,8 @@ def text_of(
 
 
 def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
-    """Return what a node without a failed check is ready for. A node without a GPU is ready only
-    for runs on the CPU.
+    """Return the runs that the node is ready for, if no check failed. A node without a GPU is ready
+    only for runs on the CPU.
     """
     from toolkit.gpu.devices import visible  # noqa: PLC0415 - after parsing
 

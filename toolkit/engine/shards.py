@@ -54,8 +54,8 @@ def mark(parameter: torch.Tensor, dim: int, total: int) -> None:
 
 
 def shard_of(parameter: Any) -> Shard | None:
-    """Return the mark on a parameter. None means that every process of the group has the whole
-    parameter.
+    """Return the ``Shard`` with which ``mark`` marked a parameter. None means that the parameter is
+    not split, so every process of the group has the whole parameter.
     """
     found: Shard | None = getattr(parameter, MARK, None)
     return found

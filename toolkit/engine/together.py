@@ -50,9 +50,9 @@ class OutOfMemoryElsewhere(RuntimeError):
 
 
 def watch() -> None:
-    """From now until the current ``phase`` ends, the processes of the group report to each other
-    before each collective call whether they ran out of memory. Every process of the group must call
-    this function at the same point.
+    """Begin to exchange flags before each collective call, until the current ``phase`` ends. With
+    its flag, each process tells the other processes of the group whether it ran out of memory.
+    Every process of the group must call this function at the same point.
     """
     global _watched
     _watched = mesh() is not None

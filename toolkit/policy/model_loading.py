@@ -152,7 +152,7 @@ def _fuse(model: Any, request: LoadRequest) -> Applied | None:
 def tell_engine(peft_model: Any) -> Any:
     """If the model has an engine, copy the new adapter to the engine. Returns ``peft_model``.
 
-    The engine then rejects an unsupported adapter now, and not in the first rollout.
+    So an unsupported adapter raises an error here, and not only in the first rollout.
 
     Raises:
         UnsupportedError, ConfigValueError: the engine does not support the adapter. The adapter is

@@ -127,7 +127,9 @@ class PackedLayout:
 
     @property
     def batches(self) -> list[Batch]:
-        """The segments in batches, for calls of the model's own attention function."""
+        """The queries of all segments of the pack, grouped into batches. The model's own attention
+        function is called once per batch.
+        """
         if self._batches is None:
             blocks = list(self._blocks())
             self._batches = [self._batch(group) for group in _grouped(blocks)]

@@ -56,8 +56,8 @@ def set_positions(config: Any, request: LoadRequest, name: str) -> None:
             )
         scaling = {"rope_type": "dynamic", "factor": wanted / longest}
         warnings.warn(
-            f"max_seq_length={wanted} is beyond the {longest} positions of {name}. So longer "
-            f"sequences use rope_scaling={scaling}",
+            f"max_seq_length={wanted} is beyond the {longest} positions of {name}. "
+            f"Sequences of more than {longest} tokens use rope_scaling={scaling}",
             ToolkitWarning,
             stacklevel=4,
         )

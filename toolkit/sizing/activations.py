@@ -97,10 +97,12 @@ def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
 
 
 def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
-    """The bytes of keys and values that a layer keeps for the attention of a pack; 0 without packs.
+    """The bytes of the keys and values that a layer keeps for attention within a pack (several
+    completions joined into one sequence); 0 without packs.
 
     The kernel ``varlen_attn`` keeps one copy of the keys and values. Without this kernel, the keys
-    and values are repeated for each query head and padded; up to a quarter of the bytes is padding.
+    and values are repeated for each query head and padded. Padding makes them up to 1.25 times as
+    large.
     """
     if step.pack_tokens is None:
         return 0
@@ -181,8 +183,8 @@ def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
 
 
 def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
-    """The largest number of bytes per token that temporary tensors need in one layer's backward
-    pass: those of the MLP, or those of the attention scores if these are larger.
+    """The peak, in bytes per token, of the temporary tensors in one layer's backward pass. It is
+    the larger of two numbers: the bytes for the MLP, and the bytes for the attention scores.
 
     The temporary tensors of the MLP are gradients. A gradient is float32 if PEFT cast the adapted
     input to float32. The gradient of the hidden state exists twice.

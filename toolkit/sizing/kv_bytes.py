@@ -62,10 +62,10 @@ def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
     it.
 
     vLLM divides the layers of each kind into groups, because all kinds share the same pools of
-    pages. All groups have the same number of layers, and a smaller group is padded. If the rarest
-    kind has ``least`` layers and the commonest has ``most``, this number is ``most`` if most < 1.5
-    x least, and ``least`` otherwise (v1/core/kv_cache_utils.py,
-    ``_get_kv_cache_groups_uniform_page_size``).
+    pages. All groups have the same number of layers, and a smaller group is padded. Let ``least``
+    be the number of layers of the rarest kind, and ``most`` that of the commonest kind. If most is
+    below 1.5 x least, each group has ``most`` layers. Otherwise each group has ``least`` layers
+    (v1/core/kv_cache_utils.py, ``_get_kv_cache_groups_uniform_page_size``).
     """
     counts: Counter[Cache] = Counter()
     for block in spec.blocks:

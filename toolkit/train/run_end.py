@@ -29,7 +29,7 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
         f"training ended at step {done} of {total} for an unknown reason",
         where=str(trainer.run_dir),
         fix="run the same command again to resume from the last checkpoint. If training ends at "
-        "that step again, report a defect",
+        f"step {done} again, report a defect",
     )
 
 

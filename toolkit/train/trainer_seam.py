@@ -189,8 +189,9 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
     def describe_completions(
         self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions ``drawn``. First remove newer values of these
-        metrics. ``counts`` (from ``completion_metric_counts``) is the number of values to keep.
+        """Log TRL's metrics of the completions ``drawn``. ``counts`` is the result of an earlier
+        call of ``completion_metric_counts``. Values that these metrics got after that call are
+        removed.
 
         TRL computes these metrics in its method ``_generate``. Therefore this method calls
         ``_generate`` with a ``rollout_func`` that samples nothing and returns ``drawn``. The number

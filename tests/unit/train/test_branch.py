@@ -56,7 +56,8 @@ def test_going_back_leaves_the_later_branch_aside(tmp_path):
     start = train(tmp_path, tmp_path / "checkpoint-4", 6, "b")
     aside = tmp_path / "abandoned-1"
     assert start.notes == (
-        f"moved to {aside}: checkpoint-6, checkpoint-8 (later than {tmp_path}/checkpoint-4)",
+        f"the checkpoints later than {tmp_path}/checkpoint-4 were moved to {aside}:"
+        " checkpoint-6, checkpoint-8",
     )
     expected = ["abandoned.json", "adapter", "checkpoint-6", "checkpoint-8", *LOGS, "report.html"]
     assert names(aside) == sorted(expected)

@@ -49,8 +49,8 @@ def as_integer(value: Any) -> Any:
 
 
 def positive(value: Any) -> Any:
-    """Return a positive count, with a whole float as an integer. Return None for null and for
-    numbers up to 0, which mean "no limit" in some tools.
+    """Return None for null, 0 and negative numbers, which mean "no limit" in some tools. Return any
+    other value, with a whole float such as ``16.0`` converted to an integer.
     """
     if value is None or (isinstance(value, (int, float)) and value <= 0):
         return None

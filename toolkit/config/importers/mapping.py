@@ -71,8 +71,8 @@ class Row(NamedTuple):
         return SAME if same else RENAMED
 
     def is_off(self, value: Any) -> bool:
-        """Whether ``value`` turns off the unsupported feature to which the refused key of this row
-        belongs.
+        """Whether ``value`` turns off the feature that the key of this row controls. This toolkit
+        does not support the feature, so the key is refused with any other value.
         """
         return value in ([], {}) or any(
             type(one) is type(value) and one == value for one in self.off
@@ -189,8 +189,8 @@ class Translation:
         self.written[key] = Written(value, why)
 
     def take(self, *keys: str) -> dict[str, Entry]:
-        """Return the settings of the other tool with these keys, as a dict by key. If the file sets
-        a key several times, the last setting is used.
+        """Return the settings with the given ``keys`` from the other tool's file, as a dict by key.
+        If the file sets a key several times, the last setting is used.
         """
         return {entry.key: entry for entry in self.foreign.entries if entry.key in keys}
 

@@ -39,7 +39,8 @@ def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
     if run.value("grpo.auto_find_batch_size"):
         yield RuleViolation(
             "grpo.auto_find_batch_size",
-            "a batch that transformers halves no longer contains all completions of each prompt",
+            "transformers would halve the batch after an out-of-memory error, so that it no longer "
+            "contains all completions of each prompt",
             fixes=(run.to("grpo.auto_find_batch_size", False),),
         )
 

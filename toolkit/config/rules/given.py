@@ -93,7 +93,7 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
             continue
         yield RuleViolation(
             f"dataset.{which}",
-            f"{data.chats} of {data.rows}{'' if data.whole else ' first'} prompts are chats "
+            f"{data.chats} of the {'' if data.whole else 'first '}{data.rows} prompts are chats "
             "written as JSON text, but the others are not, so all prompts are read as plain text",
             related=("dataset.prompt",),
             fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),

@@ -167,7 +167,9 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
 
 
 def _head_reported_elsewhere(run: Run) -> bool:
-    """Whether GRPO013 or GRPO014 already reports the adapter on lm_head."""
+    """Whether another rule (GRPO013 for Liger, or GRPO014 for cast_lm_head_to_fp32) already reports
+    the adapter on lm_head.
+    """
     return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
 
 

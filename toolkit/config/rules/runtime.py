@@ -37,7 +37,7 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     if _something_in(folder):
         yield RuleViolation(
             _OUTPUT,
-            f"{folder} is not empty, and resume is never",
+            f"{folder} is not empty, but a run with resume: never needs an empty folder",
             notes=(run.operand(_RESUME),),
             fixes=(run.to(_RESUME, "auto"),),
             related=(_RESUME,),

@@ -104,7 +104,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
         return
     yield RuleViolation(
         _SAVE_STEPS,
-        f"the step interval {save} is not a multiple of eval_steps {every}",
+        f"{save} is not a multiple of eval_steps ({every})",
         notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
         fixes=(run.to(_SAVE_STEPS, every), run.to(_EVAL_STEPS, save)),
         related=(_EVAL_STEPS, _BEST),

@@ -29,8 +29,8 @@ KEYS = (MICRO, ACCUMULATION)
 
 
 def kept(config: RunConfig, found: Path | None) -> RunConfig:
-    """Return ``config`` with the value "auto" replaced by the micro-batch that the checkpoint
-    ``found`` records.
+    """If the micro-batch in ``config`` is "auto", return ``config`` with the micro-batch that was
+    recorded in the checkpoint ``found``. Otherwise return ``config`` unchanged.
 
     If the user changed the number of completions per step, the recorded micro-batch cannot be used,
     and ``config`` is returned unchanged. A later check reports the change.

@@ -98,7 +98,7 @@ def begin(
             checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
         if left:
             moved = ", ".join(f"checkpoint-{step}" for step in sorted(left))
-            notes.append(f"moved to {aside}: {moved} (later than {found})")
+            notes.append(f"the checkpoints later than {found} were moved to {aside}: {moved}")
     elif not (run_dir / branches.RECORD).exists():
         branches.record(run_dir, branch)
     for log in foreign:

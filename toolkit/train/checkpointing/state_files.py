@@ -81,8 +81,8 @@ def unflatten(
     tensors: Mapping[str, torch.Tensor],
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return the value that ``flatten`` converted to the JSON ``described`` and to ``tensors``. Its
-    tensors are on ``device``.
+    """Return the value that ``flatten`` split into ``described`` (JSON) and ``tensors``. Tensors in
+    the returned value are on ``device``.
     """
     ((kind, inner),) = described.items()
     if kind == "tensor":

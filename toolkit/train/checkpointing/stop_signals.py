@@ -98,7 +98,7 @@ class StopSignals:
 
     @property
     def ended(self) -> bool:
-        """True after the run has begun to end."""
+        """True after ``end`` was called. The run then ends because of a received signal."""
         return self._ended
 
     @property

@@ -141,8 +141,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return self.pack_tokens or min(batch_size, self.micro_rows) * width
 
     def rows_to_pack(self, inputs: Mapping[str, Any]) -> list[Row] | None:
-        """The rows of a batch that packs are built from. None if packs cannot be used for the
-        batch.
+        """Return all rows of a batch, for use in packs (several rows joined into one sequence).
+        Return None if packs cannot be used for the batch.
         """
         if inputs.get("pixel_values") is not None or self.aux_loss_enabled:
             return None

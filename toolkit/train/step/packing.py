@@ -203,8 +203,9 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
 def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> list[list[Row]]:
     """Distribute ``rows`` over exactly ``number`` evenly filled packs.
 
-    If there are fewer rows than packs, some packs are empty. The rows of one prompt are split if
-    they have more than ``limit`` tokens or more tokens than the average pack.
+    If there are fewer rows than packs, some packs are empty. Rows of one prompt are put into the
+    same pack, with two exceptions: they have more than ``limit`` tokens or more tokens than the
+    average pack, or there are fewer prompts than packs.
     """
     share = max(1, -(-tokens_of(rows) // number))
     units = _units(rows, share if limit is None else min(limit, share))

@@ -179,7 +179,7 @@ class PartMetrics:
         self.weights = (counts / counts.sum().clamp(min=1)).tolist()
 
     def merge(self) -> None:
-        """Replace the values of the parts by one value per metric.
+        """For each metric, replace the values of the micro-batch's parts by one value.
 
         Minima and maxima stay minima and maxima. All other metrics of TRL are means over tokens, so
         they are combined as weighted means.

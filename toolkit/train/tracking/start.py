@@ -64,11 +64,11 @@ class Start:
 def begin(
     config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
 ) -> Start:
-    """Return the values with which the trackers of a run start, and write their ids to
-    trackers.json in ``run_dir``.
+    """Return the values with which the trackers of a run start. Write the id of the run, and the
+    ids that the trackers gave to it, to trackers.json in ``run_dir``.
 
-    If the run is resumed, its ids are read from trackers.json. A new run (``step`` is None) gets a
-    new id.
+    A resumed run reads these ids from trackers.json. A new run (``step`` is None) gets a new id,
+    and has no ids of trackers yet.
     """
     kept = {} if step is None else _read(run_dir)
     run_id = str(kept.get("run_id") or uuid4().hex[:8])
