@@ -43,8 +43,9 @@ class Symptom:
         return not self.check.startswith("none: ")
 
     def but(self, **values: str | int) -> Symptom:
-        """Return a copy of this symptom in which ``values`` replace the fields of these names. A
-        ``read`` function uses it to add the numbers of an error text to the symptom.
+        """Return a copy of this symptom with new values of some fields. Each keyword argument is
+        the name of a field and its new value. ``Entry.read`` uses this method to add the numbers of
+        an error text to the symptom.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 

@@ -30,8 +30,8 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if presence(snapshot).kind not in ("none", "not passed in"):
         return None  # driver.present reports what is wrong
     if reason:
-        return fail("user", f"{name} without a GPU; {reason}", how_to_pass_in(snapshot))
-    return ok(f"{name} without a GPU, so the run uses the CPU")
+        return fail("user", f"{name}: there is no GPU, but {reason}", how_to_pass_in(snapshot))
+    return ok(f"{name}: there is no GPU, so the run uses the CPU")
 
 
 def capabilities(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
