@@ -85,8 +85,10 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
 
 
 def chosen(chat: bool | str, template: bool | None) -> bool | None:
-    """Return ``dataset.chat`` with "auto" resolved. "auto" becomes ``template``, which says whether
-    the tokenizer has a chat template. ``template`` is None if the tokenizer is not available.
+    """Return ``chat``, the value of ``dataset.chat``. If it is "auto", return ``template`` instead.
+
+    ``template`` says whether the tokenizer has a chat template. It is None if the tokenizer is not
+    available.
     """
     return chat if isinstance(chat, bool) else template
 

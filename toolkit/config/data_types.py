@@ -35,8 +35,8 @@ def kind_of(value: Any) -> str:
 
 
 def misfit(name: str, value: Any, first: Any) -> str:
-    """Return the message for a ``value`` of column ``name`` whose type differs from the type of
-    ``first``, which is an earlier value of the column.
+    """Return the message for a column with values of different types. ``name`` is the name of the
+    column, ``value`` is the wrong value, and ``first`` is an earlier value of the column.
     """
     before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
     held = f"column {name!r} has {kind_of(value)} in this row{before}"

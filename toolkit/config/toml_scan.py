@@ -21,9 +21,9 @@ _WORD = re.compile(r"[^\s,#\]}]+(?: [0-9][^\s,#\]}]*)?")
 
 
 def scan(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
-    """Yield the path, the span of the key and the span of the value for each value and table in a
-    TOML text. A span is a pair of offsets (start, end). Both spans of a table are the span of its
-    header.
+    """For each value and each table in a TOML text, yield its path, the span of its key, and the
+    span of its value. A span is a pair of offsets (start, end). For a table, both spans are the
+    span of its header.
     """
     return _Scan(text).run()
 

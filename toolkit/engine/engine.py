@@ -231,8 +231,9 @@ class Engine:
         the engine is awake.
 
         Raises:
-            RetryError, NodeError, ConfigError: there is not enough memory. If the cause is known,
-                the message names the check of `envcheck check` that detects the cause.
+            NodeError, RetryError or ConfigError: there is not enough memory. A known cause
+                determines the class of the error, and the error names the check of
+                `envcheck check` that detects this cause. Any other cause raises a NodeError.
         """
         if self._sleep is not None:
             self._sleep.wake()

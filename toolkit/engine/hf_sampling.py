@@ -240,9 +240,10 @@ def cut(
     stop: StopAt | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Return the completions, each without the tokens after its end. A completion ends after its
-    first token of ``ends``, after its stop string, or after its maximum number of tokens in
-    ``most``, whichever comes first. vLLM ends completions in the same way at the maximum length.
+    """Return the completions, each without the tokens after its end. A completion ends after the
+    first token that is in ``ends``, after a stop string, or at its maximum length, whichever comes
+    first. ``most`` has the maximum length of each completion, in tokens. vLLM ends completions in
+    the same way at the maximum length.
     """
     rows: list[list[int]] = sampled_BT.tolist()
     if most is not None:

@@ -45,8 +45,8 @@ _made: dict[str, str] = {}
 
 
 def class_of(card: str) -> tuple[str, ...]:
-    """Return the names of the package's tables that suit the device with the name ``card``. The
-    best table is first.
+    """Return the names of the kernel tables in ``tuned/`` that can be used for a GPU. ``card`` is
+    the name of the GPU. The best table is first.
     """
     return next((names for pattern, names in CLASSES if re.search(pattern, card)), ())
 

@@ -155,9 +155,11 @@ def open_mesh(size: int) -> Mesh | None:
 
 
 def settle(size: int, group: Any, host_group: Any) -> Mesh:
-    """Create and open the mesh in which the ``size`` processes of ``group`` share a model. The
-    ranks with the same part of the model, one rank of each replica, become the default group. Every
+    """Create and open the mesh in which the ``size`` processes of ``group`` share a model. Every
     process of the run must call this function.
+
+    torch's default group is replaced. The new default group has one rank of each replica: the ranks
+    that have the same part of the model as this process.
     """
     global _open
     whole, number = distributed.get_world_size(), distributed.get_rank()

@@ -25,10 +25,10 @@ signed 64-bit integer.
 class Sampling:
     """Sampling parameters. Names and defaults are those of TRL's GRPOConfig.
 
-    ``top_k`` 0 means no top-k filter. With ``logprobs`` None, no log-probabilities are returned.
-    With 0, those of the sampled tokens are returned, and with k also those of the k most likely
-    tokens. They are computed from the distribution that tokens are sampled from (after temperature,
-    top-k, top-p, min-p and penalties).
+    ``top_k`` 0 means no top-k filter. If ``logprobs`` is None, no log-probabilities are returned.
+    If it is 0, the log-probabilities of the sampled tokens are returned. If it is k, those of the k
+    most likely tokens are returned too. All of them are computed from the distribution that tokens
+    are sampled from (after temperature, top-k, top-p, min-p and penalties).
 
     ``extra`` has the ``generation_kwargs`` of a run file: other sampling arguments of the engine,
     under the engine's names. The values in ``extra`` take precedence over the fields of this class.

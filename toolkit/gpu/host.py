@@ -160,9 +160,9 @@ def clock() -> Reading[dict[str, Any]]:
 
 
 def _user(environ: Mapping[str, str]) -> Reading[str]:
-    """Return whether the account's name comes from the environment or from the system's list of
-    accounts. The Reading is "failed" if the account has no name, because torch and triton then
-    fail.
+    """Return where the account's name comes from: an environment variable, or the system's list of
+    accounts. If the account has no name, the Reading is "failed", because torch and triton need a
+    name.
     """
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):

@@ -31,9 +31,9 @@ SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push
 def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
     """Set the toolkit's attributes and methods on ``model``, and return ``model``.
 
-    ``CARRIED`` lists the names of the attributes. Their values come from ``carried``. If another
-    model is given as ``like``, the values are copied from ``like``, and ``like`` gets the methods
-    too.
+    ``CARRIED`` lists the names of the attributes. If ``like`` is None, their values come from
+    ``carried``. If ``like`` is another model, the values are copied from ``like``, and ``like``
+    gets the methods too.
 
     The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
     ``policy.fast_generate`` and ``policy.adapter_io``. The other methods are functions of

@@ -95,8 +95,9 @@ def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
-    """Whether ``linear`` has slots. If one slice of a fused layer is in ``modules``, all slices of
-    this layer have slots (vLLM's ``is_in_target_modules``).
+    """Whether the engine has LoRA slots for ``linear``, if it has slots for the layers named in
+    ``modules``. If ``modules`` contains one slice of a fused layer, all slices of this layer have
+    slots (vLLM's ``is_in_target_modules``).
     """
     if linear.copies > 1:
         return "experts" in modules

@@ -35,8 +35,8 @@ class Later(Exception):
 
 
 def later(_value: Any) -> Any:
-    """Raise Later. This is the ``convert`` function of a row if the table's function ``finish``
-    converts the key of the row.
+    """Raise Later. A row has this function as its ``convert`` if its key cannot be converted alone.
+    The function ``finish`` of the table then converts the key.
     """
     raise Later
 

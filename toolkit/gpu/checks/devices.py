@@ -124,8 +124,8 @@ def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return ok("CUDA numbers the cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
     return warn(
-        f"the cards differ and {ORDER} is not set, so CUDA numbers the cards by speed: "
-        f"probably {guess}"
+        f"the cards differ and {ORDER} is not set, so CUDA numbers the cards by speed. "
+        f"The numbers are probably {guess}"
     )
 
 

@@ -72,8 +72,8 @@ def node_device() -> Device | None:
 
 
 def _work(settings: Settings, model: ModelPart) -> Work:
-    """Return the sizes on which the floor of one optimizer step of ``model`` depends. If the
-    toolkit's arm splits the model, these are the sizes for one card.
+    """Return the sizes from which ``floor`` computes the lower bound of the time of one step. If
+    the toolkit splits the model over several cards, the sizes are those of one card.
     """
     return Work(
         parameters=model.parameters // settings.ours_cards,

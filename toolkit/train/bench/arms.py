@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The training data and the reward function of every arm. The function ``rows`` returns the
-    rows of the data set.
+    """The training data and the reward function that all arms (the compared programs) use. The
+    function ``rows`` returns the rows of the data set.
     """
 
     rows: Callable[[Settings], list[dict[str, Any]]]

@@ -48,8 +48,8 @@ def compare(
 
 
 def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]:
-    """Return the stored results of the arms that are not in ``arms``, because these arms do not run
-    now. If the stored results have other settings, delete them.
+    """Return the stored results of the arms that do not run now (``arms`` lists those that run). If
+    the stored results were not measured with ``settings``, delete them and return an empty list.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [path for path in sorted(folder.glob("*.json")) if path.stem in ARMS]

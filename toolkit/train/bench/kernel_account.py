@@ -69,8 +69,8 @@ class Account:
         return max(0.0, self.wall_s - self.busy_s)
 
     def less(self, other: Account, steps: int) -> Account:
-        """Return the difference of the times of this account and of ``other``, as an account of
-        ``steps`` steps.
+        """Subtract the times and calls of ``other`` from those of this account, and return the
+        result as an account of ``steps`` steps. A negative difference becomes 0.
         """
         left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():

@@ -81,7 +81,7 @@ def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -
         raise InputError(
             "the file does not exist",
             where=str(source),
-            fix="set `--gguf` to the path of the GGUF file or of the wheel",
+            fix="set `--gguf` to the path of the GGUF file, or of the wheel that contains it",
         )
     gguf = source
     if zipfile.is_zipfile(source):

@@ -40,8 +40,8 @@ class StopSignals:
     """Records the first signal that was received, and decides when this signal may stop the run.
 
     ``immediate`` is true while there is nothing to save (loading, checks). A signal then stops the
-    run at once. ``abandon`` is False if all ranks must stop at the same step. A step is then never
-    interrupted.
+    run at once. If ``abandon`` is False, no step is interrupted, because all ranks must stop at the
+    same step.
     """
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:

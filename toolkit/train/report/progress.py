@@ -107,8 +107,8 @@ def evaluation_line(row: Mapping[str, Any]) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """``value`` as text in the format ``form``, or a dash of the same width if it is not a
-    number.
+    """Format ``value`` with the format specification ``form``, for example ``8.4f``. If ``value``
+    is not a number, return a dash of the same width.
     """
     width = int(form.split(".")[0] or 1)
     return format(value, form) if isinstance(value, (int, float)) else "-".rjust(width)

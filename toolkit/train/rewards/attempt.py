@@ -169,10 +169,10 @@ async def _awaited(
 
 
 def _from_the_run(error: BaseException) -> BaseException | None:
-    """Return the KeyboardInterrupt or StepAbandoned in ``error``, which come from a signal to the
-    run. None if the reward itself raised ``error``.
+    """Return ``error`` if a signal to the run caused it (KeyboardInterrupt or StepAbandoned).
+    Return None if the reward itself raised ``error``.
 
-    If ``error`` is an exception group, its members are searched.
+    If ``error`` is an exception group, return the first such exception among its members.
     """
     if isinstance(error, _THE_RUNS):
         return error

@@ -123,10 +123,10 @@ def _name(reward: Any) -> str:
 
 
 def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
-    """Whether ``reward`` has a named parameter for every argument that TRL always passes. Also True
-    if Python cannot determine the parameters.
+    """Whether ``reward`` has a named parameter for every argument that TRL always passes. If it has
+    them all, ``reward`` needs ``**kwargs`` only for further columns of the data set.
 
-    Such a function needs ``**kwargs`` only if the data set has further columns.
+    If Python cannot determine the parameters, the result is True.
     """
     try:
         names = set(inspect.signature(reward).parameters)

@@ -86,7 +86,9 @@ def plan(config: RunConfig, asked: bool | None) -> str:
     strategy = config.grpo.get("eval_strategy", "no")
     when = []
     if evaluates(config, asked):
-        when.append("before the first step and after the last, one greedy completion each")
+        when.append(
+            "before the first step and after the last step, with one greedy completion per prompt"
+        )
     if strategy == "steps":
         when.append(f"every {config.grpo.get('eval_steps') or 1} steps")
     elif strategy == "epoch":

@@ -117,13 +117,13 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
         found = worker.load(request)
     except Died as error:
         raise ConfigError(
-            f"{what} cannot be used, because the import of its module failed: it {error}",
+            f"{what} cannot be used, because the import of its module failed: the module {error}",
             where=WHERE,
             fix=FIX,
         ) from error
     if "misbehaved" in found:
         raise ConfigError(
-            f"{what} cannot be used, because the import of its module failed: it "
+            f"{what} cannot be used, because the import of its module failed: the module "
             f"{found['misbehaved'][0]}",
             where=WHERE,
         )
