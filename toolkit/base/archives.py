@@ -184,8 +184,8 @@ def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
 
 @contextmanager
 def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
-    """Inside the ``with`` block, give an iterator over the members in the order of the archive. The
-    caller must read the content of a member before it requests the next member.
+    """A context manager. Its value is an iterator over the members, in the order of the archive.
+    The caller must read the content of a member before it requests the next member.
     """
     file.seek(0)
     if zipfile.is_zipfile(file):

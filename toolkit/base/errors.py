@@ -53,7 +53,7 @@ class ConfigValueError(ConfigError, ValueError):
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """The drop-in API refuses a keyword argument, or a value because of its type."""
+    """The drop-in API refuses a keyword argument, or it refuses a value because of the type."""
 
 
 class UnsupportedError(ConfigError, NotImplementedError):

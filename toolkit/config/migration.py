@@ -181,8 +181,9 @@ value.
 
 
 def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """Return the key and the value that replace the key ``old`` with ``value``. Return (None, None)
-    if the old key can be removed. Return None if the user must decide.
+    """Convert the old key ``old``, which has the value ``value`` in a run file. Return the new key
+    and the new value. Return (None, None) if the old key can be removed. Return None if the user
+    must decide.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:

@@ -313,10 +313,10 @@ _TWINS = (
 
 
 def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
-    """Return why the sampling keyword ``name`` with ``value`` is refused in the
-    ``generation_kwargs`` of a training run with ``engine``; None if it is accepted. ``turns`` says
-    whether a completion can have several turns (tools). If it can, the engine's own length limit
-    (such as ``max_tokens``) is accepted as the limit of one turn.
+    """Check one entry of ``generation_kwargs``: the sampling keyword ``name`` and its ``value``.
+    ``engine`` is the engine of the training run. Return why the entry is refused; None if it is
+    accepted. ``turns`` says whether a completion can have several turns (tools). If it can, the
+    engine's own length limit (such as ``max_tokens``) is accepted as the limit of one turn.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:

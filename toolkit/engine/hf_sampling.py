@@ -117,8 +117,8 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
         self._penalty, self._real_BP = penalty, real_BP
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        """Return the penalized (B, V) scores. The penalty sees the last token of the prompt in
-        place of padding, so padding adds no token to the penalized ones.
+        """Return the penalized (B, V) scores. For the penalty, each padding token is replaced by
+        the last token of the prompt. This token is penalized anyway, so padding has no effect.
         """
         width = self._real_BP.shape[1]
         last_B1 = input_ids[:, width - 1 : width]

@@ -82,8 +82,8 @@ class Shape:
 
     @property
     def tall(self) -> int:
-        """The largest number of rows of a matrix B. vLLM uses it as the hidden size when it looks
-        up an expand kernel.
+        """The number of rows of the largest LoRA matrix B. When vLLM looks up the configuration of
+        an expand kernel, it uses this number as the hidden size.
         """
         return max(self.rows)
 

@@ -18,10 +18,10 @@ class Card:
     """One model of card, or one of its MIG slices.
 
     ``total_bytes`` is the total memory that NVML reports, ``cuda_bytes`` the total memory that CUDA
-    reports. ``source`` names the source of these sizes with one of the words that ``card_table``
-    explains. ``addresses`` and ``slice_addresses`` are the web addresses of the logs with the
-    sizes. ``machine`` is the CPU architecture of machines with this card: ``aarch64`` for cards
-    that exist only in aarch64 machines, else ``x86_64``.
+    reports. ``source`` says where these sizes come from. It is one of the words that ``card_table``
+    explains, such as ``read`` or ``log``. ``addresses`` and ``slice_addresses`` are the web
+    addresses of the logs with the sizes. ``machine`` is the CPU architecture of machines with this
+    card: ``aarch64`` for cards that exist only in aarch64 machines, else ``x86_64``.
     """
 
     name: str

@@ -147,9 +147,10 @@ def remapped_rows(nvml: Any, handle: Any) -> dict[str, int]:
 
 
 def retired_pages(nvml: Any, handle: Any) -> dict[str, int]:
-    """Return {single_bit, double_bit, pending} for cards before Ampere: how many memory pages were
-    retired because of several single-bit errors and because of a double-bit error, and whether a
-    retirement is pending.
+    """Return {single_bit, double_bit, pending}, for cards before Ampere. ``single_bit`` is the
+    number of memory pages that were retired because of several single-bit errors. ``double_bit`` is
+    the number of pages that were retired because of a double-bit error. ``pending`` is 1 if a
+    retirement is pending, else 0.
     """
     return {
         "single_bit": len(nvml.nvmlDeviceGetRetiredPages(handle, 0)),

@@ -71,14 +71,14 @@ class GpuSnapshot:
 
     @property
     def total_bytes(self) -> int | None:
-        """The total memory of the card or slice that NVML reports; None if NVML does not
+        """The total memory of the card or slice, as NVML reports it. None if NVML does not
         report it.
         """
         return None if self.memory.value is None else int(self.memory.value["total"])
 
     @property
     def free_bytes(self) -> int | None:
-        """The free memory of the card or slice that NVML reports; None if NVML does not
+        """The free memory of the card or slice, as NVML reports it. None if NVML does not
         report it.
         """
         return None if self.memory.value is None else int(self.memory.value["free"])

@@ -108,12 +108,13 @@ class PackedLayout:
         return ends.to(self.device)
 
     def _key_index(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the keys of all segments as one index tensor (K,), and two tensors for the
-        backward pass: an order (K,) and counts (N,).
+        """Return an index (K,) of the keys of all segments. Also return two tensors for the
+        backward pass: the order (K,) that sorts the index, and the counts (N,).
 
-        The index has the keys of one segment after another, as positions in the pack. A token of a
-        shared prefix occurs once for each segment with this prefix. The order sorts the index, and
-        the counts say how often each token of the pack occurs in the index.
+        Each entry of the index is the position of a key in the pack. The keys of the first segment
+        come first, then the keys of the second segment, and so on. A token of a shared prefix
+        occurs once for each segment with this prefix. The counts say how often each token of the
+        pack occurs in the index.
         """
         parts = [
             torch.arange(begin, begin + size)

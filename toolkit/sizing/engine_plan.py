@@ -1,5 +1,5 @@
-"""Choose the settings of the engine. Each "auto" gets a value that the sizer then tries: the memory
-of the engine is computed from these settings.
+"""Choose the settings of the engine. Each setting that is "auto" gets a value. From these settings,
+the sizer then computes the memory of the engine.
 """
 
 from __future__ import annotations

@@ -110,9 +110,8 @@ def _slot_elements(linear: Linear, rank: int) -> int:
 
 
 def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset[str]:
-    """Return those of gate_proj, up_proj and down_proj that ``targets`` contains and that PEFT
-    adapts in the experts of this model. PEFT adapts them as one tensor with the weights of all
-    experts.
+    """Return which of gate_proj, up_proj and down_proj PEFT adapts in the experts of this model, if
+    the adapter has these ``targets``. PEFT adapts the weights of all experts as one tensor.
     """
     return names.expert_targets(spec.family, targets)
 

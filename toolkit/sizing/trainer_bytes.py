@@ -75,7 +75,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         Term(
             "trainer.head",
             max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head for {one.scored_tokens:,} tokens, as far as it exceeds a layer's "
+            f"fused head for {one.scored_tokens:,} tokens: only the bytes beyond a layer's "
             "temporary tensors",
             "training",
         ),

@@ -80,7 +80,9 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return self._dropouts
 
     def new_model(self) -> None:
-        """Make the lists of parameters and dropout layers again when they are next needed."""
+        """Discard the stored lists of parameters and dropout layers. Each list is made again when
+        it is next needed.
+        """
         self._parameters = self._dropouts = None
 
     @property

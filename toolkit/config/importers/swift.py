@@ -1,5 +1,5 @@
-"""The table of ms-swift's keys and of the run file keys that replace them. The formats are the
-command line ``swift rlhf --rlhf_type grpo``, a YAML file and args.json.
+"""The table of ms-swift's keys and of the run file keys that replace them. The keys occur on the
+command line of ``swift rlhf --rlhf_type grpo``, in a YAML file, or in args.json.
 """
 
 from __future__ import annotations

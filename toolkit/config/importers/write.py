@@ -113,9 +113,9 @@ def _one_line(text: str) -> str:
 
 
 def _fine(row: Row) -> str:
-    """Return the special values with which a refused key is accepted, as text. Values that mean
-    "off" for every key, such as False, are not included. The text is empty for a key that is not
-    refused.
+    """Return, as text, the values that turn off the unsupported feature of a refused key. With such
+    a value the key is not refused. The text omits values that mean "off" for every key, such as
+    False. If the key of ``row`` is not a refused key, the text is empty.
     """
     usual = Row._field_defaults["off"]
     return ", ".join(str(one) for one in row.off if one not in usual) if row.refused else ""

@@ -181,7 +181,7 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
         if run.value(other) != wanted:
             yield RuleViolation(
                 key,
-                "has no effect without 4-bit weights and an engine on one GPU",
+                "has no effect: it needs 4-bit weights and an engine on one GPU",
                 notes=(run.operand(other),),
                 fixes=(run.to(key, "auto"),),
                 related=(other,),

@@ -220,11 +220,11 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
     """Return the cards and slices that the job would use. With ``context.node``, return every card
     of the node.
 
-    Usually these are the devices that CUDA sees. There is an exception if neither
-    CUDA_VISIBLE_DEVICES nor --gpu-index selects cards, and no card has MIG slices. Then the result
-    is every card, including cards that no longer respond. CUDA skips a card that does not respond
-    and renumbers the other cards. Without the exception, no check would report the lost card, and
-    the job would get another card than expected.
+    Usually these are the devices that CUDA sees. But if neither CUDA_VISIBLE_DEVICES nor
+    --gpu-index selects cards, and no card has MIG slices, the result is every card of the node.
+    This includes cards that no longer respond. CUDA skips a card that does not respond and
+    renumbers the other cards. If the result had only the cards that CUDA sees, no check would
+    report the lost card, and the job would get another card than expected.
     """
     chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):

@@ -266,7 +266,7 @@ CHECKS = (
     ),
     Check(
         "driver.compat",
-        "The cards support forward compatibility, if it is used",
+        "If CUDA forward compatibility is used, the cards support it",
         "With the cuda-compat package, newer CUDA runs on older drivers, but only on data-centre "
         "cards. On other cards CUDA fails to start with error 804.",
         "remove the compat folder from `LD_LIBRARY_PATH`",

@@ -42,7 +42,7 @@ class Branch:
 
     def holds(self, name: str, step: int) -> bool:
         """Return True if the checkpoint that branch ``name`` wrote at ``step`` belongs to this
-        branch.
+        branch. ``name`` may be this branch or one of the earlier branches that it continues.
         """
         return name == self.name or any(name == n and step <= last for n, last in self.parents)
 

@@ -157,9 +157,11 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
 
 
 def _log(run_dir: Path, found: Path, name: str) -> _Log:
-    """Return the log ``name`` as the checkpoint ``found`` recorded it. Its ``source`` is the log in
-    the run folder if this file begins with the recorded bytes. Otherwise it is the log next to
-    ``found`` (in an ``abandoned-<n>`` folder, or in another run folder) if that file does.
+    """Return the log ``name`` as the checkpoint ``found`` recorded it.
+
+    Two files can be the ``source`` of the result: first the log in the run folder, then the log
+    next to ``found`` (in an ``abandoned-<n>`` folder, or in another run folder). The first of them
+    that begins with the recorded bytes is chosen. If neither does, ``source`` is None.
     """
     positions, digests = checkpoint.read_logs(found)
     keep = positions.get(name, 0)

@@ -163,8 +163,8 @@ class StopSignals:
 
 
 def end_listeners(handlers: Iterable[Any]) -> None:
-    """Call ``end`` of each ``StopSignals`` object that has a method among the signal ``handlers``.
-    These objects then know that the process has begun to end.
+    """Tell ``StopSignals`` objects that the process has begun to end. If one of the signal
+    ``handlers`` is a method of a ``StopSignals`` object, ``end`` of this object is called.
     """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)

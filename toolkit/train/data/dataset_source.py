@@ -153,8 +153,8 @@ def _read_hub(
 
 
 def _table(dataset: Any, limit: int | None) -> pa.Table:
-    """Return a copy of the first ``limit`` rows in memory. ``datasets`` would only map the data
-    files, and these files may change during the run.
+    """Return the first ``limit`` rows as a copy in memory. Without a copy, ``datasets`` would
+    memory-map the data files, and these files may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return in_memory(dataset.with_format("arrow")[:count])

@@ -44,8 +44,8 @@ class CompletionIndex:
 
     @property
     def generation(self) -> int:
-        """The number of the current generation in training. During an evaluation, the optimizer
-        step at which the evaluation runs.
+        """In training, this is the number of the current generation. In an evaluation, this is the
+        optimizer step at which the evaluation runs.
         """
         return self._now()[1]
 
