@@ -52,9 +52,9 @@ def class_of(card: str) -> tuple[str, ...]:
 
 
 def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
-    """Return the path of the table for the device with the name ``card``. This is the path in the
-    environment variable TOOLKIT_LORA_TABLE. If the variable is not set, it is the path of a table
-    of the package. Returns None if there is no table, or the variable is ``off``.
+    """Return the path of the table for the device with the name ``card``. If the environment
+    variable TOOLKIT_LORA_TABLE is set, its value is the path. Otherwise this is the path of a table
+    that this package contains. Returns None if there is no table, or the variable is ``off``.
     """
     written = os.environ.get(TABLE_VARIABLE)
     if written:

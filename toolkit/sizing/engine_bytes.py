@@ -125,8 +125,9 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
 
 
 def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
-    """The bytes of the largest weight in 16 bits; 0 without bitsandbytes weights. For a batch of
-    more than a few tokens, bitsandbytes unpacks one fused weight at a time.
+    """The bytes that bitsandbytes needs for unpacked weights; 0 without bitsandbytes weights. For a
+    batch of more than a few tokens, bitsandbytes unpacks one fused weight at a time to 16 bits. So
+    the result is the size of the largest weight in 16 bits.
     """
     if quantization is None or quantization.method != "bnb-nf4":
         return 0

@@ -83,11 +83,12 @@ def remedies_for(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
     """Return the changes of ``config`` that free memory. First come the changes that make the run
-    fit, then those that are not enough. In both parts, the changes are sorted by harm, and changes
-    with equal harm by the bytes that they free.
+    fit, then those that are not enough. In both parts, the changes are sorted by harm. Changes with
+    equal harm are sorted by the bytes that they free.
 
-    ``short`` is the number of missing bytes. ``attempt`` is a function that returns the best
-    candidate of a changed run.
+    ``candidate`` has the engine plan and the step plan that the sizer chose for ``config``.
+    ``short`` is the number of missing bytes. ``attempt`` is a function that chooses the best
+    candidate for a changed run.
     """
     found = []
     for change in _changes(candidate):

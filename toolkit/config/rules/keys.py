@@ -198,7 +198,7 @@ def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield the keys of trackers that are not in report_to, each with the reason."""
+    """Yield the keys that no tracker in report_to reads, each with the reason."""
     asked = run.ask("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
     why = f"no tracker in report_to reads this key: {run.operand('grpo.report_to')}"

@@ -43,7 +43,8 @@ class CheckContext:
     - ``lock``: maps a package to its version in the lock file.
     - ``sizer_model_types``: the values of ``model_type`` for which the sizer is exact.
     - ``absent_packages``: the packages that are not installed, but that the run's environment,
-      trackers and optimizer need. Each text also contains the command that installs the package.
+      trackers and optimizer need. Each entry is a text with the name of the package and the
+      command that installs the package.
     """
 
     configured: bool = False
