@@ -128,7 +128,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_message(run_file, tmp_path, vic
     told = ranks.told(run_dir)
     assert told.count("\nerror:") == 1, told
     assert f"process {victim} of this run has ended unexpectedly" in told
-    assert "resumes from the last checkpoint" in told
+    assert "to resume from the last checkpoint" in told
     assert "Traceback" not in told
 
 

@@ -107,7 +107,7 @@ def test_a_run_file_that_changed_is_refused_by_name(trained):
     done = again(run_file.parent, "--set", "grpo.learning_rate=0.02")
     assert done.returncode == 1
     assert "grpo.learning_rate (0.01 -> 0.02)" in done.stderr
-    assert "runtime.allow_changed: [grpo.learning_rate]" in done.stderr
+    assert "set runtime.allow_changed to [grpo.learning_rate]" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -220,7 +220,7 @@ def test_auto_without_a_sizer_says_what_it_leaves_out(
     whole = sum(copy_bytes(layer.weight) for layer in packed_layers(engine.module))
     assert chosen == (0 if said else whole)
     assert len(told) == (1 if said else 0)
-    assert all(said in text and "leave only 0 B for them" in text for text in told if said)
+    assert all(said in text and "leave only 0 B for the copies" in text for text in told if said)
 
 
 def test_copies_that_are_asked_for_and_do_not_fit_are_refused(

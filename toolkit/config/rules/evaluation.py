@@ -101,7 +101,7 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
     if run.value(_STRATEGY) == "no":
         yield RuleViolation(
             _SAVE,
-            "the strategy best never saves a checkpoint in a run without evaluations",
+            "best saves a checkpoint only after an evaluation, and this run has no evaluations",
             notes=(run.operand(_STRATEGY),),
             fixes=(run.to(_SAVE, "steps"),),
             related=(_STRATEGY,),

@@ -104,9 +104,9 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
     severity=Severity.WARNING,
 )
 def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
-    """Every key that is set has an effect.
+    """Every key that is set must have an effect.
 
-    LoRA keys have no effect with full_finetuning. Keys of the vLLM engine have no effect with
+    For example, LoRA keys have no effect with full_finetuning. Keys of the vLLM engine have no effect with
     engine: transformers. Some other keys have an effect only if a second key is on. A key without
     effect misleads the reader of the run file.
     """

@@ -174,8 +174,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         raise NotImplementedError
 
     def _padded_pass(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run TRL's padded pass with the distribution that the completions were sampled from. It
-        computes the log-probabilities of policy, old policy and reference.
+        """Compute log-probabilities with TRL's padded pass: those of the policy, the old policy or
+        the reference. They are taken under the distribution that the completions were sampled from.
         """
         with scoring(self, model):
             return self._trl_pass(model, *args, **kwargs)
