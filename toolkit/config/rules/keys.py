@@ -106,9 +106,9 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
 def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     """Every key that is set must have an effect.
 
-    For example, LoRA keys have no effect with full_finetuning. Keys of the vLLM engine have no effect with
-    engine: transformers. Some other keys have an effect only if a second key is on. A key without
-    effect misleads the reader of the run file.
+    For example, LoRA keys have no effect with full_finetuning. Keys of the vLLM engine have no
+    effect with engine: transformers. Some other keys have an effect only if a second key is on. A
+    key without effect misleads the reader of the run file.
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
