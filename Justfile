@@ -33,7 +33,11 @@ demo *ARGS: setup
 
 # Run the tests that a change must pass (under ten minutes on two cores).
 test *ARGS: setup
-    OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not image" {{ARGS}}
+    OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not thorough and not image" {{ARGS}}
+
+# Run the whole runs that `just test` leaves out: signals, broken inputs, several processes, the demo (five minutes on two cores).
+test-thorough *ARGS: setup
+    OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m "thorough and not slow" {{ARGS}}
 
 # Print the lines and branches that tests reach, for a path (`just coverage tests/unit/gpu`) or for all of `just test`. Takes twice the time of the tests.
 coverage *ARGS: setup
@@ -121,4 +125,4 @@ docs-pictures: setup
     {{python}} docs/pictures.py
 
 # Run everything that `.ci/run` runs (ten minutes of tests, a quarter of an hour of images).
-ci: lint docs-build test image-test
+ci: lint docs-build test test-thorough image-test

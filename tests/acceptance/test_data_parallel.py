@@ -17,6 +17,8 @@ import train_world as world
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.launch import free_port
 
+pytestmark = pytest.mark.thorough
+
 SLOW = ('reward.functions=[{name: "slow_rewards:ones"}]', "runtime.allow_code=[slow_rewards]")
 HALF = ("grpo.per_device_train_batch_size=4",)
 

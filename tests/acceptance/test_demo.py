@@ -11,6 +11,8 @@ import train_world as world
 
 from toolkit.engine.rollout_engine import vllm_available
 
+pytestmark = pytest.mark.thorough
+
 LAST = re.compile(r"exact match (\d\.\d\d) -> (\d\.\d\d) on 500 held-out problems, (\d+) s")
 
 

@@ -41,7 +41,7 @@ class Undisturbed:
     scope="module",
     params=[
         "transformers",
-        pytest.param("vllm", marks=pytest.mark.engine),
+        pytest.param("vllm", marks=(pytest.mark.engine, pytest.mark.thorough)),
         # Several packs an optimizer step: their split follows from the lengths alone.
         pytest.param("transformers, pack_tokens: 24", marks=pytest.mark.slow),
     ],

@@ -14,6 +14,8 @@ import train_world as world
 
 from toolkit.train.checkpointing import checkpoint
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):

@@ -15,6 +15,8 @@ from train_world import hears_a_hang_up  # noqa: F401 - a fixture
 
 from toolkit.train.checkpointing import branch, checkpoint
 
+pytestmark = pytest.mark.thorough
+
 SLOW = """\
 import time
 

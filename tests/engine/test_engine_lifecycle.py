@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from toolkit.engine.engine import Engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
 
 def test_no_weight_stays_mapped_from_the_file(

@@ -30,7 +30,11 @@ CASES = [
         engine,
         id=f"{family}-{'tied' if tied else 'untied'}-{engine}",
         # One case is enough for each change: a tied model on vLLM.
-        marks=[] if (family, tied, engine) == ("qwen3", True, "vllm") else pytest.mark.slow,
+        marks=(
+            pytest.mark.thorough
+            if (family, tied, engine) == ("qwen3", True, "vllm")
+            else pytest.mark.slow
+        ),
     )
     for family in engine_checkpoints.FAMILIES
     for tied in (True, False)

@@ -235,6 +235,28 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
 
 
 @rule(
+    "GRPO006",
+    "grpo.auto_find_batch_size",
+    example="grpo:\n  auto_find_batch_size: true",
+    fix="auto_find_batch_size: false",
+)
+def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
+    """auto_find_batch_size is refused.
+
+    transformers would halve the batch after an out-of-memory error. The batch would then no longer
+    contain all num_generations completions of each prompt. `envcheck size` finds a batch that fits
+    before the run starts.
+    """
+    if run.value("grpo.auto_find_batch_size"):
+        yield RuleViolation(
+            "grpo.auto_find_batch_size",
+            "transformers would halve the batch after an out-of-memory error, so that it no longer "
+            "contains all completions of each prompt",
+            fixes=(run.to("grpo.auto_find_batch_size", False),),
+        )
+
+
+@rule(
     "GRPO007",
     "grpo.parallelism_config",
     example="grpo:\n  parallelism_config: {cp_size: 2}",

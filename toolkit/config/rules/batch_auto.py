@@ -24,28 +24,6 @@ USUAL, USUAL_MICRO = 64, 8  # usual completions per optimizer step, and per micr
 
 
 @rule(
-    "GRPO006",
-    "grpo.auto_find_batch_size",
-    example="grpo:\n  auto_find_batch_size: true",
-    fix="auto_find_batch_size: false",
-)
-def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
-    """auto_find_batch_size is refused.
-
-    transformers would halve the batch after an out-of-memory error. The batch would then no longer
-    contain all num_generations completions of each prompt. `envcheck size` finds a batch that fits
-    before the run starts.
-    """
-    if run.value("grpo.auto_find_batch_size"):
-        yield RuleViolation(
-            "grpo.auto_find_batch_size",
-            "transformers would halve the batch after an out-of-memory error, so that it no longer "
-            "contains all completions of each prompt",
-            fixes=(run.to("grpo.auto_find_batch_size", False),),
-        )
-
-
-@rule(
     "GRPO028",
     f"{MICRO} {ACCUMULATION} {SIZE} {STEPS}",
     example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
