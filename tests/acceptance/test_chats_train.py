@@ -12,6 +12,8 @@ from spoiled_world import FIXTURES, Ended, make_world, serve
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.thorough
+
 SCORE = """\
 def score(completions, **kwargs):
     return [float(len(set(one[0]["content"]))) for one in completions]

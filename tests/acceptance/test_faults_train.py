@@ -19,6 +19,8 @@ from toolkit.train.checkpointing.trainer_state import ADAPTER
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.thorough
+
 SCORE = """
 import time
 import torch

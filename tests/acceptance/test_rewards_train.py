@@ -7,6 +7,8 @@ import json
 import pytest
 from spoiled_world import Ended, make_model, make_world, serve
 
+pytestmark = pytest.mark.thorough
+
 MISBEHAVES = """\
 import asyncio, re, time
 

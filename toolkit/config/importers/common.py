@@ -9,7 +9,7 @@ from toolkit.config.importers.mapping import Unfit
 if TYPE_CHECKING:
     from toolkit.config.importers.mapping import Translation
 
-NO_ADAPTER = "a run of this toolkit trains a LoRA adapter (section lora), not all weights"
+NO_ADAPTER = "a run trains a LoRA adapter (section lora) unless model.full_finetuning is true"
 
 
 def dtype(value: Any) -> str | None:
