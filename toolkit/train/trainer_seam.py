@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
+
+from toolkit.policy.lora import is_peft
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def unwrapped(trainer: TrainerSeam, model: Any) -> Any:
     accelerate's ``unwrap_model`` looks at every module of the model, which takes milliseconds. So
     it is called only if there may be a wrapper.
     """
-    if isinstance(model, PreTrainedModel | PeftModel):
+    if isinstance(model, PreTrainedModel) or is_peft(model):
         return model
     return trainer.accelerator.unwrap_model(model)
 
