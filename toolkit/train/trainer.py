@@ -321,10 +321,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         of the complete adapter's gradient, and not the norm of the part in this process.
         """
         if mesh() is None:
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             # Parameters without a gradient do not change the norm, but a model has many.
             trained = SimpleNamespace(parameters=self.trained_parameters)
-            return super()._clip_grad_norm(model if sharded else trained)
+            return super()._clip_grad_norm(model if self._sharded() else trained)
         return clip_whole(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
