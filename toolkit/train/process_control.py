@@ -164,15 +164,20 @@ class Peers:
         """Agree with the other processes on the process that reports the failure. Return the error
         if this process must report it. Return None if another process reports the failure.
         """
+        own_reason = not isinstance(error, StoppedError) and not is_gone(error)
+        # A process with a reason of its own claims the report before it answers. Otherwise, a
+        # process that only lost its peer could see all answers and claim the report first.
+        claimed = own_reason and self._claim_report()
         self._say("answer")
-        if isinstance(error, StoppedError) or is_gone(error):
+        if not own_reason:
             self._wait(lambda: not self._missing("answer") or self.heard is not None)
             missing = self._missing("answer")
             if not isinstance(error, StoppedError):
                 error = gone(missing, error)
             elif missing:
                 error.message += f"; {_named(missing)} did not answer"
-        if self.heard is None and self.store.add("told", 1) == 1:
+            claimed = self.heard is None and self._claim_report()
+        if claimed:
             self._over.set()
             code = error.exit_code if isinstance(error, ToolkitError) else 70
             self.store.set("failed", json.dumps(code))
@@ -180,6 +185,10 @@ class Peers:
             return error
         self._wait(lambda: self.heard is not None)
         return None
+
+    def _claim_report(self) -> bool:
+        """True if this process is the first that claims to report the failure."""
+        return bool(self.store.add("told", 1) == 1)
 
     def _say(self, name: str, value: Any = None) -> None:
         self.store.set(f"{name}-{self.number}", json.dumps(value))

@@ -25,7 +25,7 @@ LOST = RuntimeError(
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_control, "ANSWER_S", 0.3)
+    monkeypatch.setattr(process_control, "ANSWER_S", 1.0)
     monkeypatch.setattr(process_control, "LISTEN_S", 0.02)
 
 
@@ -75,6 +75,30 @@ def test_one_tells_and_all_end_with_its_code() -> None:
     )
     assert isinstance(ended[1], ConfigError)
     assert [end.code for end in (ended[0], ended[2])] == [1, 1]
+
+
+def test_a_lost_partner_does_not_take_the_report_from_the_process_with_the_reason() -> None:
+    class SlowToClaim:
+        """The store as a process sees it that is not scheduled just before it claims the report."""
+
+        def __init__(self, store: Any) -> None:
+            self._store = store
+
+        def add(self, key: str, amount: int) -> int:
+            if key == "told":
+                time.sleep(0.15)
+            return int(self._store.add(key, amount))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._store, name)
+
+    def with_a_reason(peers: Peers) -> BaseException:
+        peers.store = SlowToClaim(peers.store)
+        return peers.ending(ConfigError("bad reward"))
+
+    ended = together(lambda p: p.ending(LOST), with_a_reason)
+    assert isinstance(ended[1], ConfigError)
+    assert ended[0].code == 1
 
 
 def test_the_same_error_everywhere_is_told_once() -> None:
