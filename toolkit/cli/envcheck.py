@@ -37,6 +37,7 @@ COMMANDS = {
     "envcheck",
     cls=LazyGroup,
     commands_at=COMMANDS,
+    other_program=("toolkit", "toolkit.cli.train:COMMANDS"),
     context_settings=HELP,
 )
 @click.version_option(__version__, prog_name="envcheck")

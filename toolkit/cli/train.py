@@ -33,6 +33,7 @@ COMMANDS = {
     "toolkit",
     cls=StoppableGroup,
     commands_at=COMMANDS,
+    other_program=("envcheck", "toolkit.cli.envcheck:COMMANDS"),
     context_settings=HELP,
 )
 @click.version_option(__version__, prog_name="toolkit")

@@ -85,6 +85,22 @@ def test_the_config_of_a_run_can_resume_it(tmp_path):
     in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source))
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "llama"}', "[]", "{", ""])
+def test_the_config_of_a_model_or_another_program_is_not_replaced(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="no run wrote this file") as refused:
+        in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m")))
+    assert refused.value.where == str(path)
+    assert path.read_text() == text
+
+
+def test_the_config_of_a_run_that_ended_before_its_first_step_is_replaced(tmp_path):
+    config = RunConfig(model=ModelSection(model_name="m"))
+    run_directory.write_config(tmp_path, config)
+    in_the_way.refuse(tmp_path, config)
+
+
 def test_what_a_run_left_is_not_in_the_way(tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):

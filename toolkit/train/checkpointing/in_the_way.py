@@ -11,8 +11,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.base.errors import ConfigError
-from toolkit.base.files import kind_fault
+from toolkit.base.errors import ConfigError, InputError
+from toolkit.base.files import kind_fault, read_object
 from toolkit.train.checkpointing.branch import RECORD
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
@@ -48,7 +48,7 @@ def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
     """Reject a run folder if the run of ``config`` could not write one of its files there. For
     example, a pipe or a folder may have the name of that file. The folders of the run's trackers
     are checked too. The run folder is also rejected if the run would replace a file or a folder
-    that it reads.
+    that it reads, or a config.json that no run wrote (for example that of a model).
 
     Raises:
         ConfigError: the message names the first path with such a problem.
@@ -66,6 +66,8 @@ def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
         _replaceable(run_dir / name)
     if config is not None:
         _refuse_inputs(run_dir.resolve(), config)
+    if not (run_dir / RECORD).exists():
+        _refuse_other_config(run_dir / "config.json")
 
 
 def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
@@ -90,6 +92,25 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
                 where=str(path),
                 fix="set another folder with --output-dir",
             )
+
+
+def _refuse_other_config(path: Path) -> None:
+    """Raise ConfigError if the file ``path`` exists, but is not the config.json of a run. If it is
+    a link, the run replaces only the link.
+    """
+    mode = _mode(path)
+    if mode is None or stat.S_ISLNK(mode):
+        return
+    try:
+        sections = read_object(path).keys()
+    except InputError:
+        sections = {}.keys()
+    if not sections >= {"model", "grpo"}:
+        raise ConfigError(
+            "no run wrote this file, but the run would replace it",
+            where=str(path),
+            fix="set another folder with --output-dir, or rename the file",
+        )
 
 
 def _folder(path: Path) -> None:
