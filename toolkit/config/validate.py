@@ -12,7 +12,7 @@ from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.build import build_config
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
-from toolkit.config.rules import Run, Situation, judging_rules
+from toolkit.config.rules import Run, Situation, rules_with_checks
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import MAX_FINDINGS
 from toolkit.config.structure import check_structure
@@ -59,7 +59,7 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     elif document.readable and document.whole:
         outcome = check_structure(document.root, find_schema("run"), _key_advice)
         run = Run(document, outcome.bad, situation or Situation())
-        told = [found for rule in judging_rules() for found in rule.judge(run)]
+        told = [found for rule in rules_with_checks() for found in rule.findings(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
         findings += [
             found

@@ -17,7 +17,7 @@ from toolkit.config.finding_output import shown_line
 from toolkit.config.layers import assemble
 from toolkit.config.libraries import installed, known
 from toolkit.config.rules import Situation, all_rules
-from toolkit.config.rules.batch import divisors_from, multiple_from, nearest_divisor
+from toolkit.config.rules.batch import divisors_at_least, multiple_at_least, nearest_divisor
 from toolkit.config.source import Position, Source, dotted
 from toolkit.config.validate import validate
 
@@ -180,12 +180,12 @@ def test_recorded_values_stand_in_for_a_library_that_is_not_there(
 
 
 def test_batch_arithmetic() -> None:
-    assert divisors_from(12, 2) == [2, 3, 4, 6, 12]
+    assert divisors_at_least(12, 2) == [2, 3, 4, 6, 12]
     assert nearest_divisor(12, 5) == 4
     assert nearest_divisor(4, 8) == 2
     assert nearest_divisor(7, 3) == 7
     assert nearest_divisor(1, 8) is None
-    assert (multiple_from(4, 9), multiple_from(4, 8)) == (12, 8)
+    assert (multiple_at_least(4, 9), multiple_at_least(4, 8)) == (12, 8)
 
 
 def test_many_findings_are_counted_and_not_all_told() -> None:

@@ -10,7 +10,7 @@ import torch
 from trainer_helpers import ROWS, make_trainer
 
 from toolkit.base.errors import ConfigError
-from toolkit.config.rules.evaluation import METRICS, SOMETIMES
+from toolkit.config.rules.evaluation import CONDITIONAL_METRICS, METRICS
 from toolkit.train.step import step_errors
 from toolkit.train.upstream_errors import OURS
 
@@ -88,4 +88,4 @@ def test_the_metrics_that_rules_know_are_those_of_an_evaluation(tmp_path, engine
         "rewards/ones/std",
     }
     assert set(METRICS) <= there
-    assert there <= {*METRICS, *SOMETIMES}
+    assert there <= {*METRICS, *CONDITIONAL_METRICS}

@@ -8,9 +8,9 @@ from importlib import import_module
 from toolkit.config.rules.run import DeviceFacts, Run, Situation
 from toolkit.config.rules.violation import RULES, Rule
 
-__all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "judging_rules"]
+__all__ = ["RULES", "DeviceFacts", "Rule", "Run", "Situation", "all_rules", "rules_with_checks"]
 
-_THEMES = (
+_TOPICS = (
     "batch", "batch_auto", "rows", "sampling", "generation_kwargs", "training", "schedule",
     "scheduler", "optimizer", "packages", "evaluation", "trainer", "lengths", "lora", "lora_engine",
     "lora_layers", "lora_start", "experts", "loading", "tensor_parallel", "kv_cache", "features",
@@ -22,13 +22,13 @@ _THEMES = (
 @cache
 def all_rules() -> dict[str, Rule]:
     """Return all rules as a mapping from id to rule, ordered by topic."""
-    for theme in _THEMES:
-        import_module(f"toolkit.config.rules.{theme}")
+    for topic in _TOPICS:
+        import_module(f"toolkit.config.rules.{topic}")
     return RULES
 
 
 @cache
-def judging_rules() -> tuple[Rule, ...]:
+def rules_with_checks() -> tuple[Rule, ...]:
     """Return the rules that have a function to check a run. The other rules are only texts about
     faults that are found while the run file is read.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
-from toolkit.config.rules.run import Unjudged
+from toolkit.config.rules.run import SkipRule
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -16,31 +16,32 @@ if TYPE_CHECKING:
     from toolkit.config.finding import Fix
     from toolkit.config.rules.run import Run
 
-MICRO = "grpo.per_device_train_batch_size"
-ACCUMULATION = "grpo.gradient_accumulation_steps"
-STEPS = "grpo.steps_per_generation"
-SIZE = "grpo.generation_batch_size"
-GROUP = "grpo.num_generations"
+MICRO_BATCH_SIZE = "grpo.per_device_train_batch_size"
+ACCUMULATION_STEPS = "grpo.gradient_accumulation_steps"
+STEPS_PER_GENERATION = "grpo.steps_per_generation"
+GENERATION_BATCH_SIZE = "grpo.generation_batch_size"
+GROUP_SIZE = "grpo.num_generations"
 
 
-def micro_batch(run: Run) -> int:
-    """per_device_train_batch_size as a number. Raises Unjudged if the value is auto."""
-    micro = run.value(MICRO)
-    if not isinstance(micro, int) or run.value(ACCUMULATION) == "auto":
-        raise Unjudged  # GRPO028 reports what auto requires
+def micro_batch_size(run: Run) -> int:
+    """per_device_train_batch_size as a number. Raises SkipRule if the value is auto."""
+    micro = run.value(MICRO_BATCH_SIZE)
+    if not isinstance(micro, int) or run.value(ACCUMULATION_STEPS) == "auto":
+        raise SkipRule  # GRPO028 reports what auto requires
     return micro
 
 
-def world(run: Run) -> str:
+def describe_replicas(run: Run) -> str:
     """A text for a finding: the number of processes that train on different rows
-    (``Run.world_size``).
+    (``Run.replicas``).
     """
-    return f"world size {run.world_size}" + (" (default)" if run.world_size == 1 else "")
+    return f"world size {run.replicas}" + (" (default)" if run.replicas == 1 else "")
 
 
 @rule(
     "GRPO001",
-    f"{GROUP} {MICRO} {ACCUMULATION} {STEPS} {SIZE}",
+    f"{GROUP_SIZE} {MICRO_BATCH_SIZE} {ACCUMULATION_STEPS} {STEPS_PER_GENERATION} "
+    f"{GENERATION_BATCH_SIZE}",
     example="""
 grpo:
   num_generations: 8
@@ -58,28 +59,30 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
     gradient_accumulation_steps instead. Advantages compare the num_generations completions of one
     prompt, so the batch must contain all completions of each of its prompts.
     """
-    group = run.value(GROUP)
-    if group < 2 or (run.value(SIZE) is not None and run.value(STEPS) is not None):
+    group = run.value(GROUP_SIZE)
+    if group < 2 or (
+        run.value(GENERATION_BATCH_SIZE) is not None and run.value(STEPS_PER_GENERATION) is not None
+    ):
         return  # GRPO002 or GRPO003 reports this fault
     batch, formula, factor = generation_batch(run)
     if batch % group == 0:
         return
     fixes: list[Fix] = []
-    if factor in (ACCUMULATION, STEPS):
-        per_step = micro_batch(run) * run.world_size
+    if factor in (ACCUMULATION_STEPS, STEPS_PER_GENERATION):
+        per_step = micro_batch_size(run) * run.replicas
         step = group // gcd(group, per_step)
-        fixes.append(run.to(factor, multiple_from(step, run.value(factor) or 1)))
+        fixes.append(run.set_fix(factor, multiple_at_least(step, run.value(factor) or 1)))
     else:
-        fixes.append(run.to(SIZE, multiple_from(group, batch)))
+        fixes.append(run.set_fix(GENERATION_BATCH_SIZE, multiple_at_least(group, batch)))
     smaller = nearest_divisor(batch, group)
     if smaller is not None:
-        fixes.append(run.to(GROUP, smaller))
-    if factor != SIZE and not any(fix.edits for fix in fixes):
-        step = group // gcd(group, batch // micro_batch(run))
-        fixes.append(run.to(MICRO, multiple_from(step, micro_batch(run))))
-    related = tuple(path for path in (factor, MICRO) if path != GROUP)
+        fixes.append(run.set_fix(GROUP_SIZE, smaller))
+    if factor != GENERATION_BATCH_SIZE and not any(fix.edits for fix in fixes):
+        step = group // gcd(group, batch // micro_batch_size(run))
+        fixes.append(run.set_fix(MICRO_BATCH_SIZE, multiple_at_least(step, micro_batch_size(run))))
+    related = tuple(path for path in (factor, MICRO_BATCH_SIZE) if path != GROUP_SIZE)
     yield RuleViolation(
-        GROUP,
+        GROUP_SIZE,
         f"{group} completions per prompt do not divide the generation batch of {batch} completions",
         notes=(f"batch = {formula}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
@@ -91,17 +94,21 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
     """Return three values: the number of completions in one generation batch, a text with the
     formula of this number, and the key whose value a fix changes.
     """
-    size = run.value(SIZE)
+    size = run.value(GENERATION_BATCH_SIZE)
     if size is not None:
-        return size, run.operand(SIZE), SIZE
-    steps = ACCUMULATION if run.value(STEPS) is None else STEPS
-    batch = micro_batch(run) * run.world_size * run.value(steps)
-    return batch, f"{run.operand(MICRO)} x {run.operand(steps)} x {world(run)}", steps
+        return size, run.describe(GENERATION_BATCH_SIZE), GENERATION_BATCH_SIZE
+    steps = ACCUMULATION_STEPS if run.value(STEPS_PER_GENERATION) is None else STEPS_PER_GENERATION
+    batch = micro_batch_size(run) * run.replicas * run.value(steps)
+    return (
+        batch,
+        f"{run.describe(MICRO_BATCH_SIZE)} x {run.describe(steps)} x {describe_replicas(run)}",
+        steps,
+    )
 
 
 @rule(
     "GRPO002",
-    GROUP,
+    GROUP_SIZE,
     example="grpo:\n  num_generations: 1\n  per_device_train_batch_size: 8",
     fix="num_generations: 8",
 )
@@ -112,23 +119,23 @@ def at_least_two(run: Run) -> Iterator[RuleViolation]:
     all completions of one prompt. In a group of one completion the advantage is always 0, so the
     model learns nothing.
     """
-    node = run.node(GROUP)
+    node = run.node(GROUP_SIZE)
     if node is None or type(node.value) is not int or node.value >= 2:
         return
     try:
         batch = generation_batch(run)[0]
-    except (TypeError, Unjudged):
+    except (TypeError, SkipRule):
         batch = 8
     yield RuleViolation(
-        GROUP,
+        GROUP_SIZE,
         f"GRPO compares the completions of a prompt and needs at least 2, got {node.value}",
-        fixes=(run.to(GROUP, nearest_divisor(batch, 8) or 2),),
+        fixes=(run.set_fix(GROUP_SIZE, nearest_divisor(batch, 8) or 2),),
     )
 
 
 @rule(
     "GRPO003",
-    f"{SIZE} {STEPS}",
+    f"{GENERATION_BATCH_SIZE} {STEPS_PER_GENERATION}",
     example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
     fix="remove generation_batch_size or steps_per_generation",
 )
@@ -138,22 +145,25 @@ def size_or_steps(run: Run) -> Iterator[RuleViolation]:
     Each of the two determines the other: generation_batch_size = per_device_train_batch_size x
     world size x steps_per_generation.
     """
-    size, steps = run.value(SIZE), run.value(STEPS)
+    size, steps = run.value(GENERATION_BATCH_SIZE), run.value(STEPS_PER_GENERATION)
     if size is None or steps is None:
         return
-    implied = micro_batch(run) * run.world_size * steps
+    implied = micro_batch_size(run) * run.replicas * steps
     yield RuleViolation(
-        SIZE,
+        GENERATION_BATCH_SIZE,
         f"{size} cannot be set together with steps_per_generation {steps}",
-        notes=(f"{run.operand(MICRO)} x {run.operand(STEPS)} x {world(run)} = {implied}",),
-        fixes=(run.to(SIZE, None), run.to(STEPS, None)),
-        related=(STEPS,),
+        notes=(
+            f"{run.describe(MICRO_BATCH_SIZE)} x {run.describe(STEPS_PER_GENERATION)} x "
+            f"{describe_replicas(run)} = {implied}",
+        ),
+        fixes=(run.set_fix(GENERATION_BATCH_SIZE, None), run.set_fix(STEPS_PER_GENERATION, None)),
+        related=(STEPS_PER_GENERATION,),
     )
 
 
 @rule(
     "GRPO004",
-    f"{SIZE} {MICRO}",
+    f"{GENERATION_BATCH_SIZE} {MICRO_BATCH_SIZE}",
     example="""
 grpo:
   generation_batch_size: 12
@@ -170,25 +180,25 @@ def whole_steps(run: Run) -> Iterator[RuleViolation]:
     per_device_train_batch_size: auto, the sizer chooses a micro-batch size that divides the share.
     Then it is enough that generation_batch_size is a multiple of the world size.
     """
-    size, micro = run.value(SIZE), run.value(MICRO)
-    if size is None or run.value(STEPS) is not None:
+    size, micro = run.value(GENERATION_BATCH_SIZE), run.value(MICRO_BATCH_SIZE)
+    if size is None or run.value(STEPS_PER_GENERATION) is not None:
         return
-    per_step = run.world_size if micro == "auto" else micro * run.world_size
+    per_step = run.replicas if micro == "auto" else micro * run.replicas
     if size % per_step == 0:
         return
-    group = run.value(GROUP)
+    group = run.value(GROUP_SIZE)
     both = per_step * group // gcd(per_step, group)
     what = "world size" if micro == "auto" else "global micro-batch"
     yield RuleViolation(
-        SIZE,
+        GENERATION_BATCH_SIZE,
         f"{size} completions are not a multiple of the {what} ({per_step})",
         notes=(
-            f"{run.operand(MICRO)}; {world(run)}"
+            f"{run.describe(MICRO_BATCH_SIZE)}; {describe_replicas(run)}"
             if micro == "auto"
-            else f"{what} = {run.operand(MICRO)} x {world(run)}",
+            else f"{what} = {run.describe(MICRO_BATCH_SIZE)} x {describe_replicas(run)}",
         ),
-        fixes=(run.to(SIZE, multiple_from(both, size)),),
-        related=(MICRO,),
+        fixes=(run.set_fix(GENERATION_BATCH_SIZE, multiple_at_least(both, size)),),
+        related=(MICRO_BATCH_SIZE,),
     )
 
 
@@ -210,25 +220,28 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
     If num_generations_eval is not set, num_generations is used. The rule applies only if
     eval_strategy or eval_on_start turns evaluation on.
     """
-    if run.value("grpo.eval_strategy") == "no" and not run.ask("grpo.eval_on_start"):
+    if run.value("grpo.eval_strategy") == "no" and not run.get("grpo.eval_on_start"):
         return
     key = "grpo.num_generations_eval"
     if run.value(key) is None:
-        key = GROUP
+        key = GROUP_SIZE
     size_key = "grpo.per_device_eval_batch_size"
     size, group = run.value(size_key), run.value(key)
-    batch = size * run.world_size
+    batch = size * run.replicas
     if batch % group == 0:
         return
-    step = group // gcd(group, run.world_size)
-    fixes = [run.to(size_key, multiple_from(step, size))]
-    smaller = nearest_divisor(batch, group, least=1)
+    step = group // gcd(group, run.replicas)
+    fixes = [run.set_fix(size_key, multiple_at_least(step, size))]
+    smaller = nearest_divisor(batch, group, minimum=1)
     if smaller is not None:
-        fixes.append(run.to("grpo.num_generations_eval", smaller))
+        fixes.append(run.set_fix("grpo.num_generations_eval", smaller))
     yield RuleViolation(
         size_key,
         f"{group} completions per prompt do not divide the evaluation batch of {batch} completions",
-        notes=(f"batch = {run.operand(size_key)} x {world(run)}; group = {run.operand(key)}",),
+        notes=(
+            f"batch = {run.describe(size_key)} x {describe_replicas(run)}; "
+            f"group = {run.describe(key)}",
+        ),
         fixes=tuple(fixes),
         related=(key,),
     )
@@ -252,7 +265,7 @@ def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
             "grpo.auto_find_batch_size",
             "transformers would halve the batch after an out-of-memory error, so that it no longer "
             "contains all completions of each prompt",
-            fixes=(run.to("grpo.auto_find_batch_size", False),),
+            fixes=(run.set_fix("grpo.auto_find_batch_size", False),),
         )
 
 
@@ -277,22 +290,28 @@ def no_sequence_parallelism(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def divisors_from(number: int, least: int) -> list[int]:
-    """The divisors of ``number`` that are at least ``least``, in ascending order."""
-    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
-    return sorted({one for low in small for one in (low, number // low) if one >= least})
+def divisors_at_least(number: int, minimum: int) -> list[int]:
+    """The divisors of ``number`` that are at least ``minimum``, in ascending order."""
+    small = [divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0]
+    return sorted(
+        {divisor for low in small for divisor in (low, number // low) if divisor >= minimum}
+    )
 
 
-def nearest_divisor(number: int, wanted: int, least: int = 2) -> int | None:
-    """The divisor of ``number`` that is closest to ``wanted`` and not below ``least``; None if
+def nearest_divisor(number: int, target: int, minimum: int = 2) -> int | None:
+    """The divisor of ``number`` that is closest to ``target`` and not below ``minimum``; None if
     there is no such divisor. If two divisors are equally close, the smaller one is returned.
     ``number`` itself is returned only if no other divisor fits.
     """
-    every = divisors_from(number, least) if 0 < number < 10**9 else []
-    found = [one for one in every if one < number] or every
-    return min(found, key=lambda one: (abs(one - wanted), one)) if found else None
+    divisors = divisors_at_least(number, minimum) if 0 < number < 10**9 else []
+    candidates = [divisor for divisor in divisors if divisor < number] or divisors
+    return (
+        min(candidates, key=lambda divisor: (abs(divisor - target), divisor))
+        if candidates
+        else None
+    )
 
 
-def multiple_from(step: int, wanted: int) -> int:
-    """The smallest multiple of ``step`` that is at least ``wanted``."""
-    return -(-wanted // step) * step
+def multiple_at_least(step: int, minimum: int) -> int:
+    """The smallest multiple of ``step`` that is at least ``minimum``."""
+    return -(-minimum // step) * step

@@ -10,7 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix
-from toolkit.config.rules.batch import ACCUMULATION, GROUP, MICRO, SIZE, STEPS, multiple_from
+from toolkit.config.rules.batch import (
+    ACCUMULATION_STEPS,
+    GENERATION_BATCH_SIZE,
+    GROUP_SIZE,
+    MICRO_BATCH_SIZE,
+    STEPS_PER_GENERATION,
+    multiple_at_least,
+)
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import CUT_MATTERS
 
@@ -20,12 +27,15 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 ROUTER = "grpo.router_aux_loss_coef"
-USUAL, USUAL_MICRO = 64, 8  # usual completions per optimizer step, and per micro-batch
+USUAL_BATCH_SIZE, USUAL_MICRO_BATCH_SIZE = (
+    64,
+    8,
+)  # usual completions per optimizer step, and per micro-batch
 
 
 @rule(
     "GRPO028",
-    f"{MICRO} {ACCUMULATION} {SIZE} {STEPS}",
+    f"{MICRO_BATCH_SIZE} {ACCUMULATION_STEPS} {GENERATION_BATCH_SIZE} {STEPS_PER_GENERATION}",
     example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
     fix="set gradient_accumulation_steps: auto and generation_batch_size: 64",
 )
@@ -40,56 +50,60 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     it must not be set. num_iterations is still the number of optimizer steps that use the same
     generation batch.
     """
-    autos = [key for key in (MICRO, ACCUMULATION) if run.value(key) == "auto"]
+    autos = [key for key in (MICRO_BATCH_SIZE, ACCUMULATION_STEPS) if run.value(key) == "auto"]
     if not autos:
         return
     if len(autos) == 1:
-        other = ACCUMULATION if autos == [MICRO] else MICRO
-        name, written = autos[0].rpartition(".")[2], run.written(other)
+        other = ACCUMULATION_STEPS if autos == [MICRO_BATCH_SIZE] else MICRO_BATCH_SIZE
+        name, written = autos[0].rpartition(".")[2], run.is_set(other)
         yield RuleViolation(
             other if written else autos[0],
             f"must be auto because {name} is auto, got {run.value(other)}"
             if written
             else f"is auto, but {other.rpartition('.')[2]} is not: both must be auto",
-            notes=(run.operand(autos[0] if written else other),),
-            fixes=(run.to(other, "auto"),),
+            notes=(run.describe(autos[0] if written else other),),
+            fixes=(run.set_fix(other, "auto"),),
             related=(autos[0],),
         )
         return
-    group = run.ask(GROUP)
-    step = group * run.world_size if isinstance(group, int) else USUAL
-    size = multiple_from(step, USUAL)
-    if run.value(STEPS) is not None:
+    group = run.get(GROUP_SIZE)
+    step = group * run.replicas if isinstance(group, int) else USUAL_BATCH_SIZE
+    size = multiple_at_least(step, USUAL_BATCH_SIZE)
+    if run.value(STEPS_PER_GENERATION) is not None:
         yield RuleViolation(
-            STEPS,
+            STEPS_PER_GENERATION,
             "cannot be set if per_device_train_batch_size is auto, because the sizer then chooses "
             "the number of micro-batches",
-            notes=(run.operand(MICRO),),
-            fixes=(run.to(STEPS, None) if run.value(SIZE) is not None else _in_place(run, size),),
-            related=(MICRO,),
+            notes=(run.describe(MICRO_BATCH_SIZE),),
+            fixes=(
+                run.set_fix(STEPS_PER_GENERATION, None)
+                if run.value(GENERATION_BATCH_SIZE) is not None
+                else _in_place(run, size),
+            ),
+            related=(MICRO_BATCH_SIZE,),
         )
-    elif run.value(SIZE) is None:
+    elif run.value(GENERATION_BATCH_SIZE) is None:
         yield RuleViolation(
-            MICRO,
+            MICRO_BATCH_SIZE,
             "auto needs a generation_batch_size, which is then split into micro-batches",
-            notes=(run.operand(SIZE),),
-            fixes=(run.to(SIZE, size),),
+            notes=(run.describe(GENERATION_BATCH_SIZE),),
+            fixes=(run.set_fix(GENERATION_BATCH_SIZE, size),),
         )
 
 
 def _in_place(run: Run, size: int) -> Fix:
     """The fix that replaces steps_per_generation by generation_batch_size."""
-    node = run.node(STEPS)
+    node = run.node(STEPS_PER_GENERATION)
     assert node is not None
-    name = SIZE.rpartition(".")[2]
-    edits = (*run.rename(node, name).edits, *run.to(STEPS, size).edits)
+    name = GENERATION_BATCH_SIZE.rpartition(".")[2]
+    edits = (*run.rename_fix(node, name).edits, *run.set_fix(STEPS_PER_GENERATION, size).edits)
     text = f"replace steps_per_generation by {name}: {size}"
     return Fix(text, edits if len(edits) == 2 else ())
 
 
 @rule(
     "GRPO029",
-    f"{MICRO} grpo.loss_type grpo.top_entropy_quantile grpo.entropy_coef "
+    f"{MICRO_BATCH_SIZE} grpo.loss_type grpo.top_entropy_quantile grpo.entropy_coef "
     f"grpo.use_adaptive_entropy {ROUTER}",
     example="""
 grpo:
@@ -112,20 +126,20 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     the card, so write a number instead of auto. With all other losses, another micro-batch size
     changes the result only by rounding.
     """
-    if run.value(MICRO) != "auto":
+    if run.value(MICRO_BATCH_SIZE) != "auto":
         return
     clashes = [
-        key for name, matters in CUT_MATTERS.items() if matters(run.ask(key := f"grpo.{name}"))
+        key for name, matters in CUT_MATTERS.items() if matters(run.get(key := f"grpo.{name}"))
     ]
-    told = [run.operand(key) for key in clashes]
+    told = [run.describe(key) for key in clashes]
     fixes = [_numbers(run)]
-    if ROUTER not in clashes and run.ask(ROUTER) is None and (weight := _router_loss(run)):
+    if ROUTER not in clashes and run.get(ROUTER) is None and (weight := _router_loss(run)):
         clashes.append(ROUTER)
         told.append(f"router_aux_loss_coef {weight} (from the model's config.json)")
-        fixes.insert(0, run.to(ROUTER, 0.0))
+        fixes.insert(0, run.set_fix(ROUTER, 0.0))
     if clashes:
         yield RuleViolation(
-            MICRO,
+            MICRO_BATCH_SIZE,
             "auto cannot be used, because the loss depends on the micro-batch size",
             notes=("; ".join(told),),
             fixes=tuple(fixes),
@@ -137,10 +151,10 @@ def _numbers(run: Run) -> Fix:
     """The fix that sets per_device_train_batch_size and gradient_accumulation_steps to numbers
     that split the generation batch exactly.
     """
-    size = run.value(SIZE)
-    own = size // run.world_size if size and size % run.world_size == 0 else USUAL
-    micro = next(one for one in range(USUAL_MICRO, 0, -1) if own % one == 0)
-    both = (run.to(MICRO, micro), run.to(ACCUMULATION, own // micro))
+    size = run.value(GENERATION_BATCH_SIZE)
+    own = size // run.replicas if size and size % run.replicas == 0 else USUAL_BATCH_SIZE
+    micro = next(one for one in range(USUAL_MICRO_BATCH_SIZE, 0, -1) if own % one == 0)
+    both = (run.set_fix(MICRO_BATCH_SIZE, micro), run.set_fix(ACCUMULATION_STEPS, own // micro))
     edits = tuple(edit for fix in both for edit in fix.edits)
     whole = all(fix.edits for fix in both)
     return Fix(", ".join(fix.text for fix in both), edits if whole else ())

@@ -56,7 +56,7 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
                 f"dataset.{key}",
                 f"{data.path.name} has no column {column}",
                 notes=(f"its columns: {', '.join(map(str, data.columns[:20]))}",),
-                fixes=(run.to(f"dataset.{key}", close),) if close else (),
+                fixes=(run.set_fix(f"dataset.{key}", close),) if close else (),
                 related=(f"dataset.{which}",),
             )
 
@@ -163,8 +163,8 @@ def evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.eval_strategy",
             f"evaluation is on ({strategy}), but there is no data to evaluate on",
-            notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
-            fixes=(run.to("grpo.eval_strategy", "no"),),
+            notes=(f"{run.describe('dataset.eval_path')}; {run.describe('dataset.eval_split')}",),
+            fixes=(run.set_fix("grpo.eval_strategy", "no"),),
         )
 
 
@@ -181,14 +181,14 @@ def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
     text prompts become user messages if the tokenizer has a template, and stay plain text
     otherwise.
     """
-    if run.value("dataset.chat") is not True or run.chat_template is not False:
+    if run.value("dataset.chat") is not True or run.has_chat_template is not False:
         return
     yield RuleViolation(
         "dataset.chat",
         NO_TEMPLATE.format(model=run.value("model.model_name")),
-        notes=(f"{run.operand('dataset.chat')}; {run.operand('model.model_name')}",),
+        notes=(f"{run.describe('dataset.chat')}; {run.describe('model.model_name')}",),
         fixes=(
-            run.to("dataset.chat", False),
+            run.set_fix("dataset.chat", False),
             Fix("use a model with a chat template (an instruct model)"),
         ),
         related=("model.model_name",),
@@ -211,13 +211,13 @@ def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value("dataset.chat") is not False or not run.value("dataset.system"):
         return
-    if run.chat_template is False:
+    if run.has_chat_template is False:
         return  # a model without a chat template reads only plain text
     yield RuleViolation(
         "dataset.system",
         "the system prompt is put before each prompt as plain text, because chat is false",
-        notes=(run.operand("dataset.chat"),),
-        fixes=(run.to("dataset.chat", "auto"), Fix("remove dataset.system")),
+        notes=(run.describe("dataset.chat"),),
+        fixes=(run.set_fix("dataset.chat", "auto"), Fix("remove dataset.system")),
         related=("dataset.chat",),
     )
 
@@ -245,17 +245,17 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
                 NOT_CHATS.format(column=column),
                 notes=(f"read from {data.path.name}",),
                 fixes=(
-                    run.to("dataset.chat", "auto"),
+                    run.set_fix("dataset.chat", "auto"),
                     Fix("set dataset.prompt to a column of texts"),
                 ),
                 related=("dataset.prompt", f"dataset.{which}"),
             )
             return
-        if run.chat_template is False:
+        if run.has_chat_template is False:
             yield RuleViolation(
                 f"dataset.{which}",
                 CHATS_WITHOUT_TEMPLATE.format(column=column),
-                notes=(run.operand("model.model_name"),),
+                notes=(run.describe("model.model_name"),),
                 fixes=(Fix(CHATS_WITHOUT_TEMPLATE_FIX),),
                 related=("dataset.prompt", "model.model_name"),
             )
@@ -277,7 +277,7 @@ def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "dataset.path",
             NO_DATA,
-            notes=(run.operand("dataset.path"),),
+            notes=(run.describe("dataset.path"),),
             fixes=(Fix("set dataset.path to a file (train.jsonl), a folder, or a hub id"),),
             related=("model.model_name",),
         )

@@ -17,7 +17,7 @@ from toolkit.config.environments import (
     task_module,
 )
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.rewards import not_allowed, unusable
+from toolkit.config.rules.rewards import code_not_allowed, function_violations
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import local_path
 
@@ -38,7 +38,7 @@ def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     """Yield the key path and the name of each environment adapter that the run uses. An adapter
     connects the run to a package such as reasoning_gym, as the environment or as a reward.
     """
-    if run.node(_ADAPTER) is not None and run.written(_ADAPTER):
+    if run.node(_ADAPTER) is not None and run.is_set(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
     functions = run.node("reward.functions")
     listed = functions.value if functions is not None else None
@@ -69,7 +69,7 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"runtime.allow_code does not allow code of {module} to run",
-                notes=(run.operand("runtime.allow_code"),),
+                notes=(run.describe("runtime.allow_code"),),
                 fixes=(Fix(f"runtime: {{allow_code: [{module}]}}"),),
             )
 
@@ -112,7 +112,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
     The module is searched next to the run file and on the Python path. Validation reads its source
     and does not import it. A missing module is a warning (with --strict an error).
     """
-    if run.node(_TOOLS) is None or not run.written(_TOOLS):
+    if run.node(_TOOLS) is None or not run.is_set(_TOOLS):
         return
     for index, name in enumerate(run.value(_TOOLS)):
         at = ("tools", "functions", index)
@@ -120,7 +120,7 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
             yield RuleViolation(at, f"{name} must have the form module:function")
         else:
-            yield from unusable(run, at, module, function)
+            yield from function_violations(run, at, module, function)
 
 
 @rule(
@@ -155,7 +155,7 @@ def _adapter(run: Run) -> str | None:
 
 def _python(run: Run) -> str | None:
     node = run.node(_PYTHON)
-    written = node is not None and isinstance(node.value, str) and run.written(_PYTHON)
+    written = node is not None and isinstance(node.value, str) and run.is_set(_PYTHON)
     return str(local_path("python", node)) if node is not None and written else None
 
 
@@ -228,7 +228,7 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "environment.eval_size",
             "an evaluation takes no steps in the environment, so there is nothing to score",
-            fixes=(run.to("environment.eval_size", None),),
+            fixes=(run.set_fix("environment.eval_size", None),),
             related=(_ADAPTER,),
         )
     if run.value("dataset.chat") is False:
@@ -273,7 +273,7 @@ def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
     of each reward that an environment computes.
     """
     adapter, node = _adapter(run), run.node(_TASK)
-    if adapter is not None and node is not None and run.written(_TASK):
+    if adapter is not None and node is not None and run.is_set(_TASK):
         yield _TASK, adapter, node
     functions = run.node("reward.functions")
     for at, name in _used(run):
@@ -321,7 +321,7 @@ def task_exists(run: Run) -> Iterator[RuleViolation]:
 
 def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
     if missing.near is not None:
-        return (run.replace(node, missing.near),)
+        return (run.replace_fix(node, missing.near),)
     if missing.unknown:
         return (Fix("put the module next to the run file, or install its package"),)
     return ()
@@ -342,4 +342,4 @@ def _unread_task(run: Run, adapter: str, task: str) -> RuleViolation | None:
     if is_allowed(module, run.value("runtime.allow_code")):
         return None
     package, code = ADAPTERS[adapter].modules[0], "runtime.allow_code"
-    return not_allowed(run, _TASK, module, package, related=(code,))
+    return code_not_allowed(run, _TASK, module, package, related=(code,))

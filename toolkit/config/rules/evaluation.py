@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 METRIC = "grpo.metric_for_best_model"
 _STRATEGY, _SAVE, _BEST = "grpo.eval_strategy", "grpo.save_strategy", "grpo.load_best_model_at_end"
 _ON_START, _SCHEDULER = "grpo.eval_on_start", "grpo.lr_scheduler_type"
-FOLLOWERS = ("reduce_lr_on_plateau", "greedy")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Learning rate schedules that depend on the metric."""
 METRICS = (
     "loss", "reward", "reward_std", "frac_reward_zero_std", "entropy", "num_tokens",
@@ -30,7 +30,7 @@ METRICS = (
     "clip_ratio/region_mean", "runtime", "samples_per_second", "steps_per_second",
 )  # fmt: skip
 """Metrics of every GRPO evaluation, besides the rewards and the metrics that user code logs."""
-SOMETIMES = (
+CONDITIONAL_METRICS = (
     "kl", "aux_loss", "entropy_coef", "policy_loss", "cispo_clip_ratio", "vespo/phi_seq_mean",
     "sampling/logp_gap_mean", "sampling/logp_gap_max", "sampling/sampling_logp_difference/mean",
     "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
@@ -45,7 +45,7 @@ _OURS = {"completion_length": "completions/mean_length"}
 def has_evaluation_data(run: Run) -> bool:
     """Whether the run file names data to evaluate on."""
     keys = ("dataset.eval_path", "dataset.eval_split", "environment.eval_size")
-    return any(run.ask(key) is not None for key in keys)
+    return any(run.get(key) is not None for key in keys)
 
 
 @rule(
@@ -63,12 +63,12 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     (log_metric), so with such functions the finding is a warning.
     """
     metric = run.value(METRIC)
-    if not metric or run.ask(_STRATEGY) == "no":
+    if not metric or run.get(_STRATEGY) == "no":
         return
     name = metric.removeprefix("eval_")
     rewards, only_ours = _rewards(run)
     known = (*METRICS, *(f"rewards/{one}/{part}" for one in rewards for part in ("mean", "std")))
-    if name in known or name in SOMETIMES:
+    if name in known or name in CONDITIONAL_METRICS:
         return
     plain = name.removeprefix("eval/")
     close = _OURS.get(plain) or (plain if plain in known else nearest(plain, known)) or "reward"
@@ -76,7 +76,7 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
         METRIC,
         f"the evaluation has no metric {metric}",
         notes=(f"its metrics: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
-        fixes=(run.to(METRIC, close),),
+        fixes=(run.set_fix(METRIC, close),),
         # A name from metrics.jsonl (eval/reward) is never a metric of the trainer, even if reward
         # functions log metrics.
         severity=None if only_ours or name != plain else Severity.WARNING,
@@ -102,16 +102,16 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _SAVE,
             "best saves a checkpoint only after an evaluation, and this run has no evaluations",
-            notes=(run.operand(_STRATEGY),),
-            fixes=(run.to(_SAVE, "steps"),),
+            notes=(run.describe(_STRATEGY),),
+            fixes=(run.set_fix(_SAVE, "steps"),),
             related=(_STRATEGY,),
         )
     elif run.value(METRIC) is None and not run.value(_BEST) and not _follows(run):
         yield RuleViolation(
             _SAVE,
             "best needs metric_for_best_model",
-            notes=(run.operand(METRIC),),
-            fixes=(run.to(METRIC, "reward"), run.to(_SAVE, "steps")),
+            notes=(run.describe(METRIC),),
+            fixes=(run.set_fix(METRIC, "reward"), run.set_fix(_SAVE, "steps")),
             related=(METRIC,),
         )
 
@@ -131,7 +131,7 @@ def _follows(run: Run) -> bool:
     """Whether the learning rate schedule depends on an evaluation metric. If metric_for_best_model
     is not set, such a schedule uses a default metric of transformers.
     """
-    return run.ask(_SCHEDULER) in FOLLOWERS
+    return run.get(_SCHEDULER) in METRIC_SCHEDULES
 
 
 @rule(
@@ -149,6 +149,6 @@ def first_evaluation_has_data(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _ON_START,
             "there is no data to evaluate on",
-            notes=(f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}",),
-            fixes=(run.to(_ON_START, False),),
+            notes=(f"{run.describe('dataset.eval_path')}; {run.describe('dataset.eval_split')}",),
+            fixes=(run.set_fix(_ON_START, False),),
         )

@@ -44,10 +44,10 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
             _TARGETS,
             f"{names} are layers of the experts of this model, and experts cannot have an adapter "
             "in the vLLM engine",
-            notes=(f"{run.operand('runtime.engine')}; experts from {run.model.source}",),
+            notes=(f"{run.describe('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
                 Fix(_listed(default_targets(run.model.config))),
-                run.to("runtime.engine", "transformers"),
+                run.set_fix("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )
@@ -100,7 +100,7 @@ def _adapted_experts(run: Run) -> frozenset[str]:
     targets = run.value(_TARGETS)
     if run.model is None or not run.model.experts or targets == "auto":
         return frozenset()
-    if run.ask("model.full_finetuning"):
+    if run.get("model.full_finetuning"):
         return frozenset()
     return expert_targets(str(run.model.config.get("model_type")), targets)
 

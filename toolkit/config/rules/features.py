@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 _ATTENTION = "model.attn_implementation"
 
 
-def fault_of(
+def violation_for(
     run: Run, problem: Problem, *, note: str | None = None, severity: Severity | None = None
 ) -> RuleViolation:
     """The violation for a ``Problem`` (a setting that the model loader would refuse), with its
     fixes.
     """
-    fixes = tuple(run.to(key, value) for key, value in problem.fixes)
+    fixes = tuple(run.set_fix(key, value) for key, value in problem.fixes)
     if problem.hint is not None:
         fixes += (Fix(problem.hint),)
     return RuleViolation(
@@ -62,7 +62,7 @@ def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "model.load_in_fp8",
             UNTRAINED["load_in_fp8"],
-            fixes=(run.to("model.load_in_fp8", False),),
+            fixes=(run.set_fix("model.load_in_fp8", False),),
         )
 
 
@@ -79,13 +79,13 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     gradient, so full fine-tuning cannot train it.
     """
     names = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning", "dtype")
-    values = {name: run.ask(f"model.{name}") for name in names}
+    values = {name: run.get(f"model.{name}") for name in names}
     for problem in flag_problems(**values):
         if run.engine == "vllm" and values["full_finetuning"]:
             continue  # LOAD003 reports this fault
         involved = (problem.key, *(key for key, _ in problem.fixes))
-        note = "; ".join(run.operand(key) for key in dict.fromkeys(involved))
-        yield fault_of(run, problem, note=note)
+        note = "; ".join(run.describe(key) for key in dict.fromkeys(involved))
+        yield violation_for(run, problem, note=note)
 
 
 @rule(
@@ -109,10 +109,10 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
         asked,
         softcap=cap if isinstance(cap, (int, float)) else None,
         supports=model_type(kind).attention if kind else {},
-        trusted=bool(run.ask("model.trust_remote_code")),
+        trusted=bool(run.get("model.trust_remote_code")),
     )
     if problem is not None:
-        yield fault_of(run, problem, note=run.model.source if run.model else None)
+        yield violation_for(run, problem, note=run.model.source if run.model else None)
 
 
 @rule(
@@ -133,15 +133,15 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
     if device is None:
         return
     asked, here = run.value(_ATTENTION), run.situation.vllm is not None
-    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
+    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
     problem = attention_lacks(
         asked,
         on_gpu=device.compute_capability is not None,
-        dtype=dtype_of(run.ask("model.dtype"), run.situation, grpo=halves),
+        dtype=dtype_of(run.get("model.dtype"), run.situation, grpo=halves),
         installed=not here or package_folder("flash_attn") is not None,
     )
     if problem is not None:
-        yield fault_of(run, problem, note=f"card: {device.name}")
+        yield violation_for(run, problem, note=f"card: {device.name}")
 
 
 @rule(
@@ -162,10 +162,10 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
         return
-    written = run.ask("model.dtype")
-    dtype = dtype_of(written, run.situation, load_in_16bit=run.ask("model.load_in_16bit"))
+    written = run.get("model.dtype")
+    dtype = dtype_of(written, run.situation, load_in_16bit=run.get("model.load_in_16bit"))
     refused = run.engine == "vllm" and dtype != "float16"
-    if (refused and written != "auto") or run.ask("grpo.bf16"):
+    if (refused and written != "auto") or run.get("grpo.bf16"):
         return  # RUN020 and GRPO023 report this fault
     if refused:
         what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
@@ -176,8 +176,8 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         "grpo.fp16",
         what,
-        notes=(f"{run.operand('model.dtype')}; {run.operand('runtime.engine')}",),
-        fixes=(run.to("grpo.fp16", False),),
+        notes=(f"{run.describe('model.dtype')}; {run.describe('runtime.engine')}",),
+        fixes=(run.set_fix("grpo.fp16", False),),
         related=("model.dtype",),
         severity=Severity.ERROR if refused else Severity.WARNING,
     )
@@ -203,7 +203,7 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
         return
     problem = cpu_engine_problem(run.model.config) if run.engine == "vllm" else None
     if problem is not None:
-        yield fault_of(run, problem, note=f"{run.model.source}, on a CPU")
+        yield violation_for(run, problem, note=f"{run.model.source}, on a CPU")
 
 
 @rule(
@@ -220,11 +220,11 @@ def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     """
     if run.model is None or run.engine != "vllm":
         return
-    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
-    dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
+    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
+    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=halves)
     problem = float16_problem(run.model.config, dtype)
     if problem is not None:
-        yield fault_of(run, problem, note=run.model.source)
+        yield violation_for(run, problem, note=run.model.source)
 
 
 @rule(
@@ -246,4 +246,4 @@ def engine_has_the_head(run: Run) -> Iterator[RuleViolation]:
         return
     problem = head_problem(run.model.config)
     if problem is not None:
-        yield fault_of(run, problem, note=run.model.source)
+        yield violation_for(run, problem, note=run.model.source)

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.rules.keys import has_turns
+from toolkit.config.rules.keys import is_multi_turn
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.sampling_keywords import NAMES, judge, not_reproduced, what_follows
 
@@ -32,10 +32,10 @@ def _written(run: Run) -> Mapping[str, Node]:
     reports as invalid.
     """
     node = run.node(_KWARGS)
-    if node is None or not isinstance(node.value, dict) or not run.written(_KWARGS):
+    if node is None or not isinstance(node.value, dict) or not run.is_set(_KWARGS):
         return {}
     place = tuple(_KWARGS.split("."))
-    faulty = {path[2] for path in run.bad if path[:2] == place and len(path) > 2}
+    faulty = {path[2] for path in run.invalid_paths if path[:2] == place and len(path) > 2}
     return {
         name: one
         for name, one in node.value.items()
@@ -61,7 +61,7 @@ def _faults(run: Run, kind: str) -> Iterator[RuleViolation]:
     """
     engines = _engines(run)
     for name, node in _written(run).items():
-        value, turns = node.to_plain(), has_turns(run)
+        value, turns = node.to_plain(), is_multi_turn(run)
         found = [(engine, judge(name, value, engine, turns=turns)) for engine in engines]
         problems = [(engine, problem) for engine, problem in found if problem is not None]
         if not problems or problems[0][1].kind != kind:
@@ -91,7 +91,7 @@ def _fix(run: Run, node: Node, problem: Problem) -> Fix:
         return Fix(problem.fix)
     if meant in _written(run):
         return Fix(problem.fix)
-    return Fix(problem.fix, run.rename(node, meant).edits)
+    return Fix(problem.fix, run.rename_fix(node, meant).edits)
 
 
 @rule(

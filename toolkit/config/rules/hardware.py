@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 
-def lacks(run: Run, needed: tuple[int, int]) -> str | None:
+def capability_problem(run: Run, needed: tuple[int, int]) -> str | None:
     """A text that says why the card does not have the compute capability ``needed``. None if the
     card has it, or if no card was given with --gpu.
     """
@@ -78,12 +78,12 @@ def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """
     for bits in (4, 8):
         key = f"model.load_in_{bits}bit"
-        if not run.ask(key):
+        if not run.get(key):
             continue
-        why = lacks(run, FOUR_BIT)
+        why = capability_problem(run, FOUR_BIT)
         if why:
             yield RuleViolation(
-                key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.to(key, False),)
+                key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.set_fix(key, False),)
             )
         elif run.situation.device is not None and package_folder("bitsandbytes") is None:
             # On the machine that trains, a missing package would end the run.
@@ -121,7 +121,7 @@ def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         "runtime.fused_kernels",
         f"cannot be true: {why}",
-        fixes=(run.to("runtime.fused_kernels", "auto"),),
+        fixes=(run.set_fix("runtime.fused_kernels", "auto"),),
     )
 
 
@@ -139,14 +139,14 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
         return  # Hugging Face generation does not read the key, which KEY008 reports
-    why, slow = lacks(run, FLOAT8_CACHE), lacks(run, FLOAT8_NATIVE)
+    why, slow = capability_problem(run, FLOAT8_CACHE), capability_problem(run, FLOAT8_NATIVE)
     if why or slow:
         yield RuleViolation(
             "model.float8_kv_cache",
             f"an 8-bit cache cannot be used: {why}"
             if why
             else f"an 8-bit cache is slow, because it is converted at every use: {slow}",
-            fixes=(run.to("model.float8_kv_cache", False),),
+            fixes=(run.set_fix("model.float8_kv_cache", False),),
             severity=Severity.ERROR if why else Severity.WARNING,
         )
 
@@ -166,7 +166,7 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None or device.compute_capability is None:
         return
-    why = lacks(run, BFLOAT16)
+    why = capability_problem(run, BFLOAT16)
     if why is None:
         return
     for key, value, instead in (
@@ -175,5 +175,5 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     ):
         if run.value(key) == value:
             yield RuleViolation(
-                key, f"bfloat16 cannot be used: {why}", fixes=(run.to(key, instead),)
+                key, f"bfloat16 cannot be used: {why}", fixes=(run.set_fix(key, instead),)
             )

@@ -12,7 +12,7 @@ from toolkit.config.environments import IN_STEPS
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.key_moves import drop, move
 from toolkit.config.migration import FORCED, INERT, MOVED, converted
-from toolkit.config.rules.evaluation import FOLLOWERS, has_evaluation_data
+from toolkit.config.rules.evaluation import METRIC_SCHEDULES, has_evaluation_data
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.schemas import find_schema
 from toolkit.config.wording import show
@@ -112,16 +112,16 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     """
     found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
     for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
-        if run.node(key) is not None and not (key == _TOOL_TURNS and has_turns(run)):
+        if run.node(key) is not None and not (key == _TOOL_TURNS and is_multi_turn(run)):
             yield RuleViolation(key, f"has no effect: {why}", on_key=True)
     for key, switch, on in _SWITCHED:
-        if run.node(key) is not None and run.ask(switch) != on:
+        if run.node(key) is not None and run.get(switch) != on:
             needed = f"{switch.rpartition('.')[2]} {show(on)}"
-            why = f"it needs {needed}, but the run has {run.operand(switch)}"
+            why = f"it needs {needed}, but the run has {run.describe(switch)}"
             yield RuleViolation(key, f"has no effect: {why}", on_key=True)
 
 
-def has_turns(run: Run) -> bool:
+def is_multi_turn(run: Run) -> bool:
     """Whether the model may act before it answers, by tool calls or by steps in an environment."""
     adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
     return run.node("tools") is not None or adapter in IN_STEPS
@@ -132,8 +132,8 @@ def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
     does not set are yielded too.
     """
     if run.engine == "transformers":
-        key = "runtime.engine" if run.ask("runtime.engine") != "auto" else "model.fast_inference"
-        why = f"{run.operand(key)}, but only the vLLM engine reads this key"
+        key = "runtime.engine" if run.get("runtime.engine") != "auto" else "model.fast_inference"
+        why = f"{run.describe(key)}, but only the vLLM engine reads this key"
         yield from ((f"model.{name}", why) for name in OPTIONS)
         yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
     elif run.engine == "vllm":
@@ -142,17 +142,17 @@ def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
-    if run.ask("model.full_finetuning"):
-        why = f"{run.operand('model.full_finetuning')} trains all weights without an adapter"
+    if run.get("model.full_finetuning"):
+        why = f"{run.describe('model.full_finetuning')} trains all weights without an adapter"
         yield "lora", why
-    if run.ask("grpo.max_steps") > 0:
-        why = f"{run.operand('grpo.max_steps')} sets the length of the run"
+    if run.get("grpo.max_steps") > 0:
+        why = f"{run.describe('grpo.max_steps')} sets the length of the run"
         yield "grpo.num_train_epochs", why
-    if run.ask("dataset.eval_path") is None and run.ask("dataset.eval_split") is None:
-        keys = f"{run.operand('dataset.eval_path')}; {run.operand('dataset.eval_split')}"
+    if run.get("dataset.eval_path") is None and run.get("dataset.eval_split") is None:
+        keys = f"{run.describe('dataset.eval_path')}; {run.describe('dataset.eval_split')}"
         yield "dataset.eval_limit", f"there is no evaluation data: {keys}"
     if all(
-        data_of(run.document, key) for key in ("path", "eval_path") if run.ask(f"dataset.{key}")
+        data_of(run.document, key) for key in ("path", "eval_path") if run.get(f"dataset.{key}")
     ):
         for name in ("name", "revision"):
             yield (
@@ -163,17 +163,17 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         data is not None and data.messages
         for data in (data_of(run.document, key) for key in ("path", "eval_path"))
     )
-    if texts and chosen(run.ask("dataset.chat"), run.chat_template) is False:
-        no_template = run.chat_template is False
-        why = "the tokenizer has no chat template" if no_template else run.operand("dataset.chat")
+    if texts and chosen(run.get("dataset.chat"), run.has_chat_template) is False:
+        no_template = run.has_chat_template is False
+        why = "the tokenizer has no chat template" if no_template else run.describe("dataset.chat")
         yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
-    kind = run.ask("grpo.lr_scheduler_type")
+    kind = run.get("grpo.lr_scheduler_type")
     if kind in _NO_WARMUP:
-        yield "grpo.warmup_steps", f"{run.operand('grpo.lr_scheduler_type')} has no warm-up"
-    if run.ask("dataset.path") is None:
+        yield "grpo.warmup_steps", f"{run.describe('grpo.lr_scheduler_type')} has no warm-up"
+    if run.get("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
             yield f"dataset.{name}", "there is no dataset.path"
-    if run.ask("dataset.path") is None and run.node("environment") is not None:
+    if run.get("dataset.path") is None and run.node("environment") is not None:
         for name in ("prompt", "answer", "eval_limit"):
             yield f"dataset.{name}", "the environment makes the prompts and the answers"
 
@@ -182,26 +182,26 @@ def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
     """Yield keys without effect, each with the reason. These are the evaluation keys if the run has
     no evaluation, and the metric keys if no setting of the run uses a metric.
     """
-    evaluated = run.ask("grpo.eval_strategy") != "no" or run.ask("grpo.eval_on_start")
+    evaluated = run.get("grpo.eval_strategy") != "no" or run.get("grpo.eval_on_start")
     if not evaluated and not has_evaluation_data(run):
-        why = f"evaluation is off: {run.operand('grpo.eval_strategy')}"
+        why = f"evaluation is off: {run.describe('grpo.eval_strategy')}"
         yield from ((f"grpo.{name}", why) for name in _EVALUATION)
-    follows = run.ask("grpo.lr_scheduler_type") in FOLLOWERS
-    best = run.ask("grpo.save_strategy") == "best" or run.ask("grpo.load_best_model_at_end")
+    follows = run.get("grpo.lr_scheduler_type") in METRIC_SCHEDULES
+    best = run.get("grpo.save_strategy") == "best" or run.get("grpo.load_best_model_at_end")
     if not best and not follows:
-        why = f"the run chooses no checkpoint by a metric: {run.operand('grpo.save_strategy')}"
+        why = f"the run chooses no checkpoint by a metric: {run.describe('grpo.save_strategy')}"
         yield "grpo.metric_for_best_model", why
         yield "grpo.greater_is_better", why
-    elif run.ask("grpo.metric_for_best_model") is None:
-        why = f"no metric is named: {run.operand('grpo.metric_for_best_model')}"
+    elif run.get("grpo.metric_for_best_model") is None:
+        why = f"no metric is named: {run.describe('grpo.metric_for_best_model')}"
         yield "grpo.greater_is_better", why
 
 
 def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     """Yield the keys that no tracker in report_to reads, each with the reason."""
-    asked = run.ask("grpo.report_to") or []
+    asked = run.get("grpo.report_to") or []
     named = [asked] if isinstance(asked, str) else asked
-    why = f"no tracker in report_to reads this key: {run.operand('grpo.report_to')}"
+    why = f"no tracker in report_to reads this key: {run.describe('grpo.report_to')}"
     if not [name for name in named if name != "none"]:
         yield from ((f"grpo.{name}", why) for name in _TRACKED)
     if "trackio" not in named and "all" not in named:

@@ -37,17 +37,17 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
         return
     if run.model is None or run.engine != "vllm":
         return
-    halves = {half: run.ask(f"grpo.{half}") for half in ("bf16", "fp16")}
-    dtype = dtype_of(run.ask("model.dtype"), run.situation, grpo=halves)
+    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
+    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=halves)
     device = run.situation.device
     on_cpu = device is not None and device.compute_capability is None
-    split = run.ask("model.tensor_parallel_size")
+    split = run.get("model.tensor_parallel_size")
     least = least_cache_bytes(
         run.model.text,
         tokens=length,
-        element_bytes=1 if run.ask("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
+        element_bytes=1 if run.get("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
         block_tokens=CPU_BLOCK if on_cpu else GPU_BLOCK,
-        cards=run.processes if split == "auto" else max(split, 1),
+        cards=run.world_size if split == "auto" else max(split, 1),
     )
     if least is None:
         return
@@ -57,9 +57,9 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
             f"a KV cache of {written} bytes is too small: vLLM needs {least} bytes "
             f"({format_bytes(least)}) for one sequence of {length} tokens and one empty block",
             notes=(
-                f"{run.operand(_CACHE)}; {run.operand(_LENGTH)}; model shape from "
+                f"{run.describe(_CACHE)}; {run.describe(_LENGTH)}; model shape from "
                 f"{run.model.source}",
             ),
-            fixes=(run.to(_CACHE, "auto"),),
+            fixes=(run.set_fix(_CACHE, "auto"),),
             related=(_LENGTH,),
         )

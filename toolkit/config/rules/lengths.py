@@ -45,23 +45,23 @@ def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
         return
     if prompt is None:
         message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
-        sums = f"{run.operand(_COMPLETION)} + a prompt of at least 1 token = {needed}"
+        sums = f"{run.describe(_COMPLETION)} + a prompt of at least 1 token = {needed}"
     else:
         message = f"{prompt} plus max_completion_length {completion} is more than max_seq_length"
-        sums = f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}"
+        sums = f"{run.describe(_PROMPT)} + {run.describe(_COMPLETION)} = {needed}"
     fixes = []
     if _fits_model(run, needed):
-        fixes.append(run.to(_CONTEXT, needed if prompt else completion + 256))
+        fixes.append(run.set_fix(_CONTEXT, needed if prompt else completion + 256))
     if prompt is not None and context > completion:
-        fixes.append(run.to(_PROMPT, context - completion))
+        fixes.append(run.set_fix(_PROMPT, context - completion))
     room = context - (prompt or min(256, context // 2))
     if room > 0:
-        fixes.append(run.to(_COMPLETION, room))
-    at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.written(key)), _COMPLETION)
+        fixes.append(run.set_fix(_COMPLETION, room))
+    at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.is_set(key)), _COMPLETION)
     yield RuleViolation(
         at,
         f"{message} {context}" if prompt else message,
-        notes=(f"{sums} > {run.operand(_CONTEXT)}",),
+        notes=(f"{sums} > {run.describe(_CONTEXT)}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
         related=(_COMPLETION, _CONTEXT),
     )
@@ -71,7 +71,7 @@ def _fits_model(run: Run, length: int) -> bool:
     return run.model is None or run.model.max_length is None or length <= run.model.max_length
 
 
-MANY_TIMES = 4
+MAX_CONTEXT_RATIO = 4
 
 
 @rule(
@@ -95,16 +95,16 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     this sum is a warning. The rule is checked if max_prompt_length is set.
     """
     context, prompt, completion = run.value(_CONTEXT), run.value(_PROMPT), run.value(_COMPLETION)
-    if not prompt or run.engine == "transformers" or not run.written(_CONTEXT):
+    if not prompt or run.engine == "transformers" or not run.is_set(_CONTEXT):
         return
     needed = prompt + completion
-    if context > MANY_TIMES * needed:
+    if context > MAX_CONTEXT_RATIO * needed:
         yield RuleViolation(
             _CONTEXT,
             f"{context} tokens are {context // needed} times the longest sequence of the run: the "
             "engine reserves KV cache and tables that are never used",
-            notes=(f"{run.operand(_PROMPT)} + {run.operand(_COMPLETION)} = {needed}",),
-            fixes=(run.to(_CONTEXT, needed),),
+            notes=(f"{run.describe(_PROMPT)} + {run.describe(_COMPLETION)} = {needed}",),
+            fixes=(run.set_fix(_CONTEXT, needed),),
             related=(_PROMPT, _COMPLETION),
             severity=Severity.WARNING,
         )
@@ -132,7 +132,7 @@ def within_the_model(run: Run) -> Iterator[RuleViolation]:
             _CONTEXT,
             f"{context} tokens are more than this model's maximum of {model.max_length} tokens",
             notes=(f"{model.max_length_from} in {model.source}",),
-            fixes=(run.to(_CONTEXT, model.max_length),),
+            fixes=(run.set_fix(_CONTEXT, model.max_length),),
             related=("model.model_name",),
         )
 
@@ -168,7 +168,7 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
             f"{context} is more than original_max_position_embeddings ({original}): vLLM would use "
             "the long rope factors for every sequence, but the trainer only for longer sequences",
             notes=(f"original_max_position_embeddings in {model.source}",),
-            fixes=(run.to(_CONTEXT, original), run.to("runtime.engine", "transformers")),
+            fixes=(run.set_fix(_CONTEXT, original), run.set_fix("runtime.engine", "transformers")),
             related=("model.model_name",),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )

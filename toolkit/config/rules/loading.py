@@ -33,13 +33,13 @@ def one_format(run: Run) -> Iterator[RuleViolation]:
 
     Weights can be stored in only one format.
     """
-    chosen = [name for name in _FORMATS if run.ask(f"model.{name}")]
+    chosen = [name for name in _FORMATS if run.get(f"model.{name}")]
     if len(chosen) > 1:
         yield RuleViolation(
             f"model.{chosen[1]}",
             f"weights can be stored in only one format, but {' and '.join(chosen)} are true",
-            notes=("; ".join(run.operand(f"model.{name}") for name in chosen),),
-            fixes=tuple(run.to(f"model.{name}", False) for name in chosen[1:]),
+            notes=("; ".join(run.describe(f"model.{name}") for name in chosen),),
+            fixes=tuple(run.set_fix(f"model.{name}", False) for name in chosen[1:]),
             related=tuple(f"model.{name}" for name in chosen),
         )
 
@@ -60,14 +60,14 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     if run.engine == "transformers":
         return
     for name, why in ENGINE_EXCLUDES.items():
-        if run.ask(f"model.{name}"):
-            key = _FAST if run.written(_FAST) and run.ask(_FAST) is True else _ENGINE
+        if run.get(f"model.{name}"):
+            key = _FAST if run.is_set(_FAST) and run.get(_FAST) is True else _ENGINE
             off = False if key == _FAST else "transformers"
             yield RuleViolation(
                 f"model.{name}",
                 f"cannot be used with the vLLM engine: {why}",
-                notes=(run.operand(key),),
-                fixes=(run.to(f"model.{name}", False), run.to(key, off)),
+                notes=(run.describe(key),),
+                fixes=(run.set_fix(f"model.{name}", False), run.set_fix(key, off)),
                 related=(key,),
                 severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
             )
@@ -93,8 +93,8 @@ def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _TOKENS,
             f"{tokens} tokens per step are too few for {sequences} sequences at a time",
-            notes=(f"{run.operand(_TOKENS)} < {run.operand(_SEQUENCES)}",),
-            fixes=(run.to(_TOKENS, sequences), run.to(_SEQUENCES, tokens)),
+            notes=(f"{run.describe(_TOKENS)} < {run.describe(_SEQUENCES)}",),
+            fixes=(run.set_fix(_TOKENS, sequences), run.set_fix(_SEQUENCES, tokens)),
             related=(_SEQUENCES,),
         )
     length = run.value("model.max_seq_length")
@@ -102,8 +102,8 @@ def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _TOKENS,
             f"{tokens} tokens per step are fewer than max_seq_length {length}",
-            notes=(f"{run.operand(_CHUNKED)}: a whole prompt must fit into one step",),
-            fixes=(run.to(_TOKENS, length), run.to(_CHUNKED, True)),
+            notes=(f"{run.describe(_CHUNKED)}: a whole prompt must fit into one step",),
+            fixes=(run.set_fix(_TOKENS, length), run.set_fix(_CHUNKED, True)),
             related=(_CHUNKED, "model.max_seq_length"),
         )
 
@@ -131,7 +131,7 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         _SHARE,
         f"{node.value} is out of range: it must be a fraction above 0 and below 1",
-        fixes=(run.to(_SHARE, likely),),
+        fixes=(run.set_fix(_SHARE, likely),),
     )
 
 
@@ -153,8 +153,8 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _ENGINE,
             f"{engine} contradicts fast_inference {str(fast).lower()}",
-            notes=(run.operand(_FAST),),
-            fixes=(run.to(_FAST, wanted), run.to(_ENGINE, "auto")),
+            notes=(run.describe(_FAST),),
+            fixes=(run.set_fix(_FAST, wanted), run.set_fix(_ENGINE, "auto")),
             related=(_FAST,),
         )
 
@@ -182,8 +182,8 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 key,
                 "has no effect: it needs 4-bit weights and an engine on one GPU",
-                notes=(run.operand(other),),
-                fixes=(run.to(key, "auto"),),
+                notes=(run.describe(other),),
+                fixes=(run.set_fix(key, "auto"),),
                 related=(other,),
             )
             return

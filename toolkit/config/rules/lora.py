@@ -31,7 +31,9 @@ def positive_rank(run: Run) -> Iterator[RuleViolation]:
     node = run.node(_R)
     if node is not None and type(node.value) is int and node.value <= 0:
         yield RuleViolation(
-            _R, f"{node.value} is not a valid rank: it must be above 0", fixes=(run.to(_R, 16),)
+            _R,
+            f"{node.value} is not a valid rank: it must be above 0",
+            fixes=(run.set_fix(_R, 16),),
         )
 
 
@@ -57,7 +59,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
         return
     reason = next(
         (
-            run.operand(key)
+            run.describe(key)
             for key in ("model.load_in_4bit", "model.load_in_8bit")
             if run.value(key)
         ),
@@ -68,7 +70,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
             _INIT,
             "loftq quantizes the base weights itself, but the base weights are already quantized",
             notes=(reason,),
-            fixes=(run.to(_INIT, True),),
+            fixes=(run.set_fix(_INIT, True),),
             related=("model.load_in_4bit", "model.load_in_8bit"),
         )
 
@@ -98,7 +100,7 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
         _INIT,
         f"{value} is not an initialization that {legal.origin} supports",
         notes=(f"legal values: true, false, {', '.join(names)}, pissa_niter_16",),
-        fixes=(run.to(_INIT, close or True),),
+        fixes=(run.set_fix(_INIT, close or True),),
     )
 
 
@@ -123,7 +125,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
         yield from _pattern(run, targets)
         return
     modules = run.model.modules if run.model is not None else None
-    if not modules or not run.written(_TARGETS):
+    if not modules or not run.is_set(_TARGETS):
         return
     node = run.node(_TARGETS)
     assert node is not None
@@ -135,7 +137,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
                 ("lora", "target_modules", index),
                 f"the model has no module {name}",
                 notes=(f"its modules: {', '.join(last[:14])}",),
-                fixes=(run.replace(node.value[index], close),) if close else (),
+                fixes=(run.replace_fix(node.value[index], close),) if close else (),
             )
 
 
@@ -151,7 +153,7 @@ def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
         return  # expressions that could take very long are not tried here
     inside = {module.rpartition(".")[0] for module in modules}
     norms = {module for module in modules if module.lower().endswith("norm")}
-    left_out = run.ask("lora.exclude_modules") is not None
+    left_out = run.get("lora.exclude_modules") is not None
     for module in () if left_out else sorted(norms | inside - modules - {""}):
         if re.fullmatch(text, module):
             yield RuleViolation(
@@ -189,16 +191,16 @@ def layers_go_together(run: Run) -> Iterator[RuleViolation]:
                     f"lora.{key}",
                     "cannot be used when target_modules is a string, which chooses the layers "
                     "itself",
-                    notes=(run.operand(_TARGETS),),
-                    fixes=(run.to(f"lora.{key}", None),),
+                    notes=(run.describe(_TARGETS),),
+                    fixes=(run.set_fix(f"lora.{key}", None),),
                     related=(_TARGETS,),
                 )
     elif pattern is not None and layers is None:
         yield RuleViolation(
             "lora.layers_pattern",
             "needs layers_to_transform",
-            notes=(run.operand("lora.layers_to_transform"),),
-            fixes=(run.to("lora.layers_pattern", None),),
+            notes=(run.describe("lora.layers_to_transform"),),
+            fixes=(run.set_fix("lora.layers_pattern", None),),
         )
 
 
@@ -222,5 +224,5 @@ def dropout_differs(run: Run) -> Iterator[RuleViolation]:
             "lora.lora_dropout",
             f"a dropout of {dropout} makes steps slower, and makes the trainer's log-probabilities "
             "differ from the engine's",
-            fixes=(run.to("lora.lora_dropout", 0.0),),
+            fixes=(run.set_fix("lora.lora_dropout", 0.0),),
         )

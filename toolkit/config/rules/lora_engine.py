@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import known, smallest_rank
-from toolkit.config.rules.training import NO_HEAD, adapts_head
+from toolkit.config.rules.training import REMOVE_HEAD_FIX, adapts_head
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import init_with_engine
 
@@ -45,7 +45,7 @@ def legal_room(run: Run) -> Iterator[RuleViolation]:
         _ROOM,
         f"{node.value} is not a rank that {legal.origin} supports",
         notes=(f"legal values: auto, {', '.join(map(str, legal.values))}",),
-        fixes=(run.to(_ROOM, up),),
+        fixes=(run.set_fix(_ROOM, up),),
     )
 
 
@@ -83,8 +83,8 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             at,
             f"{rank} is more than max_lora_rank {room}",
-            notes=(f"{operand} > {run.operand(_ROOM)}",),
-            fixes=(*((run.to(_ROOM, up),) if up else ()), lower),
+            notes=(f"{operand} > {run.describe(_ROOM)}",),
+            fixes=(*((run.set_fix(_ROOM, up),) if up else ()), lower),
             related=(_ROOM,),
         )
 
@@ -93,7 +93,7 @@ def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
     """Yield three values for lora.r and for each rank in lora.rank_pattern: the key path, a text
     that says where the rank was set, and the rank.
     """
-    yield ("lora", "r"), run.operand(_R), run.value(_R)
+    yield ("lora", "r"), run.describe(_R), run.value(_R)
     for key, rank in run.mapping("lora.rank_pattern").items():
         at = ("lora", "rank_pattern", key)
         yield at, f"rank of {key} {rank} ({run.origin(run.document.node(at))})", rank
@@ -103,8 +103,8 @@ def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
     """The fix that sets the key ``at`` to a lower rank."""
     node = run.document.node(at)
     if len(at) == 2 or node is None or node.source.is_override:
-        return run.to(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
-    return Fix(f"{at[-1]}: {rank}", run.replace(node, rank).edits)
+        return run.set_fix(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
+    return Fix(f"{at[-1]}: {rank}", run.replace_fix(node, rank).edits)
 
 
 @rule(
@@ -121,33 +121,35 @@ def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
     CorDA, LoftQ, EVA and LoRA-GA cannot be used: they rewrite the base weights that engine and
     trainer share, or need inputs that a run file cannot set.
     """
-    if run.engine == "transformers" or run.ask("model.full_finetuning"):
+    if run.engine == "transformers" or run.get("model.full_finetuning"):
         return
     severity = Severity.ERROR if run.engine == "vllm" else Severity.WARNING
     for key, wrong, fix in _unfollowed(run):
         yield RuleViolation(
             key,
             wrong if run.engine == "vllm" else f"{wrong} (engine: auto uses vLLM if installed)",
-            notes=(run.operand("runtime.engine"),),
-            fixes=(fix, run.to("runtime.engine", "transformers")) if fix is not NO_HEAD else (fix,),
+            notes=(run.describe("runtime.engine"),),
+            fixes=(fix, run.set_fix("runtime.engine", "transformers"))
+            if fix is not REMOVE_HEAD_FIX
+            else (fix,),
             severity=severity,
         )
 
 
 def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
-    bias = run.ask("lora.bias")
+    bias = run.get("lora.bias")
     if bias != "none":
         yield (
             "lora.bias",
             f"vLLM does not support trained biases ({bias})",
-            run.to("lora.bias", "none"),
+            run.set_fix("lora.bias", "none"),
         )
-    if run.ask("lora.use_dora"):
-        yield "lora.use_dora", "vLLM does not support DoRA", run.to("lora.use_dora", False)
-    if run.ask("lora.modules_to_save"):
+    if run.get("lora.use_dora"):
+        yield "lora.use_dora", "vLLM does not support DoRA", run.set_fix("lora.use_dora", False)
+    if run.get("lora.modules_to_save"):
         wrong = "vLLM does not support modules that are fully trained"
         yield "lora.modules_to_save", wrong, Fix("remove modules_to_save")
-    targets = run.ask(_TARGETS)
+    targets = run.get(_TARGETS)
     if "embed_tokens" in targets:
         yield (
             _TARGETS,
@@ -158,19 +160,19 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
         wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
         yield _TARGETS, wrong, Fix("remove kv_b_proj from target_modules")
     if adapts_head(run) and not _head_reported_elsewhere(run):
-        yield _TARGETS, "vLLM does not support an adapter on lm_head", NO_HEAD
-    init = run.ask("lora.init_lora_weights")
+        yield _TARGETS, "vLLM does not support an adapter on lm_head", REMOVE_HEAD_FIX
+    init = run.get("lora.init_lora_weights")
     wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.ask("model.load_in_4bit")  # LORA005 reports this fault
+    told = init == "loftq" and run.get("model.load_in_4bit")  # LORA005 reports this fault
     if wrong_init is not None and not told:
-        yield "lora.init_lora_weights", wrong_init, run.to("lora.init_lora_weights", True)
+        yield "lora.init_lora_weights", wrong_init, run.set_fix("lora.init_lora_weights", True)
 
 
 def _head_reported_elsewhere(run: Run) -> bool:
     """Whether another rule (GRPO013 for Liger, or GRPO014 for cast_lm_head_to_fp32) already reports
     the adapter on lm_head.
     """
-    return bool(run.ask("grpo.use_liger_kernel") or run.ask("grpo.cast_lm_head_to_fp32"))
+    return bool(run.get("grpo.use_liger_kernel") or run.get("grpo.cast_lm_head_to_fp32"))
 
 
 @rule(
@@ -187,7 +189,7 @@ def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine == "transformers" and adapts_head(run) and not _head_reported_elsewhere(run):
         yield RuleViolation(
-            _TARGETS, "an adapter on lm_head would never be trained", fixes=(NO_HEAD,)
+            _TARGETS, "an adapter on lm_head would never be trained", fixes=(REMOVE_HEAD_FIX,)
         )
 
 
@@ -207,7 +209,7 @@ def cpu_holds_at_least(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "model.max_cpu_loras",
             f"{cpu} is less than max_loras {gpu}",
-            notes=(f"{run.operand('model.max_cpu_loras')} < {run.operand('model.max_loras')}",),
-            fixes=(run.to("model.max_cpu_loras", gpu),),
+            notes=(f"{run.describe('model.max_cpu_loras')} < {run.describe('model.max_loras')}",),
+            fixes=(run.set_fix("model.max_cpu_loras", gpu),),
             related=("model.max_loras",),
         )

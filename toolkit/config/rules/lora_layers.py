@@ -49,7 +49,7 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
         f"the model has no layer {', '.join(map(str, beyond))}: it has {count} layers "
         f"(0 to {count - 1})",
         notes=(f"num_hidden_layers in {run.model.source}",),
-        fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.to(_LAYERS, None),),
+        fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.set_fix(_LAYERS, None),),
     )
 
 
@@ -70,9 +70,9 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     why = DATA_INITS.get(init) if isinstance(init, str) else None
     if why is None or run.engine != "transformers":
         return  # with the engine, LORA004 reports the method
-    if init == "loftq" and (run.ask("model.load_in_4bit") or run.ask("model.load_in_8bit")):
+    if init == "loftq" and (run.get("model.load_in_4bit") or run.get("model.load_in_8bit")):
         return  # LORA005 reports this fault
-    yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.to(_INIT, True),))
+    yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.set_fix(_INIT, True),))
 
 
 @rule(
@@ -92,9 +92,9 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
     targets = run.value(_TARGETS)
     if run.engine == "transformers" or isinstance(targets, str):
         return
-    if run.ask("model.full_finetuning"):
+    if run.get("model.full_finetuning"):
         return
-    written = run.written(_TARGETS)
+    written = run.is_set(_TARGETS)
     for index, name in enumerate(targets):
         leaf = str(name).rpartition(".")[2]
         if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _there(run, leaf):
@@ -102,10 +102,10 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             ("lora", "target_modules", index) if written else "lora.adapter_path",
             f"the vLLM engine has no LoRA slots for {leaf}",
-            notes=(f"it has slots for {', '.join(SLOTS)}; {run.operand('runtime.engine')}",),
+            notes=(f"it has slots for {', '.join(SLOTS)}; {run.describe('runtime.engine')}",),
             fixes=(
                 *((Fix(f"remove {name}"),) if written else ()),
-                run.to("runtime.engine", "transformers"),
+                run.set_fix("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )
@@ -150,7 +150,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
             _PATTERN,
             f"the model has no list of layers named {' or '.join(named)}",
             notes=(f"its lists of layers: {', '.join(sorted(lists))}",),
-            fixes=(run.to(_PATTERN, min(lists)),) if len(lists) == 1 else (),
+            fixes=(run.set_fix(_PATTERN, min(lists)),) if len(lists) == 1 else (),
         )
 
 
@@ -189,7 +189,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 at,
                 f"{name} would be fully trained and also get an adapter from target_modules",
-                notes=(run.operand(_TARGETS),),
+                notes=(run.describe(_TARGETS),),
                 fixes=(Fix(f"remove {name} from modules_to_save or from target_modules"),),
             )
 
@@ -211,7 +211,7 @@ def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
     if isinstance(targets, str):
         return
     for index, name in enumerate(targets):
-        if str(name).lower().endswith("norm") and run.written(_TARGETS):
+        if str(name).lower().endswith("norm") and run.is_set(_TARGETS):
             yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"{name} cannot have an adapter: it is a normalization layer, and its weight is a "

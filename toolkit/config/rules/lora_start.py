@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PATH = "lora.adapter_path"
 _EXCLUDE = "lora.exclude_modules"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _START_KEYS = " ".join((_PATH, *(f"lora.{name}" for name in INHERITED)))
 
 
@@ -43,8 +43,8 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
         return
     folder = resolve(node.value, node)
     values = read_adapter(folder)
-    if values is None or not exists(folder / WEIGHTS):
-        lacks = "adapter_config.json" if values is None else WEIGHTS
+    if values is None or not exists(folder / WEIGHTS_FILE):
+        lacks = "adapter_config.json" if values is None else WEIGHTS_FILE
         what = f"has no readable {lacks}" if exists(folder) else "does not exist"
         yield RuleViolation(
             _PATH, f"{folder} {what}: adapter_path must be the folder of an adapter"
@@ -61,12 +61,12 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             init,
             "has no effect: the adapter at adapter_path contains the initial weights",
-            notes=(run.operand(_PATH),),
+            notes=(run.describe(_PATH),),
             severity=Severity.WARNING,
         )
     for name in INHERITED:
         key, theirs = f"lora.{name}", run.adapter.get(name)
-        if not run.written(key):
+        if not run.is_set(key):
             continue
         if name in ("rank_pattern", "alpha_pattern"):
             ours, theirs = run.mapping(key), theirs or {}
@@ -77,7 +77,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
                 key,
                 f"the run file sets {show(ours)}, but the adapter that the run starts from has "
                 f"{show(theirs)}",
-                notes=(run.operand(_PATH),),
+                notes=(run.describe(_PATH),),
                 fixes=(Fix(f"remove {name}, so that the adapter's value is used"),),
                 related=(_PATH,),
             )
@@ -143,7 +143,7 @@ def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
                 yield RuleViolation(
                     ("lora", name, key),
                     f"{key} does not match any module that has an adapter",
-                    notes=(run.operand("lora.target_modules"),),
+                    notes=(run.describe("lora.target_modules"),),
                     on_key=True,
                 )
 
@@ -176,14 +176,14 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _EXCLUDE,
             f"excludes all {len(modules)} modules that target_modules names",
-            notes=(run.operand("lora.target_modules"),),
-            fixes=(run.to(_EXCLUDE, None),),
+            notes=(run.describe("lora.target_modules"),),
+            fixes=(run.set_fix(_EXCLUDE, None),),
         )
     elif len(left) == len(modules):
         yield RuleViolation(
             _EXCLUDE,
             "excludes none of the modules that target_modules names",
-            notes=(run.operand("lora.target_modules"),),
+            notes=(run.describe("lora.target_modules"),),
             severity=Severity.WARNING,
         )
 
@@ -193,7 +193,7 @@ def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
     this machine or target_modules is a string. If ``excluded`` is false, the modules of
     exclude_modules are in the result too.
     """
-    targets, exclude = run.value("lora.target_modules"), run.ask(_EXCLUDE)
+    targets, exclude = run.value("lora.target_modules"), run.get(_EXCLUDE)
     modules = run.model.modules if run.model is not None else None
     if not modules:
         return []

@@ -8,7 +8,7 @@ from toolkit.base.vllm_models import vllm_lists
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type
 from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
-from toolkit.config.rules.features import fault_of
+from toolkit.config.rules.features import violation_for
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.run_paths import exists, resolve
 from toolkit.config.supported_features import architecture_problem, stored_format, stored_problem
@@ -46,8 +46,8 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "model.revision",
             "a revision is only for models of the hub, but model_name is a folder",
-            notes=(run.operand(_NAME),),
-            fixes=(run.to("model.revision", None),),
+            notes=(run.describe(_NAME),),
+            fixes=(run.set_fix("model.revision", None),),
         )
 
 
@@ -122,12 +122,12 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     there = model_type(kind)
     problem = architecture_problem(
         run.model.config,
-        trust_remote_code=bool(run.ask("model.trust_remote_code")),
+        trust_remote_code=bool(run.get("model.trust_remote_code")),
         known=there.known,
         causal=there.causal,
     )
     if problem is not None:
-        yield fault_of(run, problem, note=f"from {run.model.source}")
+        yield violation_for(run, problem, note=f"from {run.model.source}")
 
 
 @rule(
@@ -148,12 +148,12 @@ def trained_format(run: Run) -> Iterator[RuleViolation]:
         return
     problem = stored_problem(
         run.model.config,
-        load_in_4bit=bool(run.ask("model.load_in_4bit")),
-        load_in_8bit=bool(run.ask("model.load_in_8bit")),
+        load_in_4bit=bool(run.get("model.load_in_4bit")),
+        load_in_8bit=bool(run.get("model.load_in_8bit")),
         engine=run.engine == "vllm",
     )
     if problem is not None:
-        yield fault_of(run, problem, note=f"quantization_config in {run.model.source}")
+        yield violation_for(run, problem, note=f"quantization_config in {run.model.source}")
 
 
 @rule(
@@ -180,7 +180,7 @@ def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _NAME,
             f"the installed vLLM does not support {', '.join(map(str, names))}",
-            notes=(f"architectures in {run.model.source}; {run.operand('runtime.engine')}",),
-            fixes=(run.to("runtime.engine", "transformers"),),
+            notes=(f"architectures in {run.model.source}; {run.describe('runtime.engine')}",),
+            fixes=(run.set_fix("runtime.engine", "transformers"),),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )

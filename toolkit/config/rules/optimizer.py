@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 OPTIM, ARGS, TARGETS = "grpo.optim", "grpo.optim_args", "grpo.optim_target_modules"
-ACCUMULATION = "grpo.gradient_accumulation_steps"
+ACCUMULATION_STEPS = "grpo.gradient_accumulation_steps"
 _PLAIN = "adamw_torch_fused"
 _WORDS = (
     "nesterov", "centered", "proj", "proj_type", "scale_type", "use_kahan_summation",
@@ -28,7 +28,7 @@ _WORDS = (
 
 @rule(
     "GRPO035",
-    f"{OPTIM} {TARGETS} {ACCUMULATION}",
+    f"{OPTIM} {TARGETS} {ACCUMULATION_STEPS}",
     example="grpo:\n  optim: galore_adamw",
     fix="set optim: adamw_torch_fused, or optim_target_modules: all-linear",
 )
@@ -47,8 +47,8 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             OPTIM,
             f"{optim} needs optim_target_modules",
-            notes=(run.operand(TARGETS),),
-            fixes=(run.to(OPTIM, _PLAIN), Fix("optim_target_modules: all-linear")),
+            notes=(run.describe(TARGETS),),
+            fixes=(run.set_fix(OPTIM, _PLAIN), Fix("optim_target_modules: all-linear")),
             related=(TARGETS,),
         )
     elif (package := OPTIMIZERS[optim].package) and not installed(package):
@@ -61,20 +61,20 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
         )
     if not optim.endswith("layerwise"):
         return
-    if run.value(ACCUMULATION) != 1:
+    if run.value(ACCUMULATION_STEPS) != 1:
         yield RuleViolation(
-            ACCUMULATION,
+            ACCUMULATION_STEPS,
             f"{optim} updates weights inside the backward pass and cannot accumulate gradients",
-            notes=(run.operand(ACCUMULATION),),
-            fixes=(run.to(ACCUMULATION, 1),),
+            notes=(run.describe(ACCUMULATION_STEPS),),
+            fixes=(run.set_fix(ACCUMULATION_STEPS, 1),),
             related=(OPTIM,),
         )
-    if run.world_size > 1:
+    if run.replicas > 1:
         yield RuleViolation(
             OPTIM,
             f"{optim} can train in only one process",
-            notes=(f"world size {run.world_size}",),
-            fixes=(run.to(OPTIM, _PLAIN),),
+            notes=(f"world size {run.replicas}",),
+            fixes=(run.set_fix(OPTIM, _PLAIN),),
         )
 
 
@@ -130,14 +130,14 @@ def _unread(
     return RuleViolation(
         ARGS,
         f"the optimizer {optim} does not read {name} (it reads: {', '.join(options) or 'none'})",
-        notes=(run.operand(OPTIM),),
+        notes=(run.describe(OPTIM),),
         fixes=(_args(run, renamed if close else left),),
         related=(OPTIM,),
     )
 
 
 def _args(run: Run, pairs: dict[str, str]) -> Fix:
-    return run.to(ARGS, ",".join(f"{name}={value}" for name, value in pairs.items()) or None)
+    return run.set_fix(ARGS, ",".join(f"{name}={value}" for name, value in pairs.items()) or None)
 
 
 def _is_number(text: str) -> bool:
@@ -165,8 +165,8 @@ def targets_are_read(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         TARGETS,
         "has no effect: only galore_* and apollo_* optimizers read this key",
-        notes=(run.operand(OPTIM),),
-        fixes=(run.to(TARGETS, None),),
+        notes=(run.describe(OPTIM),),
+        fixes=(run.set_fix(TARGETS, None),),
         related=(OPTIM,),
         on_key=True,
     )

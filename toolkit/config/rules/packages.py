@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
     from toolkit.config.rules.run import Run
 
-REPORT = "grpo.report_to"
+REPORT_TO = "grpo.report_to"
 
 
 def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     """The names of the trackers in report_to, each with the YAML node that contains the name."""
-    node = run.node(REPORT)
-    if node is None or node.value is None or not run.written(REPORT):
+    node = run.node(REPORT_TO)
+    if node is None or node.value is None or not run.is_set(REPORT_TO):
         return []
     nodes = node.value if isinstance(node.value, list) else [node]
     return [(one.value, one) for one in nodes if isinstance(one.value, str)]
@@ -29,7 +29,7 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
 
 @rule(
     "GRPO037",
-    REPORT,
+    REPORT_TO,
     example="grpo:\n  report_to: wandbb",
     fix="report_to: wandb",
 )
@@ -44,7 +44,7 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
         alone = len(named) == 1
         if name in TRACKERS or (name in NO_TRACKER and alone):
             continue
-        is_item = run.node(REPORT) is not node
+        is_item = run.node(REPORT_TO) is not node
         place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
         if name in NO_TRACKER:
             yield RuleViolation(
@@ -54,7 +54,7 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
             )
             continue
         close = nearest(name, (*TRACKERS, *NO_TRACKER))
-        fix = run.replace(node, close) if close else run.to(REPORT, "none")
+        fix = run.replace_fix(node, close) if close else run.set_fix(REPORT_TO, "none")
         yield RuleViolation(
             place,
             f"{name} is not a tracker that transformers supports",
@@ -65,7 +65,7 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
 
 @rule(
     "GRPO038",
-    f"{REPORT} grpo.optim grpo.cache_implementation",
+    f"{REPORT_TO} grpo.optim grpo.cache_implementation",
     example="grpo:\n  report_to: wandb  # and wandb is not installed",
     fix="pip install wandb",
     severity=Severity.WARNING,
@@ -80,9 +80,9 @@ def packages_are_installed(run: Run) -> Iterator[RuleViolation]:
     # GRPO013 reports Liger, and GRPO035 optimizers with targets.
     needed = needed_packages(
         trackers,
-        run.ask("grpo.optim"),
+        run.get("grpo.optim"),
         use_liger=False,
-        cache=run.ask("grpo.cache_implementation"),
+        cache=run.get("grpo.cache_implementation"),
     )
     for key, value, package in needed:
         if not value.startswith(TARGETED) and not installed(package):

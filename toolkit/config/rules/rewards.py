@@ -8,7 +8,7 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.config.code import Found, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
-from toolkit.config.rules.run import Unjudged
+from toolkit.config.rules.run import SkipRule
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
     found: list[tuple[KeyPath, dict[str, Node]]] = []
     for index, item in enumerate(node.value):
         path: KeyPath = ("reward", "functions", index)
-        if isinstance(item.value, dict) and path not in run.bad:
+        if isinstance(item.value, dict) and path not in run.invalid_paths:
             found.append((path, item.value))
     return found
 
@@ -38,7 +38,11 @@ def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
 def _named(run: Run) -> Iterator[tuple[KeyPath, dict[str, Node], Node]]:
     for path, members in _functions(run):
         name = members.get("name")
-        if name is not None and isinstance(name.value, str) and (*path, "name") not in run.bad:
+        if (
+            name is not None
+            and isinstance(name.value, str)
+            and (*path, "name") not in run.invalid_paths
+        ):
             yield path, members, name
 
 
@@ -69,7 +73,7 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
             _WEIGHTS,
             f"the number of weights is {len(weights)}, but the number of reward functions is "
             f"{len(functions)}",
-            notes=(run.operand(_FUNCTIONS),),
+            notes=(run.describe(_FUNCTIONS),),
             related=(_FUNCTIONS,),
         )
     elif own is not None:
@@ -77,7 +81,7 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
             _WEIGHTS,
             "cannot be set, because a function in reward.functions has its own weight",
             notes=(f"reward.functions[{own[2]}] has the key weight",),
-            fixes=(run.to(_WEIGHTS, None),),
+            fixes=(run.set_fix(_WEIGHTS, None),),
             related=(_FUNCTIONS,),
         )
 
@@ -96,7 +100,7 @@ def some_reward(run: Run) -> Iterator[RuleViolation]:
     """
     if run.node("environment") is not None:
         return
-    if not run.written(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
+    if not run.is_set(_FUNCTIONS) or run.value(_FUNCTIONS) == []:
         yield RuleViolation(
             _FUNCTIONS,
             "there is no reward function: the run would learn nothing",
@@ -129,16 +133,18 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
         if not _identifiers(module) or not function.isidentifier():
             yield RuleViolation(at, f"{text} must have the form module:function")
             continue
-        yield from unusable(run, at, module, function)
+        yield from function_violations(run, at, module, function)
 
 
-def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[RuleViolation]:
+def function_violations(
+    run: Run, at: KeyPath, module: str, function: str
+) -> Iterator[RuleViolation]:
     """Yield a violation if the user's function cannot be called. Either runtime.allow_code does not
     allow ``module``, or the source of ``module`` does not define ``function``. The violation is
     reported at the key ``at``.
     """
     if not _allowed(run, module):
-        yield not_allowed(run, at, module)
+        yield code_not_allowed(run, at, module)
         return
     found = find_function(module, function, run.document.source.folder)
     if found.problem:
@@ -148,7 +154,7 @@ def unusable(run: Run, at: KeyPath, module: str, function: str) -> Iterator[Rule
 
 def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
     close = nearest(name.value, list(BUILTIN_OPTIONS))
-    fixes = (run.replace(name, close),) if close else ()
+    fixes = (run.replace_fix(name, close),) if close else ()
     known = f"built-in rewards: {', '.join(BUILTIN_OPTIONS)}; your own function: module:function"
     return RuleViolation(
         at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes
@@ -159,7 +165,7 @@ def _identifiers(module: str) -> bool:
     return all(part.isidentifier() for part in module.split("."))
 
 
-def not_allowed(
+def code_not_allowed(
     run: Run, at: str | KeyPath, module: str, *others: str, related: tuple[str, ...] = ()
 ) -> RuleViolation:
     """Return the violation for a ``module`` of the user that runtime.allow_code does not contain.
@@ -169,7 +175,7 @@ def not_allowed(
     return RuleViolation(
         at,
         f"runtime.allow_code does not allow code of {module} to run",
-        notes=(run.operand("runtime.allow_code"),),
+        notes=(run.describe("runtime.allow_code"),),
         fixes=(Fix(f"runtime: {{allow_code: [{packages}]}}"),),
         related=related,
     )
@@ -257,7 +263,7 @@ def known_options(run: Run) -> Iterator[RuleViolation]:
             continue
         written: dict[str, Any] = options.value if options is not None else {}
         if not isinstance(written, dict):
-            raise Unjudged
+            raise SkipRule
         for option, node in written.items():
             if option in known or option.startswith("\0"):
                 continue
@@ -266,7 +272,7 @@ def known_options(run: Run) -> Iterator[RuleViolation]:
                 (*path, "options", option),
                 f"{name.value} has no option {option}",
                 notes=(f"its options: {', '.join(known) or 'none'}",),
-                fixes=(run.rename(node, close),) if close else (),
+                fixes=(run.rename_fix(node, close),) if close else (),
                 on_key=True,
             )
         for option, needed in known.items():
@@ -300,6 +306,6 @@ def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
             "reward.timeout_s",
             "without a time limit, nothing stops a reward function that hangs",
             notes=("reward.isolate is false: the function runs in the training process",),
-            fixes=(run.to("reward.timeout_s", 600),),
+            fixes=(run.set_fix("reward.timeout_s", 600),),
             related=("reward.isolate",),
         )

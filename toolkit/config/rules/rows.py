@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from toolkit.config.data_facts import data_of
 from toolkit.config.finding import Severity
 from toolkit.config.rules.batch import (
-    ACCUMULATION,
-    GROUP,
-    MICRO,
-    SIZE,
-    STEPS,
+    ACCUMULATION_STEPS,
+    GENERATION_BATCH_SIZE,
+    GROUP_SIZE,
+    MICRO_BATCH_SIZE,
+    STEPS_PER_GENERATION,
     generation_batch,
-    micro_batch,
+    micro_batch_size,
 )
 from toolkit.config.rules.violation import RuleViolation, rule
 
@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 _LIMIT, _PATH = "dataset.limit", "dataset.path"
 _ENVIRONMENT, _PROBLEMS = "environment", "environment.size"
 _CHOOSING = ("grpo.dynamic_sampling", "grpo.curriculum")
-_CHOICE_KEYS = f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP} {SIZE}"
-_ROW_KEYS = f"{_PATH} {_LIMIT} {GROUP} {SIZE} {STEPS} {ACCUMULATION} {MICRO}"
+_CHOICE_KEYS = (
+    f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP_SIZE} {GENERATION_BATCH_SIZE}"
+)
+_ROW_KEYS = (
+    f"{_PATH} {_LIMIT} {GROUP_SIZE} {GENERATION_BATCH_SIZE} {STEPS_PER_GENERATION} "
+    f"{ACCUMULATION_STEPS} {MICRO_BATCH_SIZE}"
+)
 
 
 @rule(
@@ -58,21 +63,23 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
         return
     rows, origin = _rows(run)
     batch, formula, factor = generation_batch(run)
-    group = run.value(GROUP)
+    group = run.value(GROUP_SIZE)
     if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports this fault
         return
     needed = batch // group
     if rows >= needed:
         return
-    limited = run.node(_LIMIT) is not None and rows == run.ask(_LIMIT)
+    limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
     yield RuleViolation(
         _LIMIT if limited else _PATH,
         f"{rows} rows do not fill one generation batch of {needed} prompts: nothing is trained",
-        notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
-               f"rows = {origin}"),
+        notes=(
+            f"prompts = {batch} completions / {run.describe(GROUP_SIZE)}; completions = {formula}",
+            f"rows = {origin}",
+        ),
         fixes=_fixes(run, rows, needed, factor, limited=limited),
-        related=(factor, GROUP),
-    )  # fmt: skip
+        related=(factor, GROUP_SIZE),
+    )
 
 
 def _rows(run: Run) -> tuple[int | None, str]:
@@ -82,10 +89,10 @@ def _rows(run: Run) -> tuple[int | None, str]:
     limit = run.value(_LIMIT)
     data = data_of(run.document, "path")
     if data is None or not data.rows or not data.whole:
-        return limit, run.operand(_LIMIT)
+        return limit, run.describe(_LIMIT)
     rows = data.rows - data.empty
     if limit is not None and limit <= rows:
-        return limit, run.operand(_LIMIT)
+        return limit, run.describe(_LIMIT)
     return rows, f"{rows} with a prompt in {data.path.name}"
 
 
@@ -94,23 +101,23 @@ def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> t
     if the data may have enough rows.
     """
     fixes = []
-    group = run.value(GROUP)
-    if factor == SIZE:
-        auto = "auto" in (run.ask(MICRO), run.ask(ACCUMULATION))
-        step = run.world_size if auto else micro_batch(run) * run.world_size
+    group = run.value(GROUP_SIZE)
+    if factor == GENERATION_BATCH_SIZE:
+        auto = "auto" in (run.get(MICRO_BATCH_SIZE), run.get(ACCUMULATION_STEPS))
+        step = run.replicas if auto else micro_batch_size(run) * run.replicas
         size = _largest(step, rows * group, group)
         if size:
-            fixes.append(run.to(SIZE, size))
+            fixes.append(run.set_fix(GENERATION_BATCH_SIZE, size))
     else:
-        step = micro_batch(run) * run.world_size
+        step = micro_batch_size(run) * run.replicas
         size = _largest(step, rows * group, group)
         if size:
-            fixes.append(run.to(factor, size // step))
+            fixes.append(run.set_fix(factor, size // step))
     if limited:
         data = data_of(run.document, "path")
         there = data is None or not data.rows or not data.whole or data.rows - data.empty >= needed
         if there:
-            fixes.append(run.to(_LIMIT, needed))
+            fixes.append(run.set_fix(_LIMIT, needed))
     return tuple(fixes)
 
 
@@ -142,15 +149,15 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     batch needs all rows, there are no other rows, and the feature has no effect. The rule is
     checked if the rows can be counted.
     """
-    on = [key for key in _CHOOSING if run.ask(key) is True]
+    on = [key for key in _CHOOSING if run.get(key) is True]
     if not on:
         return
     if run.node(_ENVIRONMENT) is not None:
-        rows, origin, where = run.value(_PROBLEMS), run.operand(_PROBLEMS), _PROBLEMS
+        rows, origin, where = run.value(_PROBLEMS), run.describe(_PROBLEMS), _PROBLEMS
     else:
         (rows, origin), where = _rows(run), _PATH
     batch, formula, _ = generation_batch(run)
-    group = run.value(GROUP)
+    group = run.value(GROUP_SIZE)
     # GRPO043 reports fewer rows
     if rows is None or group < 2 or batch % group or rows != batch // group:
         return
@@ -159,11 +166,14 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
             key,
             f"has no effect: every generation batch needs all {rows} rows, so there are no other "
             "rows to choose from",
-            notes=(f"prompts = {batch} completions / {run.operand(GROUP)}; completions = {formula}",
-                   f"rows = {origin}"),
-            fixes=(run.to(key, False),),
-            related=(where, GROUP),
-        )  # fmt: skip
+            notes=(
+                f"prompts = {batch} completions / {run.describe(GROUP_SIZE)}; "
+                f"completions = {formula}",
+                f"rows = {origin}",
+            ),
+            fixes=(run.set_fix(key, False),),
+            related=(where, GROUP_SIZE),
+        )
 
 
 @rule(
@@ -182,7 +192,7 @@ def run_has_a_length(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.num_train_epochs",
             "with 0 epochs nothing is trained",
-            notes=(run.operand("grpo.max_steps"),),
-            fixes=(run.to("grpo.num_train_epochs", 1.0),),
+            notes=(run.describe("grpo.max_steps"),),
+            fixes=(run.set_fix("grpo.num_train_epochs", 1.0),),
             related=("grpo.max_steps",),
         )

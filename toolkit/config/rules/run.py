@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from toolkit.config.source import KeyPath
 
 
-__all__ = ["DeviceFacts", "Run", "Situation", "Unjudged", "default", "parts_of"]
+__all__ = ["DeviceFacts", "Run", "Situation", "SkipRule", "default_value", "key_path"]
 
 
-class Unjudged(Exception):
+class SkipRule(Exception):
     """Raised if a value that a rule needs is invalid and already reported. The rule then yields no
     violation.
     """
 
 
 @cache
-def default(path: str) -> Any:
+def default_value(path: str) -> Any:
     """The default of a dotted key in the schema; None if it has no default."""
     schema = find_schema("run")
     for part in path.split("."):
@@ -38,7 +38,7 @@ def default(path: str) -> Any:
 
 
 @cache
-def parts_of(path: str) -> KeyPath:
+def key_path(path: str) -> KeyPath:
     """The key path of a dotted key: ``("lora", "r")`` for ``lora.r``."""
     return tuple(path.split("."))
 
@@ -46,84 +46,90 @@ def parts_of(path: str) -> KeyPath:
 class Run:
     """A run file in the form that rules use. Keys are dotted: ``grpo.num_generations``."""
 
-    def __init__(self, document: Document, bad: set[KeyPath], situation: Situation) -> None:
+    def __init__(
+        self, document: Document, invalid_paths: set[KeyPath], situation: Situation
+    ) -> None:
         self.document = document
-        self.bad = bad
+        self.invalid_paths = invalid_paths
         self.situation = situation
         self._nodes: dict[str, Node | None] = {}
 
     @property
-    def processes(self) -> int:
+    def world_size(self) -> int:
         """The number of processes of the run."""
         return self.situation.world_size
 
     @property
-    def world_size(self) -> int:
+    def replicas(self) -> int:
         """The number of processes that train on different rows. Processes that share one model
         (tensor_parallel_size above 1) train on the same rows and count as one.
         """
-        size = self.ask(parallel.KEY)
-        return parallel.replicas(self.processes, size if self.engine != "transformers" else 1)
+        size = self.get(parallel.KEY)
+        return parallel.replicas(self.world_size, size if self.engine != "transformers" else 1)
 
     def node(self, path: str) -> Node | None:
         """The document node at a key; None if the run file does not set the key."""
         if path not in self._nodes:
-            self._nodes[path] = self.document.node(parts_of(path))
+            self._nodes[path] = self.document.node(key_path(path))
         return self._nodes[path]
 
-    def written(self, path: str) -> bool:
-        """Whether the run file sets a key. Raises Unjudged if its value is invalid."""
-        parts = parts_of(path)
-        if self.bad and any(parts[:depth] in self.bad for depth in range(1, len(parts) + 1)):
-            raise Unjudged
+    def is_set(self, path: str) -> bool:
+        """Whether the run file sets a key. Raises SkipRule if its value is invalid."""
+        parts = key_path(path)
+        if self.invalid_paths and any(
+            parts[:depth] in self.invalid_paths for depth in range(1, len(parts) + 1)
+        ):
+            raise SkipRule
         return self.node(path) is not None
 
     def value(self, path: str) -> Any:
-        """The value of a key as plain data. Raises Unjudged if the value is invalid.
+        """The value of a key as plain data. Raises SkipRule if the value is invalid.
 
         If the run file does not set the key, the result is the key's default. If the run starts
         from an adapter, the result for a lora key that is not set is the adapter's value instead.
         """
-        if not self.written(path):
+        if not self.is_set(path):
             name = path.removeprefix("lora.")
-            return self.adapter[name] if path != name and name in self.adapter else default(path)
+            return (
+                self.adapter[name] if path != name and name in self.adapter else default_value(path)
+            )
         node = self.node(path)
         assert node is not None
         if isinstance(node.value, list):
-            parts = parts_of(path)
-            if any(bad[: len(parts)] == parts for bad in self.bad):
-                raise Unjudged
+            parts = key_path(path)
+            if any(invalid[: len(parts)] == parts for invalid in self.invalid_paths):
+                raise SkipRule
             return node.to_plain()
         return node.value
 
     def mapping(self, path: str) -> dict[str, Any]:
         """The value of a key that is a mapping, as plain data; {} if the value is not a mapping.
-        Raises Unjudged if any part of the value is invalid.
+        Raises SkipRule if any part of the value is invalid.
         """
         self.value(path)
-        parts = parts_of(path)
-        if any(bad[: len(parts)] == parts for bad in self.bad):
-            raise Unjudged
+        parts = key_path(path)
+        if any(invalid[: len(parts)] == parts for invalid in self.invalid_paths):
+            raise SkipRule
         node = self.node(path)
         value = self.value(path) if node is None else node.to_plain()
         return dict(value) if isinstance(value, dict) else {}
 
-    def ask(self, path: str) -> Any:
-        """Like ``value``, but returns the default instead of raising Unjudged. A rule with several
+    def get(self, path: str) -> Any:
+        """Like ``value``, but returns the default instead of raising SkipRule. A rule with several
         independent parts uses this function, so that one invalid value does not disable the other
         parts.
         """
         try:
             return self.value(path)
-        except Unjudged:
-            return default(path)
+        except SkipRule:
+            return default_value(path)
 
-    def operand(self, path: str) -> str:
+    def describe(self, path: str) -> str:
         """A text with the name of a key, the key's value and the line of the value, such as
         ``num_generations 8 (line 12)``. Findings explain their arithmetic with such texts.
         """
         name, node = path.rpartition(".")[2], self.node(path)
-        return f"{name} {show(self.ask(path))} ({self.origin(node)})"
+        return f"{name} {show(self.get(path))} ({self.origin(node)})"
 
     def origin(self, node: Node | None) -> str:
         """Where a value comes from, as text: a line of the run file, a line of another file, --set,
@@ -136,19 +142,19 @@ class Run:
         line = f"line {node.mark.line}"
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
-    def to(self, path: str, value: Any) -> Fix:
+    def set_fix(self, path: str, value: Any) -> Fix:
         """The fix that sets ``path`` to ``value``. --fix can apply this fix only if the run file
         sets the key.
         """
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
             return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
-        edits = self.replace(node, value).edits
+        edits = self.replace_fix(node, value).edits
         if not edits:
             return Fix(f"remove {name}")
         return Fix(f"{name}: {spell(value, node.source.format)}", edits)
 
-    def replace(self, node: Node, value: Any) -> Fix:
+    def replace_fix(self, node: Node, value: Any) -> Fix:
         """The fix that replaces a scalar by ``value``. The fix has no edits if the file format has
         no way to write ``value``.
         """
@@ -158,7 +164,7 @@ class Run:
         text = f"write {spelling}"
         return Fix(text, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
 
-    def rename(self, node: Node, name: str) -> Fix:
+    def rename_fix(self, node: Node, name: str) -> Fix:
         """The fix that renames the key of ``node``."""
         if node.key is None or node.source.is_override:
             return Fix(f"rename the key to {name}")
@@ -169,7 +175,7 @@ class Run:
         """The engine that generates: ``vllm``, ``transformers`` or ``maybe``. ``maybe`` means vLLM
         where it is installed, else transformers.
         """
-        engine, fast = self.ask("runtime.engine"), self.ask("model.fast_inference")
+        engine, fast = self.get("runtime.engine"), self.get("model.fast_inference")
         return engine_of(engine, fast, self.situation)
 
     @cached_property
@@ -194,7 +200,7 @@ class Run:
         return read_model(node, revision if isinstance(revision, str) else None)
 
     @cached_property
-    def chat_template(self) -> bool | None:
+    def has_chat_template(self) -> bool | None:
         """Whether the model's tokenizer has a chat template; None if the tokenizer is not on this
         machine.
         """

@@ -38,8 +38,8 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _OUTPUT,
             f"{folder} is not empty, but a run with resume: never needs an empty folder",
-            notes=(run.operand(_RESUME),),
-            fixes=(run.to(_RESUME, "auto"),),
+            notes=(run.describe(_RESUME),),
+            fixes=(run.set_fix(_RESUME, "auto"),),
             related=(_RESUME,),
         )
 
@@ -63,8 +63,8 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
             yield RuleViolation(
                 _RESUME,
                 f"there is no checkpoint in {folder} to resume from",
-                notes=(run.operand(_OUTPUT),),
-                fixes=(run.to(_RESUME, "auto"),),
+                notes=(run.describe(_OUTPUT),),
+                fixes=(run.set_fix(_RESUME, "auto"),),
             )
         return
     node = run.node(_RESUME)
@@ -74,7 +74,7 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _RESUME,
             f"{resume} must be auto, never, must, or the folder of a checkpoint",
-            fixes=(run.to(_RESUME, "auto"),),
+            fixes=(run.set_fix(_RESUME, "auto"),),
         )
 
 
@@ -115,8 +115,8 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         "runtime.pack_tokens",
         "has no effect on padded batches, which are split by rows",
-        notes=(run.operand("runtime.padding_free"),),
-        fixes=(run.to("runtime.pack_tokens", "auto"),),
+        notes=(run.describe("runtime.padding_free"),),
+        fixes=(run.set_fix("runtime.pack_tokens", "auto"),),
         related=("runtime.padding_free",),
     )
 
@@ -139,13 +139,13 @@ def one_liger(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.use_liger_kernel",
             "cannot be true while fused_kernels is true",
-            notes=(run.operand("runtime.fused_kernels"),),
-            fixes=(run.to("grpo.use_liger_kernel", False),),
+            notes=(run.describe("runtime.fused_kernels"),),
+            fixes=(run.set_fix("grpo.use_liger_kernel", False),),
             related=("runtime.fused_kernels",),
         )
 
 
-FORMATS = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
+TRAINER_DTYPES = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
 
 
 @rule(
@@ -162,14 +162,14 @@ def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     float32, the difference is 1e-6. Without the vLLM engine, the trained model itself samples, so
     there is only one format. GRPO023 reports two different 16-bit formats.
     """
-    if run.engine != "vllm" or run.ask("model.dtype") != "float32":
+    if run.engine != "vllm" or run.get("model.dtype") != "float32":
         return
-    for key, name in FORMATS.items():
-        if run.ask(key):
+    for key, name in TRAINER_DTYPES.items():
+        if run.get(key):
             yield RuleViolation(
                 key,
                 f"the trainer would compute in {name}, but the engine samples in float32",
-                notes=(run.operand("model.dtype"), run.operand("runtime.engine")),
-                fixes=(run.to(key, False), run.to("model.dtype", name)),
+                notes=(run.describe("model.dtype"), run.describe("runtime.engine")),
+                fixes=(run.set_fix(key, False), run.set_fix("model.dtype", name)),
                 related=("model.dtype",),
             )

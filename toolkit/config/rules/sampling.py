@@ -45,11 +45,11 @@ def clip_order(run: Run) -> Iterator[RuleViolation]:
     low, high = run.value(_MIN), run.value(_MAX)
     if low is None or high is None or low < high:
         return
-    fixes = [run.to(_MAX, float(low) * 2 or 1.0), run.to(_MIN, float(high) / 2)]
+    fixes = [run.set_fix(_MAX, float(low) * 2 or 1.0), run.set_fix(_MIN, float(high) / 2)]
     yield RuleViolation(
         _MIN,
         f"{low} is not below vllm_importance_sampling_clip_max {high}",
-        notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
+        notes=(f"{run.describe(_MIN)}; {run.describe(_MAX)}",),
         fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
         related=(_MAX,),
     )
@@ -77,8 +77,8 @@ def truncation_needs_a_bound(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _MODE,
             f"{run.value(_MODE)} needs a bound, but both clip_min and clip_max are null",
-            notes=(f"{run.operand(_MIN)}; {run.operand(_MAX)}",),
-            fixes=(run.to(_MAX, 3.0),),
+            notes=(f"{run.describe(_MIN)}; {run.describe(_MAX)}",),
+            fixes=(run.set_fix(_MAX, 3.0),),
             related=(_MAX, _MIN),
         )
 
@@ -103,8 +103,8 @@ def vespo_per_token(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         "grpo.loss_type",
         f"vespo needs vllm_importance_sampling_mode token_truncate or token_mask, not {mode}",
-        notes=(run.operand(_MODE),),
-        fixes=(run.to(_MODE, "token_truncate"),),
+        notes=(run.describe(_MODE),),
+        fixes=(run.set_fix(_MODE, "token_truncate"),),
         related=(_MODE,),
     )
 
@@ -128,8 +128,8 @@ def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _LEVEL,
             f"if the level is sequence, loss_type {loss} weights each sequence by its length",
-            notes=(run.operand("grpo.loss_type"),),
-            fixes=(run.to("grpo.loss_type", "grpo"), run.to(_LEVEL, "token")),
+            notes=(run.describe("grpo.loss_type"),),
+            fixes=(run.set_fix("grpo.loss_type", "grpo"), run.set_fix(_LEVEL, "token")),
             related=("grpo.loss_type",),
         )
 
@@ -149,7 +149,7 @@ def no_greedy_training(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.temperature",
             "at temperature 0 all completions of a prompt are the same, so every advantage is 0",
-            fixes=(run.to("grpo.temperature", 1.0),),
+            fixes=(run.set_fix("grpo.temperature", 1.0),),
         )
 
 
@@ -174,5 +174,5 @@ def sampling_ranges(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             key,
             f"{node.value} is out of range: it must be {wanted}",
-            fixes=(run.to(key, nearest(node.value)),),
+            fixes=(run.set_fix(key, nearest(node.value)),),
         )

@@ -34,22 +34,22 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
     in this format, and the trainer must compute in the same format.
     """
     for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
-        if run.ask(half) and run.ask("model.dtype") == weights:
+        if run.get(half) and run.get("model.dtype") == weights:
             yield RuleViolation(
                 half,
                 f"the engine would compute in {weights}, but the trainer in another 16-bit format",
-                notes=(run.operand("model.dtype"),),
-                fixes=(run.to(half, False), run.to("model.dtype", "auto")),
+                notes=(run.describe("model.dtype"),),
+                fixes=(run.set_fix(half, False), run.set_fix("model.dtype", "auto")),
                 related=("model.dtype",),
             )
     for suffix in ("", "_full_eval"):
         bf16, fp16 = f"grpo.bf16{suffix}", f"grpo.fp16{suffix}"
-        if run.ask(bf16) and run.ask(fp16):
+        if run.get(bf16) and run.get(fp16):
             yield RuleViolation(
                 fp16,
                 f"fp16{suffix} and bf16{suffix} cannot both be true",
-                notes=(run.operand(bf16),),
-                fixes=(run.to(fp16, False),),
+                notes=(run.describe(bf16),),
+                fixes=(run.set_fix(fp16, False),),
                 related=(bf16,),
             )
 
@@ -70,7 +70,7 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value(_BEST):
         return
-    if not run.ask("model.full_finetuning"):
+    if not run.get("model.full_finetuning"):
         yield RuleViolation(
             _BEST,
             "has no effect in a LoRA run, which always ends with its last adapter",
@@ -78,20 +78,20 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
                 "runtime.keep_best: 1 keeps the best checkpoint, and toolkit export --checkpoint "
                 "exports it",
             ),
-            fixes=(run.to(_BEST, False),),
+            fixes=(run.set_fix(_BEST, False),),
         )
         return
     if run.value(_SAVE) == "best":
         return
     if run.value(_EVAL) != run.value(_SAVE):
-        data = run.ask("dataset.eval_path") is not None or run.ask("dataset.eval_split") is not None
+        data = run.get("dataset.eval_path") is not None or run.get("dataset.eval_split") is not None
         # without evaluation data, DATA005 would refuse the second fix
-        evaluating = (run.to(_EVAL, run.value(_SAVE)),) if data else ()
+        evaluating = (run.set_fix(_EVAL, run.value(_SAVE)),) if data else ()
         yield RuleViolation(
             _BEST,
             "checkpoints that are not evaluated cannot be compared",
-            notes=(f"{run.operand(_EVAL)}; {run.operand(_SAVE)}",),
-            fixes=(run.to(_BEST, False), *evaluating),
+            notes=(f"{run.describe(_EVAL)}; {run.describe(_SAVE)}",),
+            fixes=(run.set_fix(_BEST, False), *evaluating),
             related=(_EVAL, _SAVE),
         )
         return
@@ -105,8 +105,8 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         _SAVE_STEPS,
         f"{save} is not a multiple of eval_steps ({every})",
-        notes=(f"{run.operand(_EVAL_STEPS)}; {run.operand(_BEST)}",),
-        fixes=(run.to(_SAVE_STEPS, every), run.to(_EVAL_STEPS, save)),
+        notes=(f"{run.describe(_EVAL_STEPS)}; {run.describe(_BEST)}",),
+        fixes=(run.set_fix(_SAVE_STEPS, every), run.set_fix(_EVAL_STEPS, save)),
         related=(_EVAL_STEPS, _BEST),
     )
 
@@ -128,8 +128,8 @@ def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _SCHEDULER,
             f"the schedule {kind} needs evaluations, but there are none",
-            notes=(run.operand(_EVAL),),
-            fixes=(run.to(_SCHEDULER, "linear"),),
+            notes=(run.describe(_EVAL),),
+            fixes=(run.set_fix(_SCHEDULER, "linear"),),
             related=(_EVAL,),
         )
 
@@ -150,10 +150,10 @@ def prefetch_needs_workers(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.dataloader_prefetch_factor",
             "without a worker process no data is loaded ahead",
-            notes=(run.operand("grpo.dataloader_num_workers"),),
+            notes=(run.describe("grpo.dataloader_num_workers"),),
             fixes=(
-                run.to("grpo.dataloader_num_workers", 1),
-                run.to("grpo.dataloader_prefetch_factor", None),
+                run.set_fix("grpo.dataloader_num_workers", 1),
+                run.set_fix("grpo.dataloader_prefetch_factor", None),
             ),
             related=("grpo.dataloader_num_workers",),
         )
@@ -172,14 +172,16 @@ def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
     not possible, and with 0 steps nothing is ever saved.
     """
     for key, strategy in ((_EVAL_STEPS, _EVAL), (_SAVE_STEPS, _SAVE)):
-        steps = run.ask(key)
-        if steps is None or run.ask(strategy) != "steps":
+        steps = run.get(key)
+        if steps is None or run.get(strategy) != "steps":
             continue
         if steps > 1 and steps != int(steps):
             yield RuleViolation(
-                key, f"{steps} is not a whole number of steps", fixes=(run.to(key, int(steps)),)
+                key,
+                f"{steps} is not a whole number of steps",
+                fixes=(run.set_fix(key, int(steps)),),
             )
         elif steps == 0 and key == _SAVE_STEPS:
-            off = run.to(strategy, "no")
+            off = run.set_fix(strategy, "no")
             message = "with 0 steps no checkpoint is ever saved"
-            yield RuleViolation(key, message, fixes=(run.to(key, 500), off))
+            yield RuleViolation(key, message, fixes=(run.set_fix(key, 500), off))

@@ -69,7 +69,7 @@ def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             TYPE,
             f"{kind} needs {what} in lr_scheduler_kwargs",
-            notes=(run.operand(KWARGS),) if run.node(KWARGS) else (),
+            notes=(run.describe(KWARGS),) if run.node(KWARGS) else (),
             fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {_EXAMPLES[name]}}}"),),
             related=(KWARGS,),
         )
@@ -103,7 +103,7 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             KWARGS,
             f"has no effect: {kind} takes no keywords",
-            notes=(run.operand(TYPE),),
+            notes=(run.describe(TYPE),),
             fixes=(Fix("remove lr_scheduler_kwargs"),),
             severity=Severity.WARNING,
             on_key=True,
@@ -131,11 +131,11 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
     else:
         close = nearest(name, schedule.keywords)
         if close is not None:
-            fixes = (run.rename(node, close),)
+            fixes = (run.rename_fix(node, close),)
     return RuleViolation(
         ("grpo", "lr_scheduler_kwargs", name),
         message,
-        notes=(run.operand(TYPE),),
+        notes=(run.describe(TYPE),),
         fixes=fixes,
         related=(TYPE,),
         on_key=node.key is not None,
@@ -194,7 +194,7 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         RATE,
         f"the rate {rate} must be above {name} ({lowest}) of the {kind} schedule",
-        notes=(f"{run.operand(RATE)}; {name} {lowest} ({origin})",),
+        notes=(f"{run.describe(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),
         severity=Severity.ERROR if kind == "polynomial" else Severity.WARNING,
@@ -224,8 +224,8 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
             "grpo.warmup_steps",
             f"{warmup} warm-up steps do not end in a run of {steps} steps: the rate never reaches "
             "learning_rate",
-            notes=(run.operand("grpo.max_steps"),),
-            fixes=(run.to("grpo.warmup_steps", steps // 10),),
+            notes=(run.describe("grpo.max_steps"),),
+            fixes=(run.set_fix("grpo.warmup_steps", steps // 10),),
             related=("grpo.max_steps",),
         )
         return
@@ -237,7 +237,7 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             ("grpo", "lr_scheduler_kwargs", "num_decay_steps"),
             f"{decay.value} decay steps do not fit after the warm-up",
-            notes=(f"{before} + {decay.value} > {run.operand('grpo.max_steps')}",),
-            fixes=(run.replace(decay, int(steps - before)),),
+            notes=(f"{before} + {decay.value} > {run.describe('grpo.max_steps')}",),
+            fixes=(run.replace_fix(decay, int(steps - before)),),
             related=("grpo.max_steps",),
         )

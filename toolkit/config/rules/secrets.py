@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-SHORTEST = 16
+MIN_SECRET_LENGTH = 16
 _WHERE = {
     "hf": "export HF_TOKEN in the shell, or run hf auth login",
     "wandb": "export WANDB_API_KEY in the shell",
@@ -24,9 +24,9 @@ _WHERE = {
 
 def _secret_in(value: object) -> str | None:
     """The kind of secret that a text contains; None if it contains no secret. A text shorter than
-    ``SHORTEST`` is checked only if it is a URL.
+    ``MIN_SECRET_LENGTH`` is checked only if it is a URL.
     """
-    if not isinstance(value, str) or (len(value) < SHORTEST and "://" not in value):
+    if not isinstance(value, str) or (len(value) < MIN_SECRET_LENGTH and "://" not in value):
         return None
     return find_secret(value)
 

@@ -33,8 +33,8 @@ def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleVi
     return RuleViolation(
         key,
         message,
-        notes=(*notes, run.operand(_KEY)),
-        fixes=(fix, run.to(_KEY, 1)),
+        notes=(*notes, run.describe(_KEY)),
+        fixes=(fix, run.set_fix(_KEY, 1)),
         related=(_KEY,),
     )
 
@@ -53,17 +53,17 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     if size in (1, "auto"):
         return
     config = run.model.config if run.model is not None else None
-    legal = [one for one in parallel.sizes(config, run.processes) if one < size]
-    fixes = (run.to(_KEY, legal[-1] if legal else 1),)
+    legal = [one for one in parallel.sizes(config, run.world_size) if one < size]
+    fixes = (run.set_fix(_KEY, legal[-1] if legal else 1),)
     problem = parallel.shape_problem(config, size) if config is not None else None
     if problem is not None:
         yield RuleViolation(
             _KEY, problem, notes=(run.model.source,) if run.model else (), fixes=fixes
         )
-    elif run.processes % size:
+    elif run.world_size % size:
         yield RuleViolation(
             _KEY,
-            f"{size} cards per model do not divide the world size {run.processes}",
+            f"{size} cards per model do not divide the world size {run.world_size}",
             notes=("the world size is torchrun's number of processes; --world-size sets it here",),
             fixes=fixes,
         )
@@ -85,8 +85,8 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _KEY,
             "one model cannot be split while the trainer has its own copy of the weights",
-            notes=(run.operand(_SHARE),),
-            fixes=(run.to(_SHARE, True), run.to(_KEY, 1)),
+            notes=(run.describe(_SHARE),),
+            fixes=(run.set_fix(_SHARE, True), run.set_fix(_KEY, 1)),
             related=(_SHARE,),
         )
 
@@ -106,12 +106,12 @@ def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value(_KEY) in (1, "auto") or run.engine == "transformers":
         return
-    if run.ask("model.load_in_4bit"):
+    if run.get("model.load_in_4bit"):
         yield RuleViolation(
             _KEY,
             "packed 4-bit weights cannot be split over several cards",
-            notes=(run.operand("model.load_in_4bit"),),
-            fixes=(run.to("model.load_in_4bit", False), run.to(_KEY, 1)),
+            notes=(run.describe("model.load_in_4bit"),),
+            fixes=(run.set_fix("model.load_in_4bit", False), run.set_fix(_KEY, 1)),
             related=("model.load_in_4bit",),
         )
         return
@@ -121,7 +121,7 @@ def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
             _KEY,
             problem,
             notes=(run.model.source,),
-            fixes=(run.to(_KEY, 1),),
+            fixes=(run.set_fix(_KEY, 1),),
             related=("model.model_name",),
         )
 
@@ -150,9 +150,9 @@ def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
     if not _split(run) or run.engine == "transformers":
         return
     for key, neutral in _NEUTRAL.items():
-        if run.ask(key) not in neutral:
-            message = f"{run.ask(key)} {_UNSUPPORTED}"
-            yield _excluded(run, key, message, run.to(key, neutral[0]))
+        if run.get(key) not in neutral:
+            message = f"{run.get(key)} {_UNSUPPORTED}"
+            yield _excluded(run, key, message, run.set_fix(key, neutral[0]))
     for name, value in run.mapping("grpo.generation_kwargs").items():
         if name in _PENALTIES and value:
             message = f"{name} {value} {_UNSUPPORTED}"
@@ -175,13 +175,13 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """
     if not _split(run) or run.engine == "transformers":
         return
-    if run.ask("lora.lora_dropout"):
-        message = f"{run.ask('lora.lora_dropout')} {_UNSUPPORTED}"
-        yield _excluded(run, "lora.lora_dropout", message, run.to("lora.lora_dropout", 0.0))
-    init = run.ask("lora.init_lora_weights")
+    if run.get("lora.lora_dropout"):
+        message = f"{run.get('lora.lora_dropout')} {_UNSUPPORTED}"
+        yield _excluded(run, "lora.lora_dropout", message, run.set_fix("lora.lora_dropout", 0.0))
+    init = run.get("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
         message = f"{init} needs the complete weights, but each card has only a part of them"
-        fix = run.to("lora.init_lora_weights", True)
+        fix = run.set_fix("lora.init_lora_weights", True)
         yield _excluded(run, "lora.init_lora_weights", message, fix)
 
 
@@ -200,8 +200,8 @@ def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
     """
     if not _split(run) or run.engine == "transformers":
         return
-    optim = run.ask("grpo.optim")
+    optim = run.get("grpo.optim")
     if optim is not None and optim not in parallel.ELEMENTWISE:
         supported = f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}"
-        fix = run.to("grpo.optim", "adamw_torch_fused")
+        fix = run.set_fix("grpo.optim", "adamw_torch_fused")
         yield _excluded(run, "grpo.optim", f"{optim} {_UNSUPPORTED}", fix, supported)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.capability import BFLOAT16
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix
-from toolkit.config.rules.hardware import lacks
+from toolkit.config.rules.hardware import capability_problem
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import (
     ACCELERATOR,
@@ -59,7 +59,7 @@ def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
         ROUTER,
         f"this model has no auxiliary loss, because {family} {what}",
         notes=(f"from {run.model.source}",),
-        fixes=(run.to(ROUTER, None),),
+        fixes=(run.set_fix(ROUTER, None),),
         related=("model.model_name",),
     )
 
@@ -81,12 +81,12 @@ def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
         return
     for name, off in (("persistent_workers", False), ("multiprocessing_context", None)):
         key = f"grpo.dataloader_{name}"
-        if run.ask(key) != off:
+        if run.get(key) != off:
             yield RuleViolation(
                 key,
                 "has no effect without worker processes",
-                notes=(run.operand(WORKERS),),
-                fixes=(run.to(key, off), run.to(WORKERS, 1)),
+                notes=(run.describe(WORKERS),),
+                fixes=(run.set_fix(key, off), run.set_fix(WORKERS, 1)),
                 related=(WORKERS,),
             )
 
@@ -116,7 +116,7 @@ def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
         elif not isinstance(member.value, ACCELERATOR[name]):
             yield RuleViolation(place, f"must be true or false, got {member.value!r}")
         elif member.value is True and name in _REFUSED:
-            yield RuleViolation(place, _REFUSED[name], fixes=(run.replace(member, False),))
+            yield RuleViolation(place, _REFUSED[name], fixes=(run.replace_fix(member, False),))
         elif name == "gradient_accumulation_kwargs" and member.value:
             yield RuleViolation(
                 place,
@@ -139,7 +139,7 @@ def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -
         place,
         f"accelerate has no key {name}",
         notes=(f"its keys: {', '.join(ACCELERATOR)}",),
-        fixes=(run.rename(member, close) if close else Fix(f"remove {name}"),),
+        fixes=(run.rename_fix(member, close) if close else Fix(f"remove {name}"),),
         on_key=True,
     )
 
@@ -156,7 +156,7 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
     transformers' other option, tpu_metrics_debug, is for TPUs.
     """
     node = run.node("grpo.debug")
-    if node is None or not run.written("grpo.debug"):
+    if node is None or not run.is_set("grpo.debug"):
         return
     nodes = node.value if isinstance(node.value, list) else [node]
     for index, one in enumerate(nodes):
@@ -168,7 +168,9 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
                 continue
             what = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
             meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
-            known = run.replace(one, DEBUG[0]) if is_item else run.to("grpo.debug", DEBUG[0])
+            known = (
+                run.replace_fix(one, DEBUG[0]) if is_item else run.set_fix("grpo.debug", DEBUG[0])
+            )
             fix = known if meant else Fix(f"remove {word or 'the empty item'}")
             yield RuleViolation(place, f"{word} {what}", fixes=(fix,))
 
@@ -185,21 +187,21 @@ def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
     Each of the two keys turns torch_compile on. Only the backend inductor has modes.
     """
     for key, known in ((_BACKEND, COMPILERS), (_MODE, COMPILE_MODES)):
-        name = run.ask(key)
+        name = run.get(key)
         if name is None or str(name).lower() in known:
             continue
         yield RuleViolation(
             key,
             f"{name} is not one of {', '.join(known)}",
-            fixes=(run.to(key, nearest(str(name), known)),),
+            fixes=(run.set_fix(key, nearest(str(name), known)),),
         )
-    backend = run.ask(_BACKEND)
-    if run.ask(_MODE) is not None and backend is not None and backend != "inductor":
+    backend = run.get(_BACKEND)
+    if run.get(_MODE) is not None and backend is not None and backend != "inductor":
         yield RuleViolation(
             _MODE,
             f"{backend} has no modes",
-            notes=(run.operand(_BACKEND),),
-            fixes=(run.to(_MODE, None), run.to(_BACKEND, "inductor")),
+            notes=(run.describe(_BACKEND),),
+            fixes=(run.set_fix(_MODE, None), run.set_fix(_BACKEND, "inductor")),
             related=(_BACKEND,),
         )
 
@@ -216,10 +218,10 @@ def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     TensorFloat-32 is a format of Ampere GPUs and newer. `envcheck validate` checks the rule only
     with --gpu.
     """
-    why = lacks(run, BFLOAT16) if run.value("grpo.tf32") else None
+    why = capability_problem(run, BFLOAT16) if run.value("grpo.tf32") else None
     if why:
         yield RuleViolation(
-            "grpo.tf32", f"cannot be used: {why}", fixes=(run.to("grpo.tf32", False),)
+            "grpo.tf32", f"cannot be used: {why}", fixes=(run.set_fix("grpo.tf32", False),)
         )
 
 
@@ -245,12 +247,12 @@ def cache_is_known(run: Run) -> Iterator[RuleViolation]:
             key,
             f"{name} is not a cache of transformers",
             notes=(f"legal values: {', '.join(CACHES)}",),
-            fixes=(run.to(key, close),),
+            fixes=(run.set_fix(key, close),),
         )
         return
-    why = lacks(run, (0, 0)) if name.startswith("offloaded") else None
+    why = capability_problem(run, (0, 0)) if name.startswith("offloaded") else None
     if why:
-        yield RuleViolation(key, f"{name} cannot be used: {why}", fixes=(run.to(key, None),))
+        yield RuleViolation(key, f"{name} cannot be used: {why}", fixes=(run.set_fix(key, None),))
 
 
 @rule(
@@ -280,6 +282,6 @@ def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
             ("grpo", name, key),
             f"{key} is not a key of transformers' ContinuousBatchingConfig",
             notes=(f"its keys: {', '.join(BATCHING)}",),
-            fixes=(run.rename(member, close) if close else Fix(f"remove {key}"),),
+            fixes=(run.rename_fix(member, close) if close else Fix(f"remove {key}"),),
             on_key=True,
         )

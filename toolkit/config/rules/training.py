@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 _LIGER = "grpo.use_liger_kernel"
 _TARGETS = "lora.target_modules"
-NO_HEAD = Fix("remove lm_head from target_modules")
-SLOWEST, FASTEST = 1e-7, 1.0
+REMOVE_HEAD_FIX = Fix("remove lm_head from target_modules")
+MIN_PLAUSIBLE_RATE, MAX_PLAUSIBLE_RATE = 1e-7, 1.0
 
 
 def adapts_head(run: Run) -> bool:
     """Whether the run file puts an adapter on lm_head."""
-    return not run.ask("model.full_finetuning") and "lm_head" in run.ask(_TARGETS)
+    return not run.get("model.full_finetuning") and "lm_head" in run.get(_TARGETS)
 
 
 @rule(
@@ -42,8 +42,8 @@ def repo_needs_logging(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             "grpo.log_completions_hub_repo",
             "no completions are uploaded while log_completions is false",
-            notes=(run.operand("grpo.log_completions"),),
-            fixes=(run.to("grpo.log_completions", True),),
+            notes=(run.describe("grpo.log_completions"),),
+            fixes=(run.set_fix("grpo.log_completions", True),),
             related=("grpo.log_completions",),
         )
 
@@ -64,7 +64,7 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
     loss. The fused loss also cannot use an adapter on lm_head. TRL deprecates use_liger_kernel,
     because TRL's own loss now processes the tokens in chunks.
     """
-    if not run.ask(_LIGER):
+    if not run.get(_LIGER):
         return
     clashes = [
         key
@@ -90,12 +90,12 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _LIGER,
             f"Liger cannot be used with {', '.join(names)}",
-            notes=("; ".join(run.operand(key) for key in clashes),),
-            fixes=(NO_HEAD if clashes == [_TARGETS] else run.to(_LIGER, False),),
+            notes=("; ".join(run.describe(key) for key in clashes),),
+            fixes=(REMOVE_HEAD_FIX if clashes == [_TARGETS] else run.set_fix(_LIGER, False),),
             related=tuple(clashes),
         )
     # GRPO066 reports use_liger_kernel together with fused_kernels: true
-    elif not installed(LIGER) and run.ask("runtime.fused_kernels") is not True:
+    elif not installed(LIGER) and run.get("runtime.fused_kernels") is not True:
         yield RuleViolation(
             _LIGER,
             f"Liger's loss needs the package {LIGER.install}, which is not installed here",
@@ -106,7 +106,7 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
 
 
 def _plain(run: Run, key: str) -> object:
-    value, node = run.ask(key), run.node(key)
+    value, node = run.get(key), run.node(key)
     return node.to_plain() if node is not None else value
 
 
@@ -126,19 +126,19 @@ def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value("grpo.cast_lm_head_to_fp32"):
         return
-    if run.model is not None and run.model.tied and not run.ask("model.full_finetuning"):
+    if run.model is not None and run.model.tied and not run.get("model.full_finetuning"):
         yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
             "with an adapter, TRL cannot cast an lm_head that is tied to the embedding",
             notes=(f"tie_word_embeddings in {run.model.source}",),
-            fixes=(run.to("grpo.cast_lm_head_to_fp32", False),),
+            fixes=(run.set_fix("grpo.cast_lm_head_to_fp32", False),),
         )
     elif adapts_head(run):
         yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
             "lm_head cannot be cast to float32 while it has an adapter",
-            notes=(run.operand(_TARGETS),),
-            fixes=(NO_HEAD,),
+            notes=(run.describe(_TARGETS),),
+            fixes=(REMOVE_HEAD_FIX,),
             related=(_TARGETS,),
         )
 
@@ -164,8 +164,8 @@ def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
     yield RuleViolation(
         "grpo.sync_ref_model",
         f"{reason} to synchronize",
-        notes=(f"{run.operand('grpo.beta')}; {run.operand('model.full_finetuning')}",),
-        fixes=(run.to("grpo.sync_ref_model", False),),
+        notes=(f"{run.describe('grpo.beta')}; {run.describe('model.full_finetuning')}",),
+        fixes=(run.set_fix("grpo.sync_ref_model", False),),
         related=("grpo.beta",),
     )
 
@@ -183,11 +183,11 @@ def one_warmup(run: Run) -> Iterator[RuleViolation]:
     is a fraction of the run, as warmup_ratio was.
     """
     ratio = run.node("grpo.warmup_ratio")
-    if ratio is not None and run.written("grpo.warmup_steps"):
+    if ratio is not None and run.is_set("grpo.warmup_steps"):
         yield RuleViolation(
             "grpo.warmup_ratio",
             "cannot be set together with warmup_steps",
-            notes=(run.operand("grpo.warmup_steps"),),
+            notes=(run.describe("grpo.warmup_steps"),),
             related=("grpo.warmup_steps",),
             on_key=True,
         )
@@ -208,10 +208,10 @@ def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     1e-6 to 5e-5.
     """
     rate = run.value("grpo.learning_rate")
-    if not SLOWEST <= rate <= FASTEST:
-        which = "below 1e-7" if rate < SLOWEST else "above 1"
+    if not MIN_PLAUSIBLE_RATE <= rate <= MAX_PLAUSIBLE_RATE:
+        which = "below 1e-7" if rate < MIN_PLAUSIBLE_RATE else "above 1"
         yield RuleViolation(
             "grpo.learning_rate",
             f"the rate {rate} is {which}, probably because the exponent is wrong",
-            fixes=(run.to("grpo.learning_rate", 1e-6),),
+            fixes=(run.set_fix("grpo.learning_rate", 1e-6),),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Finding, Fix, Severity
-from toolkit.config.rules.run import Unjudged, parts_of
+from toolkit.config.rules.run import SkipRule, key_path
 from toolkit.config.source import dotted
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RuleViolation:
-    """One fault that a rule found. ``Rule.judge`` adds the rule's id, its severity and the position
-    in the run file.
+    """One fault that a rule found. ``Rule.findings`` adds the rule's id, its severity and the
+    position in the run file.
     """
 
-    at: str | KeyPath
+    path: str | KeyPath
     message: str
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
@@ -51,43 +51,45 @@ class Rule:
     fix: str
     check: Callable[[Run], Iterator[RuleViolation]]
 
-    def judge(self, run: Run) -> Iterator[Finding]:
+    def findings(self, run: Run) -> Iterator[Finding]:
         """Yield the findings of this rule on ``run``. If the rule needs a value that is invalid, it
         yields nothing, because another rule reports the invalid value.
         """
         try:
-            for fault in self.check(run):
-                yield _finding(run, self, fault)
-        except Unjudged:
+            for violation in self.check(run):
+                yield _build_finding(run, self, violation)
+        except SkipRule:
             return
 
 
-def _finding(run: Run, made_by: Rule, fault: RuleViolation) -> Finding:
+def _build_finding(run: Run, made_by: Rule, violation: RuleViolation) -> Finding:
     """The finding for a violation, with its position in the run file."""
-    path = parts_of(fault.at) if isinstance(fault.at, str) else fault.at
-    node = _shown(run, path, fault.related)
-    mark = node.key if fault.on_key and node.key is not None else node.mark
+    path = key_path(violation.path) if isinstance(violation.path, str) else violation.path
+    node = _reported_node(run, path, violation.related)
+    mark = node.key if violation.on_key and node.key is not None else node.mark
     return Finding(
         rule=made_by.id,
-        severity=fault.severity or made_by.severity,
-        message=f"{dotted(path)}: {fault.message}",
+        severity=violation.severity or made_by.severity,
+        message=f"{dotted(path)}: {violation.message}",
         path=path,
         source=node.source,
         mark=mark,
-        notes=fault.notes,
-        fixes=fault.fixes,
+        notes=violation.notes,
+        fixes=violation.fixes,
         related=tuple(
-            other for one in fault.related if (other := run.node(one)) and other is not node
+            related_node
+            for related_path in violation.related
+            if (related_node := run.node(related_path)) and related_node is not node
         ),
-        unknown=fault.unknown,
+        unknown=violation.unknown,
     )
 
 
-def _shown(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
+def _reported_node(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
     """The node at which a violation is reported: the key at ``path`` if the run file sets it. Else
     a related key that the run file sets, the section of the key, or the whole file.
     """
-    for candidate in (path, *(parts_of(one) for one in related), path[:1]):
+    for candidate in (path, *(key_path(related_path) for related_path in related), path[:1]):
         node = run.document.node(candidate)
         if node is not None:
             return node
