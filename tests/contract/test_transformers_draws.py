@@ -7,7 +7,7 @@ import inspect
 import pytest
 from transformers import GenerationMixin
 
-from toolkit.engine.hf_sampling import RowDraws
+from toolkit.engine.hf_sampling import RowSampler
 
 pytestmark = pytest.mark.contract
 
@@ -19,7 +19,7 @@ def test_generate_takes_a_callable_that_decodes() -> None:
 
 
 def test_its_own_loop_takes_what_the_callable_is_given() -> None:
-    ours = list(inspect.signature(RowDraws.decode).parameters)[2:6]
+    ours = list(inspect.signature(RowSampler.decode).parameters)[2:6]
     theirs = list(inspect.signature(GenerationMixin._sample).parameters)[1:5]
     assert ours == theirs, "GenerationMixin._sample has other arguments"
 

@@ -1,5 +1,5 @@
-"""vLLM's CPU communicator, as the engines of a group use it: after ``sum_over_gloo`` it sums with
-torch.distributed and not in shared memory.
+"""vLLM's CPU communicator, as the engines of a group use it: after ``use_gloo_all_reduce`` it sums
+with torch.distributed and not in shared memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if find_spec("vllm") is None:
 from vllm.distributed.device_communicators import cpu_communicator  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from toolkit.engine.start import sum_over_gloo  # noqa: E402
+from toolkit.engine.start import use_gloo_all_reduce  # noqa: E402
 
 if not current_platform.is_cpu():
     pytest.skip("not the CPU engine", allow_module_level=True)
@@ -35,7 +35,7 @@ def test_a_group_adds_up_over_torch_distributed(group, monkeypatch) -> None:
     name = "_all_group_ranks_share_shm_group_name"
     monkeypatch.setattr(kind, name, getattr(kind, name))  # restored after the test
 
-    sum_over_gloo()
+    use_gloo_all_reduce()
 
     made = kind(group, torch.device("cpu"), group, "tp:0")
     assert made.dist_module is distributed

@@ -15,7 +15,7 @@ import torch
 from conftest import options
 from transformers import AutoModelForCausalLM
 
-from toolkit.engine.mesh import join_group
+from toolkit.engine.mesh import join_default_group
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
@@ -76,7 +76,7 @@ def try_family(folder: Path, family: str) -> dict[str, Any]:
 
 def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
-    join_group()
+    join_default_group()
     for family in families:
         if os.environ["RANK"] == "0":
             engine_checkpoints.make(folder / family, family)

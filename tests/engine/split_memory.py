@@ -16,7 +16,7 @@ from conftest import options
 
 from toolkit.base.errors import ToolkitError
 from toolkit.engine import together
-from toolkit.engine.mesh import join_group
+from toolkit.engine.mesh import join_default_group
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 
@@ -40,7 +40,7 @@ def narrow(inner: Any, most: int) -> Any:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    join_group()
+    join_default_group()
     rank = os.environ["RANK"]
     if rank == "0":
         engine_checkpoints.make(folder, "llama")
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     engine.module.forward = inner
     engine._most_at_once = None
     found["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == whole
-    together.ANSWER_S = 5.0
+    together.PEER_TIMEOUT_S = 5.0
     if rank == "1":
         engine.module.forward = narrow(inner, 5)
     try:

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from toolkit.engine.engine import Engine
 from toolkit.engine.open_engine import prepare_environment
-from toolkit.engine.weight_loader import WANTED, dequantizing
+from toolkit.engine.weight_loader import COPIES_OPTION, make_dequantizing_loader
 
 if TYPE_CHECKING:
     from toolkit.engine.engine_options import EngineOptions
@@ -121,12 +121,12 @@ def open_packed(options: EngineOptions, wanted: bool | int) -> Engine:
     """An engine over packed weights; copies for ``wanted`` of them."""
     prepare_environment()
     register_quantization_config(NAME)(StandInConfig)
-    loader = dequantizing(StandInLoader, unpack=unpack, dtype=torch.float32)
+    loader = make_dequantizing_loader(StandInLoader, unpack=unpack, dtype=torch.float32)
     register_model_loader(NAME)(loader)
     arguments = options.to_vllm("cpu") | {
         "quantization": NAME,
         "load_format": NAME,
-        "model_loader_extra_config": {WANTED: wanted},
+        "model_loader_extra_config": {COPIES_OPTION: wanted},
         "enable_chunked_prefill": False,
     }
     with warnings.catch_warnings():

@@ -20,7 +20,12 @@ from transformers import AutoModelForCausalLM
 from toolkit.base.errors import ConfigError, ToolkitError, ToolkitWarning
 from toolkit.engine import dequantized
 from toolkit.engine import token_generation as generation
-from toolkit.engine.dequantized import COPIES, DequantizedMethod, copy_bytes, packed_layers
+from toolkit.engine.dequantized import (
+    COPIES_ATTRIBUTE,
+    DequantizedMethod,
+    copy_bytes,
+    find_4bit_layers,
+)
 from toolkit.engine.rollout_request import Sampling
 
 if TYPE_CHECKING:
@@ -56,7 +61,7 @@ def draw(engine: Engine, adapter: Any) -> Any:
 def as_packed(llama_folder: Path, adapter: Any) -> Any:
     """What the engine draws when every product dequantizes its weight."""
     with stand_in_4bit.open_packed(options(llama_folder), False) as engine:
-        assert getattr(engine.module, COPIES, None) is None
+        assert getattr(engine.module, COPIES_ATTRIBUTE, None) is None
         return draw(engine, adapter)
 
 
@@ -70,7 +75,7 @@ def engine(llama_folder: Path, as_packed: Any) -> Iterator[Engine]:
 
 def held(engine: Engine) -> int:
     """Bytes that the copies hold now."""
-    copies = getattr(engine.module, COPIES)
+    copies = getattr(engine.module, COPIES_ATTRIBUTE)
     return sum(tensor.untyped_storage().nbytes() for tensor in copies._tensors)
 
 
@@ -78,13 +83,14 @@ def test_the_same_completions_and_log_probabilities(
     engine: Engine, adapter: Any, as_packed: Any
 ) -> None:
     assert all(
-        isinstance(layer.quant_method, DequantizedMethod) for layer in packed_layers(engine.module)
+        isinstance(layer.quant_method, DequantizedMethod)
+        for layer in find_4bit_layers(engine.module)
     )
     assert draw(engine, adapter) == as_packed
 
 
 def test_weights_are_unpacked_once_a_rollout(engine: Engine, adapter: Any, as_packed: Any) -> None:
-    layers = packed_layers(engine.module)
+    layers = find_4bit_layers(engine.module)
     parts = sum(len(layer.weight.bnb_quant_state) for layer in layers)
     for _ in range(2):
         engine.sleep()
@@ -128,7 +134,7 @@ def test_a_rollout_in_halves_uses_them(
 def test_too_little_memory_is_told_and_the_next_rollout_works(
     engine: Engine, adapter: Any, as_packed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = getattr(engine.module, COPIES)
+    copies = getattr(engine.module, COPIES_ATTRIBUTE)
     engine.sleep()
 
     def full() -> None:
@@ -215,9 +221,9 @@ def test_auto_without_a_sizer_says_what_it_leaves_out(
     config = engine.llm.llm_engine.vllm_config
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = dequantized.choose_bytes(engine.module, config)
+        chosen = dequantized.choose_copy_bytes(engine.module, config)
     told = [str(one.message) for one in caught if one.category is ToolkitWarning]
-    whole = sum(copy_bytes(layer.weight) for layer in packed_layers(engine.module))
+    whole = sum(copy_bytes(layer.weight) for layer in find_4bit_layers(engine.module))
     assert chosen == (0 if said else whole)
     assert len(told) == (1 if said else 0)
     assert all(said in text and "leave only 0 B for the copies" in text for text in told if said)
@@ -226,7 +232,7 @@ def test_auto_without_a_sizer_says_what_it_leaves_out(
 def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = getattr(engine.module, COPIES)
+    copies = getattr(engine.module, COPIES_ATTRIBUTE)
     monkeypatch.setattr(type(copies), "_on_gpu", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, 80 << 30))
     with pytest.raises(ConfigError, match="16-bit copies") as caught:
@@ -239,7 +245,7 @@ def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
 def test_the_largest_layers_first(llama_folder: Path, adapter: Any, as_packed: Any) -> None:
     probe = {}
     with stand_in_4bit.open_packed(options(llama_folder), 200_000) as engine:
-        for layer in packed_layers(engine.module):
+        for layer in find_4bit_layers(engine.module):
             taken = isinstance(layer.quant_method, DequantizedMethod)
             probe.setdefault(taken, []).append(copy_bytes(layer.weight))
         assert sum(probe[True]) <= 200_000

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 from toolkit.base.errors import ConfigError, ConfigValueError, NodeError, UnsupportedError
 from toolkit.engine.rollout_engine import RolloutEngine
 from toolkit.engine.rollout_request import Sampling, derive_seed
-from toolkit.engine.token_generation import collect
+from toolkit.engine.token_generation import build_rollout
 from toolkit.engine.vllm_internals import drop_requests
 from toolkit.policy.shared_weights import shared_model
 
@@ -195,7 +195,7 @@ def test_generation_kwargs_and_stop_tokens(llama: Engine) -> None:
 def test_a_request_that_vllm_gave_up_on_is_no_empty_completion() -> None:
     completion = SimpleNamespace(finish_reason="error", token_ids=[], logprobs=None)
     with pytest.raises(ConfigError, match=r"aborted a completion \(error\)") as caught:
-        collect([[5]], [SimpleNamespace(outputs=[completion])])
+        build_rollout([[5]], [SimpleNamespace(outputs=[completion])])
     assert "vllm_structured_outputs_regex" in str(caught.value.fix)
 
 

@@ -13,7 +13,7 @@ from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine import sleep
-from toolkit.engine.adapter import KnownLayers, Plan, find_places, read_pairs
+from toolkit.engine.adapter import CopyPlan, LoraLayerCache, find_slot_locations, read_lora_pairs
 
 pytestmark = pytest.mark.engine
 
@@ -51,12 +51,12 @@ def tiny_adapter(**settings: Any) -> Any:
 def test_bfloat16_slots_take_a_float32_adapter(settings: dict, factor: float) -> None:
     """Scaled in float32, cast once, and only the adapter's own rank of the slot is written."""
     policy = tiny_adapter(**settings)
-    pairs = read_pairs(policy, "default")
+    pairs = read_lora_pairs(policy, "default")
     assert [pair.module for pair in pairs] == ["q_proj", "o_proj"]
     before = [(pair.a.clone(), pair.b.clone()) for pair in pairs]
     slots_a = [torch.full((16, pair.a.shape[1]), 7.0, dtype=torch.bfloat16) for pair in pairs]
     slots_b = [torch.full((pair.b.shape[0], 16), 7.0, dtype=torch.bfloat16) for pair in pairs]
-    plan = Plan(
+    plan = CopyPlan(
         signature=(),
         a_from=[pair.a.detach() for pair in pairs],
         a_to=[slot[:4] for slot in slots_a],
@@ -77,21 +77,21 @@ def test_bfloat16_slots_take_a_float32_adapter(settings: dict, factor: float) ->
 
 def test_rank_and_alpha_patterns_are_read_from_each_layer() -> None:
     policy = tiny_adapter(lora_alpha=4, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 6})
-    assert [(pair.rank, pair.scaling) for pair in read_pairs(policy, "default")] == [
+    assert [(pair.rank, pair.scaling) for pair in read_lora_pairs(policy, "default")] == [
         (4, 1.0),
         (2, 3.0),
     ]
 
 
 def test_an_adapter_that_was_replaced_is_searched_again() -> None:
-    policy, known = tiny_adapter(lora_alpha=4), KnownLayers()
+    policy, known = tiny_adapter(lora_alpha=4), LoraLayerCache()
     first = known.of(policy, "default")
     assert known.of(policy, "default") is first
     policy.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
     policy.set_adapter("other")
     policy.delete_adapter("default")
     policy.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))
-    pairs = read_pairs(policy, "default", known.of(policy, "default"))
+    pairs = read_lora_pairs(policy, "default", known.of(policy, "default"))
     assert [(pair.module, pair.rank) for pair in pairs] == [("q_proj", 2)]
     other = tiny_adapter(lora_alpha=4)
     modules = {id(module) for _, module in known.of(other, "default")}
@@ -107,19 +107,22 @@ def test_places_of_fused_and_plain_layers() -> None:
     layers = {"model.0.qkv_proj": qkv, "model.0.gate_up_proj": fused, "model.0.o_proj": plain}
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_proj"]}
     module = SimpleNamespace()
-    assert find_places("model.0.v_proj", layers, packed, module) == [(qkv, 2)]
-    assert find_places("model.0.o_proj", layers, packed, module) == [(plain, 0)]
+    assert find_slot_locations("model.0.v_proj", layers, packed, module) == [(qkv, 2)]
+    assert find_slot_locations("model.0.o_proj", layers, packed, module) == [(plain, 0)]
     # Fused in Hugging Face, in two slots in the engine: A goes to both, B is cut.
-    assert find_places("model.0.gate_up_proj", layers, packed, module) == [(fused, 0), (fused, 1)]
+    assert find_slot_locations("model.0.gate_up_proj", layers, packed, module) == [
+        (fused, 0),
+        (fused, 1),
+    ]
     with pytest.raises(UnsupportedError, match=r"no LoRA slot for model\.1\.o_proj"):
-        find_places("model.1.o_proj", layers, packed, module)
+        find_slot_locations("model.1.o_proj", layers, packed, module)
 
 
 def test_names_that_vllm_skips_or_renames() -> None:
     plain = layer(1)
     skipping = SimpleNamespace(lora_skip_prefixes=["mtp."])
     with pytest.raises(UnsupportedError, match=r"skips all modules under 'mtp\.'"):
-        find_places("model.mtp.o_proj", {"model.mtp.o_proj": plain}, {}, skipping)
+        find_slot_locations("model.mtp.o_proj", {"model.mtp.o_proj": plain}, {}, skipping)
     from vllm.model_executor.models.utils import WeightsMapper
 
     mapper = WeightsMapper(
@@ -131,8 +134,8 @@ def test_names_that_vllm_skips_or_renames() -> None:
     layers = {"language_model.model.0.qkv_proj": qkv}
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     # Stacked names would make q and k one and the same.
-    assert find_places("model.0.q_proj", layers, packed, renaming) == [(qkv, 0)]
-    assert find_places("model.0.k_proj", layers, packed, renaming) == [(qkv, 1)]
+    assert find_slot_locations("model.0.q_proj", layers, packed, renaming) == [(qkv, 0)]
+    assert find_slot_locations("model.0.k_proj", layers, packed, renaming) == [(qkv, 1)]
 
 
 @dataclass
@@ -170,7 +173,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
 def test_sleep_releases_the_kv_cache_and_nothing_else(allocator: FakeAllocator) -> None:
     sleep.register()
     sleep.register()
-    model_config = SimpleNamespace(sleep_mode_backend=sleep.NAME)
+    model_config = SimpleNamespace(sleep_mode_backend=sleep.BACKEND_NAME)
     backend = SleepModeBackendFactory.create_backend(model_config)
     assert isinstance(backend, sleep.KvOnlyBackend)
     for level in (1, 2):
@@ -211,7 +214,7 @@ def test_the_switch_chooses_our_backend_and_is_idempotent() -> None:
         wake_up=lambda: calls.append("wake"),
     )
     switch = sleep.KvSleep(llm)
-    assert model_config.sleep_mode_backend == sleep.NAME
+    assert model_config.sleep_mode_backend == sleep.BACKEND_NAME
     switch.wake()
     switch.sleep()
     switch.sleep()

@@ -157,12 +157,12 @@ def test_rollouts_over_copies_of_4bit_weights(
     """
     pytest.importorskip("bitsandbytes")
     from toolkit.base.errors import ConfigError
-    from toolkit.engine.dequantized import COPIES, packed_layers
+    from toolkit.engine.dequantized import COPIES_ATTRIBUTE, find_4bit_layers
     from toolkit.engine.rollout_request import Sampling
 
     prompts, sampling = [list(range(3, 40)), list(range(9, 25))], Sampling(n=4, max_tokens=32)
     with open_gpu(load_in_4bit=True, dequantized_rollouts=False) as engine:
-        assert getattr(engine.module, COPIES, None) is None
+        assert getattr(engine.module, COPIES_ATTRIBUTE, None) is None
         policy = adapted(engine)
         engine.publish(policy)
         packed, gap = engine.generate(prompts, sampling, seed=1), mean_gap(engine, policy)
@@ -170,8 +170,8 @@ def test_rollouts_over_copies_of_4bit_weights(
     with open_gpu(
         load_in_4bit=True, dequantized_rollouts=wanted, enable_sleep_mode=sleep
     ) as engine:
-        copies = getattr(engine.module, COPIES)
-        layers = len(packed_layers(engine.module))
+        copies = getattr(engine.module, COPIES_ATTRIBUTE)
+        layers = len(find_4bit_layers(engine.module))
         assert len(copies._packed) == layers if wanted is True else 0 < len(copies._packed) < layers
         assert wanted is True or copies.nbytes <= wanted
         policy = adapted(engine)

@@ -26,8 +26,8 @@ def test_a_table_is_made_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     from toolkit.engine import lora_tables, lora_tune
 
-    shapes = [lora_tune.Shape((512, 128, 128), 512, 16), lora_tune.Shape((512,), 512, 16)]
-    monkeypatch.setattr(lora_tune, "BATCHES", (8,))
+    shapes = [lora_tune.LayerShape((512, 128, 128), 512, 16), lora_tune.LayerShape((512,), 512, 16)]
+    monkeypatch.setattr(lora_tune, "TUNED_BATCH_SIZES", (8,))
     said: list[str] = []
     table, before, after = lora_tune.tune_card(shapes, 60, said.append)
     assert len(said) == 4
@@ -37,7 +37,7 @@ def test_a_table_is_made_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(lora_tables.TABLE_VARIABLE, str(path))
     card = torch.cuda.get_device_name()
     assert lora_tables.use_table(card, vllm.__version__) is not None
-    lora_tune.forget()
+    lora_tune.clear_vllm_caches()
     for op, key in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
         found = upstream.get_lora_op_configs(
             op, 2, 8, 512, 16, 3, add_inputs=None if op == "shrink" else True

@@ -40,9 +40,9 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
 
     prepare_environment()
     from toolkit.engine.lora_tables import write_table  # noqa: PLC0415
-    from toolkit.engine.lora_tune import Shape, tune_card  # noqa: PLC0415 - imports torch and vLLM
+    from toolkit.engine.lora_tune import LayerShape, tune_card  # noqa: PLC0415 - imports torch and vLLM
 
-    shapes = [Shape(rows, wide, rank) for rows, wide in found for rank in widths]
+    shapes = [LayerShape(rows, wide, rank) for rows, wide in found for rank in widths]
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))
     write_table(table, out)
     click.echo(

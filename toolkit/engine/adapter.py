@@ -24,7 +24,7 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.live_weights import engine_name, rename_mapper
-from toolkit.engine.shards import gather_parts
+from toolkit.engine.shards import gather_full_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ MiCA computes the same sum, but does not train B.
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class LoraPair:
     """The LoRA matrices of one adapted layer: A is ``a`` (r, in), and B is ``b`` (out, r). B is
     multiplied by ``scaling``.
 
@@ -59,7 +59,7 @@ class Pair:
 
 
 @dataclass(slots=True)
-class Plan:
+class CopyPlan:
     """The trained tensors (``a_from``, ``b_from``), and the tensors that they are copied to
     (``a_to``, ``b_to``). The target tensors are parts of the adapter's LoRA slot.
 
@@ -86,32 +86,32 @@ class Plan:
             torch._foreach_copy_(self.b_to, torch._foreach_mul(self.b_from, self.factors))
 
 
-Layers = list[tuple[str, Any]]
+NamedLayers = list[tuple[str, Any]]
 """The adapted layers of a PEFT model, with their paths in the model."""
 
 
-def find_layers(peft_model: Any) -> Layers:
+def find_lora_layers(peft_model: Any) -> NamedLayers:
     """Return the adapted layers of a PEFT model."""
     found = peft_model.named_modules()
     return [(path, module) for path, module in found if isinstance(module, LoraLayer)]
 
 
-class KnownLayers:
+class LoraLayerCache:
     """The adapted layers of PEFT models. They are searched once for each adapter, because a search
     in every step would take milliseconds.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Any, Any, Layers]] = {}
+        self._found: dict[str, tuple[Any, Any, NamedLayers]] = {}
 
-    def of(self, peft_model: Any, name: str) -> Layers:
+    def of(self, peft_model: Any, name: str) -> NamedLayers:
         """Return the adapted layers of ``peft_model``. They are searched again if the model or the
         config of adapter ``name`` is another object than before.
         """
         config = getattr(peft_model, "peft_config", {}).get(name)
         known = self._found.get(name)
         if known is None or known[0] is not peft_model or known[1] is not config:
-            known = self._found[name] = (peft_model, config, find_layers(peft_model))
+            known = self._found[name] = (peft_model, config, find_lora_layers(peft_model))
         return known[2]
 
     def clear(self) -> None:
@@ -119,9 +119,11 @@ class KnownLayers:
         self._found.clear()
 
 
-def read_pairs(peft_model: Any, name: str, layers: Layers | None = None) -> list[Pair]:
-    """Return a ``Pair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a PEFT
-    model adapts. ``layers`` are the adapted layers of the model if they are known.
+def read_lora_pairs(
+    peft_model: Any, name: str, layers: NamedLayers | None = None
+) -> list[LoraPair]:
+    """Return a ``LoraPair`` (the LoRA matrices A and B) for each layer that adapter ``name`` of a
+    PEFT model adapts. ``layers`` are the adapted layers of the model if they are known.
 
     Raises:
         ConfigValueError: the model has no adapter of that name.
@@ -150,7 +152,7 @@ def read_pairs(peft_model: Any, name: str, layers: Layers | None = None) -> list
             fix="use `peft.LoraConfig`, or load the model with `fast_inference=False`",
         )
     pairs = []
-    for path, module in find_layers(peft_model) if layers is None else layers:
+    for path, module in find_lora_layers(peft_model) if layers is None else layers:
         if name in module.lora_embedding_A:
             raise UnsupportedError(
                 f"the engine does not support LoRA on the embedding {path}",
@@ -175,7 +177,7 @@ def read_pairs(peft_model: Any, name: str, layers: Layers | None = None) -> list
             )
         used = module.used_rows(name) if hasattr(module, "used_rows") else b.weight
         plain = path.removeprefix(PEFT_PREFIX)
-        pairs.append(Pair(plain, a.weight, used, float(module.scaling[name]), b.weight))
+        pairs.append(LoraPair(plain, a.weight, used, float(module.scaling[name]), b.weight))
     return pairs
 
 
@@ -188,8 +190,8 @@ class AdapterSlots:
         self._slots = slots
         self._module = module
         self._max_rank = max_lora_rank
-        self._plans: dict[str, Plan] = {}
-        self._layers = KnownLayers()
+        self._plans: dict[str, CopyPlan] = {}
+        self._layers = LoraLayerCache()
         self.ids: dict[str, int] = {}
 
     def publish(self, peft_model: Any, name: str) -> None:
@@ -199,7 +201,7 @@ class AdapterSlots:
             ConfigValueError: the adapter's rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of the adapter.
         """
-        pairs = read_pairs(peft_model, name, self._layers.of(peft_model, name))
+        pairs = read_lora_pairs(peft_model, name, self._layers.of(peft_model, name))
         if not pairs:
             raise ConfigValueError(
                 (f"adapter {name!r} does not adapt any layer"), where="lora.target_modules"
@@ -229,7 +231,7 @@ class AdapterSlots:
         self._layers.clear()
         self.ids.clear()
 
-    def _check_ranks(self, pairs: Sequence[Pair]) -> None:
+    def _check_ranks(self, pairs: Sequence[LoraPair]) -> None:
         rank = max(pair.rank for pair in pairs)
         if rank > self._max_rank:
             raise ConfigValueError(
@@ -247,7 +249,7 @@ class AdapterSlots:
     def _slot(self, name: str) -> int:
         return int(self._slots.lora_index_to_id.index(self.ids[name]))
 
-    def _register(self, pairs: Sequence[Pair], name: str) -> None:
+    def _register(self, pairs: Sequence[LoraPair], name: str) -> None:
         """Call vLLM's functions that register the adapter ``name``. These functions get copies of
         the trained tensors, because they change the tensors in place.
         """
@@ -262,9 +264,9 @@ class AdapterSlots:
             # If tensor parallelism splits the layer, vLLM selects the part of this process itself.
             # So vLLM always gets the whole tensors.
             tensors[f"{prefix}.lora_A.weight"] = (
-                gather_parts(pair.a).detach().to("cpu", dtype, copy=True)
+                gather_full_tensor(pair.a).detach().to("cpu", dtype, copy=True)
             )
-            scaled = gather_parts(pair.held).detach() * pair.scaling
+            scaled = gather_full_tensor(pair.held).detach() * pair.scaling
             tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,
@@ -279,8 +281,10 @@ class AdapterSlots:
         self._slots.add_adapter(adapter)
         self._slots.activate_adapter(identity)
 
-    def _make_plan(self, pairs: Sequence[Pair], slot: int, signature: tuple[object, ...]) -> Plan:
-        plan = Plan(signature)
+    def _make_plan(
+        self, pairs: Sequence[LoraPair], slot: int, signature: tuple[object, ...]
+    ) -> CopyPlan:
+        plan = CopyPlan(signature)
         for pair in pairs:
             start = 0
             for layer, part in self._places(pair.module):
@@ -300,14 +304,14 @@ class AdapterSlots:
 
     def _places(self, module: str) -> list[tuple[Any, int]]:
         """Return where this engine stores the LoRA matrices of the Hugging Face layer ``module``.
-        ``find_places`` describes the result.
+        ``find_slot_locations`` describes the result.
         """
-        return find_places(
+        return find_slot_locations(
             module, self._slots.modules, self._slots.packed_modules_mapping, self._module
         )
 
 
-def find_places(
+def find_slot_locations(
     module: str, layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], vllm_module: Any
 ) -> list[tuple[Any, int]]:
     """Return where vLLM stores the LoRA matrices of the Hugging Face layer ``module``, as a list of

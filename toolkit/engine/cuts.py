@@ -18,16 +18,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine.live_weights import engine_name, packed_modules
-from toolkit.engine.mesh import mesh
-from toolkit.engine.shards import Cut
+from toolkit.engine.mesh import current_mesh
+from toolkit.engine.shards import WeightSplit
 
 if TYPE_CHECKING:
     from torch import nn
 
-WHERE = "model.tensor_parallel_size"
+CONFIG_KEY = "model.tensor_parallel_size"
 
 
-class EngineCuts:
+class EngineSplits:
     """Finds how vLLM's model ``module`` splits its layers over the processes. The methods take the
     Hugging Face name of a layer.
     """
@@ -35,18 +35,18 @@ class EngineCuts:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def of_layer(self, name: str, out_features: int) -> Cut:
+    def of_layer(self, name: str, out_features: int) -> WeightSplit:
         """Return how the engine splits the linear layer ``name``."""
-        return cut_of(self.module, name, out_features)
+        return find_weight_split(self.module, name, out_features)
 
-    def of_table(self, name: str) -> tuple[Cut, int]:
+    def of_table(self, name: str) -> tuple[WeightSplit, int]:
         """Return which rows of the table ``name`` (an embedding or a head) belong to this process.
         Return also the number of rows per process, which includes padding rows.
         """
-        return vocabulary_cut(self.module, name)
+        return find_vocabulary_split(self.module, name)
 
 
-def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
+def find_weight_split(module: nn.Module, name: str, out_features: int) -> WeightSplit:
     """Return how vLLM's model ``module`` splits the linear layer with the Hugging Face name
     ``name``.
 
@@ -54,56 +54,56 @@ def cut_of(module: nn.Module, name: str, out_features: int) -> Cut:
         UnsupportedError: the engine does not have this layer, or the trainer cannot reproduce how
             the engine's layer is split.
     """
-    shared = mesh()
+    shared = current_mesh()
     assert shared is not None
-    layer, part = _layer_of(module, name)
+    layer, part = _find_engine_layer(module, name)
     if isinstance(layer, RowParallelLinear):
         length = int(layer.input_size_per_partition)
-        return Cut("columns", shared.rank * length, length, int(layer.input_size))
+        return WeightSplit("columns", shared.rank * length, length, int(layer.input_size))
     if isinstance(layer, ColumnParallelLinear):
         sizes = list(getattr(layer, "output_partition_sizes", []))
         if part >= len(sizes) or (part == 0 and len(sizes) == 1 and layer.gather_output):
             raise UnsupportedError(
                 f"the engine splits the layer {name} in a way that the trainer does not support",
-                where=WHERE,
+                where=CONFIG_KEY,
                 fix="set tensor_parallel_size: 1",
             )
         length = int(sizes[part])
         copies = max(length * shared.size // out_features, 1)
         start = shared.rank // copies * length
-        return Cut("rows", start, length, out_features, repeated=copies > 1)
+        return WeightSplit("rows", start, length, out_features, repeated=copies > 1)
     if isinstance(layer, ReplicatedLinear):
-        return Cut("whole")
+        return WeightSplit("whole")
     raise UnsupportedError(
         f"the engine implements {name} as a {type(layer).__name__}, and the trainer cannot split "
         "this class of layer",
-        where=WHERE,
+        where=CONFIG_KEY,
         fix="set tensor_parallel_size: 1",
     )
 
 
-def vocabulary_cut(module: nn.Module, name: str) -> tuple[Cut, int]:
+def find_vocabulary_split(module: nn.Module, name: str) -> tuple[WeightSplit, int]:
     """Return which rows of the embedding or head ``name`` this process has, and the number of rows
     per process including padding rows.
 
     Raises:
         UnsupportedError: the engine does not have this layer, or does not split it by vocabulary.
     """
-    layer, _ = _layer_of(module, name)
+    layer, _ = _find_engine_layer(module, name)
     if not isinstance(layer, VocabParallelEmbedding):
         raise UnsupportedError(
             f"the engine implements {name} as a {type(layer).__name__}, which is not split by "
             "vocabulary",
-            where=WHERE,
+            where=CONFIG_KEY,
             fix="set tensor_parallel_size: 1",
         )
     held = layer.shard_indices
     start, end = int(held.org_vocab_start_index), int(held.org_vocab_end_index)
-    cut = Cut("rows", start, end - start, int(layer.org_vocab_size))
+    cut = WeightSplit("rows", start, end - start, int(layer.org_vocab_size))
     return cut, int(layer.num_embeddings_per_partition)
 
 
-def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
+def _find_engine_layer(module: nn.Module, name: str) -> tuple[Any, int]:
     """Return vLLM's layer for the Hugging Face layer ``name``, and an index. If vLLM fuses several
     Hugging Face layers into one layer, the index is the position of ``name`` among them. Otherwise
     the index is 0.
@@ -121,5 +121,5 @@ def _layer_of(module: nn.Module, name: str) -> tuple[Any, int]:
             continue
         return getattr(layer, "base_layer", layer), part
     raise UnsupportedError(
-        f"the engine has no layer for {name}", where=WHERE, fix="set tensor_parallel_size: 1"
+        f"the engine has no layer for {name}", where=CONFIG_KEY, fix="set tensor_parallel_size: 1"
     )

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.base.formatting import format_bytes
 from toolkit.engine import sleep
-from toolkit.engine.live_weights import OFFSETS, is_packed, logical_shape, ordered_states
+from toolkit.engine.live_weights import OFFSETS_ATTRIBUTE, is_packed, logical_shape, ordered_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,17 +37,19 @@ if TYPE_CHECKING:
 
     Unpack = Callable[[torch.Tensor, Any, torch.Tensor], None]
 
-TAG = "toolkit_dequantized"
-COPIES = "_toolkit_dequantized"
-"""The name of the model attribute in which ``attach`` stores the ``Copies`` object."""
+MEMORY_TAG = "toolkit_dequantized"
+COPIES_ATTRIBUTE = "_toolkit_dequantized"
+"""The name of the model attribute in which ``attach_copies`` stores the ``DequantizedCopies``
+object.
+"""
 COMPUTE_DTYPE = torch.bfloat16
 """The dtype in which vLLM computes 4-bit layers, for every dtype of the activations."""
-AUTO_SHARE = 0.5
-LEAST_BESIDE_BYTES = 3 << 30
+MAX_AUTO_SHARE = 0.5
+MIN_UNUSED_BYTES = 3 << 30
 """Limits of the copies for ``dequantized_rollouts: auto`` if the toolkit's memory estimate did not
-choose their size. ``AUTO_SHARE`` is the largest share of the engine's memory (without weights) that
-the copies may take. ``LEAST_BESIDE_BYTES`` are the bytes that must stay free for the KV cache and
-the activations.
+choose their size. ``MAX_AUTO_SHARE`` is the largest share of the engine's memory (without weights)
+that the copies may take. ``MIN_UNUSED_BYTES`` are the bytes that must stay free for the KV cache
+and the activations.
 """
 
 
@@ -63,7 +65,7 @@ def unpack_4bit(packed: torch.Tensor, state: Any, out: torch.Tensor) -> None:
         out.copy_(dequantize_4bit(packed, state))
 
 
-class Copies:
+class DequantizedCopies:
     """The 16-bit copies of some layers of one model. The method ``weight`` fills the copies if they
     are empty.
     """
@@ -75,7 +77,7 @@ class Copies:
         unpack: Unpack = unpack_4bit,
         dtype: torch.dtype = COMPUTE_DTYPE,
     ) -> None:
-        self._packed = [_weight(layer) for layer in layers]
+        self._packed = [_weight_of(layer) for layer in layers]
         self._unpack, self._dtype = unpack, dtype
         self._tensors: list[torch.Tensor] = []
         self.filled = False
@@ -136,7 +138,7 @@ class Copies:
         if not self._tensors:
             return
         if self._on_gpu:
-            sleep.release_tag(TAG)
+            sleep.release_tag(MEMORY_TAG)
         else:
             for copy in self._tensors:
                 copy.untyped_storage().resize_(0)
@@ -146,9 +148,9 @@ class Copies:
         again.
         """
         if self._on_gpu and self._tensors:
-            sleep.map_tag(TAG)  # only mapped memory can be freed
+            sleep.map_tag(MEMORY_TAG)  # only mapped memory can be freed
             self._tensors.clear()
-            sleep.drop_pool(TAG)
+            sleep.free_pool(MEMORY_TAG)
         self._tensors.clear()
         self._packed.clear()
         self.filled = False
@@ -159,7 +161,7 @@ class Copies:
 
     def _allocate(self) -> None:
         made: list[torch.Tensor] = []
-        pool = sleep.tagged_pool(TAG) if self._on_gpu else nullcontext()
+        pool = sleep.tagged_pool(MEMORY_TAG) if self._on_gpu else nullcontext()
         # The first forward pass calls this function in inference mode. Tensors that are created in
         # that mode cannot be written outside it, so the mode is switched off.
         with torch.inference_mode(False), pool:
@@ -170,7 +172,7 @@ class Copies:
 
     def _map(self) -> None:
         if self._on_gpu:
-            sleep.map_tag(TAG)
+            sleep.map_tag(MEMORY_TAG)
             return
         for copy in self._tensors:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
@@ -179,7 +181,7 @@ class Copies:
         """Dequantize the 4-bit weight of one layer into ``copy``. In a fused layer the rows of its
         parts follow each other, and each part has its own quantization state.
         """
-        offsets = [int(offset) for offset in getattr(packed, OFFSETS)]
+        offsets = [int(offset) for offset in getattr(packed, OFFSETS_ATTRIBUTE)]
         row = 0
         for part, state in enumerate(ordered_states(packed)):
             rows = int(state.shape[0])
@@ -193,7 +195,7 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
     by the copy.
     """
 
-    def __init__(self, original: Any, copies: Copies, index: int) -> None:
+    def __init__(self, original: Any, copies: DequantizedCopies, index: int) -> None:
         self.original, self.copies, self.index = original, copies, index
 
     def create_weights(self, *arguments: Any, **keywords: Any) -> None:
@@ -214,7 +216,7 @@ class DequantizedMethod(LinearMethodBase):  # type: ignore[misc]  # vllm ships n
         return out if bias is None else out + bias
 
 
-def _weight(layer: nn.Module) -> torch.Tensor:
+def _weight_of(layer: nn.Module) -> torch.Tensor:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)  # nn.Module declares a tensor or a module
     return weight
@@ -226,7 +228,7 @@ def copy_bytes(packed: torch.Tensor, dtype: torch.dtype = COMPUTE_DTYPE) -> int:
     return rows * columns * dtype.itemsize
 
 
-def packed_layers(model: nn.Module) -> list[nn.Module]:
+def find_4bit_layers(model: nn.Module) -> list[nn.Module]:
     """Return the linear layers whose weights are packed in 4 bits, in the order of the model."""
     found: list[nn.Module] = []
     for module in model.modules():
@@ -236,7 +238,7 @@ def packed_layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
+def choose_largest_layers(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
     """Return the layers that get a 16-bit copy. Layers are chosen in the order of size, the largest
     first, so that all copies together take at most ``most`` bytes.
 
@@ -244,21 +246,21 @@ def largest_first(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
     the order of the model.
     """
     chosen = []
-    for layer in sorted(layers, key=lambda one: -copy_bytes(_weight(one))):
-        size = copy_bytes(_weight(layer))
+    for layer in sorted(layers, key=lambda one: -copy_bytes(_weight_of(one))):
+        size = copy_bytes(_weight_of(layer))
         if size <= most:
             chosen.append(layer)
             most -= size
     return chosen
 
 
-def attach(
+def attach_copies(
     model: nn.Module,
     wanted: bool | int,
     *,
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
-) -> Copies | None:
+) -> DequantizedCopies | None:
     """Make 4-bit layers of ``model`` compute with 16-bit copies of their weights. Returns the
     copies, or None if no layer gets a copy.
 
@@ -267,27 +269,27 @@ def attach(
     function after vLLM has loaded the model and before the first forward pass. The first forward
     pass fills the copies. vLLM captures its CUDA graphs after the first forward pass.
     """
-    layers = packed_layers(model)
-    chosen = layers if wanted is True else largest_first(layers, int(wanted))
+    layers = find_4bit_layers(model)
+    chosen = layers if wanted is True else choose_largest_layers(layers, int(wanted))
     if not chosen:
         return None
-    copies = Copies(chosen, unpack=unpack, dtype=dtype)
+    copies = DequantizedCopies(chosen, unpack=unpack, dtype=dtype)
     for index, layer in enumerate(chosen):
         layer.quant_method = DequantizedMethod(layer.quant_method, copies, index)
-    setattr(model, COPIES, copies)
+    setattr(model, COPIES_ATTRIBUTE, copies)
     return copies
 
 
-def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
+def choose_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
     """Return the total bytes of the 16-bit copies for ``dequantized_rollouts: auto``. Warns if
     there is not enough memory for copies of all layers.
 
     For a run file this function is not called, because the toolkit's memory estimate chooses the
     bytes before the engine starts. If some layers get no copy, the estimate has a note about it.
     """
-    room, layers = room_beside(model, vllm_config), packed_layers(model)
-    whole = sum(copy_bytes(_weight(layer)) for layer in layers)
-    made = sum(copy_bytes(_weight(layer)) for layer in largest_first(layers, room))
+    room, layers = available_copy_bytes(model, vllm_config), find_4bit_layers(model)
+    whole = sum(copy_bytes(_weight_of(layer)) for layer in layers)
+    made = sum(copy_bytes(_weight_of(layer)) for layer in choose_largest_layers(layers, room))
     if made < whole:
         what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
         warnings.warn(
@@ -301,13 +303,13 @@ def choose_bytes(model: nn.Module, vllm_config: Any) -> int:
     return made
 
 
-def room_beside(model: nn.Module, vllm_config: Any) -> int:
+def available_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
     """Return how many bytes of GPU memory the 16-bit copies may take.
 
     The available memory is the free memory minus the KV cache, if the size of the KV cache is
     configured. Otherwise it is the engine's share of the total memory (``gpu_memory_utilization``)
-    minus the weights, but at most the free memory. The copies may take the share ``AUTO_SHARE`` of
-    the available memory, and must leave ``LEAST_BESIDE_BYTES`` of it unused.
+    minus the weights, but at most the free memory. The copies may take the share ``MAX_AUTO_SHARE``
+    of the available memory, and must leave ``MIN_UNUSED_BYTES`` of it unused.
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()
@@ -315,4 +317,4 @@ def room_beside(model: nn.Module, vllm_config: Any) -> int:
     written = getattr(cache, "kv_cache_memory_bytes", None)
     left = free - written if written else int(cache.gpu_memory_utilization * total) - held
     left = min(left, free)
-    return max(0, min(int(left * AUTO_SHARE), left - LEAST_BESIDE_BYTES))
+    return max(0, min(int(left * MAX_AUTO_SHARE), left - MIN_UNUSED_BYTES))

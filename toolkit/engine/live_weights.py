@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-READ_NAMES = "_toolkit_read_names"
+READ_NAMES_ATTRIBUTE = "_toolkit_read_names"
 """The name of the module attribute in which ``engine.weight_loader`` stores the names of the
 tensors in the checkpoint's files.
 """
 
-AS_LOADED = "_toolkit_as_loaded"
+LOADED_SAMPLES_ATTRIBUTE = "_toolkit_as_loaded"
 """The name of the module attribute in which ``engine.weight_loader`` stores a few loaded values of
-each parameter: a mapping from plain name to ``sample``.
+each parameter: a mapping from plain name to ``sample_values``.
 """
 SAMPLE_SIZE = 64
 
@@ -53,25 +53,25 @@ class LiveWeights:
     """
 
 
-def borrow(module: nn.Module) -> LiveWeights:
+def find_live_weights(module: nn.Module) -> LiveWeights:
     """Return the engine's own tensors of a vLLM module, without copying them."""
     parameters = plain_parameters(module)
     return LiveWeights(
         parameters=parameters,
         packed=packed_modules(module),
         padded=padded_parameters(module),
-        read_names=getattr(module, READ_NAMES, frozenset()),
-        rewritten=rewritten(parameters, getattr(module, AS_LOADED, {})),
+        read_names=getattr(module, READ_NAMES_ATTRIBUTE, frozenset()),
+        rewritten=find_rewritten(parameters, getattr(module, LOADED_SAMPLES_ATTRIBUTE, {})),
     )
 
 
-def sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of at most ``SAMPLE_SIZE`` values, spread evenly over the tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)][:SAMPLE_SIZE].clone()
 
 
-def rewritten(
+def find_rewritten(
     parameters: Mapping[str, torch.Tensor], as_loaded: Mapping[str, torch.Tensor]
 ) -> frozenset[str]:
     """Return the names of the tensors whose values changed after loading. ``as_loaded`` has sampled
@@ -82,7 +82,9 @@ def rewritten(
     for name, tensor in parameters.items() if as_loaded else ():
         before = as_loaded.get(name)
         # Compare bytes, because NaN is not equal to itself.
-        if before is None or not before.view(torch.uint8).equal(sample(tensor).view(torch.uint8)):
+        if before is None or not before.view(torch.uint8).equal(
+            sample_values(tensor).view(torch.uint8)
+        ):
             changed.add(name)
     return frozenset(changed)
 
@@ -151,8 +153,8 @@ def uses_transformers_backend(module: Any) -> bool:
     return type(module).__module__.startswith("vllm.model_executor.models.transformers")
 
 
-STATES = "bnb_quant_state"
-OFFSETS = "bnb_shard_offsets"
+QUANT_STATES_ATTRIBUTE = "bnb_quant_state"
+OFFSETS_ATTRIBUTE = "bnb_shard_offsets"
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
@@ -163,7 +165,7 @@ def is_packed(tensor: torch.Tensor) -> bool:
     part in bytes. ``bnb_quant_state`` is a dict {part: QuantState}, and the absmax values in each
     QuantState are already dequantized.
     """
-    return isinstance(getattr(tensor, STATES, None), dict)
+    return isinstance(getattr(tensor, QUANT_STATES_ATTRIBUTE, None), dict)
 
 
 def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -181,5 +183,5 @@ def logical_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def ordered_states(tensor: torch.Tensor) -> list[Any]:
     """Return the quantization states of the parts of ``tensor``, in the order of the parts."""
-    states: Mapping[int, Any] = getattr(tensor, STATES)
+    states: Mapping[int, Any] = getattr(tensor, QUANT_STATES_ATTRIBUTE)
     return [states[index] for index in sorted(states)]

@@ -28,10 +28,10 @@ from toolkit.base.files import read_json
 
 FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 TABLE_VARIABLE = "TOOLKIT_LORA_TABLE"
-OFF = "off"
-SHIPPED = Path(__file__).parent / "tuned"
+NO_TABLE = "off"
+SHIPPED_TABLES = Path(__file__).parent / "tuned"
 OPS = ("SHRINK", "EXPAND_TRUE", "EXPAND_FALSE")
-CLASSES = (
+CARD_CLASSES = (
     (r"\bGH200\b|\bH200\b", ("h200", "h100")),
     (r"\bH100\b|\bH800\b|\bH20\b", ("h100", "h200")),
     (r"\bA100\b|\bA800\b", ("a100",)),
@@ -40,30 +40,30 @@ CLASSES = (
 can use each other's tables, because they have the same multiprocessors.
 """
 
-_told: set[str] = set()
-_made: dict[str, str] = {}
+_warned: set[str] = set()
+_created_folders: dict[str, str] = {}
 
 
-def class_of(card: str) -> tuple[str, ...]:
+def table_names_for(card: str) -> tuple[str, ...]:
     """Return the names of the kernel tables in ``tuned/`` that can be used for a GPU. ``card`` is
     the name of the GPU. The best table is first.
     """
-    return next((names for pattern, names in CLASSES if re.search(pattern, card)), ())
+    return next((names for pattern, names in CARD_CLASSES if re.search(pattern, card)), ())
 
 
-def find_table(card: str, shipped: Path = SHIPPED) -> Path | None:
+def find_table(card: str, shipped: Path = SHIPPED_TABLES) -> Path | None:
     """Return the path of the table for the device with the name ``card``. If the environment
     variable TOOLKIT_LORA_TABLE is set, its value is the path. Otherwise this is the path of a table
     that this package contains. Returns None if there is no table, or the variable is ``off``.
     """
     written = os.environ.get(TABLE_VARIABLE)
     if written:
-        return None if written == OFF else Path(written).expanduser()
-    paths = (shipped / f"{name}.json" for name in class_of(card))
+        return None if written == NO_TABLE else Path(written).expanduser()
+    paths = (shipped / f"{name}.json" for name in table_names_for(card))
     return next((path for path in paths if path.is_file()), None)
 
 
-def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | None:
+def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED_TABLES) -> Path | None:
     """Make vLLM read the table for ``card``. Returns the folder that vLLM reads, or None if there
     is no table. Warns once if a table is ignored.
 
@@ -71,7 +71,7 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
         InputError: the file in TOOLKIT_LORA_TABLE is not a table.
     """
     set_to = os.environ.get(FOLDER_VARIABLE)
-    if set_to is not None and set_to not in _made.values():
+    if set_to is not None and set_to not in _created_folders.values():
         return None
     os.environ.pop(FOLDER_VARIABLE, None)
     path = find_table(card, shipped)
@@ -85,9 +85,9 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED) -> Path | N
             "create a table for the installed version"
         )
         return None
-    folder = _made.get(f"{path}|{card}")
+    folder = _created_folders.get(f"{path}|{card}")
     if folder is None or not Path(folder).is_dir():
-        folder = _made[f"{path}|{card}"] = str(write_files(table, card))
+        folder = _created_folders[f"{path}|{card}"] = str(write_vllm_files(table, card))
     os.environ[FOLDER_VARIABLE] = folder
     return Path(folder)
 
@@ -119,7 +119,7 @@ def write_table(table: dict[str, Any], path: Path) -> None:
     beside.replace(path)
 
 
-def write_files(table: dict[str, Any], card: str) -> Path:
+def write_vllm_files(table: dict[str, Any], card: str) -> Path:
     """Write the table as the three files that vLLM reads for the device ``card``. Returns their
     folder, which is new and is removed when the process ends.
     """
@@ -132,6 +132,6 @@ def write_files(table: dict[str, Any], card: str) -> Path:
 
 
 def _warn_once(text: str) -> None:
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         warnings.warn(text, ToolkitWarning, stacklevel=3)

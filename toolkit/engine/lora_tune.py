@@ -3,7 +3,7 @@
 vLLM has two LoRA kernels: shrink multiplies by A, and expand multiplies by B. The search runs once
 for each kernel, layer shape and batch size. It starts from vLLM's own configuration and changes one
 value at a time. A changed configuration is kept only if it is faster and computes the same result.
-Batches of more than ``LARGEST_TUNED`` tokens keep vLLM's configuration. The search sets a
+Batches of more than ``MAX_TUNED_TOKENS`` tokens keep vLLM's configuration. The search sets a
 configuration through vLLM's own table files (``engine.lora_tables``). It times the kernel in a
 captured CUDA graph over the weights of many layers, so that the weights are not in the GPU's cache,
 as in decode steps.
@@ -27,20 +27,20 @@ from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 from toolkit.base.errors import NodeError
 from toolkit.engine.lora_tables import FOLDER_VARIABLE
-from toolkit.engine.vllm_internals import forget_pointers
+from toolkit.engine.vllm_internals import clear_pointer_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
-LARGEST_TUNED = BATCHES[-1]
-PROMPTS = (1024, 2048, 8192)
+TUNED_BATCH_SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
+MAX_TUNED_TOKENS = TUNED_BATCH_SIZES[-1]
+PREFILL_BATCH_SIZES = (1024, 2048, 8192)
 MAX_LORAS = 1
-SLICES = 8
+MAX_SLICES = 8
 """The largest number of fused slices in the table. The table has an entry for every number up to
 this one, because vLLM 0.25.1 fails if an entry is missing.
 """
-VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+SEARCH_SPACE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "shrink": {
         "split_k": (4, 8, 16, 32, 64),
         "block_k": (64, 128, 256, 512),
@@ -58,14 +58,14 @@ VALUES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     },
 }
 REPEATS = 5
-COLD_BYTES = 128 << 20
+MIN_WEIGHT_BYTES = 128 << 20
 """The minimum number of weight bytes that one measurement reads. It is larger than a GPU's cache,
 and the weights of several layers are used to reach it.
 """
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Shape:
+class LayerShape:
     """The shape of the LoRA matrices of one fused layer. The parts of the fused layer are called
     slices. Each slice has its own matrix A (rank, ``wide``) and its own matrix B (number of rows,
     rank). ``rows`` has the number of rows of B for each slice.
@@ -98,27 +98,27 @@ class Tuner:
     seconds: float = 600.0
     say: Callable[[str], None] = lambda _: None
     best: dict[tuple[str, int, int, int, int], dict[str, Any]] = field(default_factory=dict)
-    gains: list[tuple[str, Shape, int, float, float]] = field(default_factory=list)
+    gains: list[tuple[str, LayerShape, int, float, float]] = field(default_factory=list)
 
-    def tune(self, shapes: Sequence[Shape]) -> dict[str, Any]:
+    def tune(self, shapes: Sequence[LayerShape]) -> dict[str, Any]:
         """Measure the kernels of ``shapes``, and return the table that ``lora_tables.write_table``
         writes.
         """
         end = time.monotonic() + self.seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
             # The batch sizes of rollouts come first, in case the time is too short for all.
-            for batch in sorted(BATCHES, key=lambda size: (size not in (8, 64), size)):
+            for batch in sorted(TUNED_BATCH_SIZES, key=lambda size: (size not in (8, 64), size)):
                 for shape in shapes:
                     for op in ("shrink", "expand"):
                         self._tune_one(op, shape, batch, Path(folder), end)
         return self.table(shapes)
 
-    def _tune_one(self, op: str, shape: Shape, batch: int, folder: Path, end: float) -> None:
-        case = KernelCase(op, shape, batch, folder, self.card)
+    def _tune_one(self, op: str, shape: LayerShape, batch: int, folder: Path, end: float) -> None:
+        case = KernelBenchmark(op, shape, batch, folder, self.card)
         config = case.default()
         wanted = case.result(config)
         first = fastest = case.seconds(config)
-        for name, values in VALUES[op].items():
+        for name, values in SEARCH_SPACE[op].items():
             for value in values:
                 if time.monotonic() > end or config[name] == value:
                     continue
@@ -135,14 +135,14 @@ class Tuner:
             "the best one"
         )
 
-    def table(self, shapes: Iterable[Shape]) -> dict[str, Any]:
+    def table(self, shapes: Iterable[LayerShape]) -> dict[str, Any]:
         """Return the table of the best configurations, nested as vLLM reads it. The levels are the
         number of adapters, the number of slices, the number of tokens, the input size, and the
         output size.
         """
         ops: dict[str, Any] = {}
         for shape in shapes:
-            for batch in PROMPTS:
+            for batch in PREFILL_BATCH_SIZES:
                 for op in ("shrink", "expand"):
                     at = (shape.wide, shape.rank) if op == "shrink" else (shape.rank, shape.tall)
                     self.best[op, shape.slices, batch, *at] = default_config(op, shape, batch)
@@ -153,7 +153,7 @@ class Tuner:
                     rows = slices.setdefault(str(count), {}).setdefault(str(batch), {})
                     rows.setdefault(str(wide), {})[str(tall)] = config
             known = sorted(int(count) for count in slices)
-            for count in range(1, SLICES + 1):
+            for count in range(1, MAX_SLICES + 1):
                 near = min(known, key=lambda one: abs(one - count))
                 slices.setdefault(str(count), slices[str(near)])
             ops[op] = {str(MAX_LORAS + 1): slices}
@@ -167,7 +167,7 @@ class Tuner:
 
 
 def tune_card(
-    shapes: Iterable[Shape], seconds: float, say: Callable[[str], None]
+    shapes: Iterable[LayerShape], seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
     """Measure the kernels of ``shapes`` on this machine's GPU.
 
@@ -189,10 +189,10 @@ def tune_card(
     return table, before, sum(last for _, _, _, _, last in tuner.gains)
 
 
-def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
+def default_config(op: str, shape: LayerShape, batch: int) -> dict[str, Any]:
     """Return the kernel configuration that vLLM uses without a table."""
     os.environ.pop(FOLDER_VARIABLE, None)
-    forget()
+    clear_vllm_caches()
     return dict(
         upstream.get_lora_op_configs(
             op,
@@ -206,20 +206,20 @@ def default_config(op: str, shape: Shape, batch: int) -> dict[str, Any]:
     )
 
 
-def forget() -> None:
+def clear_vllm_caches() -> None:
     """Clear vLLM's caches of its table files, so that vLLM reads the files again."""
     upstream.load_lora_op_config.cache_clear()
     upstream.get_lora_op_configs.cache_clear()
 
 
-class KernelCase:
+class KernelBenchmark:
     """A measurement of one LoRA kernel with one layer shape and one batch size. All tokens of the
     batch use the same adapter.
     """
 
-    def __init__(self, op: str, shape: Shape, batch: int, folder: Path, card: str) -> None:
+    def __init__(self, op: str, shape: LayerShape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
-        forget_pointers()
+        clear_pointer_cache()
         device, half = torch.device("cuda"), torch.bfloat16
         if op == "shrink":
             sizes = [(shape.rank, shape.wide)] * shape.slices
@@ -228,7 +228,7 @@ class KernelCase:
         layer_bytes = 2 * sum(rows * columns for rows, columns in sizes)
         self.layers = [
             [torch.randn(MAX_LORAS, 1, *size, device=device, dtype=half) * 0.02 for size in sizes]
-            for _ in range(max(4, min(64, COLD_BYTES // layer_bytes)))
+            for _ in range(max(4, min(64, MIN_WEIGHT_BYTES // layer_bytes)))
         ]
         narrow = (shape.slices, batch, shape.rank)
         self.narrow = torch.randn(narrow, device=device, dtype=torch.float32)
@@ -252,7 +252,7 @@ class KernelCase:
         end = "SHRINK" if self.op == "shrink" else "EXPAND_TRUE"
         (self.folder / f"{stem}_{end}.json").write_text(json.dumps(table))
         os.environ[FOLDER_VARIABLE] = str(self.folder)
-        forget()
+        clear_vllm_caches()
 
     def call(self, layer: Sequence[torch.Tensor]) -> None:
         """Launch the kernel once, on the weights of ``layer``."""

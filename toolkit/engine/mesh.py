@@ -9,7 +9,8 @@ accelerate, TRL and DistributedDataParallel treat torch.distributed's default gr
 run. So while a mesh is open, another group is the default group. It has the ranks with the same
 part of the model, one rank of each replica. These ranks train data-parallel.
 
-vLLM creates its groups from the default group, so ``join_group`` must run before an engine starts.
+vLLM creates its groups from the default group, so ``join_default_group`` must run before an engine
+starts.
 """
 
 from __future__ import annotations
@@ -118,21 +119,21 @@ class Mesh:
             )
 
 
-_open: Mesh | None = None
+_open_mesh: Mesh | None = None
 
 
-def by_first(call: Callable[[], Any]) -> Any:
+def run_on_first(call: Callable[[], Any]) -> Any:
     """Return the result of ``call()``. If several processes share a model, only the first process
     runs ``call``, and all processes get its result.
     """
-    if _open is None:
+    if _open_mesh is None:
         return call()
-    return _open.from_first(call() if _open.first else None)
+    return _open_mesh.from_first(call() if _open_mesh.first else None)
 
 
-def mesh() -> Mesh | None:
+def current_mesh() -> Mesh | None:
     """Return the mesh of this process, or None if each process has a whole model."""
-    return _open
+    return _open_mesh
 
 
 def open_mesh(size: int) -> Mesh | None:
@@ -151,23 +152,23 @@ def open_mesh(size: int) -> Mesh | None:
             f"vLLM's tensor-parallel group of this process has the ranks {model.ranks}, but must "
             f"have the ranks {expected}"
         )
-    return settle(size, model.device_group, model.cpu_group)
+    return create_mesh(size, model.device_group, model.cpu_group)
 
 
-def settle(size: int, group: Any, host_group: Any) -> Mesh:
+def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
     """Create and open the mesh in which the ``size`` processes of ``group`` share a model. Every
     process of the run must call this function.
 
     torch's default group is replaced. The new default group has one rank of each replica: the ranks
     that have the same part of the model as this process.
     """
-    global _open
+    global _open_mesh
     whole, number = distributed.get_world_size(), distributed.get_rank()
     own = None
     for part in range(size):
         replicas = distributed.new_group(list(range(part, whole, size)))
         own = replicas if part == number % size else own
-    _open = Mesh(
+    _open_mesh = Mesh(
         size=size,
         rank=number % size,
         replica=number // size,
@@ -178,26 +179,26 @@ def settle(size: int, group: Any, host_group: Any) -> Mesh:
     )
     # In torch 2.11 and 2.13, functions that are called without a group read only this setting.
     distributed_c10d._update_default_pg(own)
-    return _open
+    return _open_mesh
 
 
 def close_mesh() -> None:
     """Make the group of all processes the default group again. A second call does nothing."""
-    global _open
-    if _open is not None:
+    global _open_mesh
+    if _open_mesh is not None:
         own = distributed.group.WORLD
-        distributed_c10d._update_default_pg(_open.world)
-        _open = None
+        distributed_c10d._update_default_pg(_open_mesh.world)
+        _open_mesh = None
         distributed.destroy_process_group(own)
 
 
-TIMEOUT_S = 1800.0
+COLLECTIVE_TIMEOUT_S = 1800.0
 """The seconds that a rank waits for the other ranks in a collective call. The value is the default
 of ``ddp_timeout`` in transformers.
 """
 
 
-def join_group(timeout_s: float | None = None, store: Store | None = None) -> None:
+def join_default_group(timeout_s: float | None = None, store: Store | None = None) -> None:
     """Create the default group of all processes of the run. It uses NCCL if there is a GPU, else
     gloo.
 
@@ -208,14 +209,14 @@ def join_group(timeout_s: float | None = None, store: Store | None = None) -> No
         return
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        timeout=timedelta(seconds=timeout_s or TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s or COLLECTIVE_TIMEOUT_S),
         rank=rank(),
         world_size=world_size(),
         store=store,
     )
 
 
-def exchange(value: Any) -> list[Any]:
+def gather_from_all(value: Any) -> list[Any]:
     """Return the ``value`` of each process of the run, by rank. Every process must call this
     function. The function creates the default group if it does not exist.
 
@@ -223,7 +224,7 @@ def exchange(value: Any) -> list[Any]:
     """
     if world_size() == 1:
         return [value]
-    join_group()
+    join_default_group()
     group = distributed.new_group(backend="gloo")
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value, group=group)

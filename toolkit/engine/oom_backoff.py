@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OOM = re.compile(
+_OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
 )
 
@@ -33,11 +33,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(_OOM.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchPart:
     """A part of a batch: ``n`` completions of each of ``prompts``. The row of a completion is its
     index in the batch. ``rows[i]`` is the row of the first completion of prompt i.
     """
@@ -51,20 +51,20 @@ class Part:
         """The number of completions in this part."""
         return len(self.prompts) * self.n
 
-    def halves(self) -> tuple[Part, Part]:
+    def halves(self) -> tuple[BatchPart, BatchPart]:
         """Split this part into two halves, in order. A part with several prompts is split by
         prompts. A part with one prompt is split by completions.
         """
         if len(self.prompts) > 1:
             middle = len(self.prompts) // 2
-            first = Part(self.prompts[:middle], self.rows[:middle], self.n)
-            return first, Part(self.prompts[middle:], self.rows[middle:], self.n)
+            first = BatchPart(self.prompts[:middle], self.rows[:middle], self.n)
+            return first, BatchPart(self.prompts[middle:], self.rows[middle:], self.n)
         middle = self.n // 2
         (row,) = self.rows
-        rest = Part(self.prompts, [row + middle], self.n - middle)
-        return Part(self.prompts, [row], middle), rest
+        rest = BatchPart(self.prompts, [row + middle], self.n - middle)
+        return BatchPart(self.prompts, [row], middle), rest
 
-    def fit(self, most: int | None) -> list[Part]:
+    def fit(self, most: int | None) -> list[BatchPart]:
         """Return this part split into parts of at most ``most`` completions, in order. If ``most``
         is None, this part is not split.
         """
@@ -73,9 +73,9 @@ class Part:
         return [part for half in self.halves() for part in half.fit(most)]
 
 
-def in_parts(
-    draw: Callable[[Part], Rollout],
-    whole: Part,
+def generate_in_parts(
+    draw: Callable[[BatchPart], Rollout],
+    whole: BatchPart,
     most: int | None,
     *,
     at_once: int,
@@ -113,10 +113,10 @@ def in_parts(
         )
         recover()
         waiting = [smaller for left in (part, *waiting) for smaller in left.fit(most)]
-    return _joined(done), most
+    return _concatenate(done), most
 
 
-def _joined(rollouts: Sequence[Rollout]) -> Rollout:
+def _concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """Join ``rollouts`` into one rollout with all their completions, in order."""
     if len(rollouts) == 1:
         return rollouts[0]

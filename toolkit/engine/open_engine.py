@@ -56,13 +56,13 @@ def open_engine(options: EngineOptions) -> Engine:
     read_ahead(options.model, free_bytes())
     # Imported here, because vLLM reads its environment variables during the import. The import also
     # takes seconds.
-    from toolkit.engine.start import start  # noqa: PLC0415
+    from toolkit.engine.start import start_engine  # noqa: PLC0415
 
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # hides warnings of vLLM and its libraries during import and start, but no errors
-        return start(options)
+        return start_engine(options)
 
 
 def prepare_environment() -> None:

@@ -12,17 +12,17 @@ from typing import Any, Literal
 import torch
 
 from toolkit.base.errors import DefectError
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 
-MARK = "_toolkit_shard"
-"""The name of the parameter attribute in which ``mark`` stores the ``Shard`` of a part."""
+SHARD_ATTRIBUTE = "_toolkit_shard"
+"""The name of the parameter attribute in which ``mark_as_shard`` stores the ``Shard`` of a part."""
 
 
-Style = Literal["rows", "columns", "whole"]
+SplitStyle = Literal["rows", "columns", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class WeightSplit:
     """How the weight of a layer is split over the processes of a group.
 
     ``style`` is ``"rows"``, ``"columns"``, or ``"whole"`` for a weight that is not split. This
@@ -31,7 +31,7 @@ class Cut:
     processes.
     """
 
-    style: Style
+    style: SplitStyle
     start: int = 0
     length: int = 0
     total: int = 0
@@ -48,21 +48,21 @@ class Shard:
     total: int
 
 
-def mark(parameter: torch.Tensor, dim: int, total: int) -> None:
+def mark_as_shard(parameter: torch.Tensor, dim: int, total: int) -> None:
     """Mark ``parameter`` as this process's part of a parameter of size ``total`` along ``dim``."""
-    setattr(parameter, MARK, Shard(dim, total))
+    setattr(parameter, SHARD_ATTRIBUTE, Shard(dim, total))
 
 
 def shard_of(parameter: Any) -> Shard | None:
-    """Return the ``Shard`` with which ``mark`` marked a parameter. None means that the parameter is
-    not split, so every process of the group has the whole parameter.
+    """Return the ``Shard`` with which ``mark_as_shard`` marked a parameter. None means that the
+    parameter is not split, so every process of the group has the whole parameter.
     """
-    found: Shard | None = getattr(parameter, MARK, None)
+    found: Shard | None = getattr(parameter, SHARD_ATTRIBUTE, None)
     return found
 
 
 @torch.no_grad()
-def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
+def gather_full_tensor(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     """Join the parts that the processes have, and return the whole tensor. ``tensor`` is this
     process's part. Every process of the group must call this function.
 
@@ -70,7 +70,7 @@ def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     None, the mark on ``tensor`` itself says so. Without a mark, ``tensor`` is not split, and it is
     returned unchanged.
     """
-    shard, shared = shard_of(tensor if like is None else like), mesh()
+    shard, shared = shard_of(tensor if like is None else like), current_mesh()
     if shard is None:
         return tensor
     if shared is None:
@@ -81,9 +81,9 @@ def gather_parts(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     return torch.cat(shared.gather(tensor.detach()), dim=shard.dim)
 
 
-def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """Return this process's part of the whole ``tensor``, split like the parameter ``like``."""
-    shard, shared = shard_of(like), mesh()
+    shard, shared = shard_of(like), current_mesh()
     if shard is None:
         return tensor
     if shared is None:
@@ -100,7 +100,7 @@ def part(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     return own.clone(memory_format=torch.contiguous_format)
 
 
-def whole_shape(parameter: Any) -> torch.Size:
+def full_shape(parameter: Any) -> torch.Size:
     """Return the shape of the whole parameter, even if ``parameter`` is only one part of it."""
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vllm import LLM
 
-NAME = "toolkit_kv"
+BACKEND_NAME = "toolkit_kv"
 KV_TAG = "kv_cache"
 
 
@@ -65,8 +65,8 @@ class KvOnlyBackend(SleepModeBackend):  # type: ignore[misc]  # vllm ships no ty
 
 def register() -> None:
     """Register ``KvOnlyBackend`` in vLLM's factory. A second call has no effect."""
-    if NAME not in SleepModeBackendFactory._registry:
-        SleepModeBackendFactory.register_backend(NAME, __name__, KvOnlyBackend.__name__)
+    if BACKEND_NAME not in SleepModeBackendFactory._registry:
+        SleepModeBackendFactory.register_backend(BACKEND_NAME, __name__, KvOnlyBackend.__name__)
 
 
 def release_tag(tag: str) -> None:
@@ -110,7 +110,7 @@ def tagged_pool(tag: str) -> Iterator[None]:
         yield
 
 
-def drop_pool(tag: str) -> None:
+def free_pool(tag: str) -> None:
     """Free the memory pool of ``tag``. The tensors in the pool must have been dropped before.
 
     vLLM itself would keep the pool until the process ends, and would count its memory as used when
@@ -148,7 +148,7 @@ class KvSleep:
         self.asleep = False
         # The worker looks up its sleep backend by this name at its first sleep. vLLM has no engine
         # argument for the name (0.25.1, 0.31.0), so the config is changed here.
-        llm.llm_engine.vllm_config.model_config.sleep_mode_backend = NAME
+        llm.llm_engine.vllm_config.model_config.sleep_mode_backend = BACKEND_NAME
 
     def sleep(self) -> None:
         """Release the KV cache. vLLM's sleep is called with level 1, because at level 2 vLLM's

@@ -27,8 +27,8 @@ from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.groups import check_groups
 from toolkit.engine.lora_tables import use_table
-from toolkit.engine.mesh import exchange, join_group, open_mesh
-from toolkit.engine.vllm_errors import explain
+from toolkit.engine.mesh import gather_from_all, join_default_group, open_mesh
+from toolkit.engine.vllm_errors import to_toolkit_error
 from toolkit.engine.vllm_internals import device_type
 
 if TYPE_CHECKING:
@@ -36,34 +36,36 @@ if TYPE_CHECKING:
 
 
 _SET_NUM_THREADS = torch.set_num_threads  # torch's own function, which an engine may replace
-_started: weakref.ref[Engine] | None = None
+_last_engine: weakref.ref[Engine] | None = None
 """The last engine that was started in this process."""
 
 
-def start(options: EngineOptions) -> Engine:
+def start_engine(options: EngineOptions) -> Engine:
     """Check the options and the model, start vLLM, and return the engine. The checks take little
     time and run before the model is loaded.
     """
-    global _started
-    again = _started is not None
+    global _last_engine
+    again = _last_engine is not None
     if again:
-        make_room()
+        free_previous_engine()
     size = size_of(options.tensor_parallel_size)
     device = device_type()
     check_groups(
-        size, torch.cuda.get_device_name(local_rank()) if device == "cuda" else None, exchange
+        size,
+        torch.cuda.get_device_name(local_rank()) if device == "cuda" else None,
+        gather_from_all,
     )
     config = check_model(options, device)
     weight_loader.register()
     sleep.register()
     arguments = options.to_vllm("cuda" if device == "cuda" else "cpu")
     if device == "cuda":
-        fit_gpu(arguments, options, config)
+        add_gpu_arguments(arguments, options, config)
     if device == "cpu":
         experts.register()
-        fit_cpu(arguments)
+        add_cpu_arguments(arguments)
     if world_size() > 1:  # torchrun: one engine per rank
-        join_group()
+        join_default_group()
         arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
     state = torch.get_rng_state()
@@ -72,7 +74,7 @@ def start(options: EngineOptions) -> Engine:
         llm = LLM(**arguments)
         open_mesh(size)
         engine = Engine(llm, options, owns_process_group=owns_process_group)
-        _started = weakref.ref(engine)
+        _last_engine = weakref.ref(engine)
         if again:
             # vLLM has called gc.freeze(), which also freezes the model of a previous engine.
             # Unfreeze all objects, so that the weights of that model are freed when the caller
@@ -82,7 +84,7 @@ def start(options: EngineOptions) -> Engine:
     except ToolkitError:
         raise
     except Exception as problem:
-        raise explain(problem, "the engine did not start") from problem
+        raise to_toolkit_error(problem, "the engine did not start") from problem
     finally:
         # vLLM seeds torch's generator, and its CPU worker replaces ``set_num_threads`` by a
         # function without effect (0.31.0). Restore the generator and the function, because the
@@ -91,7 +93,7 @@ def start(options: EngineOptions) -> Engine:
         torch.set_num_threads = _SET_NUM_THREADS
 
 
-def sum_over_gloo() -> None:
+def use_gloo_all_reduce() -> None:
     """Make vLLM's CPU workers sum tensors over torch.distributed (gloo) instead of over shared
     memory.
 
@@ -105,7 +107,7 @@ def sum_over_gloo() -> None:
     kind._all_group_ranks_share_shm_group_name = lambda _: False
 
 
-def make_room() -> None:
+def free_previous_engine() -> None:
     """Free a previous engine that is no longer referenced, and check that no other engine is open.
 
     Two engines cannot be open in one process. vLLM has only one set of process groups and one
@@ -118,7 +120,7 @@ def make_room() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    engine = _started() if _started is not None else None
+    engine = _last_engine() if _last_engine is not None else None
     if engine is not None and not engine.closed:
         raise ConfigError(
             f"another engine with the model {engine.options.model} is open in this process",
@@ -127,7 +129,7 @@ def make_room() -> None:
         )
 
 
-def fit_cpu(arguments: dict[str, Any]) -> None:
+def add_cpu_arguments(arguments: dict[str, Any]) -> None:
     """Add to ``arguments`` the arguments that vLLM's CPU worker needs.
 
     Chunked prefill is switched off. After the prefill of a part of a prompt, vLLM resets the random
@@ -135,7 +137,7 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
     Generator does not use offset", 0.25.1 to 0.31.0).
     """
     if arguments.get("tensor_parallel_size", 1) > 1:
-        sum_over_gloo()
+        use_gloo_all_reduce()
     arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
     if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         del arguments["kv_cache_memory_bytes"]
@@ -145,7 +147,7 @@ def fit_cpu(arguments: dict[str, Any]) -> None:
         arguments["max_num_batched_tokens"] = max(length, tokens)
 
 
-def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
+def add_gpu_arguments(arguments: dict[str, Any], options: EngineOptions, config: Any) -> None:
     """Add to ``arguments`` the arguments that vLLM's GPU worker needs for expert layers and for
     16-bit copies of 4-bit weights. Also choose the table of tuned LoRA kernels for the GPU.
     """
@@ -155,7 +157,7 @@ def fit_gpu(arguments: dict[str, Any], options: EngineOptions, config: Any) -> N
     if options.dequantized_rollouts and has_4bit_weights(options, config):
         weight_loader.register_dequantizing()
         arguments["model_loader_extra_config"] = {
-            weight_loader.WANTED: options.dequantized_rollouts
+            weight_loader.COPIES_OPTION: options.dequantized_rollouts
         }
     if options.enable_lora:
         use_table(torch.cuda.get_device_name(), vllm.__version__)
@@ -189,7 +191,7 @@ def check_model(options: EngineOptions, device: str) -> Any:
         )
     problem = head_problem(values) or (cpu_engine_problem(values) if device == "cpu" else None)
     if problem is not None:
-        raise UnsupportedError(problem.message, where=problem.key, fix=_WITHOUT)
+        raise UnsupportedError(problem.message, where=problem.key, fix=_USE_TRANSFORMERS)
     if (options.load_in_4bit or stored is not None) and device != "cuda":
         raise UnsupportedError(
             "4-bit weights need a CUDA GPU",
@@ -210,12 +212,12 @@ def check_model(options: EngineOptions, device: str) -> Any:
             "vLLM does not support the architecture of the model "
             f"({', '.join(architectures) or 'the config has no architectures'})",
             where="model.model_name",
-            fix=_WITHOUT,
+            fix=_USE_TRANSFORMERS,
         )
     return config
 
 
-_WITHOUT = "set `fast_inference: false` (in a run file: `runtime.engine: transformers`)"
+_USE_TRANSFORMERS = "set `fast_inference: false` (in a run file: `runtime.engine: transformers`)"
 
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:

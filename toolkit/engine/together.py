@@ -12,7 +12,7 @@ Flags are sent over the group's CPU connection, never over the connection that t
   Instead the processes exchange flags after vLLM's call. If one process ran out of memory and
   vLLM's call has ended in all other processes, all processes repeat the call. If another process
   still waits in a collective call, it sends no flag. The process that ran out of memory waits
-  ``ANSWER_S`` for the flags, and then the run ends with an error.
+  ``PEER_TIMEOUT_S`` for the flags, and then the run ends with an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import distributed
 
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.base.process_environment import rank
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.engine.oom_backoff import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -37,74 +37,74 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ANSWER_S = 60.0
+PEER_TIMEOUT_S = 60.0
 """The seconds that a process which ran out of memory waits for the other processes."""
 
-_watched = False
+_is_watching = False
 
 
-class OutOfMemoryElsewhere(RuntimeError):
+class PeerOutOfMemoryError(RuntimeError):
     """Raised in a process if another process of its group ran out of memory. All processes of the
     group then repeat the work.
     """
 
 
-def watch() -> None:
-    """Begin to exchange flags before each collective call, until the current ``phase`` ends. With
-    its flag, each process tells the other processes of the group whether it ran out of memory.
-    Every process of the group must call this function at the same point.
+def watch_peers() -> None:
+    """Begin to exchange flags before each collective call, until the current ``repeatable_phase``
+    ends. With its flag, each process tells the other processes of the group whether it ran out of
+    memory. Every process of the group must call this function at the same point.
     """
-    global _watched
-    _watched = mesh() is not None
+    global _is_watching
+    _is_watching = current_mesh() is not None
 
 
 @contextmanager
-def phase() -> Iterator[None]:
+def repeatable_phase() -> Iterator[None]:
     """A context manager for work that can be repeated. If one process runs out of memory in the
-    block after it has called ``watch``, an out-of-memory error is raised in all processes of the
-    group.
+    block after it has called ``watch_peers``, an out-of-memory error is raised in all processes of
+    the group.
 
     Raises:
-        OutOfMemoryElsewhere: another process ran out of memory.
+        PeerOutOfMemoryError: another process ran out of memory.
         ConfigError: this process ran out of memory, and the other processes do not answer,
             because they wait in a collective call.
     """
-    global _watched
+    global _is_watching
     try:
         yield
-        before_collective()
+        check_peers()
     except (RuntimeError, MemoryError) as error:
-        shared = mesh()
-        own = is_out_of_memory(error) and not isinstance(error, OutOfMemoryElsewhere)
-        if _watched and shared is not None and own:
-            _answer(shared, error, "a training step")
+        shared = current_mesh()
+        own = is_out_of_memory(error) and not isinstance(error, PeerOutOfMemoryError)
+        if _is_watching and shared is not None and own:
+            _report_out_of_memory(shared, error, "a training step")
         raise
     finally:
-        _watched = False
+        _is_watching = False
 
 
-def before_collective() -> None:
+def check_peers() -> None:
     """Before a collective call, find out whether a process of the group ran out of memory. Every
-    process of the group reports to the others. Does nothing if ``watch`` was not called since the
-    current ``phase`` (the block of work that can be repeated) began.
+    process of the group reports to the others. Does nothing if ``watch_peers`` was not called since
+    the current ``repeatable_phase`` (the block of work that can be repeated) began.
 
     Raises:
-        OutOfMemoryElsewhere: another process ran out of memory, so it will not join the collective
+        PeerOutOfMemoryError: another process ran out of memory, so it will not join the collective
             call.
     """
-    shared = mesh()
-    if not _watched or shared is None:
+    shared = current_mesh()
+    if not _is_watching or shared is None:
         return
-    if failed := _largest_flag(shared, 0):
-        raise _elsewhere(shared, failed)
+    if failed := _max_flag(shared, 0):
+        raise _peer_out_of_memory_error(shared, failed)
 
 
-def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
+def generate_together(shared: Mesh, draw: Callable[[], T]) -> T:
     """Return the result of ``draw()``. Every process of the group must call this function. If one
     process runs out of memory, an out-of-memory error is raised in all processes of the group.
 
     Raises:
-        OutOfMemoryElsewhere: another process ran out of memory.
+        PeerOutOfMemoryError: another process ran out of memory.
         ConfigError: this process ran out of memory, and the other processes do not answer,
             because they wait in a collective call.
     """
@@ -112,26 +112,26 @@ def drawn_together(shared: Mesh, draw: Callable[[], T]) -> T:
         result = draw()
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            _answer(shared, error, "a rollout")
+            _report_out_of_memory(shared, error, "a rollout")
         raise
-    if failed := _largest_flag(shared, 0):
-        raise _elsewhere(shared, failed)
+    if failed := _max_flag(shared, 0):
+        raise _peer_out_of_memory_error(shared, failed)
     return result
 
 
-def _answer(shared: Mesh, error: BaseException, during: str) -> None:
+def _report_out_of_memory(shared: Mesh, error: BaseException, during: str) -> None:
     """Report to the other processes of the group that this process ran out of memory, and wait
     until all of them have reported too.
 
     Raises:
-        ConfigError: another process does not report within ``ANSWER_S``.
+        ConfigError: another process does not report within ``PEER_TIMEOUT_S``.
     """
     try:
-        if not _idle():
+        if not _wait_for_gpu():
             raise RuntimeError(
-                f"a collective call of this process does not end within {ANSWER_S:g} s"
+                f"a collective call of this process does not end within {PEER_TIMEOUT_S:g} s"
             )
-        _largest_flag(shared, shared.rank + 1, timedelta(seconds=ANSWER_S))
+        _max_flag(shared, shared.rank + 1, timedelta(seconds=PEER_TIMEOUT_S))
     except RuntimeError as lost:
         raise ConfigError(
             f"process {rank()} ran out of memory during {during} ({first_line(error)}). The work "
@@ -146,9 +146,9 @@ def _answer(shared: Mesh, error: BaseException, during: str) -> None:
         ) from lost
 
 
-def _idle() -> bool:
-    """Wait until the GPU has completed all work of this process, but at most ``ANSWER_S``. Returns
-    True if all work is complete, else False.
+def _wait_for_gpu() -> bool:
+    """Wait until the GPU has completed all work of this process, but at most ``PEER_TIMEOUT_S``.
+    Returns True if all work is complete, else False.
 
     If the result is True, every collective call that this process started is complete. So the other
     processes have joined these calls.
@@ -158,7 +158,7 @@ def _idle() -> bool:
         return True  # a collective call on the CPU is complete when it returns
     asked = cuda.Event()
     asked.record()
-    end = time.monotonic() + ANSWER_S
+    end = time.monotonic() + PEER_TIMEOUT_S
     while not asked.query():
         if time.monotonic() > end:
             return False
@@ -166,7 +166,7 @@ def _idle() -> bool:
     return True
 
 
-def _largest_flag(shared: Mesh, flag: int, patience: timedelta | None = None) -> int:
+def _max_flag(shared: Mesh, flag: int, patience: timedelta | None = None) -> int:
     flags = torch.tensor([flag])
     work = distributed.all_reduce(
         flags, op=distributed.ReduceOp.MAX, group=shared.host_group, async_op=True
@@ -179,6 +179,6 @@ def _largest_flag(shared: Mesh, flag: int, patience: timedelta | None = None) ->
     return int(flags)
 
 
-def _elsewhere(shared: Mesh, flag: int) -> OutOfMemoryElsewhere:
+def _peer_out_of_memory_error(shared: Mesh, flag: int) -> PeerOutOfMemoryError:
     number = shared.replica * shared.size + flag - 1
-    return OutOfMemoryElsewhere(f"process {number} ran out of memory")
+    return PeerOutOfMemoryError(f"process {number} ran out of memory")

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
     from toolkit.engine.rollout_request import Sampling
 
-REFUSALS = (TypeError, ValueError, VLLMValidationError)
+REJECTIONS = (TypeError, ValueError, VLLMValidationError)
 """The exceptions with which vLLM rejects a request. VLLMValidationError is listed because from 0.31
 on it is not a ValueError.
 """
 
-GIVEN_UP = frozenset({"abort", "error"})
+FAILED_FINISH_REASONS = frozenset({"abort", "error"})
 """vLLM's finish reasons for a request that failed without an exception, for example because of a
 grammar that does not compile.
 """
 
 
-def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+def to_sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     """Convert ``sampling`` to vLLM's SamplingParams.
 
     Raises:
@@ -80,7 +80,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         elif isinstance(structured, dict):
             keywords["structured_outputs"] = StructuredOutputsParams(**structured)
         return SamplingParams(**keywords)
-    except REFUSALS as problem:
+    except REJECTIONS as problem:
         raise ConfigValueError(
             f"vLLM rejects the sampling options: {problem}",
             where="sampling options",
@@ -88,7 +88,7 @@ def sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
 
 
 @contextmanager
-def judging(llm: LLM) -> Iterator[None]:
+def convert_rejections(llm: LLM) -> Iterator[None]:
     """A context manager for a call of ``llm.generate``. If vLLM rejects a request, its exception
     becomes a ConfigValueError.
 
@@ -102,7 +102,7 @@ def judging(llm: LLM) -> Iterator[None]:
     """
     try:
         yield
-    except REFUSALS as problem:
+    except REJECTIONS as problem:
         if llm.llm_engine.has_unfinished_requests():
             raise
         raise ConfigValueError(
@@ -129,18 +129,18 @@ def generate(
     """
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     params = [
-        sampling_params(sampling, request_seed(seed, row))
+        to_sampling_params(sampling, request_seed(seed, row))
         for _, row in zip(prompts, rows, strict=True)
     ]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     outputs: Sequence[RequestOutput] = []
     # vLLM also draws from torch's global generators. They are restored, because the trainer uses
     # them too.
-    with judging(llm), torch.random.fork_rng(devices=devices):
+    with convert_rejections(llm), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         if requests:
             outputs = llm.generate(requests, params, lora_request=lora, use_tqdm=False)
-    return collect(prompts, outputs)
+    return build_rollout(prompts, outputs)
 
 
 def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
@@ -150,14 +150,14 @@ def vllm_generate(llm: LLM, inputs: Any, sampling_params: Any, **keywords: Any) 
         ConfigValueError: vLLM rejects the request.
     """
     try:
-        with judging(llm):
+        with convert_rejections(llm):
             return llm.generate(inputs, sampling_params, **keywords)
     except BaseException:
         drop_requests(llm)
         raise
 
 
-def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
+def build_rollout(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) -> Rollout:
     """Convert the outputs of vLLM to a ``Rollout``, which has TRL's layout.
 
     Raises:
@@ -169,7 +169,7 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
     token_ids: list[list[list[int]]] | None = []
     for prompt, output in zip(prompts, outputs, strict=True):
         for completion in output.outputs:
-            if completion.finish_reason in GIVEN_UP:
+            if completion.finish_reason in FAILED_FINISH_REASONS:
                 raise ConfigError(
                     f"vLLM aborted a completion ({completion.finish_reason})",
                     where="rollout",
@@ -183,13 +183,13 @@ def collect(prompts: Sequence[Sequence[int]], outputs: Sequence[RequestOutput]) 
             if completion.logprobs is None:
                 logprobs = token_ids = None
             elif logprobs is not None and token_ids is not None:
-                values, tokens = unpack(completion.logprobs)
+                values, tokens = unpack_logprobs(completion.logprobs)
                 logprobs.append(values)
                 token_ids.append(tokens)
     return Rollout(prompt_ids, completion_ids, logprobs, token_ids)
 
 
-def unpack(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
+def unpack_logprobs(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[list[int]]]:
     """Return the log-probabilities of one sequence and their token ids, both as nested lists
     [position][rank]. Rank 0 is the most likely token.
 

@@ -9,33 +9,33 @@ import traceback
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.base.symptoms.errors import AGAIN, explained
 
-JUDGED = (ValueError, TypeError, KeyError, NotImplementedError)
-VALIDATION = "VLLMValidationError"
+REJECTIONS = (ValueError, TypeError, KeyError, NotImplementedError)
+VALIDATION_ERROR_NAME = "VLLMValidationError"
 """The name of vLLM's validation error, which from 0.31 on is not a ValueError. The class itself is
 not used, because this module does not import vLLM.
 """
 
 
-START_AGAIN = (
+RESTART_FIX = (
     "run `envcheck check` on this node. Then run the same command again, here or on another node. "
     "The run resumes from the last checkpoint (--debug shows the whole traceback)"
 )
 """The fix for a rollout that failed for an unknown reason."""
 
 
-def closed() -> ConfigError:
+def closed_error() -> ConfigError:
     """Return the error for using an engine after ``close``."""
     return ConfigError(
         "the engine is closed", where="engine", fix="load the model again to open a new engine"
     )
 
 
-def died(error: ToolkitError) -> ToolkitError:
+def failed_earlier_error(error: ToolkitError) -> ToolkitError:
     """Return the error for using an engine that failed earlier with ``error``."""
     return type(error)(f"the engine failed earlier: {error.message}", where="engine", fix=error.fix)
 
 
-def explain(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
+def to_toolkit_error(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
     """Convert the exception ``problem`` to a ToolkitError.
 
     If the text of ``problem``, or of an exception that caused it, matches a known symptom, the
@@ -51,7 +51,9 @@ def explain(problem: BaseException, what: str, fix: str | None = None) -> Toolki
     first = problem
     told = f"{what}: {_text_of(first)}"
     kinds = type(first).__mro__
-    if fix is None and (isinstance(first, JUDGED) or any(k.__name__ == VALIDATION for k in kinds)):
+    if fix is None and (
+        isinstance(first, REJECTIONS) or any(k.__name__ == VALIDATION_ERROR_NAME for k in kinds)
+    ):
         return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node (--debug shows the whole traceback)"
     return NodeError(told, where="vLLM", fix=fix)

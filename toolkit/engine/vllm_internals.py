@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Internals:
+class EngineInternals:
     """The internals of a started engine. ``runner`` is vLLM's model runner. ``module`` is the
     runner's model (a torch module). ``slots`` is vLLM's manager of the adapter slots (None without
     LoRA).
@@ -58,7 +58,7 @@ def open_worker(llm: LLM) -> Any:
     Raises:
         UnsupportedError: the engine has several workers.
     """
-    workers = llm.collective_rpc(_itself)
+    workers = llm.collective_rpc(_return_worker)
     if len(workers) != 1:
         raise UnsupportedError(
             f"the engine has {len(workers)} workers, but weight sharing needs exactly one",
@@ -67,7 +67,7 @@ def open_worker(llm: LLM) -> Any:
     return getattr(workers[0], "worker", workers[0])
 
 
-def open_internals(llm: LLM) -> Internals:
+def open_internals(llm: LLM) -> EngineInternals:
     """Return the internals of an engine that runs in this process."""
     runner = open_worker(llm).model_runner
     manager = getattr(runner, "lora_manager", None)
@@ -75,10 +75,10 @@ def open_internals(llm: LLM) -> Internals:
     module = runner.get_model()
     if module is None:
         raise DefectError("vLLM's runner has no model")
-    return Internals(runner=runner, module=module, slots=slots)
+    return EngineInternals(runner=runner, module=module, slots=slots)
 
 
-def _itself(worker: Any) -> Any:
+def _return_worker(worker: Any) -> Any:
     return worker
 
 
@@ -108,8 +108,8 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
     vLLM's own shut-down always destroys torch.distributed's default group. If the trainer created
     that group, pass ``keep_process_group``. Then only the engine's own groups are destroyed.
     """
-    forget_graph_pool()
-    forget_pointers()
+    reset_graph_pool()
+    clear_pointer_cache()
     client = llm.llm_engine.engine_core
     if not keep_process_group:
         client.shutdown()
@@ -129,7 +129,7 @@ def shut_down(llm: LLM, *, keep_process_group: bool) -> None:
         parallel_state._WORLD = None
 
 
-def forget_pointers() -> None:
+def clear_pointer_cache() -> None:
     """Clear the LoRA kernels' cache of weight addresses.
 
     The kernels cache addresses, strides and offsets for the whole process, and look them up by the
@@ -143,7 +143,7 @@ def forget_pointers() -> None:
         kernels._LORA_B_PTR_DICT.clear()
 
 
-def forget_graph_pool() -> None:
+def reset_graph_pool() -> None:
     """Make the next engine of this process capture its CUDA graphs into a new memory pool.
 
     vLLM keeps one pool handle for the whole process (``Platform.get_global_graph_pool``, 0.25.1 and

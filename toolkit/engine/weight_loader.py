@@ -25,8 +25,13 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from toolkit.base.mapped_files import own_weights
 from toolkit.engine import dequantized
-from toolkit.engine.engine_options import LOADER
-from toolkit.engine.live_weights import AS_LOADED, READ_NAMES, plain_parameters, sample
+from toolkit.engine.engine_options import LOAD_FORMAT
+from toolkit.engine.live_weights import (
+    LOADED_SAMPLES_ATTRIBUTE,
+    READ_NAMES_ATTRIBUTE,
+    plain_parameters,
+    sample_values,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -52,9 +57,9 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
                 module._cpu_skip_gemm_dispatch = True
         super().load_weights(model, model_config)
         own_weights(model)
-        setattr(model, READ_NAMES, frozenset(self._names))
-        samples = {name: sample(tensor) for name, tensor in plain_parameters(model).items()}
-        setattr(model, AS_LOADED, samples)
+        setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._names))
+        samples = {name: sample_values(tensor) for name, tensor in plain_parameters(model).items()}
+        setattr(model, LOADED_SAMPLES_ATTRIBUTE, samples)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -66,23 +71,24 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
 
 
 def register() -> None:
-    """Register the loader in vLLM under the name ``engine_options.LOADER``. A second call has no
-    effect.
+    """Register the loader in vLLM under the name ``engine_options.LOAD_FORMAT``. A second call has
+    no effect.
     """
-    register_model_loader(LOADER)(SharedWeightsLoader)
+    register_model_loader(LOAD_FORMAT)(SharedWeightsLoader)
 
 
-FOUR_BIT = "bitsandbytes"
+BNB_LOAD_FORMAT = "bitsandbytes"
 """The name of vLLM's loader for 4-bit weights. vLLM chooses this loader itself."""
-WANTED = "dequantized_rollouts"
+COPIES_OPTION = "dequantized_rollouts"
 """The key of ``model_loader_extra_config`` that sets which layers get 16-bit copies. Its value is
 True for all layers, a number of bytes, or "auto".
 """
 
 
 def register_dequantizing() -> None:
-    """Replace vLLM's loader of 4-bit models by the subclass that ``dequantizing`` returns. Does
-    nothing on a second call, or if this version of vLLM does not have this loader (0.31 moved it).
+    """Replace vLLM's loader of 4-bit models by the subclass that ``make_dequantizing_loader``
+    returns. Does nothing on a second call, or if this version of vLLM does not have this loader
+    (0.31 moved it).
     """
     module = "vllm.model_executor.model_loader"
     if find_spec(f"{module}.bitsandbytes_loader") is None:
@@ -93,14 +99,14 @@ def register_dequantizing() -> None:
     )
 
     registered: Any = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
-    if registered.get(FOUR_BIT) is BitsAndBytesModelLoader:
-        register_model_loader(FOUR_BIT)(dequantizing(BitsAndBytesModelLoader))
+    if registered.get(BNB_LOAD_FORMAT) is BitsAndBytesModelLoader:
+        register_model_loader(BNB_LOAD_FORMAT)(make_dequantizing_loader(BitsAndBytesModelLoader))
 
 
-def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
+def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
     """Return a subclass of ``loader``, which is vLLM's loader of 4-bit models. If
     ``model_loader_extra_config`` requests 16-bit copies of the weights, the subclass attaches them
-    to the layers. ``options`` are passed to ``dequantized.attach``.
+    to the layers. ``options`` are passed to ``dequantized.attach_copies``.
     """
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
@@ -111,10 +117,10 @@ def dequantizing(loader: type[Any], **options: Any) -> type[Any]:
             them to the layers. The copies stay empty until the first forward pass.
             """
             model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
-            wanted = (self.load_config.model_loader_extra_config or {}).get(WANTED, False)
+            wanted = (self.load_config.model_loader_extra_config or {}).get(COPIES_OPTION, False)
             if wanted == "auto":
-                wanted = dequantized.choose_bytes(model, vllm_config)
-            if wanted and (copies := dequantized.attach(model, wanted, **options)):
+                wanted = dequantized.choose_copy_bytes(model, vllm_config)
+            if wanted and (copies := dequantized.attach_copies(model, wanted, **options)):
                 copies.refuse_too_many()
             return model
 

@@ -21,8 +21,8 @@ from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError, first_line
 from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
-from toolkit.engine.mesh import mesh
-from toolkit.engine.shards import gather_parts
+from toolkit.engine.mesh import current_mesh
+from toolkit.engine.shards import gather_full_tensor
 from toolkit.policy.fingerprint import marks_of
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
@@ -70,10 +70,10 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         raise ConfigValueError(
             "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
         )
-    target, shared, state = Path(folder), mesh(), None
+    target, shared, state = Path(folder), current_mesh(), None
     if shared is not None:
         own = model.named_parameters()
-        state = {key: gather_parts(value) for key, value in own if "lora_" in key}
+        state = {key: gather_full_tensor(value) for key, value in own if "lora_" in key}
         if not shared.first:
             return target
     with beside(target) as work:

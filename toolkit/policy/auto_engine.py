@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
-from toolkit.engine.mesh import exchange
+from toolkit.engine.mesh import gather_from_all
 from toolkit.gpu import devices
 from toolkit.gpu.snapshot import take
 from toolkit.sizing import Device, resolve_for_all
@@ -56,7 +56,7 @@ def settled(
         return given
     snapshot = take()
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
-    every = exchange(None if gpu is None else Device.from_node(snapshot, gpu))
+    every = gather_from_all(None if gpu is None else Device.from_node(snapshot, gpu))
     if every.count(None) == len(every) and given["tensor_parallel_size"] != "auto":
         return given
     config = as_run(checkpoint, request, adapter, length=length, dtype=dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from toolkit.base.errors import MissingExtraError, UnsupportedError
-from toolkit.engine.live_weights import OFFSETS, ordered_states
+from toolkit.engine.live_weights import OFFSETS_ATTRIBUTE, ordered_states
 from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
         )
     states = ordered_states(tensor)
     chosen = find_parts([int(state.shape[0]) for state in states], part.start, part.rows)
-    offsets = [int(offset) for offset in getattr(tensor, OFFSETS)]
+    offsets = [int(offset) for offset in getattr(tensor, OFFSETS_ATTRIBUTE)]
     packed = tensor.data[offsets[chosen.start] : offsets[chosen.stop]]
     state = join_states([states[index] for index in chosen], path)
     layer = linear_4bit(packed, state)

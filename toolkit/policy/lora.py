@@ -33,7 +33,7 @@ from toolkit.base.errors import (
     first_line,
 )
 from toolkit.config.adapter_facts import KEPT, other_fields
-from toolkit.engine.shards import gather_parts, part
+from toolkit.engine.shards import gather_full_tensor, local_shard
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
     WHERE,
@@ -188,7 +188,7 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
         model, adapter_name=name, save_embedding_layers=False
     )
     cut = _parameters(model, name)
-    return {key: gather_parts(tensor, cut.get(key)) for key, tensor in tensors.items()}
+    return {key: gather_full_tensor(tensor, cut.get(key)) for key, tensor in tensors.items()}
 
 
 def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
@@ -204,7 +204,7 @@ def set_adapter_tensors(
     the names and shapes that ``adapter_tensors`` returns.
     """
     cut = _parameters(model, name)
-    own = {k: part(v, cut[k]) if k in cut else v for k, v in tensors.items()}
+    own = {k: local_shard(v, cut[k]) if k in cut else v for k, v in tensors.items()}
     set_peft_model_state_dict(model, own, adapter_name=name)
 
 

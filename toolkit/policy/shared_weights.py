@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
-from toolkit.engine.cuts import EngineCuts
-from toolkit.engine.live_weights import borrow, engine_name, is_packed, logical_shape
-from toolkit.engine.mesh import mesh
+from toolkit.engine.cuts import EngineSplits
+from toolkit.engine.live_weights import engine_name, find_live_weights, is_packed, logical_shape
+from toolkit.engine.mesh import current_mesh
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.base_sums import AT_LOAD, base_sums
 from toolkit.policy.bnb_layers import mark_4bit, replace_linear
@@ -72,9 +72,9 @@ def shared_model(
         )
     model = empty_model(engine, attn_implementation)
     refuse_two_ropes(engine, model)
-    if (shared := mesh()) is not None:
-        split_model(model, EngineCuts(engine.module), shared)
-    live = borrow(engine.module)
+    if (shared := current_mesh()) is not None:
+        split_model(model, EngineSplits(engine.module), shared)
+    live = find_live_weights(engine.module)
     refuse_unfit(model, live)
     bind(model, live, engine)
     assert_borrowed(model, live)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.policy.base_sums import AT_LOAD, base_sums, changed, digest
 
 AGAIN = "load the model again. Do not change its weights, and do not merge an adapter into them"
@@ -56,7 +56,7 @@ class BaseCheck:
                 "rewards and callbacks. If there is no such code, report a defect",
             )
         checksum = digest(after)
-        if (shared := mesh()) is not None:
+        if (shared := current_mesh()) is not None:
             checksum = shared.digest_of_all(checksum)
         return {"tensors": len(after), "checksum": checksum, "unchanged": True}
 

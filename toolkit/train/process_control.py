@@ -22,8 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from toolkit.base.errors import RetryError, StoppedError, ToolkitError
 from toolkit.base.process_environment import rank, world_size
-from toolkit.engine.mesh import TIMEOUT_S, join_group
-from toolkit.engine.together import OutOfMemoryElsewhere
+from toolkit.engine.mesh import COLLECTIVE_TIMEOUT_S, join_default_group
+from toolkit.engine.together import PeerOutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -69,10 +69,10 @@ def join(timeout_s: float | None = None) -> Peers | None:
     """
     if world_size() == 1:
         return None
-    patience = timedelta(seconds=timeout_s or TIMEOUT_S)
+    patience = timedelta(seconds=timeout_s or COLLECTIVE_TIMEOUT_S)
     try:
         store, number, size = next(rendezvous("env://", timeout=patience))
-        join_group(timeout_s, PrefixStore("group", store))
+        join_default_group(timeout_s, PrefixStore("group", store))
     except (RuntimeError, ValueError) as problem:
         raise RetryError(
             (
@@ -95,7 +95,9 @@ class Peers:
     that process.
     """
 
-    def __init__(self, store: Any, number: int, size: int, patience_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, store: Any, number: int, size: int, patience_s: float = COLLECTIVE_TIMEOUT_S
+    ) -> None:
         self.store, self.number, self.size = store, number, size
         self.patience_s = patience_s
         self.heard: int | None = None
@@ -279,7 +281,7 @@ def is_gone(error: BaseException | None) -> bool:
     """
     while error is not None:
         lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
-        if isinstance(error, (PeerFailed, OutOfMemoryElsewhere)) or (
+        if isinstance(error, (PeerFailed, PeerOutOfMemoryError)) or (
             lost and _GONE.search(str(error))
         ):
             return True

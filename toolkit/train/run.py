@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from toolkit.base.errors import ConfigError, ToolkitError, first_line
 from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.language_model import load_policy, policy_tokenizer
 from toolkit.policy.machine_facts import situation
@@ -379,7 +379,7 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
 
 def shares_with_first() -> bool:
     """True if this process and the first one hold parts of one model (tensor parallelism)."""
-    shared = mesh()
+    shared = current_mesh()
     return shared is not None and shared.replica == 0
 
 

@@ -18,7 +18,7 @@ import torch
 import trl
 
 from toolkit.base.errors import ConfigValueError
-from toolkit.engine.mesh import by_first, mesh
+from toolkit.engine.mesh import current_mesh, run_on_first
 from toolkit.engine.rollout_request import check_prompts, request_seed
 from toolkit.policy.lora import kept_float32
 from toolkit.policy.tensor_parallel.functions import clip_whole
@@ -231,10 +231,10 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         self._logs["extra"].clear()
         rewards = super()._calculate_rewards
         with self.timers("reward_s"):
-            if mesh() is None:
+            if current_mesh() is None:
                 return rewards(*args, **kwargs)
             # Moved to the CPU, because a process cannot use the device of another process.
-            found = by_first(lambda: rewards(*args, **kwargs).cpu())
+            found = run_on_first(lambda: rewards(*args, **kwargs).cpu())
             return found.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -320,7 +320,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Clip the gradient as transformers does. If several processes share a model, use the norm
         of the complete adapter's gradient, and not the norm of the part in this process.
         """
-        if mesh() is None:
+        if current_mesh() is None:
             # Parameters without a gradient do not change the norm, but a model has many.
             trained = SimpleNamespace(parameters=self.trained_parameters)
             return super()._clip_grad_norm(model if self._sharded() else trained)
@@ -331,7 +331,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         infinite, the optimizer step is skipped. transformers calls this method directly before
         that step.
         """
-        if grad_norm is None and mesh() is not None:
+        if grad_norm is None and current_mesh() is not None:
             grad_norm = clip_whole(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False

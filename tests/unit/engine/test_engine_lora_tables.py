@@ -24,8 +24,8 @@ def _own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (FOLDER_VARIABLE, TABLE_VARIABLE):
         monkeypatch.setenv(name, "x")  # so that it is put back, whatever is done to it
         monkeypatch.delenv(name)
-    monkeypatch.setattr(lora_tables, "_told", set())
-    monkeypatch.setattr(lora_tables, "_made", {})
+    monkeypatch.setattr(lora_tables, "_warned", set())
+    monkeypatch.setattr(lora_tables, "_created_folders", {})
 
 
 def made(folder: Path, *names: str, version: str = "0.25.1") -> Path:
@@ -100,7 +100,7 @@ def test_what_is_no_table_is_refused(
 
 
 def test_tables_that_are_shipped_are_whole() -> None:
-    for path in lora_tables.SHIPPED.glob("*.json"):
+    for path in lora_tables.SHIPPED_TABLES.glob("*.json"):
         table = lora_tables.read_table(path)
         for op in OPS:
             for slices in table[op].values():

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from toolkit.engine.engine_memory import account, asleep_bytes
+from toolkit.engine.engine_memory import asleep_bytes, read_worker_memory
 
 COMMON = {
     "model_runner": SimpleNamespace(model_memory_usage=3_000),
@@ -35,12 +35,12 @@ WANTED = {
     ids=["0.25.1", "0.31.0"],
 )
 def test_the_worker_s_account_in_the_terms_of_sizing(worker: dict[str, int]) -> None:
-    assert account(SimpleNamespace(**COMMON, **worker)) == WANTED
+    assert read_worker_memory(SimpleNamespace(**COMMON, **worker)) == WANTED
 
 
 def test_what_was_not_profiled_is_left_out() -> None:
     worker = SimpleNamespace(model_runner=SimpleNamespace(model_memory_usage=3_000))
-    assert account(worker) == {"engine.loaded": 3_000}
+    assert read_worker_memory(worker) == {"engine.loaded": 3_000}
 
 
 def test_only_what_sleeps_is_asleep(monkeypatch: pytest.MonkeyPatch) -> None:

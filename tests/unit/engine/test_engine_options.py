@@ -9,7 +9,7 @@ import pytest
 
 from toolkit.base.errors import ConfigError, ConfigValueError, MissingExtraError, UnsupportedError
 from toolkit.engine import open_engine
-from toolkit.engine.engine_options import LOADER, EngineOptions
+from toolkit.engine.engine_options import LOAD_FORMAT, EngineOptions
 
 
 def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
@@ -20,7 +20,7 @@ def test_what_is_set_is_told_and_the_rest_left_to_vllm() -> None:
     assert told["lora_target_modules"] == ["q_proj"]
     assert told["gpu_memory_utilization"] == 0.4
     assert told["revision"] == told["tokenizer_revision"] == "r1"
-    assert told["load_format"] == LOADER
+    assert told["load_format"] == LOAD_FORMAT
     assert told["logprobs_mode"] == "processed_logprobs"
     assert "max_num_batched_tokens" not in told
     assert told["enforce_eager"] is False

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.engine.oom_backoff import Part, in_parts, is_out_of_memory
+from toolkit.engine.oom_backoff import BatchPart, generate_in_parts, is_out_of_memory
 from toolkit.engine.rollout_request import Rollout
 
 
-def rows_of(part: Part) -> list[int]:
+def rows_of(part: BatchPart) -> list[int]:
     return [row + k for row in part.rows for k in range(part.n)]
 
 
-def drawn(part: Part) -> Rollout:
+def drawn(part: BatchPart) -> Rollout:
     """A completion is its row; its log-probability is minus it."""
     rows = rows_of(part)
     prompts = [list(prompt) for prompt in part.prompts for _ in range(part.n)]
@@ -23,8 +23,8 @@ def drawn(part: Part) -> Rollout:
     return Rollout(prompts, [[row] for row in rows], logprobs, [[[row]] for row in rows])
 
 
-def whole(prompts: int, n: int) -> Part:
-    return Part([[5, i] for i in range(prompts)], range(0, prompts * n, n), n)
+def whole(prompts: int, n: int) -> BatchPart:
+    return BatchPart([[5, i] for i in range(prompts)], range(0, prompts * n, n), n)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 90))
@@ -38,48 +38,48 @@ def test_parts_hold_every_completion_once_and_no_more_than_fit(prompts, n, most)
 def test_what_does_not_fit_is_drawn_in_smaller_parts(prompts, n, limit, at_once) -> None:
     recovered: list[int] = []
 
-    def draw(part: Part) -> Rollout:
+    def draw(part: BatchPart) -> Rollout:
         if min(part.size, at_once) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
         return drawn(part)
 
     all_of_it = whole(prompts, n)
-    rollout, most = in_parts(
+    rollout, most = generate_in_parts(
         draw, all_of_it, None, at_once=at_once, recover=lambda: recovered.append(1)
     )
     assert rollout == drawn(all_of_it)
     assert (most is None) == (not recovered)
-    again, same = in_parts(draw, all_of_it, most, at_once=at_once, recover=pytest.fail)
+    again, same = generate_in_parts(draw, all_of_it, most, at_once=at_once, recover=pytest.fail)
     assert (again, same) == (rollout, most)  # what was found is kept to: nothing fails twice
 
 
 def test_without_logprobs_there_are_none() -> None:
-    def draw(part: Part) -> Rollout:
+    def draw(part: BatchPart) -> Rollout:
         if part.size > 2:
             raise MemoryError
         rollout = drawn(part)
         return Rollout(rollout.prompt_ids, rollout.completion_ids, None, None)
 
-    rollout, most = in_parts(draw, whole(2, 4), None, at_once=64, recover=lambda: None)
+    rollout, most = generate_in_parts(draw, whole(2, 4), None, at_once=64, recover=lambda: None)
     assert (rollout.logprobs, rollout.logprob_token_ids, most) == (None, None, 2)
 
 
 def test_one_sequence_that_does_not_fit_and_other_errors_are_passed_on() -> None:
     tried: list[int] = []
 
-    def draw(part: Part) -> Rollout:
+    def draw(part: BatchPart) -> Rollout:
         tried.append(part.size)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
     with pytest.raises(RuntimeError, match="allocate memory"):
-        in_parts(draw, whole(1, 4), None, at_once=64, recover=lambda: None)
+        generate_in_parts(draw, whole(1, 4), None, at_once=64, recover=lambda: None)
     assert tried == [4, 2, 1]
 
-    def fail(part: Part) -> Rollout:
+    def fail(part: BatchPart) -> Rollout:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        in_parts(fail, whole(1, 4), None, at_once=64, recover=pytest.fail)
+        generate_in_parts(fail, whole(1, 4), None, at_once=64, recover=pytest.fail)
 
 
 def test_texts_of_allocators() -> None:

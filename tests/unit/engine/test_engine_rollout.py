@@ -17,7 +17,7 @@ from toolkit.engine.rollout_request import (
     derive_seed,
     request_seed,
 )
-from toolkit.engine.vllm_errors import explain
+from toolkit.engine.vllm_errors import to_toolkit_error
 
 
 @given(st.integers(0, 2**62), st.integers(0, 10_000))
@@ -83,7 +83,7 @@ def test_rollout_unpacks_as_trl_does() -> None:
     ],
 )
 def test_a_known_failure_is_told_by_its_check(text: str, kind: type) -> None:
-    told = explain(RuntimeError(text), "the engine did not start")
+    told = to_toolkit_error(RuntimeError(text), "the engine did not start")
     assert type(told) is kind
     assert told.where is not None
     assert told.where.startswith("check ")
@@ -95,20 +95,22 @@ def test_an_error_without_a_message_names_its_place() -> None:
     try:
         raise AssertionError
     except AssertionError as error:
-        told = explain(error, "the engine did not start")
+        told = to_toolkit_error(error, "the engine did not start")
     assert "AssertionError without a message, raised at " in told.message
     assert f"{Path(__file__).name}:" in told.message
-    assert explain(AssertionError(), "start").message == "start: AssertionError"
+    assert to_toolkit_error(AssertionError(), "start").message == "start: AssertionError"
 
 
 def test_an_unknown_failure_is_quoted_and_its_cause_is_read() -> None:
     outer = RuntimeError("Engine core initialization failed")
     outer.__cause__ = RuntimeError("No available memory for the cache blocks.")
-    assert isinstance(explain(outer, "start"), ConfigError)
-    told = explain(RuntimeError("boom\nlong tail"), "the rollout failed")
+    assert isinstance(to_toolkit_error(outer, "start"), ConfigError)
+    told = to_toolkit_error(RuntimeError("boom\nlong tail"), "the rollout failed")
     assert type(told) is NodeError
     assert told.message == "the rollout failed: RuntimeError: boom"
-    assert type(explain(ValueError("dtype foo"), "start")) is ConfigError
-    missing = explain(AssertionError("Attempted to load weight (a) into parameter (b)"), "start")
+    assert type(to_toolkit_error(ValueError("dtype foo"), "start")) is ConfigError
+    missing = to_toolkit_error(
+        AssertionError("Attempted to load weight (a) into parameter (b)"), "start"
+    )
     assert (type(missing), missing.where) == (ConfigError, "check model.weights")
-    assert explain(RuntimeError(), "start").message == "start: RuntimeError"
+    assert to_toolkit_error(RuntimeError(), "start").message == "start: RuntimeError"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.engine.mesh import mesh
-from toolkit.engine.together import before_collective, phase, watch
+from toolkit.engine.mesh import current_mesh
+from toolkit.engine.together import check_peers, repeatable_phase, watch_peers
 from toolkit.train.launch import environment, free_port
 
 WORKER = Path(__file__).with_name("together_worker.py")
@@ -21,7 +21,7 @@ FULL = ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"]
 
 
 def elsewhere(number: int) -> list[str]:
-    return ["OutOfMemoryElsewhere", f"process {number} ran out of memory"]
+    return ["PeerOutOfMemoryError", f"process {number} ran out of memory"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_process_that_gets_no_answer_ends_the_run(told: list[dict[str, Any]]) 
 
 
 def test_one_process_agrees_with_nobody() -> None:
-    assert mesh() is None
-    with phase():
-        watch()
-        before_collective()
+    assert current_mesh() is None
+    with repeatable_phase():
+        watch_peers()
+        check_peers()

@@ -142,11 +142,11 @@ def test_a_completion_is_drawn_by_its_row_whoever_draws_it(engine: TransformersE
 
 
 def test_draws_follow_the_probabilities() -> None:
-    from toolkit.engine.hf_sampling import RowDraws
+    from toolkit.engine.hf_sampling import RowSampler
 
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
     rows = 4000
-    draws = RowDraws(range(rows), keep_scores=True)
+    draws = RowSampler(range(rows), keep_scores=True)
     scores = probabilities.log().repeat(rows, 1)
     counts = torch.zeros(4)
     for _ in range(2):

@@ -13,7 +13,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.engine import mesh as meshes
 from toolkit.engine import together
 from toolkit.engine.mesh import Mesh
-from toolkit.engine.together import drawn_together, phase, watch
+from toolkit.engine.together import generate_together, repeatable_phase, watch_peers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 def summed(shared: Mesh) -> int:
     """A collective of the group, as the layers of a split model make it."""
     one = torch.ones(1)
-    together.before_collective()
+    together.check_peers()
     distributed.all_reduce(one, group=shared.group)
     return int(one)
 
@@ -39,8 +39,8 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 def step(shared: Mesh, fail_after: int | None) -> int:
     """Three sums in a phase; this process runs out of memory after ``fail_after`` of them."""
-    with phase():
-        watch()
+    with repeatable_phase():
+        watch_peers()
         found = 0
         for number in range(3):
             if number == fail_after:
@@ -56,7 +56,7 @@ def main() -> dict[str, Any]:
     number = distributed.get_rank()
     group = distributed.new_group([0, 1])
     shared = Mesh(2, number, 0, 1, group, distributed.group.WORLD, distributed.group.WORLD)
-    meshes._open = shared
+    meshes._open_mesh = shared
     found: dict[str, Any] = {}
     for name, failures in {
         "none": (None, None),
@@ -73,14 +73,14 @@ def main() -> dict[str, Any]:
             raise torch.OutOfMemoryError(FULL)
         return "drawn"
 
-    found["rollout"] = outcome(lambda: drawn_together(shared, lambda: draw(False)))
-    found["rollout fails"] = outcome(lambda: drawn_together(shared, lambda: draw(number == 0)))
-    found["rollout fails in both"] = outcome(lambda: drawn_together(shared, lambda: draw(True)))
-    together.ANSWER_S = 0.5
+    found["rollout"] = outcome(lambda: generate_together(shared, lambda: draw(False)))
+    found["rollout fails"] = outcome(lambda: generate_together(shared, lambda: draw(number == 0)))
+    found["rollout fails in both"] = outcome(lambda: generate_together(shared, lambda: draw(True)))
+    together.PEER_TIMEOUT_S = 0.5
     if number == 1:  # the other waits for it in a collective
-        found["alone"] = outcome(lambda: drawn_together(shared, lambda: draw(True)))
+        found["alone"] = outcome(lambda: generate_together(shared, lambda: draw(True)))
         return found
-    found["alone"] = outcome(lambda: drawn_together(shared, lambda: summed(shared)))
+    found["alone"] = outcome(lambda: generate_together(shared, lambda: summed(shared)))
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolkit.engine import mesh as meshes
 from toolkit.engine.mesh import Mesh
-from toolkit.engine.shards import Cut, gather_parts, part, shard_of
+from toolkit.engine.shards import WeightSplit, gather_full_tensor, local_shard, shard_of
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
 from toolkit.policy.lora_settings import LoraSettings
 from toolkit.policy.tensor_parallel.functions import clip_whole
@@ -32,21 +32,23 @@ class EvenCuts:
     def __init__(self, shared: Mesh, head_dim: int) -> None:
         self.shared, self.head_dim = shared, head_dim
 
-    def of_layer(self, name: str, out_features: int) -> Cut:
+    def of_layer(self, name: str, out_features: int) -> WeightSplit:
         size, rank = self.shared.size, self.shared.rank
         if name.endswith(("o_proj", "down_proj")):
             columns = {"o_proj": 64, "down_proj": 96}[name.rpartition(".")[2]]
-            return Cut("columns", rank * (columns // size), columns // size, columns)
+            return WeightSplit("columns", rank * (columns // size), columns // size, columns)
         length = out_features // size
         if name.endswith(("k_proj", "v_proj")):
             length = max(length, self.head_dim)
         copies = length * size // out_features
-        return Cut("rows", rank // copies * length, length, out_features, repeated=copies > 1)
+        return WeightSplit(
+            "rows", rank // copies * length, length, out_features, repeated=copies > 1
+        )
 
-    def of_table(self, name: str) -> tuple[Cut, int]:
+    def of_table(self, name: str) -> tuple[WeightSplit, int]:
         width = WIDTH // self.shared.size
         start = self.shared.rank * width
-        return Cut("rows", start, min(width, VOCAB - start), VOCAB), width
+        return WeightSplit("rows", start, min(width, VOCAB - start), VOCAB), width
 
 
 def fill(model: Any, source: Any) -> None:
@@ -77,7 +79,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     size, rank = distributed.get_world_size(), distributed.get_rank()
     world = distributed.group.WORLD
     shared = Mesh(size, rank, 0, 1, world, world, world)
-    meshes._open = shared
+    meshes._open_mesh = shared
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=kv_heads, attention_bias=True,
@@ -133,7 +135,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
             step(policy, tokens, scores)
             if number == 0:
                 gradients = {
-                    n: gather_parts(p.grad, p).clone()
+                    n: gather_full_tensor(p.grad, p).clone()
                     for n, p in policy.named_parameters()
                     if p.requires_grad
                 }
@@ -169,7 +171,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
         for name, value in held.items()
     )
     parameter = next(p for p in ours.parameters() if shard_of(p) is not None)
-    found["parts"] = torch.equal(part(gather_parts(parameter), parameter), parameter)
+    found["parts"] = torch.equal(local_shard(gather_full_tensor(parameter), parameter), parameter)
     replicated = torch.cat([p.detach().flatten() for p in ours.parameters()
                             if p.requires_grad and shard_of(p) is None])  # fmt: skip
     found["replicas equal"] = all(torch.equal(replicated, one) for one in shared.gather(replicated))

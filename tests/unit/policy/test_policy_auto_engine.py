@@ -114,7 +114,7 @@ def test_the_sizer_chooses_over_how_many_cards_a_model_is_split(
 ) -> None:
     (model / "config.json").write_text(json.dumps(LARGE))
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr(auto_engine, "exchange", lambda own: [own] * 8)
+    monkeypatch.setattr(auto_engine, "gather_from_all", lambda own: [own] * 8)
     lora = '{"use_gradient_checkpointing": "unsloth"}'
     sized = of_a_run_file(model, lora, world_size=8, tensor_parallel_size="auto")
     options = opened(model, tensor_parallel_size="auto")
@@ -134,7 +134,7 @@ def test_all_processes_are_sized_for_the_fullest_card(
     def exchange(own: Any) -> list[Any]:
         return [own, dataclasses.replace(own, free_bytes=fuller["free"] << 30)]
 
-    monkeypatch.setattr(auto_engine, "exchange", exchange)
+    monkeypatch.setattr(auto_engine, "gather_from_all", exchange)
     assert opened(model).gpu_memory_utilization < empty
     fuller["free"] = 2
     with pytest.raises(ConfigError, match="fit"):

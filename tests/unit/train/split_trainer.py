@@ -55,7 +55,7 @@ def make_model(size: int) -> Any:
         source.lm_head.weight[16:] = source.lm_head.weight[:1]
     if size == 1:
         return source
-    shared = meshes.mesh()
+    shared = meshes.current_mesh()
     assert shared is not None
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -104,7 +104,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         number = distributed.get_rank()
         groups = [distributed.new_group(list(range(at, at + size))) for at in range(0, world, size)]
         group = groups[number // size]
-        meshes.settle(size, group, group)
+        meshes.create_mesh(size, group, group)
     replicas = world // size
     policy = add_lora(make_model(size), LoraSettings(r=4, lora_alpha=8, random_state=5))
     arguments = GRPOConfig(

@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from toolkit.base.errors import ConfigError, NodeError
-from toolkit.engine.groups import SHARED_LIBRARIES, check_groups, check_world, refuse_unlike
-from toolkit.engine.mesh import by_first, mesh
-from toolkit.engine.shards import gather_parts, part, whole_shape
+from toolkit.engine.groups import (
+    SHARED_LIBRARIES,
+    check_groups,
+    check_same_environment,
+    check_world_size,
+)
+from toolkit.engine.mesh import current_mesh, run_on_first
+from toolkit.engine.shards import full_shape, gather_full_tensor, local_shard
 from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.train.checkpointing import checkpoint
 
@@ -34,10 +39,10 @@ def told(card: str = "H100", **changes: str) -> dict[str, Any]:
 def test_a_group_lies_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 6, 3)
     with pytest.raises(ConfigError, match="a group of 2 processes that share a model") as refused:
-        check_world(2)
+        check_world_size(2)
     assert "6 processes, and 3 of them" in refused.value.message
     launched(monkeypatch, 8, 4)
-    check_world(2)
+    check_world_size(2)
 
 
 def test_a_group_needs_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +62,9 @@ def test_a_group_has_one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_has_cards_of_one_kind() -> None:
     both = [told("A100"), told("A100"), told("H100"), told("H100")]
-    refuse_unlike(2, both)  # replicas may differ
+    check_same_environment(2, both)  # replicas may differ
     with pytest.raises(ConfigError, match="cards of different kinds") as refused:
-        refuse_unlike(4, both)
+        check_same_environment(4, both)
     assert "process 1: A100, process 2: H100" in refused.value.message
     assert "CUDA_VISIBLE_DEVICES" in str(refused.value.fix)
 
@@ -89,12 +94,12 @@ def test_a_checkpoint_says_how_the_model_was_split(tmp_path: Path) -> None:
 
 
 def test_one_process_holds_everything() -> None:
-    assert mesh() is None
-    assert by_first(lambda: 7) == 7
+    assert current_mesh() is None
+    assert run_on_first(lambda: 7) == 7
     tensor = torch.ones(2, 3, requires_grad=True)
-    assert gather_parts(tensor) is tensor
-    assert part(tensor, tensor) is tensor
-    assert whole_shape(tensor) == (2, 3)
+    assert gather_full_tensor(tensor) is tensor
+    assert local_shard(tensor, tensor) is tensor
+    assert full_shape(tensor) == (2, 3)
 
 
 @pytest.mark.parametrize("most", [0.5, 100.0])

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from toolkit.base.errors import ConfigError, NodeError, RetryError, StoppedError
-from toolkit.engine.together import OutOfMemoryElsewhere
+from toolkit.engine.together import PeerOutOfMemoryError
 from toolkit.train import process_control
 from toolkit.train.process_control import PeerFailed, Peers, gone, is_gone, join
 
@@ -207,9 +207,9 @@ def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
 
 
 def test_the_process_that_ran_out_of_memory_tells() -> None:
-    assert is_gone(OutOfMemoryElsewhere("process 1 ran out of memory"))
+    assert is_gone(PeerOutOfMemoryError("process 1 ran out of memory"))
     own = ConfigError("process 1 ran out of memory: Tried to allocate 2.00 GiB")
-    other = OutOfMemoryElsewhere("process 1 ran out of memory")
+    other = PeerOutOfMemoryError("process 1 ran out of memory")
     ended = together(lambda p: p.ending(other), lambda p: p.ending(own))
     assert ended[1] is own
     assert isinstance(ended[0], SystemExit)

@@ -13,7 +13,7 @@ import torch
 from trainer_helpers import history, make_trainer
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
-from toolkit.engine.hf_sampling import draw
+from toolkit.engine.hf_sampling import sample_completions
 from toolkit.train.rollout import sampler
 from toolkit.train.rollout.sampler import TransformersGeneration
 from toolkit.train.step import kept_set
@@ -46,11 +46,11 @@ def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name:
 
     def listening(model: Any, prompts: Any, config: Any, seeds: Any, more: Any) -> Any:
         config.output_scores = config.return_dict_in_generate = True
-        drawn = draw(model, prompts, config, seeds, more)
+        drawn = sample_completions(model, prompts, config, seeds, more)
         scores.extend(drawn[1])
         return drawn
 
-    monkeypatch.setattr(sampler, "draw", listening)
+    monkeypatch.setattr(sampler, "sample_completions", listening)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
     trainer.rows.begin(len(PROMPTS))
     completions = TransformersGeneration(trainer).generate(PROMPTS)

@@ -5,7 +5,7 @@ the group. A *part* is a tensor that each process computes for itself. Most func
 input unchanged in one direction (forward or backward), and sum over the group in the other
 direction.
 
-Each function allocates its memory before it calls ``together.before_collective``. So memory cannot
+Each function allocates its memory before it calls ``together.check_peers``. So memory cannot
 run out between that call and the collective call of torch.distributed.
 """
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.engine.shards import shard_of
-from toolkit.engine.together import before_collective
+from toolkit.engine.together import check_peers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +36,7 @@ class _EnterParts(torch.autograd.Function):
         # all_reduce writes to its input, and autograd may use the original gradient elsewhere. So
         # copy the gradient first.
         grad = grad.clone(memory_format=torch.contiguous_format)
-        before_collective()
+        check_peers()
         distributed.all_reduce(grad, group=ctx.group)
         return grad, None
 
@@ -46,7 +46,7 @@ class _LeaveParts(torch.autograd.Function):
     def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
         del ctx
         whole = part.clone(memory_format=torch.contiguous_format)
-        before_collective()
+        check_peers()
         distributed.all_reduce(whole, group=group)
         return whole
 
@@ -65,7 +65,7 @@ class _JoinLast(torch.autograd.Function):
         ctx.start, ctx.length = start, part.shape[-1]
         padded = torch.nn.functional.pad(part, (0, width - part.shape[-1])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(distributed.get_world_size(group))]
-        before_collective()
+        check_peers()
         distributed.all_gather(parts, padded, group=group)
         return torch.cat(parts, -1)[..., :total]
 
@@ -105,7 +105,7 @@ def join_last(
 def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the elementwise maximum of ``part`` over the group. It has no gradient."""
     found = part.detach().clone()
-    before_collective()
+    check_peers()
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=group)
     return found
 
@@ -126,7 +126,7 @@ def clip_whole(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
         assert one.grad is not None
         own = torch.linalg.vector_norm(one.grad, dtype=torch.float32) ** 2
         squares[0 if shard_of(one) else 1] += own
-    shared = mesh()
+    shared = current_mesh()
     if shared is not None:
         shared.add(squares[:1])
     norm = squares.sum().sqrt()

@@ -17,7 +17,7 @@ from toolkit.policy.tensor_parallel.functions import enter_parts, join_last, lea
 
 if TYPE_CHECKING:
     from toolkit.engine.mesh import Mesh
-    from toolkit.engine.shards import Cut
+    from toolkit.engine.shards import WeightSplit
 
 
 MESH = "toolkit_mesh"
@@ -40,7 +40,7 @@ class SplitLinear(nn.Linear):
     ``entered`` is True if the parent module has already applied ``enter_parts`` to the input.
     """
 
-    def __init__(self, layer: nn.Linear, cut: Cut, mesh: Mesh) -> None:
+    def __init__(self, layer: nn.Linear, cut: WeightSplit, mesh: Mesh) -> None:
         rows = cut.style == "rows"
         super().__init__(
             layer.in_features if rows else cut.length,
@@ -88,7 +88,7 @@ class SplitEmbedding(nn.Embedding):
     ``cut.start``. If ``scale`` is not None, the embedded tokens are multiplied by ``scale``.
     """
 
-    def __init__(self, layer: nn.Embedding, cut: Cut, mesh: Mesh) -> None:
+    def __init__(self, layer: nn.Embedding, cut: WeightSplit, mesh: Mesh) -> None:
         super().__init__(cut.length, layer.embedding_dim, device="meta", dtype=layer.weight.dtype)
         self.cut, self.mesh = cut, mesh
         self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
@@ -108,7 +108,7 @@ class SplitHead(nn.Linear):
     the vocabulary.
     """
 
-    def __init__(self, layer: nn.Linear, cut: Cut, width: int, mesh: Mesh) -> None:
+    def __init__(self, layer: nn.Linear, cut: WeightSplit, width: int, mesh: Mesh) -> None:
         super().__init__(
             layer.in_features,
             cut.length,

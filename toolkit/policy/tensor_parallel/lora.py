@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.engine.shards import mark
+from toolkit.engine.shards import mark_as_shard
 from toolkit.policy.adapted_linear import adapted_linear
 from toolkit.policy.tensor_parallel.functions import enter_parts
 
@@ -146,7 +146,7 @@ def _keep(layer: nn.Linear, dim: int, base: SplitLinear) -> None:
     old, cut = layer.weight, base.cut
     kept = old.detach().narrow(dim, cut.start, cut.length).clone()
     layer.weight = nn.Parameter(kept, requires_grad=old.requires_grad)
-    mark(layer.weight, dim, cut.total)
+    mark_as_shard(layer.weight, dim, cut.total)
     if dim:
         layer.in_features = cut.length
     else:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from toolkit.engine.mesh import Mesh
-    from toolkit.engine.shards import Cut
+    from toolkit.engine.shards import WeightSplit
 
 WHERE = "model.tensor_parallel_size"
 
@@ -32,12 +32,12 @@ class Cuts(Protocol):
     engine has the same parts.
     """
 
-    def of_layer(self, name: str, out_features: int) -> Cut:
+    def of_layer(self, name: str, out_features: int) -> WeightSplit:
         """Return this process's part of the linear layer ``name``. Raises UnsupportedError if the
         engine splits the layer in a way that the trainer does not support.
         """
 
-    def of_table(self, name: str) -> tuple[Cut, int]:
+    def of_table(self, name: str) -> tuple[WeightSplit, int]:
         """Return this process's part of the embedding or head ``name``. Return also the number of
         rows per process, which includes padding rows.
         """

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.train.checkpointing import rollback, trainer_state
 from toolkit.train.checkpointing.branch import Branch, choose, rotate
 from toolkit.train.checkpointing.checkpoint import list_steps
@@ -59,7 +59,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _any_rank(self, flag: int) -> int:
         """Return the largest value that ``flag`` has on any rank. Every rank must call this."""
-        if (shared := mesh()) is not None:
+        if (shared := current_mesh()) is not None:
             return shared.largest(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
             return flag
@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:
             self.snapshot = trainer_state.take(self)
-            alone = self.accelerator.num_processes == 1 and mesh() is None
+            alone = self.accelerator.num_processes == 1 and current_mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
                 # If a signal came while the checkpoint was written, stop at once.
                 self.stopping = self.control.should_training_stop = True
@@ -155,7 +155,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         ranks, which then use it.
         """
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
-        if (shared := mesh()) is not None:
+        if (shared := current_mesh()) is not None:
             found = [shared.from_first_of_all(found[0])]
         elif self.accelerator.num_processes > 1:
             broadcast_object_list(found)
@@ -184,7 +184,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """Whether this process logs and saves. If processes share a model, only their first one
         does.
         """
-        shared = mesh()
+        shared = current_mesh()
         return bool(super().is_world_process_zero() and (shared is None or shared.first))
 
     def _sharded(self) -> bool:

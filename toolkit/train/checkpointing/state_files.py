@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from toolkit.base.errors import ConfigError, UnsupportedError
-from toolkit.engine.shards import gather_parts, part, shard_of, whole_shape
+from toolkit.engine.shards import full_shape, gather_full_tensor, local_shard, shard_of
 from toolkit.policy.machine_facts import cuda_in_use
 
 if TYPE_CHECKING:
@@ -113,21 +113,21 @@ def whole_trainable(model: Any) -> Tensors:
     """Return the parameters of ``trainable`` as complete tensors. If processes share a model, each
     process has only a part of a tensor. All these processes must then call this function.
     """
-    return {name: gather_parts(parameter) for name, parameter in trainable(model).items()}
+    return {name: gather_full_tensor(parameter) for name, parameter in trainable(model).items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state_dict. If processes share a model, their parts of each tensor are
     joined. So the result is the same as with one process per model.
     """
-    return _state_as(optimizer, optimizer.state_dict(), gather_parts)
+    return _state_as(optimizer, optimizer.state_dict(), gather_full_tensor)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state from ``optimizer_state``. If processes share a model, each process loads only
     its part of each tensor.
     """
-    optimizer.load_state_dict(_state_as(optimizer, state, part))
+    optimizer.load_state_dict(_state_as(optimizer, state, local_shard))
 
 
 def _state_as(
@@ -141,7 +141,7 @@ def _state_as(
     changed = {}
     for number, held in state["state"].items():
         like = parameters[number]
-        shapes = (like.shape, whole_shape(like))
+        shapes = (like.shape, full_shape(like))
         changed[number] = {
             name: change(value, like)
             if isinstance(value, torch.Tensor) and value.shape in shapes
@@ -170,7 +170,7 @@ def copy_into(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(part(stored[name], parameter))
+            parameter.copy_(local_shard(stored[name], parameter))
 
 
 def difference(
@@ -182,10 +182,10 @@ def difference(
     if extra := sorted(set(stored) - set(parameters)):
         return f"{len(extra)} tensors are unexpected, the first is {extra[0]}"
     for name, parameter in parameters.items():
-        if whole_shape(parameter) != stored[name].shape:
+        if full_shape(parameter) != stored[name].shape:
             return (
                 f"{name} has shape {list(stored[name].shape)}, but the model needs "
-                f"{list(whole_shape(parameter))}"
+                f"{list(full_shape(parameter))}"
             )
         if not torch.isfinite(stored[name]).all():
             return f"{name} has NaN or infinite values"

@@ -23,7 +23,7 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_lin
 from toolkit.base.files import MAX_DATA_BYTES
 from toolkit.base.paths import write_file
 from toolkit.base.version import __version__
-from toolkit.engine.mesh import mesh
+from toolkit.engine.mesh import current_mesh
 from toolkit.policy.adapter_io import read_tensors
 from toolkit.train.checkpointing import checkpoint, rates
 from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
@@ -130,7 +130,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
     partial = checkpoint.partial_place(run_dir, step)
-    model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), mesh()
+    model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), current_mesh()
     try:
         # Every process sends its part, and the first process writes the files.
         adapter = whole_trainable(model)
@@ -188,7 +188,7 @@ def _save_shared(
         "run": dict(trainer.fingerprint),
         "branch": trainer.branch.to_json(),
         "world_size": trainer.accelerator.num_processes,
-        "tensor_parallel_size": 1 if (shared := mesh()) is None else shared.size,
+        "tensor_parallel_size": 1 if (shared := current_mesh()) is None else shared.size,
         "counters": snapshot.counters,
         "positions": snapshot.positions,
         "log_sha256": snapshot.log_sha256,
@@ -229,7 +229,7 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
                 "set runtime.resume to an earlier checkpoint, or to auto for the latest valid one"
             ),
         )
-    size = 1 if (shared := mesh()) is None else shared.size
+    size = 1 if (shared := current_mesh()) is None else shared.size
     checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
     with _usable(folder):
         # Check that transformers can read this file as its own state, which it does later.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.engine.hf_engine import TransformersEngine
-from toolkit.engine.mesh import by_first
+from toolkit.engine.mesh import run_on_first
 from toolkit.engine.rollout_request import Sampling
 from toolkit.train.data.prompt_format import token_ids
 
@@ -131,7 +131,7 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
         completions = [[{"role": "assistant", "content": t}] for t in texts] if chat else texts
         tokens += sum(map(len, completion_ids))
         for values, function in zip(scores, rewards.functions, strict=True):
-            values += by_first(
+            values += run_on_first(
                 partial(
                     function.score,
                     prompts=prompts,

@@ -20,8 +20,14 @@ from transformers import StoppingCriteriaList
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
 from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
-from toolkit.engine.hf_sampling import StopAt, cut, draw, draws_by_row, room
-from toolkit.engine.oom_backoff import Part, in_parts
+from toolkit.engine.hf_sampling import (
+    StopStrings,
+    max_completion_lengths,
+    sample_completions,
+    supports_row_seeds,
+    truncate_completions,
+)
+from toolkit.engine.oom_backoff import BatchPart, generate_in_parts
 from toolkit.engine.rollout_request import Rollout, Sampling, request_seed
 from toolkit.train.report.memory_peaks import rollout_phase
 from toolkit.train.step.kept_set import Distribution
@@ -283,7 +289,7 @@ class TransformersGeneration:
         config = getattr(trainer, "generation_config", None)
         if images is not None or multimodal_fields or elsewhere or config is None:
             return False
-        return draws_by_row(config)
+        return supports_row_seeds(config)
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Draw one completion for each prompt. Prompts and completions are lists of token ids."""
@@ -296,18 +302,22 @@ class TransformersGeneration:
             shortest = min(map(len, prompts))
             config.max_new_tokens = min(config.max_new_tokens, max(1, longest - shortest))
 
-        def run(part: Part) -> Rollout:
+        def run(part: BatchPart) -> Rollout:
             seeds = [request_seed(seed, row) for row in part.rows]
-            stop = StopAt(trainer.text_tokenizer, strings) if strings else None
+            stop = StopStrings(trainer.text_tokenizer, strings) if strings else None
             more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
-            sampled_BT, _ = draw(model, part.prompts, config, seeds, more)
-            most = None if longest is None else room(part.prompts, len(part.prompts), longest)
-            ids = cut(sampled_BT, trainer.eos_token_ids, stop, most)
+            sampled_BT, _ = sample_completions(model, part.prompts, config, seeds, more)
+            most = (
+                None
+                if longest is None
+                else max_completion_lengths(part.prompts, len(part.prompts), longest)
+            )
+            ids = truncate_completions(sampled_BT, trainer.eos_token_ids, stop, most)
             return Rollout([list(prompt) for prompt in part.prompts], ids, None, None)
 
-        rollout, trainer.rows_at_once = in_parts(
+        rollout, trainer.rows_at_once = generate_in_parts(
             run,
-            Part(prompts, rows, n=1),
+            BatchPart(prompts, rows, n=1),
             trainer.rows_at_once,
             at_once=len(prompts),
             recover=release_memory,

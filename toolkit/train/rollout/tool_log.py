@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from toolkit.engine.mesh import by_first
+from toolkit.engine.mesh import run_on_first
 from toolkit.train.rewards.logged import saveable, shortened
 from toolkit.train.rollout.tools import CallFailed, StopRun, Tool
 
@@ -140,7 +140,9 @@ class _Watched(dict[str, Any]):
         def made(**arguments: Any) -> str:
             call.arguments = arguments
             begin = perf_counter()
-            failed, text = by_first(lambda: _outcome(tool, call, (step, completion, turn, number)))
+            failed, text = run_on_first(
+                lambda: _outcome(tool, call, (step, completion, turn, number))
+            )
             call.time_s = perf_counter() - begin
             if isinstance(failed, BaseException):
                 raise failed

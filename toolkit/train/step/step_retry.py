@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from toolkit.base.errors import ConfigError, first_line
 from toolkit.base.process_environment import rank
 from toolkit.engine.oom_backoff import is_out_of_memory
-from toolkit.engine.together import phase, watch
+from toolkit.engine.together import repeatable_phase, watch_peers
 from toolkit.train.checkpointing.state_files import flatten
 from toolkit.train.step.importance_sampling import loss_mask
 from toolkit.train.step.step_errors import logger, release_memory
@@ -52,7 +52,7 @@ class Attempt:
         self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
         self._progress = self.trainer.micro_progress
         if self._alone():
-            watch()
+            watch_peers()
 
     def run(self, step: Callable[[], Any]) -> Any:
         """Run ``step()`` and return its result.
@@ -62,9 +62,9 @@ class Attempt:
         """
         while True:
             try:
-                with phase(), self._unsynchronized():
+                with repeatable_phase(), self._unsynchronized():
                     if self.inputs is not None and self._alone():
-                        watch()
+                        watch_peers()
                     return step()
             except (RuntimeError, MemoryError) as error:
                 self._refuse_replicas(error)
