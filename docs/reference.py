@@ -273,7 +273,7 @@ def _symptom(symptom: Symptom) -> str:
     texts = "\n".join(TEXTS[symptom.id])
     found = (
         f"Found before the start by {_finders(symptom.check)}."
-        if symptom.checked
+        if symptom.has_check
         else f"Nothing finds it before the start: {_text(symptom.check.removeprefix('none: '))}."
     )
     return (

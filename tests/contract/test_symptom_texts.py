@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.base.symptoms import match
+from toolkit.base.symptoms import find_symptoms
 
 pytestmark = pytest.mark.contract
 
@@ -36,4 +36,4 @@ def test_upstream_still_says_it_so(symptom: str) -> None:
     around = source[max(0, found.start() - 200) : found.start() + 600]
     printed = re.sub(r"\"\s*\n\s*f?\"", "", around)
     printed = re.sub(r"\{[^{}]*\}", "32", printed)
-    assert symptom in {one.id for one in match(printed)}
+    assert symptom in {one.id for one in find_symptoms(printed)}

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError
-from toolkit.base.mapped_files import mapped_files
+from toolkit.base.mapped_files import mapped_weight_files
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 from toolkit.policy.shared_weights import shared_model
@@ -38,7 +38,7 @@ def test_no_weight_stays_mapped_from_the_file(
 ) -> None:
     """A checkpoint that is cut short during the run must not end it."""
     with open_small(llama_folder):
-        assert mapped_files() == []
+        assert mapped_weight_files() == []
 
 
 def held() -> tuple[set[str], int, int]:

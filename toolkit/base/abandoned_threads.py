@@ -11,18 +11,18 @@ import sys
 import threading
 from contextlib import suppress
 
-PREFIX = "abandoned: "
+THREAD_NAME_PREFIX = "abandoned: "
 """The names of abandoned threads begin with this text."""
 
 
-def exit_past_them(code: object) -> None:
+def exit_despite_abandoned_threads(code: object) -> None:
     """End the process with ``code`` if an abandoned thread still runs. Otherwise do nothing.
 
     ``code`` is the code of a SystemExit: a number, None (exit code 0), or a text. A text is
     printed, and the exit code is 1. Exit handlers of libraries (``atexit``) are not called. The
     caller must flush buffered output before the call.
     """
-    if not any(thread.name.startswith(PREFIX) for thread in threading.enumerate()):
+    if not any(thread.name.startswith(THREAD_NAME_PREFIX) for thread in threading.enumerate()):
         return
     if code is not None and not isinstance(code, int):
         with suppress(OSError, ValueError):

@@ -19,7 +19,12 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.base.files import open_bytes
 from toolkit.base.formatting import GIB, MIB, format_bytes
-from toolkit.base.packed import FIX, READ_BYTES, UNPACKING_ERRORS, most_bytes
+from toolkit.base.packed import (
+    FIX_UNPACK_YOURSELF,
+    READ_BYTES,
+    UNPACKING_ERRORS,
+    max_unpacked_bytes,
+)
 from toolkit.base.paths import FILE_MODE, make_folder, safe_join
 from toolkit.base.tar_stream import tar_members
 
@@ -32,7 +37,7 @@ DEFAULT_LIMIT_BYTES = 64 * GIB
 MAX_MEMBERS = 10_000  # an archive has one data file and a few other files
 MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
 _ENCRYPTED = 1  # a bit of a zip member's flags that means: the member is encrypted
-UNREADABLE = (
+ARCHIVE_ERRORS = (
     *UNPACKING_ERRORS,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -82,16 +87,16 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     return into
 
 
-def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
+def list_files(archive: Path, *, max_bytes_read: int) -> list[str] | None:
     """Return the names of the files that ``unpack`` would write, without writing anything.
 
-    Return None if the archive is a tar file whose members have more than ``most_bytes_read`` bytes
+    Return None if the archive is a tar file whose members have more than ``max_bytes_read`` bytes
     in total: to find all names in a compressed tar file, all of it must be unpacked. A zip file has
     one list of all names and needs no unpacking. Raises the same errors as ``unpack``.
     """
     names: list[str] = []
     total_bytes = 0
-    most = most_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
+    most = max_unpacked_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
     listed = zipfile.is_zipfile(archive)  # a zip file lists its members: none is unpacked
     with (
         open_bytes(archive) as file,
@@ -101,7 +106,7 @@ def look_into(archive: Path, *, most_bytes_read: int) -> list[str] | None:
         for member in _checked(archive, archive.parent, members, most):
             names += [] if member.is_folder else [member.name]
             total_bytes += member.size_bytes
-            if total_bytes > most_bytes_read and not listed:
+            if total_bytes > max_bytes_read and not listed:
                 return None
     return names
 
@@ -119,7 +124,7 @@ def _reading(archive: Path) -> Iterator[None]:
         raise InputError(
             f"cannot be unpacked: {error.strerror or error}", where=str(archive)
         ) from error
-    except UNREADABLE as error:
+    except ARCHIVE_ERRORS as error:
         raise _unreadable(archive, error) from error
 
 
@@ -179,7 +184,7 @@ def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
 
 def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
     what = f"unpacks to more than {format_bytes(limit_bytes)}"
-    return ConfigError(what, where=str(archive), fix=FIX)
+    return ConfigError(what, where=str(archive), fix=FIX_UNPACK_YOURSELF)
 
 
 @contextmanager
@@ -245,7 +250,7 @@ def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> It
     infos = zipped.infolist()
     _counted(archive, len(infos))
     total_bytes = sum(info.file_size for info in infos)
-    most = most_bytes(archive.stat().st_size, limit_bytes)
+    most = max_unpacked_bytes(archive.stat().st_size, limit_bytes)
     if total_bytes > most:
         raise _too_large(archive, most)
     for info in infos:

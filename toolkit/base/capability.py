@@ -44,19 +44,19 @@ _VLLM: dict[tuple[str, str], str] = {
 }
 
 
-def spelled(capability: tuple[int, int]) -> str:
+def format_capability(capability: tuple[int, int]) -> str:
     """A compute capability as text, such as ``8.9``."""
     return ".".join(map(str, capability))
 
 
-def torch_list(cuda: str, machine: str) -> tuple[str, ...] | None:
+def torch_capabilities(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that torch supports, if it is built for CUDA ``cuda`` and the
     machine type ``machine`` (such as ``aarch64``); None if unknown.
     """
     return _known(_TORCH, cuda, machine)
 
 
-def vllm_list(cuda: str, machine: str) -> tuple[str, ...] | None:
+def vllm_capabilities(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that vLLM supports, if it is built for CUDA ``cuda`` and the machine
     type ``machine`` (such as ``aarch64``); None if unknown.
     """
@@ -77,12 +77,12 @@ def build_problem(
     Code that is compiled for one compute capability runs on cards with this capability, and on
     cards with a higher capability of the same major number.
     """
-    text = f"compute capability {spelled(capability)}"
-    built = vllm_list(cuda, machine) if vllm else None
+    text = f"compute capability {format_capability(capability)}"
+    built = vllm_capabilities(cuda, machine) if vllm else None
     if built is not None and capability < min(map(_pair, built)):
         on = f" on {machine}" if machine == AARCH64 else ""
         return f"{text}: vLLM for CUDA {cuda}{on} needs at least {built[0]}"
-    for name, known in (("torch", torch_list(cuda, machine)), ("vLLM", built)):
+    for name, known in (("torch", torch_capabilities(cuda, machine)), ("vLLM", built)):
         if known is not None and not any(_runs(one, capability) for one in map(_pair, known)):
             return f"{text}: {name} for CUDA {cuda} on {machine} supports {', '.join(known)}"
     return None

@@ -13,26 +13,30 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import InputError
-from toolkit.base.files import MAX_DATA_BYTES, kind_fault, lines_of, open_bytes, os_fault
+from toolkit.base.files import MAX_DATA_BYTES, file_type_fault, open_bytes, open_fault, read_lines
 from toolkit.base.formatting import GIB, MIB
-from toolkit.base.packed import Unpacked
+from toolkit.base.packed import UnpackedStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-TABLES = (".parquet", ".arrow")
-PACKED = ".gz"
-FILE_SUFFIXES = (*TEXTS, *TABLES, *(f"{text}{PACKED}" for text in TEXTS))
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLE_SUFFIXES = (".parquet", ".arrow")
+GZIP_SUFFIX = ".gz"
+FILE_SUFFIXES = (
+    *TEXT_SUFFIXES,
+    *TABLE_SUFFIXES,
+    *(f"{text}{GZIP_SUFFIX}" for text in TEXT_SUFFIXES),
+)
 MAX_COLUMNS = 2_000
 MAX_JSON_DATA_BYTES = GIB  # limit for a .json file, which is read as a whole
-OTHER_PACKERS = {
+UNPACK_COMMANDS = {
     ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".lz4": "lz4 -d",
     ".lzma": "unlzma", ".br": "brotli -d",
 }  # fmt: skip
 
 
-class Kind(NamedTuple):
+class DataFileType(NamedTuple):
     """The type of a data file, as its name shows. For ``a.jsonl.gz``, ``suffix`` is ``.jsonl`` and
     ``packed`` is true.
     """
@@ -41,31 +45,34 @@ class Kind(NamedTuple):
     packed: bool
 
 
-def data_kind(path: Path) -> Kind | None:
+def data_file_type(path: Path) -> DataFileType | None:
     """The type of a data file, as its name shows; None if the name is not that of a data file."""
     name = path.name.lower()
-    packed = name.endswith(PACKED)
-    suffix = Path(name.removesuffix(PACKED) if packed else name).suffix
-    known = TEXTS if packed else (*TEXTS, *TABLES)
-    return Kind(suffix, packed) if suffix in known else None
+    packed = name.endswith(GZIP_SUFFIX)
+    suffix = Path(name.removesuffix(GZIP_SUFFIX) if packed else name).suffix
+    known = TEXT_SUFFIXES if packed else (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+    return DataFileType(suffix, packed) if suffix in known else None
 
 
-def no_kind(path: Path) -> tuple[str, str]:
+def unsupported_file_message(path: Path) -> tuple[str, str]:
     """Return the message and the fix for a file whose name is not that of a data file."""
     suffix = path.suffix.lower()
     what = f"is not a supported type of data file: {suffix or 'no suffix'!r}"
-    if suffix in OTHER_PACKERS:
-        return what, f"unpack the file ({OTHER_PACKERS[suffix]} {path.name}), or pack it with gzip"
+    if suffix in UNPACK_COMMANDS:
+        return (
+            what,
+            f"unpack the file ({UNPACK_COMMANDS[suffix]} {path.name}), or pack it with gzip",
+        )
     known = ", ".join(FILE_SUFFIXES)
     return what, f"use a file with suffix {known}, or a folder made by datasets' save_to_disk"
 
 
-def unreadable_table(kind: str, why: str) -> str:
+def unreadable_table_message(kind: str, why: str) -> str:
     """The message for a Parquet or Arrow file that cannot be read."""
     return f"is not a readable {kind} file: {why}"
 
 
-def not_one(count: int) -> str:
+def file_count_message(count: int) -> str:
     """The message for an archive that contains ``count`` data files instead of one."""
     return f"contains {count} data files instead of one"
 
@@ -77,8 +84,8 @@ def path_fault(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        return os_fault(error)
-    return None if path.is_dir() else kind_fault(mode)
+        return open_fault(error)
+    return None if path.is_dir() else file_type_fault(mode)
 
 
 @contextmanager
@@ -89,26 +96,26 @@ def open_data(path: Path, *, limit: int = MAX_DATA_BYTES) -> Iterator[IO[bytes]]
     content is damaged or has more than ``limit`` bytes.
     """
     with open_bytes(path, limit=limit) as file:
-        kind = data_kind(path)
+        kind = data_file_type(path)
         if kind is None or not kind.packed:
             yield file
             return
         import gzip  # noqa: PLC0415 - only .gz files need it
 
         source = gzip.GzipFile(fileobj=file, mode="rb")
-        yield io.BufferedReader(Unpacked(path, file, source, limit), buffer_size=MIB)
+        yield io.BufferedReader(UnpackedStream(path, file, source, limit), buffer_size=MIB)
 
 
-def data_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of each line, without a byte-order mark. Raises InputError for a line
     that is too long or not UTF-8.
     """
-    for number, raw in enumerate(lines_of(file, path), start=1):
+    for number, raw in enumerate(read_lines(file, path), start=1):
         text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        yield number, decoded(text, f"{path}:{number}")
+        yield number, decode_utf8(text, f"{path}:{number}")
 
 
-def decoded(raw: bytes, where: str) -> str:
+def decode_utf8(raw: bytes, where: str) -> str:
     """Decode UTF-8 bytes. Raises InputError for other bytes; ``where`` is the file and line in its
     message.
     """
@@ -119,7 +126,7 @@ def decoded(raw: bytes, where: str) -> str:
         raise InputError(what, where=where, fix="convert the text to UTF-8, or remove it") from None
 
 
-def json_value(text: str) -> Any:
+def parse_json_value(text: str) -> Any:
     """Parse the text of a JSON value in a data file. Raises ValueError also for two things that
     Python's json module accepts: NaN, and an object with the same key twice (only the last value
     would be kept).
@@ -143,7 +150,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 
 
-def chat_in(text: str) -> list[dict[str, Any]] | None:
+def parse_chat(text: str) -> list[dict[str, Any]] | None:
     """Return the chat (a list of {role, content}) that a text contains as JSON; None if it contains
     no chat.
     """
@@ -158,10 +165,10 @@ def chat_in(text: str) -> list[dict[str, Any]] | None:
         isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
         for message in messages
     )
-    return messages if messages and chat and is_text(messages) else None
+    return messages if messages and chat and is_valid_unicode(messages) else None
 
 
-def is_text(value: Any) -> bool:
+def is_valid_unicode(value: Any) -> bool:
     """Whether every string in a JSON value is valid text. JSON can contain a lone surrogate, which
     is half of a character.
     """
@@ -172,23 +179,23 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def nul_key(value: Any) -> str | None:
+def find_nul_key(value: Any) -> str | None:
     """Return the first key with a NUL character in an object inside a JSON value; None if there is
     no such key. Arrow and datasets end the names of nested fields at a NUL character.
     """
     if isinstance(value, dict):
         found = next((key for key in value if "\0" in key), None)
-        return found if found is not None else nul_key(list(value.values()))
+        return found if found is not None else find_nul_key(list(value.values()))
     if isinstance(value, list):
-        return next((key for item in value if (key := nul_key(item)) is not None), None)
+        return next((key for item in value if (key := find_nul_key(item)) is not None), None)
     return None
 
 
-def names_fault(names: Iterable[str]) -> str | None:
+def column_names_fault(names: Iterable[str]) -> str | None:
     """Return a message that says what is wrong with column names; None if all are valid."""
     seen: set[str] = set()
     for name in names:
-        if not is_text(name):
+        if not is_valid_unicode(name):
             return f"the column name {name!a} contains half of a character (a lone surrogate)"
         if "\0" in name:
             return f"the column name {name!r} contains a NUL character"

@@ -33,7 +33,7 @@ PACKAGES = (
 MAX_TRACEBACK_CHARACTERS = 200_000
 
 
-class Work:
+class RunContext:
     """What a defect report says about the run of this process: ``folder`` is the run folder, and
     ``run`` is a function that describes the run.
     """
@@ -42,9 +42,9 @@ class Work:
     run: Callable[[], Mapping[str, Any]] | None = None
 
 
-def working_on(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None) -> None:
+def set_run_context(folder: Path | None, run: Callable[[], Mapping[str, Any]] | None) -> None:
     """Store the run folder, and a function that describes the run, for a possible defect report."""
-    Work.folder, Work.run = folder, run
+    RunContext.folder, RunContext.run = folder, run
 
 
 def write_report(error: BaseException) -> Path | None:
@@ -55,7 +55,7 @@ def write_report(error: BaseException) -> Path | None:
     writable.
     """
     # An argument of the command may be no UTF-8, and is then a text with lone surrogates.
-    text = report(error).encode(errors="backslashreplace")
+    text = report_text(error).encode(errors="backslashreplace")
     name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in _folders():
         try:
@@ -65,7 +65,7 @@ def write_report(error: BaseException) -> Path | None:
     return None
 
 
-def report(error: BaseException) -> str:
+def report_text(error: BaseException) -> str:
     """The text of the report: versions, command, traceback and run, without secrets."""
     told = "".join(traceback.format_exception(error))
     sections = {
@@ -99,17 +99,19 @@ def _run() -> str:
     """Return the resolved run as JSON. If the run cannot be described, return the reason, because
     the report must be written in any case.
     """
-    if Work.run is None:
+    if RunContext.run is None:
         return "no run was loaded"
     try:
-        return json.dumps(redact_tree(dict(Work.run())), indent=2, default=str)
+        return json.dumps(redact_tree(dict(RunContext.run())), indent=2, default=str)
     except Exception as problem:  # noqa: BLE001 - the traceback matters more than this section
         return f"could not be described: {type(problem).__name__}: {problem}"
 
 
 def _folders() -> list[Path]:
     """The folders that a report may be written to, the preferred one first."""
-    own = [Work.folder] if Work.folder is not None and Work.folder.is_dir() else []
+    own = (
+        [RunContext.folder] if RunContext.folder is not None and RunContext.folder.is_dir() else []
+    )
     with suppress(OSError):  # the current folder may have been removed
         own.append(Path.cwd())
     return [*own, Path(tempfile.gettempdir())]

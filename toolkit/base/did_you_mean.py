@@ -13,15 +13,15 @@ EQUALLY_SIMILAR = 0.02
 """Two words count as equally similar if their similarities differ by less than this."""
 
 
-def near(
-    word: str, words: Iterable[str], *, cutoff: float = 0.7, within: float = EQUALLY_SIMILAR
+def similar_words(
+    word: str, words: Iterable[str], *, cutoff: float = 0.7, max_difference: float = EQUALLY_SIMILAR
 ) -> list[str]:
     """Return at most three of ``words`` that ``word`` may be a misspelling of, the most similar
     first.
 
     Case is ignored, and ``-`` equals ``_``. The similarity of two words is a number from 0 to 1. A
     result has at least the similarity ``cutoff``. Each result is also compared with the first (most
-    similar) result: if its similarity is lower by ``within`` or more, it is left out.
+    similar) result: if its similarity is lower by ``max_difference`` or more, it is left out.
     """
     if len(word) > _LONGEST:
         return []
@@ -34,7 +34,9 @@ def near(
         return []
     ratios = [SequenceMatcher(None, one, asked).ratio() for one in close]
     return [
-        folded[one] for one, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - within
+        folded[one]
+        for one, ratio in zip(close, ratios, strict=True)
+        if ratio > ratios[0] - max_difference
     ]
 
 
@@ -42,5 +44,5 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.7) -> str | No
     """Return the word that ``word`` is most likely a misspelling of. Return None if no word is
     similar enough, or if several words are about equally similar.
     """
-    close = near(word, words, cutoff=cutoff)
+    close = similar_words(word, words, cutoff=cutoff)
     return close[0] if len(close) == 1 else None

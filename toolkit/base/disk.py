@@ -16,12 +16,12 @@ from pathlib import Path
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
 from toolkit.base.formatting import format_bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-FAILED = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
-LIMITED = (errno.EFBIG,)
-MOUNTS = Path("/proc/self/mountinfo")
-LEAST_FREE = 1 << 20
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE_ERRNOS = (errno.EROFS, errno.EACCES, errno.EPERM)
+DEVICE_FAILURE_ERRNOS = (errno.EIO, errno.ESTALE, errno.EREMOTEIO)
+FILE_SIZE_ERRNOS = (errno.EFBIG,)
+MOUNT_TABLE = Path("/proc/self/mountinfo")
+MIN_FREE_BYTES = 1 << 20
 """A file system with fewer free bytes than this counts as full, if an archive writer failed without
 an error number.
 """
@@ -36,19 +36,26 @@ _WORDS = {
 _WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos")
 
 
-def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, str | None] | None:
+def find_failure(
+    error: BaseException | None, path: Path | None = None
+) -> tuple[int, str | None] | None:
     """Return (errno, file name or None) of the disk failure that ``error`` or one of its causes
     reports; None if there is no disk failure.
 
-    ``near`` is the path that was written to. If an archive writer failed without an error number,
-    the free space of the file system of ``near`` shows whether the disk was full.
+    ``path`` is the path that was written to. If an archive writer failed without an error number,
+    the free space of the file system of ``path`` shows whether the disk was full.
     """
     seen = set[int]()
     silent = False
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         number = _number(error)
-        if number in (*FULL, *CLOSED, *FAILED, *LIMITED):
+        if number in (
+            *DISK_FULL_ERRNOS,
+            *NOT_WRITABLE_ERRNOS,
+            *DEVICE_FAILURE_ERRNOS,
+            *FILE_SIZE_ERRNOS,
+        ):
             name = getattr(error, "filename", None)
             return number, name if isinstance(name, str) else None
         writer = bool(_WRITERS.search(str(error)))
@@ -56,9 +63,9 @@ def reason(error: BaseException | None, near: Path | None = None) -> tuple[int, 
         # An error that was already handled is not a cause, unless a writer raised the next error
         # while it closed its file.
         error = error.__cause__ or (error.__context__ if writer else None)
-    if silent and near is not None:
-        free = free_bytes(near)
-        full = free is not None and free < LEAST_FREE
+    if silent and path is not None:
+        free = free_bytes(path)
+        full = free is not None and free < MIN_FREE_BYTES
         return (errno.ENOSPC if full else errno.EIO), None
     return None
 
@@ -71,49 +78,53 @@ def _number(error: BaseException) -> int | None:
     text = str(error)
     if match := _NUMBER.search(text):
         number = int(match[1] or match[2])
-        return number if number in (*FULL, *FAILED, *LIMITED, errno.EROFS) else None
+        return (
+            number
+            if number in (*DISK_FULL_ERRNOS, *DEVICE_FAILURE_ERRNOS, *FILE_SIZE_ERRNOS, errno.EROFS)
+            else None
+        )
     return next((number for words, number in _WORDS.items() if words in text.lower()), None)
 
 
-def translate(
+def to_toolkit_error(
     error: Exception,
     where: str | Path,
     *,
     needed: int | None = None,
-    kept: str = "; the last checkpoint is intact",
+    kept_note: str = "; the last checkpoint is intact",
 ) -> ToolkitError | None:
     """Return the error to report for a disk failure; None if ``error`` is not a disk failure.
 
     ``where`` is the path that was written to. It is used only if ``error`` names no file.
-    ``needed`` is the number of bytes to write. ``kept`` is added to the message and says what is
-    not lost. If the file system is full or read-only, the exit code is 1 (the user must act). If
+    ``needed`` is the number of bytes to write. ``kept_note`` is added to the message and says what
+    is not lost. If the file system is full or read-only, the exit code is 1 (the user must act). If
     the file system fails, the exit code is 3 (the node is bad).
     """
-    found = reason(error, Path(where))
+    found = find_failure(error, Path(where))
     if found is None:
         return None
     number, name = found
     place = name or str(where)
     said = os.strerror(number)
     system = file_system(Path(place))
-    if number in FULL:
+    if number in DISK_FULL_ERRNOS:
         return ConfigError(
-            f"the disk is full ({said}){_account(Path(place), number, needed, name)}{kept}",
+            f"the disk is full ({said}){_account(Path(place), number, needed, name)}{kept_note}",
             where=f"{place}{system}",
             fix=(
                 "free some disk space, or set runtime.output_dir to a folder on another disk; then "
                 "start the same command again"
             ),
         )
-    if number in LIMITED:
+    if number in FILE_SIZE_ERRNOS:
         return ConfigError(
             f"the file would be larger than the limit of this process (ulimit -f) or of the file"
-            f" system ({said}){kept}",
+            f" system ({said}){kept_note}",
             where=f"{place}{system}",
             fix="raise the limit on the size of a file, or set runtime.output_dir to a folder on"
             " another file system; then start the same command again",
         )
-    if number in CLOSED:
+    if number in NOT_WRITABLE_ERRNOS:
         return ConfigError(
             f"cannot write: {said}",
             where=f"{place}{system}",
@@ -127,17 +138,17 @@ def translate(
     )
 
 
-def failed(error: Exception) -> ToolkitError | None:
-    """Return the error to report for a disk failure, as ``translate`` does. This function is for
-    callers that do not know which path was written to.
+def to_toolkit_error_without_path(error: Exception) -> ToolkitError | None:
+    """Return the error to report for a disk failure, as ``to_toolkit_error`` does. This function is
+    for callers that do not know which path was written to.
 
     Return None if ``error`` is not a disk failure. Also return None for a missing permission,
     because the error may come from reading a file.
     """
-    found = reason(error)
+    found = find_failure(error)
     if found is None or found[0] in (errno.EACCES, errno.EPERM):
         return None
-    return translate(error, found[1] or Path.cwd(), kept="")
+    return to_toolkit_error(error, found[1] or Path.cwd(), kept_note="")
 
 
 def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
@@ -149,7 +160,7 @@ def _account(place: Path, number: int, needed: int | None, name: str | None) -> 
     parts = [part for part in (wanted, f"{format_bytes(free)} free") if part]
     if needed is not None and needed > free:
         parts.append(f"{format_bytes(needed - free)} missing")
-    elif name is None and free >= LEAST_FREE:
+    elif name is None and free >= MIN_FREE_BYTES:
         where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
         parts.append(f"the error names no file, so check {where}")
     return f": {', '.join(parts)}"
@@ -175,7 +186,7 @@ def file_system(path: Path) -> str:
     """
     try:
         real = str(_existing(path).resolve())
-        lines = MOUNTS.read_text(errors="replace").splitlines()
+        lines = MOUNT_TABLE.read_text(errors="replace").splitlines()
     except (OSError, RuntimeError):
         return ""
     best = ("", "")

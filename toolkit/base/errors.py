@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 
 EXIT_CODES: dict[int, str] = {
     0: "ok",
@@ -38,7 +38,7 @@ class ToolkitError(Exception):
 
     def __str__(self) -> str:
         # ``where`` may be a name from an untrusted source, so control characters are made visible.
-        head = f"{visible(self.where)}: {self.message}" if self.where else self.message
+        head = f"{escape_unprintable(self.where)}: {self.message}" if self.where else self.message
         return f"{head}\n  fix: {self.fix}" if self.fix else head
 
 

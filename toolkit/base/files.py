@@ -29,8 +29,8 @@ MAX_DATA_BYTES = 64 * GIB
 MAX_LINE_BYTES = 256 * MIB  # limit for one row of a data file
 MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
-FIX_AGAIN = "get the file again: it is truncated, or its content does not match its name"
-FIX_COPY = "put a regular file at this path"
+FIX_GET_AGAIN = "get the file again: it is truncated, or its content does not match its name"
+FIX_REGULAR_FILE = "put a regular file at this path"
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -41,19 +41,21 @@ _KINDS = {
 _CHUNK_BYTES = 1 << 20
 
 
-def unusable(path: str | Path, what: str, *, fix: str | None = FIX_AGAIN) -> InputError:
+def unusable_file_error(
+    path: str | Path, what: str, *, fix: str | None = FIX_GET_AGAIN
+) -> InputError:
     """The error for a file that cannot be used. Every command uses this wording."""
     return InputError(f"the file {what}", where=str(path), fix=fix)
 
 
-def kind_fault(mode: int) -> str | None:
+def file_type_fault(mode: int) -> str | None:
     """Return why a file with this mode (``st_mode``) is refused; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
 
 
-def os_fault(error: OSError | ValueError) -> str:
+def open_fault(error: OSError | ValueError) -> str:
     """Return a short text that says why a file cannot be opened."""
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "cannot be opened: the symbolic links of its path form a loop"
@@ -76,12 +78,12 @@ def open_regular(path: str | Path, *, limit: int | None = None) -> Iterator[tupl
     except (OSError, ValueError) as error:
         if descriptor >= 0:
             os.close(descriptor)
-        raise unusable(path, os_fault(error), fix=None) from error
+        raise unusable_file_error(path, open_fault(error), fix=None) from error
     try:
-        if fault := kind_fault(status.st_mode):
-            raise unusable(path, fault, fix=FIX_COPY)
+        if fault := file_type_fault(status.st_mode):
+            raise unusable_file_error(path, fault, fix=FIX_REGULAR_FILE)
         if limit is not None and status.st_size > limit:
-            raise unusable(path, f"has {status.st_size} bytes; the limit is {limit}")
+            raise unusable_file_error(path, f"has {status.st_size} bytes; the limit is {limit}")
         yield descriptor, status.st_size
     finally:
         os.close(descriptor)
@@ -111,7 +113,7 @@ def read_exactly(descriptor: int, count: int, path: str | Path) -> bytes:
             chunks.append(chunk)
             count -= len(chunk)
     except OSError as error:
-        raise unusable(path, f"cannot be read: {error.strerror}", fix=None) from error
+        raise unusable_file_error(path, f"cannot be read: {error.strerror}", fix=None) from error
     return b"".join(chunks)
 
 
@@ -120,7 +122,9 @@ def read_text(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> str:
     try:
         return read_bytes(path, limit=limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise unusable(path, f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise unusable_file_error(
+            path, f"is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
 
 
 def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
@@ -130,11 +134,11 @@ def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, limit=limit), path)
 
 
-def read_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: str | Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file. Raises InputError if the file contains anything else."""
     value = read_json(path, limit=limit)
     if not isinstance(value, dict):
-        raise unusable(path, "is not a JSON object")
+        raise unusable_file_error(path, "is not a JSON object")
     return value
 
 
@@ -148,7 +152,7 @@ def parse_json(raw: bytes, path: str | Path) -> Any:
         )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise unusable(path, f"cannot be read as JSON: {reason}") from None
+        raise unusable_file_error(path, f"cannot be read as JSON: {reason}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"it contains {name}, which is not a JSON number")
 
 
-def lines_of(
+def read_lines(
     file: IO[bytes], path: str | Path, *, longest: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
     """Yield the lines of a binary file. A line of more than ``longest`` bytes raises InputError
@@ -206,9 +210,9 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
             mode = entry.stat().st_mode
         except OSError as error:
             if error.errno == errno.ELOOP:
-                yield entry.name, os_fault(error)
+                yield entry.name, open_fault(error)
             continue
-        fault = kind_fault(mode)
+        fault = file_type_fault(mode)
         if fault and not stat.S_ISDIR(mode):
             yield entry.name, fault
 
@@ -218,4 +222,4 @@ def check_folder(folder: str | Path) -> None:
     entry.
     """
     for name, fault in irregular_files(folder):
-        raise unusable(Path(folder) / name, fault, fix=FIX_COPY)
+        raise unusable_file_error(Path(folder) / name, fault, fix=FIX_REGULAR_FILE)

@@ -16,7 +16,7 @@ _UNSEEN = re.compile(
 )
 
 
-def visible(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return ``text`` with each unprintable character replaced by its code point, such as
     ``[U+202E]``. Line feeds and tabs stay.
     """

@@ -3,7 +3,7 @@
 safetensors maps a file into memory, and on a CPU the loaders use the mapped memory as tensors. If
 the file is truncated or overwritten in place during the run, the process ends with SIGBUS, or the
 weights of the model change silently. So tensors are copied out of mapped files. For files that stay
-mapped, ``report_bus_errors`` prints one line and ends the process with exit code 2. This module
+mapped, ``exit_on_bus_errors`` prints one line and ends the process with exit code 2. This module
 does not import torch: it uses the methods of the model's own tensors.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 from toolkit.base.errors import InputError
 
-TEXT = (
+BUS_ERROR_MESSAGE = (
     "error: part of a file that is mapped into memory no longer exists (SIGBUS): a model or "
     "data file was truncated during the run, or its disk failed; restore the file and start "
     "again: the run resumes from its last checkpoint\n"
 )
-_LINE = TEXT.encode()
+_LINE = BUS_ERROR_MESSAGE.encode()
 _kept: list[Any] = []  # keeps a reference to the C function, which must not be freed
 
 
@@ -30,7 +30,7 @@ def _end(_number: int) -> None:
     os._exit(InputError.exit_code)
 
 
-def report_bus_errors() -> None:
+def exit_on_bus_errors() -> None:
     """Make a bus error end this process with one line and exit code 2 from now on. Does nothing if
     this function was called before or if other code handles the signal.
     """
@@ -49,7 +49,7 @@ def report_bus_errors() -> None:
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def mapped_files() -> list[tuple[int, int, str]]:
+def mapped_weight_files() -> list[tuple[int, int, str]]:
     """``(start, end, path)`` of every weights file that is mapped into this process, sorted; empty
     if the system does not report mappings.
     """
@@ -74,11 +74,11 @@ def _is_weights(path: str) -> bool:
     return plain.startswith("/") and (plain.endswith(_WEIGHT_FILES) or "/blobs/" in plain)
 
 
-def own_weights(model: Any) -> int:
+def copy_mapped_weights(model: Any) -> int:
     """Copy every parameter and buffer of ``model`` that is in a mapped file into separate memory,
     in place; return how many bytes were copied. Tied tensors stay tied.
     """
-    maps = mapped_files()
+    maps = mapped_weight_files()
     starts = [start for start, _, _ in maps]
     copied: dict[tuple[int, int], Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

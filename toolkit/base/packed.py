@@ -9,7 +9,7 @@ import lzma
 import zlib
 from typing import IO, TYPE_CHECKING, Any
 
-from toolkit.base.files import unusable
+from toolkit.base.files import unusable_file_error
 from toolkit.base.formatting import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ MAX_RATIO = 200  # the most unpacked bytes per packed byte
 RATIO_FREE_BYTES = 64 * MIB  # below this many unpacked bytes the ratio is not checked
 XZ_MEMORY_BYTES = 256 * MIB
 READ_BYTES = MIB // 4
-FIX = "unpack the file yourself and check its content"
+FIX_UNPACK_YOURSELF = "unpack the file yourself and check its content"
 UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
-def most_bytes(packed_bytes: int, limit: int) -> int:
+def max_unpacked_bytes(packed_bytes: int, limit: int) -> int:
     """Return how many bytes may be unpacked from ``packed_bytes`` bytes: ``MAX_RATIO`` times as
     many, but at least ``RATIO_FREE_BYTES``. The result is never above ``limit``.
     """
     return min(max(RATIO_FREE_BYTES, MAX_RATIO * packed_bytes), limit)
 
 
-def source_of(file: IO[bytes]) -> IO[bytes] | None:
+def open_decompressor(file: IO[bytes]) -> IO[bytes] | None:
     """Return a stream of the unpacked bytes of ``file``; None if ``file`` is not packed. The first
     bytes show the format.
     """
@@ -75,7 +75,7 @@ class _Xz:
                 return chunk
 
 
-class Unpacked(io.RawIOBase):
+class UnpackedStream(io.RawIOBase):
     """A stream of unpacked bytes. ``source`` is the decompressor that reads the packed bytes from
     ``file``.
 
@@ -94,10 +94,12 @@ class Unpacked(io.RawIOBase):
         try:
             chunk = self.source.read1(len(target))
         except UNPACKING_ERRORS as error:
-            raise unusable(self.path, f"cannot be unpacked: {error}") from None
+            raise unusable_file_error(self.path, f"cannot be unpacked: {error}") from None
         self.count += len(chunk)
-        most = most_bytes(self.file.tell(), self.limit)
+        most = max_unpacked_bytes(self.file.tell(), self.limit)
         if self.count > most:
-            raise unusable(self.path, f"unpacks to more than {format_bytes(most)}", fix=FIX)
+            raise unusable_file_error(
+                self.path, f"unpacks to more than {format_bytes(most)}", fix=FIX_UNPACK_YOURSELF
+            )
         target[: len(chunk)] = chunk
         return len(chunk)

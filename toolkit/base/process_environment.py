@@ -14,16 +14,16 @@ from toolkit.base.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch's variable for its CUDA allocator, and the older name of that variable."""
-WANTED = "expandable_segments:True"
+EXPANDABLE_SEGMENTS = "expandable_segments:True"
 
 
-def expands(setting: str) -> bool:
+def has_expandable_segments(setting: str) -> bool:
     """Whether ``setting`` turns on expandable_segments. ``setting`` is the value of an environment
-    variable for torch's CUDA allocator (one of ``VARIABLES``).
+    variable for torch's CUDA allocator (one of ``ALLOCATOR_VARIABLES``).
     """
-    return WANTED.lower() in setting.lower().replace(" ", "")
+    return EXPANDABLE_SEGMENTS.lower() in setting.lower().replace(" ", "")
 
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:

@@ -13,10 +13,10 @@ import threading
 from itertools import chain
 from pathlib import Path
 
-SUFFIX = ".safetensors"
-BLOCK = 8 << 20
-PIECE = 256 << 20
-THREADS = 4
+WEIGHTS_SUFFIX = ".safetensors"
+BLOCK_BYTES = 8 << 20
+PIECE_BYTES = 256 << 20
+MAX_THREADS = 4
 MEMORY_SHARE = 0.6
 """The largest part of the available memory that read files may fill. If a checkpoint does not fit,
 reading its end removes its beginning from the cache.
@@ -36,7 +36,7 @@ class ReadAhead:
         self.bytes_read = 0
         self._threads = [
             threading.Thread(target=self._work, name="read-ahead", daemon=True)
-            for _ in range(min(THREADS, len(self._pieces)))
+            for _ in range(min(MAX_THREADS, len(self._pieces)))
         ]
 
     def start(self) -> None:
@@ -50,7 +50,7 @@ class ReadAhead:
             thread.join()
 
     def _work(self) -> None:
-        buffer = bytearray(BLOCK)
+        buffer = bytearray(BLOCK_BYTES)
         while True:
             with self._lock:
                 if not self._pieces:
@@ -83,7 +83,7 @@ def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
     path = Path(folder)
     if path in _begun or not path.is_dir():
         return None
-    files = [file for file in sorted(path.glob(f"*{SUFFIX}")) if _size(file)]
+    files = [file for file in sorted(path.glob(f"*{WEIGHTS_SUFFIX}")) if _size(file)]
     total = sum(_size(file) for file in files)
     if not files or total > MEMORY_SHARE * available_bytes:
         return None
@@ -93,7 +93,7 @@ def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
     return reading
 
 
-def free_bytes() -> int:
+def unused_memory_bytes() -> int:
     """The bytes of memory that are completely unused. Memory that the system's file cache uses is
     not included, so the result is smaller than the "available" memory.
     """
@@ -102,7 +102,7 @@ def free_bytes() -> int:
 
 def _pieces(path: Path) -> list[tuple[Path, int, int]]:
     size = _size(path)
-    return [(path, start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+    return [(path, start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
 
 
 def _size(path: Path) -> int:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -251,7 +251,8 @@ def _folder(value: str) -> str:
 
 def _forms(secret: str) -> list[str]:
     """Return the texts in which ``secret`` may appear in output: the secret itself, and its
-    encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by ``visible``.
+    encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by
+    ``escape_unprintable``.
     """
     once = _quoted(secret)
     forms = [
@@ -263,8 +264,8 @@ def _forms(secret: str) -> list[str]:
         quote(secret, errors="surrogateescape"),
         quote_plus(secret, errors="surrogateescape"),
         unquote(secret),
-        visible(secret),
-        visible(secret).replace("\n", "\\n"),
+        escape_unprintable(secret),
+        escape_unprintable(secret).replace("\n", "\\n"),
     ]
     return [form for form in dict.fromkeys(forms) if len(form) >= _SHORTEST_VALUE]
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-STANDARD = 3
+STANDARD_STREAM_COUNT = 3
 
 
-def open_missing() -> None:
+def open_missing_streams() -> None:
     """Connect a closed stdin, stdout or stderr (``>&-``) to the null device. Otherwise the next
     file that is opened would get the descriptor of the closed stream, and prints would go into that
     file.
     """
-    for number in range(STANDARD):
+    for number in range(STANDARD_STREAM_COUNT):
         try:
             os.fstat(number)
         except OSError:
@@ -39,13 +39,13 @@ def open_missing() -> None:
 
 
 @contextmanager
-def outliving() -> Iterator[None]:
+def ignore_lost_streams() -> Iterator[None]:
     """A context in which a failing stdout or stderr raises no error. Further output to the failed
     stream is dropped. A failure of stdout is reported once on stderr.
     """
     before = sys.stdout, sys.stderr
-    err = Outliving(before[1], "stderr", None)
-    sys.stdout = cast("TextIO", Outliving(before[0], "stdout", err))
+    err = LossTolerantStream(before[1], "stderr", None)
+    sys.stdout = cast("TextIO", LossTolerantStream(before[0], "stdout", err))
     sys.stderr = cast("TextIO", err)
     try:
         yield
@@ -53,13 +53,13 @@ def outliving() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-class Outliving:
+class LossTolerantStream:
     """A wrapper around a text stream, which becomes the null device when the stream fails for the
     first time. The warning about the failure is written to the stream ``other``. All other
     attributes are those of the wrapped stream.
     """
 
-    def __init__(self, stream: TextIO, name: str, other: Outliving | None) -> None:
+    def __init__(self, stream: TextIO, name: str, other: LossTolerantStream | None) -> None:
         self._stream, self._name, self._other = stream, name, other
         self._lost = False
 
@@ -87,7 +87,7 @@ class Outliving:
 
     def _lose(self, error: Exception) -> None:
         self._lost = True
-        discard(self._stream)
+        discard_output(self._stream)
         if self._other is not None:
             said = getattr(error, "strerror", None) or str(error)
             self._other.write(
@@ -99,7 +99,7 @@ class Outliving:
         return getattr(self._stream, name)
 
 
-def discard(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Connect the descriptor of the failed ``stream`` to the null device, and flush ``stream``, so
     that its buffered output is lost. Without this, Python would flush the output when the process
     ends, fail again, and change the exit code to 120.
@@ -113,7 +113,7 @@ def discard(stream: TextIO) -> None:
         stream.flush()
 
 
-def settle() -> None:
+def flush_output() -> None:
     """Write the buffered output of stdout and stderr at the end of the process. If writing fails,
     drop the output.
     """
@@ -121,4 +121,4 @@ def settle() -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            discard(stream)
+            discard_output(stream)

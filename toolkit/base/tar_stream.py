@@ -2,7 +2,7 @@
 
 Python's tarfile has three weaknesses: it reads a header of any size into memory, it follows a
 header that points to an earlier position, and it unpacks all data between two headers, however much
-it is. To prevent all three, this module makes tarfile read from a ``Forward`` stream.
+it is. To prevent all three, this module makes tarfile read from a ``ForwardOnlyStream`` stream.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import tarfile
 from typing import IO, TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.files import unusable
+from toolkit.base.files import unusable_file_error
 from toolkit.base.formatting import MIB, format_bytes
-from toolkit.base.packed import READ_BYTES, Unpacked, source_of
+from toolkit.base.packed import READ_BYTES, UnpackedStream, open_decompressor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = MIB  # limit for the headers of one member
 MAX_HEADERS_BYTES = 16 * MIB  # limit for the headers of all members
 
 
-class Forward:
+class ForwardOnlyStream:
     """A stream for tarfile. It never moves backwards, and it limits the size of one read."""
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
@@ -32,11 +32,11 @@ class Forward:
         self.at = 0
         self.in_headers = True
         self.headers_bytes = 0
-        source = source_of(file)
+        source = open_decompressor(file)
         self.plain = source is None
         self.source: IO[bytes] = file
         if source is not None:
-            unpacked = Unpacked(path, file, source, limit + MAX_HEADERS_BYTES)
+            unpacked = UnpackedStream(path, file, source, limit + MAX_HEADERS_BYTES)
             self.source = io.BufferedReader(unpacked, buffer_size=MIB)
 
     def tell(self) -> int:
@@ -57,7 +57,7 @@ class Forward:
 
     def seek(self, position: int) -> None:
         if position < self.at:
-            raise unusable(self.path, "has a header that points backwards")
+            raise unusable_file_error(self.path, "has a header that points backwards")
         if self.plain:
             self.source.seek(position)
             self.at = position
@@ -76,7 +76,7 @@ def tar_members(
     Read the content before requesting the next member. Raises tarfile.TarError, RecursionError,
     InputError or ConfigError.
     """
-    stream = Forward(path, file, limit)
+    stream = ForwardOnlyStream(path, file, limit)
     with tarfile.TarFile(fileobj=stream, mode="r", errorlevel=2) as tar:  # type: ignore[arg-type]
         while (info := tar.next()) is not None:
             stream.in_headers = False

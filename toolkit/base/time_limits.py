@@ -106,8 +106,8 @@ def _with_thread(seconds: float, call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def memory_within(more_bytes: int) -> Iterator[None]:
-    """Inside the ``with`` block, let this process allocate at most ``more_bytes`` in addition to
+def limit_extra_memory(extra_bytes: int) -> Iterator[None]:
+    """Inside the ``with`` block, let this process allocate at most ``extra_bytes`` in addition to
     its present memory. Allocations above this limit raise MemoryError.
 
     The limit applies to all threads. So keep the block short, and let no other thread run
@@ -120,7 +120,7 @@ def memory_within(more_bytes: int) -> Iterator[None]:
         yield  # without /proc the memory is not limited
         return
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([has + more_bytes, *limits]), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (min([has + extra_bytes, *limits]), hard))
     try:
         yield
     finally:

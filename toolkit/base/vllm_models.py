@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 REGISTRY = "vllm/model_executor/models/registry.py"
 
 
-def vllm_lists(architectures: Iterable[str]) -> bool | None:
+def vllm_supports_any(architectures: Iterable[str]) -> bool | None:
     """Whether vLLM's registry names one of ``architectures``; None if vLLM is not installed. vLLM
     is not imported.
 

@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.streams import outliving
+from toolkit.base.streams import ignore_lost_streams
 from toolkit.cli.lazy import LazyGroup
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class StoppableGroup(LazyGroup):
         words = sys.argv[1:] if words is None else words
         if next((word for word in words if not word.startswith("-")), None) != "train":
             return super().main(*args, **kwargs)
-        with listening_early(), outliving():
+        with listening_early(), ignore_lost_streams():
             return super().main(*args, **kwargs)
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base import disk
-from toolkit.base.abandoned_threads import exit_past_them
+from toolkit.base.abandoned_threads import exit_despite_abandoned_threads
 from toolkit.base.errors import DefectError, InputError, ToolkitError
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 from toolkit.base.paths import tighten_umask
 from toolkit.base.secrets import protect_output
-from toolkit.base.streams import open_missing, settle
+from toolkit.base.streams import flush_output, open_missing_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,9 +102,9 @@ def _known(error: Exception) -> ToolkitError | None:
             "the folder in which the command was started was removed",
             fix="change to an existing folder with `cd`, and start the command again",
         )
-    from toolkit.base.symptoms.errors import explained  # noqa: PLC0415 - only for a failure
+    from toolkit.base.symptoms.errors import explain_error  # noqa: PLC0415 - only for a failure
 
-    return disk.failed(error) or explained(error, "the command failed")
+    return disk.to_toolkit_error_without_path(error) or explain_error(error, "the command failed")
 
 
 def _has_folder() -> bool:
@@ -136,7 +136,9 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     with suppress(OSError):  # If stderr is closed, only the exit code reports the failure.
-        click.echo(visible(text), err=True)  # the text may contain a name from an untrusted source
+        click.echo(
+            escape_unprintable(text), err=True
+        )  # the text may contain a name from an untrusted source
     sys.exit(code)
 
 
@@ -148,17 +150,17 @@ def command_main(group: click.Group) -> Callable[[], None]:
     """
 
     def main() -> None:
-        open_missing()
+        open_missing_streams()
         tighten_umask()
         protect_output()
         try:
             with guarded(debug=debug_asked()):
                 group(prog_name=group.name)
         except SystemExit as end:
-            settle()
-            exit_past_them(end.code)
+            flush_output()
+            exit_despite_abandoned_threads(end.code)
             raise
         finally:
-            settle()
+            flush_output()
 
     return main

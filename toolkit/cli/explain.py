@@ -77,9 +77,9 @@ def _pasted(text: str) -> str:
 
     Raises UnestablishedError if the traceback contains no known error.
     """
-    from toolkit.base.symptoms import match  # noqa: PLC0415 - only for a traceback
+    from toolkit.base.symptoms import find_symptoms  # noqa: PLC0415 - only for a traceback
 
-    found = match(text)
+    found = find_symptoms(text)
     if not found:
         raise _not_known(text)
     return "\n\n".join(_told(symptom) for symptom in found)
@@ -89,9 +89,9 @@ def _not_known(text: str) -> UnestablishedError:
     """Return the error for a traceback that contains no known error. The message lists the known
     errors that are most similar.
     """
-    from toolkit.base.symptoms import nearest  # noqa: PLC0415 - only for a traceback
+    from toolkit.base.symptoms import similar_symptoms  # noqa: PLC0415 - only for a traceback
 
-    near = [f"{symptom.title} ({symptom.check})" for symptom in nearest(text)]
+    near = [f"{symptom.title} ({symptom.check})" for symptom in similar_symptoms(text)]
     told = "; the most similar known errors:\n  " + "\n  ".join(near) if near else ""
     return UnestablishedError(
         f"no known error found{told}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolkit.base.formatting import plural, visible
+from toolkit.base.formatting import escape_unprintable, plural
 from toolkit.base.secrets import redact
 from toolkit.cli.render import colours_on, styled
 from toolkit.config.finding import Severity
@@ -150,7 +150,7 @@ def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
     """
     for edit in repair.applied:
         text = f"{name}:{edit.line}: {edit.old} -> {edit.new} ({edit.rule})"
-        yield redact(visible(text))
+        yield redact(escape_unprintable(text))
     yield f"{name}: {plural(len(repair.applied), 'edit')} made"
 
 
@@ -161,4 +161,4 @@ def choice_lines(repair: Repair) -> Iterator[str]:
     for found in repair.choices:
         ways = " or ".join(fix.text for fix in found.fixes)
         text = f"{found.place}: {found.rule} is not fixed, choose one of: {ways}"
-        yield redact(visible(text))
+        yield redact(escape_unprintable(text))

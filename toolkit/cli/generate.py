@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from toolkit.base.errors import InputError
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 from toolkit.cli.exits import debug_asked
 from toolkit.cli.request import TRUST
 
@@ -87,7 +87,7 @@ def shown(text: str) -> str:
     """Return ``text`` as it is printed. On a terminal, control characters are replaced by their
     code points.
     """
-    return visible(text) if sys.stdout.isatty() else text
+    return escape_unprintable(text) if sys.stdout.isatty() else text
 
 
 def _texts(prompts: tuple[str, ...]) -> list[str]:

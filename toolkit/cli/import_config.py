@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ConfigError
-from toolkit.base.formatting import plural, visible
+from toolkit.base.formatting import escape_unprintable, plural
 from toolkit.base.secrets import redact
 from toolkit.config.importers.formats import TABLES
 
@@ -129,7 +129,10 @@ def _summary(made: Translation, place: Path | None) -> list[str]:
     lines += [f"  note: {note}" for note in made.notes]
     lines += [f"  refused: {one.place}: {one.key}: {one.value} - {one.why}" for one in made.refused]
     lines += [f"  could not be read: {one.place}: {one.text} - {one.why}" for one in made.unread]
-    return [redact(visible(" ".join(line.split()) if line[:1] != " " else line)) for line in lines]
+    return [
+        redact(escape_unprintable(" ".join(line.split()) if line[:1] != " " else line))
+        for line in lines
+    ]
 
 
 def _show(findings: tuple[Finding, ...]) -> None:

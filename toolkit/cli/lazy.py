@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from toolkit.base.did_you_mean import near
+from toolkit.base.did_you_mean import similar_words
 from toolkit.cli.exits import left_alone
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -58,8 +58,8 @@ class LazyGroup(click.Group):
         if name in self.commands_at or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         program, commands = self.other_program
-        similar = [*near(name, self.commands_at)]
-        similar += [f"{program} {other}" for other in near(name, _imported(commands))]
+        similar = [*similar_words(name, self.commands_at)]
+        similar += [f"{program} {other}" for other in similar_words(name, _imported(commands))]
         hint = f" Did you mean {' or '.join(f'`{one}`' for one in similar)}?" if similar else ""
         raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
 

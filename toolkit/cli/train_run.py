@@ -160,12 +160,12 @@ def _run(
 
     prepare_environment()
     _read_weights_ahead(config)
-    from toolkit.base.defect import working_on  # noqa: PLC0415
+    from toolkit.base.defect import set_run_context  # noqa: PLC0415
     from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.run import run  # noqa: PLC0415
     from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
 
-    working_on(Path(config.runtime.output_dir), lambda: as_mapping(config))
+    set_run_context(Path(config.runtime.output_dir), lambda: as_mapping(config))
     run(config, Options(evaluate=evaluate, debug=debug, rules=rules))
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from toolkit.base.data_files import (
-    data_kind,
-    names_fault,
-    no_kind,
-    not_one,
+    column_names_fault,
+    data_file_type,
+    file_count_message,
     open_data,
     path_fault,
-    unreadable_table,
+    unreadable_table_message,
+    unsupported_file_message,
 )
 from toolkit.base.errors import ToolkitError, first_line
 from toolkit.base.packed import RATIO_FREE_BYTES, READ_BYTES
@@ -111,15 +111,15 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
         return DataFacts(path, _folder_columns(path, split), whole=False)
     if path.name.lower().endswith(ARCHIVES):
         return _archive(path)
-    kind = data_kind(path)
+    kind = data_file_type(path)
     if kind is None:
-        return DataFacts(path, problem=no_kind(path)[0])
+        return DataFacts(path, problem=unsupported_file_message(path)[0])
     with open_data(path) as file:
         if kind.suffix == ".arrow":
             from toolkit.config.arrow_file import arrow_fault  # noqa: PLC0415 - only Arrow files need it
 
             fault = arrow_fault(file)
-            told = fault and unreadable_table("Arrow", fault)
+            told = fault and unreadable_table_message("Arrow", fault)
             return DataFacts(path, whole=False, problem=told)
         if kind.suffix == ".parquet":
             return _parquet(file, path, wanted)
@@ -133,19 +133,21 @@ def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
     from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - only Parquet files need it
 
     if fault := parquet_fault(file):
-        return DataFacts(path, problem=unreadable_table("Parquet", fault))
+        return DataFacts(path, problem=unreadable_table_message("Parquet", fault))
     names = parquet_columns(file)
     kind = number_column(file, wanted.prompt)
     wrong = kind and f"column {wanted.prompt!r} {no_prompt(kind)}"
-    return DataFacts(path, names, whole=False, problem=names_fault(names or ()), refused=wrong)
+    return DataFacts(
+        path, names, whole=False, problem=column_names_fault(names or ()), refused=wrong
+    )
 
 
 def _archive(path: Path) -> DataFacts:
-    from toolkit.base.archives import look_into  # noqa: PLC0415 - only archives need it
+    from toolkit.base.archives import list_files  # noqa: PLC0415 - only archives need it
 
-    names = look_into(path, most_bytes_read=LOOK_BYTES)
-    count = 1 if names is None else sum(data_kind(Path(name)) is not None for name in names)
-    return DataFacts(path, whole=False, problem=None if count == 1 else not_one(count))
+    names = list_files(path, max_bytes_read=LOOK_BYTES)
+    count = 1 if names is None else sum(data_file_type(Path(name)) is not None for name in names)
+    return DataFacts(path, whole=False, problem=None if count == 1 else file_count_message(count))
 
 
 def _unpack_on(file: IO[bytes]) -> None:

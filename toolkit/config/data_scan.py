@@ -13,7 +13,14 @@ import json
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from toolkit.base.data_files import chat_in, decoded, is_text, json_value, names_fault, nul_key
+from toolkit.base.data_files import (
+    column_names_fault,
+    decode_utf8,
+    find_nul_key,
+    is_valid_unicode,
+    parse_chat,
+    parse_json_value,
+)
 from toolkit.config.data_types import (
     EXACT,
     Kind,
@@ -156,7 +163,7 @@ def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
         columns |= dict.fromkeys(row)
         unanswered += wanted.answer is not None and row.get(wanted.answer) is None
         prompt = row.get(wanted.prompt)
-        chat = chat_in(prompt) if isinstance(prompt, str) else None
+        chat = parse_chat(prompt) if isinstance(prompt, str) else None
         types.take(place, row, chat)
         if prompt is None or (isinstance(prompt, (str, list)) and not _has_text(prompt)):
             empty += wanted.prompt in row
@@ -171,7 +178,7 @@ def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
         if not whole:
             raise Unscanned
         return DataFacts(path, problem="has no rows")
-    if fault := names_fault(columns):
+    if fault := column_names_fault(columns):
         return DataFacts(path, problem=fault)
     all_chats = bool(chats) and chats == count - empty
     return DataFacts(
@@ -212,20 +219,20 @@ def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[Row | None]:
         if taken > MAX_SCAN_BYTES:
             yield None
             return
-        text = decoded(
+        text = decode_utf8(
             raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, f"{path}:{number}"
         )
         if not text.strip():
             continue
         try:
-            row = json_value(text)
+            row = parse_json_value(text)
         except ValueError as error:
             raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        if _HALF in text.lower() and not is_text(row):
+        if _HALF in text.lower() and not is_valid_unicode(row):
             raise ValueError(f"line {number} contains half of a character (a lone surrogate)")
-        if _NUL in text and (key := nul_key(list(row.values()))) is not None:
+        if _NUL in text and (key := find_nul_key(list(row.values()))) is not None:
             raise ValueError(f"line {number}: the key {key!r} contains a NUL character")
         yield f"line {number}", row
 
@@ -240,16 +247,16 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
         yield None
         return
     text = raw.decode("utf-8-sig")
-    value = json_value(text)
+    value = parse_json_value(text)
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
             'must be a list of objects, or an object {"data": [...]} that contains such a list'
         )
-    if not is_text(rows):
+    if not is_valid_unicode(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
     inner = [list(row.values()) for row in rows] if _NUL in text else []
-    if (key := nul_key(inner)) is not None:
+    if (key := find_nul_key(inner)) is not None:
         raise ValueError(f"the key {key!r} contains a NUL character")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
@@ -263,7 +270,7 @@ def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row | None]:
     reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
-        if fault := names_fault(header):
+        if fault := column_names_fault(header):
             raise ValueError(fault)
         for fields in reader:
             if fields and len(fields) != len(header) and not cut:

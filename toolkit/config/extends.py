@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.base.files import kind_fault, os_fault
+from toolkit.base.files import file_type_fault, open_fault
 from toolkit.config.finding import Finding, Fix, Severity, error_finding
 from toolkit.config.text_reader import FORMATS
 
@@ -79,9 +79,9 @@ def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
-        return finding_at("DOC011", node, f"extends: {node.value} {os_fault(error)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {open_fault(error)}")
     if not stat.S_ISREG(mode):
-        return finding_at("DOC011", node, f"extends: {node.value} {kind_fault(mode)}")
+        return finding_at("DOC011", node, f"extends: {node.value} {file_type_fault(mode)}")
     return None
 
 

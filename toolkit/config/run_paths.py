@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.base.data_files import FILE_SUFFIXES, OTHER_PACKERS
+from toolkit.base.data_files import FILE_SUFFIXES, UNPACK_COMMANDS
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node
@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 # The archive types that base/archives reads. The list is repeated here because importing that
 # module is slow. A test compares the two lists.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *OTHER_PACKERS)
+DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *UNPACK_COMMANDS)
 LOCK_FILE = ".lock"
 """The name of the lock file in a run folder. A run keeps it locked while it writes to the folder.
 """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.did_you_mean import near
+from toolkit.base.did_you_mean import similar_words
 from toolkit.config.finding import Fix, rename
 from toolkit.config.key_moves import at, is_valid, move, schema_of
 from toolkit.config.migration import FORCED, MOVED, converted
@@ -32,7 +32,7 @@ def key_advice(
     siblings = {
         name: below for name, below in properties.items() if _may_be_advised(parent, name, below)
     }
-    close = near(key, list(siblings))
+    close = similar_words(key, list(siblings))
     if close:
         return (), tuple(_did_you_mean(name, path, node, siblings[name], root) for name in close)
     if len(siblings) <= 12:

@@ -9,7 +9,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError, MissingExtraError
-from toolkit.base.read_ahead import free_bytes, read_ahead
+from toolkit.base.read_ahead import read_ahead, unused_memory_bytes
 from toolkit.engine.rollout_engine import vllm_available
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def open_engine(options: EngineOptions) -> Engine:
             ),
         )
     prepare_environment()
-    read_ahead(options.model, free_bytes())
+    read_ahead(options.model, unused_memory_bytes())
     # Imported here, because vLLM reads its environment variables during the import. The import also
     # takes seconds.
     from toolkit.engine.start import start_engine  # noqa: PLC0415

@@ -7,7 +7,7 @@ from __future__ import annotations
 import traceback
 
 from toolkit.base.errors import ConfigError, NodeError, ToolkitError, first_line
-from toolkit.base.symptoms.errors import AGAIN, explained
+from toolkit.base.symptoms.errors import RESTART_ADVICE, explain_error
 
 REJECTIONS = (ValueError, TypeError, KeyError, NotImplementedError)
 VALIDATION_ERROR_NAME = "VLLMValidationError"
@@ -46,7 +46,7 @@ def to_toolkit_error(problem: BaseException, what: str, fix: str | None = None) 
     Pass ``fix`` if the engine was already running. This text replaces the default fix of the
     NodeError.
     """
-    if known := explained(problem, what, AGAIN if fix else ""):
+    if known := explain_error(problem, what, RESTART_ADVICE if fix else ""):
         return known
     first = problem
     told = f"{what}: {_text_of(first)}"

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from toolkit.base.mapped_files import own_weights
+from toolkit.base.mapped_files import copy_mapped_weights
 from toolkit.engine import dequantized
 from toolkit.engine.engine_options import LOAD_FORMAT
 from toolkit.engine.live_weights import (
@@ -56,7 +56,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
             if isinstance(module, LinearBase):
                 module._cpu_skip_gemm_dispatch = True
         super().load_weights(model, model_config)
-        own_weights(model)
+        copy_mapped_weights(model)
         setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._names))
         samples = {name: sample_values(tensor) for name, tensor in plain_parameters(model).items()}
         setattr(model, LOADED_SAMPLES_ATTRIBUTE, samples)

@@ -154,7 +154,7 @@ def _unknown(name: str, where: str) -> ConfigError:
                 fix="use the name of an NVIDIA card, or a memory size with a compute capability "
                 "(`24GiB:8.9`), or `--cpu`",
             )
-    near = did_you_mean.near(_key(name), _BY_KEY, cutoff=0.4, within=1)
+    near = did_you_mean.similar_words(_key(name), _BY_KEY, cutoff=0.4, max_difference=1)
     hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
     size = ". You can also give a memory size (`24GiB`, or `24GiB:8.9` with a compute capability)"

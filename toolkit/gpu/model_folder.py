@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_FOLDER_FILES, read_json
 from toolkit.base.hub_cache import MODEL_ID, cached_model
-from toolkit.base.vllm_models import vllm_lists
+from toolkit.base.vllm_models import vllm_supports_any
 from toolkit.gpu.driver_files import asked
 from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
 
@@ -176,7 +176,7 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
 
 def _vllm_knows(architectures: list[str]) -> Reading[bool]:
     """Whether the registry of the installed vLLM lists one of the architectures."""
-    listed = vllm_lists(architectures)
+    listed = vllm_supports_any(architectures)
     if listed is None:
         return unsupported("vLLM is not installed")
     return of(listed) if architectures else failed("config.json names no architecture")

@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from toolkit.base import disk
 from toolkit.base.errors import ConfigValueError, InputError, first_line
-from toolkit.base.files import FIX_AGAIN, MAX_ADAPTER_BYTES, read_bytes
+from toolkit.base.files import FIX_GET_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
 from toolkit.engine.mesh import current_mesh
 from toolkit.engine.shards import gather_full_tensor
@@ -42,7 +42,7 @@ def read_tensors(file: Path, *, limit: int = MAX_ADAPTER_BYTES) -> dict[str, tor
         raise InputError(
             f"the file cannot be read as safetensors: {first_line(error)}",
             where=str(file),
-            fix=FIX_AGAIN,
+            fix=FIX_GET_AGAIN,
         ) from error
     return tensors
 
@@ -120,8 +120,8 @@ def beside(target: Path) -> Iterator[Path]:
     try:
         yield work
     except (OSError, SafetensorError) as error:
-        found, known = disk.reason(error), disk.translate(error, target, kept="")
-        if known is not None and found is not None and found[0] not in disk.CLOSED:
+        found, known = disk.find_failure(error), disk.to_toolkit_error(error, target, kept_note="")
+        if known is not None and found is not None and found[0] not in disk.NOT_WRITABLE_ERRNOS:
             fix = "free space or choose another folder, then run the same command again"
             raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error

@@ -17,7 +17,7 @@ import os
 
 import torch
 
-from toolkit.base.process_environment import VARIABLES, WANTED
+from toolkit.base.process_environment import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 
 VIRTUAL_MEMORY = 102
 """The value of CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED in cuda.h. Expandable
@@ -30,18 +30,18 @@ def use_expandable_segments() -> None:
     already in use, configure the allocator too. Do nothing if a GPU does not support expandable
     segments.
 
-    ``VARIABLES`` has two names, because some libraries read only one of them. If the user has set
-    one of the two variables, its value is kept and copied to the other.
+    ``ALLOCATOR_VARIABLES`` has two names, because some libraries read only one of them. If the user
+    has set one of the two variables, its value is kept and copied to the other.
     """
-    found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
+    found = next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), None)
     if found is None and not _maps_virtual_memory():
         return
-    for name in VARIABLES:
-        os.environ[name] = os.environ.get(name) or found or WANTED
+    for name in ALLOCATOR_VARIABLES:
+        os.environ[name] = os.environ.get(name) or found or EXPANDABLE_SEGMENTS
     # Importing bitsandbytes initializes CUDA. Then torch has already read the variables, so the
     # allocator is configured directly.
     if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
-        torch._C._accelerator_setAllocatorSettings(WANTED)
+        torch._C._accelerator_setAllocatorSettings(EXPANDABLE_SEGMENTS)
 
 
 def _maps_virtual_memory() -> bool:

@@ -19,7 +19,7 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
-from toolkit.base.mapped_files import own_weights
+from toolkit.base.mapped_files import copy_mapped_weights
 from toolkit.base.process_environment import local_rank
 from toolkit.config.libraries import ModelType, model_type
 from toolkit.config.resolved import dtype_of
@@ -161,7 +161,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             where=checkpoint.name,
         ) from error
     _check_complete(info, checkpoint.name)
-    own_weights(model)
+    copy_mapped_weights(model)
     if request.resize_model_vocab is not None:
         _resize(model, request.resize_model_vocab, request.random_state)
     else:

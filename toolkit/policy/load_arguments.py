@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.did_you_mean import near
+from toolkit.base.did_you_mean import similar_words
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.engine_settings import API_OPTIONS
 from toolkit.config.supported_features import UNTRAINED
@@ -56,7 +56,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return the text `` (did you mean 'x'?)``, where x is the name in ``known`` that is most
     similar to ``name``. If no name is similar, return an empty string.
     """
-    match = near(name, sorted(known), cutoff=0.6)
+    match = similar_words(name, sorted(known), cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from toolkit.base.errors import ConfigValueError, InputError, first_line
-from toolkit.base.files import check_folder, read_object
+from toolkit.base.files import check_folder, read_json_object
 from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -46,7 +46,7 @@ class Checkpoint:
         Raises:
             InputError: the file is missing, unreadable, or not a JSON object.
         """
-        return read_object(self.folder / file)
+        return read_json_object(self.folder / file)
 
     def check_model(self, *, pickle: bool = False) -> None:
         """Check that the folder is a model checkpoint. The weights must be safetensors. If

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, first_line
-from toolkit.base.time_limits import OutOfTime, call_within, memory_within
+from toolkit.base.time_limits import OutOfTime, call_within, limit_extra_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class _LimitedParser:
         tokenizer = self._tokenizer
         upstream = type(tokenizer).parse_response
         try:
-            with memory_within(MEMORY_BYTES):
+            with limit_extra_memory(MEMORY_BYTES):
                 return _usable(call_within(TIME_S, lambda: upstream(tokenizer, *args, **kwargs)))
         except OutOfTime:
             raise _bad_parser(tokenizer, f"did not end within {TIME_S:g} s") from None
@@ -150,7 +150,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     seconds = TIME_S + EACH_S * chats
     most = LONGEST * chats + TIMES * characters
     try:
-        with memory_within(MEMORY_BYTES + 4 * most):
+        with limit_extra_memory(MEMORY_BYTES + 4 * most):
             made = call_within(seconds, lambda: upstream(tokenizer, *args, **kwargs))
     except OutOfTime:
         raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None

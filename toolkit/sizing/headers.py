@@ -11,7 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from toolkit.base.files import open_regular, parse_json, read_exactly, read_json, unusable
+from toolkit.base.files import (
+    open_regular,
+    parse_json,
+    read_exactly,
+    read_json,
+    unusable_file_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -174,4 +180,4 @@ def _plain_names(names: Iterable[Any], index: Path) -> list[str]:
 
 def _bad(path: Path, what: str, *, fix: str | None = FIX) -> InputError:
     """The error for a checkpoint file that violates the format."""
-    return unusable(path, what, fix=fix)
+    return unusable_file_error(path, what, fix=fix)

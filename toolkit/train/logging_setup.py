@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from toolkit.base.errors import ToolkitWarning
-from toolkit.base.mapped_files import report_bus_errors
+from toolkit.base.mapped_files import exit_on_bus_errors
 from toolkit.train.report.progress import rewrites
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ignore_false_alarms()
-    report_bus_errors()
+    exit_on_bus_errors()
 
 
 def ignore_false_alarms() -> None:

@@ -6,16 +6,16 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from toolkit.base.mapped_files import TEXT
+from toolkit.base.mapped_files import BUS_ERROR_MESSAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 READ = """
 import mmap, os, sys, threading
-from toolkit.base.mapped_files import report_bus_errors
-report_bus_errors()
-report_bus_errors()
+from toolkit.base.mapped_files import exit_on_bus_errors
+exit_on_bus_errors()
+exit_on_bus_errors()
 with open(sys.argv[1], "r+b") as file:
     mapped = mmap.mmap(file.fileno(), 0)
 os.truncate(sys.argv[1], 0)
@@ -39,14 +39,14 @@ def end(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_bus_error_is_told(tmp_path: Path) -> None:
     done = end(tmp_path, "main")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", TEXT)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", BUS_ERROR_MESSAGE)
 
 
 def test_a_bus_error_in_a_thread_is_told(tmp_path: Path) -> None:
     done = end(tmp_path, "thread")
-    assert (done.returncode, done.stderr) == (2, TEXT)
+    assert (done.returncode, done.stderr) == (2, BUS_ERROR_MESSAGE)
 
 
 def test_a_bus_error_inside_a_library_is_told(tmp_path: Path) -> None:
     done = end(tmp_path, "numpy")
-    assert (done.returncode, done.stderr) == (2, TEXT)
+    assert (done.returncode, done.stderr) == (2, BUS_ERROR_MESSAGE)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import (
     PATTERNS,
     find_secret,
@@ -140,7 +140,7 @@ def test_a_secret_is_known_however_it_is_quoted(secret: str, show) -> None:
 @pytest.mark.parametrize("control", ["\x1b", "\u202e", "\0", "\u200b", "\udcff", "\r"])
 def test_a_secret_is_known_once_its_control_characters_are_shown(control: str) -> None:
     secret = f"a canary{control}that\nsings"
-    for shown in (visible(secret), visible(secret).replace("\n", "\\n")):
+    for shown in (escape_unprintable(secret), escape_unprintable(secret).replace("\n", "\\n")):
         assert redact(f"<{shown}>", {"MY_PASSWORD": secret}) == "<[redacted: MY_PASSWORD]>"
 
 

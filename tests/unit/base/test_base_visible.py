@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,10 @@ from toolkit.base.formatting import visible
     ],
 )
 def test_visible(text: str, shown: str) -> None:
-    assert visible(text) == shown
+    assert escape_unprintable(text) == shown
 
 
 @given(st.text())
 def test_no_control_is_left(text: str) -> None:
-    left = {char for char in visible(text) if unicodedata.category(char) in ("Cc", "Cs")}
+    left = {char for char in escape_unprintable(text) if unicodedata.category(char) in ("Cc", "Cs")}
     assert left <= {"\t", "\n"}

@@ -52,7 +52,7 @@ def full(name=None):
     ],
 )  # fmt: skip
 def test_every_writer_gets_the_same_words(tmp_path, error, kind, word):
-    told = disk.translate(error, tmp_path)
+    told = disk.to_toolkit_error(error, tmp_path)
     assert type(told) is kind
     assert told.exit_code == {ConfigError: 1, NodeError: 3}[kind]
     assert word in told.message
@@ -62,9 +62,9 @@ def test_every_writer_gets_the_same_words(tmp_path, error, kind, word):
 
 def test_a_writer_that_does_not_say_why_is_judged_by_what_is_free(tmp_path, monkeypatch):
     error = RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed")
-    assert isinstance(disk.translate(error, tmp_path), NodeError)
+    assert isinstance(disk.to_toolkit_error(error, tmp_path), NodeError)
     monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
-    told = disk.translate(error, tmp_path, needed=3000)
+    told = disk.to_toolkit_error(error, tmp_path, needed=3000)
     assert "2.9 KiB needed, 1000 B free, 2.0 KiB missing" in told.message
 
 
@@ -79,15 +79,15 @@ def test_a_writer_that_does_not_say_why_is_judged_by_what_is_free(tmp_path, monk
     ],
 )
 def test_what_is_no_disk_is_left_alone(tmp_path, error):
-    assert disk.translate(error, tmp_path) is None
-    assert disk.failed(error) is None
+    assert disk.to_toolkit_error(error, tmp_path) is None
+    assert disk.to_toolkit_error_without_path(error) is None
 
 
 def test_other_commands_tell_a_full_disk_too():
-    told = disk.failed(full("/proc/self/none"))
+    told = disk.to_toolkit_error_without_path(full("/proc/self/none"))
     assert "the disk is full" in told.message
     assert "checkpoint" not in told.message
-    assert disk.failed(OSError(errno.EACCES, "Permission denied")) is None
+    assert disk.to_toolkit_error_without_path(OSError(errno.EACCES, "Permission denied")) is None
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_real_writers_on_a_real_full_disk(tiny_disk):
         file = tiny_disk / name
         with pytest.raises(Exception) as caught:  # noqa: PT011 - each library has its own
             write(str(file))
-        told = disk.translate(caught.value, file, needed=1 << 20)
+        told = disk.to_toolkit_error(caught.value, file, needed=1 << 20)
         assert isinstance(told, ConfigError), (name, caught.value)
         assert "the disk is full (No space left on device): 1.0 MiB needed" in told.message, name
         assert "missing" in told.message, name

@@ -27,8 +27,8 @@ def folder(tmp_path: Path) -> Path:
 def test_every_byte_of_the_weights_is_read_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", 700)
-    monkeypatch.setattr(module, "BLOCK", 700)
+    monkeypatch.setattr(module, "PIECE_BYTES", 700)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 700)
     reading = read_ahead(folder, 1 << 30)
     assert reading is not None
     reading.wait()

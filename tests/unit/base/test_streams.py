@@ -9,16 +9,16 @@ import pytest
 
 SCRIPT = """\
 import sys
-from toolkit.base.streams import open_missing, outliving, settle
-open_missing()
+from toolkit.base.streams import open_missing_streams, ignore_lost_streams, flush_output
+open_missing_streams()
 try:
-    with outliving():
+    with ignore_lost_streams():
         for number in range(2000):
             print("line", number, flush=number % 7 == 0)
         sys.stdout.writelines(["the", "end"])
         print("said", file=sys.stderr)
 finally:
-    settle()
+    flush_output()
 open(sys.argv[1], "w").write("done")
 sys.exit(75)
 """
@@ -57,8 +57,8 @@ def test_a_process_that_is_started_has_the_streams_that_were_missing(tmp_path):
     inner = "import sys; print('said'); print('said', file=sys.stderr)"
     script = (
         "import subprocess, sys\n"
-        "from toolkit.base.streams import open_missing\n"
-        "open_missing()\n"
+        "from toolkit.base.streams import open_missing_streams\n"
+        "open_missing_streams()\n"
         f"code = subprocess.run([sys.executable, '-c', {inner!r}], check=False).returncode\n"
         "open(sys.argv[1], 'w').write(str(code))\n"
     )
@@ -69,8 +69,8 @@ def test_a_process_that_is_started_has_the_streams_that_were_missing(tmp_path):
     words = words.replace("/code", "/flags")
     (tmp_path / "script.py").write_text(
         "import os, sys\n"
-        "from toolkit.base.streams import open_missing\n"
-        "open_missing()\n"
+        "from toolkit.base.streams import open_missing_streams\n"
+        "open_missing_streams()\n"
         "open(sys.argv[1], 'w').write(str([os.get_inheritable(n) for n in range(3)]))\n"
     )
     subprocess.run(["bash", "-c", words], check=True, timeout=60)

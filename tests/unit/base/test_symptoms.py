@@ -10,7 +10,7 @@ import time
 import pytest
 
 from toolkit.base.errors import EXIT_CODES
-from toolkit.base.symptoms import SYMPTOMS, match
+from toolkit.base.symptoms import SYMPTOMS, find_symptoms
 
 PASTED = [
     (
@@ -126,7 +126,7 @@ PASTED = [
 
 @pytest.mark.parametrize(("text", "symptom", "code"), PASTED, ids=lambda value: str(value)[:30])
 def test_each_text_is_recognised_alone(text: str, symptom: str, code: int) -> None:
-    found = match(f"Traceback (most recent call last):\n  ...\n{text}\n")
+    found = find_symptoms(f"Traceback (most recent call last):\n  ...\n{text}\n")
     assert [(one.id, one.exit_code) for one in found] == [(symptom, code)]
 
 
@@ -154,7 +154,7 @@ def wrapped(lines: list[str], width: int) -> list[str]:
 @pytest.mark.parametrize("how", DECORATED)
 def test_each_text_is_recognised_as_it_is_pasted(how: str) -> None:
     for text, symptom, code in PASTED:
-        found = match("\n".join(DECORATED[how](text.split("\n"))))
+        found = find_symptoms("\n".join(DECORATED[how](text.split("\n"))))
         assert [(one.id, one.exit_code) for one in found] == [(symptom, code)], text
 
 
@@ -174,7 +174,7 @@ def test_every_symptom_says_what_to_do() -> None:
     ],
 )
 def test_other_texts_are_not_taken_for_one(text: str) -> None:
-    assert match(text) == []
+    assert find_symptoms(text) == []
 
 
 def test_a_chain_of_two_failures_names_both() -> None:
@@ -182,12 +182,14 @@ def test_a_chain_of_two_failures_names_both() -> None:
         next(text for text, symptom, _ in PASTED if symptom == wanted)
         for wanted in ("no-cache-blocks", "lora-rank")
     )
-    found = match(f"{first}\nDuring handling of the above exception, another occurred:\n{then}")
+    found = find_symptoms(
+        f"{first}\nDuring handling of the above exception, another occurred:\n{then}"
+    )
     assert [one.id for one in found] == ["no-cache-blocks", "lora-rank"]
 
 
 def test_a_huge_log_is_read_in_bounded_time() -> None:
     log = "capture_model Free memory on device max_lora_rank out of memory " * 200_000
     start = time.perf_counter()
-    match(log)
+    find_symptoms(log)
     assert time.perf_counter() - start < 5

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from toolkit.base.errors import ConfigError, NodeError, RetryError, UnestablishedError
-from toolkit.base.symptoms import CONSEQUENCES, SYMPTOMS, match, nearest
-from toolkit.base.symptoms.errors import explained
-from toolkit.base.symptoms.pasted import condensed
+from toolkit.base.symptoms import CONSEQUENCES, SYMPTOMS, find_symptoms, similar_symptoms
+from toolkit.base.symptoms.errors import explain_error
+from toolkit.base.symptoms.pasted import condense
 from toolkit.cli.envcheck import cli
 from toolkit.cli.exits import guarded
 from toolkit.gpu.checks import catalogue
@@ -31,7 +31,7 @@ TEXTS = [
     ("symptom", "code", "check", "remedy", "text"), TEXTS, ids=lambda value: str(value)[:24]
 )
 def test_a_text_of_upstream(symptom: str, code: int, check: str, remedy: str, text: str) -> None:
-    found = match(f"Traceback (most recent call last):\n  ...\n{text}\n")
+    found = find_symptoms(f"Traceback (most recent call last):\n  ...\n{text}\n")
     assert [one.id for one in found][:1] == [symptom], found
     assert (found[0].exit_code, found[0].check.split(", ")[0]) == (code, check)
     assert remedy in found[0].remedy
@@ -40,7 +40,9 @@ def test_a_text_of_upstream(symptom: str, code: int, check: str, remedy: str, te
 def test_there_are_texts_for_every_check_and_every_symptom() -> None:
     assert len({row[-1] for row in TEXTS}) >= 90
     assert {row[0] for row in TEXTS} == {one.id for one in SYMPTOMS}
-    named = {name for row in TEXTS for one in match(row[-1]) for name in one.check.split(", ")}
+    named = {
+        name for row in TEXTS for one in find_symptoms(row[-1]) for name in one.check.split(", ")
+    }
     assert set(catalogue()) - named == set()
 
 
@@ -58,7 +60,7 @@ def test_a_log_of_20_megabytes_is_explained_in_under_a_second(at: int) -> None:
     log = "".join([*lines[:at], first, *lines, *lines[:80_000]])
     assert len(log) > 20_000_000
     start = time.process_time()
-    found = match(log)
+    found = find_symptoms(log)
     assert time.process_time() - start < 1
     assert [one.id for one in found] == [TEXTS[0][0]]
 
@@ -67,7 +69,7 @@ def test_a_long_log_keeps_every_text() -> None:
     filler = "".join(f"step {n}: reward 0.{n}\n" for n in range(3000))
     for symptom, *_, text in TEXTS:
         log = filler + text.replace("\n", "\r\n") + "\r\n" + filler
-        assert symptom in {one.id for one in match(condensed(log, 4000))}, text
+        assert symptom in {one.id for one in find_symptoms(condense(log, 4000))}, text
 
 
 def test_two_ranks_that_write_at_once_are_read_apart() -> None:
@@ -78,18 +80,18 @@ def test_two_ranks_that_write_at_once_are_read_apart() -> None:
         for pair in zip(text, other, strict=True)
         for line in (f"[rank1]: {pair[0]}", f"[rank0]: {pair[1]}")
     )
-    assert [one.id for one in match(log)] == ["graph-capture"]
+    assert [one.id for one in find_symptoms(log)] == ["graph-capture"]
 
 
 def test_an_unknown_text_is_5_with_the_nearest() -> None:
     text = "RuntimeError: the NVIDIA driver of your system is much too old (version 11040)"
-    assert match(text) == []
-    assert "driver-too-old" in [one.id for one in nearest(text)]
+    assert find_symptoms(text) == []
+    assert "driver-too-old" in [one.id for one in similar_symptoms(text)]
     done = CliRunner().invoke(cli, ["explain", "-"], input=text)
     assert isinstance(done.exception, UnestablishedError)
     assert done.exception.exit_code == 5
     assert "driver.cuda" in str(done.exception)
-    assert nearest("all is well") == []
+    assert similar_symptoms("all is well") == []
 
 
 def test_a_command_explains_the_same_error_in_the_same_words(
@@ -97,19 +99,19 @@ def test_a_command_explains_the_same_error_in_the_same_words(
 ) -> None:
     kinds = {1: ConfigError, 3: NodeError, 4: RetryError, 5: UnestablishedError}
     for symptom, code, *_, text in TEXTS:
-        error = explained(RuntimeError(text), "it failed")
+        error = explain_error(RuntimeError(text), "it failed")
         if symptom in CONSEQUENCES:
             assert error is None
             continue
         assert type(error) is kinds[code], symptom
-        assert error.fix == match(text)[0].remedy
+        assert error.fix == find_symptoms(text)[0].remedy
     text = TEXTS[0][-1]
     with pytest.raises(SystemExit) as end, guarded():
         raise RuntimeError(text)
     assert end.value.code == 3
     told = CliRunner().invoke(cli, ["explain", "-"], input=text).output
-    assert match(text)[0].title in told
-    assert match(text)[0].title in capsys.readouterr().err
+    assert find_symptoms(text)[0].title in told
+    assert find_symptoms(text)[0].title in capsys.readouterr().err
 
 
 def test_an_error_that_follows_another_one_counts_only_alone() -> None:
@@ -117,8 +119,8 @@ def test_an_error_that_follows_another_one_counts_only_alone() -> None:
     ended = [text for symptom, *_, text in TEXTS if symptom in CONSEQUENCES]
     cause = next(text for symptom, *_, text in TEXTS if symptom == "no-kernel-image")
     for text in ended:
-        assert [one.exit_code for one in match(text)] == [5]
-        assert [one.id for one in match(f"{cause}\n{text}")] == ["no-kernel-image"]
+        assert [one.exit_code for one in find_symptoms(text)] == [5]
+        assert [one.id for one in find_symptoms(f"{cause}\n{text}")] == ["no-kernel-image"]
         told = CliRunner().invoke(cli, ["explain", "-"], input=text)
         assert told.exit_code == 0
         assert "could not be established" in told.output

@@ -26,8 +26,8 @@ def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
 
 @pytest.fixture(autouse=True)
 def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defect.Work, "folder", None)
-    monkeypatch.setattr(defect.Work, "run", None)
+    monkeypatch.setattr(defect.RunContext, "folder", None)
+    monkeypatch.setattr(defect.RunContext, "run", None)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), DefectError("cannot be")])
@@ -74,16 +74,16 @@ def test_a_run_that_cannot_be_described_does_not_hide_the_report(tmp_path) -> No
     def describe() -> dict[str, object]:
         raise ValueError("no")
 
-    defect.working_on(tmp_path, describe)
-    text = defect.report(KeyError("first"))
+    defect.set_run_context(tmp_path, describe)
+    text = defect.report_text(KeyError("first"))
     assert "could not be described: ValueError: no" in text
     assert "KeyError: 'first'" in text
 
 
 def test_a_secret_key_and_the_home_folder_are_taken_out(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    defect.working_on(tmp_path, lambda: {"grpo": {"hub_token": "abc", "beta": 0.1}})
-    text = defect.report(OSError("cannot read /home/somebody/data"))
+    defect.set_run_context(tmp_path, lambda: {"grpo": {"hub_token": "abc", "beta": 0.1}})
+    text = defect.report_text(OSError("cannot read /home/somebody/data"))
     assert '"hub_token": "[redacted]"' in text
     assert '"beta": 0.1' in text
     assert "somebody" not in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from toolkit.base.capability import build_problem, torch_list, vllm_list
+from toolkit.base.capability import build_problem, torch_capabilities, vllm_capabilities
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB, MIB
 from toolkit.gpu import card_sources, card_table, cards
@@ -130,7 +130,7 @@ def test_thor_on_x86_64_and_a_card_without_vllm_are_judged_by_torchs_list() -> N
     )
     problem = str(build_problem((7, 5), machine="aarch64", vllm=False))
     assert "on aarch64 supports 8.0, 9.0" in problem
-    assert torch_list("99.0", "x86_64") is None
+    assert torch_capabilities("99.0", "x86_64") is None
     assert build_problem((9, 0), machine="x86_64", cuda="99.0") is None
 
 
@@ -144,4 +144,4 @@ def test_vllm_is_judged_by_the_list_of_its_own_cuda() -> None:
         build_problem((7, 0), machine="x86_64", cuda="12.9")
     )
     assert build_problem((7, 0), machine="x86_64", cuda="12.8") is None
-    assert vllm_list("12.8", "x86_64") is None
+    assert vllm_capabilities("12.8", "x86_64") is None

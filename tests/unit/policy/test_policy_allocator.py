@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.base.process_environment import VARIABLES, WANTED
+from toolkit.base.process_environment import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY, use_expandable_segments
 
 
@@ -41,18 +41,18 @@ class Driver:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.setenv(name, "")  # put back afterwards
 
 
 def settings() -> list[str | None]:
-    return [os.environ.get(name) for name in VARIABLES]
+    return [os.environ.get(name) for name in ALLOCATOR_VARIABLES]
 
 
 def test_a_card_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(cards=2))
     use_expandable_segments()
-    assert settings() == [WANTED, WANTED]
+    assert settings() == [EXPANDABLE_SEGMENTS, EXPANDABLE_SEGMENTS]
 
 
 def test_an_allocator_at_work_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_an_allocator_at_work_is_told_too(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     use_expandable_segments()
-    assert told == [WANTED]
+    assert told == [EXPANDABLE_SEGMENTS]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings() == ["", ""]
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
 def test_the_users_own_stays_and_is_told_under_both_names(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

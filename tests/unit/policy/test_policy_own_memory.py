@@ -10,7 +10,7 @@ import torch
 from tiny_llama import make_tiny
 
 from toolkit.base.errors import InputError
-from toolkit.base.mapped_files import mapped_files, own_weights
+from toolkit.base.mapped_files import copy_mapped_weights, mapped_weight_files
 from toolkit.policy.adapter_io import read_tensors
 from toolkit.policy.language_model import FastLanguageModel
 from toolkit.policy.saved_adapter import read_adapter
@@ -31,7 +31,7 @@ def load(folder: Path) -> torch.nn.Module:
 def test_a_base_that_is_cut_short_during_the_run(tmp_path: Path, tied: bool) -> None:
     folder = make_tiny(tmp_path / "model", tie_word_embeddings=tied)
     model = load(folder)
-    assert [path for _, _, path in mapped_files() if path.startswith(str(folder))] == []
+    assert [path for _, _, path in mapped_weight_files() if path.startswith(str(folder))] == []
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = model(ids).logits
@@ -48,7 +48,7 @@ def test_a_base_that_is_cut_short_during_the_run(tmp_path: Path, tied: bool) -> 
 def test_only_what_is_mapped_is_copied() -> None:
     model = torch.nn.Linear(4, 4)
     address = model.weight.data_ptr()
-    assert own_weights(model) == 0
+    assert copy_mapped_weights(model) == 0
     assert model.weight.data_ptr() == address
 
 

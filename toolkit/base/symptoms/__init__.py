@@ -1,10 +1,10 @@
 """The most common error texts of other libraries. For each text, a ``Symptom`` gives the remedy,
 and the check that finds the problem before the run.
 
-``match`` searches a traceback or a log. ``envcheck explain -`` prints the result, and ``toolkit``
-commands use it to explain errors of other libraries. The texts are those of vLLM 0.8 to 0.31, torch
-2.6 to 2.13, the driver, NCCL, containers and Slurm. tests/contract fails if upstream changes a
-text.
+``find_symptoms`` searches a traceback or a log. ``envcheck explain -`` prints the result, and
+``toolkit`` commands use it to explain errors of other libraries. The texts are those of vLLM 0.8 to
+0.31, torch 2.6 to 2.13, the driver, NCCL, containers and Slurm. tests/contract fails if upstream
+changes a text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.symptoms import consequences, devices, driver, host, memory, model, software
-from toolkit.base.symptoms.pasted import condensed, streams, telling_lines
-from toolkit.base.symptoms.symptom import Symptom, words_of
+from toolkit.base.symptoms.pasted import condense, error_lines, group_by_rank
+from toolkit.base.symptoms.symptom import Symptom, words_in
 
 if TYPE_CHECKING:
     from toolkit.base.symptoms.symptom import Entry
 
-__all__ = ["CONSEQUENCES", "SYMPTOMS", "TEXTS", "Symptom", "match", "nearest"]
+__all__ = ["CONSEQUENCES", "SYMPTOMS", "TEXTS", "Symptom", "find_symptoms", "similar_symptoms"]
 
 # The most specific symptoms come first, the general ones last.
 _ENTRIES: tuple[Entry, ...] = (
@@ -37,12 +37,12 @@ TEXTS: dict[str, tuple[str, ...]] = {
 }
 # In a text copied from a screen, line breaks may split words. Only this many characters at the end
 # of a text are also searched with all line breaks removed.
-LONGEST_CUT = 100_000
+MAX_REJOINED_CHARACTERS = 100_000
 _ALIKE = 0.5  # the least share of a known text's words that must occur
 _NEAREST = 3
 
 
-def match(text: str) -> list[Symptom]:
+def find_symptoms(text: str) -> list[Symptom]:
     """Return the known failures in a pasted traceback or log, the most specific first; empty if
     there are none. A failure that only follows another failure is returned only if no other failure
     is found.
@@ -50,8 +50,8 @@ def match(text: str) -> list[Symptom]:
     Colours, log prefixes, mixed output of several ranks, and line breaks (also inside a word) are
     ignored.
     """
-    wrapped, joined = streams(condensed(text))
-    forms = [(one, one.lower()) for one in (wrapped, joined[-LONGEST_CUT:])]
+    wrapped, joined = group_by_rank(condense(text))
+    forms = [(one, one.lower()) for one in (wrapped, joined[-MAX_REJOINED_CHARACTERS:])]
     forms = [(one if len(one) == len(low) else low, low) for one, low in forms]
     return _found(_ENTRIES, forms) or _found(consequences.ENTRIES, forms)
 
@@ -68,11 +68,11 @@ def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Sym
     return list(found.values())
 
 
-def nearest(text: str) -> list[Symptom]:
+def similar_symptoms(text: str) -> list[Symptom]:
     """Return at most three symptoms for a text without a known error, the most similar first. These
     are the symptoms whose texts share the most words with the error lines of the text.
     """
-    lines = [words_of(line) for line in telling_lines(condensed(text))]
+    lines = [words_in(line) for line in error_lines(condense(text))]
     scores: dict[Symptom, float] = {}
     for entry in _ALL:
         for known in entry.texts:

@@ -47,15 +47,15 @@ def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     del around
     number = int(hit.group(2).rstrip("."))
     if number in FATAL_XIDS:
-        return symptom.but(title=f"XID {number}: {FATAL_XIDS[number]}")
+        return symptom.with_values(title=f"XID {number}: {FATAL_XIDS[number]}")
     if number in USER_XIDS:
-        return symptom.but(
+        return symptom.with_values(
             title=f"XID {number}: {USER_XIDS[number]}, usually a fault of the program",
             remedy="run the program with CUDA_LAUNCH_BLOCKING=1 to find the kernel; if other "
             "programs also cause this XID on this card, the node is bad",
             exit_code=1,
         )
-    return symptom.but(
+    return symptom.with_values(
         title=f"The kernel's log contains XID {number}",
         remedy="look the number up in NVIDIA's XID catalogue, and run `envcheck check --only "
         "health`",
@@ -148,7 +148,7 @@ ENTRIES = (
         3,
         "NVRM: Xid ({w}): {n}",
         "NVRM: Xid (PCI:{w} {n}",
-        read=_xid,
+        add_details=_xid,
         unless=("gpu-lost", "recovery"),
     ),
     entry(
@@ -240,7 +240,7 @@ ENTRIES = (
         "tensor_parallel_size={n} {..}only {n} GPUs",
         "The number of required GPUs exceeds the total number of available GPUs",
         "Duplicate GPU detected : rank {n} and rank {n}",
-        read=numbers.cards,
+        add_details=numbers.card_count,
     ),
     entry(
         "ordinal",

@@ -72,7 +72,7 @@ ENTRIES = (
         "unsatisfied condition: cuda",
         "unsatisfied condition: driver",
         "unsatisfied condition: brand",
-        read=numbers.driver_cuda,
+        add_details=numbers.driver_cuda,
     ),
     entry(
         "driver-too-old",
@@ -86,7 +86,7 @@ ENTRIES = (
         "cudaErrorInsufficientDriver",
         "PTX was compiled with an unsupported toolchain",
         "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
-        read=numbers.driver_cuda,
+        add_details=numbers.driver_cuda,
     ),
     entry(
         "libcuda-missing",

@@ -12,9 +12,9 @@ from toolkit.base.errors import (
     UnestablishedError,
     first_line,
 )
-from toolkit.base.symptoms import CONSEQUENCES, match
+from toolkit.base.symptoms import CONSEQUENCES, find_symptoms
 
-KINDS: dict[int, type[ToolkitError]] = {
+ERROR_CLASSES: dict[int, type[ToolkitError]] = {
     1: ConfigError,
     3: NodeError,
     4: RetryError,
@@ -22,7 +22,7 @@ KINDS: dict[int, type[ToolkitError]] = {
 }
 
 
-def chain(problem: BaseException) -> list[BaseException]:
+def exception_chain(problem: BaseException) -> list[BaseException]:
     """``problem`` and the exceptions that caused it, the outermost first."""
     found: list[BaseException] = []
     current: BaseException | None = problem
@@ -32,22 +32,22 @@ def chain(problem: BaseException) -> list[BaseException]:
     return found
 
 
-AGAIN = "then start the same command again: it resumes from the last checkpoint"
+RESTART_ADVICE = "then start the same command again: it resumes from the last checkpoint"
 """The advice for a fault that ended a run."""
 
 
-def explained(problem: BaseException, what: str, again: str = "") -> ToolkitError | None:
+def explain_error(problem: BaseException, what: str, advice: str = "") -> ToolkitError | None:
     """Return ``problem`` as an error with the exit code and the remedy of its symptom; None if no
-    symptom matches. ``again`` is advice that is appended to the remedy, such as "then start the
+    symptom matches. ``advice`` is advice that is appended to the remedy, such as "then start the
     same command again".
     """
-    for error in chain(problem):
-        for symptom in match(f"{type(error).__name__}: {error}"):
+    for error in exception_chain(problem):
+        for symptom in find_symptoms(f"{type(error).__name__}: {error}"):
             if symptom.id in CONSEQUENCES:
                 continue
-            return KINDS[symptom.exit_code](
+            return ERROR_CLASSES[symptom.exit_code](
                 f"{what}: {symptom.title} ({first_line(error)})",
-                where=f"check {symptom.check}" if symptom.checked else "the run",
-                fix=f"{symptom.remedy}; {again}" if again else symptom.remedy,
+                where=f"check {symptom.check}" if symptom.has_check else "the run",
+                fix=f"{symptom.remedy}; {advice}" if advice else symptom.remedy,
             )
     return None

@@ -22,7 +22,7 @@ ENTRIES = (
         "Shared memory is too small",
         "No space left on device: '/dev/shm",
         "No space left on device: '/psm_",
-        read=numbers.shared_memory,
+        add_details=numbers.shared_memory,
     ),
     entry(
         "host-memory",

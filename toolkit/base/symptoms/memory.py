@@ -25,7 +25,7 @@ ENTRIES = (
         "--json`",
         4,
         "Free memory on device{..}is less than desired GPU memory utilization",
-        read=numbers.free_share,
+        add_details=numbers.free_share,
     ),
     entry(
         "sequence-does-not-fit",
@@ -38,7 +38,7 @@ ENTRIES = (
         "To serve at least one request with the models's max seq len",  # releases up to 0.11
         "max seq len ({n}) is larger than the maximum number of tokens that can be stored in KV "
         "cache",
-        read=numbers.longest_length,
+        add_details=numbers.longest_length,
     ),
     entry(
         "lora-rank",
@@ -51,7 +51,7 @@ ENTRIES = (
         "max_lora_rank{..}Input should be 1, 8, 16",
         "max_lora_rank{..}Input should be 1,8,16",
         "max_lora_rank ({n}) must be one of",
-        read=numbers.rank,
+        add_details=numbers.lora_rank,
     ),
     entry(
         "lora-target",
@@ -71,7 +71,7 @@ ENTRIES = (
         "vocabulary numbers",
         1,
         "when warming up sampler with {n} dummy requests",
-        read=numbers.halve_sequences,
+        add_details=numbers.halve_sequences,
     ),
     entry(
         "graph-capture",
@@ -102,7 +102,7 @@ ENTRIES = (
         "cudaErrorMemoryAllocation",
         "torch.OutOfMemoryError",
         "torch.cuda.OutOfMemoryError",
-        read=numbers.out_of_memory,
+        add_details=numbers.out_of_memory,
         unless=("sampler-warm-up", "graph-capture"),
     ),
     entry(

@@ -18,7 +18,7 @@ ENTRIES = (
         "is longer than the maximum model length of {n}",
         "This model's maximum context length is {n} tokens",
         "The decoder prompt (length {n}) is longer than the maximum model length",
-        read=numbers.model_length,
+        add_details=numbers.model_length,
     ),
     entry(
         "gated",

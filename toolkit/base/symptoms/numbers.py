@@ -37,7 +37,7 @@ def _gib(pattern: re.Pattern[str], text: str) -> float | None:
     return float(found[1]) * _UNITS[found[2].lower()] if found else None
 
 
-def floor_share(value: float) -> float:
+def round_down_share(value: float) -> float:
     """A fraction of a card's memory, rounded down to two decimal places."""
     return math.floor(value * 100 + 1e-9) / 100
 
@@ -56,7 +56,7 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
         return _tenant(symptom, held, total)
     unused = _gib(_UNUSED, said) or 0.0
     if unused >= max(_ALLOCATOR_SHARE * total, tried - free):
-        return symptom.but(
+        return symptom.with_values(
             title=f"CUDA ran out of memory although {unused:.2f} GiB are reserved in unused pieces",
             check="host.env",
             remedy="set PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF to "
@@ -65,21 +65,21 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
             "were requested",
         )
     if tried >= total:
-        return symptom.but(
+        return symptom.with_values(
             title=f"One tensor of {tried:.2f} GiB is larger than the card ({total:.2f} GiB)",
             remedy="lower per_device_train_batch_size, max_completion_length or "
             "max_num_batched_tokens; `envcheck size run.yaml` shows what each saves",
         )
     short = tried - free
     if short <= 0:  # the process or WSL has a limit, or the free pieces are too small
-        return symptom.but(
+        return symptom.with_values(
             title=f"CUDA ran out of memory although {free:.2f} GiB of {total:.2f} GiB are free",
             remedy="lower gpu_memory_utilization. Under WSL, which limits the memory of a process, "
             "give WSL more of the host's memory (.wslconfig). If that does not help, set "
             "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF to expandable_segments:True",
         )
     share = math.ceil(short / total * 100) / 100
-    return symptom.but(
+    return symptom.with_values(
         title=f"CUDA ran out of memory: {short:.2f} GiB are missing on a card of {total:.2f} GiB",
         remedy=f"lower gpu_memory_utilization by at least {share:.2f} ({short:.2f} GiB of "
         f"{total:.2f}), lower per_device_train_batch_size or max_completion_length, or "
@@ -89,7 +89,7 @@ def out_of_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
 
 def _tenant(symptom: Symptom, held: dict[str, float], total: float) -> Symptom:
     who = ", ".join(f"process {pid} ({amount:.2f} GiB)" for pid, amount in held.items())
-    return symptom.but(
+    return symptom.with_values(
         title=f"Other processes use {sum(held.values()):.2f} of the card's {total:.2f} GiB",
         check="memory.tenant, memory.free",
         remedy=f"wait for {who} or end it (`envcheck probe` shows its name), or use another card. "
@@ -110,14 +110,14 @@ def free_share(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     if amounts is None or not float(amounts[2]):
         return symptom
     free, total = float(amounts[1]), float(amounts[2])
-    fits = floor_share(free / total)
+    fits = round_down_share(free / total)
     if free < _NEARLY_EMPTY * total:
-        return symptom.but(
+        return symptom.with_values(
             remedy=f"wait for the process that uses {total - free:.2f} GiB, or end it (`envcheck "
             f"probe` names it), or set gpu_memory_utilization to at most {fits:.2f} (`envcheck "
             "size run.yaml` shows whether that is enough)"
         )
-    return symptom.but(
+    return symptom.with_values(
         remedy=f"set gpu_memory_utilization to at most {fits:.2f}, or to auto: the card is empty, "
         "but smaller than the requested memory",
         exit_code=1,
@@ -146,13 +146,13 @@ def longest_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom
         steps.append(f"raise gpu_memory_utilization so that the engine has {more:.2f} GiB more")
     if not steps:
         return symptom
-    return symptom.but(
+    return symptom.with_values(
         remedy=f"{', or '.join(steps)}, or use float8_kv_cache; `envcheck size run.yaml` shows "
         "what each saves"
     )
 
 
-def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+def lora_rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     """Read the LoRA rank of the adapter from the error text, and add to the remedy the smallest
     legal max_lora_rank for this rank.
     """
@@ -161,7 +161,7 @@ def rank(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     fits = next((one for one in _NEXT_RANKS if numbers and one >= numbers[0]), None)
     if fits is None:
         return symptom
-    return symptom.but(remedy=f"set max_lora_rank to {fits}, or to auto")
+    return symptom.with_values(remedy=f"set max_lora_rank to {fits}, or to auto")
 
 
 def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
@@ -170,7 +170,7 @@ def halve_sequences(symptom: Symptom, hit: re.Match[str], around: str) -> Sympto
     """
     del around
     half = max(1, int(float(hit.group(1))) // 2)
-    return symptom.but(
+    return symptom.with_values(
         remedy=f"set max_num_seqs to {half} or less, or to auto; the warm-up needs memory for "
         "max_num_seqs x vocabulary numbers"
     )
@@ -189,7 +189,7 @@ def model_length(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     )
     if longest is None:
         return symptom
-    return symptom.but(remedy=f"set max_seq_length to at most {longest[1]}")
+    return symptom.with_values(remedy=f"set max_seq_length to at most {longest[1]}")
 
 
 def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
@@ -206,7 +206,7 @@ def capability(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
         return symptom
     need, have = (one.rstrip(".") for one in numbers.groups())
     need, have = (one if "." in one else f"{one[:-1]}.{one[-1]}" for one in (need, have))
-    return symptom.but(
+    return symptom.with_values(
         title=f"{symptom.title}: {need} is required, but the card has {have}",
     )
 
@@ -221,9 +221,9 @@ def driver_cuda(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     if found:
         number = int(found[1])
         have = f"{number // 1000}.{number % 1000 // 10}"
-        return symptom.but(title=f"{symptom.title} (the driver supports CUDA {have})")
+        return symptom.with_values(title=f"{symptom.title} (the driver supports CUDA {have})")
     if needed:
-        return symptom.but(title=f"{symptom.title} (CUDA {needed[1]} is required)")
+        return symptom.with_values(title=f"{symptom.title} (CUDA {needed[1]} is required)")
     return symptom
 
 
@@ -235,12 +235,12 @@ def shared_memory(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     size = re.search(r"\(size (\d+)\)", around[:400])
     if size is None:
         return symptom
-    return symptom.but(
+    return symptom.with_values(
         title=f"{symptom.title} (a segment of {int(size[1]) / 2**20:.1f} MiB was requested)"
     )
 
 
-def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+def card_count(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     """Read the requested and the available number of cards from the error text, and add them to the
     remedy.
     """
@@ -249,7 +249,7 @@ def cards(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
     if len(numbers) < 2:
         return symptom
     asked, have = numbers[:2]
-    return symptom.but(
+    return symptom.with_values(
         remedy=f"start {have} processes or use a tensor_parallel_size of at most {have}, or give "
         f"the job {asked} GPUs (CUDA_VISIBLE_DEVICES, --gpus, --gres)"
     )

@@ -37,18 +37,18 @@ _RANK = re.compile(r"\[rank(\d{1,4})\]:|\(([^()\n]{0,80}\bpid=\d{1,9})\)")
 _FRAME = " \t\r│┃"  # characters that terminals and loggers add at the end of a line
 
 
-def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Return ``text`` unchanged if it has at most ``longest`` characters; else only its error lines
-    with some context, and its end.
+def condense(text: str, max_characters: int = LONGEST_TEXT) -> str:
+    """Return ``text`` unchanged if it has at most ``max_characters`` characters; else only its
+    error lines with some context, and its end.
     """
-    if len(text) <= longest:
+    if len(text) <= max_characters:
         return text
     text = _without_repeats(text)
-    if len(text) <= longest:
+    if len(text) <= max_characters:
         return text
     spans = sorted((max(0, at - _AROUND), at + _AROUND) for at in _hits(text))
     merged: list[list[int]] = []
-    for start, stop in [*spans, (len(text) - min(_END, longest // 4), len(text))]:
+    for start, stop in [*spans, (len(text) - min(_END, max_characters // 4), len(text))]:
         if merged and start <= merged[-1][1]:
             merged[-1][1] = max(stop, merged[-1][1])
         else:
@@ -58,7 +58,7 @@ def condensed(text: str, longest: int = LONGEST_TEXT) -> str:
         first = text.rfind("\n", max(0, start - _AROUND), start) + 1 or start
         last = text.find("\n", stop, stop + _AROUND)
         parts.append(text[first : stop if last < 0 else last])
-    return _ends("\n".join(parts), longest)
+    return _ends("\n".join(parts), max_characters)
 
 
 def _without_repeats(text: str) -> str:
@@ -104,7 +104,7 @@ def _ends(text: str, longest: int) -> str:
     return text[:half] + "\n" + text[-half:]
 
 
-def streams(text: str) -> tuple[str, str]:
+def group_by_rank(text: str) -> tuple[str, str]:
     """Return two versions of ``text`` in which line prefixes are removed and the lines of each rank
     are next to each other. The first version has a space in place of each line break. The second
     version joins the lines without a space.
@@ -122,10 +122,10 @@ def streams(text: str) -> tuple[str, str]:
     return " ".join(" ".join(lines).split()), "".join(lines)
 
 
-def telling_lines(text: str, most: int = 80) -> list[str]:
-    """The last ``most`` lines that contain a word such as "error" or "failed". If there are no such
-    lines, return the last lines of the text.
+def error_lines(text: str, max_lines: int = 80) -> list[str]:
+    """The last ``max_lines`` lines that contain a word such as "error" or "failed". If there are no
+    such lines, return the last lines of the text.
     """
     lines = [line for line in _ESCAPES.sub("", text).splitlines() if line.strip()]
     telling = [line for line in lines if any(word in line for word in _TELLING)]
-    return (telling or lines)[-most:]
+    return (telling or lines)[-max_lines:]

@@ -18,7 +18,7 @@ ENTRIES = (
         "Current CUDA Device does not support bfloat16",
         "bf16 is not supported on this device",
         "feature '.bf16' requires .target sm_80 or higher",
-        read=numbers.capability,
+        add_details=numbers.capability,
     ),
     entry(
         "quantization-capability",
@@ -32,7 +32,7 @@ ENTRIES = (
         "torch._scaled_mm is only supported on CUDA devices with compute capability",
         "fp8 is only supported on GPUs with compute capability",
         "FP8 quantized models is only supported on GPUs with compute capability",
-        read=numbers.capability,
+        add_details=numbers.capability,
     ),
     entry(
         "float8-cache",

@@ -18,7 +18,7 @@ _PARTS = {
 }
 _SPLIT = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
 # number of characters searched on either side of a text's longest literal part
-NEAR, FAR = 700, 5000
+DEFAULT_WINDOW, LONG_WINDOW = 700, 5000
 _MOST_PLACES = 12  # number of occurrences checked from the start, and the same number from the end
 
 
@@ -38,19 +38,19 @@ class Symptom:
     exit_code: int
 
     @property
-    def checked(self) -> bool:
+    def has_check(self) -> bool:
         """Whether some check, rule or command finds this failure beforehand."""
         return not self.check.startswith("none: ")
 
-    def but(self, **values: str | int) -> Symptom:
+    def with_values(self, **values: str | int) -> Symptom:
         """Return a copy of this symptom with other values for the fields that the keywords name.
-        For example, ``but(title="...")`` replaces the title. The functions ``read`` of the entries
-        use this method to add the numbers of an error text to the symptom.
+        For example, ``with_values(title="...")`` replaces the title. The functions ``add_details``
+        of the entries use this method to add the numbers of an error text to the symptom.
         """
         return replace(self, **values)  # type: ignore[arg-type]
 
 
-class Text:
+class TextPattern:
     """The pattern of one error text of another library. ``{n}`` stands for a number, ``{w}`` for a
     word, ``{..}`` for up to 300 characters, and ``{....}`` for up to 4000. Everything else is
     literal. Case is ignored.
@@ -63,7 +63,7 @@ class Text:
         self.text = text
         parts = _SPLIT.split(text)
         self.anchor = max(parts[::2], key=len).lower().strip()
-        self.window = FAR if "{....}" in text else NEAR
+        self.window = LONG_WINDOW if "{....}" in text else DEFAULT_WINDOW
         self._parts = parts
 
     @cached_property
@@ -80,7 +80,7 @@ class Text:
         """Find this pattern in ``text``. Return (match, the text from the beginning of the match);
         None if there is no match. ``lowered`` is ``text`` in lower case.
         """
-        for at in places(lowered, self.anchor):
+        for at in find_occurrences(lowered, self.anchor):
             around = text[max(0, at - self.window) : at + self.window]
             if hit := self.pattern.search(around):
                 return hit, around[hit.start() :]
@@ -89,15 +89,15 @@ class Text:
     @property
     def words(self) -> frozenset[str]:
         """The words in the literal parts of this pattern."""
-        return words_of(" ".join(self._parts[::2]))
+        return words_in(" ".join(self._parts[::2]))
 
 
-def words_of(text: str) -> frozenset[str]:
+def words_in(text: str) -> frozenset[str]:
     """The words in ``text`` with three or more letters, in lower case."""
     return frozenset(re.findall(r"[a-z_]{3,}", text.lower()))
 
 
-def places(text: str, wanted: str) -> list[int]:
+def find_occurrences(text: str, wanted: str) -> list[int]:
     """The positions of ``wanted`` in ``text``: at most the first dozen and the last dozen."""
     found: list[int] = []
     at = text.find(wanted)
@@ -117,14 +117,14 @@ def places(text: str, wanted: str) -> list[int]:
 class Entry:
     """A symptom, with the patterns of the error texts that show it.
 
-    ``read`` is a function that reads the numbers in an error text and adds them to the symptom.
-    ``unless`` contains ids of other symptoms. If one of them is found in the same text, this entry
-    is ignored, because the other symptom explains the text better.
+    ``add_details`` is a function that reads the numbers in an error text and adds them to the
+    symptom. ``unless`` contains ids of other symptoms. If one of them is found in the same text,
+    this entry is ignored, because the other symptom explains the text better.
     """
 
     symptom: Symptom
-    texts: tuple[Text, ...]
-    read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None
+    texts: tuple[TextPattern, ...]
+    add_details: Callable[[Symptom, re.Match[str], str], Symptom] | None = None
     unless: frozenset[str] = frozenset()
 
     def find(self, text: str, lowered: str) -> Symptom | None:
@@ -133,7 +133,7 @@ class Entry:
         """
         for one in self.texts:
             if found := one.find(text, lowered):
-                return self.read(self.symptom, *found) if self.read else self.symptom
+                return self.add_details(self.symptom, *found) if self.add_details else self.symptom
         return None
 
 
@@ -144,9 +144,11 @@ def entry(  # noqa: PLR0913 - a row of a table
     remedy: str,
     exit_code: int,
     *texts: str,
-    read: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
+    add_details: Callable[[Symptom, re.Match[str], str], Symptom] | None = None,
     unless: tuple[str, ...] = (),
 ) -> Entry:
     """Create one ``Entry`` from the fields of its symptom and the patterns of its error texts."""
     symptom = Symptom(symptom_id, title, check, remedy, exit_code)
-    return Entry(symptom, tuple(Text(text) for text in texts), read, frozenset(unless))
+    return Entry(
+        symptom, tuple(TextPattern(text) for text in texts), add_details, frozenset(unless)
+    )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
 from toolkit.config.importers.formats import table
 from toolkit.config.importers.mapping import Row, Written
@@ -108,7 +108,7 @@ def _one_line(text: str) -> str:
     """Return a text as one line for a comment. Secrets and characters that control a terminal are
     hidden.
     """
-    line = " ".join(redact(visible(text)).split())
+    line = " ".join(redact(escape_unprintable(text)).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.base.vllm_models import vllm_lists
+from toolkit.base.vllm_models import vllm_supports_any
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type
 from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
@@ -173,7 +173,7 @@ def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
     if not isinstance(names, list) or not names:
         return
     try:
-        listed = vllm_lists(map(str, names))
+        listed = vllm_supports_any(map(str, names))
     except OSError:
         return
     if listed is False:

@@ -55,7 +55,9 @@ def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
     kept, left = set(only), set(skip)
     for entry in sorted(kept | left):
         if entry not in checks and entry not in families:
-            near = did_you_mean.near(entry, [*families, *checks], cutoff=0.5, within=1)
+            near = did_you_mean.similar_words(
+                entry, [*families, *checks], cutoff=0.5, max_difference=1
+            )
             fix = f"did you mean {', '.join(near)}? " if near else ""
             names = ", ".join(sorted(families))
             raise InputError(

@@ -7,7 +7,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import GIB, MIB, format_bytes
-from toolkit.base.process_environment import VARIABLES, WANTED, expands
+from toolkit.base.process_environment import (
+    ALLOCATOR_VARIABLES,
+    EXPANDABLE_SEGMENTS,
+    has_expandable_segments,
+)
 from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
 from toolkit.gpu.presence import gpu_needed
 
@@ -194,12 +198,12 @@ def _rigid(variables: Mapping[str, str]) -> list[str]:
     Without such a variable, training turns on expandable segments (policy/cuda_allocator.py). The
     sizer assumes that they are on.
     """
-    written = {name: variables[name] for name in VARIABLES if variables.get(name)}
+    written = {name: variables[name] for name in ALLOCATOR_VARIABLES if variables.get(name)}
     return [
-        f"{name}={value}: without {WANTED}, memory is lost to fragmentation, and the sizer does "
-        "not count this loss"
+        f"{name}={value}: without {EXPANDABLE_SEGMENTS}, memory is lost to fragmentation, and the "
+        "sizer does not count this loss"
         for name, value in written.items()
-        if not expands(value)
+        if not has_expandable_segments(value)
     ]
 
 

@@ -11,8 +11,8 @@ from toolkit.base.capability import (
     FLOAT8_CACHE,
     FOUR_BIT,
     build_problem,
-    spelled,
-    torch_list,
+    format_capability,
+    torch_capabilities,
 )
 from toolkit.base.formatting import plural
 from toolkit.base.versions import as_version, satisfies
@@ -130,8 +130,8 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         machine = machine_of(snapshot, gpu)
         if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
             return fail("user", problem)
-        text = f"compute capability {spelled(gpu.capability)}"
-        if torch_list(built, machine) is None:
+        text = f"compute capability {format_capability(gpu.capability)}"
+        if torch_capabilities(built, machine) is None:
             return unknown(f"{text}; the cards that torch (CUDA {built}) supports are unknown")
         return ok(f"torch for CUDA {built} supports {text}")
 
@@ -158,8 +158,8 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             if gpu.capability < least:
                 return fail(
                     "user",
-                    f"{name} needs compute capability {spelled(least)} or higher, but this card "
-                    f"has {has}",
+                    f"{name} needs compute capability {format_capability(least)} or higher, but "
+                    f"this card has {has}",
                 )
         return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 

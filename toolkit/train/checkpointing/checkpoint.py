@@ -305,7 +305,7 @@ def read_json(folder: Path, name: str) -> Any:
         return json.loads(regular.read_bytes(file, limit=MAX_STATE_BYTES))
     except (ValueError, RecursionError) as problem:
         what = f"cannot be read as JSON: {first_line(problem)}"
-        raise regular.unusable(file, what) from problem
+        raise regular.unusable_file_error(file, what) from problem
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError, InputError
-from toolkit.base.files import kind_fault, read_object
+from toolkit.base.files import file_type_fault, read_json_object
 from toolkit.train.checkpointing.branch import RECORD
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
@@ -102,7 +102,7 @@ def _refuse_other_config(path: Path) -> None:
     if mode is None or stat.S_ISLNK(mode):
         return
     try:
-        sections = read_object(path).keys()
+        sections = read_json_object(path).keys()
     except InputError:
         sections = {}.keys()
     if not sections >= {"model", "grpo"}:
@@ -141,7 +141,7 @@ def _mode(path: Path) -> int | None:
 def _what(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "is a link"
-    return "is a file" if stat.S_ISREG(mode) else kind_fault(mode) or "is not a regular file"
+    return "is a file" if stat.S_ISREG(mode) else file_type_fault(mode) or "is not a regular file"
 
 
 def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:

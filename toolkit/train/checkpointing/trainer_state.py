@@ -147,9 +147,9 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if first else None
     except Exception as error:
-        # Before ``disk.translate``, which reports the free space.
+        # Before ``disk.to_toolkit_error``, which reports the free space.
         shutil.rmtree(partial, ignore_errors=True)
-        known = disk.translate(error, run_dir, needed=_size_of(trainer, snapshot))
+        known = disk.to_toolkit_error(error, run_dir, needed=_size_of(trainer, snapshot))
         if known is None or known is error:
             raise
         raise known from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import datasets
 import pyarrow as pa
 
-from toolkit.base.data_files import names_fault
+from toolkit.base.data_files import column_names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
 from toolkit.config.data_types import MAX_DEPTH, MISFIT_FIX, misfit, too_deep
 
@@ -35,8 +35,8 @@ def from_rows(
 ) -> Rows:
     """Convert rows to columns. A key that a row does not have gets the value null in this row."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
-    if fault := names_fault(keys):
-        first = next((i for i, row in enumerate(rows) if names_fault(row)), 0)
+    if fault := column_names_fault(keys):
+        first = next((i for i, row in enumerate(rows) if column_names_fault(row)), 0)
         broken(place(first), fault)
     columns = {name: _column(name, [row.get(name) for row in rows], place) for name in keys}
     return Rows(pa.table(columns), place)
@@ -57,7 +57,7 @@ def checked(rows: Rows, path: Path) -> Rows:
         table.validate(full=True)
     except ARROW_ERRORS as error:
         broken(str(path), f"contains a value that cannot be read: {first_line(error)}")
-    if fault := names_fault(names):
+    if fault := column_names_fault(names):
         broken(str(path), fault)
     for index, field in enumerate(table.schema):
         if pa.types.is_map(field.type):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import compute
 
-from toolkit.base.data_files import chat_in
+from toolkit.base.data_files import parse_chat
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import plural
 from toolkit.config.reward_table import LEFT_OUT
@@ -32,7 +32,7 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
     are chats in JSON, all prompts stay texts.
     """
     texts = [value for value in values if isinstance(value, str) and value.strip()]
-    chats = {text: chat for text in texts if (chat := chat_in(text)) is not None}
+    chats = {text: chat for text in texts if (chat := parse_chat(text)) is not None}
     if not chats:
         return [without_nulls(value) for value in values], []
     written = sum(text in chats for text in texts)

@@ -271,7 +271,7 @@ def _prepared(
 def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> None:
     if name is None or name in table.column_names:
         return
-    near = did_you_mean.near(name, table.column_names, cutoff=0.6)
+    near = did_you_mean.similar_words(name, table.column_names, cutoff=0.6)
     raise ConfigError(
         f"dataset.{key} names the column {name!r}, which does not exist; the columns are "
         f"{', '.join(table.column_names)}",

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from toolkit.base.data_files import data_kind, path_fault
+from toolkit.base.data_files import data_file_type, path_fault
 from toolkit.base.errors import ConfigError, InputError, RetryError, first_line
 from toolkit.base.files import (
-    FIX_COPY,
+    FIX_REGULAR_FILE,
     MAX_DATA_BYTES,
     check_folder,
     open_bytes,
     open_regular,
-    read_object,
-    unusable,
+    read_json_object,
+    unusable_file_error,
 )
 from toolkit.base.paths import safe_join
 from toolkit.config.run_paths import is_path_only
@@ -51,7 +51,7 @@ def read_source(
     """
     local = Path(path).expanduser()
     if fault := path_fault(local) if os.path.lexists(local) else None:
-        raise unusable(path, fault, fix=FIX_COPY)
+        raise unusable_file_error(path, fault, fix=FIX_REGULAR_FILE)
     if local.is_dir():
         return _read_folder(local, split, limit)
     if local.exists() or is_path_only(path):
@@ -79,7 +79,7 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             )
         folder = safe_join(folder, split, what="a split")
     if not (folder / "state.json").is_file():
-        inside = sorted(item.name for item in folder.iterdir() if data_kind(item))
+        inside = sorted(item.name for item in folder.iterdir() if data_file_type(item))
         raise ConfigError(
             "is not a folder that `save_to_disk` of the datasets library wrote",
             where=str(folder),
@@ -103,9 +103,9 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
 
 
 def _list_in(path: Path, key: str) -> list[Any]:
-    value = read_object(path).get(key) or []
+    value = read_json_object(path).get(key) or []
     if not isinstance(value, list):
-        raise unusable(path, f"has no list of {key}")
+        raise unusable_file_error(path, f"has no list of {key}")
     return value
 
 

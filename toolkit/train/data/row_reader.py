@@ -19,15 +19,15 @@ from pyarrow import parquet
 from toolkit.base.archives import is_archive, unpack
 from toolkit.base.data_files import (
     MAX_JSON_DATA_BYTES,
-    data_kind,
-    data_lines,
-    decoded,
-    json_value,
-    names_fault,
-    no_kind,
-    not_one,
+    column_names_fault,
+    data_file_type,
+    decode_utf8,
+    file_count_message,
+    numbered_lines,
     open_data,
-    unreadable_table,
+    parse_json_value,
+    unreadable_table_message,
+    unsupported_file_message,
 )
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
@@ -52,9 +52,9 @@ def read_file(path: Path, limit: int | None = None) -> Rows:
     """
     if is_archive(path):
         return _read_archive(path, limit)
-    kind = data_kind(path)
+    kind = data_file_type(path)
     if kind is None:
-        what, fix = no_kind(path)
+        what, fix = unsupported_file_message(path)
         raise ConfigError(what, where=str(path), fix=fix)
     if not path.exists() and not path.is_symlink():
         raise InputError("the file does not exist", where=str(path), fix=_nearest(path))
@@ -68,7 +68,7 @@ def read_file(path: Path, limit: int | None = None) -> Rows:
 def _read_jsonl(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     rows: list[Any] = []
     lines: list[int] = []
-    for number, text in data_lines(file, path):
+    for number, text in numbered_lines(file, path):
         if limit is not None and len(rows) >= limit:
             break
         if not text.strip():
@@ -86,7 +86,7 @@ def _read_json(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     raw = file.read(MAX_JSON_DATA_BYTES + 1)
     if len(raw) > MAX_JSON_DATA_BYTES:
         broken(str(path), f"unpacks to more than {format_bytes(MAX_JSON_DATA_BYTES)}")
-    value = _parse(decoded(raw.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
+    value = _parse(decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
@@ -115,7 +115,7 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             strict=True,
         )
         header = next(reader, [])
-        if fault := names_fault(header):
+        if fault := column_names_fault(header):
             broken(f"{path}:1", fault)
         for fields in reader:
             if limit is not None and len(rows) >= limit:
@@ -170,7 +170,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
                 break
         table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), unreadable_table("Parquet", first_line(error)))
+        broken(str(path), unreadable_table_message("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -182,7 +182,7 @@ def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             file.seek(0)
             table = pa.ipc.open_file(file).read_all()
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), unreadable_table("Arrow", first_line(error)))
+        broken(str(path), unreadable_table_message("Arrow", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -207,11 +207,11 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
         files = [
             file
             for file in sorted(folder.rglob("*"))
-            if data_kind(file) is not None and file.is_file()
+            if data_file_type(file) is not None and file.is_file()
         ]
         if len(files) != 1:
             raise ConfigError(
-                not_one(len(files)),
+                file_count_message(len(files)),
                 where=str(path),
                 fix="unpack the archive, and use the path of one data file",
             )
@@ -226,7 +226,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json_value(text)
+        return parse_json_value(text)
     except json.JSONDecodeError as error:
         at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
         broken(at, f"is not JSON: {error.msg}")
@@ -240,5 +240,5 @@ def _nearest(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
         return f"correct the path, because the folder {folder} does not exist either"
-    there = sorted(item.name for item in folder.iterdir() if data_kind(item))
+    there = sorted(item.name for item in folder.iterdir() if data_file_type(item))
     return f"use a data file in {folder}: {', '.join(there[:8])}" if there else None

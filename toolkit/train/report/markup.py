@@ -7,7 +7,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.formatting import visible
+from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def text(value: Any) -> str:
     """Escape ``value`` for an HTML element or a quoted attribute. Secrets are removed."""
     plain = redact(value if isinstance(value, str) else str(value))
-    return html.escape(visible(plain), quote=True)
+    return html.escape(escape_unprintable(plain), quote=True)
 
 
 def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:

@@ -53,7 +53,7 @@ def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
     types = {field.name: str(field.type) for field in fields(kind)}
     for option, value in options.items():
         if option not in types:
-            near = did_you_mean.near(option, types, cutoff=0.6)
+            near = did_you_mean.similar_words(option, types, cutoff=0.6)
             raise ConfigError(
                 f"reward {name} has no option {option!r}",
                 fix=f"did you mean {near[0]}?" if near else f"its options are: {', '.join(types)}",
@@ -135,7 +135,7 @@ def make_function(
 def _kind(name: str) -> type[Any]:
     if name in BUILTINS:
         return BUILTINS[name]
-    near = did_you_mean.near(name, BUILTINS, cutoff=0.6)
+    near = did_you_mean.similar_words(name, BUILTINS, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
         f"the reward {name!r} does not exist",

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.base.formatting import plural, visible
+from toolkit.base.formatting import escape_unprintable, plural
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
@@ -148,7 +148,7 @@ def _kind(value: Any) -> str:
 
 def _line(text: str) -> str:
     """``text`` in one line and without control characters. It may come from a model."""
-    return visible(text).replace("\n", "\\n")
+    return escape_unprintable(text).replace("\n", "\\n")
 
 
 def _article(noun: str) -> str:

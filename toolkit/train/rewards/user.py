@@ -149,7 +149,7 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
 
 def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
     there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-    near = did_you_mean.near(attribute, there, cutoff=0.6)
+    near = did_you_mean.similar_words(attribute, there, cutoff=0.6)
     what = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
         f"{name}: {attribute} {what} in {module.__name__}",

@@ -15,7 +15,7 @@ import torch
 
 from toolkit.base import disk
 from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError, first_line
-from toolkit.base.symptoms.errors import AGAIN, explained
+from toolkit.base.symptoms.errors import RESTART_ADVICE, explain_error
 from toolkit.engine.oom_backoff import is_out_of_memory
 from toolkit.policy.machine_facts import cuda_in_use
 from toolkit.train.upstream_errors import config_fault
@@ -51,7 +51,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
     if isinstance(error, ToolkitError):
         return error
     said = f"{type(error).__name__}: {first_line(error)}"
-    if (full := disk.translate(error, where)) is not None:
+    if (full := disk.to_toolkit_error(error, where)) is not None:
         return full
     if isinstance(error, IsADirectoryError):  # write_file raises this when it renames onto a folder
         return ConfigError(
@@ -66,7 +66,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             fix="check the network, and check the login with `hf auth whoami`. Or remove the key "
             "grpo.log_completions_hub_repo, so that the run does not use the Hub",
         )
-    known = explained(error, "the run failed", AGAIN)
+    known = explain_error(error, "the run failed", RESTART_ADVICE)
     if known is not None and known.exit_code == RetryError.exit_code:
         return known
     if is_out_of_memory(error):

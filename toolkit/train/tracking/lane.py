@@ -9,7 +9,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from toolkit.base.abandoned_threads import PREFIX
+from toolkit.base.abandoned_threads import THREAD_NAME_PREFIX
 from toolkit.base.errors import first_line
 from toolkit.base.secrets import redact
 
@@ -37,7 +37,9 @@ class Lane:
         self._left_out = 0
         self._over = threading.Event()
         # A daemon thread, because a tracker that hangs must not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name=f"{PREFIX}{tracker}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name=f"{THREAD_NAME_PREFIX}{tracker}", daemon=True
+        )
         self._thread.start()
 
     def put(self, method: str, *arguments: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from toolkit.base.errors import InputError
-from toolkit.base.files import read_object
+from toolkit.base.files import read_json_object
 from toolkit.base.paths import write_file
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def begin(
 
 def _read(run_dir: Path) -> dict[str, Any]:
     try:
-        return read_object(run_dir / FILE)
+        return read_json_object(run_dir / FILE)
     except InputError:
         return {}
 
