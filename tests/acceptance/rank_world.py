@@ -69,7 +69,7 @@ def record_logs(path: Path) -> None:
     """Have this process write what its trainer logs, and at the end the sum of its adapter."""
     from transformers import Trainer
 
-    from toolkit.train.checkpointing.state_files import trainable
+    from toolkit.train.checkpointing.state_files import trainable_parameters
 
     log, train = Trainer.log, Trainer.train
 
@@ -85,7 +85,12 @@ def record_logs(path: Path) -> None:
     def trained(trainer, *args, **kwargs):
         end = train(trainer, *args, **kwargs)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        noted({name: p.detach().double().sum().item() for name, p in trainable(model).items()})
+        noted(
+            {
+                name: p.detach().double().sum().item()
+                for name, p in trainable_parameters(model).items()
+            }
+        )
         return end
 
     Trainer.log, Trainer.train = logged, trained

@@ -275,5 +275,5 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     assert "the disk is full" in shown.stderr
     assert "Traceback" not in shown.stdout + shown.stderr
     (small_disk / "filler").unlink()
-    assert checkpoint.faults(small_disk / "out" / "checkpoint-3") == []
+    assert checkpoint.find_faults(small_disk / "out" / "checkpoint-3") == []
     assert not (small_disk / "out" / "checkpoint-4").exists()

@@ -157,7 +157,7 @@ def test_a_signal_to_one_rank_stops_all_where_they_agree(run_file, tmp_path, vic
     latest = checkpoint.list_steps(run_dir)[0]
     assert told.count("\nerror:") == 1, told
     assert f"stopped by SIGUSR1; checkpoint-{latest} was saved" in told
-    assert checkpoint.faults(run_dir / f"checkpoint-{latest}") == []
+    assert checkpoint.find_faults(run_dir / f"checkpoint-{latest}") == []
     assert len(world.rows(run_dir)) == latest
 
 
@@ -199,7 +199,7 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp
     _, err = process.communicate(timeout=60)  # ends when the ranks have closed it as well
     assert process.returncode == -signal.SIGKILL
     assert "stopped by SIGTERM; checkpoint-" in err
-    assert checkpoint.faults(run_dir / f"checkpoint-{checkpoint.list_steps(run_dir)[0]}") == []
+    assert checkpoint.find_faults(run_dir / f"checkpoint-{checkpoint.list_steps(run_dir)[0]}") == []
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def check(case: Case, shown: Ended) -> None:
 def check_stopped(ended: Ended) -> None:
     """Two steps were done, and are whole."""
     assert [row["step"] for row in ended.rows()] == [1, 2]
-    assert checkpoint.faults(ended.folder / "out" / "checkpoint-2") == []
+    assert checkpoint.find_faults(ended.folder / "out" / "checkpoint-2") == []
     assert not (ended.folder / "out" / "checkpoint-3").exists()
 
 

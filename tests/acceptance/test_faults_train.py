@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 from spoiled_world import Ended, make_model, make_world, serve
 
-from toolkit.train.checkpointing.trainer_state import ADAPTER
+from toolkit.train.checkpointing.trainer_state import ADAPTER_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,7 +185,7 @@ def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) ->
     refused(run, "not finite for 3 steps in a row, up to step 4", str(saved), "weights from before")
     assert load_file(saved)
     assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
-    first, last = (run.folder / "out" / name / ADAPTER for name in checkpoints(run))
+    first, last = (run.folder / "out" / name / ADAPTER_FILE for name in checkpoints(run))
     assert first.read_bytes() == last.read_bytes()
 
 

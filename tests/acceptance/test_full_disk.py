@@ -54,7 +54,7 @@ def told(said):
 def is_whole(run_dir):
     """Nothing half written under a name that is read."""
     assert list(run_dir.glob(".checkpoint-*")) == []
-    assert all(checkpoint.faults(one) == [] for one in run_dir.glob("checkpoint-*"))
+    assert all(checkpoint.find_faults(one) == [] for one in run_dir.glob("checkpoint-*"))
     assert not [one for one in run_dir.glob(".*.[0-9]*") if one.is_file()]
 
 

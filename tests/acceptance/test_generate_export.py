@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from toolkit.policy.language_model import FastLanguageModel
     from toolkit.train.checkpointing import checkpoint, trainer_state
-    from toolkit.train.checkpointing.state_files import trainable
+    from toolkit.train.checkpointing.state_files import trainable_parameters
 
     folder = tmp_path_factory.mktemp("world")
     run = folder / "run"
@@ -93,8 +93,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw()
     part = checkpoint.begin(run, 7)
     save_file(
-        {name: p.detach().clone() for name, p in trainable(model).items()},
-        part / trainer_state.ADAPTER,
+        {name: p.detach().clone() for name, p in trainable_parameters(model).items()},
+        part / trainer_state.ADAPTER_FILE,
     )
     checkpoint.commit(part, 7)
     draw()

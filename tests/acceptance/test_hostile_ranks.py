@@ -157,7 +157,7 @@ def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, vi
     assert "(File too large)" in said
     assert "Traceback" not in said
     assert "checkpoint-2" in {path.name for path in run_dir.glob("checkpoint-*")}
-    assert branch.own_steps(run_dir) == [2]
+    assert branch.valid_steps(run_dir) == [2]
     assert resumed(run_file, run_dir) == expected
 
 
@@ -178,5 +178,5 @@ def test_a_launched_rank_that_is_stopped_is_ended_by_the_launcher(run_file, tmp_
     assert process.returncode == 4, err
     assert err.count("error: ") == 1, err
     assert not any(os.path.exists(f"/proc/{child}") for child in children)
-    assert all(checkpoint.faults(one) == [] for one in run_dir.glob("checkpoint-*"))
+    assert all(checkpoint.find_faults(one) == [] for one in run_dir.glob("checkpoint-*"))
     shutil.rmtree(run_dir)

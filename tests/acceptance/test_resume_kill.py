@@ -180,5 +180,5 @@ def test_killed_at_10_points_while_resuming_from_a_rolled_back_checkpoint(
         assert world.digests(asides[0]) == undisturbed.digests
         later = {f"checkpoint-{step}" for step in checkpoint.list_steps(whole) if step > BACK}
         assert later <= {folder.name for aside in asides for folder in aside.glob("checkpoint-*")}
-        assert all(checkpoint.faults(f) == [] for f in run_dir.glob("checkpoint-*"))
+        assert all(checkpoint.find_faults(f) == [] for f in run_dir.glob("checkpoint-*"))
     assert moved >= 5

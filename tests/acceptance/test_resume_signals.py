@@ -76,7 +76,7 @@ def test_a_step_that_is_too_long_is_abandoned(undisturbed, tmp_path, phase, numb
     assert time.monotonic() - sent < 20
     assert f"stopped by {number.name}; checkpoint-2 was saved" in out.read_text()
     assert checkpoint.list_steps(run_dir) == [2]
-    assert checkpoint.faults(run_dir / "checkpoint-2") == []
+    assert checkpoint.find_faults(run_dir / "checkpoint-2") == []
     assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
     assert world.digests(run_dir) == expected
 
@@ -91,7 +91,7 @@ def test_a_signal_between_steps_saves_at_the_end_of_the_step(undisturbed, tmp_pa
     code = world.wait(pid)
     if code == 75:
         steps = checkpoint.list_steps(run_dir)
-        assert checkpoint.faults(run_dir / f"checkpoint-{steps[0]}") == []
+        assert checkpoint.find_faults(run_dir / f"checkpoint-{steps[0]}") == []
         assert f"checkpoint-{steps[0]} was saved" in out.read_text()
         assert sum("loss" in row for row in world.rows(run_dir)) == steps[0]
         assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
@@ -117,7 +117,7 @@ def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
     os.kill(pid, signal.SIGINT)
     assert world.wait(pid) == 130
     assert time.monotonic() - sent < 10
-    assert checkpoint.faults(run_dir / "checkpoint-2") == []
+    assert checkpoint.find_faults(run_dir / "checkpoint-2") == []
 
 
 def test_while_loading_there_is_nothing_to_wait_for(undisturbed, tmp_path):
@@ -207,7 +207,7 @@ def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
     written = "no step was completed yet" if saved is None else f"checkpoint-{saved} was saved"
     assert f"stopped by {number.name}; {written}" in out.read_text()
     assert steps[:1] == ([] if saved is None else [saved])
-    assert all(checkpoint.faults(run_dir / f"checkpoint-{step}") == [] for step in steps)
+    assert all(checkpoint.find_faults(run_dir / f"checkpoint-{step}") == [] for step in steps)
     assert list(run_dir.glob(".checkpoint-*")) == []
     assert world.wait(world.forked(run_file, out, override, evaluate=True)) == 0, out.read_text()
     assert world.digests(run_dir) == expected

@@ -29,7 +29,7 @@ def go(run_file, run_dir, *overrides, before=None):
 
 def sound(run_dir):
     folders = run_dir.glob("checkpoint-*")
-    return {folder.name for folder in folders if checkpoint.faults(folder) == []}
+    return {folder.name for folder in folders if checkpoint.find_faults(folder) == []}
 
 
 def stop_at(step):
@@ -98,7 +98,7 @@ def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
     code, said = go(run_file, mixed)
     assert code == 0, said
     assert world.digests(mixed) == world.digests(plain)
-    assert branch.own_steps(mixed) == branch.own_steps(plain) == [8, 6]
+    assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6]
     assert all((mixed / name / "x").read_text() == "mine" for name in strange)
     assert (mixed / "checkpoint-80").is_symlink()
     assert not list(mixed.glob("abandoned-*"))

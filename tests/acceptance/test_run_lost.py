@@ -80,7 +80,7 @@ def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expect
     assert f"{run_dir}: the run folder was moved during the run, and is now {moved};" in said
     assert "checkpoint-4 was saved" in said
     assert not run_dir.exists()
-    assert checkpoint.faults(moved / "checkpoint-4") == []
+    assert checkpoint.find_faults(moved / "checkpoint-4") == []
     again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
     assert world.wait(again) == 0
     assert world.digests(moved) == expected
@@ -100,7 +100,7 @@ def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
     assert f"was replaced by another folder during the run, and is now {moved}; " in said
     assert "checkpoint-4 was saved" in said
     assert [path.name for path in run_dir.iterdir()] == ["of-another"]
-    assert checkpoint.faults(moved / "checkpoint-4") == []
+    assert checkpoint.find_faults(moved / "checkpoint-4") == []
 
 
 def test_a_folder_that_is_removed_is_not_made_again(run_file, tmp_path):
@@ -119,7 +119,7 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
         "metrics.jsonl was removed, replaced or changed by another program during the run" in said
     )
     assert "checkpoint-4 was saved" in said
-    assert branch.own_steps(run_dir) == [4, 2]
+    assert branch.valid_steps(run_dir) == [4, 2]
     out = tmp_path / "again.txt"
     assert world.wait(world.forked(run_file, out, f'runtime.output_dir="{run_dir}"')) == 0
     assert "metrics.jsonl is not the file that" in out.read_text()
@@ -232,12 +232,12 @@ def test_an_error_keeps_its_code_where_nobody_reads_it(tmp_path):
 def stopped(process, run_dir, name):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
-    latest = branch.own_steps(run_dir)[0]
+    latest = branch.valid_steps(run_dir)[0]
     assert f"stopped by {name}; checkpoint-{latest} was saved" in err
     assert err.count("error: ") == 1
     assert err.count("warning: ") <= 1  # of the stdout that went with its terminal
     assert "Traceback" not in err
-    assert checkpoint.faults(run_dir / f"checkpoint-{latest}") == []
+    assert checkpoint.find_faults(run_dir / f"checkpoint-{latest}") == []
     assert not list(run_dir.glob(".checkpoint-*"))
 
 
@@ -300,7 +300,7 @@ def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path,
         process.send_signal(signal.SIGINT if kind == "SIGINT" else signal.SIGTERM)
         time.sleep(0.01)
     stopped(process, run_dir, "SIGINT" if kind == "SIGINT" else "SIGTERM")
-    assert branch.own_steps(run_dir)[0] == 4
+    assert branch.valid_steps(run_dir)[0] == 4
     again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"')
     assert world.wait(again) == 0
     assert world.digests(run_dir) == expected
@@ -341,5 +341,5 @@ def test_a_folder_that_is_moved_under_several_ranks(run_file, tmp_path):
     told = ranks.told(run_dir)
     assert told.count("error: ") == 1, told
     assert f"is now {moved}; checkpoint-4 was saved" in told
-    assert checkpoint.faults(moved / "checkpoint-4") == []
+    assert checkpoint.find_faults(moved / "checkpoint-4") == []
     assert {"rank-0.json", "rank-1.json"} <= {p.name for p in (moved / "checkpoint-4").iterdir()}

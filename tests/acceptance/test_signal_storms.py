@@ -77,7 +77,7 @@ def test_a_storm_of_signals_in_a_phase(undisturbed, tmp_path, phase):
     assert err.count("error: ") == (process.returncode == STOPPED), err
     assert "Traceback" not in err
     assert list(run_dir.glob(".checkpoint-*")) == []
-    assert all(checkpoint.faults(folder) == [] for folder in run_dir.glob("checkpoint-*"))
+    assert all(checkpoint.find_faults(folder) == [] for folder in run_dir.glob("checkpoint-*"))
     if phase == "evaluation":
         return
     again = world.forked(

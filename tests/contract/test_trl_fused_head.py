@@ -13,7 +13,7 @@ import transformers
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from toolkit.train.step import kept_set, sampled_head
-from toolkit.train.step.sampled_head import scoring
+from toolkit.train.step.sampled_head import sampled_head_installed
 
 pytestmark = pytest.mark.contract
 
@@ -69,7 +69,7 @@ def test_it_scores_as_trls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, their_gradient = outputs(model)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 150)  # three tokens at a time
     # A top-p of all but nothing: our head, and no token dropped.
-    with scoring(trainer(model, temperature=0.7, top_p=1 - 1e-9), model):
+    with sampled_head_installed(trainer(model, temperature=0.7, top_p=1 - 1e-9), model):
         ours, our_gradient = outputs(model)
     for name in READ:
         mine, upstream = getattr(ours, name), getattr(theirs, name)
@@ -84,7 +84,7 @@ def test_it_scores_as_trls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_nothing_is_dropped_trls_own_runs() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    with scoring(trainer(model, temperature=0.7, top_k=-1, min_p=0.0), model):
+    with sampled_head_installed(trainer(model, temperature=0.7, top_k=-1, min_p=0.0), model):
         assert isinstance(outputs(model)[0], FusedCausalLMOutput)
 
 
@@ -92,7 +92,7 @@ def test_no_token_to_score_is_a_zero_with_a_gradient() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     add_fused_lm_head(model)
     ids = torch.ones(1, 4, dtype=torch.int64)
-    with scoring(trainer(model, top_k=3, repetition_penalty=1.1), model):
+    with sampled_head_installed(trainer(model, top_k=3, repetition_penalty=1.1), model):
         out = model(
             input_ids=ids,
             attention_mask=ids,

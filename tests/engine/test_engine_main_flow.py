@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
 from toolkit.policy.fingerprint import of_checkpoint
-from toolkit.train.checkpointing.trained_run import complete, export_run, open_run
+from toolkit.train.checkpointing.trained_run import export_run, generate_completions, open_run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 from train_world import toolkit
@@ -124,7 +124,9 @@ def test_train_generate_export_and_plain_transformers(
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
 
     run = open_run(folder)
-    [[answer]] = complete(run, [PROMPT], engine="transformers", temperature=0.0, max_tokens=8)
+    [[answer]] = generate_completions(
+        run, [PROMPT], engine="transformers", temperature=0.0, max_tokens=8
+    )
     export_run(run, tmp_path / "merged", merge=True)
     assert plain(tmp_path / "merged") == answer
     assert plain(tmp_path / "model") != answer

@@ -28,7 +28,7 @@ from toolkit.config.data_facts import _read
 from toolkit.config.data_scan import Wanted
 from toolkit.train.data import data_checks
 from toolkit.train.data.arrow_columns import as_dataset
-from toolkit.train.data.row_reader import read_file
+from toolkit.train.data.row_reader import read_data_file
 
 MEGABYTES = 1200.0
 texts = st.text(max_size=12) | st.sampled_from(
@@ -111,7 +111,7 @@ def _both(path: Path, limit: int | None) -> None:
     facts = _read(path, Wanted("prompt", "answer"), "train", (0, 0))
     refused = None
     try:
-        _used(read_file(path, limit).table)
+        _used(read_data_file(path, limit).table)
     except ToolkitError as error:
         refused = error
     seen = facts.whole and facts.columns is not None
@@ -124,10 +124,10 @@ def _both(path: Path, limit: int | None) -> None:
 def _used(table: pa.Table) -> None:
     """What training does next with the columns."""
     if "prompt" in table.column_names:
-        found, _ = data_checks.prompts_in(table["prompt"].to_pylist())
+        found, _ = data_checks.parse_prompts(table["prompt"].to_pylist())
         assert len(found) == len(table)
     if "answer" in table.column_names and len(table):
-        data_checks.answers_in(table["answer"], "answer", "data")
+        data_checks.clean_answers(table["answer"], "answer", "data")
     for one in as_dataset(table, "prompt" if "prompt" in table.column_names else None):
         assert isinstance(one, dict)
 

@@ -66,12 +66,12 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
     as_json, texts = options.pop("as_json"), _texts(prompts)
     prepare_environment()
-    from toolkit.train.checkpointing.trained_run import complete, open_run  # noqa: PLC0415 - loads torch
+    from toolkit.train.checkpointing.trained_run import generate_completions, open_run  # noqa: PLC0415 - loads torch
 
     trusted = options.pop("trust_remote_code")
     found = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)
     with quiet(debug=debug_asked()):
-        answers = complete(found, texts, n=options.pop("count"), **options)
+        answers = generate_completions(found, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):
         if as_json:
             row = {"prompt": text, "completions": completions}

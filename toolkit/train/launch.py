@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import InputError, StoppedError
 from toolkit.base.process_environment import node_count, node_rank
-from toolkit.train.checkpointing.stop_signals import SIGNALS, end_listeners, heard
+from toolkit.train.checkpointing.stop_signals import SIGNALS, handled_signals, notify_shutdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -153,12 +153,12 @@ def free_port() -> int:
 def _listening(
     handler: Callable[[int, FrameType | None], None], received: list[int]
 ) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in heard()}
+    before = {number: signal.signal(number, handler) for number in handled_signals()}
     try:
         yield
     finally:
         if received:
-            end_listeners(before.values())
+            notify_shutdown(before.values())
         for number, known in before.items():
             signal.signal(number, known)
 

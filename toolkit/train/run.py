@@ -26,7 +26,7 @@ from toolkit.train.checkpointing import (
     trainer_state,
 )
 from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
-from toolkit.train.checkpointing.state_files import changed
+from toolkit.train.checkpointing.state_files import changed_keys
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data import chat_record
 from toolkit.train.logging_setup import quiet
@@ -36,7 +36,7 @@ from toolkit.train.report.memory_peaks import measured
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal, Recorder
 from toolkit.train.report.progress import Progress
 from toolkit.train.report.reward_watch import RewardWatch
-from toolkit.train.rollout.evaluate import evaluate, evaluates
+from toolkit.train.rollout.evaluate import evaluate, should_evaluate
 from toolkit.train.rollout.sampler import find_engine
 from toolkit.train.rollout.tool_log import ToolLog
 from toolkit.train.run_context import Options, RunContext, finish, introduce
@@ -114,7 +114,7 @@ def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch |
         yield None
         return
     with run_directory.lock_run_dir(run_dir), RunDirWatch(run_dir) as run_dir_watch:
-        in_the_way.refuse(run_dir, config)
+        in_the_way.check_output_paths(run_dir, config)
         try:
             yield run_dir_watch
         except Exception as error:
@@ -133,11 +133,11 @@ def _begin(
     if found is not None:
         size = parallel.size_of(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
-            checkpoint.refuse_other_world(found, parallel.replicas(world_size(), size), size)
-    as_begun = chat_record.kept(micro_batch_record.kept(config, found), found)
+            checkpoint.check_world_size(found, parallel.replicas(world_size(), size), size)
+    as_begun = chat_record.with_recorded(micro_batch_record.with_recorded(config, found), found)
     context = prepare(as_begun, run_dir, control.peers, options.rules)
-    config = chat_record.recorded_config(
-        micro_batch_record.recorded_config(config, context.config), context.config
+    config = chat_record.config_to_record(
+        micro_batch_record.config_to_record(config, context.config), context.config
     )
     _refuse_changes(config, context, found)
     _train(context, config, found, options, control, begun)
@@ -148,9 +148,9 @@ def _checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """Return (checkpoint to resume from or None, one line of text per skipped checkpoint)."""
     if peers is None:
-        return branch.choose(run_dir, config.runtime.resume)
+        return branch.resume_point(run_dir, config.runtime.resume)
     # The first rank chooses for all, because it may already write to the folder when others read.
-    mine = branch.choose(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
+    mine = branch.resume_point(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
@@ -202,11 +202,11 @@ def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) 
     if found is None:
         return
     now = run_directory.fingerprint(config, context.digests)
-    then = chat_record.recorded(checkpoint.read_state(found, "run", dict), found)
-    if then[chat_record.KEY] is None:
-        then[chat_record.KEY] = now[chat_record.KEY]
+    then = chat_record.with_chat_key(checkpoint.read_state_value(found, "run", dict), found)
+    if then[chat_record.CHAT_KEY] is None:
+        then[chat_record.CHAT_KEY] = now[chat_record.CHAT_KEY]
     then.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
-    differing = changed(now, then, config.runtime.allow_changed)
+    differing = changed_keys(now, then, config.runtime.allow_changed)
     if differing:
         named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -284,7 +284,7 @@ def _train(
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
     if found is not None:
-        trainer_state.check(trainer, found)  # before ``_open_journal`` moves files
+        trainer_state.check_checkpoint(trainer, found)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
     with signals.at_steps(), measured(trainer, context.run_dir):
         try:
@@ -293,7 +293,7 @@ def _train(
             begun.append(True)
             if found is not None and trainer_state.step_of(found) >= total:
                 # The run is complete, and transformers would train one more step.
-                trainer_state.load_policy(trainer, found)
+                trainer_state.load_adapter(trainer, found)
             else:
                 trainer.train(str(found) if found else None)
                 refuse_unfinished(trainer, total)
@@ -342,7 +342,7 @@ def _open_journal(
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
-    start = rollback.begin(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
+    start = rollback.begin_branch(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
     for line in start.notes:
         options.out.write(f"{line}\n")
@@ -386,7 +386,7 @@ def shares_with_first() -> bool:
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
     if context.data.eval is None or not (is_first_rank() or shares_with_first()):
         return None
-    if not evaluates(context.config, options.evaluate):
+    if not should_evaluate(context.config, options.evaluate):
         return None
     return evaluate(
         context.model,

@@ -16,11 +16,11 @@ from toolkit.gpu import devices
 from toolkit.policy.adapter_io import save_lora
 from toolkit.policy.from_config import choose_engine
 from toolkit.policy.merged_export import write_model
-from toolkit.train.checkpointing.checkpoint import split_of
+from toolkit.train.checkpointing.checkpoint import tensor_parallel_size_of
 from toolkit.train.process_control import world_size
 from toolkit.train.report import manifest, write_report
 from toolkit.train.report.progress import number
-from toolkit.train.rollout.evaluate import plan
+from toolkit.train.rollout.evaluate import describe_evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +44,8 @@ class Options:
     """The options of a run that are not in its run file.
 
     Text is printed to ``out``. ``evaluate`` says whether the run evaluates. If it is None, the run
-    file decides (``rollout.evaluate.evaluates``). ``rules`` checks the run file for this machine.
+    file decides (``rollout.evaluate.should_evaluate``). ``rules`` checks the run file for this
+    machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
@@ -99,10 +100,13 @@ def introduce(context: RunContext, seed: int, found: Path | None, options: Optio
         f"folder   {context.run_dir}",
     ]
     if context.data.eval is not None:
-        lines.insert(-1, f"held out {plan(config, options.evaluate)}")
+        lines.insert(-1, f"held out {describe_evaluation(config, options.evaluate)}")
     if found is not None:
         lines.append(f"resume   {found}")
-        now, then = parallel.size_of(config.model.tensor_parallel_size), split_of(found)
+        now, then = (
+            parallel.size_of(config.model.tensor_parallel_size),
+            tensor_parallel_size_of(found),
+        )
         if now != then:
             lines.append(
                 f"         written with tensor_parallel_size {then}, now {now}: results are equal "

@@ -66,7 +66,7 @@ def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
     if named and not begun:
         saved = f"no step was completed since {asked}"
     else:
-        steps = branch.own_steps(run_dir)
+        steps = branch.valid_steps(run_dir)
         saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
         if steps and (named or asked == "never"):
             fix = (

@@ -34,7 +34,7 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
     """
     config, mistakes = given["args"], Collected()
     with mistakes.check():
-        prompt_choice.refuse(given)
+        prompt_choice.check_arguments(given)
     with mistakes.check():
         given["reward_funcs"] = judged(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:

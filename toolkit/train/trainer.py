@@ -32,9 +32,9 @@ from toolkit.train.rollout.prompt_choice import PromptChoice
 from toolkit.train.rollout.sampler import EngineGeneration, Timers, find_engine
 from toolkit.train.rollout.tools import StopRun
 from toolkit.train.step import importance_sampling
-from toolkit.train.step.packed_pass import Scope
+from toolkit.train.step.packed_pass import LossScope
 from toolkit.train.step.packed_steps import PackedSteps
-from toolkit.train.step.step_retry import Attempt, drop_step, loss_in_parts
+from toolkit.train.step.step_retry import StepAttempt, loss_in_parts, skip_step
 from toolkit.train.trainer_seam import Drawn, TrlState, unwrapped
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -59,7 +59,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     base_check: dict[str, Any] | None = None
     tracking: Tracking | None = None
     tool_log: ToolLog | None = None
-    _attempt: Attempt | None = None
+    _attempt: StepAttempt | None = None
     _bad_loss: bool = False
     collapse_reported: bool = False
     gap_reported: bool = False
@@ -87,7 +87,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         config = given["args"] = given.get("args") or default_config(model)
         script.check(given, model)
         turns = bool(given.get("tools") or given.get("environment_factory"))
-        sampler.check_keywords(model, config, tools=turns)
+        sampler.check_generation_kwargs(model, config, tools=turns)
         policy_setup.prepare(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
@@ -181,7 +181,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         if getattr(self, "environment_factories", None) is not None:
             prompt_ids, images, fields = tokenize(prompts)  # rows have different tools
         else:
-            prompt_ids, images, fields = sampler.tokenized_once(tokenize, prompts)
+            prompt_ids, images, fields = sampler.tokenize_distinct(tokenize, prompts)
         return script.cut_prompts(self, prompt_ids, images), images, fields
 
     def _generate_single_turn(
@@ -260,14 +260,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self.vllm_importance_sampling_correction = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        self._scope = self.scope_of(inputs) if model.training else Scope()
+        self._scope = self.scope_of(inputs) if model.training else LossScope()
         self._observed = inputs = dict(inputs)
         try:
             if "sampling_per_token_logps" in inputs and "old_per_token_logps" in inputs:
-                importance_sampling.observe_old(self, inputs)
+                importance_sampling.record_old_gaps(self, inputs)
             return super()._compute_loss(model, inputs)
         finally:
-            self._observed, self._scope = None, Scope()
+            self._observed, self._scope = None, LossScope()
 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -276,7 +276,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         output = self.scores(model, *args, **kwargs)
         inputs = self._observed or {}
         if "sampling_per_token_logps" in inputs and "old_per_token_logps" not in inputs:
-            importance_sampling.observe(self, output[0], inputs, self._scope.skipped)
+            importance_sampling.record_gaps(self, output[0], inputs, self._scope.skipped)
         return output
 
     # --- errors inside a step
@@ -293,7 +293,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         give the same gradient.
         """
         step = super().training_step
-        self._attempt = Attempt(self, model)
+        self._attempt = StepAttempt(self, model)
         try:
             loss = self._attempt.run(lambda: step(model, inputs, num_items_in_batch))
         finally:
@@ -336,7 +336,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
         if self._any_rank(bad):
-            drop_step(self, model)
+            skip_step(self, model)
         else:
             self.bad_steps = 0
         if self.signals is not None:

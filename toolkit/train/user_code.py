@@ -64,7 +64,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         make=code and partial(made, code, there, seconds),
     )
     replicas = parallel.replicas(world_size(), config.model.tensor_parallel_size)
-    micro_batch_record.refuse_too_few(config, len(data.train), replicas)
+    micro_batch_record.check_prompt_count(config, len(data.train), replicas)
     rewards = load_rewards(config, run_dir, columns=data.train.column_names, workers=workers)
     tools = load_tools(config, workers.own if config.reward.isolate else None)
     episodes = None

@@ -20,8 +20,8 @@ from toolkit.policy.lora_settings import LoraSettings
 from toolkit.policy.tensor_parallel.functions import clip_whole
 from toolkit.policy.tensor_parallel.split import split_model
 from toolkit.train.checkpointing.state_files import load_optimizer, optimizer_state
-from toolkit.train.step.kept_set import Distribution, score
-from toolkit.train.step.sampled_head import score_parts
+from toolkit.train.step.kept_set import Distribution, score_tokens
+from toolkit.train.step.sampled_head import score_split_vocabulary
 
 VOCAB, WIDTH = 100, 128  # the vocabulary, padded to a multiple of 64
 
@@ -124,8 +124,8 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     head, whole_head = model.get_output_embeddings(), source.get_output_embeddings()
     optimizers = []
     for policy, scores in (
-        (ours, lambda h, t: score_parts(head.part(h), t, 0.7, head)),
-        (theirs, lambda h, t: score(whole_head(h), t, distribution, None)),
+        (ours, lambda h, t: score_split_vocabulary(head.part(h), t, 0.7, head)),
+        (theirs, lambda h, t: score_tokens(whole_head(h), t, distribution, None)),
     ):
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)

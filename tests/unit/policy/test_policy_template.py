@@ -16,7 +16,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.policy import render_template
 from toolkit.policy.render_template import limit_template
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
-from toolkit.train.data.prompt_format import check_template, length_of
+from toolkit.train.data.prompt_format import check_template, count_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> Non
         check_template(limited, CHAT, "prompt")
     assert time.monotonic() - begin < 20
     limited.chat_template = PLAIN
-    assert length_of(limited, CHAT) == 3
+    assert count_tokens(limited, CHAT) == 3
 
 
 def test_a_signal_stops_it() -> None:
@@ -161,7 +161,7 @@ def test_limits_cost_little() -> None:
     limited = limit_template(tokenizer(PLAIN))
     begin = time.perf_counter()
     for _ in range(1000):
-        length_of(limited, CHAT)
+        count_tokens(limited, CHAT)
     assert time.perf_counter() - begin < 3
 
 

@@ -22,7 +22,7 @@ from toolkit.engine import mesh as meshes
 from toolkit.policy.lora import add_lora
 from toolkit.policy.lora_settings import LoraSettings
 from toolkit.policy.tensor_parallel.split import split_model
-from toolkit.train.checkpointing.state_files import trainable, whole_trainable
+from toolkit.train.checkpointing.state_files import gather_trainable, trainable_parameters
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
 
@@ -128,9 +128,9 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         Narrow.victim = int(how[-1])
         trainer.arm()
     trainer.train(resume_from_checkpoint=True if how == "resume" else None)
-    whole = whole_trainable(trainer.accelerator.unwrap_model(trainer.model))
+    whole = gather_trainable(trainer.accelerator.unwrap_model(trainer.model))
     rows = [row for row in trainer.state.log_history if "reward" in row]
-    parts = trainable(trainer.accelerator.unwrap_model(trainer.model))
+    parts = trainable_parameters(trainer.accelerator.unwrap_model(trainer.model))
     names = ("reward", "entropy", "grad_norm", "loss", *CHOICE)
     result = {
         "seen": seen,

@@ -29,9 +29,9 @@ def write(run_dir, step, line=None, journal=None, **state):
 
 def train(run_dir, found, last, tag, every=2):
     """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint every two."""
-    start = rollback.begin(run_dir, found)
+    start = rollback.begin_branch(run_dir, found)
     journal = Journal(run_dir, start.positions)
-    done = 0 if found is None else branch.of_checkpoint(found)[1]
+    done = 0 if found is None else branch.read_branch(found)[1]
     for step in range(done + 1, last + 1):
         for name in LOGS:
             journal.write(name, {"step": step, "tag": tag})
@@ -67,7 +67,7 @@ def test_going_back_leaves_the_later_branch_aside(tmp_path):
     for name in LOGS:
         assert (tags(tmp_path, name), tags(aside, name)) == ("aaaabb", "aaaaaaaa")
     # The end of the branch that was left is not the end of this one.
-    assert branch.choose(tmp_path, "auto") == (tmp_path / "checkpoint-6", [])
+    assert branch.resume_point(tmp_path, "auto") == (tmp_path / "checkpoint-6", [])
     train(tmp_path, tmp_path / "checkpoint-6", 8, "b")
     assert tags(tmp_path) == "aaaabbbb"
     assert names(tmp_path).count("abandoned-2") == 0
@@ -78,10 +78,10 @@ def test_rotation_counts_the_branch_alone(tmp_path):
     train(tmp_path, tmp_path / "checkpoint-4", 8, "b")
     shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-8", tmp_path / "checkpoint-80")
     shutil.copytree(tmp_path / "abandoned-1" / "checkpoint-6", tmp_path / "checkpoint-10")
-    branch.rotate(tmp_path, [4], keep_last=1)
+    branch.rotate_checkpoints(tmp_path, [4], keep_last=1)
     found = [name for name in names(tmp_path) if name.startswith("checkpoint-")]
     assert found == ["checkpoint-10", "checkpoint-4", "checkpoint-8", "checkpoint-80"]
-    chosen, passed = branch.choose(tmp_path, "auto")
+    chosen, passed = branch.resume_point(tmp_path, "auto")
     assert chosen == tmp_path / "checkpoint-8"
     assert [line.partition(": ")[2].partition(",")[0] for line in passed] == [
         "contains step 8",
@@ -95,8 +95,8 @@ def test_an_abandoned_branch_can_be_gone_back_to(tmp_path):
     train(tmp_path, tmp_path / "abandoned-1" / "checkpoint-6", 8, "c")
     assert tags(tmp_path) == "aaaaaacc"
     assert tags(tmp_path / "abandoned-2") == "aaaabbbb"
-    assert branch.own_steps(tmp_path) == [8, 4, 2]
-    assert checkpoint.faults(tmp_path / "abandoned-1" / "checkpoint-6") == []
+    assert branch.valid_steps(tmp_path) == [8, 4, 2]
+    assert checkpoint.find_faults(tmp_path / "abandoned-1" / "checkpoint-6") == []
 
 
 def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_path):
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_
     train(two, one / "checkpoint-2", 4, "b")
     assert tags(two) == "aabb"
     assert tags(two / "abandoned-1") == "zzzz"
-    assert branch.own_steps(two) == [4]
+    assert branch.valid_steps(two) == [4]
     assert names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOGS])
     assert tags(one) == "aaaa"
 
@@ -124,25 +124,25 @@ def test_a_rollback_that_was_killed_is_finished_by_the_next_start(tmp_path, monk
         raise Killed
 
     if cut == "copied":
-        monkeypatch.setattr(branch, "record", die)
+        monkeypatch.setattr(branch, "record_branch", die)
     elif cut == "recorded":
-        monkeypatch.setattr(checkpoint, "set_aside", die)
+        monkeypatch.setattr(checkpoint, "move_into", die)
     else:
-        once = checkpoint.set_aside
+        once = checkpoint.move_into
         monkeypatch.setattr(
-            checkpoint, "set_aside", lambda p, f: die() if p.name.endswith("6") else once(p, f)
+            checkpoint, "move_into", lambda p, f: die() if p.name.endswith("6") else once(p, f)
         )
     with pytest.raises(Killed):
-        rollback.begin(tmp_path, tmp_path / "checkpoint-4")
+        rollback.begin_branch(tmp_path, tmp_path / "checkpoint-4")
     monkeypatch.undo()
-    found, _ = branch.choose(tmp_path, "auto")
+    found, _ = branch.resume_point(tmp_path, "auto")
     if cut == "copied":  # nothing had been settled: the branch that was
         assert found == tmp_path / "checkpoint-8"
         found = tmp_path / "checkpoint-4"
     assert found == tmp_path / "checkpoint-4"
     train(tmp_path, found, 8, "b")
     assert tags(tmp_path) == "aaaabbbb"
-    assert branch.own_steps(tmp_path) == [8, 6, 4, 2]
+    assert branch.valid_steps(tmp_path) == [8, 6, 4, 2]
     asides = sorted(tmp_path.glob("abandoned-*"))
     assert len(asides) == (1 if cut == "copied" else 2)
     moved = sorted(path.name for folder in asides for path in folder.glob("checkpoint-*"))
@@ -173,36 +173,36 @@ def test_what_was_not_written_here_changes_nothing(tmp_path):
     foreign(mixed)
     strange = set(names(mixed)) - set(names(plain))
     assert len(strange) == 10
-    found, passed = branch.choose(mixed, "auto")
+    found, passed = branch.resume_point(mixed, "auto")
     assert found == mixed / "checkpoint-8"
     # The two that hold a checkpoint's files are told; the others are nobody's.
     assert [line.partition(":")[0] for line in passed] == [
         f"{mixed}/checkpoint-95",
         f"{mixed}/checkpoint-94",
     ]
-    assert branch.own_steps(mixed) == branch.own_steps(plain) == [8, 6, 4, 2]
+    assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6, 4, 2]
     for folder in (plain, mixed):
-        branch.rotate(folder, [], keep_last=2)
+        branch.rotate_checkpoints(folder, [], keep_last=2)
     assert set(names(mixed)) - set(names(plain)) == strange
-    assert branch.own_steps(mixed) == [8, 6]
-    assert rollback.begin(mixed, mixed / "checkpoint-6").notes
+    assert branch.valid_steps(mixed) == [8, 6]
+    assert rollback.begin_branch(mixed, mixed / "checkpoint-6").notes
     assert names(mixed / "abandoned-1") == sorted(["abandoned.json", "checkpoint-8", *LOGS])
 
 
 def test_a_folder_with_strangers_alone_begins_a_run(tmp_path):
     (tmp_path / "checkpoint-9").mkdir()
-    assert branch.choose(tmp_path, "auto") == (None, [])
-    assert branch.choose(tmp_path, "never") == (None, [])
+    assert branch.resume_point(tmp_path, "auto") == (None, [])
+    assert branch.resume_point(tmp_path, "never") == (None, [])
 
 
 def test_checkpoints_of_another_run_alone_are_refused(tmp_path):
     line = Branch()
-    branch.record(tmp_path, line)
+    branch.record_branch(tmp_path, line)
     write(tmp_path, 4, Branch())
     with pytest.raises(
         ConfigError, match="no checkpoint in this folder is intact and belongs to this run"
     ) as caught:
-        branch.choose(tmp_path, "auto")
+        branch.resume_point(tmp_path, "auto")
     assert "checkpoint-4: belongs to another branch or another run" in caught.value.message
 
 
@@ -213,12 +213,12 @@ def test_checkpoints_of_earlier_releases_go_on_and_can_be_gone_back_to(tmp_path)
         if step % 2 == 0:
             write(tmp_path, step, None, journal)
     journal.close()
-    assert branch.choose(tmp_path, "auto") == (tmp_path / "checkpoint-8", [])
+    assert branch.resume_point(tmp_path, "auto") == (tmp_path / "checkpoint-8", [])
     train(tmp_path, tmp_path / "checkpoint-8", 10, "a")
     assert tags(tmp_path) == "oooooooo" + "aa"
     train(tmp_path, tmp_path / "checkpoint-4", 6, "b")
     assert tags(tmp_path) == "oooobb"
-    assert branch.choose(tmp_path, "auto")[0] == tmp_path / "checkpoint-6"
+    assert branch.resume_point(tmp_path, "auto")[0] == tmp_path / "checkpoint-6"
     moved = ["checkpoint-10", "checkpoint-6", "checkpoint-8"]
     assert [n for n in names(tmp_path / "abandoned-1") if n.startswith("checkpoint")] == moved
 
@@ -242,7 +242,7 @@ def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
     (tmp_path / "bad_rewards.jsonl").write_text("of a\n")
     for step in (2, 4):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    assert branch.choose(tmp_path, "auto") == (None, [])
+    assert branch.resume_point(tmp_path, "auto") == (None, [])
     start = train(tmp_path, None, 2, "b")
     aside = tmp_path / "abandoned-1"
     assert start.notes == (
@@ -257,11 +257,11 @@ def test_a_folder_whose_checkpoints_are_gone_begins_again_and_says_so(tmp_path):
 def test_samples_of_bad_rewards_stay_with_their_branch(tmp_path):
     train(tmp_path, None, 4, "a")
     (tmp_path / "bad_rewards.jsonl").write_text("of a\nof b\n")
-    rollback.begin(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
+    rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2", bad_rewards_bytes=5)
     assert (tmp_path / "abandoned-1" / "bad_rewards.jsonl").read_text() == "of a\n"
     assert (tmp_path / "bad_rewards.jsonl").read_text() == "of b\n"
     # What was saved by this process alone is no trace of another branch.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "bad_rewards.jsonl").write_text("of b\n")
-    assert rollback.begin(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()
+    assert rollback.begin_branch(tmp_path / "new", None, bad_rewards_bytes=0).notes == ()
     assert (tmp_path / "new" / "bad_rewards.jsonl").read_text() == "of b\n"

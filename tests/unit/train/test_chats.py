@@ -48,9 +48,13 @@ def test_a_checkpoint_is_resumed_in_its_format(
     tmp_path: Path, then: dict[str, Any], completion: dict[str, Any] | None, kept: bool | str
 ) -> None:
     found = checkpoint(tmp_path, then, completion)
-    assert chat_record.kept(config(), found).dataset.chat == kept
-    assert chat_record.recorded(then, found)[chat_record.KEY] == (None if kept == "auto" else kept)
-    assert chat_record.kept(config(chat=True), found).dataset.chat is True  # what is written stays
+    assert chat_record.with_recorded(config(), found).dataset.chat == kept
+    assert chat_record.with_chat_key(then, found)[chat_record.CHAT_KEY] == (
+        None if kept == "auto" else kept
+    )
+    assert (
+        chat_record.with_recorded(config(chat=True), found).dataset.chat is True
+    )  # what is written stays
 
 
 def resolve(made: RunConfig, template: bool | None) -> RunConfig:
@@ -60,7 +64,7 @@ def resolve(made: RunConfig, template: bool | None) -> RunConfig:
 def test_what_is_recorded_is_the_resolved_format() -> None:
     resolved = resolve(config(), True)
     assert resolved.dataset.chat is True
-    assert chat_record.recorded_config(config(), resolved).dataset.chat is True
+    assert chat_record.config_to_record(config(), resolved).dataset.chat is True
     assert resolve(config(), None).dataset.chat == "auto"
     assert resolve(config(), False).dataset.chat is False
     assert resolve(config(chat=False), True).dataset.chat is False

@@ -23,9 +23,9 @@ def write(run_dir, step):
 def test_a_written_checkpoint_is_sound_and_nothing_lies_beside_it(tmp_path):
     folder = write(tmp_path, 10)
     assert folder == tmp_path / "checkpoint-10"
-    assert checkpoint.faults(folder) == []
+    assert checkpoint.find_faults(folder) == []
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
-    assert {path.name for path in folder.iterdir()} == {*FILES, checkpoint.CHECKSUMS}
+    assert {path.name for path in folder.iterdir()} == {*FILES, checkpoint.CHECKSUMS_FILE}
 
 
 def damages(content: bytes):
@@ -45,38 +45,38 @@ def test_every_damage_to_every_file_is_named_and_the_one_before_is_used(tmp_path
             continue
         for kind, damaged in damages(content):
             file.write_bytes(damaged)
-            assert checkpoint.faults(folder), (file.name, kind)
-            found, passed = branch.latest(tmp_path)
+            assert checkpoint.find_faults(folder), (file.name, kind)
+            found, passed = branch.latest_checkpoint(tmp_path)
             assert found == before, (file.name, kind)
             assert len(passed) == 1
             # A digit that flips in a checksum makes the file that it is of the suspect.
-            named = file.name in passed[0] or file.name == checkpoint.CHECKSUMS
+            named = file.name in passed[0] or file.name == checkpoint.CHECKSUMS_FILE
             assert named, (file.name, kind)
         file.unlink()
-        assert any(file.name in fault for fault in checkpoint.faults(folder)), file.name
+        assert any(file.name in fault for fault in checkpoint.find_faults(folder)), file.name
         file.write_bytes(content)
-    assert checkpoint.faults(folder) == []
+    assert checkpoint.find_faults(folder) == []
 
 
 def test_every_bit_of_the_checksums_counts(tmp_path):
-    file = write(tmp_path, 1) / checkpoint.CHECKSUMS
+    file = write(tmp_path, 1) / checkpoint.CHECKSUMS_FILE
     content = file.read_bytes()
     for position in range(0, len(content), 7):
         for bit in (0, 5):
             flipped = bytearray(content)
             flipped[position] ^= 1 << bit
             file.write_bytes(bytes(flipped))
-            assert checkpoint.faults(file.parent), (position, bit)
+            assert checkpoint.find_faults(file.parent), (position, bit)
 
 
 def test_a_name_in_the_checksums_may_not_lead_outside(tmp_path):
     folder = write(tmp_path, 1)
     (tmp_path / "outside").write_bytes(b"x")
-    listed = json.loads((folder / checkpoint.CHECKSUMS).read_text())
+    listed = json.loads((folder / checkpoint.CHECKSUMS_FILE).read_text())
     listed["files"]["../outside"] = {"bytes": 1, "sha256": "0" * 64}
     text = json.dumps(listed, indent=1, sort_keys=True) + "\n"
-    (folder / checkpoint.CHECKSUMS).write_text(text)
-    assert "points outside" in checkpoint.faults(folder)[0]
+    (folder / checkpoint.CHECKSUMS_FILE).write_text(text)
+    assert "points outside" in checkpoint.find_faults(folder)[0]
 
 
 def test_a_writer_that_died_leaves_nothing_that_counts(tmp_path):
@@ -93,7 +93,7 @@ def test_writing_a_step_again_sets_aside_what_lies_there(tmp_path):
     folder = write(tmp_path, 10)
     (folder / "a.json").write_bytes(b"torn")
     write(tmp_path, 10)
-    assert checkpoint.faults(folder) == []
+    assert checkpoint.find_faults(folder) == []
     assert (tmp_path / "abandoned-1" / "checkpoint-10" / "a.json").read_bytes() == b"torn"
     (tmp_path / "checkpoint-20").symlink_to(folder)
     (tmp_path / "checkpoint-30").write_bytes(b"a file")
@@ -103,36 +103,36 @@ def test_writing_a_step_again_sets_aside_what_lies_there(tmp_path):
     first, second = tmp_path / "abandoned-1", tmp_path / "abandoned-2"
     assert (second / "checkpoint-20").is_symlink()
     assert (second / "checkpoint-30").read_bytes() == b"a file"
-    assert checkpoint.faults(second / "checkpoint-10") == []
+    assert checkpoint.find_faults(second / "checkpoint-10") == []
     assert [path.name for path in first.iterdir()] == ["checkpoint-10"]
 
 
 def test_rotate_keeps_the_latest_and_the_named(tmp_path):
     for step in (1, 2, 9, 10, 11):
         write(tmp_path, step)
-    branch.rotate(tmp_path, [2], keep_last=2)
+    branch.rotate_checkpoints(tmp_path, [2], keep_last=2)
     assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
-    branch.rotate(tmp_path, [], keep_last=0)
+    branch.rotate_checkpoints(tmp_path, [], keep_last=0)
     assert checkpoint.list_steps(tmp_path) == [11, 10, 2]
 
 
 def test_what_resume_chooses(tmp_path):
-    assert branch.choose(tmp_path, "auto") == (None, [])
-    assert branch.choose(tmp_path, "never") == (None, [])
+    assert branch.resume_point(tmp_path, "auto") == (None, [])
+    assert branch.resume_point(tmp_path, "never") == (None, [])
     with pytest.raises(ConfigError, match="there is no checkpoint to resume from"):
-        branch.choose(tmp_path, "must")
+        branch.resume_point(tmp_path, "must")
     folder = write(tmp_path, 3)
     for asked in ("auto", "must", str(folder)):
-        assert branch.choose(tmp_path, asked) == (folder, [])
+        assert branch.resume_point(tmp_path, asked) == (folder, [])
     with pytest.raises(ConfigError, match=r"never, but the folder contains a run"):
-        branch.choose(tmp_path, "never")
+        branch.resume_point(tmp_path, "never")
     with pytest.raises(InputError, match="the checkpoint does not exist"):
-        branch.choose(tmp_path, str(tmp_path / "nowhere"))
+        branch.resume_point(tmp_path, str(tmp_path / "nowhere"))
     (folder / "a.json").unlink()
     with pytest.raises(InputError, match=r"the checkpoint is damaged: a.json is missing"):
-        branch.choose(tmp_path, str(folder))
+        branch.resume_point(tmp_path, str(folder))
     with pytest.raises(ConfigError, match="no checkpoint in this folder is intact") as refused:
-        branch.choose(tmp_path, "auto")
+        branch.resume_point(tmp_path, "auto")
     assert "a.json is missing" in refused.value.message
 
 
@@ -141,15 +141,15 @@ def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
     outside = tmp_path / "outside"
     (folder / "a.json").rename(outside)
     (folder / "a.json").symlink_to(outside)
-    assert checkpoint.faults(folder) == ["a.json is a link, but was written as a file"]
+    assert checkpoint.find_faults(folder) == ["a.json is a link, but was written as a file"]
     (folder / "a.json").unlink()
     os.mkfifo(folder / "a.json")
-    assert checkpoint.faults(folder) == ["a.json is missing"]
-    (folder / checkpoint.CHECKSUMS).unlink()
-    os.mkfifo(folder / checkpoint.CHECKSUMS)
-    assert "is a pipe" in checkpoint.faults(folder)[0]
-    os.mkfifo(tmp_path / "run" / branch.RECORD)
-    assert branch.latest(tmp_path / "run")[0] is None
+    assert checkpoint.find_faults(folder) == ["a.json is missing"]
+    (folder / checkpoint.CHECKSUMS_FILE).unlink()
+    os.mkfifo(folder / checkpoint.CHECKSUMS_FILE)
+    assert "is a pipe" in checkpoint.find_faults(folder)[0]
+    os.mkfifo(tmp_path / "run" / branch.BRANCH_FILE)
+    assert branch.latest_checkpoint(tmp_path / "run")[0] is None
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,6 @@ def test_what_is_no_file_of_its_own_is_never_waited_for_or_followed(tmp_path):
 def test_checksums_of_any_content_are_judged(tmp_path, text):
     folder = write(tmp_path, 10)
     if text.startswith("{"):
-        text = checkpoint._canonical(json.loads(text)["files"])
-    (folder / checkpoint.CHECKSUMS).write_text(text)
-    assert checkpoint.faults(folder)
+        text = checkpoint._checksums_text(json.loads(text)["files"])
+    (folder / checkpoint.CHECKSUMS_FILE).write_text(text)
+    assert checkpoint.find_faults(folder)

@@ -19,7 +19,7 @@ from toolkit.config.data_facts import _read
 from toolkit.config.data_scan import Wanted
 from toolkit.config.run_config import DatasetSection
 from toolkit.train.data.dataset import load_data
-from toolkit.train.data.row_reader import read_file
+from toolkit.train.data.row_reader import read_data_file
 from toolkit.train.rewards.builtin import ExactMatch, NumericMatch
 from toolkit.train.rewards.error_policy import Policy, guard
 
@@ -61,7 +61,7 @@ def test_other_packers_are_refused_by_both(tmp_path: Path, suffix: str, tool: st
     path = tmp_path / f"d.jsonl{suffix}"
     path.write_bytes(b"x")
     with pytest.raises(ConfigError, match=f"not a supported type of data file[\\s\\S]*{tool}"):
-        read_file(path)
+        read_data_file(path)
     assert "is not a supported type of data file" in str(problem(path))
 
 
@@ -76,7 +76,7 @@ def test_a_bomb_of_gzip_is_refused_in_time(tmp_path: Path, byte: bytes, message:
             file.write(byte * (1 << 23))
     begin = time.process_time()
     with pytest.raises(InputError, match=message):
-        read_file(path)
+        read_data_file(path)
     assert time.process_time() - begin < 5
 
 
@@ -84,7 +84,7 @@ def test_a_torn_gzip_is_told_by_both(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(lines([{"q": "w1", "a": 1}]))[:-6])
     with pytest.raises(InputError, match="cannot be unpacked"):
-        read_file(path)
+        read_data_file(path)
     assert "cannot be unpacked" in str(problem(path))
 
 
@@ -95,7 +95,7 @@ def test_a_torn_gzip_is_told_by_both(tmp_path: Path) -> None:
 def test_half_a_character_is_told_by_both(tmp_path: Path, row: str) -> None:
     (tmp_path / "d.jsonl").write_text(f'{{"q": {{}}}}\n{row}\n')
     with pytest.raises(InputError, match="half of a character") as caught:
-        read_file(tmp_path / "d.jsonl")
+        read_data_file(tmp_path / "d.jsonl")
     assert caught.value.where == f"{tmp_path}/d.jsonl:2"
     assert "half of a character" in str(problem(tmp_path / "d.jsonl"))
 
@@ -105,7 +105,7 @@ def test_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     parquet.write_table(pa.table({"q": broken}), tmp_path / "d.parquet")
     with pytest.raises(InputError, match=r"cannot be read: .*UTF8") as caught:
-        read_file(tmp_path / "d.parquet")
+        read_data_file(tmp_path / "d.parquet")
     assert caught.value.exit_code == 2
 
 
@@ -113,7 +113,7 @@ def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["q", "q"])
     parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(InputError, match="two columns have the same name, 'q'"):
-        read_file(tmp_path / "d.parquet")
+        read_data_file(tmp_path / "d.parquet")
     assert problem(tmp_path / "d.parquet") == "two columns have the same name, 'q'"
 
 
@@ -131,7 +131,7 @@ def test_more_columns_than_a_data_set_has(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(lines([{f"c{i}": 1} for i in range(3000)]))
     begin = time.monotonic()
     with pytest.raises(InputError, match="has more than 2000 columns"):
-        read_file(tmp_path / "d.jsonl")
+        read_data_file(tmp_path / "d.jsonl")
     assert time.monotonic() - begin < 5
     assert problem(tmp_path / "d.jsonl") == "has more than 2000 columns"
 
@@ -292,10 +292,10 @@ def test_data_that_changes_while_it_is_read_is_refused(
     path.write_bytes(lines([{"q": "w1", "a": 1}]))
 
     def read_and_change(file: Path, limit: int | None) -> Any:
-        rows = read_file(file, limit)
+        rows = read_data_file(file, limit)
         file.write_bytes(lines([{"q": "w1", "a": 1}, {"q": "w2", "a": 2}]))
         return rows
 
-    monkeypatch.setattr("toolkit.train.data.dataset_source.read_file", read_and_change)
+    monkeypatch.setattr("toolkit.train.data.dataset_source.read_data_file", read_and_change)
     with pytest.raises(InputError, match="the data changed while it was read"):
         load(path)

@@ -52,7 +52,7 @@ def test_empty_prompts(prompt: Any) -> None:
 
 def test_the_chat_format_and_a_system_prompt() -> None:
     system = {"role": "system", "content": "S"}
-    put = prompt_format.formatted
+    put = prompt_format.format_prompt
     assert put("q", None, chat=False) == "q"
     assert put("q", None, chat=True) == [user("q")]
     assert put("q", "S", chat=True) == [system, user("q")]
@@ -69,9 +69,9 @@ def test_tokens_are_counted_with_the_arguments_of_the_template() -> None:
         "<assistant>", "<assistant>{{ more }}"
     )
     arguments = {"more": "w1 w2"}
-    longer = prompt_format.length_of(tokenizer, [user("w3 w4")], arguments)
-    assert longer == prompt_format.length_of(tokenizer, [user("w3 w4")]) + 2
-    cut = prompt_format.truncate(tokenizer, [user("w3 w4")], longer - 1, arguments)
+    longer = prompt_format.count_tokens(tokenizer, [user("w3 w4")], arguments)
+    assert longer == prompt_format.count_tokens(tokenizer, [user("w3 w4")]) + 2
+    cut = prompt_format.truncate_prompt(tokenizer, [user("w3 w4")], longer - 1, arguments)
     assert cut == [user("w4")]
     ids = prompt_format.token_ids([[user("w3")], [user("w3 w4")]], tokenizer, arguments)
     assert [len(row) for row in ids] == [longer - 1, longer]
@@ -88,12 +88,12 @@ def test_a_tokenizer_without_a_template_and_one_that_refuses() -> None:
 def test_a_text_loses_its_first_tokens() -> None:
     tokenizer = make_tokenizer()
     text = " ".join(f"w{number}" for number in range(10))
-    assert prompt_format.truncate(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
-    assert prompt_format.truncate(tokenizer, text, 11) == text
+    assert prompt_format.truncate_prompt(tokenizer, text, 4) == "w7 w8 w9"  # and <s>
+    assert prompt_format.truncate_prompt(tokenizer, text, 11) == text
     with pytest.raises(
         ConfigError, match=r"max_prompt_length .1 tokens., because the special tokens alone have 1"
     ):
-        prompt_format.truncate(tokenizer, text, 1)
+        prompt_format.truncate_prompt(tokenizer, text, 1)
 
 
 def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
@@ -104,22 +104,22 @@ def test_a_chat_keeps_its_system_message_and_its_frame() -> None:
         {"role": "assistant", "content": "w6 w7"},
         user("w8 w9"),
     ]
-    whole = prompt_format.length_of(tokenizer, chat)
+    whole = prompt_format.count_tokens(tokenizer, chat)
     assert whole == 2 + 3 + 2 + 2 + 2 * 4 + 1
-    shorter = prompt_format.truncate(tokenizer, chat, whole - 4)
+    shorter = prompt_format.truncate_prompt(tokenizer, chat, whole - 4)
     assert [message["content"] for message in shorter] == ["w1 w2", "", "w7", "w8 w9"]
     assert chat[1]["content"] == "w3 w4 w5"
     with pytest.raises(ConfigError, match="system prompt and chat template alone have 11 tokens"):
-        prompt_format.truncate(tokenizer, chat, 5)
+        prompt_format.truncate_prompt(tokenizer, chat, 5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="abc .0123\nw<>/s\u00e9", min_size=1, max_size=60), st.integers(2, 20))
 def test_what_is_cut_fits_and_is_the_end(text: str, limit: int) -> None:
     tokenizer = make_tokenizer()
-    if prompt_format.length_of(tokenizer, text) <= limit:
+    if prompt_format.count_tokens(tokenizer, text) <= limit:
         return
-    cut = prompt_format.truncate(tokenizer, text, limit)
-    assert prompt_format.length_of(tokenizer, cut) <= limit
+    cut = prompt_format.truncate_prompt(tokenizer, text, limit)
+    assert prompt_format.count_tokens(tokenizer, cut) <= limit
     assert text.endswith(cut)
     assert cut

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from toolkit.base.archives import ARCHIVE_SUFFIXES
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.run_paths import is_path_only
-from toolkit.train.data.row_reader import READERS, read_file
+from toolkit.train.data.row_reader import READERS, read_data_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,18 +50,18 @@ def make(folder: Path, suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
-    rows = read_file(make(tmp_path, suffix))
+    rows = read_data_file(make(tmp_path, suffix))
     answers = ["1", "2", "3"] if suffix in (".csv", ".tsv") else [1, 2, 3]
     assert rows.table["q"].to_pylist() == [row["q"] for row in ROWS]
     assert rows.table["a"].to_pylist() == answers
     assert str(tmp_path / f"data{suffix}") in rows.place(2)
-    assert len(read_file(tmp_path / f"data{suffix}", 2).table) == 2
-    assert len(read_file(tmp_path / f"data{suffix}", 99).table) == 3
+    assert len(read_data_file(tmp_path / f"data{suffix}", 2).table) == 2
+    assert len(read_data_file(tmp_path / f"data{suffix}", 99).table) == 3
 
 
 def test_the_suffix_counts_in_any_case(tmp_path: Path) -> None:
     path = make(tmp_path, ".tsv").rename(tmp_path / "DATA.TSV")
-    assert read_file(path).table.column_names == ["q", "a"]
+    assert read_data_file(path).table.column_names == ["q", "a"]
 
 
 @pytest.mark.parametrize("suffix", [*READERS, *ARCHIVE_SUFFIXES])
@@ -72,21 +72,21 @@ def test_what_is_read_is_never_taken_for_a_hub_id(suffix: str) -> None:
 
 def test_places_are_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"b": 3}')
-    rows = read_file(path)
+    rows = read_data_file(path)
     assert [rows.place(index) for index in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:5"]
     assert rows.table.to_pylist() == [{"a": 1, "b": None}, {"a": 2, "b": None}, {"a": None, "b": 3}]
 
 
 def test_json_with_a_data_key(tmp_path: Path) -> None:
     path = write(tmp_path, "d.json", '{"version": 1, "data": [{"q": "x"}]}')
-    assert read_file(path).table.to_pylist() == [{"q": "x"}]
+    assert read_data_file(path).table.to_pylist() == [{"q": "x"}]
 
 
 def test_an_archive_with_one_data_file(tmp_path: Path) -> None:
     path = tmp_path / "d.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         tar.add(make(tmp_path, ".arrow"), "inner/data.arrow")
-    rows = read_file(path)
+    rows = read_data_file(path)
     assert rows.table.to_pylist() == ROWS
     assert rows.place(0) == f"{path}/inner/data.arrow row 1"
 
@@ -97,7 +97,7 @@ def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:
         info = tarfile.TarInfo("../../evil.jsonl")
         tar.addfile(info, io.BytesIO(b""))
     with pytest.raises(ConfigError, match="leads outside its folder") as caught:
-        read_file(path)
+        read_data_file(path)
     assert caught.value.where == str(path)
 
 
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_an_archive_is_told_by_its_member(tmp_path: Path) -> No
     with tarfile.open(path, "w:gz") as tar:
         tar.add(broken, "inner/data.jsonl")
     with pytest.raises(ConfigError, match="column 'a'") as caught:
-        read_file(path)
+        read_data_file(path)
     assert caught.value.where == f"{path}/inner/data.jsonl:2"
     assert "toolkit-data-" not in str(caught.value)
 
@@ -118,7 +118,7 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         tar.add(tmp_path / "data.csv", "data.csv")
     with pytest.raises(ConfigError, match="contains 0 data files"):
-        read_file(path)
+        read_data_file(path)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_folder_in_an_archive_is_no_data_file(tmp_path: Path) -> None:
 )
 def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        read_file(write(tmp_path, name, content))
+        read_data_file(write(tmp_path, name, content))
     assert caught.value.exit_code == 2
 
 
@@ -153,9 +153,9 @@ def test_broken_files_name_the_place(tmp_path: Path, name: str, content, message
 def test_a_column_that_is_nested_deeply(tmp_path: Path, value: str) -> None:
     """datasets and dill fail with a RecursionError for such a column."""
     with pytest.raises(ConfigError, match="column 'a' is nested deeper than 32 levels"):
-        read_file(write(tmp_path, "d.jsonl", f'{{"a": {value}}}'))
+        read_data_file(write(tmp_path, "d.jsonl", f'{{"a": {value}}}'))
     less = value.removeprefix("[").removesuffix("]") if value[0] == "[" else value[5:-1]
-    assert read_file(write(tmp_path, "e.jsonl", f'{{"a": {less}}}')).table.num_rows == 1
+    assert read_data_file(write(tmp_path, "e.jsonl", f'{{"a": {less}}}')).table.num_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_column_that_is_nested_deeply(tmp_path: Path, value: str) -> None:
 def test_a_column_of_two_types_names_the_row(tmp_path: Path, rows: list[str], message: str) -> None:
     content = "\n".join(f'{{"a": {value}}}' for value in rows)
     with pytest.raises(ConfigError, match=message):
-        read_file(write(tmp_path, "d.jsonl", content))
+        read_data_file(write(tmp_path, "d.jsonl", content))
 
 
 def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
@@ -188,25 +188,25 @@ def test_the_misfit_is_found_among_many(tmp_path: Path) -> None:
         '{"a": %s}\n' % ('"x"' if index == 7777 else index) for index in range(10_000)
     )
     with pytest.raises(ConfigError, match=r"d\.jsonl:7778: "):
-        read_file(write(tmp_path, "d.jsonl", content))
+        read_data_file(write(tmp_path, "d.jsonl", content))
 
 
 def test_a_missing_file_names_those_there(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", "")
     with pytest.raises(InputError, match=r"file does not exist[\s\S]*train\.jsonl"):
-        read_file(tmp_path / "trian.jsonl")
+        read_data_file(tmp_path / "trian.jsonl")
     with pytest.raises(
         InputError, match=r"file does not exist[\s\S]*the folder .*nowhere does not exist"
     ):
-        read_file(tmp_path / "nowhere" / "x.jsonl")
+        read_data_file(tmp_path / "nowhere" / "x.jsonl")
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data", "data.pkl", "data.pt"])
 def test_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"not a supported type of data file[\s\S]*\.jsonl"):
-        read_file(write(tmp_path, name, ""))
+        read_data_file(write(tmp_path, name, ""))
 
 
 def test_a_huge_field_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, "d.csv", f"a,b\n{'x' * 300_000},1\n")
-    assert len(read_file(path).table["a"][0].as_py()) == 300_000
+    assert len(read_data_file(path).table["a"][0].as_py()) == 300_000

@@ -19,9 +19,9 @@ from toolkit.base.errors import ToolkitError
 from toolkit.config.data_facts import DataFacts, data_of
 from toolkit.config.layers import parse
 from toolkit.config.source import Source
-from toolkit.train.data.data_checks import prompts_in
+from toolkit.train.data.data_checks import parse_prompts
 from toolkit.train.data.prompt_format import check_prompts
-from toolkit.train.data.row_reader import read_file
+from toolkit.train.data.row_reader import read_data_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,8 +173,8 @@ def validated(path: Path, more: str = "") -> DataFacts:
 def trained(path: Path, limit: int | None = None) -> str | None:
     """Why training does not take the data."""
     try:
-        rows = read_file(path, limit)
-        found, _ = prompts_in(rows.table["prompt"].to_pylist())
+        rows = read_data_file(path, limit)
+        found, _ = parse_prompts(rows.table["prompt"].to_pylist())
         check_prompts(found, "prompt", rows.place)
     except ToolkitError as error:
         return error.message

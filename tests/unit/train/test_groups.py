@@ -80,17 +80,17 @@ def test_a_group_has_cards_of_one_kind() -> None:
 def test_a_checkpoint_is_of_so_many_replicas(
     tmp_path: Path, then: int, now: int, size: int, said: str, fix: str
 ) -> None:
-    (tmp_path / checkpoint.STATE).write_text(json.dumps({"world_size": then}))
+    (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps({"world_size": then}))
     with pytest.raises(ConfigError, match=said) as refused:
-        checkpoint.refuse_other_world(tmp_path, now, size)
+        checkpoint.check_world_size(tmp_path, now, size)
     assert fix in str(refused.value.fix)
-    checkpoint.refuse_other_world(tmp_path, then, size)
+    checkpoint.check_world_size(tmp_path, then, size)
 
 
 def test_a_checkpoint_says_how_the_model_was_split(tmp_path: Path) -> None:
     for state, size in (({}, 1), ({"tensor_parallel_size": 2}, 2)):
-        (tmp_path / checkpoint.STATE).write_text(json.dumps(state))
-        assert checkpoint.split_of(tmp_path) == size
+        (tmp_path / checkpoint.STATE_FILE).write_text(json.dumps(state))
+        assert checkpoint.tensor_parallel_size_of(tmp_path) == size
 
 
 def test_one_process_holds_everything() -> None:

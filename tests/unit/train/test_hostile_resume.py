@@ -41,9 +41,9 @@ def test_the_record_of_a_branch(tmp_path, kind):
     begin = time.monotonic()
     if kind == "many parents":  # a record that is sound, and of another run
         with pytest.raises(ConfigError, match="another branch"):
-            branch.choose(tmp_path, "auto")
+            branch.resume_point(tmp_path, "auto")
     else:
-        assert branch.choose(tmp_path, "auto")[0] == tmp_path / "checkpoint-4"
+        assert branch.resume_point(tmp_path, "auto")[0] == tmp_path / "checkpoint-4"
     assert time.monotonic() - begin < 10
 
 
@@ -53,7 +53,7 @@ def test_what_a_rollback_finds_in_its_way(tmp_path):
         (tmp_path / f"abandoned-{number}").mkdir()
     pipe(tmp_path / "abandoned-99999999" / "abandoned.json")
     (tmp_path / ".abandoned-1.partial").symlink_to("/")
-    start = rollback.begin(tmp_path, tmp_path / "checkpoint-2")
+    start = rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2")
     aside = tmp_path / "abandoned-100000001"
     assert f"moved to {aside}: checkpoint-4, checkpoint-6" in start.notes[0]
     assert tags(aside) == "aaaaaa"
@@ -65,7 +65,7 @@ def test_a_link_at_the_temporary_name_of_a_rollback(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / ".abandoned-1.partial").symlink_to(outside)
-    start = rollback.begin(tmp_path, tmp_path / "checkpoint-2")
+    start = rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2")
     assert "abandoned-1: checkpoint-4" in start.notes[0]
     assert tags(tmp_path / "abandoned-1") == "aaaa"
     assert list(outside.iterdir()) == []
@@ -81,7 +81,7 @@ def test_impossible_positions_of_logs(tmp_path, forged):
     state = tmp_path / "checkpoint-2" / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), **forged}))
     with pytest.raises(InputError, match="positions or log_sha256 has an impossible value"):
-        rollback.begin(tmp_path, tmp_path / "checkpoint-2")
+        rollback.begin_branch(tmp_path, tmp_path / "checkpoint-2")
 
 
 def test_many_folders_that_are_no_checkpoints(tmp_path):
@@ -90,7 +90,7 @@ def test_many_folders_that_are_no_checkpoints(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "state.json").write_text("{}")
     begin = time.process_time()
-    found, passed = branch.choose(tmp_path, "auto")
+    found, passed = branch.resume_point(tmp_path, "auto")
     assert found == tmp_path / "checkpoint-2"
     assert len(passed) == 500
     assert time.process_time() - begin < 5
@@ -99,10 +99,10 @@ def test_many_folders_that_are_no_checkpoints(tmp_path):
 def test_checksums_of_many_files_are_told_in_a_few_lines(tmp_path):
     folder = write(tmp_path, 2)
     listed = {f"file-{number}": {"bytes": 1, "sha256": ""} for number in range(3000)}
-    text = checkpoint._canonical(listed)
-    (folder / checkpoint.CHECKSUMS).write_text(text)
+    text = checkpoint._checksums_text(listed)
+    (folder / checkpoint.CHECKSUMS_FILE).write_text(text)
     begin = time.process_time()
-    told = checkpoint.faults(folder)
+    told = checkpoint.find_faults(folder)
     assert told[-1] == "and 2980 more"
     assert len(told) == 21
     assert time.process_time() - begin < 10
@@ -118,7 +118,7 @@ def test_a_log_of_completions(tmp_path, kind):
             file.truncate(1 << 30)  # of zeros, without an end
     else:
         path.write_bytes(b"[" * 10**6 if kind == "nested" else b"\xff" * 1000)
-    assert chat_record.was_chat(tmp_path) is None
+    assert chat_record.run_used_chats(tmp_path) is None
 
 
 @pytest.mark.parametrize("count", ['"x"', "1e999", "-5", "[]", "9" * 30, "null", "NaN"])

@@ -35,7 +35,7 @@ def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
     (run_dir / name).parent.mkdir(parents=True)
     KINDS[kind](run_dir / name, outside)
     with pytest.raises(ConfigError, match="but the run writes a") as refused:
-        in_the_way.refuse(run_dir)
+        in_the_way.check_output_paths(run_dir)
     assert refused.value.where == str(run_dir / name)
     assert list(outside.iterdir()) == []
 
@@ -48,9 +48,9 @@ def test_the_folder_of_a_tracker_is_no_link(tmp_path, tracker):
     run_dir.mkdir()
     (run_dir / in_the_way.TRACKER_FOLDERS[tracker]).symlink_to(outside)
     plain = RunConfig(model=ModelSection(model_name="m"))
-    in_the_way.refuse(run_dir, plain)  # the run does not use it
+    in_the_way.check_output_paths(run_dir, plain)  # the run does not use it
     with pytest.raises(ConfigError, match="is a link, but the run writes a folder"):
-        in_the_way.refuse(run_dir, replace(plain, grpo={"report_to": [tracker]}))
+        in_the_way.check_output_paths(run_dir, replace(plain, grpo={"report_to": [tracker]}))
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,17 @@ def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
         source=str(path) if key == "source" else "",
     )
     with pytest.raises(ConfigError, match="but would overwrite it or files in it"):
-        in_the_way.refuse(run_dir, config)
-    in_the_way.refuse(tmp_path / "other", config)
+        in_the_way.check_output_paths(run_dir, config)
+    in_the_way.check_output_paths(tmp_path / "other", config)
 
 
 def test_the_config_of_a_run_can_resume_it(tmp_path):
     for name in (".branch.json", "config.json"):
         (tmp_path / name).write_text("{}")
     source = str(tmp_path / "config.json")
-    in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source))
+    in_the_way.check_output_paths(
+        tmp_path, RunConfig(model=ModelSection(model_name="m"), source=source)
+    )
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', "[]", "{", ""])
@@ -90,7 +92,7 @@ def test_the_config_of_a_model_or_another_program_is_not_replaced(tmp_path, text
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="no run wrote this file") as refused:
-        in_the_way.refuse(tmp_path, RunConfig(model=ModelSection(model_name="m")))
+        in_the_way.check_output_paths(tmp_path, RunConfig(model=ModelSection(model_name="m")))
     assert refused.value.where == str(path)
     assert path.read_text() == text
 
@@ -98,7 +100,7 @@ def test_the_config_of_a_model_or_another_program_is_not_replaced(tmp_path, text
 def test_the_config_of_a_run_that_ended_before_its_first_step_is_replaced(tmp_path):
     config = RunConfig(model=ModelSection(model_name="m"))
     run_directory.write_config(tmp_path, config)
-    in_the_way.refuse(tmp_path, config)
+    in_the_way.check_output_paths(tmp_path, config)
 
 
 def test_what_a_run_left_is_not_in_the_way(tmp_path):
@@ -106,7 +108,7 @@ def test_what_a_run_left_is_not_in_the_way(tmp_path):
     for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "config.json").symlink_to("report.html")
-    in_the_way.refuse(tmp_path)
+    in_the_way.check_output_paths(tmp_path)
 
 
 def test_a_line_is_added_to_a_regular_file_alone(tmp_path):

@@ -15,12 +15,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from toolkit.train.step.kept_set import Distribution, Places, Texts, kept, score
+from toolkit.train.step.kept_set import (
+    Distribution,
+    TokenHistory,
+    TokenPositions,
+    kept_mask,
+    score_tokens,
+)
 
 ROWS, LENGTH, VOCAB, START = 3, 12, 40, 4
 
 
-def world(seed: int = 0) -> tuple[torch.Tensor, Texts, Places, torch.Tensor]:
+def world(seed: int = 0) -> tuple[torch.Tensor, TokenHistory, TokenPositions, torch.Tensor]:
     """(ids, texts, places of all completion tokens, logits of these): row 0 has padding on both
     sides.
     """
@@ -28,14 +34,14 @@ def world(seed: int = 0) -> tuple[torch.Tensor, Texts, Places, torch.Tensor]:
     ids = torch.randint(0, 12, (ROWS, LENGTH))
     real = torch.ones_like(ids, dtype=torch.bool)
     real[0, :2] = real[0, -3:] = False
-    texts = Texts(ids, real, torch.full((ROWS,), START), VOCAB)
+    texts = TokenHistory(ids, real, torch.full((ROWS,), START), VOCAB)
     scored = real.clone()
     scored[:, :START] = False
     rows, where = scored.nonzero(as_tuple=True)
-    return ids, texts, Places(texts, rows, where), torch.randn(len(rows), VOCAB) * 3
+    return ids, texts, TokenPositions(texts, rows, where), torch.randn(len(rows), VOCAB) * 3
 
 
-def tokens_of(ids: torch.Tensor, places: Places) -> torch.Tensor:
+def tokens_of(ids: torch.Tensor, places: TokenPositions) -> torch.Tensor:
     return ids[places.rows_N, places.places_N]
 
 
@@ -57,7 +63,7 @@ def test_the_set_is_that_of_transformers(options: dict[str, Any]) -> None:
     for warper in warpers:
         theirs = warper(None, theirs)
     best = theirs.argmax(-1)
-    ours = score(logits, best, Distribution(**options, min_p_first=False))
+    ours = score_tokens(logits, best, Distribution(**options, min_p_first=False))
     own = torch.log_softmax(theirs, -1)
     torch.testing.assert_close(ours.logps, own.gather(1, best[:, None])[:, 0])
     p = own.exp()
@@ -77,16 +83,16 @@ def test_the_order_is_the_engines() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.15]]).log()
     before = Distribution(top_p=0.7, min_p=0.35)
     # min-p leaves 0.5 and 0.2; of these top-p keeps 0.71, the first alone.
-    assert kept(logits, before).tolist() == [[True, False, False, False]]
+    assert kept_mask(logits, before).tolist() == [[True, False, False, False]]
     # top-p keeps the first two of all, min-p leaves them.
     after = Distribution(top_p=0.7, min_p=0.35, min_p_first=False)
-    assert kept(logits, after).tolist() == [[True, True, False, False]]
+    assert kept_mask(logits, after).tolist() == [[True, True, False, False]]
 
 
 def test_penalties_look_at_what_came_before() -> None:
     ids, _, places, logits = world()
     how = Distribution(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=-0.2)
-    ours = score(logits, tokens_of(ids, places), how, places)
+    ours = score_tokens(logits, tokens_of(ids, places), how, places)
     for n, (row, place) in enumerate(zip(*places[1:], strict=True)):
         begin = 2 if row == 0 else 0
         before, drawn = ids[row : row + 1, begin:place], ids[row, START:place]
@@ -104,16 +110,16 @@ def test_chunks_change_nothing(size: int) -> None:
     ids, texts, places, logits = world()
     how = Distribution(top_p=0.8, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.3)
     tokens = tokens_of(ids, places)
-    whole = score(logits, tokens, how, places)
+    whole = score_tokens(logits, tokens, how, places)
     cut = zip(*(x.split(size) for x in (logits, tokens, *places[1:])), strict=True)
-    parts = [score(some, t, how, Places(texts, r, p)) for some, t, r, p in cut]
+    parts = [score_tokens(some, t, how, TokenPositions(texts, r, p)) for some, t, r, p in cut]
     torch.testing.assert_close(torch.cat([one.logps for one in parts]), whole.logps)
     torch.testing.assert_close(torch.cat([one.entropy for one in parts]), whole.entropy)
 
 
 def test_a_sampled_token_outside_the_set_counts_as_kept() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, -4.0]], requires_grad=True)
-    scored = score(logits, torch.tensor([3]), Distribution(top_k=2))
+    scored = score_tokens(logits, torch.tensor([3]), Distribution(top_k=2))
     expected = torch.log_softmax(torch.tensor([3.0, 2.0, -4.0]), -1)[2]
     torch.testing.assert_close(scored.logps[0], expected)
     (scored.logps + scored.entropy).sum().backward()
@@ -127,17 +133,17 @@ def test_what_keeps_all_is_the_softmax() -> None:
     tokens = torch.arange(len(logits))
     for off in (Distribution(), Distribution(top_k=-1), Distribution(top_k=VOCAB * 2)):
         plain = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-        torch.testing.assert_close(score(logits, tokens, off).logps, plain)
+        torch.testing.assert_close(score_tokens(logits, tokens, off).logps, plain)
     assert Distribution(temperature=0.3, top_k=-1).plain
     assert not Distribution(repetition_penalty=1.1).plain
     with pytest.raises(ValueError, match="penalties depend on earlier tokens"):
-        score(logits, tokens, Distribution(presence_penalty=1.0))
+        score_tokens(logits, tokens, Distribution(presence_penalty=1.0))
 
 
 def test_bfloat16_logits_are_worked_on_in_float32() -> None:
     _, _, _, logits = world()
     tokens = logits.argmax(-1)
-    low = score(logits.bfloat16(), tokens, Distribution(top_p=0.9))
+    low = score_tokens(logits.bfloat16(), tokens, Distribution(top_p=0.9))
     assert low.logps.dtype == low.entropy.dtype == torch.float32
-    same = score(logits.bfloat16().float(), tokens, Distribution(top_p=0.9))
+    same = score_tokens(logits.bfloat16().float(), tokens, Distribution(top_p=0.9))
     torch.testing.assert_close(low.logps, same.logps)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from toolkit.train.step.packing import Row, even_packs, split_rows, tokens_of
+from toolkit.train.step.packing import Row, count_pack_tokens, even_packs, split_rows
 
 
 def batch(seed: int, groups: int = 5, members: int = 4, longest: int = 60) -> list[Row]:
@@ -22,8 +22,8 @@ def test_packs_hold_every_row_once_and_fit(seed: int) -> None:
     rows, limit = batch(seed), 100
     packs = split_rows(rows, limit)
     assert sorted(row for pack in packs for row in pack) == rows
-    assert all(tokens_of(pack) <= limit for pack in packs)
-    least = -(-tokens_of(rows) // limit)
+    assert all(count_pack_tokens(pack) <= limit for pack in packs)
+    least = -(-count_pack_tokens(rows) // limit)
     assert least <= len(packs) <= 2 * least + 1
     assert packs == split_rows(list(rows), limit)
 
@@ -43,7 +43,7 @@ def test_a_group_stays_together_where_it_fits() -> None:
     packs = split_rows(rows, 45)
     assert [{row.prompt for row in pack} for pack in packs] == [{second}, {first}]
     # Four completions of ten tokens, and two tokens of the prompt once.
-    assert [tokens_of(pack) for pack in packs] == [42, 42]
+    assert [count_pack_tokens(pack) for pack in packs] == [42, 42]
 
 
 def test_a_row_that_is_too_long_is_a_pack_of_its_own() -> None:

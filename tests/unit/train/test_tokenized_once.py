@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolkit.train.rollout.sampler import tokenized_once
+from toolkit.train.rollout.sampler import tokenize_distinct
 
 
 class Tokenizer:
@@ -21,7 +21,7 @@ class Tokenizer:
 
 def test_each_row_gets_its_own_list_of_the_ids_of_its_prompt() -> None:
     tokenize = Tokenizer()
-    ids, images, fields = tokenized_once(tokenize, ["ab", "ab", "c", "ab"])
+    ids, images, fields = tokenize_distinct(tokenize, ["ab", "ab", "c", "ab"])
     assert ids == [[97, 98], [97, 98], [99], [97, 98]]
     assert tokenize.seen == [3]  # only equal neighbours are one group
     assert (images, fields) == (None, {})
@@ -31,13 +31,13 @@ def test_each_row_gets_its_own_list_of_the_ids_of_its_prompt() -> None:
 
 def test_different_prompts_are_one_call() -> None:
     tokenize = Tokenizer()
-    assert tokenized_once(tokenize, ["a", "b"])[0] == [[97], [98]]
+    assert tokenize_distinct(tokenize, ["a", "b"])[0] == [[97], [98]]
     assert tokenize.seen == [2]
 
 
 def test_images_and_other_fields_need_every_row() -> None:
     for tokenize in (Tokenizer(images=[None]), Tokenizer(fields={"token_type_ids": [[0]]})):
-        ids, images, fields = tokenized_once(tokenize, ["a", "a"])
+        ids, images, fields = tokenize_distinct(tokenize, ["a", "a"])
         assert ids == [[97], [97]]
         assert tokenize.seen == [1, 2]
         assert (images, fields) == (tokenize.images, tokenize.fields)

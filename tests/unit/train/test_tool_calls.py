@@ -15,7 +15,7 @@ from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal
 from toolkit.train.rewards.worker_process import WorkerProcess
-from toolkit.train.rollout.tool_log import LONGEST_LOGGED, ToolLog
+from toolkit.train.rollout.tool_log import MAX_RESULT_CHARACTERS, ToolLog
 from toolkit.train.rollout.tools import CallFailed, StopRun, load_tools
 
 TOOLS = '''\
@@ -202,7 +202,7 @@ def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path
     assert [row["failed"] for row in rows] == [False, True, False, True]
     assert rows[0]["arguments"] == {"text": "four"}
     assert rows[1]["result"] == "the arguments are not a mapping of names to values"
-    assert rows[2]["result"] == "y" * LONGEST_LOGGED + "... (5000 characters)"
+    assert rows[2]["result"] == "y" * MAX_RESULT_CHARACTERS + "... (5000 characters)"
     assert [set(row) - {"time_s"} for row in times] == [
         {"step", "completion", "turn", "call", "tool"}
     ] * 4

@@ -33,15 +33,15 @@ def checkpoint(folder: Path, **grpo: Any) -> Path:
 
 
 def cut(config: RunConfig) -> tuple[Any, Any]:
-    return tuple(config.grpo[key] for key in micro_batch_record.KEYS)
+    return tuple(config.grpo[key] for key in micro_batch_record.SPLIT_KEYS)
 
 
 def test_what_a_checkpoint_was_made_with_stays(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(micro_batch_record.kept(config(), found)) == (4, 8)
-    assert cut(micro_batch_record.kept(config(), None)) == ("auto", "auto")
+    assert cut(micro_batch_record.with_recorded(config(), found)) == (4, 8)
+    assert cut(micro_batch_record.with_recorded(config(), None)) == ("auto", "auto")
     written = config(per_device_train_batch_size=16, gradient_accumulation_steps=2)
-    assert micro_batch_record.kept(written, found) is written
+    assert micro_batch_record.with_recorded(written, found) is written
 
 
 @pytest.mark.parametrize(
@@ -55,29 +55,29 @@ def test_another_generation_batch_is_not_cut_in_the_old_way(
     tmp_path: Path, grpo: dict[str, int]
 ) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
-    assert cut(micro_batch_record.kept(config(**grpo), found)) == ("auto", "auto")
+    assert cut(micro_batch_record.with_recorded(config(**grpo), found)) == ("auto", "auto")
 
 
 def test_a_checkpoint_without_numbers_leaves_the_choice_open(tmp_path: Path) -> None:
-    assert cut(micro_batch_record.kept(config(), checkpoint(tmp_path))) == ("auto", "auto")
+    assert cut(micro_batch_record.with_recorded(config(), checkpoint(tmp_path))) == ("auto", "auto")
 
 
 def test_what_is_recorded_are_the_numbers() -> None:
     resolved = config(per_device_train_batch_size=8, gradient_accumulation_steps=4)
-    assert cut(micro_batch_record.recorded_config(config(), resolved)) == (8, 4)
-    assert micro_batch_record.recorded_config(resolved, config()) is resolved
+    assert cut(micro_batch_record.config_to_record(config(), resolved)) == (8, 4)
+    assert micro_batch_record.config_to_record(resolved, config()) is resolved
 
 
 def test_the_tokens_of_a_pass_stay_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     found = checkpoint(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=8)
     # A version before pack_tokens was cut by rows; so is what resumes it.
-    assert micro_batch_record.kept(config(), found).runtime.pack_tokens == "auto"
+    assert micro_batch_record.with_recorded(config(), found).runtime.pack_tokens == "auto"
     state = json.loads((tmp_path / "state.json").read_text())
     state["run"]["runtime.pack_tokens"] = 5000
     (tmp_path / "state.json").write_text(json.dumps(state))
-    kept = micro_batch_record.kept(config(), found)
+    kept = micro_batch_record.with_recorded(config(), found)
     assert kept.runtime.pack_tokens == 5000
     assert fingerprint(kept, {})["runtime.pack_tokens"] == 5000
     assert "runtime.pack_tokens" not in fingerprint(config(), {})
-    assert micro_batch_record.recorded_config(config(), kept).runtime.pack_tokens == 5000
-    assert micro_batch_record.recorded_config(kept, config()) is kept
+    assert micro_batch_record.config_to_record(config(), kept).runtime.pack_tokens == 5000
+    assert micro_batch_record.config_to_record(kept, config()) is kept

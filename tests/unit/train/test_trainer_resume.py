@@ -80,9 +80,9 @@ def forge(folder, name, change):
     """Alter a JSON file of a checkpoint as its writer would have: checksums are right after it."""
     described = json.loads((folder / name).read_text())
     (folder / name).write_text(change(described))
-    listed = checkpoint._canonical(checkpoint._digests(folder))
-    (folder / checkpoint.CHECKSUMS).write_text(listed)
-    assert checkpoint.faults(folder) == []
+    listed = checkpoint._checksums_text(checkpoint._digests(folder))
+    (folder / checkpoint.CHECKSUMS_FILE).write_text(listed)
+    assert checkpoint.find_faults(folder) == []
 
 
 def edited(**values):
@@ -98,7 +98,7 @@ def huge_generator(kind):
 
 
 def load_all(trainer, folder):
-    trainer_state.check(trainer, folder)
+    trainer_state.check_checkpoint(trainer, folder)
     trainer_state.load_progress(trainer, folder)
     trainer_state.load_generators(trainer, folder)
 
@@ -167,12 +167,12 @@ def test_a_checkpoint_sets_no_attribute_but_the_counters(tmp_path):
 )
 def test_an_adapter_from_elsewhere_is_refused_with_the_difference(tmp_path, change, difference):
     trainer = make_trainer(tmp_path)
-    parameters = state_files.trainable(trainer.model)
+    parameters = state_files.trainable_parameters(trainer.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     stored = {name: p.detach().clone() + 1 for name, p in parameters.items()}
     change(stored)
     with pytest.raises(ConfigError) as refused:
-        state_files.copy_into(parameters, stored, "here")
+        state_files.copy_into_parameters(parameters, stored, "here")
     assert difference in refused.value.message
     assert all(torch.equal(before[name], p) for name, p in parameters.items())
 
@@ -210,7 +210,7 @@ def test_the_adapter_of_a_checkpoint_is_one_that_peft_loads(tmp_path):
 
 
 def test_every_generator_is_put_back():
-    described, tensors = state_files.generators()
+    described, tensors = state_files.generator_states()
     described = json.loads(json.dumps(described))
     drawn = [random.random(), np.random.rand(), torch.rand(1).item(), np.random.randn()]
     state_files.restore_generators(described, tensors)

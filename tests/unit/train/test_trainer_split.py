@@ -119,9 +119,9 @@ def test_a_checkpoint_is_whole_and_goes_on_with_any_number(
     two, one = tmp_path / "two", tmp_path / "one"
     train(two, 2, 2, 2)
     assert checkpoint.list_steps(two) == [2]
-    assert not checkpoint.faults(checkpoint.place(two, 2))
-    assert checkpoint.split_of(checkpoint.place(two, 2)) == 2
-    names = sorted(path.name for path in checkpoint.place(two, 2).glob("rank-*"))
+    assert not checkpoint.find_faults(checkpoint.path_of(two, 2))
+    assert checkpoint.tensor_parallel_size_of(checkpoint.path_of(two, 2)) == 2
+    names = sorted(path.name for path in checkpoint.path_of(two, 2).glob("rank-*"))
     assert names == ["rank-0.json", "rank-0.safetensors"]
     shutil.copytree(two, one)
     train(two, 2, 2, 4, "resume")

@@ -25,9 +25,9 @@ from toolkit.train.checkpointing import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-RECORD = ".branch.json"
-TRAINER_STATE = "trainer_state.json"
-EARLIER = ""
+BRANCH_FILE = ".branch.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+UNNAMED_BRANCH = ""
 """The name of the branch in checkpoints of earlier releases, which did not record a branch."""
 
 
@@ -67,46 +67,50 @@ class Branch:
         return {"name": self.name, "parents": [list(parent) for parent in self.parents]}
 
 
-def of_checkpoint(folder: Path) -> tuple[Branch, int | None]:
+def read_branch(folder: Path) -> tuple[Branch, int | None]:
     """Return the branch that wrote an intact checkpoint, and the step that the checkpoint records
     (None if it records no step).
     """
     try:
-        state = checkpoint.read_json(folder, checkpoint.STATE)
-        step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
+        state = checkpoint.read_json(folder, checkpoint.STATE_FILE)
+        step = checkpoint.read_json(folder, TRAINER_STATE_FILE)["global_step"]
     except (InputError, KeyError, TypeError):
-        return Branch(EARLIER), None
-    found = _parsed(state.get("branch")) if isinstance(state, dict) else None
-    return found or Branch(EARLIER), step if isinstance(step, int) else None
+        return Branch(UNNAMED_BRANCH), None
+    found = _parse_branch(state.get("branch")) if isinstance(state, dict) else None
+    return found or Branch(UNNAMED_BRANCH), step if isinstance(step, int) else None
 
 
-def current(run_dir: Path) -> Branch:
+def current_branch(run_dir: Path) -> Branch:
     """Return the branch that the run folder records. If it records none, return the branch of its
     latest intact checkpoint.
     """
     try:
-        recorded = _parsed(files.read_json(run_dir / RECORD))
+        recorded = _parse_branch(files.read_json(run_dir / BRANCH_FILE))
     except InputError:
         recorded = None
     if recorded is not None:
         return recorded
-    sound = (folder for folder, _ in _sound(run_dir))
+    sound = (folder for folder, _ in _intact_checkpoints(run_dir))
     latest_one = next(sound, None)
-    return Branch(EARLIER) if latest_one is None else of_checkpoint(latest_one)[0]
+    return Branch(UNNAMED_BRANCH) if latest_one is None else read_branch(latest_one)[0]
 
 
-def record(run_dir: Path, branch: Branch) -> None:
+def record_branch(run_dir: Path, branch: Branch) -> None:
     """Record ``branch`` as the branch of the run folder, atomically. Raises OSError."""
-    write_file(run_dir / RECORD, json.dumps(branch.to_json()) + "\n", durable=True)
+    write_file(run_dir / BRANCH_FILE, json.dumps(branch.to_json()) + "\n", durable=True)
 
 
-def own_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
+def valid_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
     """Return the steps of the valid checkpoints, the latest first."""
-    branch = branch or current(run_dir)
-    return [step for folder, step in _sound(run_dir) if branch.holds(_writer(folder), step)]
+    branch = branch or current_branch(run_dir)
+    return [
+        step
+        for folder, step in _intact_checkpoints(run_dir)
+        if branch.holds(_branch_name(folder), step)
+    ]
 
 
-def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
+def abandoned_steps(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     """Return the steps of the checkpoints that no longer belong to the run when its branch changes
     from ``before`` to ``after``.
 
@@ -116,32 +120,33 @@ def left_behind(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     known = before.names | after.names
     return [
         step
-        for folder, step in _sound(run_dir)
-        if (name := _writer(folder)) in known and not after.holds(name, step)
+        for folder, step in _intact_checkpoints(run_dir)
+        if (name := _branch_name(folder)) in known and not after.holds(name, step)
     ]
 
 
-def latest(run_dir: Path) -> tuple[Path | None, list[str]]:
+def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the latest valid checkpoint (None if there is none), and one line of text for each
     later checkpoint. Each line says why that checkpoint is not valid.
     """
-    branch, passed = current(run_dir), list[str]()
+    branch, passed = current_branch(run_dir), list[str]()
     for step in checkpoint.list_steps(run_dir):
-        folder = checkpoint.place(run_dir, step)
-        if not checkpoint.is_sound(folder):
-            passed.append(f"{folder}: {'; '.join(checkpoint.faults(folder))}")
-        elif _step(folder) != step:
+        folder = checkpoint.path_of(run_dir, step)
+        if not checkpoint.is_intact(folder):
+            passed.append(f"{folder}: {'; '.join(checkpoint.find_faults(folder))}")
+        elif _recorded_step(folder) != step:
             passed.append(
-                f"{folder}: contains step {_step(folder)}, which is not the step in its name"
+                f"{folder}: contains step {_recorded_step(folder)}, which is not the step in its "
+                "name"
             )
-        elif not branch.holds(_writer(folder), step):
+        elif not branch.holds(_branch_name(folder), step):
             passed.append(f"{folder}: belongs to another branch or another run")
         else:
             return folder, passed
     return None, passed
 
 
-def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+def resume_point(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     """Return the checkpoint that ``resume`` (``runtime.resume``) selects (None for a new run), and
     one line of text for each checkpoint that was skipped.
 
@@ -152,7 +157,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
         InputError: ``resume`` is a path, but there is no intact checkpoint at this path.
     """
     if resume in ("auto", "must"):
-        found, passed = latest(run_dir)
+        found, passed = latest_checkpoint(run_dir)
         if found is None and passed:
             raise ConfigError(
                 "no checkpoint in this folder is intact and belongs to this run"
@@ -183,7 +188,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
             where=resume,
             fix="set runtime.resume to auto, must, never, or a checkpoint folder",
         )
-    if found_faults := checkpoint.faults(folder):
+    if found_faults := checkpoint.find_faults(folder):
         raise InputError(
             f"the checkpoint is damaged: {'; '.join(found_faults)}",
             where=resume,
@@ -192,7 +197,7 @@ def choose(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     return folder, []
 
 
-def rotate(
+def rotate_checkpoints(
     run_dir: Path, keep: Iterable[int], *, keep_last: int, branch: Branch | None = None
 ) -> None:
     """Remove all valid checkpoints except the latest ``keep_last`` checkpoints and the checkpoints
@@ -201,31 +206,31 @@ def rotate(
     if keep_last <= 0:
         return
     kept = set(keep)
-    for step in own_steps(run_dir, branch)[keep_last:]:
+    for step in valid_steps(run_dir, branch)[keep_last:]:
         if step not in kept:
-            checkpoint.remove(checkpoint.place(run_dir, step))
+            checkpoint.remove(checkpoint.path_of(run_dir, step))
 
 
-def _sound(run_dir: Path) -> Iterable[tuple[Path, int]]:
+def _intact_checkpoints(run_dir: Path) -> Iterable[tuple[Path, int]]:
     """Yield (folder, step) of each intact checkpoint whose name has the right step, the latest
     first.
     """
     for step in checkpoint.list_steps(run_dir):
-        folder = checkpoint.place(run_dir, step)
-        if checkpoint.is_sound(folder) and _step(folder) == step:
+        folder = checkpoint.path_of(run_dir, step)
+        if checkpoint.is_intact(folder) and _recorded_step(folder) == step:
             yield folder, step
 
 
-def _step(folder: Path) -> int | None:
-    found = of_checkpoint(folder)[1]
-    return checkpoint.step_named(folder.name) if found is None else found
+def _recorded_step(folder: Path) -> int | None:
+    found = read_branch(folder)[1]
+    return checkpoint.step_in_name(folder.name) if found is None else found
 
 
-def _writer(folder: Path) -> str:
-    return of_checkpoint(folder)[0].name
+def _branch_name(folder: Path) -> str:
+    return read_branch(folder)[0].name
 
 
-def _parsed(value: Mapping[str, Any] | Any) -> Branch | None:
+def _parse_branch(value: Mapping[str, Any] | Any) -> Branch | None:
     """Return the branch that a JSON value describes, or None if it is not a branch."""
     try:
         parents = tuple((str(name), int(last)) for name, last in value["parents"])

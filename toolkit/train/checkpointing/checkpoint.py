@@ -20,28 +20,28 @@ from toolkit.base.errors import ConfigError, InputError, first_line
 from toolkit.base.formatting import GIB
 from toolkit.base.paths import FOLDER_MODE, make_folder, sync_folder, write_file
 
-CHECKSUMS = "checksums.json"
-STATE = "state.json"
-FORMAT = 1
+CHECKSUMS_FILE = "checksums.json"
+STATE_FILE = "state.json"
+FORMAT_VERSION = 1
 MAX_STATE_BYTES = GIB  # trainer_state.json has one row per step
-ASIDE = "abandoned-"
-MOST_FAULTS = 20  # at most this many faults of one checkpoint are reported
-_NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
-_ASIDE = re.compile(rf"{ASIDE}([1-9][0-9]{{0,7}})")
-Kind = TypeVar("Kind")
-Stamp = tuple[tuple[str, int, int, int, int], ...]
-_READ: dict[Path, Stamp] = {}
+ABANDONED_PREFIX = "abandoned-"
+MAX_FAULTS = 20  # at most this many faults of one checkpoint are reported
+_CHECKPOINT_NAME = re.compile(r"checkpoint-([1-9][0-9]{0,11})")
+_ABANDONED_NAME = re.compile(rf"{ABANDONED_PREFIX}([1-9][0-9]{{0,7}})")
+Value = TypeVar("Value")
+FolderStamp = tuple[tuple[str, int, int, int, int], ...]
+_INTACT: dict[Path, FolderStamp] = {}
 """The checkpoints that this process has found intact, with the state of their files at that
 time.
 """
 
 
-def place(run_dir: Path, step: int) -> Path:
+def path_of(run_dir: Path, step: int) -> Path:
     """The path of the checkpoint of a step."""
     return run_dir / f"checkpoint-{step}"
 
 
-def partial_place(run_dir: Path, step: int) -> Path:
+def partial_path_of(run_dir: Path, step: int) -> Path:
     """The temporary path of a checkpoint while it is written. Readers ignore this name."""
     return run_dir / f".checkpoint-{step}.partial"
 
@@ -52,13 +52,13 @@ def begin(run_dir: Path, step: int) -> Path:
     """
     make_folder(run_dir)
     for stale in run_dir.glob(".checkpoint-*"):
-        clear(stale)
-    partial = partial_place(run_dir, step)
+        remove_leftover(stale)
+    partial = partial_path_of(run_dir, step)
     partial.mkdir(mode=FOLDER_MODE)
     return partial
 
 
-def clear(path: Path) -> None:
+def remove_leftover(path: Path) -> None:
     """Remove the folder, file or link at a temporary path. The target of a link is not removed.
     Raises OSError.
     """
@@ -73,50 +73,50 @@ def commit(partial: Path, step: int) -> Path:
     to ``checkpoint-<step>``, and return the new path.
 
     If something is already at that path (a damaged checkpoint, a link, another folder), it is moved
-    by ``set_aside``, never removed. Raises OSError.
+    by ``move_into``, never removed. Raises OSError.
     """
     for file in sorted(partial.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    write_file(partial / CHECKSUMS, _canonical(_digests(partial)), durable=True)
-    final = place(partial.parent, step)
+    write_file(partial / CHECKSUMS_FILE, _checksums_text(_digests(partial)), durable=True)
+    final = path_of(partial.parent, step)
     if os.path.lexists(final):
-        aside = newest_aside(partial.parent)
+        aside = newest_abandoned_folder(partial.parent)
         if aside is None or os.path.lexists(aside / final.name):
-            aside = next_aside(partial.parent)
-        set_aside(final, aside)
+            aside = next_abandoned_folder(partial.parent)
+        move_into(final, aside)
     partial.rename(final)
     sync_folder(final.parent)
-    if (stamp := _stamp(final)) is not None:
-        _READ[final] = stamp
+    if (stamp := _folder_stamp(final)) is not None:
+        _INTACT[final] = stamp
     return final
 
 
-def next_aside(run_dir: Path) -> Path:
+def next_abandoned_folder(run_dir: Path) -> Path:
     """Return the path ``abandoned-<n>`` in the run folder, with the next free number. Such a folder
     keeps the files of a branch that the run has left.
     """
-    number = _asides(run_dir) + 1
-    # ``_asides`` ignores a name with more digits than ``_ASIDE`` allows.
-    while os.path.lexists(run_dir / f"{ASIDE}{number}"):
+    number = _largest_abandoned_number(run_dir) + 1
+    # ``_largest_abandoned_number`` ignores a name with more digits than ``_ABANDONED_NAME`` allows.
+    while os.path.lexists(run_dir / f"{ABANDONED_PREFIX}{number}"):
         number += 1
-    return run_dir / f"{ASIDE}{number}"
+    return run_dir / f"{ABANDONED_PREFIX}{number}"
 
 
-def newest_aside(run_dir: Path) -> Path | None:
+def newest_abandoned_folder(run_dir: Path) -> Path | None:
     """Return the folder ``abandoned-<n>`` with the largest number in the run folder, or None if
     there is no such folder.
     """
-    number = _asides(run_dir)
-    return run_dir / f"{ASIDE}{number}" if number else None
+    number = _largest_abandoned_number(run_dir)
+    return run_dir / f"{ABANDONED_PREFIX}{number}" if number else None
 
 
-def _asides(run_dir: Path) -> int:
-    taken = (_ASIDE.fullmatch(entry.name) for entry in os.scandir(run_dir))
+def _largest_abandoned_number(run_dir: Path) -> int:
+    taken = (_ABANDONED_NAME.fullmatch(entry.name) for entry in os.scandir(run_dir))
     return max((int(match[1]) for match in taken if match), default=0)
 
 
-def set_aside(path: Path, folder: Path) -> Path:
+def move_into(path: Path, folder: Path) -> Path:
     """Move ``path`` into ``folder``, and return its new path. ``folder`` is created if needed. Code
     that looks for checkpoints does not look into ``folder``. Raises OSError.
     """
@@ -128,34 +128,37 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint. Its folder is renamed first, so that a reader never finds a checkpoint
     of which some files are removed.
     """
-    _READ.pop(folder, None)
+    _INTACT.pop(folder, None)
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")), ignore_errors=True)
 
 
-def faults(folder: Path) -> list[str]:
+def find_faults(folder: Path) -> list[str]:
     """Return the faults of a checkpoint, one line each. An intact checkpoint has none."""
     try:
-        if not os.path.lexists(folder / CHECKSUMS):
-            return [f"{CHECKSUMS} is missing, so the checkpoint was not completed"]
-        text = regular.read_bytes(folder / CHECKSUMS)
+        if not os.path.lexists(folder / CHECKSUMS_FILE):
+            return [f"{CHECKSUMS_FILE} is missing, so the checkpoint was not completed"]
+        text = regular.read_bytes(folder / CHECKSUMS_FILE)
         listed = json.loads(text)
         files: dict[str, dict[str, Any]] = listed["files"]
-        if listed["format"] != FORMAT:
+        if listed["format"] != FORMAT_VERSION:
             return [
-                f"{CHECKSUMS}: the format is {listed['format']!r}, but this release reads {FORMAT}"
+                f"{CHECKSUMS_FILE}: the format is {listed['format']!r}, but this release reads "
+                f"{FORMAT_VERSION}"
             ]
-        if _canonical(files) != text.decode():
-            return [f"{CHECKSUMS} was altered"]
+        if _checksums_text(files) != text.decode():
+            return [f"{CHECKSUMS_FILE} was altered"]
     except InputError as problem:
-        return [f"{CHECKSUMS}: {problem.message}"]
+        return [f"{CHECKSUMS_FILE}: {problem.message}"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        return [f"{CHECKSUMS} cannot be read: {first_line(problem)}"]
-    found = [fault for name, expected in files.items() if (fault := _fault(folder, name, expected))]
-    more = len(found) - MOST_FAULTS
-    return found if more <= 0 else [*found[:MOST_FAULTS], f"and {more} more"]
+        return [f"{CHECKSUMS_FILE} cannot be read: {first_line(problem)}"]
+    found = [
+        fault for name, expected in files.items() if (fault := _file_fault(folder, name, expected))
+    ]
+    more = len(found) - MAX_FAULTS
+    return found if more <= 0 else [*found[:MAX_FAULTS], f"and {more} more"]
 
 
-def _fault(folder: Path, name: str, expected: Any) -> str | None:
+def _file_fault(folder: Path, name: str, expected: Any) -> str | None:
     file = folder / name
     if Path(name).name != name or "\0" in name:
         return f"{name!r} points outside the folder"
@@ -178,21 +181,21 @@ def _fault(folder: Path, name: str, expected: Any) -> str | None:
         return f"{name}: {problem.message}"
 
 
-def is_sound(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether the checkpoint has no faults. If an earlier call found no faults, the files are read
     again only if they changed.
     """
-    stamp = _stamp(folder)
-    if stamp is not None and _READ.get(folder) == stamp:
+    stamp = _folder_stamp(folder)
+    if stamp is not None and _INTACT.get(folder) == stamp:
         return True
-    if faults(folder):
+    if find_faults(folder):
         return False
     if stamp is not None:
-        _READ[folder] = stamp
+        _INTACT[folder] = stamp
     return True
 
 
-def _stamp(folder: Path) -> Stamp | None:
+def _folder_stamp(folder: Path) -> FolderStamp | None:
     """A value that changes when a file of ``folder`` changes."""
     try:
         found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
@@ -207,28 +210,31 @@ def list_steps(run_dir: Path) -> list[int]:
     Links, names that the toolkit does not write (``checkpoint-007``), and folders with neither
     checksums nor state are ignored.
     """
-    steps = (step_named(entry.name) for entry in _entries(run_dir))
-    return sorted((s for s in steps if s is not None and _is_ours(place(run_dir, s))), reverse=True)
+    steps = (step_in_name(entry.name) for entry in _subfolders(run_dir))
+    return sorted(
+        (s for s in steps if s is not None and _is_toolkit_checkpoint(path_of(run_dir, s))),
+        reverse=True,
+    )
 
 
-def step_named(name: str) -> int | None:
+def step_in_name(name: str) -> int | None:
     """The step in ``checkpoint-<step>``, or None for every other name."""
-    match = _NAME.fullmatch(name)
+    match = _CHECKPOINT_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
-def _entries(run_dir: Path) -> list[os.DirEntry[str]]:
+def _subfolders(run_dir: Path) -> list[os.DirEntry[str]]:
     try:
         return [entry for entry in os.scandir(run_dir) if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def _is_ours(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in (CHECKSUMS, STATE))
+def _is_toolkit_checkpoint(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (CHECKSUMS_FILE, STATE_FILE))
 
 
-def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
+def check_world_size(folder: Path, replicas: int, size: int = 1) -> None:
     """Check that a run has as many processes as the run that wrote the checkpoint. A checkpoint
     stores the buffered rollouts and the states of the random generators of each process. If
     processes share a model (``size`` processes per model), they have the same state and count as
@@ -237,7 +243,7 @@ def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
     Raises:
         ConfigError: another number of processes wrote the checkpoint.
     """
-    then = read_state(folder, "world_size", int)
+    then = read_state_value(folder, "world_size", int)
     if then != replicas:
         one, several = ("process", "processes") if size == 1 else ("replica", "replicas")
         raise ConfigError(
@@ -249,47 +255,47 @@ def refuse_other_world(folder: Path, replicas: int, size: int = 1) -> None:
         )
 
 
-def split_of(folder: Path) -> int:
+def tensor_parallel_size_of(folder: Path) -> int:
     """Return the number of processes over which the model was split when ``folder`` was written."""
-    state = read_json(folder, STATE)
+    state = read_json(folder, STATE_FILE)
     size = state.get("tensor_parallel_size", 1) if isinstance(state, dict) else 1
     return size if isinstance(size, int) else 1
 
 
-def read_state(folder: Path, key: str, kind: type[Kind]) -> Kind:
+def read_state_value(folder: Path, key: str, kind: type[Value]) -> Value:
     """Return the value of ``key`` in state.json of a checkpoint whose checksums were verified.
 
     Raises:
         InputError: the value is missing or not of type ``kind``, because another program wrote the
             checkpoint.
     """
-    state = read_json(folder, STATE)
+    state = read_json(folder, STATE_FILE)
     value = state.get(key) if isinstance(state, dict) else None
     if type(value) is not kind:
         raise InputError(
             f"the file is not the state of a run: {key} is missing, or not of type {kind.__name__}",
-            where=str(folder / STATE),
+            where=str(folder / STATE_FILE),
             fix="resume from another checkpoint, or begin another run with --output-dir",
         )
     return value
 
 
-def read_logs(folder: Path) -> tuple[dict[str, int], dict[str, str] | None]:
+def read_log_positions(folder: Path) -> tuple[dict[str, int], dict[str, str] | None]:
     """Return how many bytes of each log a checkpoint recorded, and the SHA-256 of these bytes (None
     in a checkpoint of an earlier release).
 
     Raises:
         InputError: another program wrote the checkpoint.
     """
-    kept = read_state(folder, "positions", dict)
-    state = read_json(folder, STATE)
+    kept = read_state_value(folder, "positions", dict)
+    state = read_json(folder, STATE_FILE)
     sums = state.get("log_sha256")
     numbers = all(type(size) is int and size >= 0 for size in kept.values())
     if numbers and (sums is None or isinstance(sums, dict)):
         return kept, sums
     raise InputError(
         "the file is not the state of a run: positions or log_sha256 has an impossible value",
-        where=str(folder / STATE),
+        where=str(folder / STATE_FILE),
         fix="resume from another checkpoint, or begin another run with --output-dir",
     )
 
@@ -309,12 +315,12 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
+    files = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS_FILE)
     return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
 
 
-def _canonical(files: dict[str, dict[str, Any]]) -> str:
-    return json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
+def _checksums_text(files: dict[str, dict[str, Any]]) -> str:
+    return json.dumps({"format": FORMAT_VERSION, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def _sha256(file: Path) -> str:

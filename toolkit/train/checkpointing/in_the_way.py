@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.base.files import file_type_fault, read_json_object
-from toolkit.train.checkpointing.branch import RECORD
+from toolkit.train.checkpointing.branch import BRANCH_FILE
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 from toolkit.train.tracking import named
@@ -23,14 +23,14 @@ from toolkit.train.tracking.to_tensorboard import FOLDER as TENSORBOARD
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
 
-FOLDERS = ("adapter", "model")
+OUTPUT_FOLDERS = ("adapter", "model")
 """Folders that a run writes at its end, with files inside."""
-INSIDE = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
+FILES_IN_FOLDERS = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
 TRACKER_FOLDERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": "wandb"}
 """Folders in the run folder that the package of a tracker writes."""
-ADDED_TO = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
-REPLACED = (
-    RECORD,
+APPENDED_FILES = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
+REPLACED_FILES = (
+    BRANCH_FILE,
     "config.json",
     "evaluation.json",
     "manifest.json",
@@ -44,7 +44,7 @@ with its name. Any other object with its name prevents the write.
 """
 
 
-def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
+def check_output_paths(run_dir: Path, config: RunConfig | None = None) -> None:
     """Reject a run folder if the run of ``config`` could not write one of its files there. For
     example, a pipe or a folder may have the name of that file. The folders of the run's trackers
     are checked too. The run folder is also rejected if the run would replace a file or a folder
@@ -53,20 +53,20 @@ def refuse(run_dir: Path, config: RunConfig | None = None) -> None:
     Raises:
         ConfigError: the message names the first path with such a problem.
     """
-    for name in FOLDERS:
-        _folder(run_dir / name)
+    for name in OUTPUT_FOLDERS:
+        _check_folder(run_dir / name)
     for tracker in [] if config is None else named(config.grpo.get("report_to")):
         if tracker in TRACKER_FOLDERS:
-            _folder(run_dir / TRACKER_FOLDERS[tracker])
-    for name in ADDED_TO:
+            _check_folder(run_dir / TRACKER_FOLDERS[tracker])
+    for name in APPENDED_FILES:
         mode = _mode(run_dir / name)
         if mode is not None and not stat.S_ISREG(mode):
-            raise _in_the_way(run_dir / name, _what(mode), "a file")
-    for name in REPLACED:
-        _replaceable(run_dir / name)
+            raise _obstacle_error(run_dir / name, _describe_kind(mode), "a file")
+    for name in REPLACED_FILES:
+        _check_replaceable(run_dir / name)
     if config is not None:
         _refuse_inputs(run_dir.resolve(), config)
-    if not (run_dir / RECORD).exists():
+    if not (run_dir / BRANCH_FILE).exists():
         _refuse_other_config(run_dir / "config.json")
 
 
@@ -78,10 +78,12 @@ def _refuse_inputs(run_dir: Path, config: RunConfig) -> None:
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
     }
-    if (run_dir / RECORD).exists():
+    if (run_dir / BRANCH_FILE).exists():
         # The config.json of a run is a run file, too: it may be given to resume the run.
         del inputs["the run file"]
-    own = {run_dir / name for name in (*FOLDERS, *ADDED_TO, *REPLACED)} | {run_dir}
+    own = {run_dir / name for name in (*OUTPUT_FOLDERS, *APPENDED_FILES, *REPLACED_FILES)} | {
+        run_dir
+    }
     for key, text in inputs.items():
         path = Path(text) if text else None
         if path is None or not path.exists():
@@ -113,22 +115,24 @@ def _refuse_other_config(path: Path) -> None:
         )
 
 
-def _folder(path: Path) -> None:
+def _check_folder(path: Path) -> None:
     mode = _mode(path)
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise _in_the_way(path, _what(mode), "a folder")
+        raise _obstacle_error(path, _describe_kind(mode), "a folder")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise _in_the_way(path, "is a folder that this user cannot write to", "files in a folder")
-    for name in INSIDE:
-        _replaceable(path / name)
+        raise _obstacle_error(
+            path, "is a folder that this user cannot write to", "files in a folder"
+        )
+    for name in FILES_IN_FOLDERS:
+        _check_replaceable(path / name)
 
 
-def _replaceable(path: Path) -> None:
+def _check_replaceable(path: Path) -> None:
     mode = _mode(path)
     if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-        raise _in_the_way(path, _what(mode), "a file")
+        raise _obstacle_error(path, _describe_kind(mode), "a file")
 
 
 def _mode(path: Path) -> int | None:
@@ -138,13 +142,13 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-def _what(mode: int) -> str:
+def _describe_kind(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "is a link"
     return "is a file" if stat.S_ISREG(mode) else file_type_fault(mode) or "is not a regular file"
 
 
-def _in_the_way(path: Path, what: str, expected: str) -> ConfigError:
+def _obstacle_error(path: Path, what: str, expected: str) -> ConfigError:
     return ConfigError(
         f"the path {what}, but the run writes {expected} with this name",
         where=str(path),

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-KEYS = (MICRO, ACCUMULATION)
+SPLIT_KEYS = (MICRO, ACCUMULATION)
 
 
-def kept(config: RunConfig, found: Path | None) -> RunConfig:
+def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
     """If the micro-batch in ``config`` is "auto", return ``config`` with the micro-batch that was
     recorded in the checkpoint ``found``. Otherwise return ``config`` unchanged.
 
@@ -37,8 +37,8 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     """
     if found is None or not is_auto(config.grpo):
         return config
-    then = checkpoint.read_state(found, "run", dict)
-    cut = {key: then.get(f"grpo.{key}") for key in KEYS}
+    then = checkpoint.read_state_value(found, "run", dict)
+    cut = {key: then.get(f"grpo.{key}") for key in SPLIT_KEYS}
     micro, accumulation = cut[MICRO], cut[ACCUMULATION]
     # A checkpoint without ``pack_tokens`` comes from a version that split batches by rows. The
     # resumed run splits them in the same way.
@@ -46,22 +46,22 @@ def kept(config: RunConfig, found: Path | None) -> RunConfig:
     if not isinstance(micro, int) or not isinstance(accumulation, int):
         return config
     written = config.model.tensor_parallel_size
-    size = checkpoint.split_of(found) if written == "auto" else written
+    size = checkpoint.tensor_parallel_size_of(found) if written == "auto" else written
     whole = micro * accumulation * parallel.replicas(world_size(), size)
     same = whole == config.grpo.get(GENERATION)
-    return _with(config, cut, tokens) if same else config
+    return _replace_micro_batch(config, cut, tokens) if same else config
 
 
-def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
+def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """Return the config that a checkpoint records. It has the values of ``config``, which the user
     wrote. Only its micro-batch comes from ``resolved``.
     """
     if not is_auto(config.grpo):
         return config
-    return _with(config, resolved.grpo, resolved.runtime.pack_tokens)
+    return _replace_micro_batch(config, resolved.grpo, resolved.runtime.pack_tokens)
 
 
-def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
+def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
     """Check that there are enough prompts for one generation. At the end of an epoch, TRL drops the
     last prompts if they do not fill a generation. With too few prompts, TRL would drop all of them,
     and no step would run.
@@ -85,7 +85,7 @@ def refuse_too_few(config: RunConfig, prompts: int, processes: int) -> None:
     )
 
 
-def _with(config: RunConfig, cut: Mapping[str, Any], tokens: Any) -> RunConfig:
-    grpo = {**config.grpo, **{key: cut[key] for key in KEYS}}
+def _replace_micro_batch(config: RunConfig, cut: Mapping[str, Any], tokens: Any) -> RunConfig:
+    grpo = {**config.grpo, **{key: cut[key] for key in SPLIT_KEYS}}
     runtime = replace(config.runtime, pack_tokens=tokens)
     return replace(config, grpo=MappingProxyType(grpo), runtime=runtime)

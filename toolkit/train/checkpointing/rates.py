@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SETTINGS = frozenset(
+RUN_FILE_SETTINGS = frozenset(
     {
         "initial_lr",
         "weight_decay",
@@ -32,7 +32,7 @@ group (schedule-free optimizers, Prodigy).
 
 
 @dataclass(frozen=True)
-class FileSettings:
+class OptimizerSettings:
     """The optimizer and scheduler settings of the run file: the settings of each param group, and
     the learning rate of each group before the schedule scales it.
     """
@@ -41,23 +41,23 @@ class FileSettings:
     base_lrs: list[float]
 
 
-def settings_of(trainer: Any) -> FileSettings:
+def read_settings(trainer: Any) -> OptimizerSettings:
     """Return the settings of the optimizer and the scheduler of ``trainer``. Call this function
     before a checkpoint is loaded.
     """
-    optimizer, scheduler = _inner(trainer)
+    optimizer, scheduler = _unwrapped(trainer)
     groups = [
-        {key: value for key, value in group.items() if key in SETTINGS}
+        {key: value for key, value in group.items() if key in RUN_FILE_SETTINGS}
         for group in optimizer.param_groups
     ]
-    return FileSettings(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
+    return OptimizerSettings(groups, [float(rate) for rate in getattr(scheduler, "base_lrs", [])])
 
 
-def apply(trainer: Any, wanted: FileSettings) -> None:
+def restore_settings(trainer: Any, wanted: OptimizerSettings) -> None:
     """Restore the settings ``wanted`` after the state of a checkpoint was loaded. The next step
     then has the learning rate that the schedule of the run file gives for that step.
     """
-    optimizer, scheduler = _inner(trainer)
+    optimizer, scheduler = _unwrapped(trainer)
     pairs = list(zip(optimizer.param_groups, wanted.groups, strict=True))
     for group, settings in pairs:
         before, now = group.get("initial_lr"), settings.get("initial_lr")
@@ -84,7 +84,7 @@ def _has_lambdas(scheduler: Any) -> bool:
     return bool(getattr(scheduler, "lr_lambdas", None))
 
 
-def _inner(trainer: Any) -> tuple[Any, Any]:
+def _unwrapped(trainer: Any) -> tuple[Any, Any]:
     """Return torch's optimizer and scheduler, without accelerate's wrappers."""
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     return getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from toolkit.engine.mesh import current_mesh
 from toolkit.train.checkpointing import rollback, trainer_state
-from toolkit.train.checkpointing.branch import Branch, choose, rotate
+from toolkit.train.checkpointing.branch import Branch, resume_point, rotate_checkpoints
 from toolkit.train.checkpointing.checkpoint import list_steps
 from toolkit.train.process_control import is_first_rank
 from toolkit.train.step import step_errors
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from toolkit.train.report.metrics_log import Journal
 
 
-LOST = 1 << 10
+RUN_DIR_LOST = 1 << 10
 """A flag that ranks exchange in place of a signal number. It means that the run folder was moved,
 removed or replaced.
 """
@@ -88,7 +88,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """
         run_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True and self._stores_adapter() and list_steps(run_dir):
-            folder, passed = choose(run_dir, "must")
+            folder, passed = resume_point(run_dir, "must")
             for line in passed:
                 step_errors.logger.warning("skipped %s", line)
             resume_from_checkpoint = str(folder)
@@ -101,12 +101,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         of a user's script calls this method, because ``toolkit train`` chooses the branch itself.
         """
         source = Path(found) if isinstance(found, (str, Path)) else None
-        if source is not None and not trainer_state.is_ours(source):
+        if source is not None and not trainer_state.is_toolkit_checkpoint(source):
             source = None
         elif source is not None:
-            trainer_state.check(self, source)  # before ``rollback.begin`` moves files
+            trainer_state.check_checkpoint(self, source)  # before files are moved
         if is_first_rank() and run_dir.is_dir():
-            start = rollback.begin(run_dir, source, with_logs=False)
+            start = rollback.begin_branch(run_dir, source, with_logs=False)
             for line in start.notes:
                 step_errors.logger.warning("%s", line)
             self.branch = start.branch
@@ -118,7 +118,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             self._stop(flag)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:
-            self.snapshot = trainer_state.take(self)
+            self.snapshot = trainer_state.take_snapshot(self)
             alone = self.accelerator.num_processes == 1 and current_mesh() is None
             if alone and self.signals.number and self._saved_step == self.state.global_step:
                 # If a signal came while the checkpoint was written, stop at once.
@@ -132,7 +132,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """
         assert self.signals is not None
         return (
-            LOST
+            RUN_DIR_LOST
             if self.run_dir_watch is not None and not self.run_dir_watch.is_whole()
             else self.signals.number
         )
@@ -140,7 +140,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     def _stop(self, flag: int) -> None:
         """Save and stop training. Every rank calls this with the same ``flag``."""
         assert self.signals is not None
-        if flag == LOST:
+        if flag == RUN_DIR_LOST:
             self.lost = True
             self._find_place()
         else:
@@ -166,7 +166,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
             return super()._evaluate(*args, **kwargs)
         # An evaluation may be interrupted. Then the state after the step is saved, and the resumed
         # run repeats the evaluation.
-        self.snapshot = trainer_state.take(self, pending_evaluation=True)
+        self.snapshot = trainer_state.take_snapshot(self, pending_evaluation=True)
         self.signals.unshield()
         metrics = super()._evaluate(*args, **kwargs)
         self.signals.shield()
@@ -207,7 +207,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         if not self._stores_adapter():
             super()._save_checkpoint(model, trial)
         else:
-            self.save_snapshot(trainer_state.take(self))
+            self.save_snapshot(trainer_state.take_snapshot(self))
 
     def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
         """Write the checkpoint of ``snapshot``, unless this checkpoint exists. Then remove old
@@ -238,7 +238,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         if self.args.load_best_model_at_end:
             kept.add(self.state.best_global_step)
         steps = [step for step in kept if step is not None]
-        rotate(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
+        rotate_checkpoints(run_dir, steps, keep_last=keep_last or 0, branch=self.branch)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Do the same as transformers, but do not remove checkpoints in the toolkit's format. Only
@@ -254,18 +254,18 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not trainer_state.is_ours(folder):
+        if not trainer_state.is_toolkit_checkpoint(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        trainer_state.check(self, folder)
-        trainer_state.load_policy(self, folder)
+        trainer_state.check_checkpoint(self, folder)
+        trainer_state.load_adapter(self, folder)
         self._epochs_done = trainer_state.epochs_done(folder)
         self.source = folder
         if folder.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_step = trainer_state.step_of(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not trainer_state.is_ours(Path(checkpoint)):
+        if checkpoint is None or not trainer_state.is_toolkit_checkpoint(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
             trainer_state.load_progress(self, Path(checkpoint))
@@ -274,7 +274,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """Restore the random generators, then run a pending evaluation. transformers calls this
         once, after the first batch has been fetched.
         """
-        if checkpoint is None or not trainer_state.is_ours(Path(checkpoint)):
+        if checkpoint is None or not trainer_state.is_toolkit_checkpoint(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
             return
         trainer_state.load_generators(self, Path(checkpoint))

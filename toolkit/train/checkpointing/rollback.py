@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
     from toolkit.train.checkpointing.branch import Branch
 
-RESULTS = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
+RESULT_NAMES = ("adapter", "model", "evaluation.json", "report.html", BAD_REWARDS_FILE)
 """Files of a run other than its logs. A rollback moves them into ``abandoned-<n>``, because they
 belong to the old branch.
 """
-RECORD = "abandoned.json"
-CHUNK = 1 << 20
+RECORD_FILE = "abandoned.json"
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class RunStart:
     """How a run resumes: its branch, the number of bytes to keep of each log, and messages for the
     user.
     """
@@ -54,7 +54,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class _Log:
+class _RecordedLog:
     """A log, as it was when a checkpoint was written. The checkpoint recorded the first ``keep``
     bytes of the log. ``source`` is a file that begins with these bytes, or None if there is no such
     file.
@@ -65,13 +65,13 @@ class _Log:
     source: Path | None
 
 
-def begin(
+def begin_branch(
     run_dir: Path,
     found: Path | None,
     *,
     with_logs: bool = True,
     bad_rewards_bytes: int | None = None,
-) -> Start:
+) -> RunStart:
     """Choose the branch of a run in ``run_dir`` that resumes from ``found`` (None: a new run), and
     move the files of an abandoned branch.
 
@@ -81,63 +81,67 @@ def begin(
     Only the first rank calls this, after all checks that can reject the run. Raises OSError.
     """
     if found is None:
-        said = _begin_again(run_dir, bad_rewards_bytes) if with_logs else ()
+        said = _restart(run_dir, bad_rewards_bytes) if with_logs else ()
         branch = branches.Branch()
-        branches.record(run_dir, branch)
-        return Start(branch, notes=said)
-    before = branches.current(run_dir)
+        branches.record_branch(run_dir, branch)
+        return RunStart(branch, notes=said)
+    before = branches.current_branch(run_dir)
     branch = _branch_from(run_dir, found, before)
-    left = branches.left_behind(run_dir, before, branch)
-    logs = [_log(run_dir, found, name) for name in _names(run_dir, found)] if with_logs else []
+    left = branches.abandoned_steps(run_dir, before, branch)
+    logs = (
+        [_find_log(run_dir, found, name) for name in _log_names(run_dir, found)]
+        if with_logs
+        else []
+    )
     foreign = [log for log in logs if log.source != run_dir / log.name]
     notes = list[str]()
     if branch != before or left or any((run_dir / log.name).exists() for log in foreign):
-        aside = _keep_aside(run_dir, before, found, logs, left, bad_rewards_bytes)
-        branches.record(run_dir, branch)
+        aside = _move_to_abandoned(run_dir, before, found, logs, left, bad_rewards_bytes)
+        branches.record_branch(run_dir, branch)
         for step in left:
-            checkpoint.set_aside(checkpoint.place(run_dir, step), aside)
+            checkpoint.move_into(checkpoint.path_of(run_dir, step), aside)
         if left:
             moved = ", ".join(f"checkpoint-{step}" for step in sorted(left))
             notes.append(f"the checkpoints later than {found} were moved to {aside}: {moved}")
-    elif not (run_dir / branches.RECORD).exists():
-        branches.record(run_dir, branch)
+    elif not (run_dir / branches.BRANCH_FILE).exists():
+        branches.record_branch(run_dir, branch)
     for log in foreign:
-        _put_back(run_dir / log.name, log)
+        _restore_log(run_dir / log.name, log)
         if log.source is None and log.keep:
             notes.append(f"{log.name} is not the file that {found} recorded, so a new log begins")
-    return Start(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
+    return RunStart(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
 
 
-def _begin_again(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
+def _restart(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
     """Move the files of an earlier start into ``abandoned-<n>`` if the folder has no checkpoint.
     The earlier start was stopped before its first checkpoint, or a user removed the checkpoints.
     Return the messages for the user.
     """
-    logs = [_Log(name, 0, None) for name in _names(run_dir, None)]
-    before = branches.current(run_dir)
-    aside = _keep_aside(run_dir, before, None, logs, [], bad_rewards_bytes)
+    logs = [_RecordedLog(name, 0, None) for name in _log_names(run_dir, None)]
+    before = branches.current_branch(run_dir)
+    aside = _move_to_abandoned(run_dir, before, None, logs, [], bad_rewards_bytes)
     if not aside.exists():
         return ()
-    steps = _rows(aside / LOGS[0])
+    steps = _count_rows(aside / LOGS[0])
     return (
         f"no checkpoint in {run_dir}, which has {plural(steps, 'row')} of metrics of an earlier"
         f" start: training begins again at step 0, and the earlier files are moved to {aside}",
     )
 
 
-def _names(run_dir: Path, found: Path | None) -> list[str]:
+def _log_names(run_dir: Path, found: Path | None) -> list[str]:
     """Return the names of the run's log files. The logs of tools are included if the run has tools
     now or had tools before.
     """
-    kept = {} if found is None else checkpoint.read_logs(found)[0]
+    kept = {} if found is None else checkpoint.read_log_positions(found)[0]
     more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
     return [*LOGS, *more]
 
 
-def _rows(log: Path) -> int:
+def _count_rows(log: Path) -> int:
     try:
         with open_bytes(log) as handle:
-            return sum(part.count(b"\n") for part in iter(lambda: handle.read(CHUNK), b""))
+            return sum(part.count(b"\n") for part in iter(lambda: handle.read(CHUNK_BYTES), b""))
     except InputError:
         return 0
 
@@ -146,36 +150,38 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
     """Return the branch ``before`` if ``found`` is the last checkpoint of this branch. Otherwise
     return a new branch that continues from ``found``.
     """
-    lineage, step = branches.of_checkpoint(found)
+    lineage, step = branches.read_branch(found)
     if step is None:
-        step = checkpoint.step_named(found.resolve().name) or 0
+        step = checkpoint.step_in_name(found.resolve().name) or 0
     here = found.resolve().parent == run_dir.resolve()
-    later = [one for one in branches.own_steps(run_dir, before) if one > step]
+    later = [one for one in branches.valid_steps(run_dir, before) if one > step]
     if here and before.holds(lineage.name, step) and not later:
         return before
     return lineage.fork(step)
 
 
-def _log(run_dir: Path, found: Path, name: str) -> _Log:
+def _find_log(run_dir: Path, found: Path, name: str) -> _RecordedLog:
     """Return the log ``name`` as the checkpoint ``found`` recorded it.
 
     Two files can be the ``source`` of the result: first the log in the run folder, then the log
     next to ``found`` (in an ``abandoned-<n>`` folder, or in another run folder). The first of them
     that begins with the recorded bytes is chosen. If neither does, ``source`` is None.
     """
-    positions, digests = checkpoint.read_logs(found)
+    positions, digests = checkpoint.read_log_positions(found)
     keep = positions.get(name, 0)
     digest = (digests or {}).get(name)
     beside = found.resolve().parent
     own = run_dir / name
     if digest is None:  # written by an earlier release
         here = beside == run_dir.resolve() and own.is_file() and own.stat().st_size >= keep
-        return _Log(name, keep, own if here else None)
+        return _RecordedLog(name, keep, own if here else None)
     sources = (own, beside / name)
-    return _Log(name, keep, next((s for s in sources if prefix(s, keep) == digest), None))
+    return _RecordedLog(
+        name, keep, next((s for s in sources if prefix_sha256(s, keep) == digest), None)
+    )
 
 
-def prefix(file: Path, length: int) -> str | None:
+def prefix_sha256(file: Path, length: int) -> str | None:
     """Return the SHA-256 of the first ``length`` bytes, or None if the file is shorter or cannot be
     read.
     """
@@ -184,7 +190,7 @@ def prefix(file: Path, length: int) -> str | None:
         return digest.hexdigest()
     try:
         with open_bytes(file) as handle:
-            while length and (part := handle.read(min(CHUNK, length))):
+            while length and (part := handle.read(min(CHUNK_BYTES, length))):
                 digest.update(part)
                 length -= len(part)
     except (InputError, OSError):
@@ -192,11 +198,11 @@ def prefix(file: Path, length: int) -> str | None:
     return None if length else digest.hexdigest()
 
 
-def _keep_aside(
+def _move_to_abandoned(
     run_dir: Path,
     before: Branch,
     found: Path | None,
-    logs: list[_Log],
+    logs: list[_RecordedLog],
     left: list[int],
     bad_rewards_bytes: int | None,
 ) -> Path:
@@ -205,42 +211,42 @@ def _keep_aside(
     the folder of the earlier rollback is used again. The folder is not created if there is nothing
     to keep.
     """
-    aside = checkpoint.next_aside(run_dir)
-    sizes = {log.name: _size(run_dir / log.name) for log in logs}
+    aside = checkpoint.next_abandoned_folder(run_dir)
+    sizes = {log.name: _size_bytes(run_dir / log.name) for log in logs}
     known = {log.name: log.keep if log.source == run_dir / log.name else 0 for log in logs}
     cut = any(sizes[name] > length for name, length in known.items())
-    results = [name for name in RESULTS if (run_dir / name).exists()]
+    results = [name for name in RESULT_NAMES if (run_dir / name).exists()]
     if bad_rewards_bytes == 0 and BAD_REWARDS_FILE in results:
         results.remove(BAD_REWARDS_FILE)
     if not (left or cut or results):
         return aside
     source = None if found is None else str(found.resolve())
     described = {"branch": before.to_json(), "resumed_from": source, "logs": sizes}
-    newest = checkpoint.newest_aside(run_dir)
-    if newest is not None and _recorded(newest) == described:
+    newest = checkpoint.newest_abandoned_folder(run_dir)
+    if newest is not None and _read_record(newest) == described:
         aside = newest
     else:
         partial = run_dir / f".{aside.name}.partial"
-        checkpoint.clear(partial)
+        checkpoint.remove_leftover(partial)
         partial.mkdir(mode=FOLDER_MODE)
         for log in logs if cut or left else ():
             if sizes[log.name]:
                 shutil.copyfile(run_dir / log.name, partial / log.name)
-        write_file(partial / RECORD, json.dumps(described, indent=1) + "\n", durable=True)
+        write_file(partial / RECORD_FILE, json.dumps(described, indent=1) + "\n", durable=True)
         partial.rename(aside)
     for name in results:
         (run_dir / name).rename(aside / name)
     if BAD_REWARDS_FILE in results and bad_rewards_bytes is not None:
-        _return_rest(aside / BAD_REWARDS_FILE, run_dir / BAD_REWARDS_FILE, bad_rewards_bytes)
+        _return_new_rows(aside / BAD_REWARDS_FILE, run_dir / BAD_REWARDS_FILE, bad_rewards_bytes)
     sync_folder(aside)
     return aside
 
 
-def _return_rest(aside: Path, own: Path, length: int) -> None:
+def _return_new_rows(aside: Path, own: Path, length: int) -> None:
     """Move the bytes after the first ``length`` bytes of the file ``aside`` to the file ``own``.
     These are the rows that this process has written.
     """
-    if _size(aside) <= length:
+    if _size_bytes(aside) <= length:
         return
     with aside.open("r+b") as file:
         file.seek(length)
@@ -248,7 +254,7 @@ def _return_rest(aside: Path, own: Path, length: int) -> None:
         file.truncate(length)
 
 
-def _put_back(own: Path, log: _Log) -> None:
+def _restore_log(own: Path, log: _RecordedLog) -> None:
     """Restore the log file ``own``. It gets the first ``log.keep`` bytes of ``log.source``, which
     are the content that the checkpoint recorded. If ``log.source`` is None, the recorded content is
     lost, and ``own`` becomes empty.
@@ -260,21 +266,21 @@ def _put_back(own: Path, log: _Log) -> None:
     if log.keep == 0:
         return
     temporary = own.with_name(f".{own.name}.partial")
-    checkpoint.clear(temporary)
+    checkpoint.remove_leftover(temporary)
     with log.source.open("rb") as source, temporary.open("wb") as target:
         left = log.keep
-        while left and (part := source.read(min(CHUNK, left))):
+        while left and (part := source.read(min(CHUNK_BYTES, left))):
             target.write(part)
             left -= len(part)
     temporary.replace(own)
 
 
-def _recorded(aside: Path) -> Any:
+def _read_record(aside: Path) -> Any:
     try:
-        return read_json(aside / RECORD)
+        return read_json(aside / RECORD_FILE)
     except InputError:
         return None
 
 
-def _size(file: Path) -> int:
+def _size_bytes(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.checkpointing.branch import own_steps
+from toolkit.train.checkpointing.branch import valid_steps
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class RunDirWatch:
         the folder or the logs, and which checkpoint was saved.
         """
         place = self.place()
-        steps = own_steps(place) if place is not None else []
+        steps = valid_steps(place) if place is not None else []
         told = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"
         if self.in_place():
             names = " and ".join(self.journal.missing() if self.journal is not None else [])

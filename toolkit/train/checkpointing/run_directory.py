@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-FREE_TO_CHANGE = (
+CHANGEABLE_KEYS = (
     "runtime",
     "source",
     # The digests of the data are compared instead of these paths.
@@ -91,7 +91,7 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     sections.pop("source")
     # A run without an environment or tools has no such section.
-    return {name: _plain(value) for name, value in sections.items() if value is not None}
+    return {name: _to_json_values(value) for name, value in sections.items() if value is not None}
 
 
 def write_config(run_dir: Path, config: RunConfig) -> Path:
@@ -114,7 +114,7 @@ def fingerprint(config: RunConfig, data: Mapping[str, str]) -> dict[str, Any]:
     return kept | {
         key: value
         for key, value in flat.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in FREE_TO_CHANGE)
+        if not any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE_KEYS)
     }
 
 
@@ -126,11 +126,11 @@ def _flatten(value: Any, path: str, into: dict[str, Any]) -> None:
         into[path] = value
 
 
-def _plain(value: Any) -> Any:
+def _to_json_values(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _to_json_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json_values(item) for item in value]
     return value

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, torch.Tensor]
 
 
-def generators() -> tuple[dict[str, Any], Tensors]:
+def generator_states() -> tuple[dict[str, Any], Tensors]:
     """Return the state of every random generator of this process. The states of Python's and
     numpy's generators are JSON. The states of torch's generators (CPU and current CUDA device) are
     byte tensors.
@@ -38,7 +38,7 @@ def generators() -> tuple[dict[str, Any], Tensors]:
 
 
 def restore_generators(described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Restore the states that ``generators`` returned."""
+    """Restore the states that ``generator_states`` returned."""
     version, words, gauss = described["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = described["numpy"]
@@ -104,33 +104,37 @@ def stored_name(name: str, adapter: str = "default") -> str:
     )
 
 
-def trainable(model: Any) -> Tensors:
+def trainable_parameters(model: Any) -> Tensors:
     """The trainable parameters, by the name under which PEFT stores them."""
     return {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole_trainable(model: Any) -> Tensors:
-    """Return the parameters of ``trainable`` as complete tensors. If processes share a model, each
-    process has only a part of a tensor. All these processes must then call this function.
+def gather_trainable(model: Any) -> Tensors:
+    """Return the parameters of ``trainable_parameters`` as complete tensors. If processes share a
+    model, each process has only a part of a tensor. All these processes must then call this
+    function.
     """
-    return {name: gather_full_tensor(parameter) for name, parameter in trainable(model).items()}
+    return {
+        name: gather_full_tensor(parameter)
+        for name, parameter in trainable_parameters(model).items()
+    }
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the optimizer's state_dict. If processes share a model, their parts of each tensor are
     joined. So the result is the same as with one process per model.
     """
-    return _state_as(optimizer, optimizer.state_dict(), gather_full_tensor)
+    return _convert_state(optimizer, optimizer.state_dict(), gather_full_tensor)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state from ``optimizer_state``. If processes share a model, each process loads only
     its part of each tensor.
     """
-    optimizer.load_state_dict(_state_as(optimizer, state, local_shard))
+    optimizer.load_state_dict(_convert_state(optimizer, state, local_shard))
 
 
-def _state_as(
+def _convert_state(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     change: Callable[[torch.Tensor, Any], torch.Tensor],
@@ -151,7 +155,7 @@ def _state_as(
     return {**state, "state": changed}
 
 
-def copy_into(
+def copy_into_parameters(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], where: str
 ) -> None:
     """Copy ``stored`` into the parameters of the same names, after a check of names, shapes and
@@ -161,7 +165,7 @@ def copy_into(
         ConfigError: names or shapes differ, or a value is not finite. The message has the first
             fault.
     """
-    problem = difference(parameters, stored)
+    problem = find_difference(parameters, stored)
     if problem:
         raise ConfigError(
             f"the adapter in the checkpoint does not belong to this run: {problem}",
@@ -173,7 +177,7 @@ def copy_into(
             parameter.copy_(local_shard(stored[name], parameter))
 
 
-def difference(
+def find_difference(
     parameters: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> str | None:
     """Return why ``stored`` cannot be copied into ``parameters``, or None."""
@@ -192,7 +196,9 @@ def difference(
     return None
 
 
-def changed(now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+def changed_keys(
+    now: Mapping[str, Any], then: Mapping[str, Any], allowed: Sequence[str]
+) -> list[str]:
     """Return the dotted keys whose values differ between the run ``now`` and the run ``then``. A
     key is left out if ``allowed`` has the key or a section that contains it.
     """

@@ -28,7 +28,7 @@ class StepAbandoned(BaseException):
     """
 
 
-def heard() -> tuple[signal.Signals, ...]:
+def handled_signals() -> tuple[signal.Signals, ...]:
     """The signals that stop this process: all of ``SIGNALS``, except a SIGHUP that was already
     ignored.
     """
@@ -62,7 +62,7 @@ class StopSignals:
         A previous handler may belong to another ``StopSignals`` object. If ``end`` was called
         inside the ``with`` block, that other object also ignores all later signals.
         """
-        numbers = heard()
+        numbers = handled_signals()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
         for number in numbers:
             signal.signal(number, self._on_signal)
@@ -72,7 +72,7 @@ class StopSignals:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if self._ended:
-                end_listeners(before.values())
+                notify_shutdown(before.values())
             for number, handler in before.items() if not self._ignored else ():
                 signal.signal(number, handler)
 
@@ -82,7 +82,7 @@ class StopSignals:
         """
         self._ignored = True
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in heard():
+        for number in handled_signals():
             signal.signal(number, signal.SIG_IGN)
 
     def end(self) -> None:
@@ -162,7 +162,7 @@ class StopSignals:
         raise StepAbandoned(self.received)
 
 
-def end_listeners(handlers: Iterable[Any]) -> None:
+def notify_shutdown(handlers: Iterable[Any]) -> None:
     """Tell ``StopSignals`` objects that the process has begun to end. If one of the signal
     ``handlers`` is a method of a ``StopSignals`` object, ``end`` of this object is called.
     """

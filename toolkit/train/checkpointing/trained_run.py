@@ -11,7 +11,7 @@ from toolkit.base.errors import ConfigValueError, InputError, UnsupportedError
 from toolkit.config import chat_format
 from toolkit.config.build import build_config
 from toolkit.config.layers import load_document
-from toolkit.train.data.chat_record import was_chat
+from toolkit.train.data.chat_record import run_used_chats
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
@@ -80,8 +80,12 @@ def open_run(
     finished = folder / "adapter"
     if step is None and (finished / "adapter_config.json").is_file():
         return FinishedRun(folder, config, finished, None)
-    found = checkpoint.place(folder, step) if step is not None else branch.latest(folder)[0]
-    if found is not None and found.is_dir() and checkpoint.is_sound(found):
+    found = (
+        checkpoint.path_of(folder, step)
+        if step is not None
+        else branch.latest_checkpoint(folder)[0]
+    )
+    if found is not None and found.is_dir() and checkpoint.is_intact(found):
         return FinishedRun(folder, config, None, found)
     raise ConfigValueError(
         "has neither an intact checkpoint nor a finished adapter yet"
@@ -110,7 +114,7 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
     else:
         assert run.checkpoint is not None
         model, tokenizer = load_policy(config)
-        read_checkpoint(model, run.checkpoint)
+        load_checkpoint_adapter(model, run.checkpoint)
     return FastLanguageModel.for_inference(model), tokenizer
 
 
@@ -125,13 +129,15 @@ def with_engine(config: RunConfig, engine: EngineName) -> RunConfig:
     )
 
 
-def read_checkpoint(model: Any, folder: Path) -> None:
+def load_checkpoint_adapter(model: Any, folder: Path) -> None:
     """Load the adapter of the training checkpoint in ``folder`` into ``model``, in place."""
     from toolkit.policy.adapter_io import read_tensors  # noqa: PLC0415 - loads torch
-    from toolkit.train.checkpointing.state_files import copy_into, trainable  # noqa: PLC0415
-    from toolkit.train.checkpointing.trainer_state import ADAPTER  # noqa: PLC0415
+    from toolkit.train.checkpointing.state_files import copy_into_parameters, trainable_parameters  # noqa: PLC0415
+    from toolkit.train.checkpointing.trainer_state import ADAPTER_FILE  # noqa: PLC0415
 
-    copy_into(trainable(model), read_tensors(folder / ADAPTER), str(folder))
+    copy_into_parameters(
+        trainable_parameters(model), read_tensors(folder / ADAPTER_FILE), str(folder)
+    )
 
 
 def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
@@ -162,7 +168,7 @@ def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = 
         return write_adapter(base, adapter, to)
 
 
-def complete(
+def generate_completions(
     run: FinishedRun,
     prompts: list[str],
     *,
@@ -182,7 +188,7 @@ def complete(
     Raises:
         ConfigValueError: ``chat`` is true but there is no chat template, or a prompt is too long.
     """
-    from toolkit.train.data.prompt_format import formatted, token_ids  # noqa: PLC0415 - loads torch
+    from toolkit.train.data.prompt_format import format_prompt, token_ids  # noqa: PLC0415 - loads torch
 
     model, tokenizer = load_run_policy(run, engine=engine)
     has_template = chat_format.usable(tokenizer.chat_template)
@@ -192,7 +198,7 @@ def complete(
         raise ConfigValueError(
             "the tokenizer has no chat template", where=str(run.folder), fix="use --plain"
         )
-    given = [formatted(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
+    given = [format_prompt(prompt, run.config.dataset.system, chat=chat) for prompt in prompts]
     ids = token_ids(given, tokenizer, run.config.grpo.get("chat_template_kwargs"))
     try:
         chosen = {"lora_request": None} if base else {}
@@ -212,5 +218,5 @@ def trained_on_chats(run: FinishedRun, *, has_template: bool) -> bool:
     recorded = run.config.dataset.chat
     if isinstance(recorded, bool):
         return recorded
-    was = was_chat(run.folder)
+    was = run_used_chats(run.folder)
     return (has_template and run.config.dataset.system is not None) if was is None else was

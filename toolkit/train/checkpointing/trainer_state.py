@@ -26,19 +26,19 @@ from toolkit.base.version import __version__
 from toolkit.engine.mesh import current_mesh
 from toolkit.policy.adapter_io import read_tensors
 from toolkit.train.checkpointing import checkpoint, rates
-from toolkit.train.checkpointing.branch import TRAINER_STATE, own_steps
-from toolkit.train.checkpointing.checkpoint import STATE
+from toolkit.train.checkpointing.branch import TRAINER_STATE_FILE, valid_steps
+from toolkit.train.checkpointing.checkpoint import STATE_FILE
 from toolkit.train.checkpointing.state_files import (
     Tensors,
-    copy_into,
+    copy_into_parameters,
     flatten,
-    generators,
+    gather_trainable,
+    generator_states,
     load_optimizer,
     optimizer_state,
     restore_generators,
-    trainable,
+    trainable_parameters,
     unflatten,
-    whole_trainable,
 )
 from toolkit.train.process_control import is_first_rank
 
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from toolkit.train.checkpointing.branch import Branch
     from toolkit.train.trainer_seam import TrainerSeam
 
-OPTIMIZER = "optimizer.safetensors"
-ADAPTER = "adapter_model.safetensors"
-_MOST_STEPS = 1 << 40
+OPTIMIZER_FILE = "optimizer.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+_MAX_STEPS = 1 << 40
 COUNTERS = ("_step", "entropy_coef", "_last_world_entropy", "bad_steps")
 
 
@@ -73,11 +73,11 @@ class TrainerSnapshot:
     """The records of the curriculum, which are equal on all ranks."""
 
 
-def take(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
+def take_snapshot(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> TrainerSnapshot:
     """Return a snapshot of ``trainer``. Buffered rollouts are not copied, so a snapshot costs
     little time and memory.
     """
-    described, tensors = generators()
+    described, tensors = generator_states()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)
     state.total_flos += trainer.current_flos
@@ -115,9 +115,9 @@ def save_adapter(model: Any, folder: Path, tensors: Tensors | None = None) -> No
     write_file(
         folder / "adapter_config.json", json.dumps(described, indent=2, sort_keys=True) + "\n"
     )
-    stored = trainable(model) if tensors is None else tensors
+    stored = trainable_parameters(model) if tensors is None else tensors
     stored = {name: p.detach().cpu().contiguous() for name, p in stored.items()}
-    save_file(stored, str(folder / ADAPTER), metadata={"format": "pt"})
+    save_file(stored, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
 
 
 def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path | None:
@@ -129,12 +129,12 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     """
     accelerator = trainer.accelerator
     step = snapshot.hf_state.global_step
-    partial = checkpoint.partial_place(run_dir, step)
+    partial = checkpoint.partial_path_of(run_dir, step)
     model, first, shared = accelerator.unwrap_model(trainer.model), is_first_rank(), current_mesh()
     try:
         # Every process sends its part, and the first process writes the files.
-        adapter = whole_trainable(model)
-        state = optimizer_state(_inner(trainer.optimizer))
+        adapter = gather_trainable(model)
+        state = optimizer_state(_unwrapped(trainer.optimizer))
         if first:
             if trainer.journal is not None:
                 trainer.journal.sync()  # the logs must have every row that the checkpoint records
@@ -149,7 +149,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     except Exception as error:
         # Before ``disk.to_toolkit_error``, which reports the free space.
         shutil.rmtree(partial, ignore_errors=True)
-        known = disk.to_toolkit_error(error, run_dir, needed=_size_of(trainer, snapshot))
+        known = disk.to_toolkit_error(error, run_dir, needed=_estimate_bytes(trainer, snapshot))
         if known is None or known is error:
             raise
         raise known from error
@@ -157,15 +157,15 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
     return folder
 
 
-def _size_of(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
+def _estimate_bytes(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
     """Return the estimated size of a checkpoint in bytes. It is the total size of the tensors of
     all ranks.
     """
     tensors: Tensors = {}
-    flatten(_inner(trainer.optimizer).state_dict(), tensors, "optimizer")
+    flatten(_unwrapped(trainer.optimizer).state_dict(), tensors, "optimizer")
     shared = [
         *tensors.values(),
-        *trainable(trainer.accelerator.unwrap_model(trainer.model)).values(),
+        *trainable_parameters(trainer.accelerator.unwrap_model(trainer.model)).values(),
     ]
     own: Tensors = dict(snapshot.tensors)
     flatten(snapshot.buffered, own, "buffered")
@@ -178,10 +178,10 @@ def _save_shared(
     trainer: TrainerSeam, snapshot: TrainerSnapshot, folder: Path, state: Mapping[str, Any]
 ) -> None:
     """Write the files that all ranks share. ``state`` is the state of the optimizer."""
-    snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE))
+    snapshot.hf_state.save_to_json(str(folder / TRAINER_STATE_FILE))
     tensors: Tensors = {}
     optimizer = flatten(state, tensors, "optimizer")
-    save_file(tensors, str(folder / OPTIMIZER))
+    save_file(tensors, str(folder / OPTIMIZER_FILE))
     scaler = getattr(trainer.accelerator, "scaler", None)
     described = {
         "toolkit": __version__,
@@ -193,12 +193,12 @@ def _save_shared(
         "positions": snapshot.positions,
         "log_sha256": snapshot.log_sha256,
         "pending_evaluation": snapshot.pending_evaluation,
-        "score": score(snapshot.hf_state),
+        "score": latest_reward(snapshot.hf_state),
         "optimizer": optimizer,
         "scheduler": flatten(trainer.lr_scheduler.state_dict(), {}, "scheduler"),
         "scaler": None if scaler is None else flatten(scaler.state_dict(), {}, "scaler"),
     }
-    write_file(folder / STATE, json.dumps(described, indent=1) + "\n")
+    write_file(folder / STATE_FILE, json.dumps(described, indent=1) + "\n")
 
 
 def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
@@ -213,7 +213,7 @@ def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
     write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
 
 
-def check(trainer: TrainerSeam, folder: Path) -> None:
+def check_checkpoint(trainer: TrainerSeam, folder: Path) -> None:
     """Reject a checkpoint that is damaged, was written by another number of processes, or has an
     unusable state. Nothing is loaded into ``trainer``.
 
@@ -221,7 +221,7 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
         ConfigError: the checkpoint is damaged, or another number of processes wrote it.
         InputError: another program or release wrote the state.
     """
-    if found := checkpoint.faults(folder):
+    if found := checkpoint.find_faults(folder):
         raise ConfigError(
             f"the checkpoint is damaged: {'; '.join(found)}",
             where=str(folder),
@@ -230,31 +230,33 @@ def check(trainer: TrainerSeam, folder: Path) -> None:
             ),
         )
     size = 1 if (shared := current_mesh()) is None else shared.size
-    checkpoint.refuse_other_world(folder, trainer.accelerator.num_processes, size)
-    with _usable(folder):
+    checkpoint.check_world_size(folder, trainer.accelerator.num_processes, size)
+    with _state_errors_translated(folder):
         # Check that transformers can read this file as its own state, which it does later.
-        TrainerState(**checkpoint.read_json(folder, TRAINER_STATE))
+        TrainerState(**checkpoint.read_json(folder, TRAINER_STATE_FILE))
     step_of(folder)
     epochs_done(folder)
 
 
-def load_policy(trainer: TrainerSeam, folder: Path) -> None:
+def load_adapter(trainer: TrainerSeam, folder: Path) -> None:
     """Load the adapter of a checkpoint into the model under training, in place."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    copy_into(trainable(model), _read_tensors(folder / ADAPTER), str(folder))
+    copy_into_parameters(
+        trainable_parameters(model), _read_tensors(folder / ADAPTER_FILE), str(folder)
+    )
 
 
 def load_progress(trainer: TrainerSeam, folder: Path) -> None:
     """Restore optimizer, scheduler, counters and buffered rollouts from a checkpoint. Raises
     InputError if its state is unusable.
     """
-    with _usable(folder):
-        described = checkpoint.read_json(folder, STATE)
-        tensors = _read_tensors(folder / OPTIMIZER)
-        wanted = rates.settings_of(trainer)
-        load_optimizer(_inner(trainer.optimizer), unflatten(described["optimizer"], tensors))
+    with _state_errors_translated(folder):
+        described = checkpoint.read_json(folder, STATE_FILE)
+        tensors = _read_tensors(folder / OPTIMIZER_FILE)
+        wanted = rates.read_settings(trainer)
+        load_optimizer(_unwrapped(trainer.optimizer), unflatten(described["optimizer"], tensors))
         trainer.lr_scheduler.load_state_dict(unflatten(described["scheduler"], {}))
-        rates.apply(trainer, wanted)
+        rates.restore_settings(trainer, wanted)
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and described["scaler"] is not None:
             scaler.load_state_dict(unflatten(described["scaler"], {}))
@@ -272,13 +274,13 @@ def load_progress(trainer: TrainerSeam, folder: Path) -> None:
 
 def load_generators(trainer: TrainerSeam, folder: Path) -> None:
     """Restore the random generators of this rank. Raises InputError if their state is unusable."""
-    with _usable(folder):
+    with _state_errors_translated(folder):
         rank, tensors = _read_rank(trainer, folder)
         restore_generators(rank["generators"], tensors)
 
 
 @contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def _state_errors_translated(folder: Path) -> Iterator[None]:
     """A context manager for code that uses the content of a checkpoint. If the code fails,
     InputError is raised. The checksums of the files are correct, so the cause is that another
     program or another release wrote the content.
@@ -298,25 +300,25 @@ def _usable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def is_ours(folder: Path) -> bool:
+def is_toolkit_checkpoint(folder: Path) -> bool:
     """Return True if the toolkit wrote the checkpoint, even if the checkpoint is damaged. Return
     False for a checkpoint of plain transformers.
     """
-    ours = (checkpoint.CHECKSUMS, STATE)
+    ours = (checkpoint.CHECKSUMS_FILE, STATE_FILE)
     return any((folder / name).exists() for name in ours) or not (folder / "optimizer.pt").exists()
 
 
 def best_steps(run_dir: Path, count: int, branch: Branch | None = None) -> list[int]:
     """The steps of the ``count`` valid checkpoints with the highest score."""
     scored = []
-    for step in own_steps(run_dir, branch) if count > 0 else []:
-        score = checkpoint.read_json(checkpoint.place(run_dir, step), STATE).get("score")
+    for step in valid_steps(run_dir, branch) if count > 0 else []:
+        score = checkpoint.read_json(checkpoint.path_of(run_dir, step), STATE_FILE).get("score")
         if score is not None:
             scored.append((score, step))
     return [step for _, step in sorted(scored, reverse=True)[:count]]
 
 
-def score(state: Any) -> float | None:
+def latest_reward(state: Any) -> float | None:
     """Return the last logged reward of an evaluation. Without an evaluation, return the last logged
     reward of training, or None.
     """
@@ -329,17 +331,17 @@ def score(state: Any) -> float | None:
 
 def epochs_done(folder: Path) -> int:
     """Return the number of complete epochs before this checkpoint."""
-    with _usable(folder):
-        return int(checkpoint.read_json(folder, TRAINER_STATE)["epoch"] or 0)
+    with _state_errors_translated(folder):
+        return int(checkpoint.read_json(folder, TRAINER_STATE_FILE)["epoch"] or 0)
 
 
 def step_of(folder: Path) -> int:
     """Return the number of optimizer steps before this checkpoint. Raises InputError if the number
     in the checkpoint is not a valid step.
     """
-    with _usable(folder):
-        step = checkpoint.read_json(folder, TRAINER_STATE)["global_step"]
-        if type(step) is not int or not 0 <= step <= _MOST_STEPS:
+    with _state_errors_translated(folder):
+        step = checkpoint.read_json(folder, TRAINER_STATE_FILE)["global_step"]
+        if type(step) is not int or not 0 <= step <= _MAX_STEPS:
             raise ValueError(f"global_step is {step!r:.40}")
         return step
 
@@ -354,7 +356,7 @@ def _read_tensors(file: Path) -> Tensors:
     return read_tensors(file, limit=MAX_DATA_BYTES)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer without accelerate's wrapper."""
     found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return found

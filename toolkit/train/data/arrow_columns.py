@@ -30,19 +30,19 @@ class Rows(NamedTuple):
     place: Callable[[int], str]
 
 
-def from_rows(
+def table_from_rows(
     rows: list[dict[str, Any]], place: Callable[[int], str], names: list[str] | None = None
 ) -> Rows:
     """Convert rows to columns. A key that a row does not have gets the value null in this row."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
     if fault := column_names_fault(keys):
         first = next((i for i, row in enumerate(rows) if column_names_fault(row)), 0)
-        broken(place(first), fault)
-    columns = {name: _column(name, [row.get(name) for row in rows], place) for name in keys}
+        raise_data_error(place(first), fault)
+    columns = {name: _build_column(name, [row.get(name) for row in rows], place) for name in keys}
     return Rows(pa.table(columns), place)
 
 
-def checked(rows: Rows, path: Path) -> Rows:
+def validate_rows(rows: Rows, path: Path) -> Rows:
     """Check that a table can be used for training. Return it with each map column converted to
     lists of {key, value}.
 
@@ -56,18 +56,18 @@ def checked(rows: Rows, path: Path) -> Rows:
         names = list(table.column_names)
         table.validate(full=True)
     except ARROW_ERRORS as error:
-        broken(str(path), f"contains a value that cannot be read: {first_line(error)}")
+        raise_data_error(str(path), f"contains a value that cannot be read: {first_line(error)}")
     if fault := column_names_fault(names):
-        broken(str(path), fault)
+        raise_data_error(str(path), fault)
     for index, field in enumerate(table.schema):
         if pa.types.is_map(field.type):
-            column = _without_map(table.column(index))
+            column = _maps_to_lists(table.column(index))
             table = table.set_column(index, field.name, column)
     _check_types(table, path)
     return rows._replace(table=table)
 
 
-def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _maps_to_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Convert the maps of a column to lists of {key, value}, because a Dataset cannot have a map
     column.
     """
@@ -80,13 +80,13 @@ def _without_map(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(rows, type=pa.list_(item))])
 
 
-def _nul_name(kind: pa.DataType) -> str | None:
+def _field_name_with_nul(kind: pa.DataType) -> str | None:
     """Return the first field name inside the type ``kind`` that contains a NUL character; None if
     there is no such name.
     """
     for index in range(kind.num_fields):
         field = kind.field(index)
-        found = field.name if "\0" in field.name else _nul_name(field.type)
+        found = field.name if "\0" in field.name else _field_name_with_nul(field.type)
         if found is not None:
             return found
     return None
@@ -94,13 +94,13 @@ def _nul_name(kind: pa.DataType) -> str | None:
 
 def _check_types(table: pa.Table, path: Path) -> None:
     for field in table.schema:
-        if _depth(field.type, MAX_DEPTH) > MAX_DEPTH:
+        if _nesting_depth(field.type, MAX_DEPTH) > MAX_DEPTH:
             raise ConfigError(
                 too_deep(field.name),
                 where=str(path),
                 fix="remove the column, or store its values as text",
             )
-        if (key := _nul_name(field.type)) is not None:
+        if (key := _field_name_with_nul(field.type)) is not None:
             raise ConfigError(
                 f"column {field.name!r}: the key {key!r} contains a NUL character",
                 where=str(path),
@@ -118,17 +118,17 @@ def _check_types(table: pa.Table, path: Path) -> None:
             ) from None
 
 
-def _depth(kind: pa.DataType, most: int) -> int:
+def _nesting_depth(kind: pa.DataType, most: int) -> int:
     """Return how many levels of lists or objects a type has: 0 for a number or a text. The result
     is at most ``most`` + 1, because deeper levels are not counted.
     """
     if most < 0 or not pa.types.is_nested(kind):
         return 0
-    inner = (_depth(kind.field(index).type, most - 1) for index in range(kind.num_fields))
+    inner = (_nesting_depth(kind.field(index).type, most - 1) for index in range(kind.num_fields))
     return 1 + max(inner, default=0)
 
 
-def in_memory(table: pa.Table) -> pa.Table:
+def copy_to_memory(table: pa.Table) -> pa.Table:
     """Return a copy of ``table`` in memory. The copy no longer needs the file that ``table`` is
     mapped to.
     """
@@ -170,18 +170,20 @@ def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
     return dataset.with_transform(rows)
 
 
-def _column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Array:
+def _build_column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Array:
     try:
         return pa.array(values)
     except (*_TYPE_ERRORS, UnicodeEncodeError):
-        index = _first_misfit(values)
+        index = _index_of_misfit(values)
     if _has_surrogate(values[index]):
-        broken(place(index), f"column {name!r} contains half of a character (a lone surrogate)")
+        raise_data_error(
+            place(index), f"column {name!r} contains half of a character (a lone surrogate)"
+        )
     first = next((value for value in values[:index] if value is not None), None)
     raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
 
 
-def _first_misfit(values: list[Any]) -> int:
+def _index_of_misfit(values: list[Any]) -> int:
     """Return the index of the first value whose type differs from the type of the values before it.
     The index is found by bisection.
     """
@@ -196,7 +198,7 @@ def _first_misfit(values: list[Any]) -> int:
     return fails - 1
 
 
-def broken(where: str, what: str) -> NoReturn:
+def raise_data_error(where: str, what: str) -> NoReturn:
     """Raise an InputError for a data file with invalid content. ``where`` is the place in the file,
     and ``what`` is the fault.
     """
@@ -204,17 +206,17 @@ def broken(where: str, what: str) -> NoReturn:
 
 
 def _has_surrogate(value: Any) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in _texts(value))
+    return any("\ud800" <= character <= "\udfff" for character in _all_characters(value))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _all_characters(value: Any) -> Iterator[str]:
     """Yield the characters of all texts and keys in a nested value."""
     if isinstance(value, str):
         yield from value
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from key
-            yield from _texts(item)
+            yield from _all_characters(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from _all_characters(item)

@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-KEY = "dataset.chat"
+CHAT_KEY = "dataset.chat"
 
 
-def kept(config: RunConfig, found: Path | None) -> RunConfig:
+def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
     """If ``dataset.chat`` is "auto", return ``config`` with the chat format that the checkpoint
     ``found`` records. Otherwise return ``config`` unchanged.
     """
     if found is None or config.dataset.chat != "auto":
         return config
-    then = recorded(checkpoint.read_state(found, "run", dict), found)
-    return config if then[KEY] is None else _with(config, then[KEY])
+    then = with_chat_key(checkpoint.read_state_value(found, "run", dict), found)
+    return config if then[CHAT_KEY] is None else _replace_chat(config, then[CHAT_KEY])
 
 
-def recorded_config(config: RunConfig, resolved: RunConfig) -> RunConfig:
+def config_to_record(config: RunConfig, resolved: RunConfig) -> RunConfig:
     """Return the config that a checkpoint records. It has the values of ``config``, as the user
     wrote them. Only ``dataset.chat`` is taken from ``resolved``, where "auto" is already replaced
     by true or false.
     """
-    return _with(config, resolved.dataset.chat)
+    return _replace_chat(config, resolved.dataset.chat)
 
 
-def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
+def with_chat_key(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
     """Return the config values that the checkpoint ``found`` recorded (``then``). If they have no
     value for ``dataset.chat``, add one.
 
@@ -52,15 +52,15 @@ def recorded(then: Mapping[str, Any], found: Path) -> dict[str, Any]:
     the log of the run: true if the prompt is a chat, else false. If the log has no completion, the
     value is None (unknown) if ``dataset.system`` was set, else false.
     """
-    if then.get(KEY) is not None:
+    if then.get(CHAT_KEY) is not None:
         return dict(then)
-    was = was_chat(found.parent)
+    was = run_used_chats(found.parent)
     if was is None:
         was = None if then.get("dataset.system") else False
-    return {**then, KEY: was}
+    return {**then, CHAT_KEY: was}
 
 
-def was_chat(run_dir: Path) -> bool | None:
+def run_used_chats(run_dir: Path) -> bool | None:
     """Whether the prompts of a run were chats, according to the first completion in its log. None
     if the log has no completion.
     """
@@ -71,5 +71,5 @@ def was_chat(run_dir: Path) -> bool | None:
         return None
 
 
-def _with(config: RunConfig, chat: Any) -> RunConfig:
+def _replace_chat(config: RunConfig, chat: Any) -> RunConfig:
     return replace(config, dataset=replace(config.dataset, chat=chat))

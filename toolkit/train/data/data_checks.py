@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from toolkit.train.data.prompt_format import Prompt
 
 MIN_CHARACTERS = 1 << 16  # prompts of at most this many characters are always read whole
-CHARACTERS_PER_TOKEN = 64  # at least this many characters are kept per token of the limit
-MOST_CHARACTERS_PER_TOKEN = 256  # at most this many, if the vocabulary has longer tokens
+MIN_CHARACTERS_PER_TOKEN = 64  # at least this many characters are kept per token of the limit
+MAX_CHARACTERS_PER_TOKEN = 256  # at most this many, if the vocabulary has longer tokens
 
 
-def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
+def parse_prompts(values: list[Any]) -> tuple[list[Any], list[str]]:
     """Return the prompts of a column, and notes that tell the user how the prompts were read.
 
     If every text of the column is a chat in JSON, the prompts are read as chats. If only some texts
@@ -46,7 +46,7 @@ def prompts_in(values: list[Any]) -> tuple[list[Any], list[str]]:
     return found, ["the prompts are chats written as JSON text: they were read as chats"]
 
 
-def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
+def clean_answers(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.ChunkedArray, int]:
     """Return the answers of a column, and how many of them are null. NaN, which pandas writes for a
     missing value, is replaced by null.
 
@@ -64,7 +64,7 @@ def answers_in(column: pa.ChunkedArray, name: str, path: str) -> tuple[pa.Chunke
     return column, column.null_count
 
 
-def answer_note(missing: int, rows: int) -> list[str]:
+def missing_answers_note(missing: int, rows: int) -> list[str]:
     """Return a list with a line for the report that says how many answers are missing. The list is
     empty if no answer is missing.
     """
@@ -75,7 +75,7 @@ def answer_note(missing: int, rows: int) -> list[str]:
     return [f"{what}: rewards that compare with the answer do not score them"]
 
 
-def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
+def left_out_columns(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
     """Return {column: reason} for the columns of ``names`` that are not passed to the trainer.
     Columns in ``used`` are never in the result, because they are the prompt or the answer column of
     the run file.
@@ -87,20 +87,23 @@ def left_out(names: Sequence[str], used: Sequence[str]) -> dict[str, str]:
     }
 
 
-def shortened(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+def pretruncate_prompts(tokenizer: Any, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     """Remove the beginning of very long prompts before the prompts are tokenized. Otherwise
     megabytes of text would be tokenized to keep a few hundred tokens. A shortened prompt still has
-    more than ``limit`` tokens. ``prompt_format.truncate`` applies the exact limit later.
+    more than ``limit`` tokens. ``prompt_format.truncate_prompt`` applies the exact limit later.
     """
-    if limit is None or all(_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
+    if limit is None or all(_count_characters(prompt) <= MIN_CHARACTERS for prompt in prompts):
         return prompts
     longest = max(map(len, tokenizer.get_vocab()), default=1)
-    each = min(max(longest, CHARACTERS_PER_TOKEN), MOST_CHARACTERS_PER_TOKEN)
+    each = min(max(longest, MIN_CHARACTERS_PER_TOKEN), MAX_CHARACTERS_PER_TOKEN)
     most = max(MIN_CHARACTERS, (limit + 1) * each)
-    return [_last(prompt, most) if _characters(prompt) > most else prompt for prompt in prompts]
+    return [
+        _last_characters(prompt, most) if _count_characters(prompt) > most else prompt
+        for prompt in prompts
+    ]
 
 
-def _characters(prompt: Prompt) -> int:
+def _count_characters(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     return sum(
@@ -108,7 +111,7 @@ def _characters(prompt: Prompt) -> int:
     )
 
 
-def _last(prompt: Prompt, most: int) -> Prompt:
+def _last_characters(prompt: Prompt, most: int) -> Prompt:
     """Return the last ``most`` characters of a prompt. In a chat, the system message is kept in
     addition.
     """

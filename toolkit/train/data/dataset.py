@@ -15,7 +15,7 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.config import chat_format
 from toolkit.config.data_facts import NO_DATA
 from toolkit.train.data import data_checks, prompt_format
-from toolkit.train.data.arrow_columns import as_dataset, from_rows
+from toolkit.train.data.arrow_columns import as_dataset, table_from_rows
 from toolkit.train.data.dataset_source import read_source
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.problems import Row
 
 
-HELD_OUT = 1 << 31
+HELD_OUT_SEED_OFFSET = 1 << 31
 """The seed of an environment's held-out problems is its training seed plus this number."""
 
 
@@ -133,15 +133,15 @@ def load_data(
     """
     if environment is not None:
         assert make is not None
-        return _of_environment(
-            section, environment, make, Rendering(tokenizer, max_prompt_length, template)
+        return _load_environment_data(
+            section, environment, make, TokenizeOptions(tokenizer, max_prompt_length, template)
         )
     if section.path is None:
         raise ConfigError(NO_DATA, where="dataset.path")
-    rendering = Rendering(tokenizer, max_prompt_length, template)
-    with _about("dataset.path"):
+    rendering = TokenizeOptions(tokenizer, max_prompt_length, template)
+    with _prefix_error_location("dataset.path"):
         source = (section.path, section.split, section.limit)
-        train, train_report = _split(section, rendering, source)
+        train, train_report = _load_split(section, rendering, source)
     if section.eval_path is None and section.eval_split is None:
         return Data(train=train, eval=None, report=DataReport(train=train_report))
     held_out = (
@@ -149,17 +149,19 @@ def load_data(
         section.eval_split or section.split,
         section.eval_limit,
     )
-    with _about("dataset.eval_path" if section.eval_path is not None else "dataset.eval_split"):
-        evaluated, eval_report = _split(section, rendering, held_out)
+    with _prefix_error_location(
+        "dataset.eval_path" if section.eval_path is not None else "dataset.eval_split"
+    ):
+        evaluated, eval_report = _load_split(section, rendering, held_out)
     report = DataReport(train=train_report, eval=eval_report)
     return Data(train=train, eval=evaluated, report=report)
 
 
-def _of_environment(
+def _load_environment_data(
     section: DatasetSection,
     environment: EnvironmentSection,
     make: Callable[..., list[Row]],
-    rendering: Rendering,
+    rendering: TokenizeOptions,
 ) -> Data:
     section = replace(section, prompt="prompt", answer="answer")
 
@@ -167,9 +169,9 @@ def _of_environment(
         made = make(seed=seed, size=size, start=start)
         known = section if "answer" in made[0] else replace(section, answer=None)
         name = f"{environment.adapter}:{environment.task}"
-        rows = from_rows(made, lambda index: f"{name} problem {index}")
+        rows = table_from_rows(made, lambda index: f"{name} problem {index}")
         digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-        return _prepared(known, rendering, name, (rows, f"sha256:{digest}"))
+        return _prepare_split(known, rendering, name, (rows, f"sha256:{digest}"))
 
     train, train_report = split(environment.seed, environment.size)
     if environment.eval_size is None:
@@ -178,7 +180,7 @@ def _of_environment(
         evaluated, eval_report = split(environment.seed, environment.eval_size, environment.size)
     else:
         # A seed far from the training seeds, because problem i of a task is made from seed + i.
-        held_out = (environment.seed + HELD_OUT) % 2**32
+        held_out = (environment.seed + HELD_OUT_SEED_OFFSET) % 2**32
         evaluated, eval_report = split(held_out, environment.eval_size)
     return Data(
         train=train, eval=evaluated, report=DataReport(train=train_report, eval=eval_report)
@@ -186,7 +188,7 @@ def _of_environment(
 
 
 @contextmanager
-def _about(key: str) -> Iterator[None]:
+def _prefix_error_location(key: str) -> Iterator[None]:
     """If the block raises a ToolkitError, put ``key`` before its location. ``key`` is the key of
     the run file that names the data.
     """
@@ -197,7 +199,7 @@ def _about(key: str) -> Iterator[None]:
         raise
 
 
-class Rendering(NamedTuple):
+class TokenizeOptions(NamedTuple):
     """What is needed to convert prompts to tokens: the tokenizer, the limit in tokens, and the
     arguments of the chat template.
     """
@@ -207,25 +209,25 @@ class Rendering(NamedTuple):
     template: TemplateArguments
 
 
-def _split(
-    section: DatasetSection, rendering: Rendering, where: tuple[str, str, int | None]
+def _load_split(
+    section: DatasetSection, rendering: TokenizeOptions, where: tuple[str, str, int | None]
 ) -> tuple[datasets.Dataset, SplitReport]:
     path, split, limit = where
     found = read_source(
         path, split=split, name=section.name, revision=section.revision, limit=limit
     )
-    return _prepared(section, rendering, path, found)
+    return _prepare_split(section, rendering, path, found)
 
 
-def _prepared(
-    section: DatasetSection, rendering: Rendering, path: str, source: tuple[Rows, str]
+def _prepare_split(
+    section: DatasetSection, rendering: TokenizeOptions, path: str, source: tuple[Rows, str]
 ) -> tuple[datasets.Dataset, SplitReport]:
     rows, digest = source
     if not len(rows.table):
         raise ConfigError("the dataset is empty: it has no rows", where=path)
     for key in ("prompt", "answer"):
         _check_column(rows.table, path, key, getattr(section, key))
-    found, read_as = data_checks.prompts_in(rows.table[section.prompt].to_pylist())
+    found, read_as = data_checks.parse_prompts(rows.table[section.prompt].to_pylist())
     is_chat = prompt_format.check_prompts(found, section.prompt, rows.place)
     kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
     if not kept:
@@ -240,16 +242,18 @@ def _prepared(
             fix=chat_format.NOT_CHATS_FIX,
         )
     prompts = [
-        prompt_format.formatted(found[index], section.system, chat=bool(chat)) for index in kept
+        prompt_format.format_prompt(found[index], section.system, chat=bool(chat)) for index in kept
     ]
-    prompts = data_checks.shortened(rendering.tokenizer, prompts, rendering.max_prompt_length)
+    prompts = data_checks.pretruncate_prompts(
+        rendering.tokenizer, prompts, rendering.max_prompt_length
+    )
     if isinstance(prompts[0], list):
         prompt_format.check_template(
             rendering.tokenizer, prompts[0], section.prompt, rendering.template
         )
-    prompts, truncated, longest = _truncated(rendering, prompts)
-    unknown = prompt_format.unknown_note(rendering.tokenizer, prompts, rendering.template)
-    table, notes, missing = _columns(rows, kept, section, prompts, path)
+    prompts, truncated, longest = _truncate_prompts(rendering, prompts)
+    unknown = prompt_format.unknown_tokens_note(rendering.tokenizer, prompts, rendering.template)
+    table, notes, missing = _build_table(rows, kept, section, prompts, path)
     report = SplitReport(
         source=path,
         digest=digest,
@@ -263,7 +267,7 @@ def _prepared(
         longest_tokens=longest,
         columns=tuple(table.column_names),
         no_answer=missing,
-        notes=(*read_as, *unknown, *data_checks.answer_note(missing, len(kept)), *notes),
+        notes=(*read_as, *unknown, *data_checks.missing_answers_note(missing, len(kept)), *notes),
     )
     return as_dataset(table, "prompt" if isinstance(prompts[0], list) else None), report
 
@@ -282,7 +286,9 @@ def _check_column(table: pa.Table, path: str, key: str, name: str | None) -> Non
     )
 
 
-def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int, int | None]:
+def _truncate_prompts(
+    rendering: TokenizeOptions, prompts: list[Any]
+) -> tuple[list[Any], int, int | None]:
     """Shorten prompts that are longer than the limit.
 
     Returns three values:
@@ -294,15 +300,17 @@ def _truncated(rendering: Rendering, prompts: list[Any]) -> tuple[list[Any], int
     tokenizer, limit, template = rendering
     if limit is None:
         return prompts, 0, None
-    lengths = [prompt_format.length_of(tokenizer, prompt, template) for prompt in prompts]
+    lengths = [prompt_format.count_tokens(tokenizer, prompt, template) for prompt in prompts]
     cut = [
-        prompt_format.truncate(tokenizer, prompt, limit, template) if length > limit else prompt
+        prompt_format.truncate_prompt(tokenizer, prompt, limit, template)
+        if length > limit
+        else prompt
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     return cut, sum(length > limit for length in lengths), max(lengths)
 
 
-def _columns(
+def _build_table(
     rows: Rows, kept: list[int], section: DatasetSection, prompts: list[Any], path: str
 ) -> tuple[pa.Table, list[str], int]:
     """Build the table for the trainer.
@@ -317,7 +325,7 @@ def _columns(
     new: dict[str, Any] = {"prompt": prompts}
     missing = 0
     if section.answer:
-        answers, missing = data_checks.answers_in(table[section.answer], section.answer, path)
+        answers, missing = data_checks.clean_answers(table[section.answer], section.answer, path)
         new["answer"] = answers
     notes = [
         (
@@ -328,9 +336,9 @@ def _columns(
         if name in table.column_names and getattr(section, name) != name
     ]
     used = [name for name in (section.prompt, section.answer) if name]
-    taken = data_checks.left_out(table.column_names, used)
+    taken = data_checks.left_out_columns(table.column_names, used)
     notes += [f"the column {name!r} is left out: {why}" for name, why in taken.items()]
-    taken |= data_checks.left_out(table.column_names, ())
+    taken |= data_checks.left_out_columns(table.column_names, ())
     table = table.drop_columns([*taken, *(name for name in new if name in table.column_names)])
     for name, values in new.items():
         table = table.append_column(name, [values] if isinstance(values, list) else values)

@@ -26,8 +26,8 @@ from toolkit.base.files import (
 )
 from toolkit.base.paths import safe_join
 from toolkit.config.run_paths import is_path_only
-from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, checked, in_memory
-from toolkit.train.data.row_reader import read_file
+from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, copy_to_memory, validate_rows
+from toolkit.train.data.row_reader import read_data_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,15 +62,15 @@ def read_source(
                 fix="remove the split from the run file. Set `dataset.eval_path` to the file with "
                 "the held-out prompts",
             )
-        before = _identity([local])
-        rows = read_file(local, limit)
+        before = _file_identities([local])
+        rows = read_data_file(local, limit)
         return rows, _digest_files([local], before)
     return _read_hub(path, split, name, revision, limit)
 
 
 def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str]:
     if (folder / "dataset_dict.json").is_file():
-        splits = _list_in(folder / "dataset_dict.json", "splits")
+        splits = _read_list(folder / "dataset_dict.json", "splits")
         if split not in splits:
             raise ConfigError(
                 f"has no split {split!r}",
@@ -85,31 +85,33 @@ def _read_folder(folder: Path, split: str, limit: int | None) -> tuple[Rows, str
             where=str(folder),
             fix=f"use a file in this folder: {', '.join(inside[:8])}" if inside else None,
         )
-    files = [_data_file(folder, entry) for entry in _list_in(folder / "state.json", "_data_files")]
+    files = [
+        _data_file_path(folder, entry) for entry in _read_list(folder / "state.json", "_data_files")
+    ]
     check_folder(folder)
     for file in files:
         with open_regular(file, limit=MAX_DATA_BYTES):
             pass
-    before = _identity(files)
+    before = _file_identities(files)
     try:
         dataset = datasets.load_from_disk(str(folder))
-        table = _table(dataset, limit)
+        table = _read_rows(dataset, limit)
     except (*ARROW_ERRORS, OSError, AttributeError) as error:
         raise InputError(
             f"the saved dataset cannot be read: {first_line(error)}", where=str(folder)
         ) from error
-    rows = checked(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
+    rows = validate_rows(Rows(table, lambda index: f"{folder} row {index + 1}"), folder)
     return rows, _digest_files(files, before)
 
 
-def _list_in(path: Path, key: str) -> list[Any]:
+def _read_list(path: Path, key: str) -> list[Any]:
     value = read_json_object(path).get(key) or []
     if not isinstance(value, list):
         raise unusable_file_error(path, f"has no list of {key}")
     return value
 
 
-def _data_file(folder: Path, entry: Any) -> Path:
+def _data_file_path(folder: Path, entry: Any) -> Path:
     """Return the path of a data file that state.json lists as ``entry``. Raises an error if the
     file is not inside ``folder``.
     """
@@ -147,20 +149,20 @@ def _read_hub(
         ) from error
     except (ValueError, RuntimeError, OSError) as error:  # unknown config or split, or a script
         raise ConfigError(f"dataset {path!r}: {first_line(error)}") from error
-    table = _table(dataset, limit)
-    rows = checked(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
+    table = _read_rows(dataset, limit)
+    rows = validate_rows(Rows(table, lambda index: f"{path} row {index + 1}"), Path(path))
     return rows, _digest_rows(table)
 
 
-def _table(dataset: Any, limit: int | None) -> pa.Table:
+def _read_rows(dataset: Any, limit: int | None) -> pa.Table:
     """Return the first ``limit`` rows as a copy in memory. Without a copy, ``datasets`` would
     memory-map the data files, and these files may change during the run.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    return in_memory(dataset.with_format("arrow")[:count])
+    return copy_to_memory(dataset.with_format("arrow")[:count])
 
 
-def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
+def _file_identities(paths: list[Path]) -> list[tuple[int, int, int]]:
     """Return (inode, size, modification time) of each file that exists. A later call shows whether
     a file has changed.
     """
@@ -174,15 +176,15 @@ def _identity(paths: list[Path]) -> list[tuple[int, int, int]]:
 
 def _digest_files(paths: list[Path], before: list[tuple[int, int, int]]) -> str:
     """Return the SHA-256 of the bytes of the files, in the order of their paths. ``before`` is what
-    ``_identity`` returned before the files were read. Raises InputError if a file has changed since
-    then.
+    ``_file_identities`` returned before the files were read. Raises InputError if a file has
+    changed since then.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
         with open_bytes(path, limit=MAX_DATA_BYTES) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
-    if _identity(paths) != before:
+    if _file_identities(paths) != before:
         raise InputError(
             "the data changed while it was read",
             where=", ".join(str(path) for path in paths[:3]),

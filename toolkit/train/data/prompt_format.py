@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 TemplateArguments: TypeAlias = "Mapping[str, Any] | None"
 Prompt = str | list[dict[str, Any]]
-SAMPLED = 64
+SAMPLED_PROMPTS = 64
 """The number of prompts in which unknown tokens are counted."""
-UNKNOWN_SHARE = 0.05
+WARN_UNKNOWN_SHARE = 0.05
 """The run warns if at least this share of tokens is unknown. A few rare characters are normal."""
 
 
@@ -49,7 +49,7 @@ def is_empty(prompt: Any) -> bool:
     return prompt is None or not prompt.strip()
 
 
-def formatted(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
+def format_prompt(prompt: Prompt, system: str | None, *, chat: bool) -> Prompt:
     """Return ``prompt`` with the system prompt, as a text or a chat. The docstring of this module
     describes the format.
     """
@@ -77,7 +77,7 @@ def check_template(
             fix=chat_format.CHATS_WITHOUT_TEMPLATE_FIX,
         )
     try:
-        length_of(tokenizer, prompt, template)
+        count_tokens(tokenizer, prompt, template)
     except ConfigError:  # for example, the template exceeds its limits
         raise
     except Exception as error:  # the tokenizer may come from a user's script
@@ -103,21 +103,23 @@ def token_ids(
     return list(tokenizer(text=list(prompts))["input_ids"])
 
 
-def unknown_note(
+def unknown_tokens_note(
     tokenizer: Any, prompts: Sequence[Prompt], template: TemplateArguments = None
 ) -> list[str]:
     """Return a note for the user if a large part of the first prompts becomes the tokenizer's
     unknown token. The model cannot read this part. Otherwise return an empty list.
     """
-    unknown = _unknown_id(tokenizer)
+    unknown = _unknown_token_id(tokenizer)
     if unknown is None or not prompts:
         return []
     try:
-        ids = [one for row in token_ids(prompts[:SAMPLED], tokenizer, template) for one in row]
+        ids = [
+            one for row in token_ids(prompts[:SAMPLED_PROMPTS], tokenizer, template) for one in row
+        ]
     except Exception:  # noqa: BLE001 - a template that rejects a prompt is reported where it is used
         return []
     share = ids.count(unknown) / max(1, len(ids))
-    if share < UNKNOWN_SHARE:
+    if share < WARN_UNKNOWN_SHARE:
         return []
     return [
         f"{share:.0%} of the tokens of the first prompts are unknown to the tokenizer "
@@ -125,7 +127,7 @@ def unknown_note(
     ]
 
 
-def _unknown_id(tokenizer: Any) -> int | None:
+def _unknown_token_id(tokenizer: Any) -> int | None:
     """Return the id of the tokenizer's unknown token; None if it has no unknown token. If the
     tokenizer has no attribute ``unk_token_id``, its backend model names the token.
     """
@@ -137,14 +139,14 @@ def _unknown_id(tokenizer: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def length_of(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
+def count_tokens(tokenizer: Any, prompt: Prompt, template: TemplateArguments = None) -> int:
     """Return the number of tokens of a prompt, with special tokens and the chat template as in the
     trainer.
     """
     return len(token_ids([prompt], tokenizer, template)[0])
 
 
-def truncate(
+def truncate_prompt(
     tokenizer: Any, prompt: Prompt, limit: int, template: TemplateArguments = None
 ) -> Prompt:
     """Remove tokens from the beginning of ``prompt``, so that at most ``limit`` tokens remain.
@@ -153,10 +155,12 @@ def truncate(
     Raises ConfigError if the prompt cannot become short enough.
     """
     if isinstance(prompt, str):
-        rest = _cut(tokenizer, prompt, lambda text: length_of(tokenizer, text) - limit)
+        rest = _drop_first_tokens(
+            tokenizer, prompt, lambda text: count_tokens(tokenizer, text) - limit
+        )
         if rest:
             return rest
-        raise _too_short(limit, "the special tokens", length_of(tokenizer, ""))
+        raise _cannot_shorten_error(limit, "the special tokens", count_tokens(tokenizer, ""))
     kept = [dict(message) for message in prompt]
     for message in kept:
         text = message.get("content")
@@ -165,15 +169,17 @@ def truncate(
 
         def over(text: str, message: dict[str, Any] = message) -> int:
             message["content"] = text
-            return length_of(tokenizer, kept, template) - limit
+            return count_tokens(tokenizer, kept, template) - limit
 
-        message["content"] = _cut(tokenizer, text, over)
-        if length_of(tokenizer, kept, template) <= limit:
+        message["content"] = _drop_first_tokens(tokenizer, text, over)
+        if count_tokens(tokenizer, kept, template) <= limit:
             return kept
-    raise _too_short(limit, "system prompt and chat template", length_of(tokenizer, kept, template))
+    raise _cannot_shorten_error(
+        limit, "system prompt and chat template", count_tokens(tokenizer, kept, template)
+    )
 
 
-def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
+def _cannot_shorten_error(limit: int, what: str, tokens: int) -> ConfigError:
     return ConfigError(
         f"a prompt cannot be shortened to grpo.max_prompt_length ({limit} tokens), because {what} "
         f"alone have {tokens} tokens",
@@ -181,7 +187,7 @@ def _too_short(limit: int, what: str, tokens: int) -> ConfigError:
     )
 
 
-def _cut(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
+def _drop_first_tokens(tokenizer: Any, text: str, over: Callable[[str], int]) -> str:
     """Remove tokens from the beginning of ``text`` until it is short enough, and return the rest,
     which may be empty. ``over(text)`` returns by how many tokens ``text`` is too long.
 

@@ -33,7 +33,13 @@ from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_lin
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
 from toolkit.base.formatting import format_bytes
 from toolkit.config.data_types import kind_of
-from toolkit.train.data.arrow_columns import ARROW_ERRORS, Rows, broken, checked, from_rows
+from toolkit.train.data.arrow_columns import (
+    ARROW_ERRORS,
+    Rows,
+    raise_data_error,
+    table_from_rows,
+    validate_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 50_000_000  # a Parquet file of a few kilobytes can declare any number of equal rows
 
 
-def read_file(path: Path, limit: int | None = None) -> Rows:
+def read_data_file(path: Path, limit: int | None = None) -> Rows:
     """Return the first ``limit`` rows of a data file. The suffix of the path decides the format.
     The rows are in memory, so the file may change afterwards.
 
@@ -57,10 +63,10 @@ def read_file(path: Path, limit: int | None = None) -> Rows:
         what, fix = unsupported_file_message(path)
         raise ConfigError(what, where=str(path), fix=fix)
     if not path.exists() and not path.is_symlink():
-        raise InputError("the file does not exist", where=str(path), fix=_nearest(path))
+        raise InputError("the file does not exist", where=str(path), fix=_missing_file_fix(path))
     try:
-        with open_data(path, limit=LIMITS.get(kind.suffix, MAX_DATA_BYTES)) as file:
-            return checked(READERS[kind.suffix](file, path, limit), path)
+        with open_data(path, limit=MAX_FILE_BYTES.get(kind.suffix, MAX_DATA_BYTES)) as file:
+            return validate_rows(READERS[kind.suffix](file, path, limit), path)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
@@ -74,33 +80,35 @@ def _read_jsonl(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         if not text.strip():
             continue
         where = f"{path}:{number}"
-        row = _parse(text, where)
+        row = _parse_json(text, where)
         if not isinstance(row, dict):
-            broken(where, f"each line must be a JSON object, but this line is {kind_of(row)}")
+            raise_data_error(
+                where, f"each line must be a JSON object, but this line is {kind_of(row)}"
+            )
         rows.append(row)
         lines.append(number)
-    return from_rows(rows, lambda index: f"{path}:{lines[index]}")
+    return table_from_rows(rows, lambda index: f"{path}:{lines[index]}")
 
 
 def _read_json(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     raw = file.read(MAX_JSON_DATA_BYTES + 1)
     if len(raw) > MAX_JSON_DATA_BYTES:
-        broken(str(path), f"unpacks to more than {format_bytes(MAX_JSON_DATA_BYTES)}")
-    value = _parse(decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
+        raise_data_error(str(path), f"unpacks to more than {format_bytes(MAX_JSON_DATA_BYTES)}")
+    value = _parse_json(decode_utf8(raw.removeprefix(b"\xef\xbb\xbf"), str(path)), str(path))
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
-        broken(
+        raise_data_error(
             str(path),
             'must be a list of JSON objects, or {"data": [...]} with a list of JSON objects',
         )
     for index, row in enumerate(value):
         if not isinstance(row, dict):
-            broken(
+            raise_data_error(
                 f"{path} row {index + 1}",
                 f"each row must be a JSON object, but this row is {kind_of(row)}",
             )
-    return from_rows(value[:limit], lambda index: f"{path} row {index + 1}")
+    return table_from_rows(value[:limit], lambda index: f"{path} row {index + 1}")
 
 
 def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
@@ -110,33 +118,33 @@ def _read_csv(file: IO[bytes], path: Path, limit: int | None) -> Rows:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
         reader = csv.reader(
-            _bounded(text, path),
+            _bounded_lines(text, path),
             delimiter="\t" if ".tsv" in path.name.lower() else ",",
             strict=True,
         )
         header = next(reader, [])
         if fault := column_names_fault(header):
-            broken(f"{path}:1", fault)
+            raise_data_error(f"{path}:1", fault)
         for fields in reader:
             if limit is not None and len(rows) >= limit:
                 break
             if fields and len(fields) != len(header):
                 what = f"has {len(fields)} fields, but the header has {len(header)}"
-                broken(f"{path}:{reader.line_num}", what)
+                raise_data_error(f"{path}:{reader.line_num}", what)
             if fields:
                 rows.append(dict(zip(header, fields, strict=True)))
                 lines.append(reader.line_num)
     except csv.Error as error:
-        broken(f"{path}:{reader.line_num}", str(error))
+        raise_data_error(f"{path}:{reader.line_num}", str(error))
     except UnicodeDecodeError as error:
-        broken(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}")
+        raise_data_error(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}")
     finally:
         csv.field_size_limit(old_limit)
         text.detach()
-    return from_rows(rows, lambda index: f"{path}:{lines[index]}", header)
+    return table_from_rows(rows, lambda index: f"{path}:{lines[index]}", header)
 
 
-def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
+def _bounded_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
     number = blank = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -145,13 +153,13 @@ def _bounded(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
             what = (
                 f"more than {MAX_BLANK_LINES} lines are blank: this does not look like a data file"
             )
-            broken(f"{path}:{number}", what)
+            raise_data_error(f"{path}:{number}", what)
         if len(line) > MAX_LINE_BYTES:
             what = (
                 f"a line is longer than {format_bytes(MAX_LINE_BYTES)}: this does not look like a "
                 "data file"
             )
-            broken(f"{path}:{number}", what)
+            raise_data_error(f"{path}:{number}", what)
         yield line
 
 
@@ -161,7 +169,9 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         rows, taken = opened.metadata.num_rows, []
         wanted = rows if limit is None else min(limit, rows)
         if wanted > MAX_ROWS:
-            broken(str(path), f"has {rows} rows, but at most {MAX_ROWS} rows are supported")
+            raise_data_error(
+                str(path), f"has {rows} rows, but at most {MAX_ROWS} rows are supported"
+            )
         count = 0
         for batch in opened.iter_batches() if wanted else ():
             taken.append(batch)
@@ -170,7 +180,7 @@ def _read_parquet(file: IO[bytes], path: Path, limit: int | None) -> Rows:
                 break
         table = pa.Table.from_batches(taken, schema=opened.schema_arrow)
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), unreadable_table_message("Parquet", first_line(error)))
+        raise_data_error(str(path), unreadable_table_message("Parquet", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -182,7 +192,7 @@ def _read_arrow(file: IO[bytes], path: Path, limit: int | None) -> Rows:
             file.seek(0)
             table = pa.ipc.open_file(file).read_all()
     except (*ARROW_ERRORS, OSError) as error:
-        broken(str(path), unreadable_table_message("Arrow", first_line(error)))
+        raise_data_error(str(path), unreadable_table_message("Arrow", first_line(error)))
     return Rows(table.slice(0, limit), lambda index: f"{path} row {index + 1}")
 
 
@@ -195,7 +205,7 @@ READERS: dict[str, Callable[[IO[bytes], Path, int | None], Rows]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
-LIMITS = {".json": MAX_JSON_DATA_BYTES}
+MAX_FILE_BYTES = {".json": MAX_JSON_DATA_BYTES}
 
 
 def _read_archive(path: Path, limit: int | None) -> Rows:
@@ -216,7 +226,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
                 fix="unpack the archive, and use the path of one data file",
             )
         try:
-            rows = read_file(files[0], limit)
+            rows = read_data_file(files[0], limit)
         except ToolkitError as error:
             error.where = (error.where or "").replace(str(folder), str(path))
             raise
@@ -224,19 +234,19 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
     return Rows(rows.table, lambda index: places[index])
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return parse_json_value(text)
     except json.JSONDecodeError as error:
         at = f"{where}:{error.colno}" if error.lineno == 1 else f"{where}:{error.lineno}"
-        broken(at, f"is not JSON: {error.msg}")
+        raise_data_error(at, f"is not JSON: {error.msg}")
     except RecursionError:
-        broken(where, "is nested too deeply")
+        raise_data_error(where, "is nested too deeply")
     except ValueError as error:
-        broken(where, f"is not JSON: {error}")
+        raise_data_error(where, f"is not JSON: {error}")
 
 
-def _nearest(path: Path) -> str | None:
+def _missing_file_fix(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
         return f"correct the path, because the folder {folder} does not exist either"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from toolkit.train.trainer_seam import TrainerSeam
 
-EVALUATION = 1 << 20
+EVALUATION_TURN_OFFSET = 1 << 20
 """Turns in evaluation are numbered from this value, so that evaluation never uses the seeds of
 training.
 """
@@ -78,8 +78,8 @@ class CompletionIndex:
         assert self._numbers is not None
         numbers = self._find(prompts) if self._texts else self._numbers
         mode, key = self._now()
-        turn = self._turn + (EVALUATION if mode == "eval" else 0)
-        return derive_seed(getattr(_of(self.trainer, "args"), "seed", 0), key, turn), numbers
+        turn = self._turn + (EVALUATION_TURN_OFFSET if mode == "eval" else 0)
+        return derive_seed(getattr(_attribute(self.trainer, "args"), "seed", 0), key, turn), numbers
 
     def drawn(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
@@ -97,9 +97,9 @@ class CompletionIndex:
         """Return the current mode and a number: ("train", the number of the generation), or
         ("eval", the optimizer step at which the evaluation runs).
         """
-        model, args = _of(self.trainer, "model"), _of(self.trainer, "args")
+        model, args = _attribute(self.trainer, "model"), _attribute(self.trainer, "args")
         if not getattr(model, "training", True):
-            return "eval", getattr(_of(self.trainer, "state"), "global_step", 0)
+            return "eval", getattr(_attribute(self.trainer, "state"), "global_step", 0)
         micro_steps = getattr(args, "steps_per_generation", None) or 1
         every = micro_steps * (getattr(self.trainer, "num_iterations", None) or 1)
         return "train", getattr(self.trainer, "micro_steps", 0) // every
@@ -115,16 +115,16 @@ class CompletionIndex:
         found, place = [], 0
         for left, prompt in enumerate(prompts):
             last = len(self._texts) - (len(prompts) - left)
-            text = (t for t in range(place, last + 1) if _begins(prompt, self._texts[t]))
+            text = (t for t in range(place, last + 1) if _starts_with(prompt, self._texts[t]))
             place = next(text, min(place, last))
             found.append(self._numbers[place])
             place += 1
         return found
 
 
-def _begins(prompt: list[int], text: list[int]) -> bool:
+def _starts_with(prompt: list[int], text: list[int]) -> bool:
     return prompt[: len(text)] == text
 
 
-def _of(trainer: TrainerSeam, name: str) -> Any:
+def _attribute(trainer: TrainerSeam, name: str) -> Any:
     return getattr(trainer, name, None)

@@ -17,11 +17,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-RECENT = 0.5
+RECENT_WEIGHT = 0.5
 """The weight of the latest draw in a prompt's recorded spread. The weight of the previous record is
-1 - ``RECENT``.
+1 - ``RECENT_WEIGHT``.
 """
-LEAST = 0.1
+MIN_WEIGHT = 0.1
 """The smallest weight of a measured prompt, as a share of the mean spread. With this minimum,
 prompts without spread are drawn again from time to time, because their spread changes with the
 model.
@@ -40,13 +40,16 @@ class Difficulty:
     def record(self, rows: Sequence[int], deviations: Sequence[float]) -> None:
         """Update the records of ``rows``. Each row was drawn with a group of completions, and
         ``deviations`` has the standard deviation of the rewards of each group. The new record is
-        the average of this value and the old record. The weight of the new value is ``RECENT``.
+        the average of this value and the old record. The weight of the new value is
+        ``RECENT_WEIGHT``.
         """
         # The tensor is not changed in place, because a checkpoint may still be writing the old one.
         spread_N = self.spread_N.clone()
         for row, deviation in zip(rows, deviations, strict=True):
             old = spread_N[row].item()
-            spread_N[row] = deviation if old != old else (1 - RECENT) * old + RECENT * deviation
+            spread_N[row] = (
+                deviation if old != old else (1 - RECENT_WEIGHT) * old + RECENT_WEIGHT * deviation
+            )
         self.spread_N = spread_N
 
     def load(self, spread_N: torch.Tensor) -> None:
@@ -77,8 +80,8 @@ class Difficulty:
         kind follow.
 
         Measured rows are chosen without replacement. The probability of a row is proportional to
-        its spread, or to ``LEAST`` times the mean spread if that is larger. New rows come in the
-        order ``unmeasured_order``.
+        its spread, or to ``MIN_WEIGHT`` times the mean spread if that is larger. New rows come in
+        the order ``unmeasured_order``.
         """
         measured = iter(self._by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
@@ -102,7 +105,7 @@ class Difficulty:
         rows = (~self.spread_N.isnan()).nonzero(as_tuple=True)[0]
         weights = self.spread_N[rows]
         mean = weights.mean() if len(rows) else torch.tensor(0.0)
-        weights = weights.clamp(min=LEAST * mean) if mean > 0 else torch.ones_like(weights)
+        weights = weights.clamp(min=MIN_WEIGHT * mean) if mean > 0 else torch.ones_like(weights)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         keys = drawn.clamp(min=1e-300).log() / weights

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from toolkit.train.trainer_seam import TrainerSeam
 
-ROUND = "resample_round"
+ROUND_COLUMN = "resample_round"
 """A column of the completions table: the round that drew the group, 0 for the first draw."""
 
 
@@ -197,9 +197,9 @@ class Generation:
         """Yield further rows of the data set. A row whose prompt is already in the batch, or was
         yielded before, is skipped.
         """
-        used = set(gather_object([_key(one["prompt"]) for one in self.inputs]))
+        used = set(gather_object([_prompt_digest(one["prompt"]) for one in self.inputs]))
         for row in self.order:
-            key = _key(self.trainer.training_rows[row]["prompt"])
+            key = _prompt_digest(self.trainer.training_rows[row]["prompt"])
             if key not in used:
                 used.add(key)
                 yield row
@@ -251,7 +251,7 @@ class Generation:
         pending.clear()
         for name in sorted({name for one in mine for name in one.columns}):
             pending[name].extend(one.columns.get(name) for one in mine)
-        pending[ROUND].extend(round_of)
+        pending[ROUND_COLUMN].extend(round_of)
 
     def _spread(self, rewards: torch.Tensor) -> Any:
         trainer = self.trainer
@@ -333,7 +333,7 @@ class Generation:
         )
 
 
-def _key(prompt: Any) -> str:
+def _prompt_digest(prompt: Any) -> str:
     """Return a digest of a prompt. Rows of the data set with the same prompt have the
     same digest.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.train.data.prompt_format import TemplateArguments
     from toolkit.train.rewards import Rewards
 
-BATCH = 250
+BATCH_SIZE = 250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def engine_of(model: Any, tokenizer: Any) -> Any:
     )
 
 
-def evaluates(config: RunConfig, asked: bool | None) -> bool:
+def should_evaluate(config: RunConfig, asked: bool | None) -> bool:
     """Return True if held-out prompts are evaluated before the first step and after the last step.
 
     ``asked`` is True for ``--evaluate``, False for ``--no-evaluate``, and None if neither option is
@@ -79,13 +79,13 @@ def evaluates(config: RunConfig, asked: bool | None) -> bool:
     return given and "eval_strategy" not in config.grpo
 
 
-def plan(config: RunConfig, asked: bool | None) -> str:
+def describe_evaluation(config: RunConfig, asked: bool | None) -> str:
     """Return a text for the first lines of the output. It says when the held-out prompts are
     evaluated.
     """
     strategy = config.grpo.get("eval_strategy", "no")
     when = []
-    if evaluates(config, asked):
+    if should_evaluate(config, asked):
         when.append(
             "before the first step and after the last step, with one greedy completion per prompt"
         )
@@ -121,8 +121,8 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens, logprobs=None)
     scores: list[list[float | None]] = [[] for _ in rewards.functions]
     tokens = 0
-    for start in range(0, len(dataset), BATCH):
-        rows = dataset[start : min(start + BATCH, len(dataset))]
+    for start in range(0, len(dataset), BATCH_SIZE):
+        rows = dataset[start : min(start + BATCH_SIZE, len(dataset))]
         prompts = rows.pop("prompt")
         ids = token_ids(prompts, tokenizer, template)
         completion_ids = engine.generate(ids, sampling, seed=0, adapter=adapter).completion_ids
@@ -140,7 +140,7 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
                     **rows,
                 )
             )
-    totals = [_total(row, rewards.weights) for row in zip(*scores, strict=True)]
+    totals = [_total_reward(row, rewards.weights) for row in zip(*scores, strict=True)]
     return Evaluation(
         count=len(dataset),
         reward=_mean(totals),
@@ -152,7 +152,7 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
     )
 
 
-def _total(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _total_reward(row: Sequence[float | None], weights: Sequence[float]) -> float | None:
     """Return the total reward of one completion. As in TRL, this is the weighted sum over the
     reward functions that scored the completion.
 

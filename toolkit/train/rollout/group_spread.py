@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-EQUAL = 1e-6
+EQUAL_TOLERANCE = 1e-6
 """Rewards of a group count as equal if they differ by at most this number times the larger of 1 and
 the largest absolute reward. Float32 sums of the same values can differ by this much."""
-PER_FUNCTION = "normalize_then_sum"
+NORMALIZE_PER_FUNCTION = "normalize_then_sum"
 """The value of TRL's ``multi_objective_aggregation`` with which each reward function is normalized
 separately."""
 
@@ -43,24 +43,24 @@ def spread_of(
     total_B = (rewards_BF * weights_F).nansum(dim=1)
     total_B[rewards_BF.isnan().all(dim=1)] = torch.nan
     total_PG = total_B.view(-1, group)
-    if aggregation == PER_FUNCTION:
+    if aggregation == NORMALIZE_PER_FUNCTION:
         used_BK = rewards_BF[:, weights_F != 0]
         columns = [used_BK[:, k].view(-1, group) for k in range(used_BK.shape[1])]
     else:
         columns = [total_PG]
     signal_P = torch.zeros(len(total_PG), dtype=torch.bool)
     for column_PG in columns:
-        signal_P |= _differs(column_PG)
+        signal_P |= _rows_with_spread(column_PG)
     count_P = (~total_PG.isnan()).sum(dim=1)
     centred_PG = total_PG - total_PG.nanmean(dim=1, keepdim=True)
     variance_P = centred_PG.square().nansum(dim=1) / count_P.clamp(min=1)
     return GroupSpread(signal_P.tolist(), variance_P.sqrt().tolist())
 
 
-def _differs(values_PG: torch.Tensor) -> torch.Tensor:
+def _rows_with_spread(values_PG: torch.Tensor) -> torch.Tensor:
     """Return for each row whether its values differ. NaN values are ignored."""
     missing_PG = values_PG.isnan()
     high_P = values_PG.masked_fill(missing_PG, -torch.inf).amax(dim=1)
     low_P = values_PG.masked_fill(missing_PG, torch.inf).amin(dim=1)
     largest_P = torch.maximum(high_P.abs(), low_P.abs()).clamp(min=1.0)
-    return (high_P - low_P > EQUAL * largest_P) & ~missing_PG.all(dim=1)
+    return (high_P - low_P > EQUAL_TOLERANCE * largest_P) & ~missing_PG.all(dim=1)

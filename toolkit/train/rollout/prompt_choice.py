@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from toolkit.train.trainer_seam import TrainerSeam
 
-CHOICE = 1 << 21
+CHOICE_TURN = 1 << 21
 """The seed for the order of prompts is derived like the seed of a completion, with this number in
 place of the turn. No turn has this number, so the two kinds of seeds differ.
 """
 
 
-def refuse(given: Mapping[str, Any]) -> None:
+def check_arguments(given: Mapping[str, Any]) -> None:
     """Check that the arguments ``given`` of a trainer can be used with dynamic sampling and the
     curriculum, if one of the two is on.
 
@@ -38,7 +38,7 @@ def refuse(given: Mapping[str, Any]) -> None:
         ConfigValueError: an argument cannot be used with dynamic sampling or the curriculum.
     """
     config, rows = given["args"], given.get("train_dataset")
-    on = [name for name in ("dynamic_sampling", "curriculum") if _on(config, name)]
+    on = [name for name in ("dynamic_sampling", "curriculum") if _is_enabled(config, name)]
     if not on:
         return
     if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
@@ -75,8 +75,12 @@ class PromptChoice:
     def __init__(self, trainer: TrainerSeam) -> None:
         args = getattr(trainer, "args", None)
         self.trainer = trainer
-        self.rounds = getattr(args, "max_resample_times", 0) if _on(args, "dynamic_sampling") else 0
-        self.share = getattr(args, "curriculum_share", None) if _on(args, "curriculum") else None
+        self.rounds = (
+            getattr(args, "max_resample_times", 0) if _is_enabled(args, "dynamic_sampling") else 0
+        )
+        self.share = (
+            getattr(args, "curriculum_share", None) if _is_enabled(args, "curriculum") else None
+        )
         self.difficulty = None if self.share is None else Difficulty(len(trainer.training_rows))
         self._fresh: list[int] | None = None
 
@@ -140,7 +144,7 @@ class PromptChoice:
         draws them. Each row occurs once.
         """
         seed, rows = self.trainer.args.seed, len(self.trainer.training_rows)
-        now = derive_seed(seed, generation, CHOICE)
+        now = derive_seed(seed, generation, CHOICE_TURN)
         if self.difficulty is None:
             generator = torch.Generator().manual_seed(now)
             return iter(torch.randperm(rows, generator=generator).tolist())
@@ -153,7 +157,7 @@ class PromptChoice:
         return self.difficulty.order(now, self._fresh, self.share)
 
 
-def _on(config: Any, name: str) -> bool:
+def _is_enabled(config: Any, name: str) -> bool:
     """Return True if the option ``name`` is on. With TRL's own GRPOConfig, which does not have the
     toolkit's options, the result is False.
     """

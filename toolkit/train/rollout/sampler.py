@@ -92,7 +92,7 @@ def sampler_name(model: Any, config: Any) -> Engine:
     return "vllm" if getattr(config, "use_vllm", False) else "transformers"
 
 
-def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
+def check_generation_kwargs(model: Any, config: Any, *, tools: bool = False) -> None:
     """Check that the library that samples for ``model`` supports every keyword in
     ``generation_kwargs``.
 
@@ -131,7 +131,7 @@ def check_keywords(model: Any, config: Any, *, tools: bool = False) -> None:
         )
 
 
-def distribution(trainer: TrainerSeam) -> Distribution:
+def sampled_distribution(trainer: TrainerSeam) -> Distribution:
     """Return the distribution that the trainer's completions are drawn from. It has only the
     settings that the training pass can apply.
     """
@@ -233,7 +233,7 @@ class EngineGeneration:
         )
 
 
-def tokenized_once(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) -> Any:
+def tokenize_distinct(tokenize: Callable[[list[Any]], Any], prompts: list[Any]) -> Any:
     """Return ``tokenize(prompts)``: token ids, images and other fields, for each prompt. Equal
     prompts that follow one another, as in a group, are tokenized once.
 

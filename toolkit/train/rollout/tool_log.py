@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
     from toolkit.train.report.metrics_log import Journal
 
-    class Rollouts(Protocol):
+    class ToolOwner(Protocol):
         """The attribute of the trainer that this module uses: the tools of each row."""
 
         tools_by_row: list[dict[str, Any]]
 
 
-CALLS, TIMINGS = "tool_calls.jsonl", "tool_timings.jsonl"
-LONGEST_LOGGED = 2000
+CALLS_FILE, TIMINGS_FILE = "tool_calls.jsonl", "tool_timings.jsonl"
+MAX_RESULT_CHARACTERS = 2000
 """The maximum number of characters of a result in tool_calls.jsonl."""
-_NOT_NAMED = "the arguments are not a mapping of names to values"
+_NOT_A_MAPPING = "the arguments are not a mapping of names to values"
 
 
 @dataclass
-class Call:
+class ToolCall:
     """One call of a tool by the model.
 
     The object is created when TRL looks up the tool by its name. So a call is logged even if its
@@ -49,7 +49,7 @@ class Call:
     turn: int
     number: int
     arguments: Any = None
-    result: str = _NOT_NAMED
+    result: str = _NOT_A_MAPPING
     failed: bool = True
     time_s: float = 0.0
 
@@ -63,7 +63,7 @@ class Call:
             "tool": shortened(self.tool, 200),
         }
         said = {"arguments": saveable(self.arguments), "failed": self.failed}
-        result = shortened(self.result, LONGEST_LOGGED)
+        result = shortened(self.result, MAX_RESULT_CHARACTERS)
         return {**which, **said, "result": result}, {**which, "time_s": round(self.time_s, 4)}
 
 
@@ -71,26 +71,26 @@ class ToolLog:
     """Collects the tool calls until ``write`` writes them to the log files."""
 
     def __init__(self) -> None:
-        self._calls: list[Call] = []
+        self._calls: list[ToolCall] = []
 
     def watch(
-        self, trainer: Rollouts, completions: list[list[Any]], numbers: list[int], step: int
-    ) -> list[Call]:
+        self, trainer: ToolOwner, completions: list[list[Any]], numbers: list[int], step: int
+    ) -> list[ToolCall]:
         """Wrap the tools in ``trainer.tools_by_row``, so that their calls are recorded. Return the
         list to which the calls are added.
 
         ``numbers`` are the numbers of the completions in the batch of all ranks.
         """
-        calls: list[Call] = []
+        calls: list[ToolCall] = []
         trainer.tools_by_row = [
-            _Watched(tools, calls, messages, (step, number))
+            _RecordedTools(tools, calls, messages, (step, number))
             for tools, messages, number in zip(
                 trainer.tools_by_row, completions, numbers, strict=True
             )
         ]
         return calls
 
-    def keep(self, calls: list[Call]) -> None:
+    def keep(self, calls: list[ToolCall]) -> None:
         """Gather the ``calls`` of all ranks, and keep them until ``write``. Every rank must call
         this method.
         """
@@ -102,11 +102,11 @@ class ToolLog:
         calls, self._calls = self._calls, []
         for call in calls:
             row, timing = call.rows(step)
-            journal.write(CALLS, row)
-            journal.write(TIMINGS, timing)
+            journal.write(CALLS_FILE, row)
+            journal.write(TIMINGS_FILE, timing)
 
 
-class _Watched(dict[str, Any]):
+class _RecordedTools(dict[str, Any]):
     """The tools of one row of the batch, by their names. Each call of a tool is logged.
 
     TRL 1.16 checks ``name in tools``, then calls ``tools[name](**arguments)``. If the call raises
@@ -117,7 +117,7 @@ class _Watched(dict[str, Any]):
     def __init__(
         self,
         tools: Mapping[str, Any],
-        calls: list[Call],
+        calls: list[ToolCall],
         messages: list[Any],
         place: tuple[int, int],
     ) -> None:
@@ -133,7 +133,7 @@ class _Watched(dict[str, Any]):
         turn = sum(message.get("role") == "assistant" for message in self._messages)
         number = self._last[1] + 1 if self._last[0] == turn else 1
         self._last = (turn, number)
-        call = Call(str(name), completion, turn, number)
+        call = ToolCall(str(name), completion, turn, number)
         self._calls.append(call)
         tool = self.get(name)
 
@@ -141,7 +141,7 @@ class _Watched(dict[str, Any]):
             call.arguments = arguments
             begin = perf_counter()
             failed, text = run_on_first(
-                lambda: _outcome(tool, call, (step, completion, turn, number))
+                lambda: _call_tool(tool, call, (step, completion, turn, number))
             )
             call.time_s = perf_counter() - begin
             if isinstance(failed, BaseException):
@@ -154,7 +154,7 @@ class _Watched(dict[str, Any]):
         return made
 
 
-def _outcome(tool: Tool | None, call: Call, place: tuple[int, ...]) -> tuple[Any, str]:
+def _call_tool(tool: Tool | None, call: ToolCall, place: tuple[int, ...]) -> tuple[Any, str]:
     """Call ``tool`` with the arguments of ``call``. Return (whether the call failed, answer to the
     model). If the run must end, return (exception, "") instead.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.environment_code import EnvironmentCode
     from toolkit.train.rewards.worker_process import WorkerProcess
 
-Place = tuple[int, ...]
+CallPosition = tuple[int, ...]
 """The place of a call: step, completion, turn, call. The seed of the tool's random numbers is
 derived from the place.
 """
@@ -53,7 +53,7 @@ class Tool(dict[str, Any]):
     """
 
     def __init__(
-        self, schema: Mapping[str, Any], ask: Callable[[Mapping[str, Any], Place], str]
+        self, schema: Mapping[str, Any], ask: Callable[[Mapping[str, Any], CallPosition], str]
     ) -> None:
         super().__init__(schema)
         self.__name__ = str(schema["function"]["name"])
@@ -91,17 +91,19 @@ def load_tools(config: RunConfig, worker: WorkerProcess | None) -> list[Tool]:
     for name in config.tools.functions:
         if worker is None:
             local = LocalTool(name, allowed, folder)
-            made.append(Tool(local.schema, _judged(name, policy, _here(local, policy))))
+            made.append(
+                Tool(local.schema, _with_failure_policy(name, policy, _answer_here(local, policy)))
+            )
             continue
         request = {"what": "tool", "name": name, "allow_code": list(allowed)}
-        loaded = _loaded(worker, f"tool {name}", {**request, "folder": str(folder)})
-        there = _there(worker, loaded["tool"], policy)
-        made.append(Tool(loaded["schema"], _judged(name, policy, there)))
-    _refuse_twins(made)
+        loaded = _load_in_worker(worker, f"tool {name}", {**request, "folder": str(folder)})
+        there = _answer_in_worker(worker, loaded["tool"], policy)
+        made.append(Tool(loaded["schema"], _with_failure_policy(name, policy, there)))
+    _refuse_duplicate_names(made)
     return made
 
 
-def _refuse_twins(made: list[Tool]) -> None:
+def _refuse_duplicate_names(made: list[Tool]) -> None:
     names = [tool.__name__ for tool in made]
     twin = next((name for name in names if names.count(name) > 1), None)
     if twin is not None:
@@ -112,7 +114,7 @@ def _refuse_twins(made: list[Tool]) -> None:
         )
 
 
-def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[str, Any]:
+def _load_in_worker(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
         found = worker.load(request)
     except Died as error:
@@ -131,21 +133,25 @@ def _loaded(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[s
     return found
 
 
-def _here(tool: LocalTool, policy: ToolPolicy) -> Callable[[Mapping[str, Any], Place], str]:
+def _answer_here(
+    tool: LocalTool, policy: ToolPolicy
+) -> Callable[[Mapping[str, Any], CallPosition], str]:
     return lambda arguments, _: tool.answer(arguments, policy.timeout_s)
 
 
-def _there(
+def _answer_in_worker(
     worker: WorkerProcess, number: int, policy: ToolPolicy
-) -> Callable[[Mapping[str, Any], Place], str]:
-    def ask(arguments: Mapping[str, Any], place: Place) -> str:
+) -> Callable[[Mapping[str, Any], CallPosition], str]:
+    def ask(arguments: Mapping[str, Any], place: CallPosition) -> str:
         request = {"do": "tool", "tool": number, "arguments": dict(arguments), "place": place}
-        return str(asked(worker, {**request, "seed": policy.seed}, policy.timeout_s)["value"])
+        return str(ask_worker(worker, {**request, "seed": policy.seed}, policy.timeout_s)["value"])
 
     return ask
 
 
-def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
+def ask_worker(
+    worker: WorkerProcess, request: dict[str, Any], seconds: float | None
+) -> dict[str, Any]:
     """Send ``request`` to the worker and return its reply. ``seconds`` is the time limit of the
     call.
 
@@ -170,9 +176,9 @@ def asked(worker: WorkerProcess, request: dict[str, Any], seconds: float | None)
     return reply
 
 
-def _judged(
-    name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], Place], str]
-) -> Callable[[Mapping[str, Any], Place], str]:
+def _with_failure_policy(
+    name: str, policy: ToolPolicy, ask: Callable[[Mapping[str, Any], CallPosition], str]
+) -> Callable[[Mapping[str, Any], CallPosition], str]:
     """Return a function that calls ``ask`` and treats a failure as ``tools.on_error`` of the run
     file requires.
 
@@ -180,7 +186,7 @@ def _judged(
     run. Wrong arguments of the model always raise CallFailed.
     """
 
-    def call(arguments: Mapping[str, Any], place: Place) -> str:
+    def call(arguments: Mapping[str, Any], place: CallPosition) -> str:
         try:
             return ask(arguments, place)
         except Refused as error:
@@ -249,7 +255,7 @@ class Episode:
             raise Misbehaved(self._fault)
         return self._total
 
-    def _step(self, arguments: Mapping[str, Any], _: Place) -> str:
+    def _step(self, arguments: Mapping[str, Any], _: CallPosition) -> str:
         if self._fault is not None:
             raise CallFailed(f"the environment {self._fault.what}")
         if self._done:
@@ -291,7 +297,7 @@ class EpisodeHost:
             ConfigError: the class does not exist, is not allowed, or cannot be used.
         """
         what = f"environment {code.task}"
-        loaded = _loaded(worker, what, {**code.request(), "what": "episodes"})
+        loaded = _load_in_worker(worker, what, {**code.request(), "what": "episodes"})
         self._number, self.schema = loaded["episodes"], loaded["schema"]
         self._worker, self._seconds, self._slots = worker, seconds, 0
 
@@ -304,4 +310,4 @@ class EpisodeHost:
         reward, and whether the episode has ended. Raises Refused and Misbehaved.
         """
         named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
-        return asked(self._worker, {**request, **named}, self._seconds)
+        return ask_worker(self._worker, {**request, **named}, self._seconds)

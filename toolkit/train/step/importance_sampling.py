@@ -89,7 +89,7 @@ def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
     return mask * inputs["tool_mask"] if inputs.get("tool_mask") is not None else mask
 
 
-def gaps(
+def token_gaps(
     logps: torch.Tensor, inputs: Mapping[str, Any], computed: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The gap |trainer - engine| in nats for each sampled token, one-dimensional.
@@ -147,7 +147,7 @@ def has_dropout(trainer: TrainerSeam) -> bool:
     return any(layer.p > 0 for layer in trainer.dropout_layers())
 
 
-def observe(
+def record_gaps(
     trainer: TrainerSeam, logps: torch.Tensor, inputs: dict[str, Any], skipped: Iterable[int] = ()
 ) -> None:
     """Record the gaps of one micro-batch. ``logps`` are the log-probabilities from the forward pass
@@ -169,10 +169,10 @@ def observe(
         else:
             ratio = ratio[rows_B]
         ratio = ratio.flatten()
-    trainer.disagreement.add(gaps(logps, inputs, computed), ratio)
+    trainer.disagreement.add(token_gaps(logps, inputs, computed), ratio)
 
 
-def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
+def record_old_gaps(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
     """Record the gaps of one micro-batch: the differences between the log-probabilities of the
     engine and the old log-probabilities of the trainer.
 
@@ -180,11 +180,11 @@ def observe_old(trainer: TrainerSeam, inputs: Mapping[str, Any]) -> None:
     log-probabilities in that pass when the batch was sampled, possibly some steps ago. Importance
     weights are not recorded here, because TRL itself logs them.
     """
-    trainer.disagreement.add(gaps(inputs["old_per_token_logps"], inputs), None)
+    trainer.disagreement.add(token_gaps(inputs["old_per_token_logps"], inputs), None)
 
 
-RATIO = "sampling/importance_sampling_ratio/mean"
-COLLAPSED = 0.1
+RATIO_METRIC = "sampling/importance_sampling_ratio/mean"
+MIN_MEAN_RATIO = 0.1
 """A mean importance weight below this value leaves less than a tenth of the gradient."""
 
 
@@ -192,11 +192,11 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
     """Warn once, on the first rank, if the importance weights of a logging window are so small that
     almost nothing of the gradient is left.
     """
-    means = trainer.train_metric_values.get(RATIO) if trainer.model.training else None
+    means = trainer.train_metric_values.get(RATIO_METRIC) if trainer.model.training else None
     if not means or trainer.collapse_reported or not is_first_rank():
         return
     mean = sum(means) / len(means)
-    if mean >= COLLAPSED:
+    if mean >= MIN_MEAN_RATIO:
         return
     trainer.collapse_reported = True
     warnings.warn(
@@ -208,8 +208,8 @@ def warn_of_collapse(trainer: TrainerSeam) -> None:
     )
 
 
-GAP = "sampling/logp_gap_mean"
-GAP_LIMIT, GAP_LIMIT_HALF = 0.02, 0.3
+GAP_METRIC = "sampling/logp_gap_mean"
+MAX_GAP_FLOAT32, MAX_GAP_16_BIT = 0.02, 0.3
 """The largest mean |engine - trainer| in nats that rounding can explain: the first value in
 float32, the second with 16-bit or 4-bit weights. Usual values are 1e-6 in float32, and 0.02 to 0.07
 with 16-bit or 4-bit weights.
@@ -225,30 +225,30 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
     There is also none if sampling options or dropout explain the gap (the engine samples without
     dropout).
     """
-    means = trainer.train_metric_values.get(GAP) if trainer.model.training else None
+    means = trainer.train_metric_values.get(GAP_METRIC) if trainer.model.training else None
     if not means or trainer.gap_reported or trainer.collapse_reported:
         return
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
     exact = getattr(engine, "dtype", None) is torch.float32
-    limit = GAP_LIMIT if exact else GAP_LIMIT_HALF
+    limit = MAX_GAP_FLOAT32 if exact else MAX_GAP_16_BIT
     mean = sum(means) / len(means)
-    if mean <= limit or _unfollowed(trainer) or not trainer.accelerator.is_main_process:
+    if mean <= limit or _unapplied_options(trainer) or not trainer.accelerator.is_main_process:
         return
     if has_dropout(trainer):
         return
     trainer.gap_reported = True
     warnings.warn(
-        f"{GAP} is {mean:.2g} nats, but rounding explains at most {limit:g}: the completions are"
-        " not sampled from the policy that is trained. For example, the engine may sample without"
-        " the adapter. Stop the run, and report this warning together with the run file. If the"
-        " gap is this large at the first step already, also start a run with fast_inference: false"
-        " and compare the gaps",
+        f"{GAP_METRIC} is {mean:.2g} nats, but rounding explains at most {limit:g}: the completions"
+        " are not sampled from the policy that is trained. For example, the engine may sample"
+        " without the adapter. Stop the run, and report this warning together with the run file."
+        " If the gap is this large at the first step already, also start a run with"
+        " fast_inference: false and compare the gaps",
         ToolkitWarning,
         stacklevel=2,
     )
 
 
-def _unfollowed(trainer: TrainerSeam) -> list[str]:
+def _unapplied_options(trainer: TrainerSeam) -> list[str]:
     """The sampling options of the run that the training pass cannot apply."""
     args = trainer.args
     names = list(not_reproduced(args.generation_kwargs or {}, sampler_name(trainer.model, args)))
@@ -259,7 +259,7 @@ def _unfollowed(trainer: TrainerSeam) -> list[str]:
 
 def _remedy(trainer: TrainerSeam) -> str:
     """The part of the warning that tells the user what to change."""
-    if names := _unfollowed(trainer):
+    if names := _unapplied_options(trainer):
         return f"Remove {', '.join(names)}, which the training pass cannot apply"
     return (
         "Completions may be too old (lower num_iterations or steps_per_generation), or the "

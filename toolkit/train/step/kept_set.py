@@ -74,7 +74,7 @@ class Distribution:
         return not (self.truncates or self.penalizes)
 
 
-class Scored(NamedTuple):
+class TokenScores(NamedTuple):
     """The log-probabilities of N tokens, and the entropies of the distributions that the tokens
     were sampled from. Both are float32 tensors of shape (N).
     """
@@ -83,7 +83,7 @@ class Scored(NamedTuple):
     entropy: torch.Tensor
 
 
-class Texts:
+class TokenHistory:
     """The tokens of B rows. Penalties need to know which tokens occur before a position.
 
     ``ids_BL`` (int64) are the tokens. ``real_BL`` (bool) is False on padding. ``starts_B`` (int64)
@@ -134,22 +134,22 @@ class Texts:
         return counts_NV.scatter_add_(1, self._ids_BL[rows_N], counted_NL.float())
 
 
-class Places(NamedTuple):
+class TokenPositions(NamedTuple):
     """The locations of N scored tokens: their rows ``rows_N`` in ``texts``, and their positions
     ``places_N`` in these rows.
     """
 
-    texts: Texts
+    texts: TokenHistory
     rows_N: torch.Tensor
     places_N: torch.Tensor
 
 
-def score(
+def score_tokens(
     logits_NV: torch.Tensor,
     tokens_N: torch.Tensor,
     distribution: Distribution,
-    places: Places | None = None,
-) -> Scored:
+    places: TokenPositions | None = None,
+) -> TokenScores:
     """The log-probabilities of ``tokens_N`` (int64) and the entropies, differentiable with respect
     to the logits.
 
@@ -163,21 +163,23 @@ def score(
     if distribution.penalizes:
         if places is None:
             raise ValueError("penalties depend on earlier tokens: pass ``places``")
-        logits_NV = penalized(logits_NV, distribution, places)
+        logits_NV = apply_penalties(logits_NV, distribution, places)
     if distribution.temperature != 1:
         logits_NV = logits_NV / distribution.temperature
     if distribution.truncates:
-        dropped_NV = ~kept(logits_NV.detach(), distribution)
+        dropped_NV = ~kept_mask(logits_NV.detach(), distribution)
         dropped_NV.scatter_(1, tokens_N[:, None], False)
         logits_NV = logits_NV.masked_fill(dropped_NV, -torch.inf)
     logps_NV = torch.log_softmax(logits_NV, -1)
     logps_N = logps_NV.gather(1, tokens_N[:, None])[:, 0]
     # For dropped tokens, p log p would be 0 times -inf, which is NaN. So log p is set to 0.
     finite_NV = logps_NV.masked_fill(logps_NV.detach() == -torch.inf, 0.0)
-    return Scored(logps_N, -(torch.exp(logps_NV) * finite_NV).sum(-1))
+    return TokenScores(logps_N, -(torch.exp(logps_NV) * finite_NV).sum(-1))
 
 
-def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Places) -> torch.Tensor:
+def apply_penalties(
+    logits_NV: torch.Tensor, distribution: Distribution, places: TokenPositions
+) -> torch.Tensor:
     """The logits after the repetition, frequency and presence penalties, in vLLM's order.
 
     transformers has only the repetition penalty.
@@ -195,7 +197,7 @@ def penalized(logits_NV: torch.Tensor, distribution: Distribution, places: Place
 
 
 @torch.no_grad()
-def kept(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
+def kept_mask(logits_NV: torch.Tensor, distribution: Distribution) -> torch.Tensor:
     """Return an (N, V) bool tensor: whether a token of the vocabulary is kept after min-p, top-k
     and top-p in sequence.
 

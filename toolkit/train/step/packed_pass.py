@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from toolkit.policy.packed_attention import PackedLayout
     from toolkit.train.step.packing import Row
 
-KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """The layer types in which tokens affect each other only through the attention function."""
 # The largest allowed difference from the padded pass, as a share of the difference that leaving out
 # the prompts would cause.
-_FAR = 0.25
-_ROUNDING = 1e-4  # a difference in nats that is always allowed
+_MAX_DIFFERENCE_SHARE = 0.25
+_ROUNDING_NATS = 1e-4  # a difference in nats that is always allowed
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class LossScope:
     """The part of a batch that the loss needs.
 
     ``skipped`` are the indices of rows whose loss terms are 0. ``scored_BT`` is False on tokens
@@ -48,14 +48,14 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def router_loss(model: Any) -> bool:
+def has_router_loss(model: Any) -> bool:
     """Whether the model's config enables a router loss (as TRL 1.16 reads it)."""
     config = base_of(model).config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", 0.0)
     return hasattr(config, "output_router_logits") and weight != 0.0
 
 
-def refusal(model: Any) -> str | None:
+def reason_against_packs(model: Any) -> str | None:
     """Why packs cannot be used for this model, according to its class and config. None if packs can
     be used.
     """
@@ -67,13 +67,13 @@ def refusal(model: Any) -> str | None:
         return f"packs do not support attn_implementation {plain}"
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} does not use transformers' attention interface"
-    others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    others = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if others:
         return f"packs do not support the model's layers of type {', '.join(sorted(others))}"
     return None
 
 
-def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
+def install_packed_attention(model: Any, padded: Callable[..., Any]) -> str | None:
     """Install packed attention on ``model``, and compare its results once with TRL's padded pass
     ``padded``.
 
@@ -85,12 +85,12 @@ def prepare(model: Any, padded: Callable[..., Any]) -> str | None:
     if "toolkit_packed_refusal" in model.__dict__:
         known = model.__dict__["toolkit_packed_refusal"]
         return known
-    reason = refusal(model)
+    reason = reason_against_packs(model)
     if reason is None:
         config = model.config.get_text_config()
         packed_attention.register()
         model.set_attn_implementation(packed_attention.PREFIX + config._attn_implementation)
-        reason = _differs(model, padded)
+        reason = _difference_from_padded(model, padded)
     model.__dict__["toolkit_packed_refusal"] = reason
     return reason
 
@@ -114,7 +114,7 @@ def _probe_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
+def _difference_from_padded(model: Any, padded: Callable[..., Any]) -> str | None:
     """Compare the packed and the padded pass on a small batch. Return a text that says how the
     results differ, or None if they agree.
 
@@ -141,7 +141,7 @@ def _differs(model: Any, padded: Callable[..., Any]) -> str | None:
         model.train(training)
     distance = float((ours - theirs)[wanted].abs().max())
     effect = float((without - theirs)[wanted].abs().max())
-    if distance > max(_ROUNDING, _FAR * effect):
+    if distance > max(_ROUNDING_NATS, _MAX_DIFFERENCE_SHARE * effect):
         return f"log-probabilities of packed and padded batches differ by {distance:.2g} nats"
     return missing
 
@@ -155,7 +155,7 @@ def _logps(
     pack = packing.build_pack(rows, completions_BT, wanted_BT)
     assert pack is not None
     shape = (completions_BT.shape[0], completions_BT.shape[1])
-    logps = packing.scatter(packing.forward(model, pack).log_probs, pack, shape)
+    logps = packing.scatter_to_padded(packing.forward_pack(model, pack).log_probs, pack, shape)
     return logps, pack.layout
 
 
@@ -180,10 +180,10 @@ def _missing_windows(model: Any, layout: PackedLayout) -> str | None:
     return f"{expected - found} layers do not pass their sliding window to the attention function"
 
 
-def score(
+def score_batch(
     model: Any,
     batch: tuple[torch.Tensor, torch.Tensor, int],
-    scope: Scope,
+    scope: LossScope,
     limit: int | None,
     *,
     own_head: bool = False,
@@ -211,12 +211,12 @@ def score(
     for part in parts:
         pack = packing.build_pack(part, completions, wanted)
         if pack is not None:
-            output = packing.forward(model, pack, batch if own_head else None)
-            logps = packing.scatter(output.log_probs, pack, shape)
+            output = packing.forward_pack(model, pack, batch if own_head else None)
+            logps = packing.scatter_to_padded(output.log_probs, pack, shape)
             if output.entropy is None:  # the head of a separate reference model computes none
                 found.append((logps, torch.zeros_like(logps)))
             else:
-                found.append((logps, packing.scatter(output.entropy, pack, shape)))
+                found.append((logps, packing.scatter_to_padded(output.entropy, pack, shape)))
     if not found:
         return None
     logps, entropies = (torch.stack(values).sum(0) for values in zip(*found, strict=True))

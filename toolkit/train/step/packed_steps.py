@@ -18,8 +18,8 @@ from toolkit.policy.tensor_parallel.layers import mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import packed_pass, packing
 from toolkit.train.step.importance_sampling import loss_mask
-from toolkit.train.step.packed_pass import Scope
-from toolkit.train.step.sampled_head import scoring
+from toolkit.train.step.packed_pass import LossScope
+from toolkit.train.step.sampled_head import sampled_head_installed
 from toolkit.train.step.step_errors import logger
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from toolkit.train.step.packing import Row
 
 
-SKIPPED = "packing/skipped_rows"
+SKIPPED_METRIC = "packing/skipped_rows"
 """A metric: the share of completions that no pass computes, because their loss is 0."""
 
 
@@ -48,7 +48,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     """The number of parts of the last micro-batch."""
     least_parts: int = 1
     _left_out: tuple[int, int] = (0, 1)
-    _scope: Scope = Scope()
+    _scope: LossScope = LossScope()
     _entropy: torch.Tensor | None = None
     _observed: dict[str, Any] | None = None
     _reported_padded: bool = False
@@ -61,11 +61,14 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         the settings in ``CUT_MATTERS`` is used. With such a setting, micro-batches are not merged.
         """
         self.padding_free = getattr(args, "padding_free", True)
-        if not self.padding_free or packed_pass.refusal(packed_pass.base_of(model)) is not None:
+        if (
+            not self.padding_free
+            or packed_pass.reason_against_packs(packed_pass.base_of(model)) is not None
+        ):
             return
         if any(matters(getattr(args, name, None)) for name, matters in CUT_MATTERS.items()):
             return
-        if args.router_aux_loss_coef is None and packed_pass.router_loss(model):
+        if args.router_aux_loss_coef is None and packed_pass.has_router_loss(model):
             return
         merged = math.gcd(args.steps_per_generation, args.gradient_accumulation_steps)
         self.micro_rows = args.per_device_train_batch_size
@@ -92,7 +95,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         dead = self._rows_without_loss(inputs)
         self._left_out = (len(dead), size)
         live = [row for row in rows if row.number not in dead]
-        limit = self._token_limit(inputs) or max(packing.tokens_of(live), 1)
+        limit = self._token_limit(inputs) or max(packing.count_pack_tokens(live), 1)
         if self.accelerator.num_processes > 1:
             return self._equal_parts(rows, dead, limit)
         number = max(len(packing.split_rows(live, limit)), min(self.least_parts, len(live)))
@@ -111,7 +114,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         def fits(number: int) -> bool:
             chunks = torch.arange(len(ordered)).tensor_split(number)
             live = [[r for i in c.tolist() if (r := ordered[i]).number not in dead] for c in chunks]
-            return all(packing.tokens_of(chunk) <= limit for chunk in live)
+            return all(packing.count_pack_tokens(chunk) <= limit for chunk in live)
 
         number = next((n for n in range(1, len(rows)) if fits(n)), len(rows))
         self.parts = number = self._any_rank(max(number, min(self.least_parts, len(rows))))
@@ -162,8 +165,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         if not self.padding_free or sharded:
             return "padding_free is off" if not sharded else "the model is sharded"
         base = packed_pass.base_of(model)
-        with scoring(self, model) if mesh_of(base) is not None else nullcontext():
-            reason = packed_pass.prepare(base, self._trl_pass)
+        with sampled_head_installed(self, model) if mesh_of(base) is not None else nullcontext():
+            reason = packed_pass.install_packed_attention(base, self._trl_pass)
         if reason is not None and not self._reported_padded:
             self._reported_padded = True
             logger.warning("training uses padded batches, which is slower: %s", reason)
@@ -177,7 +180,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """Compute log-probabilities with TRL's padded pass: those of the policy, the old policy or
         the reference. They are taken under the distribution that the completions were sampled from.
         """
-        with scoring(self, model):
+        with sampled_head_installed(self, model):
             return self._trl_pass(model, *args, **kwargs)
 
     def _rows_without_loss(self, inputs: Mapping[str, Any]) -> frozenset[int]:
@@ -199,11 +202,11 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             numbers -= {int(shortest)}
         return numbers
 
-    def scope_of(self, inputs: Mapping[str, Any]) -> Scope:
+    def scope_of(self, inputs: Mapping[str, Any]) -> LossScope:
         """Return the rows of a micro-batch that may be skipped, because their loss is 0, and the
         mask of the tokens that the loss uses.
         """
-        return Scope(self._rows_without_loss(inputs), loss_mask(inputs))
+        return LossScope(self._rows_without_loss(inputs), loss_mask(inputs))
 
     def scores(
         self,
@@ -228,13 +231,13 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         if plain and self._packed_refusal(model) is None:
             limit = self._pass_limit(batch_size, input_ids.shape[1])
             batch = (input_ids, attention_mask, logits_to_keep)
-            own_head = not sampler.distribution(self).plain
-            with self.accelerator.autocast(), scoring(self, model):
-                found = packed_pass.score(model, batch, self._scope, limit, own_head=own_head)
+            own_head = not sampler.sampled_distribution(self).plain
+            with self.accelerator.autocast(), sampled_head_installed(self, model):
+                found = packed_pass.score_batch(model, batch, self._scope, limit, own_head=own_head)
         if found is not None:
             logps, entropies = self.fill_skipped(found, self._observed or {})
             return logps, entropies if options.get("compute_entropy") else None, None
-        self._scope = Scope()  # a padded pass computes all rows
+        self._scope = LossScope()  # a padded pass computes all rows
         rows = batch_size if batch_size is None else min(batch_size, self.micro_rows or batch_size)
         batch = (input_ids, attention_mask, logits_to_keep)
         output: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -274,8 +277,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         the logged metrics.
 
         TRL's logged entropy is replaced by the mean entropy of all tokens that were computed. The
-        mean includes all parts of the micro-batch and all ranks. The metric ``SKIPPED`` is added:
-        the share of rows that no pass computed, over all ranks.
+        mean includes all parts of the micro-batch and all ranks. The metric ``SKIPPED_METRIC``
+        is added: the share of rows that no pass computed, over all ranks.
         """
         packs = self.padding_free and self._packed_refusal(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:
@@ -287,7 +290,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             yield
             sums = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
             total, count, left_out, rows = sums
-            self._metrics["train"][SKIPPED].append(left_out / max(rows, 1))
+            self._metrics["train"][SKIPPED_METRIC].append(left_out / max(rows, 1))
             noted = self._metrics["train"].get("entropy")
             if noted and count:
                 noted[-1] = total / count

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 NO_LABEL = -100
-BATCH = "packed_batch"
+BATCH_KEYWORD = "packed_batch"
 """The keyword argument that passes the padded batch of a pack to ``sampled_head``."""
 
 
@@ -89,7 +89,7 @@ def read_rows(
     return rows
 
 
-def tokens_of(rows: Sequence[Row]) -> int:
+def count_pack_tokens(rows: Sequence[Row]) -> int:
     """The number of tokens in the pack of ``rows``."""
     prompts = {row.prompt for row in rows if row.length}
     return sum(len(prompt) - 1 for prompt in prompts) + sum(row.length for row in rows)
@@ -148,13 +148,13 @@ def build_pack(
     )
 
 
-def forward(
+def forward_pack(
     model: Any, pack: Pack, batch: tuple[torch.Tensor, torch.Tensor, int] | None = None
 ) -> Any:
     """Run one pass over ``pack``, and return the output of the head: ``log_probs`` and ``entropy``,
     (1, N).
 
-    ``batch`` is (ids, mask, completion width). It is needed only if ``sampled_head.scoring`` has
+    ``batch`` is (ids, mask, completion width). It is needed only if ``sampled_head_installed`` has
     replaced the head of the model.
     """
     ids = pack.ids_N.unsqueeze(0)
@@ -163,7 +163,7 @@ def forward(
         ids_BL, real_BL, width = batch
         rows_M, places_M = pack.targets_M // width, pack.targets_M % width
         places_M = places_M + ids_BL.shape[1] - width
-        own = {BATCH: PaddedBatch(ids_BL, real_BL, width, rows_M, places_M)}
+        own = {BATCH_KEYWORD: PaddedBatch(ids_BL, real_BL, width, rows_M, places_M)}
     return model(
         input_ids=ids,
         position_ids=pack.positions_N.unsqueeze(0),
@@ -176,7 +176,7 @@ def forward(
     )
 
 
-def scatter(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
+def scatter_to_padded(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
     """Copy the values of the pack's labelled tokens into the padded layout (B, T). All other values
     are 0.
     """
@@ -192,10 +192,10 @@ def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     longest first, each into the pack with the fewest tokens. The result depends only on the lengths
     and the order of the rows. Therefore a resumed run gets the same packs.
     """
-    number = max(1, -(-tokens_of(rows) // limit))
+    number = max(1, -(-count_pack_tokens(rows) // limit))
     while True:
         packs = even_packs(rows, number, limit)
-        if number >= len(rows) or all(tokens_of(pack) <= limit for pack in packs):
+        if number >= len(rows) or all(count_pack_tokens(pack) <= limit for pack in packs):
             return [pack for pack in packs if pack]
         number += 1
 
@@ -207,12 +207,12 @@ def even_packs(rows: Sequence[Row], number: int, limit: int | None = None) -> li
     same pack, with two exceptions: they have more than ``limit`` tokens or more tokens than the
     average pack, or there are fewer prompts than packs.
     """
-    share = max(1, -(-tokens_of(rows) // number))
-    units = _units(rows, share if limit is None else min(limit, share))
-    return [sorted(pack) for pack in _spread(units, number)]
+    share = max(1, -(-count_pack_tokens(rows) // number))
+    units = _same_prompt_units(rows, share if limit is None else min(limit, share))
+    return [sorted(pack) for pack in _distribute_units(units, number)]
 
 
-def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+def _same_prompt_units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     """Split ``rows`` into units of rows with the same prompt. A unit has at most ``limit`` tokens,
     unless it is a single row.
     """
@@ -223,7 +223,7 @@ def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     for members in groups.values():
         unit: list[Row] = []
         for row in sorted(members, key=lambda row: (-row.length, row.number)):
-            if unit and tokens_of([*unit, row]) > limit:
+            if unit and count_pack_tokens([*unit, row]) > limit:
                 units.append(unit)
                 unit = []
             unit.append(row)
@@ -231,18 +231,18 @@ def _units(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     return units
 
 
-def _spread(units: list[list[Row]], number: int) -> list[list[Row]]:
+def _distribute_units(units: list[list[Row]], number: int) -> list[list[Row]]:
     """Distribute units (rows with the same prompt) over ``number`` packs. The longest unit comes
     first, and each unit is put into the pack with the fewest tokens.
     """
     while len(units) < number:  # with fewer units than packs, split the longest unit in two
-        longest = max(units, key=lambda unit: (len(unit) > 1, tokens_of(unit)))
+        longest = max(units, key=lambda unit: (len(unit) > 1, count_pack_tokens(unit)))
         if len(longest) < 2:
             break
         units.remove(longest)
         half = len(longest) // 2
         units += [longest[:half], longest[half:]]
     packs: list[list[Row]] = [[] for _ in range(number)]
-    for unit in sorted(units, key=lambda unit: (-tokens_of(unit), unit[0].number)):
-        min(packs, key=tokens_of).extend(unit)
+    for unit in sorted(units, key=lambda unit: (-count_pack_tokens(unit), unit[0].number)):
+        min(packs, key=count_pack_tokens).extend(unit)
     return packs

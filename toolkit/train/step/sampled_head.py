@@ -22,8 +22,8 @@ from toolkit.policy.tensor_parallel.functions import enter_parts, largest, leave
 from toolkit.policy.tensor_parallel.layers import SplitHead, mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import kept_set
-from toolkit.train.step.kept_set import Distribution, Places, Scored, Texts
-from toolkit.train.step.packing import BATCH, PaddedBatch
+from toolkit.train.step.kept_set import Distribution, TokenHistory, TokenPositions, TokenScores
+from toolkit.train.step.packing import BATCH_KEYWORD, PaddedBatch
 from toolkit.train.trainer_seam import unwrapped
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class HeadOutput(NamedTuple):
 
 
 @contextmanager
-def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
+def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     """A context manager. In its block, the head of ``model`` computes the distribution that the
     completions were sampled from.
 
@@ -57,7 +57,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     policy and reference are equal. A sampled token always counts as kept, so that its log-ratio is
     finite even if the reference would drop it.
     """
-    distribution = sampler.distribution(trainer)
+    distribution = sampler.sampled_distribution(trainer)
     model = unwrapped(trainer, model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if distribution.plain and mesh_of(base) is None:
@@ -73,7 +73,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
             return before(*args, labels=labels, **kwargs)
         if KEYWORD in kwargs:
             return _forward_pack(self, distribution, kwargs)
-        return _forward(self, distribution, args, kwargs, labels)
+        return _forward_padded(self, distribution, args, kwargs, labels)
 
     base.forward = types.MethodType(forward, base)
     try:
@@ -85,7 +85,7 @@ def scoring(trainer: TrainerSeam, model: Any) -> Iterator[None]:
             del base.forward
 
 
-def _forward(
+def _forward_padded(
     model: Any, distribution: Distribution, args: Any, kwargs: dict[str, Any], labels: torch.Tensor
 ) -> HeadOutput:
     """The forward pass of a padded batch: the backbone at all positions, and the head only at
@@ -104,8 +104,8 @@ def _forward(
         ids = kwargs["input_ids"].to(hidden_BLH.device)
         real = kwargs["attention_mask"].to(hidden_BLH.device).bool()
         starts_B = wanted.int().argmax(1) + 1
-        texts = Texts(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
-    head = Head(model, distribution, texts)
+        texts = TokenHistory(ids, real, starts_B, model.get_output_embeddings().weight.shape[0])
+    head = ChunkedHead(model, distribution, texts)
     scored = head.score(hidden_BLH[wanted], labels[wanted], rows_N, before_N + 1)
     # masked_scatter keeps the result in the autograd graph even if nothing is scored.
     zeros = hidden_BLH.new_zeros(wanted.shape, dtype=torch.float32)
@@ -118,7 +118,7 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
     predicts the label, so the labels are not shifted. The results have the shape (1, N).
     """
     labels_1N = kwargs.pop("shift_labels")
-    batch: PaddedBatch | None = kwargs.pop(BATCH, None)
+    batch: PaddedBatch | None = kwargs.pop(BATCH_KEYWORD, None)
     hidden_1NH = model.base_model(**kwargs, use_cache=False).last_hidden_state
     wanted = labels_1N != -100
     texts = None
@@ -126,8 +126,8 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
         assert batch is not None
         vocabulary = model.get_output_embeddings().weight.shape[0]
         starts_B = torch.full_like(batch.ids_BL[:, 0], batch.ids_BL.shape[1] - batch.width)
-        texts = Texts(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
-    head = Head(model, distribution, texts)
+        texts = TokenHistory(batch.ids_BL, batch.real_BL.bool(), starts_B, vocabulary)
+    head = ChunkedHead(model, distribution, texts)
     found = hidden_1NH[wanted], labels_1N[wanted]
     none = torch.zeros_like(found[1])  # a placeholder: rows and places are read only for penalties
     rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.places_M)
@@ -137,13 +137,13 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
     return HeadOutput(logps, entropy, None)
 
 
-class Head:
+class ChunkedHead:
     """Applies the output layer of ``model`` to hidden states, one chunk of tokens at a time.
 
     ``model`` must not have a PEFT wrapper.
     """
 
-    def __init__(self, model: Any, distribution: Distribution, texts: Texts | None) -> None:
+    def __init__(self, model: Any, distribution: Distribution, texts: TokenHistory | None) -> None:
         self.layer = model.get_output_embeddings()
         self.distribution, self.texts = distribution, texts
         config = model.config.get_text_config()
@@ -155,9 +155,9 @@ class Head:
         tokens_N: torch.Tensor,
         rows_N: torch.Tensor,
         places_N: torch.Tensor,
-    ) -> Scored:
-        """The result of ``kept_set.score`` for all tokens. It is differentiable with respect to the
-        hidden states and the weights of the head.
+    ) -> TokenScores:
+        """The result of ``kept_set.score_tokens`` for all tokens. It is differentiable with respect
+        to the hidden states and the weights of the head.
         """
         # If the head is split over processes, its number of rows includes padding. Then the size of
         # a chunk is the same in every process.
@@ -165,10 +165,12 @@ class Head:
         size = max(1, kept_set.CHUNK_ELEMENTS // rows)
         parts = [torch.split(part, size) for part in (hidden_NH, tokens_N, rows_N, places_N)]
         done = [
-            Scored(*checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+            TokenScores(
+                *checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            )
             for chunk in zip(*parts, strict=True)
         ]
-        return Scored(
+        return TokenScores(
             torch.cat([one.logps for one in done]), torch.cat([one.entropy for one in done])
         )
 
@@ -178,7 +180,7 @@ class Head:
         tokens_N: torch.Tensor,
         rows_N: torch.Tensor,
         places_N: torch.Tensor,
-    ) -> Scored:
+    ) -> TokenScores:
         split = self.layer if isinstance(self.layer, SplitHead) else None
         logits_NV = self.layer(hidden_NH) if split is None else split.part(hidden_NH)
         if self.scale != 1:
@@ -186,9 +188,9 @@ class Head:
         if self.cap is not None:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
         if split is not None:  # rule TP004 of the config allows only a plain distribution here
-            return score_parts(logits_NV, tokens_N, self.distribution.temperature, split)
-        places = None if self.texts is None else Places(self.texts, rows_N, places_N)
-        return kept_set.score(logits_NV, tokens_N, self.distribution, places)
+            return score_split_vocabulary(logits_NV, tokens_N, self.distribution.temperature, split)
+        places = None if self.texts is None else TokenPositions(self.texts, rows_N, places_N)
+        return kept_set.score_tokens(logits_NV, tokens_N, self.distribution, places)
 
 
 def logit_scale(config: Any) -> float:
@@ -220,11 +222,11 @@ def _router_loss(config: Any, outputs: Any, kwargs: dict[str, Any]) -> torch.Ten
     return loss
 
 
-def score_parts(
+def score_split_vocabulary(
     logits_NV: torch.Tensor, tokens_N: torch.Tensor, temperature: float, head: SplitHead
-) -> Scored:
-    """The result of ``kept_set.score`` for a head that is split over processes. The distribution
-    has no truncation and no penalties.
+) -> TokenScores:
+    """The result of ``kept_set.score_tokens`` for a head that is split over processes. The
+    distribution has no truncation and no penalties.
 
     Each process has a part of the vocabulary, and ``logits_NV`` are the logits of this part.
     ``tokens_N`` are ids in the whole vocabulary. The result is the same in all processes. Let l be
@@ -248,4 +250,4 @@ def score_parts(
     # An excluded token has a logit of minus infinity and a share of 0.
     products_NV = shares_NV * logits_NV.clamp(min=torch.finfo(torch.float32).min)
     mean_N = leave_parts(products_NV.sum(-1), group)
-    return Scored(token_N - norm_N, norm_N - mean_N)
+    return TokenScores(token_N - norm_N, norm_N - mean_N)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # The texts of CUDA errors about failed hardware, among them the driver API errors 46, 214, 719 and
 # 999.
-_LOST = re.compile(
+_GPU_FAILURE = re.compile(
     r"CUDA(?: driver)? error:? .*(?:uncorrectable|ECC|unspecified launch failure|unknown error"
     r"|devices? unavailable|hardware|no CUDA-capable device|device not ready|NVLink|lost)"
     r"|GPU is lost|fallen off the bus|NCCL error.*(?:unhandled cuda error|remote process exited)",
@@ -92,7 +92,7 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             fix="remove grpo.full_determinism, and set runtime.reproducible: true, which uses "
             "deterministic kernels where they exist",
         )
-    if _LOST.search(f"{type(error).__name__}: {error}"):
+    if _GPU_FAILURE.search(f"{type(error).__name__}: {error}"):
         return NodeError(
             f"the GPU failed during the run: {said}",
             where=where,

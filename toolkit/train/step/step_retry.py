@@ -30,7 +30,7 @@ MAX_SPLIT = 64
 """The maximum number of parts of a micro-batch. If memory still runs out, the run fails."""
 
 
-class Attempt:
+class StepAttempt:
     """One micro-step that may be repeated.
 
     The object keeps the inputs of the micro-step, and the gradients, metrics and progress from
@@ -150,7 +150,7 @@ def loss_in_parts(
     micro-batch, but its autograd graph is only that of the last part. The metrics of the parts are
     combined.
     """
-    pieces = split_weights(trainer, inputs, parts)
+    pieces = split_inputs(trainer, inputs, parts)
     metrics = PartMetrics(trainer, [loss_mask(piece).sum() for piece, _ in pieces])
     done = 0.0
     for piece, weight in pieces[:-1]:
@@ -188,10 +188,10 @@ class PartMetrics:
             mark = self.marks.get(name, 0)
             own = values[mark:]
             if len(own) == len(self.weights):
-                values[mark:] = [_together(name, own, self.weights)]
+                values[mark:] = [_combine(name, own, self.weights)]
 
 
-def _together(name: str, values: list[float], weights: list[float]) -> float:
+def _combine(name: str, values: list[float], weights: list[float]) -> float:
     known = [(v, w) for v, w in zip(values, weights, strict=True) if not math.isnan(v)]
     if not known:
         return math.nan
@@ -205,7 +205,7 @@ def _together(name: str, values: list[float], weights: list[float]) -> float:
     return sum(value * weight for value, weight in known) / total
 
 
-def drop_step(trainer: TrainerSeam, model: Any) -> None:
+def skip_step(trainer: TrainerSeam, model: Any) -> None:
     """Skip a step whose loss or gradient is not finite. The weights do not change.
 
     Raises:
@@ -243,7 +243,7 @@ def save_batch(trainer: TrainerSeam, step: int) -> Path:
     return path
 
 
-def split_weights(
+def split_inputs(
     trainer: TrainerSeam, inputs: dict[str, Any], parts: list[torch.Tensor]
 ) -> list[tuple[Any, float]]:
     """Split ``inputs`` into ``parts`` along the batch. Return (inputs, weight) for each part.
@@ -269,7 +269,7 @@ def split_weights(
     tokens = mask.sum().clamp(min=1.0).item()
     pieces = []
     for part in parts:
-        piece = {name: _rows(value, part, size) for name, value in inputs.items()}
+        piece = {name: _select_rows(value, part, size) for name, value in inputs.items()}
         weight = len(part) / size
         if trainer.loss_type in ("cispo", "dapo", "vespo"):
             weight = 1.0
@@ -279,7 +279,7 @@ def split_weights(
     return pieces
 
 
-def _rows(value: Any, part: torch.Tensor, size: int) -> Any:
+def _select_rows(value: Any, part: torch.Tensor, size: int) -> Any:
     """``value`` with only the rows in ``part``, if ``value`` has one item per row. Other values are
     returned unchanged.
     """
