@@ -29,6 +29,6 @@ def test_attention_calls_the_rotary_function_by_its_name(family):
         for name, value in vars(module).items()
         if name.endswith("Attention") and isinstance(value, type)
     )
-    assert fused_kernels.ROTARY in attention.forward.__code__.co_names
+    assert fused_kernels.ROTARY_FUNCTION in attention.forward.__code__.co_names
     arguments = ["q", "k", "cos", "sin"]
     assert list(inspect.signature(module.apply_rotary_pos_emb).parameters)[:4] == arguments

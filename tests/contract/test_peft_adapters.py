@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from toolkit.policy.lora_settings import INITS, LoraSettings
+from toolkit.policy.lora_settings import INIT_METHODS, LoraSettings
 
 pytestmark = pytest.mark.contract
 
@@ -56,7 +56,7 @@ def test_lora_config_has_a_field_for_each_setting() -> None:
 
 def test_every_init_is_documented_by_peft() -> None:
     text = inspect.getsource(peft.LoraConfig) + inspect.getsource(LoraLayer)
-    assert all(f'"{init}"' in text or f"'{init}'" in text for init in INITS)
+    assert all(f'"{init}"' in text or f"'{init}'" in text for init in INIT_METHODS)
 
 
 def test_the_causal_class_is_what_get_peft_model_gives(model: Any) -> None:

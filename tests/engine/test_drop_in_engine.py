@@ -13,7 +13,7 @@ import torch
 from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, UnsupportedError
 from toolkit.policy.language_model import FastLanguageModel
 from toolkit.policy.load_request import check_request
-from toolkit.policy.model_loading import load
+from toolkit.policy.model_loading import load_model_and_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,7 +248,7 @@ def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_fold
         }
     )
     with pytest.raises(ConfigValueError, match="max_seq_length=4096 is beyond the 256 positions"):
-        load(request)
+        load_model_and_tokenizer(request)
 
 
 def test_closing_gives_back_all_but_the_weights(fast: Any) -> None:

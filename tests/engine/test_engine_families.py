@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
-from toolkit.policy.fingerprint import of_weights
+from toolkit.policy.fingerprint import weights_digest
 from toolkit.policy.shared_weights import shared_model
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def case(
     with torch.no_grad():
         expected = reference(tokens).logits
     plain = {name: tuple(p.shape) for name, p in reference.named_parameters()}
-    weights = of_weights(reference)
+    weights = weights_digest(reference)
     del reference
     with open_engine(options(folder)) as engine:
         yield Case(family, engine, shared_model(engine), tokens, expected, plain, weights)
@@ -122,7 +122,7 @@ def test_logits_equal_a_separate_load_bit_for_bit(case: Case) -> None:
 def test_parameters_and_fingerprint_are_those_of_a_plain_load(case: Case) -> None:
     """Tied weights too: one parameter, under one name."""
     assert {name: tuple(p.shape) for name, p in case.model.named_parameters()} == case.plain
-    assert of_weights(case.model) == case.weights
+    assert weights_digest(case.model) == case.weights
 
 
 def test_no_parameter_has_a_second_copy(case: Case) -> None:

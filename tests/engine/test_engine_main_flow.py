@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
-from toolkit.policy.fingerprint import of_checkpoint
+from toolkit.policy.fingerprint import checkpoint_digest
 from toolkit.train.checkpointing.trained_run import export_run, generate_completions, open_run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
@@ -119,7 +119,7 @@ def test_train_generate_export_and_plain_transformers(
     folder = tmp_path / "run"
     assert json.loads((folder / "manifest.json").read_text())["base"]["unchanged"] is True
     base = json.loads((folder / "adapter" / "base.json").read_text())
-    assert base["checkpoint"] == of_checkpoint(tmp_path / "model")
+    assert base["checkpoint"] == checkpoint_digest(tmp_path / "model")
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
 

@@ -22,7 +22,7 @@ def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
 
     from toolkit.engine.open_engine import open_engine
     from toolkit.policy.engine_model import engine_options
-    from toolkit.policy.from_config import request_of
+    from toolkit.policy.from_config import make_load_request
     from toolkit.policy.model_files import find_checkpoint
 
     folder = make_tiny(tmp_path / "tiny")
@@ -33,7 +33,7 @@ def test_the_engine_takes_what_was_predicted(tmp_path: Path) -> None:
         runtime=RuntimeSection(engine="vllm"),
     )
     resolved, sizing = resolve(config, None)
-    options = engine_options(find_checkpoint(str(folder)), request_of(resolved))
+    options = engine_options(find_checkpoint(str(folder)), make_load_request(resolved))
     with open_engine(options) as engine:
         cache = engine.llm.llm_engine.vllm_config.cache_config
         tokens = cache.num_gpu_blocks * cache.block_size

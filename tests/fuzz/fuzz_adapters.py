@@ -20,7 +20,7 @@ from safetensors.torch import save
 from toolkit.base.errors import ToolkitError
 from toolkit.policy.adapter_io import BASE_FILE
 from toolkit.policy.model_files import ADAPTER_CONFIG
-from toolkit.policy.saved_adapter import WEIGHTS, read_adapter
+from toolkit.policy.saved_adapter import ADAPTER_WEIGHTS, read_adapter
 
 MEGABYTES = 1500.0
 GOOD = {
@@ -69,7 +69,7 @@ def judge(
     """One adapter's folder; the seconds that it took."""
     text = json.dumps(GOOD | config).encode() if whole is None else whole
     (folder / ADAPTER_CONFIG).write_bytes(mutated(text, in_config[1:]))
-    (folder / WEIGHTS).write_bytes(mutated(TENSORS, in_weights[:-1]))
+    (folder / ADAPTER_WEIGHTS).write_bytes(mutated(TENSORS, in_weights[:-1]))
     (folder / BASE_FILE).unlink(missing_ok=True)
     if base is not None:
         (folder / BASE_FILE).write_bytes(base)

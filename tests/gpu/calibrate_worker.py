@@ -145,7 +145,7 @@ def one_run(
     from calibrate_matrix import Run, append
 
     from toolkit import FastLanguageModel
-    from toolkit.policy.attach import attach
+    from toolkit.policy.attach import add_toolkit_attributes
     from toolkit.policy.shared_weights import shared_model
 
     spec, device, largest = sizing
@@ -162,7 +162,7 @@ def one_run(
         append(results, {**row, "terms": [], "skipped": "sizing says that it does not fit"})
         return
     model, tokenizer = loaded
-    base = attach(shared_model(model.toolkit_engine, check=False), like=model)
+    base = add_toolkit_attributes(shared_model(model.toolkit_engine, check=False), like=model)
     policy = FastLanguageModel.get_peft_model(
         base,
         r=run["r"],

@@ -23,7 +23,7 @@ from toolkit.base.files import FIX_GET_AGAIN, MAX_ADAPTER_BYTES, read_bytes
 from toolkit.base.paths import set_mode
 from toolkit.engine.mesh import current_mesh
 from toolkit.engine.shards import gather_full_tensor
-from toolkit.policy.fingerprint import marks_of
+from toolkit.policy.fingerprint import current_base_digests
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         state = {key: gather_full_tensor(value) for key, value in own if "lora_" in key}
         if not shared.first:
             return target
-    with beside(target) as work:
+    with temporary_folder_beside(target) as work:
         # PEFT's default for save_embedding_layers queries the hub for the base model's vocabulary
         # size. Passing True or False avoids the query.
         resized = bool(getattr(model, "toolkit_resized", False))
@@ -86,9 +86,9 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         )
         inner = work if name == "default" else work / name
         _sort_config(inner / ADAPTER_CONFIG)
-        marks = marks_of(model)
+        marks = current_base_digests(model)
         described = {
-            "base_model_name_or_path": base_name(model),
+            "base_model_name_or_path": base_model_name(model),
             "checkpoint": marks.checkpoint,
             "fingerprint": marks.weights,
         }
@@ -102,7 +102,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
 
 
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def temporary_folder_beside(target: Path) -> Iterator[Path]:
     """Yield a temporary folder on the same file system as ``target``. The folder is deleted after
     the ``with`` block.
 
@@ -140,7 +140,7 @@ def _sort_config(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def base_name(model: Any) -> str | None:
+def base_model_name(model: Any) -> str | None:
     """Return the name or folder that the base model was loaded from, or None if it is unknown."""
     name = getattr(model, "name_or_path", None)
     return str(name) if name else None

@@ -14,7 +14,7 @@ from toolkit.policy.saving import (
     save_pretrained_merged,
 )
 
-CARRIED = (
+TOOLKIT_ATTRIBUTES = (
     "toolkit_engine",
     "vllm_engine",
     "max_seq_length",
@@ -25,23 +25,28 @@ CARRIED = (
     "toolkit_source",
 )
 """The attributes that are copied from a model to the PEFT model that wraps it."""
-SAVING = (save_pretrained_merged, push_to_hub_merged, save_pretrained_gguf, push_to_hub_gguf)
+SAVE_FUNCTIONS = (
+    save_pretrained_merged,
+    push_to_hub_merged,
+    save_pretrained_gguf,
+    push_to_hub_gguf,
+)
 
 
-def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
+def add_toolkit_attributes(model: Any, *, like: Any = None, **carried: Any) -> Any:
     """Set the toolkit's attributes and methods on ``model``, and return ``model``.
 
-    ``CARRIED`` lists the names of the attributes. If ``like`` is None, their values come from
-    ``carried``. If ``like`` is another model, the values are copied from ``like``, and ``like``
-    gets the methods too.
+    ``TOOLKIT_ATTRIBUTES`` lists the names of the attributes. If ``like`` is None, their values come
+    from ``carried``. If ``like`` is another model, the values are copied from ``like``, and
+    ``like`` gets the methods too.
 
     The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
     ``policy.fast_generate`` and ``policy.adapter_io``. The other methods are functions of
     ``policy.saving``.
     """
     if like is not None:
-        carried = {name: getattr(like, name, None) for name in CARRIED}
-    for name in CARRIED:
+        carried = {name: getattr(like, name, None) for name in TOOLKIT_ATTRIBUTES}
+    for name in TOOLKIT_ATTRIBUTES:
         setattr(model, name, carried.get(name))
     # PEFT changes the layers of the model ``like`` in place. So ``like`` is adapted too, and must
     # have the same methods.
@@ -50,6 +55,6 @@ def attach(model: Any, *, like: Any = None, **carried: Any) -> Any:
         holder.save_lora = partial(save_lora, model)
         holder.load_lora = partial(load_lora, model)
         holder.generate = partial(generate, holder)
-        for method in SAVING:
+        for method in SAVE_FUNCTIONS:
             setattr(holder, method.__name__, partial(method, model))
     return model

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
 
-SETTLED = ("gpu_memory_utilization", "tensor_parallel_size")
+ESTIMATED_OPTIONS = ("gpu_memory_utilization", "tensor_parallel_size")
 """The arguments of ``from_pretrained`` for which the memory estimate replaces "auto"."""
 
 ADAPTER_FIELDS = ("r", "target_modules", "rank_pattern", "exclude_modules", "layers_to_transform")
 """The fields of an adapter's config that determine the adapter's size."""
 
 
-def settled(
+def resolve_auto_options(
     checkpoint: Checkpoint,
     request: LoadRequest,
     adapter: Adapter | None,
@@ -39,8 +39,8 @@ def settled(
     length: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return the values of the arguments that ``SETTLED`` lists. If ``request`` has "auto" for an
-    argument, the memory estimate chooses the value, as for a run file.
+    """Return the values of the arguments that ``ESTIMATED_OPTIONS`` lists. If ``request`` has
+    "auto" for an argument, the memory estimate chooses the value, as for a run file.
 
     ``length`` is max_seq_length in tokens. ``dtype`` is the name of the weights' dtype. In a run of
     several processes, all processes must call this function, and all get the values for the GPU
@@ -51,7 +51,7 @@ def settled(
         ConfigError: engine and training together need more memory than the GPU has. The message
             lists changes that make them fit.
     """
-    given = {name: request.engine[name] for name in SETTLED}
+    given = {name: request.engine[name] for name in ESTIMATED_OPTIONS}
     if "auto" not in given.values():
         return given
     snapshot = take()
@@ -59,12 +59,12 @@ def settled(
     every = gather_from_all(None if gpu is None else Device.from_node(snapshot, gpu))
     if every.count(None) == len(every) and given["tensor_parallel_size"] != "auto":
         return given
-    config = as_run(checkpoint, request, adapter, length=length, dtype=dtype)
+    config = config_for_estimate(checkpoint, request, adapter, length=length, dtype=dtype)
     resolved, _, _ = resolve_for_all(config, every, world_size=world_size())
-    return {name: getattr(resolved.model, name) for name in SETTLED}
+    return {name: getattr(resolved.model, name) for name in ESTIMATED_OPTIONS}
 
 
-def as_run(
+def config_for_estimate(
     checkpoint: Checkpoint,
     request: LoadRequest,
     adapter: Adapter | None,
@@ -86,12 +86,12 @@ def as_run(
     }
     return RunConfig(
         model=ModelSection(**model),
-        lora=lora_of(adapter, request.use_gradient_checkpointing),
+        lora=lora_section_of(adapter, request.use_gradient_checkpointing),
         runtime=RuntimeSection(engine="vllm"),
     )
 
 
-def lora_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
+def lora_section_of(adapter: Adapter | None, checkpointing: Any = "auto") -> LoraSection:
     """Return the ``lora`` section for the memory estimate. It describes ``adapter``. If ``adapter``
     is None, it describes the default adapter of ``get_peft_model``.
     """

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.policy.fingerprint import TRAINED, plain_name
+from toolkit.policy.fingerprint import ADAPTER_NAME_PARTS, unwrapped_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 CHUNK_BYTES = 1 << 24
 """The number of bytes that are summed at once if a tensor's memory is not aligned to 8 bytes, and
 so cannot be read as 64-bit integers.
 """
 
-AT_LOAD = "toolkit_base_sums"
+CHECKSUMS_ATTRIBUTE = "toolkit_base_sums"
 """The name of the model attribute that stores the sums from the time when the model was created.
 Models that share their weights with an engine have it.
 """
 
 
-class Sum(NamedTuple):
-    """The checksum of one tensor, with the tensor's dtype and shape. ``changed`` compares two
-    checksums only if their dtypes and shapes are equal.
+class Checksum(NamedTuple):
+    """The checksum of one tensor, with the tensor's dtype and shape. ``changed_tensors`` compares
+    two checksums only if their dtypes and shapes are equal.
     """
 
     dtype: torch.dtype
@@ -40,23 +40,23 @@ class Sum(NamedTuple):
     value: int
 
 
-def base_sums(model: Any) -> dict[str, Sum]:
+def base_checksums(model: Any) -> dict[str, Checksum]:
     """Return the checksum of every frozen tensor of the base model. The keys are the parameter
     names without the parts that PEFT's wrappers add.
     """
     names, values = [], []
     for name, parameter in model.named_parameters():
-        own = any(part in name for part in TRAINED)
+        own = any(part in name for part in ADAPTER_NAME_PARTS)
         if not own and not parameter.requires_grad and parameter.device.type != "meta":
-            names.append((plain_name(name.removeprefix(PREFIX)), parameter))
+            names.append((unwrapped_name(name.removeprefix(PEFT_PREFIX)), parameter))
             values.append(_add_up(parameter.data))
     return {
-        name: Sum(tensor.dtype, tuple(tensor.shape), value)
+        name: Checksum(tensor.dtype, tuple(tensor.shape), value)
         for (name, tensor), value in zip(names, _to_host(values), strict=True)
     }
 
 
-def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
+def changed_tensors(before: Mapping[str, Checksum], after: Mapping[str, Checksum]) -> list[str]:
     """Return the names of the tensors whose values differ between ``before`` and ``after``. Tensors
     whose dtype or shape differs are not compared.
     """
@@ -67,7 +67,7 @@ def changed(before: Mapping[str, Sum], after: Mapping[str, Sum]) -> list[str]:
     ]
 
 
-def digest(sums: Mapping[str, Sum]) -> str:
+def checksums_digest(sums: Mapping[str, Checksum]) -> str:
     """Return one short checksum of the checksums of all tensors."""
     lines = [f"{name} {found.dtype} {found.shape} {found.value}" for name, found in sums.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ import torch
 
 from toolkit.base.errors import MissingExtraError, UnsupportedError
 from toolkit.engine.live_weights import OFFSETS_ATTRIBUTE, ordered_states
-from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
+from toolkit.policy.weight_names import FALLBACK_ADVICE, SHARE_WEIGHTS_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,32 +37,35 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
         raise UnsupportedError(
             f"rows {start} to {start + count} do not match the 4-bit parts, which begin and end at "
             f"the rows {edges}",
-            where=WHY_SHARE,
-            fix=FALLBACK,
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     return range(edges.index(start), edges.index(start + count))
 
 
-def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
+def replace_by_linear_4bit(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
     """Replace the linear layer named ``path`` by a 4-bit layer. The weight of the new layer is
     ``part``, which is a range of rows of the engine's packed ``tensor``. The weight is not copied.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
         UnsupportedError: the layer is not a plain linear layer, the rows begin or end inside a
-            4-bit weight, or ``join_states`` cannot join the quantization states of these rows.
+            4-bit weight, or ``join_quant_states`` cannot join the quantization states of these
+            rows.
     """
     old = model.get_submodule(path)
     if type(old) is not torch.nn.Linear:
         raise UnsupportedError(
-            f"{path} is a {type(old).__name__}, not a linear layer", where=WHY_SHARE, fix=FALLBACK
+            f"{path} is a {type(old).__name__}, not a linear layer",
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     states = ordered_states(tensor)
     chosen = find_parts([int(state.shape[0]) for state in states], part.start, part.rows)
     offsets = [int(offset) for offset in getattr(tensor, OFFSETS_ATTRIBUTE)]
     packed = tensor.data[offsets[chosen.start] : offsets[chosen.stop]]
-    state = join_states([states[index] for index in chosen], path)
-    layer = linear_4bit(packed, state)
+    state = join_quant_states([states[index] for index in chosen], path)
+    layer = make_linear_4bit(packed, state)
     layer.train(old.training)
     if old.bias is not None:
         # Keep the bias parameter of the old layer. Like every other parameter, it is later bound to
@@ -72,7 +75,7 @@ def replace_linear(model: nn.Module, path: str, tensor: torch.Tensor, part: Slic
     setattr(model.get_submodule(parent), name, layer)
 
 
-def join_states(states: Sequence[Any], where: str) -> Any:
+def join_quant_states(states: Sequence[Any], where: str) -> Any:
     """Return one quantization state for adjacent 4-bit parts of a fused layer, from the ``states``
     of these parts. The state of a single part is returned unchanged. For several parts the result
     is a new state with the absmax values (scales) of all parts, in order.
@@ -85,8 +88,8 @@ def join_states(states: Sequence[Any], where: str) -> Any:
     if any(state.nested for state in states):
         raise UnsupportedError(
             (f"{where}: quantized scales (double quantization) are not supported"),
-            where=WHY_SHARE,
-            fix=FALLBACK,
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     if len(states) == 1:
         return first
@@ -97,8 +100,8 @@ def join_states(states: Sequence[Any], where: str) -> Any:
     if len(kinds) != 1 or any(size % first.blocksize for size in sizes):
         raise UnsupportedError(
             (f"{where}: the parts of the layer have different quantization settings"),
-            where=WHY_SHARE,
-            fix=FALLBACK,
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     return type(first)(
         absmax=torch.cat([state.absmax for state in states]),
@@ -110,7 +113,7 @@ def join_states(states: Sequence[Any], where: str) -> Any:
     )
 
 
-def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
+def make_linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
     """Create a frozen ``bitsandbytes.nn.Linear4bit`` with the weight ``packed`` (n, 1) uint8, which
     is not copied.
 
@@ -150,7 +153,7 @@ def linear_4bit(packed: torch.Tensor, state: Any) -> nn.Module:
     return layer
 
 
-class FourBitBase(NamedTuple):
+class PackedLinear4bit(NamedTuple):
     """Wraps a frozen ``Linear4bit`` as the base layer of an adapted layer. Implements
     ``adapted_linear.PackedBase``.
     """
@@ -175,7 +178,7 @@ class FourBitBase(NamedTuple):
         return found.to(dtype)
 
 
-def four_bit_dtype(layer: Any) -> torch.dtype | None:
+def compute_dtype_4bit(layer: Any) -> torch.dtype | None:
     """Return the dtype in which a ``Linear4bit`` layer computes. Returns None for other layers, and
     for a layer whose weight is not packed yet.
     """

@@ -12,8 +12,8 @@ from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
 from toolkit.engine.engine_options import EngineOptions
 from toolkit.engine.open_engine import open_engine
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.auto_engine import lora_of, settled
-from toolkit.policy.fingerprint import note_checkpoint
+from toolkit.policy.auto_engine import lora_section_of, resolve_auto_options
+from toolkit.policy.fingerprint import store_base_digests
 from toolkit.policy.hf_model import choose_dtype, load_base, read_config
 from toolkit.policy.load_arguments import WHERE
 
@@ -48,7 +48,7 @@ def load_on_engine(
         from toolkit.policy.shared_weights import shared_model  # noqa: PLC0415 - imports vLLM's side
 
         model = shared_model(engine, attn_implementation=request.attn_implementation)
-        note_checkpoint(model, checkpoint.folder)
+        store_base_digests(model, checkpoint.folder)
     except BaseException:
         engine.close()
         raise
@@ -80,7 +80,7 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     """
     if asked != "auto":
         return int(asked)
-    largest = lora_of(adapter).largest_rank
+    largest = lora_section_of(adapter).largest_rank
     if legal := smallest_rank(largest):
         return legal
     raise ConfigValueError(
@@ -93,10 +93,11 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
 def _settled(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> dict[str, Any]:
-    """Return the engine options that the memory estimate chooses (``auto_engine.settled``), for the
-    maximum sequence length and the dtype of ``request``.
+    """Return the engine options that the memory estimate chooses
+    (``auto_engine.resolve_auto_options``), for the maximum sequence length and the dtype of
+    ``request``.
     """
     text = read_config(checkpoint, request).get_text_config()
     length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
     dtype = str(choose_dtype(request)).removeprefix("torch.")
-    return settled(checkpoint, request, adapter, length=length, dtype=dtype)
+    return resolve_auto_options(checkpoint, request, adapter, length=length, dtype=dtype)

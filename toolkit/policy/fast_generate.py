@@ -14,25 +14,25 @@ from toolkit.base.errors import ConfigTypeError
 from toolkit.engine.hf_engine import TransformersEngine
 from toolkit.policy.generation_prompts import (
     WHERE,
-    answers,
-    check_request,
-    is_vllms,
+    check_lora_request,
+    is_vllm_params,
     read_prompts,
     read_sampling,
-    refuse_beside_sampling_params,
+    refuse_with_sampling_params,
+    to_prompt_outputs,
 )
 from toolkit.policy.lora import is_peft
-from toolkit.policy.saved_adapter import Adapter, put_saved, read_adapter
+from toolkit.policy.saved_adapter import Adapter, add_saved_adapter, read_adapter
 from toolkit.policy.tokenizer import end_ids
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-POLICY: Any = "policy"
+CURRENT_ADAPTER: Any = "policy"
 """The default of ``lora_request``: sample from the model with its current adapter."""
 
-BORROWED = "toolkit_request"
+TEMPORARY_ADAPTER = "toolkit_request"
 """The temporary name of the adapter of a ``LoraRequest`` on a model."""
 
 
@@ -63,7 +63,7 @@ def fast_generate(
     model: Any,
     prompts: Any = None,
     sampling_params: Any = None,
-    lora_request: Any = POLICY,
+    lora_request: Any = CURRENT_ADAPTER,
     **kwargs: Any,
 ) -> Any:
     """Sample completions of prompts.
@@ -95,7 +95,7 @@ def fast_generate(
     with _policy(model, lora_request) as (policy, adapter):
         if engine is None and ("input_ids" in kwargs or "inputs" in kwargs):
             return _transformers_generate(policy, adapter, prompts, sampling_params, kwargs)
-        if engine is not None and is_vllms(sampling_params):
+        if engine is not None and is_vllm_params(sampling_params):
             return _vllm_generate(model, adapter, prompts, sampling_params, kwargs)
         if engine is not None:
             kwargs.pop("use_tqdm", None)
@@ -104,7 +104,7 @@ def fast_generate(
         texts, ids = read_prompts(tokenizer, prompts)
         face = engine if engine is not None else _face(policy, model)
         rollout = face.generate(ids, sampling, seed=seed, adapter=adapter or False)
-    return answers(tokenizer, texts, rollout, sampling, end_ids(tokenizer, model))
+    return to_prompt_outputs(tokenizer, texts, rollout, sampling, end_ids(tokenizer, model))
 
 
 def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ def _vllm_generate(
     model: Any, adapter: str | None, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]
 ) -> Any:
     """Call vLLM's own generate with vLLM's SamplingParams, and return vLLM's RequestOutputs."""
-    refuse_beside_sampling_params(kwargs)
+    refuse_with_sampling_params(kwargs)
     engine = model.toolkit_engine
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
     pairs = zip(texts, ids, strict=True)
@@ -181,20 +181,20 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
     engine = getattr(model, "toolkit_engine", None)
     # _adapters_disabled is True inside `with model.disable_adapter():`
     plain = not is_peft(model) or model._adapters_disabled
-    if request is None or (request is POLICY and plain):
+    if request is None or (request is CURRENT_ADAPTER and plain):
         yield model, None
         return
-    if request is POLICY:
+    if request is CURRENT_ADAPTER:
         name = model.active_adapter
         if engine is not None:
             engine.publish(model, name)
         yield model, name
         return
-    check_request(request, LoraRequest)
+    check_lora_request(request, LoraRequest)
     with _borrowed(model, request.adapter) as policy:
         if engine is not None:
-            engine.publish(policy, BORROWED)
-        yield policy, BORROWED
+            engine.publish(policy, TEMPORARY_ADAPTER)
+        yield policy, TEMPORARY_ADAPTER
 
 
 @contextmanager
@@ -205,15 +205,15 @@ def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter if is_peft(model) else None
     training = model.training
-    policy = put_saved(model, adapter, BORROWED).train(training)
+    policy = add_saved_adapter(model, adapter, TEMPORARY_ADAPTER).train(training)
     try:
-        policy.set_adapter(BORROWED)
+        policy.set_adapter(TEMPORARY_ADAPTER)
         yield policy
     finally:
         if active is None:
             policy.unload()
         else:
             model.set_adapter(active)
-            model.delete_adapter(BORROWED)
+            model.delete_adapter(TEMPORARY_ADAPTER)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)

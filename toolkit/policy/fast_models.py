@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
-from toolkit.policy.language_model import SEVEN, FastLanguageModel
+from toolkit.policy.language_model import DEFAULT_TARGETS, FastLanguageModel
 from toolkit.policy.lora_settings import WHERE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ATTENTION, MLP = SEVEN[:4], SEVEN[4:]
+ATTENTION, MLP = DEFAULT_TARGETS[:4], DEFAULT_TARGETS[4:]
 
 
 class FastModel(FastLanguageModel):
@@ -61,7 +61,7 @@ class FastModel(FastLanguageModel):
         if target_modules is None or target_modules == "all-linear":
             both = finetune_attention_modules and finetune_mlp_modules
             chosen = ATTENTION if finetune_attention_modules else MLP
-            target_modules = SEVEN if both else chosen
+            target_modules = DEFAULT_TARGETS if both else chosen
         return FastLanguageModel.get_peft_model(
             model, *args, **{"target_modules": target_modules, **kwargs}
         )

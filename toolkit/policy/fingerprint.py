@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens")
-WRAPPERS = (".base_layer.", ".original_module.", ".token_adapter.")
-"""Parts of PEFT's parameter names. Those in ``TRAINED`` occur in the names of adapter parameters.
-Those in ``WRAPPERS`` come from PEFT's wrappers around base layers.
+ADAPTER_NAME_PARTS = ("lora_", ".modules_to_save.", "trainable_tokens")
+WRAPPER_NAME_PARTS = (".base_layer.", ".original_module.", ".token_adapter.")
+"""Parts of PEFT's parameter names. Those in ``ADAPTER_NAME_PARTS`` occur in the names of adapter
+parameters. Those in ``WRAPPER_NAME_PARTS`` come from PEFT's wrappers around base layers.
 """
 
-SAMPLE = 16
+VALUES_PER_TENSOR = 16
 """The number of values of each tensor that a digest includes."""
-SAMPLED_TENSORS = 1024
+MAX_SAMPLED_TENSORS = 1024
 """The maximum number of tensors of a checkpoint whose values a digest includes. The names and
 shapes of all tensors are included.
 """
 
-AS_LOADED = "toolkit_as_loaded"
+DIGESTS_ATTRIBUTE = "toolkit_as_loaded"
 """The name of the model attribute that stores the ``BaseDigests`` from the time of loading. Base
 models that this package loaded have it.
 """
@@ -52,50 +52,50 @@ class BaseDigests:
     weights: str | None
 
 
-def note_checkpoint(model: Any, folder: Path) -> None:
+def store_base_digests(model: Any, folder: Path) -> None:
     """Compute the digests of ``model``, and store them in an attribute of ``model``. ``folder`` is
     the checkpoint that the model was loaded from.
     """
-    setattr(model, AS_LOADED, BaseDigests(of_checkpoint(folder), of_weights(model)))
+    setattr(model, DIGESTS_ATTRIBUTE, BaseDigests(checkpoint_digest(folder), weights_digest(model)))
 
 
-def marks_of(model: Any) -> BaseDigests:
+def current_base_digests(model: Any) -> BaseDigests:
     """Return the current digests of ``model``.
 
     The digest of the files is None if the weights have changed since they were loaded, for example
     because an adapter was merged.
     """
-    base, weights = _base(model), of_weights(model)
-    loaded: BaseDigests | None = getattr(base, AS_LOADED, None)
+    base, weights = _base(model), weights_digest(model)
+    loaded: BaseDigests | None = getattr(base, DIGESTS_ATTRIBUTE, None)
     unchanged = loaded is not None and loaded.weights == weights
     return BaseDigests(loaded.checkpoint if loaded is not None and unchanged else None, weights)
 
 
-def is_base_of(recorded: Mapping[str, Any], model: Any) -> bool | None:
+def is_recorded_base(recorded: Mapping[str, Any], model: Any) -> bool | None:
     """Return whether ``model`` is the base model that ``recorded`` (the contents of a base.json)
     describes. Returns None if no digest can be compared.
     """
-    own = marks_of(model)
+    own = current_base_digests(model)
     weights = recorded.get("fingerprint")
     pairs = [
         (recorded.get("checkpoint"), own.checkpoint),
         (weights, own.weights),
         # For a model with an engine, version 0.1 of the toolkit listed a tied head as a separate
         # parameter. Compare also the digest that this version computed.
-        (weights, of_weights(model, tied_twice=True)),
+        (weights, weights_digest(model, tied_twice=True)),
     ]
     known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
     return any(known) if known else None
 
 
-def plain_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """Return a parameter's name without the parts that PEFT's wrappers add."""
-    for part in WRAPPERS:
+    for part in WRAPPER_NAME_PARTS:
         name = name.replace(part, ".")
     return name
 
 
-def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
+def weights_digest(model: Any, *, tied_twice: bool = False) -> str | None:
     """Return a digest of the names, shapes and a few values of all frozen weights.
 
     The values are rounded to bfloat16, so that a bfloat16 checkpoint has the same digest in every
@@ -106,17 +106,19 @@ def of_weights(model: Any, *, tied_twice: bool = False) -> str | None:
         return None
     digest = hashlib.sha256()
     for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
-        if not name.endswith("weight") or any(part in name for part in TRAINED):
+        if not name.endswith("weight") or any(part in name for part in ADAPTER_NAME_PARTS):
             continue  # skip biases, which may be trained, and adapter weights
         if not parameter.is_floating_point():
             return None
-        values = parameter.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).float()
-        digest.update(plain_name(name).encode())
+        values = (
+            parameter.detach().reshape(-1)[:VALUES_PER_TENSOR].to("cpu", torch.bfloat16).float()
+        )
+        digest.update(unwrapped_name(name).encode())
         digest.update(repr((tuple(parameter.shape), values.tolist())).encode())
     return digest.hexdigest()[:16]
 
 
-def of_checkpoint(folder: Path) -> str | None:
+def checkpoint_digest(folder: Path) -> str | None:
     """Return a digest of the names, shapes and a few values of the tensors in the safetensors files
     of a checkpoint.
 
@@ -151,7 +153,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _digest(files: list[Path]) -> str:
     names = sorted((name, file) for file in files for name in _names(file))
-    every = max(1, -(-len(names) // SAMPLED_TENSORS))
+    every = max(1, -(-len(names) // MAX_SAMPLED_TENSORS))
     sampled = set(names[::every])
     told: dict[str, str] = {}
     for file in files:
@@ -173,10 +175,10 @@ def _names(file: Path) -> Iterator[str]:
 
 
 def _values(part: Any, shape: tuple[int, ...]) -> list[Any]:
-    """Return the first ``SAMPLE`` values of the last axis, at index 0 of all other axes."""
+    """Return the first values of the last axis, at index 0 of all other axes."""
     if 0 in shape:
         return []
-    first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, SAMPLE))].reshape(-1)
+    first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, VALUES_PER_TENSOR))].reshape(-1)
     if first.is_floating_point():
         first = first.to(torch.bfloat16).float()
     values: list[Any] = first.tolist()

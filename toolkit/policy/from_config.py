@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.resolved import engine_of, resolve_run
 from toolkit.policy.load_request import LoadRequest, check_request
-from toolkit.policy.machine_facts import situation
+from toolkit.policy.machine_facts import detect_machine
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
 
-MODEL_FIELDS = (
+REQUEST_FIELDS = (
     "model_name",
     "max_seq_length",
     "dtype",
@@ -29,20 +29,20 @@ MODEL_FIELDS = (
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
     """Return the engine that ``config`` uses on this machine (``config.resolved.engine_of``)."""
-    engine = engine_of(config.runtime.engine, config.model.fast_inference, situation())
+    engine = engine_of(config.runtime.engine, config.model.fast_inference, detect_machine())
     assert engine != "maybe"  # returned only if the device is unknown
     return engine
 
 
-def request_of(config: RunConfig) -> LoadRequest:
+def make_load_request(config: RunConfig) -> LoadRequest:
     """Return the load request for the model section of a run file. Values that are still "auto" are
     chosen for this machine.
 
     Raises the errors of ``policy.load_request.check_request``.
     """
-    run = resolve_run(config, situation())
+    run = resolve_run(config, detect_machine())
     config, engine = run.config, run.engine == "vllm"
-    names = MODEL_FIELDS + (tuple(OPTIONS) if engine else ())
+    names = REQUEST_FIELDS + (tuple(OPTIONS) if engine else ())
     values = {name: getattr(config.model, name) for name in names}
     if engine and config.model.enable_chunked_prefill:
         values["enable_chunked_prefill"] = None  # vLLM decides, because not every model supports it

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     Forward = Callable[..., Any]
 
-KEY = "runtime.fused_kernels"
-ROTARY = "apply_rotary_pos_emb"
+CONFIG_KEY = "runtime.fused_kernels"
+ROTARY_FUNCTION = "apply_rotary_pos_emb"
 """The name of the function that applies rotary embeddings to queries and keys, in the modules of
 transformers.
 """
-ROUNDINGS = 2
+MAX_ROUNDING_ERRORS = 2
 """The largest allowed difference between kernel and layer (root mean square, relative), in rounding
 errors of the dtype.
 """
@@ -56,7 +56,7 @@ class Kernels(NamedTuple):
 
 
 @dataclass(slots=True)
-class Applied:
+class AppliedKernels:
     """Which layers use a kernel. ``layers`` maps a class name to the number of its layers that use
     a kernel. ``refused`` maps the name of any other class to the reason why its layers use no
     kernel.
@@ -84,7 +84,7 @@ def load_kernels() -> Kernels | None:
     )
 
 
-def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
+def use_fused_kernels(model: nn.Module, asked: bool | str) -> AppliedKernels | None:
     """Use fused kernels in ``model`` if ``asked`` (``runtime.fused_kernels``) is True or "auto".
 
     Call this function before an adapter is put on the model. With "auto", kernels are used if the
@@ -105,7 +105,7 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
                     f"fused_kernels is true, but the model is on {device.type}, and the kernels "
                     "need CUDA"
                 ),
-                where=KEY,
+                where=CONFIG_KEY,
                 fix="set fused_kernels: auto",
             )
         return None
@@ -114,18 +114,18 @@ def use_fused_kernels(model: nn.Module, asked: bool | str) -> Applied | None:
         if asked is True:
             raise MissingExtraError(
                 "fused_kernels is true, but liger-kernel is not installed",
-                where=KEY,
+                where=CONFIG_KEY,
                 fix="run `pip install 'grpo-toolkit[cuda]'`, or set fused_kernels: auto",
             )
-        return Applied(refused={"all layers": "liger-kernel is not installed"})
+        return AppliedKernels(refused={"all layers": "liger-kernel is not installed"})
     return apply_kernels(model, kernels)
 
 
-def apply_kernels(model: nn.Module, kernels: Kernels) -> Applied:
+def apply_kernels(model: nn.Module, kernels: Kernels) -> AppliedKernels:
     """Use fused kernels in the layers of ``model``. A layer uses a kernel only if the kernel
     computes the same result as the layer. Returns the layers with and without a kernel.
     """
-    applied = Applied()
+    applied = AppliedKernels()
     alike: dict[tuple[Any, ...], list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for kind in _kinds_of(module):
@@ -165,7 +165,7 @@ def _kinds_of(module: nn.Module) -> Iterator[tuple[Any, ...]]:
         sizes = [(layer.in_features, layer.out_features) for layer in layers if layer is not None]
         yield "mlp", kind, *sizes
     forward = kind.forward
-    if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
+    if isinstance(forward, types.FunctionType) and ROTARY_FUNCTION in forward.__code__.co_names:
         yield "rotary", kind, getattr(module, "head_dim", None), getattr(module, "layer_type", None)
 
 
@@ -251,7 +251,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
     the copy. Return the copy. If the kernel cannot be used, return the reason.
     """
     own = type(module).forward
-    plain = own.__globals__[ROTARY]
+    plain = own.__globals__[ROTARY_FUNCTION]
     width = getattr(module, "head_dim", None)
     if not isinstance(width, int):
         return "the layer has no integer attribute head_dim"
@@ -278,7 +278,7 @@ def _rotary(model: nn.Module, module: nn.Module, kernels: Kernels) -> Forward | 
             return problem
     return types.FunctionType(
         own.__code__,
-        {**own.__globals__, ROTARY: fused},
+        {**own.__globals__, ROTARY_FUNCTION: fused},
         own.__name__,
         own.__defaults__,
         own.__closure__,
@@ -368,7 +368,7 @@ def _difference(
     """Compare two results. Returns None if they differ by no more than rounding. Otherwise returns
     a text that states the difference.
     """
-    limit = max(_LEAST, ROUNDINGS * torch.finfo(dtype).eps)
+    limit = max(_LEAST, MAX_ROUNDING_ERRORS * torch.finfo(dtype).eps)
     for mine, other in zip(ours, theirs, strict=True):
         if mine.shape != other.shape or mine.dtype != other.dtype:
             return (

@@ -12,7 +12,7 @@ import torch
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.engine.rollout_request import Sampling
-from toolkit.policy.load_arguments import nearest
+from toolkit.policy.load_arguments import did_you_mean_text
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WHERE = "fast_generate"
 
-NEUTRAL = (
+COMMON_OPTIONS = (
     "n",
     "max_tokens",
     "temperature",
@@ -37,9 +37,9 @@ NEUTRAL = (
 """The options that ``fast_generate`` supports with vLLM and with transformers, under vLLM's names.
 """
 
-VLLM_ONLY = ("use_tqdm", "priority", "tokenization_kwargs")
+VLLM_ONLY_OPTIONS = ("use_tqdm", "priority", "tokenization_kwargs")
 
-HUGGING_FACE = {
+REPLACED_HF_ARGUMENTS = {
     "max_new_tokens": "max_tokens",
     "do_sample": "temperature (0 is greedy)",
     "input_ids": "prompts, as lists of token ids",
@@ -75,7 +75,7 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PromptOutput:
     """The completions of one prompt, with the attribute names of vLLM's RequestOutput."""
 
     prompt: str | None
@@ -83,7 +83,7 @@ class Answer:
     outputs: list[Completion]
 
 
-def is_vllms(params: Any) -> bool:
+def is_vllm_params(params: Any) -> bool:
     """Return True if ``params`` is vLLM's own SamplingParams, or a list of them."""
     first = params[0] if isinstance(params, (list, tuple)) and params else params
     return type(first).__module__.partition(".")[0] == "vllm"
@@ -99,7 +99,7 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
         ConfigTypeError: an option is passed twice, ``params`` has an unsupported type, or the model
             (with or without a vLLM engine) does not support an argument.
     """
-    if is_vllms(params):
+    if is_vllm_params(params):
         raise ConfigTypeError(
             "sampling_params is vLLM's SamplingParams, but the model has no vLLM engine",
             where=WHERE,
@@ -123,7 +123,7 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
             )
         given[name] = value
     for name in given:
-        if name not in NEUTRAL:
+        if name not in COMMON_OPTIONS:
             _refuse(name, engine=engine)
     seed, stop = given.pop("seed", None), given.pop("stop", None)
     if "stop_token_ids" in given:
@@ -135,7 +135,7 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
     return sampling, int(torch.randint(2**62, (1,))) if seed is None else int(seed)
 
 
-def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
+def refuse_with_sampling_params(kwargs: Mapping[str, Any]) -> None:
     """Raise an error if ``kwargs`` has keywords that cannot be combined with vLLM's SamplingParams.
 
     Raises:
@@ -143,29 +143,29 @@ def refuse_beside_sampling_params(kwargs: Mapping[str, Any]) -> None:
             keyword.
     """
     for name in kwargs:
-        if name in NEUTRAL:
+        if name in COMMON_OPTIONS:
             raise ConfigTypeError(
                 f"{name!r} cannot be used together with vLLM's SamplingParams",
                 where=WHERE,
                 fix=f"pass SamplingParams({name}=...)",
             )
-        if name not in VLLM_ONLY:
+        if name not in VLLM_ONLY_OPTIONS:
             _refuse(name, engine=True)
 
 
 def _refuse(name: str, *, engine: bool) -> None:
     """Raise ConfigTypeError, because ``fast_generate`` does not support the argument ``name``. The
-    supported arguments are in ``NEUTRAL``. The message names the library that supports the
+    supported arguments are in ``COMMON_OPTIONS``. The message names the library that supports the
     argument, or says that the argument is unknown.
     """
-    if name in VLLM_ONLY and not engine:
+    if name in VLLM_ONLY_OPTIONS and not engine:
         raise ConfigTypeError(
             f"{name!r} is an argument of the vLLM engine, but the model has no such engine",
             where=WHERE,
             fix=f"remove {name}, or load the model with fast_inference=True",
         )
-    if name in HUGGING_FACE:
-        instead = HUGGING_FACE[name]
+    if name in REPLACED_HF_ARGUMENTS:
+        instead = REPLACED_HF_ARGUMENTS[name]
         raise ConfigTypeError(
             f"{name!r} is an argument of Hugging Face's generate"
             + (
@@ -176,7 +176,7 @@ def _refuse(name: str, *, engine: bool) -> None:
             where=WHERE,
             fix=f"use {instead}" if instead else f"remove {name}",
         )
-    hint = nearest(name, (*NEUTRAL, *VLLM_ONLY, *HUGGING_FACE))
+    hint = did_you_mean_text(name, (*COMMON_OPTIONS, *VLLM_ONLY_OPTIONS, *REPLACED_HF_ARGUMENTS))
     raise ConfigTypeError(f"unknown argument {name!r}{hint}", where=WHERE)
 
 
@@ -218,15 +218,15 @@ def _is_ids(value: Any) -> bool:
     return all(isinstance(token, int) and not isinstance(token, bool) for token in value)
 
 
-def answers(
+def to_prompt_outputs(
     tokenizer: Any,
     texts: Sequence[str | None],
     rollout: Rollout,
     sampling: Sampling,
     ends: Collection[int],
-) -> list[Answer]:
-    """Convert ``rollout`` to a list with one ``Answer`` per prompt. ``ends`` are the token ids that
-    end a completion.
+) -> list[PromptOutput]:
+    """Convert ``rollout`` to a list with one ``PromptOutput`` per prompt. ``ends`` are the token
+    ids that end a completion.
     """
     found = []
     for place, text in enumerate(texts):
@@ -234,7 +234,7 @@ def answers(
         outputs = [
             _completion(tokenizer, rollout, row, row - rows.start, sampling, ends) for row in rows
         ]
-        found.append(Answer(text, rollout.prompt_ids[rows.start], outputs))
+        found.append(PromptOutput(text, rollout.prompt_ids[rows.start], outputs))
     return found
 
 
@@ -257,7 +257,7 @@ def _completion(
     return Completion(index, text, ids, reason, logprobs)
 
 
-def check_request(request: Any, kind: type) -> None:
+def check_lora_request(request: Any, kind: type) -> None:
     """Raise an error if a ``lora_request`` is not a result of ``load_lora``."""
     if not isinstance(request, kind):
         raise ConfigValueError(

@@ -25,9 +25,9 @@ from toolkit.config.libraries import ModelType, model_type
 from toolkit.config.resolved import dtype_of
 from toolkit.config.supported_features import architecture_problem, stored_problem
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.fingerprint import note_checkpoint
+from toolkit.policy.fingerprint import store_base_digests
 from toolkit.policy.load_arguments import WHERE
-from toolkit.policy.machine_facts import situation
+from toolkit.policy.machine_facts import detect_machine
 from toolkit.policy.positions import set_positions
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check_quantization(request: LoadRequest) -> None:
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
     """Return the dtype of the weights. ``config.resolved.dtype_of`` replaces "auto"."""
-    name = dtype_of(request.dtype, situation(), load_in_16bit=request.load_in_16bit)
+    name = dtype_of(request.dtype, detect_machine(), load_in_16bit=request.load_in_16bit)
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -165,7 +165,7 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     if request.resize_model_vocab is not None:
         _resize(model, request.resize_model_vocab, request.random_state)
     else:
-        note_checkpoint(model, checkpoint.folder)
+        store_base_digests(model, checkpoint.folder)
     model.requires_grad_(request.full_finetuning)
     return model
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, ToolkitWarning
-from toolkit.policy.attach import attach
-from toolkit.policy.from_config import request_of
+from toolkit.policy.attach import add_toolkit_attributes
+from toolkit.policy.from_config import make_load_request
 from toolkit.policy.gradient_checkpointing import (
     apply_checkpointing,
     pause_checkpointing,
@@ -21,18 +21,23 @@ from toolkit.policy.gradient_checkpointing import (
 )
 from toolkit.policy.load_arguments import WHERE as LOAD_WHERE
 from toolkit.policy.load_arguments import check_checkpointing, refuse_unknown
-from toolkit.policy.load_request import check_request, with_standby
-from toolkit.policy.lora import add_lora, is_peft, same_or_refuse
-from toolkit.policy.lora_settings import WHERE, LoraSettings, default_for, told_default
-from toolkit.policy.model_loading import load, read_tokenizer, tell_engine
-from toolkit.policy.saved_adapter import read_adapter, same_start
+from toolkit.policy.load_request import apply_standby_variable, check_request
+from toolkit.policy.lora import add_lora, is_peft, reuse_adapter
+from toolkit.policy.lora_settings import (
+    WHERE,
+    LoraSettings,
+    default_targets_of,
+    default_targets_with_warning,
+)
+from toolkit.policy.model_loading import load_model_and_tokenizer, publish_to_engine, read_tokenizer
+from toolkit.policy.saved_adapter import check_start_settings, read_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from toolkit.config.run_config import RunConfig
 
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_KWARGS = (
     "use_dora",
     "lora_bias",
@@ -109,13 +114,15 @@ class FastLanguageModel:
         """
         named = {name: value for name, value in locals().items() if name != "kwargs"}
         named["model_name"] = _path_text(model_name)
-        return load(check_request(with_standby({**named, **kwargs}, os.environ)))
+        return load_model_and_tokenizer(
+            check_request(apply_standby_variable({**named, **kwargs}, os.environ))
+        )
 
     @staticmethod
     def get_peft_model(  # noqa: PLR0913 - the drop-in signature
         model: Any,
         r: int = 16,
-        target_modules: Sequence[str] | str = SEVEN,
+        target_modules: Sequence[str] | str = DEFAULT_TARGETS,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -150,8 +157,8 @@ class FastLanguageModel:
         check_checkpointing(use_gradient_checkpointing, WHERE)
         settings = LoraSettings(
             r=r,
-            target_modules=told_default(model)
-            if target_modules is SEVEN
+            target_modules=default_targets_with_warning(model)
+            if target_modules is DEFAULT_TARGETS
             else _frozen(target_modules),
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -167,7 +174,7 @@ class FastLanguageModel:
         )
         _check_length(model, max_seq_length)
         if is_peft(model):
-            return same_or_refuse(model, settings)
+            return reuse_adapter(model, settings)
         if getattr(model, "toolkit_full_finetuning", False):
             warnings.warn(
                 "no adapter was added, because the model was loaded with full_finetuning=True and "
@@ -176,7 +183,7 @@ class FastLanguageModel:
                 stacklevel=2,
             )
             return model
-        return put_adapter(model, settings, use_gradient_checkpointing)
+        return add_new_adapter(model, settings, use_gradient_checkpointing)
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | None = None) -> Any:
@@ -201,14 +208,14 @@ class FastLanguageModel:
         return model
 
 
-def put_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
+def add_new_adapter(model: Any, settings: LoraSettings, checkpointing: bool | str) -> Any:
     """Add a new adapter and the toolkit's methods to ``model``, set the model to training mode, and
     return the PEFT model.
     """
-    peft_model = tell_engine(add_lora(model, settings))
+    peft_model = publish_to_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
     apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
-    attach(peft_model, like=model)
+    add_toolkit_attributes(peft_model, like=model)
     peft_model.train()
     return peft_model
 
@@ -217,23 +224,23 @@ def load_policy(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     """Load the model, its adapter and the tokenizer for a resolved run file. Returns (model,
     tokenizer).
 
-    ``runtime.engine`` of the run file selects the engine. If ``policy_tokenizer`` was called
+    ``runtime.engine`` of the run file selects the engine. If ``load_policy_tokenizer`` was called
     before, pass its result as ``tokenizer``. Raises the errors of
     ``FastLanguageModel.from_pretrained`` and ``get_peft_model``.
     """
     if config.lora.adapter_path is not None and not config.model.full_finetuning:
-        return load_start(config, tokenizer)
-    model, tokenizer = load(request_of(config), tokenizer=tokenizer)
+        return load_with_start_adapter(config, tokenizer)
+    model, tokenizer = load_model_and_tokenizer(make_load_request(config), tokenizer=tokenizer)
     if is_peft(model) or config.model.full_finetuning:
         return model, tokenizer
     section = config.lora
     if section.target_modules == "auto":
-        section = replace(section, target_modules=default_for(model))
+        section = replace(section, target_modules=default_targets_of(model))
     settings = LoraSettings.from_section(section)
-    return put_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
+    return add_new_adapter(model, settings, config.lora.use_gradient_checkpointing), tokenizer
 
 
-def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
+def load_with_start_adapter(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
     """Load the model with the adapter in ``lora.adapter_path``, so that this adapter can be trained
     further. If the model has an engine, the adapter is copied to the engine. Returns (model,
     tokenizer).
@@ -251,15 +258,15 @@ def load_start(config: RunConfig, tokenizer: Any = None) -> tuple[Any, Any]:
             fix="read the run file with toolkit.config.load_run, which sets target_modules to the "
             "adapter's value",
         )
-    same_start(read_adapter(folder), asked)
-    return load(request_of(config), folder, tokenizer)
+    check_start_settings(read_adapter(folder), asked)
+    return load_model_and_tokenizer(make_load_request(config), folder, tokenizer)
 
 
-def policy_tokenizer(config: RunConfig) -> Any:
+def load_policy_tokenizer(config: RunConfig) -> Any:
     """Load the tokenizer that ``load_policy`` returns, without loading the model and its engine.
     Raises InputError if the tokenizer cannot be read.
     """
-    return read_tokenizer(request_of(config))
+    return read_tokenizer(make_load_request(config))
 
 
 def _check_length(model: Any, max_seq_length: int) -> None:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 WHERE = "FastLanguageModel.from_pretrained"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
-CHECKPOINTING = (True, False, "unsloth", "auto")
+CHECKPOINTING_MODES = (True, False, "unsloth", "auto")
 
 ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {name: option.api for name, option in API_OPTIONS.items()}
 )
 """The arguments that only an engine uses, each with its default value."""
 
-REFUSED: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
+REFUSED_ARGUMENTS: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
         "load_in_fp8": (
             False,
@@ -52,7 +52,7 @@ are rejected, and the fix.
 """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean_text(name: str, known: Iterable[str]) -> str:
     """Return the text `` (did you mean 'x'?)``, where x is the name in ``known`` that is most
     similar to ``name``. If no name is similar, return an empty string.
     """
@@ -68,7 +68,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     for name in given:
         if name not in known:
             raise ConfigTypeError(
-                f"unknown keyword argument {name!r}{nearest(name, known)}",
+                f"unknown keyword argument {name!r}{did_you_mean_text(name, known)}",
                 where=where,
                 fix=f"correct the name {name}, or remove the argument",
             )
@@ -79,7 +79,8 @@ def check_checkpointing(value: Any, where: str) -> None:
     "unsloth" or "auto".
     """
     if not any(
-        value is known or (isinstance(value, str) and value == known) for known in CHECKPOINTING
+        value is known or (isinstance(value, str) and value == known)
+        for known in CHECKPOINTING_MODES
     ):
         raise ConfigValueError(
             f"use_gradient_checkpointing={value!r} must be True, False,"

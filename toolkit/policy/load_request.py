@@ -24,7 +24,7 @@ from toolkit.policy.load_arguments import (
     DTYPES,
     ENGINE_DEFAULTS,
     LOAD_FLAGS,
-    REFUSED,
+    REFUSED_ARGUMENTS,
     WHERE,
     check_checkpointing,
     refuse_unknown,
@@ -72,10 +72,12 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
         UnsupportedError: the request is valid but not supported.
         MissingExtraError: ``fast_inference`` is True, but vLLM is not installed.
     """
-    known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED, *_SPECIAL} - {"engine"}
+    known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED_ARGUMENTS, *_SPECIAL} - {
+        "engine"
+    }
     refuse_unknown(arguments, known, WHERE)
     values = dict(arguments)
-    for name, (nothing, why, fix) in REFUSED.items():
+    for name, (nothing, why, fix) in REFUSED_ARGUMENTS.items():
         given = values.pop(name, nothing)
         if given != nothing and given is not None:
             raise UnsupportedError(f"{name}={given!r}: {why}", where=WHERE, fix=fix)
@@ -88,9 +90,9 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
     _check_types(request)
     _check_flags(request)
     if request.fast_inference:
-        check_engine(request)
+        check_engine_arguments(request)
     else:
-        warn_engine_only(engine)
+        warn_unused_engine_options(engine)
     return request
 
 
@@ -191,13 +193,13 @@ def _check_flags(request: LoadRequest) -> None:
         raise ConfigValueError(problem.message, where=WHERE, fix=problem.advice)
 
 
-ONE_DEVICE = (None, "sequential", "auto", "balanced")
+SINGLE_DEVICE_MAPS = (None, "sequential", "auto", "balanced")
 """The values of device_map that are accepted with an engine. The model is then on the engine's
 device.
 """
 
 
-def check_engine(request: LoadRequest) -> None:
+def check_engine_arguments(request: LoadRequest) -> None:
     """Reject arguments that cannot be used together with an engine.
 
     Raises:
@@ -212,7 +214,7 @@ def check_engine(request: LoadRequest) -> None:
                 where=WHERE,
                 fix=f"remove {name}, or use fast_inference=False",
             )
-    if request.device_map not in ONE_DEVICE:
+    if request.device_map not in SINGLE_DEVICE_MAPS:
         raise UnsupportedError(
             f"device_map={request.device_map!r} is not supported with fast_inference, because the"
             " model is on the engine's device",
@@ -270,20 +272,25 @@ def _next_rank(name: str, asked: Any) -> str:
     return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these ranks, or "auto"'
 
 
-STANDBY = "UNSLOTH_VLLM_STANDBY"
+STANDBY_VARIABLE = "UNSLOTH_VLLM_STANDBY"
 _API_EXCLUDES = {
     "rope_scaling": "the engine reads the position settings from the checkpoint",
     "resize_model_vocab": "the model shares the engine's embeddings, which cannot be resized",
 }
 
 
-def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+def apply_standby_variable(
+    arguments: Mapping[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
     """Return ``arguments``, with ``enable_sleep_mode`` set if the environment variable
     UNSLOTH_VLLM_STANDBY is set. In sleep mode the trainer can use the memory of the KV cache
     between rollouts. If the call itself has ``enable_sleep_mode``, the variable has no effect.
     """
     given = dict(arguments)
-    if environ.get(STANDBY, "0").lower() in ("", "0", "false") or "enable_sleep_mode" in given:
+    if (
+        environ.get(STANDBY_VARIABLE, "0").lower() in ("", "0", "false")
+        or "enable_sleep_mode" in given
+    ):
         return given
     if not given.get("fast_inference"):
         told = "has no effect with fast_inference=False, because there is no engine"
@@ -293,11 +300,11 @@ def with_standby(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> di
             "is read as enable_sleep_mode=True: the memory of the KV cache is released while the "
             "trainer works"
         )
-    warnings.warn(f"{STANDBY} {told}", ToolkitWarning, stacklevel=3)
+    warnings.warn(f"{STANDBY_VARIABLE} {told}", ToolkitWarning, stacklevel=3)
     return given
 
 
-def warn_engine_only(engine: Mapping[str, Any]) -> None:
+def warn_unused_engine_options(engine: Mapping[str, Any]) -> None:
     """Warn if engine options are set that have no effect because the model has no engine. Such
     options, for example max_lora_rank, are valid but unused.
     """

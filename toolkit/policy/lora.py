@@ -38,25 +38,25 @@ from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
     WHERE,
     LoraSettings,
+    check_engine_support,
     check_layers,
-    check_saved,
+    check_modules_to_save,
     check_settings,
     check_targets,
-    check_with_engine,
-    experts_of,
     refuse_experts,
+    targeted_experts,
 )
 from toolkit.policy.model_files import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-NOT_PEFTS = ("random_state",)
-REFERENCE = "ref"
+NON_PEFT_FIELDS = ("random_state",)
+REFERENCE_ADAPTER = "ref"
 """TRL's name for the frozen copy of the adapter that a run starts from."""
 
-MAPPINGS = ("loftq_config", "rank_pattern", "alpha_pattern")
-DIFFERING = (
+MAPPING_FIELDS = ("loftq_config", "rank_pattern", "alpha_pattern")
+COMPARED_FIELDS = (
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -90,12 +90,12 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
     """
     check_settings(settings)
     engine = getattr(model, "toolkit_engine", None)
-    experts = experts_of(settings, model)
-    config = to_peft(settings)
+    experts = targeted_experts(settings, model)
+    config = to_peft_config(settings)
     if engine is not None:
-        refuse_unserved(model, config, engine, WHERE)
+        refuse_unsupported_adapter(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
-    check_saved(settings, (name for name, _ in model.named_modules()))
+    check_modules_to_save(settings, (name for name, _ in model.named_modules()))
     check_layers(settings, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
@@ -105,12 +105,12 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
             raise ConfigValueError(str(error).strip(), where=WHERE) from error
 
 
-def to_peft(settings: LoraSettings) -> Any:
+def to_peft_config(settings: LoraSettings) -> Any:
     """Return the ``peft.LoraConfig`` for ``settings``."""
     values: dict[str, Any] = {}
     for item in fields(settings):
         value = getattr(settings, item.name)
-        if item.name in NOT_PEFTS or (item.name in MAPPINGS and not value):
+        if item.name in NON_PEFT_FIELDS or (item.name in MAPPING_FIELDS and not value):
             continue
         values[item.name] = _plain(value)
     try:
@@ -130,14 +130,14 @@ def is_peft(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
+def reuse_adapter(model: Any, settings: LoraSettings) -> Any:
     """Return ``model`` unchanged, with a warning, if its adapter already has these ``settings``.
 
     Raises:
         ConfigTypeError: the settings differ from the adapter's. The message lists the differences.
     """
     check_settings(settings)
-    different = differences(model.peft_config["default"], settings)
+    different = describe_differences(model.peft_config["default"], settings)
     if different:
         raise ConfigTypeError(
             "the model already has an adapter with other settings: " + "; ".join(different),
@@ -152,13 +152,13 @@ def same_or_refuse(model: Any, settings: LoraSettings) -> Any:
     return model
 
 
-def differences(
-    current: Any, settings: LoraSettings, names: Iterable[str] = DIFFERING
+def describe_differences(
+    current: Any, settings: LoraSettings, names: Iterable[str] = COMPARED_FIELDS
 ) -> list[str]:
     """Compare the adapter config ``current`` (a ``peft.LoraConfig``) with ``settings``. Only the
     fields in ``names`` are compared. Returns one line of text for each field whose values differ.
     """
-    asked = to_peft(settings)
+    asked = to_peft_config(settings)
     pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
     return [
         f"{name} is {is_!r} in the adapter, but {to!r} is requested"
@@ -209,7 +209,7 @@ def set_adapter_tensors(
 
 
 @torch.no_grad()
-def merge(model: Any, name: str = "default") -> Any:
+def merge_into_base(model: Any, name: str = "default") -> Any:
     """Merge the adapter ``name`` into the base model's weights. Returns the base model.
 
     The merged weight W + s B A is computed in float32 and rounded once. PEFT's own merge rounds the
@@ -235,7 +235,7 @@ def _is_plain(layer: Any, name: str) -> bool:
     return layer.lora_variant.get(name) is None and layer.lora_B[name].bias is None
 
 
-def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
+def refuse_unsupported_adapter(model: Any, config: Any, engine: Any, where: str) -> None:
     """Raise an error if the engine of ``model`` cannot sample from an adapter with ``config``, or
     if such an adapter would change the shared weights. ``config`` is any ``peft.PeftConfig``.
 
@@ -251,10 +251,10 @@ def refuse_unserved(model: Any, config: Any, engine: Any, where: str) -> None:
         return
     try:
         _refuse_kind(config)
-        settings = settings_of(config)
+        settings = settings_from_peft(config)
         check_settings(settings)
-        check_with_engine(settings, options.max_lora_rank)
-        refuse_experts(experts_of(settings, model), where)
+        check_engine_support(settings, options.max_lora_rank)
+        refuse_experts(targeted_experts(settings, model), where)
     except ConfigError as error:
         raise type(error)(error.message, where=where, fix=error.fix) from error
 
@@ -282,7 +282,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ConfigValueError(f"peft_type is {kind!r}, but only LORA adapters are supported")
-    ours = {item.name for item in fields(LoraSettings)} - set(NOT_PEFTS)
+    ours = {item.name for item in fields(LoraSettings)} - set(NON_PEFT_FIELDS)
     for name in other_fields(values):
         raise ConfigValueError(f"{ADAPTER_CONFIG} sets {name}, which is not supported")
     kept = {name: values[name] for name in (*ours, *KEPT) if name in values}
@@ -292,7 +292,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
         raise ConfigValueError(f"{ADAPTER_CONFIG} cannot be used: {error}") from error
 
 
-def settings_of(config: Any) -> LoraSettings:
+def settings_from_peft(config: Any) -> LoraSettings:
     """Convert a ``peft.LoraConfig`` to ``LoraSettings``, so that the checks of
     ``policy.lora_settings`` can be used.
     """
@@ -304,7 +304,7 @@ def settings_of(config: Any) -> LoraSettings:
     return LoraSettings(**kept)
 
 
-def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
+def add_adapter_from_config(model: Any, config: Any, name: str = "default") -> Any:
     """Add an adapter with the name ``name`` to ``model``. ``config`` is the ``peft.LoraConfig`` of
     the adapter. The caller sets the adapter's values later.
 
@@ -334,7 +334,7 @@ def add_from_config(model: Any, config: Any, name: str = "default") -> Any:
 
 
 @contextmanager
-def kept_float32(model: Any) -> Iterator[None]:
+def keep_adapter_float32(model: Any) -> Iterator[None]:
     """Keep the adapter of ``model`` in float32. If code in the ``with`` block converts the adapter
     to another dtype, the float32 values are restored after the block.
 
@@ -364,12 +364,16 @@ def _repeat_reference(model: Any) -> None:
     """
     named = dict(model.named_parameters()) if is_peft(model) else {}
     for name, parameter in named.items():
-        trained = named.get(name.replace(f".{REFERENCE}.", ".default."))
-        if f".{REFERENCE}." in name and trained is not None and parameter.dtype != trained.dtype:
+        trained = named.get(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
+        if (
+            f".{REFERENCE_ADAPTER}." in name
+            and trained is not None
+            and parameter.dtype != trained.dtype
+        ):
             parameter.data = trained.data.clone()
 
 
-def widen_adapter(model: Any) -> None:
+def cast_adapter_to_float32(model: Any) -> None:
     """Convert every trainable LoRA tensor of ``model`` from half precision to float32."""
     for name, parameter in model.named_parameters():
         half = parameter.dtype in (torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from toolkit.policy.adapted_linear import adapted_linear, adapted_packed
-from toolkit.policy.bnb_layers import FourBitBase, four_bit_dtype
+from toolkit.policy.bnb_layers import PackedLinear4bit, compute_dtype_4bit
 from toolkit.policy.tensor_parallel.layers import SplitLinear
 from toolkit.policy.tensor_parallel.lora import SplitLoraLinear
 
@@ -48,8 +48,8 @@ class FastForward(nn.Module):
             return out
         base = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if four_bit_dtype(base) is not None:
-            return adapted_packed(x, FourBitBase(base), a, b, self.scaling[name])
+        if compute_dtype_4bit(base) is not None:
+            return adapted_packed(x, PackedLinear4bit(base), a, b, self.scaling[name])
         return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
 
     def _single_adapter(self) -> str | None:
@@ -69,7 +69,7 @@ class FastForward(nn.Module):
         ``x``.
         """
         device, weight = x.device.type, self.base_layer.weight
-        computed = four_bit_dtype(self.base_layer) or weight.dtype
+        computed = compute_dtype_4bit(self.base_layer) or weight.dtype
         return (
             torch.is_autocast_enabled(device)
             and x.dtype == computed == torch.get_autocast_dtype(device)
@@ -124,7 +124,7 @@ def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) ->
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if type(base) is SplitLinear:
         return SplitLoraLinear(target, adapter_name, config=config, **kwargs)
-    if four_bit_dtype(base) is not None and kwargs.get("loaded_in_4bit"):
+    if compute_dtype_4bit(base) is not None and kwargs.get("loaded_in_4bit"):
         hooked = hasattr(base, "_hf_hook") or kwargs.get("parameter_name") is not None
         return None if hooked else _four_bit_layer(target, base, adapter_name, config, kwargs)
     plain = type(base) is nn.Linear and not hasattr(base, "_hf_hook")

@@ -24,7 +24,7 @@ from toolkit.config.lora_targets import (
 )
 from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.config.supported_features import init_with_engine
-from toolkit.policy.load_arguments import nearest
+from toolkit.policy.load_arguments import did_you_mean_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WHERE = "get_peft_model"
 EMBEDDINGS = ("embed_tokens", "lm_head")
-INITS = (
+INIT_METHODS = (
     "gaussian",
     "orthogonal",
     "mica",
@@ -132,11 +132,12 @@ def check_settings(settings: LoraSettings) -> None:
 def _check_init(settings: LoraSettings) -> None:
     init: Any = settings.init_lora_weights
     if not isinstance(init, bool) and not (
-        isinstance(init, str) and (init in INITS or re.fullmatch(PISSA_ITERATIONS, init))
+        isinstance(init, str) and (init in INIT_METHODS or re.fullmatch(PISSA_ITERATIONS, init))
     ):
-        hint = nearest(init, INITS) if isinstance(init, str) else ""
+        hint = did_you_mean_text(init, INIT_METHODS) if isinstance(init, str) else ""
         raise ConfigValueError(
-            f"init_lora_weights={init!r} must be one of True, False, {', '.join(INITS)}{hint}",
+            f"init_lora_weights={init!r} must be one of True, False, {', '.join(INIT_METHODS)}"
+            f"{hint}",
             where=WHERE,
         )
     if settings.loftq_config and init != "loftq":
@@ -180,7 +181,7 @@ def _check_layers(settings: LoraSettings) -> None:
         raise ConfigValueError("layers_pattern needs layers_to_transform", where=WHERE)
 
 
-def check_with_engine(settings: LoraSettings, max_lora_rank: int) -> None:
+def check_engine_support(settings: LoraSettings, max_lora_rank: int) -> None:
     """Raise an error if the model's engine does not support a setting. ``max_lora_rank`` is the
     largest rank that the engine supports.
 
@@ -261,14 +262,15 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = {name.rsplit(".", 1)[-1] for name in names} - {""}
             raise ConfigValueError(
-                f"target_modules: the model has no module {target!r}{nearest(target, leaves)}",
+                f"target_modules: the model has no module {target!r}"
+                f"{did_you_mean_text(target, leaves)}",
                 where=WHERE,
                 fix="use names of linear layers of the model, for example "
                 + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
             )
 
 
-def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
+def check_modules_to_save(settings: LoraSettings, module_names: Iterable[str]) -> None:
     """Check that every name in modules_to_save is part of a module's name, because PEFT silently
     ignores other names.
 
@@ -280,7 +282,8 @@ def check_saved(settings: LoraSettings, module_names: Iterable[str]) -> None:
         if not any(f".{name}." in f".{module}." for module in names):
             leaves = {module.rsplit(".", 1)[-1] for module in names} - {""}
             raise ConfigValueError(
-                f"modules_to_save: the model has no module {name!r}{nearest(name, leaves)}",
+                f"modules_to_save: the model has no module {name!r}"
+                f"{did_you_mean_text(name, leaves)}",
                 where=WHERE,
                 fix=f"correct the name {name}, or remove it",
             )
@@ -322,18 +325,18 @@ def _list(names: Iterable[str] | None) -> list[str]:
     return list(names or ())
 
 
-def default_for(model: Any) -> tuple[str, ...]:
+def default_targets_of(model: Any) -> tuple[str, ...]:
     """Return the layers that get an adapter if the user names no layers
     (``config.lora_targets.default_targets``).
     """
     return default_targets(model.config.to_dict())
 
 
-def told_default(model: Any) -> tuple[str, ...]:
-    """Return the result of ``default_for``. If the model is a mixture of experts, warn that the
-    default has fewer layers than Unsloth's default (seven projections).
+def default_targets_with_warning(model: Any) -> tuple[str, ...]:
+    """Return the result of ``default_targets_of``. If the model is a mixture of experts, warn that
+    the default has fewer layers than Unsloth's default (seven projections).
     """
-    chosen = default_for(model)
+    chosen = default_targets_of(model)
     if has_experts(model.config.to_dict()):
         warnings.warn(
             "the model is a mixture of experts, so the adapter is only on "
@@ -344,7 +347,7 @@ def told_default(model: Any) -> tuple[str, ...]:
     return chosen
 
 
-def experts_of(settings: LoraSettings, model: Any) -> frozenset[str]:
+def targeted_experts(settings: LoraSettings, model: Any) -> frozenset[str]:
     """Return the entries of ``settings.target_modules`` that PEFT applies to the experts of this
     model (a mixture of experts).
     """

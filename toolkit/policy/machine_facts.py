@@ -16,7 +16,7 @@ def cuda_in_use() -> bool:
     return bool(torch.cuda.is_available() and ready)
 
 
-def situation() -> Situation:
+def detect_machine() -> Situation:
     """Return what ``config.resolved`` needs to know about this machine: the device of this process,
     and whether vLLM is installed.
     """

@@ -14,13 +14,13 @@ import torch
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.base.paths import set_modes
-from toolkit.policy.adapter_io import BASE_FILE, beside
+from toolkit.policy.adapter_io import BASE_FILE, temporary_folder_beside
 from toolkit.policy.hf_model import load_base
 from toolkit.policy.load_arguments import DTYPES
-from toolkit.policy.lora import merge
+from toolkit.policy.lora import merge_into_base
 from toolkit.policy.lora_settings import EMBEDDINGS
 from toolkit.policy.model_files import ADAPTER_CONFIG
-from toolkit.policy.saved_adapter import WEIGHTS, put_saved
+from toolkit.policy.saved_adapter import ADAPTER_WEIGHTS, add_saved_adapter
 from toolkit.policy.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ def merge_adapter(
     _check_ties(base, adapter)
     # If the adapter was trained on a 4-bit model, there is no digest of the base model's weights.
     # Then a wrong base model may be detected only by the names and shapes of the tensors.
-    model = merge(put_saved(base, adapter))
+    model = merge_into_base(add_saved_adapter(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
     )
-    with into(to) as work:
+    with write_then_rename(to) as work:
         model.save_pretrained(str(work))
         tokenizer.save_pretrained(str(work))
     return to
@@ -84,7 +84,7 @@ def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
     Raises:
         InputError: a file cannot be written.
     """
-    with beside(to) as work:
+    with temporary_folder_beside(to) as work:
         model.save_pretrained(str(work))
         tokenizer.save_pretrained(str(work))
         set_modes(work)
@@ -118,9 +118,9 @@ def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
     """
     check_empty(to)
     tokenizer = load_tokenizer(checkpoint.folder, max_seq_length=None)
-    with into(to) as work:
+    with write_then_rename(to) as work:
         tokenizer.save_pretrained(str(work))
-        for name in (ADAPTER_CONFIG, WEIGHTS, BASE_FILE, "README.md"):
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, "README.md"):
             if (adapter.folder / name).is_file():
                 shutil.copyfile(adapter.folder / name, work / name)
     return to
@@ -154,12 +154,12 @@ def check_empty(to: Path) -> None:
 
 
 @contextmanager
-def into(to: Path) -> Iterator[Path]:
+def write_then_rename(to: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``to``, and rename it to ``to`` after the ``with`` block.
     The files get the mode 0644, and the folder gets 0755. The bits of the umask are cleared in both
     modes.
     """
-    with beside(to) as work:
+    with temporary_folder_beside(to) as work:
         yield work
         set_modes(work)
         if to.exists():

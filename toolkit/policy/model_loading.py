@@ -10,26 +10,26 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import InputError, ToolkitError, ToolkitWarning
-from toolkit.policy.attach import attach
+from toolkit.policy.attach import add_toolkit_attributes
 from toolkit.policy.cuda_allocator import use_expandable_segments
-from toolkit.policy.fused_kernels import KEY, use_fused_kernels
+from toolkit.policy.fused_kernels import CONFIG_KEY, use_fused_kernels
 from toolkit.policy.gradient_checkpointing import apply_checkpointing
 from toolkit.policy.hf_model import check_quantization, load_base
 from toolkit.policy.model_files import find_checkpoint
-from toolkit.policy.saved_adapter import put_saved, read_adapter
-from toolkit.policy.saving import Source
+from toolkit.policy.saved_adapter import add_saved_adapter, read_adapter
+from toolkit.policy.saving import ModelSource
 from toolkit.policy.tokenizer import fix_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from toolkit.policy.fused_kernels import Applied
+    from toolkit.policy.fused_kernels import AppliedKernels
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
     from toolkit.policy.saved_adapter import Adapter
 
 
-def load(
+def load_model_and_tokenizer(
     request: LoadRequest, adapter_folder: Path | None = None, tokenizer: Any = None
 ) -> tuple[Any, Any]:
     """Load the model and the tokenizer of ``request``, and return both.
@@ -57,8 +57,8 @@ def load(
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
-    """Read the tokenizer that ``load`` returns, without loading the model. It can be used to check
-    lengths and chat templates.
+    """Read the tokenizer that ``load_model_and_tokenizer`` returns, without loading the model. It
+    can be used to check lengths and chat templates.
 
     The tokenizer's padding is not set yet, because it depends on the model. Raises InputError if
     the tokenizer cannot be read.
@@ -114,7 +114,7 @@ def _finish(
         fix_tokenizer(tokenizer, model)
     longest = getattr(model.config, "max_position_embeddings", None)
     length = request.max_seq_length or longest
-    attach(
+    add_toolkit_attributes(
         model,
         toolkit_engine=engine,
         # This is a weak reference to vLLM, so that closing the engine can free its memory while the
@@ -125,31 +125,33 @@ def _finish(
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
         toolkit_fused=_fuse(model, request),
-        toolkit_source=Source.of(base, request),
+        toolkit_source=ModelSource.of(base, request),
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:
-        model = attach(tell_engine(put_saved(model, adapter)), like=model)
+        model = add_toolkit_attributes(
+            publish_to_engine(add_saved_adapter(model, adapter)), like=model
+        )
         model.train()
     if adapter is not None or request.full_finetuning:
         apply_checkpointing(model, mode, max_seq_length=length)
     return model, tokenizer
 
 
-def _fuse(model: Any, request: LoadRequest) -> Applied | None:
+def _fuse(model: Any, request: LoadRequest) -> AppliedKernels | None:
     """Use fused kernels in ``model``. A warning lists the layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
     if applied is not None and applied.refused:
         why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
         warnings.warn(
-            f"{KEY}: some layers do not use a fused kernel, so they are slower ({why})",
+            f"{CONFIG_KEY}: some layers do not use a fused kernel, so they are slower ({why})",
             ToolkitWarning,
             stacklevel=2,
         )
     return applied
 
 
-def tell_engine(peft_model: Any) -> Any:
+def publish_to_engine(peft_model: Any) -> Any:
     """If the model has an engine, copy the new adapter to the engine. Returns ``peft_model``.
 
     So an unsupported adapter raises an error here, and not only in the first rollout.

@@ -20,7 +20,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MARKS: Mapping[str, str] = {
+FAMILY_MARKERS: Mapping[str, str] = {
     "chatml": "<|im_start|>",
     "qwen": "<|im_start|>",
     "llama-3": "<|start_header_id|>",
@@ -34,7 +34,7 @@ MARKS: Mapping[str, str] = {
 """A mapping from the beginning of a model family's name to a text that only the family's chat
 template contains.
 """
-ROLES = {
+SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
     "tool": "tool", "function": "tool",
@@ -66,7 +66,7 @@ def get_chat_template(
     if "{%" in text or "{{" in text:
         tokenizer.chat_template = text
         return tokenizer
-    mark = next((mark for name, mark in MARKS.items() if text.startswith(name)), None)
+    mark = next((mark for name, mark in FAMILY_MARKERS.items() if text.startswith(name)), None)
     own = str(tokenizer.chat_template or "")
     if mark is not None and mark in own:
         return tokenizer
@@ -114,7 +114,7 @@ def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
             where="standardize_data_formats",
             fix="rename the keys of the messages to role and content",
         )
-    return {"role": ROLES.get(str(who), str(who)), "content": said}
+    return {"role": SHAREGPT_ROLES.get(str(who), str(who)), "content": said}
 
 
 def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -31,14 +31,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KEYWORD = "packed_layout"
+LAYOUT_KEYWORD = "packed_layout"
 """The keyword of the model's ``forward`` that passes a ``PackedLayout`` to the attention function.
 """
-PREFIX = "packed_"
+NAME_PREFIX = "packed_"
 """The prefix of the registered names. For example, ``packed_sdpa`` is packed attention for a model
 that uses ``sdpa``.
 """
-PLAIN = ("sdpa", "eager")
+SUPPORTED_FUNCTIONS = ("sdpa", "eager")
 """The attention functions that packed attention supports."""
 
 _MAX_SCORES = 1 << 26  # maximum query-key pairs per head in one call of the model's own function
@@ -348,7 +348,7 @@ def packed_attention(
     ``query`` has the shape (B, H, T, D). Returns the output (B, T, H, D) and the attention weights
     (None for a pack).
     """
-    layout: PackedLayout | None = kwargs.pop(KEYWORD, None)
+    layout: PackedLayout | None = kwargs.pop(LAYOUT_KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)
     if layout is None:
@@ -369,10 +369,11 @@ def packed_attention(
     return output, None
 
 
-def register() -> None:
-    """Register packed attention with transformers, once for each attention function in ``PLAIN``.
-    The masks are made by transformers' mask function for the same attention function.
+def register_packed_attention() -> None:
+    """Register packed attention with transformers, once for each attention function in
+    ``SUPPORTED_FUNCTIONS``. The masks are made by transformers' mask function for the same
+    attention function.
     """
-    for plain in PLAIN:
-        AttentionInterface.register(PREFIX + plain, partial(packed_attention, plain))
-        AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    for plain in SUPPORTED_FUNCTIONS:
+        AttentionInterface.register(NAME_PREFIX + plain, partial(packed_attention, plain))
+        AttentionMaskInterface.register(NAME_PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])

@@ -20,13 +20,14 @@ from toolkit.base.time_limits import OutOfTime, call_within, limit_extra_memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TIME_S = 10.0
-EACH_S = 0.1  # additional time per chat of a batch
-MEMORY_BYTES = 1 << 30
-# The text of a chat may have at most LONGEST + TIMES * (characters of the input) characters.
-LONGEST = 1_000_000
-TIMES = 20
-DEEPEST = 64
+TIME_LIMIT_S = 10.0
+TIME_PER_CHAT_S = 0.1  # additional time per chat of a batch
+MEMORY_LIMIT_BYTES = 1 << 30
+# The text of a chat may have at most BASE_LIMIT_CHARACTERS + MAX_GROWTH * (characters of the input)
+# characters.
+BASE_LIMIT_CHARACTERS = 1_000_000
+MAX_GROWTH = 20
+MAX_DEPTH = 64
 """The maximum number of levels of lists and objects in a message that is read from a completion."""
 
 
@@ -65,10 +66,12 @@ class _LimitedParser:
         tokenizer = self._tokenizer
         upstream = type(tokenizer).parse_response
         try:
-            with limit_extra_memory(MEMORY_BYTES):
-                return _usable(call_within(TIME_S, lambda: upstream(tokenizer, *args, **kwargs)))
+            with limit_extra_memory(MEMORY_LIMIT_BYTES):
+                return _usable(
+                    call_within(TIME_LIMIT_S, lambda: upstream(tokenizer, *args, **kwargs))
+                )
         except OutOfTime:
-            raise _bad_parser(tokenizer, f"did not end within {TIME_S:g} s") from None
+            raise _bad_parser(tokenizer, f"did not end within {TIME_LIMIT_S:g} s") from None
         except (ValueError, TypeError):
             raise  # TRL then uses the completion as a plain text
         except RecursionError as error:
@@ -78,7 +81,7 @@ class _LimitedParser:
             raise _bad_parser(tokenizer, what) from error
 
 
-def _usable(value: Any, deepest: int = DEEPEST) -> Any:
+def _usable(value: Any, deepest: int = MAX_DEPTH) -> Any:
     """Return ``value`` with each lone surrogate replaced by its escape code. A model can write half
     of a character as an escape in JSON, and a text with such a lone surrogate cannot be tokenized.
 
@@ -89,7 +92,7 @@ def _usable(value: Any, deepest: int = DEEPEST) -> Any:
     if not isinstance(value, (dict, list, tuple)):
         return value
     if deepest == 0:
-        raise ValueError(f"the completion is nested deeper than {DEEPEST} levels")
+        raise ValueError(f"the completion is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         return {_usable(key, 1): _usable(item, deepest - 1) for key, item in value.items()}
     return [_usable(item, deepest - 1) for item in value]
@@ -147,10 +150,10 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     chat = args[0] if args else kwargs.get("conversation")
     if isinstance(chat, list | tuple) and chat and isinstance(chat[0], list | tuple):
         chats = len(chat)
-    seconds = TIME_S + EACH_S * chats
-    most = LONGEST * chats + TIMES * characters
+    seconds = TIME_LIMIT_S + TIME_PER_CHAT_S * chats
+    most = BASE_LIMIT_CHARACTERS * chats + MAX_GROWTH * characters
     try:
-        with limit_extra_memory(MEMORY_BYTES + 4 * most):
+        with limit_extra_memory(MEMORY_LIMIT_BYTES + 4 * most):
             made = call_within(seconds, lambda: upstream(tokenizer, *args, **kwargs))
     except OutOfTime:
         raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
@@ -159,7 +162,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
         ) from None
     except Exception as error:  # a template may raise any error, jinja2's or its own
-        raise refused(tokenizer, error) from error
+        raise template_error(tokenizer, error) from error
     size = _size(made) if isinstance(made, str | list) else 0
     if size > most:
         what = (
@@ -170,7 +173,7 @@ def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return _whole(made) if isinstance(made, str) else made
 
 
-def refused(tokenizer: Any, error: Exception) -> ConfigError:
+def template_error(tokenizer: Any, error: Exception) -> ConfigError:
     """Return the error for a template that raised ``error``, or for a tokenizer without a chat
     template.
     """

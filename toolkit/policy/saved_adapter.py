@@ -21,17 +21,17 @@ from toolkit.base.errors import (
 from toolkit.base.files import check_folder
 from toolkit.config.adapter_facts import start_problem
 from toolkit.config.lora_targets import pattern_fault, pattern_value
-from toolkit.policy.adapter_io import BASE_FILE, base_name, read_tensors
-from toolkit.policy.fingerprint import is_base_of, marks_of
+from toolkit.policy.adapter_io import BASE_FILE, base_model_name, read_tensors
+from toolkit.policy.fingerprint import current_base_digests, is_recorded_base
 from toolkit.policy.lora import (
-    DIFFERING,
+    COMPARED_FIELDS,
     adapter_tensors,
-    add_from_config,
-    differences,
+    add_adapter_from_config,
+    describe_differences,
     read_peft_config,
-    refuse_unserved,
+    refuse_unsupported_adapter,
     set_adapter_tensors,
-    settings_of,
+    settings_from_peft,
 )
 from toolkit.policy.lora_settings import check_settings, check_targets
 from toolkit.policy.model_files import ADAPTER_CONFIG, Checkpoint
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from toolkit.policy.lora_settings import LoraSettings
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     values = Checkpoint(path, str(path)).read_json(ADAPTER_CONFIG)
     try:
         config = read_peft_config(values)
-        check_settings(settings_of(config))
+        check_settings(settings_from_peft(config))
         _check_patterns(values)
     except (ConfigValueError, ConfigTypeError) as error:
         raise ConfigValueError(error.message, where=str(path / ADAPTER_CONFIG)) from error
@@ -110,7 +110,7 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
                 raise ConfigValueError(what, fix=f"list the names of the modules in {name}")
 
 
-def same_start(adapter: Adapter, settings: LoraSettings) -> None:
+def check_start_settings(adapter: Adapter, settings: LoraSettings) -> None:
     """Raise an error if a run with ``settings`` cannot start from ``adapter``.
 
     init_lora_weights is not compared, because the adapter's values already exist.
@@ -124,8 +124,8 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
         raise UnsupportedError(
             problem.message, where=f"{problem.key}: {adapter.folder}", fix=problem.hint
         )
-    names = [name for name in DIFFERING if name != "init_lora_weights"]
-    different = differences(adapter.config, settings, names)
+    names = [name for name in COMPARED_FIELDS if name != "init_lora_weights"]
+    different = describe_differences(adapter.config, settings, names)
     if different:
         raise ConfigTypeError(
             f"the adapter to start from has other settings: {'; '.join(different)}",
@@ -136,16 +136,18 @@ def same_start(adapter: Adapter, settings: LoraSettings) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    file = path / WEIGHTS
+    file = path / ADAPTER_WEIGHTS
     if not file.is_file():
         if (path / "adapter_model.bin").is_file():
             raise ConfigValueError(
                 "the folder has only a pickled adapter (adapter_model.bin), and a pickle can run "
                 "code when it is loaded",
                 where=str(path),
-                fix=f"if you trust the file, convert it to {WEIGHTS}",
+                fix=f"if you trust the file, convert it to {ADAPTER_WEIGHTS}",
             )
-        raise InputError(f"{WEIGHTS} is missing", where=str(path), fix="copy the whole folder")
+        raise InputError(
+            f"{ADAPTER_WEIGHTS} is missing", where=str(path), fix="copy the whole folder"
+        )
     return read_tensors(file)
 
 
@@ -154,7 +156,7 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     if bad:
         raise ConfigValueError(
             f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity, the first is {bad[0]}",
-            where=str(path / WEIGHTS),
+            where=str(path / ADAPTER_WEIGHTS),
             fix="use an earlier checkpoint of the run",
         )
 
@@ -169,12 +171,12 @@ def _finite(value: torch.Tensor) -> bool:
 
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
     if not any(".lora_" in name for name in tensors):
-        raise ConfigValueError("the file has no LoRA tensors", where=str(path / WEIGHTS))
+        raise ConfigValueError("the file has no LoRA tensors", where=str(path / ADAPTER_WEIGHTS))
     for name, value in tensors.items():
         if value.dim() != 2 or not (".lora_A." in name or ".lora_B." in name):
             continue
         rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
-        module = name.removeprefix(PREFIX).partition(".lora_")[0]
+        module = name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
         wanted = pattern_value(config.rank_pattern or {}, module, config.r)
         if rank != wanted:
             raise ConfigValueError(
@@ -182,7 +184,7 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
             )
 
 
-def check_base(model: Any, adapter: Adapter) -> None:
+def check_base_model(model: Any, adapter: Adapter) -> None:
     """Check that ``model`` is the base model that ``adapter`` was trained on. If both the adapter
     and the model have digests, the digests are compared. Otherwise their hub ids are compared.
 
@@ -190,10 +192,10 @@ def check_base(model: Any, adapter: Adapter) -> None:
         ConfigValueError: the adapter was trained on another base model. The message names the two
             base models.
     """
-    theirs, ours = adapter.base.get("base_model_name_or_path"), base_name(model)
-    same = is_base_of(adapter.base, model)
+    theirs, ours = adapter.base.get("base_model_name_or_path"), base_model_name(model)
+    same = is_recorded_base(adapter.base, model)
     if same is not None:
-        marks = marks_of(model)
+        marks = current_base_digests(model)
         theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
         differ, detail = (
             not same,
@@ -213,7 +215,9 @@ def check_base(model: Any, adapter: Adapter) -> None:
         )
 
 
-def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str, torch.Tensor]:
+def check_adapter_tensors(
+    model: Any, adapter: Adapter, *, name: str = "default"
+) -> dict[str, torch.Tensor]:
     """Check that the tensors of the saved ``adapter`` match the tensors of the model's adapter
     ``name``. Returns the saved tensors.
 
@@ -226,7 +230,9 @@ def fitting(model: Any, adapter: Adapter, *, name: str = "default") -> dict[str,
             first such tensor.
     """
     expected, given = adapter_tensors(model, name), dict(adapter.tensors)
-    base = {f"{PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()}
+    base = {
+        f"{PEFT_PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()
+    }
     for key in sorted(given.keys() - expected.keys()):
         own = base.get(key)
         if own is not None and own.shape == given[key].shape and _equal(own, given[key]):
@@ -262,7 +268,7 @@ def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
 
 
-def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
+def add_saved_adapter(model: Any, adapter: Adapter, name: str = "default") -> Any:
     """Add the saved ``adapter`` to ``model`` under ``name``, and return the PEFT model. Base model,
     target modules and shapes are checked.
 
@@ -270,16 +276,16 @@ def put_saved(model: Any, adapter: Adapter, name: str = "default") -> Any:
         ConfigValueError: the adapter belongs to another base model, or does not match the model's
             layers. The message names the difference.
     """
-    check_base(model, adapter)
-    settings = settings_of(adapter.config)
+    check_base_model(model, adapter)
+    settings = settings_from_peft(adapter.config)
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
-        refuse_unserved(model, adapter.config, engine, str(adapter.folder))
+        refuse_unsupported_adapter(model, adapter.config, engine, str(adapter.folder))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_targets(settings, (module for module, _ in inner.named_modules()))
-    peft_model = add_from_config(model, adapter.config, name)
+    peft_model = add_adapter_from_config(model, adapter.config, name)
     try:
-        set_adapter_tensors(peft_model, fitting(peft_model, adapter, name=name), name)
+        set_adapter_tensors(peft_model, check_adapter_tensors(peft_model, adapter, name=name), name)
     except ConfigValueError:
         if peft_model is model:
             model.delete_adapter(name)

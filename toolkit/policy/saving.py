@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from toolkit.policy.load_request import LoadRequest
     from toolkit.policy.model_files import Checkpoint
 
-METHODS = ("merged_16bit", "lora")
-DIRECT = ("f32", "f16", "bf16", "q8_0")
+SAVE_METHODS = ("merged_16bit", "lora")
+CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 """The types of GGUF files that llama.cpp's converter writes. Files of other types are made from one
 of these with ``llama-quantize``.
 """
-NAMES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
+UNSLOTH_TYPES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 """A mapping from Unsloth's names of GGUF types to llama.cpp's names."""
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """The origin of a model: the checkpoint of its base model, and the call that loaded it."""
 
     checkpoint: Checkpoint
     request: LoadRequest
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> Source:
+    def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> ModelSource:
         """Return the origin of a model, without the hub token. The model stores its origin, and may
         be copied and pickled. So the origin must not contain a secret, and must consist of plain
         values.
@@ -147,27 +147,30 @@ def gguf_recipe(folder: str, types: list[str]) -> str:
     the given ``types``.
     """
     steps = [f"call model.save_pretrained_merged({folder!r}, tokenizer), then run in a shell:"]
-    first = next((one for one in types if one in DIRECT), "f16")
+    first = next((one for one in types if one in CONVERTER_TYPES), "f16")
     steps += [
         f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{one}.gguf"
         f" --outtype {one}"
-        for one in dict.fromkeys([first, *(t for t in types if t in DIRECT)])
+        for one in dict.fromkeys([first, *(t for t in types if t in CONVERTER_TYPES)])
     ]
     steps += [
         f"llama.cpp/build/bin/llama-quantize {folder}/{first}.gguf {folder}/{one}.gguf {one}"
         for one in types
-        if one not in DIRECT
+        if one not in CONVERTER_TYPES
     ]
     return "\n    ".join(steps)
 
 
 def _types(asked: Any) -> list[str]:
     names = [asked] if isinstance(asked, str) or asked is None else list(asked)
-    return [NAMES.get(str(name or "q8_0").lower(), str(name or "q8_0").lower()) for name in names]
+    return [
+        UNSLOTH_TYPES.get(str(name or "q8_0").lower(), str(name or "q8_0").lower())
+        for name in names
+    ]
 
 
 def _check_method(method: str) -> None:
-    if method in METHODS:
+    if method in SAVE_METHODS:
         return
     if str(method).startswith("merged_4bit"):
         raise UnsupportedError(
@@ -177,14 +180,14 @@ def _check_method(method: str) -> None:
             fix='use save_method="merged_16bit", and quantize when the model is loaded for serving',
         )
     raise ConfigValueError(
-        f"save_method={method!r} must be one of {', '.join(METHODS)}",
+        f"save_method={method!r} must be one of {', '.join(SAVE_METHODS)}",
         where="save_pretrained_merged",
         fix='use "merged_16bit" to save the whole model, or "lora" to save only the adapter',
     )
 
 
 def _merge(model: Any, tokenizer: Any, to: Path) -> None:
-    source: Source | None = getattr(model, "toolkit_source", None)
+    source: ModelSource | None = getattr(model, "toolkit_source", None)
     if source is None:
         raise ConfigValueError(
             "the checkpoint that this model was loaded from is unknown",

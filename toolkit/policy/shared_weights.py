@@ -16,11 +16,17 @@ from toolkit.engine.cuts import EngineSplits
 from toolkit.engine.live_weights import engine_name, find_live_weights, is_packed, logical_shape
 from toolkit.engine.mesh import current_mesh
 from toolkit.engine.rollout_request import Sampling
-from toolkit.policy.base_sums import AT_LOAD, base_sums
-from toolkit.policy.bnb_layers import mark_4bit, replace_linear
-from toolkit.policy.skeleton import empty_model
+from toolkit.policy.base_sums import CHECKSUMS_ATTRIBUTE, base_checksums
+from toolkit.policy.bnb_layers import mark_4bit, replace_by_linear_4bit
+from toolkit.policy.skeleton import build_meta_model
 from toolkit.policy.tensor_parallel.split import split_model
-from toolkit.policy.weight_names import FALLBACK, WHY_SHARE, Sources, plan_views, stored_names
+from toolkit.policy.weight_names import (
+    FALLBACK_ADVICE,
+    SHARE_WEIGHTS_KEY,
+    EngineTensors,
+    expected_checkpoint_names,
+    plan_views,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,25 +73,25 @@ def shared_model(
     if not engine.options.share_weights:
         raise UnsupportedError(
             "the engine was opened with share_weights: false, so its weights cannot be shared",
-            where=WHY_SHARE,
+            where=SHARE_WEIGHTS_KEY,
             fix="open the engine with share_weights: true, or load the trainer's model separately",
         )
-    model = empty_model(engine, attn_implementation)
-    refuse_two_ropes(engine, model)
+    model = build_meta_model(engine, attn_implementation)
+    refuse_long_rope(engine, model)
     if (shared := current_mesh()) is not None:
         split_model(model, EngineSplits(engine.module), shared)
     live = find_live_weights(engine.module)
-    refuse_unfit(model, live)
-    bind(model, live, engine)
-    assert_borrowed(model, live)
+    check_tensor_names(model, live)
+    bind_parameters(model, live, engine)
+    assert_no_own_memory(model, live)
     model.eval()
     if check:
         spot_check(engine, model)
-    setattr(model, AT_LOAD, base_sums(model))
+    setattr(model, CHECKSUMS_ATTRIBUTE, base_checksums(model))
     return model
 
 
-def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
+def refuse_long_rope(engine: Engine, model: PreTrainedModel) -> None:
     """Raise an error if a model with LongRoPE (Phi-3) has a max_seq_length above its original
     length. In this case vLLM 0.25 to 0.31 uses the long rope factors for every sequence. Hugging
     Face uses the long factors only for sequences above the original length.
@@ -105,7 +111,7 @@ def refuse_two_ropes(engine: Engine, model: PreTrainedModel) -> None:
         )
 
 
-def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
+def check_tensor_names(model: PreTrainedModel, live: LiveWeights) -> None:
     """Check that the checkpoint has exactly the tensors of the model.
 
     vLLM itself may accept additional tensors, and leaves missing tensors uninitialised. Additional
@@ -119,22 +125,26 @@ def refuse_unfit(model: PreTrainedModel, live: LiveWeights) -> None:
         return  # the names were not recorded, because another loader has read the checkpoint
     prefix = f"{model.base_model_prefix}."
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    own = stored_names(shapes, live.read_names)
+    own = expected_checkpoint_names(shapes, live.read_names)
     known = own | {name.removeprefix(prefix) for name in own}
     ignored = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"\.rotary_emb\.inv_freq$",
     ]
     pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
-    refuse("has tensors that the model does not have", live.read_names - known, pattern, model)
+    refuse_tensors(
+        "has tensors that the model does not have", live.read_names - known, pattern, model
+    )
     found = live.read_names | {prefix + name for name in live.read_names}
     for group in tied_names(model):
         if group & found:
             found |= group
-    refuse("lacks tensors of the model", own - found, pattern, model)
+    refuse_tensors("lacks tensors of the model", own - found, pattern, model)
 
 
-def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module) -> None:
+def refuse_tensors(
+    what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module
+) -> None:
     """Raise an error for the tensors ``names``, except those that match the pattern ``ignored``.
     ``what`` says in the message what is wrong with these tensors.
 
@@ -151,10 +161,10 @@ def refuse(what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.
         )
 
 
-def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
+def bind_parameters(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
     """Replace every parameter of ``model`` by a frozen view of an engine's tensor."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    sources = Sources(
+    sources = EngineTensors(
         shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
         packed=live.packed,
         padded=live.padded,
@@ -168,7 +178,7 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
         path, _, attribute = name.rpartition(".")
         source = live.parameters[part.source]
         if is_packed(source):
-            replace_linear(model, path, source, part)
+            replace_by_linear_4bit(model, path, source, part)
             mark_4bit(model)
             continue
         owner = model.get_submodule(path)
@@ -177,8 +187,8 @@ def bind(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
         if tensor.dtype != expected:
             raise UnsupportedError(
                 f"{name} has dtype {expected} in the model, but {tensor.dtype} in the engine",
-                where=WHY_SHARE,
-                fix=FALLBACK,
+                where=SHARE_WEIGHTS_KEY,
+                fix=FALLBACK_ADVICE,
             )
         # Create only one Parameter per slice, so that tied weights stay one object.
         view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
@@ -193,7 +203,7 @@ def tied_names(model: nn.Module) -> list[frozenset[str]]:
     return [frozenset(names) for names in groups.values() if len(names) > 1]
 
 
-def assert_borrowed(model: nn.Module, live: LiveWeights) -> None:
+def assert_no_own_memory(model: nn.Module, live: LiveWeights) -> None:
     """Check that the memory of every parameter belongs to the engine's tensors.
 
     Raises:
@@ -252,7 +262,7 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
             "with the same weights, the log-probabilities of the engine and of the Hugging Face "
             f"model differ by {gap:.3g} nats, but rounding explains only {limit:g}. So vLLM "
             f"computes {type(model).__name__} differently on this machine",
-            where=WHY_SHARE,
+            where=SHARE_WEIGHTS_KEY,
             fix="set fast_inference: false, and report the difference as a defect of the toolkit",
         )
     return gap

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from toolkit.base.errors import DefectError, UnsupportedError
 from toolkit.engine.live_weights import uses_transformers_backend
 from toolkit.policy.attention import choose_attention
-from toolkit.policy.weight_names import FALLBACK, WHY_SHARE
+from toolkit.policy.weight_names import FALLBACK_ADVICE, SHARE_WEIGHTS_KEY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from toolkit.engine.engine import Engine
 
 
-def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
+def build_meta_model(engine: Engine, attn_implementation: str | None) -> PreTrainedModel:
     """Create a Hugging Face model of the engine's checkpoint. Its parameters are on the meta
     device, and its buffers are real tensors on the engine's device.
 
@@ -36,7 +36,7 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
     attention = choose_attention(config, attn_implementation, options.model)
     extra = {} if attention is None else {"attn_implementation": attention}
     touched = uses_transformers_backend(engine.module)
-    make = untouched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
+    make = unpatched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = make(config, dtype=engine.dtype, **extra)
     model.tie_weights()
@@ -47,8 +47,8 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
         raise UnsupportedError(
             "the checkpoint also stores buffers, which cannot be shared: "
             f"{', '.join(sorted(persistent)[:3])}",
-            where=WHY_SHARE,
-            fix=FALLBACK,
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -63,7 +63,7 @@ def empty_model(engine: Engine, attn_implementation: str | None) -> PreTrainedMo
     return model
 
 
-def untouched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def unpatched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the model class of ``config`` as it was before vLLM changed it.
 
     If vLLM has no model class for the architecture, it runs the Hugging Face class. vLLM then

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Shape = tuple[int, ...]
     Rename = Callable[[str], str]
 
-WHY_SHARE = "model.share_weights"
-FALLBACK = (
+SHARE_WEIGHTS_KEY = "model.share_weights"
+FALLBACK_ADVICE = (
     "set share_weights: false (the trainer then has its own copy of the weights), or set "
     "fast_inference: false"
 )
@@ -35,7 +35,7 @@ EXPERT_MODULES = ("routed_experts", "")
 """The possible names, in vLLM 0.25.1 to 0.31.0, of the module that contains the expert tensors
 within the ``experts`` module. The empty name means that ``experts`` itself contains them.
 """
-ONE_EXPERT = re.compile(r".*\.experts\.\d+\.(.+)")
+SINGLE_EXPERT_PATTERN = re.compile(r".*\.experts\.\d+\.(.+)")
 """The pattern for the name of a tensor of a single expert, as in most checkpoints. The group of the
 pattern is the name of the tensor within the expert.
 """
@@ -51,7 +51,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class EngineTensors:
     """Facts about the engine's tensors: the shapes by name, the fused layers and their parts, the
     tensors that may be padded, and the tensors that vLLM has rewritten.
     """
@@ -63,7 +63,10 @@ class Sources:
 
 
 def plan_views(
-    wanted: Mapping[str, Shape], tied: Iterable[frozenset[str]], sources: Sources, rename: Rename
+    wanted: Mapping[str, Shape],
+    tied: Iterable[frozenset[str]],
+    sources: EngineTensors,
+    rename: Rename,
 ) -> dict[str, Slice]:
     """Find a slice for every Hugging Face parameter of ``wanted`` (name -> shape).
 
@@ -82,7 +85,7 @@ def plan_views(
     problems: dict[str, str] = {}
     for name, shape in wanted.items():
         try:
-            found[name] = locate(name, shape, wanted, sources, rename)
+            found[name] = find_slice(name, shape, wanted, sources, rename)
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
@@ -97,14 +100,14 @@ def plan_views(
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UnsupportedError(
             "these weights cannot be shared: " + "; ".join(lines) + more,
-            where=WHY_SHARE,
-            fix=FALLBACK,
+            where=SHARE_WEIGHTS_KEY,
+            fix=FALLBACK_ADVICE,
         )
     return found
 
 
-def locate(
-    name: str, shape: Shape, wanted: Mapping[str, Shape], sources: Sources, rename: Rename
+def find_slice(
+    name: str, shape: Shape, wanted: Mapping[str, Shape], sources: EngineTensors, rename: Rename
 ) -> Slice:
     """Return the slice for the parameter ``name``.
 
@@ -113,36 +116,36 @@ def locate(
     """
     target = rename(name)
     if target in sources.shapes:
-        return whole_tensor(target, shape, sources)
+        return full_slice(target, shape, sources)
     layer, _, attribute = target.rpartition(".")
     for inner in EXPERT_MODULES if attribute in EXPERT_TENSORS else ():
-        source = join(layer, inner, EXPERT_TENSORS[attribute])
+        source = join_names(layer, inner, EXPERT_TENSORS[attribute])
         if source in sources.shapes:
-            return whole_tensor(source, shape, sources)
+            return full_slice(source, shape, sources)
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in sources.packed.items():
-        source = join(parent, fused, attribute)
+        source = join_names(parent, fused, attribute)
         if leaf in parts and source in sources.shapes:
             hf_layer = name.rpartition(".")[0]
             hf_parent = hf_layer.rpartition(".")[0]
-            return part_of(
+            return fused_slice(
                 leaf,
                 parts,
-                [wanted.get(join(hf_parent, part, attribute)) for part in parts],
+                [wanted.get(join_names(hf_parent, part, attribute)) for part in parts],
                 source,
                 sources,
             )
     raise UnsupportedError("the engine does not have this tensor")
 
 
-def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
+def full_slice(source: str, shape: Shape, sources: EngineTensors) -> Slice:
     """Return a slice with all rows of the tensor ``source``. If the engine has padded the tensor,
     the slice has only the rows before the padding.
 
     Raises:
         UnsupportedError: ``shape`` is not the shape of the tensor.
     """
-    have = available(source, sources)
+    have = usable_shape(source, sources)
     padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
     if have != shape and not padded:
         raise UnsupportedError(
@@ -151,8 +154,12 @@ def whole_tensor(source: str, shape: Shape, sources: Sources) -> Slice:
     return Slice(source, 0, shape[0])
 
 
-def part_of(
-    leaf: str, parts: Sequence[str], shapes: Sequence[Shape | None], source: str, sources: Sources
+def fused_slice(
+    leaf: str,
+    parts: Sequence[str],
+    shapes: Sequence[Shape | None],
+    source: str,
+    sources: EngineTensors,
 ) -> Slice:
     """Return the slice of the fused tensor ``source`` that belongs to the layer ``leaf``, such as
     q_proj. ``parts`` has the names of the fused layers, and ``shapes`` the shapes of their tensors,
@@ -162,7 +169,7 @@ def part_of(
         UnsupportedError: the model lacks one of the fused layers, or the shapes do not add up to
             the shape of ``source``.
     """
-    have = available(source, sources)
+    have = usable_shape(source, sources)
     known = [shape for shape in shapes if shape is not None]
     if len(known) != len(parts):
         missing = [part for part, shape in zip(parts, shapes, strict=True) if shape is None]
@@ -179,7 +186,7 @@ def part_of(
     return Slice(source, sum(shape[0] for shape in known[:index]), known[index][0])
 
 
-def available(source: str, sources: Sources) -> Shape:
+def usable_shape(source: str, sources: EngineTensors) -> Shape:
     """Return the shape of the engine tensor ``source``.
 
     Raises:
@@ -191,7 +198,7 @@ def available(source: str, sources: Sources) -> Shape:
     return sources.shapes[source]
 
 
-def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
+def expected_checkpoint_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     """Return the tensor names that a checkpoint must have for the parameters ``wanted``.
 
     ``read`` has the names of the tensors in the checkpoint. Hugging Face has one tensor for all
@@ -199,7 +206,7 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for every
     expert of every layer. If one expert has a tensor, all experts must have this tensor.
     """
-    tails = {found[1] for name in read if (found := ONE_EXPERT.fullmatch(name))}
+    tails = {found[1] for name in read if (found := SINGLE_EXPERT_PATTERN.fullmatch(name))}
     names = set()
     for name, shape in wanted.items():
         layer = name.rpartition(".")[0]
@@ -210,6 +217,6 @@ def stored_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
     return names
 
 
-def join(*parts: str) -> str:
+def join_names(*parts: str) -> str:
     """Join ``parts`` with dots. Empty parts are left out."""
     return ".".join(part for part in parts if part)

@@ -10,7 +10,12 @@ from typing import Any
 
 from toolkit.base.errors import ConfigValueError, DefectError, UnsupportedError
 from toolkit.engine.mesh import current_mesh
-from toolkit.policy.base_sums import AT_LOAD, base_sums, changed, digest
+from toolkit.policy.base_sums import (
+    CHECKSUMS_ATTRIBUTE,
+    base_checksums,
+    changed_tensors,
+    checksums_digest,
+)
 
 AGAIN = "load the model again. Do not change its weights, and do not merge an adapter into them"
 
@@ -22,8 +27,8 @@ class BaseCheck:
     """
 
     def __init__(self, model: Any) -> None:
-        at_load = getattr(model, AT_LOAD, None)
-        self._model, self._before = model, at_load if at_load is not None else base_sums(model)
+        at_load = getattr(model, CHECKSUMS_ATTRIBUTE, None)
+        self._model, self._before = model, at_load if at_load is not None else base_checksums(model)
 
     def refuse_changed(self) -> None:
         """Check before a run that the base weights are unchanged since the engine loaded them.
@@ -31,7 +36,7 @@ class BaseCheck:
         Raises:
             ConfigValueError: some code changed the weights, which engine and trainer share.
         """
-        if names := changed(self._before, base_sums(self._model)):
+        if names := changed_tensors(self._before, base_checksums(self._model)):
             raise ConfigValueError(
                 f"the base model changed after the engine loaded it: {_text(names)}. The engine "
                 "and the trainer share the weights of the base model",
@@ -46,8 +51,8 @@ class BaseCheck:
         Raises:
             DefectError: a frozen weight changed during the run.
         """
-        after = base_sums(self._model)
-        if names := changed(self._before, after):
+        after = base_checksums(self._model)
+        if names := changed_tensors(self._before, after):
             raise DefectError(
                 f"the base model changed during the run: {_text(names)}. The trained adapter "
                 "therefore does not fit the base model on disk",
@@ -55,7 +60,7 @@ class BaseCheck:
                 fix="do not use this adapter. Remove code that changes the weights from your "
                 "rewards and callbacks. If there is no such code, report a defect",
             )
-        checksum = digest(after)
+        checksum = checksums_digest(after)
         if (shared := current_mesh()) is not None:
             checksum = shared.digest_of_all(checksum)
         return {"tensors": len(after), "checksum": checksum, "unchanged": True}

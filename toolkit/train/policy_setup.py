@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ConfigError, ConfigValueError
-from toolkit.policy.attach import attach
-from toolkit.policy.base_sums import AT_LOAD
-from toolkit.policy.lora import refuse_unserved, widen_adapter
-from toolkit.policy.model_loading import tell_engine
+from toolkit.policy.attach import add_toolkit_attributes
+from toolkit.policy.base_sums import CHECKSUMS_ATTRIBUTE
+from toolkit.policy.lora import cast_adapter_to_float32, refuse_unsupported_adapter
+from toolkit.policy.model_loading import publish_to_engine
 from toolkit.train.base_check import BaseCheck, refuse_untrainable
 from toolkit.train.grpo_config import follow_dtype, use_one_gpu
 
@@ -39,11 +39,11 @@ def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
     if engine is not None:
         _refuse_other_engines(config)
         for name, existing in getattr(model, "peft_config", {}).items():
-            refuse_unserved(model, existing, engine, f"adapter {name!r} of the model")
+            refuse_unsupported_adapter(model, existing, engine, f"adapter {name!r} of the model")
         if peft_config is not None:
-            refuse_unserved(model, peft_config, engine, "peft_config")
+            refuse_unsupported_adapter(model, peft_config, engine, "peft_config")
         _refuse_other_device(model, config)
-        if getattr(model, AT_LOAD, None) is not None:
+        if getattr(model, CHECKSUMS_ATTRIBUTE, None) is not None:
             BaseCheck(model).refuse_changed()
     if engine is not None or getattr(model, "toolkit_full_finetuning", None) is False:
         own = getattr(engine, "dtype", None)
@@ -73,10 +73,10 @@ def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) ->
         ConfigError: no parameter is trainable, or the engine samples from a trainable parameter.
     """
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-        widen_adapter(trainer.model)
+        cast_adapter_to_float32(trainer.model)
     refuse_untrainable(trainer.model, engine)
     if fresh and hasattr(model, "toolkit_tokenizer"):
-        tell_engine(attach(trainer.model, like=model))
+        publish_to_engine(add_toolkit_attributes(trainer.model, like=model))
 
 
 def _dtype_of(model: Any) -> torch.dtype:

@@ -14,8 +14,8 @@ from toolkit.config import chat_format, parallel
 from toolkit.config.resolved import resolve_run
 from toolkit.engine.mesh import current_mesh
 from toolkit.policy.adapter_io import save_lora
-from toolkit.policy.language_model import load_policy, policy_tokenizer
-from toolkit.policy.machine_facts import situation
+from toolkit.policy.language_model import load_policy, load_policy_tokenizer
+from toolkit.policy.machine_facts import detect_machine
 from toolkit.train.checkpointing import (
     branch,
     checkpoint,
@@ -175,9 +175,9 @@ def prepare(
         make_reproducible()
     if is_first_rank():
         ready.write(run_dir)
-    tokenizer = policy_tokenizer(resolved)
+    tokenizer = load_policy_tokenizer(resolved)
     template = chat_format.usable(tokenizer.chat_template)
-    resolved = resolve_run(resolved, situation(), template=template).config
+    resolved = resolve_run(resolved, detect_machine(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
     # Errors in data, rewards and tools are found before the engine starts.

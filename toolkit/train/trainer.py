@@ -20,8 +20,8 @@ import trl
 from toolkit.base.errors import ConfigValueError
 from toolkit.engine.mesh import current_mesh, run_on_first
 from toolkit.engine.rollout_request import check_prompts, request_seed
-from toolkit.policy.lora import kept_float32
-from toolkit.policy.tensor_parallel.functions import clip_whole
+from toolkit.policy.lora import keep_adapter_float32
+from toolkit.policy.tensor_parallel.functions import clip_split_grad_norm
 from toolkit.train import policy_setup, script
 from toolkit.train.base_check import BaseCheck
 from toolkit.train.checkpointing.resumable_trainer import ResumableTrainer
@@ -92,7 +92,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
         hidden = nullcontext() if engine is None else _without_vllm(config)
-        with hidden, kept_float32(model):
+        with hidden, keep_adapter_float32(model):
             super().__init__(**given)
         policy_setup.after_init(self, model, engine, fresh=given.get("peft_config") is not None)
         if engine is not None:
@@ -324,7 +324,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             # Parameters without a gradient do not change the norm, but a model has many.
             trained = SimpleNamespace(parameters=self.trained_parameters)
             return super()._clip_grad_norm(model if self._sharded() else trained)
-        return clip_whole(model.parameters(), self.args.max_grad_norm)
+        return clip_split_grad_norm(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the gradient norm as transformers does. If the loss or the norm is NaN or
@@ -332,7 +332,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         that step.
         """
         if grad_norm is None and current_mesh() is not None:
-            grad_norm = clip_whole(model.parameters(), math.inf)
+            grad_norm = clip_split_grad_norm(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
         if self._any_rank(bad):

@@ -14,7 +14,7 @@ from toolkit.config.environments import missing_package, pip_line
 from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
 from toolkit.config.trl_names import installed, needed_by
-from toolkit.policy.machine_facts import situation
+from toolkit.policy.machine_facts import detect_machine
 from toolkit.train.upstream_errors import config_fault
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def grpo_config(
         k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
-    run = resolve_run(config, situation())
+    run = resolve_run(config, detect_machine())
     half = run.dtype  # the number format of the engine
     written_half = written.get("bf16") or written.get("fp16")
     uploads = written.get("log_completions_hub_repo") is not None

@@ -17,7 +17,7 @@ from toolkit.engine.mesh import Mesh
 from toolkit.engine.shards import WeightSplit, gather_full_tensor, local_shard, shard_of
 from toolkit.policy.lora import adapter_tensors, add_lora, set_adapter_tensors
 from toolkit.policy.lora_settings import LoraSettings
-from toolkit.policy.tensor_parallel.functions import clip_whole
+from toolkit.policy.tensor_parallel.functions import clip_split_grad_norm
 from toolkit.policy.tensor_parallel.split import split_model
 from toolkit.train.checkpointing.state_files import load_optimizer, optimizer_state
 from toolkit.train.step.kept_set import Distribution, score_tokens
@@ -141,7 +141,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
                 }
                 found.setdefault("gradients", []).append(gradients)
             if policy is ours:
-                norm = clip_whole(trained, 0.5)
+                norm = clip_split_grad_norm(trained, 0.5)
             else:
                 norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
             found.setdefault("norms", []).append(float(norm))

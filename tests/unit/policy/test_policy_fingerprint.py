@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolkit.base.errors import ConfigValueError, InputError
-from toolkit.policy.fingerprint import BaseDigests, is_base_of, marks_of, of_checkpoint, of_weights
+from toolkit.policy.fingerprint import (
+    BaseDigests,
+    checkpoint_digest,
+    current_base_digests,
+    is_recorded_base,
+    weights_digest,
+)
 from toolkit.policy.language_model import FastLanguageModel
 
 
@@ -32,7 +38,7 @@ def plain(folder: Path, **values: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_does_not_matter(folder: Path, dtype: str) -> None:
-    assert marks_of(plain(folder, dtype=dtype)).checkpoint == of_checkpoint(folder)
+    assert current_base_digests(plain(folder, dtype=dtype)).checkpoint == checkpoint_digest(folder)
 
 
 def test_the_number_of_shards_does_not_matter(folder: Path, tmp_path: Path) -> None:
@@ -40,13 +46,13 @@ def test_the_number_of_shards_does_not_matter(folder: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "cut", max_shard_size="50KB")
     model.toolkit_tokenizer.save_pretrained(tmp_path / "cut")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
-    assert of_checkpoint(tmp_path / "cut") == of_checkpoint(folder)
-    assert marks_of(plain(tmp_path / "cut")) == marks_of(model)
+    assert checkpoint_digest(tmp_path / "cut") == checkpoint_digest(folder)
+    assert current_base_digests(plain(tmp_path / "cut")) == current_base_digests(model)
 
 
 def test_a_copy_in_another_dtype_is_the_same_base(folder: Path, tmp_path: Path) -> None:
     plain(folder, dtype="bfloat16").save_pretrained(tmp_path / "half")
-    assert of_checkpoint(tmp_path / "half") == of_checkpoint(folder)
+    assert checkpoint_digest(tmp_path / "half") == checkpoint_digest(folder)
 
 
 def test_one_layer_that_differs_makes_another_base(folder: Path, tmp_path: Path) -> None:
@@ -54,14 +60,14 @@ def test_one_layer_that_differs_makes_another_base(folder: Path, tmp_path: Path)
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    assert of_checkpoint(other) != of_checkpoint(folder)
+    assert checkpoint_digest(other) != checkpoint_digest(folder)
     recorded = described(plain(folder))
-    assert is_base_of(recorded, plain(folder)) is True
-    assert is_base_of(recorded, plain(other)) is False
+    assert is_recorded_base(recorded, plain(folder)) is True
+    assert is_recorded_base(recorded, plain(other)) is False
 
 
 def described(model: Any) -> dict[str, Any]:
-    marks = marks_of(model)
+    marks = current_base_digests(model)
     return {"checkpoint": marks.checkpoint, "fingerprint": marks.weights}
 
 
@@ -69,10 +75,10 @@ def test_a_base_in_4_bits_is_known_by_its_files(folder: Path) -> None:
     whole, packed = plain(folder), plain(folder)
     layer = packed.get_submodule("model.layers.0.mlp.up_proj")
     layer.weight = torch.nn.Parameter(torch.zeros(9, 1, dtype=torch.uint8), requires_grad=False)
-    packed.toolkit_as_loaded = BaseDigests(of_checkpoint(folder), None)
-    assert of_weights(packed) is None
-    assert is_base_of(described(packed), whole) is True
-    assert is_base_of(described(whole), packed) is True
+    packed.toolkit_as_loaded = BaseDigests(checkpoint_digest(folder), None)
+    assert weights_digest(packed) is None
+    assert is_recorded_base(described(packed), whole) is True
+    assert is_recorded_base(described(whole), packed) is True
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["plain", "engine"])
@@ -82,7 +88,7 @@ def test_an_adapter_of_version_0_1_still_loads(folder: Path, tmp_path: Path, twi
     saved = Path(model.save_lora(tmp_path / "adapter"))
     old = {
         "base_model_name_or_path": str(folder),
-        "fingerprint": of_weights(model, tied_twice=twice),
+        "fingerprint": weights_digest(model, tied_twice=twice),
     }
     (saved / "base.json").write_text(json.dumps(old))
     assert plain(folder).load_lora(saved)
@@ -108,6 +114,6 @@ def test_files_that_cannot_be_read_are_named(folder: Path, tmp_path: Path) -> No
     torn = Path(shutil.copytree(folder, tmp_path / "torn"))
     (torn / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="cannot be read"):
-        of_checkpoint(torn)
+        checkpoint_digest(torn)
     (torn / "model.safetensors").unlink()
-    assert of_checkpoint(torn) is None
+    assert checkpoint_digest(torn) is None

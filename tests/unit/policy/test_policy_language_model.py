@@ -10,7 +10,7 @@ import torch
 
 from toolkit.base.errors import ConfigValueError, InputError
 from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
-from toolkit.policy.from_config import choose_engine, request_of
+from toolkit.policy.from_config import choose_engine, make_load_request
 from toolkit.policy.language_model import FastLanguageModel, load_policy
 from toolkit.policy.lora import adapter_tensors
 
@@ -171,7 +171,7 @@ def test_engine_options_of_a_run_file_reach_the_engine(
         enable_chunked_prefill=False,
     )
     asked = replace(config, model=section, runtime=replace(config.runtime, engine="vllm"))
-    options = engine_options(find_checkpoint(str(tiny)), request_of(asked))
+    options = engine_options(find_checkpoint(str(tiny)), make_load_request(asked))
     assert options.max_lora_rank == 8
     assert options.max_num_seqs == 4
     assert options.max_num_batched_tokens == "auto"

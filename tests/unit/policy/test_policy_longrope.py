@@ -8,7 +8,7 @@ import pytest
 from transformers import Phi3Config
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.policy.shared_weights import refuse_two_ropes
+from toolkit.policy.shared_weights import refuse_long_rope
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -32,12 +32,12 @@ def engine_of(length: int) -> SimpleNamespace:
 
 def test_above_the_original_length_max_seq_length_is_named() -> None:
     model = model_of(original_max_position_embeddings=64, rope_parameters=LONGROPE)
-    refuse_two_ropes(engine_of(64), model)
+    refuse_long_rope(engine_of(64), model)
     with pytest.raises(UnsupportedError, match="65 is above 64") as refused:
-        refuse_two_ropes(engine_of(65), model)
+        refuse_long_rope(engine_of(65), model)
     assert refused.value.where == "model.max_seq_length"
     assert str(refused.value.fix).startswith("set max_seq_length: 64")
 
 
 def test_other_models_may_be_as_long_as_they_are() -> None:
-    refuse_two_ropes(engine_of(128), model_of())
+    refuse_long_rope(engine_of(128), model_of())

@@ -15,7 +15,7 @@ from toolkit.base.errors import (
     UnsupportedError,
 )
 from toolkit.policy import load_request
-from toolkit.policy.load_arguments import ENGINE_DEFAULTS, REFUSED
+from toolkit.policy.load_arguments import ENGINE_DEFAULTS, REFUSED_ARGUMENTS
 from toolkit.policy.load_request import check_request
 
 PLAIN = {"model_name": "m", "load_in_4bit": False}
@@ -63,7 +63,7 @@ def test_every_parameter_is_in_one_table() -> None:
     named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
     fields = set(load_request.LoadRequest.__dataclass_fields__) - {"engine"}
     special = {"use_exact_model_name", "text_only", "float32_mixed_precision"}
-    assert named <= fields | set(ENGINE_DEFAULTS) | set(REFUSED) | special
+    assert named <= fields | set(ENGINE_DEFAULTS) | set(REFUSED_ARGUMENTS) | special
 
 
 @pytest.mark.parametrize(

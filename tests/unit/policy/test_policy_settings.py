@@ -11,11 +11,11 @@ from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedEr
 from toolkit.config.run_config import LoraSection
 from toolkit.policy.lora_settings import (
     LoraSettings,
+    check_engine_support,
     check_layers,
-    check_saved,
+    check_modules_to_save,
     check_settings,
     check_targets,
-    check_with_engine,
 )
 
 NAMES = ["", "model", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"]
@@ -87,13 +87,13 @@ def test_a_rank_above_the_engines_names_both_and_the_remedy(
     r: int, maximum: int, smallest: int
 ) -> None:
     with pytest.raises(ValueError, match=f"r={r} is above max_lora_rank={maximum}") as caught:
-        check_with_engine(LoraSettings(r=r), maximum)
+        check_engine_support(LoraSettings(r=r), maximum)
     assert f"max_lora_rank={smallest}" in str(caught.value)
 
 
 def test_a_rank_that_no_engine_serves() -> None:
     with pytest.raises(ValueError, match="vLLM does not support ranks above 512"):
-        check_with_engine(LoraSettings(r=513), 512)
+        check_engine_support(LoraSettings(r=513), 512)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_rank_that_no_engine_serves() -> None:
 )
 def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError) as caught:
-        check_with_engine(LoraSettings(**values), 64)
+        check_engine_support(LoraSettings(**values), 64)
     assert isinstance(caught.value, UnsupportedError)
     name = next(iter(values))
     shown = str(caught.value)
@@ -126,26 +126,26 @@ def test_layers_and_saved_modules_are_the_models() -> None:
     check_layers(LoraSettings(layers_to_transform=(0, 1)), 2)
     with pytest.raises(ConfigValueError, match="2, 9 must be below 2, the number of layers"):
         check_layers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
-    check_saved(LoraSettings(modules_to_save=("q_proj",)), NAMES)
+    check_modules_to_save(LoraSettings(modules_to_save=("q_proj",)), NAMES)
     with pytest.raises(ConfigValueError, match=r"no module 'q_prj' .did you mean 'q_proj'"):
-        check_saved(LoraSettings(modules_to_save=("q_prj",)), NAMES)
+        check_modules_to_save(LoraSettings(modules_to_save=("q_prj",)), NAMES)
 
 
 def test_ranks_of_a_pattern_fit_the_engine_too() -> None:
     settings = LoraSettings(r=8, rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 2})
-    check_with_engine(settings, 32)
+    check_engine_support(settings, 32)
     with pytest.raises(ConfigValueError, match="rank 24 in rank_pattern is above max_lora_rank=16"):
-        check_with_engine(settings, 16)
+        check_engine_support(settings, 16)
 
 
 def test_dropout_with_an_engine_is_said() -> None:
     with pytest.warns(UserWarning, match="without dropout"):
-        check_with_engine(LoraSettings(lora_dropout=0.1), 64)
+        check_engine_support(LoraSettings(lora_dropout=0.1), 64)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_inits_that_keep_the_base_go_with_an_engine(init: Any) -> None:
-    check_with_engine(LoraSettings(r=8, init_lora_weights=init), 8)
+    check_engine_support(LoraSettings(r=8, init_lora_weights=init), 8)
 
 
 def test_targets_are_looked_up() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from toolkit.base.errors import ToolkitWarning, UnsupportedError
-from toolkit.policy.language_model import SEVEN, FastLanguageModel
+from toolkit.policy.language_model import DEFAULT_TARGETS, FastLanguageModel
 from toolkit.policy.lora import add_lora
-from toolkit.policy.lora_settings import LoraSettings, default_for
+from toolkit.policy.lora_settings import LoraSettings, default_targets_of
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -50,19 +50,19 @@ def test_what_nobody_named_is_attention(mixture: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 def test_without_an_engine_experts_can_be_named(mixture: Any) -> None:
-    model = add_lora(mixture, LoraSettings(r=4, target_modules=SEVEN))
+    model = add_lora(mixture, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
     assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_with_an_engine_they_are_refused_before_anything_runs(mixture: Any) -> None:
     mixture.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=64))
     with pytest.raises(UnsupportedError, match=r"gate_proj, up_proj, down_proj are the experts"):
-        add_lora(mixture, LoraSettings(r=4, target_modules=SEVEN))
-    assert adapted(add_lora(mixture, LoraSettings(r=4, target_modules=default_for(mixture)))) == (
-        ATTENTION
-    )
+        add_lora(mixture, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
+    assert adapted(
+        add_lora(mixture, LoraSettings(r=4, target_modules=default_targets_of(mixture)))
+    ) == (ATTENTION)
 
 
 def test_a_dense_model_has_all_seven(load: Any) -> None:
     model, _ = load()
-    assert default_for(model) == SEVEN
+    assert default_targets_of(model) == DEFAULT_TARGETS

@@ -57,7 +57,7 @@ def tokenizer(text: str) -> Any:
     ],
 )
 def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:
-    monkeypatch.setattr(render_template, "TIME_S", 1.0)
+    monkeypatch.setattr(render_template, "TIME_LIMIT_S", 1.0)
     limited = limit_template(tokenizer(text))
     begin = time.monotonic()
     with pytest.raises(ConfigError, match=rf"the chat template of this tokenizer ({says})"):
@@ -133,7 +133,7 @@ def with_response(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
 
 
 def test_a_response_pattern_that_never_ends_is_stopped(monkeypatch) -> None:
-    monkeypatch.setattr(render_template, "TIME_S", 0.5)
+    monkeypatch.setattr(render_template, "TIME_LIMIT_S", 0.5)
     limited = with_response("(?P<said>(?:a|a|.)+)+$\\b\\B")
     with pytest.raises(ConfigError, match=r"response template, which .* calls, did not end"):
         limited.parse_response("a" * 60, prefix="<a>")

@@ -61,35 +61,35 @@ def test_replace_linear_hands_over_a_view_and_its_state(monkeypatch: pytest.Monk
         taken.append((data, state))
         return torch.nn.Identity()
 
-    monkeypatch.setattr(bnb_layers, "linear_4bit", stand_in)
+    monkeypatch.setattr(bnb_layers, "make_linear_4bit", stand_in)
     model = torch.nn.ModuleDict({"v": torch.nn.Linear(64, 2)})
     bias = model["v"].bias
     source = packed(8, 2, 2)
-    bnb_layers.replace_linear(model, "v", source, Slice("qkv", 10, 2))
+    bnb_layers.replace_by_linear_4bit(model, "v", source, Slice("qkv", 10, 2))
     (data, state) = taken[0]
     assert data.data_ptr() == source.data_ptr() + 10 * 32
     assert data.shape == (64, 1)
     assert state is source.bnb_quant_state[2]
     assert model["v"].bias is bias
     with pytest.raises(UnsupportedError, match="Embedding, not a linear"):
-        bnb_layers.replace_linear(
+        bnb_layers.replace_by_linear_4bit(
             torch.nn.ModuleDict({"v": torch.nn.Embedding(2, 2)}), "v", source, Slice("qkv", 0, 8)
         )
 
 
 def test_states_side_by_side_become_one() -> None:
     source = packed(8, 4)
-    joined = bnb_layers.join_states(live_weights.ordered_states(source), "gate_up_proj")
+    joined = bnb_layers.join_quant_states(live_weights.ordered_states(source), "gate_up_proj")
     assert tuple(joined.shape) == (12, 64)
     assert joined.absmax.tolist() == [0.0] * 8 + [1.0] * 4
 
 
 def test_states_that_differ_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="double quantization"):
-        bnb_layers.join_states(live_weights.ordered_states(packed(8, nested=True)), "x")
+        bnb_layers.join_quant_states(live_weights.ordered_states(packed(8, nested=True)), "x")
     a, b = packed(8), packed(8, blocksize=128)
     with pytest.raises(UnsupportedError, match="different quantization"):
-        bnb_layers.join_states(
+        bnb_layers.join_quant_states(
             [*live_weights.ordered_states(a), *live_weights.ordered_states(b)], "x"
         )
 
@@ -101,7 +101,7 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     state = live_weights.ordered_states(packed(8))[0]
     with pytest.raises(MissingExtraError, match="bitsandbytes") as caught:
-        bnb_layers.linear_4bit(torch.zeros(256, 1, dtype=torch.uint8), state)
+        bnb_layers.make_linear_4bit(torch.zeros(256, 1, dtype=torch.uint8), state)
     assert "grpo-toolkit[cuda]" in str(caught.value.fix)
 
 

@@ -15,7 +15,7 @@ from toolkit.base.errors import MissingExtraError
 from toolkit.config import load_run
 from toolkit.config.resolved import resolve_run
 from toolkit.policy.gradient_checkpointing import apply_checkpointing
-from toolkit.policy.machine_facts import situation
+from toolkit.policy.machine_facts import detect_machine
 from toolkit.train.demo import make_tokenizer
 from toolkit.train.trainer import GRPOTrainer
 from toolkit.train.trl_arguments import grpo_config, require_packages
@@ -38,7 +38,7 @@ def arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool = Fa
     (tmp_path / "train.jsonl").write_text('{"q": "1", "a": "1"}\n')
     (tmp_path / "run.yaml").write_text(RUN_FILE.format(model=model, grpo=grpo))
     config = load_run(str(tmp_path / "run.yaml"))
-    config = resolve_run(config, situation()).config if gpu else config
+    config = resolve_run(config, detect_machine()).config if gpu else config
     made = grpo_config(config, tmp_path, SimpleNamespace, has_eval=False)
     return made, config
 

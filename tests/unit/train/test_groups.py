@@ -20,7 +20,7 @@ from toolkit.engine.groups import (
 )
 from toolkit.engine.mesh import current_mesh, run_on_first
 from toolkit.engine.shards import full_shape, gather_full_tensor, local_shard
-from toolkit.policy.tensor_parallel.functions import clip_whole
+from toolkit.policy.tensor_parallel.functions import clip_split_grad_norm
 from toolkit.train.checkpointing import checkpoint
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def test_the_norm_is_torchs(most: float) -> None:
     for one, other in zip(tensors[:2], copies[:2], strict=True):  # the last has no gradient
         one.grad = torch.randn(3, 2)
         other.grad = one.grad.clone()
-    mine, theirs = clip_whole(tensors, most), torch.nn.utils.clip_grad_norm_(copies, most)
+    mine, theirs = clip_split_grad_norm(tensors, most), torch.nn.utils.clip_grad_norm_(copies, most)
     assert torch.allclose(mine, theirs)
     for one, other in zip(tensors[:2], copies[:2], strict=True):
         assert torch.allclose(one.grad, other.grad)
-    assert clip_whole(tensors[2:], most) == 0
+    assert clip_split_grad_norm(tensors[2:], most) == 0

@@ -13,8 +13,8 @@ from trainer_helpers import ROWS, adapter_digest, arguments, make_policy, make_t
 
 from toolkit import GRPOConfig
 from toolkit.base.errors import ConfigError, ConfigValueError, DefectError, UnsupportedError
-from toolkit.policy.base_sums import base_sums, changed
-from toolkit.policy.lora import refuse_unserved
+from toolkit.policy.base_sums import base_checksums, changed_tensors
+from toolkit.policy.lora import refuse_unsupported_adapter
 from toolkit.train.demo import make_model, make_tokenizer
 from toolkit.train.trainer import GRPOTrainer
 
@@ -221,7 +221,7 @@ def test_every_kind_of_peft_but_lora_is_refused():
         config = SimpleNamespace(peft_type=kind, to_dict=dict)
         if kind != peft.PeftType.LORA:
             with pytest.raises(UnsupportedError, match=f"a {kind.value} adapter"):
-                refuse_unserved(None, config, engine, "here")
+                refuse_unsupported_adapter(None, config, engine, "here")
 
 
 def test_an_adapter_that_peft_has_put_on_is_looked_at_too(tmp_path):
@@ -271,9 +271,9 @@ def test_the_sum_of_a_tensor_sees_a_change_of_one_value_wherever_it_lies(dtype):
     for values in (whole, whole[1:], whole[3:50], whole[::2]):
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(values, requires_grad=False)
-        before = base_sums(layer)
-        assert changed(before, base_sums(layer)) == []
+        before = base_checksums(layer)
+        assert changed_tensors(before, base_checksums(layer)) == []
         for place in (0, len(values) - 1):
             values[place] += 1
-            assert changed(before, base_sums(layer)) == ["weight"]
+            assert changed_tensors(before, base_checksums(layer)) == ["weight"]
             values[place] -= 1

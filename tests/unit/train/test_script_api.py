@@ -16,7 +16,7 @@ import toolkit
 from toolkit import GRPOConfig
 from toolkit.base.errors import ConfigError, ConfigTypeError, ConfigValueError, ToolkitWarning
 from toolkit.policy.fast_generate import generate
-from toolkit.policy.load_request import with_standby
+from toolkit.policy.load_request import apply_standby_variable
 from toolkit.policy.notebook_templates import CHATML, get_chat_template, standardize_sharegpt
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
@@ -375,10 +375,10 @@ def test_sharegpt_becomes_role_and_content():
 def test_standby_is_kv_sleep():
     asked = {"UNSLOTH_VLLM_STANDBY": "1"}
     with pytest.warns(ToolkitWarning, match="enable_sleep_mode=True"):
-        assert with_standby({"fast_inference": True}, asked)["enable_sleep_mode"] is True
+        assert apply_standby_variable({"fast_inference": True}, asked)["enable_sleep_mode"] is True
     with pytest.warns(ToolkitWarning, match="no effect with fast_inference=False"):
-        assert "enable_sleep_mode" not in with_standby({"fast_inference": False}, asked)
-    assert with_standby({"fast_inference": True}, {}) == {"fast_inference": True}
+        assert "enable_sleep_mode" not in apply_standby_variable({"fast_inference": False}, asked)
+    assert apply_standby_variable({"fast_inference": True}, {}) == {"fast_inference": True}
 
 
 def test_gguf_is_explained():

@@ -75,7 +75,7 @@ class _JoinLast(torch.autograd.Function):
         return grad.narrow(-1, ctx.start, ctx.length), None, None, None, None
 
 
-def enter_parts(whole: torch.Tensor, group: Any) -> torch.Tensor:
+def copy_to_parallel_region(whole: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the whole tensor ``whole`` unchanged. Each process then computes its part from the
     result. The backward pass sums the gradients of all processes.
     """
@@ -83,7 +83,7 @@ def enter_parts(whole: torch.Tensor, group: Any) -> torch.Tensor:
     return out
 
 
-def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
+def reduce_from_parallel_region(part: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the sum of ``part`` over all processes, which is a whole tensor. In the backward pass
     every process gets the gradient of the sum.
     """
@@ -91,7 +91,7 @@ def leave_parts(part: torch.Tensor, group: Any) -> torch.Tensor:
     return out
 
 
-def join_last(
+def gather_last_dimension(
     part: torch.Tensor, group: Any, *, start: int, width: int, total: int
 ) -> torch.Tensor:
     """Concatenate the parts of all processes along the last dimension. Each part has at most
@@ -102,7 +102,7 @@ def join_last(
     return out
 
 
-def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
+def max_over_group(part: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the elementwise maximum of ``part`` over the group. It has no gradient."""
     found = part.detach().clone()
     check_peers()
@@ -111,7 +111,7 @@ def largest(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_whole(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
+def clip_split_grad_norm(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
     """Scale the gradients so that their norm over all processes is at most ``most``. Returns the
     norm before scaling.
 

@@ -13,14 +13,18 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear
 
-from toolkit.policy.tensor_parallel.functions import enter_parts, join_last, leave_parts
+from toolkit.policy.tensor_parallel.functions import (
+    copy_to_parallel_region,
+    gather_last_dimension,
+    reduce_from_parallel_region,
+)
 
 if TYPE_CHECKING:
     from toolkit.engine.mesh import Mesh
     from toolkit.engine.shards import WeightSplit
 
 
-MESH = "toolkit_mesh"
+MESH_ATTRIBUTE = "toolkit_mesh"
 """The name of the attribute that stores the ``Mesh`` of a Hugging Face model that is split."""
 
 
@@ -28,7 +32,7 @@ def mesh_of(model: Any) -> Mesh | None:
     """Return the mesh over which ``model`` is split, or None if it is not split. ``model`` must be
     the Hugging Face model itself, without PEFT's wrapper.
     """
-    found: Mesh | None = getattr(model, MESH, None)
+    found: Mesh | None = getattr(model, MESH_ATTRIBUTE, None)
     return found
 
 
@@ -37,7 +41,8 @@ class SplitLinear(nn.Linear):
     output is a part of the whole output. If it is split by columns, its input is a part of the
     whole input.
 
-    ``entered`` is True if the parent module has already applied ``enter_parts`` to the input.
+    ``entered`` is True if the parent module has already applied ``copy_to_parallel_region`` to the
+    input.
     """
 
     def __init__(self, layer: nn.Linear, cut: WeightSplit, mesh: Mesh) -> None:
@@ -73,14 +78,18 @@ class SplitLinear(nn.Linear):
         """
         if self.cut.style == "columns" or self.entered:
             return x
-        return enter_parts(x, self.mesh.group)
+        return copy_to_parallel_region(x, self.mesh.group)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for the next layer. ``out`` is the result of this process. If
         the weight (out, in) is split by columns, the results of all processes are summed. If it is
         split by rows, ``out`` is returned unchanged.
         """
-        return leave_parts(out, self.mesh.group) if self.cut.style == "columns" else out
+        return (
+            reduce_from_parallel_region(out, self.mesh.group)
+            if self.cut.style == "columns"
+            else out
+        )
 
 
 class SplitEmbedding(nn.Embedding):
@@ -98,7 +107,9 @@ class SplitEmbedding(nn.Embedding):
         own = ids - self.cut.start
         here = (own >= 0) & (own < self.cut.length)
         found = embedding(own.where(here, 0), self.weight)
-        found = leave_parts(found * here.unsqueeze(-1).to(found.dtype), self.mesh.group)
+        found = reduce_from_parallel_region(
+            found * here.unsqueeze(-1).to(found.dtype), self.mesh.group
+        )
         return found if self.scale is None else found * self.scale.to(found)
 
 
@@ -122,7 +133,7 @@ class SplitHead(nn.Linear):
         """Return the logits (..., vocabulary) of the whole vocabulary, in every process. Training
         calls ``part`` instead.
         """
-        return join_last(
+        return gather_last_dimension(
             self.part(hidden),
             self.mesh.group,
             start=self.cut.start,
@@ -132,15 +143,15 @@ class SplitHead(nn.Linear):
 
     def part(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., part of the vocabulary) of this process."""
-        return linear(enter_parts(hidden, self.mesh.group), self.weight, self.bias)
+        return linear(copy_to_parallel_region(hidden, self.mesh.group), self.weight, self.bias)
 
 
-def enter_once(module: nn.Module, mesh: Mesh) -> None:
-    """Apply ``enter_parts`` once to the input of ``module``, instead of once in each linear layer
-    whose weight (out, in) is split by rows.
+def copy_input_once(module: nn.Module, mesh: Mesh) -> None:
+    """Apply ``copy_to_parallel_region`` once to the input of ``module``, instead of once in each
+    linear layer whose weight (out, in) is split by rows.
 
-    Each ``enter_parts`` costs one sum over the group in the backward pass. So q, k and v need one
-    sum together instead of three, and gate and up need one instead of two.
+    Each ``copy_to_parallel_region`` costs one sum over the group in the backward pass. So q, k and
+    v need one sum together instead of three, and gate and up need one instead of two.
 
     The function does this only if all linear layers of ``module`` are split, so that no other layer
     uses the input.
@@ -156,8 +167,8 @@ def enter_once(module: nn.Module, mesh: Mesh) -> None:
 
 
 class _Enter:
-    """A hook that applies ``enter_parts`` to the input of a module. The input is the first
-    positional argument, or the keyword ``hidden_states``.
+    """A hook that applies ``copy_to_parallel_region`` to the input of a module. The input is the
+    first positional argument, or the keyword ``hidden_states``.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -168,6 +179,6 @@ class _Enter:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         del module
         if args:
-            return (enter_parts(args[0], self.mesh.group), *args[1:]), kwargs
-        entered = enter_parts(kwargs["hidden_states"], self.mesh.group)
+            return (copy_to_parallel_region(args[0], self.mesh.group), *args[1:]), kwargs
+        entered = copy_to_parallel_region(kwargs["hidden_states"], self.mesh.group)
         return args, {**kwargs, "hidden_states": entered}

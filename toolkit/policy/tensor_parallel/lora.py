@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from toolkit.base.errors import UnsupportedError
 from toolkit.engine.shards import mark_as_shard
 from toolkit.policy.adapted_linear import adapted_linear
-from toolkit.policy.tensor_parallel.functions import enter_parts
+from toolkit.policy.tensor_parallel.functions import copy_to_parallel_region
 
 if TYPE_CHECKING:
     from toolkit.policy.tensor_parallel.layers import SplitLinear
@@ -101,11 +101,11 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         base, group = self.base_layer, self.base_layer.mesh.group
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         if base.cut.style == "columns":
-            return a, enter_parts(b, group)
+            return a, copy_to_parallel_region(b, group)
         if not base.cut.repeated:
-            return enter_parts(a, group), b
+            return copy_to_parallel_region(a, group), b
         rows = slice(base.cut.start, base.cut.start + base.cut.length)
-        return enter_parts(a, group), enter_parts(b, group)[rows]
+        return copy_to_parallel_region(a, group), copy_to_parallel_region(b, group)[rows]
 
     def _only(self, active: list[str]) -> str:
         if len(active) > 1 or self.merged:

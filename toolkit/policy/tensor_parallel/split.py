@@ -11,11 +11,11 @@ from torch import nn
 from toolkit.base.errors import UnsupportedError
 from toolkit.config.parallel import model_problem
 from toolkit.policy.tensor_parallel.layers import (
-    MESH,
+    MESH_ATTRIBUTE,
     SplitEmbedding,
     SplitHead,
     SplitLinear,
-    enter_once,
+    copy_input_once,
 )
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
             if cut.style != "whole":
                 _put(model, path, SplitLinear(layer, cut, shared))
     for layer in model.modules():
-        enter_once(layer, shared)
+        copy_input_once(layer, shared)
         _fit_heads(layer)
-    setattr(model, MESH, shared)
+    setattr(model, MESH_ATTRIBUTE, shared)
 
 
 def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:

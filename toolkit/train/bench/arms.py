@@ -153,7 +153,7 @@ def _trl(settings: Settings, job: Job) -> Any:
     import torch  # noqa: PLC0415 - heavy
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: PLC0415 - heavy
 
-    from toolkit.policy.lora import to_peft  # noqa: PLC0415 - heavy
+    from toolkit.policy.lora import to_peft_config  # noqa: PLC0415 - heavy
     from toolkit.policy.lora_settings import LoraSettings  # noqa: PLC0415 - heavy
     from toolkit.train.trainer import GRPOTrainer  # noqa: PLC0415 - heavy
 
@@ -177,7 +177,7 @@ def _trl(settings: Settings, job: Job) -> Any:
         args=arguments,
         train_dataset=_dataset(job.rows(settings)),
         processing_class=AutoTokenizer.from_pretrained(settings.model),
-        peft_config=to_peft(
+        peft_config=to_peft_config(
             LoraSettings(r=settings.r, lora_alpha=settings.r, target_modules=tuple(TARGETS))
         ),
     )

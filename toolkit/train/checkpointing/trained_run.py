@@ -102,15 +102,15 @@ def load_run_policy(run: FinishedRun, *, engine: EngineName = "transformers") ->
     for ``fast_generate``.
 
     Raises:
-        The errors of ``policy.model_loading.load``.
+        The errors of ``policy.model_loading.load_model_and_tokenizer``.
     """
-    from toolkit.policy.from_config import request_of  # noqa: PLC0415 - loads torch
+    from toolkit.policy.from_config import make_load_request  # noqa: PLC0415 - loads torch
     from toolkit.policy.language_model import FastLanguageModel, load_policy  # noqa: PLC0415
-    from toolkit.policy.model_loading import load  # noqa: PLC0415
+    from toolkit.policy.model_loading import load_model_and_tokenizer  # noqa: PLC0415
 
     config = with_engine(run.config, engine)
     if run.adapter is not None:
-        model, tokenizer = load(request_of(config), run.adapter)
+        model, tokenizer = load_model_and_tokenizer(make_load_request(config), run.adapter)
     else:
         assert run.checkpoint is not None
         model, tokenizer = load_policy(config)
@@ -149,7 +149,7 @@ def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = 
         ConfigValueError: ``to`` is not empty.
         InputError: ``to`` cannot be written.
     """
-    from toolkit.policy.from_config import request_of  # noqa: PLC0415
+    from toolkit.policy.from_config import make_load_request  # noqa: PLC0415
     from toolkit.policy.merged_export import check_empty, merge_adapter, write_adapter  # noqa: PLC0415
     from toolkit.policy.model_files import find_checkpoint  # noqa: PLC0415 - loads torch
     from toolkit.policy.saved_adapter import read_adapter  # noqa: PLC0415
@@ -164,7 +164,7 @@ def export_run(run: FinishedRun, to: Path, *, merge: bool = False, dtype: str = 
             folder = model.save_lora(Path(scratch) / "adapter")
         adapter = read_adapter(folder)
         if merge:
-            return merge_adapter(base, adapter, request_of(config), to, dtype=dtype)
+            return merge_adapter(base, adapter, make_load_request(config), to, dtype=dtype)
         return write_adapter(base, adapter, to)
 
 

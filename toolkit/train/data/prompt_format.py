@@ -14,7 +14,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
 from toolkit.config.data_types import wrong_prompt
-from toolkit.policy.render_template import refused
+from toolkit.policy.render_template import template_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +81,7 @@ def check_template(
     except ConfigError:  # for example, the template exceeds its limits
         raise
     except Exception as error:  # the tokenizer may come from a user's script
-        raise refused(tokenizer, error) from error
+        raise template_error(tokenizer, error) from error
 
 
 def token_ids(

@@ -62,8 +62,8 @@ def reason_against_packs(model: Any) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is not a transformers model"
     config = model.config.get_text_config()
-    plain = str(config._attn_implementation).removeprefix(packed_attention.PREFIX)
-    if plain not in packed_attention.PLAIN:
+    plain = str(config._attn_implementation).removeprefix(packed_attention.NAME_PREFIX)
+    if plain not in packed_attention.SUPPORTED_FUNCTIONS:
         return f"packs do not support attn_implementation {plain}"
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} does not use transformers' attention interface"
@@ -88,8 +88,8 @@ def install_packed_attention(model: Any, padded: Callable[..., Any]) -> str | No
     reason = reason_against_packs(model)
     if reason is None:
         config = model.config.get_text_config()
-        packed_attention.register()
-        model.set_attn_implementation(packed_attention.PREFIX + config._attn_implementation)
+        packed_attention.register_packed_attention()
+        model.set_attn_implementation(packed_attention.NAME_PREFIX + config._attn_implementation)
         reason = _difference_from_padded(model, padded)
     model.__dict__["toolkit_packed_refusal"] = reason
     return reason

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from toolkit.policy.packed_attention import KEYWORD, PackedLayout, Segment
+from toolkit.policy.packed_attention import LAYOUT_KEYWORD, PackedLayout, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -171,7 +171,7 @@ def forward_pack(
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
         shift_labels=pack.labels_N.unsqueeze(0),
         fused_lm_head=True,
-        **{KEYWORD: pack.layout},
+        **{LAYOUT_KEYWORD: pack.layout},
         **own,
     )
 

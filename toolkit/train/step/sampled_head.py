@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from toolkit.policy.packed_attention import KEYWORD
-from toolkit.policy.tensor_parallel.functions import enter_parts, largest, leave_parts
+from toolkit.policy.packed_attention import LAYOUT_KEYWORD
+from toolkit.policy.tensor_parallel.functions import (
+    copy_to_parallel_region,
+    max_over_group,
+    reduce_from_parallel_region,
+)
 from toolkit.policy.tensor_parallel.layers import SplitHead, mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import kept_set
@@ -71,7 +75,7 @@ def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     ) -> Any:
         if not fused_lm_head:
             return before(*args, labels=labels, **kwargs)
-        if KEYWORD in kwargs:
+        if LAYOUT_KEYWORD in kwargs:
             return _forward_pack(self, distribution, kwargs)
         return _forward_padded(self, distribution, args, kwargs, labels)
 
@@ -239,15 +243,15 @@ def score_split_vocabulary(
     """
     group = head.mesh.group
     logits_NV = logits_NV.float() / temperature
-    most_N = largest(logits_NV.amax(-1), group)
-    total_N = leave_parts((logits_NV - most_N[:, None]).exp().sum(-1), group)
+    most_N = max_over_group(logits_NV.amax(-1), group)
+    total_N = reduce_from_parallel_region((logits_NV - most_N[:, None]).exp().sum(-1), group)
     norm_N = most_N + total_N.log()
     own_N = tokens_N - head.cut.start
     here_N = (own_N >= 0) & (own_N < logits_NV.shape[1])
     found_N = logits_NV.gather(1, own_N.where(here_N, 0)[:, None])[:, 0]
-    token_N = leave_parts(found_N * here_N, group)
-    shares_NV = (logits_NV - enter_parts(norm_N, group)[:, None]).exp()
+    token_N = reduce_from_parallel_region(found_N * here_N, group)
+    shares_NV = (logits_NV - copy_to_parallel_region(norm_N, group)[:, None]).exp()
     # An excluded token has a logit of minus infinity and a share of 0.
     products_NV = shares_NV * logits_NV.clamp(min=torch.finfo(torch.float32).min)
-    mean_N = leave_parts(products_NV.sum(-1), group)
+    mean_N = reduce_from_parallel_region(products_NV.sum(-1), group)
     return TokenScores(token_N - norm_N, norm_N - mean_N)
