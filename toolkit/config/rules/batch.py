@@ -25,10 +25,10 @@ GROUP_SIZE = "grpo.num_generations"
 
 def micro_batch_size(run: Run) -> int:
     """per_device_train_batch_size as a number. Raises SkipRule if the value is auto."""
-    micro = run.value(MICRO_BATCH_SIZE)
-    if not isinstance(micro, int) or run.value(ACCUMULATION_STEPS) == "auto":
+    size = run.value(MICRO_BATCH_SIZE)
+    if not isinstance(size, int) or run.value(ACCUMULATION_STEPS) == "auto":
         raise SkipRule  # GRPO028 reports what auto requires
-    return micro
+    return size
 
 
 def describe_replicas(run: Run) -> str:
@@ -50,7 +50,7 @@ grpo:
 """,
     fix="gradient_accumulation_steps: 8, or num_generations: 2",
 )
-def whole_groups(run: Run) -> Iterator[RuleViolation]:
+def group_size_divides_batch(run: Run) -> Iterator[RuleViolation]:
     """num_generations divides the generation batch.
 
     A generation batch is the completions that all processes draw together before they train. Its
@@ -64,28 +64,32 @@ def whole_groups(run: Run) -> Iterator[RuleViolation]:
         run.value(GENERATION_BATCH_SIZE) is not None and run.value(STEPS_PER_GENERATION) is not None
     ):
         return  # GRPO002 or GRPO003 reports this fault
-    batch, formula, factor = generation_batch(run)
+    batch, formula, key_to_fix = generation_batch(run)
     if batch % group == 0:
         return
     fixes: list[Fix] = []
-    if factor in (ACCUMULATION_STEPS, STEPS_PER_GENERATION):
-        per_step = micro_batch_size(run) * run.replicas
-        step = group // gcd(group, per_step)
-        fixes.append(run.set_fix(factor, multiple_at_least(step, run.value(factor) or 1)))
+    if key_to_fix in (ACCUMULATION_STEPS, STEPS_PER_GENERATION):
+        global_micro_batch = micro_batch_size(run) * run.replicas
+        multiple = group // gcd(group, global_micro_batch)
+        fixes.append(
+            run.set_fix(key_to_fix, multiple_at_least(multiple, run.value(key_to_fix) or 1))
+        )
     else:
         fixes.append(run.set_fix(GENERATION_BATCH_SIZE, multiple_at_least(group, batch)))
-    smaller = nearest_divisor(batch, group)
-    if smaller is not None:
-        fixes.append(run.set_fix(GROUP_SIZE, smaller))
-    if factor != GENERATION_BATCH_SIZE and not any(fix.edits for fix in fixes):
-        step = group // gcd(group, batch // micro_batch_size(run))
-        fixes.append(run.set_fix(MICRO_BATCH_SIZE, multiple_at_least(step, micro_batch_size(run))))
-    related = tuple(path for path in (factor, MICRO_BATCH_SIZE) if path != GROUP_SIZE)
+    nearest_group_size = nearest_divisor(batch, group)
+    if nearest_group_size is not None:
+        fixes.append(run.set_fix(GROUP_SIZE, nearest_group_size))
+    if key_to_fix != GENERATION_BATCH_SIZE and not any(fix.edits for fix in fixes):
+        multiple = group // gcd(group, batch // micro_batch_size(run))
+        fixes.append(
+            run.set_fix(MICRO_BATCH_SIZE, multiple_at_least(multiple, micro_batch_size(run)))
+        )
+    related = tuple(path for path in (key_to_fix, MICRO_BATCH_SIZE) if path != GROUP_SIZE)
     yield RuleViolation(
         GROUP_SIZE,
         f"{group} completions per prompt do not divide the generation batch of {batch} completions",
         notes=(f"batch = {formula}",),
-        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        fixes=tuple(sorted(fixes, key=lambda fix: not fix.edits)),
         related=related,
     )
 
@@ -97,12 +101,14 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
     size = run.value(GENERATION_BATCH_SIZE)
     if size is not None:
         return size, run.describe(GENERATION_BATCH_SIZE), GENERATION_BATCH_SIZE
-    steps = ACCUMULATION_STEPS if run.value(STEPS_PER_GENERATION) is None else STEPS_PER_GENERATION
-    batch = micro_batch_size(run) * run.replicas * run.value(steps)
+    steps_key = (
+        ACCUMULATION_STEPS if run.value(STEPS_PER_GENERATION) is None else STEPS_PER_GENERATION
+    )
+    batch = micro_batch_size(run) * run.replicas * run.value(steps_key)
     return (
         batch,
-        f"{run.describe(MICRO_BATCH_SIZE)} x {run.describe(steps)} x {describe_replicas(run)}",
-        steps,
+        f"{run.describe(MICRO_BATCH_SIZE)} x {run.describe(steps_key)} x {describe_replicas(run)}",
+        steps_key,
     )
 
 
@@ -112,7 +118,7 @@ def generation_batch(run: Run) -> tuple[int, str, str]:
     example="grpo:\n  num_generations: 1\n  per_device_train_batch_size: 8",
     fix="num_generations: 8",
 )
-def at_least_two(run: Run) -> Iterator[RuleViolation]:
+def group_has_two_completions(run: Run) -> Iterator[RuleViolation]:
     """num_generations is at least 2.
 
     The advantage of a completion compares its reward with the mean reward of its group, which is
@@ -139,7 +145,7 @@ def at_least_two(run: Run) -> Iterator[RuleViolation]:
     example="grpo:\n  generation_batch_size: 32\n  steps_per_generation: 4",
     fix="remove generation_batch_size or steps_per_generation",
 )
-def size_or_steps(run: Run) -> Iterator[RuleViolation]:
+def batch_size_excludes_steps(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size and steps_per_generation are mutually exclusive.
 
     Each of the two determines the other: generation_batch_size = per_device_train_batch_size x
@@ -172,7 +178,7 @@ grpo:
 """,
     fix="generation_batch_size: 16",
 )
-def whole_steps(run: Run) -> Iterator[RuleViolation]:
+def batch_is_multiple_of_micro_batch(run: Run) -> Iterator[RuleViolation]:
     """generation_batch_size is a multiple of per_device_train_batch_size x world size.
 
     Every process splits its share of the generation batch into micro-batches of
@@ -183,21 +189,21 @@ def whole_steps(run: Run) -> Iterator[RuleViolation]:
     size, micro = run.value(GENERATION_BATCH_SIZE), run.value(MICRO_BATCH_SIZE)
     if size is None or run.value(STEPS_PER_GENERATION) is not None:
         return
-    per_step = run.replicas if micro == "auto" else micro * run.replicas
-    if size % per_step == 0:
+    global_micro_batch = run.replicas if micro == "auto" else micro * run.replicas
+    if size % global_micro_batch == 0:
         return
     group = run.value(GROUP_SIZE)
-    both = per_step * group // gcd(per_step, group)
-    what = "world size" if micro == "auto" else "global micro-batch"
+    common_multiple = global_micro_batch * group // gcd(global_micro_batch, group)
+    unit = "world size" if micro == "auto" else "global micro-batch"
     yield RuleViolation(
         GENERATION_BATCH_SIZE,
-        f"{size} completions are not a multiple of the {what} ({per_step})",
+        f"{size} completions are not a multiple of the {unit} ({global_micro_batch})",
         notes=(
             f"{run.describe(MICRO_BATCH_SIZE)}; {describe_replicas(run)}"
             if micro == "auto"
-            else f"{what} = {run.describe(MICRO_BATCH_SIZE)} x {describe_replicas(run)}",
+            else f"{unit} = {run.describe(MICRO_BATCH_SIZE)} x {describe_replicas(run)}",
         ),
-        fixes=(run.set_fix(GENERATION_BATCH_SIZE, multiple_at_least(both, size)),),
+        fixes=(run.set_fix(GENERATION_BATCH_SIZE, multiple_at_least(common_multiple, size)),),
         related=(MICRO_BATCH_SIZE,),
     )
 
@@ -214,7 +220,7 @@ grpo:
 """,
     fix="per_device_eval_batch_size: 8",
 )
-def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
+def group_size_divides_eval_batch(run: Run) -> Iterator[RuleViolation]:
     """num_generations_eval divides the evaluation batch of all processes.
 
     If num_generations_eval is not set, num_generations is used. The rule applies only if
@@ -230,11 +236,11 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
     batch = size * run.replicas
     if batch % group == 0:
         return
-    step = group // gcd(group, run.replicas)
-    fixes = [run.set_fix(size_key, multiple_at_least(step, size))]
-    smaller = nearest_divisor(batch, group, minimum=1)
-    if smaller is not None:
-        fixes.append(run.set_fix("grpo.num_generations_eval", smaller))
+    multiple = group // gcd(group, run.replicas)
+    fixes = [run.set_fix(size_key, multiple_at_least(multiple, size))]
+    nearest_group_size = nearest_divisor(batch, group, minimum=1)
+    if nearest_group_size is not None:
+        fixes.append(run.set_fix("grpo.num_generations_eval", nearest_group_size))
     yield RuleViolation(
         size_key,
         f"{group} completions per prompt do not divide the evaluation batch of {batch} completions",
@@ -253,7 +259,7 @@ def whole_eval_groups(run: Run) -> Iterator[RuleViolation]:
     example="grpo:\n  auto_find_batch_size: true",
     fix="auto_find_batch_size: false",
 )
-def no_shrinking_batch(run: Run) -> Iterator[RuleViolation]:
+def no_automatic_batch_size(run: Run) -> Iterator[RuleViolation]:
     """auto_find_batch_size is refused.
 
     transformers would halve the batch after an out-of-memory error. The batch would then no longer

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-ROUTER = "grpo.router_aux_loss_coef"
+ROUTER_LOSS = "grpo.router_aux_loss_coef"
 USUAL_BATCH_SIZE, USUAL_MICRO_BATCH_SIZE = (
     64,
     8,
@@ -39,7 +39,7 @@ USUAL_BATCH_SIZE, USUAL_MICRO_BATCH_SIZE = (
     example="grpo:\n  per_device_train_batch_size: auto\n  gradient_accumulation_steps: 4",
     fix="set gradient_accumulation_steps: auto and generation_batch_size: 64",
 )
-def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
+def auto_needs_batch_size(run: Run) -> Iterator[RuleViolation]:
     """per_device_train_batch_size: auto needs gradient_accumulation_steps: auto and a
     generation_batch_size.
 
@@ -50,25 +50,25 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
     it must not be set. num_iterations is still the number of optimizer steps that use the same
     generation batch.
     """
-    autos = [key for key in (MICRO_BATCH_SIZE, ACCUMULATION_STEPS) if run.value(key) == "auto"]
-    if not autos:
+    auto_keys = [key for key in (MICRO_BATCH_SIZE, ACCUMULATION_STEPS) if run.value(key) == "auto"]
+    if not auto_keys:
         return
-    if len(autos) == 1:
-        other = ACCUMULATION_STEPS if autos == [MICRO_BATCH_SIZE] else MICRO_BATCH_SIZE
-        name, written = autos[0].rpartition(".")[2], run.is_set(other)
+    if len(auto_keys) == 1:
+        other_key = ACCUMULATION_STEPS if auto_keys == [MICRO_BATCH_SIZE] else MICRO_BATCH_SIZE
+        name, written = auto_keys[0].rpartition(".")[2], run.is_set(other_key)
         yield RuleViolation(
-            other if written else autos[0],
-            f"must be auto because {name} is auto, got {run.value(other)}"
+            other_key if written else auto_keys[0],
+            f"must be auto because {name} is auto, got {run.value(other_key)}"
             if written
-            else f"is auto, but {other.rpartition('.')[2]} is not: both must be auto",
-            notes=(run.describe(autos[0] if written else other),),
-            fixes=(run.set_fix(other, "auto"),),
-            related=(autos[0],),
+            else f"is auto, but {other_key.rpartition('.')[2]} is not: both must be auto",
+            notes=(run.describe(auto_keys[0] if written else other_key),),
+            fixes=(run.set_fix(other_key, "auto"),),
+            related=(auto_keys[0],),
         )
         return
     group = run.get(GROUP_SIZE)
-    step = group * run.replicas if isinstance(group, int) else USUAL_BATCH_SIZE
-    size = multiple_at_least(step, USUAL_BATCH_SIZE)
+    multiple = group * run.replicas if isinstance(group, int) else USUAL_BATCH_SIZE
+    size = multiple_at_least(multiple, USUAL_BATCH_SIZE)
     if run.value(STEPS_PER_GENERATION) is not None:
         yield RuleViolation(
             STEPS_PER_GENERATION,
@@ -78,7 +78,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
             fixes=(
                 run.set_fix(STEPS_PER_GENERATION, None)
                 if run.value(GENERATION_BATCH_SIZE) is not None
-                else _in_place(run, size),
+                else _replace_steps_fix(run, size),
             ),
             related=(MICRO_BATCH_SIZE,),
         )
@@ -91,7 +91,7 @@ def auto_is_whole(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _in_place(run: Run, size: int) -> Fix:
+def _replace_steps_fix(run: Run, size: int) -> Fix:
     """The fix that replaces steps_per_generation by generation_batch_size."""
     node = run.node(STEPS_PER_GENERATION)
     assert node is not None
@@ -104,7 +104,7 @@ def _in_place(run: Run, size: int) -> Fix:
 @rule(
     "GRPO029",
     f"{MICRO_BATCH_SIZE} grpo.loss_type grpo.top_entropy_quantile grpo.entropy_coef "
-    f"grpo.use_adaptive_entropy {ROUTER}",
+    f"grpo.use_adaptive_entropy {ROUTER_LOSS}",
     example="""
 grpo:
   per_device_train_batch_size: auto
@@ -117,7 +117,7 @@ grpo:
         "to numbers"
     ),
 )
-def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
+def loss_ignores_micro_batch_size(run: Run) -> Iterator[RuleViolation]:
     """per_device_train_batch_size: auto needs a loss that does not depend on the micro-batch size.
 
     loss_type: bnpo averages over the tokens of each micro-batch. An entropy bonus,
@@ -131,40 +131,53 @@ def cut_changes_nothing(run: Run) -> Iterator[RuleViolation]:
     clashes = [
         key for name, matters in CUT_MATTERS.items() if matters(run.get(key := f"grpo.{name}"))
     ]
-    told = [run.describe(key) for key in clashes]
-    fixes = [_numbers(run)]
-    if ROUTER not in clashes and run.get(ROUTER) is None and (weight := _router_loss(run)):
-        clashes.append(ROUTER)
-        told.append(f"router_aux_loss_coef {weight} (from the model's config.json)")
-        fixes.insert(0, run.set_fix(ROUTER, 0.0))
+    clash_texts = [run.describe(key) for key in clashes]
+    fixes = [_explicit_sizes_fix(run)]
+    if (
+        ROUTER_LOSS not in clashes
+        and run.get(ROUTER_LOSS) is None
+        and (weight := _router_loss_weight(run))
+    ):
+        clashes.append(ROUTER_LOSS)
+        clash_texts.append(f"router_aux_loss_coef {weight} (from the model's config.json)")
+        fixes.insert(0, run.set_fix(ROUTER_LOSS, 0.0))
     if clashes:
         yield RuleViolation(
             MICRO_BATCH_SIZE,
             "auto cannot be used, because the loss depends on the micro-batch size",
-            notes=("; ".join(told),),
+            notes=("; ".join(clash_texts),),
             fixes=tuple(fixes),
             related=tuple(clashes),
         )
 
 
-def _numbers(run: Run) -> Fix:
+def _explicit_sizes_fix(run: Run) -> Fix:
     """The fix that sets per_device_train_batch_size and gradient_accumulation_steps to numbers
     that split the generation batch exactly.
     """
     size = run.value(GENERATION_BATCH_SIZE)
-    own = size // run.replicas if size and size % run.replicas == 0 else USUAL_BATCH_SIZE
-    micro = next(one for one in range(USUAL_MICRO_BATCH_SIZE, 0, -1) if own % one == 0)
-    both = (run.set_fix(MICRO_BATCH_SIZE, micro), run.set_fix(ACCUMULATION_STEPS, own // micro))
-    edits = tuple(edit for fix in both for edit in fix.edits)
-    whole = all(fix.edits for fix in both)
-    return Fix(", ".join(fix.text for fix in both), edits if whole else ())
+    completions_per_process = (
+        size // run.replicas if size and size % run.replicas == 0 else USUAL_BATCH_SIZE
+    )
+    micro = next(
+        candidate
+        for candidate in range(USUAL_MICRO_BATCH_SIZE, 0, -1)
+        if completions_per_process % candidate == 0
+    )
+    fixes = (
+        run.set_fix(MICRO_BATCH_SIZE, micro),
+        run.set_fix(ACCUMULATION_STEPS, completions_per_process // micro),
+    )
+    edits = tuple(edit for fix in fixes for edit in fix.edits)
+    both_applicable = all(fix.edits for fix in fixes)
+    return Fix(", ".join(fix.text for fix in fixes), edits if both_applicable else ())
 
 
-def _router_loss(run: Run) -> float:
+def _router_loss_weight(run: Run) -> float:
     """The weight of the router's auxiliary loss (router_aux_loss_coef) in the model's config.json;
     0 if the model is not on this machine, has no experts, or sets no such weight.
     """
     if run.model is None or not run.model.experts:
         return 0.0
-    declared = run.model.text.get("router_aux_loss_coef")
-    return float(declared) if isinstance(declared, int | float) else 0.0
+    coefficient = run.model.text.get("router_aux_loss_coef")
+    return float(coefficient) if isinstance(coefficient, int | float) else 0.0

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_PATHS = ("path", "eval_path")
+_PATH_KEYS = ("path", "eval_path")
 
 
-def _written_text(run: Run, key: str) -> str | None:
+def _string_in_file(run: Run, key: str) -> str | None:
     node = run.node(key)
     return node.value if node is not None and isinstance(node.value, str) and node.value else None
 
@@ -43,21 +43,21 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
     The rule checks data sets that are on this machine: JSONL, JSON, CSV and Parquet files, and
     folders that save_to_disk wrote.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is None or data.columns is None:
             continue
         for key in ("prompt", "answer"):
             column = run.value(f"dataset.{key}")
             if column is None or column in data.columns:
                 continue
-            close = nearest(column, data.columns)
+            suggestion = nearest(column, data.columns)
             yield RuleViolation(
                 f"dataset.{key}",
                 f"{data.path.name} has no column {column}",
                 notes=(f"its columns: {', '.join(map(str, data.columns[:20]))}",),
-                fixes=(run.set_fix(f"dataset.{key}", close),) if close else (),
-                related=(f"dataset.{which}",),
+                fixes=(run.set_fix(f"dataset.{key}", suggestion),) if suggestion else (),
+                related=(f"dataset.{path_key}",),
             )
 
 
@@ -68,22 +68,22 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
     fix="remove rows without a prompt, and rows that repeat a prompt",
     severity=Severity.WARNING,
 )
-def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
+def prompts_are_filled_and_unique(run: Run) -> Iterator[RuleViolation]:
     """No prompt is empty or repeated.
 
     Training skips rows with an empty prompt. A prompt that is in two rows is trained on twice as
     often as the others. In a large file only the first rows are checked.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is None or not (data.empty or data.repeated):
             continue
         counts = [
-            f"{count} of {data.rows}{'' if data.whole else ' first'} rows {what}"
-            for count, what in ((data.empty, "have no prompt"), (data.repeated, "repeat a prompt"))
+            f"{count} of {data.rows}{'' if data.whole else ' first'} rows {fault}"
+            for count, fault in ((data.empty, "have no prompt"), (data.repeated, "repeat a prompt"))
             if count
         ]
-        yield RuleViolation(f"dataset.{which}", "; ".join(counts))
+        yield RuleViolation(f"dataset.{path_key}", "; ".join(counts))
 
 
 @rule(
@@ -93,30 +93,34 @@ def prompts_are_there(run: Run) -> Iterator[RuleViolation]:
     fix="path: train.jsonl",
     severity=Severity.WARNING,
 )
-def data_is_here(run: Run) -> Iterator[RuleViolation]:
+def data_exists(run: Run) -> Iterator[RuleViolation]:
     """The data set is on this machine and can be read.
 
     A missing file is a warning, because the run may be meant for another machine (with --strict it
     is an error). A file that exists but cannot be read is an error. Data sets of the hub are not
     looked up.
     """
-    for which in _PATHS:
-        key = f"dataset.{which}"
-        text = _written_text(run, key)
-        if text is None:
+    for path_key in _PATH_KEYS:
+        key = f"dataset.{path_key}"
+        name_or_path = _string_in_file(run, key)
+        if name_or_path is None:
             continue
         node = run.node(key)
         assert node is not None
-        path = resolve(text, node)
-        data = data_of(run.document, which)
+        path = resolve(name_or_path, node)
+        data = data_of(run.document, path_key)
         if data is not None and data.problem:
             yield RuleViolation(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
         elif not exists(path):
-            where = (
-                f"{path} does not exist" if is_path_only(text) else f"{text} is not on this machine"
+            problem = (
+                f"{path} does not exist"
+                if is_path_only(name_or_path)
+                else f"{name_or_path} is not on this machine"
             )
             yield RuleViolation(
-                key, f"{where}: its columns are not checked", unknown=not is_path_only(text)
+                key,
+                f"{problem}: its columns are not checked",
+                unknown=not is_path_only(name_or_path),
             )
 
 
@@ -131,16 +135,16 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
 
     A single file has only one split, called train.
     """
-    for which, key in (("path", "split"), ("eval_path", "eval_split")):
-        data: DataFacts | None = data_of(run.document, which)
-        if data is None and which == "eval_path" and run.value("dataset.eval_path") is None:
+    for path_key, key in (("path", "split"), ("eval_path", "eval_split")):
+        data: DataFacts | None = data_of(run.document, path_key)
+        if data is None and path_key == "eval_path" and run.value("dataset.eval_path") is None:
             data = data_of(run.document, "path")
-        name = run.value(f"dataset.{key}")
-        if data is None or data.path.is_dir() or name in (None, "train"):
+        split = run.value(f"dataset.{key}")
+        if data is None or data.path.is_dir() or split in (None, "train"):
             continue
         yield RuleViolation(
             f"dataset.{key}",
-            f"{data.path.name} is a single file, which has only the split train and not {name}",
+            f"{data.path.name} is a single file, which has only the split train and not {split}",
             fixes=(Fix(f"set dataset.eval_path to the evaluation file, and remove {key}"),),
         )
 
@@ -202,7 +206,7 @@ def chats_need_a_template(run: Run) -> Iterator[RuleViolation]:
     fix="chat: auto",
     severity=Severity.WARNING,
 )
-def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
+def system_prompt_needs_chat(run: Run) -> Iterator[RuleViolation]:
     """dataset.system, the system prompt, needs dataset.chat to be auto or true.
 
     With dataset.chat: false there are no messages, so the text of dataset.system is put before each
@@ -228,14 +232,14 @@ def system_is_a_message(run: Run) -> Iterator[RuleViolation]:
     example="dataset:\n  path: chats.jsonl  # the prompts are lists of messages\n  chat: false",
     fix="chat: auto",
 )
-def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
+def message_lists_need_chat(run: Run) -> Iterator[RuleViolation]:
     """Prompts that are lists of messages need dataset.chat to be auto or true, and a chat template.
 
     Messages have roles, and only a template can turn roles into text. The rule checks JSONL and
     JSON files that are on this machine.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is None or not data.messages:
             continue
         column = run.value("dataset.prompt")
@@ -248,12 +252,12 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
                     run.set_fix("dataset.chat", "auto"),
                     Fix("set dataset.prompt to a column of texts"),
                 ),
-                related=("dataset.prompt", f"dataset.{which}"),
+                related=("dataset.prompt", f"dataset.{path_key}"),
             )
             return
         if run.has_chat_template is False:
             yield RuleViolation(
-                f"dataset.{which}",
+                f"dataset.{path_key}",
                 CHATS_WITHOUT_TEMPLATE.format(column=column),
                 notes=(run.describe("model.model_name"),),
                 fixes=(Fix(CHATS_WITHOUT_TEMPLATE_FIX),),
@@ -267,7 +271,7 @@ def messages_are_chats(run: Run) -> Iterator[RuleViolation]:
     example="dataset:\n  path: null",
     fix="path: train.jsonl",
 )
-def there_is_a_data_set(run: Run) -> Iterator[RuleViolation]:
+def data_set_is_set(run: Run) -> Iterator[RuleViolation]:
     """dataset.path is set, unless the run has an environment.
 
     The prompts of a run come from the data set at dataset.path or from an environment.
@@ -295,11 +299,11 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     The rule checks the first rows of JSONL, JSON and CSV files on this machine, and the schema of
     Parquet files. Training checks every row.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is not None and data.refused is not None:
             yield RuleViolation(
-                f"dataset.{which}",
+                f"dataset.{path_key}",
                 f"{data.path.name} {data.refused}",
                 fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct the row"),),
                 related=("dataset.prompt",),
@@ -313,7 +317,7 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     fix="model_name: ./checkpoint",
     severity=Severity.WARNING,
 )
-def model_is_here(run: Run) -> Iterator[RuleViolation]:
+def model_exists(run: Run) -> Iterator[RuleViolation]:
     """The model is on this machine.
 
     The model is a folder with config.json, or a snapshot in the hub cache. A missing model is a
@@ -321,12 +325,12 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
     checked without its files. A folder that contains a pipe, a device file or a loop of symbolic
     links is an error, because the model cannot be loaded.
     """
-    text = _written_text(run, "model.model_name")
-    if text is None:
+    name_or_path = _string_in_file(run, "model.model_name")
+    if name_or_path is None:
         return
     node = run.node("model.model_name")
     assert node is not None
-    path = resolve(text, node)
+    path = resolve(name_or_path, node)
     if exists(path) and path.is_dir() and (fault := folder_fault(path)):
         yield RuleViolation(
             "model.model_name", f"{path} cannot be loaded: {fault}", severity=Severity.ERROR
@@ -335,16 +339,16 @@ def model_is_here(run: Run) -> Iterator[RuleViolation]:
     if run.model is not None or is_adapter(path):
         return  # MODEL003 reports an adapter
     if exists(path):
-        what = (
+        problem = (
             "has no readable config.json" if path.is_dir() else "is not a folder with a checkpoint"
         )
-        yield RuleViolation("model.model_name", f"{path} {what}", severity=Severity.ERROR)
+        yield RuleViolation("model.model_name", f"{path} {problem}", severity=Severity.ERROR)
     else:
-        local = is_path_only(text)
-        where = f"{path} does not exist" if local else f"{text} is not on this machine"
+        is_path = is_path_only(name_or_path)
+        problem = f"{path} does not exist" if is_path else f"{name_or_path} is not on this machine"
         yield RuleViolation(
             "model.model_name",
-            f"{where}. Without the model, lengths, attention heads and target modules are "
+            f"{problem}. Without the model, lengths, attention heads and target modules are "
             "not checked",
-            unknown=not local,
+            unknown=not is_path,
         )

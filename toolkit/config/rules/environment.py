@@ -34,15 +34,15 @@ _PYTHON = "environment.python"
 _TOOLS = "tools.functions"
 
 
-def _used(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
+def _used_adapters(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str]]:
     """Yield the key path and the name of each environment adapter that the run uses. An adapter
     connects the run to a package such as reasoning_gym, as the environment or as a reward.
     """
     if run.node(_ADAPTER) is not None and run.is_set(_ADAPTER):
         yield _ADAPTER, str(run.value(_ADAPTER))
     functions = run.node("reward.functions")
-    listed = functions.value if functions is not None else None
-    for index, item in enumerate(listed if isinstance(listed, list) else ()):
+    items = functions.value if functions is not None else None
+    for index, item in enumerate(items if isinstance(items, list) else ()):
         name = item.value.get("name") if isinstance(item.value, dict) else None
         if name is not None and isinstance(name.value, str) and name.value in ADAPTERS:
             yield ("reward", "functions", index, "name"), name.value
@@ -61,13 +61,13 @@ def package_is_allowed(run: Run) -> Iterator[RuleViolation]:
     the code of a reward function.
     """
     allowed = run.value("runtime.allow_code")
-    told = set()
-    for at, name in _used(run):
+    reported_modules = set()
+    for path, name in _used_adapters(run):
         module = ADAPTERS[name].modules[0]
-        if not is_allowed(module, allowed) and module not in told:
-            told.add(module)
+        if not is_allowed(module, allowed) and module not in reported_modules:
+            reported_modules.add(module)
             yield RuleViolation(
-                at,
+                path,
                 f"runtime.allow_code does not allow code of {module} to run",
                 notes=(run.describe("runtime.allow_code"),),
                 fixes=(Fix(f"runtime: {{allow_code: [{module}]}}"),),
@@ -115,12 +115,12 @@ def tools_exist(run: Run) -> Iterator[RuleViolation]:
     if run.node(_TOOLS) is None or not run.is_set(_TOOLS):
         return
     for index, name in enumerate(run.value(_TOOLS)):
-        at = ("tools", "functions", index)
+        path = ("tools", "functions", index)
         module, _, function = name.partition(":")
         if not function.isidentifier() or not all(map(str.isidentifier, module.split("."))):
-            yield RuleViolation(at, f"{name} must have the form module:function")
+            yield RuleViolation(path, f"{name} must have the form module:function")
         else:
-            yield from function_violations(run, at, module, function)
+            yield from function_violations(run, path, module, function)
 
 
 @rule(
@@ -148,15 +148,15 @@ def tools_need_a_chat(run: Run) -> Iterator[RuleViolation]:
     )
 
 
-def _adapter(run: Run) -> str | None:
+def _adapter_name(run: Run) -> str | None:
     node = run.node(_ADAPTER)
     return node.value if node is not None and node.value in ADAPTERS else None
 
 
-def _python(run: Run) -> str | None:
+def _interpreter(run: Run) -> str | None:
     node = run.node(_PYTHON)
-    written = node is not None and isinstance(node.value, str) and run.is_set(_PYTHON)
-    return str(local_path("python", node)) if node is not None and written else None
+    has_value = node is not None and isinstance(node.value, str) and run.is_set(_PYTHON)
+    return str(local_path("python", node)) if node is not None and has_value else None
 
 
 @rule(
@@ -175,13 +175,13 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
     vLLM need different releases of the package mcp. So install OpenEnv into a virtual environment
     of its own, and set environment.python to the Python interpreter of that virtual environment.
     """
-    adapter, python = _adapter(run), _python(run)
+    adapter, python = _adapter_name(run), _interpreter(run)
     missing = None if adapter is None else missing_package(adapter, python)
     if missing is not None:
-        place = f" for {python}" if python else " here"
+        location = f" for {python}" if python else " here"
         yield RuleViolation(
             _ADAPTER,
-            f"{adapter} needs the package {missing.modules[0]}, which is not installed{place}",
+            f"{adapter} needs the package {missing.modules[0]}, which is not installed{location}",
             fixes=(Fix(pip_line(missing, python)),),
             related=(_PYTHON,) if python else (),
             unknown=True,
@@ -201,11 +201,11 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     With adapter: verifiers, the task is the id of a taskset, and verifiers imports the module that
     has this id as its name. With adapter: openenv, the task has the form module:Class.
     """
-    adapter, node = _adapter(run), run.node(_TASK)
+    adapter, node = _adapter_name(run), run.node(_TASK)
     if adapter is None or node is None or not isinstance(node.value, str):
         return
-    if (fault := _unread_task(run, adapter, node.value)) is not None:
-        yield fault
+    if (violation := _unreadable_task_violation(run, adapter, node.value)) is not None:
+        yield violation
 
 
 @rule(
@@ -214,7 +214,7 @@ def task_is_allowed_code(run: Run) -> Iterator[RuleViolation]:
     example="environment: {adapter: openenv, task: my_game:Game, eval_size: 10}",
     fix="remove environment.eval_size",
 )
-def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
+def steps_exclude_evaluation(run: Run) -> Iterator[RuleViolation]:
     """An environment with several turns cannot be used for evaluation, and needs prompts that are
     chats.
 
@@ -222,7 +222,7 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     so there would be nothing to score. In training the model takes a step by a tool call, and a
     tool call is a message of a chat.
     """
-    if _adapter(run) not in IN_STEPS:
+    if _adapter_name(run) not in IN_STEPS:
         return
     if run.value("environment.eval_size") is not None:
         yield RuleViolation(
@@ -247,13 +247,13 @@ def steps_are_turns_of_training(run: Run) -> Iterator[RuleViolation]:
     fix="python: openenv-venv/bin/python",
     severity=Severity.WARNING,
 )
-def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
+def interpreter_exists(run: Run) -> Iterator[RuleViolation]:
     """environment.python, the Python interpreter of the environment, is an executable file.
 
     A missing interpreter is a warning, because the run may be meant for another machine (with
     --strict it is an error).
     """
-    python = _python(run)
+    python = _interpreter(run)
     if python is not None and not is_interpreter(python):
         yield RuleViolation(
             _PYTHON,
@@ -268,19 +268,19 @@ def interpreter_is_there(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _tasks(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
+def _task_nodes(run: Run) -> Iterator[tuple[str | tuple[str | int, ...], str, Node]]:
     """Yield (key path, environment adapter, task) for the task of the environment, and for the task
     of each reward that an environment computes.
     """
-    adapter, node = _adapter(run), run.node(_TASK)
+    adapter, node = _adapter_name(run), run.node(_TASK)
     if adapter is not None and node is not None and run.is_set(_TASK):
         yield _TASK, adapter, node
     functions = run.node("reward.functions")
-    for at, name in _used(run):
-        if not isinstance(at, str) and functions is not None:
-            options = functions.value[at[2]].value.get("options")
+    for path, name in _used_adapters(run):
+        if not isinstance(path, str) and functions is not None:
+            options = functions.value[path[2]].value.get("options")
             if options is not None and isinstance(options.value, dict) and "task" in options.value:
-                yield (*at[:3], "options", "task"), name, options.value["task"]
+                yield (*path[:3], "options", "task"), name, options.value["task"]
 
 
 @rule(
@@ -300,26 +300,26 @@ def task_exists(run: Run) -> Iterator[RuleViolation]:
     error). Only training can find out whether the module makes usable problems. Training imports
     the module before it loads the model.
     """
-    python = _python(run)
+    python = _interpreter(run)
     if python is not None and not is_interpreter(python):
         return  # ENV008
-    for at, adapter, node in _tasks(run):
+    for path, adapter, node in _task_nodes(run):
         task = node.value
-        if not isinstance(task, str) or _unread_task(run, adapter, task) is not None:
+        if not isinstance(task, str) or _unreadable_task_violation(run, adapter, task) is not None:
             continue
         missing = missing_task(adapter, task, python, run.document.source.folder)
         if missing is not None:
             yield RuleViolation(
-                at,
+                path,
                 missing.problem,
-                fixes=_ways_out(run, node, missing),
+                fixes=_task_fixes(run, node, missing),
                 related=(_PYTHON,) if python else (),
                 severity=Severity.WARNING if missing.unknown else Severity.ERROR,
                 unknown=missing.unknown,
             )
 
 
-def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
+def _task_fixes(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
     if missing.near is not None:
         return (run.replace_fix(node, missing.near),)
     if missing.unknown:
@@ -327,7 +327,7 @@ def _ways_out(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
     return ()
 
 
-def _unread_task(run: Run, adapter: str, task: str) -> RuleViolation | None:
+def _unreadable_task_violation(run: Run, adapter: str, task: str) -> RuleViolation | None:
     """Return a violation if validation must not read the source of a task, else None. The source
     must not be read if the task has the wrong form or if runtime.allow_code does not allow its
     module.
@@ -341,5 +341,5 @@ def _unread_task(run: Run, adapter: str, task: str) -> RuleViolation | None:
         return RuleViolation(_TASK, f"{task} must have the form module:Class")
     if is_allowed(module, run.value("runtime.allow_code")):
         return None
-    package, code = ADAPTERS[adapter].modules[0], "runtime.allow_code"
-    return code_not_allowed(run, _TASK, module, package, related=(code,))
+    package, key = ADAPTERS[adapter].modules[0], "runtime.allow_code"
+    return code_not_allowed(run, _TASK, module, package, related=(key,))

@@ -39,7 +39,7 @@ CONDITIONAL_METRICS = (
 )  # fmt: skip
 """Metrics that exist only with some losses, options or engines."""
 # metric name in metrics.jsonl -> the trainer's name of the same metric, if it differs
-_OURS = {"completion_length": "completions/mean_length"}
+_TRAINER_METRIC_NAMES = {"completion_length": "completions/mean_length"}
 
 
 def has_evaluation_data(run: Run) -> bool:
@@ -66,20 +66,27 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
     if not metric or run.get(_STRATEGY) == "no":
         return
     name = metric.removeprefix("eval_")
-    rewards, only_ours = _rewards(run)
-    known = (*METRICS, *(f"rewards/{one}/{part}" for one in rewards for part in ("mean", "std")))
+    rewards, only_builtins = _reward_metric_names(run)
+    known = (
+        *METRICS,
+        *(f"rewards/{reward}/{part}" for reward in rewards for part in ("mean", "std")),
+    )
     if name in known or name in CONDITIONAL_METRICS:
         return
-    plain = name.removeprefix("eval/")
-    close = _OURS.get(plain) or (plain if plain in known else nearest(plain, known)) or "reward"
+    bare_name = name.removeprefix("eval/")
+    suggestion = (
+        _TRAINER_METRIC_NAMES.get(bare_name)
+        or (bare_name if bare_name in known else nearest(bare_name, known))
+        or "reward"
+    )
     yield RuleViolation(
         METRIC,
         f"the evaluation has no metric {metric}",
         notes=(f"its metrics: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
-        fixes=(run.set_fix(METRIC, close),),
+        fixes=(run.set_fix(METRIC, suggestion),),
         # A name from metrics.jsonl (eval/reward) is never a metric of the trainer, even if reward
         # functions log metrics.
-        severity=None if only_ours or name != plain else Severity.WARNING,
+        severity=None if only_builtins or name != bare_name else Severity.WARNING,
     )
 
 
@@ -106,7 +113,7 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
             fixes=(run.set_fix(_SAVE, "steps"),),
             related=(_STRATEGY,),
         )
-    elif run.value(METRIC) is None and not run.value(_BEST) and not _follows(run):
+    elif run.value(METRIC) is None and not run.value(_BEST) and not _schedule_uses_metric(run):
         yield RuleViolation(
             _SAVE,
             "best needs metric_for_best_model",
@@ -116,18 +123,18 @@ def best_has_a_metric(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _rewards(run: Run) -> tuple[list[str], bool]:
+def _reward_metric_names(run: Run) -> tuple[list[str], bool]:
     """Return two values: the names that the reward functions have in the metrics, and whether all
     of the functions are built in.
     """
     node = run.node("reward.functions")
     items = node.value if node is not None and isinstance(node.value, list) else []
-    given = [item.value.get("name") for item in items if isinstance(item.value, dict)]
-    names = [name.value for name in given if name is not None and isinstance(name.value, str)]
+    name_nodes = [item.value.get("name") for item in items if isinstance(item.value, dict)]
+    names = [name.value for name in name_nodes if name is not None and isinstance(name.value, str)]
     return metric_names(names), not any(":" in name for name in names)
 
 
-def _follows(run: Run) -> bool:
+def _schedule_uses_metric(run: Run) -> bool:
     """Whether the learning rate schedule depends on an evaluation metric. If metric_for_best_model
     is not set, such a schedule uses a default metric of transformers.
     """

@@ -37,16 +37,16 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     runtime.engine: transformers, adapters on experts can be trained. The rule is checked if the
     model is on this machine.
     """
-    found = frozenset() if run.engine == "transformers" else _adapted_experts(run)
-    if found and run.model is not None:
-        names = ", ".join(name for name in MLP if name in found)
+    adapted_layers = frozenset() if run.engine == "transformers" else _adapted_experts(run)
+    if adapted_layers and run.model is not None:
+        names = ", ".join(name for name in MLP if name in adapted_layers)
         yield RuleViolation(
             _TARGETS,
             f"{names} are layers of the experts of this model, and experts cannot have an adapter "
             "in the vLLM engine",
             notes=(f"{run.describe('runtime.engine')}; experts from {run.model.source}",),
             fixes=(
-                Fix(_listed(default_targets(run.model.config))),
+                Fix(_targets_text(default_targets(run.model.config))),
                 run.set_fix("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
@@ -73,17 +73,20 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
     transformers engine if the model is on this machine. With the vLLM engine, LORA013 reports
     adapters on experts.
     """
-    found = frozenset() if run.engine == "vllm" else _adapted_experts(run)
-    present = [name for name in FUSED_EXPERT if name in found]
+    adapted_layers = frozenset() if run.engine == "vllm" else _adapted_experts(run)
+    present = [name for name in FUSED_EXPERT if name in adapted_layers]
     if len(present) != 1 or run.model is None:
         return
     targets = run.value(_TARGETS)
-    missing = next(name for name in FUSED_EXPERT if name not in found)
+    missing = next(name for name in FUSED_EXPERT if name not in adapted_layers)
     fixes = (Fix("target_modules: auto"),)
     if not isinstance(targets, str):
         with_both = (*targets, missing)
         with_neither = [name for name in targets if not name.endswith(present[0])]
-        fixes = (Fix(_listed(with_both)), *((Fix(_listed(with_neither)),) if with_neither else ()))
+        fixes = (
+            Fix(_targets_text(with_both)),
+            *((Fix(_targets_text(with_neither)),) if with_neither else ()),
+        )
     yield RuleViolation(
         _TARGETS,
         f"target_modules contains {present[0]} but not {missing}. The experts of this model store "
@@ -105,5 +108,5 @@ def _adapted_experts(run: Run) -> frozenset[str]:
     return expert_targets(str(run.model.config.get("model_type")), targets)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _targets_text(names: Iterable[str]) -> str:
     return f"target_modules: [{', '.join(names)}]"

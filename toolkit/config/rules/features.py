@@ -72,7 +72,7 @@ def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  load_in_16bit: true\n  dtype: float32",
     fix="load_in_16bit: false",
 )
-def flags_go_together(run: Run) -> Iterator[RuleViolation]:
+def load_flags_are_compatible(run: Run) -> Iterator[RuleViolation]:
     """load_in_16bit excludes dtype float32, and full_finetuning excludes quantized weights.
 
     A weight is stored in either 16 or 32 bits. A weight that is quantized to 4 or 8 bits has no
@@ -94,7 +94,7 @@ def flags_go_together(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  attn_implementation: flashattn",
     fix="attn_implementation: flash_attention_2",
 )
-def attention_is_one(run: Run) -> Iterator[RuleViolation]:
+def attention_fits_model(run: Run) -> Iterator[RuleViolation]:
     """attn_implementation is an attention function of transformers that computes the model's
     attention correctly.
 
@@ -102,13 +102,13 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
     sdpa ignores the soft cap of Gemma 2. If the value contains a slash, the attention function is
     code from the hub and needs trust_remote_code. The model is checked if it is on this machine.
     """
-    asked = run.value(_ATTENTION)
+    attention = run.value(_ATTENTION)
     config = run.model.text if run.model is not None else {}
-    cap, kind = config.get("attn_logit_softcapping"), str(config.get("model_type") or "")
+    softcap, family = config.get("attn_logit_softcapping"), str(config.get("model_type") or "")
     problem = attention_problem(
-        asked,
-        softcap=cap if isinstance(cap, (int, float)) else None,
-        supports=model_type(kind).attention if kind else {},
+        attention,
+        softcap=softcap if isinstance(softcap, (int, float)) else None,
+        supports=model_type(family).attention if family else {},
         trusted=bool(run.get("model.trust_remote_code")),
     )
     if problem is not None:
@@ -121,7 +121,7 @@ def attention_is_one(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  attn_implementation: flash_attention_2  # with --gpu none",
     fix="attn_implementation: sdpa",
 )
-def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
+def attention_fits_machine(run: Run) -> Iterator[RuleViolation]:
     """flash_attention_N needs a GPU, a 16-bit dtype and an installed flash-attention package.
     flex_attention needs a GPU.
 
@@ -132,13 +132,13 @@ def attention_has_its_machine(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None:
         return
-    asked, here = run.value(_ATTENTION), run.situation.vllm is not None
-    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
+    attention, is_training_machine = run.value(_ATTENTION), run.situation.vllm is not None
+    precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
     problem = attention_lacks(
-        asked,
+        attention,
         on_gpu=device.compute_capability is not None,
-        dtype=dtype_of(run.get("model.dtype"), run.situation, grpo=halves),
-        installed=not here or package_folder("flash_attn") is not None,
+        dtype=dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags),
+        installed=not is_training_machine or package_folder("flash_attn") is not None,
     )
     if problem is not None:
         yield violation_for(run, problem, note=f"card: {device.name}")
@@ -162,24 +162,24 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
         return
-    written = run.get("model.dtype")
-    dtype = dtype_of(written, run.situation, load_in_16bit=run.get("model.load_in_16bit"))
-    refused = run.engine == "vllm" and dtype != "float16"
-    if (refused and written != "auto") or run.get("grpo.bf16"):
+    dtype_setting = run.get("model.dtype")
+    dtype = dtype_of(dtype_setting, run.situation, load_in_16bit=run.get("model.load_in_16bit"))
+    conflicts_with_engine = run.engine == "vllm" and dtype != "float16"
+    if (conflicts_with_engine and dtype_setting != "auto") or run.get("grpo.bf16"):
         return  # RUN020 and GRPO023 report this fault
-    if refused:
-        what = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
+    if conflicts_with_engine:
+        message = f"float16 cannot be used: there is no GPU, and the engine samples in {dtype}"
     elif dtype == "float16":
-        what = "there is no GPU, so the loss is not scaled: gradients below 6e-8 become 0"
+        message = "there is no GPU, so the loss is not scaled: gradients below 6e-8 become 0"
     else:
-        what = f"has no effect: there is no GPU, and the run computes in {dtype}"
+        message = f"has no effect: there is no GPU, and the run computes in {dtype}"
     yield RuleViolation(
         "grpo.fp16",
-        what,
+        message,
         notes=(f"{run.describe('model.dtype')}; {run.describe('runtime.engine')}",),
         fixes=(run.set_fix("grpo.fp16", False),),
         related=("model.dtype",),
-        severity=Severity.ERROR if refused else Severity.WARNING,
+        severity=Severity.ERROR if conflicts_with_engine else Severity.WARNING,
     )
 
 
@@ -192,7 +192,7 @@ runtime: {engine: vllm}
 """,
     fix="runtime.engine: transformers",
 )
-def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
+def cpu_engine_supports_model(run: Run) -> Iterator[RuleViolation]:
     """Without a GPU, vLLM must have CPU kernels for the model's attention head size and for its
     experts.
 
@@ -212,7 +212,7 @@ def cpu_engine_has_the_model(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  model_name: google/gemma-2-2b-it\n  dtype: float16\nruntime: {engine: vllm}",
     fix="dtype: bfloat16",
 )
-def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
+def engine_supports_dtype(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, dtype float16 needs a model that vLLM runs in float16.
 
     Gemma 2 and 3 and GLM-4 overflow in float16. The rule is checked if the model is on this
@@ -220,8 +220,8 @@ def engine_has_the_format(run: Run) -> Iterator[RuleViolation]:
     """
     if run.model is None or run.engine != "vllm":
         return
-    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
-    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=halves)
+    precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
+    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags)
     problem = float16_problem(run.model.config, dtype)
     if problem is not None:
         yield violation_for(run, problem, note=run.model.source)
@@ -236,7 +236,7 @@ runtime: {engine: vllm}
 """,
     fix="runtime.engine: transformers",
 )
-def engine_has_the_head(run: Run) -> Iterator[RuleViolation]:
+def engine_supports_lm_head(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, a Gemma 2 model must use its embedding as the head.
 
     vLLM does not support a Gemma 2 model with a separate head. The published Gemma 2 models use the

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_PATHS = ("path", "eval_path")
+_PATH_KEYS = ("path", "eval_path")
 
 
 @rule(
@@ -33,15 +33,15 @@ def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     may name such a column, because rewards receive it as the prompt or the answer.
     """
     used = {run.value("dataset.prompt"), run.value("dataset.answer")}
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         for name in (data.columns or ()) if data is not None else ():
             if name in LEFT_OUT and name not in used:
                 assert data is not None
-                why = LEFT_OUT[name].format(name=name)
+                reason = LEFT_OUT[name].format(name=name)
                 yield RuleViolation(
-                    f"dataset.{which}",
-                    f"{data.path.name} has a column {name}, which is dropped: {why}",
+                    f"dataset.{path_key}",
+                    f"{data.path.name} has a column {name}, which is dropped: {reason}",
                     fixes=(Fix(f"rename the column, for instance to {name}_column"),),
                 )
 
@@ -53,24 +53,24 @@ def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     fix="remove the rows without an answer, or fill in their answers",
     severity=Severity.WARNING,
 )
-def answers_are_there(run: Run) -> Iterator[RuleViolation]:
+def answers_are_present(run: Run) -> Iterator[RuleViolation]:
     """No answer is null.
 
     Rewards that compare a completion with the answer skip a row without an answer, so training
     learns nothing from this row. The finding is an error if every answer is null.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is None or not data.unanswered:
             continue
-        every = data.whole and data.unanswered == data.rows
-        first = "" if data.whole else " first"
+        all_unanswered = data.whole and data.unanswered == data.rows
+        qualifier = "" if data.whole else " first"
         yield RuleViolation(
-            f"dataset.{which}",
-            f"{data.unanswered} of {data.rows}{first} rows have no answer (null)",
+            f"dataset.{path_key}",
+            f"{data.unanswered} of {data.rows}{qualifier} rows have no answer (null)",
             related=("dataset.answer",),
             fixes=(Fix("remove the rows without an answer, or fill in their answers"),),
-            severity=Severity.ERROR if every else None,
+            severity=Severity.ERROR if all_unanswered else None,
         )
 
 
@@ -87,12 +87,12 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
     If all prompts are chats in JSON, they are read as chats. If only some prompts are chats in
     JSON, all prompts are read as plain text, and the model sees the JSON.
     """
-    for which in _PATHS:
-        data = data_of(run.document, which)
+    for path_key in _PATH_KEYS:
+        data = data_of(run.document, path_key)
         if data is None or not 0 < data.chats < data.rows - data.empty:
             continue
         yield RuleViolation(
-            f"dataset.{which}",
+            f"dataset.{path_key}",
             f"{data.chats} of the {'' if data.whole else 'first '}{data.rows} prompts are chats "
             "written as JSON text, but the others are not, so all prompts are read as plain text",
             related=("dataset.prompt",),

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 
-def capability_problem(run: Run, needed: tuple[int, int]) -> str | None:
-    """A text that says why the card does not have the compute capability ``needed``. None if the
+def capability_problem(run: Run, required: tuple[int, int]) -> str | None:
+    """A text that says why the card does not have the compute capability ``required``. None if the
     card has it, or if no card was given with --gpu.
     """
     device = run.situation.device
@@ -33,10 +33,13 @@ def capability_problem(run: Run, needed: tuple[int, int]) -> str | None:
         return None
     if device.compute_capability is None:
         return "there is no GPU"
-    if device.compute_capability >= needed:
+    if device.compute_capability >= required:
         return None
-    have = ".".join(map(str, device.compute_capability))
-    return f"{device.name} has compute capability {have}, but {needed[0]}.{needed[1]} is required"
+    capability = ".".join(map(str, device.compute_capability))
+    return (
+        f"{device.name} has compute capability {capability}, but {required[0]}.{required[1]} is "
+        "required"
+    )
 
 
 @rule(
@@ -48,7 +51,7 @@ def capability_problem(run: Run, needed: tuple[int, int]) -> str | None:
         "checks a card)"
     ),
 )
-def builds_have_code(run: Run) -> Iterator[RuleViolation]:
+def builds_support_gpu(run: Run) -> Iterator[RuleViolation]:
     """The builds of torch and vLLM in the lock file support the card.
 
     These builds are for CUDA 13, which supports compute capability 7.5 and above. torch's build for
@@ -80,19 +83,21 @@ def four_bit_needs_a_card(run: Run) -> Iterator[RuleViolation]:
         key = f"model.load_in_{bits}bit"
         if not run.get(key):
             continue
-        why = capability_problem(run, FOUR_BIT)
-        if why:
+        problem = capability_problem(run, FOUR_BIT)
+        if problem:
             yield RuleViolation(
-                key, f"{bits}-bit weights cannot be used: {why}", fixes=(run.set_fix(key, False),)
+                key,
+                f"{bits}-bit weights cannot be used: {problem}",
+                fixes=(run.set_fix(key, False),),
             )
         elif run.situation.device is not None and package_folder("bitsandbytes") is None:
             # On the machine that trains, a missing package would end the run.
-            here = run.situation.vllm is not None
+            is_training_machine = run.situation.vllm is not None
             yield RuleViolation(
                 key,
                 "bitsandbytes is not installed here",
-                severity=Severity.ERROR if here else Severity.WARNING,
-                unknown=not here,
+                severity=Severity.ERROR if is_training_machine else Severity.WARNING,
+                unknown=not is_training_machine,
             )
 
 
@@ -111,16 +116,16 @@ def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None or run.value("runtime.fused_kernels") is not True:
         return
-    here = run.situation.vllm is not None  # the machine that trains
+    is_training_machine = run.situation.vllm is not None  # the machine that trains
     if device.compute_capability is None:
-        why = "there is no GPU, and the kernels need CUDA"
-    elif here and not installed(LIGER):
-        why = f"{LIGER.install} is not installed here"
+        problem = "there is no GPU, and the kernels need CUDA"
+    elif is_training_machine and not installed(LIGER):
+        problem = f"{LIGER.install} is not installed here"
     else:
         return
     yield RuleViolation(
         "runtime.fused_kernels",
-        f"cannot be true: {why}",
+        f"cannot be true: {problem}",
         fixes=(run.set_fix("runtime.fused_kernels", "auto"),),
     )
 
@@ -139,15 +144,18 @@ def float8_cache_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value("model.float8_kv_cache") or run.engine == "transformers":
         return  # Hugging Face generation does not read the key, which KEY008 reports
-    why, slow = capability_problem(run, FLOAT8_CACHE), capability_problem(run, FLOAT8_NATIVE)
-    if why or slow:
+    problem, speed_problem = (
+        capability_problem(run, FLOAT8_CACHE),
+        capability_problem(run, FLOAT8_NATIVE),
+    )
+    if problem or speed_problem:
         yield RuleViolation(
             "model.float8_kv_cache",
-            f"an 8-bit cache cannot be used: {why}"
-            if why
-            else f"an 8-bit cache is slow, because it is converted at every use: {slow}",
+            f"an 8-bit cache cannot be used: {problem}"
+            if problem
+            else f"an 8-bit cache is slow, because it is converted at every use: {speed_problem}",
             fixes=(run.set_fix("model.float8_kv_cache", False),),
-            severity=Severity.ERROR if why else Severity.WARNING,
+            severity=Severity.ERROR if problem else Severity.WARNING,
         )
 
 
@@ -166,14 +174,14 @@ def bfloat16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     device = run.situation.device
     if device is None or device.compute_capability is None:
         return
-    why = capability_problem(run, BFLOAT16)
-    if why is None:
+    problem = capability_problem(run, BFLOAT16)
+    if problem is None:
         return
-    for key, value, instead in (
+    for key, value, replacement in (
         ("model.dtype", "bfloat16", "auto"),
         ("grpo.bf16", True, False),
     ):
         if run.value(key) == value:
             yield RuleViolation(
-                key, f"bfloat16 cannot be used: {why}", fixes=(run.set_fix(key, instead),)
+                key, f"bfloat16 cannot be used: {problem}", fixes=(run.set_fix(key, replacement),)
             )

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_ENGINE_ONLY_GRPO = ("vllm_structured_outputs_regex",)
+_VLLM_ONLY = ("vllm_structured_outputs_regex",)
 # Keys that only Hugging Face generation reads.
 _TRANSFORMERS_ONLY = (
     "cache_implementation", "use_transformers_continuous_batching",
     "transformers_continuous_batching_config",
 )  # fmt: skip
 # (key, the second key that turns it on, the value that the second key must have)
-_SWITCHED = (
+_CONDITIONAL_KEYS = (
     ("grpo.eval_steps", "grpo.eval_strategy", "steps"),
     ("grpo.save_steps", "grpo.save_strategy", "steps"),
     ("grpo.ref_model_sync_steps", "grpo.sync_ref_model", True),
@@ -55,14 +55,14 @@ _SWITCHED = (
         True,
     ),
 )
-_TOOL_TURNS = "grpo.max_tool_calling_iterations"
-_EVALUATION = (
+_TOOL_ITERATIONS = "grpo.max_tool_calling_iterations"
+_EVALUATION_KEYS = (
     "eval_delay", "per_device_eval_batch_size", "num_generations_eval", "eval_accumulation_steps",
     "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval",
 )  # fmt: skip
-_TRACKED = ("run_name", "project")
-_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+_TRACKER_KEYS = ("run_name", "project")
+_TRACKIO_KEYS = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+_SCHEDULES_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _REFUSED_ELSEWHERE = ("parallelism_config",)
 
 
@@ -72,7 +72,7 @@ _REFUSED_ELSEWHERE = ("parallelism_config",)
     example="grpo:\n  use_vllm: true",
     fix="runtime.engine: vllm",
 )
-def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
+def no_refused_keys(run: Run) -> Iterator[RuleViolation]:
     """A run file does not set fields of GRPOConfig that the toolkit sets itself or does not
     support.
 
@@ -87,11 +87,11 @@ def not_in_a_run_file(run: Run) -> Iterator[RuleViolation]:
         refused = properties.get(name, {}).get("x-refused")
         if refused is None or name in _REFUSED_ELSEWHERE or f"grpo.{name}" in MOVED:
             continue
-        use = refused["use"]
+        replacement = refused["use"]
         yield RuleViolation(
             ("grpo", name),
             f"cannot be set in a run file: {refused['why']}",
-            fixes=(_today(run, f"grpo.{name}", use),),
+            fixes=(_migration_fix(run, f"grpo.{name}", replacement),),
             on_key=node.key is not None,
         )
 
@@ -110,15 +110,20 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
     effect with engine: transformers. Some other keys have an effect only if a second key is on. A
     key without effect misleads the reader of the run file.
     """
-    found = (_by_engine(run), _by_other_keys(run), _by_evaluation(run), _by_tracker(run))
-    for key, why in (*chain(*found), *FORCED.items(), *INERT.items()):
-        if run.node(key) is not None and not (key == _TOOL_TURNS and is_multi_turn(run)):
-            yield RuleViolation(key, f"has no effect: {why}", on_key=True)
-    for key, switch, on in _SWITCHED:
-        if run.node(key) is not None and run.get(switch) != on:
-            needed = f"{switch.rpartition('.')[2]} {show(on)}"
-            why = f"it needs {needed}, but the run has {run.describe(switch)}"
-            yield RuleViolation(key, f"has no effect: {why}", on_key=True)
+    ineffective_keys = (
+        _unused_by_engine(run),
+        _disabled_by_other_keys(run),
+        _unused_evaluation_keys(run),
+        _unused_tracker_keys(run),
+    )
+    for key, reason in (*chain(*ineffective_keys), *FORCED.items(), *INERT.items()):
+        if run.node(key) is not None and not (key == _TOOL_ITERATIONS and is_multi_turn(run)):
+            yield RuleViolation(key, f"has no effect: {reason}", on_key=True)
+    for key, switch, required_value in _CONDITIONAL_KEYS:
+        if run.node(key) is not None and run.get(switch) != required_value:
+            condition = f"{switch.rpartition('.')[2]} {show(required_value)}"
+            reason = f"it needs {condition}, but the run has {run.describe(switch)}"
+            yield RuleViolation(key, f"has no effect: {reason}", on_key=True)
 
 
 def is_multi_turn(run: Run) -> bool:
@@ -127,27 +132,27 @@ def is_multi_turn(run: Run) -> bool:
     return run.node("tools") is not None or adapter in IN_STEPS
 
 
-def _by_engine(run: Run) -> Iterator[tuple[str, str]]:
+def _unused_by_engine(run: Run) -> Iterator[tuple[str, str]]:
     """Yield each key that the run's engine does not read, with the reason. Keys that the run file
     does not set are yielded too.
     """
     if run.engine == "transformers":
         key = "runtime.engine" if run.get("runtime.engine") != "auto" else "model.fast_inference"
-        why = f"{run.describe(key)}, but only the vLLM engine reads this key"
-        yield from ((f"model.{name}", why) for name in OPTIONS)
-        yield from ((f"grpo.{name}", why) for name in _ENGINE_ONLY_GRPO)
+        reason = f"{run.describe(key)}, but only the vLLM engine reads this key"
+        yield from ((f"model.{name}", reason) for name in OPTIONS)
+        yield from ((f"grpo.{name}", reason) for name in _VLLM_ONLY)
     elif run.engine == "vllm":
-        why = "the vLLM engine generates, but only Hugging Face generation reads this key"
-        yield from ((f"grpo.{name}", why) for name in _TRANSFORMERS_ONLY)
+        reason = "the vLLM engine generates, but only Hugging Face generation reads this key"
+        yield from ((f"grpo.{name}", reason) for name in _TRANSFORMERS_ONLY)
 
 
-def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
+def _disabled_by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
     if run.get("model.full_finetuning"):
-        why = f"{run.describe('model.full_finetuning')} trains all weights without an adapter"
-        yield "lora", why
+        reason = f"{run.describe('model.full_finetuning')} trains all weights without an adapter"
+        yield "lora", reason
     if run.get("grpo.max_steps") > 0:
-        why = f"{run.describe('grpo.max_steps')} sets the length of the run"
-        yield "grpo.num_train_epochs", why
+        reason = f"{run.describe('grpo.max_steps')} sets the length of the run"
+        yield "grpo.num_train_epochs", reason
     if run.get("dataset.eval_path") is None and run.get("dataset.eval_split") is None:
         keys = f"{run.describe('dataset.eval_path')}; {run.describe('dataset.eval_split')}"
         yield "dataset.eval_limit", f"there is no evaluation data: {keys}"
@@ -159,16 +164,18 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
                 f"dataset.{name}",
                 "it applies only to a hub data set, but the data is in local files",
             )
-    texts = not any(
+    prompts_are_texts = not any(
         data is not None and data.messages
         for data in (data_of(run.document, key) for key in ("path", "eval_path"))
     )
-    if texts and chosen(run.get("dataset.chat"), run.has_chat_template) is False:
+    if prompts_are_texts and chosen(run.get("dataset.chat"), run.has_chat_template) is False:
         no_template = run.has_chat_template is False
-        why = "the tokenizer has no chat template" if no_template else run.describe("dataset.chat")
-        yield "grpo.chat_template_kwargs", f"prompts are plain text ({why})"
-    kind = run.get("grpo.lr_scheduler_type")
-    if kind in _NO_WARMUP:
+        reason = (
+            "the tokenizer has no chat template" if no_template else run.describe("dataset.chat")
+        )
+        yield "grpo.chat_template_kwargs", f"prompts are plain text ({reason})"
+    schedule = run.get("grpo.lr_scheduler_type")
+    if schedule in _SCHEDULES_WITHOUT_WARMUP:
         yield "grpo.warmup_steps", f"{run.describe('grpo.lr_scheduler_type')} has no warm-up"
     if run.get("dataset.path") is None:
         for name in ("split", "name", "revision", "limit", "eval_split"):
@@ -178,34 +185,34 @@ def _by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
             yield f"dataset.{name}", "the environment makes the prompts and the answers"
 
 
-def _by_evaluation(run: Run) -> Iterator[tuple[str, str]]:
+def _unused_evaluation_keys(run: Run) -> Iterator[tuple[str, str]]:
     """Yield keys without effect, each with the reason. These are the evaluation keys if the run has
     no evaluation, and the metric keys if no setting of the run uses a metric.
     """
-    evaluated = run.get("grpo.eval_strategy") != "no" or run.get("grpo.eval_on_start")
-    if not evaluated and not has_evaluation_data(run):
-        why = f"evaluation is off: {run.describe('grpo.eval_strategy')}"
-        yield from ((f"grpo.{name}", why) for name in _EVALUATION)
-    follows = run.get("grpo.lr_scheduler_type") in METRIC_SCHEDULES
-    best = run.get("grpo.save_strategy") == "best" or run.get("grpo.load_best_model_at_end")
-    if not best and not follows:
-        why = f"the run chooses no checkpoint by a metric: {run.describe('grpo.save_strategy')}"
-        yield "grpo.metric_for_best_model", why
-        yield "grpo.greater_is_better", why
+    has_evaluation = run.get("grpo.eval_strategy") != "no" or run.get("grpo.eval_on_start")
+    if not has_evaluation and not has_evaluation_data(run):
+        reason = f"evaluation is off: {run.describe('grpo.eval_strategy')}"
+        yield from ((f"grpo.{name}", reason) for name in _EVALUATION_KEYS)
+    schedule_uses_metric = run.get("grpo.lr_scheduler_type") in METRIC_SCHEDULES
+    selects_best = run.get("grpo.save_strategy") == "best" or run.get("grpo.load_best_model_at_end")
+    if not selects_best and not schedule_uses_metric:
+        reason = f"the run chooses no checkpoint by a metric: {run.describe('grpo.save_strategy')}"
+        yield "grpo.metric_for_best_model", reason
+        yield "grpo.greater_is_better", reason
     elif run.get("grpo.metric_for_best_model") is None:
-        why = f"no metric is named: {run.describe('grpo.metric_for_best_model')}"
-        yield "grpo.greater_is_better", why
+        reason = f"no metric is named: {run.describe('grpo.metric_for_best_model')}"
+        yield "grpo.greater_is_better", reason
 
 
-def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
+def _unused_tracker_keys(run: Run) -> Iterator[tuple[str, str]]:
     """Yield the keys that no tracker in report_to reads, each with the reason."""
-    asked = run.get("grpo.report_to") or []
-    named = [asked] if isinstance(asked, str) else asked
-    why = f"no tracker in report_to reads this key: {run.describe('grpo.report_to')}"
-    if not [name for name in named if name != "none"]:
-        yield from ((f"grpo.{name}", why) for name in _TRACKED)
-    if "trackio" not in named and "all" not in named:
-        yield from ((f"grpo.{name}", why) for name in _TRACKIO)
+    report_to = run.get("grpo.report_to") or []
+    trackers = [report_to] if isinstance(report_to, str) else report_to
+    reason = f"no tracker in report_to reads this key: {run.describe('grpo.report_to')}"
+    if not [name for name in trackers if name != "none"]:
+        yield from ((f"grpo.{name}", reason) for name in _TRACKER_KEYS)
+    if "trackio" not in trackers and "all" not in trackers:
+        yield from ((f"grpo.{name}", reason) for name in _TRACKIO_KEYS)
 
 
 @rule(
@@ -214,7 +221,7 @@ def _by_tracker(run: Run) -> Iterator[tuple[str, str]]:
     example="grpo:\n  max_new_tokens: 256",
     fix="max_completion_length: 256",
 )
-def older_names(run: Run) -> Iterator[RuleViolation]:
+def no_renamed_keys(run: Run) -> Iterator[RuleViolation]:
     """No key has an old name that TRL, Unsloth or PEFT has since changed.
 
     The toolkit does not read old names. The finding names the key that replaced the old one.
@@ -226,20 +233,24 @@ def older_names(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             old,
             moved.sentence,
-            fixes=(_today(run, old, moved.to),),
+            fixes=(_migration_fix(run, old, moved.to),),
             on_key=True,
         )
 
 
-def _today(run: Run, old: str, use: str | None) -> Fix:
+def _migration_fix(run: Run, old: str, replacement: str | None) -> Fix:
     """The fix for an old key. If a current key has the same meaning, the fix edits the run file.
     Otherwise the fix is only a text.
     """
     path = tuple(old.split("."))
     node = run.document.node(path)
     assert node is not None
-    today = converted(old, node.value)
-    if today is None:
-        return Fix(f"use {use}" if use else "remove the key")
-    to, value = today
-    return drop(run.document.root, path) if to is None else move(run.document.root, path, to, value)
+    new_setting = converted(old, node.value)
+    if new_setting is None:
+        return Fix(f"use {replacement}" if replacement else "remove the key")
+    new_key, value = new_setting
+    return (
+        drop(run.document.root, path)
+        if new_key is None
+        else move(run.document.root, path, new_key, value)
+    )

@@ -32,30 +32,31 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     cache blocks. vLLM needs one more block, which stays empty. `envcheck size` shows the exact
     number. The rule is checked if the model is on this machine.
     """
-    written, length = run.value(_CACHE), run.value(_LENGTH)
-    if type(written) is not int or type(length) is not int:
+    cache_bytes, sequence_tokens = run.value(_CACHE), run.value(_LENGTH)
+    if type(cache_bytes) is not int or type(sequence_tokens) is not int:
         return
     if run.model is None or run.engine != "vllm":
         return
-    halves = {half: run.get(f"grpo.{half}") for half in ("bf16", "fp16")}
-    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=halves)
+    precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
+    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags)
     device = run.situation.device
     on_cpu = device is not None and device.compute_capability is None
-    split = run.get("model.tensor_parallel_size")
-    least = least_cache_bytes(
+    tensor_parallel_size = run.get("model.tensor_parallel_size")
+    min_bytes = least_cache_bytes(
         run.model.text,
-        tokens=length,
+        tokens=sequence_tokens,
         element_bytes=1 if run.get("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
         block_tokens=CPU_BLOCK if on_cpu else GPU_BLOCK,
-        cards=run.world_size if split == "auto" else max(split, 1),
+        cards=run.world_size if tensor_parallel_size == "auto" else max(tensor_parallel_size, 1),
     )
-    if least is None:
+    if min_bytes is None:
         return
-    if written < least:
+    if cache_bytes < min_bytes:
         yield RuleViolation(
             _CACHE,
-            f"a KV cache of {written} bytes is too small: vLLM needs {least} bytes "
-            f"({format_bytes(least)}) for one sequence of {length} tokens and one empty block",
+            f"a KV cache of {cache_bytes} bytes is too small: vLLM needs {min_bytes} bytes "
+            f"({format_bytes(min_bytes)}) for one sequence of {sequence_tokens} tokens and one "
+            "empty block",
             notes=(
                 f"{run.describe(_CACHE)}; {run.describe(_LENGTH)}; model shape from "
                 f"{run.model.source}",

@@ -45,24 +45,26 @@ def prompt_and_completion_fit(run: Run) -> Iterator[RuleViolation]:
         return
     if prompt is None:
         message = f"{completion} leaves no room for a prompt in max_seq_length {context}"
-        sums = f"{run.describe(_COMPLETION)} + a prompt of at least 1 token = {needed}"
+        arithmetic = f"{run.describe(_COMPLETION)} + a prompt of at least 1 token = {needed}"
     else:
         message = f"{prompt} plus max_completion_length {completion} is more than max_seq_length"
-        sums = f"{run.describe(_PROMPT)} + {run.describe(_COMPLETION)} = {needed}"
+        arithmetic = f"{run.describe(_PROMPT)} + {run.describe(_COMPLETION)} = {needed}"
     fixes = []
     if _fits_model(run, needed):
         fixes.append(run.set_fix(_CONTEXT, needed if prompt else completion + 256))
     if prompt is not None and context > completion:
         fixes.append(run.set_fix(_PROMPT, context - completion))
-    room = context - (prompt or min(256, context // 2))
-    if room > 0:
-        fixes.append(run.set_fix(_COMPLETION, room))
-    at = next((key for key in (_PROMPT, _COMPLETION) if prompt and run.is_set(key)), _COMPLETION)
+    remaining_tokens = context - (prompt or min(256, context // 2))
+    if remaining_tokens > 0:
+        fixes.append(run.set_fix(_COMPLETION, remaining_tokens))
+    reported_key = next(
+        (key for key in (_PROMPT, _COMPLETION) if prompt and run.is_set(key)), _COMPLETION
+    )
     yield RuleViolation(
-        at,
+        reported_key,
         f"{message} {context}" if prompt else message,
-        notes=(f"{sums} > {run.describe(_CONTEXT)}",),
-        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        notes=(f"{arithmetic} > {run.describe(_CONTEXT)}",),
+        fixes=tuple(sorted(fixes, key=lambda fix: not fix.edits)),
         related=(_COMPLETION, _CONTEXT),
     )
 
@@ -86,7 +88,7 @@ grpo:
 """,
     fix="max_seq_length: 1024",
 )
-def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
+def context_is_not_oversized(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is not much larger than prompt and completion together.
 
     The engine reserves KV cache for at least one sequence of max_seq_length tokens. The engine's
@@ -116,7 +118,7 @@ def context_is_not_many_times_the_need(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  model_name: HuggingFaceTB/SmolLM2-135M\n  max_seq_length: 16384",
     fix="max_seq_length: 8192",
 )
-def within_the_model(run: Run) -> Iterator[RuleViolation]:
+def context_fits_model(run: Run) -> Iterator[RuleViolation]:
     """max_seq_length is at most the model's maximum length.
 
     The maximum is max_position_embeddings in the model's config.json. A linear, dynamic or YaRN

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _FORMATS = ("load_in_4bit", "load_in_8bit", "load_in_16bit")
-_FAST = "model.fast_inference"
+_FAST_INFERENCE = "model.fast_inference"
 _ENGINE = "runtime.engine"
-_TOKENS = "model.max_num_batched_tokens"
+_BATCHED_TOKENS = "model.max_num_batched_tokens"
 _SEQUENCES = "model.max_num_seqs"
 _CHUNKED = "model.enable_chunked_prefill"
-_SHARE = "model.gpu_memory_utilization"
+_MEMORY_UTILIZATION = "model.gpu_memory_utilization"
 
 
 @rule(
@@ -28,29 +28,29 @@ _SHARE = "model.gpu_memory_utilization"
     example="model:\n  load_in_4bit: true\n  load_in_8bit: true",
     fix="set load_in_8bit: false",
 )
-def one_format(run: Run) -> Iterator[RuleViolation]:
+def one_weight_format(run: Run) -> Iterator[RuleViolation]:
     """At most one of load_in_4bit, load_in_8bit and load_in_16bit is true.
 
     Weights can be stored in only one format.
     """
-    chosen = [name for name in _FORMATS if run.get(f"model.{name}")]
-    if len(chosen) > 1:
+    formats = [name for name in _FORMATS if run.get(f"model.{name}")]
+    if len(formats) > 1:
         yield RuleViolation(
-            f"model.{chosen[1]}",
-            f"weights can be stored in only one format, but {' and '.join(chosen)} are true",
-            notes=("; ".join(run.describe(f"model.{name}") for name in chosen),),
-            fixes=tuple(run.set_fix(f"model.{name}", False) for name in chosen[1:]),
-            related=tuple(f"model.{name}" for name in chosen),
+            f"model.{formats[1]}",
+            f"weights can be stored in only one format, but {' and '.join(formats)} are true",
+            notes=("; ".join(run.describe(f"model.{name}") for name in formats),),
+            fixes=tuple(run.set_fix(f"model.{name}", False) for name in formats[1:]),
+            related=tuple(f"model.{name}" for name in formats),
         )
 
 
 @rule(
     "LOAD003",
-    f"{_FAST} model.trust_remote_code model.full_finetuning model.load_in_8bit",
+    f"{_FAST_INFERENCE} model.trust_remote_code model.full_finetuning model.load_in_8bit",
     example="model:\n  fast_inference: true\n  full_finetuning: true",
     fix="fast_inference: false",
 )
-def engine_conditions(run: Run) -> Iterator[RuleViolation]:
+def engine_supports_loading(run: Run) -> Iterator[RuleViolation]:
     """fast_inference excludes trust_remote_code, full_finetuning and load_in_8bit.
 
     The engine runs its own model code, not the checkpoint's. Engine and trainer share the base
@@ -59,15 +59,19 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine == "transformers":
         return
-    for name, why in ENGINE_EXCLUDES.items():
+    for name, reason in ENGINE_EXCLUDES.items():
         if run.get(f"model.{name}"):
-            key = _FAST if run.is_set(_FAST) and run.get(_FAST) is True else _ENGINE
-            off = False if key == _FAST else "transformers"
+            key = (
+                _FAST_INFERENCE
+                if run.is_set(_FAST_INFERENCE) and run.get(_FAST_INFERENCE) is True
+                else _ENGINE
+            )
+            other_value = False if key == _FAST_INFERENCE else "transformers"
             yield RuleViolation(
                 f"model.{name}",
-                f"cannot be used with the vLLM engine: {why}",
+                f"cannot be used with the vLLM engine: {reason}",
                 notes=(run.describe(key),),
-                fixes=(run.set_fix(f"model.{name}", False), run.set_fix(key, off)),
+                fixes=(run.set_fix(f"model.{name}", False), run.set_fix(key, other_value)),
                 related=(key,),
                 severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
             )
@@ -75,7 +79,7 @@ def engine_conditions(run: Run) -> Iterator[RuleViolation]:
 
 @rule(
     "LOAD007",
-    f"{_TOKENS} {_SEQUENCES} {_CHUNKED} model.max_seq_length",
+    f"{_BATCHED_TOKENS} {_SEQUENCES} {_CHUNKED} model.max_seq_length",
     example="model:\n  max_num_batched_tokens: 128\n  max_num_seqs: 256",
     fix="max_num_batched_tokens: 256",
 )
@@ -86,35 +90,35 @@ def tokens_for_every_sequence(run: Run) -> Iterator[RuleViolation]:
     A decoding step processes one token of each sequence. Without chunked prefill a whole prompt
     must fit into one step.
     """
-    tokens, sequences = run.value(_TOKENS), run.value(_SEQUENCES)
+    tokens, sequences = run.value(_BATCHED_TOKENS), run.value(_SEQUENCES)
     if tokens == "auto":
         return
     if sequences != "auto" and tokens < sequences:
         yield RuleViolation(
-            _TOKENS,
+            _BATCHED_TOKENS,
             f"{tokens} tokens per step are too few for {sequences} sequences at a time",
-            notes=(f"{run.describe(_TOKENS)} < {run.describe(_SEQUENCES)}",),
-            fixes=(run.set_fix(_TOKENS, sequences), run.set_fix(_SEQUENCES, tokens)),
+            notes=(f"{run.describe(_BATCHED_TOKENS)} < {run.describe(_SEQUENCES)}",),
+            fixes=(run.set_fix(_BATCHED_TOKENS, sequences), run.set_fix(_SEQUENCES, tokens)),
             related=(_SEQUENCES,),
         )
     length = run.value("model.max_seq_length")
     if not run.value(_CHUNKED) and tokens < length:
         yield RuleViolation(
-            _TOKENS,
+            _BATCHED_TOKENS,
             f"{tokens} tokens per step are fewer than max_seq_length {length}",
             notes=(f"{run.describe(_CHUNKED)}: a whole prompt must fit into one step",),
-            fixes=(run.set_fix(_TOKENS, length), run.set_fix(_CHUNKED, True)),
+            fixes=(run.set_fix(_BATCHED_TOKENS, length), run.set_fix(_CHUNKED, True)),
             related=(_CHUNKED, "model.max_seq_length"),
         )
 
 
 @rule(
     "LOAD008",
-    _SHARE,
+    _MEMORY_UTILIZATION,
     example="model:\n  gpu_memory_utilization: 1.2",
     fix="gpu_memory_utilization: auto",
 )
-def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
+def memory_utilization_is_fraction(run: Run) -> Iterator[RuleViolation]:
     """gpu_memory_utilization is above 0 and below 1, and in the range that the sizer finds for the
     card.
 
@@ -122,22 +126,24 @@ def a_part_of_the_card(run: Run) -> Iterator[RuleViolation]:
     is checked with --gpu NAME when the model is on this machine. `envcheck size` shows the whole
     memory budget.
     """
-    node = run.node(_SHARE)
+    node = run.node(_MEMORY_UTILIZATION)
     if node is None or type(node.value) not in (int, float) or 0 < node.value < 1:
         return
     if node.value != node.value:
         return
-    likely = round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"  # 90: a percentage
+    suggestion = (
+        round(node.value / 100, 4) if 10 <= node.value < 100 else "auto"
+    )  # 90: a percentage
     yield RuleViolation(
-        _SHARE,
+        _MEMORY_UTILIZATION,
         f"{node.value} is out of range: it must be a fraction above 0 and below 1",
-        fixes=(run.set_fix(_SHARE, likely),),
+        fixes=(run.set_fix(_MEMORY_UTILIZATION, suggestion),),
     )
 
 
 @rule(
     "LOAD010",
-    f"{_ENGINE} {_FAST}",
+    f"{_ENGINE} {_FAST_INFERENCE}",
     example="model:\n  fast_inference: false\nruntime:\n  engine: vllm",
     fix="engine: transformers",
 )
@@ -147,15 +153,15 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     Both keys choose the engine. runtime.engine chooses it by name, and fast_inference: true chooses
     the vLLM engine.
     """
-    engine, fast = run.value(_ENGINE), run.value(_FAST)
-    wanted = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))
-    if wanted is not None:
+    engine, fast = run.value(_ENGINE), run.value(_FAST_INFERENCE)
+    consistent_value = {("vllm", False): True, ("transformers", True): False}.get((engine, fast))
+    if consistent_value is not None:
         yield RuleViolation(
             _ENGINE,
             f"{engine} contradicts fast_inference {str(fast).lower()}",
-            notes=(run.describe(_FAST),),
-            fixes=(run.set_fix(_FAST, wanted), run.set_fix(_ENGINE, "auto")),
-            related=(_FAST,),
+            notes=(run.describe(_FAST_INFERENCE),),
+            fixes=(run.set_fix(_FAST_INFERENCE, consistent_value), run.set_fix(_ENGINE, "auto")),
+            related=(_FAST_INFERENCE,),
         )
 
 
@@ -166,7 +172,7 @@ def engine_and_fast_inference_agree(run: Run) -> Iterator[RuleViolation]:
     fix="dequantized_rollouts: auto",
     severity=Severity.WARNING,
 )
-def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
+def dequantizing_needs_4bit_weights(run: Run) -> Iterator[RuleViolation]:
     """dequantized_rollouts: true needs base weights in 4 bits and an engine on one GPU.
 
     The key replaces 4-bit weights by 16-bit copies while the engine samples. Weights that are
@@ -174,16 +180,19 @@ def something_to_dequantize(run: Run) -> Iterator[RuleViolation]:
     toolkit cannot replace weights.
     """
     key = "model.dequantized_rollouts"
-    written = run.value(key)
-    if run.engine == "transformers" or written in ("auto", False):
+    setting = run.value(key)
+    if run.engine == "transformers" or setting in ("auto", False):
         return
-    for other, wanted in (("model.load_in_4bit", True), ("model.tensor_parallel_size", 1)):
-        if run.value(other) != wanted:
+    for required_key, required_value in (
+        ("model.load_in_4bit", True),
+        ("model.tensor_parallel_size", 1),
+    ):
+        if run.value(required_key) != required_value:
             yield RuleViolation(
                 key,
                 "has no effect: it needs 4-bit weights and an engine on one GPU",
-                notes=(run.describe(other),),
+                notes=(run.describe(required_key),),
                 fixes=(run.set_fix(key, "auto"),),
-                related=(other,),
+                related=(required_key,),
             )
             return

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_R = "lora.r"
+_RANK = "lora.r"
 _TARGETS = "lora.target_modules"
 _INIT = "lora.init_lora_weights"
 
 
-@rule("LORA001", _R, example="lora:\n  r: 0", fix="r: 16")
+@rule("LORA001", _RANK, example="lora:\n  r: 0", fix="r: 16")
 def positive_rank(run: Run) -> Iterator[RuleViolation]:
     """lora.r is an integer above 0.
 
     The adapter of a layer is the product of two matrices, B times A. B has r columns and A has r
     rows.
     """
-    node = run.node(_R)
+    node = run.node(_RANK)
     if node is not None and type(node.value) is int and node.value <= 0:
         yield RuleViolation(
-            _R,
+            _RANK,
             f"{node.value} is not a valid rank: it must be above 0",
-            fixes=(run.set_fix(_R, 16),),
+            fixes=(run.set_fix(_RANK, 16),),
         )
 
 
@@ -49,7 +49,7 @@ lora:
 """,
     fix="init_lora_weights: true",
 )
-def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
+def loftq_needs_unquantized_weights(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights: loftq needs base weights that are not quantized.
 
     LoftQ quantizes the base weights itself and initializes the adapter with the quantization error.
@@ -81,7 +81,7 @@ def loftq_quantizes_itself(run: Run) -> Iterator[RuleViolation]:
     example="lora:\n  init_lora_weights: guassian",
     fix="init_lora_weights: gaussian",
 )
-def known_init(run: Run) -> Iterator[RuleViolation]:
+def init_is_known(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a value that PEFT accepts.
 
     The values are true (the adapter matrix B starts at 0), false (B starts at random values), and
@@ -91,16 +91,16 @@ def known_init(run: Run) -> Iterator[RuleViolation]:
     value = run.value(_INIT)
     if isinstance(value, bool):
         return
-    legal = known("lora_inits")
-    names = [name for name in legal.values if "[" not in name]
+    supported = known("lora_inits")
+    names = [name for name in supported.values if "[" not in name]
     if value in names or re.fullmatch(r"pissa_niter_[0-9]{1,3}", value):
         return
-    close = nearest(value, names)
+    suggestion = nearest(value, names)
     yield RuleViolation(
         _INIT,
-        f"{value} is not an initialization that {legal.origin} supports",
+        f"{value} is not an initialization that {supported.origin} supports",
         notes=(f"legal values: true, false, {', '.join(names)}, pissa_niter_16",),
-        fixes=(run.set_fix(_INIT, close or True),),
+        fixes=(run.set_fix(_INIT, suggestion or True),),
     )
 
 
@@ -122,7 +122,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
     if targets == "auto":
         return
     if isinstance(targets, str):
-        yield from _pattern(run, targets)
+        yield from _pattern_violations(run, targets)
         return
     modules = run.model.modules if run.model is not None else None
     if not modules or not run.is_set(_TARGETS):
@@ -131,30 +131,30 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
     assert node is not None
     for index, name in enumerate(targets):
         if not any(module == name or module.endswith(f".{name}") for module in modules):
-            last = sorted({module.rpartition(".")[2] for module in modules})
-            close = nearest(name, last)
+            leaf_names = sorted({module.rpartition(".")[2] for module in modules})
+            suggestion = nearest(name, leaf_names)
             yield RuleViolation(
                 ("lora", "target_modules", index),
                 f"the model has no module {name}",
-                notes=(f"its modules: {', '.join(last[:14])}",),
-                fixes=(run.replace_fix(node.value[index], close),) if close else (),
+                notes=(f"its modules: {', '.join(leaf_names[:14])}",),
+                fixes=(run.replace_fix(node.value[index], suggestion),) if suggestion else (),
             )
 
 
-def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
+def _pattern_violations(run: Run, text: str) -> Iterator[RuleViolation]:
     if text == "all-linear":
         return
-    wrong = pattern_fault(text)
-    if wrong is not None and wrong.startswith("not a"):
-        yield RuleViolation(_TARGETS, wrong)
+    problem = pattern_fault(text)
+    if problem is not None and problem.startswith("not a"):
+        yield RuleViolation(_TARGETS, problem)
         return
     modules = run.model.modules if run.model is not None else None
-    if wrong is not None or not modules:
+    if problem is not None or not modules:
         return  # expressions that could take very long are not tried here
-    inside = {module.rpartition(".")[0] for module in modules}
+    parents = {module.rpartition(".")[0] for module in modules}
     norms = {module for module in modules if module.lower().endswith("norm")}
-    left_out = run.get("lora.exclude_modules") is not None
-    for module in () if left_out else sorted(norms | inside - modules - {""}):
+    has_exclusions = run.get("lora.exclude_modules") is not None
+    for module in () if has_exclusions else sorted(norms | parents - modules - {""}):
         if re.fullmatch(text, module):
             yield RuleViolation(
                 _TARGETS,
@@ -177,7 +177,7 @@ def _pattern(run: Run, text: str) -> Iterator[RuleViolation]:
     example="lora:\n  layers_pattern: layers",
     fix="layers_to_transform: [0, 1]",
 )
-def layers_go_together(run: Run) -> Iterator[RuleViolation]:
+def layer_keys_are_compatible(run: Run) -> Iterator[RuleViolation]:
     """layers_pattern needs layers_to_transform. Neither key can be used if target_modules is a
     string.
 
@@ -211,7 +211,7 @@ def layers_go_together(run: Run) -> Iterator[RuleViolation]:
     fix="lora_dropout: 0.0",
     severity=Severity.WARNING,
 )
-def dropout_differs(run: Run) -> Iterator[RuleViolation]:
+def no_dropout(run: Run) -> Iterator[RuleViolation]:
     """lora_dropout is 0.
 
     With dropout the trainer's log-probabilities differ from those of the policy that the engine

@@ -16,42 +16,42 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
     from toolkit.config.source import KeyPath
 
-_R = "lora.r"
-_ROOM = "model.max_lora_rank"
+_RANK = "lora.r"
+_MAX_RANK = "model.max_lora_rank"
 _TARGETS = "lora.target_modules"
 
 
 @rule(
     "LORA002",
-    _ROOM,
+    _MAX_RANK,
     example="model:\n  max_lora_rank: 24",
     fix="max_lora_rank: 32",
 )
-def legal_room(run: Run) -> Iterator[RuleViolation]:
+def max_rank_is_supported(run: Run) -> Iterator[RuleViolation]:
     """max_lora_rank is one of the ranks that vLLM has kernels for.
 
     vLLM accepts only 1, 8, 16, 32, 64, 128, 256, 320 and 512. If vLLM is installed, the list is
     read from the installed vLLM. auto chooses the smallest of these ranks that is at least lora.r.
     The toolkit never changes a value that the run file sets.
     """
-    node = run.node(_ROOM)
+    node = run.node(_MAX_RANK)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
         return
-    legal = known("lora_ranks")
-    if node.value in legal.values:
+    supported = known("lora_ranks")
+    if node.value in supported.values:
         return
-    up = smallest_rank(max(node.value, 1), legal.values) or max(legal.values)
+    next_rank = smallest_rank(max(node.value, 1), supported.values) or max(supported.values)
     yield RuleViolation(
-        _ROOM,
-        f"{node.value} is not a rank that {legal.origin} supports",
-        notes=(f"legal values: auto, {', '.join(map(str, legal.values))}",),
-        fixes=(run.set_fix(_ROOM, up),),
+        _MAX_RANK,
+        f"{node.value} is not a rank that {supported.origin} supports",
+        notes=(f"legal values: auto, {', '.join(map(str, supported.values))}",),
+        fixes=(run.set_fix(_MAX_RANK, next_rank),),
     )
 
 
 @rule(
     "LORA003",
-    f"{_R} {_ROOM} lora.rank_pattern",
+    f"{_RANK} {_MAX_RANK} lora.rank_pattern",
     example="model:\n  max_lora_rank: 64\nlora:\n  r: 65",
     fix="max_lora_rank: 128, or r: 64",
 )
@@ -63,29 +63,30 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine == "transformers":
         return
-    room, legal = run.value(_ROOM), known("lora_ranks")
-    largest = max(legal.values)
-    if room != "auto" and room not in legal.values:
+    max_rank, supported = run.value(_MAX_RANK), known("lora_ranks")
+    largest = max(supported.values)
+    if max_rank != "auto" and max_rank not in supported.values:
         return  # LORA002 reports this fault
-    most = largest if room == "auto" else room
-    for at, operand, rank in _ranks(run):
-        if rank <= most:
+    limit = largest if max_rank == "auto" else max_rank
+    for path, rank_text, rank in _ranks(run):
+        if rank <= limit:
             continue
-        lower = _lower(run, at, most)
-        if room == "auto":
+        lower_fix = _lower_rank_fix(run, path, limit)
+        if max_rank == "auto":
             yield RuleViolation(
-                at,
-                f"rank {rank} is above {largest}, the largest rank that {legal.origin} supports",
-                fixes=(lower,),
+                path,
+                f"rank {rank} is above {largest}, the largest rank that {supported.origin} "
+                "supports",
+                fixes=(lower_fix,),
             )
             continue
-        up = smallest_rank(rank, legal.values)
+        next_rank = smallest_rank(rank, supported.values)
         yield RuleViolation(
-            at,
-            f"{rank} is more than max_lora_rank {room}",
-            notes=(f"{operand} > {run.describe(_ROOM)}",),
-            fixes=(*((run.set_fix(_ROOM, up),) if up else ()), lower),
-            related=(_ROOM,),
+            path,
+            f"{rank} is more than max_lora_rank {max_rank}",
+            notes=(f"{rank_text} > {run.describe(_MAX_RANK)}",),
+            fixes=(*((run.set_fix(_MAX_RANK, next_rank),) if next_rank else ()), lower_fix),
+            related=(_MAX_RANK,),
         )
 
 
@@ -93,18 +94,18 @@ def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
     """Yield three values for lora.r and for each rank in lora.rank_pattern: the key path, a text
     that says where the rank was set, and the rank.
     """
-    yield ("lora", "r"), run.describe(_R), run.value(_R)
+    yield ("lora", "r"), run.describe(_RANK), run.value(_RANK)
     for key, rank in run.mapping("lora.rank_pattern").items():
-        at = ("lora", "rank_pattern", key)
-        yield at, f"rank of {key} {rank} ({run.origin(run.document.node(at))})", rank
+        path = ("lora", "rank_pattern", key)
+        yield path, f"rank of {key} {rank} ({run.origin(run.document.node(path))})", rank
 
 
-def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
-    """The fix that sets the key ``at`` to a lower rank."""
-    node = run.document.node(at)
-    if len(at) == 2 or node is None or node.source.is_override:
-        return run.set_fix(_R, rank) if len(at) == 2 else Fix(f"{at[-1]}: {rank}")
-    return Fix(f"{at[-1]}: {rank}", run.replace_fix(node, rank).edits)
+def _lower_rank_fix(run: Run, path: KeyPath, rank: int) -> Fix:
+    """The fix that sets the key ``path`` to a lower rank."""
+    node = run.document.node(path)
+    if len(path) == 2 or node is None or node.source.is_override:
+        return run.set_fix(_RANK, rank) if len(path) == 2 else Fix(f"{path[-1]}: {rank}")
+    return Fix(f"{path[-1]}: {rank}", run.replace_fix(node, rank).edits)
 
 
 @rule(
@@ -113,7 +114,7 @@ def _lower(run: Run, at: KeyPath, rank: int) -> Fix:
     example="runtime: {engine: vllm}\nlora:\n  use_dora: true",
     fix="use_dora: false, or runtime.engine: transformers",
 )
-def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
+def engine_supports_adapter(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the adapter is plain LoRA on linear layers.
 
     vLLM does not support trained biases, DoRA, modules_to_save, or an adapter on embed_tokens or
@@ -124,10 +125,10 @@ def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
     if run.engine == "transformers" or run.get("model.full_finetuning"):
         return
     severity = Severity.ERROR if run.engine == "vllm" else Severity.WARNING
-    for key, wrong, fix in _unfollowed(run):
+    for key, problem, fix in _unsupported_settings(run):
         yield RuleViolation(
             key,
-            wrong if run.engine == "vllm" else f"{wrong} (engine: auto uses vLLM if installed)",
+            problem if run.engine == "vllm" else f"{problem} (engine: auto uses vLLM if installed)",
             notes=(run.describe("runtime.engine"),),
             fixes=(fix, run.set_fix("runtime.engine", "transformers"))
             if fix is not REMOVE_HEAD_FIX
@@ -136,7 +137,7 @@ def engine_can_follow(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
+def _unsupported_settings(run: Run) -> Iterator[tuple[str, str, Fix]]:
     bias = run.get("lora.bias")
     if bias != "none":
         yield (
@@ -147,8 +148,8 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if run.get("lora.use_dora"):
         yield "lora.use_dora", "vLLM does not support DoRA", run.set_fix("lora.use_dora", False)
     if run.get("lora.modules_to_save"):
-        wrong = "vLLM does not support modules that are fully trained"
-        yield "lora.modules_to_save", wrong, Fix("remove modules_to_save")
+        problem = "vLLM does not support modules that are fully trained"
+        yield "lora.modules_to_save", problem, Fix("remove modules_to_save")
     targets = run.get(_TARGETS)
     if "embed_tokens" in targets:
         yield (
@@ -157,15 +158,15 @@ def _unfollowed(run: Run) -> Iterator[tuple[str, str, Fix]]:
             Fix("remove embed_tokens from target_modules"),
         )
     if "kv_b_proj" in targets:
-        wrong = "vLLM's latent attention ignores an adapter on kv_b_proj"
-        yield _TARGETS, wrong, Fix("remove kv_b_proj from target_modules")
+        problem = "vLLM's latent attention ignores an adapter on kv_b_proj"
+        yield _TARGETS, problem, Fix("remove kv_b_proj from target_modules")
     if adapts_head(run) and not _head_reported_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", REMOVE_HEAD_FIX
     init = run.get("lora.init_lora_weights")
-    wrong_init = init_with_engine(init)
-    told = init == "loftq" and run.get("model.load_in_4bit")  # LORA005 reports this fault
-    if wrong_init is not None and not told:
-        yield "lora.init_lora_weights", wrong_init, run.set_fix("lora.init_lora_weights", True)
+    init_problem = init_with_engine(init)
+    reported_elsewhere = init == "loftq" and run.get("model.load_in_4bit")  # LORA005
+    if init_problem is not None and not reported_elsewhere:
+        yield "lora.init_lora_weights", init_problem, run.set_fix("lora.init_lora_weights", True)
 
 
 def _head_reported_elsewhere(run: Run) -> bool:
@@ -181,7 +182,7 @@ def _head_reported_elsewhere(run: Run) -> bool:
     example="runtime: {engine: transformers}\nlora:\n  target_modules: [q_proj, lm_head]",
     fix="remove lm_head from target_modules",
 )
-def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
+def no_adapter_on_lm_head(run: Run) -> Iterator[RuleViolation]:
     """lm_head cannot have an adapter.
 
     TRL computes log-probabilities from lm_head.weight directly, so an adapter on lm_head would
@@ -199,7 +200,7 @@ def head_is_never_trained(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  max_loras: 4\n  max_cpu_loras: 2",
     fix="max_cpu_loras: 4",
 )
-def cpu_holds_at_least(run: Run) -> Iterator[RuleViolation]:
+def cpu_adapters_cover_gpu_adapters(run: Run) -> Iterator[RuleViolation]:
     """max_cpu_loras is at least max_loras.
 
     Every adapter on the GPU is also kept in main memory.

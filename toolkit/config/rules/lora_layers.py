@@ -29,25 +29,25 @@ _INIT = "lora.init_lora_weights"
     example="lora:\n  layers_to_transform: [0, 99]",
     fix="layers_to_transform: [0, 1]",
 )
-def layers_are_there(run: Run) -> Iterator[RuleViolation]:
+def layers_exist(run: Run) -> Iterator[RuleViolation]:
     """The layer numbers in layers_to_transform exist in the model.
 
     Layers are counted from 0. PEFT silently skips a layer that does not exist, so the adapter would
     have fewer layers than the run file sets. The rule is checked if the model is on this machine.
     """
     layers = run.value(_LAYERS)
-    count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
-    beyond = layers_beyond(layers, count)
-    if not beyond:
+    layer_count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
+    missing_layers = layers_beyond(layers, layer_count)
+    if not missing_layers:
         return
-    assert count is not None
+    assert layer_count is not None
     assert run.model is not None
-    listed = [layers] if isinstance(layers, int) else list(layers)
-    kept = [layer for layer in listed if layer not in beyond]
+    layer_list = [layers] if isinstance(layers, int) else list(layers)
+    kept = [layer for layer in layer_list if layer not in missing_layers]
     yield RuleViolation(
         _LAYERS,
-        f"the model has no layer {', '.join(map(str, beyond))}: it has {count} layers "
-        f"(0 to {count - 1})",
+        f"the model has no layer {', '.join(map(str, missing_layers))}: it has {layer_count} "
+        f"layers (0 to {layer_count - 1})",
         notes=(f"num_hidden_layers in {run.model.source}",),
         fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.set_fix(_LAYERS, None),),
     )
@@ -59,7 +59,7 @@ def layers_are_there(run: Run) -> Iterator[RuleViolation]:
     example="runtime: {engine: transformers}\nlora:\n  init_lora_weights: corda",
     fix="init_lora_weights: true",
 )
-def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
+def init_needs_no_data(run: Run) -> Iterator[RuleViolation]:
     """init_lora_weights is a method that a run file can configure completely.
 
     CorDA, EVA and LoRA-GA need data before the adapter is created. LoftQ needs a loftq_config. A
@@ -67,12 +67,14 @@ def init_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
     method or starts from random values.
     """
     init = run.value(_INIT)
-    why = DATA_INITS.get(init) if isinstance(init, str) else None
-    if why is None or run.engine != "transformers":
+    reason = DATA_INITS.get(init) if isinstance(init, str) else None
+    if reason is None or run.engine != "transformers":
         return  # with the engine, LORA004 reports the method
     if init == "loftq" and (run.get("model.load_in_4bit") or run.get("model.load_in_8bit")):
         return  # LORA005 reports this fault
-    yield RuleViolation(_INIT, f"{init} cannot be used: {why}", fixes=(run.set_fix(_INIT, True),))
+    yield RuleViolation(
+        _INIT, f"{init} cannot be used: {reason}", fixes=(run.set_fix(_INIT, True),)
+    )
 
 
 @rule(
@@ -94,24 +96,24 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
         return
     if run.get("model.full_finetuning"):
         return
-    written = run.is_set(_TARGETS)
+    is_in_file = run.is_set(_TARGETS)
     for index, name in enumerate(targets):
         leaf = str(name).rpartition(".")[2]
-        if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _there(run, leaf):
+        if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _is_module(run, leaf):
             continue
         yield RuleViolation(
-            ("lora", "target_modules", index) if written else "lora.adapter_path",
+            ("lora", "target_modules", index) if is_in_file else "lora.adapter_path",
             f"the vLLM engine has no LoRA slots for {leaf}",
             notes=(f"it has slots for {', '.join(SLOTS)}; {run.describe('runtime.engine')}",),
             fixes=(
-                *((Fix(f"remove {name}"),) if written else ()),
+                *((Fix(f"remove {name}"),) if is_in_file else ()),
                 run.set_fix("runtime.engine", "transformers"),
             ),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,
         )
 
 
-def _there(run: Run, leaf: str) -> bool:
+def _is_module(run: Run, leaf: str) -> bool:
     """Whether ``leaf`` is the name of a module of the model. If the names of the modules are not
     known, the result is True. For a normalization layer the result is False, because LORA028
     reports it.
@@ -139,16 +141,16 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     if pattern is None or not modules or run.value(_LAYERS) is None:
         return
     lists = {
-        parts[place - 1]
+        parts[position - 1]
         for parts in (module.split(".") for module in modules)
-        for place in range(1, len(parts))
-        if parts[place].isdigit()
+        for position in range(1, len(parts))
+        if parts[position].isdigit()
     }
-    named = [pattern] if isinstance(pattern, str) else list(pattern)
-    if not any(name in lists for name in named):
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not any(name in lists for name in patterns):
         yield RuleViolation(
             _PATTERN,
-            f"the model has no list of layers named {' or '.join(named)}",
+            f"the model has no list of layers named {' or '.join(patterns)}",
             notes=(f"its lists of layers: {', '.join(sorted(lists))}",),
             fixes=(run.set_fix(_PATTERN, min(lists)),) if len(lists) == 1 else (),
         )
@@ -160,34 +162,34 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     example="runtime: {engine: transformers}\nlora:\n  modules_to_save: [lm_hed]",
     fix="modules_to_save: [lm_head]",
 )
-def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
+def saved_modules_exist(run: Run) -> Iterator[RuleViolation]:
     """The modules in modules_to_save exist and have no adapter.
 
     modules_to_save is the list of modules that are fully trained. PEFT silently skips a name that
     is not in the model, so nothing would be trained for this name. A module that is fully trained
     cannot also have an adapter. The rule is checked if the model's weights are on this machine.
     """
-    named = run.value("lora.modules_to_save")
+    saved_modules = run.value("lora.modules_to_save")
     modules = run.model.modules if run.model is not None else None
-    if not named or not modules:
+    if not saved_modules or not modules:
         return
     targets = run.value(_TARGETS)
     adapted = () if isinstance(targets, str) else targets
-    for index, name in enumerate(named):
-        at = ("lora", "modules_to_save", index)
-        parts = f".{name}."
-        if not any(parts in f".{module}." for module in modules):
-            last = sorted({module.rpartition(".")[2] for module in modules})
-            close = nearest(name, last)
+    for index, name in enumerate(saved_modules):
+        path = ("lora", "modules_to_save", index)
+        dotted_name = f".{name}."
+        if not any(dotted_name in f".{module}." for module in modules):
+            leaf_names = sorted({module.rpartition(".")[2] for module in modules})
+            suggestion = nearest(name, leaf_names)
             yield RuleViolation(
-                at,
+                path,
                 f"the model has no module {name}",
-                notes=(f"its modules: {', '.join(last[:14])}",),
-                fixes=(Fix(f"write {close}"),) if close else (),
+                notes=(f"its modules: {', '.join(leaf_names[:14])}",),
+                fixes=(Fix(f"write {suggestion}"),) if suggestion else (),
             )
         elif name in adapted:
             yield RuleViolation(
-                at,
+                path,
                 f"{name} would be fully trained and also get an adapter from target_modules",
                 notes=(run.describe(_TARGETS),),
                 fixes=(Fix(f"remove {name} from modules_to_save or from target_modules"),),
@@ -200,7 +202,7 @@ def saved_modules_are_there(run: Run) -> Iterator[RuleViolation]:
     example="lora:\n  target_modules: [q_proj, input_layernorm]",
     fix="target_modules: [q_proj]",
 )
-def targets_are_matrices(run: Run) -> Iterator[RuleViolation]:
+def no_norm_layer_targets(run: Run) -> Iterator[RuleViolation]:
     """target_modules contains no normalization layer.
 
     An adapter is a product of two matrices that is added to a weight matrix. The weight of a

@@ -30,7 +30,7 @@ _START_KEYS = " ".join((_PATH, *(f"lora.{name}" for name in INHERITED)))
     example="lora:\n  adapter_path: runs/first/adapter  # of rank 8\n  r: 16",
     fix="remove r, or set r: 8",
 )
-def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
+def adapter_matches_lora_keys(run: Run) -> Iterator[RuleViolation]:
     """adapter_path is the folder of a LoRA adapter, and the other lora keys that are set match this
     adapter.
 
@@ -42,18 +42,19 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     if node is None or run.value(_PATH) is None:
         return
     folder = resolve(node.value, node)
-    values = read_adapter(folder)
-    if values is None or not exists(folder / WEIGHTS_FILE):
-        lacks = "adapter_config.json" if values is None else WEIGHTS_FILE
-        what = f"has no readable {lacks}" if exists(folder) else "does not exist"
+    adapter_config = read_adapter(folder)
+    if adapter_config is None or not exists(folder / WEIGHTS_FILE):
+        missing_file = "adapter_config.json" if adapter_config is None else WEIGHTS_FILE
+        problem = f"has no readable {missing_file}" if exists(folder) else "does not exist"
         yield RuleViolation(
-            _PATH, f"{folder} {what}: adapter_path must be the folder of an adapter"
+            _PATH, f"{folder} {problem}: adapter_path must be the folder of an adapter"
         )
         return
-    if values.get("peft_type") != "LORA":
+    if adapter_config.get("peft_type") != "LORA":
         yield RuleViolation(
             _PATH,
-            f"the adapter has peft_type {values.get('peft_type')}, but only LORA is supported",
+            f"the adapter has peft_type {adapter_config.get('peft_type')}, but only LORA is "
+            "supported",
         )
         return
     init = "lora.init_lora_weights"
@@ -65,18 +66,18 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
             severity=Severity.WARNING,
         )
     for name in INHERITED:
-        key, theirs = f"lora.{name}", run.adapter.get(name)
+        key, adapter_value = f"lora.{name}", run.adapter.get(name)
         if not run.is_set(key):
             continue
         if name in ("rank_pattern", "alpha_pattern"):
-            ours, theirs = run.mapping(key), theirs or {}
+            run_value, adapter_value = run.mapping(key), adapter_value or {}
         else:
-            ours = run.value(key)
-        if _comparable(ours, name) != _comparable(theirs, name):
+            run_value = run.value(key)
+        if _comparable(run_value, name) != _comparable(adapter_value, name):
             yield RuleViolation(
                 key,
-                f"the run file sets {show(ours)}, but the adapter that the run starts from has "
-                f"{show(theirs)}",
+                f"the run file sets {show(run_value)}, but the adapter that the run starts from "
+                f"has {show(adapter_value)}",
                 notes=(run.describe(_PATH),),
                 fixes=(Fix(f"remove {name}, so that the adapter's value is used"),),
                 related=(_PATH,),
@@ -89,7 +90,7 @@ def starts_from_an_adapter(run: Run) -> Iterator[RuleViolation]:
     example="lora:\n  adapter_path: runs/pissa/adapter  # init_lora_weights: pissa",
     fix="use an adapter that was trained with init_lora_weights: true",
 )
-def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
+def adapter_fits_base_model(run: Run) -> Iterator[RuleViolation]:
     """The adapter at adapter_path was trained on the unchanged weights of the checkpoint, and the
     keys of the lora section can describe this adapter.
 
@@ -99,10 +100,12 @@ def start_belongs_to_the_base(run: Run) -> Iterator[RuleViolation]:
     be computed incorrectly.
     """
     node = run.node(_PATH)
-    values = None if node is None or not node.value else read_adapter(resolve(node.value, node))
-    if values is None or values.get("peft_type") != "LORA":
+    adapter_config = (
+        None if node is None or not node.value else read_adapter(resolve(node.value, node))
+    )
+    if adapter_config is None or adapter_config.get("peft_type") != "LORA":
         return  # LORA024 reports this fault
-    problem = start_problem(values)
+    problem = start_problem(adapter_config)
     if problem is not None:
         yield RuleViolation(_PATH, problem.message, fixes=(Fix(str(problem.hint)),))
 
@@ -126,20 +129,22 @@ def _comparable(value: Any, name: str) -> Any:
     example="lora:\n  rank_pattern: {qproj: 8}",
     fix="rank_pattern: {q_proj: 8}",
 )
-def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
+def patterns_match_adapted_modules(run: Run) -> Iterator[RuleViolation]:
     """Each key of rank_pattern and alpha_pattern matches a module that has an adapter.
 
     A key is a regular expression for a module name or the end of a module name. A key that matches
     no module would have no effect. The keys are compared with the module names in the model's
     weights if the weights are on this machine.
     """
-    modules = _adapted(run)
+    modules = _adapted_modules(run)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in run.mapping(f"lora.{name}"):
-            wrong = pattern_fault(key)
-            if wrong:
-                yield RuleViolation(("lora", name, key), f"{key}: {wrong}", on_key=True)
-            elif modules and not any(pattern_value({key: True}, one, False) for one in modules):
+            problem = pattern_fault(key)
+            if problem:
+                yield RuleViolation(("lora", name, key), f"{key}: {problem}", on_key=True)
+            elif modules and not any(
+                pattern_value({key: True}, module, False) for module in modules
+            ):
                 yield RuleViolation(
                     ("lora", name, key),
                     f"{key} does not match any module that has an adapter",
@@ -154,7 +159,7 @@ def patterns_name_layers(run: Run) -> Iterator[RuleViolation]:
     example="lora:\n  target_modules: [q_proj]\n  exclude_modules: [q_proj]",
     fix="exclude_modules: [layers.0.self_attn.q_proj]",
 )
-def something_is_left(run: Run) -> Iterator[RuleViolation]:
+def exclusion_leaves_modules(run: Run) -> Iterator[RuleViolation]:
     """exclude_modules excludes at least one of the target modules, but not all of them.
 
     A list item matches the end of a module name. A string is one regular expression for whole
@@ -164,22 +169,22 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
     exclude = run.value(_EXCLUDE)
     if exclude is None:
         return
-    wrong = pattern_fault(exclude) if isinstance(exclude, str) else None
-    if wrong:
-        yield RuleViolation(_EXCLUDE, wrong)
+    problem = pattern_fault(exclude) if isinstance(exclude, str) else None
+    if problem:
+        yield RuleViolation(_EXCLUDE, problem)
         return
-    modules = _adapted(run, excluded=False)
+    modules = _adapted_modules(run, apply_exclude=False)
     if not modules:
         return
-    left = [name for name in modules if not is_excluded(exclude, name)]
-    if not left:
+    remaining = [name for name in modules if not is_excluded(exclude, name)]
+    if not remaining:
         yield RuleViolation(
             _EXCLUDE,
             f"excludes all {len(modules)} modules that target_modules names",
             notes=(run.describe("lora.target_modules"),),
             fixes=(run.set_fix(_EXCLUDE, None),),
         )
-    elif len(left) == len(modules):
+    elif len(remaining) == len(modules):
         yield RuleViolation(
             _EXCLUDE,
             "excludes none of the modules that target_modules names",
@@ -188,9 +193,9 @@ def something_is_left(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
+def _adapted_modules(run: Run, *, apply_exclude: bool = True) -> list[str]:
     """The names of the modules that get the adapter. The result is [] if the weights are not on
-    this machine or target_modules is a string. If ``excluded`` is false, the modules of
+    this machine or target_modules is a string. If ``apply_exclude`` is false, the modules of
     exclude_modules are in the result too.
     """
     targets, exclude = run.value("lora.target_modules"), run.get(_EXCLUDE)
@@ -204,10 +209,18 @@ def _adapted(run: Run, *, excluded: bool = True) -> list[str]:
         targets = default_targets(run.model.config)
     if isinstance(targets, str):
         return []
-    skipped = exclude if excluded and not isinstance(exclude, str) else None
-    return [name for name in _ending(modules, targets) if not is_excluded(skipped, name)]
+    exclude_names = exclude if apply_exclude and not isinstance(exclude, str) else None
+    return [
+        name
+        for name in _modules_ending_with(modules, targets)
+        if not is_excluded(exclude_names, name)
+    ]
 
 
-def _ending(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
-    ends = tuple(targets)
-    return [one for one in modules if any(one == end or one.endswith(f".{end}") for end in ends)]
+def _modules_ending_with(modules: Iterable[str], targets: Iterable[str]) -> list[str]:
+    suffixes = tuple(targets)
+    return [
+        module
+        for module in modules
+        if any(module == suffix or module.endswith(f".{suffix}") for suffix in suffixes)
+    ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NAME = "model.model_name"
 
 
-def _folder(run: Run) -> Path | None:
+def _model_folder(run: Run) -> Path | None:
     """The folder at the path model_name; None if there is no such folder."""
     node = run.node(_NAME)
     if node is None or not isinstance(node.value, str):
@@ -37,12 +37,12 @@ def _folder(run: Run) -> Path | None:
     example="model:\n  model_name: ./my-model  # a folder\n  revision: main",
     fix="remove revision",
 )
-def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
+def revision_needs_hub_model(run: Run) -> Iterator[RuleViolation]:
     """revision is set only if model_name is a model id of the Hugging Face hub.
 
     A local folder has no revisions, and the loader refuses a revision for a folder.
     """
-    if run.value("model.revision") is not None and _folder(run) is not None:
+    if run.value("model.revision") is not None and _model_folder(run) is not None:
         yield RuleViolation(
             "model.revision",
             "a revision is only for models of the hub, but model_name is a folder",
@@ -57,24 +57,26 @@ def revisions_are_the_hubs(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  model_name: runs/old/adapter",
     fix="set model_name to the base model, and lora.adapter_path to runs/old/adapter",
 )
-def adapters_are_no_models(run: Run) -> Iterator[RuleViolation]:
+def model_is_not_an_adapter(run: Run) -> Iterator[RuleViolation]:
     """model_name is a model, not the folder of an adapter.
 
     To start from an adapter, set lora.adapter_path to the adapter's folder, and model_name to the
     base model. adapter_config.json in the adapter's folder contains the name of the base model.
     """
-    folder = _folder(run)
+    folder = _model_folder(run)
     if folder is None or not is_adapter(folder):
         return
-    values = read_json(folder / ADAPTER_CONFIG)
-    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-    written = run.value(_NAME)
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    base = (
+        adapter_config.get("base_model_name_or_path") if isinstance(adapter_config, dict) else None
+    )
+    model_name = run.value(_NAME)
     base = base if isinstance(base, str) and base else "the base model"
     yield RuleViolation(
         _NAME,
         f"is the folder of an adapter of {base}, not a model",
         notes=(str(folder / ADAPTER_CONFIG),),
-        fixes=(Fix(f"set model_name to {base}, and lora.adapter_path to {written}"),),
+        fixes=(Fix(f"set model_name to {base}, and lora.adapter_path to {model_name}"),),
     )
 
 
@@ -89,7 +91,7 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
 
     A pickle (*.bin) can run code when it is read, and no key of a run file can allow that.
     """
-    folder = _folder(run)
+    folder = _model_folder(run)
     if folder is None or not exists(folder / "config.json"):
         return
     if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
@@ -107,7 +109,7 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  model_name: google/gemma-3-27b-it",
     fix="use a text-only checkpoint",
 )
-def trained_architecture(run: Run) -> Iterator[RuleViolation]:
+def architecture_is_supported(run: Run) -> Iterator[RuleViolation]:
     """The model is a text-only causal language model.
 
     The loader refuses multimodal models and encoders. The code of the model must be part of
@@ -116,15 +118,15 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     """
     if run.model is None:
         return
-    kind = run.model.config.get("model_type")
-    if not isinstance(kind, str):
+    family = run.model.config.get("model_type")
+    if not isinstance(family, str):
         return
-    there = model_type(kind)
+    transformers_support = model_type(family)
     problem = architecture_problem(
         run.model.config,
         trust_remote_code=bool(run.get("model.trust_remote_code")),
-        known=there.known,
-        causal=there.causal,
+        known=transformers_support.known,
+        causal=transformers_support.causal,
     )
     if problem is not None:
         yield violation_for(run, problem, note=f"from {run.model.source}")
@@ -136,7 +138,7 @@ def trained_architecture(run: Run) -> Iterator[RuleViolation]:
     example="model:\n  model_name: TheBloke/Llama-2-7B-AWQ",
     fix="use the 16-bit checkpoint of the model",
 )
-def trained_format(run: Run) -> Iterator[RuleViolation]:
+def quantized_format_is_supported(run: Run) -> Iterator[RuleViolation]:
     """A quantized checkpoint must be in the format of bitsandbytes. A 4-bit checkpoint needs
     load_in_4bit: true, and an 8-bit checkpoint needs load_in_8bit: true.
 
@@ -162,24 +164,24 @@ def trained_format(run: Run) -> Iterator[RuleViolation]:
     example="model: {model_name: org/new-architecture}\nruntime: {engine: vllm}",
     fix="runtime.engine: transformers",
 )
-def engine_has_the_architecture(run: Run) -> Iterator[RuleViolation]:
+def engine_supports_architecture(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the installed vLLM supports the model's architecture.
 
     The rule is checked if the model is on this machine and vLLM is installed.
     """
     if run.engine == "transformers" or run.model is None:
         return
-    names = run.model.config.get("architectures")
-    if not isinstance(names, list) or not names:
+    architectures = run.model.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
         return
     try:
-        listed = vllm_supports_any(map(str, names))
+        is_supported = vllm_supports_any(map(str, architectures))
     except OSError:
         return
-    if listed is False:
+    if is_supported is False:
         yield RuleViolation(
             _NAME,
-            f"the installed vLLM does not support {', '.join(map(str, names))}",
+            f"the installed vLLM does not support {', '.join(map(str, architectures))}",
             notes=(f"architectures in {run.model.source}; {run.describe('runtime.engine')}",),
             fixes=(run.set_fix("runtime.engine", "transformers"),),
             severity=Severity.ERROR if run.engine == "vllm" else Severity.WARNING,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 OPTIM, ARGS, TARGETS = "grpo.optim", "grpo.optim_args", "grpo.optim_target_modules"
 ACCUMULATION_STEPS = "grpo.gradient_accumulation_steps"
-_PLAIN = "adamw_torch_fused"
-_WORDS = (
+_DEFAULT_OPTIMIZER = "adamw_torch_fused"
+_NON_NUMERIC_OPTIONS = (
     "nesterov", "centered", "proj", "proj_type", "scale_type", "use_kahan_summation",
     "momentum_dtype", "variance_dtype", "compensation_buffer_dtype", "bf16_stochastic_round",
     "kahan_sum", "decouple_lr",
@@ -48,7 +48,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
             OPTIM,
             f"{optim} needs optim_target_modules",
             notes=(run.describe(TARGETS),),
-            fixes=(run.set_fix(OPTIM, _PLAIN), Fix("optim_target_modules: all-linear")),
+            fixes=(run.set_fix(OPTIM, _DEFAULT_OPTIMIZER), Fix("optim_target_modules: all-linear")),
             related=(TARGETS,),
         )
     elif (package := OPTIMIZERS[optim].package) and not installed(package):
@@ -74,7 +74,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
             OPTIM,
             f"{optim} can train in only one process",
             notes=(f"world size {run.replicas}",),
-            fixes=(run.set_fix(OPTIM, _PLAIN),),
+            fixes=(run.set_fix(OPTIM, _DEFAULT_OPTIMIZER),),
         )
 
 
@@ -94,49 +94,51 @@ def optimizer_knows_its_arguments(run: Run) -> Iterator[RuleViolation]:
     if not text or optim not in OPTIMIZERS:
         return
     options = OPTIMIZERS[optim].options
-    given: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for pair in str(text).replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or "=" in value:
             yield RuleViolation(
-                ARGS, f"{pair!r} is not a name=value pair", fixes=(_args(run, given),)
+                ARGS, f"{pair!r} is not a name=value pair", fixes=(_args_fix(run, pairs),)
             )
             return
-        given[name] = value
-    for name, value in given.items():
+        pairs[name] = value
+    for name, value in pairs.items():
         if name not in options:
-            yield _unread(run, optim, options, given, name)
-        elif name not in _WORDS and not _is_number(value):
+            yield _unread_argument(run, optim, options, pairs, name)
+        elif name not in _NON_NUMERIC_OPTIONS and not _is_number(value):
             yield RuleViolation(
                 ARGS, f"{name} must be a number of at least 0, got {value!r}", related=(OPTIM,)
             )
-    nesterov = given.get("nesterov", "").lower() in ("true", "1", "yes")
-    momentum = given.get("momentum", "0")
+    nesterov = pairs.get("nesterov", "").lower() in ("true", "1", "yes")
+    momentum = pairs.get("momentum", "0")
     if optim == "sgd" and nesterov and _is_number(momentum) and float(momentum) == 0:
         yield RuleViolation(
             ARGS,
             "nesterov needs a momentum above 0",
-            fixes=(_args(run, {**given, "momentum": "0.9"}),),
+            fixes=(_args_fix(run, {**pairs, "momentum": "0.9"}),),
             related=(OPTIM,),
         )
 
 
-def _unread(
-    run: Run, optim: str, options: tuple[str, ...], given: dict[str, str], name: str
+def _unread_argument(
+    run: Run, optim: str, options: tuple[str, ...], pairs: dict[str, str], name: str
 ) -> RuleViolation:
-    close = nearest(name, options)
-    renamed = {close if one == name and close else one: value for one, value in given.items()}
-    left = {one: value for one, value in given.items() if one != name}
+    suggestion = nearest(name, options)
+    renamed = {
+        suggestion if key == name and suggestion else key: value for key, value in pairs.items()
+    }
+    remaining = {key: value for key, value in pairs.items() if key != name}
     return RuleViolation(
         ARGS,
         f"the optimizer {optim} does not read {name} (it reads: {', '.join(options) or 'none'})",
         notes=(run.describe(OPTIM),),
-        fixes=(_args(run, renamed if close else left),),
+        fixes=(_args_fix(run, renamed if suggestion else remaining),),
         related=(OPTIM,),
     )
 
 
-def _args(run: Run, pairs: dict[str, str]) -> Fix:
+def _args_fix(run: Run, pairs: dict[str, str]) -> Fix:
     return run.set_fix(ARGS, ",".join(f"{name}={value}" for name, value in pairs.items()) or None)
 
 

@@ -24,7 +24,7 @@ def _written_trackers(run: Run) -> list[tuple[str, Node]]:
     if node is None or node.value is None or not run.is_set(REPORT_TO):
         return []
     nodes = node.value if isinstance(node.value, list) else [node]
-    return [(one.value, one) for one in nodes if isinstance(one.value, str)]
+    return [(item.value, item) for item in nodes if isinstance(item.value, str)]
 
 
 @rule(
@@ -39,27 +39,27 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
     The value of report_to is one tracker, a list of trackers, `all` (every installed tracker), or
     `none`. With any of these values the run writes metrics.jsonl and report.html.
     """
-    named = _written_trackers(run)
-    for index, (name, node) in enumerate(named):
-        alone = len(named) == 1
-        if name in TRACKERS or (name in NO_TRACKER and alone):
+    trackers = _written_trackers(run)
+    for index, (name, node) in enumerate(trackers):
+        is_only_tracker = len(trackers) == 1
+        if name in TRACKERS or (name in NO_TRACKER and is_only_tracker):
             continue
         is_item = run.node(REPORT_TO) is not node
-        place = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
+        path = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
         if name in NO_TRACKER:
             yield RuleViolation(
-                place,
+                path,
                 f"{name} cannot be combined with other trackers",
                 fixes=(Fix(f"remove {name}"),),
             )
             continue
-        close = nearest(name, (*TRACKERS, *NO_TRACKER))
-        fix = run.replace_fix(node, close) if close else run.set_fix(REPORT_TO, "none")
+        suggestion = nearest(name, (*TRACKERS, *NO_TRACKER))
+        fix = run.replace_fix(node, suggestion) if suggestion else run.set_fix(REPORT_TO, "none")
         yield RuleViolation(
-            place,
+            path,
             f"{name} is not a tracker that transformers supports",
             notes=(f"legal values: {', '.join((*TRACKERS, *NO_TRACKER))}",),
-            fixes=(Fix(f"report_to: {close}" if close else fix.text, fix.edits),),
+            fixes=(Fix(f"report_to: {suggestion}" if suggestion else fix.text, fix.edits),),
         )
 
 

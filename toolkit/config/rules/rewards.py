@@ -22,21 +22,21 @@ _FUNCTIONS = "reward.functions"
 _WEIGHTS = "grpo.reward_weights"
 
 
-def _functions(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
+def _function_items(run: Run) -> list[tuple[KeyPath, dict[str, Node]]]:
     """The well-formed items of reward.functions, each with its key path."""
     node = run.node(_FUNCTIONS)
     if node is None or not isinstance(node.value, list):
         return []
-    found: list[tuple[KeyPath, dict[str, Node]]] = []
+    items: list[tuple[KeyPath, dict[str, Node]]] = []
     for index, item in enumerate(node.value):
         path: KeyPath = ("reward", "functions", index)
         if isinstance(item.value, dict) and path not in run.invalid_paths:
-            found.append((path, item.value))
-    return found
+            items.append((path, item.value))
+    return items
 
 
-def _named(run: Run) -> Iterator[tuple[KeyPath, dict[str, Node], Node]]:
-    for path, members in _functions(run):
+def _named_functions(run: Run) -> Iterator[tuple[KeyPath, dict[str, Node], Node]]:
+    for path, members in _function_items(run):
         name = members.get("name")
         if (
             name is not None
@@ -66,8 +66,8 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
     weights = run.value(_WEIGHTS)
     if weights is None:
         return
-    functions = _functions(run)
-    own = next((path for path, members in functions if "weight" in members), None)
+    functions = _function_items(run)
+    weighted_path = next((path for path, members in functions if "weight" in members), None)
     if len(weights) != len(functions):
         yield RuleViolation(
             _WEIGHTS,
@@ -76,11 +76,11 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
             notes=(run.describe(_FUNCTIONS),),
             related=(_FUNCTIONS,),
         )
-    elif own is not None:
+    elif weighted_path is not None:
         yield RuleViolation(
             _WEIGHTS,
             "cannot be set, because a function in reward.functions has its own weight",
-            notes=(f"reward.functions[{own[2]}] has the key weight",),
+            notes=(f"reward.functions[{weighted_path[2]}] has the key weight",),
             fixes=(run.set_fix(_WEIGHTS, None),),
             related=(_FUNCTIONS,),
         )
@@ -92,7 +92,7 @@ def one_weight_each(run: Run) -> Iterator[RuleViolation]:
     example="reward:\n  functions: []",
     fix="reward: {functions: [{name: exact_match}]}",
 )
-def some_reward(run: Run) -> Iterator[RuleViolation]:
+def has_reward(run: Run) -> Iterator[RuleViolation]:
     """There is at least one reward function.
 
     GRPO learns only from rewards. A run with an environment needs no reward function, because the
@@ -122,58 +122,60 @@ def reward_exists(run: Run) -> Iterator[RuleViolation]:
     Python path. Validation reads its source and does not import it. A missing module is a warning
     (with --strict an error).
     """
-    for path, _, name in _named(run):
+    for path, _, name in _named_functions(run):
         text = name.value
-        at = (*path, "name")
+        name_path = (*path, "name")
         if ":" not in text:
             if text not in BUILTIN_OPTIONS:
-                yield _no_such(run, at, name)
+                yield _unknown_reward(run, name_path, name)
             continue
         module, _, function = text.partition(":")
-        if not _identifiers(module) or not function.isidentifier():
-            yield RuleViolation(at, f"{text} must have the form module:function")
+        if not _is_module_name(module) or not function.isidentifier():
+            yield RuleViolation(name_path, f"{text} must have the form module:function")
             continue
-        yield from function_violations(run, at, module, function)
+        yield from function_violations(run, name_path, module, function)
 
 
 def function_violations(
-    run: Run, at: KeyPath, module: str, function: str
+    run: Run, path: KeyPath, module: str, function: str
 ) -> Iterator[RuleViolation]:
     """Yield a violation if the user's function cannot be called. Either runtime.allow_code does not
     allow ``module``, or the source of ``module`` does not define ``function``. The violation is
-    reported at the key ``at``.
+    reported at the key ``path``.
     """
-    if not _allowed(run, module):
-        yield code_not_allowed(run, at, module)
+    if not _is_code_allowed(run, module):
+        yield code_not_allowed(run, path, module)
         return
-    found = find_function(module, function, run.document.source.folder)
-    if found.problem:
-        severity = Severity.WARNING if found.unknown else Severity.ERROR
-        yield RuleViolation(at, found.problem, severity=severity, unknown=found.unknown)
+    result = find_function(module, function, run.document.source.folder)
+    if result.problem:
+        severity = Severity.WARNING if result.unknown else Severity.ERROR
+        yield RuleViolation(path, result.problem, severity=severity, unknown=result.unknown)
 
 
-def _no_such(run: Run, at: KeyPath, name: Node) -> RuleViolation:
-    close = nearest(name.value, list(BUILTIN_OPTIONS))
-    fixes = (run.replace_fix(name, close),) if close else ()
-    known = f"built-in rewards: {', '.join(BUILTIN_OPTIONS)}; your own function: module:function"
+def _unknown_reward(run: Run, path: KeyPath, name: Node) -> RuleViolation:
+    suggestion = nearest(name.value, list(BUILTIN_OPTIONS))
+    fixes = (run.replace_fix(name, suggestion),) if suggestion else ()
+    legal_names = (
+        f"built-in rewards: {', '.join(BUILTIN_OPTIONS)}; your own function: module:function"
+    )
     return RuleViolation(
-        at, f"there is no built-in reward {name.value}", notes=(known,), fixes=fixes
+        path, f"there is no built-in reward {name.value}", notes=(legal_names,), fixes=fixes
     )
 
 
-def _identifiers(module: str) -> bool:
+def _is_module_name(module: str) -> bool:
     return all(part.isidentifier() for part in module.split("."))
 
 
 def code_not_allowed(
-    run: Run, at: str | KeyPath, module: str, *others: str, related: tuple[str, ...] = ()
+    run: Run, path: str | KeyPath, module: str, *more_packages: str, related: tuple[str, ...] = ()
 ) -> RuleViolation:
     """Return the violation for a ``module`` of the user that runtime.allow_code does not contain.
-    ``others`` are packages that must be in the list too.
+    ``more_packages`` are packages that must be in the list too.
     """
-    packages = ", ".join((*others, module.partition(".")[0]))
+    packages = ", ".join((*more_packages, module.partition(".")[0]))
     return RuleViolation(
-        at,
+        path,
         f"runtime.allow_code does not allow code of {module} to run",
         notes=(run.describe("runtime.allow_code"),),
         fixes=(Fix(f"runtime: {{allow_code: [{packages}]}}"),),
@@ -181,19 +183,19 @@ def code_not_allowed(
     )
 
 
-def _allowed(run: Run, module: str) -> bool:
+def _is_code_allowed(run: Run, module: str) -> bool:
     return is_allowed(module, run.value("runtime.allow_code"))
 
 
-def _function(run: Run, name: Node) -> Found | None:
+def _read_function(run: Run, name: Node) -> Found | None:
     """The parameters of a user's function, read from its source; None if its module is not allowed
     or not on this machine.
     """
     module, colon, function = str(name.value).partition(":")
-    if not colon or not _identifiers(module) or not _allowed(run, module):
+    if not colon or not _is_module_name(module) or not _is_code_allowed(run, module):
         return None
-    found = find_function(module, function, run.document.source.folder)
-    return None if found.problem else found
+    result = find_function(module, function, run.document.source.folder)
+    return None if result.problem else result
 
 
 @rule(
@@ -210,29 +212,29 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
     must accept all of them. An argument that the function requires must be one of these arguments
     or an option of the function.
     """
-    for path, members, name in _named(run):
-        found = _function(run, name)
-        if found is None or found.parameters is None:
+    for path, members, name in _named_functions(run):
+        function = _read_function(run, name)
+        if function is None or function.parameters is None:
             continue
-        at = (*path, "name")
+        name_path = (*path, "name")
         options = members["options"].value if "options" in members else {}
         columns = _columns(run)
-        if not found.takes_anything:
+        if not function.takes_anything:
             yield RuleViolation(
-                at,
-                f"{found.shown} does not accept **columns, but TRL passes more arguments than "
+                name_path,
+                f"{function.shown} does not accept **columns, but TRL passes more arguments than "
                 "the function has parameters",
-                fixes=(Fix(f"write def {found.name}(prompts, completions, **columns)"),),
+                fixes=(Fix(f"write def {function.name}(prompts, completions, **columns)"),),
             )
             continue
-        for parameter in found.needed:
+        for parameter in function.needed:
             if parameter in PASSED_BY_TRL or parameter in options:
                 continue
             if columns is None or parameter in columns or parameter == "answer":
                 continue
             yield RuleViolation(
-                at,
-                f"{found.shown} requires the argument {parameter}, but no column or option "
+                name_path,
+                f"{function.shown} requires the argument {parameter}, but no column or option "
                 "has this name",
                 notes=(f"columns: {', '.join(sorted(columns))}",),
             )
@@ -251,32 +253,32 @@ def _columns(run: Run) -> set[str] | None:
     example="reward:\n  functions: [{name: regex_match, options: {patern: 'a+'}}]",
     fix="options: {pattern: 'a+'}",
 )
-def known_options(run: Run) -> Iterator[RuleViolation]:
+def options_are_known(run: Run) -> Iterator[RuleViolation]:
     """The options of a built-in reward exist, and its required options are set.
 
     If the reward is your own function, the options are passed to the function as keyword arguments.
     """
-    for path, members, name in _named(run):
-        known = BUILTIN_OPTIONS.get(name.value)
-        options = members.get("options")
-        if known is None:
+    for path, members, name in _named_functions(run):
+        option_table = BUILTIN_OPTIONS.get(name.value)
+        options_node = members.get("options")
+        if option_table is None:
             continue
-        written: dict[str, Any] = options.value if options is not None else {}
-        if not isinstance(written, dict):
+        options: dict[str, Any] = options_node.value if options_node is not None else {}
+        if not isinstance(options, dict):
             raise SkipRule
-        for option, node in written.items():
-            if option in known or option.startswith("\0"):
+        for option, node in options.items():
+            if option in option_table or option.startswith("\0"):
                 continue
-            close = nearest(option, list(known))
+            suggestion = nearest(option, list(option_table))
             yield RuleViolation(
                 (*path, "options", option),
                 f"{name.value} has no option {option}",
-                notes=(f"its options: {', '.join(known) or 'none'}",),
-                fixes=(run.rename_fix(node, close),) if close else (),
+                notes=(f"its options: {', '.join(option_table) or 'none'}",),
+                fixes=(run.rename_fix(node, suggestion),) if suggestion else (),
                 on_key=True,
             )
-        for option, needed in known.items():
-            if needed and option not in written:
+        for option, is_required in option_table.items():
+            if is_required and option not in options:
                 yield RuleViolation((*path, "name"), f"{name.value} needs the option {option}")
 
 
@@ -292,7 +294,7 @@ reward:
     fix="timeout_s: 600",
     severity=Severity.WARNING,
 )
-def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
+def in_process_rewards_have_timeout(run: Run) -> Iterator[RuleViolation]:
     """A reward function that runs in the training process has a time limit.
 
     With reward.isolate: true the function runs in a process of its own, so a signal such as SIGTERM
@@ -301,7 +303,7 @@ def a_hang_ends(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value("reward.isolate") is not False or run.value("reward.timeout_s") is not None:
         return
-    if any(":" in name.value for *_, name in _named(run)):
+    if any(":" in name.value for *_, name in _named_functions(run)):
         yield RuleViolation(
             "reward.timeout_s",
             "without a time limit, nothing stops a reward function that hangs",

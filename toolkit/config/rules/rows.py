@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _LIMIT, _PATH = "dataset.limit", "dataset.path"
-_ENVIRONMENT, _PROBLEMS = "environment", "environment.size"
-_CHOOSING = ("grpo.dynamic_sampling", "grpo.curriculum")
-_CHOICE_KEYS = (
-    f"{' '.join(_CHOOSING)} {_PATH} {_LIMIT} {_PROBLEMS} {GROUP_SIZE} {GENERATION_BATCH_SIZE}"
+_ENVIRONMENT, _ENVIRONMENT_SIZE = "environment", "environment.size"
+_PROMPT_FEATURES = ("grpo.dynamic_sampling", "grpo.curriculum")
+_FEATURE_KEYS = (
+    f"{' '.join(_PROMPT_FEATURES)} {_PATH} {_LIMIT} {_ENVIRONMENT_SIZE} {GROUP_SIZE} "
+    f"{GENERATION_BATCH_SIZE}"
 )
 _ROW_KEYS = (
     f"{_PATH} {_LIMIT} {GROUP_SIZE} {GENERATION_BATCH_SIZE} {STEPS_PER_GENERATION} "
@@ -61,28 +62,29 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value(_PATH) is None:
         return
-    rows, origin = _rows(run)
-    batch, formula, factor = generation_batch(run)
+    rows, origin = _row_count(run)
+    batch, formula, key_to_fix = generation_batch(run)
     group = run.value(GROUP_SIZE)
     if rows is None or group < 2 or batch % group:  # GRPO001 or GRPO002 reports this fault
         return
-    needed = batch // group
-    if rows >= needed:
+    needed_rows = batch // group
+    if rows >= needed_rows:
         return
     limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
     yield RuleViolation(
         _LIMIT if limited else _PATH,
-        f"{rows} rows do not fill one generation batch of {needed} prompts: nothing is trained",
+        f"{rows} rows do not fill one generation batch of {needed_rows} prompts: nothing is "
+        "trained",
         notes=(
             f"prompts = {batch} completions / {run.describe(GROUP_SIZE)}; completions = {formula}",
             f"rows = {origin}",
         ),
-        fixes=_fixes(run, rows, needed, factor, limited=limited),
-        related=(factor, GROUP_SIZE),
+        fixes=_row_fixes(run, rows, needed_rows, key_to_fix, limited=limited),
+        related=(key_to_fix, GROUP_SIZE),
     )
 
 
-def _rows(run: Run) -> tuple[int | None, str]:
+def _row_count(run: Run) -> tuple[int | None, str]:
     """The largest possible number of rows to train on (None if it is unknown), and a text that
     names the origin of the number.
     """
@@ -96,40 +98,44 @@ def _rows(run: Run) -> tuple[int | None, str]:
     return rows, f"{rows} with a prompt in {data.path.name}"
 
 
-def _fixes(run: Run, rows: int, needed: int, factor: str, *, limited: bool) -> tuple[Fix, ...]:
+def _row_fixes(
+    run: Run, rows: int, needed_rows: int, key_to_fix: str, *, limited: bool
+) -> tuple[Fix, ...]:
     """The possible fixes: a smaller generation batch that the rows fill, and a higher dataset.limit
     if the data may have enough rows.
     """
     fixes = []
     group = run.value(GROUP_SIZE)
-    if factor == GENERATION_BATCH_SIZE:
+    if key_to_fix == GENERATION_BATCH_SIZE:
         auto = "auto" in (run.get(MICRO_BATCH_SIZE), run.get(ACCUMULATION_STEPS))
         step = run.replicas if auto else micro_batch_size(run) * run.replicas
-        size = _largest(step, rows * group, group)
+        size = _largest_multiple(step, rows * group, group)
         if size:
             fixes.append(run.set_fix(GENERATION_BATCH_SIZE, size))
     else:
         step = micro_batch_size(run) * run.replicas
-        size = _largest(step, rows * group, group)
+        size = _largest_multiple(step, rows * group, group)
         if size:
-            fixes.append(run.set_fix(factor, size // step))
+            fixes.append(run.set_fix(key_to_fix, size // step))
     if limited:
         data = data_of(run.document, "path")
-        there = data is None or not data.rows or not data.whole or data.rows - data.empty >= needed
-        if there:
-            fixes.append(run.set_fix(_LIMIT, needed))
+        may_have_enough_rows = (
+            data is None or not data.rows or not data.whole or data.rows - data.empty >= needed_rows
+        )
+        if may_have_enough_rows:
+            fixes.append(run.set_fix(_LIMIT, needed_rows))
     return tuple(fixes)
 
 
-def _largest(step: int, most: int, group: int) -> int:
-    """The largest common multiple of ``step`` and ``group`` up to ``most``; 0 if none exists."""
-    both = lcm(step, group)
-    return most // both * both
+def _largest_multiple(step: int, limit: int, group: int) -> int:
+    """The largest common multiple of ``step`` and ``group`` up to ``limit``; 0 if none exists."""
+    common_multiple = lcm(step, group)
+    return limit // common_multiple * common_multiple
 
 
 @rule(
     "GRPO070",
-    _CHOICE_KEYS,
+    _FEATURE_KEYS,
     example="""
 dataset:
   path: train.jsonl  # 4 rows
@@ -149,19 +155,23 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
     batch needs all rows, there are no other rows, and the feature has no effect. The rule is
     checked if the rows can be counted.
     """
-    on = [key for key in _CHOOSING if run.get(key) is True]
-    if not on:
+    active_features = [key for key in _PROMPT_FEATURES if run.get(key) is True]
+    if not active_features:
         return
     if run.node(_ENVIRONMENT) is not None:
-        rows, origin, where = run.value(_PROBLEMS), run.describe(_PROBLEMS), _PROBLEMS
+        rows, origin, rows_key = (
+            run.value(_ENVIRONMENT_SIZE),
+            run.describe(_ENVIRONMENT_SIZE),
+            _ENVIRONMENT_SIZE,
+        )
     else:
-        (rows, origin), where = _rows(run), _PATH
+        (rows, origin), rows_key = _row_count(run), _PATH
     batch, formula, _ = generation_batch(run)
     group = run.value(GROUP_SIZE)
     # GRPO043 reports fewer rows
     if rows is None or group < 2 or batch % group or rows != batch // group:
         return
-    for key in on:
+    for key in active_features:
         yield RuleViolation(
             key,
             f"has no effect: every generation batch needs all {rows} rows, so there are no other "
@@ -172,7 +182,7 @@ def prompts_to_choose_from(run: Run) -> Iterator[RuleViolation]:
                 f"rows = {origin}",
             ),
             fixes=(run.set_fix(key, False),),
-            related=(where, GROUP_SIZE),
+            related=(rows_key, GROUP_SIZE),
         )
 
 

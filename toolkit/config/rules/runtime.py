@@ -25,7 +25,7 @@ _OUTPUT = "runtime.output_dir"
     example="runtime:\n  output_dir: runs/old  # not empty\n  resume: never",
     fix="set resume: auto, or use another output_dir",
 )
-def output_is_free(run: Run) -> Iterator[RuleViolation]:
+def output_is_empty(run: Run) -> Iterator[RuleViolation]:
     """With resume: never, output_dir is empty.
 
     A new run would overwrite the files of the old run. With resume: auto the old run continues from
@@ -33,8 +33,8 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value(_RESUME) != "never":
         return
-    folder = _folder(run)
-    if _something_in(folder):
+    folder = _output_folder(run)
+    if _is_occupied(folder):
         yield RuleViolation(
             _OUTPUT,
             f"{folder} is not empty, but a run with resume: never needs an empty folder",
@@ -50,7 +50,7 @@ def output_is_free(run: Run) -> Iterator[RuleViolation]:
     example="runtime:\n  output_dir: runs/new  # empty\n  resume: must",
     fix="resume: auto",
 )
-def something_to_resume(run: Run) -> Iterator[RuleViolation]:
+def checkpoint_to_resume_exists(run: Run) -> Iterator[RuleViolation]:
     """With resume: must, output_dir contains a checkpoint. With resume: FOLDER, FOLDER is the
     folder of a checkpoint.
     """
@@ -58,8 +58,8 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
     if resume in ("auto", "never"):
         return
     if resume == "must":
-        folder = _folder(run)
-        if not any(one.startswith("checkpoint-") for one in _names(folder)):
+        folder = _output_folder(run)
+        if not any(name.startswith("checkpoint-") for name in _entry_names(folder)):
             yield RuleViolation(
                 _RESUME,
                 f"there is no checkpoint in {folder} to resume from",
@@ -78,19 +78,19 @@ def something_to_resume(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _folder(run: Run) -> Path:
+def _output_folder(run: Run) -> Path:
     text, node = str(run.value(_OUTPUT)), run.node(_OUTPUT)
     return resolve(text, node if node is not None else run.document.root)
 
 
-def _something_in(folder: Path) -> bool:
+def _is_occupied(folder: Path) -> bool:
     """Whether ``folder`` is a file, or a folder that contains more than the lock file. `toolkit
     train` creates the lock file before it validates the run file.
     """
-    return exists(folder) and (not folder.is_dir() or bool(set(_names(folder)) - {LOCK_FILE}))
+    return exists(folder) and (not folder.is_dir() or bool(set(_entry_names(folder)) - {LOCK_FILE}))
 
 
-def _names(folder: Path) -> list[str]:
+def _entry_names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError:
@@ -103,7 +103,7 @@ def _names(folder: Path) -> list[str]:
     example="runtime:\n  pack_tokens: 32768\n  padding_free: false",
     fix="padding_free: true",
 )
-def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
+def pack_tokens_need_padding_free(run: Run) -> Iterator[RuleViolation]:
     """pack_tokens needs padding_free.
 
     pack_tokens limits the number of tokens in one forward and backward pass. Only a batch without
@@ -127,7 +127,7 @@ def pack_tokens_need_packs(run: Run) -> Iterator[RuleViolation]:
     example="runtime:\n  fused_kernels: true\ngrpo:\n  use_liger_kernel: true",
     fix="use_liger_kernel: false",
 )
-def one_liger(run: Run) -> Iterator[RuleViolation]:
+def fused_kernels_exclude_liger(run: Run) -> Iterator[RuleViolation]:
     """fused_kernels: true and use_liger_kernel: true exclude each other.
 
     Both keys replace layers of the model by kernels of the package liger-kernel. fused_kernels is
@@ -154,7 +154,7 @@ TRAINER_DTYPES = {"grpo.bf16": "bfloat16", "grpo.fp16": "float16"}
     example="model: {dtype: float32}\ngrpo: {bf16: true}\nruntime: {engine: vllm}",
     fix="bf16: false",
 )
-def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
+def trainer_and_engine_share_dtype(run: Run) -> Iterator[RuleViolation]:
     """With the vLLM engine, the trainer computes in the format that the engine samples in.
 
     With a float32 engine and a bfloat16 trainer, the run samples a slightly different policy than
@@ -164,12 +164,12 @@ def one_format_with_the_engine(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine != "vllm" or run.get("model.dtype") != "float32":
         return
-    for key, name in TRAINER_DTYPES.items():
+    for key, dtype in TRAINER_DTYPES.items():
         if run.get(key):
             yield RuleViolation(
                 key,
-                f"the trainer would compute in {name}, but the engine samples in float32",
+                f"the trainer would compute in {dtype}, but the engine samples in float32",
                 notes=(run.describe("model.dtype"), run.describe("runtime.engine")),
-                fixes=(run.set_fix(key, False), run.set_fix("model.dtype", name)),
+                fixes=(run.set_fix(key, False), run.set_fix("model.dtype", dtype)),
                 related=("model.dtype",),
             )

@@ -19,7 +19,7 @@ _MIN = "grpo.vllm_importance_sampling_clip_min"
 _MODE = "grpo.vllm_importance_sampling_mode"
 _CORRECTION = "grpo.vllm_importance_sampling_correction"
 _LEVEL = "grpo.importance_sampling_level"
-_SUMMED = ("bnpo", "dr_grpo", "dapo", "cispo")
+_TOKEN_SUM_LOSSES = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 # key -> (its legal range as text, a test of a value, the nearest legal value to a value)
 _RANGES: dict[str, tuple[str, Any, Any]] = {
@@ -50,7 +50,7 @@ def clip_order(run: Run) -> Iterator[RuleViolation]:
         _MIN,
         f"{low} is not below vllm_importance_sampling_clip_max {high}",
         notes=(f"{run.describe(_MIN)}; {run.describe(_MAX)}",),
-        fixes=tuple(sorted(fixes, key=lambda one: not one.edits)),
+        fixes=tuple(sorted(fixes, key=lambda fix: not fix.edits)),
         related=(_MAX,),
     )
 
@@ -124,7 +124,7 @@ def sequence_level_losses(run: Run) -> Iterator[RuleViolation]:
     grpo.
     """
     loss = run.value("grpo.loss_type")
-    if run.value(_LEVEL) == "sequence" and loss in _SUMMED:
+    if run.value(_LEVEL) == "sequence" and loss in _TOKEN_SUM_LOSSES:
         yield RuleViolation(
             _LEVEL,
             f"if the level is sequence, loss_type {loss} weights each sequence by its length",
@@ -165,14 +165,14 @@ def sampling_ranges(run: Run) -> Iterator[RuleViolation]:
     temperature is from 0 to 2. top_p is above 0 and at most 1. top_k is at least -1, and its values
     0 and -1 both keep all tokens. min_p is from 0 to 1.
     """
-    for key, (wanted, holds, nearest) in _RANGES.items():
+    for key, (range_text, is_in_range, nearest_legal) in _RANGES.items():
         node = run.node(key)
-        if node is None or type(node.value) not in (int, float) or holds(node.value):
+        if node is None or type(node.value) not in (int, float) or is_in_range(node.value):
             continue
         if node.value != node.value:
             continue
         yield RuleViolation(
             key,
-            f"{node.value} is out of range: it must be {wanted}",
-            fixes=(run.set_fix(key, nearest(node.value)),),
+            f"{node.value} is out of range: it must be {range_text}",
+            fixes=(run.set_fix(key, nearest_legal(node.value)),),
         )

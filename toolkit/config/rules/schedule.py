@@ -17,7 +17,7 @@ _EVAL, _SAVE = "grpo.eval_strategy", "grpo.save_strategy"
 _EVAL_STEPS, _SAVE_STEPS = "grpo.eval_steps", "grpo.save_steps"
 _BEST = "grpo.load_best_model_at_end"
 _SCHEDULER = "grpo.lr_scheduler_type"
-_PARTS_OF_A_MILLION = 1_000_000  # transformers compares fractions of a run in millionths
+_MILLIONTHS = 1_000_000  # transformers compares fractions of a run in millionths
 
 
 @rule(
@@ -33,13 +33,13 @@ def one_half_precision(run: Run) -> Iterator[RuleViolation]:
     card supports, or float16 if fp16 is true. If model.dtype is a 16-bit format, the engine samples
     in this format, and the trainer must compute in the same format.
     """
-    for half, weights in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
-        if run.get(half) and run.get("model.dtype") == weights:
+    for precision_key, dtype in (("grpo.fp16", "bfloat16"), ("grpo.bf16", "float16")):
+        if run.get(precision_key) and run.get("model.dtype") == dtype:
             yield RuleViolation(
-                half,
-                f"the engine would compute in {weights}, but the trainer in another 16-bit format",
+                precision_key,
+                f"the engine would compute in {dtype}, but the trainer in another 16-bit format",
                 notes=(run.describe("model.dtype"),),
-                fixes=(run.set_fix(half, False), run.set_fix("model.dtype", "auto")),
+                fixes=(run.set_fix(precision_key, False), run.set_fix("model.dtype", "auto")),
                 related=("model.dtype",),
             )
     for suffix in ("", "_full_eval"):
@@ -84,29 +84,31 @@ def best_model_was_evaluated(run: Run) -> Iterator[RuleViolation]:
     if run.value(_SAVE) == "best":
         return
     if run.value(_EVAL) != run.value(_SAVE):
-        data = run.get("dataset.eval_path") is not None or run.get("dataset.eval_split") is not None
+        has_data = (
+            run.get("dataset.eval_path") is not None or run.get("dataset.eval_split") is not None
+        )
         # without evaluation data, DATA005 would refuse the second fix
-        evaluating = (run.set_fix(_EVAL, run.value(_SAVE)),) if data else ()
+        evaluation_fix = (run.set_fix(_EVAL, run.value(_SAVE)),) if has_data else ()
         yield RuleViolation(
             _BEST,
             "checkpoints that are not evaluated cannot be compared",
             notes=(f"{run.describe(_EVAL)}; {run.describe(_SAVE)}",),
-            fixes=(run.set_fix(_BEST, False), *evaluating),
+            fixes=(run.set_fix(_BEST, False), *evaluation_fix),
             related=(_EVAL, _SAVE),
         )
         return
     # Without eval_steps transformers uses logging_steps, which is 1 here.
-    save, every = run.value(_SAVE_STEPS), run.value(_EVAL_STEPS) or 1
-    if run.value(_EVAL) != "steps" or save % every == 0:
+    save_steps, eval_steps = run.value(_SAVE_STEPS), run.value(_EVAL_STEPS) or 1
+    if run.value(_EVAL) != "steps" or save_steps % eval_steps == 0:
         return
-    both_parts = save < 1 and every < 1
-    if both_parts and (save * _PARTS_OF_A_MILLION) % (every * _PARTS_OF_A_MILLION) == 0:
+    are_fractions = save_steps < 1 and eval_steps < 1
+    if are_fractions and (save_steps * _MILLIONTHS) % (eval_steps * _MILLIONTHS) == 0:
         return
     yield RuleViolation(
         _SAVE_STEPS,
-        f"{save} is not a multiple of eval_steps ({every})",
+        f"{save_steps} is not a multiple of eval_steps ({eval_steps})",
         notes=(f"{run.describe(_EVAL_STEPS)}; {run.describe(_BEST)}",),
-        fixes=(run.set_fix(_SAVE_STEPS, every), run.set_fix(_EVAL_STEPS, save)),
+        fixes=(run.set_fix(_SAVE_STEPS, eval_steps), run.set_fix(_EVAL_STEPS, save_steps)),
         related=(_EVAL_STEPS, _BEST),
     )
 
@@ -182,6 +184,6 @@ def whole_steps_above_one(run: Run) -> Iterator[RuleViolation]:
                 fixes=(run.set_fix(key, int(steps)),),
             )
         elif steps == 0 and key == _SAVE_STEPS:
-            off = run.set_fix(strategy, "no")
+            off_fix = run.set_fix(strategy, "no")
             message = "with 0 steps no checkpoint is ever saved"
-            yield RuleViolation(key, message, fixes=(run.set_fix(key, 500), off))
+            yield RuleViolation(key, message, fixes=(run.set_fix(key, 500), off_fix))

@@ -30,7 +30,7 @@ _LR_END = 1e-7  # the final rate of a polynomial schedule without lr_end
 _GREEDY_MIN_LR = 1e-3  # the lowest rate of greedy without min_lr
 
 
-def _given(run: Run) -> dict[str, Node] | None:
+def _keywords_in_file(run: Run) -> dict[str, Node] | None:
     """The keywords in the run file; None if lr_scheduler_kwargs is not a mapping."""
     node = run.node(KWARGS)
     if node is None or node.value is None:
@@ -38,9 +38,9 @@ def _given(run: Run) -> dict[str, Node] | None:
     return node.value if isinstance(node.value, dict) else None
 
 
-def _schedule(run: Run) -> tuple[str, Schedule] | None:
-    kind = run.value(TYPE)
-    return (kind, SCHEDULES[kind]) if kind in SCHEDULES else None
+def _schedule_of(run: Run) -> tuple[str, Schedule] | None:
+    name = run.value(TYPE)
+    return (name, SCHEDULES[name]) if name in SCHEDULES else None
 
 
 @rule(
@@ -49,34 +49,34 @@ def _schedule(run: Run) -> tuple[str, Schedule] | None:
     example="grpo:\n  lr_scheduler_type: warmup_stable_decay",
     fix="lr_scheduler_kwargs: {num_decay_steps: 100}",
 )
-def schedule_has_what_it_needs(run: Run) -> Iterator[RuleViolation]:
+def schedule_has_required_keywords(run: Run) -> Iterator[RuleViolation]:
     """lr_scheduler_kwargs has the keywords that lr_scheduler_type needs.
 
     warmup_stable_decay needs num_decay_steps. cosine_with_min_lr and cosine_warmup_with_min_lr need
     either min_lr or min_lr_rate.
     """
-    found, given = _schedule(run), _given(run)
-    if found is None or given is None:
+    named_schedule, keywords = _schedule_of(run), _keywords_in_file(run)
+    if named_schedule is None or keywords is None:
         return
-    kind, schedule = found
-    missing = [name for name in schedule.needed if name not in given]
-    either = [name for name in ("min_lr", "min_lr_rate") if name in given]
-    wants_one = kind in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-    if wants_one and not either:
+    schedule_name, schedule = named_schedule
+    missing = [name for name in schedule.needed if name not in keywords]
+    min_rates = [name for name in ("min_lr", "min_lr_rate") if name in keywords]
+    needs_min_rate = schedule_name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+    if needs_min_rate and not min_rates:
         missing.append("min_lr_rate")
     for name in missing:
-        what = "min_lr or min_lr_rate" if name == "min_lr_rate" else name
+        required = "min_lr or min_lr_rate" if name == "min_lr_rate" else name
         yield RuleViolation(
             TYPE,
-            f"{kind} needs {what} in lr_scheduler_kwargs",
+            f"{schedule_name} needs {required} in lr_scheduler_kwargs",
             notes=(run.describe(KWARGS),) if run.node(KWARGS) else (),
             fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {_EXAMPLES[name]}}}"),),
             related=(KWARGS,),
         )
-    if wants_one and len(either) > 1:
+    if needs_min_rate and len(min_rates) > 1:
         yield RuleViolation(
             KWARGS,
-            f"the schedule {kind} takes min_lr or min_lr_rate, not both",
+            f"the schedule {schedule_name} takes min_lr or min_lr_rate, not both",
             fixes=(Fix("remove min_lr"), Fix("remove min_lr_rate")),
             related=(TYPE,),
         )
@@ -95,43 +95,45 @@ def schedule_knows_its_keywords(run: Run) -> Iterator[RuleViolation]:
     the warm-up steps. linear accepts no keywords. constant and constant_with_warmup ignore all
     keywords.
     """
-    found, given = _schedule(run), _given(run)
-    if found is None or not given:
+    named_schedule, keywords = _schedule_of(run), _keywords_in_file(run)
+    if named_schedule is None or not keywords:
         return
-    kind, schedule = found
+    schedule_name, schedule = named_schedule
     if not schedule.reads_kwargs:
         yield RuleViolation(
             KWARGS,
-            f"has no effect: {kind} takes no keywords",
+            f"has no effect: {schedule_name} takes no keywords",
             notes=(run.describe(TYPE),),
             fixes=(Fix("remove lr_scheduler_kwargs"),),
             severity=Severity.WARNING,
             on_key=True,
         )
         return
-    for name, node in given.items():
-        place = ("grpo", "lr_scheduler_kwargs", name)
+    for name, node in keywords.items():
+        path = ("grpo", "lr_scheduler_kwargs", name)
         if name not in schedule.keywords:
-            yield _unknown(run, kind, schedule, name, node)
+            yield _unknown_keyword(run, schedule_name, schedule, name, node)
             continue
-        wanted = _wanted(name, node)
-        if wanted is not None:
-            yield RuleViolation(place, f"{kind} takes {wanted}, got {node.value!r}")
+        legal_values = _legal_values(name, node)
+        if legal_values is not None:
+            yield RuleViolation(path, f"{schedule_name} takes {legal_values}, got {node.value!r}")
 
 
-def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> RuleViolation:
+def _unknown_keyword(
+    run: Run, schedule_name: str, schedule: Schedule, name: str, node: Node
+) -> RuleViolation:
     """The violation for a keyword that the schedule does not have or that the trainer passes
     itself.
     """
     fixes: tuple[Fix, ...] = (Fix(f"remove {name}"),)
-    known = ", ".join(schedule.keywords) or "none"
-    message = f"{kind} has no keyword {name}; its keywords: {known}"
+    keywords = ", ".join(schedule.keywords) or "none"
+    message = f"{schedule_name} has no keyword {name}; its keywords: {keywords}"
     if name in PASSED_BY_THE_TRAINER:
-        message = f"the trainer sets {name} of {kind} (from warmup_steps and max_steps)"
+        message = f"the trainer sets {name} of {schedule_name} (from warmup_steps and max_steps)"
     else:
-        close = nearest(name, schedule.keywords)
-        if close is not None:
-            fixes = (run.rename_fix(node, close),)
+        suggestion = nearest(name, schedule.keywords)
+        if suggestion is not None:
+            fixes = (run.rename_fix(node, suggestion),)
     return RuleViolation(
         ("grpo", "lr_scheduler_kwargs", name),
         message,
@@ -142,7 +144,7 @@ def _unknown(run: Run, kind: str, schedule: Schedule, name: str, node: Node) -> 
     )
 
 
-def _wanted(name: str, node: Node) -> str | None:
+def _legal_values(name: str, node: Node) -> str | None:
     """If the value in the run file is invalid, return a text with the values that the keyword
     accepts. Otherwise return None.
     """
@@ -152,9 +154,9 @@ def _wanted(name: str, node: Node) -> str | None:
     if name in SWITCHES:
         return None if isinstance(value, bool) else f"true or false for {name}"
     if name in WHOLE:
-        least = 1 if name in ("timescale", "window_size") else 0
-        fits = type(value) is int and value >= least
-        return None if fits else f"a whole number of at least {least} for {name}"
+        minimum = 1 if name in ("timescale", "window_size") else 0
+        fits = type(value) is int and value >= minimum
+        return None if fits else f"a whole number of at least {minimum} for {name}"
     if name in ("min_lr", "max_lr") and isinstance(value, list):
         return None  # one value for each parameter group
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -179,25 +181,25 @@ def schedule_ends_below_its_start(run: Run) -> Iterator[RuleViolation]:
     min_lr is 0.001, far above the usual rates of GRPO. The greedy schedule would raise the rate to
     0.001 at its first change.
     """
-    found, given = _schedule(run), _given(run)
-    if found is None or given is None:
+    named_schedule, keywords = _schedule_of(run), _keywords_in_file(run)
+    if named_schedule is None or keywords is None:
         return
-    kind, rate = found[0], run.value(RATE)
-    name = "lr_end" if kind == "polynomial" else "min_lr"
-    if name not in found[1].keywords:
+    schedule_name, rate = named_schedule[0], run.value(RATE)
+    name = "lr_end" if schedule_name == "polynomial" else "min_lr"
+    if name not in named_schedule[1].keywords:
         return
-    implied = {"polynomial": _LR_END, "greedy": _GREEDY_MIN_LR}.get(kind)
-    lowest = given[name].value if name in given else implied
+    default_rate = {"polynomial": _LR_END, "greedy": _GREEDY_MIN_LR}.get(schedule_name)
+    lowest = keywords[name].value if name in keywords else default_rate
     if isinstance(lowest, bool) or not isinstance(lowest, (int, float)) or rate > lowest:
         return
-    origin = run.origin(given.get(name))
+    origin = run.origin(keywords.get(name))
     yield RuleViolation(
         RATE,
-        f"the rate {rate} must be above {name} ({lowest}) of the {kind} schedule",
+        f"the rate {rate} must be above {name} ({lowest}) of the {schedule_name} schedule",
         notes=(f"{run.describe(RATE)}; {name} {lowest} ({origin})",),
         fixes=(Fix(f"lr_scheduler_kwargs: {{{name}: {rate / 10:.1e}}}"),),
         related=(KWARGS, TYPE),
-        severity=Severity.ERROR if kind == "polynomial" else Severity.WARNING,
+        severity=Severity.ERROR if schedule_name == "polynomial" else Severity.WARNING,
     )
 
 
@@ -216,8 +218,12 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
     warmup_steps of 1 or more is a number of steps, and a value below 1 is a fraction of the run.
     The rule is checked if max_steps sets the length of the run.
     """
-    steps, warmup, given = run.value("grpo.max_steps"), run.value("grpo.warmup_steps"), _given(run)
-    if steps <= 1 or given is None:
+    steps, warmup, keywords = (
+        run.value("grpo.max_steps"),
+        run.value("grpo.warmup_steps"),
+        _keywords_in_file(run),
+    )
+    if steps <= 1 or keywords is None:
         return
     if warmup >= steps:
         yield RuleViolation(
@@ -229,15 +235,19 @@ def schedule_fits_the_run(run: Run) -> Iterator[RuleViolation]:
             related=("grpo.max_steps",),
         )
         return
-    decay = given.get("num_decay_steps")
-    if run.value(TYPE) != "warmup_stable_decay" or decay is None or type(decay.value) is not int:
+    decay_node = keywords.get("num_decay_steps")
+    if (
+        run.value(TYPE) != "warmup_stable_decay"
+        or decay_node is None
+        or type(decay_node.value) is not int
+    ):
         return
-    before = warmup if warmup >= 1 else round(warmup * steps)
-    if before + decay.value > steps:
+    warmup_steps = warmup if warmup >= 1 else round(warmup * steps)
+    if warmup_steps + decay_node.value > steps:
         yield RuleViolation(
             ("grpo", "lr_scheduler_kwargs", "num_decay_steps"),
-            f"{decay.value} decay steps do not fit after the warm-up",
-            notes=(f"{before} + {decay.value} > {run.describe('grpo.max_steps')}",),
-            fixes=(run.replace_fix(decay, int(steps - before)),),
+            f"{decay_node.value} decay steps do not fit after the warm-up",
+            notes=(f"{warmup_steps} + {decay_node.value} > {run.describe('grpo.max_steps')}",),
+            fixes=(run.replace_fix(decay_node, int(steps - warmup_steps)),),
             related=("grpo.max_steps",),
         )

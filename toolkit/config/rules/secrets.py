@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 MIN_SECRET_LENGTH = 16
-_WHERE = {
+_TOKEN_ADVICE = {
     "hf": "export HF_TOKEN in the shell, or run hf auth login",
     "wandb": "export WANDB_API_KEY in the shell",
 }
@@ -47,16 +47,20 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
     for path, node in run.document.root.walk():
         name = path[-1] if path else ""
         if isinstance(name, str) and node.value and is_secret_key(name):
-            kind = f"{name} is a secret"
+            fault = f"{name} is a secret"
         else:
-            found = _secret_in(node.value)
-            if found is None:
+            secret_kind = _secret_in(node.value)
+            if secret_kind is None:
                 continue
-            kind = f"the value contains a {found}"
+            fault = f"the value contains a {secret_kind}"
         node.source.hide(node.mark)
-        tool = "wandb" if "wandb" in f"{kind}{name}".lower() else "hf"
-        known = "token" in kind.lower() or tool == "wandb"
-        fix = _WHERE[tool] if known else "put the secret into an environment variable"
+        tool = "wandb" if "wandb" in f"{fault}{name}".lower() else "hf"
+        is_known_service = "token" in fault.lower() or tool == "wandb"
+        fix = (
+            _TOKEN_ADVICE[tool]
+            if is_known_service
+            else "put the secret into an environment variable"
+        )
         yield RuleViolation(
-            path, f"a run file must not contain secrets, but {kind}", fixes=(Fix(fix),)
+            path, f"a run file must not contain secrets, but {fault}", fixes=(Fix(fix),)
         )

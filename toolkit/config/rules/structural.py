@@ -198,7 +198,7 @@ RULE_TEXTS: dict[str, RuleText] = {
 }  # fmt: skip
 
 
-def _nothing(_run: Run) -> Iterator[RuleViolation]:
+def _no_violations(_run: Run) -> Iterator[RuleViolation]:
     yield from ()
 
 
@@ -211,5 +211,5 @@ for _name, _text in RULE_TEXTS.items():
         why=_text.why,
         example=_text.example,
         fix=_text.fix,
-        check=_nothing,
+        check=_no_violations,
     )

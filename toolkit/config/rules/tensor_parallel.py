@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from toolkit.config.rules.run import Run
 
 _KEY = parallel.KEY
-_SHARE = "model.share_weights"
+_SHARE_WEIGHTS = "model.share_weights"
 _UNSUPPORTED = "is not supported while one model is split over several cards"
-_CARDS = "model:\n  tensor_parallel_size: 2"
+_TWO_CARDS = "model:\n  tensor_parallel_size: 2"
 
 
-def _split(run: Run) -> bool:
+def _may_be_split(run: Run) -> bool:
     """Whether several processes share one model (tensor_parallel_size above 1), or may share one
     model (tensor_parallel_size: auto).
     """
     return bool(run.value(_KEY) == "auto" or run.value(_KEY) > 1)
 
 
-def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
+def _exclusion(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleViolation:
     """The violation at ``key`` for a value that cannot be used while processes share one model."""
     return RuleViolation(
         key,
@@ -39,8 +39,8 @@ def _excluded(run: Run, key: str, message: str, fix: Fix, *notes: str) -> RuleVi
     )
 
 
-@rule("LOAD006", _KEY, example=f"{_CARDS[:-1]}3", fix="tensor_parallel_size: 1")
-def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
+@rule("LOAD006", _KEY, example=f"{_TWO_CARDS[:-1]}3", fix="tensor_parallel_size: 1")
+def size_divides_heads_and_world(run: Run) -> Iterator[RuleViolation]:
     """tensor_parallel_size divides the model's heads, its intermediate size and the world size.
 
     A group of tensor_parallel_size processes shares one model. Each process has one card, and an
@@ -53,8 +53,10 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
     if size in (1, "auto"):
         return
     config = run.model.config if run.model is not None else None
-    legal = [one for one in parallel.sizes(config, run.world_size) if one < size]
-    fixes = (run.set_fix(_KEY, legal[-1] if legal else 1),)
+    smaller_sizes = [
+        candidate for candidate in parallel.sizes(config, run.world_size) if candidate < size
+    ]
+    fixes = (run.set_fix(_KEY, smaller_sizes[-1] if smaller_sizes else 1),)
     problem = parallel.shape_problem(config, size) if config is not None else None
     if problem is not None:
         yield RuleViolation(
@@ -71,8 +73,8 @@ def heads_and_world_divide(run: Run) -> Iterator[RuleViolation]:
 
 @rule(
     "TP001",
-    f"{_KEY} {_SHARE}",
-    example=f"{_CARDS}\n  share_weights: false",
+    f"{_KEY} {_SHARE_WEIGHTS}",
+    example=f"{_TWO_CARDS}\n  share_weights: false",
     fix="share_weights: true",
 )
 def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
@@ -81,20 +83,20 @@ def split_weights_are_shared(run: Run) -> Iterator[RuleViolation]:
     The trainer computes with the part of the model that the engine in the same process has loaded.
     A second, complete copy in each process would take the memory that splitting saves.
     """
-    if _split(run) and not run.value(_SHARE) and run.engine != "transformers":
+    if _may_be_split(run) and not run.value(_SHARE_WEIGHTS) and run.engine != "transformers":
         yield RuleViolation(
             _KEY,
             "one model cannot be split while the trainer has its own copy of the weights",
-            notes=(run.describe(_SHARE),),
-            fixes=(run.set_fix(_SHARE, True), run.set_fix(_KEY, 1)),
-            related=(_SHARE,),
+            notes=(run.describe(_SHARE_WEIGHTS),),
+            fixes=(run.set_fix(_SHARE_WEIGHTS, True), run.set_fix(_KEY, 1)),
+            related=(_SHARE_WEIGHTS,),
         )
 
 
 @rule(
     "TP003",
     f"{_KEY} model.model_name model.load_in_4bit",
-    example=f"{_CARDS}\n  model_name: Qwen/Qwen3-30B-A3B",
+    example=f"{_TWO_CARDS}\n  model_name: Qwen/Qwen3-30B-A3B",
     fix="tensor_parallel_size: 1",
 )
 def model_can_be_split(run: Run) -> Iterator[RuleViolation]:
@@ -138,31 +140,31 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
 @rule(
     "TP004",
     f"{_KEY} {' '.join(_NEUTRAL)} grpo.generation_kwargs",
-    example=f"{_CARDS}\ngrpo:\n  top_p: 0.9",
+    example=f"{_TWO_CARDS}\ngrpo:\n  top_p: 0.9",
     fix="top_p: 1.0",
 )
-def sampling_is_whole(run: Run) -> Iterator[RuleViolation]:
+def sampling_needs_no_full_logits(run: Run) -> Iterator[RuleViolation]:
     """With tensor_parallel_size above 1, sampling uses no top_p, top_k, min_p or penalties.
 
     Training applies these settings to its own logits. The settings depend on the logits of all
     tokens, but each card computes the logits of only a part of the vocabulary.
     """
-    if not _split(run) or run.engine == "transformers":
+    if not _may_be_split(run) or run.engine == "transformers":
         return
     for key, neutral in _NEUTRAL.items():
         if run.get(key) not in neutral:
             message = f"{run.get(key)} {_UNSUPPORTED}"
-            yield _excluded(run, key, message, run.set_fix(key, neutral[0]))
+            yield _exclusion(run, key, message, run.set_fix(key, neutral[0]))
     for name, value in run.mapping("grpo.generation_kwargs").items():
         if name in _PENALTIES and value:
             message = f"{name} {value} {_UNSUPPORTED}"
-            yield _excluded(run, "grpo.generation_kwargs", message, Fix(f"remove {name}"))
+            yield _exclusion(run, "grpo.generation_kwargs", message, Fix(f"remove {name}"))
 
 
 @rule(
     "TP005",
     f"{_KEY} lora.lora_dropout lora.init_lora_weights",
-    example=f"{_CARDS}\nlora:\n  lora_dropout: 0.05",
+    example=f"{_TWO_CARDS}\nlora:\n  lora_dropout: 0.05",
     fix="lora_dropout: 0.0",
 )
 def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
@@ -173,22 +175,22 @@ def adapter_can_be_split(run: Run) -> Iterator[RuleViolation]:
     single process. Each process has only a part of the base weights, so an initialization that is
     computed from the base weights would differ too.
     """
-    if not _split(run) or run.engine == "transformers":
+    if not _may_be_split(run) or run.engine == "transformers":
         return
     if run.get("lora.lora_dropout"):
         message = f"{run.get('lora.lora_dropout')} {_UNSUPPORTED}"
-        yield _excluded(run, "lora.lora_dropout", message, run.set_fix("lora.lora_dropout", 0.0))
+        yield _exclusion(run, "lora.lora_dropout", message, run.set_fix("lora.lora_dropout", 0.0))
     init = run.get("lora.init_lora_weights")
     if init not in parallel.SLICED_INITS:
         message = f"{init} needs the complete weights, but each card has only a part of them"
         fix = run.set_fix("lora.init_lora_weights", True)
-        yield _excluded(run, "lora.init_lora_weights", message, fix)
+        yield _exclusion(run, "lora.init_lora_weights", message, fix)
 
 
 @rule(
     "TP006",
     f"{_KEY} grpo.optim",
-    example=f"{_CARDS}\ngrpo:\n  optim: adafactor",
+    example=f"{_TWO_CARDS}\ngrpo:\n  optim: adafactor",
     fix="optim: adamw_torch_fused",
 )
 def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
@@ -198,10 +200,10 @@ def optimizer_can_be_split(run: Run) -> Iterator[RuleViolation]:
     (adafactor), blocks of values (8-bit optimizers) or the norm of a tensor. Their step would
     differ from the step in a single process.
     """
-    if not _split(run) or run.engine == "transformers":
+    if not _may_be_split(run) or run.engine == "transformers":
         return
     optim = run.get("grpo.optim")
     if optim is not None and optim not in parallel.ELEMENTWISE:
-        supported = f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}"
+        supported_note = f"supported are {', '.join(sorted(parallel.ELEMENTWISE))}"
         fix = run.set_fix("grpo.optim", "adamw_torch_fused")
-        yield _excluded(run, "grpo.optim", f"{optim} {_UNSUPPORTED}", fix, supported)
+        yield _exclusion(run, "grpo.optim", f"{optim} {_UNSUPPORTED}", fix, supported_note)

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
     from toolkit.config.rules.run import Run
 
-ROUTER = "grpo.router_aux_loss_coef"
+ROUTER_LOSS = "grpo.router_aux_loss_coef"
 WORKERS = "grpo.dataloader_num_workers"
-ACCELERATE = "grpo.accelerator_config"
+ACCELERATOR_CONFIG = "grpo.accelerator_config"
 _BACKEND, _MODE = "grpo.torch_compile_backend", "grpo.torch_compile_mode"
 
 
 @rule(
     "GRPO044",
-    f"{ROUTER} model.model_name",
+    f"{ROUTER_LOSS} model.model_name",
     example="""
 model:
   model_name: Qwen/Qwen3-0.6B  # dense
@@ -48,18 +48,18 @@ def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     The auxiliary loss balances the experts and is computed from these logits. The rule is checked
     if the model is on this machine.
     """
-    coefficient = run.value(ROUTER)
+    coefficient = run.value(ROUTER_LOSS)
     if not coefficient or run.model is None:
         return
     family = str(run.model.text.get("model_type") or run.model.config.get("model_type"))
     if run.model.experts and (family in ROUTERS or "output_router_logits" in run.model.text):
         return
-    what = "does not return its router's logits" if run.model.experts else "has no experts"
+    reason = "does not return its router's logits" if run.model.experts else "has no experts"
     yield RuleViolation(
-        ROUTER,
-        f"this model has no auxiliary loss, because {family} {what}",
+        ROUTER_LOSS,
+        f"this model has no auxiliary loss, because {family} {reason}",
         notes=(f"from {run.model.source}",),
-        fixes=(run.set_fix(ROUTER, None),),
+        fixes=(run.set_fix(ROUTER_LOSS, None),),
         related=("model.model_name",),
     )
 
@@ -79,21 +79,21 @@ def worker_keys_need_workers(run: Run) -> Iterator[RuleViolation]:
     """
     if run.value(WORKERS) != 0:
         return
-    for name, off in (("persistent_workers", False), ("multiprocessing_context", None)):
+    for name, off_value in (("persistent_workers", False), ("multiprocessing_context", None)):
         key = f"grpo.dataloader_{name}"
-        if run.get(key) != off:
+        if run.get(key) != off_value:
             yield RuleViolation(
                 key,
                 "has no effect without worker processes",
                 notes=(run.describe(WORKERS),),
-                fixes=(run.set_fix(key, off), run.set_fix(WORKERS, 1)),
+                fixes=(run.set_fix(key, off_value), run.set_fix(WORKERS, 1)),
                 related=(WORKERS,),
             )
 
 
 @rule(
     "GRPO046",
-    ACCELERATE,
+    ACCELERATOR_CONFIG,
     example="grpo:\n  accelerator_config: {split_batch: true}",
     fix="remove accelerator_config",
 )
@@ -106,26 +106,28 @@ def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
     that was created before the run. gradient_accumulation_kwargs.num_steps is replaced by
     grpo.gradient_accumulation_steps.
     """
-    node = run.node(ACCELERATE)
+    node = run.node(ACCELERATOR_CONFIG)
     if node is None or not isinstance(node.value, dict):
         return
     for name, member in node.value.items():
-        place = ("grpo", "accelerator_config", name)
+        path = ("grpo", "accelerator_config", name)
         if name not in ACCELERATOR:
-            yield _unknown_member(run, place, name, member)
+            yield _unknown_member(run, path, name, member)
         elif not isinstance(member.value, ACCELERATOR[name]):
-            yield RuleViolation(place, f"must be true or false, got {member.value!r}")
-        elif member.value is True and name in _REFUSED:
-            yield RuleViolation(place, _REFUSED[name], fixes=(run.replace_fix(member, False),))
+            yield RuleViolation(path, f"must be true or false, got {member.value!r}")
+        elif member.value is True and name in _REFUSED_OPTIONS:
+            yield RuleViolation(
+                path, _REFUSED_OPTIONS[name], fixes=(run.replace_fix(member, False),)
+            )
         elif name == "gradient_accumulation_kwargs" and member.value:
             yield RuleViolation(
-                place,
+                path,
                 "the trainer accumulates gradients itself: set grpo.gradient_accumulation_steps",
                 fixes=(Fix("remove gradient_accumulation_kwargs"),),
             )
 
 
-_REFUSED = {
+_REFUSED_OPTIONS = {
     "split_batches": "would split batches that are already split, and separate completions of a "
     "prompt",
     "dispatch_batches": "sends tensors between processes, but GRPO's batches are texts",
@@ -133,13 +135,13 @@ _REFUSED = {
 }
 
 
-def _unknown_member(run: Run, place: tuple[str, ...], name: str, member: Node) -> RuleViolation:
-    close = nearest(name, tuple(ACCELERATOR))
+def _unknown_member(run: Run, path: tuple[str, ...], name: str, member: Node) -> RuleViolation:
+    suggestion = nearest(name, tuple(ACCELERATOR))
     return RuleViolation(
-        place,
+        path,
         f"accelerate has no key {name}",
         notes=(f"its keys: {', '.join(ACCELERATOR)}",),
-        fixes=(run.rename_fix(member, close) if close else Fix(f"remove {name}"),),
+        fixes=(run.rename_fix(member, suggestion) if suggestion else Fix(f"remove {name}"),),
         on_key=True,
     )
 
@@ -159,20 +161,20 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
     if node is None or not run.is_set("grpo.debug"):
         return
     nodes = node.value if isinstance(node.value, list) else [node]
-    for index, one in enumerate(nodes):
-        is_item = one is not node
-        place = ("grpo", "debug", index) if is_item else ("grpo", "debug")
-        words = [one.value] if is_item else str(one.value or "").split()
+    for index, item in enumerate(nodes):
+        is_item = item is not node
+        path = ("grpo", "debug", index) if is_item else ("grpo", "debug")
+        words = [item.value] if is_item else str(item.value or "").split()
         for word in words:
             if word == DEBUG[0]:
                 continue
-            what = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
-            meant = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
-            known = (
-                run.replace_fix(one, DEBUG[0]) if is_item else run.set_fix("grpo.debug", DEBUG[0])
+            reason = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
+            is_misspelled = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
+            spelling_fix = (
+                run.replace_fix(item, DEBUG[0]) if is_item else run.set_fix("grpo.debug", DEBUG[0])
             )
-            fix = known if meant else Fix(f"remove {word or 'the empty item'}")
-            yield RuleViolation(place, f"{word} {what}", fixes=(fix,))
+            fix = spelling_fix if is_misspelled else Fix(f"remove {word or 'the empty item'}")
+            yield RuleViolation(path, f"{word} {reason}", fixes=(fix,))
 
 
 @rule(
@@ -218,10 +220,10 @@ def tf32_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     TensorFloat-32 is a format of Ampere GPUs and newer. `envcheck validate` checks the rule only
     with --gpu.
     """
-    why = capability_problem(run, BFLOAT16) if run.value("grpo.tf32") else None
-    if why:
+    problem = capability_problem(run, BFLOAT16) if run.value("grpo.tf32") else None
+    if problem:
         yield RuleViolation(
-            "grpo.tf32", f"cannot be used: {why}", fixes=(run.set_fix("grpo.tf32", False),)
+            "grpo.tf32", f"cannot be used: {problem}", fixes=(run.set_fix("grpo.tf32", False),)
         )
 
 
@@ -242,17 +244,19 @@ def cache_is_known(run: Run) -> Iterator[RuleViolation]:
     if name is None:
         return
     if name not in CACHES:
-        close = nearest(str(name), CACHES)
+        suggestion = nearest(str(name), CACHES)
         yield RuleViolation(
             key,
             f"{name} is not a cache of transformers",
             notes=(f"legal values: {', '.join(CACHES)}",),
-            fixes=(run.set_fix(key, close),),
+            fixes=(run.set_fix(key, suggestion),),
         )
         return
-    why = capability_problem(run, (0, 0)) if name.startswith("offloaded") else None
-    if why:
-        yield RuleViolation(key, f"{name} cannot be used: {why}", fixes=(run.set_fix(key, None),))
+    problem = capability_problem(run, (0, 0)) if name.startswith("offloaded") else None
+    if problem:
+        yield RuleViolation(
+            key, f"{name} cannot be used: {problem}", fixes=(run.set_fix(key, None),)
+        )
 
 
 @rule(
@@ -277,11 +281,11 @@ def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
     for key, member in node.value.items():
         if key in BATCHING:
             continue
-        close = nearest(key, BATCHING)
+        suggestion = nearest(key, BATCHING)
         yield RuleViolation(
             ("grpo", name, key),
             f"{key} is not a key of transformers' ContinuousBatchingConfig",
             notes=(f"its keys: {', '.join(BATCHING)}",),
-            fixes=(run.rename_fix(member, close) if close else Fix(f"remove {key}"),),
+            fixes=(run.rename_fix(member, suggestion) if suggestion else Fix(f"remove {key}"),),
             on_key=True,
         )

@@ -55,7 +55,7 @@ def repo_needs_logging(run: Run) -> Iterator[RuleViolation]:
     example="grpo:\n  use_liger_kernel: true\n  entropy_coef: 0.01",
     fix="use_liger_kernel: false",
 )
-def liger_limits(run: Run) -> Iterator[RuleViolation]:
+def liger_has_no_clashes(run: Run) -> Iterator[RuleViolation]:
     """use_liger_kernel needs the package liger-kernel, and excludes entropy terms, off-policy
     masking and an adapter on lm_head.
 
@@ -78,7 +78,7 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
                 lambda value: bool(value and value.get("fused_linear_cross_entropy")),
             ),
         )
-        if clash(_plain(run, key))
+        if clash(_plain_value(run, key))
     ]
     if adapts_head(run):
         clashes.append(_TARGETS)
@@ -105,7 +105,7 @@ def liger_limits(run: Run) -> Iterator[RuleViolation]:
         )
 
 
-def _plain(run: Run, key: str) -> object:
+def _plain_value(run: Run, key: str) -> object:
     value, node = run.get(key), run.node(key)
     return node.to_plain() if node is not None else value
 
@@ -157,10 +157,14 @@ def sync_needs_reference(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value("grpo.sync_ref_model"):
         return
-    full, beta = run.value("model.full_finetuning"), run.value("grpo.beta")
-    if full and beta > 0:
+    is_full_finetuning, beta = run.value("model.full_finetuning"), run.value("grpo.beta")
+    if is_full_finetuning and beta > 0:
         return
-    reason = "beta is 0: there is no reference model" if full else "LoRA has no second model"
+    reason = (
+        "beta is 0: there is no reference model"
+        if is_full_finetuning
+        else "LoRA has no second model"
+    )
     yield RuleViolation(
         "grpo.sync_ref_model",
         f"{reason} to synchronize",
@@ -209,9 +213,9 @@ def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """
     rate = run.value("grpo.learning_rate")
     if not MIN_PLAUSIBLE_RATE <= rate <= MAX_PLAUSIBLE_RATE:
-        which = "below 1e-7" if rate < MIN_PLAUSIBLE_RATE else "above 1"
+        fault = "below 1e-7" if rate < MIN_PLAUSIBLE_RATE else "above 1"
         yield RuleViolation(
             "grpo.learning_rate",
-            f"the rate {rate} is {which}, probably because the exponent is wrong",
+            f"the rate {rate} is {fault}, probably because the exponent is wrong",
             fixes=(run.set_fix("grpo.learning_rate", 1e-6),),
         )
