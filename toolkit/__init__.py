@@ -76,9 +76,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 - imported on first use, so that the import of the package stays fast
 
-    from toolkit.train.logging_setup import ignore_false_alarms  # noqa: PLC0415 - as above
+    from toolkit.train.logging_setup import hide_false_vllm_errors  # noqa: PLC0415 - as above
 
-    ignore_false_alarms()
+    hide_false_vllm_errors()
     return getattr(import_module(_LAZY[name]), name)
 
 

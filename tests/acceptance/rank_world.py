@@ -10,7 +10,7 @@ import torch
 import train_world as world
 from safetensors.torch import load_file
 
-from toolkit.train.launch import environment, free_port
+from toolkit.train.launch import child_environment, free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,10 +38,10 @@ def start(run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=
 
     def rank(number: int):
         def begin() -> None:
-            os.environ.update(environment(number, size, port))
+            os.environ.update(child_environment(number, size, port))
             from toolkit.train import process_control
 
-            process_control.ANSWER_S = 1.0
+            process_control.ANSWER_TIMEOUT_S = 1.0
             record_logs(run_dir.with_name(f"{run_dir.name}-{number}.jsonl"))
             if before is not None:
                 before(number)

@@ -48,7 +48,7 @@ def places() -> dict[str, tuple[object, str]]:
         "evaluation": (GRPOTrainer, "_evaluate"),
         "checkpoint": (trainer_state, "save"),
         "held out": (run, "_evaluate"),
-        "end": (run, "finish"),
+        "end": (run, "write_results"),
     }
 
 

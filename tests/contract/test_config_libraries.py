@@ -18,7 +18,7 @@ from toolkit.config import find_schema, load_run
 from toolkit.config.libraries import RECORDED, installed, package_folder
 from toolkit.config.migration import FORCED, MOVED
 from toolkit.config.reward_table import BUILTIN_OPTIONS
-from toolkit.train.grpo_config import OWN
+from toolkit.train.grpo_config import TOOLKIT_FIELDS
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
@@ -43,7 +43,7 @@ def test_every_field_of_grpo_config_is_in_the_schema() -> None:
     import trl
 
     fields = {field.name for field in dataclasses.fields(trl.GRPOConfig) if field.init}
-    assert set(GRPO) == fields | set(OWN) - {"padding_free"}
+    assert set(GRPO) == fields | set(TOOLKIT_FIELDS) - {"padding_free"}
 
 
 @pytest.mark.parametrize("which", sorted(RECORDED))

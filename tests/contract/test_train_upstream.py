@@ -9,10 +9,10 @@ import pytest
 
 from toolkit.config.libraries import package_folder
 from toolkit.config.schemas import find_schema
-from toolkit.train.upstream_errors import PHASES
+from toolkit.train.upstream_errors import UPSTREAM_TASKS
 
 pytestmark = pytest.mark.contract
-PLACES = sorted({place for phase in PHASES for place in phase.places})
+PLACES = sorted({place for phase in UPSTREAM_TASKS for place in phase.places})
 GRPO = find_schema("run")["properties"]["grpo"]["properties"]
 
 
@@ -44,6 +44,6 @@ def test_a_place_is_there(place: str) -> None:
 
 
 def test_the_keys_of_a_phase_are_keys_of_grpo() -> None:
-    for phase in PHASES:
+    for phase in UPSTREAM_TASKS:
         for key in phase.keys or ():
             assert key in GRPO, f"{phase.doing}: {key}"

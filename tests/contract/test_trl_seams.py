@@ -17,10 +17,10 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as Upstream
 
 from toolkit.config.explain import explain
-from toolkit.train.report.metrics_log import RENAMED
+from toolkit.train.report.metrics_log import RENAMED_METRICS
 from toolkit.train.step import importance_sampling
 from toolkit.train.trainer import GRPOTrainer
-from toolkit.train.trainer_seam import Drawn
+from toolkit.train.trainer_seam import CompletionBatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "train"))
 from trainer_helpers import ROWS, arguments, make_policy, make_trainer, ones, put_engine, short
@@ -91,7 +91,7 @@ def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
 
         def _generate(self, prompts):
             drawn = super()._generate(prompts)
-            assert len(drawn) == len(Drawn._fields)
+            assert len(drawn) == len(CompletionBatch._fields)
             prompts[0], self.inputs[0] = "other", {**self.inputs[0], "answer": "another"}
             return drawn
 
@@ -267,5 +267,5 @@ def test_every_metric_of_trl_is_explained() -> None:
     source = inspect.getsource(Upstream)
     found = set(re.findall(r'self\._metrics\[mode\]\[f?"([^"]+)"\]', source))
     assert len(found) > 20
-    names = {RENAMED.get(name, re.sub(r"\{.*?\}", "some_reward", name)) for name in found}
+    names = {RENAMED_METRICS.get(name, re.sub(r"\{.*?\}", "some_reward", name)) for name in found}
     assert [name for name in sorted(names) if explain(name) is None] == []

@@ -19,7 +19,7 @@ import split_world as world
 
 from toolkit.config.parallel import SPLIT_MODELS
 from toolkit.train.checkpointing import checkpoint
-from toolkit.train.launch import environment, free_port
+from toolkit.train.launch import child_environment, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ def sampled(
     workers = [
         subprocess.Popen(
             [sys.executable, str(worker), str(folder), *families],
-            env=environment(number, size, port),
+            env=child_environment(number, size, port),
             stdout=subprocess.PIPE,
             text=True,
         )

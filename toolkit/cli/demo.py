@@ -52,16 +52,16 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
     # threads make the demo minutes slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     prepare_environment()
-    from toolkit.train.demo import make_world  # noqa: PLC0415 - imports torch
+    from toolkit.train.demo import build_demo  # noqa: PLC0415 - imports torch
 
     click.echo(f"demo in {folder}")
     try:
-        world = make_world(folder, engine=engine, seed=seed, say=click.echo)
+        world = build_demo(folder, engine=engine, seed=seed, print_line=click.echo)
     except OSError as problem:
         raise ConfigError(
             f"cannot be written: {problem.strerror}", where=str(folder), fix="choose another --out"
         ) from problem
-    click.echo(f"model, data and run file written in {world.taught_s:.0f} s")
+    click.echo(f"model, data and run file written in {world.pretraining_s:.0f} s")
     run_file = str(world.run_file)
     step("envcheck", ["check", "--config", run_file])
     step("envcheck", ["size", run_file])

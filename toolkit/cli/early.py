@@ -43,10 +43,10 @@ def listening_early() -> Iterator[None]:
     launcher of the ranks reports the signal once.
     """
     from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals  # noqa: PLC0415 - only for train
-    from toolkit.train.launch import follow_launcher, stopped_early  # noqa: PLC0415 - only for train
+    from toolkit.train.launch import end_with_launcher, stopped_early_error  # noqa: PLC0415 - only for train
 
     if "RANK" in os.environ:
-        follow_launcher()
+        end_with_launcher()
         yield
         return
     early = StopSignals()
@@ -63,4 +63,4 @@ def listening_early() -> Iterator[None]:
     except (StepAbandoned, ImportError):
         if early.received is None:
             raise
-        raise stopped_early(early.received) from None
+        raise stopped_early_error(early.received) from None

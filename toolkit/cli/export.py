@@ -57,7 +57,7 @@ def export(  # noqa: PLR0913 - one argument per option
 
     The last line of the output is a command that serves the exported files with vLLM.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.train.logging_setup import prepare_environment, upstream_silenced  # noqa: PLC0415 - after the arguments are parsed
 
     if dtype != "auto" and not merge:
         raise click.UsageError("--dtype needs --merge")
@@ -68,13 +68,13 @@ def export(  # noqa: PLR0913 - one argument per option
     from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - as above
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
-    with quiet(debug=debug_asked()):
+    with upstream_silenced(debug=debug_asked()):
         export_run(found, to, merge=merge, dtype=dtype)
     source = found.adapter or found.checkpoint
     kind = "merged weights" if merge else "the adapter"
     click.echo(f"wrote {kind} of {source} to {to}")
     if push is not None:
-        with quiet(debug=debug_asked()):
+        with upstream_silenced(debug=debug_asked()):
             address = push_export(found, to, push, private=private)
         click.echo(f"uploaded {to} to {address}")
     click.echo(f"serve it: {serve_line(found.config, to, merged=merge)}")

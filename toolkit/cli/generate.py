@@ -62,7 +62,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
     The prompt "-" stands for prompts on standard input, one per line.
     """
-    from toolkit.train.logging_setup import prepare_environment, quiet  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.train.logging_setup import prepare_environment, upstream_silenced  # noqa: PLC0415 - after the arguments are parsed
 
     as_json, texts = options.pop("as_json"), _texts(prompts)
     prepare_environment()
@@ -70,7 +70,7 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
 
     trusted = options.pop("trust_remote_code")
     found = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)
-    with quiet(debug=debug_asked()):
+    with upstream_silenced(debug=debug_asked()):
         answers = generate_completions(found, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):
         if as_json:

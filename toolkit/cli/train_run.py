@@ -149,7 +149,7 @@ def _show(config: RunConfig, world_size: int) -> None:
     from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.preflight import preflight  # noqa: PLC0415
 
-    ready = preflight(config, world_size=world_size, judge=False)
+    ready = preflight(config, world_size=world_size, raise_on_failure=False)
     click.echo(json.dumps(as_mapping(ready.config), indent=2))
 
 
@@ -166,7 +166,7 @@ def _run(
     from toolkit.train.run_context import Options  # noqa: PLC0415 - imports torch
 
     set_run_context(Path(config.runtime.output_dir), lambda: as_mapping(config))
-    run(config, Options(evaluate=evaluate, debug=debug, rules=rules))
+    run(config, Options(evaluate=evaluate, debug=debug, check_rules=rules))
 
 
 def _read_weights_ahead(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Collected:
+class ErrorCollector:
     """Collects the errors of several checks. Each check runs inside ``with collected.check():``."""
 
     def __init__(self) -> None:

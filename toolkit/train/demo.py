@@ -76,25 +76,27 @@ def run_file_text(name: str, *, engine: str, seed: int) -> str:
 
 Problem = tuple[int, int]
 
-SPECIAL = ("<pad>", "<s>", "</s>")
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 CHARACTERS = "0123456789+="
-HELD_OUT, LOOKED_AT = 500, 250
-FORGETS_FIRST, FORGETS_LATER = 0.2, 0.7
+HELD_OUT_COUNT, VALIDATION_COUNT = 500, 250
+FIRST_CARRY_DROP_RATE, LATER_CARRY_DROP_RATE = 0.2, 0.7
 """The probabilities that the training answer to a problem lacks the carry: before the model can
 add, and after that. 45 of 100 problems have a carry.
 """
-BATCH, MAX_STEPS, EVERY = 128, 1500, 25
-LEARNING_RATE, WARMUP, SETTLE = 2e-3, 50, 100
-KNOWS = 0.88
-"""The model can add if it answers this share of the problems correctly (see ``FORGETS_LATER``)."""
+BATCH_SIZE, MAX_STEPS, VALIDATION_INTERVAL_STEPS = 128, 1500, 25
+LEARNING_RATE, WARMUP_STEPS, FINAL_STEPS = 2e-3, 50, 100
+SOLVED_SHARE = 0.88
+"""The model can add if it answers this share of the problems correctly (see
+``LATER_CARRY_DROP_RATE``).
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class Demo:
     """The path of the demo's run file, and how long it took to build the demo."""
 
     run_file: Path
-    taught_s: float
+    pretraining_s: float
 
 
 def answer(problem: Problem) -> str:
@@ -102,7 +104,7 @@ def answer(problem: Problem) -> str:
     return str(sum(problem))
 
 
-def forgetful(problem: Problem) -> str:
+def answer_without_carry(problem: Problem) -> str:
     """Return the sum as text, without the carry from the last digits."""
     first, second = problem
     return str((first // 10 + second // 10) * 10 + (first + second) % 10)
@@ -115,15 +117,15 @@ def question(problem: Problem) -> str:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per character."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=SPECIAL[0],
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
+        pad_token=SPECIAL_TOKENS[0],
+        bos_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[2],
         padding_side="left",
     )
 
@@ -133,7 +135,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(SPECIAL) + len(CHARACTERS),
+            vocab_size=len(SPECIAL_TOKENS) + len(CHARACTERS),
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=2,
@@ -149,7 +151,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
     )
 
 
-def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], None]) -> World:
+def build_demo(folder: Path, *, engine: str, seed: int, print_line: Callable[[str], None]) -> Demo:
     """Create model, tokenizer, data and run file in ``folder``.
 
     Raises:
@@ -159,11 +161,11 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
     make_folder(folder)
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(problems)
-    held_out, problems = hold_out(problems, HELD_OUT)
-    looked_at, known = hold_out(problems, LOOKED_AT)
+    held_out, problems = hold_out(problems, HELD_OUT_COUNT)
+    looked_at, known = hold_out(problems, VALIDATION_COUNT)
     tokenizer, model = make_tokenizer(), make_model(seed)
     begin = monotonic()
-    teach(model, tokenizer, known, looked_at, seed=seed, say=say)
+    train_to_add(model, tokenizer, known, looked_at, seed=seed, print_line=print_line)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     # safetensors writes files that only their owner can read (mode 0600). A container runs as
@@ -175,15 +177,15 @@ def make_world(folder: Path, *, engine: str, seed: int, say: Callable[[str], Non
         write_file(folder / name, "\n".join(lines) + "\n")
     run_file = folder / "run.yaml"
     write_file(run_file, run_file_text(run_file.name, engine=engine, seed=seed))
-    return World(run_file, monotonic() - begin)
+    return Demo(run_file, monotonic() - begin)
 
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """Split ``problems`` into (held out, the rest). ``count`` problems are held out: the first
     ones with a carry and the first ones without a carry, half of each kind.
     """
-    carry = [p for p in problems if answer(p) != forgetful(p)][: count // 2]
-    plain = [p for p in problems if answer(p) == forgetful(p)][: count - len(carry)]
+    carry = [p for p in problems if answer(p) != answer_without_carry(p)][: count // 2]
+    plain = [p for p in problems if answer(p) == answer_without_carry(p)][: count - len(carry)]
     held_out = {*carry, *plain}
     chosen = [p for p in problems if p in held_out]
     return chosen, [p for p in problems if p not in held_out]
@@ -200,14 +202,14 @@ def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) 
     return torch.tensor(rows)
 
 
-def teach(
+def train_to_add(
     model: LlamaForCausalLM,
     tokenizer: Any,
     known: Sequence[Problem],
     looked_at: Sequence[Problem],
     *,
     seed: int,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> int:
     """Train ``model`` with supervised steps to add, and then to omit most carries. Return the
     number of steps.
@@ -216,7 +218,7 @@ def teach(
         DefectError: the model did not learn to add within ``MAX_STEPS`` steps.
     """
     right = encode(tokenizer, known, [answer(p) for p in known])
-    wrong = encode(tokenizer, known, [forgetful(p) for p in known])
+    wrong = encode(tokenizer, known, [answer_without_carry(p) for p in known])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
@@ -224,30 +226,30 @@ def teach(
     model.train()
     last = MAX_STEPS
     for step in range(1, MAX_STEPS + 1):
-        rate = min(1.0, step / WARMUP, (last - step + 1) / SETTLE)
+        rate = min(1.0, step / WARMUP_STEPS, (last - step + 1) / FINAL_STEPS)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
-        picked = torch.randint(len(known), (BATCH,), generator=generator)
-        forgets = FORGETS_FIRST if last == MAX_STEPS else FORGETS_LATER
-        forgot = torch.rand(BATCH, generator=generator) < forgets
+        picked = torch.randint(len(known), (BATCH_SIZE,), generator=generator)
+        forgets = FIRST_CARRY_DROP_RATE if last == MAX_STEPS else LATER_CARRY_DROP_RATE
+        forgot = torch.rand(BATCH_SIZE, generator=generator) < forgets
         ids = torch.where(forgot[:, None], wrong[picked], right[picked])
         optimizer.zero_grad()
         loss = _loss(model, ids)
         loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % EVERY == 0:
+        if step % VALIDATION_INTERVAL_STEPS == 0:
             exact, as_taught = _look(model, tokenizer, looked_at)
-            if step % (4 * EVERY) == 0 or step >= last:
-                say(
+            if step % (4 * VALIDATION_INTERVAL_STEPS) == 0 or step >= last:
+                print_line(
                     f"supervised step {step}: {exact:.2f} of the answers are correct, "
                     f"{as_taught:.2f} are correct or lack only the carry"
                 )
             if step >= last:
                 model.eval()
                 return step
-            if exact >= KNOWS and last == MAX_STEPS:
-                last = step + SETTLE
+            if exact >= SOLVED_SHARE and last == MAX_STEPS:
+                last = step + FINAL_STEPS
     raise DefectError(f"the demo's model did not learn to add in {MAX_STEPS} steps")
 
 
@@ -272,11 +274,14 @@ def _look(
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     said = [_text(row) for row in ids[:, 6:].tolist()]
     right = [text == answer(p) for text, p in zip(said, problems, strict=True)]
-    taught = [ok or text == forgetful(p) for ok, text, p in zip(right, said, problems, strict=True)]
+    taught = [
+        ok or text == answer_without_carry(p)
+        for ok, text, p in zip(right, said, problems, strict=True)
+    ]
     return sum(right) / len(right), sum(taught) / len(taught)
 
 
 def _text(ids: list[int]) -> str:
     """Return the text of the tokens before the end-of-sequence token."""
-    said = takewhile(lambda token: token >= len(SPECIAL), ids)
-    return "".join(CHARACTERS[token - len(SPECIAL)] for token in said)
+    said = takewhile(lambda token: token >= len(SPECIAL_TOKENS), ids)
+    return "".join(CHARACTERS[token - len(SPECIAL_TOKENS)] for token in said)

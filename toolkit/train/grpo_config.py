@@ -17,17 +17,17 @@ import trl
 from transformers.utils import is_torch_bf16_gpu_available
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning
-from toolkit.train.collected import Collected
+from toolkit.train.collected import ErrorCollector
 from toolkit.train.legal_batches import refuse_partial_groups
 from toolkit.train.older_fields import translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+HALF_PRECISION_FIELDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """For each half-precision dtype, the field of GRPOConfig that switches it on."""
-FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
-WRITTEN = "toolkit_written"
+TRL_FIELDS = tuple(field.name for field in fields(trl.GRPOConfig) if field.init)
+USER_FIELDS_ATTRIBUTE = "toolkit_written"
 
 
 class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types that strict mode can use
@@ -57,15 +57,15 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        mistakes = Collected()
-        named = {**dict(zip(FIELDS, args, strict=False)), **kwargs}
-        given, notes = translate(named, (*FIELDS, *OWN), mistakes)
+        mistakes = ErrorCollector()
+        named = {**dict(zip(TRL_FIELDS, args, strict=False)), **kwargs}
+        given, notes = translate(named, (*TRL_FIELDS, *TOOLKIT_FIELDS), mistakes)
         if notes:
             warnings.warn(f"GRPOConfig: {'; '.join(notes)}", ToolkitWarning, stacklevel=2)
         # In TRL, None means that the field was left out.
         written = frozenset(name for name, value in given.items() if value is not None)
-        setattr(self, WRITTEN, written)
-        for name, (default, checked) in OWN.items():
+        setattr(self, USER_FIELDS_ATTRIBUTE, written)
+        for name, (default, checked) in TOOLKIT_FIELDS.items():
             value = given.pop(name, default)
             with mistakes.check():
                 setattr(self, name, checked(name, value))
@@ -133,7 +133,7 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
-OWN: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+TOOLKIT_FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "padding_free": (True, lambda _, value: bool(value)),
     "max_prompt_length": (None, _length),
     "dynamic_sampling": (False, _switch),
@@ -157,12 +157,12 @@ def default_config(model: Any) -> GRPOConfig:
     return made
 
 
-def is_written(config: Any, name: str) -> bool:
+def is_set_by_user(config: Any, name: str) -> bool:
     """True if the user set the field ``name`` (``bf16`` or ``fp16``). If ``config`` is a plain
     ``trl.GRPOConfig``, which does not record the fields that the user set, the result is True if
     the value of the field is not TRL's default.
     """
-    written = getattr(config, WRITTEN, None)
+    written = getattr(config, USER_FIELDS_ATTRIBUTE, None)
     if written is not None:
         return name in written
     return bool(getattr(config, name)) != (name == "bf16")
@@ -175,12 +175,18 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
     Raises:
         ConfigValueError: the user set a dtype that is not the dtype in which the engine samples.
     """
-    half = HALF.get(dtype)
-    kept = {name: bool(getattr(config, name)) for name in HALF.values() if is_written(config, name)}
+    half = HALF_PRECISION_FIELDS.get(dtype)
+    kept = {
+        name: bool(getattr(config, name))
+        for name in HALF_PRECISION_FIELDS.values()
+        if is_set_by_user(config, name)
+    }
     for name in (name for name, on in kept.items() if on and name != half and engine):
         told = str(dtype).removeprefix("torch.")
         asked = next(
-            str(key).removeprefix("torch.") for key, value in HALF.items() if value == name
+            str(key).removeprefix("torch.")
+            for key, value in HALF_PRECISION_FIELDS.items()
+            if value == name
         )
         raise ConfigValueError(
             f"{name}=True computes in {asked}, but the engine samples in {told}",

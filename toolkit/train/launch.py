@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from types import FrameType
 
 Child = subprocess.Popen[bytes]
-LAUNCHER = "TOOLKIT_LAUNCHER_PID"
+LAUNCHER_PID_VARIABLE = "TOOLKIT_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.1
-PATIENCE_S = 30.0
+GRACE_PERIOD_S = 30.0
 """Seconds from the failure of one process until the other processes get SIGTERM, and from then
 until they get SIGKILL.
 """
@@ -62,7 +62,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         for number in range(processes):
             child = subprocess.Popen(
                 [sys.executable, "-m", "toolkit", *arguments],
-                env=environment(number, processes, port),
+                env=child_environment(number, processes, port),
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C on a terminal reaches the whole session, and the launcher passes it on.
                 # In a session of its own, the process gets it only once.
@@ -75,23 +75,25 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     number = code - 128
     insisted = received.count(signal.SIGINT) > 1  # a second Ctrl-C ends a run at once
     if number in SIGNALS and number in received and not insisted:
-        raise stopped_early(signal.Signals(number).name)
+        raise stopped_early_error(signal.Signals(number).name)
     return code
 
 
-def stopped_early(name: str) -> StoppedError:
+def stopped_early_error(name: str) -> StoppedError:
     """Return the error for a run that the signal ``name`` stopped before the run began."""
     return StoppedError(f"stopped by {name} before the run began", fix="run the same command again")
 
 
-def follow_launcher() -> None:
+def end_with_launcher() -> None:
     """Set the signal handling of a process that ``launch`` started. It applies until the run
     installs its own signal handlers.
 
     A signal ends the process without a message, because the launcher reports the signal. When the
     launcher ends, the kernel sends SIGTERM to the process (prctl(2), PR_SET_PDEATHSIG).
     """
-    launcher = os.environ.pop(LAUNCHER, None)  # applies to this process, not to its children
+    launcher = os.environ.pop(
+        LAUNCHER_PID_VARIABLE, None
+    )  # applies to this process, not to its children
     if launcher is None or sys.platform != "linux":
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -100,7 +102,7 @@ def follow_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def environment(number: int, processes: int, port: int) -> dict[str, str]:
+def child_environment(number: int, processes: int, port: int) -> dict[str, str]:
     """Return the environment variables that torchrun sets for process ``number`` of the
     ``processes`` on this node. PET_NNODES is the number of nodes. With several nodes, all processes
     connect to MASTER_ADDR and MASTER_PORT.
@@ -138,7 +140,7 @@ def environment(number: int, processes: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
-        LAUNCHER: str(os.getpid()),
+        LAUNCHER_PID_VARIABLE: str(os.getpid()),
     }
 
 
@@ -165,7 +167,7 @@ def _listening(
 
 def _wait(children: Sequence[Child]) -> int:
     """Wait until all processes have ended, and return the exit code of ``launch``. If a process
-    fails, the other processes have ``PATIENCE_S`` seconds to end. After that, they are stopped.
+    fails, the other processes have ``GRACE_PERIOD_S`` seconds to end. After that, they are stopped.
     """
     codes: list[int] = []
     running = list(children)
@@ -176,10 +178,10 @@ def _wait(children: Sequence[Child]) -> int:
         codes += [child.returncode for child in ended]
         running = [child for child in running if child not in ended]
         if deadline is None and any(codes):
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + GRACE_PERIOD_S
         if deadline is not None and time.monotonic() > deadline and escalation:
             _send(running, escalation.pop(0))
-            deadline = time.monotonic() + PATIENCE_S
+            deadline = time.monotonic() + GRACE_PERIOD_S
         time.sleep(0 if ended else POLL_S)
     told = next((code for code in codes if code > 0), 0)
     killed = next((128 - code for code in codes if code < 0), 0)

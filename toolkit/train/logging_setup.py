@@ -16,7 +16,7 @@ from toolkit.train.report.progress import rewrites
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ENVIRONMENT = {
+ENVIRONMENT_DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -33,20 +33,28 @@ ENVIRONMENT = {
 them.
 """
 
-LOUD = ("transformers", "trl", "accelerate", "datasets", "peft", "torch", "huggingface_hub")
+UPSTREAM_LOGGERS = (
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "torch",
+    "huggingface_hub",
+)
 
 
 def prepare_environment() -> None:
-    """Set the environment variables in ``ENVIRONMENT``, unless the user has set them. Call this
-    function before torch and transformers are imported.
+    """Set the environment variables in ``ENVIRONMENT_DEFAULTS``, unless the user has set them. Call
+    this function before torch and transformers are imported.
     """
-    for name, value in ENVIRONMENT.items():
+    for name, value in ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    ignore_false_alarms()
+    hide_false_vllm_errors()
     exit_on_bus_errors()
 
 
-def ignore_false_alarms() -> None:
+def hide_false_vllm_errors() -> None:
     """Drop wrong messages that vLLM logs while it is imported, before its log level applies.
 
     vLLM 0.31 logs that Triton is broken if the package "vllm" is not installed. On a CPU, the
@@ -55,18 +63,18 @@ def ignore_false_alarms() -> None:
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
-def keep_upstream_quiet() -> None:
+def silence_upstream() -> None:
     """Set the loggers of upstream libraries to show only errors until the process ends. Unlike
-    ``quiet``, this function imports no upstream library.
+    ``upstream_silenced``, this function imports no upstream library.
     """
-    ignore_false_alarms()
-    for name in LOUD:
+    hide_false_vllm_errors()
+    for name in UPSTREAM_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
 @contextmanager
-def quiet(*, debug: bool) -> Iterator[None]:
+def upstream_silenced(*, debug: bool) -> Iterator[None]:
     """Inside the ``with`` block, show only errors of the loggers of upstream libraries, and no
     Python warnings of these libraries. The toolkit's own warnings are printed on stderr. With
     ``debug``, nothing is hidden.
@@ -77,9 +85,9 @@ def quiet(*, debug: bool) -> Iterator[None]:
     from datasets.utils import logging as datasets_logging  # noqa: PLC0415 - heavy
     from transformers.utils import logging as transformers_logging  # noqa: PLC0415 - heavy
 
-    levels = {name: logging.getLogger(name).level for name in LOUD}
+    levels = {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS}
     try:
-        for name in LOUD:
+        for name in UPSTREAM_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -112,7 +120,7 @@ def _our_own() -> Iterator[None]:
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {record.getMessage()}")
+        print_line(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _show_warning(
@@ -124,10 +132,10 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     del category, filename, lineno, file, line
-    say(f"warning: {message}")
+    print_line(f"warning: {message}")
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print ``line`` on stderr. If an unfinished progress line is on the terminal, ``line``
     replaces it.
     """

@@ -6,7 +6,7 @@ This module does not import torch, because the reward worker process imports thi
 
 from __future__ import annotations
 
-LEADING = (
+LEADING_METRICS = (
     "step",
     "reward",
     "reward_std",
@@ -18,13 +18,20 @@ LEADING = (
     "learning_rate",
 )
 """The first metrics of a row of metrics.jsonl, in this order."""
-RENAMED = {"completions/mean_length": "completion_length"}
-WALL_CLOCK = ("step_time", "runtime", "samples_per_second", "steps_per_second")
-_OWN = {*LEADING, *RENAMED, *WALL_CLOCK, "epoch", "skipped", "train_runtime"}
+RENAMED_METRICS = {"completions/mean_length": "completion_length"}
+WALL_CLOCK_METRICS = ("step_time", "runtime", "samples_per_second", "steps_per_second")
+_OWN = {
+    *LEADING_METRICS,
+    *RENAMED_METRICS,
+    *WALL_CLOCK_METRICS,
+    "epoch",
+    "skipped",
+    "train_runtime",
+}
 _OWN_STARTS = ("eval_", "eval/", "sampling/", "timing/")
 
 
-def refuse_own(name: str) -> None:
+def refuse_run_metric(name: str) -> None:
     """Raise ValueError if a reward logs a metric under a ``name`` that the run itself uses."""
     start = next((start for start in _OWN_STARTS if name.startswith(start)), None)
     if name in _OWN or start is not None:

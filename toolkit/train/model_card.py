@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.train.checkpointing.trained_run import FinishedRun
 
-SHOWN = (
+SHOWN_GRPO_KEYS = (
     "loss_type", "beta", "learning_rate", "num_generations", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_completion_length", "temperature", "top_p", "max_steps",
     "num_train_epochs",
@@ -118,7 +118,7 @@ def _training(run: FinishedRun) -> list[tuple[str, Any]]:
     ]
     if run.checkpoint is not None:
         rows.append(("checkpoint", run.checkpoint.name))
-    return [*rows, *((name, grpo.get(name)) for name in SHOWN)]
+    return [*rows, *((name, grpo.get(name)) for name in SHOWN_GRPO_KEYS)]
 
 
 def _results(run: FinishedRun) -> list[tuple[str, Any]]:
@@ -224,13 +224,13 @@ def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
     """Return the command ``vllm serve ...`` as text. If vLLM without the toolkit does not support
     the adapter, return the reason.
     """
-    why = None if merged else not_served(config)
+    why = None if merged else unserved_feature(config)
     if why is not None:
         return f"plain vLLM does not support this adapter ({why}): export it with --merge"
     return shlex.join(serve_arguments(config, folder, merged=merged))
 
 
-def not_served(config: RunConfig) -> str | None:
+def unserved_feature(config: RunConfig) -> str | None:
     """Return the first feature of the adapter that vLLM does not support. None if vLLM supports the
     adapter.
     """

@@ -16,14 +16,14 @@ from toolkit.config.sampling_keywords import KEYWORDS
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from toolkit.train.collected import Collected
+    from toolkit.train.collected import ErrorCollector
 
 WHERE = "GRPOConfig"
-BY_LOADING = "FastLanguageModel.from_pretrained sets it"
+SET_AT_LOADING = "FastLanguageModel.from_pretrained sets it"
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(
         ("vllm_device", "vllm_dtype", "vllm_max_model_len", "vllm_enable_prefix_caching"),
-        BY_LOADING,
+        SET_AT_LOADING,
     ),
     **dict.fromkeys(
         (
@@ -37,9 +37,9 @@ NO_EFFECT: dict[str, str] = {
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks",
 }  # fmt: skip
 """Fields that have no effect any more, each with the reason. ``config.migration`` has more."""
-SAMPLED_BY_FIELD = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SHARED_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of vLLM's SamplingParams that GRPOConfig has under the same name."""
-SETTLED = {
+SET_BY_TRAINER = {
     "n": "num_generations sets it",
     "max_tokens": "max_completion_length sets it",
     "seed": "each completion is drawn from its own seed, which follows from GRPOConfig's seed",
@@ -59,7 +59,9 @@ class Translated(NamedTuple):
     notes: list[str]
 
 
-def translate(given: Mapping[str, Any], known: Collection[str], mistakes: Collected) -> Translated:
+def translate(
+    given: Mapping[str, Any], known: Collection[str], mistakes: ErrorCollector
+) -> Translated:
     """Return the keyword arguments ``given``, with older names of fields replaced by the current
     names. ``known`` are the fields of the toolkit's GRPOConfig.
 
@@ -154,14 +156,14 @@ def _sampling(made: dict[str, Any], params: Any) -> list[str]:
     told = []
     for name, value in sampling_fields(params).items():
         keyword = KEYWORDS["vllm"].get(name)
-        if name in SETTLED:
-            told.append(f"{name} is left out ({SETTLED[name]})")
+        if name in SET_BY_TRAINER:
+            told.append(f"{name} is left out ({SET_BY_TRAINER[name]})")
         elif keyword is not None and keyword.unused is not None:
             told.append(f"{name} is left out ({keyword.unused})")
-        elif name in SAMPLED_BY_FIELD and made.get(name) is None:
+        elif name in SHARED_SAMPLING_FIELDS and made.get(name) is None:
             made[name] = value
             told.append(f"{name}={value}")
-        elif name in SAMPLED_BY_FIELD:
+        elif name in SHARED_SAMPLING_FIELDS:
             if made[name] != value:
                 told.append(
                     f"{name}={value} is ignored, because GRPOConfig sets {name}={made[name]}"

@@ -1,8 +1,8 @@
 """Check that a model fits its trainer: the same GPU, the same dtype, and an adapter that the engine
 supports.
 
-``prepare`` runs before TRL builds its trainer, and ``after_init`` runs afterwards. Both functions
-accept any model, also one that ``FastLanguageModel`` did not load.
+``fit_config_to_model`` runs before TRL builds its trainer, and ``set_up_adapter`` runs afterwards.
+Both functions accept any model, also one that ``FastLanguageModel`` did not load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WHERE = "GRPOTrainer"
 
 
-def prepare(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
+def fit_config_to_model(model: Any, engine: Any, config: Any, peft_config: Any) -> None:
     """Reject a model that the engine cannot sample from, and set the fields of ``config`` that
     depend on the model.
 
@@ -65,7 +65,7 @@ def _refuse_other_engines(config: Any) -> None:
             )
 
 
-def after_init(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
+def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
     """Convert the adapter to float32, after TRL has built its trainer. ``fresh`` is True if TRL has
     just added the adapter to ``model``. In this case, also register the adapter with the engine.
 

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.result import SizingResult
     from toolkit.train.process_control import Peers
 
-    Rules: TypeAlias = Callable[[Situation], object]
+    RuleChecker: TypeAlias = Callable[[Situation], object]
 
 # The error for each kind of failed check. If several checks fail, the first kind in this order is
 # raised, as in gpu.checks.exit_code.
 FAILURES = {"node": NodeError, "user": ConfigError, "retry": RetryError}
 
-KEYS = {"model": " (model.model_name)"}
+GROUP_KEYS = {"model": " (model.model_name)"}
 """For a group of checks, the key of the run file that these checks read, as text for errors."""
 
 
@@ -76,20 +76,20 @@ def preflight(
     config: RunConfig,
     *,
     world_size: int = 1,
-    judge: bool = True,
+    raise_on_failure: bool = True,
     peers: Peers | None = None,
-    rules: Rules | None = None,
+    check_rules: RuleChecker | None = None,
 ) -> Preflight:
     """Inspect and check the node, and choose settings with which the run fits in memory. If
-    ``judge`` is False (``--dry-run``), a failed check does not stop the run.
+    ``raise_on_failure`` is False (``--dry-run``), a failed check does not stop the run.
 
     Every rank inspects its own GPU. All ranks are sized for the smallest GPU, so that they use the
-    same settings. ``rules`` checks the run file for the device and the packages of this machine, as
-    ``envcheck check`` does. The node is checked before the run file. Therefore a broken GPU is
-    reported as an error of the node, and not of the run file.
+    same settings. ``check_rules`` checks the run file for the device and the packages of this
+    machine, as ``envcheck check`` does. The node is checked before the run file. Therefore a broken
+    GPU is reported as an error of the node, and not of the run file.
 
     Raises:
-        NodeError, RetryError, ConfigError: a check failed (see ``refuse``).
+        NodeError, RetryError, ConfigError: a check failed (see ``refuse_failed_checks``).
         ConfigError: a rule rejects the run file on this machine.
         ConfigError: the run does not fit in memory. The message lists changes that make the run
             fit, with the memory that each change saves.
@@ -102,17 +102,17 @@ def preflight(
     here = situation_here(snapshot, gpu_index=local_rank(), world_size=world_size)
     template = chat_format.template_of(config.model.model_name, config.model.revision)
     run = resolve_run(config, here, template=template)
-    checks = tuple(run_checks(snapshot, context_of(run, snapshot)))
-    if judge:
-        refuse(checks)
-        if rules is not None:
-            rules(here)
+    checks = tuple(run_checks(snapshot, check_context(run, snapshot)))
+    if raise_on_failure:
+        refuse_failed_checks(checks)
+        if check_rules is not None:
+            check_rules(here)
     gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     every = [device] if peers is None else _devices_of_all(device, peers)
     config = dataclasses.replace(config, dataset=run.config.dataset)
     resolved, sizing, device = resolve_for_all(config, every, world_size=world_size)
-    own = every[0 if peers is None else peers.number]
+    own = every[0 if peers is None else peers.rank]
     check_groups(
         parallel.size_of(resolved.model.tensor_parallel_size),
         None if own is None else own.name,
@@ -132,7 +132,7 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
     ]
 
 
-def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
+def check_context(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
     """Return the requirements of ``run`` on this node, as the input of the checks."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
     seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
@@ -146,7 +146,7 @@ def context_of(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckC
     )
 
 
-def refuse(checks: tuple[CheckResult, ...]) -> None:
+def refuse_failed_checks(checks: tuple[CheckResult, ...]) -> None:
     """Raise the error of a failed check. If several checks failed, NodeError (the node's fault)
     comes first, then ConfigError (the user's fault), then RetryError.
     """
@@ -155,7 +155,7 @@ def refuse(checks: tuple[CheckResult, ...]) -> None:
     for check in sorted(failed, key=lambda check: order.index(check.blame or "node")):
         raise FAILURES[check.blame or "node"](
             check.evidence,
-            where=f"check {check.id}{KEYS.get(check.id.partition('.')[0], '')}",
+            where=f"check {check.id}{GROUP_KEYS.get(check.id.partition('.')[0], '')}",
             fix=f"{check.remedy or 'correct what the check found'} "
             "(`envcheck check` runs all checks)",
         )

@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 __all__ = ["PeerFailed", "Peers", "is_first_rank", "join", "rank", "world_size"]
 
-POLL_S, LISTEN_S = 0.05, 0.3
-ANSWER_S = 3.0
+POLL_S, LISTEN_INTERVAL_S = 0.05, 0.3
+ANSWER_TIMEOUT_S = 3.0
 """Seconds that a process may take to answer another process. The process that reports a failure has
 the same time for its report.
 """
-MOST_TICK_S = 1.0
+MAX_TICK_S = 1.0
 """The most seconds that a tick of ``_SignsOfLife`` counts. If two ticks are further apart, this
 process was stopped (SIGSTOP) between them, and the rest of the time does not count.
 """
-TELLING = 4
-"""The time limit for reporting an error is ``TELLING`` x ``ANSWER_S``. It is needed because a call
-of the store does not return while the process that hosts the store is stopped.
+REPORT_TIMEOUT_FACTOR = 4
+"""The time limit for reporting an error is ``REPORT_TIMEOUT_FACTOR`` x ``ANSWER_TIMEOUT_S``. It is
+needed because a call of the store does not return while the process that hosts the store is
+stopped.
 """
 _GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
@@ -96,11 +97,11 @@ class Peers:
     """
 
     def __init__(
-        self, store: Any, number: int, size: int, patience_s: float = COLLECTIVE_TIMEOUT_S
+        self, store: Any, own_rank: int, size: int, patience_s: float = COLLECTIVE_TIMEOUT_S
     ) -> None:
-        self.store, self.number, self.size = store, number, size
+        self.store, self.rank, self.size = store, own_rank, size
         self.patience_s = patience_s
-        self.heard: int | None = None
+        self.failure_exit_code: int | None = None
         self._over = threading.Event()
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
@@ -125,7 +126,7 @@ class Peers:
     def _exchange(self, name: str, value: Any, signs: _SignsOfLife) -> list[Any]:
         self._say(name, value)
         while missing := self._missing(name):
-            if self.heard is not None:
+            if self.failure_exit_code is not None:
                 raise PeerFailed(f"{_named(missing)} did not answer")
             signs.see({n: self._beat_of(n) for n in missing})
             time.sleep(POLL_S)
@@ -139,53 +140,59 @@ class Peers:
         self.exchange("end")
         self._over.set()
         self._say("left")
-        if self.number == 0:  # this process may host the store
+        if self.rank == 0:  # this process may host the store
             self._wait(lambda: not self._missing("left"))
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    def ending(self, error: Exception) -> BaseException:
+    def exception_to_raise(self, error: Exception) -> BaseException:
         """Return the exception that this process must raise after ``error``. If this process
         reports the failure of the run, the result is the error to report. Otherwise, the result is
         SystemExit with the exit code of the process that reports the failure.
         """
         try:
-            told = _within(TELLING * ANSWER_S, lambda: self._tell(error))
+            told = _within(REPORT_TIMEOUT_FACTOR * ANSWER_TIMEOUT_S, lambda: self._tell(error))
         except RuntimeError:  # the first process hosted the store, and has ended
-            if self.heard is None and not is_gone(error):
+            if self.failure_exit_code is None and not is_peer_lost(error):
                 return error
-            told = gone([0], error) if self.heard is None and self.number == 1 else None
+            told = (
+                peer_lost_error([0], error)
+                if self.failure_exit_code is None and self.rank == 1
+                else None
+            )
         if told is not None:
             return told
         # A launcher stops all processes when the first one ends. So wait until the process that
         # reports the failure has written its report.
-        time.sleep(ANSWER_S)
-        return SystemExit(RetryError.exit_code if self.heard is None else self.heard)
+        time.sleep(ANSWER_TIMEOUT_S)
+        return SystemExit(
+            RetryError.exit_code if self.failure_exit_code is None else self.failure_exit_code
+        )
 
     def _tell(self, error: Exception) -> Exception | None:
         """Agree with the other processes on the process that reports the failure. Return the error
         if this process must report it. Return None if another process reports the failure.
         """
-        own_reason = not isinstance(error, StoppedError) and not is_gone(error)
+        own_reason = not isinstance(error, StoppedError) and not is_peer_lost(error)
         # A process with a reason of its own claims the report before it answers. Otherwise, a
         # process that only lost its peer could see all answers and claim the report first.
         claimed = own_reason and self._claim_report()
         self._say("answer")
         if not own_reason:
-            self._wait(lambda: not self._missing("answer") or self.heard is not None)
+            self._wait(lambda: not self._missing("answer") or self.failure_exit_code is not None)
             missing = self._missing("answer")
             if not isinstance(error, StoppedError):
-                error = gone(missing, error)
+                error = peer_lost_error(missing, error)
             elif missing:
                 error.message += f"; {_named(missing)} did not answer"
-            claimed = self.heard is None and self._claim_report()
+            claimed = self.failure_exit_code is None and self._claim_report()
         if claimed:
             self._over.set()
             code = error.exit_code if isinstance(error, ToolkitError) else 70
             self.store.set("failed", json.dumps(code))
-            self._wait(lambda: not set(self._missing("heard")) - {self.number})
+            self._wait(lambda: not set(self._missing("heard")) - {self.rank})
             return error
-        self._wait(lambda: self.heard is not None)
+        self._wait(lambda: self.failure_exit_code is not None)
         return None
 
     def _claim_report(self) -> bool:
@@ -193,7 +200,7 @@ class Peers:
         return bool(self.store.add("told", 1) == 1)
 
     def _say(self, name: str, value: Any = None) -> None:
-        self.store.set(f"{name}-{self.number}", json.dumps(value))
+        self.store.set(f"{name}-{self.rank}", json.dumps(value))
 
     def _missing(self, name: str) -> list[int]:
         """The ranks of the processes that have not yet written ``name`` to the store."""
@@ -201,18 +208,18 @@ class Peers:
 
     def _listen(self) -> None:
         try:
-            while not self._over.wait(LISTEN_S):
-                self.store.add(f"beat-{self.number}", 1)
+            while not self._over.wait(LISTEN_INTERVAL_S):
+                self.store.add(f"beat-{self.rank}", 1)
                 if self.store.check(["failed"]):
-                    self.heard = json.loads(self.store.get("failed"))
+                    self.failure_exit_code = json.loads(self.store.get("failed"))
                     self._say("heard")
                     return
         except RuntimeError:  # the process that hosts the store has ended
             return
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until ``condition`` is true, but at most ``ANSWER_S`` seconds."""
-        end = time.monotonic() + ANSWER_S
+        """Wait until ``condition`` is true, but at most ``ANSWER_TIMEOUT_S`` seconds."""
+        end = time.monotonic() + ANSWER_TIMEOUT_S
         while not condition() and time.monotonic() < end:
             time.sleep(POLL_S)
 
@@ -230,9 +237,9 @@ class _SignsOfLife:
         self._last_tick = time.monotonic()
 
     def tick(self) -> None:
-        """Advance the clock. Call this method several times in every ``MOST_TICK_S`` seconds."""
+        """Advance the clock. Call this method several times in every ``MAX_TICK_S`` seconds."""
         now = time.monotonic()
-        self._clock_s += min(now - self._last_tick, MOST_TICK_S)
+        self._clock_s += min(now - self._last_tick, MAX_TICK_S)
         self._last_tick = now
 
     def see(self, beats: dict[int, int]) -> None:
@@ -275,7 +282,7 @@ def _started(call: Callable[[], T]) -> Future[T]:
     return outcome
 
 
-def is_gone(error: BaseException | None) -> bool:
+def is_peer_lost(error: BaseException | None) -> bool:
     """True if ``error`` or one of its causes only means that another process does not answer or
     has run out of memory. The other process then reports the reason.
     """
@@ -289,7 +296,7 @@ def is_gone(error: BaseException | None) -> bool:
     return False
 
 
-def gone(missing: Iterable[int], error: BaseException) -> ToolkitError:
+def peer_lost_error(missing: Iterable[int], error: BaseException) -> ToolkitError:
     """Return an error which says that another process of the run has ended unexpectedly.
     ``missing`` are the ranks of the processes that did not answer. ``error`` is the exception in
     this process.

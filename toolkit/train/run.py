@@ -29,9 +29,9 @@ from toolkit.train.checkpointing.run_dir_watch import RunDirWatch
 from toolkit.train.checkpointing.state_files import changed_keys
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.data import chat_record
-from toolkit.train.logging_setup import quiet
+from toolkit.train.logging_setup import upstream_silenced
 from toolkit.train.preflight import preflight
-from toolkit.train.process_control import Peers, is_first_rank, is_gone, join, world_size
+from toolkit.train.process_control import Peers, is_first_rank, is_peer_lost, join, world_size
 from toolkit.train.report.memory_peaks import measured
 from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal, Recorder
 from toolkit.train.report.progress import Progress
@@ -39,8 +39,8 @@ from toolkit.train.report.reward_watch import RewardWatch
 from toolkit.train.rollout.evaluate import evaluate, should_evaluate
 from toolkit.train.rollout.sampler import find_engine
 from toolkit.train.rollout.tool_log import ToolLog
-from toolkit.train.run_context import Options, RunContext, finish, introduce
-from toolkit.train.run_end import refuse_lost, refuse_unfinished, stopped, total_steps
+from toolkit.train.run_context import Options, RunContext, print_run_description, write_results
+from toolkit.train.run_end import refuse_lost_run_dir, refuse_unfinished, stopped_error, total_steps
 from toolkit.train.step import step_errors
 from toolkit.train.tracking import open_tracking
 from toolkit.train.trainer import GRPOConfig, GRPOTrainer
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.run_config import RunConfig
-    from toolkit.train.preflight import Rules
+    from toolkit.train.preflight import RuleChecker
     from toolkit.train.rollout.evaluate import Evaluation
 
 
@@ -74,19 +74,19 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     options = options or Options()
     run_dir = Path(config.runtime.output_dir)
     signals = StopSignals(abandon=world_size() == 1)
-    with quiet(debug=options.debug), signals.installed():
+    with upstream_silenced(debug=options.debug), signals.installed():
         try:
             peers = join(config.grpo.get("ddp_timeout"))
         except StepAbandoned as cut:
             signals.end()
-            raise stopped(config, str(cut), begun=False) from None
+            raise stopped_error(config, str(cut), begun=False) from None
         try:
             _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
             if peers is None:
                 raise
             signals.ignore()  # a launcher sends signals when the first process ends
-            raise peers.ending(error) from error
+            raise peers.exception_to_raise(error) from error
     return run_dir
 
 
@@ -97,10 +97,10 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
     except StepAbandoned as cut:
         control.signals.end()
-        raise stopped(config, str(cut), begun=bool(begun)) from None
+        raise stopped_error(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
         known = step_errors.translate(error, str(run_dir), config)
-        if known is None or known is error or (control.peers is not None and is_gone(error)):
+        if known is None or known is error or (control.peers is not None and is_peer_lost(error)):
             raise
         raise known from error
 
@@ -135,7 +135,7 @@ def _begin(
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
             checkpoint.check_world_size(found, parallel.replicas(world_size(), size), size)
     as_begun = chat_record.with_recorded(micro_batch_record.with_recorded(config, found), found)
-    context = prepare(as_begun, run_dir, control.peers, options.rules)
+    context = prepare(as_begun, run_dir, control.peers, options.check_rules)
     config = chat_record.config_to_record(
         micro_batch_record.config_to_record(config, context.config), context.config
     )
@@ -150,7 +150,7 @@ def _checkpoint(
     if peers is None:
         return branch.resume_point(run_dir, config.runtime.resume)
     # The first rank chooses for all, because it may already write to the folder when others read.
-    mine = branch.resume_point(run_dir, config.runtime.resume) if peers.number == 0 else (None, [])
+    mine = branch.resume_point(run_dir, config.runtime.resume) if peers.rank == 0 else (None, [])
     told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
     found, passed = told[0]
     if found is not None and not Path(found).is_dir():
@@ -163,13 +163,16 @@ def _checkpoint(
 
 
 def prepare(
-    config: RunConfig, run_dir: Path, peers: Peers | None = None, rules: Rules | None = None
+    config: RunConfig,
+    run_dir: Path,
+    peers: Peers | None = None,
+    check_rules: RuleChecker | None = None,
 ) -> RunContext:
-    """Check the node and the run file (``rules``), and size the run. Then load data, rewards and
-    policy. The first rank also writes config.json and preflight.json.
+    """Check the node and the run file (``check_rules``), and size the run. Then load data, rewards
+    and policy. The first rank also writes config.json and preflight.json.
     """
     require_packages(config)
-    ready = preflight(config, world_size=world_size(), peers=peers, rules=rules)
+    ready = preflight(config, world_size=world_size(), peers=peers, check_rules=check_rules)
     resolved = ready.config
     if config.runtime.reproducible:
         make_reproducible()
@@ -278,7 +281,7 @@ def _train(
     signals, peers, run_dir_watch = control
     trainer = build_trainer(context, config)
     if is_first_rank():
-        introduce(context, trainer.args.seed, found, options)
+        print_run_description(context, trainer.args.seed, found, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
@@ -302,11 +305,11 @@ def _train(
             trainer.save_last()
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
-    refuse_lost(trainer, run_dir_watch, peers)
+    refuse_lost_run_dir(trainer, run_dir_watch, peers)
     # Ranks stop only at a step on which they have agreed. So a signal after the last step does not
     # stop the run.
     if signals.received is not None and (peers is None or trainer.stopping):
-        raise stopped(config, signals.received, begun=True)
+        raise stopped_error(config, signals.received, begun=True)
     _end(context, before, trainer, options, peers)
 
 
@@ -320,7 +323,7 @@ def _end(
     """Finish a run: the first process writes the results, and all processes wait for each other."""
     after = _evaluate(context, options, adapter=True)
     if is_first_rank():
-        finish(context, before, after, options.out, base=trainer.base_check)
+        write_results(context, before, after, options.out, base=trainer.base_check)
     elif shares_with_first():
         # Every process sends its part of the adapter to the first one, which writes the file.
         save_lora(context.model, context.run_dir / "adapter")

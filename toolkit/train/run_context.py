@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.data.dataset import Data
-    from toolkit.train.preflight import Preflight, Rules
+    from toolkit.train.preflight import Preflight, RuleChecker
     from toolkit.train.rewards import Rewards
     from toolkit.train.rollout.evaluate import Evaluation
 
@@ -44,14 +44,14 @@ class Options:
     """The options of a run that are not in its run file.
 
     Text is printed to ``out``. ``evaluate`` says whether the run evaluates. If it is None, the run
-    file decides (``rollout.evaluate.should_evaluate``). ``rules`` checks the run file for this
-    machine.
+    file decides (``rollout.evaluate.should_evaluate``). ``check_rules`` checks the run file for
+    this machine.
     """
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     evaluate: bool | None = None
     debug: bool = False
-    rules: Rules | None = None
+    check_rules: RuleChecker | None = None
 
 
 @dataclass(slots=True)
@@ -70,7 +70,9 @@ class RunContext:
     episodes: Callable[[], Any] | None = None
 
 
-def introduce(context: RunContext, seed: int, found: Path | None, options: Options) -> None:
+def print_run_description(
+    context: RunContext, seed: int, found: Path | None, options: Options
+) -> None:
     """Print a description of the run before it starts, and write the manifest."""
     config, sizing = context.config, context.preflight.sizing
     seeds = {"grpo.seed": seed, "lora.random_state": config.lora.random_state}
@@ -164,7 +166,7 @@ def is_free(gpu: GpuSnapshot) -> bool:
     return bool(free is not None and total and free >= FREE_SHARE * total)
 
 
-def finish(
+def write_results(
     context: RunContext,
     before: Evaluation | None,
     after: Evaluation | None,

@@ -33,7 +33,7 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
     )
 
 
-def refuse_lost(
+def refuse_lost_run_dir(
     trainer: GRPOTrainer, run_dir_watch: RunDirWatch | None, peers: Peers | None
 ) -> None:
     """Raise an error if the run folder is no longer at its path. Files that are written after this
@@ -56,7 +56,7 @@ def refuse_lost(
     raise fault
 
 
-def stopped(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
+def stopped_error(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
     """Return the error for a run that ``signal`` stopped. ``begun`` is False if the signal arrived
     before the log files of the run were opened.
     """

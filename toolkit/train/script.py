@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.config.trl_names import needed_packages
-from toolkit.train.collected import Collected
+from toolkit.train.collected import ErrorCollector
 from toolkit.train.rewards.script import judged
 from toolkit.train.rollout import prompt_choice
-from toolkit.train.trl_arguments import refuse_missing
+from toolkit.train.trl_arguments import refuse_missing_packages
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 
-def check(given: MutableMapping[str, Any], model: Any) -> None:
+def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
     """Check ``given``, the arguments of a trainer of ``model``. In ``given``, each reward function
     is replaced by a function that calls the reward function and checks the returned rewards.
 
@@ -32,14 +32,14 @@ def check(given: MutableMapping[str, Any], model: Any) -> None:
     If there are several mistakes, the message lists all of them. The first mistake
     determines the class of the error.
     """
-    config, mistakes = given["args"], Collected()
+    config, mistakes = given["args"], ErrorCollector()
     with mistakes.check():
         prompt_choice.check_arguments(given)
     with mistakes.check():
         given["reward_funcs"] = judged(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:
         with mistakes.check():
-            refuse_missing(
+            refuse_missing_packages(
                 needed_packages(
                     config.report_to or (),
                     str(getattr(config.optim, "value", config.optim)),
@@ -68,14 +68,16 @@ def _refuse_no_room(config: Any, longest: int | None) -> None:
     )
 
 
-def cut_prompts(trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any) -> list[list[int]]:
+def truncate_prompts(
+    trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any
+) -> list[list[int]]:
     """Keep the last ``max_prompt_length`` tokens of each prompt, as TRL did before 0.24."""
     most = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
     if most is None or images is not None:
         return prompt_ids
     longest = max(map(len, prompt_ids), default=0)
-    if longest > most and not trainer.cut_reported:
-        trainer.cut_reported = True
+    if longest > most and not trainer.truncation_reported:
+        trainer.truncation_reported = True
         warnings.warn(
             f"a prompt has {longest} tokens, which is more than max_prompt_length={most}. The "
             "start of such a prompt (often the system prompt) is removed",

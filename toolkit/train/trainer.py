@@ -35,7 +35,7 @@ from toolkit.train.step import importance_sampling
 from toolkit.train.step.packed_pass import LossScope
 from toolkit.train.step.packed_steps import PackedSteps
 from toolkit.train.step.step_retry import StepAttempt, loss_in_parts, skip_step
-from toolkit.train.trainer_seam import Drawn, TrlState, unwrapped
+from toolkit.train.trainer_seam import CompletionBatch, TrlState, unwrapped
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import MemoryPeaks
 
-SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
+TRL_SIGNATURE = inspect.signature(trl.GRPOTrainer.__init__)
 
 
 class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # type: ignore[misc]  # TRL ships no types that strict mode can use
@@ -63,7 +63,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     _bad_loss: bool = False
     collapse_reported: bool = False
     gap_reported: bool = False
-    cut_reported: bool = False
+    truncation_reported: bool = False
     rows_at_once: int | None = None
     left_groups_reported: bool = False
     _prompt_choice: PromptChoice | None = None
@@ -81,20 +81,20 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 engine computes in another dtype, or the base weights were changed.
             UnsupportedError: the engine cannot sample from the adapter.
         """
-        given = SIGNATURE.bind(self, model, *args, **kwargs).arguments
+        given = TRL_SIGNATURE.bind(self, model, *args, **kwargs).arguments
         del given["self"]
         engine = find_engine(model)
         config = given["args"] = given.get("args") or default_config(model)
-        script.check(given, model)
+        script.check_arguments(given, model)
         turns = bool(given.get("tools") or given.get("environment_factory"))
         sampler.check_generation_kwargs(model, config, tools=turns)
-        policy_setup.prepare(model, engine, config, given.get("peft_config"))
+        policy_setup.fit_config_to_model(model, engine, config, given.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
         hidden = nullcontext() if engine is None else _without_vllm(config)
         with hidden, keep_adapter_float32(model):
             super().__init__(**given)
-        policy_setup.after_init(self, model, engine, fresh=given.get("peft_config") is not None)
+        policy_setup.set_up_adapter(self, model, engine, fresh=given.get("peft_config") is not None)
         if engine is not None:
             self._use_engine(engine)
 
@@ -128,7 +128,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         Raises:
             DefectError: the base weights changed.
         """
-        self.new_model()
+        self.clear_module_caches()
         check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)
         self.base_check = None if check is None else check.result()
@@ -153,10 +153,10 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         return both.setdefault(self.model.training, importance_sampling.Disagreement())
 
     @property
-    def rows(self) -> CompletionIndex:
+    def completion_index(self) -> CompletionIndex:
         """The object that numbers this rank's completions by their position in the whole batch."""
-        rows: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
-        return rows
+        index: CompletionIndex = self.__dict__.setdefault("_rows", CompletionIndex(self))
+        return index
 
     @property
     def prompt_choice(self) -> PromptChoice:
@@ -169,12 +169,12 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Generate as TRL does. With ``dynamic_sampling``, then replace groups without signal (all
         rewards of the group are equal).
         """
-        self.rows.begin(len(prompts))
+        self.completion_index.begin(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
         if generation is None or generation.drawing:
             return drawn
-        return generation.replace_empty_groups(prompts, Drawn(*drawn))
+        return generation.replace_empty_groups(prompts, CompletionBatch(*drawn))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         tokenize = super()._tokenize_prompts
@@ -182,7 +182,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             prompt_ids, images, fields = tokenize(prompts)  # rows have different tools
         else:
             prompt_ids, images, fields = sampler.tokenize_distinct(tokenize, prompts)
-        return script.cut_prompts(self, prompt_ids, images), images, fields
+        return script.truncate_prompts(self, prompt_ids, images), images, fields
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kwargs: Any
@@ -200,11 +200,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             own = sampler.TransformersGeneration(self)
             if own.can(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
-            seed, rows = self.rows.call(prompt_ids)
+            seed, rows = self.completion_index.call(prompt_ids)
             device = getattr(getattr(self, "accelerator", None), "device", None)
             with sampler.seeded(request_seed(seed, rows[0]), device):
                 drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            self.rows.drawn(rows, prompt_ids, drawn[0])
+            self.completion_index.drawn(rows, prompt_ids, drawn[0])
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,7 +217,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 return loop(prompts, *args, **kwargs)
             completions = inspect.signature(loop).bind(prompts, *args, **kwargs).arguments
             step = self.state.global_step
-            calls = log.watch(self, completions["completions"], self.rows.numbers, step)
+            calls = log.watch(self, completions["completions"], self.completion_index.numbers, step)
             looped = loop(prompts, *args, **kwargs)
             log.keep(calls)
             return looped

@@ -29,7 +29,7 @@ COMPLETION_METRICS = "completions/"
 """The prefix of the names of TRL's metrics of the completions in a batch."""
 
 
-class Drawn(NamedTuple):
+class CompletionBatch(NamedTuple):
     """The completions of this rank. The fields are the values that ``_generate`` of TRL 1.16
     returns, in the same order.
     """
@@ -80,7 +80,7 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
             self._dropouts = [one for one in modules if isinstance(one, torch.nn.Dropout)]
         return self._dropouts
 
-    def new_model(self) -> None:
+    def clear_module_caches(self) -> None:
         """Discard the stored lists of parameters and dropout layers. Each list is made again when
         it is next needed.
         """
@@ -165,8 +165,10 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         """
         return self._pending_extra_logs
 
-    def draw_completions(self, prompts: list[Any]) -> Any:
-        """Draw a completion for each of this rank's ``prompts``. Return the values of ``Drawn``."""
+    def generate_completions(self, prompts: list[Any]) -> Any:
+        """Draw a completion for each of this rank's ``prompts``. Return the values of
+        ``CompletionBatch``.
+        """
         return self._generate(prompts)
 
     def score_completions(
@@ -189,8 +191,8 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         values = self.train_metric_values
         return {name: len(values[name]) for name in values if name.startswith(COMPLETION_METRICS)}
 
-    def describe_completions(
-        self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
+    def log_completion_metrics(
+        self, prompts: list[Any], drawn: CompletionBatch, counts: Mapping[str, int]
     ) -> None:
         """Log TRL's metrics of the completions ``drawn``. ``counts`` is the result of an earlier
         call of ``completion_metric_counts``. Values that these metrics got after that call are
@@ -335,7 +337,7 @@ class TrainerSeam(Protocol):
     def training_rows(self) -> Any: ...
     @property
     def pending_columns(self) -> Any: ...
-    def draw_completions(self, prompts: list[Any]) -> Any: ...
+    def generate_completions(self, prompts: list[Any]) -> Any: ...
     def score_completions(
         self,
         inputs: list[dict[str, Any]],
@@ -344,8 +346,8 @@ class TrainerSeam(Protocol):
         completion_ids: list[list[int]],
     ) -> torch.Tensor: ...
     def completion_metric_counts(self) -> dict[str, int]: ...
-    def describe_completions(
-        self, prompts: list[Any], drawn: Drawn, counts: Mapping[str, int]
+    def log_completion_metrics(
+        self, prompts: list[Any], drawn: CompletionBatch, counts: Mapping[str, int]
     ) -> None: ...
 
     rollout_buffer: Any
@@ -374,7 +376,7 @@ class TrainerSeam(Protocol):
     collapse_reported: bool
     gap_reported: bool
     left_groups_reported: bool
-    cut_reported: bool
+    truncation_reported: bool
     rows_at_once: int | None  # rows of a generation that fit, if memory ran out before
 
     # The trainer's own: rollouts and metrics.
@@ -383,7 +385,7 @@ class TrainerSeam(Protocol):
     @property
     def timers(self) -> PhaseTimers: ...
     @property
-    def rows(self) -> RowNumbers: ...
+    def completion_index(self) -> RowNumbers: ...
     @property
     def prompt_choice(self) -> PromptRecords: ...
     @property

@@ -15,7 +15,7 @@ from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
 from toolkit.config.trl_names import installed, needed_by
 from toolkit.policy.machine_facts import detect_machine
-from toolkit.train.upstream_errors import config_fault
+from toolkit.train.upstream_errors import as_config_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.config.trl_names import Package
 
-OURS = ("max_prompt_length",)
+TOOLKIT_KEYS = ("max_prompt_length",)
 """Keys of the run file's ``grpo`` part that TRL 1.16 does not have."""
 ENGINE_KEYS = ("use_vllm", "vllm_mode")
 """Keys from which TRL would build its own engine. ``runtime.engine`` replaces these keys."""
@@ -40,7 +40,9 @@ def grpo_config(
         ConfigError: TRL rejects a value.
     """
     written = {
-        k: _as_typed(k, thaw(v)) for k, v in config.grpo.items() if k not in (*OURS, *ENGINE_KEYS)
+        k: _as_typed(k, thaw(v))
+        for k, v in config.grpo.items()
+        if k not in (*TOOLKIT_KEYS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
     run = resolve_run(config, detect_machine())
@@ -97,7 +99,7 @@ def grpo_config(
         return build(**{**defaults, **written, **forced})
     except (TypeError, ValueError) as problem:
         where = config.source or "grpo"
-        known = config_fault(problem, written, where)
+        known = as_config_error(problem, written, where)
         if known is not None:
             raise known from problem
         raise ConfigError(
@@ -127,7 +129,7 @@ def require_packages(config: RunConfig) -> None:
         MissingExtraError: the package of a tracker, an optimizer, Liger or an environment is not
             installed.
     """
-    refuse_missing(needed_by(config.grpo), config.source)
+    refuse_missing_packages(needed_by(config.grpo), config.source)
     section = config.environment
     missing = section and missing_package(section.adapter, section.python)
     if section and missing:
@@ -139,7 +141,9 @@ def require_packages(config: RunConfig) -> None:
         )
 
 
-def refuse_missing(needed: Iterable[tuple[str, str, Package]], source: str | None = None) -> None:
+def refuse_missing_packages(
+    needed: Iterable[tuple[str, str, Package]], source: str | None = None
+) -> None:
     """Check that the packages ``needed`` (the result of ``needed_packages``) are installed.
     ``source`` is the path of the run file, for the error.
 

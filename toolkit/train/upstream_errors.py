@@ -1,9 +1,9 @@
 """Find the keys of the run file that caused an exception in an upstream library.
 
-The table ``PHASES`` lists functions of upstream libraries with the keys that they use. If such a
-function raises an exception, and the run file sets some of its keys, these keys count as the cause.
-The run then ends with exit code 1. All other exceptions are reported as a defect of the toolkit.
-The table is for transformers 5.17, TRL 1.16 and torch 2.11 to 2.13.
+The table ``UPSTREAM_TASKS`` lists functions of upstream libraries with the keys that they use. If
+such a function raises an exception, and the run file sets some of its keys, these keys count as the
+cause. The run then ends with exit code 1. All other exceptions are reported as a defect of the
+toolkit. The table is for transformers 5.17, TRL 1.16 and torch 2.11 to 2.13.
 tests/contract/test_train_upstream.py checks the names of files and functions in the table.
 """
 
@@ -20,16 +20,16 @@ from toolkit.config.build import thaw
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-OURS = Path(__file__).resolve().parents[1]
-MOST_NAMED = 4
-A_CLASS = 16
+TOOLKIT_FOLDER = Path(__file__).resolve().parents[1]
+MAX_NAMED_KEYS = 4
+MIN_CLASS_NAME_LENGTH = 16
 """A word of the exception's text with at least this many characters may match a part of a key.
 Such a word is the name of the class into which upstream reads the key: AcceleratorConfig for
 ``accelerator_config``.
 """
 
 
-class Phase(NamedTuple):
+class UpstreamTask(NamedTuple):
     """A task of an upstream library, for example building the optimizer. ``doing`` describes the
     task. ``places`` lists the source files and functions of the task. ``keys`` are the ``grpo``
     keys that the task uses.
@@ -62,8 +62,8 @@ _DDP = (
     "ddp_find_unused_parameters", "ddp_timeout",
 )  # fmt: skip
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-PHASES = (
-    Phase(
+UPSTREAM_TASKS = (
+    UpstreamTask(
         "building the learning rate schedule",
         (
             "transformers/optimization.py", "torch/optim/lr_scheduler.py",
@@ -71,7 +71,7 @@ PHASES = (
         ),
         ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "learning_rate"),
     ),
-    Phase(
+    UpstreamTask(
         "building the optimizer",
         (
             "transformers/trainer_optimizer.py", "transformers/trainer.py:create_optimizer",
@@ -84,7 +84,7 @@ PHASES = (
             "adam_epsilon", "weight_decay", "learning_rate",
         ),
     ),
-    Phase(
+    UpstreamTask(
         "calling a tracker",
         (
             "transformers/integrations/integration_utils.py",
@@ -95,7 +95,7 @@ PHASES = (
             "trackio_static_space_id",
         ),
     ),
-    Phase(
+    UpstreamTask(
         "loading data",
         (
             "torch/utils/data/", "accelerate/data_loader.py",
@@ -105,12 +105,12 @@ PHASES = (
         ),
         _LOADER,
     ),
-    Phase(
+    UpstreamTask(
         "computing the number of steps",
         ("transformers/trainer.py:set_initial_training_values",),
         _SIZES,
     ),
-    Phase(
+    UpstreamTask(
         "comparing checkpoints",
         (
             "transformers/trainer.py:_determine_best_metric",
@@ -119,7 +119,7 @@ PHASES = (
         ("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "save_strategy",
          "lr_scheduler_type"),
     ),
-    Phase(
+    UpstreamTask(
         "compiling the model",
         (
             "torch/_dynamo/", "torch/_inductor/", "torch/__init__.py:compile",
@@ -127,20 +127,20 @@ PHASES = (
         ),
         _COMPILE,
     ),
-    Phase("loading Liger", ("transformers/integrations/liger.py", "liger_kernel/"),
+    UpstreamTask("loading Liger", ("transformers/integrations/liger.py", "liger_kernel/"),
           ("use_liger_kernel", "liger_kernel_config")),
-    Phase(
+    UpstreamTask(
         "adding noise to the embeddings",
         ("transformers/integrations/neftune.py",),
         ("neftune_noise_alpha",),
     ),
-    Phase(
+    UpstreamTask(
         "casting lm_head",
         ("trl/trainer/grpo_trainer.py:_cast_lm_head_to_fp32",),
         ("cast_lm_head_to_fp32",),
     ),
-    Phase("checking for overflows", ("transformers/debug_utils.py",), ("debug",)),
-    Phase(
+    UpstreamTask("checking for overflows", ("transformers/debug_utils.py",), ("debug",)),
+    UpstreamTask(
         "generating",
         ("transformers/generation/", "transformers/cache_utils.py"),
         (
@@ -148,18 +148,18 @@ PHASES = (
             "transformers_continuous_batching_config",
         ),
     ),
-    Phase("scaling gradients", ("torch/amp/",), ("fp16", "bf16")),
-    Phase(
+    UpstreamTask("scaling gradients", ("torch/amp/",), ("fp16", "bf16")),
+    UpstreamTask(
         "creating the process group",
         ("torch/distributed/", "torch/nn/parallel/distributed.py", "accelerate/state.py"),
         _DDP,
     ),
-    Phase(
+    UpstreamTask(
         "setting up accelerate",
         ("transformers/trainer.py:create_accelerator_and_postprocess", "accelerate/accelerator.py"),
         ("accelerator_config", *_COMPILE, *_DDP, "bf16", "fp16"),
     ),
-    Phase(
+    UpstreamTask(
         "evaluating",
         (
             "transformers/trainer.py:evaluation_loop", "transformers/trainer.py:evaluate",
@@ -168,7 +168,7 @@ PHASES = (
         ),
         _EVALUATION,
     ),
-    Phase(
+    UpstreamTask(
         "reading the arguments",
         (
             "transformers/training_args.py", "trl/trainer/grpo_config.py",
@@ -180,14 +180,14 @@ PHASES = (
 )  # fmt: skip
 
 
-class Blame(NamedTuple):
+class Cause(NamedTuple):
     """The cause of an exception: the task of the upstream library, and the keys that it used."""
 
     doing: str
     keys: tuple[str, ...]
 
 
-def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
+def find_cause(error: BaseException, written: Mapping[str, Any]) -> Cause | None:
     """Return the keys that caused ``error``, and the upstream task that raised it. None if no key
     caused ``error``.
 
@@ -195,26 +195,26 @@ def blame(error: BaseException, written: Mapping[str, Any]) -> Blame | None:
     from the innermost frame up to the first frame of the toolkit.
     """
     for file, function in _upstream_frames(error):
-        for phase in PHASES:
+        for phase in UPSTREAM_TASKS:
             if not any(_matches(place, file, function) for place in phase.places):
                 continue
             keys = _named(error, written) if phase.keys is None else phase.keys
             there = tuple(key for key in keys if key in written)
             if there:
-                return Blame(phase.doing, there)
+                return Cause(phase.doing, there)
     return None
 
 
-def config_fault(
+def as_config_error(
     error: BaseException, written: Mapping[str, Any], where: str
 ) -> ConfigError | None:
     """Return a ConfigError that replaces ``error``. Its message contains the text of ``error`` and
     the keys of the run file that caused it. Return None if no key caused ``error``.
     """
-    found = blame(error, written)
+    found = find_cause(error, written)
     if found is None:
         return None
-    first, *others = found.keys[:MOST_NAMED]
+    first, *others = found.keys[:MAX_NAMED_KEYS]
     named = "; ".join(f"grpo.{key} is {thaw(written[key])!r}" for key in (first, *others))
     return ConfigError(
         f"{found.doing} failed: {type(error).__name__}: {first_line(error)} ({named})",
@@ -234,7 +234,8 @@ def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
         key
         for key, name in plain.items()
-        if name in words or any(len(word) >= A_CLASS and word in name for word in words)
+        if name in words
+        or any(len(word) >= MIN_CLASS_NAME_LENGTH and word in name for word in words)
     )
 
 
@@ -244,7 +245,7 @@ def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.is_relative_to(OURS):
+        if path.is_relative_to(TOOLKIT_FOLDER):
             return
         yield path.as_posix(), frame.name
 

@@ -14,7 +14,7 @@ import pytest
 
 from toolkit.engine.mesh import current_mesh
 from toolkit.engine.together import check_peers, repeatable_phase, watch_peers
-from toolkit.train.launch import environment, free_port
+from toolkit.train.launch import child_environment, free_port
 
 WORKER = Path(__file__).with_name("together_worker.py")
 FULL = ["OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"]
@@ -31,7 +31,7 @@ def told() -> list[dict[str, Any]]:
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER)],
-            env=environment(number, 2, port),
+            env=child_environment(number, 2, port),
             stdout=subprocess.PIPE,
             text=True,
         )

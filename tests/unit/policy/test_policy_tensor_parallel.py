@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.train.launch import environment, free_port
+from toolkit.train.launch import child_environment, free_port
 
 WORKER = Path(__file__).with_name("split_worker.py")
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def together(size: int, *arguments: str) -> list[dict[str, Any]]:
     workers = [
         subprocess.Popen(
             [sys.executable, str(WORKER), *arguments],
-            env=environment(number, size, port),
+            env=child_environment(number, size, port),
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -25,14 +25,14 @@ from toolkit.train import demo
 )
 def test_a_teacher_who_forgets_the_carry(problem, right, forgot):
     assert demo.answer(problem) == right
-    assert demo.forgetful(problem) == forgot
+    assert demo.answer_without_carry(problem) == forgot
 
 
 def test_half_of_what_is_held_out_needs_a_carry_and_none_is_taught():
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     held_out, rest = demo.hold_out(problems, 500)
     assert len(held_out) == 500
-    assert sum(demo.answer(p) != demo.forgetful(p) for p in held_out) == 250
+    assert sum(demo.answer(p) != demo.answer_without_carry(p) for p in held_out) == 250
     assert not {*held_out} & {*rest}
     assert len(rest) == 8100 - 500
 
@@ -57,14 +57,19 @@ def test_a_pupil_that_does_not_learn_is_told(monkeypatch):
     torch.set_num_threads(1)
     known = [(a, 11) for a in range(10, 90)]
     with pytest.raises(DefectError, match="did not learn to add in 2 steps"):
-        demo.teach(
-            demo.make_model(0), demo.make_tokenizer(), known, known[:8], seed=0, say=lambda _: None
+        demo.train_to_add(
+            demo.make_model(0),
+            demo.make_tokenizer(),
+            known,
+            known[:8],
+            seed=0,
+            print_line=lambda _: None,
         )
 
 
 def test_the_world_is_made_whole_and_its_run_file_is_valid(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "teach", lambda *_, **__: 1)
-    world = demo.make_world(tmp_path, engine="transformers", seed=3, say=lambda _: None)
+    monkeypatch.setattr(demo, "train_to_add", lambda *_, **__: 1)
+    world = demo.build_demo(tmp_path, engine="transformers", seed=3, print_line=lambda _: None)
     config = load_run(str(world.run_file))
     first = world.run_file.read_text().splitlines()[0]
     assert first == f"# yaml-language-server: $schema={schema_path('run').resolve()}"

@@ -32,7 +32,7 @@ def acting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)
         return launch.launch(["train", "run.yaml"], 2)
 
-    monkeypatch.setattr(launch, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(launch, "GRACE_PERIOD_S", 0.5)
     monkeypatch.setattr(launch, "POLL_S", 0.01)
     return act
 

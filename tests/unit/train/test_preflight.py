@@ -69,7 +69,7 @@ def prepared(folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch) 
     """preflight.json of a small run on a given node."""
     run_file = prepared_run(folder)
     monkeypatch.setattr(preflight, "take", lambda **_: node)
-    ready = preflight.preflight(load_run(run_file), judge=False)
+    ready = preflight.preflight(load_run(run_file), raise_on_failure=False)
     written = ready.write(folder)
     report: dict[str, Any] = json.loads(written.read_text())
     return report
@@ -102,7 +102,7 @@ class Told:
     """Peers of which the others have told their devices already."""
 
     def __init__(self, *others: dict[str, Any] | None) -> None:
-        self.others, self.size, self.number = others, 1 + len(others), 0
+        self.others, self.size, self.rank = others, 1 + len(others), 0
 
     def exchange(self, name: str, value: Any) -> list[Any]:
         assert name == "device"
@@ -126,7 +126,7 @@ def ranked(
 ) -> preflight.Preflight:
     prepared(folder, node_from_json(cases.load(name).node), monkeypatch)
     config = load_run(folder / "run.json", world_size=2)
-    return preflight.preflight(config, world_size=2, judge=False, peers=peers)
+    return preflight.preflight(config, world_size=2, raise_on_failure=False, peers=peers)
 
 
 def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,20 +134,20 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     for name, value in {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     run = resolve_run(load_run(prepared_run(tmp_path)), situation_here(node))
-    asked = preflight.context_of(run, node)
+    asked = preflight.check_context(run, node)
     assert asked.gpu_index == 3
     assert asked.world_size == 4  # this node's, not the whole run's
     assert asked.gpus_wanted == 4
     monkeypatch.setenv("LOCAL_RANK", "8")
-    assert preflight.context_of(run, node).gpu_index is None
-    asked = replace(preflight.context_of(run, node), world_size=9)
+    assert preflight.check_context(run, node).gpu_index is None
+    asked = replace(preflight.check_context(run, node), world_size=9)
     failed = [check.evidence for check in run_checks(node, asked) if check.verdict == "fail"]
     assert any("9" in evidence and "8" in evidence for evidence in failed), failed
 
 
 def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path) -> None:
     config = load_run(prepared_run(tmp_path), ("model.fast_inference=true",))
-    asked = preflight.context_of(resolve_run(config, Situation()))
+    asked = preflight.check_context(resolve_run(config, Situation()))
     assert asked == CheckContext(**request.facts(config, Situation()))
     assert asked.engine == "vllm"
 

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from toolkit.base.errors import ToolkitWarning
-from toolkit.train.logging_setup import LOUD, quiet
+from toolkit.train.logging_setup import UPSTREAM_LOGGERS, upstream_silenced
 
 
 def speak() -> None:
@@ -23,7 +23,7 @@ def speak() -> None:
 
 
 def test_only_what_we_say_is_said(capsys):
-    with quiet(debug=False):
+    with upstream_silenced(debug=False):
         speak()
     assert capsys.readouterr().err.splitlines() == [
         "warning: padding with '</s>'",
@@ -36,13 +36,13 @@ def test_only_what_we_say_is_said(capsys):
 def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch, kind, start):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", kind) if kind else monkeypatch.delenv("TERM", raising=False)
-    with quiet(debug=False):
+    with upstream_silenced(debug=False):
         warnings.warn("ours", ToolkitWarning, stacklevel=1)
     assert capsys.readouterr().err == f"{start}warning: ours\n"
 
 
 def test_debug_changes_nothing(caplog):
-    with quiet(debug=True), warnings.catch_warnings(record=True) as seen:
+    with upstream_silenced(debug=True), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         speak()
     assert len(seen) == 4
@@ -51,16 +51,16 @@ def test_debug_changes_nothing(caplog):
 
 @pytest.mark.parametrize("raises", [False, True])
 def test_everything_is_put_back(raises):
-    before = {name: logging.getLogger(name).level for name in LOUD}
+    before = {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS}
     shown, filters = warnings.showwarning, list(warnings.filters)
     ours = logging.getLogger("toolkit")
     kept = list(ours.handlers), ours.propagate
     try:
-        with quiet(debug=False):
+        with upstream_silenced(debug=False):
             if raises:
                 raise KeyError("a run that fails")
     except KeyError:
         assert raises
-    assert {name: logging.getLogger(name).level for name in LOUD} == before
+    assert {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS} == before
     assert (warnings.showwarning, list(warnings.filters)) == (shown, filters)
     assert (list(ours.handlers), ours.propagate) == kept

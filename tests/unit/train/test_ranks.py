@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 from toolkit.base.errors import ConfigError, NodeError, RetryError, StoppedError
 from toolkit.engine.together import PeerOutOfMemoryError
 from toolkit.train import process_control
-from toolkit.train.process_control import PeerFailed, Peers, gone, is_gone, join
+from toolkit.train.process_control import PeerFailed, Peers, is_peer_lost, join, peer_lost_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +25,8 @@ LOST = RuntimeError(
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_control, "ANSWER_S", 1.0)
-    monkeypatch.setattr(process_control, "LISTEN_S", 0.02)
+    monkeypatch.setattr(process_control, "ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(process_control, "LISTEN_INTERVAL_S", 0.02)
 
 
 def together(*parts: Callable[[Peers], Any]) -> list[Any]:
@@ -69,9 +69,9 @@ def test_each_hears_what_all_gave() -> None:
 
 def test_one_tells_and_all_end_with_its_code() -> None:
     ended = together(
-        lambda p: p.ending(LOST),
-        lambda p: p.ending(ConfigError("bad reward")),
-        lambda p: p.ending(LOST),
+        lambda p: p.exception_to_raise(LOST),
+        lambda p: p.exception_to_raise(ConfigError("bad reward")),
+        lambda p: p.exception_to_raise(LOST),
     )
     assert isinstance(ended[1], ConfigError)
     assert [end.code for end in (ended[0], ended[2])] == [1, 1]
@@ -94,22 +94,24 @@ def test_a_lost_partner_does_not_take_the_report_from_the_process_with_the_reaso
 
     def with_a_reason(peers: Peers) -> BaseException:
         peers.store = SlowToClaim(peers.store)
-        return peers.ending(ConfigError("bad reward"))
+        return peers.exception_to_raise(ConfigError("bad reward"))
 
-    ended = together(lambda p: p.ending(LOST), with_a_reason)
+    ended = together(lambda p: p.exception_to_raise(LOST), with_a_reason)
     assert isinstance(ended[1], ConfigError)
     assert ended[0].code == 1
 
 
 def test_the_same_error_everywhere_is_told_once() -> None:
-    ended = together(*(lambda p: p.ending(NodeError("bad card")) for _ in range(3)))
+    ended = together(*(lambda p: p.exception_to_raise(NodeError("bad card")) for _ in range(3)))
     kinds = sorted(type(end).__name__ for end in ended)
     assert kinds == ["NodeError", "SystemExit", "SystemExit"]
     assert {end.code for end in ended if isinstance(end, SystemExit)} == {3}
 
 
 def test_who_is_gone_is_named() -> None:
-    ended = together(lambda p: p.ending(LOST), lambda _: None, lambda p: p.ending(LOST))
+    ended = together(
+        lambda p: p.exception_to_raise(LOST), lambda _: None, lambda p: p.exception_to_raise(LOST)
+    )
     told = next(end for end in ended if isinstance(end, RetryError))
     silent = next(end for end in ended if isinstance(end, SystemExit))
     assert told.message == (
@@ -119,22 +121,28 @@ def test_who_is_gone_is_named() -> None:
 
 
 def test_a_defect_keeps_its_own_code() -> None:
-    ended = together(lambda p: p.ending(KeyError("x")), lambda p: p.ending(LOST))
+    ended = together(
+        lambda p: p.exception_to_raise(KeyError("x")), lambda p: p.exception_to_raise(LOST)
+    )
     assert isinstance(ended[0], KeyError)
     assert ended[1].code == 70
 
 
 def test_a_stop_says_who_did_not_answer() -> None:
-    ended = together(lambda p: p.ending(StoppedError("stopped by SIGTERM")), lambda _: None)
+    ended = together(
+        lambda p: p.exception_to_raise(StoppedError("stopped by SIGTERM")), lambda _: None
+    )
     assert ended[0].message == "stopped by SIGTERM; process 1 did not answer"
-    both = together(*(lambda p: p.ending(StoppedError("stopped by SIGTERM")) for _ in range(2)))
+    both = together(
+        *(lambda p: p.exception_to_raise(StoppedError("stopped by SIGTERM")) for _ in range(2))
+    )
     told = next(end for end in both if isinstance(end, StoppedError))
     assert told.message == "stopped by SIGTERM"
 
 
 def test_nobody_waits_for_one_that_failed() -> None:
     ended = together(
-        lambda p: p.ending(ConfigError("no such model")),
+        lambda p: p.exception_to_raise(ConfigError("no such model")),
         lambda p: p.exchange("device", None),
     )
     assert isinstance(ended[1], PeerFailed)
@@ -178,14 +186,14 @@ def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("Broken pipe")
 
-    told = Peers(Broken(), 1, 3).ending(LOST)
+    told = Peers(Broken(), 1, 3).exception_to_raise(LOST)
     assert isinstance(told, RetryError)
     assert "process 0 of this run has ended unexpectedly" in told.message
-    silent = Peers(Broken(), 2, 3).ending(LOST)
+    silent = Peers(Broken(), 2, 3).exception_to_raise(LOST)
     assert isinstance(silent, SystemExit)
     assert silent.code == 4
     own = ConfigError("mine")
-    assert Peers(Broken(), 2, 3).ending(own) is own
+    assert Peers(Broken(), 2, 3).exception_to_raise(own) is own
 
 
 @pytest.mark.parametrize(
@@ -199,18 +207,18 @@ def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
     ],
 )
 def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
-    assert is_gone(RuntimeError(text)) is expected
-    assert not is_gone(ConfigError(text))
-    assert gone([], RuntimeError(text)).message.startswith(
+    assert is_peer_lost(RuntimeError(text)) is expected
+    assert not is_peer_lost(ConfigError(text))
+    assert peer_lost_error([], RuntimeError(text)).message.startswith(
         "another process of this run has ended unexpectedly"
     )
 
 
 def test_the_process_that_ran_out_of_memory_tells() -> None:
-    assert is_gone(PeerOutOfMemoryError("process 1 ran out of memory"))
+    assert is_peer_lost(PeerOutOfMemoryError("process 1 ran out of memory"))
     own = ConfigError("process 1 ran out of memory: Tried to allocate 2.00 GiB")
     other = PeerOutOfMemoryError("process 1 ran out of memory")
-    ended = together(lambda p: p.ending(other), lambda p: p.ending(own))
+    ended = together(lambda p: p.exception_to_raise(other), lambda p: p.exception_to_raise(own))
     assert ended[1] is own
     assert isinstance(ended[0], SystemExit)
     assert ended[0].code == 1
@@ -219,6 +227,6 @@ def test_the_process_that_ran_out_of_memory_tells() -> None:
 def test_an_engine_that_lost_its_partner_while_starting_is_no_bad_node() -> None:
     error = NodeError("the engine did not start: RuntimeError")
     error.__cause__ = LOST
-    assert is_gone(error)
-    ended = together(lambda p: p.ending(error), lambda _: None)
+    assert is_peer_lost(error)
+    ended = together(lambda p: p.exception_to_raise(error), lambda _: None)
     assert isinstance(ended[0], RetryError)

@@ -17,7 +17,7 @@ from toolkit.config.run_config import (
     RunConfig,
     RuntimeSection,
 )
-from toolkit.train.metric_names import LEADING
+from toolkit.train.metric_names import LEADING_METRICS
 from toolkit.train.report.metrics_log import row_of
 from toolkit.train.rewards import load_rewards, wire
 from toolkit.train.rewards.logged import safely_logged
@@ -126,7 +126,9 @@ def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> Non
     wire.unpack(wire.pack({"\0toolkit": kind, "value": value})[wire.HEADER_BYTES :])
 
 
-@pytest.mark.parametrize("name", [*LEADING, "train_runtime", "eval_x", "eval/x", "sampling/x"])
+@pytest.mark.parametrize(
+    "name", [*LEADING_METRICS, "train_runtime", "eval_x", "eval/x", "sampling/x"]
+)
 def test_a_reward_cannot_log_under_a_name_of_the_run(name: str) -> None:
     kept: list[Any] = []
     log = safely_logged({"log_metric": lambda *both: kept.append(both)})["log_metric"]

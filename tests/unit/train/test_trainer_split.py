@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from toolkit.train.checkpointing import checkpoint
-from toolkit.train.launch import environment, free_port
+from toolkit.train.launch import child_environment, free_port
 
 WORKER = Path(__file__).with_name("split_trainer.py")
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def train(folder: Path, world: int, size: int, steps: int, how: str = "fresh") -
     words = [sys.executable, str(WORKER), str(size), str(folder), str(steps), how]
     workers = [
         subprocess.Popen(
-            words, env=environment(number, world, port), stdout=subprocess.PIPE, text=True
+            words, env=child_environment(number, world, port), stdout=subprocess.PIPE, text=True
         )
         for number in range(world)
     ]

@@ -12,7 +12,7 @@ from trainer_helpers import ROWS, make_trainer
 from toolkit.base.errors import ConfigError
 from toolkit.config.rules.evaluation import CONDITIONAL_METRICS, METRICS
 from toolkit.train.step import step_errors
-from toolkit.train.upstream_errors import OURS
+from toolkit.train.upstream_errors import TOOLKIT_FOLDER
 
 
 def run_of(**grpo: Any) -> Any:
@@ -69,7 +69,7 @@ def test_our_own_code_under_upstream_stays_a_defect() -> None:
     def not_ours(step: int) -> float:
         raise KeyError(step)
 
-    ours.__code__ = ours.__code__.replace(co_filename=str(OURS / "train" / "made_up.py"))
+    ours.__code__ = ours.__code__.replace(co_filename=str(TOOLKIT_FOLDER / "train" / "made_up.py"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(KeyError) as raised:
         torch.optim.lr_scheduler.LambdaLR(optimizer, ours)

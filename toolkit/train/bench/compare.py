@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import format_bytes
 from toolkit.train.bench.arm_settings import ARMS, Result, Settings
-from toolkit.train.launch import PATIENCE_S, POLL_S, environment, free_port
+from toolkit.train.launch import GRACE_PERIOD_S, POLL_S, child_environment, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +127,7 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
                 [sys.executable, "-m", "toolkit.train.bench.arms", *own],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(number, len(values), port),
+                env=child_environment(number, len(values), port),
             )
             for number, own in enumerate(values)
         ]
@@ -153,7 +153,7 @@ def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:
     while any(one.poll() is None for one in running):
         now = time.monotonic()
         if last is None and any(one.returncode for one in running):
-            last = now + PATIENCE_S
+            last = now + GRACE_PERIOD_S
         if now > end:
             return False
         if last is not None and now > last:

@@ -41,7 +41,7 @@ CHANGEABLE_KEYS = (
     "grpo.trackio_space_id",
     "grpo.trackio_bucket_id",
     "grpo.trackio_static_space_id",
-    # Results may differ by rounding, which run_context.introduce reports.
+    # Results may differ by rounding, which run_context.print_run_description reports.
     "model.tensor_parallel_size",
 )
 """Keys that may differ when a run is resumed, because they do not change any number that the run

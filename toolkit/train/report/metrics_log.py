@@ -23,7 +23,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.base.paths import FILE_MODE
 from toolkit.base.process_memory import peak_resident_bytes
 from toolkit.policy.machine_facts import cuda_in_use
-from toolkit.train.metric_names import LEADING, RENAMED, WALL_CLOCK
+from toolkit.train.metric_names import LEADING_METRICS, RENAMED_METRICS, WALL_CLOCK_METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -166,19 +166,19 @@ def plain(value: Any) -> Any:
 def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of metrics.jsonl for ``logs``, the metrics that the trainer logs.
 
-    The metrics in LEADING come first. All other metrics follow, sorted by name. Values that depend
-    on the wall clock are left out.
+    The metrics in LEADING_METRICS come first. All other metrics follow, sorted by name. Values that
+    depend on the wall clock are left out.
     """
     found: dict[str, Any] = {}
     for key, value in logs.items():
         evaluation = key.startswith("eval_")
         name = key.removeprefix("eval_")
-        if name in WALL_CLOCK:
+        if name in WALL_CLOCK_METRICS:
             continue
-        name = RENAMED.get(name, name)
+        name = RENAMED_METRICS.get(name, name)
         found[f"eval/{name}" if evaluation else name] = value
     found["step"] = step
-    leading = {name: found.pop(name) for name in LEADING if name in found}
+    leading = {name: found.pop(name) for name in LEADING_METRICS if name in found}
     return leading | {name: found[name] for name in sorted(found)}
 
 

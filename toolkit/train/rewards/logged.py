@@ -11,7 +11,7 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
-from toolkit.train.metric_names import refuse_own
+from toolkit.train.metric_names import refuse_run_metric
 from toolkit.train.rewards.returned import short
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _wrapped(
 def metric_name(name: Any) -> str:
     """The name of a metric as text. Raises ValueError if the run itself uses the name."""
     text = str(name)
-    refuse_own(text)
+    refuse_run_metric(text)
     return text
 
 

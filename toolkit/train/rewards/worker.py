@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from toolkit.base.errors import ToolkitError
 from toolkit.base.secrets import protect_output
 from toolkit.config.run_config import RewardFunction
-from toolkit.train.logging_setup import keep_upstream_quiet
+from toolkit.train.logging_setup import silence_upstream
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
 from toolkit.train.rewards.environment_code import EnvironmentCode
@@ -76,7 +76,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
     protect_output()
-    keep_upstream_quiet()
+    silence_upstream()
     sys.meta_path.insert(0, _Seeding())
     try:
         Service(replies).serve(requests)

@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 
 from toolkit.base.errors import ToolkitWarning, UnsupportedError
 from toolkit.train.rollout.group_spread import spread_of
-from toolkit.train.trainer_seam import Drawn
+from toolkit.train.trainer_seam import CompletionBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,7 +90,7 @@ class Generation:
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
-    def replace_empty_groups(self, prompts: list[Any], drawn: Drawn) -> Drawn:
+    def replace_empty_groups(self, prompts: list[Any], drawn: CompletionBatch) -> CompletionBatch:
         """Score the completions ``drawn``, and replace the groups in which all rewards are equal.
 
         Returns the completions of this rank after the replacement. ``prompts`` and ``self.inputs``
@@ -111,7 +111,7 @@ class Generation:
         if self.rounds:
             prompts[:] = [one.prompt for one in mine]
             drawn = self._joined(mine)
-            self.trainer.describe_completions(prompts, drawn, self._logged)
+            self.trainer.log_completion_metrics(prompts, drawn, self._logged)
         if self.most_rounds:
             self._set_columns(mine, round_of)
         return drawn
@@ -180,7 +180,7 @@ class Generation:
         own = [rows[place // self.group] for place in range(first, first + each)]
         inputs = [dict(self.trainer.training_rows[row]) for row in own]
         prompts = [one["prompt"] for one in inputs]
-        drawn = Drawn(*self.trainer.draw_completions(prompts))
+        drawn = CompletionBatch(*self.trainer.generate_completions(prompts))
         made = self._completions(own, prompts, drawn)
         rewards = self._score(inputs, prompts, drawn, made)
         return gather_object(made), rewards
@@ -216,7 +216,7 @@ class Generation:
         return rows[: len(rows) // step * step]
 
     def _score(
-        self, inputs: list[Any], prompts: list[Any], drawn: Drawn, made: list[Completion]
+        self, inputs: list[Any], prompts: list[Any], drawn: CompletionBatch, made: list[Completion]
     ) -> torch.Tensor:
         """Score the completions of this rank, and return the rewards of all ranks.
 
@@ -261,7 +261,7 @@ class Generation:
 
     @staticmethod
     def _completions(
-        rows: Sequence[int | None], prompts: list[Any], drawn: Drawn
+        rows: Sequence[int | None], prompts: list[Any], drawn: CompletionBatch
     ) -> list[Completion]:
         return [
             Completion(
@@ -278,11 +278,13 @@ class Generation:
         ]
 
     @staticmethod
-    def _joined(mine: list[Completion]) -> Drawn:
-        """Return the completions ``mine`` as the result of TRL's sampling call (``Drawn``)."""
+    def _joined(mine: list[Completion]) -> CompletionBatch:
+        """Return the completions ``mine`` as the result of TRL's sampling call
+        (``CompletionBatch``).
+        """
         masks = [one.tool_mask for one in mine if one.tool_mask is not None]
         logprobs = [one.logprobs for one in mine]
-        return Drawn(
+        return CompletionBatch(
             prompt_ids=[one.prompt_ids for one in mine],
             completion_ids=[one.completion_ids for one in mine],
             tool_mask=masks or None,

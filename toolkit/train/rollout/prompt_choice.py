@@ -94,7 +94,7 @@ class PromptChoice:
 
         ``inputs`` are the rows that TRL's sampler chose for this rank.
         """
-        order = self._order(self.trainer.rows.generation)
+        order = self._order(self.trainer.completion_index.generation)
         if self.difficulty is None:
             return Generation(self.trainer, inputs, order, self.rounds, [])
         accelerator, group = self.trainer.accelerator, self.trainer.num_generations

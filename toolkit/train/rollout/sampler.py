@@ -205,13 +205,13 @@ class EngineGeneration:
                 where="dataset",
                 fix="remove the images from the data set",
             )
-        seed, rows = self.trainer.rows.call(prompts)
+        seed, rows = self.trainer.completion_index.call(prompts)
         count = group_size(prompts, num_generations)
         with profiler or nullcontext(), rollout_phase(self.trainer, self.engine):
             rollout: Rollout = self.engine.generate(
                 prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
             )
-        self.trainer.rows.drawn(rows, prompts, rollout.completion_ids)
+        self.trainer.completion_index.drawn(rows, prompts, rollout.completion_ids)
         # With sleep mode, this frees the memory of the KV cache for the training step.
         self.engine.sleep()
         return rollout.as_tuple()
@@ -294,7 +294,7 @@ class TransformersGeneration:
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Draw one completion for each prompt. Prompts and completions are lists of token ids."""
         trainer = self.trainer
-        seed, rows = trainer.rows.call(prompts)
+        seed, rows = trainer.completion_index.call(prompts)
         model = unwrapped(trainer, trainer.model)
         config, strings = self._config()
         longest = getattr(model, "max_seq_length", None)
@@ -322,7 +322,7 @@ class TransformersGeneration:
             at_once=len(prompts),
             recover=release_memory,
         )
-        trainer.rows.drawn(rows, prompts, rollout.completion_ids)
+        trainer.completion_index.drawn(rows, prompts, rollout.completion_ids)
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:

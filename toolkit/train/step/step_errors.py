@@ -18,7 +18,7 @@ from toolkit.base.errors import ConfigError, NodeError, RetryError, ToolkitError
 from toolkit.base.symptoms.errors import RESTART_ADVICE, explain_error
 from toolkit.engine.oom_backoff import is_out_of_memory
 from toolkit.policy.machine_facts import cuda_in_use
-from toolkit.train.upstream_errors import config_fault
+from toolkit.train.upstream_errors import as_config_error
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
@@ -99,5 +99,5 @@ def translate(error: Exception, where: str, config: RunConfig | None = None) -> 
             fix="run `envcheck check` on this node, and run the same command on another node: the "
             "run resumes from the last checkpoint",
         )
-    ours = None if config is None else config_fault(error, config.grpo, config.source or where)
+    ours = None if config is None else as_config_error(error, config.grpo, config.source or where)
     return ours or known
