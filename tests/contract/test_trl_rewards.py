@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 from toolkit.config.reward_table import PASSED_BY_TRL
-from toolkit.train.rewards.error_policy import Policy, guard, is_async
+from toolkit.train.rewards.error_policy import ErrorPolicy, guard, is_async
 
 pytestmark = pytest.mark.contract
 SOURCE = inspect.getsource(GRPOTrainer._calculate_rewards)
@@ -33,14 +33,14 @@ def test_trl_passes_what_we_say_it_passes() -> None:
 
 def test_a_guarded_reward_is_to_trl_what_its_function_is() -> None:
     for function in (later, now):
-        guarded = guard("mine", function, Policy())
+        guarded = guard("mine", function, ErrorPolicy())
         assert utils.get_callable_name(guarded) == "mine"
         assert utils.is_async_callable(guarded) is utils.is_async_callable(function)
         assert is_async(function) is utils.is_async_callable(function)
 
 
 def test_an_async_reward_is_awaited() -> None:
-    guarded = guard("mine", later, Policy())
+    guarded = guard("mine", later, ErrorPolicy())
     assert asyncio.run(guarded(prompts=["p"], completions=["c"])) == [1.0]
 
 

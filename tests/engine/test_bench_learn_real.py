@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(models: Path) -> Path:
     pytest.importorskip("gguf")
-    return real_model.real_model(models / "smollm2-135m-instruct", None, print)
+    return real_model.create_checkpoint(models / "smollm2-135m-instruct", None, print)
 
 
 def test_its_chat_format_and_tokens_are_those_of_the_model(model: Path) -> None:
@@ -59,7 +59,7 @@ def test_its_chat_format_and_tokens_are_those_of_the_model(model: Path) -> None:
     assert config.model_type == "llama"
     assert not hasattr(config, "quantization_config")
     before = (model / "model.safetensors").stat().st_mtime_ns
-    real_model.real_model(model, None, print)
+    real_model.create_checkpoint(model, None, print)
     assert (model / "model.safetensors").stat().st_mtime_ns == before
 
 

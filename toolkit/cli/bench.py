@@ -18,9 +18,9 @@ from toolkit.base.errors import ConfigError
 
 # These modules contain only tables. Modules that import torch are imported inside the functions.
 from toolkit.train.bench.arm_settings import ARMS, WORKLOADS, Settings
-from toolkit.train.bench.learn_settings import LEARN, LearnSettings, Runs
-from toolkit.train.bench.shapes import SHAPES, SMALL
-from toolkit.train.bench.tasks import MOST_HELD_OUT, TASKS
+from toolkit.train.bench.learn_settings import LEARN_DEFAULTS, LearnSettings, Runs
+from toolkit.train.bench.shapes import CPU_SHAPE, SHAPES
+from toolkit.train.bench.tasks import MAX_HELD_OUT, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -111,7 +111,7 @@ NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 )
 @click.option(
     "--held-out",
-    type=click.IntRange(min=1, max=MOST_HELD_OUT),
+    type=click.IntRange(min=1, max=MAX_HELD_OUT),
     help="[--learn] Number of problems per evaluation. [default: 200]",
 )
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[--learn]")
@@ -177,13 +177,13 @@ def bench(
         _learn(wanted, Path(models), folder, written, gguf=apart["gguf"], as_json=as_json)
         return
     _refuse_without_gpu(shape)
-    from toolkit.train.bench.arm_process import bench as run_bench  # noqa: PLC0415 - imports torch
+    from toolkit.train.bench.arm_process import run_benchmark  # noqa: PLC0415 - imports torch
 
     values: dict[str, object] = {**WORKLOADS[workload], **written}
     # click has checked the types of the options
     settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]
     _check_batch(settings)
-    report, rows = run_bench(
+    report, rows = run_benchmark(
         shape,
         settings,
         chosen,
@@ -221,13 +221,13 @@ def _refuse_without_gpu(shape: str) -> None:
     from toolkit.gpu.devices import select  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
 
-    if shape != SMALL and select(take()) is None:
+    if shape != CPU_SHAPE and select(take()) is None:
         raise ConfigError(
             f"the shape {shape} needs a GPU, and CUDA sees no GPU. A training step of this shape "
             "takes hours on the CPU",
             where="--shape",
-            fix=f"use `--shape {SMALL}`, or a machine with a GPU (`envcheck check --require gpu` "
-            "says why CUDA sees no GPU)",
+            fix=f"use `--shape {CPU_SHAPE}`, or a machine with a GPU (`envcheck check --require "
+            "gpu` says why CUDA sees no GPU)",
         )
 
 
@@ -262,11 +262,11 @@ def _learn(
     results.
     """
     model = models.resolve() / "smollm2-135m-instruct"
-    settings = LearnSettings(model=str(model), **{**LEARN, **written})
+    settings = LearnSettings(model=str(model), **{**LEARN_DEFAULTS, **written})
     _check_batch(settings)
     from toolkit.train.bench import learn  # noqa: PLC0415 - imports torch
 
-    learn.prepare(model, gguf)
+    learn.create_model_checkpoint(model, gguf)
     report = learn.learn(settings, wanted, folder, lambda line: click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -290,7 +290,7 @@ def _echo_profile(profile: Mapping[str, Any]) -> None:
     from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
 
     click.echo()
-    _echo(start_account.table_of(profile["start_s"]))
+    _echo(start_account.phase_table(profile["start_s"]))
     for name in ("decode_step", "training_step"):
         click.echo()
-        _echo(kernel_account.table_of(name.replace("_", " "), profile[name]))
+        _echo(kernel_account.kernel_table(name.replace("_", " "), profile[name]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from toolkit.base.errors import ToolkitWarning
 from toolkit.base.mapped_files import exit_on_bus_errors
-from toolkit.train.report.progress import rewrites
+from toolkit.train.report.progress import can_overwrite_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,6 +139,6 @@ def print_line(line: str) -> None:
     """Print ``line`` on stderr. If an unfinished progress line is on the terminal, ``line``
     replaces it.
     """
-    start = "\r\x1b[K" if rewrites(sys.stderr) else ""
+    start = "\r\x1b[K" if can_overwrite_lines(sys.stderr) else ""
     sys.stderr.write(f"{start}{line}\n")
     sys.stderr.flush()

@@ -32,8 +32,8 @@ from toolkit.train.data import chat_record
 from toolkit.train.logging_setup import upstream_silenced
 from toolkit.train.preflight import preflight
 from toolkit.train.process_control import Peers, is_first_rank, is_peer_lost, join, world_size
-from toolkit.train.report.memory_peaks import measured
-from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal, Recorder
+from toolkit.train.report.memory_peaks import measure_memory_peaks
+from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES, Journal, Recorder
 from toolkit.train.report.progress import Progress
 from toolkit.train.report.reward_watch import RewardWatch
 from toolkit.train.rollout.evaluate import evaluate, should_evaluate
@@ -289,7 +289,7 @@ def _train(
     if found is not None:
         trainer_state.check_checkpoint(trainer, found)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
-    with signals.at_steps(), measured(trainer, context.run_dir):
+    with signals.at_steps(), measure_memory_peaks(trainer, context.run_dir):
         try:
             if run_dir_watch is not None:
                 _open_journal(trainer, context, found, options, run_dir_watch)
@@ -353,7 +353,7 @@ def _open_journal(
     trainer.journal = run_dir_watch.journal = journal = Journal(
         context.run_dir,
         start.positions,
-        names=LOGS if trainer.tool_log is None else (*LOGS, *TOOL_LOGS),
+        names=LOG_FILES if trainer.tool_log is None else (*LOG_FILES, *TOOL_LOG_FILES),
     )
     every = context.config.grpo.get("logging_steps")
     total = total_steps(trainer)

@@ -19,7 +19,7 @@ from toolkit.policy.merged_export import write_model
 from toolkit.train.checkpointing.checkpoint import tensor_parallel_size_of
 from toolkit.train.process_control import world_size
 from toolkit.train.report import manifest, write_report
-from toolkit.train.report.progress import number
+from toolkit.train.report.progress import format_number
 from toolkit.train.rollout.evaluate import describe_evaluation
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def write_results(
     the base weights, which is added to the manifest.
     """
     if base is not None:
-        manifest.add(context.run_dir, base=dict(base))
+        manifest.add_entries(context.run_dir, base=dict(base))
     if context.config.model.full_finetuning:
         trained = (
             f"model    {write_model(context.model, context.tokenizer, context.run_dir / 'model')}"
@@ -189,7 +189,7 @@ def write_results(
         described = {"before": before.to_json(), "after": after.to_json()}
         write_file(context.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
         for name, value in after.rewards.items():
-            then, now = (number(one, ".3f") for one in (before.rewards[name], value))
+            then, now = (format_number(one, ".3f") for one in (before.rewards[name], value))
             out.write(f"held out {name} {then} -> {now} ({after.count} prompts)\n")
     report = write_report(context.run_dir)
     out.write(f"{trained}\nreport   {report}\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError, ToolkitWarning
 from toolkit.config.trl_names import needed_packages
 from toolkit.train.collected import ErrorCollector
-from toolkit.train.rewards.script import judged
+from toolkit.train.rewards.script import wrap_reward_funcs
 from toolkit.train.rollout import prompt_choice
 from toolkit.train.trl_arguments import refuse_missing_packages
 
@@ -36,7 +36,7 @@ def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
     with mistakes.check():
         prompt_choice.check_arguments(given)
     with mistakes.check():
-        given["reward_funcs"] = judged(given.get("reward_funcs"))
+        given["reward_funcs"] = wrap_reward_funcs(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:
         with mistakes.check():
             refuse_missing_packages(

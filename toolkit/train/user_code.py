@@ -13,9 +13,9 @@ from toolkit.train.checkpointing import micro_batch_record
 from toolkit.train.data.dataset import load_data
 from toolkit.train.process_control import world_size
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.environment_code import code_of
+from toolkit.train.rewards.environment_code import environment_code_of
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.problems import made
+from toolkit.train.rewards.problems import request_problems
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import EpisodeHost, load_tools
 
@@ -50,9 +50,13 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
     Raises:
         ToolkitError: a part is missing, is not allowed, or fails to load.
     """
-    code, seconds, section = code_of(config), config.reward.timeout_s, config.environment
-    workers = Workers.of(section.python if section else None)
-    apart = config.reward.isolate or workers.environment is not workers.own
+    code, seconds, section = (
+        environment_code_of(config),
+        config.reward.timeout_s,
+        config.environment,
+    )
+    workers = Workers.create(section.python if section else None)
+    apart = config.reward.isolate or workers.environment is not workers.rewards
     in_steps = code is not None and code.adapter == OpenEnv.name
     there = workers.environment if apart or in_steps else None
     data = load_data(
@@ -61,12 +65,12 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         max_prompt_length=config.grpo.get("max_prompt_length"),
         template=config.grpo.get("chat_template_kwargs"),
         environment=section,
-        make=code and partial(made, code, there, seconds),
+        make=code and partial(request_problems, code, there, seconds),
     )
     replicas = parallel.replicas(world_size(), config.model.tensor_parallel_size)
     micro_batch_record.check_prompt_count(config, len(data.train), replicas)
     rewards = load_rewards(config, run_dir, columns=data.train.column_names, workers=workers)
-    tools = load_tools(config, workers.own if config.reward.isolate else None)
+    tools = load_tools(config, workers.rewards if config.reward.isolate else None)
     episodes = None
     if code is not None and in_steps:
         episodes = EpisodeHost(code, workers.environment, seconds)

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
+from toolkit.train.rewards.error_policy import AsyncGuardedReward, ErrorPolicy, guard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ COMPLETIONS = ["a", "bad", "c", "d"]
 
 
 def run(function: Any, tmp_path: Path, on_error: str = "none", timeout_s: float | None = None):
-    policy = Policy(on_error, timeout_s, tmp_path / "run" / "bad_rewards.jsonl")  # type: ignore[arg-type]
+    policy = ErrorPolicy(on_error, timeout_s, tmp_path / "run" / "bad_rewards.jsonl")  # type: ignore[arg-type]
     reward = guard("mine", function, policy)
     logged: dict[str, float] = {}
     columns = {"answer": [1, 2, 3, 4], "log_metric": logged.__setitem__, "log_extra": lambda *_: 1}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from toolkit.train.bench import kernel_account, start_account
-from toolkit.train.bench.kernel_account import Account, kind_of, recorded
-from toolkit.train.bench.start_account import StartAccount
+from toolkit.train.bench.kernel_account import KernelTimes, kind_of, record_kernels
+from toolkit.train.bench.start_account import StartTimer
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
     a = torch.ones(64, 64)
-    with recorded() as recorder:
+    with record_kernels() as recorder:
         for _ in range(5):
             a = torch.mm(a, a) / 64
     account = recorder.account(5)
@@ -45,21 +45,21 @@ def test_operations_are_counted_and_what_is_left_is_the_host() -> None:
     assert 0 < account.busy_s <= account.wall_s
     assert account.host_s == pytest.approx(account.wall_s - account.busy_s)
     assert any(row["name"] == "aten::mm" for row in shown["top"])
-    rows = kernel_account.table_of("decode step", shown)
+    rows = kernel_account.kernel_table("decode step", shown)
     assert rows[0][0].strip() == "decode step"
     assert rows[-1][0].strip() == "host, no kernel running"
 
 
 def test_a_prefill_is_taken_off() -> None:
-    long = Account(32, 4.0, {"attention": [2.0, 66], "other": [1.0, 4]})
-    short = Account(1, 0.8, {"attention": [0.4, 2], "LoRA": [0.1, 1]})
+    long = KernelTimes(32, 4.0, {"attention": [2.0, 66], "other": [1.0, 4]})
+    short = KernelTimes(1, 0.8, {"attention": [0.4, 2], "LoRA": [0.1, 1]})
     left = long.less(short, 32)
     assert left.wall_s == pytest.approx(3.2)
     assert left.kinds == {"attention": [1.6, 64], "other": [1.0, 4]}
 
 
 def test_phases_end_with_what_vllm_logs() -> None:
-    account = StartAccount()
+    account = StartTimer()
     account.mark("import torch")
     for text in ("Starting to load model %s...", "something", "init engine (profile, create %s"):
         account.emit(logging.LogRecord("vllm", logging.INFO, "", 0, text, ("x",), None))
@@ -68,6 +68,6 @@ def test_phases_end_with_what_vllm_logs() -> None:
         "configuration of vLLM",
         "warm-up of the engine",
     ]
-    rows = start_account.table_of(account.phases)
+    rows = start_account.phase_table(account.phases)
     assert len(rows) == 4
     assert rows[1][0].strip() == "import torch"

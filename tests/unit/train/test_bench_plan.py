@@ -44,10 +44,13 @@ def _device(name: str) -> Device:
 def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, batch: int) -> None:
     device, given = _device(card), Settings(model="m", per_device_batch=batch)
     by_hand = replace(given, ours_batch=batch, ours_checkpointing=True, ours_sleep=False)
-    filled = bench_plan.fill(given, spec, device)
-    ours, theirs = bench_plan.size(filled, spec, device), bench_plan.size(by_hand, spec, device)
-    assert ours.peaks.torch_bytes <= bench_plan.peers_bytes(given, spec, device)
-    assert bench_plan.peers_bytes(given, spec, device) <= theirs.peaks.torch_bytes
+    filled = bench_plan.choose_settings(given, spec, device)
+    ours, theirs = (
+        bench_plan.solve_settings(filled, spec, device),
+        bench_plan.solve_settings(by_hand, spec, device),
+    )
+    assert ours.peaks.torch_bytes <= bench_plan.other_arms_peak_bytes(given, spec, device)
+    assert bench_plan.other_arms_peak_bytes(given, spec, device) <= theirs.peaks.torch_bytes
     assert ours.trainer.step_s_estimate < theirs.trainer.step_s_estimate
     assert filled.ours_batch is not None
     assert filled.ours_tokens is not None
@@ -67,11 +70,11 @@ def test_no_more_memory_than_the_setting_by_hand(spec: ModelSpec, card: str, bat
 
 def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> None:
     given = Settings(model="m", **WORKLOADS["long-context"])
-    filled = bench_plan.fill(given, spec, _device("h100"))
+    filled = bench_plan.choose_settings(given, spec, _device("h100"))
     assert filled.ours_tokens == 16384 + 8 * 2048
     assert "passes of at most 32,768 tokens" in filled.ours_plan
     # The engine stores one copy of the prompt, and 16-bit copies of the 4-bit weights fit.
-    ours = bench_plan.size(filled, spec, _device("h100"))
+    ours = bench_plan.solve_settings(filled, spec, _device("h100"))
     completions = 8 * (2048 + 16) * ours.model.kv_bytes_per_token
     assert ours.engine.kv_wanted_bytes <= 16384 * ours.model.kv_bytes_per_token + completions
     assert filled.ours_engine is not None
@@ -81,7 +84,7 @@ def test_a_long_context_is_one_pass_with_its_prompt_once(spec: ModelSpec) -> Non
 
 def test_the_share_of_the_other_arms_is_the_largest(spec: ModelSpec) -> None:
     given = Settings(model="m", gpu_memory_utilization=0.02)
-    filled = bench_plan.fill(given, spec, _device("h200"))
+    filled = bench_plan.choose_settings(given, spec, _device("h200"))
     assert filled.ours_engine is None or filled.ours_engine["gpu_memory_utilization"] <= 0.02
 
 
@@ -89,6 +92,6 @@ def test_what_is_written_stays_and_a_cpu_gets_the_setting_by_hand(spec: ModelSpe
     written = Settings(
         model="m", ours_batch=8, ours_checkpointing=False, ours_sleep=False, ours_engine={}
     )
-    assert bench_plan.fill(written, spec, _device("h100")) == written
-    plain = bench_plan.fill(Settings(model="m"), spec, None)
+    assert bench_plan.choose_settings(written, spec, _device("h100")) == written
+    plain = bench_plan.choose_settings(Settings(model="m"), spec, None)
     assert plain.ours_plan == "micro-batch 16 x 4, checkpointing, KV cache kept"

@@ -10,7 +10,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.train.checkpointing import branch, checkpoint, rollback
 from toolkit.train.checkpointing.branch import Branch
-from toolkit.train.report.metrics_log import LOGS, Journal
+from toolkit.train.report.metrics_log import LOG_FILES, Journal
 
 
 def write(run_dir, step, line=None, journal=None, **state):
@@ -33,7 +33,7 @@ def train(run_dir, found, last, tag, every=2):
     journal = Journal(run_dir, start.positions)
     done = 0 if found is None else branch.read_branch(found)[1]
     for step in range(done + 1, last + 1):
-        for name in LOGS:
+        for name in LOG_FILES:
             journal.write(name, {"step": step, "tag": tag})
         if step % every == 0:
             write(run_dir, step, start.branch, journal)
@@ -59,12 +59,19 @@ def test_going_back_leaves_the_later_branch_aside(tmp_path):
         f"the checkpoints later than {tmp_path}/checkpoint-4 were moved to {aside}:"
         " checkpoint-6, checkpoint-8",
     )
-    expected = ["abandoned.json", "adapter", "checkpoint-6", "checkpoint-8", *LOGS, "report.html"]
+    expected = [
+        "abandoned.json",
+        "adapter",
+        "checkpoint-6",
+        "checkpoint-8",
+        *LOG_FILES,
+        "report.html",
+    ]
     assert names(aside) == sorted(expected)
     assert names(tmp_path) == sorted(
-        ["abandoned-1", "checkpoint-2", "checkpoint-4", "checkpoint-6", *LOGS]
+        ["abandoned-1", "checkpoint-2", "checkpoint-4", "checkpoint-6", *LOG_FILES]
     )
-    for name in LOGS:
+    for name in LOG_FILES:
         assert (tags(tmp_path, name), tags(aside, name)) == ("aaaabb", "aaaaaaaa")
     # The end of the branch that was left is not the end of this one.
     assert branch.resume_point(tmp_path, "auto") == (tmp_path / "checkpoint-6", [])
@@ -108,7 +115,7 @@ def test_a_checkpoint_of_another_folder_brings_its_logs_and_mixes_with_none(tmp_
     assert tags(two) == "aabb"
     assert tags(two / "abandoned-1") == "zzzz"
     assert branch.valid_steps(two) == [4]
-    assert names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOGS])
+    assert names(one) == sorted(["checkpoint-2", "checkpoint-4", *LOG_FILES])
     assert tags(one) == "aaaa"
 
 
@@ -186,7 +193,7 @@ def test_what_was_not_written_here_changes_nothing(tmp_path):
     assert set(names(mixed)) - set(names(plain)) == strange
     assert branch.valid_steps(mixed) == [8, 6]
     assert rollback.begin_branch(mixed, mixed / "checkpoint-6").notes
-    assert names(mixed / "abandoned-1") == sorted(["abandoned.json", "checkpoint-8", *LOGS])
+    assert names(mixed / "abandoned-1") == sorted(["abandoned.json", "checkpoint-8", *LOG_FILES])
 
 
 def test_a_folder_with_strangers_alone_begins_a_run(tmp_path):

@@ -21,7 +21,7 @@ from toolkit.config.run_config import DatasetSection
 from toolkit.train.data.dataset import load_data
 from toolkit.train.data.row_reader import read_data_file
 from toolkit.train.rewards.builtin import ExactMatch, NumericMatch
-from toolkit.train.rewards.error_policy import Policy, guard
+from toolkit.train.rewards.error_policy import ErrorPolicy, guard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,12 +147,12 @@ def test_a_column_of_any_name_reaches_a_reward(tmp_path: Path, name: str) -> Non
         return [1.0]
 
     kept = {key: [value] for key, value in row.items() if key != "prompt"}
-    guarded = guard("mine", mine, Policy())
+    guarded = guard("mine", mine, ErrorPolicy())
     assert guarded(prompts=["w1"], completions=["1"], completion_ids=[[1]], **kept) == [1.0]
     assert got[name] == ["given"]
-    assert guard("exact", ExactMatch(), Policy())(prompts=["w1"], completions=["1"], **kept) == [
-        1.0
-    ]
+    assert guard("exact", ExactMatch(), ErrorPolicy())(
+        prompts=["w1"], completions=["1"], **kept
+    ) == [1.0]
 
 
 @pytest.mark.parametrize("name", ["image", "images", "completion", "log_extra"])

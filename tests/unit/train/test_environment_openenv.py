@@ -17,8 +17,8 @@ from toolkit.config.environments import missing_package
 from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.environment_code import code_of
-from toolkit.train.rewards.problems import made
+from toolkit.train.rewards.environment_code import environment_code_of
+from toolkit.train.rewards.problems import request_problems
 from toolkit.train.rewards.worker_process import Workers
 from toolkit.train.rollout.tools import CallFailed, EpisodeHost
 
@@ -53,8 +53,8 @@ class World:
     def __init__(self, config: Any, folder: Path) -> None:
         from toolkit.train.data.dataset import load_data
 
-        workers, code = Workers.of(config.environment.python), code_of(config)
-        make = partial(made, code, workers.environment, 60)
+        workers, code = Workers.create(config.environment.python), environment_code_of(config)
+        make = partial(request_problems, code, workers.environment, 60)
         data = load_data(config.dataset, None, environment=config.environment, make=make)
         self.rows, self.worker = list(data.train), workers.environment
         self.host = EpisodeHost(code, workers.environment, config.reward.timeout_s)

@@ -15,8 +15,8 @@ from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.checkpointing.run_directory import as_mapping, fingerprint
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.environment_code import code_of
-from toolkit.train.rewards.problems import made
+from toolkit.train.rewards.environment_code import environment_code_of
+from toolkit.train.rewards.problems import request_problems
 
 pytest.importorskip("reasoning_gym")
 TEXT = """
@@ -34,7 +34,7 @@ def config_of(text: str) -> Any:
 def rows_of(config: Any) -> Any:
     from toolkit.train.data.dataset import load_data
 
-    make = partial(made, code_of(config), None, None)
+    make = partial(request_problems, environment_code_of(config), None, None)
     return load_data(config.dataset, None, environment=config.environment, make=make)
 
 

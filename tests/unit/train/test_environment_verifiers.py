@@ -17,8 +17,8 @@ from toolkit.config.build import build_config
 from toolkit.config.layers import assemble
 from toolkit.config.source import Source
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.environment_code import code_of
-from toolkit.train.rewards.problems import made
+from toolkit.train.rewards.environment_code import environment_code_of
+from toolkit.train.rewards.problems import request_problems
 from toolkit.train.rewards.worker_process import Workers
 
 pytest.importorskip("verifiers.v1")
@@ -37,16 +37,16 @@ def config_of(text: str = TEXT) -> Any:
 def data_of(config: Any, worker: Any = None) -> Any:
     from toolkit.train.data.dataset import load_data
 
-    make = partial(made, code_of(config), worker, 60)
+    make = partial(request_problems, environment_code_of(config), worker, 60)
     return load_data(config.dataset, None, environment=config.environment, make=make)
 
 
 @pytest.fixture(scope="module")
 def workers() -> Any:
     """One worker process, in which the package is imported once."""
-    both = Workers.of(None)
+    both = Workers.create(None)
     yield both
-    both.own.close()
+    both.rewards.close()
 
 
 def test_tasks_are_rows_and_their_rewards_score(workers: Any, tmp_path: Path) -> None:
@@ -97,9 +97,11 @@ def test_what_cannot_be_trained_on_is_refused(workers: Any, old: str, new: str, 
 @pytest.mark.slow
 def test_making_problems_has_a_time_limit() -> None:
     config = config_of(TEXT.replace("{most: 9}", "{kind: hangs}"))
-    workers = Workers.of(None)
+    workers = Workers.create(None)
     with pytest.raises(ConfigError, match="took longer than 20 s while it generated its problems"):
-        made(code_of(config), workers.environment, 20, seed=0, size=2, start=0)
+        request_problems(
+            environment_code_of(config), workers.environment, 20, seed=0, size=2, start=0
+        )
 
 
 def test_a_taskset_that_changes_is_a_fault_of_the_sample(workers: Any, tmp_path: Path) -> None:

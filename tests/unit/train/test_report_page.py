@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from report_helpers import CONFIG, HOSTILE, make_run, write_rows
 from report_reader import Page, shown
 
-from toolkit.train.report.markup import shortened, text
+from toolkit.train.report.markup import escape, escape_start
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,13 +255,13 @@ def test_a_step_that_was_written_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_long_completion_is_cut_and_says_so() -> None:
-    assert shortened("x" * 10, 10) == "x" * 10
-    assert shortened("<" * 12, 10) == "&lt;" * 10 + "<i class=more> … 2 more characters</i>"
+    assert escape_start("x" * 10, 10) == "x" * 10
+    assert escape_start("<" * 12, 10) == "&lt;" * 10 + "<i class=more> … 2 more characters</i>"
 
 
 @given(st.text())
 def test_text_is_text(value: str) -> None:
-    parsed = Page(f'<p class="{text(value)}">{text(value)}</p>')
+    parsed = Page(f'<p class="{escape(value)}">{escape(value)}</p>')
     assert parsed.tags == ["p"]
     assert [name for name, _ in parsed.attributes] == ["class"]
 

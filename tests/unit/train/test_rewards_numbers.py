@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from toolkit.train.rewards.number_parsing import (
     Number,
     answer_in,
+    is_same_number,
     last_boxed,
     numbers_in,
-    same,
     to_number,
 )
 
@@ -104,15 +104,15 @@ def test_equality(guess: str, gold: str, equal: bool) -> None:
     left, right = answer_in(guess), answer_in(gold)
     assert left is not None
     assert right is not None
-    assert same(left, right) is equal
+    assert is_same_number(left, right) is equal
 
 
 def test_tolerance_is_relative_to_the_gold_value() -> None:
     third, near = Number(Fraction(1, 3)), Number(Fraction("0.333"))
-    assert same(near, third, 1e-3)
-    assert not same(near, third, 1e-4)
-    assert same(Number(Fraction(1010)), Number(Fraction(1000)), 0.01)
-    assert not same(Number(Fraction(1011)), Number(Fraction(1000)), 0.01)
+    assert is_same_number(near, third, 1e-3)
+    assert not is_same_number(near, third, 1e-4)
+    assert is_same_number(Number(Fraction(1010)), Number(Fraction(1000)), 0.01)
+    assert not is_same_number(Number(Fraction(1011)), Number(Fraction(1000)), 0.01)
 
 
 @given(st.integers(-(10**30), 10**30))

@@ -16,7 +16,7 @@ from rewards_helpers import COMPLETIONS, each, run, saved
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards import error_policy as policy_module
 from toolkit.train.rewards.attempt import is_async
-from toolkit.train.rewards.error_policy import Policy, guard
+from toolkit.train.rewards.error_policy import ErrorPolicy, guard
 
 
 def divide() -> float:
@@ -135,7 +135,7 @@ def test_async_functions_are_async_for_trl_too(tmp_path: Path) -> None:
             return [2.0] * len(completions)
 
     columns = {"answer": [3]}
-    assert guard("mine", mine, Policy()).score(["p"], ["c"], **columns) == [3.0]
+    assert guard("mine", mine, ErrorPolicy()).score(["p"], ["c"], **columns) == [3.0]
     assert is_async(mine)
     assert is_async(Judge())
     assert not is_async(divide)
@@ -163,7 +163,7 @@ def test_outside_of_training_a_reward_gets_what_trl_passes() -> None:
         log_extra("y", completions)
         return [float(trainer_state.global_step)] * len(completions)
 
-    assert guard("mine", mine, Policy()).score(["p"], ["c"], completion_ids=[[1]]) == [0.0]
+    assert guard("mine", mine, ErrorPolicy()).score(["p"], ["c"], completion_ids=[[1]]) == [0.0]
 
 
 def test_ctrl_c_goes_through(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_function_cannot_spoil_the_next_ones_lists() -> None:
         return [0.0] * size
 
     prompts, completions = ["p"] * 4, list(COMPLETIONS)
-    assert guard("mine", mine, Policy("fail"))(prompts, completions) == [0.0] * 4
+    assert guard("mine", mine, ErrorPolicy("fail"))(prompts, completions) == [0.0] * 4
     assert len(prompts) == 4
     assert completions == COMPLETIONS
 
@@ -190,7 +190,7 @@ def test_a_function_cannot_spoil_the_next_ones_lists() -> None:
 def test_saved_samples_are_bounded_and_hold_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_module, "MAX_SAVED", 2)
+    monkeypatch.setattr(policy_module, "MAX_SAVED_SAMPLES", 2)
     monkeypatch.setenv("MY_API_KEY", "a canary that sings")
 
     def mine(**kwargs):
@@ -207,13 +207,15 @@ def test_saved_samples_are_bounded_and_hold_no_secret(
 
 
 def test_odd_values_are_saved_as_text(tmp_path: Path) -> None:
-    reward = guard("mine", each(divide), Policy("none", None, tmp_path / "run/bad_rewards.jsonl"))
+    reward = guard(
+        "mine", each(divide), ErrorPolicy("none", None, tmp_path / "run/bad_rewards.jsonl")
+    )
     reward(["p"] * 4, COMPLETIONS, x=[{1}, float("nan"), "\ud800", 0], answer=[object()] * 4)
     (record,) = saved(tmp_path)
     assert record["columns"]["x"] == "NaN"
 
 
 def test_a_full_disk_does_not_hide_the_problem(tmp_path: Path) -> None:
-    reward = guard("mine", each(divide), Policy("fail", None, Path("/dev/full/x")))
+    reward = guard("mine", each(divide), ErrorPolicy("fail", None, Path("/dev/full/x")))
     with pytest.raises(ConfigError, match=r"ZeroDivisionError[\s\S]*could not be saved"):
         reward(["p"] * 4, COMPLETIONS)

@@ -18,9 +18,9 @@ from toolkit.config.run_config import (
     RuntimeSection,
 )
 from toolkit.train.metric_names import LEADING_METRICS
-from toolkit.train.report.metrics_log import row_of
+from toolkit.train.report.metrics_log import metrics_row
 from toolkit.train.rewards import load_rewards, wire
-from toolkit.train.rewards.logged import safely_logged
+from toolkit.train.rewards.logged import with_safe_log_functions
 from toolkit.train.rewards.replies import is_valid
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> Non
 )
 def test_a_reward_cannot_log_under_a_name_of_the_run(name: str) -> None:
     kept: list[Any] = []
-    log = safely_logged({"log_metric": lambda *both: kept.append(both)})["log_metric"]
+    log = with_safe_log_functions({"log_metric": lambda *both: kept.append(both)})["log_metric"]
     with pytest.raises(ValueError, match="the run itself uses"):
         log(name, 1.0)
     log("rewards/mine/length", 1.0)
@@ -150,7 +150,7 @@ def cyclic() -> list[Any]:
 )
 def test_a_column_is_a_list_of_values(value: Any, error: type[Exception]) -> None:
     kept: list[Any] = []
-    log = safely_logged({"log_extra": lambda *both: kept.append(both)})["log_extra"]
+    log = with_safe_log_functions({"log_extra": lambda *both: kept.append(both)})["log_extra"]
     with pytest.raises(error, match="log_extra"):
         log("mine", value)
     log("mine", [{"a": [1]}, "x"])
@@ -158,4 +158,4 @@ def test_a_column_is_a_list_of_values(value: Any, error: type[Exception]) -> Non
 
 
 def test_nothing_replaces_the_step_of_a_row() -> None:
-    assert row_of(3, {"step": 9, "loss": 1.0})["step"] == 3
+    assert metrics_row(3, {"step": 9, "loss": 1.0})["step"] == 3

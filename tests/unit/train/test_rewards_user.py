@@ -17,7 +17,7 @@ from toolkit.config.run_config import (
     RuntimeSection,
 )
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.user import BesideRunFile, load_function
+from toolkit.train.rewards.user import RunFolderFinder, load_function
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path
     finders = [
         finder
         for finder in sys.meta_path
-        if isinstance(finder, BesideRunFile) and finder not in before
+        if isinstance(finder, RunFolderFinder) and finder not in before
     ]
     assert [finder.top for finder in finders] == ["mine"]
     write(tmp_path, "mine2.py", "import helper_evil\n" + GOOD)

@@ -28,7 +28,7 @@ from toolkit.config.run_config import (
 )
 from toolkit.train.checkpointing.stop_signals import StepAbandoned, StopSignals
 from toolkit.train.rewards import load_rewards
-from toolkit.train.rewards.error_policy import AsyncGuardedReward, Policy, guard
+from toolkit.train.rewards.error_policy import AsyncGuardedReward, ErrorPolicy, guard
 from toolkit.train.rewards.remote import RemoteReward
 
 HOSTILE = Path(__file__).with_name("hostile_rewards.py")
@@ -145,7 +145,7 @@ def test_tensors_without_values_and_sparse_ones(tmp_path: Path) -> None:
         (lambda **_: torch.tensor([0.0, 2.0, 0.0]).to_sparse(), [0.0, 2.0, 0.0]),
         (lambda **_: [torch.tensor(1.0, device="meta")] * 3, [None] * 3),
     ):
-        reward = guard("mine", function, Policy("none", None, tmp_path / "bad_rewards.jsonl"))
+        reward = guard("mine", function, ErrorPolicy("none", None, tmp_path / "bad_rewards.jsonl"))
         assert reward(**batch) == what
     said = (tmp_path / "bad_rewards.jsonl").read_text()
     assert "returned a Tensor whose values cannot be read" in said

@@ -20,7 +20,7 @@ from toolkit.policy.load_request import apply_standby_variable
 from toolkit.policy.notebook_templates import CHATML, get_chat_template, standardize_sharegpt
 from toolkit.policy.saving import gguf_recipe
 from toolkit.train.demo import make_tokenizer
-from toolkit.train.rewards.script import judged
+from toolkit.train.rewards.script import wrap_reward_funcs
 from toolkit.train.trainer import GRPOTrainer
 
 # --- fields of older releases
@@ -173,7 +173,7 @@ def trainer_of(tmp_path, rewards, model=None, **grpo):
     ],
 )
 def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
-    [call] = judged([reward])
+    [call] = wrap_reward_funcs([reward])
 
     def score():
         found = call(completions=["1"] * 8)

@@ -13,7 +13,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.config.build import build_config
 from toolkit.config.layers import assemble
 from toolkit.config.source import Source
-from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal
+from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES, Journal
 from toolkit.train.rewards.worker_process import WorkerProcess
 from toolkit.train.rollout.tool_log import MAX_RESULT_CHARACTERS, ToolLog
 from toolkit.train.rollout.tools import CallFailed, StopRun, load_tools
@@ -187,13 +187,13 @@ def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path
     assert one["later"](text="y" * 5000) == "y" * 5000
     log.keep(calls)
 
-    journal = Journal(tmp_path, names=(*LOGS, *TOOL_LOGS))
+    journal = Journal(tmp_path, names=(*LOG_FILES, *TOOL_LOG_FILES))
     log.write(journal, 1)
     log.write(journal, 2)  # nothing is written twice
     journal.close()
     rows, times = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in TOOL_LOGS
+        for name in TOOL_LOG_FILES
     )
     assert [(r["step"], r["completion"], r["turn"], r["call"], r["tool"]) for r in rows] == [
         (1, 4, 1, 1, "measure"), (1, 4, 1, 2, "measure"), (1, 4, 2, 1, "later"),

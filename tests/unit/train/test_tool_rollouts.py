@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from toolkit.base.errors import ConfigError
 from toolkit.policy.lora import add_lora
 from toolkit.policy.lora_settings import LoraSettings
-from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS, Journal
-from toolkit.train.rewards.error_policy import Policy, guard
+from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES, Journal
+from toolkit.train.rewards.error_policy import ErrorPolicy, guard
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.returned import Misbehaved, Trouble
+from toolkit.train.rewards.returned import Failure, UserCodeFailed
 from toolkit.train.rollout.tool_log import ToolLog
 from toolkit.train.rollout.tools import Episode, StopRun, Tool
 from toolkit.train.trainer import GRPOTrainer
@@ -74,7 +74,7 @@ class Host:
         if request["arguments"] is None:
             return {"text": "go", "reward": 0.0, "done": False}
         if request["seed"] == 1:
-            raise Misbehaved(Trouble("broke"))
+            raise UserCodeFailed(Failure("broke"))
         steps = len(request["past"]) + 1
         return {"text": f"step{steps}", "reward": steps * 0.25, "done": steps == 2}
 
@@ -116,7 +116,7 @@ def test_an_environment_is_acted_in(checkpoint: Path, tmp_path: Path, monkeypatc
         for seed in (0, 1)
     ]
     bad = tmp_path / "bad.jsonl"
-    reward = guard("openenv", OpenEnv(task="game:Game"), Policy("none", None, bad))
+    reward = guard("openenv", OpenEnv(task="game:Game"), ErrorPolicy("none", None, bad))
     trainer = trainer_of(checkpoint, tmp_path, "step", reward, rows, environment_factory=Host())
     masked: list[tuple[Any, ...]] = []
     compute = GRPOTrainer._compute_loss
@@ -128,10 +128,10 @@ def test_an_environment_is_acted_in(checkpoint: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", watched)
     trainer.train()
 
-    journal = Journal(tmp_path, names=(*LOGS, *TOOL_LOGS))
+    journal = Journal(tmp_path, names=(*LOG_FILES, *TOOL_LOG_FILES))
     trainer.tool_log.write(journal, 1)
     journal.close()
-    calls = [json.loads(line) for line in (tmp_path / TOOL_LOGS[0]).read_text().splitlines()]
+    calls = [json.loads(line) for line in (tmp_path / TOOL_LOG_FILES[0]).read_text().splitlines()]
     results: dict[int, list[str]] = {}
     for call in calls:
         assert (call["tool"], call["step"]) == ("step", 1)

@@ -23,8 +23,8 @@ from toolkit.config import load_run
 from toolkit.train import tracking
 from toolkit.train.run import run
 from toolkit.train.run_context import Options
-from toolkit.train.tracking import Tracking, flat, named, start
-from toolkit.train.tracking.lane import Lane
+from toolkit.train.tracking import Tracking, flat_completion, start, tracker_names
+from toolkit.train.tracking.lane import TrackerThread
 from toolkit.train.tracking.to_tensorboard import markdown
 from toolkit.train.tracking.to_upstream import UpstreamTracker
 
@@ -144,7 +144,7 @@ class Hangs:
     ],
 )
 def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypatch, kind, told):
-    monkeypatch.setitem(tracking.OWN, "wandb", kind)
+    monkeypatch.setitem(tracking.TRACKER_CLASSES, "wandb", kind)
     monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
     Hangs.let_go.clear()
     try:
@@ -180,7 +180,7 @@ class Recording:
 
 def followed(tracker, steps, total=100):
     said = []
-    lanes = Tracking([Lane("mine", lambda: tracker)], said.append, total)
+    lanes = Tracking([TrackerThread("mine", lambda: tracker)], said.append, total)
     for step in range(1, steps + 1):
         lanes.row({"step": step, "reward": 0.5, "kl": None}, {"step": step, "step_s": 1.0})
         tracker.begun.wait(30)
@@ -199,7 +199,7 @@ def test_a_call_that_fails_now_and_then_costs_one_row():
 
 def test_a_tracker_that_cannot_start_is_told_of_once():
     said = []
-    lanes = Tracking([Lane("mine", lambda: Raises(None))], said.append, 100)
+    lanes = Tracking([TrackerThread("mine", lambda: Raises(None))], said.append, 100)
     for step in (1, 2):
         lanes.row({"step": step, "reward": 0.5}, None)
     lanes.close(stopped=True)
@@ -218,7 +218,7 @@ def test_five_failures_in_a_row_end_the_tracker():
 
 
 def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
-    monkeypatch.setattr(tracking.lane, "WAITING", 3)
+    monkeypatch.setattr(tracking.lane, "MAX_QUEUED_CALLS", 3)
     monkeypatch.setattr(tracking, "FLUSH_S", 0.1)
     said = followed(Recording(slow_s=1.0), 20)
     assert any("did not finish in time" in line for line in said)
@@ -227,7 +227,7 @@ def test_a_slow_tracker_is_told_how_much_it_missed(monkeypatch):
 
 def test_completions_are_sent_now_and_then():
     tracker = Recording()
-    lanes = Tracking([Lane("mine", lambda: tracker)], print, 100)
+    lanes = Tracking([TrackerThread("mine", lambda: tracker)], print, 100)
     for step in range(1, 101):
         lanes.completions(step, [{"step": step, "completion": "a"}] * 40)
     lanes.close(stopped=False)
@@ -237,7 +237,7 @@ def test_completions_are_sent_now_and_then():
 
 def test_tables_hold_flat_columns_and_no_markup():
     row = {"prompt": [{"role": "user", "content": "1|2"}], "rewards": {"ones": 0.25}, "extra": {}}
-    found = flat(row)
+    found = flat_completion(row)
     assert found == {"prompt": '[{"role": "user", "content": "1|2"}]', "reward/ones": 0.25}
     table = markdown([{"completion": "<b>|**x**\n"}])
     assert table.splitlines()[2] == "| &lt;b&gt;&#124;&#42;&#42;x&#42;&#42;<br> |"
@@ -265,6 +265,6 @@ def test_other_trackers_go_through_the_callbacks_of_transformers(tmp_path, monke
 
 
 def test_names_of_report_to():
-    assert named(None) == named("none") == named(["none"]) == []
-    assert named(("wandb", "tensorboard")) == ["wandb", "tensorboard"]
-    assert "tensorboard" in named("all")
+    assert tracker_names(None) == tracker_names("none") == tracker_names(["none"]) == []
+    assert tracker_names(("wandb", "tensorboard")) == ["wandb", "tensorboard"]
+    assert "tensorboard" in tracker_names("all")

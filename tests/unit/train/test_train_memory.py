@@ -182,7 +182,10 @@ def test_without_a_step_nothing_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", [None, SimpleNamespace(), SimpleNamespace(llm=object())])
 def test_on_the_cpu_nothing_is_measured(tmp_path: Path, engine: object) -> None:
     trainer = SimpleNamespace(vllm_generation=SimpleNamespace(engine=engine))
-    with memory_peaks.measured(trainer, tmp_path), memory_peaks.rollout_phase(trainer, Card()):
+    with (
+        memory_peaks.measure_memory_peaks(trainer, tmp_path),
+        memory_peaks.rollout_phase(trainer, Card()),
+    ):
         assert trainer.peaks is None
     assert list(tmp_path.iterdir()) == []
 
@@ -191,11 +194,11 @@ def test_a_run_that_fails_leaves_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = Card()
-    monkeypatch.setattr(memory_peaks, "watch", lambda engine: PhasePeaks(card, ACCOUNT))
+    monkeypatch.setattr(memory_peaks, "phase_peaks_of", lambda engine: PhasePeaks(card, ACCOUNT))
     trainer = SimpleNamespace(lost=None)
 
     def train() -> None:
-        with memory_peaks.measured(trainer, tmp_path):
+        with memory_peaks.measure_memory_peaks(trainer, tmp_path):
             with memory_peaks.rollout_phase(trainer, card):
                 card.take(GIB)
             card.take(9 * GIB)

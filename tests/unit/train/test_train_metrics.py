@@ -11,7 +11,13 @@ import re
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.report.metrics_log import LOGS, Journal, plain, row_of, shortened_said
+from toolkit.train.report.metrics_log import (
+    LOG_FILES,
+    Journal,
+    metrics_row,
+    shorten_message,
+    to_json_value,
+)
 from toolkit.train.report.progress import Progress, step_line
 
 TIMINGS = {"tokens_per_s": 1234.0, "step_s": 0.5}
@@ -26,7 +32,7 @@ def test_a_row_has_our_names_first_then_every_other_in_order():
         "a/b": 2,
         "step_time": 9.0,
     }
-    assert list(row_of(7, logs).items()) == [
+    assert list(metrics_row(7, logs).items()) == [
         ("step", 7),
         ("reward", 0.25),
         ("loss", 0.5),
@@ -44,7 +50,7 @@ def test_an_evaluation_has_names_of_its_own_and_no_wall_clock():
         "eval_completions/mean_length": 4.0,
         "epoch": 1.0,
     }
-    assert row_of(2, logs) == {
+    assert metrics_row(2, logs) == {
         "step": 2,
         "epoch": 1.0,
         "eval/completion_length": 4.0,
@@ -53,7 +59,7 @@ def test_an_evaluation_has_names_of_its_own_and_no_wall_clock():
 
 
 def test_numbers_that_are_none_are_null():
-    assert plain({"a": math.nan, "b": [math.inf, 1], "c": (True, None, "x")}) == {
+    assert to_json_value({"a": math.nan, "b": [math.inf, 1], "c": (True, None, "x")}) == {
         "a": None,
         "b": [None, 1],
         "c": [True, None, "x"],
@@ -76,10 +82,10 @@ def test_the_journal_is_cut_to_where_the_checkpoint_knows_it(tmp_path):
 
 
 def test_a_run_that_begins_again_begins_empty(tmp_path):
-    for name in LOGS:
+    for name in LOG_FILES:
         (tmp_path / name).write_text("old\n")
     Journal(tmp_path).close()
-    assert all((tmp_path / name).read_bytes() == b"" for name in LOGS)
+    assert all((tmp_path / name).read_bytes() == b"" for name in LOG_FILES)
 
 
 def test_a_log_is_a_file_of_its_own(tmp_path):
@@ -97,12 +103,12 @@ def test_a_log_is_a_file_of_its_own(tmp_path):
 def test_what_somebody_else_does_to_a_log_is_seen(tmp_path):
     journal = Journal(tmp_path)
     journal.write("metrics.jsonl", {"step \ud800": 1})
-    assert journal.missing() == []
+    assert journal.changed_logs() == []
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step ?": 1}\n'
     with (tmp_path / "metrics.jsonl").open("a") as other:
         other.write("{}\n")
     os.truncate(tmp_path / "timings.jsonl", 0)
-    assert journal.missing() == ["metrics.jsonl"]
+    assert journal.changed_logs() == ["metrics.jsonl"]
     journal.close()
 
 
@@ -165,12 +171,12 @@ def test_an_evaluation_line():
 
 def test_a_huge_prompt_or_completion_keeps_its_start_and_its_end():
     said = "a" * 300_000 + "b" * 300_000
-    kept = shortened_said(said)
+    kept = shorten_message(said)
     assert kept == "a" * 100_000 + "... (400000 characters left out) ..." + "b" * 100_000
-    assert shortened_said("a" * 200_000) == "a" * 200_000
+    assert shorten_message("a" * 200_000) == "a" * 200_000
     chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}] * 3
-    assert len(str(shortened_said(chat))) < 201_000
-    assert len(shortened_said([{}] * 10**6)) <= 200_001
-    assert shortened_said([{"role": "user", "content": "x", "tool_calls": None}]) == [
+    assert len(str(shorten_message(chat))) < 201_000
+    assert len(shorten_message([{}] * 10**6)) <= 200_001
+    assert shorten_message([{"role": "user", "content": "x", "tool_calls": None}]) == [
         {"role": "user", "content": "x", "tool_calls": None}
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.report.reward_watch import COUNT, LIMIT, RewardWatch
+from toolkit.train.report.reward_watch import COUNT_METRIC, MAX_STEPS_WITHOUT_SIGNAL, RewardWatch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,13 +18,13 @@ def row(step: int, reward: float | None, flat: float) -> dict[str, Any]:
 def test_no_spread_for_many_steps_is_said_once(tmp_path: Path) -> None:
     said: list[str] = []
     watch = RewardWatch(tmp_path, said.append)
-    rows = [row(step, 0.0, 1.0) for step in range(1, 2 * LIMIT + 1)]
+    rows = [row(step, 0.0, 1.0) for step in range(1, 2 * MAX_STEPS_WITHOUT_SIGNAL + 1)]
     for number, one in enumerate(rows, start=1):
         watch.see(one)
-        assert len(said) == (number >= LIMIT)
-        assert one[COUNT] == number
-    assert f"for {LIMIT} steps in a row" in said[0]
-    assert f"step {LIMIT}: reward 0.000 on average" in said[0]
+        assert len(said) == (number >= MAX_STEPS_WITHOUT_SIGNAL)
+        assert one[COUNT_METRIC] == number
+    assert f"for {MAX_STEPS_WITHOUT_SIGNAL} steps in a row" in said[0]
+    assert f"step {MAX_STEPS_WITHOUT_SIGNAL}: reward 0.000 on average" in said[0]
     assert "what to do: read completions.jsonl" in said[0]
 
 
@@ -46,10 +46,10 @@ def test_a_short_run_without_any_spread_is_said_at_its_end(tmp_path: Path) -> No
 def test_one_group_with_spread_begins_the_count_again(tmp_path: Path) -> None:
     said: list[str] = []
     watch = RewardWatch(tmp_path, said.append)
-    for step in range(1, 5 * LIMIT):
-        one = row(step, 0.5, 0.75 if step % (LIMIT - 1) == 0 else 1.0)
+    for step in range(1, 5 * MAX_STEPS_WITHOUT_SIGNAL):
+        one = row(step, 0.5, 0.75 if step % (MAX_STEPS_WITHOUT_SIGNAL - 1) == 0 else 1.0)
         watch.see(one)
-        assert (COUNT in one) == (step % (LIMIT - 1) != 0)
+        assert (COUNT_METRIC in one) == (step % (MAX_STEPS_WITHOUT_SIGNAL - 1) != 0)
     assert said == []
 
 
@@ -68,14 +68,14 @@ def test_evaluations_and_steps_without_new_completions_do_not_count(tmp_path: Pa
     without = {"step": 2, "loss": 0.1}
     for one in (evaluation, without):
         watch.see(one)
-        assert COUNT not in one
+        assert COUNT_METRIC not in one
 
 
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     """metrics.jsonl is the same whether a run was cut or not."""
-    rows = [{**row(1, 0.0, 1.0), COUNT: 7}, {"step": 1, "eval/reward": 0.5}]
+    rows = [{**row(1, 0.0, 1.0), COUNT_METRIC: 7}, {"step": 1, "eval/reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     watch = RewardWatch(tmp_path, lambda _: None)
     one = row(2, 0.0, 1.0)
     watch.see(one)
-    assert one[COUNT] == 8
+    assert one[COUNT_METRIC] == 8

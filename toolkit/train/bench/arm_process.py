@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from toolkit.train.bench.arm_settings import Settings
 
 
-def bench(
+def run_benchmark(
     shape: str,
     settings: Settings,
     arms: Sequence[str],
@@ -40,13 +40,15 @@ def bench(
     """
     say(f"creating a random {shape} checkpoint in {settings.model}")
     card = _apart(_prepare, shape, settings.model)
-    spec, device = read_spec(settings.model), node_device()
-    settings = bench_plan.fill(settings, spec, device)
+    spec, device = read_spec(settings.model), find_device()
+    settings = bench_plan.choose_settings(settings, spec, device)
     say(f"ours: {settings.ours_plan}")
-    floor = floor_seconds(_work(settings, bench_plan.size(settings, spec, device).model), card)
+    floor = floor_seconds(
+        _work(settings, bench_plan.solve_settings(settings, spec, device).model), card
+    )
     report, results = {}, []
     gpu = device is not None
-    for results in compare.compare(settings, arms, folder, say, limit_s=limit_s, gpu=gpu):
+    for results in compare.run_arms(settings, arms, folder, say, limit_s=limit_s, gpu=gpu):
         report = compare.report(settings, results, floor, card.name)
         (folder / "bench.json").write_text(json.dumps(report, indent=2) + "\n")
     return report, compare.table(results, floor)
@@ -64,7 +66,7 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
         return pool.apply(function, arguments)
 
 
-def node_device() -> Device | None:
+def find_device() -> Device | None:
     """Return the GPU as NVML reports it, or None if there is no GPU."""
     snapshot = take()
     gpu = select(snapshot)

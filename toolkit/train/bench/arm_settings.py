@@ -32,7 +32,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The values of each named workload, which replace the defaults of ``Settings``."""
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

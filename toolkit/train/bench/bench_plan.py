@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from toolkit.train.bench.arm_settings import Settings
 
 
-def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
+def choose_settings(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings:
     """Return ``settings`` with a value for every ``ours_`` field (settings of the toolkit's arm)
     whose value is None.
 
@@ -41,21 +41,21 @@ def fill(settings: Settings, spec: ModelSpec, device: Device | None) -> Settings
         return by_hand
     # The other arms cannot split the model. If the toolkit's arm splits it, only the memory of the
     # card is the limit.
-    limit = peers_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
+    limit = other_arms_peak_bytes(settings, spec, device) if settings.ours_cards == 1 else math.inf
     best, fastest = by_hand, math.inf
     for tokens, *kept in product(_budgets(settings), (False, True), (False, True)):
         rows = max(1, tokens // settings.sequence_tokens)
         micro = next(n for n in range(rows, 0, -1) if settings.sequences % n == 0)
         candidate = _filled(settings, micro, *kept, tokens=tokens)
-        candidate = _with_engine(candidate, size(candidate, spec, device), device)
-        sized = size(candidate, spec, device)
+        candidate = _with_engine(candidate, solve_settings(candidate, spec, device), device)
+        sized = solve_settings(candidate, spec, device)
         within = sized.feasible and sized.peaks.torch_bytes <= limit
         if within and sized.trainer.step_s_estimate < fastest:
             best, fastest = candidate, sized.trainer.step_s_estimate
     return best
 
 
-def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
+def other_arms_peak_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
     """Return the peak memory that the sizer predicts for the other arms (TRL, Unsloth), in bytes.
     The prediction is for one copy of the weights, a KV cache that is not freed, and activation
     checkpoints on the host, as in Unsloth.
@@ -63,7 +63,7 @@ def peers_bytes(settings: Settings, spec: ModelSpec, device: Device) -> int:
     theirs = replace(
         settings, ours_batch=settings.per_device_batch, ours_sleep=False, ours_engine=None
     )
-    sized = size(theirs, spec, device, checkpointing="unsloth", padded=True)
+    sized = solve_settings(theirs, spec, device, checkpointing="unsloth", padded=True)
     return sized.peaks.torch_bytes
 
 
@@ -129,7 +129,7 @@ def _first(written: bool | None, chosen: bool) -> bool:
     return chosen if written is None else written
 
 
-def size(
+def solve_settings(
     settings: Settings,
     spec: ModelSpec,
     device: Device | None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def compare(
+def run_arms(
     settings: Settings,
     arms: Sequence[str],
     folder: Path,
@@ -37,7 +37,7 @@ def compare(
     results = _kept(settings, arms, folder)
     settings.write(folder / "settings.json")
     for arm in arms:
-        if missing := lacking(arm, gpu):
+        if missing := reason_not_to_run(arm, gpu):
             results.append(Result(arm, not_run=missing))
         else:
             say(f"{arm}: running, log in {folder / (arm + '.log')}")
@@ -61,7 +61,7 @@ def _kept(settings: Settings, arms: Sequence[str], folder: Path) -> list[Result]
     return [Result.read(path) for path in found if path.stem not in arms]
 
 
-def lacking(arm: str, gpu: bool) -> str | None:
+def reason_not_to_run(arm: str, gpu: bool) -> str | None:
     """Return the reason why ``arm`` cannot run on this machine, or None if it can run."""
     if arm == "unsloth" and importlib.util.find_spec("unsloth") is None:
         return "Unsloth is not installed"
@@ -88,13 +88,13 @@ def _run(arm: str, folder: Path, limit_s: float, cards: int) -> Result:
     else:
         problem = _run_together(values, log, limit_s)
     if not answer.is_file():
-        return Result(arm, not_run=problem or ENDED)
+        return Result(arm, not_run=problem or ENDED_UNEXPECTEDLY)
     result = Result.read(answer)
     result.not_run = result.not_run or problem
     return result
 
 
-ENDED = "the process ended unexpectedly; see its log"
+ENDED_UNEXPECTEDLY = "the process ended unexpectedly; see its log"
 
 
 def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> str | None:
@@ -112,7 +112,7 @@ def run_module(name: str, values: Sequence[str], log: Path, limit_s: float) -> s
             )
         except subprocess.TimeoutExpired:
             return f"stopped after {limit_s:.0f} s"
-    return ENDED if done.returncode else None
+    return ENDED_UNEXPECTEDLY if done.returncode else None
 
 
 def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) -> str | None:
@@ -139,7 +139,7 @@ def _run_together(values: Sequence[Sequence[str]], log: Path, limit_s: float) ->
                 one.wait()
     if not ended:
         return f"stopped after {limit_s:.0f} s"
-    return ENDED if any(one.returncode for one in running) else None
+    return ENDED_UNEXPECTEDLY if any(one.returncode for one in running) else None
 
 
 def _ended(running: Sequence[subprocess.Popen[bytes]], limit_s: float) -> bool:

@@ -42,13 +42,13 @@ KINDS = (
     ("communication", r"nccl|allreduce|all_reduce"),
     ("elementwise", r"elementwise|vectorized|silu|act_and_mul|reduce|add|mul|where|unary|binary"),
 )
-OTHER = "other"
+OTHER_KIND = "other"
 DECODE_STEPS = 32
-TOP = 12
+TOP_KERNELS = 12
 
 
 @dataclass(slots=True)
-class Account:
+class KernelTimes:
     """The time of each kind of kernel, summed over ``steps`` steps. ``kinds`` has [seconds, calls]
     for each kind of kernel. ``top`` has (name, seconds, calls) for the kernels that take longest.
     """
@@ -68,11 +68,11 @@ class Account:
         """The seconds of wall-clock time in which no kernel runs."""
         return max(0.0, self.wall_s - self.busy_s)
 
-    def less(self, other: Account, steps: int) -> Account:
+    def less(self, other: KernelTimes, steps: int) -> KernelTimes:
         """Subtract the times and calls of ``other`` from those of this account, and return the
         result as an account of ``steps`` steps. A negative difference becomes 0.
         """
-        left = Account(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
+        left = KernelTimes(steps, max(self.wall_s - other.wall_s, 0.0), top=self.top)
         for kind, (seconds, calls) in self.kinds.items():
             before = other.kinds.get(kind, [0.0, 0])
             left.kinds[kind] = [max(seconds - before[0], 0.0), max(calls - before[1], 0)]
@@ -101,10 +101,10 @@ class Account:
 def kind_of(name: str) -> str:
     """Return the kind of a kernel or operation, from its name."""
     low = name.lower()
-    return next((kind for kind, pattern in KINDS if re.search(pattern, low)), OTHER)
+    return next((kind for kind, pattern in KINDS if re.search(pattern, low)), OTHER_KIND)
 
 
-class Recorder:
+class KernelRecorder:
     """Profiles a block of code with torch.profiler, and returns the time of each kind of kernel."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class Recorder:
         self.wall_s = self._now() - self._began
         self._profiler.stop()
 
-    def account(self, steps: int) -> Account:
+    def account(self, steps: int) -> KernelTimes:
         """Return the time of each kind of kernel in the profiled block, which has
         ``steps`` steps.
         """
@@ -137,12 +137,12 @@ class Recorder:
             entry = sums.setdefault(event.key, [0.0, 0])
             entry[0] += micros / 1e6
             entry[1] += event.count
-        made = Account(steps, self.wall_s)
+        made = KernelTimes(steps, self.wall_s)
         for name, (seconds, calls) in sums.items():
             kind = made.kinds.setdefault(kind_of(name), [0.0, 0])
             kind[0] += seconds
             kind[1] += calls
-        ranked = sorted(sums.items(), key=lambda item: -item[1][0])[:TOP]
+        ranked = sorted(sums.items(), key=lambda item: -item[1][0])[:TOP_KERNELS]
         made.top = [(name, seconds, int(calls)) for name, (seconds, calls) in ranked]
         return made
 
@@ -153,9 +153,9 @@ class Recorder:
 
 
 @contextmanager
-def recorded() -> Iterator[Recorder]:
-    """A context manager that profiles the block and yields its ``Recorder``."""
-    recorder = Recorder()
+def record_kernels() -> Iterator[KernelRecorder]:
+    """A context manager that profiles the block and yields its ``KernelRecorder``."""
+    recorder = KernelRecorder()
     recorder.start()
     try:
         yield recorder
@@ -163,7 +163,9 @@ def recorded() -> Iterator[Recorder]:
         recorder.stop()
 
 
-def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: int) -> Account:
+def decode_kernel_times(
+    engine: Any, prompts: Sequence[Sequence[int]], generations: int
+) -> KernelTimes:
     """Return the time of each kind of kernel in ``DECODE_STEPS`` decode steps of ``engine``, with
     ``generations`` sequences per prompt.
 
@@ -171,11 +173,11 @@ def decode_account(engine: Any, prompts: Sequence[Sequence[int]], generations: i
     tokens longer. The result is the difference of their times.
     """
 
-    def run(tokens: int) -> Recorder:
+    def run(tokens: int) -> KernelRecorder:
         end = {"ignore_eos": True}
         sampling = Sampling(n=generations, max_tokens=tokens, extra=end)
         engine.generate(prompts, sampling, seed=1)
-        with recorded() as recorder:
+        with record_kernels() as recorder:
             engine.generate(prompts, sampling, seed=1)
         return recorder
 
@@ -191,12 +193,12 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
     def __init__(self, settings: Settings) -> None:
         self.last = settings.steps - 1
         self.step = 0
-        self.recorder: Recorder | None = None
+        self.recorder: KernelRecorder | None = None
 
     def rolled_out(self) -> None:
         """Called at the end of a rollout. In the last step, this starts the profiler."""
         if self.step == self.last and self.recorder is None:
-            self.recorder = Recorder()
+            self.recorder = KernelRecorder()
             self.recorder.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -206,7 +208,7 @@ class TrainingProfile(TrainerCallback):  # type: ignore[misc]  # transformers is
         self.step += 1
 
 
-def table_of(name: str, account: dict[str, Any]) -> list[list[str]]:
+def kernel_table(name: str, account: dict[str, Any]) -> list[list[str]]:
     """Return the account as rows of text. Each row has a kind of kernel, its milliseconds per step,
     its calls per step, and its share of the wall-clock time.
     """

@@ -24,14 +24,14 @@ from toolkit.train.bench.learn_settings import (
     curves,
     headline,
 )
-from toolkit.train.bench.real_model import NAME, real_model
+from toolkit.train.bench.real_model import MODEL_NAME, create_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
 EVALUATION_LIMIT_S = 7200.0
-OURS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep", "ours_engine")
+OURS_FIELDS = ("ours_batch", "ours_tokens", "ours_checkpointing", "ours_sleep", "ours_engine")
 
 
 def learn(
@@ -45,9 +45,9 @@ def learn(
     the user did not set. An optimizer step has the same completions in every arm, and the
     micro-batches of the toolkit's arm need no more memory than those of the other arms.
     """
-    device = arm_process.node_device()
-    filled = bench_plan.fill(settings, read_spec(settings.model), device)
-    settings = replace(settings, **{name: getattr(filled, name) for name in OURS})
+    device = arm_process.find_device()
+    filled = bench_plan.choose_settings(settings, read_spec(settings.model), device)
+    settings = replace(settings, **{name: getattr(filled, name) for name in OURS_FIELDS})
     _keep_or_clear(settings, folder)
     for seed in wanted.seeds:
         for arm in wanted.arms:
@@ -57,18 +57,18 @@ def learn(
     problem = compare.run_module(
         "learn_eval", values, folder / "evaluation.log", EVALUATION_LIMIT_S
     )
-    results = stored(folder)
+    results = read_results(folder)
     target = wanted.target
     report = summary(settings, results, target, "CPU" if device is None else device.name)
     report["evaluation"] = problem or "complete"
     (folder / "learn.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "learn.svg").write_text(
-        learn_picture.draw(curves(results, target), target, report["note"])
+        learn_picture.draw_curves(curves(results, target), target, report["note"])
     )
     return report
 
 
-def prepare(folder: Path, given: Path | None) -> None:
+def create_model_checkpoint(folder: Path, given: Path | None) -> None:
     """Create the checkpoint in another process, because this process must not use device memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(_prepare, (folder, given))
@@ -77,10 +77,10 @@ def prepare(folder: Path, given: Path | None) -> None:
 
 
 def _prepare(folder: Path, given: Path | None) -> None:
-    real_model(folder, given, lambda line: sys.stderr.write(f"{line}\n"))
+    create_checkpoint(folder, given, lambda line: sys.stderr.write(f"{line}\n"))
 
 
-def stored(folder: Path) -> list[LearnResult]:
+def read_results(folder: Path) -> list[LearnResult]:
     """Return the results in ``folder``, in the order of arms and seeds."""
     return [LearnResult.read(path) for path in sorted(folder.glob("*-*.json"))]
 
@@ -95,7 +95,7 @@ def summary(
     return {
         "headline": headline(found, target),
         "note": _note(settings, found, results, card),
-        "model": NAME,
+        "model": MODEL_NAME,
         "target_accuracy": target,
         "time": "optimizer steps only, without loading, saving adapters and evaluation",
         "settings": asdict(settings),
@@ -117,8 +117,8 @@ def _note(
     generated = f"; {', '.join(own)} generates with transformers here" if own else ""
     count = f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
     return (
-        f"{NAME}, task {settings.task}, {settings.held_out} held-out problems, {count}{bands}; "
-        f"{card}{generated}"
+        f"{MODEL_NAME}, task {settings.task}, {settings.held_out} held-out problems, {count}"
+        f"{bands}; {card}{generated}"
     )
 
 
@@ -144,7 +144,7 @@ def _train(
             say(f"{empty.name}: the result of an earlier run is kept")
             return
         answer.unlink()
-    empty.not_run = compare.lacking(arm, gpu=True)
+    empty.not_run = compare.reason_not_to_run(arm, gpu=True)
     if empty.not_run is None:
         say(f"{empty.name}: running, log in {folder / (empty.name + '.log')}")
         own = folder / f"{empty.name}.settings"

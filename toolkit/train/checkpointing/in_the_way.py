@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.base.files import file_type_fault, read_json_object
 from toolkit.train.checkpointing.branch import BRANCH_FILE
-from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
+from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
-from toolkit.train.tracking import named
+from toolkit.train.tracking import tracker_names
 from toolkit.train.tracking.to_mlflow import FOLDER as MLFLOW
 from toolkit.train.tracking.to_tensorboard import FOLDER as TENSORBOARD
 
@@ -28,7 +28,7 @@ OUTPUT_FOLDERS = ("adapter", "model")
 FILES_IN_FOLDERS = ("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md")
 TRACKER_FOLDERS = {"tensorboard": TENSORBOARD, "mlflow": MLFLOW, "wandb": "wandb"}
 """Folders in the run folder that the package of a tracker writes."""
-APPENDED_FILES = (*LOGS, *TOOL_LOGS, BAD_REWARDS_FILE)
+APPENDED_FILES = (*LOG_FILES, *TOOL_LOG_FILES, BAD_REWARDS_FILE)
 REPLACED_FILES = (
     BRANCH_FILE,
     "config.json",
@@ -55,7 +55,7 @@ def check_output_paths(run_dir: Path, config: RunConfig | None = None) -> None:
     """
     for name in OUTPUT_FOLDERS:
         _check_folder(run_dir / name)
-    for tracker in [] if config is None else named(config.grpo.get("report_to")):
+    for tracker in [] if config is None else tracker_names(config.grpo.get("report_to")):
         if tracker in TRACKER_FOLDERS:
             _check_folder(run_dir / TRACKER_FOLDERS[tracker])
     for name in APPENDED_FILES:

@@ -25,7 +25,7 @@ from toolkit.base.formatting import plural
 from toolkit.base.paths import FOLDER_MODE, sync_folder, write_file
 from toolkit.train.checkpointing import branch as branches
 from toolkit.train.checkpointing import checkpoint
-from toolkit.train.report.metrics_log import LOGS, TOOL_LOGS
+from toolkit.train.report.metrics_log import LOG_FILES, TOOL_LOG_FILES
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _restart(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
     aside = _move_to_abandoned(run_dir, before, None, logs, [], bad_rewards_bytes)
     if not aside.exists():
         return ()
-    steps = _count_rows(aside / LOGS[0])
+    steps = _count_rows(aside / LOG_FILES[0])
     return (
         f"no checkpoint in {run_dir}, which has {plural(steps, 'row')} of metrics of an earlier"
         f" start: training begins again at step 0, and the earlier files are moved to {aside}",
@@ -134,8 +134,8 @@ def _log_names(run_dir: Path, found: Path | None) -> list[str]:
     now or had tools before.
     """
     kept = {} if found is None else checkpoint.read_log_positions(found)[0]
-    more = [name for name in TOOL_LOGS if name in kept or (run_dir / name).exists()]
-    return [*LOGS, *more]
+    more = [name for name in TOOL_LOG_FILES if name in kept or (run_dir / name).exists()]
+    return [*LOG_FILES, *more]
 
 
 def _count_rows(log: Path) -> int:

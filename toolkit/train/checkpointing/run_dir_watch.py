@@ -64,7 +64,7 @@ class RunDirWatch:
         """Whether the run folder is still at its path, and no other program has removed, replaced
         or changed a log file.
         """
-        return self.in_place() and not (self.journal is not None and self.journal.missing())
+        return self.in_place() and not (self.journal is not None and self.journal.changed_logs())
 
     def fault(self) -> ConfigError:
         """Return the error for a run whose ``is_whole`` is false. Its message says what happened to
@@ -74,7 +74,7 @@ class RunDirWatch:
         steps = valid_steps(place) if place is not None else []
         told = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"
         if self.in_place():
-            names = " and ".join(self.journal.missing() if self.journal is not None else [])
+            names = " and ".join(self.journal.changed_logs() if self.journal is not None else [])
             return ConfigError(
                 f"{names} was removed, replaced or changed by another program during the run, so "
                 f"rows may be lost; {told}",

@@ -1,7 +1,7 @@
 """Draw charts as inline SVG, without a library, network requests or scripts.
 
-The markup is safe HTML: the function ``text`` escapes every text, and the function ``show`` or
-``_n`` formats every number.
+The markup is safe HTML: the function ``escape`` escapes every text, and the function
+``short_number`` or ``_n`` formats every number.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from toolkit.train.report.markup import text
-from toolkit.train.report.scale import Values, labels, limits, show, smooth, thin, ticks, window_for
+from toolkit.train.report.markup import escape
+from toolkit.train.report.scale import (
+    Values,
+    axis_range,
+    reduce_points,
+    short_number,
+    smooth,
+    smoothing_window,
+    tick_labels,
+    ticks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,12 +85,12 @@ class Frame:
         return TOP + (1 - share) * (self.height - TOP - BOTTOM)
 
 
-def draw(chart: Chart, number: int) -> str:
+def chart_html(chart: Chart, number: int) -> str:
     """Return a chart as HTML: heading, legend and picture. ``number`` is a different number for
     each chart of the page, for unique HTML ids.
     """
     band = list(chart.band) if chart.band else []
-    xs, columns = thin(chart.xs, [*(line.values for line in chart.lines), *band])
+    xs, columns = reduce_points(chart.xs, [*(line.values for line in chart.lines), *band])
     lines, band = columns[: len(chart.lines)], columns[len(chart.lines) :]
     heights = _stack(lines) if chart.stacked else lines
     shown = [value for column in [*heights, *band] for value in column]
@@ -90,10 +99,10 @@ def draw(chart: Chart, number: int) -> str:
     everywhere = [*xs, *(x for x, _ in chart.dots)]
     first, last = min(everywhere), max(everywhere)
     span = (first, last) if last > first else (first - 0.5, first + 0.5)
-    frame = Frame(width, height, span, limits(shown, zero=chart.stacked))
+    frame = Frame(width, height, span, axis_range(shown, zero=chart.stacked))
     body = _areas(frame, xs, heights, chart) if chart.stacked else _curves(frame, xs, lines, chart)
     if band:
-        body = area(frame, xs, band[0], band[1], "band t1") + body
+        body = area_svg(frame, xs, band[0], band[1], "band t1") + body
     body += "".join(
         f'<circle class="mark" cx="{_n(frame.x(x))}" cy="{_n(frame.y(y))}" r="3.5"/>'
         for x, y in chart.dots
@@ -114,12 +123,12 @@ def draw(chart: Chart, number: int) -> str:
     )
     return (
         f'<figure class="card chart{" wide" if chart.wide else ""}">'
-        f"<figcaption><h3>{text(chart.title)}</h3><p class=note>{text(chart.note)}</p>"
+        f"<figcaption><h3>{escape(chart.title)}</h3><p class=note>{escape(chart.note)}</p>"
         f"{_legend(chart)}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(chart.title)}" '
-        f'data-points="{text(data)}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}" '
+        f'data-points="{escape(data)}">'
         f'<defs><clipPath id="{clip}"><rect {plot}/></clipPath></defs>'
-        f'{grid(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
+        f'{grid_svg(frame)}<g clip-path="url(#{clip})">{body}</g></svg></figure>'
     )
 
 
@@ -128,7 +137,7 @@ def _curves(frame: Frame, xs: list[float], lines: list[Values], chart: Chart) ->
 
     If the values before and after a point are missing, the point is drawn as a dot.
     """
-    window = 1 if chart.exact else window_for(len(xs))
+    window = 1 if chart.exact else smoothing_window(len(xs))
     parts = []
     for line, values in zip(chart.lines, lines, strict=True):
         if window > 1:
@@ -148,12 +157,12 @@ def _areas(frame: Frame, xs: list[float], heights: list[Values], chart: Chart) -
     floor: Values = [0.0] * len(xs)
     parts = []
     for line, top in zip(chart.lines, heights, strict=True):
-        parts.append(area(frame, xs, floor, top, f"stack t{line.tone}"))
+        parts.append(area_svg(frame, xs, floor, top, f"stack t{line.tone}"))
         floor = top
     return "".join(parts)
 
 
-def area(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
+def area_svg(frame: Frame, xs: Sequence[float], low: Values, high: Values, kind: str) -> str:
     """Return the SVG of the area between the lines ``low`` and ``high``. Where a value is missing,
     the area has a gap.
     """
@@ -191,21 +200,21 @@ def _alone(values: Values, index: int) -> bool:
     return before is None and after is None
 
 
-def grid(frame: Frame, axis: str = "step") -> str:
+def grid_svg(frame: Frame, axis: str = "step") -> str:
     """Return the SVG of the grid lines and of the numbers at both axes. ``axis`` is the name of the
     x axis.
     """
     right, floor = frame.width - RIGHT, frame.height - BOTTOM
     parts = []
     marks = ticks(*frame.y_range)
-    for value, label in zip(marks, labels(marks), strict=True):
+    for value, label in zip(marks, tick_labels(marks), strict=True):
         y = frame.y(value)
         kind = "zero" if value == 0 else "grid"
         parts.append(
             f'<line class="{kind}" x1="{LEFT}" x2="{right}" y1="{_n(y)}" y2="{_n(y)}"/>'
-            f'<text class="y" x="{LEFT - 7}" y="{_n(y + 3.5)}">{text(label)}</text>'
+            f'<text class="y" x="{LEFT - 7}" y="{_n(y + 3.5)}">{escape(label)}</text>'
         )
-    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">{text(axis)}</text>')
+    parts.append(f'<text class="y" x="{LEFT - 7}" y="{floor + 16}">{escape(axis)}</text>')
     low, high = frame.x_range
     for value in ticks(low, high, 8 if frame.width > 600 else 5):
         if value == int(value) and frame.x(value) > LEFT + 12:
@@ -222,11 +231,11 @@ def _legend(chart: Chart) -> str:
     items = []
     for line in chart.lines:
         there = [value for value in line.values if value is not None]
-        name = f"<span>{text(line.label)}</span>" if len(chart.lines) > 1 or chart.wide else ""
-        last = text(show(there[-1] if there else None))
+        name = f"<span>{escape(line.label)}</span>" if len(chart.lines) > 1 or chart.wide else ""
+        last = escape(short_number(there[-1] if there else None))
         items.append(f'<li class="t{line.tone}"><i></i>{name}<b>{last}</b></li>')
     if chart.dots:
-        items.append(f'<li class="mark"><i></i><span>{text(chart.dots_label)}</span></li>')
+        items.append(f'<li class="mark"><i></i><span>{escape(chart.dots_label)}</span></li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

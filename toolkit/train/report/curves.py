@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import GIB
 from toolkit.train.report.chart import Chart, Line
-from toolkit.train.report.log_files import column, number
+from toolkit.train.report.log_files import finite_number, metric_column
 
 if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles
@@ -94,14 +94,14 @@ def reward_chart(run: RunFiles) -> Chart | None:
 
     None if no reward was logged.
     """
-    rewards = column(run.metrics, "reward")
+    rewards = metric_column(run.metrics, "reward")
     if not _any(rewards):
         return None
-    spreads = column(run.metrics, "reward_std")
+    spreads = metric_column(run.metrics, "reward_std")
     pairs = list(zip(rewards, spreads, strict=True))
     low: Values = [None if r is None or s is None else r - s for r, s in pairs]
     high: Values = [None if r is None or s is None else r + s for r, s in pairs]
-    evaluated = [(float(row["step"]), number(row.get("eval/reward"))) for row in run.evals]
+    evaluated = [(float(row["step"]), finite_number(row.get("eval/reward"))) for row in run.evals]
     return Chart(
         title="Reward",
         note="mean over each step's completions; the band is the mean ± one standard deviation",
@@ -120,7 +120,7 @@ def other_charts(run: RunFiles) -> list[Chart]:
     xs = _steps(run.metrics)
     for title, note, wanted in _SINGLE:
         lines = [
-            Line(label=label, values=column(run.metrics, *names), tone=tone)
+            Line(label=label, values=metric_column(run.metrics, *names), tone=tone)
             for tone, (label, names) in enumerate(wanted, start=1)
         ]
         lines = [line for line in lines if _any(line.values)]
@@ -137,7 +137,7 @@ def _rewards(run: RunFiles) -> Chart | None:
     lines = [
         Line(
             label=name.removeprefix("rewards/").removesuffix("/mean"),
-            values=column(run.metrics, name),
+            values=metric_column(run.metrics, name),
             tone=tone,
         )
         for tone, name in enumerate(names[:MAX_REWARDS], start=1)
@@ -152,11 +152,11 @@ def _is_reward_mean(key: str) -> bool:
 
 
 def _lengths(run: RunFiles) -> Chart | None:
-    mean = column(run.metrics, "completion_length", "completions/mean_length")
+    mean = metric_column(run.metrics, "completion_length", "completions/mean_length")
     if not _any(mean):
         return None
-    low = column(run.metrics, "completions/min_length")
-    high = column(run.metrics, "completions/max_length")
+    low = metric_column(run.metrics, "completions/min_length")
+    high = metric_column(run.metrics, "completions/max_length")
     return Chart(
         title="Completion length",
         note="tokens"
@@ -170,11 +170,11 @@ def _lengths(run: RunFiles) -> Chart | None:
 def _times(run: RunFiles) -> list[Chart]:
     xs = _steps(run.timings)
     phases = [
-        Line(label=label, values=column(run.timings, name), tone=tone)
+        Line(label=label, values=metric_column(run.timings, name), tone=tone)
         for tone, (label, name) in enumerate(_PHASES, start=1)
     ]
     phases = [line for line in phases if _any(line.values)]
-    whole = column(run.timings, "step_s")
+    whole = metric_column(run.timings, "step_s")
     charts = []
     if phases:
         note = "seconds, by phase"
@@ -182,13 +182,14 @@ def _times(run: RunFiles) -> list[Chart]:
     elif _any(whole):
         line = Line(label="step", values=whole)
         charts.append(Chart(title="Step time", note="seconds", xs=xs, lines=[line]))
-    speed = column(run.timings, "tokens_per_s")
+    speed = metric_column(run.timings, "tokens_per_s")
     if _any(speed):
         line = Line(label="tokens/s", values=speed)
         note = "completion tokens per second, over the whole step"
         charts.append(Chart(title="Throughput", note=note, xs=xs, lines=[line]))
     memory: Values = [
-        None if value is None else value / GIB for value in column(run.timings, "peak_memory_bytes")
+        None if value is None else value / GIB
+        for value in metric_column(run.timings, "peak_memory_bytes")
     ]
     if _any(memory):
         line = Line(label="GiB", values=memory)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.formatting import format_bytes, format_duration
-from toolkit.train.report.log_files import column, number, section
-from toolkit.train.report.markup import flat, fold, table, text
-from toolkit.train.report.scale import mean, show
+from toolkit.train.report.log_files import finite_number, metric_column, section
+from toolkit.train.report.markup import collapsible, escape, flat_rows, html_table
+from toolkit.train.report.scale import mean, short_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ _SHOWN_TERMS = 6
 def status(run: RunFiles) -> tuple[str, str]:
     """Return (style class, text) for the state of the run: ("good", "finished, 80 steps")."""
     done = run.metrics[-1]["step"] if run.metrics else 0
-    wanted = number(section(run.config, "grpo").get("max_steps"))
+    wanted = finite_number(section(run.config, "grpo").get("max_steps"))
     of = f" of {int(wanted)}" if wanted and wanted > 0 else ""
     if run.finished:
         return "good", f"finished, {done} steps"
@@ -36,21 +36,23 @@ def tiles(run: RunFiles) -> str:
     found = [_reward_tile(run), *_held_out_tiles(run)]
     if run.metrics:
         found.append(("Steps", str(run.metrics[-1]["step"]), ""))
-    spent = [value for value in column(run.timings, "time_s") if value is not None]
-    steps = [value for value in column(run.timings, "step_s") if value is not None]
+    spent = [value for value in metric_column(run.timings, "time_s") if value is not None]
+    steps = [value for value in metric_column(run.timings, "step_s") if value is not None]
     if spent:
         each = f"{format_duration(mean(steps) or 0.0)} per step" if steps else ""
         found.append(("Time", format_duration(max(spent)), each))
-    speed = mean(column(run.timings, "tokens_per_s"))
+    speed = mean(metric_column(run.timings, "tokens_per_s"))
     if speed:
-        found.append(("Throughput", f"{show(speed)} tok/s", "completion tokens"))
+        found.append(("Throughput", f"{short_number(speed)} tok/s", "completion tokens"))
     found.append(_discarded_tile(run))
-    memory = [value for value in column(run.timings, "peak_memory_bytes") if value is not None]
+    memory = [
+        value for value in metric_column(run.timings, "peak_memory_bytes") if value is not None
+    ]
     if memory:
         found.append(("Peak memory", format_bytes(max(memory)), ""))
     cells = (
-        f"<div class='card tile'><span>{text(name)}</span><b>{text(value)}</b>"
-        f"<small>{text(note)}</small></div>"
+        f"<div class='card tile'><span>{escape(name)}</span><b>{escape(value)}</b>"
+        f"<small>{escape(note)}</small></div>"
         for name, value, note in found
         if value
     )
@@ -58,15 +60,15 @@ def tiles(run: RunFiles) -> str:
 
 
 def _reward_tile(run: RunFiles) -> tuple[str, str, str]:
-    rewards = [value for value in column(run.metrics, "reward") if value is not None]
+    rewards = [value for value in metric_column(run.metrics, "reward") if value is not None]
     if not rewards:
         return ("Reward", "", "")
     if len(rewards) == 1:
-        return ("Reward", show(rewards[0]), "in training")
+        return ("Reward", short_number(rewards[0]), "in training")
     size = max(1, min(10, len(rewards) // 4))
     first, last = mean(rewards[:size]), mean(rewards[-size:])
     note = "in training" if size == 1 else f"in training, means of {size} steps"
-    return ("Reward", f"{show(first)} → {show(last)}", note)
+    return ("Reward", f"{short_number(first)} → {short_number(last)}", note)
 
 
 def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
@@ -76,7 +78,7 @@ def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
     Without dynamic sampling, the value is empty and the key figure is not shown.
     """
     counts = {
-        name: sum(value or 0 for value in column(run.metrics, f"dynamic_sampling/{name}"))
+        name: sum(value or 0 for value in metric_column(run.metrics, f"dynamic_sampling/{name}"))
         for name in ("discarded_completions", "sampled_completions")
     }
     discarded, sampled = counts.values()
@@ -88,14 +90,14 @@ def _discarded_tile(run: RunFiles) -> tuple[str, str, str]:
 
 def _held_out_tiles(run: RunFiles) -> list[tuple[str, str, str]]:
     before, after = section(run.evaluation, "before"), section(run.evaluation, "after")
-    count = number(after.get("count"))
+    count = finite_number(after.get("count"))
     note = f", {int(count)} prompts" if count else ""
     names = list(section(after, "rewards"))[:1]
     return [
         (
             "Held out",
-            f"{show(number(section(before, 'rewards').get(name)))} → "
-            f"{show(number(section(after, 'rewards').get(name)))}",
+            f"{short_number(finite_number(section(before, 'rewards').get(name)))} → "
+            f"{short_number(finite_number(section(after, 'rewards').get(name)))}",
             f"{name}{note}",
         )
         for name in names
@@ -117,7 +119,7 @@ def notices(run: RunFiles) -> str:
     for check in checks if isinstance(checks, list) else []:
         if isinstance(check, dict) and check.get("verdict") in ("fail", "warn"):
             found.append((str(check["verdict"]), f"{check.get('id')}: {check.get('evidence')}"))
-    items = "".join(f"<li class={kind}>{text(words)}</li>" for kind, words in found)
+    items = "".join(f"<li class={kind}>{escape(words)}</li>" for kind, words in found)
     return f"<ul class='card notices'>{items}</ul>" if items else ""
 
 
@@ -131,10 +133,10 @@ def evaluation(run: RunFiles) -> str:
     rows.append(
         ("completion length", before.get("completion_length"), after.get("completion_length"))
     )
-    bars = "".join(_bars(name, number(old), number(new)) for name, old, new in rows)
+    bars = "".join(_bars(name, finite_number(old), finite_number(new)) for name, old, new in rows)
     if not bars:
         return ""
-    count = number(after.get("count"))
+    count = finite_number(after.get("count"))
     note = f"{int(count)} prompts, one greedy completion each" if count else "greedy"
     key = "<ul class=legend><li class=t6><i></i>before</li><li class=t1><i></i>after</li></ul>"
     return f"<section class=card><h3>Held out</h3><p class=note>{note}</p>{key}{bars}</section>"
@@ -151,17 +153,22 @@ def _bars(name: str, old: float | None, new: float | None) -> str:
             bars += (
                 f'<rect class="{kind} t{tone}" x="0" y="{y}" rx="2" height="9" '
                 f'width="{width:.1f}"/>'
-                f'<text class="value" x="{width + 6:.1f}" y="{y + 8.5}">{text(show(value))}</text>'
+                f'<text class="value" x="{width + 6:.1f}" y="{y + 8.5}">'
+                f"{escape(short_number(value))}</text>"
             )
     drawn = f'<svg viewBox="0 0 360 22" role="img">{bars}</svg>'
-    return f"<div class=bars><span>{text(name)}</span>{drawn}</div>"
+    return f"<div class=bars><span>{escape(name)}</span>{drawn}</div>"
 
 
 def memory(run: RunFiles) -> str:
     """The memory plan that was computed before the run. The largest part comes first."""
     budget = section(run.preflight, "sizing").get("budget")
     terms = [
-        (str(item.get("term")), number(item.get("bytes")) or 0.0, str(item.get("source", "")))
+        (
+            str(item.get("term")),
+            finite_number(item.get("bytes")) or 0.0,
+            str(item.get("source", "")),
+        )
         for item in (budget if isinstance(budget, list) else [])
         if isinstance(item, dict)
     ]
@@ -177,12 +184,12 @@ def memory(run: RunFiles) -> str:
         place = f'x="{x:.1f}" y="0" width="{max(width - 2, 0.5):.1f}" height="22"'
         bar += f'<rect class="bar t{tone}" {place}/>'
         x += width
-        cell = f"<b>{format_bytes(size)}</b> <span class=note>{text(source)}</span>"
-        rows.append(f"<tr><th class=t{tone}><i></i>{text(name)}</th><td>{cell}</td></tr>")
+        cell = f"<b>{format_bytes(size)}</b> <span class=note>{escape(source)}</span>"
+        rows.append(f"<tr><th class=t{tone}><i></i>{escape(name)}</th><td>{cell}</td></tr>")
     device = run.preflight.get("device") or "CPU"
     return (
         f"<section class=card><h3>Memory plan</h3><p class=note>{format_bytes(total)} on "
-        f"{text(device)}, as sized before the run</p>"
+        f"{escape(device)}, as sized before the run</p>"
         f'<svg class=strip viewBox="0 0 1000 22" preserveAspectRatio="none" role="img">{bar}</svg>'
         f"<table class=facts>{''.join(rows)}</table></section>"
     )
@@ -194,7 +201,7 @@ def setup(run: RunFiles) -> str:
     data, reward = section(run.config, "dataset"), section(run.config, "reward")
     functions = reward.get("functions")
     named = [
-        f"{item.get('name')} × {show(number(item.get('weight', 1.0)))}"  # noqa: RUF001 - the multiplication sign
+        f"{item.get('name')} × {short_number(finite_number(item.get('weight', 1.0)))}"  # noqa: RUF001 - the multiplication sign
         for item in (functions if isinstance(functions, list) else [])
         if isinstance(item, dict)
     ]
@@ -211,8 +218,8 @@ def setup(run: RunFiles) -> str:
         ("KL weight beta", grpo.get("beta")),
         ("loss", grpo.get("loss_type")),
     ]
-    rows = [(name, f"<code>{text(value)}</code>") for name, value in facts if value is not None]
-    return f"<section class=card><h3>Set-up</h3>{table(rows)}</section>" if rows else ""
+    rows = [(name, f"<code>{escape(value)}</code>") for name, value in facts if value is not None]
+    return f"<section class=card><h3>Set-up</h3>{html_table(rows)}</section>" if rows else ""
 
 
 def _choices(grpo: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -253,11 +260,13 @@ def provenance(run: RunFiles) -> str:
         ),
         ("written", manifest.get("written")),
     ]
-    rows = [(name, f"<code>{text(value)}</code>") for name, value in facts if value is not None]
-    return f"<section class=card><h3>Made with</h3>{table(rows)}</section>" if rows else ""
+    rows = [(name, f"<code>{escape(value)}</code>") for name, value in facts if value is not None]
+    return f"<section class=card><h3>Made with</h3>{html_table(rows)}</section>" if rows else ""
 
 
 def folded(run: RunFiles) -> str:
     """The complete config.json and manifest.json, in sections that the reader can open."""
     whole = (("The whole configuration", run.config), ("The whole manifest", run.manifest))
-    return "".join(fold(title, table(flat(document))) for title, document in whole if document)
+    return "".join(
+        collapsible(title, html_table(flat_rows(document))) for title, document in whole if document
+    )

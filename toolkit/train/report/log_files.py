@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHOWN_STEPS = 4  # the number of steps whose completions are shown
-LARGEST = 1e120  # larger numbers are reduced to this, so that later arithmetic does not overflow
+MAX_NUMBER = 1e120  # larger numbers are reduced to this, so that later arithmetic does not overflow
 MAX_LINE_BYTES = 1 << 22  # longer lines are skipped
 
 
@@ -61,7 +61,7 @@ def read_run(run_dir: Path) -> RunFiles:
     )
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """``value`` as a float, clamped to ±LARGEST. None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -69,17 +69,17 @@ def number(value: Any) -> float | None:
         plain = float(value)
     except OverflowError:
         return None
-    return max(-LARGEST, min(LARGEST, plain)) if math.isfinite(plain) else None
+    return max(-MAX_NUMBER, min(MAX_NUMBER, plain)) if math.isfinite(plain) else None
 
 
-def column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
+def metric_column(rows: list[dict[str, Any]], *names: str) -> list[float | None]:
     """Return the value of one metric in each row, as a number or None.
 
     The metric is the first of ``names`` that has a number in at least one row. If there is no such
     metric, all values are None.
     """
     for name in names:
-        values = [number(row.get(name)) for row in rows]
+        values = [finite_number(row.get(name)) for row in rows]
         if any(value is not None for value in values):
             return values
     return [None] * len(rows)

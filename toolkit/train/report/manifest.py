@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 SCHEMA_VERSION = 1
-DIGEST_VARIABLE = "TOOLKIT_IMAGE_DIGEST"
-DIGEST_FILE = Path("/etc/toolkit-image-digest")
-IMAGE_VARIABLE = "TOOLKIT_IMAGE_MANIFEST"
+IMAGE_DIGEST_VARIABLE = "TOOLKIT_IMAGE_DIGEST"
+IMAGE_DIGEST_FILE = Path("/etc/toolkit-image-digest")
+IMAGE_MANIFEST_VARIABLE = "TOOLKIT_IMAGE_MANIFEST"
 IMAGE_KEYS = ("target", "version", "revision", "base", "lock")
 LOCK_FILES = ("uv.lock", "locks/cpu.txt", "locks/cu130.txt")
 
@@ -54,10 +54,10 @@ def image_digest() -> str | None:
     """The digest of the container image, from an environment variable or a file. None if both are
     missing.
     """
-    if value := os.environ.get(DIGEST_VARIABLE):
+    if value := os.environ.get(IMAGE_DIGEST_VARIABLE):
         return value
     try:
-        return DIGEST_FILE.read_text().strip() or None
+        return IMAGE_DIGEST_FILE.read_text().strip() or None
     except OSError:
         return None
 
@@ -69,7 +69,7 @@ def image() -> dict[str, Any] | None:
     containers/image_manifest.py writes them into the image.
     """
     try:
-        described = json.loads(Path(os.environ[IMAGE_VARIABLE]).read_text())
+        described = json.loads(Path(os.environ[IMAGE_MANIFEST_VARIABLE]).read_text())
         return {key: described[key] for key in IMAGE_KEYS}
     except (KeyError, TypeError, OSError, ValueError):
         return None
@@ -140,7 +140,7 @@ def write_manifest(
     return _write(run_dir, described)
 
 
-def add(run_dir: Path, **entries: Any) -> Path:
+def add_entries(run_dir: Path, **entries: Any) -> Path:
     """Add ``entries`` to the existing manifest. Raises OSError."""
     described = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     return _write(run_dir, {**described, **entries})

@@ -14,41 +14,43 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def text(value: Any) -> str:
+def escape(value: Any) -> str:
     """Escape ``value`` for an HTML element or a quoted attribute. Secrets are removed."""
     plain = redact(value if isinstance(value, str) else str(value))
     return html.escape(escape_unprintable(plain), quote=True)
 
 
-def table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+def html_table(rows: Iterable[tuple[str, str]], kind: str = "facts") -> str:
     """Return an HTML table of the rows (name, cell). This function escapes the names. The cells
     must be HTML already.
     """
-    body = "".join(f"<tr><th>{text(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
+    body = "".join(f"<tr><th>{escape(name)}</th><td>{cell}</td></tr>" for name, cell in rows)
     return f'<table class="{kind}">{body}</table>' if body else ""
 
 
-def fold(summary: str, inner: str) -> str:
+def collapsible(summary: str, inner: str) -> str:
     """An HTML section that opens when its ``summary`` is clicked. It needs no script."""
     return (
-        f"<details class=card><summary>{text(summary)}</summary>{inner}</details>" if inner else ""
+        f"<details class=card><summary>{escape(summary)}</summary>{inner}</details>"
+        if inner
+        else ""
     )
 
 
-def shortened(value: str, limit: int) -> str:
+def escape_start(value: str, limit: int) -> str:
     """Return the first ``limit`` characters of ``value``, escaped. If ``value`` is longer, the
     number of omitted characters is appended.
     """
     if len(value) <= limit:
-        return text(value)
-    return f"{text(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"
+        return escape(value)
+    return f"{escape(value[:limit])}<i class=more> … {len(value) - limit} more characters</i>"
 
 
-def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested mapping as table rows (key, HTML cell). Nested keys are joined by dots."""
     if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in flat(item, f"{prefix}{key}.")]
-    shown = "–" if value in (None, {}, [], "") else text(_plain(value))  # noqa: RUF001
+        return [row for key, item in value.items() for row in flat_rows(item, f"{prefix}{key}.")]
+    shown = "–" if value in (None, {}, [], "") else escape(_plain(value))  # noqa: RUF001
     return [(prefix.removesuffix("."), f"<code>{shown}</code>")]
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.engine.rollout_engine import RolloutEngine
     from toolkit.train.trainer_seam import MemoryPeaks, TrainerSeam
 
-NAME = "memory.json"
+MEMORY_FILE = "memory.json"
 
 
 class Statistics(Protocol):
@@ -166,10 +166,10 @@ class PhasePeaks:
         if not self.training:
             return None
         found = {**self.account, **self.terms()}
-        return write_file(run_dir / NAME, json.dumps(found, indent=2) + "\n")
+        return write_file(run_dir / MEMORY_FILE, json.dumps(found, indent=2) + "\n")
 
 
-def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
+def phase_peaks_of(engine: RolloutEngine | None) -> PhasePeaks | None:
     """Return the object that measures the memory peaks of a run with ``engine``. None on the CPU or
     without vLLM, where the phases cannot be measured.
     """
@@ -182,21 +182,21 @@ def watch(engine: RolloutEngine | None) -> PhasePeaks | None:
 
 
 def rollout_phase(trainer: TrainerSeam, engine: RolloutEngine) -> AbstractContextManager[None]:
-    """Return a context manager for a rollout. Inside the context of ``measured``, it measures the
-    memory peak of the rollout. Otherwise, it does nothing.
+    """Return a context manager for a rollout. Inside the context of ``measure_memory_peaks``, it
+    measures the memory peak of the rollout. Otherwise, it does nothing.
     """
     peaks: MemoryPeaks | None = getattr(trainer, "peaks", None)
     return nullcontext() if peaks is None else peaks.sampling(engine)
 
 
 @contextmanager
-def measured(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
+def measure_memory_peaks(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     """A context manager for training. It measures memory peaks on the first rank.
 
     At the end, it writes memory.json if at least one step was measured.
     """
     engine = getattr(getattr(trainer, "vllm_generation", None), "engine", None)
-    trainer.peaks = peaks = watch(engine) if is_first_rank() else None
+    trainer.peaks = peaks = phase_peaks_of(engine) if is_first_rank() else None
     if peaks is None:
         yield
         return

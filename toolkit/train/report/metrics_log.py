@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from toolkit.train.tracking import Tracking
     from toolkit.train.trainer_seam import TrainerSeam
 
-LOGS = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
-TOOL_LOGS = ("tool_calls.jsonl", "tool_timings.jsonl")
+LOG_FILES = ("metrics.jsonl", "timings.jsonl", "completions.jsonl")
+TOOL_LOG_FILES = ("tool_calls.jsonl", "tool_timings.jsonl")
 """Additional logs of a run with tools or a multi-step environment."""
-MOST_SAID = 200_000
+MAX_MESSAGE_CHARACTERS = 200_000
 """The maximum number of characters of one prompt or completion in completions.jsonl."""
-PHASES = ("rollout_s", "publish_s", "reward_s")
+TIMED_PHASES = ("rollout_s", "publish_s", "reward_s")
 
 
 class Journal:
@@ -52,14 +52,14 @@ class Journal:
         run_dir: Path,
         positions: Mapping[str, int] | None = None,
         *,
-        names: Sequence[str] = LOGS,
+        names: Sequence[str] = LOG_FILES,
     ) -> None:
         """Open the logs ``names``. ``positions`` maps the name of a log to the number of bytes to
         keep. All other logs are emptied. Raises OSError.
         """
         self._run_dir = run_dir
         self._handles: dict[str, int] = {}
-        self._missing: list[str] = []
+        self._changed_logs: list[str] = []
         self._read: dict[str, hashlib._Hash] = {}
         self._sizes: dict[str, int] = {}
         for name in names:
@@ -78,7 +78,7 @@ class Journal:
         """
         # The name of a metric can contain a lone surrogate (from a reward), which UTF-8 cannot
         # encode.
-        line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode(errors="replace")
+        line = (json.dumps(to_json_value(row), ensure_ascii=False) + "\n").encode(errors="replace")
         written = os.write(self._handles[name], line)
         self._sizes[name] += written
         if written < len(line):  # On a full disk, a second write raises the error.
@@ -98,14 +98,16 @@ class Journal:
         """The SHA-256 of each log. It shows whether two logs of the same length are different."""
         return {name: digest.hexdigest() for name, digest in self._read.items()}
 
-    def missing(self) -> list[str]:
+    def changed_logs(self) -> list[str]:
         """The logs that another program changed (deleted, moved, replaced, shortened or
         extended).
         """
         if self._handles:
             found = self._handles.items()
-            self._missing = [name for name, handle in found if not self._in_place(name, handle)]
-        return self._missing
+            self._changed_logs = [
+                name for name, handle in found if not self._in_place(name, handle)
+            ]
+        return self._changed_logs
 
     def _in_place(self, name: str, handle: int) -> bool:
         try:
@@ -117,7 +119,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the files. A second call does nothing."""
-        self.missing()  # stores the result, because a closed file cannot be checked
+        self.changed_logs()  # stores the result, because a closed file cannot be checked
         while self._handles:
             os.close(self._handles.popitem()[1])
 
@@ -150,20 +152,20 @@ def _open_log(path: Path) -> int:
     )
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert ``value`` to values that strict JSON allows. NaN and infinite numbers become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return plain(value.item()) if hasattr(value, "item") else str(value)
+    return to_json_value(value.item()) if hasattr(value, "item") else str(value)
 
 
-def row_of(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_row(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of metrics.jsonl for ``logs``, the metrics that the trainer logs.
 
     The metrics in LEADING_METRICS come first. All other metrics follow, sorted by name. Values that
@@ -230,7 +232,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             if self.watch is not None and state.global_step >= state.max_steps:
                 self.watch.end()
             return
-        row = plain(row_of(state.global_step, logs))
+        row = to_json_value(metrics_row(state.global_step, logs))
         if row.get("skipped"):
             row["loss"] = None  # transformers logs 0 for a NaN loss
         if self.watch is not None:
@@ -257,7 +259,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
         now = monotonic()
         step_s, self.last = now - self.last, now
-        phases = dict.fromkeys(PHASES, 0.0) | self.trainer.timers.take()
+        phases = dict.fromkeys(TIMED_PHASES, 0.0) | self.trainer.timers.take()
         phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
         tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
         tokens += row.get("dynamic_sampling/discarded_tokens") or 0
@@ -276,15 +278,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
         names = list(logs["rewards"])
         rows = []
         for index, prompt in enumerate(logs["prompt"]):
-            rewards = {name: plain(logs["rewards"][name][index]) for name in names}
+            rewards = {name: to_json_value(logs["rewards"][name][index]) for name in names}
             scored = [
                 (w, r) for w, r in zip(weights, rewards.values(), strict=True) if r is not None
             ]
             rows.append(
                 {
                     "step": step,
-                    "prompt": shortened_said(prompt),
-                    "completion": shortened_said(logs["completion"][index]),
+                    "prompt": shorten_message(prompt),
+                    "completion": shorten_message(logs["completion"][index]),
                     "reward": sum(w * r for w, r in scored) if scored else None,
                     "rewards": rewards,
                     "advantage": logs["advantages"][index],
@@ -296,12 +298,12 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
             self.tracking.completions(step, rows)
 
 
-def shortened_said(value: Any) -> Any:
-    """Shorten a prompt or a completion to about ``MOST_SAID`` characters.
+def shorten_message(value: Any) -> Any:
+    """Shorten a prompt or a completion to about ``MAX_MESSAGE_CHARACTERS`` characters.
 
     ``value`` is a text or the messages of a chat. If a text is too long, its middle is removed.
     """
-    return _shortened(value, [MOST_SAID])
+    return _shortened(value, [MAX_MESSAGE_CHARACTERS])
 
 
 def _shortened(value: Any, left: list[int]) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.version import __version__
 from toolkit.train.report import chart, curves, facts, samples
 from toolkit.train.report.log_files import section
-from toolkit.train.report.markup import text
+from toolkit.train.report.markup import escape
 
 if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles
@@ -36,20 +36,20 @@ def render(run: RunFiles) -> str:
     model = section(run.config, "model").get("model_name") or "unknown model"
     reward, others = curves.reward_chart(run), curves.other_charts(run)
     drawn = facts.evaluation(run) + "".join(
-        chart.draw(item, number) for number, item in enumerate(others, start=1)
+        chart.chart_html(item, number) for number, item in enumerate(others, start=1)
     )
     how = facts.setup(run) + facts.provenance(run) + facts.memory(run)
     parts = [
-        f"<header><div><h1>{text(run.name)}</h1><p class=note>{text(model)}</p></div>"
-        f"<span class='status {kind}'>{text(words)}</span></header>",
+        f"<header><div><h1>{escape(run.name)}</h1><p class=note>{escape(model)}</p></div>"
+        f"<span class='status {kind}'>{escape(words)}</span></header>",
         facts.tiles(run),
         facts.notices(run),
-        chart.draw(reward, 0) if reward else _nothing(run),
+        chart.chart_html(reward, 0) if reward else _nothing(run),
         f"<div class=grid>{drawn}</div>" if drawn else "",
         samples.completions(run),
         f"<h2>How it was run</h2><div class=grid>{how}</div>" if how else "",
         facts.folded(run),
-        f"<footer>grpo-toolkit {text(__version__)}: this file is self-contained</footer>",
+        f"<footer>grpo-toolkit {escape(__version__)}: this file is self-contained</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -57,7 +57,7 @@ def render(run: RunFiles) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{text(run.name)}</title><style>{style}</style></head>\n<body><main>"
+        f"<title>{escape(run.name)}</title><style>{style}</style></head>\n<body><main>"
         + "\n".join(part for part in parts if part)
         + f"</main>\n<script>{script}</script></body></html>\n"
     )

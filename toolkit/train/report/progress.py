@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TextIO
 
-PLAIN_LINES = 40
+LOG_FILE_LINES = 40
 """The approximate number of progress lines of a whole run if the output is not a terminal."""
 SMOOTHING = 0.8
 
 
-def rewrites(stream: TextIO) -> bool:
+def can_overwrite_lines(stream: TextIO) -> bool:
     """Whether a line on ``stream`` can be overwritten.
 
     This is True only for a terminal that supports control characters. A terminal does not support
@@ -40,8 +40,8 @@ class Progress:
 
     def __init__(self, stream: TextIO, total: int, every: int | None = None) -> None:
         self.stream, self.total = stream, max(1, total)
-        self.every = max(1, every or -(-self.total // PLAIN_LINES))
-        self.live = rewrites(stream)
+        self.every = max(1, every or -(-self.total // LOG_FILE_LINES))
+        self.live = can_overwrite_lines(stream)
         self._step_s: float | None = None
         self._open = False
 
@@ -84,10 +84,11 @@ def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, le
     width = len(str(total))
     parts = [
         f"step {row['step']:>{width}}/{total}",
-        f"reward {number(row.get('reward'), '6.3f')} ± {number(row.get('reward_std'), '5.3f')}",
-        f"loss {number(row.get('loss'), '8.4f')}",
-        f"kl {number(row.get('kl'), '7.4f')}",
-        f"length {number(row.get('completion_length'), '6.1f')}",
+        f"reward {format_number(row.get('reward'), '6.3f')} "
+        f"± {format_number(row.get('reward_std'), '5.3f')}",
+        f"loss {format_number(row.get('loss'), '8.4f')}",
+        f"kl {format_number(row.get('kl'), '7.4f')}",
+        f"length {format_number(row.get('completion_length'), '6.1f')}",
         f"{timings['tokens_per_s']:>7.0f} tok/s",
         f"{format_duration(max(0.0, left_s))} left",
     ]
@@ -101,12 +102,12 @@ def step_line(row: Mapping[str, Any], timings: Mapping[str, Any], total: int, le
 
 def evaluation_line(row: Mapping[str, Any]) -> str:
     """The line for an evaluation during training."""
-    reward = number(row.get("eval/reward"), ".3f").strip()
-    length = number(row.get("eval/completion_length"), ".1f").strip()
+    reward = format_number(row.get("eval/reward"), ".3f").strip()
+    length = format_number(row.get("eval/completion_length"), ".1f").strip()
     return f"evaluation at step {row['step']}: reward {reward}, length {length}"
 
 
-def number(value: Any, form: str) -> str:
+def format_number(value: Any, form: str) -> str:
     """Format ``value`` with the format specification ``form``, for example ``8.4f``. If ``value``
     is not a number, return a dash of the same width.
     """

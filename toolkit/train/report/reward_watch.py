@@ -6,9 +6,9 @@ GRPO learns from the differences of rewards within a group. Without differences,
 is the number of consecutive steps without a signal.
 
 There are two warnings, and each is printed at most once. The first warning is printed after a step
-in which no completion got a reward. The second warning is printed after ``LIMIT`` consecutive steps
-without a signal. It is also printed at the end of a run in which no step had a signal, if no
-warning was printed before.
+in which no completion got a reward. The second warning is printed after
+``MAX_STEPS_WITHOUT_SIGNAL`` consecutive steps without a signal. It is also printed at the end of a
+run in which no step had a signal, if no warning was printed before.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-COUNT = "steps_without_signal"
-LIMIT = 20
+COUNT_METRIC = "steps_without_signal"
+MAX_STEPS_WITHOUT_SIGNAL = 20
 _TAIL_BYTES = 1 << 16
 _MOST_STEPS = 1 << 40
 
@@ -52,18 +52,18 @@ class RewardWatch:
         self.count = self.count + 1 if unscored or flat else 0
         self.last, self.any_signal = row, self.any_signal or not self.count
         if self.count:
-            row[COUNT] = self.count
+            row[COUNT_METRIC] = self.count
         if unscored:
-            self._once("unscored", unscored_text(row))
-        elif self.count >= LIMIT:
-            self._once("flat", flat_text(row, self.count))
+            self._once("unscored", unscored_warning(row))
+        elif self.count >= MAX_STEPS_WITHOUT_SIGNAL:
+            self._once("flat", equal_rewards_warning(row, self.count))
 
     def end(self) -> None:
         """At the end of training, print a warning if no step had a training signal and no warning
         was printed before.
         """
         if self.count and not self.any_signal and not self.said:
-            self._once("flat", flat_text(self.last, self.count))
+            self._once("flat", equal_rewards_warning(self.last, self.count))
 
     def _once(self, kind: str, text: str) -> None:
         if kind not in self.said:
@@ -71,7 +71,7 @@ class RewardWatch:
             self.say(text)
 
 
-def unscored_text(row: Mapping[str, Any]) -> str:
+def unscored_warning(row: Mapping[str, Any]) -> str:
     """The warning for a step in which no completion has a reward."""
     return (
         f"warning: step {row['step']}: every reward is None or NaN, so the model learns nothing "
@@ -81,7 +81,7 @@ def unscored_text(row: Mapping[str, Any]) -> str:
     )
 
 
-def flat_text(row: Mapping[str, Any], count: int) -> str:
+def equal_rewards_warning(row: Mapping[str, Any], count: int) -> str:
     """The warning for ``count`` consecutive steps in which all rewards of each group were equal."""
     facts = [f"reward {_shown(row.get('reward'))} on average"]
     if row.get("completions/clipped_ratio") is not None:
@@ -118,6 +118,6 @@ def _last_count(path: Path) -> int:
         except ValueError:
             continue
         if isinstance(row, dict) and "loss" in row and "reward" in row:
-            count = row.get(COUNT, 0)
+            count = row.get(COUNT_METRIC, 0)
             return count if isinstance(count, int) and 0 <= count < _MOST_STEPS else 0
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.report.log_files import number, section
-from toolkit.train.report.markup import shortened, text
-from toolkit.train.report.scale import mean, show
+from toolkit.train.report.log_files import finite_number, section
+from toolkit.train.report.markup import escape, escape_start
+from toolkit.train.report.scale import mean, short_number
 
 if TYPE_CHECKING:
     from toolkit.train.report.log_files import RunFiles
@@ -31,10 +31,10 @@ def _step(step: int, rows: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append(row)
-    average = show(mean([number(row.get("reward")) for row in rows]))
+    average = short_number(mean([finite_number(row.get("reward")) for row in rows]))
     chosen = sorted(groups.values(), key=lambda group: -_spread(group))[:MAX_PROMPTS]
     body = "".join(_group(group) for group in chosen)
-    head = f"<h3>Step {step}<small>mean reward {text(average)}</small></h3>"
+    head = f"<h3>Step {step}<small>mean reward {escape(average)}</small></h3>"
     return f"<section class='card sample'>{head}{body}</section>"
 
 
@@ -43,13 +43,13 @@ def _spread(group: list[dict[str, Any]]) -> float:
 
     Groups with a large difference are shown first, because the model learns most from them.
     """
-    rewards = [number(row.get("reward")) or 0.0 for row in group]
+    rewards = [finite_number(row.get("reward")) or 0.0 for row in group]
     return max(rewards) - min(rewards)
 
 
 def _group(group: list[dict[str, Any]]) -> str:
     same: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(group, key=lambda row: -(number(row.get("reward")) or 0.0)):
+    for row in sorted(group, key=lambda row: -(finite_number(row.get("reward")) or 0.0)):
         same.setdefault(json.dumps(row.get("completion"), sort_keys=True), []).append(row)
     shown = list(same.values())
     if len(shown) > MAX_COMPLETIONS:  # the best, and the worst for contrast
@@ -59,15 +59,18 @@ def _group(group: list[dict[str, Any]]) -> str:
 
 
 def _completion(row: dict[str, Any], count: int) -> str:
-    reward, advantage = number(row.get("reward")), number(row.get("advantage"))
+    reward, advantage = finite_number(row.get("reward")), finite_number(row.get("advantage"))
     kind = "none" if advantage is None or advantage == 0 else "up" if advantage > 0 else "down"
-    chips = [f"advantage {show(advantage)}"] if advantage is not None else []
-    chips += [f"{name} {show(number(value))}" for name, value in section(row, "rewards").items()]
+    chips = [f"advantage {short_number(advantage)}"] if advantage is not None else []
+    chips += [
+        f"{name} {short_number(finite_number(value))}"
+        for name, value in section(row, "rewards").items()
+    ]
     chips += [f"{count} times"] if count > 1 else []
-    head = "".join(f"<span>{text(chip)}</span>" for chip in chips)
+    head = "".join(f"<span>{escape(chip)}</span>" for chip in chips)
     return (
-        f"<div class='completion {kind}'><p class=chips><b>{text(show(reward))}</b>{head}</p>"
-        f"<pre>{_said(row.get('completion'))}</pre></div>"
+        f"<div class='completion {kind}'><p class=chips><b>{escape(short_number(reward))}</b>"
+        f"{head}</p><pre>{_said(row.get('completion'))}</pre></div>"
     )
 
 
@@ -75,11 +78,11 @@ def _said(value: Any) -> str:
     """The HTML of a text, or of the messages of a chat with their roles."""
     if not isinstance(value, list):
         shown = value if isinstance(value, str) else "" if value is None else json.dumps(value)
-        return shortened(shown, MAX_CHARACTERS) or "<i class=more>empty</i>"
+        return escape_start(shown, MAX_CHARACTERS) or "<i class=more>empty</i>"
     messages = [message for message in value if isinstance(message, dict)]
     if len(messages) == 1 and messages[0].get("role") == "assistant":
         return _said(messages[0].get("content"))
     return "".join(
-        f"<i class=role>{text(message.get('role'))}</i>{_said(message.get('content'))}\n"
+        f"<i class=role>{escape(message.get('role'))}</i>{_said(message.get('content'))}\n"
         for message in messages
     )

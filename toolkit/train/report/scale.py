@@ -15,7 +15,7 @@ Values = list[float | None]
 MAX_POINTS = 400
 
 
-def thin(
+def reduce_points(
     xs: Sequence[float], columns: Sequence[Sequence[float | None]]
 ) -> tuple[list[float], list[Values]]:
     """Reduce the number of points of each line to at most MAX_POINTS. ``columns`` has the values of
@@ -52,7 +52,7 @@ def _median(values: Sequence[float | None]) -> float:
     return median(value for value in values if value is not None)
 
 
-def window_for(count: int) -> int:
+def smoothing_window(count: int) -> int:
     """Return the number of neighbouring points over which a line with ``count`` points is smoothed.
 
     The result is a fifteenth of ``count``. For fewer than 20 points it is 1 (no smoothing).
@@ -66,7 +66,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(there) / len(there) if there else None
 
 
-def limits(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
+def axis_range(values: Sequence[float | None], *, zero: bool = False) -> tuple[float, float]:
     """The range (low, high) of an axis for the values.
 
     The range may exclude a few values that are far from all other values. With ``zero``, the range
@@ -102,7 +102,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
-def show(value: float | None, digits: int = 3) -> str:
+def short_number(value: float | None, digits: int = 3) -> str:
     """A number in short form: 0.713, 12.3k, 4.0M, 1.5e-06."""
     if value is None:
         return "–"  # noqa: RUF001 - a dash for a missing value
@@ -117,10 +117,10 @@ def show(value: float | None, digits: int = 3) -> str:
     return text.replace("-0", "0") if float(text) == 0 else text
 
 
-def labels(values: Sequence[float]) -> list[str]:
+def tick_labels(values: Sequence[float]) -> list[str]:
     """The labels of the ticks, with enough digits to show the equal distances between the ticks."""
     for digits in range(3, 8):
-        shown = [show(value, digits) for value in values]
+        shown = [short_number(value, digits) for value in values]
         rounded = (float(f"{value:.{digits}g}") for value in values)
         if len(set(shown)) == len(shown) and all(map(math.isclose, rounded, values)):
             break

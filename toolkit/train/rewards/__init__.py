@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.config.build import thaw
 from toolkit.config.environments import ADAPTERS
 from toolkit.config.reward_table import metric_names
-from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, GuardedReward, Policy, guard
+from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, ErrorPolicy, GuardedReward, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.openenv import OpenEnv
@@ -49,8 +49,8 @@ def load_rewards(
     Raises ConfigError, or MissingExtraError if math_verify's package is not installed.
     """
     section = config.reward
-    policy = Policy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
-    workers = workers or Workers.of(config.environment.python if config.environment else None)
+    policy = ErrorPolicy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
+    workers = workers or Workers.create(config.environment.python if config.environment else None)
     functions = [_build(wanted, config, columns, workers) for wanted in section.functions]
     names = metric_names([wanted.name for wanted in section.functions])
     return Rewards(
@@ -87,5 +87,5 @@ def _build(
     }
     seed = int(config.grpo.get("seed", 0))  # any constant works if the run file does not set a seed
     if isinstance(here, MathVerify):
-        return RemoteMathVerify(workers.own, request, seed, here)
-    return RemoteReward(workers.environment if scorer else workers.own, request, seed)
+        return RemoteMathVerify(workers.rewards, request, seed, here)
+    return RemoteReward(workers.environment if scorer else workers.rewards, request, seed)

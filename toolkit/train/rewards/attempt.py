@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from toolkit.base.errors import ToolkitError
 from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.checkpointing.stop_signals import StepAbandoned
-from toolkit.train.rewards.returned import Misbehaved, Trouble, checked, raised
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores, failure_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -87,51 +87,55 @@ class Batch(NamedTuple):
             key: [value[index]] if isinstance(value, list) and len(value) == size else value
             for key, value in self.columns.items()
         }
-        columns |= {key: drop for key in ("log_extra", "log_metric") if key in columns}
+        columns |= {key: ignore_log for key in ("log_extra", "log_metric") if key in columns}
         return Batch([self.prompts[index]], [self.completions[index]], columns)
 
 
-def attempt(
+def call_reward(
     function: Callable[..., Any], batch: Batch, seconds: float | None, loop: LoopThread
-) -> list[Score | Trouble]:
+) -> list[Score | Failure]:
     """Call the reward ``function`` with a copy of ``batch``. Return one item per completion: its
-    score, or a ``Trouble`` (the description of an error) if the returned value is invalid.
+    score, or a ``Failure`` (the description of an error) if the returned value is invalid.
 
-    Raises Misbehaved if the whole call fails and there are no scores. ToolkitError is raised
+    Raises UserCodeFailed if the whole call fails and there are no scores. ToolkitError is raised
     unchanged. KeyboardInterrupt and StepAbandoned are also raised unchanged, because they come from
     a signal to the run and not from the reward.
     """
-    copies = {name: copied(value) for name, value in batch.columns.items()}
-    prompts, completions = copied(batch.prompts), copied(batch.completions)
+    copies = {name: copy_containers(value) for name, value in batch.columns.items()}
+    prompts, completions = copy_containers(batch.prompts), copy_containers(batch.completions)
     call = partial(function, prompts=prompts, completions=completions, **copies)
     size = len(batch.completions)
     try:
-        with process_kept():
+        with preserve_process_state():
             if not is_async(function):
-                return call_within(seconds, lambda: checked(call(), size))
+                return call_within(seconds, lambda: check_scores(call(), size))
             ended = loop.call_within(seconds, _awaited(call(), size))
         if isinstance(ended, BaseException):
             raise ended
         return ended
-    except (Misbehaved, ToolkitError):
+    except (UserCodeFailed, ToolkitError):
         raise  # an error of the toolkit itself, for example a missing column
     except OutOfTime as error:
-        raise Misbehaved(Trouble(str(error))) from error
+        raise UserCodeFailed(Failure(str(error))) from error
     except BaseException as error:
         the_runs = _from_the_run(error)
         if the_runs is not None:
             raise the_runs from None
-        raise Misbehaved(raised(error)) from error
+        raise UserCodeFailed(failure_from(error)) from error
 
 
-def copied(value: Any) -> Any:
+def copy_containers(value: Any) -> Any:
     """``value`` with copies of all its lists and dicts, so that a reward cannot change the
     arguments of other rewards.
     """
     if isinstance(value, list):
-        return value[:] if set(map(type, value)) <= _PLAIN else [copied(item) for item in value]
+        return (
+            value[:]
+            if set(map(type, value)) <= _PLAIN
+            else [copy_containers(item) for item in value]
+        )
     if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copy_containers(item) for key, item in value.items()}
     return value
 
 
@@ -146,7 +150,7 @@ def is_async(function: Callable[..., Any]) -> bool:
     )
 
 
-def drop(*_: Any) -> None:
+def ignore_log(*_: Any) -> None:
     """Do nothing. A reward gets this function as ``log_metric`` and ``log_extra`` if the values of
     the reward must not be logged.
     """
@@ -155,7 +159,7 @@ def drop(*_: Any) -> None:
 
 async def _awaited(
     coroutine: Coroutine[Any, Any, Any], size: int
-) -> list[Score | Trouble] | BaseException:
+) -> list[Score | Failure] | BaseException:
     """Await the ``coroutine`` of a reward. Return its checked result, or the exception that it
     raised.
 
@@ -163,7 +167,7 @@ async def _awaited(
     the event loop.
     """
     try:
-        return checked(await coroutine, size)
+        return check_scores(await coroutine, size)
     except BaseException as error:  # noqa: BLE001 - the caller raises it
         return error
 
@@ -183,7 +187,7 @@ def _from_the_run(error: BaseException) -> BaseException | None:
 
 
 @contextmanager
-def process_kept() -> Iterator[None]:
+def preserve_process_state() -> Iterator[None]:
     """After the ``with`` block, restore the umask and the working folder of the process. User code
     in the block may have changed them.
     """

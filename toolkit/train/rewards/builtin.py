@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from toolkit.base.errors import ConfigError
-from toolkit.train.rewards.number_parsing import answer_in, same, to_number
+from toolkit.train.rewards.number_parsing import answer_in, is_same_number, to_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ Score = float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
+class AnswerReward:
     """The base class of rewards that compare each completion with an answer from the dataset.
 
     ``column`` is the name of the column with the answers. With ``tag``, only the text in the last
@@ -91,7 +91,7 @@ class Compared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactMatch(Compared):
+class ExactMatch(AnswerReward):
     """1 if the completion equals the answer after white space is normalised, else 0."""
 
     name: ClassVar[str] = "exact_match"
@@ -105,7 +105,7 @@ class ExactMatch(Compared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NumericMatch(Compared):
+class NumericMatch(AnswerReward):
     """1 if the number in the completion equals the number in the answer, else 0.
 
     The number is the one after ``####``, else the one in ``\\boxed{}``, else the last one in the
@@ -125,7 +125,7 @@ class NumericMatch(Compared):
         if gold is None:
             return None
         guess = answer_in(text)
-        return float(guess is not None and same(guess, gold, self.tolerance))
+        return float(guess is not None and is_same_number(guess, gold, self.tolerance))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from toolkit.base.errors import ConfigError
 from toolkit.config.build import thaw
 from toolkit.config.code import is_allowed
 from toolkit.config.environments import ADAPTERS, task_module
-from toolkit.train.rewards.user import look_beside
+from toolkit.train.rewards.user import make_importable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ class EnvironmentCode(NamedTuple):
     folder: Path
 
     @classmethod
-    def of(cls, request: Mapping[str, Any]) -> EnvironmentCode:
-        """Create an EnvironmentCode from the JSON values that the method ``request`` returned."""
+    def from_request(cls, request: Mapping[str, Any]) -> EnvironmentCode:
+        """Create an EnvironmentCode from the JSON values that ``to_request`` returned."""
         adapter, task, options = request["adapter"], request["task"], request["options"]
         folder = Path(request["folder"])
         return cls(adapter, task, options, tuple(request["allow_code"]), folder)
 
-    def request(self) -> dict[str, Any]:
+    def to_request(self) -> dict[str, Any]:
         """Return the fields of this object as JSON values, to send them to the worker process."""
         named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
         return {**named, "options": thaw(self.options)}
@@ -48,7 +48,7 @@ class EnvironmentCode(NamedTuple):
         Raises:
             ConfigError: runtime.allow_code does not list the module, so it must not be imported.
         """
-        refuse_package(self.adapter, self.allow_code)
+        check_package_allowed(self.adapter, self.allow_code)
         module = task_module(self.adapter, self.task)
         if module is None:
             return
@@ -60,10 +60,10 @@ class EnvironmentCode(NamedTuple):
                 fix=f"if you trust the module, add {module.partition('.')[0]} to "
                 "runtime.allow_code",
             )
-        look_beside(self.folder, self.allow_code)
+        make_importable(self.folder, self.allow_code)
 
 
-def code_of(config: RunConfig) -> EnvironmentCode | None:
+def environment_code_of(config: RunConfig) -> EnvironmentCode | None:
     """The EnvironmentCode of the run. None if the run has no environment."""
     section = config.environment
     if section is None:
@@ -74,7 +74,7 @@ def code_of(config: RunConfig) -> EnvironmentCode | None:
     return EnvironmentCode(section.adapter, section.task, options, allowed, folder)
 
 
-def refuse_package(adapter: str, allow_code: Sequence[str]) -> None:
+def check_package_allowed(adapter: str, allow_code: Sequence[str]) -> None:
     """Raise ConfigError if ``allow_code`` does not list the package of the environment library
     ``adapter``.
     """

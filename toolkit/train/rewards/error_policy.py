@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import append_line, make_folder
 from toolkit.base.secrets import redact
-from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, drop, is_async
-from toolkit.train.rewards.logged import safely_logged, saveable
+from toolkit.train.rewards.attempt import Batch, LoopThread, call_reward, ignore_log, is_async
+from toolkit.train.rewards.logged import to_safe_json, with_safe_log_functions
 from toolkit.train.rewards.remote import RemoteReward
-from toolkit.train.rewards.returned import Misbehaved, Trouble
+from toolkit.train.rewards.returned import Failure, UserCodeFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 BAD_REWARDS_FILE = "bad_rewards.jsonl"
-MAX_SAVED = 200  # saved samples per reward function, so that a broken function cannot fill the disk
+MAX_SAVED_SAMPLES = (
+    200  # saved samples per reward function, so that a broken function cannot fill the disk
+)
 SEARCH_FACTOR = 4  # the search for hanging samples may take this many times timeout_s
 
 
 @dataclass(frozen=True)
-class Policy:
+class ErrorPolicy:
     """The error policy of a run. ``on_error`` and ``timeout_s`` come from the reward section of the
     run file. Failing samples are saved to ``file``.
     """
@@ -53,7 +55,7 @@ class GuardedReward:
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
+        self, name: str, function: Callable[..., Any] | RemoteReward, policy: ErrorPolicy
     ) -> None:
         self.__name__ = redact(name)
         self.function, self.policy = function, policy
@@ -75,7 +77,11 @@ class GuardedReward:
         """
         from transformers import TrainerState  # noqa: PLC0415 - heavy, and only needed here
 
-        passed = {"trainer_state": TrainerState(), "log_extra": drop, "log_metric": drop}
+        passed = {
+            "trainer_state": TrainerState(),
+            "log_extra": ignore_log,
+            "log_metric": ignore_log,
+        }
         return self.scores(Batch(prompts, completions, {**passed, **columns}))
 
     def scores(self, batch: Batch) -> list[Score]:
@@ -83,25 +89,25 @@ class GuardedReward:
 
         With the policy ``none``, the share of failed samples is logged as a metric.
         """
-        batch = batch._replace(columns=safely_logged(batch.columns))
+        batch = batch._replace(columns=with_safe_log_functions(batch.columns))
         try:
             found = self._attempt(batch, self.policy.timeout_s)
-        except Misbehaved as error:
+        except UserCodeFailed as error:
             found = self._one_by_one(batch, error.trouble)
         for index, value in enumerate(found):
-            if isinstance(value, Trouble):
+            if isinstance(value, Failure):
                 self._apply_policy(batch, index, value)
         if self.policy.on_error == "none" and "log_metric" in batch.columns:
-            failed = sum(isinstance(value, Trouble) for value in found)
+            failed = sum(isinstance(value, Failure) for value in found)
             batch.columns["log_metric"](f"rewards/{self.__name__}/failed", failed / len(found))
-        return [None if isinstance(value, Trouble) else value for value in found]
+        return [None if isinstance(value, Failure) else value for value in found]
 
-    def _attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
+    def _attempt(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         if isinstance(self.function, RemoteReward):
             return self.function.attempt(batch, seconds)
-        return attempt(self.function, batch, seconds, self._loop)
+        return call_reward(self.function, batch, seconds, self._loop)
 
-    def _one_by_one(self, batch: Batch, whole: Trouble) -> list[Score | Trouble]:
+    def _one_by_one(self, batch: Batch, whole: Failure) -> list[Score | Failure]:
         """Call the reward with one sample at a time. Return a score or an error per sample.
 
         ``whole`` is the error of the call with the whole batch. If no sample fails alone, every
@@ -112,7 +118,7 @@ class GuardedReward:
         if limit is not None:
             slack = self.function.kill_s if isinstance(self.function, RemoteReward) else 0.0
             deadline = time.monotonic() + (limit + slack) * SEARCH_FACTOR
-        found: list[Score | Trouble] = []
+        found: list[Score | Failure] = []
         for index in range(len(batch.completions)):
             left = deadline - time.monotonic()
             try:
@@ -120,14 +126,14 @@ class GuardedReward:
                     what = (
                         f"was not called, because earlier samples took {SEARCH_FACTOR} x timeout_s"
                     )
-                    raise Misbehaved(Trouble(what))
+                    raise UserCodeFailed(Failure(what))
                 seconds = None if limit is None else min(limit, left)
                 found += self._attempt(batch.only(index), seconds)
-            except Misbehaved as error:
+            except UserCodeFailed as error:
                 found.append(_both(whole, error.trouble))
                 if self.policy.on_error == "fail":
                     break
-        if any(isinstance(value, Trouble) for value in found):
+        if any(isinstance(value, Failure) for value in found):
             return found
         return [
             whole._replace(
@@ -136,7 +142,7 @@ class GuardedReward:
             for _ in found
         ]
 
-    def _apply_policy(self, batch: Batch, index: int, trouble: Trouble) -> None:
+    def _apply_policy(self, batch: Batch, index: int, trouble: Failure) -> None:
         saved = self._save(batch.only(index), index, trouble)
         if self.policy.on_error == "fail":
             size = len(batch.completions)
@@ -148,14 +154,14 @@ class GuardedReward:
                 "the score None",
             )
 
-    def _save(self, sample: Batch, index: int, trouble: Trouble) -> str | None:
+    def _save(self, sample: Batch, index: int, trouble: Failure) -> str | None:
         """Append the sample to the file of failing samples, and return the path of the file.
 
         If the sample could not be saved, return the path and the reason. Return None if the policy
         has no file.
         """
         file = self.policy.file
-        if file is None or self._saved >= MAX_SAVED:
+        if file is None or self._saved >= MAX_SAVED_SAMPLES:
             return str(file) if file else None
         record = {
             "reward": self.__name__,
@@ -169,7 +175,7 @@ class GuardedReward:
         }
         try:
             make_folder(file.parent)
-            append_line(file, json.dumps(saveable(record)))
+            append_line(file, json.dumps(to_safe_json(record)))
         except OSError as error:
             return f"{file} (the sample could not be saved: {error.strerror})"
         self._saved += 1
@@ -188,7 +194,9 @@ class AsyncGuardedReward(GuardedReward):
         return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
 
 
-def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy) -> GuardedReward:
+def guard(
+    name: str, function: Callable[..., Any] | RemoteReward, policy: ErrorPolicy
+) -> GuardedReward:
     """Return a reward that applies ``policy`` to the errors of ``function``. The returned reward is
     async if ``function`` is async.
     """
@@ -197,7 +205,7 @@ def guard(name: str, function: Callable[..., Any] | RemoteReward, policy: Policy
     return kind(name, function, policy)
 
 
-def _both(whole: Trouble, alone: Trouble) -> Trouble:
+def _both(whole: Failure, alone: Failure) -> Failure:
     """Return the error to report for a sample. ``alone`` is the error of the call with this sample.
     ``whole`` is the error of the call with the whole batch.
 

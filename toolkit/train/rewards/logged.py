@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import REDACTED, is_secret_key, redact
 from toolkit.train.metric_names import refuse_run_metric
-from toolkit.train.rewards.returned import short
+from toolkit.train.rewards.returned import short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LONGEST_TEXT = 10_000  # the maximum number of characters of a text
-LONGEST_NAME = 200  # the maximum number of characters of a name
-DEEPEST = 64  # the maximum number of levels of lists and objects in a value of log_extra
-MOST_ITEMS = 10_000  # the maximum number of texts and numbers in one saved value
+MAX_TEXT_CHARACTERS = 10_000  # the maximum number of characters of a text
+MAX_NAME_CHARACTERS = 200  # the maximum number of characters of a name
+MAX_DEPTH = 64  # the maximum number of levels of lists and objects in a value of log_extra
+MAX_ITEMS = 10_000  # the maximum number of texts and numbers in one saved value
 # The number of characters after the limit that are searched for secrets too, because a secret may
 # begin before the limit and end after it.
 _BEYOND = 4096
 
 
-def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
+def with_safe_log_functions(columns: dict[str, Any]) -> dict[str, Any]:
     """Return ``columns`` with safe functions ``log_metric`` and ``log_extra``. These functions
     remove secrets from texts and limit the length of texts.
     """
     wrapped = dict(columns)
     kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
-        ("log_metric", number, metric_name),
+        ("log_metric", metric_value, metric_name),
         ("log_extra", _texts, str),
     )
     for name, values, named in kinds:
@@ -41,7 +41,7 @@ def safely_logged(columns: dict[str, Any]) -> dict[str, Any]:
     return wrapped
 
 
-def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+def shortened(text: str, longest: int = MAX_TEXT_CHARACTERS) -> str:
     """The first ``longest`` characters of ``text``, without secrets and lone surrogates.
 
     A note with the full length is added to a text that is shortened.
@@ -57,11 +57,11 @@ def _whole(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def saveable(value: Any) -> Any:
+def to_safe_json(value: Any) -> Any:
     """Convert ``value`` to values that strict JSON allows. Secrets are removed. The length of texts
     and the number of items are limited.
     """
-    return _saveable(value, [MOST_ITEMS])
+    return _saveable(value, [MAX_ITEMS])
 
 
 def _saveable(value: Any, left: list[int]) -> Any:
@@ -76,7 +76,7 @@ def _saveable(value: Any, left: list[int]) -> Any:
         return shortened(value)
     if isinstance(value, dict):
         return {
-            shortened(str(key), LONGEST_NAME): REDACTED
+            shortened(str(key), MAX_NAME_CHARACTERS): REDACTED
             if isinstance(key, str) and is_secret_key(key) and isinstance(item, str) and item
             else _saveable(item, left)
             for key, item in list(value.items())[: max(0, left[0]) + 1]
@@ -84,7 +84,7 @@ def _saveable(value: Any, left: list[int]) -> Any:
     if isinstance(value, list | tuple):
         return [_saveable(item, left) for item in value[: max(0, left[0]) + 1]]
     return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(
-        found := short(value), redact(found)
+        found := short_repr(value), redact(found)
     )
 
 
@@ -92,7 +92,7 @@ def _wrapped(
     log: Callable[..., Any], values: Callable[[Any], Any], named: Callable[[Any], str]
 ) -> Callable[[str, Any], None]:
     def call(name: str, value: Any) -> None:
-        log(shortened(named(name), LONGEST_NAME), values(value))
+        log(shortened(named(name), MAX_NAME_CHARACTERS), values(value))
 
     return call
 
@@ -104,7 +104,7 @@ def metric_name(name: Any) -> str:
     return text
 
 
-def number(value: Any) -> float:
+def metric_value(value: Any) -> float:
     """The value of a metric as a float. Raises TypeError if the value is not a number, because the
     trainer computes the mean of a metric.
     """
@@ -117,17 +117,17 @@ def number(value: Any) -> float:
         raise TypeError("log_metric needs a number that is in the range of a float") from None
 
 
-def extra(value: Any) -> list[Any] | tuple[Any, ...]:
+def extra_values(value: Any) -> list[Any] | tuple[Any, ...]:
     """The values that a reward passed to ``log_extra``, as a list or tuple for completions.jsonl.
 
     Raises TypeError if ``value`` is not a list, tuple, array or tensor. Raises ValueError if an
-    item is nested deeper than ``DEEPEST`` levels.
+    item is nested deeper than ``MAX_DEPTH`` levels.
     """
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
         kind = type(value).__name__
         raise TypeError(f"log_extra needs a list with a value for each completion, not a {kind}")
-    _refuse_deep(items, DEEPEST)
+    _refuse_deep(items, MAX_DEPTH)
     return items
 
 
@@ -135,7 +135,7 @@ def _refuse_deep(value: Any, left: int) -> None:
     if not isinstance(value, dict | list | tuple):
         return
     if left < 0:
-        raise ValueError(f"log_extra: a value is nested deeper than {DEEPEST} levels")
+        raise ValueError(f"log_extra: a value is nested deeper than {MAX_DEPTH} levels")
     for item in value.values() if isinstance(value, dict) else value:
         _refuse_deep(item, left - 1)
 
@@ -144,4 +144,4 @@ def _texts(value: Any) -> list[Any]:
     """The values that a reward passed to ``log_extra``, with shortened texts. Other values are
     unchanged.
     """
-    return [shortened(item) if isinstance(item, str) else item for item in extra(value)]
+    return [shortened(item) if isinstance(item, str) else item for item in extra_values(value)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base import did_you_mean
 from toolkit.base.errors import ConfigError
 from toolkit.train.rewards.builtin import (
-    Compared,
+    AnswerReward,
     ExactMatch,
     Format,
     LengthPenalty,
@@ -22,7 +22,7 @@ from toolkit.train.rewards.builtin import (
 from toolkit.train.rewards.environment_code import EnvironmentCode
 from toolkit.train.rewards.mathverify import MathVerify
 from toolkit.train.rewards.openenv import OpenEnv
-from toolkit.train.rewards.reasoning_gym import COLUMN, ReasoningGym
+from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN, ReasoningGym
 from toolkit.train.rewards.user import load_function, missing_columns
 from toolkit.train.rewards.verifiers_tasks import Verifiers
 
@@ -45,7 +45,7 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 }
 
 
-def build(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
+def create_builtin(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
     """Create the built-in reward ``name``, which is the class ``kind``, with ``options``.
 
     Raises ConfigError for an unknown option, a missing option or a value of the wrong type.
@@ -90,7 +90,7 @@ BUILTINS: dict[str, type[Any]] = {
         OpenEnv,
     )
 }
-SCORERS = (ReasoningGym, Verifiers, OpenEnv)
+ENVIRONMENT_REWARDS = (ReasoningGym, Verifiers, OpenEnv)
 """The rewards that score the problems of an environment."""
 
 
@@ -109,13 +109,13 @@ def make_function(
     options = dict(wanted.options)
     there = None if columns is None else {*columns} - {"prompt"}
     if ":" not in wanted.name:
-        reward: Callable[..., Any] = build(wanted.name, _kind(wanted.name), options)
-        if there is not None and isinstance(reward, Compared) and reward.column not in there:
+        reward: Callable[..., Any] = create_builtin(wanted.name, _kind(wanted.name), options)
+        if there is not None and isinstance(reward, AnswerReward) and reward.column not in there:
             raise _no_column(wanted.name, [reward.column], there)
-        if isinstance(reward, SCORERS):
+        if isinstance(reward, ENVIRONMENT_REWARDS):
             EnvironmentCode(wanted.name, reward.task, {}, tuple(allow_code), folder).prepare()
-            if there is not None and COLUMN not in there:
-                raise _no_column(wanted.name, [COLUMN], there)
+            if there is not None and PROBLEM_COLUMN not in there:
+                raise _no_column(wanted.name, [PROBLEM_COLUMN], there)
         return reward
     function = load_function(wanted.name, allow_code, folder)
     if there is not None:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from toolkit.base.errors import MissingExtraError
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.rewards.builtin import Compared, Score
+from toolkit.train.rewards.builtin import AnswerReward, Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class MathVerify(Compared):
+class MathVerify(AnswerReward):
     """1 if Math-Verify finds the completion equal to the answer (LaTeX, sets, intervals, ...), else
     0.
 

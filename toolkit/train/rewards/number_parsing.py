@@ -89,7 +89,7 @@ def to_number(value: Any) -> Number | None:
     return answer_in(value if isinstance(value, str) else repr(value))
 
 
-def same(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
+def is_same_number(guess: Number, gold: Number, tolerance: float | None = None) -> bool:
     """Whether two numbers are equal.
 
     If only one of the two numbers has a percent sign, its value may be read with or without the

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.base.time_limits import call_within
-from toolkit.train.rewards.reasoning_gym import COLUMN
-from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
-from toolkit.train.rewards.tool_calls import Refused, as_text, guarded
+from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
+from toolkit.train.rewards.tool_calls import InvalidToolCall, as_text, run_user_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
     from toolkit.train.rewards.environment_code import EnvironmentCode
 
-SUPPORTED = (
+SUPPORTED_TASKS_FIX = (
     "set environment.task to `module:Class`, a subclass of Environment. The argument of its method "
     "step must have the type hint of an Action class whose fields have plain types"
 )
@@ -37,7 +37,9 @@ _OF_THE_PROTOCOL = ("metadata", "done", "reward")
 _MOST_LIVE = 4096
 
 
-def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list[dict[str, Any]]:
+def generate_rows(
+    task: str, options: Mapping[str, Any], *, seed: int, size: int
+) -> list[dict[str, Any]]:
     """Return ``size`` rows ``{prompt, problem}`` of a data set. There is one row for each seed from
     ``seed`` to ``seed + size - 1``.
 
@@ -45,15 +47,15 @@ def rows(task: str, options: Mapping[str, Any], *, seed: int, size: int) -> list
         ConfigError: the Environment class ``task`` does not exist, or cannot be used.
         MissingExtraError: the package openenv is not installed.
     """
-    game = Game(task, options)
+    game = EnvironmentType(task, options)
     made = []
     for one in range(seed, seed + size):
         prompt = text_of_observation(game.reset(game.make(), one % 2**32))
-        made.append({"prompt": prompt, COLUMN: json.dumps({"seed": one % 2**32})})
+        made.append({"prompt": prompt, PROBLEM_COLUMN: json.dumps({"seed": one % 2**32})})
     return made
 
 
-class Game:
+class EnvironmentType:
     """An Environment class and its Action class."""
 
     def __init__(self, task: str, options: Mapping[str, Any]) -> None:
@@ -76,13 +78,13 @@ class Game:
 
     def step(self, environment: Any, arguments: Mapping[str, Any]) -> Any:
         """Run the action with ``arguments`` in ``environment``, and return the next observation.
-        Raises Refused if the arguments are not valid for the Action class.
+        Raises InvalidToolCall if the arguments are not valid for the Action class.
         """
         try:
             action = self.action.model_validate(dict(arguments))
         except ValueError as error:
             said = "; ".join(line.strip() for line in str(error).split("\n")[1:3])
-            raise Refused(f"wrong arguments: {said}") from None
+            raise InvalidToolCall(f"wrong arguments: {said}") from None
         return environment.step(action)
 
 
@@ -103,7 +105,7 @@ class Episodes:
     def __init__(self, code: EnvironmentCode) -> None:
         """Load the Environment class of ``code``. Raises ConfigError."""
         code.prepare()
-        self._game = Game(code.task, code.options)
+        self._game = EnvironmentType(code.task, code.options)
         self.schema = self._game.schema
         self._live: dict[int, _Live] = {}
 
@@ -112,17 +114,17 @@ class Episodes:
         of the next observation. If ``arguments`` is None, return these values of the first
         observation.
 
-        Raises Refused for invalid arguments, or Misbehaved if the environment failed.
+        Raises InvalidToolCall for invalid arguments, or UserCodeFailed if the environment failed.
         """
 
         def call() -> dict[str, Any]:
             seen = call_within(request["seconds"], lambda: self._advance(request))
-            (reward,) = checked([0.0 if seen.reward is None else seen.reward], 1)
-            if isinstance(reward, Trouble):
-                raise Misbehaved(reward)
+            (reward,) = check_scores([0.0 if seen.reward is None else seen.reward], 1)
+            if isinstance(reward, Failure):
+                raise UserCodeFailed(reward)
             return {"text": text_of_observation(seen), "reward": reward, "done": bool(seen.done)}
 
-        found: dict[str, Any] = guarded(call)
+        found: dict[str, Any] = run_user_code(call)
         return found
 
     def _advance(self, request: Mapping[str, Any]) -> Any:
@@ -206,7 +208,7 @@ def _environment_class(task: str) -> Any:
         raise ConfigError(
             f"{task} is not a subclass of OpenEnv's Environment",
             where="environment.task",
-            fix=SUPPORTED,
+            fix=SUPPORTED_TASKS_FIX,
         )
     return kind
 
@@ -224,7 +226,7 @@ def _action_class(task: str, kind: Any) -> Any:
             f"the method {task}.step must have the type hint of an Action class for its argument "
             "action, and this class must have fields of its own",
             where="environment.task",
-            fix=SUPPORTED,
+            fix=SUPPORTED_TASKS_FIX,
         )
     return found
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import openenv, reasoning_gym, verifiers_tasks
-from toolkit.train.rewards.returned import Misbehaved, Trouble
-from toolkit.train.rewards.tool_calls import guarded
-from toolkit.train.rewards.worker_process import Died
+from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.tool_calls import run_user_code
+from toolkit.train.rewards.worker_process import WorkerFailed
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.environment_code import EnvironmentCode
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
+def generate_problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> list[Row]:
     """Return up to ``size`` rows ``{prompt, problem}``. The rows also have ``answer`` if the
     environment has answers.
 
@@ -33,38 +33,40 @@ def problems(code: EnvironmentCode, seed: int, size: int, start: int = 0) -> lis
     """
     code.prepare()
     if code.adapter == "reasoning_gym":
-        return reasoning_gym.problems(code.task, code.options, seed=seed, size=size)
+        return reasoning_gym.generate_rows(code.task, code.options, seed=seed, size=size)
     if code.adapter == "verifiers":
-        return verifiers_tasks.rows(code.task, code.options, seed=seed, size=size, start=start)
-    return openenv.rows(code.task, code.options, seed=seed, size=size)
+        return verifiers_tasks.generate_rows(
+            code.task, code.options, seed=seed, size=size, start=start
+        )
+    return openenv.generate_rows(code.task, code.options, seed=seed, size=size)
 
 
-def made(
+def request_problems(
     code: EnvironmentCode,
     worker: WorkerProcess | None,
     seconds: float | None,
     **which: int,
 ) -> list[Row]:
-    """Return the rows of ``problems(code, **which)``. The call runs in the process ``worker``, with
-    the time limit ``seconds``.
+    """Return the rows of ``generate_problems(code, **which)``. The call runs in the process
+    ``worker``, with the time limit ``seconds``.
 
     If ``worker`` is None, the call runs in this process and has no time limit.
 
     Raises:
-        ConfigError: ``problems`` raised a ConfigError, or the environment failed, took too long or
-            ended its process.
+        ConfigError: ``generate_problems`` raised a ConfigError, or the environment failed, took too
+            long or ended its process.
     """
     try:
         if worker is None:
-            rows: list[Row] = guarded(lambda: problems(code, **which))
+            rows: list[Row] = run_user_code(lambda: generate_problems(code, **which))
             return rows
-        reply = worker.call({**code.request(), **which, "do": "problems"}, seconds)
+        reply = worker.call({**code.to_request(), **which, "do": "problems"}, seconds)
         if "misbehaved" in reply:
-            raise Misbehaved(Trouble(*reply["misbehaved"]))
+            raise UserCodeFailed(Failure(*reply["misbehaved"]))
         return list(reply["rows"])
-    except Misbehaved as error:
+    except UserCodeFailed as error:
         what = error.trouble.what
-    except (OutOfTime, Died) as error:
+    except (OutOfTime, WorkerFailed) as error:
         what = str(error)
     raise ConfigError(
         f"the environment {code.adapter}:{code.task} {what} while it generated its problems",

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from toolkit.train.rewards.builtin import Score
 
-COLUMN = "problem"
+PROBLEM_COLUMN = "problem"
 """The column that identifies the problem of a row: JSON with its seed, index and size."""
 _LATEST = 8  # the number of data sets (one per split) that stay in memory for scoring
 
 
-def problems(
+def generate_rows(
     task: str, settings: Mapping[str, Any], *, seed: int, size: int
 ) -> list[dict[str, Any]]:
     """Return ``size`` problems of a task, as rows ``{prompt, answer, problem}`` of a data set.
@@ -38,7 +38,9 @@ def problems(
     for index in range(size):
         entry = made[index]
         which = json.dumps({"seed": seed, "index": index, "size": size})
-        rows.append({"prompt": entry["question"], "answer": str(entry["answer"]), COLUMN: which})
+        rows.append(
+            {"prompt": entry["question"], "answer": str(entry["answer"]), PROBLEM_COLUMN: which}
+        )
     return rows
 
 
@@ -61,7 +63,7 @@ class ReasoningGym:
         settings = json.dumps(thaw(self.settings or {}), sort_keys=True)
         return [
             self._score(text_of(completion), json.loads(which), settings)
-            for completion, which in zip(completions, columns[COLUMN], strict=True)
+            for completion, which in zip(completions, columns[PROBLEM_COLUMN], strict=True)
         ]
 
     def _score(self, text: str, which: dict[str, int], settings: str) -> float:

@@ -10,16 +10,16 @@ from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch
-from toolkit.train.rewards.replies import is_trouble
-from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
-from toolkit.train.rewards.worker_process import INVALID, Died, WorkerProcess
+from toolkit.train.rewards.replies import is_failure
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
+from toolkit.train.rewards.worker_process import INVALID_REPLY, WorkerFailed, WorkerProcess
 
 if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
     from toolkit.train.rewards.mathverify import MathVerify
 
-LOGS = ("log_metric", "log_extra")
-FIX = "set `reward.isolate: false` to call the reward in the training process"
+LOG_FUNCTIONS = ("log_metric", "log_extra")
+NO_ISOLATION_FIX = "set `reward.isolate: false` to call the reward in the training process"
 
 
 class RemoteReward:
@@ -37,35 +37,37 @@ class RemoteReward:
         self._seed = f"{seed} {self._name}"
         try:
             made = worker.load(request)
-        except Died as error:
+        except WorkerFailed as error:
             raise ConfigError(
-                f"reward {self._name} {error} while its module was imported", fix=FIX
+                f"reward {self._name} {error} while its module was imported", fix=NO_ISOLATION_FIX
             ) from error
         except TypeError as error:
             raise ConfigError(
                 f"reward {self._name}: an option has a value that cannot be sent to the worker "
                 f"process (type {error})",
-                fix=FIX,
+                fix=NO_ISOLATION_FIX,
             ) from error
         if "function" not in made:
             what = made["misbehaved"][0]
             raise ConfigError(f"reward {self._name} {what} while its module was imported")
         self._function, self.is_async = made["function"], bool(made["is_async"])
 
-    def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
+    def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         """Call the reward in the worker process. Return one item per completion: its score, or a
-        Trouble. Raises Misbehaved and ToolkitError, as ``attempt.attempt`` does.
+        Failure. Raises UserCodeFailed and ToolkitError, as ``attempt.call_reward`` does.
         """
         try:
             return self._ask(batch, seconds)
         except OutOfTime:
-            raise Misbehaved(Trouble(f"took longer than {seconds:g} s")) from None
-        except Died as error:
-            raise Misbehaved(Trouble(str(error))) from error
+            raise UserCodeFailed(Failure(f"took longer than {seconds:g} s")) from None
+        except WorkerFailed as error:
+            raise UserCodeFailed(Failure(str(error))) from error
 
-    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
+    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         state = batch.columns.get("trainer_state")
-        columns = {k: v for k, v in batch.columns.items() if k not in (*LOGS, "trainer_state")}
+        columns = {
+            k: v for k, v in batch.columns.items() if k not in (*LOG_FUNCTIONS, "trainer_state")
+        }
         with suppress(KeyError, TypeError, OverflowError):
             columns["completion_ids"] = wire.TokenIds(columns["completion_ids"])
         request = {
@@ -76,7 +78,7 @@ class RemoteReward:
             "completions": batch.completions,
             "columns": columns,
             "state": None if state is None else _fields(state),
-            "logs": [name for name in LOGS if name in batch.columns],
+            "logs": [name for name in LOG_FUNCTIONS if name in batch.columns],
         }
         try:
             reply = self._worker.call(request, None if seconds is None else seconds + self.kill_s)
@@ -87,7 +89,7 @@ class RemoteReward:
         try:
             return _read(reply, batch)
         except (KeyError, TypeError, ValueError) as error:
-            raise Misbehaved(Trouble(INVALID)) from error
+            raise UserCodeFailed(Failure(INVALID_REPLY)) from error
 
     def _cannot_travel(self, batch: Batch, error: Exception) -> ConfigError:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}
@@ -95,7 +97,7 @@ class RemoteReward:
         return ConfigError(
             f"reward {self._name}: the column {bad} has a value that cannot be sent to the worker "
             f"process ({error})",
-            fix=FIX,
+            fix=NO_ISOLATION_FIX,
         )
 
 
@@ -112,11 +114,11 @@ class RemoteMathVerify(RemoteReward):
         super().__init__(worker, request, seed)
         self._like = like
 
-    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Trouble]:
+    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         deadline = None if seconds is None else time.monotonic() + seconds
         kept = {k: v for k, v in batch.columns.items() if k == self._like.column}
         batch = Batch(batch.prompts, batch.completions, kept)
-        found: list[Score | Trouble] = []
+        found: list[Score | Failure] = []
         for index in range(len(batch.completions)):
             if deadline is not None and time.monotonic() > deadline:
                 raise OutOfTime
@@ -124,33 +126,33 @@ class RemoteMathVerify(RemoteReward):
                 found += super()._ask(batch.only(index), self._like.seconds_each)
             except OutOfTime:
                 found.append(0.0)
-            except Misbehaved as error:
+            except UserCodeFailed as error:
                 found.append(error.trouble)
         return found
 
 
-def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Trouble]:
+def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Failure]:
     """Return the scores in ``reply``, and log the values that the reward logged. Raises TypeError
     or ValueError if the reply is invalid.
     """
     for name, key, value in reply.get("logged", ()):
-        if name not in LOGS or name not in batch.columns or not isinstance(key, str):
+        if name not in LOG_FUNCTIONS or name not in batch.columns or not isinstance(key, str):
             raise ValueError
         batch.columns[name](key, value)
     if "misbehaved" in reply:
-        raise Misbehaved(Trouble(*reply["misbehaved"]))
+        raise UserCodeFailed(Failure(*reply["misbehaved"]))
     found = [_score(value) for value in reply["found"]]
     if len(found) != len(batch.completions):
         raise ValueError
     return found
 
 
-def _score(value: Any) -> Score | Trouble:
+def _score(value: Any) -> Score | Failure:
     if not isinstance(value, list):
-        return checked([value], 1)[0]
-    if not is_trouble(value):
+        return check_scores([value], 1)[0]
+    if not is_failure(value):
         raise ValueError
-    return Trouble(*value)
+    return Failure(*value)
 
 
 def _fields(state: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
     if "error" in reply:
         return _texts(reply["error"], 2, _ERROR_PARTS) and len(reply["error"]) == _ERROR_PARTS
     if "misbehaved" in reply:
-        return is_trouble(reply["misbehaved"])
+        return is_failure(reply["misbehaved"])
     if "refused" in reply:
         return isinstance(reply["refused"], str)
     kind = request["do"]
@@ -45,8 +45,8 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
     return isinstance(reply.get("found"), list)
 
 
-def is_trouble(value: Any) -> bool:
-    """Whether ``value`` is a list of the fields of a ``Trouble`` (the description of an error)."""
+def is_failure(value: Any) -> bool:
+    """Whether ``value`` is a list of the fields of a ``Failure`` (the description of an error)."""
     return _texts(value, 1, _TROUBLE_PARTS)
 
 

@@ -24,7 +24,7 @@ _LONGEST_NAME = 200
 _LONGEST_TRACEBACK = 10_000
 
 
-class Trouble(NamedTuple):
+class Failure(NamedTuple):
     """The description of an error of a reward.
 
     ``what`` completes the sentence "reward NAME ...". ``returned`` is the repr of the value that
@@ -37,29 +37,29 @@ class Trouble(NamedTuple):
     traceback: str | None = None
 
 
-class Misbehaved(Exception):
+class UserCodeFailed(Exception):
     """Raised if a call of a reward (or of a tool or an environment) failed as a whole."""
 
-    def __init__(self, trouble: Trouble) -> None:
+    def __init__(self, trouble: Failure) -> None:
         super().__init__(trouble.what)
         self.trouble = trouble
 
 
-def checked(returned: Any, size: int) -> list[Score | Trouble]:
+def check_scores(returned: Any, size: int) -> list[Score | Failure]:
     """Check the value that a reward returned for ``size`` completions.
 
-    The result has one item per completion: a finite float, None, or a Trouble for an invalid value.
-    ``returned`` may be a list, a tuple, an array or a tensor. Raises Misbehaved for any other type,
-    or if the length is not ``size``.
+    The result has one item per completion: a finite float, None, or a Failure for an invalid value.
+    ``returned`` may be a list, a tuple, an array or a tensor. Raises UserCodeFailed for any other
+    type, or if the length is not ``size``.
     """
     values = _listed(returned)
     if values is None:
         _close(returned)
         what = f"returned {_article(_kind(returned))}, not a list of rewards"
-        raise Misbehaved(Trouble(what, short(returned)))
+        raise UserCodeFailed(Failure(what, short_repr(returned)))
     if len(values) != size:
         what = f"returned {plural(len(values), 'reward')} for {plural(size, 'completion')}"
-        raise Misbehaved(Trouble(what, short(returned)))
+        raise UserCodeFailed(Failure(what, short_repr(returned)))
     return [_one(value) for value in values]
 
 
@@ -74,8 +74,11 @@ def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
         if hasattr(values, "tolist"):
             values = values.tolist()
     except Exception as error:
-        what = f"returned {_article(_kind(returned))} whose values cannot be read: {message(error)}"
-        raise Misbehaved(Trouble(what, short(returned))) from error
+        what = (
+            f"returned {_article(_kind(returned))} whose values cannot be read: "
+            f"{describe_exception(error)}"
+        )
+        raise UserCodeFailed(Failure(what, short_repr(returned))) from error
     # The methods of list and tuple are called directly, because a subclass may override them.
     if isinstance(values, list):
         return list.__getitem__(values, slice(None))
@@ -84,23 +87,24 @@ def _listed(returned: Any) -> list[Any] | tuple[Any, ...] | None:
     return None
 
 
-def _one(value: Any) -> Score | Trouble:
+def _one(value: Any) -> Score | Failure:
     if value is None:
         return None
     try:
         plain = _item(value)
         if not isinstance(plain, numbers.Real):
             what = f"returned {_article(_kind(value))} as a reward"
-            return Trouble(what, short(value))
+            return Failure(what, short_repr(value))
         number = float(plain)
     except OverflowError:
         number = math.inf
     except Exception as error:  # noqa: BLE001 - methods of the value may raise anything
         what = f"returned {_article(_kind(value))} that cannot be read as a number"
-        return Trouble(f"{what}: {message(error)}", short(value))
+        return Failure(f"{what}: {describe_exception(error)}", short_repr(value))
     if not math.isfinite(number) or abs(number) > _LARGEST:
-        return Trouble(
-            (f"returned {short(plain)}, which is not a finite 32-bit number"), short(value)
+        return Failure(
+            (f"returned {short_repr(plain)}, which is not a finite 32-bit number"),
+            short_repr(value),
         )
     return number
 
@@ -115,8 +119,8 @@ def _item(value: Any) -> Any:
         return value
 
 
-def raised(error: BaseException) -> Trouble:
-    """Return the Trouble for a call that raised ``error``. It contains the last location of the
+def failure_from(error: BaseException) -> Failure:
+    """Return the Failure for a call that raised ``error``. It contains the last location of the
     traceback of ``error``.
     """
     last = traceback.extract_tb(error.__traceback__)[-1:]
@@ -128,10 +132,10 @@ def raised(error: BaseException) -> Trouble:
     if len(text) > _LONGEST_TRACEBACK:
         half = _LONGEST_TRACEBACK // 2
         text = f"{text[:half]}\n...\n{text[-half:]}"
-    return Trouble(f"raised {message(error)}{at}", traceback=text)
+    return Failure(f"raised {describe_exception(error)}{at}", traceback=text)
 
 
-def message(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """The class and the text of an exception in one line. Works even if its ``__str__`` raises."""
     try:
         text = str(error)
@@ -155,7 +159,7 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """The first 200 characters of a value's ``repr``. Works even if ``repr`` raises."""
     try:
         text = repr(value)

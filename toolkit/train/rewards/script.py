@@ -16,7 +16,7 @@ from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.reward_table import PASSED_ALWAYS
 from toolkit.train.rewards.attempt import is_async
 from toolkit.train.rewards.error_policy import GuardedReward
-from toolkit.train.rewards.returned import Misbehaved, Trouble, checked
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
 from toolkit.train.rewards.user import check_signature
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FIX = "return a list with one number (or None) for each completion"
 
 
-def judged(rewards: Any) -> Any:
+def wrap_reward_funcs(rewards: Any) -> Any:
     """Check ``rewards``, the argument ``reward_funcs`` of a trainer. Return ``rewards`` with each
     function wrapped in a function that checks its results.
 
@@ -83,12 +83,12 @@ def _numbers(returned: Any, name: str) -> list[float | None]:
         ConfigValueError: the result is not a list of numbers.
     """
     try:
-        found = checked(returned, _length(returned))
-    except Misbehaved as error:
+        found = check_scores(returned, _length(returned))
+    except UserCodeFailed as error:
         raise ConfigValueError(f"reward {name} {error.trouble.what}", fix=FIX) from None
     kept: list[float | None] = []
     for index, value in enumerate(found):
-        if isinstance(value, Trouble):
+        if isinstance(value, Failure):
             if value.returned is not None and _is_nan(value.returned):
                 kept.append(None)
                 continue

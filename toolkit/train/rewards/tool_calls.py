@@ -3,8 +3,8 @@ function.
 
 The training process and the worker process use this module. Therefore both processes treat a faulty
 tool in the same way. Wrong arguments are a mistake of the model, which gets an error text as the
-answer. If the function itself fails (it raises, takes too long or returns too much), ``Misbehaved``
-is raised, as for a reward.
+answer. If the function itself fails (it raises, takes too long or returns too much),
+``UserCodeFailed`` is raised, as for a reward.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, ToolkitError, first_line
 from toolkit.base.time_limits import OutOfTime, call_within
-from toolkit.train.rewards.attempt import LoopThread, process_kept
-from toolkit.train.rewards.returned import Misbehaved, Trouble, message, raised
+from toolkit.train.rewards.attempt import LoopThread, preserve_process_state
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, describe_exception, failure_from
 from toolkit.train.rewards.user import load_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-WHERE = "tools.functions"
-LONGEST_RESULT = 100_000
+TOOLS_KEY = "tools.functions"
+MAX_RESULT_CHARACTERS = 100_000
 """The maximum number of characters of a result. A longer result is an error, because it does not
 fit into a completion.
 """
 
 
-class Refused(Exception):
+class InvalidToolCall(Exception):
     """Raised if the model's call is invalid. The model gets the text of this exception as the
     answer.
     """
@@ -62,14 +62,14 @@ class LocalTool:
         """Call the user's function, and return its result as text.
 
         Raises:
-            Refused: the function does not accept these arguments.
-            Misbehaved: the function failed.
+            InvalidToolCall: the function does not accept these arguments.
+            UserCodeFailed: the function failed.
         """
         try:
             inspect.signature(self.function).bind(**arguments)
         except TypeError as error:
-            raise Refused(f"wrong arguments: {error}") from None
-        text: str = guarded(lambda: self._call(arguments, seconds))
+            raise InvalidToolCall(f"wrong arguments: {error}") from None
+        text: str = run_user_code(lambda: self._call(arguments, seconds))
         return text
 
     def _call(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
@@ -89,41 +89,41 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     except Exception as error:
         raise ConfigError(
             f"tool {name}: {first_line(error)}",
-            where=WHERE,
+            where=TOOLS_KEY,
             fix="add type hints to the function, and a docstring with a line for each argument "
             "(section `Args:`)",
         ) from error
     return found
 
 
-def guarded(call: Callable[[], Any]) -> Any:
+def run_user_code(call: Callable[[], Any]) -> Any:
     """Call the user's code ``call`` and return its result.
 
-    Misbehaved, Refused and ToolkitError are raised unchanged. Any other exception becomes
-    Misbehaved.
+    UserCodeFailed, InvalidToolCall and ToolkitError are raised unchanged. Any other exception
+    becomes UserCodeFailed.
     """
     try:
-        with process_kept():
+        with preserve_process_state():
             return call()
-    except (Misbehaved, Refused, ToolkitError):
+    except (UserCodeFailed, InvalidToolCall, ToolkitError):
         raise
     except OutOfTime as error:
-        raise Misbehaved(Trouble(str(error))) from error
+        raise UserCodeFailed(Failure(str(error))) from error
     except (Exception, SystemExit, GeneratorExit) as error:
-        raise Misbehaved(raised(error)) from error
+        raise UserCodeFailed(failure_from(error)) from error
 
 
 def as_text(value: Any) -> str:
-    """Return ``value`` as the text that the model reads. Raises Misbehaved if it is too long."""
+    """Return ``value`` as the text for the model. Raises UserCodeFailed if it is too long."""
     try:
         text = value if type(value) is str else str(value)
     except Exception as error:
-        raise Misbehaved(
-            Trouble(f"returned a value that cannot become text: {message(error)}")
+        raise UserCodeFailed(
+            Failure(f"returned a value that cannot become text: {describe_exception(error)}")
         ) from error
-    if len(text) > LONGEST_RESULT:
-        what = f"returned {len(text)} characters, more than {LONGEST_RESULT}"
-        raise Misbehaved(Trouble(what, text[:200]))
+    if len(text) > MAX_RESULT_CHARACTERS:
+        what = f"returned {len(text)} characters, more than {MAX_RESULT_CHARACTERS}"
+        raise UserCodeFailed(Failure(what, text[:200]))
     # Lone surrogates are replaced, because neither a tokenizer nor a log file can encode them.
     return text.encode(errors="backslashreplace").decode()
 

@@ -62,7 +62,7 @@ def load_code(
                 f"`runtime.allow_code: [{module_name.partition('.')[0]}]`"
             ),
         )
-    look_beside(folder, allow_code)
+    make_importable(folder, allow_code)
     module = _import(f"{what} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -83,7 +83,7 @@ def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
     ]
 
 
-class BesideRunFile(MetaPathFinder):
+class RunFolderFinder(MetaPathFinder):
     """An import finder that finds one allowed top-level module in the folder of the run file."""
 
     def __init__(self, folder: Path, top: str) -> None:
@@ -103,7 +103,7 @@ class BesideRunFile(MetaPathFinder):
         return PathFinder.find_spec(fullname, [str(self.folder)])
 
 
-def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
+def make_importable(folder: Path, allow_code: Sequence[str]) -> None:
     """Make the modules in ``allow_code`` importable from ``folder``, the folder of the run file."""
     for allowed in allow_code:
         _look_in(folder, allowed.partition(".")[0])
@@ -112,11 +112,11 @@ def look_beside(folder: Path, allow_code: Sequence[str]) -> None:
 def _look_in(folder: Path, top: str) -> None:
     """Make ``import top`` search ``folder`` first, unless the standard library has this module."""
     known = any(
-        isinstance(finder, BesideRunFile) and (finder.folder, finder.top) == (folder, top)
+        isinstance(finder, RunFolderFinder) and (finder.folder, finder.top) == (folder, top)
         for finder in sys.meta_path
     )
     if not known and top not in sys.stdlib_module_names:
-        sys.meta_path.insert(0, BesideRunFile(folder, top))
+        sys.meta_path.insert(0, RunFolderFinder(folder, top))
 
 
 def _import(name: str, module_name: str, folder: Path) -> ModuleType:

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.config.build import thaw
 from toolkit.train.rewards.builtin import text_of
-from toolkit.train.rewards.reasoning_gym import COLUMN
+from toolkit.train.rewards.reasoning_gym import PROBLEM_COLUMN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from toolkit.train.rewards.builtin import Score
 
-SUPPORTED = (
+SUPPORTED_TASKS_FIX = (
     "use a taskset whose tasks have a prompt and one turn, and are scored by @reward methods that "
     "read only the task and the trace (no tools, container, judge or simulated user)"
 )
 
 
-def rows(
+def generate_rows(
     task: str, options: Mapping[str, Any], *, seed: int, size: int, start: int
 ) -> list[dict[str, Any]]:
     """Return up to ``size`` tasks of the taskset ``task``, as rows ``{prompt, problem}`` of a data
@@ -75,7 +75,7 @@ def _row(taskset: str, task: Any) -> dict[str, Any]:
     if data.system_prompt:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": data.system_prompt}, *chat]
-    row = {"prompt": prompt, COLUMN: json.dumps({"index": data.idx, "key": task.key})}
+    row = {"prompt": prompt, PROBLEM_COLUMN: json.dumps({"index": data.idx, "key": task.key})}
     answer = getattr(data, "answer", None)
     return row if answer is None else {**row, "answer": str(answer)}
 
@@ -120,7 +120,7 @@ def _unsupported(taskset: str, reason: str) -> ConfigError:
     return ConfigError(
         f"the taskset {taskset} cannot be used for training: {reason}",
         where="environment.task",
-        fix=SUPPORTED,
+        fix=SUPPORTED_TASKS_FIX,
     )
 
 
@@ -146,7 +146,7 @@ class Verifiers:
             scored = (
                 known.score(prompt, text_of(completion), json.loads(which))
                 for prompt, completion, which in zip(
-                    prompts, completions, columns[COLUMN], strict=True
+                    prompts, completions, columns[PROBLEM_COLUMN], strict=True
                 )
             )
             return list(await asyncio.gather(*scored))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 HEADER_BYTES = 8
-LARGEST_BYTES = 1 << 31
+MAX_MESSAGE_BYTES = 1 << 31
 _TAG = "\0toolkit"
 
 
@@ -66,7 +66,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Broken(Exception):
+class ChannelError(Exception):
     """Raised if the other process has closed the pipe or sent an invalid message."""
 
 
@@ -83,7 +83,7 @@ def unpack(data: bytes) -> Any:
     try:
         return json.loads(data, object_hook=_untagged)
     except (ValueError, RecursionError) as error:
-        raise Broken(f"the message cannot be read: {error}") from error
+        raise ChannelError(f"the message cannot be read: {error}") from error
 
 
 def receive(handle: int) -> Any:
@@ -94,11 +94,11 @@ def receive(handle: int) -> Any:
     if header is None:
         return None
     size = int.from_bytes(header, "big")
-    if size > LARGEST_BYTES:
-        raise Broken(f"the message is too long: {size} bytes")
+    if size > MAX_MESSAGE_BYTES:
+        raise ChannelError(f"the message is too long: {size} bytes")
     data = _exactly(handle, size)
     if data is None:
-        raise Broken("the message ends too early")
+        raise ChannelError("the message ends too early")
     return unpack(data)
 
 
@@ -119,7 +119,7 @@ def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
             if not poll.poll(left):
                 return False
         except OSError as error:
-            raise Broken("the other process has closed the pipe") from error
+            raise ChannelError("the other process has closed the pipe") from error
     return True
 
 

@@ -35,22 +35,22 @@ from toolkit.base.secrets import protect_output
 from toolkit.config.run_config import RewardFunction
 from toolkit.train.logging_setup import silence_upstream
 from toolkit.train.rewards import wire
-from toolkit.train.rewards.attempt import Batch, LoopThread, attempt, is_async
+from toolkit.train.rewards.attempt import Batch, LoopThread, call_reward, is_async
 from toolkit.train.rewards.environment_code import EnvironmentCode
-from toolkit.train.rewards.logged import extra, metric_name, number, shortened
+from toolkit.train.rewards.logged import extra_values, metric_name, metric_value, shortened
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.openenv import Episodes
-from toolkit.train.rewards.problems import problems
-from toolkit.train.rewards.returned import Misbehaved, Trouble, raised
-from toolkit.train.rewards.tool_calls import LocalTool, Refused, guarded
+from toolkit.train.rewards.problems import generate_problems
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, failure_from
+from toolkit.train.rewards.tool_calls import InvalidToolCall, LocalTool, run_user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-MOST_LOGGED = 10_000  # the maximum number of values that one call can log
-LOOK_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
+MAX_LOGGED_VALUES = 10_000  # the maximum number of values that one call can log
+CHECK_INTERVAL_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
 # The seconds until the children of a killed run have a new parent. The run's pipes close earlier.
 _LAST_LOOK_S = 0.02
 _LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -80,7 +80,7 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     sys.meta_path.insert(0, _Seeding())
     try:
         Service(replies).serve(requests)
-    except wire.Broken:  # the run has ended, or a reward closed or wrote to the pipes
+    except wire.ChannelError:  # the run has ended, or a reward closed or wrote to the pipes
         os._exit(1)
     with suppress(BaseException):
         atexit._run_exitfuncs()
@@ -105,15 +105,15 @@ def _wait(working: int, run: int) -> NoReturn:
             os._exit(code if code >= 0 else 128 - code)
         if os.getppid() != run:
             os.killpg(0, signal.SIGKILL)
-        signal.sigtimedwait({signal.SIGCHLD}, LOOK_S)
+        signal.sigtimedwait({signal.SIGCHLD}, CHECK_INTERVAL_S)
 
 
 class Service:
     """Answers the requests of the run. There are five kinds of requests.
 
     ``load`` loads a reward, a tool or an environment. ``call`` calls a reward. ``tool`` runs a tool
-    call that a model wrote, and ``episode`` runs a step of an environment. ``problems`` generates
-    the rows of an environment.
+    call that a model wrote, and ``episode`` runs a step of an environment. ``generate_problems``
+    generates the rows of an environment.
     """
 
     def __init__(self, replies: int) -> None:
@@ -154,17 +154,17 @@ class Service:
         except ToolkitError as error:
             kind = type(error).__name__
             reply = {"error": [kind, error.message, error.where, error.fix]}
-        except Misbehaved as error:
+        except UserCodeFailed as error:
             reply = {"misbehaved": list(error.trouble)}
-        except Refused as error:
+        except InvalidToolCall as error:
             reply = {"refused": str(error)}
         except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt, which only a reward can raise here
-            reply = {"misbehaved": list(raised(error))}
+            reply = {"misbehaved": list(failure_from(error))}
         _flush()
         try:
             frame = wire.pack({"id": request["id"], **reply})
         except (TypeError, ValueError, RecursionError) as error:  # an error with fields of any type
-            trouble = list(raised(error))
+            trouble = list(failure_from(error))
             frame = wire.pack({"id": request["id"], "misbehaved": trouble})
         with self._writing:
             wire.send(self._replies, frame)
@@ -176,7 +176,7 @@ class Service:
             self._tools.append(tool)
             return {"tool": len(self._tools) - 1, "schema": tool.schema}
         if request.get("what") == "episodes":
-            self._episodes.append(Episodes(EnvironmentCode.of(request)))
+            self._episodes.append(Episodes(EnvironmentCode.from_request(request)))
             return {"episodes": len(self._episodes) - 1, "schema": self._episodes[-1].schema}
         wanted = RewardFunction(name=request["name"], options=request["options"])
         folder, columns = Path(request["folder"]), request["columns"]
@@ -194,10 +194,10 @@ class Service:
         return found
 
     def _problems(self, request: Any) -> dict[str, Any]:
-        code = EnvironmentCode.of(request)
+        code = EnvironmentCode.from_request(request)
         return {
-            "rows": guarded(
-                lambda: problems(code, request["seed"], request["size"], request["start"])
+            "rows": run_user_code(
+                lambda: generate_problems(code, request["seed"], request["size"], request["start"])
             )
         }
 
@@ -209,31 +209,31 @@ class Service:
         if request["state"] is not None:
             columns["trainer_state"] = SimpleNamespace(**request["state"])
         batch = Batch(request["prompts"], request["completions"], columns)
-        number = request["function"]
+        index = request["function"]
         found: dict[str, Any]
         try:
-            values = attempt(
-                self._functions[number], batch, request["seconds"], self._loops[number]
+            values = call_reward(
+                self._functions[index], batch, request["seconds"], self._loops[index]
             )
-            found = {"found": [list(v) if isinstance(v, Trouble) else v for v in values]}
-        except Misbehaved as error:
+            found = {"found": [list(v) if isinstance(v, Failure) else v for v in values]}
+        except UserCodeFailed as error:
             found = {"misbehaved": list(error.trouble)}
         return {**found, "logged": logged}
 
 
 def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
     def log(key: str, value: Any) -> None:
-        if len(logged) < MOST_LOGGED:
+        if len(logged) < MAX_LOGGED_VALUES:
             if name == "log_metric":
-                said, shown = metric_name(key), number(value)
+                said, shown = metric_name(key), metric_value(value)
             else:
-                said, shown = str(key), plain(extra(value))
+                said, shown = str(key), to_json_value(extra_values(value))
             logged.append([name, shortened(said), shown])
 
     return log
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Convert ``value`` to JSON values. Tensors and arrays become lists of numbers. Objects of
     other types become text.
     """
@@ -242,11 +242,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):
         return shortened(value)
     if isinstance(value, dict):
-        return {shortened(str(key)): plain(item) for key, item in value.items()}
+        return {shortened(str(key)): to_json_value(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json_value(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     return float(value) if isinstance(value, int | float) else str(value)
 
 

@@ -25,11 +25,11 @@ from toolkit.base.time_limits import OutOfTime
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.replies import is_valid
 
-START = (
+START_CODE = (
     "import sys; sys.path[:] = sys.argv[4:];"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
-START_ELSEWHERE = (
+OTHER_PYTHON_START_CODE = (
     "import sys, importlib.util as u; root = sys.argv[4];"
     " s = u.spec_from_file_location('toolkit', root + '/__init__.py',"
     " submodule_search_locations=[root]); m = sys.modules['toolkit'] = u.module_from_spec(s);"
@@ -37,23 +37,23 @@ START_ELSEWHERE = (
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
 _PACKAGE = Path(__file__).resolve().parents[2]
-INVALID = "sent an invalid reply from its process"
+INVALID_REPLY = "sent an invalid reply from its process"
 _LAST_S = 5.0  # the time limit for exit handlers of the worker
 _RELOAD_S = 600.0  # the time limit for loading all functions again after a restart
 
 
 class Workers(NamedTuple):
-    """The worker processes of a run. ``own`` runs rewards and tools. ``environment`` runs the
+    """The worker processes of a run. ``rewards`` runs rewards and tools. ``environment`` runs the
     environment.
 
     Both are the same process unless the run file sets a Python interpreter for the environment.
     """
 
-    own: WorkerProcess
+    rewards: WorkerProcess
     environment: WorkerProcess
 
     @classmethod
-    def of(cls, python: str | None) -> Workers:
+    def create(cls, python: str | None) -> Workers:
         """Return the workers of a run. ``python`` is the interpreter of the environment, or None.
         No process is started yet.
         """
@@ -61,7 +61,7 @@ class Workers(NamedTuple):
         return cls(own, own if python is None else WorkerProcess(python))
 
 
-class Died(Exception):
+class WorkerFailed(Exception):
     """Raised if the worker process ended during a call, or if its reply was invalid. The text
     completes the sentence "reward NAME ...".
     """
@@ -91,13 +91,14 @@ class WorkerProcess:
 
         For a reward, the reply is ``{"function": number of the function, "is_async": ...}``.
 
-        Raises the ToolkitError that occurred in the worker. Raises Died if the worker ended.
+        Raises the ToolkitError that occurred in the worker. Raises WorkerFailed if the worker
+        ended.
         """
         with self._lock:
             live = self._started()
             try:
                 made = _asked(live, {"do": "load", **request}, None)
-            except Died:
+            except WorkerFailed:
                 self.close(live)
                 raise
             self._loaded.append(request)
@@ -107,8 +108,8 @@ class WorkerProcess:
         """Send ``request`` to the worker, and return its reply. If there is no reply after
         ``seconds`` (None: no limit), kill the worker and raise OutOfTime.
 
-        Raises Died if the worker ended. Raises the ToolkitError that occurred in the worker. Raises
-        TypeError or ValueError if the request cannot be sent.
+        Raises WorkerFailed if the worker ended. Raises the ToolkitError that occurred in the
+        worker. Raises TypeError or ValueError if the request cannot be sent.
         """
         while True:
             with self._lock:
@@ -163,9 +164,9 @@ class _Live:
         numbers = [str(number) for number in (theirs, answers, os.getpid())]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START, *numbers, *sys.path]
+                [sys.executable, "-c", START_CODE, *numbers, *sys.path]
                 if python is None
-                else [python, "-c", START_ELSEWHERE, *numbers, str(_PACKAGE)],
+                else [python, "-c", OTHER_PYTHON_START_CODE, *numbers, str(_PACKAGE)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs, answers),
                 # The worker must not get Ctrl-C and the signals of a scheduler.
@@ -190,7 +191,7 @@ class _Live:
             self._pending[number] = reply
             try:
                 sent = wire.send(self._requests, frame, deadline)
-            except wire.Broken:
+            except wire.ChannelError:
                 sent = True  # the worker has ended, and the reading thread reports how
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -248,11 +249,11 @@ def _read(
     replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
 ) -> None:
     how = None
-    with suppress(wire.Broken):
+    with suppress(wire.ChannelError):
         while (message := wire.receive(replies)) is not None:
             number = message.get("id") if isinstance(message, dict) else None
             if type(number) is not int:
-                how = INVALID  # a reward has written to the pipe
+                how = INVALID_REPLY  # a reward has written to the pipe
                 break
             reply = pending.pop(number, None)
             if reply is not None:
@@ -263,7 +264,7 @@ def _read(
     how = how or _how_it_ended(process)
     for reply in list(pending.values()):
         with suppress(Exception):
-            reply.set_exception(Died(how))
+            reply.set_exception(WorkerFailed(how))
 
 
 def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
@@ -280,12 +281,12 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
 def _asked(live: _Live, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
     """Send ``request`` to the worker process ``live``, and return its reply.
 
-    Raises the ToolkitError that the reply contains. Raises Died for an invalid reply. The errors of
-    ``_Live.ask`` are raised too.
+    Raises the ToolkitError that the reply contains. Raises WorkerFailed for an invalid reply. The
+    errors of ``_Live.ask`` are raised too.
     """
     reply = live.ask(request, seconds)
     if not is_valid(request, reply):
-        raise Died(INVALID)
+        raise WorkerFailed(INVALID_REPLY)
     if "error" not in reply:
         return reply
     kind, message, where, fix = reply["error"]

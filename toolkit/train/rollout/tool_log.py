@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from toolkit.engine.mesh import run_on_first
-from toolkit.train.rewards.logged import saveable, shortened
+from toolkit.train.rewards.logged import shortened, to_safe_json
 from toolkit.train.rollout.tools import CallFailed, StopRun, Tool
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class ToolCall:
             "call": self.number,
             "tool": shortened(self.tool, 200),
         }
-        said = {"arguments": saveable(self.arguments), "failed": self.failed}
+        said = {"arguments": to_safe_json(self.arguments), "failed": self.failed}
         result = shortened(self.result, MAX_RESULT_CHARACTERS)
         return {**which, **said, "result": result}, {**which, "time_s": round(self.time_s, 4)}
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.errors import ConfigError, ToolkitError
 from toolkit.base.time_limits import OutOfTime
-from toolkit.train.rewards.remote import FIX, RemoteReward
-from toolkit.train.rewards.returned import Misbehaved, Trouble
-from toolkit.train.rewards.tool_calls import WHERE, LocalTool, Refused
-from toolkit.train.rewards.worker_process import Died
+from toolkit.train.rewards.remote import NO_ISOLATION_FIX, RemoteReward
+from toolkit.train.rewards.returned import Failure, UserCodeFailed
+from toolkit.train.rewards.tool_calls import TOOLS_KEY, InvalidToolCall, LocalTool
+from toolkit.train.rewards.worker_process import WorkerFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -109,7 +109,7 @@ def _refuse_duplicate_names(made: list[Tool]) -> None:
     if twin is not None:
         raise ConfigError(
             f"two tools are called {twin}, but the model identifies a tool only by its name",
-            where=WHERE,
+            where=TOOLS_KEY,
             fix="rename one of the functions",
         )
 
@@ -117,17 +117,17 @@ def _refuse_duplicate_names(made: list[Tool]) -> None:
 def _load_in_worker(worker: WorkerProcess, what: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
         found = worker.load(request)
-    except Died as error:
+    except WorkerFailed as error:
         raise ConfigError(
             f"{what} cannot be used, because the import of its module failed: the module {error}",
-            where=WHERE,
-            fix=FIX,
+            where=TOOLS_KEY,
+            fix=NO_ISOLATION_FIX,
         ) from error
     if "misbehaved" in found:
         raise ConfigError(
             f"{what} cannot be used, because the import of its module failed: the module "
             f"{found['misbehaved'][0]}",
-            where=WHERE,
+            where=TOOLS_KEY,
         )
     request["schema"] = found["schema"]  # the worker uses the request again after a restart
     return found
@@ -155,24 +155,24 @@ def ask_worker(
     """Send ``request`` to the worker and return its reply. ``seconds`` is the time limit of the
     call.
 
-    Raises Refused if the arguments are wrong, Misbehaved if the user's code failed, and
+    Raises InvalidToolCall if the arguments are wrong, UserCodeFailed if the user's code failed, and
     ToolkitError.
     """
     limit = None if seconds is None else seconds + RemoteReward.kill_s
     try:
         reply = worker.call({**request, "seconds": seconds}, limit)
     except OutOfTime:
-        raise Misbehaved(Trouble(f"took longer than {seconds:g} s")) from None
-    except Died as error:
-        raise Misbehaved(Trouble(str(error))) from error
+        raise UserCodeFailed(Failure(f"took longer than {seconds:g} s")) from None
+    except WorkerFailed as error:
+        raise UserCodeFailed(Failure(str(error))) from error
     except ToolkitError:
         raise
     except (TypeError, ValueError) as error:
-        raise Refused(f"wrong arguments: {error}") from error
+        raise InvalidToolCall(f"wrong arguments: {error}") from error
     if "refused" in reply:
-        raise Refused(reply["refused"])
+        raise InvalidToolCall(reply["refused"])
     if "misbehaved" in reply:
-        raise Misbehaved(Trouble(*reply["misbehaved"]))
+        raise UserCodeFailed(Failure(*reply["misbehaved"]))
     return reply
 
 
@@ -189,9 +189,9 @@ def _with_failure_policy(
     def call(arguments: Mapping[str, Any], place: CallPosition) -> str:
         try:
             return ask(arguments, place)
-        except Refused as error:
+        except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
-        except Misbehaved as error:
+        except UserCodeFailed as error:
             what = error.trouble.what
             if policy.on_error == "fail":
                 longer = " raise tools.timeout_s," if "took longer than" in what else ""
@@ -199,7 +199,7 @@ def _with_failure_policy(
                 raise StopRun(
                     ConfigError(
                         f"tool {name} {what}\n  arguments of the call: {said}",
-                        where=WHERE,
+                        where=TOOLS_KEY,
                         fix=f"correct the function,{longer} or set `tools.on_error: answer`. The "
                         "model then reads the error, and the run continues",
                     )
@@ -221,7 +221,7 @@ class Episode:
         self._number, self._seed = 0, 0
         self._past: list[dict[str, Any]] = []
         self._total, self._done = 0.0, False
-        self._fault: Trouble | None = None
+        self._fault: Failure | None = None
         self.__dict__["step"] = Tool(host.schema, self._step)
 
     def __repr__(self) -> str:
@@ -239,7 +239,7 @@ class Episode:
         seen = self._advance(None)
         if seen is not None and not last.endswith(seen["text"]):
             what = f"returned another first observation for the seed {self._seed} than before"
-            self._fault = Trouble(what, seen["text"][:200])
+            self._fault = Failure(what, seen["text"][:200])
 
     def step(self) -> None:
         """Never called. TRL needs a method with this name in the class. In each object, the
@@ -248,11 +248,11 @@ class Episode:
         raise NotImplementedError
 
     def score(self) -> float:
-        """Return the sum of the rewards of all steps. Raises Misbehaved if the
+        """Return the sum of the rewards of all steps. Raises UserCodeFailed if the
         environment failed.
         """
         if self._fault is not None:
-            raise Misbehaved(self._fault)
+            raise UserCodeFailed(self._fault)
         return self._total
 
     def _step(self, arguments: Mapping[str, Any], _: CallPosition) -> str:
@@ -278,9 +278,9 @@ class Episode:
         }
         try:
             return self._host.ask(request)
-        except Refused as error:
+        except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
-        except Misbehaved as error:
+        except UserCodeFailed as error:
             self._fault = error.trouble
             return None
 
@@ -297,7 +297,7 @@ class EpisodeHost:
             ConfigError: the class does not exist, is not allowed, or cannot be used.
         """
         what = f"environment {code.task}"
-        loaded = _load_in_worker(worker, what, {**code.request(), "what": "episodes"})
+        loaded = _load_in_worker(worker, what, {**code.to_request(), "what": "episodes"})
         self._number, self.schema = loaded["episodes"], loaded["schema"]
         self._worker, self._seconds, self._slots = worker, seconds, 0
 
@@ -307,7 +307,7 @@ class EpisodeHost:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the environment's reply to one request of an episode: the next observation, the
-        reward, and whether the episode has ended. Raises Refused and Misbehaved.
+        reward, and whether the episode has ended. Raises InvalidToolCall and UserCodeFailed.
         """
         named = {"do": "episode", "episodes": self._number, "place": (request["number"],)}
         return ask_worker(self._worker, {**request, **named}, self._seconds)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact_tree
 from toolkit.config.trl_names import TRACKERS, installed
-from toolkit.train.tracking.lane import Lane
-from toolkit.train.tracking.start import Start, begin
+from toolkit.train.tracking.lane import TrackerThread
+from toolkit.train.tracking.start import RunInfo, open_run_info
 from toolkit.train.tracking.to_mlflow import MlflowTracker
 from toolkit.train.tracking.to_tensorboard import TensorBoardTracker
 from toolkit.train.tracking.to_trackio import TrackioTracker
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-OWN: dict[str, Callable[[Start], Any]] = {
+TRACKER_CLASSES: dict[str, Callable[[RunInfo], Any]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
     "trackio": TrackioTracker,
@@ -35,7 +35,7 @@ OWN: dict[str, Callable[[Start], Any]] = {
 """Trackers that have their own class here and get the metric names of metrics.jsonl. All other
 trackers use transformers' callbacks.
 """
-TABLES = 20
+TABLES_PER_RUN = 20
 """Approximate number of completion tables of a whole run."""
 TABLE_ROWS = 16
 FLUSH_S, STOPPED_S = 30.0, 5.0
@@ -44,7 +44,7 @@ it.
 """
 
 
-def named(asked: Any) -> list[str]:
+def tracker_names(asked: Any) -> list[str]:
     """Return the names of the trackers that ``asked`` requests. ``asked`` is the value of
     ``grpo.report_to``, in which "all" means all installed trackers.
     """
@@ -59,12 +59,14 @@ class Tracking:
     trackers.
     """
 
-    def __init__(self, lanes: Sequence[Lane], say: Callable[[str], None], total: int) -> None:
+    def __init__(
+        self, lanes: Sequence[TrackerThread], say: Callable[[str], None], total: int
+    ) -> None:
         """``say`` is a function that prints a line on the terminal. ``total`` is the number of
         steps of the whole run.
         """
         self.lanes, self._say = list(lanes), say
-        self._every = max(1, total // TABLES)
+        self._every = max(1, total // TABLES_PER_RUN)
 
     def row(self, row: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
         """Send the numbers in ``row``, a row of metrics.jsonl, to the trackers.
@@ -92,7 +94,7 @@ class Tracking:
         """
         if step != 1 and step % self._every:
             return
-        table = [flat(row) for row in rows[:TABLE_ROWS]]
+        table = [flat_completion(row) for row in rows[:TABLE_ROWS]]
         for lane in self.lanes:
             lane.put("table", step, table)
 
@@ -113,7 +115,7 @@ class Tracking:
                 self._say(f"tracker {lane.tracker}: {line}")
 
 
-def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def flat_completion(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of completions.jsonl as a flat mapping. Each reward is a separate column, and
     chats are JSON texts.
     """
@@ -140,14 +142,14 @@ def open_tracking(
 
     ``step`` is the step of the checkpoint from which the run resumes; None for a new run.
     """
-    names = named(config.grpo.get("report_to"))
+    names = tracker_names(config.grpo.get("report_to"))
     if not names:
         return None
     described = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    start = begin(config, run_dir, redact_tree(described), step=step)
+    start = open_run_info(config, run_dir, redact_tree(described), step=step)
     lanes = []
     for name in names:
-        kind = OWN.get(name)
+        kind = TRACKER_CLASSES.get(name)
         made = partial(UpstreamTracker, name, trainer) if kind is None else partial(kind, start)
-        lanes.append(Lane(name, made))
+        lanes.append(TrackerThread(name, made))
     return Tracking(lanes, say, total)

@@ -16,13 +16,13 @@ from toolkit.base.secrets import redact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WAITING = 1000
+MAX_QUEUED_CALLS = 1000
 """Maximum number of queued calls of a slow tracker. Further calls are dropped and counted."""
-PATIENCE = 5
+MAX_FAILURES = 5
 """The number of consecutive failed calls after which the tracker is stopped."""
 
 
-class Lane:
+class TrackerThread:
     """One tracker, its thread, and the queue of calls for the tracker. The function ``make``
     creates the tracker in the thread.
 
@@ -32,7 +32,7 @@ class Lane:
 
     def __init__(self, tracker: str, make: Callable[[], Any]) -> None:
         self.tracker, self._make = tracker, make
-        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(WAITING)
+        self._calls: queue.Queue[tuple[str, tuple[Any, ...]] | None] = queue.Queue(MAX_QUEUED_CALLS)
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._left_out = 0
         self._over = threading.Event()
@@ -105,8 +105,8 @@ class Lane:
                 failures = 0
             except BaseException as error:  # noqa: BLE001 - as above
                 failures += 1
-                if failures == PATIENCE:
-                    self._give_up(error, f"failed {PATIENCE} times in a row")
+                if failures == MAX_FAILURES:
+                    self._give_up(error, f"failed {MAX_FAILURES} times in a row")
                     return
         try:
             tracker.close()

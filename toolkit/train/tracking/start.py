@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-FILE = "trackers.json"
-PROJECT = "huggingface"
+TRACKERS_FILE = "trackers.json"
+DEFAULT_PROJECT = "huggingface"
 """The project if the run file does not set ``grpo.project`` (the same default as in TRL)."""
 
-TRACKIO = ("space_id", "bucket_id", "static_space_id")
+TRACKIO_KEYS = ("space_id", "bucket_id", "static_space_id")
 """Keys of ``grpo`` for trackio, without their prefix ``trackio_``. If none is set, trackio's
 project is local.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class RunInfo:
     """The values with which a tracker starts.
 
     If a run was interrupted and resumed, it consists of several parts. ``run_id`` is the same for
@@ -61,9 +61,9 @@ class Start:
             _write(self.run_dir, self.run_id, self.ids)
 
 
-def begin(
+def open_run_info(
     config: RunConfig, run_dir: Path, described: Mapping[str, Any], *, step: int | None
-) -> Start:
+) -> RunInfo:
     """Return the values with which the trackers of a run start. Write the id of the run, and the
     ids that the trackers gave to it, to trackers.json in ``run_dir``.
 
@@ -73,15 +73,15 @@ def begin(
     kept = {} if step is None else _read(run_dir)
     run_id = str(kept.get("run_id") or uuid4().hex[:8])
     ids = {str(k): str(v) for k, v in kept.items() if k != "run_id"}
-    made = Start(
+    made = RunInfo(
         run_dir=run_dir,
-        project=str(config.grpo.get("project") or PROJECT),
+        project=str(config.grpo.get("project") or DEFAULT_PROJECT),
         name=str(config.grpo.get("run_name") or run_dir.resolve().name),
         run_id=run_id,
         config=described,
         step=step or 0,
         resumed=bool(kept),
-        trackio={name: config.grpo.get(f"trackio_{name}") for name in TRACKIO},
+        trackio={name: config.grpo.get(f"trackio_{name}") for name in TRACKIO_KEYS},
         ids=ids,
     )
     _write(run_dir, run_id, ids)
@@ -90,21 +90,21 @@ def begin(
 
 def _read(run_dir: Path) -> dict[str, Any]:
     try:
-        return read_json_object(run_dir / FILE)
+        return read_json_object(run_dir / TRACKERS_FILE)
     except InputError:
         return {}
 
 
 def _write(run_dir: Path, run_id: str, ids: Mapping[str, str]) -> None:
-    write_file(run_dir / FILE, json.dumps({"run_id": run_id, **ids}, indent=2) + "\n")
+    write_file(run_dir / TRACKERS_FILE, json.dumps({"run_id": run_id, **ids}, indent=2) + "\n")
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the nested mapping ``config`` as a flat mapping with dotted keys."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{name}.")
+            found |= flat_config(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found

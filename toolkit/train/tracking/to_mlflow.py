@@ -8,12 +8,12 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from toolkit.train.tracking.start import flattened
+from toolkit.train.tracking.start import flat_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import Start
+    from toolkit.train.tracking.start import RunInfo
 
 FOLDER = "mlruns"
 LONGEST = 500  # the maximum number of characters of a parameter's value
@@ -25,7 +25,7 @@ class MlflowTracker:
     the artifacts of the MLflow run.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: RunInfo) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             # MLflow 3 needs this setting to use a folder of files and not a database.
@@ -46,7 +46,7 @@ class MlflowTracker:
         experiment = found.experiment_id if found else self._client.create_experiment(start.project)
         self._run_id = self._client.create_run(experiment, run_name=start.name).info.run_id
         start.remember("mlflow", self._run_id)
-        values = [Param(k, str(v)[:LONGEST]) for k, v in flattened(start.config).items()]
+        values = [Param(k, str(v)[:LONGEST]) for k, v in flat_config(start.config).items()]
         for begin in range(0, len(values), AT_ONCE):
             self._client.log_batch(self._run_id, params=values[begin : begin + AT_ONCE])
 

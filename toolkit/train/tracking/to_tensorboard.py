@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import Start
+    from toolkit.train.tracking.start import RunInfo
 
 FOLDER = "tensorboard"
 FLUSH_S = 10
@@ -23,7 +23,7 @@ class TensorBoardTracker:
     completions are written as texts.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: RunInfo) -> None:
         writer = _writer()
         folder = start.run_dir / FOLDER
         # With purge_step, TensorBoard hides the steps that an interrupted run logged after its

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import Start
+    from toolkit.train.tracking.start import RunInfo
 
 
 class TrackioTracker:
@@ -17,7 +17,7 @@ class TrackioTracker:
     name in trackio.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: RunInfo) -> None:
         import trackio  # noqa: PLC0415 - takes seconds, so only for runs that use it
 
         self._trackio = trackio

@@ -13,7 +13,7 @@ from urllib.request import getproxies
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from toolkit.train.tracking.start import Start
+    from toolkit.train.tracking.start import RunInfo
 
 SERVER = "https://api.wandb.ai"
 ANSWERS_S = 3.0
@@ -28,7 +28,7 @@ class WandbTracker:
     steps.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: RunInfo) -> None:
         import wandb  # noqa: PLC0415 - takes seconds, so only for runs that use it
 
         self._wandb = wandb
