@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from toolkit.config import find_schema, load_run
+from toolkit.config.common_names import COMMON_NAMES
 from toolkit.config.libraries import RECORDED, installed, package_folder
 from toolkit.config.migration import FORCED, MOVED
 from toolkit.config.reward_table import BUILTIN_OPTIONS
@@ -109,6 +110,16 @@ def test_moved_keys_are_no_keys_of_today_and_lead_to_one() -> None:
         if moved.to is not None:
             section, _, name = moved.to.partition(".")
             assert not name or name in sections[section]["properties"], f"{old} leads nowhere"
+
+
+def test_common_names_are_no_keys_and_name_a_key() -> None:
+    sections = find_schema("run")["properties"]
+    assert len(COMMON_NAMES) > 100
+    for other, key in COMMON_NAMES.items():
+        section, _, name = other.partition(".")
+        assert name not in sections[section]["properties"], f"{other} is a key"
+        assert other not in MOVED, f"{other} is in MOVED"
+        assert key.partition(".")[2] in sections[section]["properties"], f"{key} is not a key"
 
 
 def test_the_reward_table_is_what_training_has() -> None:

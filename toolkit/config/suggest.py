@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import similar_words
+from toolkit.config.common_names import COMMON_NAMES, OTHER_UNIT
 from toolkit.config.finding import Fix, rename
 from toolkit.config.key_moves import at, is_valid, move, schema_of
 from toolkit.config.migration import FORCED, MOVED, converted
@@ -26,6 +27,12 @@ def key_advice(
     Other fixes are only texts. ``properties`` contains the valid keys of the same section.
     """
     key, parent = str(path[-1]), path[:-1]
+    common = COMMON_NAMES.get(dotted(path))
+    if common is not None:
+        name = common.rpartition(".")[2]
+        if dotted(path) in OTHER_UNIT:
+            return (), (Fix(f"did you mean {name}?"),)
+        return (), (_did_you_mean(name, path, node, properties[name], root),)
     other = _elsewhere(path, node, root)
     if other is not None:
         return (), other

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
+from toolkit.config.common_names import COMMON_NAMES
 from toolkit.config.migration import MOVED
 from toolkit.config.sampling_keywords import KEYWORDS
 
@@ -97,7 +98,8 @@ def _translated(made: dict[str, Any], name: str, value: Any, known: Collection[s
 def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
     moved = MOVED.get(f"grpo.{name}")
     if moved is None:
-        close = nearest(name, known)
+        meant = COMMON_NAMES.get(f"grpo.{name}", "").rpartition(".")[2]
+        close = meant or nearest(name, known)
         raise ConfigTypeError(
             f"{name!r} is not a field of GRPOConfig"
             + (f" (did you mean {close!r}?)" if close else ""),

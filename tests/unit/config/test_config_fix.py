@@ -154,6 +154,28 @@ def test_a_choice_is_left_and_named() -> None:
     assert [found.rule for found in done.choices] == ["GRPO001"]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("epochs: 2", "num_train_epochs: 2"),
+        ("max_response_length: 128", "max_completion_length: 128"),
+        ("n: 4", "num_generations: 4"),
+        ("n: four", None),  # not a number
+        ("batch_size: 8", None),  # prompts or completions?
+    ],
+)
+def test_a_name_from_another_tool_becomes_the_key_if_it_means_the_same(line, expected) -> None:
+    text = HEAD + GRPO + f"  {line}\n"
+    assert repair(text).source.text == (HEAD + GRPO + f"  {expected}\n" if expected else text)
+
+
+def test_the_name_of_the_model_is_not_that_of_the_data_set() -> None:
+    text = "model: {name: m}\n"
+    findings = validate(assemble(Source("run", text, Path.cwd()), ()), Situation()).findings
+    (unknown,) = (finding for finding in findings if finding.rule == "KEY001")
+    assert [fix.text for fix in unknown.fixes] == ["did you mean model_name?"]
+
+
 def test_two_words_that_are_as_near_are_both_named() -> None:
     text = HEAD + GRPO + "  vespo_k: 2.0\n"
     judged = validate(assemble(Source("run", text, Path.cwd()), ()), Situation())
