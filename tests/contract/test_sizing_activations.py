@@ -13,7 +13,7 @@ import pytest
 
 from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing.activations import activation_bytes
-from toolkit.sizing.lora_bytes import Layout, adapter_parameters
+from toolkit.sizing.lora_bytes import AdapterLayout, adapter_parameters
 from toolkit.sizing.spec import spec_from_values
 from toolkit.sizing.workload import StepPlan, Workload
 
@@ -149,7 +149,7 @@ def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dr
         dropout=dropout,
     )
     assert set(vars(work)) <= set(Workload.__slots__)
-    work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, Layout())
+    work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, AdapterLayout())
     step = StepPlan(
         micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
         compute_bytes=2 if half else 4, own_weights=False,

@@ -165,7 +165,7 @@ def test_lora_buffers_are_the_engines(built, monkeypatch):
         ),
     )
     for rank in RANKS:
-        assert lora_bytes.engine_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
+        assert lora_bytes.engine_lora_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
 
 
 @ALL
@@ -175,7 +175,7 @@ def test_slots_on_the_projections_are_the_engines(built):
     spec = spec_from_values(_values(name), name=name)
     for rank in RANKS:
         found = _slots(built, rank, SLOTS)
-        assert lora_bytes.engine_elements(spec, rank, 1, SLOTS) * WIDTH == found
+        assert lora_bytes.engine_lora_elements(spec, rank, 1, SLOTS) * WIDTH == found
 
 
 @pytest.mark.parametrize("built", ["deepseek_v3"], indirect=True)
@@ -184,7 +184,9 @@ def test_slots_of_latent_attention_are_the_engines(built, target):
     """One name of a fused layer gives slots to the whole of it."""
     name, _, _ = built
     spec = spec_from_values(_values(name), name=name)
-    assert lora_bytes.engine_elements(spec, 8, 1, [target]) * WIDTH == _slots(built, 8, [target])
+    assert lora_bytes.engine_lora_elements(spec, 8, 1, [target]) * WIDTH == _slots(
+        built, 8, [target]
+    )
 
 
 def _slots(built, rank, modules):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from toolkit.engine.rollout_request import Sampling
-from toolkit.sizing.calibrate import MEASURED_AS, PEAKS
+from toolkit.sizing.calibrate import MEASURED_TERMS, PEAK_KEYS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,9 +131,9 @@ def terms_of(
     """
     budget = {str(line["term"]): int(line["bytes"]) for line in result.budget}
     predicted = {
-        name: sum(budget.get(term, 0) for term in terms) for name, terms in MEASURED_AS.items()
+        name: sum(budget.get(term, 0) for term in terms) for name, terms in MEASURED_TERMS.items()
     }
-    predicted |= {name: int(getattr(result.peaks, key)) for name, key in PEAKS.items()}
+    predicted |= {name: int(getattr(result.peaks, key)) for name, key in PEAK_KEYS.items()}
     rows = []
     for name in names:
         found = measured.get(name)

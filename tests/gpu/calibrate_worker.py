@@ -22,7 +22,7 @@ from toolkit.config.run_config import (
     RuntimeSection,
 )
 from toolkit.sizing import Device, SizingResult, read_spec, solve
-from toolkit.sizing.calibrate import MEASURED_AS
+from toolkit.sizing.calibrate import MEASURED_TERMS
 
 
 def run_config(case: dict[str, Any], run: dict[str, Any], folder: Path) -> RunConfig:
@@ -115,7 +115,7 @@ def main(request: str, results: str, work_folder: str) -> None:
         "device": device.name if device else "the CPU",
         "load_s": round(time.monotonic() - started, 1),
     }
-    names = tuple(name for name in MEASURED_AS if name.startswith("engine."))
+    names = tuple(name for name in MEASURED_TERMS if name.startswith("engine."))
     terms = terms_of(largest, engine_memory(engine.llm), names)
     append(Path(results), {**where, "run": "engine", "terms": terms})
     for run, config in zip(case["runs"], configs, strict=True):

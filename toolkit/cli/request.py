@@ -107,10 +107,10 @@ def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
 
 
 def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
-    from toolkit.sizing.device import situation_here  # noqa: PLC0415 - only for a run file
+    from toolkit.sizing.device import local_situation  # noqa: PLC0415 - only for a run file
 
     index = process_environment.local_rank() if gpu_index is None else gpu_index
-    return situation_here(snapshot, gpu_index=index, world_size=process_environment.world_size())
+    return local_situation(snapshot, gpu_index=index, world_size=process_environment.world_size())
 
 
 def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:

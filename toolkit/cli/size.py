@@ -64,7 +64,7 @@ def size(
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.sizing import read_spec, solve  # noqa: PLC0415 - as above
-    from toolkit.sizing.device import situation_of  # noqa: PLC0415 - as above
+    from toolkit.sizing.device import device_situation  # noqa: PLC0415 - as above
 
     overrides, world, write = rest["overrides"], rest["world_size"], rest["write"]
     assert isinstance(overrides, tuple)
@@ -72,7 +72,7 @@ def size(
     if sum((gpu is not None, gpu_index is not None, cpu)) > 1:
         raise click.UsageError("--gpu, --gpu-index and --cpu are mutually exclusive.")
     device = None if cpu else choose_device(gpu, gpu_index)
-    situation = situation_of(device, world) if device else Situation(world_size=world)
+    situation = device_situation(device, world) if device else Situation(world_size=world)
     config, document = read_target(target, overrides, situation)
     if write and document is None:
         raise click.UsageError("--write needs a run file.")

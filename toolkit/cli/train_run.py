@@ -175,10 +175,10 @@ def _read_weights_ahead(config: RunConfig) -> None:
     Missing files are ignored here. They are reported when the model is loaded.
     """
     from toolkit.base.read_ahead import read_ahead  # noqa: PLC0415
-    from toolkit.sizing.fit import available_bytes  # noqa: PLC0415
+    from toolkit.sizing.fit import available_host_bytes  # noqa: PLC0415
     from toolkit.sizing.model_source import find_model  # noqa: PLC0415
 
     with suppress(ToolkitError, OSError):
         files = find_model(config.model.model_name, config.model.revision)
         if files.folder is not None:
-            read_ahead(files.folder, available_bytes())
+            read_ahead(files.folder, available_host_bytes())

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.sizing import lora_bytes
-from toolkit.sizing.packs import pass_of
+from toolkit.sizing.packs import largest_pass
 
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Block, ModelSpec
-    from toolkit.sizing.packs import Pass
+    from toolkit.sizing.packs import PassSize
     from toolkit.sizing.workload import StepPlan, Workload
 
 MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
@@ -22,27 +22,27 @@ MASTER_BYTES = 4  # policy/lora.py keeps adapters and their gradients in float32
 
 def activation_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The peak bytes of activations in a forward and backward pass, without the output head."""
-    return sum(activations(spec, work, step))
+    return sum(activation_parts(spec, work, step))
 
 
-def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
+def activation_parts(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, int, int]:
     """Return three numbers of bytes for one training step.
 
     - what all layers keep until the backward pass,
     - what one layer keeps while it is recomputed (0 without gradient checkpointing),
     - the temporary tensors in the backward pass of one layer.
     """
-    one = pass_of(work, step)
+    one = largest_pass(work, step)
     tokens = one.tokens
 
     def saved(block: Block) -> int:
-        keys = _keys_saved(block, spec, one, step)
-        return tokens * _saved_per_token(block, spec, work, step) + keys
+        keys = _saved_key_bytes(block, spec, one, step)
+        return tokens * _saved_bytes_per_token(block, spec, work, step) + keys
 
     moving = max(
         max(
-            tokens * _moving_per_token(block, spec, work, step),
-            _keys_moving(block, spec, one, step),
+            tokens * _temporary_bytes_per_token(block, spec, work, step),
+            _temporary_key_bytes(block, spec, one, step),
         )
         for block in spec.blocks
     )
@@ -52,20 +52,20 @@ def activations(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[int, i
         return tokens * spec.hidden_size * step.compute_bytes * kept, widest, moving
     kept_bytes = sum(block.count * saved(block) for block in spec.blocks)
     adapter = work.adapter_parameters(spec)
-    casts = adapter * step.compute_bytes if _casts(work, step) else 0
+    casts = adapter * step.compute_bytes if _makes_cast_copies(work, step) else 0
     return kept_bytes + casts, 0, moving
 
 
-def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The bytes that autograd saves for one token in one layer."""
     width = step.compute_bytes
-    casts = _casts(work, step)
+    casts = _makes_cast_copies(work, step)
     hidden = spec.hidden_size
     norms = block.vectors // hidden
     # A fused norm keeps its input in the input's dtype and one number per token.
     total = (width * hidden + 4) * norms if step.fused else 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
-    for linear in lora_bytes.adapted(spec, block, work.targets):
+    for linear in lora_bytes.adapted_linears(spec, block, work.targets):
         total += width * work.rank
         if casts:
             total += width * linear.in_features
@@ -74,12 +74,12 @@ def _saved_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPl
         if work.dropout:
             total += (1 + MASTER_BYTES) * linear.in_features
     total += sum(width * features for _, features in groups)
-    total += _attention_saved(block, spec, step, work.sequence_tokens)
-    total += _scores_saved(spec, width, work.sequence_tokens)
-    return total + _mlp_saved(block, spec, step)
+    total += _saved_attention_bytes(block, spec, step, work.sequence_tokens)
+    total += _saved_score_bytes(spec, width, work.sequence_tokens)
+    return total + _saved_mlp_bytes(block, spec, step)
 
 
-def _casts(work: Workload, step: StepPlan) -> bool:
+def _makes_cast_copies(work: Workload, step: StepPlan) -> bool:
     """Whether the adapted modules run PEFT's own forward pass, which makes one more copy of each
     input: PEFT casts the input to float32, and autocast casts it back. This is the case if the
     adapter has dropout. Without dropout policy/lora_layer.py replaces the forward pass and makes no
@@ -88,7 +88,7 @@ def _casts(work: Workload, step: StepPlan) -> bool:
     return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
 
 
-def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
+def _uses_varlen_kernel(spec: ModelSpec, step: StepPlan) -> bool:
     """Whether the kernel ``varlen_attn`` computes the attention of packs (rows merged without
     padding). The conditions are those of ``can_use_kernel`` in policy/packed_attention.
     """
@@ -96,7 +96,7 @@ def _by_kernel(spec: ModelSpec, step: StepPlan) -> bool:
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
-def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
+def _saved_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: StepPlan) -> int:
     """The bytes of the keys and values that a layer keeps for attention within a pack (several
     completions joined into one sequence); 0 without packs.
 
@@ -107,14 +107,14 @@ def _keys_saved(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int
     if step.pack_tokens is None:
         return 0
     elements = block.cache.key_elements + block.cache.value_elements
-    if _by_kernel(spec, step):
+    if _uses_varlen_kernel(spec, step):
         return one.keys * elements * step.compute_bytes
     repeated = 2 * spec.heads * spec.head_dim
-    # ``_attention_saved`` counts each token's own keys and values.
+    # ``_saved_attention_bytes`` counts each token's own keys and values.
     return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
 
 
-def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> int:
+def _temporary_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: StepPlan) -> int:
     """The bytes of the temporary tensors in attention's backward pass for a pack, minus the bytes
     of the MLP's activations; 0 without packs.
 
@@ -128,10 +128,10 @@ def _keys_moving(block: Block, spec: ModelSpec, one: Pass, step: StepPlan) -> in
     query = spec.heads * spec.head_dim
     gradients = one.keys * elements * step.compute_bytes
     sums = one.tokens * (MASTER_BYTES * block.cache.key_elements + step.compute_bytes * query)
-    return gradients + sums - one.tokens * _mlp_saved(block, spec, step)
+    return gradients + sums - one.tokens * _saved_mlp_bytes(block, spec, step)
 
 
-def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
+def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
     """The bytes per token that sdpa (torch's scaled_dot_product_attention) saves: the queries, the
     keys and values (repeated for grouped queries), the output, the log-sum-exp, and the mask. The
     mask is added to the scores and has their dtype.
@@ -144,7 +144,9 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
     norms = block.vectors % spec.hidden_size
     norm_bytes = width if step.fused else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
-    if _by_kernel(spec, step):  # ``_keys_saved`` counts keys and values, and there is no mask
+    if _uses_varlen_kernel(
+        spec, step
+    ):  # ``_saved_key_bytes`` counts keys and values, and there is no mask
         return width * (query + out) + 4 * spec.heads + head_norms
     # One KV head is broadcast without a copy. Several KV heads are repeated for their queries.
     keys, values = query, out
@@ -154,7 +156,7 @@ def _attention_saved(block: Block, spec: ModelSpec, step: StepPlan, sequence: in
     return width * (tensors + sequence) + 4 * spec.heads + head_norms
 
 
-def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
+def _saved_score_bytes(spec: ModelSpec, width: int, sequence: int) -> int:
     """The bytes per token of the score matrices that attention without a fused kernel saves. These
     are the softmax in float32, the copy of the softmax that is multiplied by the values, and with
     soft-capping the result of the tanh.
@@ -166,7 +168,7 @@ def _scores_saved(spec: ModelSpec, width: int, sequence: int) -> int:
     return spec.heads * sequence * (MASTER_BYTES + weights + capped)
 
 
-def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
+def _saved_mlp_bytes(block: Block, spec: ModelSpec, step: StepPlan) -> int:
     """The bytes per token that the MLP saves. For each active expert (a dense MLP counts as one)
     these are three tensors: the output of the gate projection, its activation, and the output of
     the up projection. A fused MLP recomputes the activation instead of saving it.
@@ -175,14 +177,16 @@ def _mlp_saved(block: Block, spec: ModelSpec, step: StepPlan) -> int:
     for linear in block.linears:
         if linear.leaf == "down_proj":
             copies = block.uses(linear)
-            tensors = 2 if _fused_mlp(block, step) else 3
+            tensors = 2 if _has_fused_mlp(block, step) else 3
             total += tensors * width * linear.in_features * copies
             if linear.copies > 1:
                 total += 2 * width * spec.hidden_size * copies
     return total
 
 
-def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+def _temporary_bytes_per_token(
+    block: Block, spec: ModelSpec, work: Workload, step: StepPlan
+) -> int:
     """The peak, in bytes per token, of the temporary tensors in one layer's backward pass. It is
     the larger of two numbers: the bytes for the MLP, and the bytes for the attention scores.
 
@@ -197,9 +201,9 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     inner = 4 * spec.hidden_size
     if down is not None:
         inner = down.in_features * block.uses(down)
-    targeted = down is not None and lora_bytes.targeted(down, work.targets)
+    targeted = down is not None and lora_bytes.is_targeted(down, work.targets)
     # A fused MLP overwrites two of its saved tensors with their gradients.
-    less = 1 if _fused_mlp(block, step) else 0
+    less = 1 if _has_fused_mlp(block, step) else 0
     if step.packed:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
         mlp = (3 - less) * step.compute_bytes * inner
@@ -208,12 +212,12 @@ def _moving_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepP
     else:
         # There are three gradients. An adapted down projection frees its saved input before the
         # third gradient exists.
-        copies = ((4 if _casts(work, step) else 2) if targeted else 3) - less
+        copies = ((4 if _makes_cast_copies(work, step) else 2) if targeted else 3) - less
         mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
-    return max(mlp, _scores_moving(block, spec, work, step))
+    return max(mlp, _temporary_score_bytes(block, spec, work, step))
 
 
-def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
+def _temporary_score_bytes(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The bytes per token of the temporary tensors in the backward pass of the attention scores,
     minus the bytes of the MLP's activations; 0 for fused attention.
 
@@ -224,10 +228,10 @@ def _scores_moving(block: Block, spec: ModelSpec, work: Workload, step: StepPlan
     if spec.scores == "fused":
         return 0
     gradients = spec.heads * work.sequence_tokens * (MASTER_BYTES + step.compute_bytes // 2)
-    return gradients - _mlp_saved(block, spec, step)
+    return gradients - _saved_mlp_bytes(block, spec, step)
 
 
-def _fused_mlp(block: Block, step: StepPlan) -> bool:
+def _has_fused_mlp(block: Block, step: StepPlan) -> bool:
     """Whether a fused kernel computes the MLP. The kernel requires separate gate and up projections
     and no experts.
     """

@@ -12,10 +12,10 @@ from toolkit.base.formatting import format_bytes
 from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes, lora_bytes
-from toolkit.sizing.dequantized import all_copies, room_for_copies
-from toolkit.sizing.fit import RETURNED_SHARE
+from toolkit.sizing.dequantized import all_copies_bytes, available_copy_bytes
+from toolkit.sizing.fit import REUSABLE_SHARE
 from toolkit.sizing.micro_batch import is_auto
-from toolkit.sizing.packs import passes, step_tokens
+from toolkit.sizing.packs import passes_per_step, tokens_per_step
 from toolkit.sizing.result import (
     Choice,
     EnginePart,
@@ -27,7 +27,7 @@ from toolkit.sizing.result import (
     TrainerPart,
 )
 from toolkit.sizing.step_time import training_seconds
-from toolkit.sizing.terms import Term, total
+from toolkit.sizing.terms import Term, total_bytes
 from toolkit.sizing.trainer_bytes import compute_bytes
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
     from toolkit.sizing.result import Remedy
 
-STEPS = 1000  # the interval and the choice are rounded to 0.001
-FINE_STEPS = 10**6  # used if no multiple of 0.001 lies between the exact ends of the interval
+STEPS_PER_UNIT = 1000  # the interval and the choice are rounded to 0.001
+FINE_STEPS_PER_UNIT = (
+    10**6
+)  # used if no multiple of 0.001 lies between the exact ends of the interval
 
 
-def assemble(
+def build_result(
     candidate: Candidate,
     fit: Fit,
     *,
@@ -48,7 +50,8 @@ def assemble(
     longest: int | None = None,
 ) -> SizingResult:
     """Return the result for ``candidate``. ``largest`` is the largest micro-batch that fits.
-    ``longest`` is the longest sequence that fits, as returned by ``longest.longest_that_fits``.
+    ``longest`` is the longest sequence that fits, as returned by
+    ``longest.longest_fitting_sequence``.
     """
     interval, utilization = _interval(candidate, fit)
     kv_bytes = _kv_bytes(candidate, fit, utilization)
@@ -63,7 +66,7 @@ def assemble(
             0, Term("context", candidate.device.context_bytes, "CUDA context of the process")
         )
     return SizingResult(
-        device=_device(candidate.device),
+        device=_device_json(candidate.device),
         model=_model(candidate, fit),
         engine=_engine(candidate, fit, kv_bytes),
         trainer=_trainer(candidate, fit),
@@ -89,17 +92,19 @@ def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
         ), None
     card = candidate.device.cuda_total_bytes
-    steps = STEPS
-    if fit.fits and _up(fit.min_bytes, card, steps) > _down(fit.max_bytes, card, steps):
-        steps = FINE_STEPS
-    low, high = _up(fit.min_bytes, card, steps), _down(fit.max_bytes, card, steps)
+    steps = STEPS_PER_UNIT
+    if fit.fits and _rounded_up(fit.min_bytes, card, steps) > _rounded_down(
+        fit.max_bytes, card, steps
+    ):
+        steps = FINE_STEPS_PER_UNIT
+    low, high = _rounded_up(fit.min_bytes, card, steps), _rounded_down(fit.max_bytes, card, steps)
     interval = Interval(
         min=low,
         max=high,
         binding_min=fit.binding_min,
         binding_max=fit.binding_max,
-        min_without_margin=_up(fit.min_bytes - fit.min_margin_bytes, card, steps),
-        max_without_margin=_down(fit.max_bytes + fit.max_margin_bytes, card, steps),
+        min_without_margin=_rounded_up(fit.min_bytes - fit.min_margin_bytes, card, steps),
+        max_without_margin=_rounded_down(fit.max_bytes + fit.max_margin_bytes, card, steps),
     )
     written = candidate.config.model.gpu_memory_utilization
     if written != "auto":
@@ -107,12 +112,12 @@ def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
     return interval, high if fit.fits else None
 
 
-def _up(used: int, total: int, steps: int) -> float:
+def _rounded_up(used: int, total: int, steps: int) -> float:
     """Return ``used / total``, rounded up to a multiple of ``1 / steps``."""
     return math.ceil(used * steps / total) / steps
 
 
-def _down(used: int, total: int, steps: int) -> float:
+def _rounded_down(used: int, total: int, steps: int) -> float:
     """Return ``used / total``, rounded down to a multiple of ``1 / steps``; at least 0."""
     return math.floor(max(used, 0) * steps / total) / steps
 
@@ -126,7 +131,7 @@ def _kv_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:
     return max(0, taken - (fit.min_bytes - fit.kv_sequence_bytes))
 
 
-def _device(device: Device | None) -> dict[str, object] | None:
+def _device_json(device: Device | None) -> dict[str, object] | None:
     if device is None:
         return None
     return {
@@ -149,13 +154,13 @@ def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
         for term in fit.terms
         if not term.term.startswith("margin.") and term.term != "engine.runtime"
     ]
-    always = total(counted, "always")
+    always = total_bytes(counted, "always")
     asleep = kv_bytes if candidate.plan.sleep else 0
-    rollout = always + kv_bytes + total(counted, "rollout")
-    training = always + kv_bytes - asleep + total(counted, "training")
+    rollout = always + kv_bytes + total_bytes(counted, "rollout")
+    training = always + kv_bytes - asleep + total_bytes(counted, "training")
     margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
-    activations = total(counted, "rollout") - candidate.plan.dequantized
-    margin += int(activations * (1 - RETURNED_SHARE))
+    activations = total_bytes(counted, "rollout") - candidate.plan.dequantized
+    margin += int(activations * (1 - REUSABLE_SHARE))
     return Peaks(
         rollout_bytes=rollout,
         training_bytes=training,
@@ -176,13 +181,13 @@ def _model(candidate: Candidate, fit: Fit) -> ModelPart:
         kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
         dtype=plan.dtype,
-        quantization=how if (how := _format(candidate)) != plan.dtype else None,
+        quantization=how if (how := _weight_format(candidate)) != plan.dtype else None,
         margin=spec.margin,
         notes=(*spec.notes, *_notes(candidate, fit)),
     )
 
 
-def _format(candidate: Candidate) -> str:
+def _weight_format(candidate: Candidate) -> str:
     """Return the name of the number format of the weights in memory, such as ``bfloat16``."""
     if candidate.spec.weights_by_headers:
         return "as stored"
@@ -196,11 +201,11 @@ def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     or of none. Return None if it copies all of them, or if model.dequantized_rollouts is not
     "auto".
     """
-    copies, whole = candidate.plan.dequantized, all_copies(candidate.spec, candidate.plan)
+    copies, whole = candidate.plan.dequantized, all_copies_bytes(candidate.spec, candidate.plan)
     left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
     if not left_open or copies >= whole:
         return None
-    left = room_for_copies(candidate, fit) + copies
+    left = available_copy_bytes(candidate, fit) + copies
     if left >= whole:
         return None  # the run does not fit at the utilization in the run file, which is reported
     made = f"copies of {format_bytes(copies)} are made" if copies else "no copies are made"
@@ -233,7 +238,7 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
 def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
     sizes = {term.term: term.bytes for term in fit.terms}
     plan = candidate.plan
-    everywhere = lora_bytes.engine_elements(candidate.spec, plan.max_lora_rank, plan.max_loras)
+    everywhere = lora_bytes.engine_lora_elements(candidate.spec, plan.max_lora_rank, plan.max_loras)
     uses = candidate.work.uses_engine
     ranks = LEGAL_RANKS if uses else ()
     return EnginePart(
@@ -253,7 +258,7 @@ def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
 
 def _trainer(candidate: Candidate, fit: Fit) -> TrainerPart:
     trainer = [term for term in fit.terms if term.term.startswith("trainer.")]
-    resident, step = total(trainer, "always"), total(trainer, "training")
+    resident, step = total_bytes(trainer, "always"), total_bytes(trainer, "training")
     return TrainerPart(
         resident_bytes=resident,
         step_bytes=step,
@@ -269,19 +274,19 @@ def _packs(candidate: Candidate) -> PackPart | None:
         return None
     return PackPart(
         pack_tokens=budget,
-        step_tokens=step_tokens(work, budget),
+        step_tokens=tokens_per_step(work, budget),
         padded_tokens=work.rollouts * work.sequence_tokens,
-        passes=passes(work, budget),
-        passes_half=passes(work, budget, share=0.5),
+        passes=passes_per_step(work, budget),
+        passes_half=passes_per_step(work, budget, share=0.5),
     )
 
 
-def _dequantized(candidate: Candidate) -> bool | int:
+def _dequantized_rollouts(candidate: Candidate) -> bool | int:
     """The value of model.dequantized_rollouts: True for copies of all layers, a number of bytes for
     copies of the largest layers, False for no copies.
     """
     copies = candidate.plan.dequantized
-    return copies if 0 < copies < all_copies(candidate.spec, candidate.plan) else copies > 0
+    return copies if 0 < copies < all_copies_bytes(candidate.spec, candidate.plan) else copies > 0
 
 
 def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: int) -> Choice:
@@ -298,7 +303,7 @@ def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: 
         dtype=candidate.plan.dtype,
         fast_inference=candidate.work.uses_engine,
         kv_cache_bytes=fit.kv_bytes,
-        dequantized_rollouts=_dequantized(candidate),
+        dequantized_rollouts=_dequantized_rollouts(candidate),
         target_modules=candidate.work.targets,
         tensor_parallel_size=candidate.plan.tensor_parallel,
         # If the run file sets the micro-batch, the number of rows limits a pass, so no limit on

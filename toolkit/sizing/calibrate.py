@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_TIMINGS_BYTES = 64 << 20
 # Each number that the engine reports, with the terms of the budget that it covers.
-MEASURED_AS = {
+MEASURED_TERMS = {
     "engine.loaded": ("engine.weights", "engine.lora", "engine.rope_tables"),
     "engine.activations": ("engine.activations",),
     "engine.runtime": ("engine.runtime",),
@@ -35,7 +35,7 @@ MEASURED_AS = {
         "trainer.expert_updates",
     ),
 }
-PEAKS = {
+PEAK_KEYS = {
     "peak.rollout": "rollout_bytes",
     "peak.training": "training_bytes",
     "peak.torch": "torch_bytes",
@@ -89,7 +89,7 @@ class Calibration:
         return any(
             row.measured is not None and row.measured > self.bound
             for row in self.rows
-            if row.term in PEAKS
+            if row.term in PEAK_KEYS
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def calibrate(run_dir: Path) -> Calibration:
 
 def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibration:
     """Compare every term that can be measured. ``sizing`` is ``SizingResult.to_json()``, and
-    ``measured`` maps the names in ``MEASURED_AS`` and ``PEAKS`` to bytes.
+    ``measured`` maps the names in ``MEASURED_TERMS`` and ``PEAK_KEYS`` to bytes.
 
     Raises InputError if parts of ``sizing`` are missing.
     """
@@ -139,19 +139,24 @@ def compare(sizing: Mapping[str, Any], measured: Mapping[str, Any]) -> Calibrati
         predicted = {line["term"]: int(line["bytes"]) for line in sizing["budget"]}
         peaks = sizing["peaks"]
         rows = [
-            Row(name, sum(predicted.get(term, 0) for term in terms), _bytes(measured.get(name)))
-            for name, terms in MEASURED_AS.items()
+            Row(
+                name,
+                sum(predicted.get(term, 0) for term in terms),
+                _positive_bytes(measured.get(name)),
+            )
+            for name, terms in MEASURED_TERMS.items()
             if any(term in predicted for term in terms)
         ]
         rows += [
-            Row(name, int(peaks[key]), _bytes(measured.get(name))) for name, key in PEAKS.items()
+            Row(name, int(peaks[key]), _positive_bytes(measured.get(name)))
+            for name, key in PEAK_KEYS.items()
         ]
         return Calibration(tuple(rows), int(peaks["bound_bytes"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the prediction is incomplete: {error!r}") from None
 
 
-def _bytes(value: Any) -> int | None:
+def _positive_bytes(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and value > 0 else None
 
 
@@ -169,5 +174,5 @@ def _torch_peak(path: Path) -> int | None:
             except ValueError:
                 continue  # a line truncated by a crash
             if isinstance(row, dict):
-                largest = max(largest, _bytes(row.get("peak_memory_bytes")) or 0)
+                largest = max(largest, _positive_bytes(row.get("peak_memory_bytes")) or 0)
     return largest or None

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
     from toolkit.sizing.model_blocks import ModelSpec
 
-COPY_BYTES = 2
+BYTES_PER_WEIGHT = 2
 """Bytes of one weight in a copy, which is bfloat16 for every dtype of the run."""
 TERM = "engine.dequantized"
-SPARE_SHARE = 0.01
+UNUSED_SHARE = 0.01
 """The fraction of the card's memory that copies never use, even if only some copies fit."""
-LEAST_SHARE = 0.1
+MIN_COPY_SHARE = 0.1
 """Copies of less than this share of the weights are not worth their memory."""
 
 
-def all_copies(spec: ModelSpec, plan: EnginePlan) -> int:
+def all_copies_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     """The bytes that 16-bit copies of all 4-bit linear layers in the engine need; 0 if the engine
     has no such layers. Routed experts are never copied, because they have their own kernels.
     """
     how = plan.quantization
     if not plan.on_gpu or plan.tensor_parallel > 1 or how is None or how.method != "bnb-nf4":
         return 0
-    return COPY_BYTES * sum(
+    return BYTES_PER_WEIGHT * sum(
         block.count * linear.weights
         for block in spec.blocks
         for linear in block.linears
@@ -41,28 +41,28 @@ def all_copies(spec: ModelSpec, plan: EnginePlan) -> int:
     )
 
 
-def written_copies(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
+def requested_copy_bytes(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -> int:
     """The bytes of copies that the run file requests with model.dequantized_rollouts; 0 if this key
     is "auto" or false.
     """
-    wanted, whole = config.model.dequantized_rollouts, all_copies(spec, plan)
+    wanted, whole = config.model.dequantized_rollouts, all_copies_bytes(spec, plan)
     if wanted == "auto" or wanted is False:
         return 0
     return whole if wanted is True else min(whole, int(wanted))
 
 
-def room_for_copies(candidate: Candidate, fit: Fit) -> int:
+def available_copy_bytes(candidate: Candidate, fit: Fit) -> int:
     """The bytes of 16-bit copies that fit beside a KV cache for all sequences of a rollout."""
     most, spare = fit.max_sampling_bytes, 0
     written = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:
-        spare = int(SPARE_SHARE * candidate.device.cuda_total_bytes)
+        spare = int(UNUSED_SHARE * candidate.device.cuda_total_bytes)
         if written != "auto":
             most = min(most, int(written * candidate.device.cuda_total_bytes))
     return most - spare - fit.min_bytes - max(fit.kv_wanted_bytes - fit.kv_sequence_bytes, 0)
 
 
-def best_copies(candidate: Candidate, fit: Fit) -> int:
+def best_copy_bytes(candidate: Candidate, fit: Fit) -> int:
     """Return how many bytes of 16-bit copies the engine should make. ``candidate`` fits without
     copies.
 
@@ -70,6 +70,6 @@ def best_copies(candidate: Candidate, fit: Fit) -> int:
     memory, and the engine copies the largest layers first. If the free memory is less than a tenth
     of the size of all copies, the result is 0.
     """
-    whole = all_copies(candidate.spec, candidate.plan)
-    fitting = min(whole, room_for_copies(candidate, fit))
-    return fitting if fitting >= max(whole * LEAST_SHARE, 1) else 0
+    whole = all_copies_bytes(candidate.spec, candidate.plan)
+    fitting = min(whole, available_copy_bytes(candidate, fit))
+    return fitting if fitting >= max(whole * MIN_COPY_SHARE, 1) else 0

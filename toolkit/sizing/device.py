@@ -105,7 +105,7 @@ class Device:
         )
 
 
-def situation_of(device: Device | None, world_size: int = 1) -> Situation:
+def device_situation(device: Device | None, world_size: int = 1) -> Situation:
     """Return the Situation of a run on ``device`` (None: the CPU): the card, the number of
     processes of the run, and the installed vLLM. If ``device`` belongs to another node, vLLM is
     assumed to be installed there.
@@ -118,7 +118,7 @@ def situation_of(device: Device | None, world_size: int = 1) -> Situation:
     return Situation(world_size=world_size, device=facts, vllm=vllm_here() if here else None)
 
 
-def situation_here(
+def local_situation(
     snapshot: NodeSnapshot, *, gpu_index: int | None = None, world_size: int = 1
 ) -> Situation:
     """Return the Situation of a run on this node: the card, the number of processes of the run, and
@@ -135,7 +135,7 @@ def situation_here(
     return Situation(world_size=world_size, device=facts, vllm=vllm_here())
 
 
-def smallest(found: Sequence[Device | None]) -> Device | None:
+def device_with_least_free_memory(found: Sequence[Device | None]) -> Device | None:
     """Return the device with the least free memory among the devices of all processes of a run;
     None if all processes run on the CPU.
 

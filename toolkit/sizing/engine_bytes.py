@@ -37,12 +37,12 @@ GRAPHS_PER_SIZE = 2
 # Bytes per logit of the sampler's temporary tensors: bf16 logits, their fp32 copy,
 # log-probabilities, probabilities and the exponential noise (v1/sample/sampler.py and
 # ops/topk_topp_sampler.py).
-SAMPLER_BYTES = 18
+SAMPLER_BYTES_PER_LOGIT = 18
 
 
 def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     """Return every term of the engine's memory except the KV cache. ``spec`` is the part of the
-    model on one card (``split.one_card``).
+    model on one card (``split.spec_of_one_card``).
     """
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
@@ -96,7 +96,7 @@ def slot_bytes(spec: ModelSpec, plan: EnginePlan, rank: int) -> int:
     """The bytes of the LoRA buffers that the engine allocates for adapters of rank ``rank``, with
     the settings of ``plan``.
     """
-    elements = lora_bytes.engine_elements(spec, rank, plan.max_loras, plan.lora_modules)
+    elements = lora_bytes.engine_lora_elements(spec, rank, plan.max_loras, plan.lora_modules)
     return elements * DTYPE_BYTES[plan.dtype]
 
 
@@ -121,10 +121,10 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
         routed = block.active_experts * spec.hidden_size
         widest = max(widest, attention, gate_up + gate_up // 2 + routed)
     per_token = (widest + 3 * spec.hidden_size) * width
-    return plan.max_num_batched_tokens * per_token + _dequantized(spec, plan.quantization)
+    return plan.max_num_batched_tokens * per_token + _unpacked_weight_bytes(spec, plan.quantization)
 
 
-def _dequantized(spec: ModelSpec, quantization: Quantization | None) -> int:
+def _unpacked_weight_bytes(spec: ModelSpec, quantization: Quantization | None) -> int:
     """The bytes that bitsandbytes needs for unpacked weights; 0 without bitsandbytes weights. For a
     batch of more than a few tokens, bitsandbytes unpacks one fused weight at a time to 16 bits. So
     the result is the size of the largest weight in 16 bits.
@@ -148,7 +148,7 @@ def sampler_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     """
     hidden = plan.max_num_batched_tokens * spec.hidden_size * DTYPE_BYTES[plan.dtype]
     sequences = min(plan.max_num_seqs, plan.max_num_batched_tokens)
-    return hidden + sequences * padded_vocab(spec.vocab_size) * SAMPLER_BYTES
+    return hidden + sequences * padded_vocab(spec.vocab_size) * SAMPLER_BYTES_PER_LOGIT
 
 
 def graph_bytes(spec: ModelSpec, plan: EnginePlan) -> int:

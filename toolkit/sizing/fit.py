@@ -26,7 +26,7 @@ from toolkit.gpu.host import read_memory
 from toolkit.sizing import engine_bytes as engines
 from toolkit.sizing import kv_bytes
 from toolkit.sizing.model_blocks import DTYPE_BYTES
-from toolkit.sizing.terms import Term, total
+from toolkit.sizing.terms import Term, total_bytes
 from toolkit.sizing.trainer_bytes import trainer_terms
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.workload import StepPlan, Workload
 
-UNKNOWN_HOST = 4 << 30  # assumed if the host does not report its memory
+DEFAULT_HOST_BYTES = 4 << 30  # assumed if the host does not report its memory
 
 
-def available_bytes() -> int:
+def available_host_bytes() -> int:
     """The bytes of host memory that this process can still allocate."""
     memory = read_memory().value
-    found = UNKNOWN_HOST if memory is None else memory["available"]
+    found = DEFAULT_HOST_BYTES if memory is None else memory["available"]
     try:
         group = read_cgroup(ROOT)
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def available_bytes() -> int:
 
 # Bytes per logit of the tensors that ``_sample`` (generation/utils.py) makes for one position, all
 # float32: logits, scores, sorted copies and probabilities.
-LOGIT_BYTES = 24
+BYTES_PER_LOGIT = 24
 
 
 def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> list[Term]:
@@ -75,7 +75,7 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
         ),
         Term(
             "rollout.logits",
-            work.rollouts * spec.vocab_size * LOGIT_BYTES,
+            work.rollouts * spec.vocab_size * BYTES_PER_LOGIT,
             f"{work.rollouts} rows of {spec.vocab_size} logits",
             "rollout",
         ),
@@ -85,18 +85,18 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
 # The margins cover possible errors of the estimates, and memory that the caching allocator reserves
 # without using it. With expandable segments (policy/cuda_allocator.py) the unused memory is a few
 # pages.
-STEP_MARGIN, STEP_MARGIN_BYTES = 0.05, 128 * MIB
-ENGINE_MARGIN = 0.05
+STEP_MARGIN_SHARE, STEP_MARGIN_BYTES = 0.05, 128 * MIB
+ENGINE_MARGIN_SHARE = 0.05
 # Tokens are routed unevenly to experts, and no measurement bounds the number of tokens per expert.
-EXPERT_MARGIN = 0.10
+EXPERT_MARGIN_SHARE = 0.10
 # The engine frees its activations to the allocator after its profiling run, and the training step
 # reuses this memory. Compiled activations are smaller than the bound in u_min, so only this
 # fraction counts as reusable.
-RETURNED_SHARE = 0.5
-ESTIMATED = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
-CPU_KV_MOST, CPU_KV_LEAST = 4 << 30, 64 * MIB
+REUSABLE_SHARE = 0.5
+ESTIMATED_TERMS = ("engine.activations", "engine.cuda_graphs", "engine.runtime")
+MAX_CPU_KV_BYTES, MIN_CPU_KV_BYTES = 4 << 30, 64 * MIB
 # fraction of the available memory; the rest is for data, tokenizer and other processes
-CPU_SHARE = 0.8
+USABLE_HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,34 +161,36 @@ def evaluate(candidate: Candidate) -> Fit:
     trainer = trainer_terms(candidate.spec, candidate.plan, candidate.work, candidate.step)
     if not candidate.work.uses_engine:
         rollout = transformers_terms(candidate.spec, candidate.plan, candidate.work)
-        return _fit_alone(candidate, [*rollout, *trainer, *_margins(candidate, [], trainer)])
+        return _fit_without_engine(
+            candidate, [*rollout, *trainer, *_margin_terms(candidate, [], trainer)]
+        )
     engine = engines.engine_terms(candidate.spec, candidate.plan)
-    terms = [*engine, *trainer, *_margins(candidate, engine, trainer)]
+    terms = [*engine, *trainer, *_margin_terms(candidate, engine, trainer)]
     return _fit_on_card(candidate, terms) if candidate.device else _fit_on_host(candidate, terms)
 
 
-def _margins(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> list[Term]:
+def _margin_terms(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> list[Term]:
     unknown = candidate.spec.margin
-    estimated = sum(term.bytes for term in engine if term.term in ESTIMATED)
+    estimated = sum(term.bytes for term in engine if term.term in ESTIMATED_TERMS)
     weights = sum(term.bytes for term in (*engine, *trainer) if term.term.endswith(".weights"))
     margins = []
     if engine or unknown:
         margins.append(
             Term(
                 "margin.engine",
-                int(estimated * (ENGINE_MARGIN + unknown) + weights * unknown),
-                f"{ENGINE_MARGIN + unknown:.0%} of the estimated terms"
+                int(estimated * (ENGINE_MARGIN_SHARE + unknown) + weights * unknown),
+                f"{ENGINE_MARGIN_SHARE + unknown:.0%} of the estimated terms"
                 + (f", {unknown:.0%} of the weights" if unknown else ""),
             )
         )
     fixed = STEP_MARGIN_BYTES if candidate.device else 0
-    share = STEP_MARGIN + unknown
+    share = STEP_MARGIN_SHARE + unknown
     if any(block.active_experts for block in candidate.spec.blocks):
-        share += EXPERT_MARGIN
+        share += EXPERT_MARGIN_SHARE
     margins.append(
         Term(
             "margin.fragmentation",
-            int(total(trainer, "training") * share) + fixed,
+            int(total_bytes(trainer, "training") * share) + fixed,
             f"{share:.0%} of a step" + (f", and {fixed // MIB} MiB" if fixed else ""),
             "training",
         )
@@ -196,19 +198,19 @@ def _margins(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> l
     return margins
 
 
-def _in_engine(term: Term) -> bool:
+def _is_engine_term(term: Term) -> bool:
     return term.term.startswith("engine.") or term.term == "margin.engine"
 
 
 def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
     device = candidate.device
     assert device is not None
-    engine = [term for term in terms if _in_engine(term)]
-    others = [term for term in terms if not _in_engine(term)]
+    engine = [term for term in terms if _is_engine_term(term)]
+    others = [term for term in terms if not _is_engine_term(term)]
     one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
-    fixed, given_back = total(engine), total(engine, "rollout")
+    fixed, given_back = total_bytes(engine), total_bytes(engine, "rollout")
     copies = candidate.plan.dequantized
-    kept, step = total(others, "always"), total(others, "training")
+    kept, step = total_bytes(others, "always"), total_bytes(others, "training")
     room = device.free_bytes - device.context_bytes
     ends = {
         "free memory - context - what the trainer keeps (rollout phase)": room - kept,
@@ -231,22 +233,22 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
         # Memory that is missing while the KV cache sleeps is missing at every u, so the interval is
         # empty by that amount.
         missing = fixed - given_back + kept + step - room
-        name = f"a training step while the KV cache sleeps ({_largest(others, 'training')})"
+        name = f"a training step while the KV cache sleeps ({_largest_term(others, 'training')})"
         ends |= {name: least - missing} if missing > 0 else {}
     else:
-        name = f"free memory - context - a training step ({_largest(others, 'training')})"
-        returned = int((given_back - copies) * RETURNED_SHARE) + copies
+        name = f"free memory - context - a training step ({_largest_term(others, 'training')})"
+        returned = int((given_back - copies) * REUSABLE_SHARE) + copies
         ends[name] = room - kept - step + returned
     binding = min(ends, key=lambda name: ends[name])
     return Fit(
         terms=tuple(terms),
         min_bytes=least,
         max_bytes=ends[binding],
-        binding_min=f"{_largest(engine, 'always', 'rollout')} + KV of one sequence",
+        binding_min=f"{_largest_term(engine, 'always', 'rollout')} + KV of one sequence",
         binding_max=binding,
         short_bytes=max(missing, least - ends[binding]),
         kv_sequence_bytes=one,
-        kv_wanted_bytes=_wanted(candidate),
+        kv_wanted_bytes=_rollout_kv_bytes(candidate),
         max_sampling_bytes=most_sampling,
         min_margin_bytes=sum(term.bytes for term in engine if term.term == "margin.engine"),
         max_margin_bytes=sum(term.bytes for term in others if term.term.startswith("margin.")),
@@ -258,19 +260,19 @@ def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
     memory of a card.
     """
     one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
-    wanted = _wanted(candidate)
-    cache = max(one, min(2 * wanted, CPU_KV_MOST), CPU_KV_LEAST)
-    engine = [term for term in terms if _in_engine(term)]
-    others = [term for term in terms if not _in_engine(term)]
-    always = total(terms, "always") + cache
-    need = always + max(total(engine, "rollout"), total(others, "training"))
-    room = int(available_bytes() * CPU_SHARE)
+    wanted = _rollout_kv_bytes(candidate)
+    cache = max(one, min(2 * wanted, MAX_CPU_KV_BYTES), MIN_CPU_KV_BYTES)
+    engine = [term for term in terms if _is_engine_term(term)]
+    others = [term for term in terms if not _is_engine_term(term)]
+    always = total_bytes(terms, "always") + cache
+    need = always + max(total_bytes(engine, "rollout"), total_bytes(others, "training"))
+    room = int(available_host_bytes() * USABLE_HOST_SHARE)
     return Fit(
         terms=tuple(terms),
         min_bytes=need,
         max_bytes=room,
-        binding_min=_largest(terms, "always", "training"),
-        binding_max=f"{CPU_SHARE:.0%} of the available host memory",
+        binding_min=_largest_term(terms, "always", "training"),
+        binding_max=f"{USABLE_HOST_SHARE:.0%} of the available host memory",
         short_bytes=need - room,
         kv_sequence_bytes=one,
         kv_wanted_bytes=one,
@@ -278,24 +280,26 @@ def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
     )
 
 
-def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
+def _fit_without_engine(candidate: Candidate, terms: list[Term]) -> Fit:
     """The fit of a run without an engine. The trainer's own model also samples the rollouts, with
     the method ``generate`` of transformers.
     """
     device = candidate.device
-    need = total(terms, "always") + max(total(terms, "rollout"), total(terms, "training"))
+    need = total_bytes(terms, "always") + max(
+        total_bytes(terms, "rollout"), total_bytes(terms, "training")
+    )
     if device is not None:
         room, of = device.free_bytes - device.context_bytes, "free memory - context"
     else:
         room, of = (
-            int(available_bytes() * CPU_SHARE),
-            f"{CPU_SHARE:.0%} of the available host memory",
+            int(available_host_bytes() * USABLE_HOST_SHARE),
+            f"{USABLE_HOST_SHARE:.0%} of the available host memory",
         )
     return Fit(
         terms=tuple(terms),
         min_bytes=need,
         max_bytes=room,
-        binding_min=_largest(terms, "always", "rollout", "training"),
+        binding_min=_largest_term(terms, "always", "rollout", "training"),
         binding_max=of,
         short_bytes=need - room,
         kv_sequence_bytes=0,
@@ -303,7 +307,7 @@ def _fit_alone(candidate: Candidate, terms: list[Term]) -> Fit:
     )
 
 
-def _wanted(candidate: Candidate) -> int:
+def _rollout_kv_bytes(candidate: Candidate) -> int:
     """The KV bytes of all sequences that the engine runs at once, at the run's maximum length. With
     prefix caching, the completions of a group share the blocks of their prompt.
     """
@@ -318,6 +322,6 @@ def _wanted(candidate: Candidate) -> int:
     return wanted - (sequences - groups) * engines.kv_shared_bytes(candidate.spec, plan, prompt)
 
 
-def _largest(terms: list[Term], *phases: str) -> str:
+def _largest_term(terms: list[Term], *phases: str) -> str:
     found = max((term for term in terms if term.phase in phases), key=lambda term: term.bytes)
     return found.term

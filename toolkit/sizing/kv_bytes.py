@@ -14,7 +14,7 @@ from toolkit.config.model_facts import GPU_BLOCK
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Cache, ModelSpec
 
-STATES = 2
+STATES_PER_SEQUENCE = 2
 
 
 def bytes_per_token(spec: ModelSpec, element_bytes: int) -> int:
@@ -39,7 +39,7 @@ def sequence_bytes(
     """
     return sum(
         layers * _layer_bytes(cache, tokens, element_bytes, block_tokens, batched_tokens)
-        for cache, layers in padded_layers(spec).items()
+        for cache, layers in padded_layer_counts(spec).items()
     )
 
 
@@ -57,7 +57,7 @@ def shared_bytes(spec: ModelSpec, tokens: int, element_bytes: int, *, block_toke
     return sequence_bytes(spec, blocks * block_tokens, element_bytes, block_tokens=block_tokens)
 
 
-def padded_layers(spec: ModelSpec) -> dict[Cache, int]:
+def padded_layer_counts(spec: ModelSpec) -> dict[Cache, int]:
     """Return a mapping from each kind of KV cache to the number of layers that vLLM allocates for
     it.
 
@@ -85,7 +85,7 @@ def _layer_bytes(
     if cache.kind == "linear":
         # With prefix caching there are two states per sequence (MambaSpec, mode "align"). They are
         # never stored in 8 bits.
-        return STATES * cache.state_elements * max(element_bytes, 2)
+        return STATES_PER_SEQUENCE * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens
     if cache.window is not None:
         kept = min(cache.window - 1 + batched_tokens, tokens)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.micro_batch import ACCUMULATION, MICRO
+from toolkit.sizing.micro_batch import ACCUMULATION, MICRO_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.sizing.fit import Candidate, Fit
 
-SHORTEST = 32
+MIN_SEQUENCE_TOKENS = 32
 """The shortest length, in tokens, that is tried."""
 
 
-def longest_that_fits(
+def longest_fitting_sequence(
     config: RunConfig, candidate: Candidate, attempt: Callable[[RunConfig], Fit]
 ) -> int | None:
     """Return the length of the longest sequence (prompt and completion, in tokens) with which the
     run fits if each pass has one sequence. Return 0 if no length fits.
 
     Return None if shorter sequences are not needed or not possible: the run fits with one sequence
-    per pass, or its sequences already have at most ``SHORTEST`` tokens.
+    per pass, or its sequences already have at most ``MIN_SEQUENCE_TOKENS`` tokens.
     """
     whole = candidate.work.sequence_tokens
 
     def fits(length: int) -> bool:
-        return attempt(_shorter(config, candidate, length)).fits
+        return attempt(_with_sequence_length(config, candidate, length)).fits
 
-    if whole <= SHORTEST or fits(whole):
+    if whole <= MIN_SEQUENCE_TOKENS or fits(whole):
         return None
-    if not fits(SHORTEST):
+    if not fits(MIN_SEQUENCE_TOKENS):
         return 0
-    low, high = SHORTEST, whole
+    low, high = MIN_SEQUENCE_TOKENS, whole
     while high - low > max(16, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def _shorter(config: RunConfig, candidate: Candidate, length: int) -> RunConfig:
+def _with_sequence_length(config: RunConfig, candidate: Candidate, length: int) -> RunConfig:
     """Return ``config`` for sequences of ``length`` tokens, with one sequence per pass. The
     completion is shortened first, but not below half of ``length``; then the prompt is shortened
     too.
@@ -61,7 +61,7 @@ def _shorter(config: RunConfig, candidate: Candidate, length: int) -> RunConfig:
     rows = work.rollouts
     grpo = {
         **config.grpo,
-        MICRO: 1,
+        MICRO_BATCH: 1,
         ACCUMULATION: rows,
         "max_prompt_length": prompt,
         "max_completion_length": max(1, length - prompt),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from toolkit.sizing.model_blocks import Block, Linear, ModelSpec
 
-FUSED = (
+FUSED_LAYERS = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     ("gate_proj", "up_proj", "gate_up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"),
@@ -45,7 +45,7 @@ def legal_rank(rank: int) -> int:
     )
 
 
-def engine_elements(
+def engine_lora_elements(
     spec: ModelSpec, rank: int, slots: int, modules: Collection[str] | None = None
 ) -> int:
     """The number of elements of the engine's LoRA buffers.
@@ -80,7 +80,7 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
         for linear in block.linears:
             if linear.copies == 1 and _has_slots(linear, SLOTS):
                 parent = linear.name.rpartition(".")[0]
-                fused = next((one for one in FUSED if linear.leaf in one), (linear.leaf,))
+                fused = next((one for one in FUSED_LAYERS if linear.leaf in one), (linear.leaf,))
                 groups.setdefault((parent, *fused), []).append(linear)
         for parts in groups.values():
             found.add((tuple(one.out_features for one in parts), parts[0].in_features))
@@ -101,7 +101,7 @@ def _has_slots(linear: Linear, modules: Collection[str]) -> bool:
     """
     if linear.copies > 1:
         return "experts" in modules
-    fused = next((group for group in FUSED if linear.leaf in group), (linear.leaf,))
+    fused = next((group for group in FUSED_LAYERS if linear.leaf in group), (linear.leaf,))
     return any(name in modules for name in fused)
 
 
@@ -116,7 +116,7 @@ def expert_targets(spec: ModelSpec, targets: tuple[str, ...] | str) -> frozenset
     return names.expert_targets(spec.family, targets)
 
 
-def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
+def is_targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
     """Whether PEFT adapts ``linear``. If ``targets`` is a list, it must contain the last part or
     the last parts of the module's dotted name. If ``targets`` is a regular expression, the full
     name must match.
@@ -133,16 +133,18 @@ def targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
     return any(linear.name == target or linear.name.endswith("." + target) for target in targets)
 
 
-def adapted(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> list[Linear]:
+def adapted_linears(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> list[Linear]:
     """The modules of ``block`` that have an adapter."""
     moved = expert_targets(spec, targets)
     return [
-        linear for linear in block.linears if targeted(linear, targets) and linear.leaf not in moved
+        linear
+        for linear in block.linears
+        if is_targeted(linear, targets) and linear.leaf not in moved
     ]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class AdapterLayout:
     """How the adapter differs between layers: some modules or layers may have no adapter, or an
     adapter with another rank.
     """
@@ -166,16 +168,18 @@ class Layout:
         return names.pattern_value(dict(self.rank_pattern), name, rank)
 
 
-PLAIN = Layout()
+UNIFORM = AdapterLayout()
 
 
 @cache
-def ranks_of(layout: Layout, module: str, layers: int, rank: int) -> tuple[int, ...]:
+def ranks_by_layer(layout: AdapterLayout, module: str, layers: int, rank: int) -> tuple[int, ...]:
     """The rank of ``module`` in each layer of the model."""
     return tuple(layout.rank(module, layer, rank) for layer in range(layers))
 
 
-def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: Layout) -> int:
+def _sum_of_ranks(
+    spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: AdapterLayout
+) -> int:
     """The sum of the ranks that ``linear`` has in the layers of ``block``.
 
     If a model has several kinds of layers, this function does not know which layer is of which
@@ -183,12 +187,12 @@ def _rank_sum(spec: ModelSpec, block: Block, linear: Linear, rank: int, layout: 
     """
     if layout.plain:
         return block.count * rank
-    found = ranks_of(layout, linear.name, spec.layers, rank)
+    found = ranks_by_layer(layout, linear.name, spec.layers, rank)
     return sum(found) if len(spec.blocks) == 1 else block.count * max(found)
 
 
 def adapter_parameters(
-    spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: Layout = PLAIN
+    spec: ModelSpec, rank: int, targets: tuple[str, ...] | str, layout: AdapterLayout = UNIFORM
 ) -> int:
     """The number of trainable parameters of the adapter: r x (in + out) for each adapted module
     (arXiv 2106.09685).
@@ -200,9 +204,9 @@ def adapter_parameters(
     total = 0
     for block in spec.blocks:
         total += sum(
-            _rank_sum(spec, block, linear, rank, layout)
+            _sum_of_ranks(spec, block, linear, rank, layout)
             * (linear.in_features + linear.out_features)
-            for linear in adapted(spec, block, targets)
+            for linear in adapted_linears(spec, block, targets)
         )
         one = 0
         for linear in block.linears:

@@ -16,11 +16,11 @@ from toolkit.base.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
-GENERATION = "generation_batch_size"
+MICRO_BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+GENERATION_BATCH = "generation_batch_size"
 # trl.GRPOConfig 1.16; checked by tests/contract/test_sizing_upstream.py.
 TRL_DEFAULTS: Mapping[str, Any] = {
-    MICRO: 8,
+    MICRO_BATCH: 8,
     ACCUMULATION: 1,
     "per_device_eval_batch_size": 8,
     "num_generations": 8,
@@ -30,8 +30,8 @@ TRL_DEFAULTS: Mapping[str, Any] = {
 }
 # On a CPU the choice must not depend on the free memory, so a micro-batch has at most this many
 # tokens.
-CPU_TOKENS = 1 << 15
-MOST = 1 << 24
+MAX_CPU_TOKENS = 1 << 15
+MAX_COUNT = 1 << 24
 
 
 def is_auto(grpo: Mapping[str, Any]) -> bool:
@@ -41,7 +41,7 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
     Raises ConfigError if only one of the two keys is auto. If both are auto, raises ConfigError
     without a generation_batch_size.
     """
-    keys = (MICRO, ACCUMULATION)
+    keys = (MICRO_BATCH, ACCUMULATION)
     autos = [key for key in keys if grpo.get(key) == "auto"]
     if not autos:
         return False
@@ -52,16 +52,16 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
             where=f"grpo.{other}",
             fix=f"set {other}: auto",
         )
-    if grpo.get(GENERATION) is None:
+    if grpo.get(GENERATION_BATCH) is None:
         raise ConfigError(
-            f"{MICRO} is auto, but no key gives the number of completions per step",
-            where=f"grpo.{GENERATION}",
-            fix=f"set {GENERATION} to a multiple of num_generations, such as 64",
+            f"{MICRO_BATCH} is auto, but no key gives the number of completions per step",
+            where=f"grpo.{GENERATION_BATCH}",
+            fix=f"set {GENERATION_BATCH} to a multiple of num_generations, such as 64",
         )
     return True
 
 
-def batch_of(
+def read_batch(
     grpo: Mapping[str, Any], sequence: int, *, on_cpu: bool, world_size: int
 ) -> tuple[tuple[int, ...], int, int]:
     """Return (micro-batches, accumulation, completions) of one process.
@@ -75,24 +75,24 @@ def batch_of(
     """
     world = max(world_size, 1)
     if not is_auto(grpo):
-        micro, accumulation = count(grpo, MICRO), count(grpo, ACCUMULATION)
-        generation = grpo.get(GENERATION)
+        micro, accumulation = read_count(grpo, MICRO_BATCH), read_count(grpo, ACCUMULATION)
+        generation = grpo.get(GENERATION_BATCH)
         if isinstance(generation, int) and generation > 0:
             return (micro,), accumulation, max(micro, generation // world)
         steps = grpo.get("steps_per_generation")
         steps = steps if isinstance(steps, int) and steps > 0 else accumulation
         return (micro,), accumulation, micro * steps
-    whole = count(grpo, GENERATION)
+    whole = read_count(grpo, GENERATION_BATCH)
     if whole % world:
         raise ConfigError(
             f"{whole} completions per rollout cannot be divided evenly among {world} processes",
-            where=f"grpo.{GENERATION}",
-            fix=f"set {GENERATION} to {-(-whole // world) * world}",
+            where=f"grpo.{GENERATION_BATCH}",
+            fix=f"set {GENERATION_BATCH} to {-(-whole // world) * world}",
         )
     own = whole // world
     micros = divisors(own)
     if on_cpu:
-        micros = tuple(one for one in micros if one == 1 or one * sequence <= CPU_TOKENS)[:1]
+        micros = tuple(one for one in micros if one == 1 or one * sequence <= MAX_CPU_TOKENS)[:1]
     return micros, own // micros[0], own
 
 
@@ -102,13 +102,15 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(number // one for one in small)}, reverse=True))
 
 
-def count(grpo: Mapping[str, Any], key: str) -> int:
+def read_count(grpo: Mapping[str, Any], key: str) -> int:
     """The number under ``key`` in the ``grpo`` section of the run file, or TRL's default. Raises
-    ConfigError if it is not an integer from 1 to ``MOST``.
+    ConfigError if it is not an integer from 1 to ``MAX_COUNT``.
     """
     value = grpo.get(key)
     if value is None:
         value = TRL_DEFAULTS.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
-        raise ConfigError(f"{value!r} must be an integer from 1 to {MOST}", where=f"grpo.{key}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        raise ConfigError(
+            f"{value!r} must be an integer from 1 to {MAX_COUNT}", where=f"grpo.{key}"
+        )
     return value

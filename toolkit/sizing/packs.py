@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolkit.config.trl_names import CUT_MATTERS
-from toolkit.sizing.micro_batch import CPU_TOKENS, is_auto
+from toolkit.sizing.micro_batch import MAX_CPU_TOKENS, is_auto
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
     from toolkit.sizing.model_blocks import ModelSpec
     from toolkit.sizing.workload import StepPlan, Workload
 
-PACKED = ("full", "sliding")
+PACKABLE_KINDS = ("full", "sliding")
 """Kinds of layers that packs support: in these layers tokens interact only through attention, and
 each token has its own keys and values.
 """
-_STEP, _CANDIDATES = 256, 512
+_BUDGET_STEP, _MAX_BUDGETS = 256, 512
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PassSize:
     """One forward and backward pass.
 
     - ``tokens``: the number of tokens that the layers compute.
@@ -63,16 +63,16 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
     if experts and grpo.get("router_aux_loss_coef") is None:
         # The model's own config may enable a router loss, which needs whole micro-batches.
         return False
-    return all(block.cache.kind in PACKED for block in spec.blocks)
+    return all(block.cache.kind in PACKABLE_KINDS for block in spec.blocks)
 
 
-def longest_pair(work: Workload) -> tuple[int, int]:
+def longest_prompt_and_completion(work: Workload) -> tuple[int, int]:
     """Return (tokens of the shared prompt, tokens of the completion) of the longest sequence."""
     completion = min(work.completion_tokens, work.sequence_tokens)
     return work.sequence_tokens - completion, completion
 
 
-def groups_of(work: Workload) -> int:
+def max_groups(work: Workload) -> int:
     """The largest possible number of groups among the completions of one process. A group contains
     all completions of one prompt.
     """
@@ -82,21 +82,21 @@ def groups_of(work: Workload) -> int:
     return 1 if group % rows == 0 else min(rows, -(-rows // group) + 1)
 
 
-def whole_tokens(work: Workload) -> int:
+def all_rows_tokens(work: Workload) -> int:
     """The number of tokens of a pack (rows joined without padding) that contains all completions of
     one process, and the prompts of these completions.
     """
-    prompt, completion = longest_pair(work)
-    return groups_of(work) * prompt + work.rollouts * completion
+    prompt, completion = longest_prompt_and_completion(work)
+    return max_groups(work) * prompt + work.rollouts * completion
 
 
-def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ...] | None:
+def token_budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ...] | None:
     """Return the candidates for the maximum number of tokens per pass, the largest first.
 
     Return None if the run file sets the micro-batch but not ``runtime.pack_tokens``. A pass is then
     limited by rows, and not by tokens.
     """
-    whole, one = whole_tokens(work), work.sequence_tokens
+    whole, one = all_rows_tokens(work), work.sequence_tokens
     written = config.runtime.pack_tokens
     if isinstance(written, int):
         return (max(one, min(written, whole)),)
@@ -105,32 +105,32 @@ def budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[int, ..
     if whole <= one:
         return (one,)
     if on_cpu:  # the choice must not depend on the free memory
-        return (max(one, min(whole, CPU_TOKENS)),)
-    step = max(_STEP, whole // _CANDIDATES // _STEP * _STEP)
+        return (max(one, min(whole, MAX_CPU_TOKENS)),)
+    step = max(_BUDGET_STEP, whole // _MAX_BUDGETS // _BUDGET_STEP * _BUDGET_STEP)
     between = range((whole - 1) // step * step, one, -step)
     return (whole, *between, one)
 
 
-def pass_of(work: Workload, step: StepPlan) -> Pass:
+def largest_pass(work: Workload, step: StepPlan) -> PassSize:
     """The numbers of tokens and keys in the largest pass of a step."""
     rows = step.micro_batch * min(work.completion_tokens, work.sequence_tokens)
     tokens = step.micro_batch * work.sequence_tokens
     if step.pack_tokens is None:
-        return Pass(tokens, rows, tokens)
-    prompt, completion = longest_pair(work)
+        return PassSize(tokens, rows, tokens)
+    prompt, completion = longest_prompt_and_completion(work)
     tokens = step.pack_tokens
     scored = min(tokens, work.rollouts * completion)
     # With short completions a pack has all rows, and each row reads the keys of its prompt.
-    return Pass(tokens, scored, tokens + min(work.rollouts, tokens) * prompt)
+    return PassSize(tokens, scored, tokens + min(work.rollouts, tokens) * prompt)
 
 
-def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
+def passes_per_step(work: Workload, tokens: int, share: float = 1.0) -> int:
     """The number of passes per step, if a pack has at most ``tokens`` tokens, and the average
     completion has ``share`` times the maximum length of a completion.
     """
-    prompt, longest = longest_pair(work)
+    prompt, longest = longest_prompt_and_completion(work)
     completion = max(1, round(longest * share))
-    groups = groups_of(work)
+    groups = max_groups(work)
     members = -(-work.rollouts // groups)
     together = tokens // (prompt + members * completion)
     if together:
@@ -139,11 +139,11 @@ def passes(work: Workload, tokens: int, share: float = 1.0) -> int:
     return groups * -(-members // rows)
 
 
-def step_tokens(work: Workload, tokens: int) -> int:
+def tokens_per_step(work: Workload, tokens: int) -> int:
     """The maximum number of tokens of a step, summed over its passes. Each pass computes one pack
     (joined prompts and completions) of at most ``tokens`` tokens. If the completions of a prompt
     are divided over several packs, each of these packs contains the prompt.
     """
-    prompt, _ = longest_pair(work)
-    number, groups = passes(work, tokens), groups_of(work)
-    return whole_tokens(work) + max(0, number - groups) * prompt
+    prompt, _ = longest_prompt_and_completion(work)
+    number, groups = passes_per_step(work, tokens), max_groups(work)
+    return all_rows_tokens(work) + max(0, number - groups) * prompt

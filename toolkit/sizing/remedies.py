@@ -20,9 +20,9 @@ from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.gpu.cards import CARDS
 from toolkit.sizing.device import Device
 from toolkit.sizing.lora_bytes import legal_rank
-from toolkit.sizing.micro_batch import ACCUMULATION, MICRO, divisors
+from toolkit.sizing.micro_batch import ACCUMULATION, MICRO_BATCH, divisors
 from toolkit.sizing.result import Remedy
-from toolkit.sizing.split import facts_of
+from toolkit.sizing.split import split_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate, Fit
 
     class Attempt(Protocol):
-        """A function that returns the best candidate for a changed run (``solve.best_case``). By
-        default, ``world_size`` and ``device`` are those of the unchanged run.
+        """A function that returns the best candidate for a changed run (``solve.best_candidate``).
+        By default, ``world_size`` and ``device`` are those of the unchanged run.
         """
 
         def __call__(
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # The costs of changes, from the least to the greatest harm.
 NOTHING, TIME, PRECISION, ADAPTER, LENGTH, HARDWARE = range(6)
-HARM = {
+HARM_TEXTS = {
     NOTHING: "loses nothing",
     TIME: "costs time",
     PRECISION: "costs precision",
@@ -51,10 +51,10 @@ HARM = {
     LENGTH: "makes the texts shorter",
     HARDWARE: "needs more hardware",
 }
-_SHORTEST = 128  # completions and prompts are not shortened to fewer tokens
-_MOST_STEPS = 40
-MOST_CARDS = 8  # the largest number of cards of one node over which a model is split
-_UNKNOWN_PROMPT = 1024  # tokens that are reserved for prompts of unknown length
+_MIN_TEXT_TOKENS = 128  # completions and prompts are not shortened to fewer tokens
+_MAX_COMBINED_CHANGES = 40
+MAX_CARDS = 8  # the largest number of cards of one node over which a model is split
+_ASSUMED_PROMPT_TOKENS = 1024  # tokens that are reserved for prompts of unknown length
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class _Change:
         return config
 
 
-def remedies_for(
+def find_remedies(
     config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
     """Return the changes of ``config`` that free memory. First come the changes that make the run
@@ -91,32 +91,34 @@ def remedies_for(
     candidate for a changed run.
     """
     found = []
-    for change in _changes(candidate):
+    for change in _possible_changes(candidate):
         left = attempt(change.applied(config))[1].short_bytes
         if left < short:
-            found.append(_remedy(change, short, left))
+            found.append(_to_remedy(change, short, left))
     found += _second_card(config, candidate, short, attempt)
     found += _split_model(config, candidate, short, attempt)
     found += _larger_card(config, candidate, short, attempt)
     if not any(one.enough and one.harm <= ADAPTER for one in found):
-        together = _together(config, attempt)
+        together = _combine_changes(config, attempt)
         if together is not None:
-            found.append(_remedy(together, short, attempt(together.applied(config))[1].short_bytes))
+            found.append(
+                _to_remedy(together, short, attempt(together.applied(config))[1].short_bytes)
+            )
     return tuple(sorted(found, key=lambda one: (not one.enough, one.harm, -one.frees_bytes)))
 
 
-def _remedy(change: _Change, short: int, left: int) -> Remedy:
+def _to_remedy(change: _Change, short: int, left: int) -> Remedy:
     return Remedy(
         change=change.text,
         frees_bytes=short - left,
         enough=left <= 0,
         harm=change.harm,
-        costs=HARM[change.harm],
+        costs=HARM_TEXTS[change.harm],
         settings=tuple(change.settings.items()),
     )
 
 
-def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
+def _combine_changes(config: RunConfig, attempt: Attempt) -> _Change | None:
     """Combine several changes into one change with which the run fits. The least harmful changes
     are added one by one until the run fits. Then the changes that turn out to be unnecessary are
     removed.
@@ -126,10 +128,10 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
     taken: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
     current, fit = attempt(changed)
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_COMBINED_CHANGES):
         if fit.fits:
             break
-        step = _next_step(changed, current, fit, attempt)
+        step = _least_harmful_change(changed, current, fit, attempt)
         if step is None:
             return None
         taken |= step.settings
@@ -138,7 +140,7 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
         current, fit = attempt(changed)
     else:
         return None
-    for group in _groups(taken):
+    for group in _undo_groups(taken):
         kept = {key: value for key, value in taken.items() if key not in group}
         if kept and attempt(_Change(NOTHING, "", kept).applied(config))[1].fits:
             taken = kept
@@ -149,12 +151,12 @@ def _together(config: RunConfig, attempt: Attempt) -> _Change | None:
     return _Change(max(harms[key] for key in taken), text, taken) if taken else None
 
 
-def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return groups of keys, in the order in which ``_together`` tries to undo their changes. The
-    first groups have one key each, beginning with the last change. The groups after them have keys
-    that must be changed together, such as the micro-batch and the accumulation.
+def _undo_groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return groups of keys, in the order in which ``_combine_changes`` tries to undo their
+    changes. The first groups have one key each, beginning with the last change. The groups after
+    them have keys that must be changed together, such as the micro-batch and the accumulation.
     """
-    batch = (f"grpo.{MICRO}", f"grpo.{ACCUMULATION}")
+    batch = (f"grpo.{MICRO_BATCH}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
     lengths = ("model.max_seq_length", "grpo.max_completion_length", "grpo.max_prompt_length")
     joint = [group for group in (batch, rank, lengths) if any(key in taken for key in group)]
@@ -162,14 +164,14 @@ def _groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*reversed(alone), *joint]
 
 
-def _next_step(
+def _least_harmful_change(
     config: RunConfig, candidate: Candidate, fit: Fit, attempt: Attempt
 ) -> _Change | None:
     """Return the least harmful change that frees memory. If several changes are equally harmful,
     return the one that frees most memory. Return None if no change frees memory.
     """
     by_harm: dict[int, list[_Change]] = {}
-    for change in _changes(candidate):
+    for change in _possible_changes(candidate):
         by_harm.setdefault(change.harm, []).append(change)
     for harm in sorted(by_harm):
         tried = [(attempt(one.applied(config))[1].short_bytes, one) for one in by_harm[harm]]
@@ -179,16 +181,16 @@ def _next_step(
     return None
 
 
-def _changes(candidate: Candidate) -> Iterator[_Change]:
-    yield from _lengths(candidate)
+def _possible_changes(candidate: Candidate) -> Iterator[_Change]:
+    yield from _length_changes(candidate)
     yield from _step_changes(candidate)
-    yield from _ranks(candidate)
+    yield from _rank_changes(candidate)
     if candidate.plan.on_gpu and candidate.work.uses_engine:
         yield from _engine_changes(candidate)
-    yield from _formats(candidate)
+    yield from _format_changes(candidate)
 
 
-def _lengths(candidate: Candidate) -> Iterator[_Change]:
+def _length_changes(candidate: Candidate) -> Iterator[_Change]:
     config, work = candidate.config, candidate.work
     length = config.model.max_seq_length
     prompt = config.grpo.get("max_prompt_length")
@@ -196,14 +198,14 @@ def _lengths(candidate: Candidate) -> Iterator[_Change]:
     need = (
         work.prompt_tokens + work.completion_tokens
         if stated
-        else work.completion_tokens + _UNKNOWN_PROMPT
+        else work.completion_tokens + _ASSUMED_PROMPT_TOKENS
     )
     if need < length:
-        cut = "" if stated else f" (prompts of up to {_UNKNOWN_PROMPT})"
+        cut = "" if stated else f" (prompts of up to {_ASSUMED_PROMPT_TOKENS})"
         harm = NOTHING if stated else LENGTH
         text = f"max_seq_length {length} -> {need}{cut}"
         yield _Change(harm, text, {"model.max_seq_length": need})
-    if work.completion_tokens >= 2 * _SHORTEST:
+    if work.completion_tokens >= 2 * _MIN_TEXT_TOKENS:
         half = work.completion_tokens // 2
         shorter = min(length, max(length - (work.completion_tokens - half), 64))
         yield _Change(
@@ -211,7 +213,7 @@ def _lengths(candidate: Candidate) -> Iterator[_Change]:
             f"max_completion_length {work.completion_tokens} -> {half} (max_seq_length {shorter})",
             {"grpo.max_completion_length": half, "model.max_seq_length": shorter},
         )
-    if stated and isinstance(prompt, int) and prompt >= 2 * _SHORTEST:
+    if stated and isinstance(prompt, int) and prompt >= 2 * _MIN_TEXT_TOKENS:
         half = prompt // 2
         shorter = max(min(length, half + work.completion_tokens), 64)
         yield _Change(
@@ -228,15 +230,15 @@ def _step_changes(candidate: Candidate) -> Iterator[_Change]:
         more = accumulation * micro // smaller
         yield _Change(
             TIME,
-            f"{MICRO} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> {more})",
-            {f"grpo.{MICRO}": smaller, f"grpo.{ACCUMULATION}": more},
+            f"{MICRO_BATCH} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> {more})",
+            {f"grpo.{MICRO_BATCH}": smaller, f"grpo.{ACCUMULATION}": more},
         )
     if not candidate.step.checkpointing:
         text = "use_gradient_checkpointing: true"
         yield _Change(TIME, text, {"lora.use_gradient_checkpointing": True})
 
 
-def _ranks(candidate: Candidate) -> Iterator[_Change]:
+def _rank_changes(candidate: Candidate) -> Iterator[_Change]:
     lora = candidate.config.lora
     most = candidate.plan.max_lora_rank
     if candidate.work.uses_engine and most > legal_rank(lora.largest_rank):
@@ -256,7 +258,11 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
         (not plan.share_weights, NOTHING, "share_weights"),
         (not plan.sleep, TIME, "enable_sleep_mode"),
         (not plan.enforce_eager, TIME, "enforce_eager"),
-        (not plan.float8_kv_cache and _has(candidate, FLOAT8_NATIVE), PRECISION, "float8_kv_cache"),
+        (
+            not plan.float8_kv_cache and _has_capability(candidate, FLOAT8_NATIVE),
+            PRECISION,
+            "float8_kv_cache",
+        ),
     )
     for possible, harm, name in flags:
         if possible:
@@ -273,15 +279,15 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
         yield _Change(TIME, text, {"model.max_num_seqs": sequences // 2})
 
 
-def _formats(candidate: Candidate) -> Iterator[_Change]:
+def _format_changes(candidate: Candidate) -> Iterator[_Change]:
     split = (
         parallel.size_of(candidate.config.model.tensor_parallel_size) > 1
     )  # a split model cannot have 4-bit weights
-    if candidate.plan.quantization is None and not split and _has(candidate, FOUR_BIT):
+    if candidate.plan.quantization is None and not split and _has_capability(candidate, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
 
 
-def _has(candidate: Candidate, needed: tuple[int, int]) -> bool:
+def _has_capability(candidate: Candidate, needed: tuple[int, int]) -> bool:
     return candidate.device is not None and candidate.device.compute_capability >= needed
 
 
@@ -296,13 +302,13 @@ def _second_card(
         return []
     change = _Change(
         HARDWARE,
-        f"add a second card of this kind (--world-size 2), and set {MICRO}: {micro // 2}",
-        {f"grpo.{MICRO}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
+        f"add a second card of this kind (--world-size 2), and set {MICRO_BATCH}: {micro // 2}",
+        {f"grpo.{MICRO_BATCH}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
     left = attempt(change.applied(config), 2)[1].short_bytes
     if left >= short:
         return []
-    return [replace(_remedy(change, short, left), world_size=2)]
+    return [replace(_to_remedy(change, short, left), world_size=2)]
 
 
 def _split_model(
@@ -321,26 +327,28 @@ def _split_model(
     if candidate.device is None or not splits:
         return []
     world, own = candidate.step.world_size, candidate.plan.tensor_parallel
-    sizes = [n for n in parallel.sizes(facts_of(candidate.unsplit), MOST_CARDS) if not n & (n - 1)]
+    sizes = [
+        n for n in parallel.sizes(split_facts(candidate.unsplit), MAX_CARDS) if not n & (n - 1)
+    ]
     for size in (n for n in sizes if n > own and world % n == 0):
         micro, more = candidate.step.micro_batch, candidate.step.accumulation * (size // own)
         settings = {
             "model.tensor_parallel_size": size,
-            f"grpo.{MICRO}": micro,
+            f"grpo.{MICRO_BATCH}": micro,
             f"grpo.{ACCUMULATION}": more,
         }
         text = f"tensor_parallel_size {own} -> {size} on the {world} cards ({ACCUMULATION} {more})"
         change = _Change(TIME, text, settings)
         left = attempt(change.applied(config))[1].short_bytes
         if left <= 0:
-            return [_remedy(change, short, left)]
+            return [_to_remedy(change, short, left)]
     for size in (n for n in sizes if n > own):
         cards = size * (world // own)
         text = f"{cards} cards (--world-size {cards}) with tensor_parallel_size {size}"
         change = _Change(HARDWARE, text, {"model.tensor_parallel_size": size})
         left = attempt(change.applied(config), cards)[1].short_bytes
         if left <= 0:
-            return [replace(_remedy(change, short, left), world_size=cards)]
+            return [replace(_to_remedy(change, short, left), world_size=cards)]
     return []
 
 
@@ -372,4 +380,4 @@ def _larger_card(
     left = attempt(config, device=Device.from_card(card))[1].short_bytes
     size = format_bytes(card.cuda_bytes)
     change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} ({size}) or one with more memory")
-    return [replace(_remedy(change, short, left), card=card.aliases[0])]
+    return [replace(_to_remedy(change, short, left), card=card.aliases[0])]

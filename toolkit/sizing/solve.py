@@ -14,20 +14,20 @@ from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.config.resolved import resolve_run
 from toolkit.config.trl_names import LIGER, installed
-from toolkit.sizing.assemble import assemble
-from toolkit.sizing.dequantized import best_copies, written_copies
-from toolkit.sizing.device import situation_of, smallest
+from toolkit.sizing.assemble import build_result
+from toolkit.sizing.dequantized import best_copy_bytes, requested_copy_bytes
+from toolkit.sizing.device import device_situation, device_with_least_free_memory
 from toolkit.sizing.engine_bytes import kv_sequence_bytes
 from toolkit.sizing.engine_plan import plan_engine
 from toolkit.sizing.fit import Candidate, evaluate
-from toolkit.sizing.longest import longest_that_fits
-from toolkit.sizing.micro_batch import batch_of, count, divisors
-from toolkit.sizing.packs import budgets, passes, uses_packs, whole_tokens
-from toolkit.sizing.remedies import remedies_for
+from toolkit.sizing.longest import longest_fitting_sequence
+from toolkit.sizing.micro_batch import divisors, read_batch, read_count
+from toolkit.sizing.packs import all_rows_tokens, passes_per_step, token_budgets, uses_packs
+from toolkit.sizing.remedies import find_remedies
 from toolkit.sizing.spec import read_spec
-from toolkit.sizing.split import facts_of, one_card
-from toolkit.sizing.step_time import added_seconds, training_seconds
-from toolkit.sizing.trainer_bytes import compute_bytes, is_packed
+from toolkit.sizing.split import spec_of_one_card, split_facts
+from toolkit.sizing.step_time import dequantize_seconds, training_seconds
+from toolkit.sizing.trainer_bytes import compute_bytes, is_bitsandbytes
 from toolkit.sizing.workload import StepPlan, read_workload
 
 if TYPE_CHECKING:
@@ -50,19 +50,19 @@ def solve(
     If the run does not fit, the result has ``feasible`` False and a list of remedies. Raises
     ConfigError for values that no run can have (such as a rank above the engine's largest).
     """
-    candidate, fit = best_case(config, spec, device, world_size)
+    candidate, fit = best_candidate(config, spec, device, world_size)
     if fit.fits:
-        return assemble(candidate, fit, largest=_largest_micro_batch(candidate))
+        return build_result(candidate, fit, largest=_largest_micro_batch(candidate))
 
     def attempt(
         config: RunConfig, world_size: int = world_size, device: Device | None = device
     ) -> tuple[Candidate, Fit]:
-        return best_case(config, spec, device, world_size)
+        return best_candidate(config, spec, device, world_size)
 
-    remedies = remedies_for(config, candidate, fit.short_bytes, attempt)
-    longest = longest_that_fits(config, candidate, lambda one: attempt(one)[1])
+    remedies = find_remedies(config, candidate, fit.short_bytes, attempt)
+    longest = longest_fitting_sequence(config, candidate, lambda one: attempt(one)[1])
     largest = _largest_micro_batch(candidate)
-    return assemble(candidate, fit, largest=largest, remedies=remedies, longest=longest)
+    return build_result(candidate, fit, largest=largest, remedies=remedies, longest=longest)
 
 
 def resolve(
@@ -87,7 +87,7 @@ def resolve_for_all(
     Raises:
         ConfigError: the run does not fit on one of the devices, or only some processes have a GPU.
     """
-    device = smallest(devices)
+    device = device_with_least_free_memory(devices)
     resolved, sizing = resolve(config, device, world_size=world_size)
     for other in devices:
         # Another GPU may have more memory in total but less of it free. Then the share that was
@@ -97,7 +97,7 @@ def resolve_for_all(
     return resolved, sizing, device
 
 
-def best_case(
+def best_candidate(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
     """Return the best candidate for the run, with its fit. Candidates differ in gradient
@@ -114,17 +114,17 @@ def best_case(
     With tensor_parallel_size "auto", the model is split over the smallest number of cards with
     which the run fits.
     """
-    numbers = _splits(config, spec, device, world_size)
+    numbers = _possible_splits(config, spec, device, world_size)
     tried: list[tuple[Candidate, Fit]] = []
     for number in numbers:
         model = replace(config.model, tensor_parallel_size=number)
-        tried.append(_best_way(replace(config, model=model), spec, device, world_size))
+        tried.append(_best_for_split(replace(config, model=model), spec, device, world_size))
         if tried[-1][1].fits:
             return tried[-1]
     return min(tried, key=lambda pair: pair[1].short_bytes)
 
 
-def _splits(
+def _possible_splits(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> list[int]:
     """Return the possible values of tensor_parallel_size. If the run file sets a number, this
@@ -134,10 +134,10 @@ def _splits(
     written = config.model.tensor_parallel_size
     if written != "auto":
         return [written]
-    run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
+    run = resolve_run(config, device_situation(device, world_size), targets=spec.targets)
     if run.engine == "transformers" or not config.model.share_weights:
         return [1]
-    numbers = parallel.sizes(facts_of(spec), world_size)
+    numbers = parallel.sizes(split_facts(spec), world_size)
     return [one for one in numbers if _deals_evenly(config, world_size // one)] or [1]
 
 
@@ -146,41 +146,41 @@ def _deals_evenly(config: RunConfig, replicas: int) -> bool:
     consist of complete groups (a group is all completions of one prompt).
     """
     try:
-        _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=replicas)
-        return own * replicas % count(config.grpo, "num_generations") == 0
+        _, _, own = read_batch(config.grpo, 1, on_cpu=False, world_size=replicas)
+        return own * replicas % read_count(config.grpo, "num_generations") == 0
     except ConfigError:
         return False
 
 
-def _best_way(
+def _best_for_split(
     config: RunConfig, spec: ModelSpec, device: Device | None, world_size: int
 ) -> tuple[Candidate, Fit]:
     """Return the best candidate for one tensor_parallel_size, with its fit, by the criteria of
-    ``best_case``.
+    ``best_candidate``.
     """
-    run = resolve_run(config, situation_of(device, world_size), targets=spec.targets)
+    run = resolve_run(config, device_situation(device, world_size), targets=spec.targets)
     config = run.config
     unsplit = spec
     work = read_workload(run, device)
     plan = plan_engine(config, spec, work, device)
-    spec = one_card(unsplit, plan.tensor_parallel)
+    spec = spec_of_one_card(unsplit, plan.tensor_parallel)
     if work.uses_engine:
-        plan = plan.with_copies(written_copies(config, spec, plan))
-    _check_cache(config, spec, work, plan)
+        plan = plan.with_copies(requested_copy_bytes(config, spec, plan))
+    _check_kv_cache_size(config, spec, work, plan)
 
     packed = uses_packs(config, spec)
-    tokens = budgets(config, work, on_cpu=device is None) if packed else None
-    fused = fuses(config, device)
+    tokens = token_budgets(config, work, on_cpu=device is None) if packed else None
+    fused = will_use_fused_kernels(config, device)
 
     def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Candidate, Fit]:
         micro, most = size, size * work.sequence_tokens
         if tokens is not None:  # ``size`` is a number of tokens
             fitting = [one for one in work.micro_batches if one * work.sequence_tokens <= size]
             micro, most = fitting[0] if fitting else work.micro_batches[-1], size
-        step = _step(work, chosen, mode, micro, world_size)
+        step = _plan_step(work, chosen, mode, micro, world_size)
         if packed:
-            most = min(most, max(whole_tokens(work), work.sequence_tokens))
-            step = replace(step, pack_tokens=most, passes=passes(work, most))
+            most = min(most, max(all_rows_tokens(work), work.sequence_tokens))
+            step = replace(step, pack_tokens=most, passes=passes_per_step(work, most))
         step = replace(step, fused=fused, on_gpu=device is not None)
         candidate = Candidate(
             config=config,
@@ -193,18 +193,23 @@ def _best_way(
         )
         return candidate, evaluate(candidate)
 
-    ways = [partial(judge, *way) for way in product(_sleeps(config, plan, work), _modes(config))]
+    ways = [
+        partial(judge, *way)
+        for way in product(_sleep_variants(config, plan, work), _checkpointing_modes(config))
+    ]
     sizes = work.micro_batches if tokens is None else tokens
-    found = [_largest(way, sizes) for way in ways]
+    found = [_largest_suitable(way, sizes) for way in ways]
     if suiting := [_with_copies(*pair) for pair in found if pair is not None]:
-        return min(suiting, key=lambda pair: training_seconds(pair[0]) + added_seconds(pair[0]))
+        return min(
+            suiting, key=lambda pair: training_seconds(pair[0]) + dequantize_seconds(pair[0])
+        )
     smallest = [way(sizes[-1]) for way in ways]
     if fitting := [pair for pair in smallest if pair[1].fits]:
         return max(fitting, key=lambda pair: pair[1].max_bytes - pair[1].min_bytes)
     return min(smallest, key=lambda pair: pair[1].short_bytes)
 
 
-def fuses(config: RunConfig, device: Device | None) -> bool:
+def will_use_fused_kernels(config: RunConfig, device: Device | None) -> bool:
     """Whether the model will use fused kernels, which need liger-kernel. For a card of another
     node, liger-kernel is assumed to be installed, because it is part of the pip extra ``cuda``.
     """
@@ -219,15 +224,17 @@ def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
     """
     if candidate.config.model.dequantized_rollouts != "auto" or not candidate.work.uses_engine:
         return candidate, fit
-    copies = best_copies(candidate, fit)
+    copies = best_copy_bytes(candidate, fit)
     if not copies:
         return candidate, fit
     tried = replace(candidate, plan=candidate.plan.with_copies(copies))
     new = evaluate(tried)
-    return (tried, new) if _suits(tried, new) else (candidate, fit)
+    return (tried, new) if _is_suitable(tried, new) else (candidate, fit)
 
 
-def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan) -> None:
+def _check_kv_cache_size(
+    config: RunConfig, spec: ModelSpec, work: Workload, plan: EnginePlan
+) -> None:
     """Raise ConfigError if model.kv_cache_bytes in the run file is too small for one sequence,
     because vLLM would not start.
     """
@@ -247,7 +254,7 @@ def _check_cache(config: RunConfig, spec: ModelSpec, work: Workload, plan: Engin
         )
 
 
-def _largest(
+def _largest_suitable(
     way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
     """Return the candidate with the largest suitable micro-batch; None if none is suitable.
@@ -258,7 +265,7 @@ def _largest(
 
     def suits(micro: int) -> bool:
         pairs[micro] = way(micro)
-        return _suits(*pairs[micro])
+        return _is_suitable(*pairs[micro])
 
     if suits(micros[0]):
         return pairs[micros[0]]
@@ -268,7 +275,7 @@ def _largest(
     return pairs[micros[place]] if place < len(micros) else None
 
 
-def _suits(candidate: Candidate, fit: Fit) -> bool:
+def _is_suitable(candidate: Candidate, fit: Fit) -> bool:
     """Whether the run fits at the utilization that the run file sets, with a KV cache for all
     sequences of a rollout.
     """
@@ -278,18 +285,18 @@ def _suits(candidate: Candidate, fit: Fit) -> bool:
     return fit.holds_rollout and written * candidate.device.cuda_total_bytes <= fit.max_bytes
 
 
-def _sleeps(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
+def _sleep_variants(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
     if config.model.enable_sleep_mode == "auto" and plan.on_gpu and work.uses_engine:
         return [plan.with_sleep(False), plan.with_sleep(True)]
     return [plan]
 
 
-def _modes(config: RunConfig) -> list[Checkpointing]:
+def _checkpointing_modes(config: RunConfig) -> list[Checkpointing]:
     written = config.lora.use_gradient_checkpointing
     return [False, True] if written == "auto" else [written]
 
 
-def _step(
+def _plan_step(
     work: Workload, plan: EnginePlan, mode: Checkpointing, micro: int, world_size: int
 ) -> StepPlan:
     return StepPlan(
@@ -298,7 +305,7 @@ def _step(
         checkpointing=mode,
         compute_bytes=compute_bytes(plan.dtype),
         own_weights=not work.uses_engine or not plan.share_weights,
-        packed=is_packed(plan.quantization),
+        packed=is_bitsandbytes(plan.quantization),
         world_size=world_size,
     )
 
@@ -307,7 +314,7 @@ def _largest_micro_batch(candidate: Candidate) -> int:
     """The largest micro-batch that fits and that divides the number of completions of a process; 0
     if not even a micro-batch of 1 fits.
 
-    As in ``best_case``, the KV cache must hold all sequences of a rollout.
+    As in ``best_candidate``, the KV cache must hold all sequences of a rollout.
     """
 
     def fits(micro: int) -> bool:
@@ -316,9 +323,9 @@ def _largest_micro_batch(candidate: Candidate) -> int:
         if step.pack_tokens is not None:
             most = min(
                 micro * candidate.work.sequence_tokens,
-                max(whole_tokens(candidate.work), candidate.work.sequence_tokens),
+                max(all_rows_tokens(candidate.work), candidate.work.sequence_tokens),
             )
-            step = replace(step, pack_tokens=most, passes=passes(candidate.work, most))
+            step = replace(step, pack_tokens=most, passes=passes_per_step(candidate.work, most))
         return evaluate(replace(candidate, step=step)).holds_rollout
 
     micros = divisors(candidate.work.rollouts)

@@ -12,7 +12,7 @@ from toolkit.config.lora_targets import default_targets
 from toolkit.config.supported_features import is_multimodal, stored_format
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
-from toolkit.sizing.headers import read_stored
+from toolkit.sizing.headers import read_stored_weights
 from toolkit.sizing.model_blocks import DTYPE_BYTES, ModelSpec
 from toolkit.sizing.model_source import find_model
 from toolkit.sizing.unknown import shape_from_headers
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # The margin that is added to all terms for an unknown architecture.
 UNKNOWN_MARGIN = 0.10
-UNTRAINED = "the model is sized, but training it is not supported"
+NOT_TRAINABLE = "the model is sized, but training it is not supported"
 
 
 def read_spec(model: str, revision: str | None = None) -> ModelSpec:
@@ -41,7 +41,7 @@ def read_spec(model: str, revision: str | None = None) -> ModelSpec:
     values = read_json(files.config)
     if not isinstance(values, dict):
         raise InputError("the file is not a mapping", where=str(files.config))
-    stored = read_stored(files.folder) if files.folder else None
+    stored = read_stored_weights(files.folder) if files.folder else None
     return spec_from_values(values, name=model, where=str(files.config), stored=stored)
 
 
@@ -81,20 +81,20 @@ def spec_from_values(
         margin = UNKNOWN_MARGIN
     stored_in = stored_format(values)
     if stored_in is not None and stored_in.flag is None:
-        notes.append(f"{UNTRAINED}, because the model is stored in {stored_in.name}")
+        notes.append(f"{NOT_TRAINABLE}, because the model is stored in {stored_in.name}")
     if is_multimodal(values):
         notes.append(
-            f"{UNTRAINED}, because the model is multimodal; only the language model is counted"
+            f"{NOT_TRAINABLE}, because the model is multimodal; only the language model is counted"
         )
     if family is None:
-        shape = _unknown(fields, stored, model_type, architectures)
+        shape = _unknown_shape(fields, stored, model_type, architectures)
         notes.append(
             f"unknown architecture {model_type!r}: sizes are those in the safetensors headers"
         )
         margin = UNKNOWN_MARGIN
     else:
         shape = family(fields)
-        notes += _compare(shape, stored, quantization)
+        notes += _parameter_count_notes(shape, stored, quantization)
     return ModelSpec(
         name=name,
         architecture=architectures[0] if architectures else model_type,
@@ -122,7 +122,7 @@ def spec_from_values(
     )
 
 
-def _unknown(
+def _unknown_shape(
     fields: Fields, stored: StoredWeights | None, model_type: str, architectures: tuple[str, ...]
 ) -> Shape:
     if stored is None:
@@ -149,7 +149,9 @@ def _dtype(fields: Fields) -> str:
     return name
 
 
-def _compare(shape: Shape, stored: StoredWeights | None, quantization: object) -> list[str]:
+def _parameter_count_notes(
+    shape: Shape, stored: StoredWeights | None, quantization: object
+) -> list[str]:
     """Return a note if the safetensors headers of unquantized weights contain a different number of
     parameters than config.json describes. Otherwise return no note.
     """

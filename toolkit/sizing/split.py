@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
     from toolkit.sizing.model_blocks import Block, Cache, Linear, ModelSpec
 
-BY_COLUMNS = ("o_proj", "down_proj", "out_proj")
-KV = ("k_proj", "v_proj")
+SPLIT_BY_COLUMNS = ("o_proj", "down_proj", "out_proj")
+KV_PROJECTIONS = ("k_proj", "v_proj")
 COMMUNICATION_BYTES = 512 * MIB
 """Bytes of NCCL's buffers and vLLM's all-reduce buffers on one card of a group: an estimate, not
 measured.
 """
 
 
-def one_card(spec: ModelSpec, size: int) -> ModelSpec:
+def spec_of_one_card(spec: ModelSpec, size: int) -> ModelSpec:
     """Return a spec that describes the part of the model on one card, if the model is split over
     ``size`` cards. If ``size`` is 1, return ``spec``.
 
@@ -39,7 +39,7 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
     """
     if size == 1:
         return spec
-    facts = facts_of(spec)
+    facts = split_facts(spec)
     problem = parallel.model_problem(facts) or parallel.shape_problem(facts, size)
     if problem is not None:
         raise ConfigError(problem, where=parallel.KEY, fix="set model.tensor_parallel_size: 1")
@@ -48,12 +48,12 @@ def one_card(spec: ModelSpec, size: int) -> ModelSpec:
         spec,
         heads=spec.heads // size,
         vocab_size=padded_vocab(spec.vocab_size) // size,
-        blocks=tuple(_block(block, spec, size) for block in spec.blocks),
+        blocks=tuple(_split_block(block, spec, size) for block in spec.blocks),
         stored=None if stored is None else replace(stored, nbytes=-(-stored.nbytes // size)),
     )
 
 
-def facts_of(spec: ModelSpec) -> Mapping[str, Any]:
+def split_facts(spec: ModelSpec) -> Mapping[str, Any]:
     """The values that determine how a model can be split. The keys are the names in config.json,
     which ``config.parallel`` reads.
     """
@@ -82,23 +82,23 @@ def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
     return [Term("engine.communication", COMMUNICATION_BYTES, what)]
 
 
-def _block(block: Block, spec: ModelSpec, size: int) -> Block:
+def _split_block(block: Block, spec: ModelSpec, size: int) -> Block:
     return replace(
         block,
-        linears=tuple(_linear(linear, spec, size) for linear in block.linears),
-        cache=_cache(block.cache, spec, size),
+        linears=tuple(_split_linear(linear, spec, size) for linear in block.linears),
+        cache=_split_cache(block.cache, spec, size),
     )
 
 
-def _linear(linear: Linear, spec: ModelSpec, size: int) -> Linear:
-    if linear.leaf in BY_COLUMNS:
+def _split_linear(linear: Linear, spec: ModelSpec, size: int) -> Linear:
+    if linear.leaf in SPLIT_BY_COLUMNS:
         return replace(linear, in_features=linear.in_features // size)
-    if linear.leaf in KV:
+    if linear.leaf in KV_PROJECTIONS:
         return replace(linear, out_features=max(linear.out_features // size, spec.head_dim))
     return replace(linear, out_features=linear.out_features // size)
 
 
-def _cache(cache: Cache, spec: ModelSpec, size: int) -> Cache:
+def _split_cache(cache: Cache, spec: ModelSpec, size: int) -> Cache:
     """The part of ``cache`` on one card. A card has at least one KV head."""
     return replace(
         cache,

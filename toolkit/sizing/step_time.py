@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.dequantized import COPY_BYTES, all_copies
-from toolkit.sizing.packs import step_tokens
+from toolkit.sizing.dequantized import BYTES_PER_WEIGHT, all_copies_bytes
+from toolkit.sizing.packs import tokens_per_step
 
 if TYPE_CHECKING:
     from toolkit.sizing.fit import Candidate
     from toolkit.sizing.model_blocks import ModelSpec
 
-LAYER_S = 0.0096
+HOST_S_PER_LAYER = 0.0096
 """Seconds of the host for one layer's forward and backward pass."""
-RECOMPUTED = 1.4
-"""Factor by which ``LAYER_S`` grows with checkpointing, which adds a second forward pass."""
-OPERATIONS_S = 4.0e14
+RECOMPUTE_FACTOR = 1.4
+"""Factor by which ``HOST_S_PER_LAYER`` grows with checkpointing, which adds a second forward pass.
+"""
+OPERATIONS_PER_S = 4.0e14
 """Operations per second in bfloat16, including the time between matrix products."""
 SLEEP_S = 0.25
 """Seconds to release the KV cache and to map it again, including the time in which torch frees the
@@ -36,21 +37,21 @@ memory of a step.
 """
 
 
-DEQUANTIZE_S = 1.5e-12
+DEQUANTIZE_S_PER_WEIGHT = 1.5e-12
 """Seconds to dequantize one 4-bit weight in one decode step. The time of the 16-bit matrix product
 is not included. A decode step of an 8B model with 4-bit weights took 18 ms. With 16-bit weights it
 would take about 7 ms.
 """
 
 
-def added_seconds(candidate: Candidate) -> float:
+def dequantize_seconds(candidate: Candidate) -> float:
     """The seconds that 4-bit weights add to one rollout. Weights without a 16-bit copy are
     dequantized again in each decode step. Weights with a copy are dequantized once per rollout.
     """
     copies = candidate.plan.dequantized
-    weights = (all_copies(candidate.spec, candidate.plan) - copies) // COPY_BYTES
+    weights = (all_copies_bytes(candidate.spec, candidate.plan) - copies) // BYTES_PER_WEIGHT
     waves = -(-candidate.work.rollouts // max(candidate.plan.max_num_seqs, 1))
-    seconds = weights * DEQUANTIZE_S * waves * candidate.work.completion_tokens
+    seconds = weights * DEQUANTIZE_S_PER_WEIGHT * waves * candidate.work.completion_tokens
     return seconds + (SLEEP_S if copies and not candidate.plan.sleep else 0)
 
 
@@ -60,14 +61,14 @@ def training_seconds(candidate: Candidate) -> float:
     """
     step = candidate.step
     again = bool(step.checkpointing)
-    host = candidate.spec.layers * LAYER_S * (RECOMPUTED if again else 1)
+    host = candidate.spec.layers * HOST_S_PER_LAYER * (RECOMPUTE_FACTOR if again else 1)
     # Per parameter and token, the forward pass takes 2 operations, and the backward pass to the
     # activations takes 2 more. Checkpointing adds a second forward pass.
     operations = (6 if again else 4) * active_parameters(candidate.spec)
     tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:
-        tokens = step_tokens(candidate.work, step.pack_tokens) / step.pieces
-    device = operations * tokens / OPERATIONS_S
+        tokens = tokens_per_step(candidate.work, step.pack_tokens) / step.pieces
+    device = operations * tokens / OPERATIONS_PER_S
     return step.pieces * max(host, device) + SLEEP_S * candidate.plan.sleep
 
 

@@ -28,6 +28,6 @@ class Term:
         }
 
 
-def total(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
+def total_bytes(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
     """The sum of the bytes of the terms in ``phases``; of all terms if no phase is given."""
     return sum(term.bytes for term in terms if not phases or term.phase in phases)

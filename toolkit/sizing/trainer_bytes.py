@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.sizing import lora_bytes
-from toolkit.sizing.activations import MASTER_BYTES, activations
+from toolkit.sizing.activations import MASTER_BYTES, activation_parts
 from toolkit.sizing.model_blocks import DTYPE_BYTES
-from toolkit.sizing.packs import pass_of
+from toolkit.sizing.packs import largest_pass
 from toolkit.sizing.terms import Term
 from toolkit.sizing.weight_bytes import weight_bytes
 
@@ -46,7 +46,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     if work.reference:
         copy = count * MASTER_BYTES
         terms.append(Term("trainer.reference", copy, "the starting adapter, for the KL term"))
-    saved, layer, moving = activations(spec, work, step)
+    saved, layer, moving = activation_parts(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients, beyond = count * MASTER_BYTES, ""
     if step.pieces == 1:
@@ -59,7 +59,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
-    one = pass_of(work, step)
+    one = largest_pass(work, step)
     size = f"{step.micro_batch} x {work.sequence_tokens} tokens"
     if step.pack_tokens is not None:
         size = f"packs of {one.tokens:,} tokens that read {one.keys:,} keys"
@@ -112,7 +112,7 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     states of the scored tokens, the float32 gradient of these hidden states, the copy of this
     gradient in the compute dtype, and the tensors of the final norm.
     """
-    one = pass_of(work, step)
+    one = largest_pass(work, step)
     rows = one.scored_tokens
     width = step.compute_bytes
     tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
@@ -121,7 +121,7 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     return tile + hidden + final_norm
 
 
-def is_packed(quantization: Quantization | None) -> bool:
+def is_bitsandbytes(quantization: Quantization | None) -> bool:
     """Whether the base model has bitsandbytes weights. The weights may be stored in this format, or
     be quantized while the model is loaded.
     """

@@ -24,14 +24,14 @@ _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$"
 )
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     """Return a Shape with the tensors of the safetensors headers. Raises UnsupportedError if
     config.json lacks necessary keys; the message names these keys.
     """
-    if missing := [key for key in NEEDED if not fields.has(key)]:
+    if missing := [key for key in REQUIRED_KEYS if not fields.has(key)]:
         raise UnsupportedError(
             f"the architecture is unknown, and its config.json has no {', '.join(missing)}",
             where=fields.where,
@@ -57,7 +57,8 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     window = fields.integer("sliding_window", default=0, low=0) or None
     max_position = fields.integer("max_position_embeddings", "n_positions", default=2048)
     blocks = tuple(
-        _block(tensors, count, kv_cache(heads, window)) for tensors, count in _groups(layers)
+        _block(tensors, count, kv_cache(heads, window))
+        for tensors, count in _group_equal_layers(layers)
     )
     return Shape(
         hidden=hidden,
@@ -72,7 +73,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
     )
 
 
-def _groups(
+def _group_equal_layers(
     layers: dict[int, dict[str, StoredTensor]],
 ) -> list[tuple[dict[str, StoredTensor], int]]:
     """Group the layers with equal tensors; return (tensors, number of layers) of each group."""

@@ -29,7 +29,7 @@ NF4_NESTED_BLOCK = 256
 MXFP4_BLOCK = 32
 
 
-def _ceil(count: int, divisor: int) -> int:
+def _ceil_div(count: int, divisor: int) -> int:
     return -(-count // divisor)
 
 
@@ -62,30 +62,32 @@ class Quantization:
         count = out_features * in_features
         match self.method:
             case "bnb-nf4":
-                return _ceil(count, 2) + self._absmax_bytes(_ceil(count, NF4_BLOCK))
+                return _ceil_div(count, 2) + self._absmax_bytes(_ceil_div(count, NF4_BLOCK))
             case "bnb-int8" | "int8":
                 return count + 4 * out_features
             case "awq":
-                groups = _ceil(in_features, self.group) if self.group > 0 else 1
-                packed = _ceil(out_features, 32 // self.bits) * 4
+                groups = _ceil_div(in_features, self.group) if self.group > 0 else 1
+                packed = _ceil_div(out_features, 32 // self.bits) * 4
                 return in_features * packed + groups * packed + groups * out_features * 2
             case "gptq":
-                groups = _ceil(in_features, self.group) if self.group > 0 else 1
-                qweight = _ceil(in_features * self.bits, 32) * out_features * 4
-                qzeros = groups * _ceil(out_features * self.bits, 32) * 4
+                groups = _ceil_div(in_features, self.group) if self.group > 0 else 1
+                qweight = _ceil_div(in_features * self.bits, 32) * out_features * 4
+                qzeros = groups * _ceil_div(out_features * self.bits, 32) * 4
                 return qweight + qzeros + groups * out_features * 2 + in_features * 4
             case "fp8":
                 if self.block is not None:
-                    scales = _ceil(out_features, self.block[0]) * _ceil(in_features, self.block[1])
+                    scales = _ceil_div(out_features, self.block[0]) * _ceil_div(
+                        in_features, self.block[1]
+                    )
                     return count + 4 * scales
                 return count + 4 * out_features
             case "mxfp4":
-                return _ceil(count, 2) + _ceil(count, MXFP4_BLOCK)
+                return _ceil_div(count, 2) + _ceil_div(count, MXFP4_BLOCK)
 
     def _absmax_bytes(self, blocks: int) -> int:
         if not self.nested:
             return blocks * 4
-        return blocks + _ceil(blocks, NF4_NESTED_BLOCK) * 4 + 256 * 4 + 16 * 4
+        return blocks + _ceil_div(blocks, NF4_NESTED_BLOCK) * 4 + 256 * 4 + 16 * 4
 
 
 NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped=("lm_head", "embed_tokens"))
@@ -103,7 +105,7 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
         return None
     fields = Fields(values, f"{where}: quantization_config")
     method = fields.text("quant_method") or ""
-    skipped = _skipped(fields)
+    skipped = _skipped_modules(fields)
     if method == "bitsandbytes":
         if fields.flag("load_in_8bit", False):
             return Quantization(method="bnb-int8", bits=8, group=0, skipped=skipped)
@@ -123,13 +125,13 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
         pair = (block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None
         return Quantization(method="fp8", bits=8, group=0, block=pair, skipped=skipped)
     if method == "compressed-tensors":
-        return _compressed(fields, skipped) or "compressed-tensors"
+        return _parse_compressed(fields, skipped) or "compressed-tensors"
     if method == "mxfp4":
         return Quantization(method="mxfp4", skipped=skipped)
     return method or "unnamed"
 
 
-def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
+def _parse_compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None:
     """Return the compressed-tensors format if it has exactly one group of layers
     (``config_groups``), and the weights of this group have 8 bits (float or integer). Otherwise
     return None; the size of the weights is then read from the safetensors headers.
@@ -147,7 +149,7 @@ def _compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization | None
     )
 
 
-def _skipped(fields: Fields) -> tuple[str, ...]:
+def _skipped_modules(fields: Fields) -> tuple[str, ...]:
     named: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
         named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]

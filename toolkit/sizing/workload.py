@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from toolkit.sizing import lora_bytes
-from toolkit.sizing.micro_batch import TRL_DEFAULTS, batch_of, count
+from toolkit.sizing.micro_batch import TRL_DEFAULTS, read_batch, read_count
 
 if TYPE_CHECKING:
     from toolkit.config.resolved import ResolvedRun
@@ -51,7 +51,7 @@ class Workload:
     rank: int
     base_rank: int
     targets: tuple[str, ...] | str
-    layout: lora_bytes.Layout
+    layout: lora_bytes.AdapterLayout
     optimizer: str
     optimizer_bytes: float
     uses_engine: bool
@@ -97,13 +97,13 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     """
     config, world_size = run.config, run.replicas
     grpo = config.grpo
-    completion = count(grpo, "max_completion_length")
+    completion = read_count(grpo, "max_completion_length")
     length = config.model.max_seq_length
     prompt = grpo.get("max_prompt_length")
     if not isinstance(prompt, int) or prompt < 1:
         prompt = max(length - completion, 1)
     sequence = min(prompt + completion, length)
-    micro_batches, accumulation, rollouts = batch_of(
+    micro_batches, accumulation, rollouts = read_batch(
         grpo, sequence, on_cpu=device is None, world_size=world_size
     )
     optimizer = str(grpo.get("optim", TRL_DEFAULTS["optim"]))
@@ -112,14 +112,14 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
         accumulation=accumulation,
         micro_batches=micro_batches,
         rollouts=rollouts,
-        generations=count(grpo, "num_generations"),
+        generations=read_count(grpo, "num_generations"),
         prompt_tokens=prompt,
         completion_tokens=completion,
         sequence_tokens=sequence,
         rank=config.lora.largest_rank,
         base_rank=config.lora.r,
         targets=run.targets,
-        layout=layout_of(config.lora),
+        layout=read_layout(config.lora),
         optimizer=optimizer,
         optimizer_bytes=optimizer_bytes(optimizer),
         uses_engine=run.engine == "vllm",
@@ -128,12 +128,12 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
     )
 
 
-def layout_of(section: LoraSection) -> lora_bytes.Layout:
+def read_layout(section: LoraSection) -> lora_bytes.AdapterLayout:
     """Return the ``lora`` settings that do not apply to all modules equally: the excluded modules,
     the ranks of single modules, and the layers that get the adapter.
     """
     layers = section.layers_to_transform
-    return lora_bytes.Layout(
+    return lora_bytes.AdapterLayout(
         exclude=section.exclude_modules,
         rank_pattern=tuple(section.rank_pattern.items()),
         layers=(layers,) if isinstance(layers, int) else layers,

@@ -23,7 +23,7 @@ from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report
 from toolkit.gpu.snapshot import take
-from toolkit.sizing.device import Device, situation_here
+from toolkit.sizing.device import Device, local_situation
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve_for_all
 
@@ -99,7 +99,7 @@ def preflight(
         model=config.model.model_name,
         revision=config.model.revision,
     )
-    here = situation_here(snapshot, gpu_index=local_rank(), world_size=world_size)
+    here = local_situation(snapshot, gpu_index=local_rank(), world_size=world_size)
     template = chat_format.template_of(config.model.model_name, config.model.revision)
     run = resolve_run(config, here, template=template)
     checks = tuple(run_checks(snapshot, check_context(run, snapshot)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError
 from toolkit.sizing import solve
-from toolkit.sizing.micro_batch import CPU_TOKENS, batch_of, divisors
+from toolkit.sizing.micro_batch import MAX_CPU_TOKENS, divisors, read_batch
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 AUTO = {
@@ -106,14 +106,14 @@ def test_it_is_filled_in_and_nothing_else_of_grpo_is(spec_of, card, run):
 
 @pytest.mark.parametrize("available", [64 << 30, 1 << 40])
 def test_on_the_cpu_free_memory_has_no_say(monkeypatch, spec_of, run, available):
-    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: available)
+    monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: available)
     result = solve(run(AUTO, engine="transformers"), spec_of(ONE_B), None)
     assert cut(result) == (32, 2)
-    assert cut(result)[0] * 1024 == CPU_TOKENS
+    assert cut(result)[0] * 1024 == MAX_CPU_TOKENS
 
 
 def test_on_the_cpu_too_little_memory_is_an_error_not_another_cut(monkeypatch, spec_of, run):
-    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 6 << 30)
+    monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: 6 << 30)
     result = solve(run(AUTO, engine="transformers"), spec_of(ONE_B), None)
     assert not result.feasible
     assert cut(result) == (32, 2)
@@ -142,13 +142,13 @@ def test_half_of_it_is_an_error(spec_of, card, run, grpo, where):
 def test_every_candidate_is_the_whole_batch(own, world, sequence, on_cpu):
     """However it is cut: micro x accumulation x processes is the generation batch."""
     grpo = {**AUTO, "generation_batch_size": own * world}
-    micros, accumulation, rollouts = batch_of(grpo, sequence, on_cpu=on_cpu, world_size=world)
+    micros, accumulation, rollouts = read_batch(grpo, sequence, on_cpu=on_cpu, world_size=world)
     assert rollouts == own
     assert micros[0] * accumulation == own
     assert all(own % micro == 0 for micro in micros)
     assert list(micros) == sorted(set(micros), reverse=True)
     if on_cpu:
         assert len(micros) == 1
-        assert micros[0] == 1 or micros[0] * sequence <= CPU_TOKENS
+        assert micros[0] == 1 or micros[0] * sequence <= MAX_CPU_TOKENS
     else:
         assert micros == tuple(n for n in range(own, 0, -1) if own % n == 0) == divisors(own)

@@ -9,7 +9,7 @@ import pytest
 from toolkit.base.formatting import GIB
 from toolkit.cli.size_report import text_of
 from toolkit.sizing.dequantized import TERM
-from toolkit.sizing.solve import best_case, solve
+from toolkit.sizing.solve import best_candidate, solve
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 LAYERS = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
@@ -93,7 +93,7 @@ def test_16_bit_weights_and_other_engines_have_none(spec_of, card, run):
 
 def test_a_written_utilization_bounds_them(spec_of, card, run):
     config = run(GRPO, load_in_4bit=True, gpu_memory_utilization=0.3)
-    case, fit = best_case(config, spec_of(EIGHT_B), card("h100"), 1)
+    case, fit = best_candidate(config, spec_of(EIGHT_B), card("h100"), 1)
     taken = int(0.3 * card("h100").cuda_total_bytes)
     assert 0 < case.plan.dequantized < 2 * LAYERS
     assert fit.min_bytes - fit.kv_sequence_bytes + fit.kv_wanted_bytes <= taken

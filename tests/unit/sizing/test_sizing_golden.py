@@ -21,7 +21,7 @@ def test_each_term_is_as_written(shape):
     assert weight_bytes(spec, dtype, spec.quantization) == shape["weight_bytes"]
     assert kv_bytes.bytes_per_token(spec, 2) == shape["kv_bytes_per_token"]
     assert kv_bytes.sequence_bytes(spec, 4096, 2, batched_tokens=2048) == shape["kv_4096"]
-    assert lora_bytes.engine_elements(spec, 64, 1) * 2 == shape["lora_bytes_64"]
+    assert lora_bytes.engine_lora_elements(spec, 64, 1) * 2 == shape["lora_bytes_64"]
     assert lora_bytes.adapter_parameters(spec, 16, SEVEN_PROJECTIONS) == shape["adapter_16"]
 
 
@@ -73,7 +73,7 @@ def test_expert_slots_are_counted(spec_of):
     spec = spec_of("Qwen/Qwen3-30B-A3B")
     experts = 48 * 128 * 3 * 32 * (2048 + 768) * 2
     assert experts / 2**30 == pytest.approx(3.1, abs=0.05)
-    assert lora_bytes.engine_elements(spec, 32, 1) * 2 - experts < 0.1 * experts
+    assert lora_bytes.engine_lora_elements(spec, 32, 1) * 2 - experts < 0.1 * experts
 
 
 def test_the_spec_survives_json(shape):

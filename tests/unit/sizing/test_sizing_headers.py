@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toolkit.base.errors import ConfigError, InputError, ToolkitError
 from toolkit.base.files import read_json
 from toolkit.sizing import read_spec
-from toolkit.sizing.headers import read_header, read_stored
+from toolkit.sizing.headers import read_header, read_stored_weights
 from toolkit.sizing.spec import spec_from_values
 
 TENSOR = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
@@ -114,14 +114,14 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path):
     index = {"weight_map": {"w": "../../etc/passwd"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="outside its folder"):
-        read_stored(tmp_path)
+        read_stored_weights(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         write(tmp_path / name, {"w": TENSOR})
     with pytest.raises(InputError, match="another shard"):
-        read_stored(tmp_path)
+        read_stored_weights(tmp_path)
 
 
 @settings(

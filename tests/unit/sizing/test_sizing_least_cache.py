@@ -6,7 +6,7 @@ from toolkit.config.lora_targets import text_part
 from toolkit.config.model_facts import least_cache_bytes
 from toolkit.sizing import kv_bytes
 from toolkit.sizing.spec import spec_from_values
-from toolkit.sizing.split import one_card
+from toolkit.sizing.split import spec_of_one_card
 
 UNIFORM = ("Llama-3.1-8B", "Qwen3-8B", "Qwen2.5-7B")
 
@@ -30,6 +30,6 @@ def test_each_card_has_its_part_of_the_heads_and_at_least_one(spec_of) -> None:
         least = least_cache_bytes(
             {**text, "head_dim": 128}, tokens=4096, element_bytes=2, block_tokens=16, cards=cards
         )
-        part = one_card(spec_of(name), cards)
+        part = spec_of_one_card(spec_of(name), cards)
         exact = sum(kv_bytes.sequence_bytes(part, n, 2, block_tokens=16) for n in (4096, 1))
         assert least == exact

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.solve import best_case
+from toolkit.sizing.solve import best_candidate
 from toolkit.sizing.step_time import active_parameters, training_seconds
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _case(run, spec, device, micro, checkpointing, **values) -> Candidate:
     }
     values = {"padding_free": False, "fused_kernels": False, **values}  # as it was measured
     config = run(grpo, r=64, checkpointing=checkpointing, max_seq_length=320, **values)
-    return best_case(config, spec, device, 1)[0]
+    return best_candidate(config, spec, device, 1)[0]
 
 
 def test_the_order_is_the_measured_one(spec_of, card, run):

@@ -97,7 +97,7 @@ def test_a_written_budget_is_kept_and_holds_a_sequence(spec_of, card, run):
 
 @pytest.mark.parametrize("available", [64 << 30, 1 << 40])
 def test_on_the_cpu_free_memory_has_no_say(monkeypatch, spec_of, run, available):
-    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: available)
+    monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: available)
     grpo = {**AUTO, "generation_batch_size": 64}
     result = solve(run(grpo, engine="transformers"), spec_of(ONE_B), None)
     assert result.choice.pack_tokens == 32768

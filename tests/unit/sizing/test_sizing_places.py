@@ -17,7 +17,7 @@ def term(result, name):
 
 
 def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
-    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: 64 * GIB)
     config = run(r=16)
     result = solve(config, spec_of(ONE_B), None)
     assert result.interval.min is None
@@ -30,7 +30,7 @@ def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
 
 
 def test_a_host_without_memory(spec_of, run, monkeypatch):
-    monkeypatch.setattr("toolkit.sizing.fit.available_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr("toolkit.sizing.fit.available_host_bytes", lambda: 2 * GIB)
     result = solve(run(), spec_of(ONE_B), None)
     assert not result.feasible
     assert "host memory" in result.interval.binding_max

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from toolkit.sizing import solve
-from toolkit.sizing.terms import total
+from toolkit.sizing.terms import total_bytes
 
 CARDS = ("h200", "h100", "a100-40", "l4", "4090", "t4", "b200", "h100:1g.10gb")
 NAMES = (
@@ -84,10 +84,10 @@ def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, wor
         assert all(remedy.frees_bytes > 0 for remedy in result.remedies)
         return
     free = device.free_bytes
-    always = total(result.terms, "always")
-    assert always + total(result.terms, "rollout") <= free
+    always = total_bytes(result.terms, "always")
+    assert always + total_bytes(result.terms, "rollout") <= free
     asleep = result.engine.kv_bytes if result.choice.enable_sleep_mode else 0
-    assert always + total(result.terms, "training") - asleep <= free
+    assert always + total_bytes(result.terms, "training") - asleep <= free
     filled = result.apply(config)
     assert filled.model.max_lora_rank >= config.lora.r
     if values["engine"] == "vllm":

@@ -13,7 +13,7 @@ from toolkit.config.layers import load_document
 from toolkit.config.validate import validate
 from toolkit.gpu import cards
 from toolkit.sizing import Device, solve
-from toolkit.sizing.device import situation_of
+from toolkit.sizing.device import device_situation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +66,7 @@ def run_file(folder: Path, model: Path, run: tuple[int, ...], **values_of_model:
 
 def accepted(path: Path, overrides: list[str], device: Device) -> Any:
     """The run of the file with these overrides on this card; what the rules refuse is shown."""
-    judged = validate(load_document(path, overrides), situation_of(device))
+    judged = validate(load_document(path, overrides), device_situation(device))
     errors = [str(one.message) for one in judged.findings if str(one.severity) == "error"]
     assert judged.config is not None, errors
     return judged.config

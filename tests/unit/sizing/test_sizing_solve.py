@@ -7,7 +7,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import GIB
 from toolkit.sizing import solve
-from toolkit.sizing.terms import total
+from toolkit.sizing.terms import total_bytes
 
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 PADDED = {"padding_free": False, "fused_kernels": False}  # the larger step
@@ -22,8 +22,8 @@ def test_both_phases_fit_at_the_choice(spec_of, card, run):
     result = solve(run(r=64), spec_of(EIGHT_B), card("h100"))
     free = result.device["free_bytes"]
     for phase in ("rollout", "training"):
-        assert total(result.terms, "always", phase) <= free
-    used = max(total(result.terms, "always", phase) for phase in ("rollout", "training"))
+        assert total_bytes(result.terms, "always", phase) <= free
+    used = max(total_bytes(result.terms, "always", phase) for phase in ("rollout", "training"))
     assert used >= 0.92 * free
     assert result.interval.min <= result.choice.gpu_memory_utilization <= result.interval.max
 

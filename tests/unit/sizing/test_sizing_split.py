@@ -5,7 +5,7 @@ import pytest
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.sizing import solve
-from toolkit.sizing.split import facts_of, one_card
+from toolkit.sizing.split import spec_of_one_card, split_facts
 
 SEVEN_B = "Qwen/Qwen2.5-7B"
 LARGE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -21,17 +21,17 @@ def linear(spec, leaf):
 
 def test_each_card_holds_rows_of_some_layers_and_columns_of_others(spec_of):
     whole = spec_of(SEVEN_B)
-    part = one_card(whole, 2)
+    part = spec_of_one_card(whole, 2)
     assert linear(part, "q_proj").out_features == linear(whole, "q_proj").out_features // 2
     assert linear(part, "down_proj").in_features == linear(whole, "down_proj").in_features // 2
     assert linear(part, "down_proj").out_features == whole.hidden_size
     assert part.blocks[0].cache.key_elements == whole.blocks[0].cache.key_elements // 2
-    assert one_card(whole, 1) is whole
+    assert spec_of_one_card(whole, 1) is whole
 
 
 def test_kv_heads_are_on_several_cards_where_there_are_fewer_of_them(spec_of):
     whole = spec_of("Qwen/Qwen2.5-1.5B-Instruct")  # 2 KV heads, 12 heads
-    two, four = one_card(whole, 2), one_card(whole, 4)
+    two, four = spec_of_one_card(whole, 2), spec_of_one_card(whole, 4)
     assert two.blocks[0].cache.key_elements == whole.head_dim
     assert four.blocks[0].cache.key_elements == whole.head_dim
     assert linear(four, "k_proj").out_features == whole.head_dim
@@ -126,7 +126,7 @@ def test_a_32b_model_is_split_where_its_card_is_too_small_for_it(spec_of, card, 
 def test_facts_are_those_of_the_config(spec_of, all_shapes):
     config = all_shapes[SEVEN_B]["config"]
     for size in range(1, 9):
-        mine = parallel.shape_problem(facts_of(spec_of(SEVEN_B)), size)
+        mine = parallel.shape_problem(split_facts(spec_of(SEVEN_B)), size)
         assert mine == parallel.shape_problem(config, size), size
 
 

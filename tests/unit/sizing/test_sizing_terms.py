@@ -10,7 +10,7 @@ from toolkit.config.run_config import SEVEN_PROJECTIONS
 from toolkit.sizing import lora_bytes, solve
 from toolkit.sizing.calibrate import calibrate, compare
 from toolkit.sizing.engine_bytes import GRAPH_LAYER_BYTES
-from toolkit.sizing.fit import available_bytes
+from toolkit.sizing.fit import available_host_bytes
 from toolkit.sizing.model_blocks import Linear
 from toolkit.sizing.weight_bytes import padded_vocab, weight_bytes
 from toolkit.sizing.weight_formats import NF4_ON_LOAD, Quantization, parse_quantization
@@ -94,9 +94,11 @@ def test_adapter_parameters(spec_of, targets):
 
 
 def test_experts_are_no_target():
-    assert not lora_bytes.targeted(Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS)
-    assert lora_bytes.targeted(Linear("mlp.up_proj", 4, 4), SEVEN_PROJECTIONS)
-    assert lora_bytes.targeted(Linear("mlp.up_proj", 4, 4), "all-linear")
+    assert not lora_bytes.is_targeted(
+        Linear("mlp.experts.up_proj", 4, 4, copies=8), SEVEN_PROJECTIONS
+    )
+    assert lora_bytes.is_targeted(Linear("mlp.up_proj", 4, 4), SEVEN_PROJECTIONS)
+    assert lora_bytes.is_targeted(Linear("mlp.up_proj", 4, 4), "all-linear")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_eager_has_no_graphs(spec_of, card, run):
 
 
 def test_available_memory_is_known():
-    assert available_bytes() > 1 << 20
+    assert available_host_bytes() > 1 << 20
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from toolkit.config.resolved import Situation, resolve_run
 from toolkit.config.validate import check_instance
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.snapshot_json import node_from_json
-from toolkit.sizing.device import situation_here
+from toolkit.sizing.device import local_situation
 from toolkit.train import preflight
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
@@ -133,7 +133,7 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     node = node_from_json(cases.load("h100x8-healthy").node)
     for name, value in {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    run = resolve_run(load_run(prepared_run(tmp_path)), situation_here(node))
+    run = resolve_run(load_run(prepared_run(tmp_path)), local_situation(node))
     asked = preflight.check_context(run, node)
     assert asked.gpu_index == 3
     assert asked.world_size == 4  # this node's, not the whole run's

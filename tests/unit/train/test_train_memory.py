@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.sizing.calibrate import MEASURED_AS, PEAKS, calibrate
+from toolkit.sizing.calibrate import MEASURED_TERMS, PEAK_KEYS, calibrate
 from toolkit.train.report import memory_peaks
 from toolkit.train.report.memory_peaks import PhasePeaks
 
@@ -148,9 +148,9 @@ def test_memory_json_is_what_calibrate_reads(tmp_path: Path) -> None:
     assert written == tmp_path / "memory.json"
     found = json.loads(written.read_text())
     assert found == {**ACCOUNT, **peaks.terms()}
-    assert set(found) - {"card.used", "card.total"} <= {*MEASURED_AS, *PEAKS}
+    assert set(found) - {"card.used", "card.total"} <= {*MEASURED_TERMS, *PEAK_KEYS}
     budget = [{"term": "engine.kv", "bytes": 63 * GIB}, {"term": "engine.weights", "bytes": GIB}]
-    predicted = dict.fromkeys(PEAKS.values(), 40 * GIB) | {"bound_bytes": 70 * GIB}
+    predicted = dict.fromkeys(PEAK_KEYS.values(), 40 * GIB) | {"bound_bytes": 70 * GIB}
     sizing = {"budget": budget, "peaks": predicted, "device": {"name": "a card"}}
     (tmp_path / "preflight.json").write_text(json.dumps({"sizing": sizing}))
     rows = {row.term: row for row in calibrate(tmp_path).rows}

@@ -136,7 +136,7 @@ def kv_cache(heads: Heads, window: int | None = None) -> Cache:
     )
 
 
-def blocks_by_kind(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
+def build_blocks(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
     """Return one Block for each kind of layer. ``count`` is the number of layers of this kind."""
     return tuple(make(kind, count) for kind, count in Counter(kinds).items())
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from toolkit.sizing.families.common import (
     BOTH_TABLES,
     attention,
-    blocks_by_kind,
+    build_blocks,
     decoder,
     gated_mlp,
     kv_cache,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
 
-def _uniform(
+def _uniform_blocks(
     fields: Fields,
     heads: Heads,
     linears: list[Linear],
@@ -51,7 +51,7 @@ def llama(fields: Fields) -> Shape:
     inner = fields.integer("intermediate_size")
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, inner, bias=mlp_bias)
-    blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
+    blocks = _uniform_blocks(fields, heads, linears, 2 * heads.hidden)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES)
 
 
@@ -69,7 +69,7 @@ def smollm3(fields: Fields) -> Shape:
     mlp_bias = fields.flag("mlp_bias", False)
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"), bias=mlp_bias)
-    blocks = _uniform(fields, heads, linears, 2 * heads.hidden)
+    blocks = _uniform_blocks(fields, heads, linears, 2 * heads.hidden)
     return decoder(fields, heads, blocks, tied=True, lora_tables=("embedding",))
 
 
@@ -80,7 +80,7 @@ def mistral(fields: Fields) -> Shape:
     heads = read_heads(fields)
     window = fields.integer("sliding_window", default=0, low=0) or None
     linears = attention(heads) + gated_mlp(heads.hidden, fields.integer("intermediate_size"))
-    blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
+    blocks = _uniform_blocks(fields, heads, linears, 2 * heads.hidden, window)
     return decoder(fields, heads, blocks)
 
 
@@ -90,7 +90,9 @@ def _qwen_window(fields: Fields) -> int | None:
     return fields.integer("sliding_window", default=0, low=0) or None
 
 
-def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> tuple[Block, ...]:
+def _qwen_blocks(
+    fields: Fields, heads: Heads, linears: list[Linear], vectors: int
+) -> tuple[Block, ...]:
     window = _qwen_window(fields)
     first = fields.integer("max_window_layers", default=28, low=0)
 
@@ -103,7 +105,7 @@ def _qwen(fields: Fields, heads: Heads, linears: list[Linear], vectors: int) -> 
             count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
         )
 
-    return blocks_by_kind(layer_kinds(fields, default), make)
+    return build_blocks(layer_kinds(fields, default), make)
 
 
 def qwen2(fields: Fields) -> Shape:
@@ -113,7 +115,7 @@ def qwen2(fields: Fields) -> Shape:
     heads = read_heads(fields)
     linears = attention(heads, qkv_bias=True)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
-    blocks = _qwen(fields, heads, linears, 2 * heads.hidden)
+    blocks = _qwen_blocks(fields, heads, linears, 2 * heads.hidden)
     return decoder(fields, heads, blocks, max_position=32768)
 
 
@@ -126,7 +128,7 @@ def qwen3(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + 2 * heads.head_dim
-    blocks = _qwen(fields, heads, linears, vectors)
+    blocks = _qwen_blocks(fields, heads, linears, vectors)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
 
 
@@ -139,7 +141,7 @@ def olmo2(fields: Fields) -> Shape:
     linears = attention(heads, qkv_bias=bias, out_bias=bias)
     linears += gated_mlp(heads.hidden, fields.integer("intermediate_size"))
     vectors = 2 * heads.hidden + heads.query + heads.key
-    blocks = _uniform(fields, heads, linears, vectors)
+    blocks = _uniform_blocks(fields, heads, linears, vectors)
     return decoder(fields, heads, blocks, lora_tables=("embedding",))
 
 
@@ -163,7 +165,7 @@ def olmo3(fields: Fields) -> Shape:
             count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
         )
 
-    blocks = blocks_by_kind(layer_kinds(fields, default), make)
+    blocks = build_blocks(layer_kinds(fields, default), make)
     return decoder(fields, heads, blocks, lora_tables=("embedding",))
 
 
@@ -180,5 +182,5 @@ def phi3(fields: Fields) -> Shape:
     window = fields.integer("sliding_window", default=0, low=0) or None
     if window is not None and window >= fields.integer("max_position_embeddings", default=4096):
         window = None  # a window as long as the context has no effect
-    blocks = _uniform(fields, heads, linears, 2 * heads.hidden, window)
+    blocks = _uniform_blocks(fields, heads, linears, 2 * heads.hidden, window)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=4096)

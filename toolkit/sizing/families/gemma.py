@@ -10,7 +10,7 @@ from toolkit.base.errors import InputError
 from toolkit.sizing.families.common import (
     Shape,
     attention,
-    blocks_by_kind,
+    build_blocks,
     gated_mlp,
     kv_cache,
     layer_kinds,
@@ -74,7 +74,7 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", True),
-        blocks=blocks_by_kind(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
         rope_tables=rope_tables(fields, heads.head_dim, max_position, local=head_norms),
         scores="capped" if capped else "fused",
@@ -110,7 +110,7 @@ def gemma3(fields: Fields) -> Shape:
         )
     shape = gemma3_text(text)
     vision = fields.section("vision_config") or Fields({}, fields.where)
-    tower = _siglip(vision)
+    tower = _siglip_parameters(vision)
     projector = vision.integer("hidden_size", default=768) * (shape.hidden + 1)
     # As in transformers, the outer config decides whether embeddings are tied.
     tied = fields.flag("tie_word_embeddings", shape.tied)
@@ -129,7 +129,7 @@ def gemma3(fields: Fields) -> Shape:
     )
 
 
-def _siglip(vision: Fields) -> int:
+def _siglip_parameters(vision: Fields) -> int:
     """The number of parameters of SiglipVisionModel (arXiv 2303.15343). The pooling head is
     included unless vision_use_head is false.
     """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from toolkit.sizing.families.common import (
     Heads,
     Shape,
-    blocks_by_kind,
+    build_blocks,
     gated_mlp,
     kv_cache,
     layer_kinds,
@@ -35,11 +35,11 @@ def gemma4(fields: Fields) -> Shape:
     counted.
     """
     text = fields.section("text_config") or fields
-    shape = _text(text)
+    shape = _text_shape(text)
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 
-def _text(fields: Fields) -> Shape:
+def _text_shape(fields: Fields) -> Shape:
     hidden = fields.integer("hidden_size", default=2304)
     heads = fields.integer("num_attention_heads", default=8)
     head_dim = fields.integer("head_dim", default=256)
@@ -85,9 +85,9 @@ def _text(fields: Fields) -> Shape:
         head_dim=head_dim,
         max_position=longest,
         tied=fields.flag("tie_word_embeddings", True),
-        blocks=blocks_by_kind(named, make),
+        blocks=build_blocks(named, make),
         final_vectors=hidden,
-        extra_parameters=_layer_inputs(fields, hidden, inputs, len(kinds)),
+        extra_parameters=_layer_input_parameters(fields, hidden, inputs, len(kinds)),
         rope_tables=rope_tables(fields, full.head_dim, longest, local=True),
     )
 
@@ -127,7 +127,7 @@ def _feed_forward(fields: Fields, hidden: int, *, shared: bool) -> tuple[list[Li
     return linears, 3 * hidden + hidden + count, active
 
 
-def _layer_inputs(fields: Fields, hidden: int, inputs: int, layers: int) -> int:
+def _layer_input_parameters(fields: Fields, hidden: int, inputs: int, layers: int) -> int:
     """The number of parameters of the per-layer embedding and of its projection."""
     if not inputs:
         return 0

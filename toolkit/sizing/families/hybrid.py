@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from toolkit.sizing.families.common import (
     Heads,
     Shape,
-    blocks_by_kind,
+    build_blocks,
     gated_mlp,
     kv_cache,
     layer_kinds,
@@ -33,7 +33,9 @@ def qwen3_next(fields: Fields) -> Shape:
     """The shape of Qwen3-Next (transformers' Qwen3NextConfig), whose q_proj also computes the
     output gate.
     """
-    return _hybrid(fields, _sparse(fields, experts_default=512, active_default=10), fused=True)
+    return _hybrid_shape(
+        fields, _sparse_mlp(fields, experts_default=512, active_default=10), fused=True
+    )
 
 
 def qwen3_5(fields: Fields) -> Shape:
@@ -44,7 +46,7 @@ def qwen3_5(fields: Fields) -> Shape:
     text = fields.section("text_config") or fields
     inner = text.integer("intermediate_size", default=12288)
     mlp = gated_mlp(text.integer("hidden_size"), inner)
-    return _tied_by(fields, _hybrid(text, (mlp, 0), fused=False))
+    return _with_outer_tying(fields, _hybrid_shape(text, (mlp, 0), fused=False))
 
 
 def qwen3_5_moe(fields: Fields) -> Shape:
@@ -52,18 +54,18 @@ def qwen3_5_moe(fields: Fields) -> Shape:
     config.json, or the section text_config.
     """
     text = fields.section("text_config") or fields
-    sparse = _sparse(text, experts_default=256, active_default=8)
-    return _tied_by(fields, _hybrid(text, sparse, fused=False))
+    sparse = _sparse_mlp(text, experts_default=256, active_default=8)
+    return _with_outer_tying(fields, _hybrid_shape(text, sparse, fused=False))
 
 
-def _tied_by(fields: Fields, shape: Shape) -> Shape:
+def _with_outer_tying(fields: Fields, shape: Shape) -> Shape:
     """Return ``shape`` with the value of tie_word_embeddings in the outer config (the one that
     contains text_config). transformers uses this value too.
     """
     return replace(shape, tied=fields.flag("tie_word_embeddings", shape.tied))
 
 
-def _sparse(
+def _sparse_mlp(
     fields: Fields, *, experts_default: int, active_default: int
 ) -> tuple[list[Linear], int]:
     """Return (linear maps, number of active experts) of an MLP with routed experts and a gated
@@ -79,7 +81,7 @@ def _sparse(
     return mlp, fields.integer("num_experts_per_tok", default=active_default, high=MAX_EXPERTS)
 
 
-def _hybrid(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool) -> Shape:
+def _hybrid_shape(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool) -> Shape:
     heads = read_heads(fields, default_head_dim=256)
     interval = fields.integer("full_attention_interval", default=4)
     linears_of_mlp, active = mlp
@@ -89,7 +91,7 @@ def _hybrid(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool) -> Sh
 
     def make(kind: str, layers: int) -> Block:
         if kind == "full_attention":
-            linears, vectors, cache = _full(fields, heads)
+            linears, vectors, cache = _full_attention(fields, heads)
         else:
             linears, vectors, cache = _delta_net(fields, heads.hidden, fused=fused)
         return Block(
@@ -109,14 +111,14 @@ def _hybrid(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool) -> Sh
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=blocks_by_kind(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default), make),
         final_vectors=heads.hidden,
         rope_tables=rope_tables(fields, columns, max_position),
         notes=(STATES_NOTE,),
     )
 
 
-def _full(fields: Fields, heads: Heads) -> tuple[list[Linear], int, Cache]:
+def _full_attention(fields: Fields, heads: Heads) -> tuple[list[Linear], int, Cache]:
     bias = fields.flag("attention_bias", False)
     linears = [
         Linear("self_attn.q_proj", 2 * heads.query, heads.hidden, bias),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.sizing.families.common import Shape, blocks_by_kind, gated_mlp, layer_count
+from toolkit.sizing.families.common import Shape, build_blocks, gated_mlp, layer_count
 from toolkit.sizing.families.moe import experts
 from toolkit.sizing.families.rope import rope_tables
 from toolkit.sizing.fields import MAX_EXPERTS, MAX_LAYERS
@@ -66,7 +66,7 @@ def deepseek(fields: Fields) -> Shape:
         head_dim=nope + rope,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=blocks_by_kind(kinds, make),
+        blocks=build_blocks(kinds, make),
         final_vectors=hidden,
         rope_tables=rope_tables(fields, rope, max_position),
     )

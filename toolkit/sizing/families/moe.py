@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from toolkit.sizing.families.common import (
     BOTH_TABLES,
     attention,
-    blocks_by_kind,
+    build_blocks,
     decoder,
     gated_mlp,
     kv_cache,
@@ -85,7 +85,7 @@ def qwen3_moe(fields: Fields) -> Shape:
         "dense" if index in only_dense or (index + 1) % step else "sparse"
         for index in range(layer_count(fields))
     ]
-    blocks = blocks_by_kind(kinds, make)
+    blocks = build_blocks(kinds, make)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
 
 
@@ -117,7 +117,7 @@ def glm4_moe(fields: Fields) -> Shape:
         )
 
     kinds = ["dense" if index < first else "sparse" for index in range(layer_count(fields))]
-    shape = decoder(fields, heads, blocks_by_kind(kinds, make), max_position=131072)
+    shape = decoder(fields, heads, build_blocks(kinds, make), max_position=131072)
     part = fields.number("partial_rotary_factor", default=0.5, low=0, high=1)
     columns = rotary_columns(fields, heads.head_dim, default=part)
     return replace(shape, rope_tables=rope_tables(fields, columns, shape.max_position))
@@ -153,7 +153,7 @@ def gpt_oss(fields: Fields) -> Shape:
             active_experts=active,
         )
 
-    blocks = blocks_by_kind(layer_kinds(fields, default), make)
+    blocks = build_blocks(layer_kinds(fields, default), make)
     # transformers has no fused attention kernel that supports sinks.
     shape = decoder(fields, heads, blocks, max_position=32768)
     tables = tuple(replace(table, float32=True) for table in shape.rope_tables)

@@ -31,8 +31,10 @@ def rope_tables(
     scaling = _scaling(fields)
     by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
     if by_layer:
-        return tuple(RopeTable(_rows(part, fields, max_position), columns) for part in by_layer)
-    tables = (RopeTable(_rows(scaling, fields, max_position), columns),)
+        return tuple(
+            RopeTable(_table_rows(part, fields, max_position), columns) for part in by_layer
+        )
+    tables = (RopeTable(_table_rows(scaling, fields, max_position), columns),)
     return (*tables, RopeTable(max_position, columns)) if local else tables
 
 
@@ -53,7 +55,7 @@ def _scaling(fields: Fields) -> Fields | None:
     return fields.section("rope_parameters") or fields.section("rope_scaling")
 
 
-def _rows(scaling: Fields | None, fields: Fields, max_position: int) -> int:
+def _table_rows(scaling: Fields | None, fields: Fields, max_position: int) -> int:
     if scaling is None:
         return max_position
     kind = scaling.text("rope_type") or scaling.text("type") or "default"

@@ -11,7 +11,7 @@ from toolkit.sizing.families.common import (
     Heads,
     Shape,
     attention,
-    blocks_by_kind,
+    build_blocks,
     kv_cache,
     layer_kinds,
     read_heads,
@@ -24,8 +24,8 @@ from toolkit.sizing.model_blocks import Block, Cache, Linear
 if TYPE_CHECKING:
     from toolkit.sizing.fields import Fields
 
-_PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-_WRITTEN = {"linear_attention": "mamba", "full_attention": "attention"}
+_KIND_OF_LETTER = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_KIND_OF_NAME = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def lfm2(fields: Fields) -> Shape:
@@ -78,7 +78,7 @@ def lfm2(fields: Fields) -> Shape:
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", True),
-        blocks=blocks_by_kind(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default), make),
         final_vectors=hidden,
         rope_tables=rope_tables(fields, rotary_columns(fields, heads.head_dim), max_position),
         notes=(STATES_NOTE,),
@@ -108,22 +108,22 @@ def nemotron_h(fields: Fields) -> Shape:
         head_dim=heads.head_dim,
         max_position=fields.integer("max_position_embeddings", default=4096),
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=blocks_by_kind(_kinds(fields), make),
+        blocks=build_blocks(_layer_kinds(fields), make),
         final_vectors=heads.hidden,
         notes=(STATES_NOTE,),
     )
 
 
-def _kinds(fields: Fields) -> tuple[str, ...]:
+def _layer_kinds(fields: Fields) -> tuple[str, ...]:
     """Return the kinds of the layers, from ``layers_block_type`` or from the letters M, *, - and E
     of ``hybrid_override_pattern``.
     """
     written = fields.items("layers_block_type", str)
     if written is None:
         pattern = fields.text("hybrid_override_pattern") or ""
-        written = tuple(_PATTERN.get(letter, letter) for letter in pattern)
-    kinds = tuple(_WRITTEN.get(kind, kind) for kind in written)
-    wrong = sorted(set(kinds) - set(_PATTERN.values()))
+        written = tuple(_KIND_OF_LETTER.get(letter, letter) for letter in pattern)
+    kinds = tuple(_KIND_OF_NAME.get(kind, kind) for kind in written)
+    wrong = sorted(set(kinds) - set(_KIND_OF_LETTER.values()))
     if not kinds or wrong or len(kinds) > MAX_LAYERS:
         raise InputError(
             f"unknown kinds of layers: {', '.join(wrong)}"
@@ -152,20 +152,20 @@ def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, 
         return linears, 0, kv_cache(heads), 0
     if kind == "mlp":
         inner, bias = fields.integer("intermediate_size"), fields.flag("mlp_bias", False)
-        return _ungated("mixer", heads.hidden, inner, bias), 0, none, 0
+        return _ungated_mlp("mixer", heads.hidden, inner, bias), 0, none, 0
     if kind == "moe":
-        return *_experts(fields, heads.hidden), none, _active(fields)
+        return *_experts(fields, heads.hidden), none, _active_experts(fields)
     return *_mamba(fields, heads.hidden), 0
 
 
-def _ungated(prefix: str, hidden: int, inner: int, bias: bool, copies: int = 1) -> list[Linear]:
+def _ungated_mlp(prefix: str, hidden: int, inner: int, bias: bool, copies: int = 1) -> list[Linear]:
     return [
         Linear(f"{prefix}.up_proj", inner, hidden, bias, copies),
         Linear(f"{prefix}.down_proj", hidden, inner, bias, copies),
     ]
 
 
-def _active(fields: Fields) -> int:
+def _active_experts(fields: Fields) -> int:
     return fields.integer("num_experts_per_tok", default=2, high=MAX_EXPERTS)
 
 
@@ -176,8 +176,8 @@ def _experts(fields: Fields, hidden: int) -> tuple[list[Linear], int]:
     bias = fields.flag("mlp_bias", False)
     linears = [
         Linear("mixer.gate", count, hidden),
-        *_ungated("mixer.experts", hidden, inner, False, count),
-        *_ungated("mixer.shared_experts", hidden, shared, bias),
+        *_ungated_mlp("mixer.experts", hidden, inner, False, count),
+        *_ungated_mlp("mixer.shared_experts", hidden, shared, bias),
     ]
     return linears, 0
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
-from toolkit.sizing.micro_batch import ACCUMULATION, GENERATION, MICRO, batch_of, count, is_auto
+from toolkit.sizing.micro_batch import (
+    ACCUMULATION,
+    GENERATION_BATCH,
+    MICRO_BATCH,
+    is_auto,
+    read_batch,
+    read_count,
+)
 from toolkit.train.checkpointing import checkpoint
 from toolkit.train.checkpointing.run_directory import PACK_TOKENS
 from toolkit.train.process_control import world_size
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.run_config import RunConfig
 
-SPLIT_KEYS = (MICRO, ACCUMULATION)
+SPLIT_KEYS = (MICRO_BATCH, ACCUMULATION)
 
 
 def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
@@ -39,7 +46,7 @@ def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
         return config
     then = checkpoint.read_state_value(found, "run", dict)
     cut = {key: then.get(f"grpo.{key}") for key in SPLIT_KEYS}
-    micro, accumulation = cut[MICRO], cut[ACCUMULATION]
+    micro, accumulation = cut[MICRO_BATCH], cut[ACCUMULATION]
     # A checkpoint without ``pack_tokens`` comes from a version that split batches by rows. The
     # resumed run splits them in the same way.
     tokens = then.get(PACK_TOKENS, config.runtime.pack_tokens)
@@ -48,7 +55,7 @@ def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
     written = config.model.tensor_parallel_size
     size = checkpoint.tensor_parallel_size_of(found) if written == "auto" else written
     whole = micro * accumulation * parallel.replicas(world_size(), size)
-    same = whole == config.grpo.get(GENERATION)
+    same = whole == config.grpo.get(GENERATION_BATCH)
     return _replace_micro_batch(config, cut, tokens) if same else config
 
 
@@ -69,8 +76,8 @@ def check_prompt_count(config: RunConfig, prompts: int, processes: int) -> None:
     Raises:
         ConfigError: there are too few prompts. The message has their number and the number needed.
     """
-    _, _, own = batch_of(config.grpo, 1, on_cpu=False, world_size=processes)
-    group = count(config.grpo, "num_generations")
+    _, _, own = read_batch(config.grpo, 1, on_cpu=False, world_size=processes)
+    group = read_count(config.grpo, "num_generations")
     needed = max(1, own * processes // group)
     if prompts >= needed:
         return
