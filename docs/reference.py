@@ -17,7 +17,7 @@ from toolkit.config.importers.write import markdown
 from toolkit.config.metrics import METRICS, TIMINGS
 from toolkit.config.rules import all_rules
 from toolkit.gpu.cards import CARDS
-from toolkit.gpu.checks import catalogue
+from toolkit.gpu.checks import checks_by_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,7 +47,7 @@ def pages() -> dict[str, str]:
 def _pages() -> Iterator[tuple[str, str]]:
     rules, checks = (
         sorted(all_rules().values(), key=lambda rule: rule.id),
-        list(catalogue().values()),
+        list(checks_by_id().values()),
     )
     keys = dict(all_keys())
     yield _place("rules/index"), _list_of_rules(rules)
@@ -290,7 +290,7 @@ def _finders(check: str) -> str:
     for name in check.split(", "):
         if name in all_rules():
             links.append(_rule_link(name))
-        elif name in catalogue():
+        elif name in checks_by_id():
             links.append(_check_link(name))
         else:
             links.append(f"`envcheck {name}`")

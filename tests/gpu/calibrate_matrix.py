@@ -236,10 +236,10 @@ def main() -> int:
 
 def has_gpu() -> bool:
     """Whether CUDA sees a card, asked of NVML: no context is made in this process."""
-    from toolkit.gpu.devices import select
-    from toolkit.gpu.snapshot import take
+    from toolkit.gpu.devices import select_device
+    from toolkit.gpu.snapshot import take_snapshot
 
-    return select(take()) is not None
+    return select_device(take_snapshot()) is not None
 
 
 def run_all(cases: list[EngineCase], results: Path, work: Path, *, budget_s: float) -> None:

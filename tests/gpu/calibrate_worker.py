@@ -91,14 +91,14 @@ def main(request: str, results: str, work_folder: str) -> None:
     from calibrate_matrix import append
 
     from toolkit.engine.engine_memory import engine_memory
-    from toolkit.gpu.devices import select
-    from toolkit.gpu.snapshot import take
+    from toolkit.gpu.devices import select_device
+    from toolkit.gpu.snapshot import take_snapshot
     from toolkit.policy.cuda_allocator import use_expandable_segments
     from toolkit.train.bench.shapes import make_checkpoint
 
     use_expandable_segments()  # as loading does, but the checkpoint is made on the card before it
-    snapshot = take()
-    gpu = select(snapshot)
+    snapshot = take_snapshot()
+    gpu = select_device(snapshot)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     folder = make_checkpoint(case["shape"], work / case["shape"])
     give_memory_back()

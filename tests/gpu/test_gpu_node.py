@@ -75,7 +75,7 @@ def test_cuda_is_not_initialised() -> None:
     program = """
 import ctypes
 from toolkit.gpu import checks, snapshot
-node = snapshot.take()
+node = snapshot.take_snapshot()
 assert node.gpus
 checks.run_checks(node)
 driver = ctypes.CDLL("libcuda.so.1")

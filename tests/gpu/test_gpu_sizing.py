@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.gpu.devices import select
-from toolkit.gpu.snapshot import take
+from toolkit.gpu.devices import select_device
+from toolkit.gpu.snapshot import take_snapshot
 from toolkit.sizing import Device
 
 pytestmark = [
@@ -32,8 +32,8 @@ print(before - free - torch.cuda.memory_reserved(), total)
 
 
 def test_the_total_and_the_context_are_as_assumed() -> None:
-    snapshot = take()
-    gpu = select(snapshot)
+    snapshot = take_snapshot()
+    gpu = select_device(snapshot)
     assert gpu is not None
     device = Device.from_node(snapshot, gpu)
     done = subprocess.run(

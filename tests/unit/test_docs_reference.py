@@ -18,7 +18,7 @@ from toolkit.base.symptoms import SYMPTOMS
 from toolkit.config.explain import all_keys
 from toolkit.config.importers.formats import TABLES
 from toolkit.config.rules import all_rules
-from toolkit.gpu.checks import catalogue
+from toolkit.gpu.checks import checks_by_id
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -43,7 +43,7 @@ def pages() -> dict[str, str]:
 def test_every_id_has_a_page_and_every_page_its_id(pages: dict[str, str]) -> None:
     wanted = {
         "rules": set(all_rules()),
-        "checks": set(catalogue()),
+        "checks": set(checks_by_id()),
         "keys": {name.replace("[]", "") for name, _ in all_keys()},
         "exit-codes": {str(code) for code in EXIT_CODES},
         "symptoms": {symptom.id for symptom in SYMPTOMS},

@@ -218,10 +218,10 @@ def _refuse_unused(*, learn: bool) -> None:
 
 def _refuse_without_gpu(shape: str) -> None:
     """Raise ConfigError if this machine has no GPU and the shape is too large for the CPU."""
-    from toolkit.gpu.devices import select  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import select_device  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - as above
 
-    if shape != CPU_SHAPE and select(take()) is None:
+    if shape != CPU_SHAPE and select_device(take_snapshot()) is None:
         raise ConfigError(
             f"the shape {shape} needs a GPU, and CUDA sees no GPU. A training step of this shape "
             "takes hours on the CPU",

@@ -110,7 +110,7 @@ def check(
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
-    from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
+    from toolkit.gpu.prometheus import format_metrics  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
 
     snapshot, context, results = examine(**request, node=node)
@@ -118,7 +118,7 @@ def check(
     code = int(report["exit_code"])
     if prometheus is not None:
         with writing(prometheus):
-            write_named_file(prometheus, exposition(snapshot, results, code))
+            write_named_file(prometheus, format_metrics(snapshot, results, code))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -137,7 +137,7 @@ def text_of(
     """Return the output for people. It has a paragraph for each finding with its remedy, then the
     passed checks (with ``verbose``), then the counts.
     """
-    from toolkit.gpu.checks import catalogue, exit_code  # noqa: PLC0415 - as above
+    from toolkit.gpu.checks import checks_by_id, exit_code  # noqa: PLC0415 - as above
 
     order = {"fail": 0, "unknown": 1, "warn": 2, "ok": 3}
     width = max((len(result.id) for result in results), default=0)
@@ -163,7 +163,7 @@ def text_of(
         for verdict, word in (("warn", "warning"), ("fail", "failure"), ("unknown", "unknown"))
         if counts[verdict]
     )
-    left = len(catalogue()) - len(results)
+    left = len(checks_by_id()) - len(results)
     summary += f" ({left} not selected or not applicable here)" if left else ""
     meaning = MEANING[code] if code else ready(snapshot, context)
     lines.append(styled(f"{summary}. {meaning}", "red" if code else "green", bold=True))
@@ -174,9 +174,9 @@ def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
     """Return the runs that the node is ready for, if no check failed. A node without a GPU is ready
     only for runs on the CPU.
     """
-    from toolkit.gpu.devices import visible  # noqa: PLC0415 - after parsing
+    from toolkit.gpu.devices import visible_devices  # noqa: PLC0415 - after parsing
 
-    if visible(snapshot).devices:
+    if visible_devices(snapshot).devices:
         return "Ready."
     if context.configured:
         return "Ready for this run on the CPU (there is no GPU)."

@@ -52,16 +52,16 @@ def _one(word: str) -> str:
 
 
 def _check_names() -> list[str]:
-    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
+    from toolkit.gpu.checks import checks_by_id  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
-    return list(catalogue())
+    return list(checks_by_id())
 
 
 def _check(word: str) -> str | None:
     """Return the explanation of the check with the id ``word``; None if no check has this id."""
-    from toolkit.gpu.checks import catalogue  # noqa: PLC0415 - only if the word is neither a rule nor a key
+    from toolkit.gpu.checks import checks_by_id  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
-    check = catalogue().get(word.lower())
+    check = checks_by_id().get(word.lower())
     if check is None:
         return None
     head = f"{check.id} (a check of envcheck check)"

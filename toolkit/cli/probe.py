@@ -52,11 +52,11 @@ def probe(
     driver, no permission, or a driver library that does not match the loaded driver.
     """
     from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
+    from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - as above
 
     looks = 0
     while True:
-        snapshot = take()
+        snapshot = take_snapshot()
         looks += 1
         if watch and sys.stdout.isatty():
             click.clear()
@@ -79,12 +79,12 @@ def show(
     breaks. If ``prometheus`` is a path, also write the metrics to this file.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - as above
-    from toolkit.gpu.prometheus import exposition  # noqa: PLC0415 - as above
+    from toolkit.gpu.prometheus import format_metrics  # noqa: PLC0415 - as above
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
 
     if prometheus is not None:
         with writing(prometheus):
-            write_named_file(prometheus, exposition(snapshot))
+            write_named_file(prometheus, format_metrics(snapshot))
     if as_json:
         click.echo(json.dumps(probe_report(snapshot), indent=None if one_line else 2))
     else:
@@ -93,19 +93,19 @@ def show(
 
 def text_of(snapshot: NodeSnapshot) -> str:
     """Return the table of GPUs, or the reason why no GPU can be used."""
-    from toolkit.gpu.checks.driver import cuda_of  # noqa: PLC0415 - as above
-    from toolkit.gpu.devices import visible  # noqa: PLC0415 - as above
-    from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
+    from toolkit.gpu.checks.driver import newest_cuda  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import visible_devices  # noqa: PLC0415 - as above
+    from toolkit.gpu.presence import find_presence  # noqa: PLC0415 - as above
 
     if not snapshot.gpus:
-        found = presence(snapshot)
+        found = find_presence(snapshot)
         first = styled(f"No GPU can be used: {found.text}.", "red", bold=True)
         return f"{first}\n{paragraph(found.remedy, first='  fix: ', indent='       ')}"
     driver = snapshot.driver.version.value
-    cuda = cuda_of(driver) if driver else None
+    cuda = newest_cuda(driver) if driver else None
     head = f"driver {driver or 'of unknown version'}"
     head += f", CUDA {cuda}" if cuda else ""
-    seen = visible(snapshot)
+    seen = visible_devices(snapshot)
     order = {(gpu.parent, gpu.index): str(n) for n, gpu in enumerate(seen.devices)}
     rows = []
     for gpu in snapshot.gpus:
@@ -122,9 +122,9 @@ def _row(
     snapshot: NodeSnapshot, gpu: GpuSnapshot, order: dict[tuple[int | None, int], str]
 ) -> list[str]:
     from toolkit.base.formatting import format_bytes  # noqa: PLC0415 - as above
-    from toolkit.gpu.devices import memory_of  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import cuda_memory  # noqa: PLC0415 - as above
 
-    memory = None if gpu.lost else memory_of(snapshot, gpu)
+    memory = None if gpu.lost else cuda_memory(snapshot, gpu)
     used = format_bytes(memory.total_bytes - memory.free_bytes) if memory else "?"
     power = "" if gpu.power_mw.value is None else f"{gpu.power_mw.value / 1000:.0f} W"
     return [
@@ -145,7 +145,7 @@ def state_of(gpu: GpuSnapshot) -> str:
     the details.
     """
     from toolkit.gpu.checks.health import FABRIC_NOT_READY  # noqa: PLC0415 - as above
-    from toolkit.gpu.checks.speed import TROUBLE  # noqa: PLC0415 - as above
+    from toolkit.gpu.checks.speed import THROTTLE_PROBLEMS  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import in_mig_mode  # noqa: PLC0415 - as above
 
     if gpu.lost:
@@ -158,7 +158,7 @@ def state_of(gpu: GpuSnapshot) -> str:
         (bool(rows and rows["pending"]), "row remap pending"),
         (bool(gpu.ecc_uncorrected.value), "memory errors"),
         (bool(fabric and fabric["state"] in FABRIC_NOT_READY), "fabric not ready"),
-        (any(mask & bit for bit in TROUBLE), "throttled"),
+        (any(mask & bit for bit in THROTTLE_PROBLEMS), "throttled"),
         (in_mig_mode(gpu), "MIG"),
     )
     return next((text for holds, text in troubles if holds), "ok")

@@ -32,11 +32,13 @@ def record(file: Path, **request: Any) -> None:
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.request import examine  # noqa: PLC0415 - as above
-    from toolkit.gpu.record import recording  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import make_recording  # noqa: PLC0415 - as above
 
     snapshot, context, results = examine(**request)
     with writing(file):
-        write_named_file(file, json.dumps(recording(snapshot, context, results), indent=1) + "\n")
+        write_named_file(
+            file, json.dumps(make_recording(snapshot, context, results), indent=1) + "\n"
+        )
     click.echo(
         f"{file}: {plural(len(snapshot.gpus), 'GPU')}, {plural(len(results), 'check')}, "
         f"without names and secrets. Read the file before you send it. `envcheck replay {file}` "
@@ -59,10 +61,10 @@ def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -
     from dataclasses import replace  # noqa: PLC0415 - after the arguments are parsed
 
     from toolkit.gpu.checks import run_checks  # noqa: PLC0415 - as above
-    from toolkit.gpu.record import load  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import parse_recording  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
 
-    snapshot, context, verdicts = load(_read(file))
+    snapshot, context, verdicts = parse_recording(_read(file))
     context = replace(context, node=node)
     results = run_checks(snapshot, context)
     report = check_report(snapshot, results, strict=strict, node=node)
@@ -78,9 +80,9 @@ def _read(file: Path) -> Any:
     from toolkit.base.errors import InputError  # noqa: PLC0415 - as above
     from toolkit.base.files import read_json  # noqa: PLC0415 - as above
     from toolkit.config.validate import check_instance  # noqa: PLC0415 - as above
-    from toolkit.gpu.record import LARGEST_BYTES  # noqa: PLC0415 - as above
+    from toolkit.gpu.record import MAX_RECORDING_BYTES  # noqa: PLC0415 - as above
 
-    data = read_json(file, limit=LARGEST_BYTES)
+    data = read_json(file, limit=MAX_RECORDING_BYTES)
     faults = check_instance(data, "report") if isinstance(data, dict) else ["$: not an object"]
     if faults:
         raise InputError(

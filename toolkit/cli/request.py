@@ -56,13 +56,13 @@ def examine(
     """
     from toolkit.gpu.checks import (  # noqa: PLC0415 - after parsing
         CheckContext,
-        choose,
         exit_code,
         run_checks,
+        select_checks,
     )
-    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - after parsing
+    from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - after parsing
 
-    choose(**choice)  # reports a misspelt name before anything is read
+    select_checks(**choice)  # reports a misspelt name before anything is read
     values = requirements(require)
     if lock is not None:
         values["lock"] = read_lock(lock)
@@ -74,7 +74,7 @@ def examine(
     if config is not None:
         document, run = _load(config, overrides)
     model, revision = (run.model.model_name, run.model.revision) if run else (None, None)
-    snapshot = take(paths=folders(run, os.environ), model=model, revision=revision)
+    snapshot = take_snapshot(paths=folders(run, os.environ), model=model, revision=revision)
     situation = None
     if run is not None:
         situation = _situation(snapshot, gpu_index)
@@ -168,7 +168,7 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
         elif re.search(r"[<>=]", text):
             raise unknown_form(text)
         else:
-            cards.check_family(text)
+            cards.check_card_requirement(text)
             values["required_card"] = text
     return values
 
@@ -206,8 +206,10 @@ def with_locked_packages(snapshot: NodeSnapshot, lock: Any) -> NodeSnapshot:
     """
     from dataclasses import replace  # noqa: PLC0415 - only with --lock
 
-    from toolkit.gpu.reading import of  # noqa: PLC0415 - only with --lock
-    from toolkit.gpu.software import version_of  # noqa: PLC0415 - only with --lock
+    from toolkit.gpu.reading import succeeded  # noqa: PLC0415 - only with --lock
+    from toolkit.gpu.software import installed_version  # noqa: PLC0415 - only with --lock
 
-    packages = {name: version_of(name) for name in lock} | (snapshot.software.packages.value or {})
-    return replace(snapshot, software=replace(snapshot.software, packages=of(packages)))
+    packages = {name: installed_version(name) for name in lock} | (
+        snapshot.software.packages.value or {}
+    )
+    return replace(snapshot, software=replace(snapshot.software, packages=succeeded(packages)))

@@ -98,19 +98,23 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
     """
     from toolkit.base.errors import ConfigError  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu import cards  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.gpu.devices import select, visible  # noqa: PLC0415 - as above
-    from toolkit.gpu.presence import presence  # noqa: PLC0415 - as above
-    from toolkit.gpu.snapshot import take  # noqa: PLC0415 - as above
+    from toolkit.gpu.devices import select_device, visible_devices  # noqa: PLC0415 - as above
+    from toolkit.gpu.presence import find_presence  # noqa: PLC0415 - as above
+    from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - as above
     from toolkit.sizing import Device  # noqa: PLC0415 - as above
 
     if gpu is not None:
-        return Device.from_card(cards.find(gpu))
-    snapshot = take()
-    found = select(snapshot, gpu_index)
+        return Device.from_card(cards.find_card(gpu))
+    snapshot = take_snapshot()
+    found = select_device(snapshot, gpu_index)
     if found is not None:
         return Device.from_node(snapshot, found)
-    state = presence(snapshot)
-    why = state.text if not snapshot.gpus else visible(snapshot).problem or "CUDA finds no GPU"
+    state = find_presence(snapshot)
+    why = (
+        state.text
+        if not snapshot.gpus
+        else visible_devices(snapshot).problem or "CUDA finds no GPU"
+    )
     if gpu_index is not None:
         raise ConfigError(
             f"GPU {gpu_index} was requested, but {why}",

@@ -36,9 +36,9 @@ class Processes(click.IntRange):
         if value != "auto":
             return int(super().convert(value, param, ctx))
         from toolkit.gpu import devices  # noqa: PLC0415 - only this function needs it
-        from toolkit.gpu.snapshot import take  # noqa: PLC0415
+        from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415
 
-        return max(1, len(devices.visible(take()).devices))
+        return max(1, len(devices.visible_devices(take_snapshot()).devices))
 
 
 @click.command("train")

@@ -99,9 +99,9 @@ def _request(options: dict[str, Any]) -> _Request:
     if gpu == "none":
         device = DeviceFacts("no GPU", None)
     elif gpu is not None:
-        from toolkit.gpu.cards import find  # noqa: PLC0415 - only for --gpu
+        from toolkit.gpu.cards import find_card  # noqa: PLC0415 - only for --gpu
 
-        card = find(gpu)
+        card = find_card(gpu)
         device = DeviceFacts(card.name, card.compute_capability, card.machine)
     situation = Situation(world_size=options["world_size"], device=device)
     return _Request(

@@ -72,7 +72,7 @@ SLICE_ADDRESSES: dict[str, str] = {
 }
 
 
-def spelled(paths: str) -> tuple[str, ...]:
+def web_addresses(paths: str) -> tuple[str, ...]:
     """Return the full web addresses of one entry of ``ADDRESSES``. A path such as
     ``owner/name/issues/1`` becomes an address at github.com.
     """

@@ -58,16 +58,16 @@ every number format of the toolkit.
 
 # (largest total in MiB, MiB that the driver reserves on such cards); see ``computed`` in
 # card_table.
-_RESERVED = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
+_DRIVER_RESERVE_MIB = ((36 << 10, 500), (100 << 10, 690), (1 << 30, 1000))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(gib|gb|g|mib)(?::(\d+)\.(\d))?")
-_OTHERS = (
+_OTHER_VENDORS = (
     ("AMD", r"mi\d{2,3}[ax]?|instinct.*|radeon.*|rx\d{4}.*|gfx\d+.*|amd.*|strixhalo.*"),
     ("Intel", r"arc.*|gaudi\d?|max1[15]\d0|intel.*|[ab]\d{3}m?|hl\d+"),
     ("Apple", r"m[1-5](?:pro|max|ultra)?|apple.*|mps|metal"),
 )
 
 
-def _slices(family: str) -> tuple[tuple[str, int, str], ...]:
+def _parse_slices(family: str) -> tuple[tuple[str, int, str], ...]:
     found = []
     for entry in card_table.SLICES.get(family, "").split(","):
         if entry.strip():
@@ -77,13 +77,13 @@ def _slices(family: str) -> tuple[tuple[str, int, str], ...]:
     return tuple(found)
 
 
-def _card(line: str) -> Card:
+def _parse_card(line: str) -> Card:
     name, nvml, cuda, capability, machine, family, rest = (
         part.strip() for part in line.split(";", 6)
     )
     source, *aliases = rest.replace(";", " ").split()
     major, minor = capability.split(".")
-    kept = next(mib for size, mib in _RESERVED if int(nvml) <= size)
+    kept = next(mib for size, mib in _DRIVER_RESERVE_MIB if int(nvml) <= size)
     seen = int(float(cuda) * GIB) if float(cuda) else (int(nvml) - kept) * MIB
     return Card(
         name=name,
@@ -92,27 +92,29 @@ def _card(line: str) -> Card:
         compute_capability=(int(major), int(minor)),
         source=source,
         machine="aarch64" if machine == "a" else "x86_64",
-        slices=_slices(family),
+        slices=_parse_slices(family),
         aliases=tuple(aliases),
-        addresses=card_sources.spelled(card_sources.ADDRESSES.get(aliases[0], "")),
-        slice_addresses=card_sources.spelled(card_sources.SLICE_ADDRESSES.get(family, "")),
+        addresses=card_sources.web_addresses(card_sources.ADDRESSES.get(aliases[0], "")),
+        slice_addresses=card_sources.web_addresses(card_sources.SLICE_ADDRESSES.get(family, "")),
     )
 
 
-CARDS: tuple[Card, ...] = tuple(_card(line) for line in card_table.CARDS.strip().splitlines())
+CARDS: tuple[Card, ...] = tuple(_parse_card(line) for line in card_table.CARDS.strip().splitlines())
 
 
-def _key(name: str) -> str:
+def _normalized(name: str) -> str:
     """Return ``name`` in a normal form. Different spellings of a card have the same normal form:
     ``NVIDIA GeForce RTX 4090``, ``rtx_4090`` and ``RTX4090``.
     """
     return re.sub(r"nvidia|tesla|geforce|[^a-z0-9.]", "", name.lower())
 
 
-_BY_KEY = {_key(alias): card for card in CARDS for alias in (card.name, *card.aliases)}
+_BY_NORMALIZED_NAME = {
+    _normalized(alias): card for card in CARDS for alias in (card.name, *card.aliases)
+}
 
 
-def find(name: str, *, where: str = "--gpu") -> Card:
+def find_card(name: str, *, where: str = "--gpu") -> Card:
     """Return the card that ``name`` describes.
 
     ``name`` is one of these:
@@ -125,15 +127,15 @@ def find(name: str, *, where: str = "--gpu") -> Card:
     most similar cards.
     """
     if plain := _SIZE.fullmatch(name.strip().lower()):
-        return _plain(plain)
+        return _card_of_size(plain)
     base, _, profile = name.partition(":")
-    card = _BY_KEY.get(_key(base))
+    card = _BY_NORMALIZED_NAME.get(_normalized(base))
     if card is None:
-        raise _unknown(base, where)
-    return _slice(card, profile.lower().removeprefix("mig"), where) if profile else card
+        raise _unknown_card_error(base, where)
+    return _mig_slice(card, profile.lower().removeprefix("mig"), where) if profile else card
 
 
-def _plain(found: re.Match[str]) -> Card:
+def _card_of_size(found: re.Match[str]) -> Card:
     """Return a card that is known only by its memory size, such as ``24GiB:8.9``. CUDA can use all
     of this memory. Without a compute capability, ``ASSUMED_CAPABILITY`` is used.
     """
@@ -144,9 +146,9 @@ def _plain(found: re.Match[str]) -> Card:
     return Card(f"a card of {found[1]} {unit}{taken}", size, size, capability, "given")
 
 
-def _unknown(name: str, where: str) -> ConfigError:
-    for maker, pattern in _OTHERS:
-        if re.fullmatch(pattern, _key(name)):
+def _unknown_card_error(name: str, where: str) -> ConfigError:
+    for maker, pattern in _OTHER_VENDORS:
+        if re.fullmatch(pattern, _normalized(name)):
             return ConfigError(
                 f"{name!r} is a device of {maker}, but this toolkit supports only NVIDIA cards "
                 "(CUDA) and CPUs",
@@ -154,8 +156,10 @@ def _unknown(name: str, where: str) -> ConfigError:
                 fix="use the name of an NVIDIA card, or a memory size with a compute capability "
                 "(`24GiB:8.9`), or `--cpu`",
             )
-    near = did_you_mean.similar_words(_key(name), _BY_KEY, cutoff=0.4, max_difference=1)
-    hint = ", ".join(dict.fromkeys(_BY_KEY[key].aliases[0] for key in near))
+    near = did_you_mean.similar_words(
+        _normalized(name), _BY_NORMALIZED_NAME, cutoff=0.4, max_difference=1
+    )
+    hint = ", ".join(dict.fromkeys(_BY_NORMALIZED_NAME[key].aliases[0] for key in near))
     known = ", ".join(card.aliases[0] for card in CARDS)
     size = ". You can also give a memory size (`24GiB`, or `24GiB:8.9` with a compute capability)"
     fix = (
@@ -166,7 +170,7 @@ def _unknown(name: str, where: str) -> ConfigError:
     return ConfigError(f"unknown card {name!r}", where=where, fix=fix + size)
 
 
-def _slice(card: Card, profile: str, where: str) -> Card:
+def _mig_slice(card: Card, profile: str, where: str) -> Card:
     for name, size, source in card.slices:
         if name == profile:
             return Card(
@@ -182,24 +186,24 @@ def _slice(card: Card, profile: str, where: str) -> Card:
     raise ConfigError(f"{card.name} has no MIG profile {profile!r}", where=where, fix=fix)
 
 
-def of_name(name: str) -> Card | None:
+def card_of_nvml_name(name: str) -> Card | None:
     """Return the card of the table that NVML reports as ``name``; None if the table does not
     contain this card.
     """
-    return _BY_KEY.get(_key(name))
+    return _BY_NORMALIZED_NAME.get(_normalized(name))
 
 
-def check_family(wanted: str, *, where: str = "--require") -> None:
+def check_card_requirement(wanted: str, *, where: str = "--require") -> None:
     """Raise ConfigError at ``where`` unless ``wanted`` is a card, a family of cards (``a100``,
     ``rtx-40``) or an architecture (``hopper``).
     """
     if wanted.lower() in ARCHITECTURES:
         return
-    if not any(is_of(wanted, card.name, card.compute_capability) for card in CARDS):
-        find(wanted, where=where)
+    if not any(card_matches(wanted, card.name, card.compute_capability) for card in CARDS):
+        find_card(wanted, where=where)
 
 
-def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
+def card_matches(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
     """Whether the card ``name`` is one of the cards that ``wanted`` describes.
 
     ``wanted`` may be one of these:
@@ -220,5 +224,5 @@ def is_of(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
     asked = [word for word in re.split(r"[^a-z0-9]+", text) if word]
     if asked and all(word in words or f"{word}gb" in words for word in asked):
         return True
-    card = _BY_KEY.get(_key(text))
+    card = _BY_NORMALIZED_NAME.get(_normalized(text))
     return card is not None and card.name == name

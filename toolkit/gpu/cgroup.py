@@ -24,27 +24,29 @@ def read_cgroup(root: Path) -> dict[str, Any]:
         OSError: there is no cgroup file system.
         ValueError: a cgroup file has an unknown form.
     """
-    groups = _groups(root)
+    groups = _control_groups(root)
     base = root / "sys/fs/cgroup"
     if (base / "cgroup.controllers").exists():
-        chain = _chain(base, groups.get("", "/"))
+        chain = _group_folders(base, groups.get("", "/"))
         return {
             "version": 2,
-            "memory_limit": _least(_number(folder / "memory.max") for folder in chain),
-            "memory_used": _used(chain[0], "memory.current"),
-            "cpu_limit": _least(_share(folder) for folder in chain),
+            "memory_limit": _smallest(_read_limit(folder / "memory.max") for folder in chain),
+            "memory_used": _used_bytes(chain[0], "memory.current"),
+            "cpu_limit": _smallest(_cpu_limit_v2(folder) for folder in chain),
         }
-    memory = _chain(base / "memory", groups.get("memory", "/"))
-    cpu = _chain(base / "cpu", groups.get("cpu", "/"))
+    memory = _group_folders(base / "memory", groups.get("memory", "/"))
+    cpu = _group_folders(base / "cpu", groups.get("cpu", "/"))
     return {
         "version": 1,
-        "memory_limit": _least(_number(folder / "memory.limit_in_bytes") for folder in memory),
-        "memory_used": _used(memory[0], "memory.usage_in_bytes", "total_"),
-        "cpu_limit": _least(_quota(folder) for folder in cpu),
+        "memory_limit": _smallest(
+            _read_limit(folder / "memory.limit_in_bytes") for folder in memory
+        ),
+        "memory_used": _used_bytes(memory[0], "memory.usage_in_bytes", "total_"),
+        "cpu_limit": _smallest(_cpu_limit_v1(folder) for folder in cpu),
     }
 
 
-def _groups(root: Path) -> dict[str, str]:
+def _control_groups(root: Path) -> dict[str, str]:
     """Return {controller: path of the control group of this process}. With cgroup version 2, the
     only key is "".
     """
@@ -56,7 +58,7 @@ def _groups(root: Path) -> dict[str, str]:
     return groups
 
 
-def _chain(base: Path, group: str) -> list[Path]:
+def _group_folders(base: Path, group: str) -> list[Path]:
     """Return the folder of the control group ``group``, and all its parent folders up to ``base``.
 
     In a container, ``group`` may be a path of the host that does not exist in the container. Then
@@ -71,7 +73,7 @@ def _chain(base: Path, group: str) -> list[Path]:
     return chain
 
 
-def _number(path: Path) -> int | None:
+def _read_limit(path: Path) -> int | None:
     try:
         text = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:  # the root group has no such file and no limit
@@ -79,12 +81,12 @@ def _number(path: Path) -> int | None:
     return None if text == "max" or int(text) >= _NO_LIMIT else int(text)
 
 
-def _used(folder: Path, name: str, prefix: str = "") -> int | None:
+def _used_bytes(folder: Path, name: str, prefix: str = "") -> int | None:
     """Return the bytes of memory that the control group uses, without the page cache; None if the
     file ``name`` does not exist. The page cache is subtracted, because the kernel frees it before
     it kills a process for lack of memory.
     """
-    used = _number(folder / name)
+    used = _read_limit(folder / name)
     if used is None:
         return None
     try:
@@ -96,7 +98,7 @@ def _used(folder: Path, name: str, prefix: str = "") -> int | None:
     return max(0, used - sum(int(number) for key, _, number in counters if key in cached))
 
 
-def _share(folder: Path) -> float | None:
+def _cpu_limit_v2(folder: Path) -> float | None:
     """Return the CPU limit of a version 2 group: the quota divided by the period, both in
     microseconds, from the file ``cpu.max``.
     """
@@ -107,11 +109,14 @@ def _share(folder: Path) -> float | None:
     return None if quota == "max" else int(quota) / int(period)
 
 
-def _quota(folder: Path) -> float | None:
-    quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+def _cpu_limit_v1(folder: Path) -> float | None:
+    quota, period = (
+        _read_limit(folder / "cpu.cfs_quota_us"),
+        _read_limit(folder / "cpu.cfs_period_us"),
+    )
     return None if not quota or not period or quota < 0 else quota / period
 
 
-def _least(values: Any) -> Any:
+def _smallest(values: Any) -> Any:
     known = [value for value in values if value is not None]
     return min(known) if known else None

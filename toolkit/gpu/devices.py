@@ -17,11 +17,11 @@ from toolkit.gpu import cards
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 @dataclass(frozen=True, slots=True)
-class Visible:
+class VisibleDevices:
     """The devices that CUDA numbers 0, 1, ..., in this order. If CUDA ignores a part of
     CUDA_VISIBLE_DEVICES, ``problem`` is a text that says why. Otherwise ``problem`` is None.
     """
@@ -31,7 +31,7 @@ class Visible:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class DeviceMemory:
     """The total and the free bytes of memory that CUDA can use on a device. ``integrated`` is true
     if the device shares its memory with the CPU (GB10, Jetson).
     """
@@ -52,7 +52,9 @@ def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
     """
     answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
     by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
-    if snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID" or not mixed(snapshot):
+    if snapshot.environment.get(
+        CUDA_DEVICE_ORDER, ""
+    ).upper() == "PCI_BUS_ID" or not has_mixed_cards(snapshot):
         return tuple(by_bus)
     return tuple(
         sorted(
@@ -61,38 +63,44 @@ def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
     )
 
 
-def mixed(snapshot: NodeSnapshot) -> bool:
+def has_mixed_cards(snapshot: NodeSnapshot) -> bool:
     """Whether the node has cards of different kinds."""
-    return len({gpu.name.value for gpu in snapshot.gpus if gpu.name.known}) > 1
+    return len({gpu.name.value for gpu in snapshot.gpus if gpu.name.has_value}) > 1
 
 
-def visible(snapshot: NodeSnapshot) -> Visible:
+def visible_devices(snapshot: NodeSnapshot) -> VisibleDevices:
     """Return the devices that CUDA will see. If one of the selected cards has a MIG slice, CUDA
     sees only this slice.
     """
     cards = cuda_order(snapshot)
-    wanted = snapshot.environment.get(VISIBLE)
+    wanted = snapshot.environment.get(CUDA_VISIBLE_DEVICES)
     if wanted is None:
         return _with_slices(cards)
     if wanted.strip() == "NoDevFiles":
-        return Visible((), f"{VISIBLE} is NoDevFiles, because Slurm gave this job no GPU")
+        return VisibleDevices(
+            (), f"{CUDA_VISIBLE_DEVICES} is NoDevFiles, because Slurm gave this job no GPU"
+        )
     chosen: list[GpuSnapshot] = []
     for entry in (part.strip() for part in wanted.split(",")):
-        device = _named(entry, cards)
+        device = _find_device(entry, cards)
         if device is None:
-            what = f"{entry!r} in {VISIBLE}={wanted!r}" if entry else f"{VISIBLE} is empty"
+            what = (
+                f"{entry!r} in {CUDA_VISIBLE_DEVICES}={wanted!r}"
+                if entry
+                else f"{CUDA_VISIBLE_DEVICES} is empty"
+            )
             reason = (
                 f"{what} does not name a GPU of this node; CUDA ignores it and all entries after it"
             )
             return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
         if device in chosen:
-            twice = f"{VISIBLE}={wanted!r} contains {device.label} twice"
-            return Visible((), f"{twice}: CUDA sees no GPU")
+            twice = f"{CUDA_VISIBLE_DEVICES}={wanted!r} contains {device.label} twice"
+            return VisibleDevices((), f"{twice}: CUDA sees no GPU")
         chosen.append(device)
     return _with_slices(tuple(chosen))
 
 
-def _named(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
+def _find_device(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
     if entry.isascii() and entry.isdigit():
         return cards[int(entry)] if int(entry) < len(cards) else None
     kinds = {"GPU-": cards, "MIG-": tuple(part for card in cards for part in card.slices)}
@@ -115,7 +123,7 @@ def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
     return f"mig-{card.uuid.value}/{part.gpu_instance.value}/{part.compute_instance.value}".lower()
 
 
-def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> Visible:
+def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -> VisibleDevices:
     """Return what CUDA sees of the chosen ``devices``. If one of them is a MIG slice or a card with
     slices, CUDA sees only the first slice and no other device. Otherwise CUDA sees all cards that
     are not in MIG mode.
@@ -124,9 +132,9 @@ def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -
     first = next((part for part in slices if part), None)
     if first is not None:
         one = first[0] if isinstance(first, tuple) else first
-        return Visible((one,), problem)
+        return VisibleDevices((one,), problem)
     usable = tuple(device for device in devices if not in_mig_mode(device))
-    return Visible(usable, problem)
+    return VisibleDevices(usable, problem)
 
 
 def in_mig_mode(gpu: GpuSnapshot) -> bool:
@@ -134,13 +142,13 @@ def in_mig_mode(gpu: GpuSnapshot) -> bool:
     return bool(gpu.mig_mode.value and gpu.mig_mode.value[0] == 1)
 
 
-def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
+def select_device(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | None:
     """Return the device that CUDA numbers ``index``; without an ``index``, device 0. Return None if
     CUDA sees no GPU.
 
     Raises ConfigError if CUDA sees GPUs, but none with the number ``index``.
     """
-    seen = visible(snapshot)
+    seen = visible_devices(snapshot)
     if not seen.devices:
         return None
     if (index or 0) >= len(seen.devices) or (index or 0) < 0:
@@ -154,20 +162,20 @@ def select(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapshot | No
     return seen.devices[index or 0]
 
 
-def memory_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> Memory | None:
+def cuda_memory(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> DeviceMemory | None:
     """Return how much memory of ``gpu`` CUDA can use; None if this is unknown. GB10 and Jetson
     share their memory with the CPU, and NVML does not report this memory. For these devices, the
     result is the total and the available memory of the host.
     """
     if gpu.total_bytes is not None and gpu.free_bytes is not None:
-        return Memory(gpu.total_bytes, gpu.free_bytes)
+        return DeviceMemory(gpu.total_bytes, gpu.free_bytes)
     host_memory = snapshot.host.memory.value
     if not gpu.memory.unsupported or host_memory is None:
         return None
-    return Memory(host_memory["total"], host_memory["available"], integrated=True)
+    return DeviceMemory(host_memory["total"], host_memory["available"], integrated=True)
 
 
-def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
+def parent_card(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
     """Return the card that the MIG slice ``gpu`` belongs to. If ``gpu`` is a card, return ``gpu``.
     Memory errors and links are properties of the card, but a slice has its own memory size.
     """
@@ -176,12 +184,12 @@ def card_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> GpuSnapshot:
     return next(card for card in snapshot.gpus if card.index == gpu.parent)
 
 
-def machine_of(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
+def cpu_architecture(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str:
     """Return the CPU architecture of the node (x86_64, aarch64). If the snapshot does not contain
     the architecture, return the one in the table of cards. For a card that is not in the table,
     return x86_64.
     """
     if snapshot.software.machine.value:
         return snapshot.software.machine.value
-    card = cards.of_name(card_of(snapshot, gpu).name.value or "")
+    card = cards.card_of_nvml_name(parent_card(snapshot, gpu).name.value or "")
     return card.machine if card else X86_64

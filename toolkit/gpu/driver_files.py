@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.gpu.reading import Reading, failed, of, unsupported
+from toolkit.gpu.reading import Reading, failed, succeeded, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,22 +32,22 @@ _LOG_SECONDS = 0.5
 def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any]]:
     """Return {field: reading} for the fields of ``DriverSnapshot`` that come from files."""
     return {
-        "kernel_module": asked(lambda: kernel_module(root)),
-        "libcuda": asked(lambda: libcuda(environ, root)),
-        "device_nodes": asked(lambda: device_nodes(root)),
-        "pci_gpus": asked(lambda: pci_gpus(root)),
+        "kernel_module": as_reading(lambda: kernel_module(root)),
+        "libcuda": as_reading(lambda: libcuda(environ, root)),
+        "device_nodes": as_reading(lambda: device_nodes(root)),
+        "pci_gpus": as_reading(lambda: pci_gpus(root)),
         "kernel_log": kernel_log(root),
-        "mps": asked(lambda: mps(environ, root)),
+        "mps": as_reading(lambda: is_mps_running(environ, root)),
     }
 
 
-def asked(question: Callable[[], Any]) -> Reading[Any]:
+def as_reading(question: Callable[[], Any]) -> Reading[Any]:
     """Call ``question``, a function that reads files, and return its result as a Reading. If a file
     does not exist, the Reading is "not supported". After any other OSError or ValueError, the
     Reading is "failed".
     """
     try:
-        return of(question())
+        return succeeded(question())
     except FileNotFoundError as error:
         return unsupported(f"{error.filename}: does not exist")
     except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ def shared_library(
         for folder in environ.get("LD_LIBRARY_PATH", "").split(":")
         if folder
     ]
-    places += [("ld.so.cache", path.parent) for path in _cached(name, root)]
+    places += [("ld.so.cache", path.parent) for path in _loader_cache_paths(name, root)]
     places += [("default", Path("/") / folder) for folder in (*_DEFAULT_FOLDERS, _WSL_FOLDER)]
     for source, folder in places:
         path = root / folder.relative_to("/") if folder.is_absolute() else folder
@@ -102,7 +102,7 @@ def shared_library(
             continue
 
 
-def _cached(name: str, root: Path) -> list[Path]:
+def _loader_cache_paths(name: str, root: Path) -> list[Path]:
     """Return the paths of the library ``name`` in the loader's cache (``ld.so.cache``). The cache
     contains the paths as NUL-terminated strings.
     """
@@ -143,7 +143,7 @@ def pci_gpus(root: Path = ROOT) -> int:
     return count
 
 
-def mps(environ: Mapping[str, str], root: Path = ROOT) -> bool:
+def is_mps_running(environ: Mapping[str, str], root: Path = ROOT) -> bool:
     """Whether a daemon of MPS (NVIDIA's Multi-Process Service) serves CUDA programs on this
     node.
     """
@@ -157,7 +157,7 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
     NVSwitch.
     """
     try:
-        return of(_events(root / "dev/kmsg"))
+        return succeeded(_read_events(root / "dev/kmsg"))
     except OSError as error:
         reason = error.strerror or str(error)
     for name in ("var/log/kern.log", "var/log/messages"):
@@ -168,11 +168,11 @@ def kernel_log(root: Path = ROOT) -> Reading[list[dict[str, Any]]]:
                 text = file.read(_LOG_BYTES).decode("utf-8", errors="replace")
         except OSError:
             continue
-        return of([event for line in text.splitlines() if (event := _event(line))])
+        return succeeded([event for line in text.splitlines() if (event := _parse_event(line))])
     return failed(f"/dev/kmsg: {reason}")
 
 
-def _events(kmsg: Path) -> list[dict[str, Any]]:
+def _read_events(kmsg: Path) -> list[dict[str, Any]]:
     """Return the XID and SXID events in the kernel's ring buffer. Each call of ``os.read`` returns
     one record. The function returns when there is no further record, or after a time limit.
     """
@@ -193,7 +193,7 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
             if not record:
                 break
             head, _, text = record.decode("utf-8", errors="replace").partition(";")
-            event = _event(text)
+            event = _parse_event(text)
             if event:
                 stamp = head.split(",")[2] if head.count(",") >= 2 else ""
                 if stamp.isdecimal():
@@ -204,7 +204,7 @@ def _events(kmsg: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def _parse_event(line: str) -> dict[str, Any] | None:
     if "Non-fatal" in line:  # NVSwitch also writes such events, but corrects the errors itself
         return None
     for kind, pattern in (("xid", _XID), ("sxid", _SXID)):

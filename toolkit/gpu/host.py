@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base import process_environment
 from toolkit.gpu.cgroup import read_cgroup
-from toolkit.gpu.driver_files import ROOT, asked
-from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of
+from toolkit.gpu.driver_files import ROOT, as_reading
+from toolkit.gpu.reading import NOT_QUERIED, Reading, failed, succeeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The variables that checks read. No other variables are kept, because the environment contains
 # secrets.
-VARIABLES = (
+RECORDED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
     "CUDA_LAUNCH_BLOCKING",
@@ -66,20 +66,20 @@ class HostSnapshot:
     - ``clock``: {now, synchronised}.
     """
 
-    place: Reading[dict[str, Any]] = NOT_ASKED
-    memory: Reading[dict[str, int]] = NOT_ASKED
-    cgroup: Reading[dict[str, Any]] = NOT_ASKED
-    cpus: Reading[int] = NOT_ASKED
-    shm: Reading[dict[str, int]] = NOT_ASKED
-    limits: Reading[dict[str, int | None]] = NOT_ASKED
-    disks: Reading[list[dict[str, Any]]] = NOT_ASKED
-    clock: Reading[dict[str, Any]] = NOT_ASKED
-    user: Reading[str] = NOT_ASKED
+    place: Reading[dict[str, Any]] = NOT_QUERIED
+    memory: Reading[dict[str, int]] = NOT_QUERIED
+    cgroup: Reading[dict[str, Any]] = NOT_QUERIED
+    cpus: Reading[int] = NOT_QUERIED
+    shm: Reading[dict[str, int]] = NOT_QUERIED
+    limits: Reading[dict[str, int | None]] = NOT_QUERIED
+    disks: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    clock: Reading[dict[str, Any]] = NOT_QUERIED
+    user: Reading[str] = NOT_QUERIED
 
 
-def relevant(environ: Mapping[str, str]) -> dict[str, str]:
+def recorded_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of ``environ`` that checks read."""
-    return {name: environ[name] for name in VARIABLES if name in environ}
+    return {name: environ[name] for name in RECORDED_VARIABLES if name in environ}
 
 
 def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROOT) -> HostSnapshot:
@@ -87,24 +87,24 @@ def read(environ: Mapping[str, str], paths: Mapping[str, Path], root: Path = ROO
     returned.
     """
     return HostSnapshot(
-        place=asked(lambda: place(environ, root)),
+        place=as_reading(lambda: detect_environment(environ, root)),
         memory=read_memory(root),
-        cgroup=asked(lambda: read_cgroup(root)),
-        cpus=asked(lambda: len(os.sched_getaffinity(0))),
-        shm=asked(lambda: _space(root / "dev/shm")),
-        limits=asked(_limits),
-        disks=asked(lambda: [disk(role, path) for role, path in paths.items()]),
-        clock=clock(),
-        user=_user(environ),
+        cgroup=as_reading(lambda: read_cgroup(root)),
+        cpus=as_reading(lambda: len(os.sched_getaffinity(0))),
+        shm=as_reading(lambda: _read_space(root / "dev/shm")),
+        limits=as_reading(_read_limits),
+        disks=as_reading(lambda: [disk_facts(role, path) for role, path in paths.items()]),
+        clock=read_clock(),
+        user=_account_name_source(environ),
     )
 
 
 def read_memory(root: Path = ROOT) -> Reading[dict[str, int]]:
     """Return the total bytes of main memory, and the bytes that are available without swapping."""
-    return asked(lambda: _memory(root))
+    return as_reading(lambda: _parse_meminfo(root))
 
 
-def _memory(root: Path) -> dict[str, int]:
+def _parse_meminfo(root: Path) -> dict[str, int]:
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
     if "MemTotal" not in kib or "MemAvailable" not in kib:
@@ -112,12 +112,12 @@ def _memory(root: Path) -> dict[str, int]:
     return {"total": kib["MemTotal"] * 1024, "available": kib["MemAvailable"] * 1024}
 
 
-def _space(path: Path) -> dict[str, int]:
+def _read_space(path: Path) -> dict[str, int]:
     status = os.statvfs(path)
     return {"total": status.f_blocks * status.f_frsize, "free": status.f_bavail * status.f_frsize}
 
 
-def disk(role: str, path: Path) -> dict[str, Any]:
+def disk_facts(role: str, path: Path) -> dict[str, Any]:
     """Return the total space, the free space and the free inodes of the file system of a folder,
     and whether the folder is writable. For a folder that does not exist yet, its nearest existing
     parent is used.
@@ -137,7 +137,7 @@ def disk(role: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _limits() -> dict[str, int | None]:
+def _read_limits() -> dict[str, int | None]:
     kinds = {"memlock": resource.RLIMIT_MEMLOCK, "nofile": resource.RLIMIT_NOFILE}
     soft = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
     return {
@@ -145,7 +145,7 @@ def _limits() -> dict[str, int | None]:
     }
 
 
-def clock() -> Reading[dict[str, Any]]:
+def read_clock() -> Reading[dict[str, Any]]:
     """Return the current time, and whether the kernel's clock is synchronized. The kernel's state
     is read with ``adjtimex``, which changes nothing here.
     """
@@ -156,25 +156,25 @@ def clock() -> Reading[dict[str, Any]]:
     state = libc.adjtimex(ctypes.create_string_buffer(256))  # struct timex with modes = 0
     if state < 0:
         return failed(os.strerror(ctypes.get_errno()))
-    return of({"now": now, "synchronised": state != 5})  # TIME_ERROR
+    return succeeded({"now": now, "synchronised": state != 5})  # TIME_ERROR
 
 
-def _user(environ: Mapping[str, str]) -> Reading[str]:
+def _account_name_source(environ: Mapping[str, str]) -> Reading[str]:
     """Return where the account's name comes from: an environment variable, or the system's list of
     accounts. If the account has no name, the Reading is "failed", because torch and triton need a
     name.
     """
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environ.get(name):
-            return of("from the environment")
+            return succeeded("from the environment")
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
         return failed(f"uid {os.getuid()} has no account, and USER is not set")
-    return of("from the accounts")
+    return succeeded("from the accounts")
 
 
-def place(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
+def detect_environment(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Any]:
     """Return {container, kubernetes, slurm, wsl}: the name of the container engine or None, and
     whether this process runs under Kubernetes, Slurm and WSL. All four are detected from files and
     environment variables.

@@ -19,8 +19,8 @@ from toolkit.base.errors import InputError
 from toolkit.base.files import MAX_FOLDER_FILES, read_json
 from toolkit.base.hub_cache import MODEL_ID, cached_model
 from toolkit.base.vllm_models import vllm_supports_any
-from toolkit.gpu.driver_files import asked
-from toolkit.gpu.reading import NOT_ASKED, Reading, failed, of, unsupported
+from toolkit.gpu.driver_files import as_reading
+from toolkit.gpu.reading import NOT_QUERIED, Reading, failed, succeeded, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +41,11 @@ class ModelSnapshot:
     - ``vllm_knows``: whether the installed vLLM's registry lists the architecture.
     """
 
-    location: Reading[dict[str, Any]] = NOT_ASKED
-    files: Reading[dict[str, Any]] = NOT_ASKED
-    tokenizer: Reading[list[str]] = NOT_ASKED
-    config: Reading[dict[str, Any]] = NOT_ASKED
-    vllm_knows: Reading[bool] = NOT_ASKED
+    location: Reading[dict[str, Any]] = NOT_QUERIED
+    files: Reading[dict[str, Any]] = NOT_QUERIED
+    tokenizer: Reading[list[str]] = NOT_QUERIED
+    config: Reading[dict[str, Any]] = NOT_QUERIED
+    vllm_knows: Reading[bool] = NOT_QUERIED
 
 
 def read(
@@ -54,17 +54,17 @@ def read(
     """Return what is known about the files of the model ``name``, which is a folder or a hub id.
     The network is never used.
     """
-    location = asked(lambda: locate(name, revision, environ))
+    location = as_reading(lambda: locate(name, revision, environ))
     place = location.value
     if place is None or place["kind"] == "hub":
         absent: Reading[Any] = unsupported("the model is not on this machine")
         return ModelSnapshot(location, absent, absent, absent, absent)
     folder = Path(place["path"])
-    config = _config(folder)
+    config = _read_config(folder)
     return ModelSnapshot(
         location=location,
-        files=asked(lambda: _files(folder)),
-        tokenizer=asked(lambda: [one for one in _TOKENIZERS if (folder / one).is_file()]),
+        files=as_reading(lambda: _scan_files(folder)),
+        tokenizer=as_reading(lambda: [one for one in _TOKENIZERS if (folder / one).is_file()]),
         config=config,
         vllm_knows=_vllm_knows((config.value or {}).get("architectures") or []),
     )
@@ -88,7 +88,7 @@ def locate(name: str, revision: str | None, environ: Mapping[str, str]) -> dict[
     return {"kind": "cache", "path": str(snapshot)}
 
 
-def _load(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """Return the content of a JSON file of limited size.
 
     Raises OSError if the file does not exist, and ValueError with the reason if the file cannot be
@@ -102,7 +102,7 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path.name}: {error.message}"[:200]) from None
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def _scan_files(folder: Path) -> dict[str, Any]:
     weights: dict[str, int] = {}
     dangling, unreadable, irregular, names = [], [], [], []
     with os.scandir(folder) as entries:
@@ -142,16 +142,16 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _missing_shards(index: Path, names: list[str]) -> list[str]:
-    data = _load(index)
+    data = _read_json(index)
     shards = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index.name} has no weight_map")
     return sorted({str(shard) for shard in shards.values()} - set(names))
 
 
-def _config(folder: Path) -> Reading[dict[str, Any]]:
+def _read_config(folder: Path) -> Reading[dict[str, Any]]:
     try:
-        data = _load(folder / "config.json")
+        data = _read_json(folder / "config.json")
     except FileNotFoundError:
         return failed("config.json does not exist")
     except (OSError, ValueError) as error:
@@ -160,7 +160,7 @@ def _config(folder: Path) -> Reading[dict[str, Any]]:
         return failed("config.json is not an object")
     architectures = data.get("architectures")
     quantization = data.get("quantization_config")
-    return of(
+    return succeeded(
         {
             "architectures": architectures
             if isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)
@@ -179,4 +179,4 @@ def _vllm_knows(architectures: list[str]) -> Reading[bool]:
     listed = vllm_supports_any(architectures)
     if listed is None:
         return unsupported("vLLM is not installed")
-    return of(listed) if architectures else failed("config.json names no architecture")
+    return succeeded(listed) if architectures else failed("config.json names no architecture")

@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.gpu.nvml_queries import GPU_QUERIES, RECOVERY_ACTION_FIELD, SLICE_QUERIES
-from toolkit.gpu.reading import Reading, failed, of, unsupported
+from toolkit.gpu.reading import Reading, failed, succeeded, unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +29,11 @@ _UNSUPPORTED_CODES = {3, 13, 22, 25, 26}
 GPU_IS_LOST = 15
 MAX_NVLINKS = 18
 
-Answers = dict[str, Any]  # field name -> Reading[Any]
+Readings = dict[str, Any]  # field name -> Reading[Any]
 
 
 @dataclass
-class NvmlAnswers:
+class NvmlReadings:
     """The results of all NVML queries. ``start`` is the version of NVML, or the reason why NVML did
     not start.
 
@@ -44,13 +44,13 @@ class NvmlAnswers:
 
     start: Reading[str]
     driver_version: Reading[str]
-    gpus: list[tuple[Answers, list[Answers]]] = field(default_factory=list)
+    gpus: list[tuple[Readings, list[Readings]]] = field(default_factory=list)
     p2p: Reading[list[list[int]]] = field(
         default_factory=lambda: unsupported("fewer than two GPUs")
     )
 
 
-def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
+def run_query(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
     """Call ``query`` and return its result as a Reading.
 
     If the driver does not support the query, the Reading is "not supported"; after any other error
@@ -58,7 +58,7 @@ def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
     for the query. This exception is not a subclass of NVMLError.
     """
     try:
-        return of(query(*arguments))
+        return succeeded(query(*arguments))
     except nvml.NVMLLibraryMismatchError:
         return unsupported("Function Not Found", 13)
     except nvml.NVMLError as error:
@@ -69,12 +69,12 @@ def ask(nvml: Any, query: Callable[..., Any], *arguments: Any) -> Reading[Any]:
         return failed("a result that is not text")
 
 
-def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
+def read(deadline_s: float = DEADLINE_S) -> NvmlReadings:
     """Return the results of all NVML queries on this node. If the driver does not respond within
     ``deadline_s`` seconds, the results have the reason in ``start``.
     """
-    results: list[NvmlAnswers] = []
-    worker = threading.Thread(target=lambda: results.append(_read()), name="nvml", daemon=True)
+    results: list[NvmlReadings] = []
+    worker = threading.Thread(target=lambda: results.append(_query_all()), name="nvml", daemon=True)
     worker.start()
     worker.join(deadline_s)
     if results:
@@ -84,91 +84,91 @@ def read(deadline_s: float = DEADLINE_S) -> NvmlAnswers:
         if worker.is_alive()
         else "NVML could not be queried"
     )
-    return NvmlAnswers(start=silence, driver_version=silence)
+    return NvmlReadings(start=silence, driver_version=silence)
 
 
-def _read() -> NvmlAnswers:
+def _query_all() -> NvmlReadings:
     import pynvml  # noqa: PLC0415 - takes 15 ms, and only these commands need it
 
-    start = ask(pynvml, pynvml.nvmlInit)
-    if not start.known:
-        return NvmlAnswers(start=start, driver_version=start)
+    start = run_query(pynvml, pynvml.nvmlInit)
+    if not start.has_value:
+        return NvmlReadings(start=start, driver_version=start)
     try:
-        answers = NvmlAnswers(
-            start=ask(pynvml, pynvml.nvmlSystemGetNVMLVersion),
-            driver_version=ask(pynvml, pynvml.nvmlSystemGetDriverVersion),
+        answers = NvmlReadings(
+            start=run_query(pynvml, pynvml.nvmlSystemGetNVMLVersion),
+            driver_version=run_query(pynvml, pynvml.nvmlSystemGetDriverVersion),
         )
-        count = ask(pynvml, pynvml.nvmlDeviceGetCount)
-        if not count.known:
+        count = run_query(pynvml, pynvml.nvmlDeviceGetCount)
+        if not count.has_value:
             answers.start = count
             return answers
-        handles = [_handle(pynvml, index) for index in range(count.value or 0)]
-        answers.gpus = [_gpu(pynvml, handle) for handle in handles]
-        known = [(index, one.value) for index, one in enumerate(handles) if one.known]
-        answers.p2p = _peers(pynvml, known)
+        handles = [_device_handle(pynvml, index) for index in range(count.value or 0)]
+        answers.gpus = [_query_gpu(pynvml, handle) for handle in handles]
+        known = [(index, one.value) for index, one in enumerate(handles) if one.has_value]
+        answers.p2p = _query_peer_access(pynvml, known)
         return answers
     finally:
-        ask(pynvml, pynvml.nvmlShutdown)
+        run_query(pynvml, pynvml.nvmlShutdown)
 
 
-def _handle(nvml: Any, index: int) -> Reading[Any]:
-    return ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+def _device_handle(nvml: Any, index: int) -> Reading[Any]:
+    return run_query(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
 
 
-def _gpu(nvml: Any, handle: Reading[Any]) -> tuple[Answers, list[Answers]]:
-    if not handle.known:
+def _query_gpu(nvml: Any, handle: Reading[Any]) -> tuple[Readings, list[Readings]]:
+    if not handle.has_value:
         lost: Reading[Any] = Reading(None, handle.reason, handle.unsupported, handle.code)
         return {"state": lost}, []
-    row = {name: ask(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
+    row = {name: run_query(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
     # A card that fell off the bus keeps its handle and fails every query with the same code.
     first_loss = next((answer for answer in row.values() if answer.code == GPU_IS_LOST), None)
-    row["state"] = first_loss if first_loss is not None else of("ok")
-    row["nvlinks"] = _nvlinks(nvml, handle.value)
-    row["recovery_action"] = _recovery_action(nvml, handle.value)
+    row["state"] = first_loss if first_loss is not None else succeeded("ok")
+    row["nvlinks"] = _query_nvlinks(nvml, handle.value)
+    row["recovery_action"] = _query_recovery_action(nvml, handle.value)
     mig_mode = row["mig_mode"].value
-    return row, _slices(nvml, handle.value) if mig_mode and mig_mode[0] == 1 else []
+    return row, _query_slices(nvml, handle.value) if mig_mode and mig_mode[0] == 1 else []
 
 
-def _slices(nvml: Any, parent: Any) -> list[Answers]:
+def _query_slices(nvml: Any, parent: Any) -> list[Readings]:
     """Return the readings of each MIG slice of a card. Every possible index is tried, because the
     indices may have gaps.
     """
     rows = []
-    most = ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
+    most = run_query(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
     for index in range(most):
-        handle = ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index)
-        if handle.known:
+        handle = run_query(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index)
+        if handle.has_value:
             rows.append(
-                {name: ask(nvml, query, nvml, handle.value) for name, query in SLICE_QUERIES}
+                {name: run_query(nvml, query, nvml, handle.value) for name, query in SLICE_QUERIES}
             )
     return rows
 
 
-def _nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
+def _query_nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
     """Return a list with 1 (up) or 0 (down) for each NVLink of the card."""
     states: list[int] = []
     for link in range(MAX_NVLINKS):
-        state = ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
+        state = run_query(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
         if state.value is None:
-            return of(states) if states else state
+            return succeeded(states) if states else state
         states.append(int(state.value))
-    return of(states)
+    return succeeded(states)
 
 
-def _recovery_action(nvml: Any, handle: Any) -> Reading[int]:
+def _query_recovery_action(nvml: Any, handle: Any) -> Reading[int]:
     """Return the recovery that the driver requests for the card (driver 570 and newer): 0 nothing,
     1 reset, 2 reboot, 3 and 4 drain. checks/health.py lists the meaning of higher numbers.
     """
-    answer = ask(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
+    answer = run_query(nvml, nvml.nvmlDeviceGetFieldValues, handle, [RECOVERY_ACTION_FIELD])
     if answer.value is None:
         return answer
     field_value = answer.value[0]
     if field_value.nvmlReturn:
         return unsupported("no such field", int(field_value.nvmlReturn))
-    return of(int(field_value.value.uiVal))
+    return succeeded(int(field_value.value.uiVal))
 
 
-def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
+def _query_peer_access(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]]:
     """Return ``[i, j, status]`` for each pair of cards. The status 0 means that the two cards can
     read each other's memory.
     """
@@ -176,8 +176,8 @@ def _peers(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[list[list[int]]
         return unsupported("fewer than two GPUs")
     pairs = []
     for (i, one), (j, other) in combinations(handles, 2):
-        status = ask(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, 0)
+        status = run_query(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, 0)
         if status.value is None:
             return status
         pairs.append([i, j, int(status.value)])
-    return of(pairs)
+    return succeeded(pairs)

@@ -25,7 +25,7 @@ _SM, _MEMORY = 1, 2
 _SLOWDOWN = 1
 
 
-def first_of(nvml: Any, *queries: Callable[[], Any]) -> Any:
+def first_supported(nvml: Any, *queries: Callable[[], Any]) -> Any:
     """Return the result of the first of ``queries`` that the driver supports. The newest query
     comes first, because older drivers do not support it.
     """
@@ -65,7 +65,7 @@ def memory(nvml: Any, handle: Any) -> dict[str, Any]:
             "version": 1,
         }
 
-    answer: dict[str, Any] = first_of(nvml, version_2, version_1)
+    answer: dict[str, Any] = first_supported(nvml, version_2, version_1)
     return answer
 
 
@@ -83,21 +83,21 @@ def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for kind, call in kinds:
         versions = (partial(getattr(nvml, f"{call}_{version}"), handle) for version in ("v3", "v2"))
-        for process in first_of(nvml, *versions):
+        for process in first_supported(nvml, *versions):
             used = process.usedGpuMemory
             found.append(
                 {
                     "pid": int(process.pid),
                     "used_bytes": None if used is None else int(used),
                     "kind": kind,
-                    "name": _command(int(process.pid)),
+                    "name": _process_name(int(process.pid)),
                     "mine": int(process.pid) == os.getpid(),
                 }
             )
     return found
 
 
-def _command(pid: int) -> str | None:
+def _process_name(pid: int) -> str | None:
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             return file.read(64).strip()
@@ -126,7 +126,7 @@ def fabric(nvml: Any, handle: Any) -> dict[str, int | None]:
         for name in ("c_nvmlGpuFabricInfo_v3_t", "c_nvmlGpuFabricInfo_v2_t")
         if hasattr(nvml, name)
     ]
-    answer: dict[str, int | None] = first_of(
+    answer: dict[str, int | None] = first_supported(
         nvml, *(partial(newer, kind) for kind in versions), oldest
     )
     return answer
@@ -186,7 +186,7 @@ def clock_reasons(nvml: Any, handle: Any) -> int:
     these reasons throttle reasons.
     """
     return int(
-        first_of(
+        first_supported(
             nvml,
             lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
             lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
@@ -197,7 +197,7 @@ def clock_reasons(nvml: Any, handle: Any) -> int:
 def temperature(nvml: Any, handle: Any) -> int:
     """Return the temperature of the GPU in degrees Celsius."""
     return int(
-        first_of(
+        first_supported(
             nvml,
             lambda: nvml.nvmlDeviceGetTemperatureV(handle, 0),
             lambda: nvml.nvmlDeviceGetTemperature(handle, 0),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.checks.check import CheckContext
     from toolkit.gpu.snapshot import NodeSnapshot
 
-Kind = Literal[
+PresenceKind = Literal[
     "gpus", "none", "not passed in", "no driver", "mismatch", "no permission", "silent", "broken"
 ]
 
@@ -24,29 +24,29 @@ class Presence:
     do. If the process can use a GPU, ``kind`` is "gpus" and ``text`` is the number of GPUs.
     """
 
-    kind: Kind
+    kind: PresenceKind
     text: str
     remedy: str
 
 
 # NVML's return codes.
 _NO_PERMISSION, _DRIVER_NOT_LOADED, _NO_LIBRARY, _MISMATCH = 4, 9, 12, 18
-_PASS_IN = {
+_CONTAINER_REMEDIES = {
     "docker": "run the container with `--gpus all` (the host needs the NVIDIA Container Toolkit)",
     "podman": "run the container with `--device nvidia.com/gpu=all` (the host needs CDI)",
     "apptainer": "run apptainer with `--nv`",
 }
-_KUBERNETES = "set `resources.limits: {nvidia.com/gpu: 1}` for the pod"
-_SLURM = "request a GPU from Slurm, for example with `--gpus=1`"
-_ELSEWHERE = "use a machine with an NVIDIA GPU"
+_KUBERNETES_REMEDY = "set `resources.limits: {nvidia.com/gpu: 1}` for the pod"
+_SLURM_REMEDY = "request a GPU from Slurm, for example with `--gpus=1`"
+_NO_GPU_REMEDY = "use a machine with an NVIDIA GPU"
 
 
-def presence(snapshot: NodeSnapshot) -> Presence:
+def find_presence(snapshot: NodeSnapshot) -> Presence:
     """Find out from a snapshot whether this process can use a GPU, and the reason if not."""
     if snapshot.gpus:
         return Presence("gpus", plural(len(snapshot.gpus), "GPU"), "")
     start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
-    how = how_to_pass_in(snapshot)
+    how = missing_gpu_remedy(snapshot)
     if start.code == _MISMATCH:
         module = snapshot.driver.kernel_module.value
         return Presence(
@@ -63,8 +63,8 @@ def presence(snapshot: NodeSnapshot) -> Presence:
             "give this user access to `/dev/nvidia*` by changing the group or mode of these files, "
             "or correct the device rule of the container",
         )
-    if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.known:
-        return _absent(snapshot, cards, how)
+    if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.has_value:
+        return _presence_without_cards(snapshot, cards, how)
     if start.code is None:
         return Presence(
             "silent",
@@ -79,7 +79,7 @@ def presence(snapshot: NodeSnapshot) -> Presence:
     )
 
 
-def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
+def _presence_without_cards(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     """Return the Presence for a node where NVML finds no card. The cause may be a missing card, a
     missing library or a missing kernel module. ``cards`` is the number of cards on the PCI bus.
     """
@@ -89,7 +89,7 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
         return Presence("none", f"no NVIDIA GPU on this node{seen}", how)
     many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
-        if how != _ELSEWHERE:
+        if how != _NO_GPU_REMEDY:
             return Presence(
                 "not passed in", f"{many}, but no GPU was passed into this environment", how
             )
@@ -112,19 +112,19 @@ def _absent(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
     )
 
 
-def how_to_pass_in(snapshot: NodeSnapshot) -> str:
+def missing_gpu_remedy(snapshot: NodeSnapshot) -> str:
     """Return the remedy for a job without a GPU. The remedy depends on the environment of the job:
     a container, Kubernetes, Slurm or none of them.
     """
     place = snapshot.host.place.value or {}
     if place.get("kubernetes"):
-        return _KUBERNETES
-    if place.get("container") in _PASS_IN:
-        return _PASS_IN[place["container"]]
-    return _SLURM if place.get("slurm") else _ELSEWHERE
+        return _KUBERNETES_REMEDY
+    if place.get("container") in _CONTAINER_REMEDIES:
+        return _CONTAINER_REMEDIES[place["container"]]
+    return _SLURM_REMEDY if place.get("slurm") else _NO_GPU_REMEDY
 
 
-def gpu_needed(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
+def find_gpu_requirement(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
     """Return the reason why this job cannot run without a GPU; None if the job can run on the CPU.
 
     The transformers engine and the CPU build of vLLM need no GPU. If the result is None, a missing

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.version import __version__
-from toolkit.gpu.devices import memory_of
+from toolkit.gpu.devices import cuda_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from toolkit.gpu.reading import Reading
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
-VERDICTS = {"ok": 0, "warn": 1, "fail": 2, "unknown": 3}
+VERDICT_VALUES = {"ok": 0, "warn": 1, "fail": 2, "unknown": 3}
 
 
-def _part(reading: Reading[Any], key: str) -> float | None:
+def _item(reading: Reading[Any], key: str) -> float | None:
     return None if reading.value is None else reading.value[key]
 
 
@@ -41,21 +41,21 @@ _GAUGES: dict[str, tuple[str, Callable[[GpuSnapshot], float | None]]] = {
     ),
     "row_remap_pending": (
         "1 if a row remap is pending until a reset.",
-        lambda gpu: _part(gpu.remapped_rows, "pending"),
+        lambda gpu: _item(gpu.remapped_rows, "pending"),
     ),
     "row_remap_failed": (
         "1 if a row could not be remapped.",
-        lambda gpu: _part(gpu.remapped_rows, "failure"),
+        lambda gpu: _item(gpu.remapped_rows, "failure"),
     ),
     "fabric_state": (
         "State of the NVSwitch fabric: 0 none, 1 not started, 2 in progress, 3 ready.",
-        lambda gpu: _part(gpu.fabric, "state"),
+        lambda gpu: _item(gpu.fabric, "state"),
     ),
     "clock_event_reasons": (
         "NVML bit mask of reasons for lowered clocks.",
         lambda gpu: gpu.clock_reasons.value,
     ),
-    "pcie_link_width": ("Lanes of the PCIe link.", lambda gpu: _part(gpu.pcie, "width")),
+    "pcie_link_width": ("Lanes of the PCIe link.", lambda gpu: _item(gpu.pcie, "width")),
 }
 
 
@@ -63,41 +63,48 @@ def _scaled(reading: Reading[int], divisor: int) -> float | None:
     return None if reading.value is None else reading.value / divisor
 
 
-def exposition(
+def format_metrics(
     snapshot: NodeSnapshot, results: Sequence[CheckResult] = (), exit_code: int | None = None
 ) -> str:
     """Return the metrics of a snapshot and of its check results as text. Each metric has a HELP and
     a TYPE line.
     """
     families = [
-        _family("info", "Versions of the tool and the driver.", [(_info(snapshot), 1)]),
-        _family(
+        _format_family(
+            "info", "Versions of the tool and the driver.", [(_version_labels(snapshot), 1)]
+        ),
+        _format_family(
             "gpu_answers",
             "1 if the card responds, 0 if it is lost.",
-            _each(snapshot, lambda g: not g.lost),
+            _card_samples(snapshot, lambda g: not g.lost),
         ),
-        _family("gpu_memory_total_bytes", "Total memory.", _memory(snapshot, "total_bytes")),
-        _family("gpu_memory_free_bytes", "Free memory.", _memory(snapshot, "free_bytes")),
+        _format_family(
+            "gpu_memory_total_bytes", "Total memory.", _memory_samples(snapshot, "total_bytes")
+        ),
+        _format_family(
+            "gpu_memory_free_bytes", "Free memory.", _memory_samples(snapshot, "free_bytes")
+        ),
     ]
     for name, (text, value) in _GAUGES.items():
-        families.append(_family(f"gpu_{name}", text, _each(snapshot, value)))
+        families.append(_format_family(f"gpu_{name}", text, _card_samples(snapshot, value)))
     if results:
         samples: list[tuple[dict[str, str], float]] = [
-            ({"check": one.id, "blame": one.blame or ""}, VERDICTS[one.verdict]) for one in results
+            ({"check": one.id, "blame": one.blame or ""}, VERDICT_VALUES[one.verdict])
+            for one in results
         ]
         families.append(
-            _family("check", "Result of a check: 0 ok, 1 warn, 2 fail, 3 unknown.", samples)
+            _format_family("check", "Result of a check: 0 ok, 1 warn, 2 fail, 3 unknown.", samples)
         )
     if exit_code is not None:
-        families.append(_family("exit_code", "Exit code of the check.", [({}, exit_code)]))
+        families.append(_format_family("exit_code", "Exit code of the check.", [({}, exit_code)]))
     return "".join(families)
 
 
-def _info(snapshot: NodeSnapshot) -> dict[str, str]:
+def _version_labels(snapshot: NodeSnapshot) -> dict[str, str]:
     return {"version": __version__, "driver": str(snapshot.driver.version.value or "")}
 
 
-def _labels(gpu: GpuSnapshot) -> dict[str, str]:
+def _gpu_labels(gpu: GpuSnapshot) -> dict[str, str]:
     return {
         "gpu": str(gpu.index if gpu.parent is None else gpu.parent),
         "slice": "" if gpu.parent is None else str(gpu.index),
@@ -106,23 +113,27 @@ def _labels(gpu: GpuSnapshot) -> dict[str, str]:
     }
 
 
-def _devices(snapshot: NodeSnapshot) -> list[GpuSnapshot]:
+def _cards_and_slices(snapshot: NodeSnapshot) -> list[GpuSnapshot]:
     return [device for gpu in snapshot.gpus for device in (gpu, *gpu.slices)]
 
 
-def _each(
+def _card_samples(
     snapshot: NodeSnapshot, value: Callable[[GpuSnapshot], float | None]
 ) -> list[tuple[dict[str, str], float]]:
-    values = [(_labels(gpu), value(gpu)) for gpu in snapshot.gpus]
+    values = [(_gpu_labels(gpu), value(gpu)) for gpu in snapshot.gpus]
     return [(labels, float(one)) for labels, one in values if one is not None]
 
 
-def _memory(snapshot: NodeSnapshot, field: str) -> list[tuple[dict[str, str], float]]:
-    found = [(_labels(gpu), memory_of(snapshot, gpu)) for gpu in _devices(snapshot) if not gpu.lost]
+def _memory_samples(snapshot: NodeSnapshot, field: str) -> list[tuple[dict[str, str], float]]:
+    found = [
+        (_gpu_labels(gpu), cuda_memory(snapshot, gpu))
+        for gpu in _cards_and_slices(snapshot)
+        if not gpu.lost
+    ]
     return [(labels, getattr(one, field)) for labels, one in found if one is not None]
 
 
-def _family(name: str, text: str, samples: Sequence[tuple[dict[str, str], float]]) -> str:
+def _format_family(name: str, text: str, samples: Sequence[tuple[dict[str, str], float]]) -> str:
     if not samples:
         return ""
     lines = [f"# HELP envcheck_{name} {text}", f"# TYPE envcheck_{name} gauge"]

@@ -29,7 +29,7 @@ class Reading(Generic[T_co]):
     code: int | None = None
 
     @property
-    def known(self) -> bool:
+    def has_value(self) -> bool:
         """Whether the query succeeded, so that this Reading has a value."""
         return self.reason is None
 
@@ -42,13 +42,13 @@ class Reading(Generic[T_co]):
         """Return this Reading as JSON: ``{"value": ...}``, ``{"unsupported": reason}`` or
         ``{"failed": reason}``. If NVML returned a code, the last two also have the key ``code``.
         """
-        if self.known:
+        if self.has_value:
             return {"value": self.value}
         answer: dict[str, Any] = {"unsupported" if self.unsupported else "failed": self.reason}
         return answer if self.code is None else {**answer, "code": self.code}
 
 
-def of(value: T) -> Reading[T]:
+def succeeded(value: T) -> Reading[T]:
     """Return the Reading of a query that succeeded with ``value``."""
     return Reading(value=value)
 
@@ -63,17 +63,17 @@ def failed(reason: str, code: int | None = None) -> Reading[Any]:
     return Reading(reason=reason, code=code)
 
 
-NOT_ASKED: Reading[Any] = failed("not asked")
+NOT_QUERIED: Reading[Any] = failed("not asked")
 
 
-def from_json(answer: Any) -> Reading[Any]:
+def reading_from_json(answer: Any) -> Reading[Any]:
     """Return the Reading that ``Reading.to_json`` converted to ``answer``. Raises ValueError if
     ``answer`` is not a Reading.
     """
     if isinstance(answer, dict):
         code = answer.get("code")
         if "value" in answer:
-            return of(answer["value"])
+            return succeeded(answer["value"])
         if isinstance(answer.get("unsupported"), str):
             return unsupported(answer["unsupported"], code)
         if isinstance(answer.get("failed"), str):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import InputError
 from toolkit.base.version import __version__
 from toolkit.gpu.checks import CheckContext, context_from_json, exit_code
-from toolkit.gpu.report import SCHEMA_ID, now
+from toolkit.gpu.report import SCHEMA_ID, utc_now
 from toolkit.gpu.snapshot_json import node_from_json, node_to_json
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from toolkit.gpu.checks import CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 
-LARGEST_BYTES = 20_000_000
+MAX_RECORDING_BYTES = 20_000_000
 _UUID = re.compile(r"\b(MIG-GPU-|GPU-|MIG-)([0-9a-fA-F]{4}[0-9a-fA-F-]*)")
-_DROPPED = {"SLURM_JOB_ID": "1"}
+_FIXED_VALUES = {"SLURM_JOB_ID": "1"}
 
 
-def recording(
+def make_recording(
     snapshot: NodeSnapshot, context: CheckContext, results: Sequence[CheckResult]
 ) -> dict[str, Any]:
     """Return the content of the file that ``envcheck record`` writes, without secrets and names.
@@ -46,21 +46,23 @@ def recording(
         "schema": SCHEMA_ID,
         "kind": "record",
         "toolkit_version": __version__,
-        "time": now(),
+        "time": utc_now(),
         "exit_code": exit_code(results),
         "context": replace(context, lock=None).to_json(),
         "node": node_to_json(snapshot),
-        "verdicts": {result.id: result.verdict for result in results if result.id != _LOCK},
+        "verdicts": {
+            result.id: result.verdict for result in results if result.id != _LOCK_CHECK_ID
+        },
     }
-    redacted: dict[str, Any] = redact(data, _names_here())
+    redacted: dict[str, Any] = redact(data, _secret_names())
     return redacted
 
 
 # The user's lock file is not recorded, so ``replay`` cannot repeat this check.
-_LOCK = "software.lock"
+_LOCK_CHECK_ID = "software.lock"
 
 
-def _names_here() -> dict[str, str]:
+def _secret_names() -> dict[str, str]:
     """Return {name: replacement} for the names that must not leave this machine: home folder,
     account name, host name.
     """
@@ -89,7 +91,7 @@ def redact(data: Any, names: dict[str, str]) -> Any:
         if key == "pid" and isinstance(value, int):
             return pids.setdefault(value, len(pids) + 1)
         if isinstance(value, str):
-            return _DROPPED.get(key) or _scrubbed(value, names, salt)
+            return _FIXED_VALUES.get(key) or _replace_names(value, names, salt)
         return value
 
     without_names = _drop_process_names(data)
@@ -106,8 +108,8 @@ def _drop_process_names(value: Any) -> Any:
     return {name: _drop_process_names(part) for name, part in value.items()}
 
 
-def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
-    text = _UUID.sub(lambda found: found[1] + _other(found[2].lower(), salt), text)
+def _replace_names(text: str, names: dict[str, str], salt: bytes) -> str:
+    text = _UUID.sub(lambda found: found[1] + _invented_uuid(found[2].lower(), salt), text)
     text = re.sub(r"\buid \d+", "uid N", text)
     for name, mark in names.items():
         if name.startswith("/"):
@@ -119,7 +121,7 @@ def _scrubbed(text: str, names: dict[str, str], salt: bytes) -> str:
     return text
 
 
-def _other(uuid: str, salt: bytes) -> str:
+def _invented_uuid(uuid: str, salt: bytes) -> str:
     """Return an invented UUID for ``uuid``. Each digit is shifted by an amount that depends on the
     salt and on the digits before it.
 
@@ -134,9 +136,9 @@ def _other(uuid: str, salt: bytes) -> str:
     return "".join(turned)
 
 
-def load(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
+def parse_recording(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:
     """Return the node, the requirements of the job and the verdicts from ``data``, a recording that
-    ``recording`` created.
+    ``make_recording`` created.
 
     Raises InputError if ``data`` is not a recording of this format.
     """

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import NodeError
 from toolkit.base.version import __version__
-from toolkit.gpu.checks import catalogue, exit_code
-from toolkit.gpu.checks.driver import cuda_of
-from toolkit.gpu.devices import visible
-from toolkit.gpu.presence import presence
-from toolkit.gpu.snapshot_json import gpu_to_json, values_of
+from toolkit.gpu.checks import checks_by_id, exit_code
+from toolkit.gpu.checks.driver import newest_cuda
+from toolkit.gpu.devices import visible_devices
+from toolkit.gpu.presence import find_presence
+from toolkit.gpu.snapshot_json import gpu_to_json, readings_to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ def probe_report(snapshot: NodeSnapshot) -> dict[str, Any]:
     a GPU, else 3.
     """
     code = 0 if snapshot.gpus else NO_GPU_EXIT
-    return {**_head("probe", code), **_node(snapshot)}
+    return {**_report_head("probe", code), **_node_sections(snapshot)}
 
 
 def check_report(
@@ -48,16 +48,16 @@ def check_report(
     asked = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
     report = {
-        **_head("check", code),
-        "verdict": overall(results),
+        **_report_head("check", code),
+        "verdict": worst_verdict(results),
         "checks": [result.to_json() for result in results],
-        "not_applicable": [name for name in catalogue() if name not in asked],
-        **_node(snapshot),
+        "not_applicable": [name for name in checks_by_id() if name not in asked],
+        **_node_sections(snapshot),
     }
     return {**report, **(run or {})}
 
 
-def overall(results: Sequence[CheckResult]) -> str:
+def worst_verdict(results: Sequence[CheckResult]) -> str:
     """Return the worst verdict of the results. The order from bad to good is fail, unknown, warn,
     ok.
     """
@@ -65,23 +65,23 @@ def overall(results: Sequence[CheckResult]) -> str:
     return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the current time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _head(kind: str, code: int) -> dict[str, Any]:
+def _report_head(kind: str, code: int) -> dict[str, Any]:
     return {
         "schema": SCHEMA_ID,
         "kind": kind,
         "toolkit_version": __version__,
-        "time": now(),
+        "time": utc_now(),
         "exit_code": code,
     }
 
 
-def _node(snapshot: NodeSnapshot) -> dict[str, Any]:
-    seen = visible(snapshot)
+def _node_sections(snapshot: NodeSnapshot) -> dict[str, Any]:
+    seen = visible_devices(snapshot)
     order = {(gpu.parent, gpu.index): number for number, gpu in enumerate(seen.devices)}
     gpus = []
     for gpu in snapshot.gpus:
@@ -89,13 +89,16 @@ def _node(snapshot: NodeSnapshot) -> dict[str, Any]:
         for part, values in zip(gpu.slices, row["slices"], strict=True):
             values["cuda_index"] = order.get((part.parent, part.index))
         gpus.append(row)
-    found = presence(snapshot)
+    found = find_presence(snapshot)
     version = snapshot.driver.version.value
     return {
         "presence": {"kind": found.kind, "text": found.text, "remedy": found.remedy},
-        "driver": {**values_of(snapshot.driver), "cuda": cuda_of(version) if version else None},
+        "driver": {
+            **readings_to_json(snapshot.driver),
+            "cuda": newest_cuda(version) if version else None,
+        },
         "gpus": gpus,
-        "host": values_of(snapshot.host),
-        "software": values_of(snapshot.software),
-        "model": values_of(snapshot.model),
+        "host": readings_to_json(snapshot.host),
+        "software": readings_to_json(snapshot.software),
+        "model": readings_to_json(snapshot.model),
     }

@@ -1,5 +1,6 @@
-"""The classes of a snapshot, which contains the facts about a node as plain values. ``take`` reads
-this node, the checks evaluate its snapshot, and ``record`` writes the snapshot to a file.
+"""The classes of a snapshot, which contains the facts about a node as plain values.
+``take_snapshot`` reads this node, the checks evaluate its snapshot, and ``record`` writes the
+snapshot to a file.
 
 Every fact is a ``Reading``. Therefore a snapshot that was recorded on another node, or on a broken
 node, has the same classes.
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from toolkit.gpu import driver_files, host, model_folder, nvml, software
-from toolkit.gpu.reading import NOT_ASKED, Reading
+from toolkit.gpu.reading import NOT_QUERIED, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,38 +37,38 @@ class GpuSnapshot:
     index: int
     parent: int | None = None
     slices: tuple[GpuSnapshot, ...] = ()
-    state: Reading[str] = NOT_ASKED
-    name: Reading[str] = NOT_ASKED
-    uuid: Reading[str] = NOT_ASKED
-    pci_bus_id: Reading[str] = NOT_ASKED
-    minor: Reading[int] = NOT_ASKED
-    compute_capability: Reading[list[int]] = NOT_ASKED
-    memory: Reading[dict[str, Any]] = NOT_ASKED
-    processes: Reading[list[dict[str, Any]]] = NOT_ASKED
-    utilization_percent: Reading[int] = NOT_ASKED
-    mig_mode: Reading[list[int]] = NOT_ASKED
-    gpu_instance: Reading[int] = NOT_ASKED
-    compute_instance: Reading[int] = NOT_ASKED
-    ecc_mode: Reading[int] = NOT_ASKED
-    ecc_uncorrected: Reading[int] = NOT_ASKED
-    ecc_uncorrected_lifetime: Reading[int] = NOT_ASKED
-    ecc_corrected: Reading[int] = NOT_ASKED
-    remapped_rows: Reading[dict[str, int]] = NOT_ASKED
-    retired_pages: Reading[dict[str, int]] = NOT_ASKED
-    recovery_action: Reading[int] = NOT_ASKED
-    fabric: Reading[dict[str, int | None]] = NOT_ASKED
-    persistence_mode: Reading[int] = NOT_ASKED
-    compute_mode: Reading[int] = NOT_ASKED
-    performance_state: Reading[int] = NOT_ASKED
-    clock_reasons: Reading[int] = NOT_ASKED
-    clocks_mhz: Reading[dict[str, int]] = NOT_ASKED
-    temperature_c: Reading[int] = NOT_ASKED
-    slowdown_c: Reading[int] = NOT_ASKED
-    power_mw: Reading[int] = NOT_ASKED
-    power_limit_mw: Reading[int] = NOT_ASKED
-    power_default_mw: Reading[int] = NOT_ASKED
-    pcie: Reading[dict[str, int]] = NOT_ASKED
-    nvlinks: Reading[list[int]] = NOT_ASKED
+    state: Reading[str] = NOT_QUERIED
+    name: Reading[str] = NOT_QUERIED
+    uuid: Reading[str] = NOT_QUERIED
+    pci_bus_id: Reading[str] = NOT_QUERIED
+    minor: Reading[int] = NOT_QUERIED
+    compute_capability: Reading[list[int]] = NOT_QUERIED
+    memory: Reading[dict[str, Any]] = NOT_QUERIED
+    processes: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    utilization_percent: Reading[int] = NOT_QUERIED
+    mig_mode: Reading[list[int]] = NOT_QUERIED
+    gpu_instance: Reading[int] = NOT_QUERIED
+    compute_instance: Reading[int] = NOT_QUERIED
+    ecc_mode: Reading[int] = NOT_QUERIED
+    ecc_uncorrected: Reading[int] = NOT_QUERIED
+    ecc_uncorrected_lifetime: Reading[int] = NOT_QUERIED
+    ecc_corrected: Reading[int] = NOT_QUERIED
+    remapped_rows: Reading[dict[str, int]] = NOT_QUERIED
+    retired_pages: Reading[dict[str, int]] = NOT_QUERIED
+    recovery_action: Reading[int] = NOT_QUERIED
+    fabric: Reading[dict[str, int | None]] = NOT_QUERIED
+    persistence_mode: Reading[int] = NOT_QUERIED
+    compute_mode: Reading[int] = NOT_QUERIED
+    performance_state: Reading[int] = NOT_QUERIED
+    clock_reasons: Reading[int] = NOT_QUERIED
+    clocks_mhz: Reading[dict[str, int]] = NOT_QUERIED
+    temperature_c: Reading[int] = NOT_QUERIED
+    slowdown_c: Reading[int] = NOT_QUERIED
+    power_mw: Reading[int] = NOT_QUERIED
+    power_limit_mw: Reading[int] = NOT_QUERIED
+    power_default_mw: Reading[int] = NOT_QUERIED
+    pcie: Reading[dict[str, int]] = NOT_QUERIED
+    nvlinks: Reading[list[int]] = NOT_QUERIED
 
     @property
     def total_bytes(self) -> int | None:
@@ -92,7 +93,7 @@ class GpuSnapshot:
     @property
     def lost(self) -> bool:
         """Whether the card does not respond."""
-        return not self.state.known
+        return not self.state.has_value
 
     @property
     def label(self) -> str:
@@ -111,15 +112,15 @@ class DriverSnapshot:
     other fields.
     """
 
-    nvml: Reading[str] = NOT_ASKED
-    version: Reading[str] = NOT_ASKED
-    p2p: Reading[list[list[int]]] = NOT_ASKED
-    kernel_module: Reading[str] = NOT_ASKED
-    libcuda: Reading[list[dict[str, Any]]] = NOT_ASKED
-    device_nodes: Reading[list[dict[str, Any]]] = NOT_ASKED
-    pci_gpus: Reading[int] = NOT_ASKED
-    kernel_log: Reading[list[dict[str, Any]]] = NOT_ASKED
-    mps: Reading[bool] = NOT_ASKED
+    nvml: Reading[str] = NOT_QUERIED
+    version: Reading[str] = NOT_QUERIED
+    p2p: Reading[list[list[int]]] = NOT_QUERIED
+    kernel_module: Reading[str] = NOT_QUERIED
+    libcuda: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    device_nodes: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    pci_gpus: Reading[int] = NOT_QUERIED
+    kernel_log: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    mps: Reading[bool] = NOT_QUERIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class NodeSnapshot:
     model: model_folder.ModelSnapshot = field(default_factory=model_folder.ModelSnapshot)
 
 
-def take(
+def take_snapshot(
     *,
     paths: Mapping[str, Path] | None = None,
     model: str | None = None,
@@ -154,7 +155,7 @@ def take(
         environ: the environment variables to use instead of ``os.environ``.
     """
     variables = os.environ if environ is None else environ
-    driver, gpus = _ask_nvml()
+    driver, gpus = _query_nvml()
     look = model_folder.ModelSnapshot()
     if model is not None:
         look = model_folder.read(model, revision, variables)
@@ -162,13 +163,13 @@ def take(
         model=look,
         driver=replace(driver, **driver_files.read(variables)),
         gpus=gpus,
-        environment=host.relevant(variables),
+        environment=host.recorded_variables(variables),
         host=host.read(variables, paths or {}),
         software=software.read(variables),
     )
 
 
-def _ask_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
+def _query_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
     answers = nvml.read()
     gpus = []
     for index, (row, slices) in enumerate(answers.gpus):

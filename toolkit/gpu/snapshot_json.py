@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.gpu.host import HostSnapshot
 from toolkit.gpu.model_folder import ModelSnapshot
-from toolkit.gpu.reading import NOT_ASKED, Reading, from_json
+from toolkit.gpu.reading import NOT_QUERIED, Reading, reading_from_json
 from toolkit.gpu.snapshot import DriverSnapshot, GpuSnapshot, NodeSnapshot
 from toolkit.gpu.software import SoftwareSnapshot
 
@@ -23,16 +23,16 @@ def node_to_json(snapshot: NodeSnapshot) -> dict[str, Any]:
     """Return a snapshot as plain objects. ``node_from_json`` is the inverse."""
     return {
         "format": FORMAT,
-        "driver": values_of(snapshot.driver),
+        "driver": readings_to_json(snapshot.driver),
         "gpus": [gpu_to_json(gpu) for gpu in snapshot.gpus],
         "environment": dict(snapshot.environment),
-        "host": values_of(snapshot.host),
-        "software": values_of(snapshot.software),
-        "model": values_of(snapshot.model),
+        "host": readings_to_json(snapshot.host),
+        "software": readings_to_json(snapshot.software),
+        "model": readings_to_json(snapshot.model),
     }
 
 
-def values_of(snapshot: Any) -> dict[str, Any]:
+def readings_to_json(snapshot: Any) -> dict[str, Any]:
     """Return the fields of a snapshot class, each as the JSON of its Reading."""
     return {item.name: getattr(snapshot, item.name).to_json() for item in fields(snapshot)}
 
@@ -47,7 +47,7 @@ def gpu_to_json(gpu: GpuSnapshot) -> dict[str, Any]:
     readings = {
         item.name: getattr(gpu, item.name).to_json()
         for item in fields(gpu)
-        if item.name not in _NOT_READINGS and getattr(gpu, item.name) is not NOT_ASKED
+        if item.name not in _NOT_READINGS and getattr(gpu, item.name) is not NOT_QUERIED
     }
     return {"index": gpu.index, **readings, "slices": [gpu_to_json(part) for part in gpu.slices]}
 
@@ -60,7 +60,7 @@ def readings_from_json(kind: type[Any], data: Any) -> dict[str, Reading[Any]]:
     if not isinstance(data, dict):
         raise ValueError(f"{kind.__name__}: not an object")
     names = {item.name for item in fields(kind)} - _NOT_READINGS
-    return {name: from_json(answer) for name, answer in data.items() if name in names}
+    return {name: reading_from_json(answer) for name, answer in data.items() if name in names}
 
 
 def gpu_from_json(data: Any, parent: int | None = None, index: int = 0) -> GpuSnapshot:

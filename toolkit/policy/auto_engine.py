@@ -16,7 +16,7 @@ from toolkit.config.engine_settings import OPTIONS
 from toolkit.config.run_config import LoraSection, ModelSection, RunConfig, RuntimeSection
 from toolkit.engine.mesh import gather_from_all
 from toolkit.gpu import devices
-from toolkit.gpu.snapshot import take
+from toolkit.gpu.snapshot import take_snapshot
 from toolkit.sizing import Device, resolve_for_all
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def resolve_auto_options(
     given = {name: request.engine[name] for name in ESTIMATED_OPTIONS}
     if "auto" not in given.values():
         return given
-    snapshot = take()
-    gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
+    snapshot = take_snapshot()
+    gpu = devices.select_device(snapshot, local_rank() if snapshot.gpus else None)
     every = gather_from_all(None if gpu is None else Device.from_node(snapshot, gpu))
     if every.count(None) == len(every) and given["tensor_parallel_size"] != "auto":
         return given

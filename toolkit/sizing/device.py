@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import MIB
 from toolkit.config.resolved import DeviceFacts, Situation, vllm_here
-from toolkit.gpu.devices import memory_of, visible
+from toolkit.gpu.devices import cuda_memory, visible_devices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Device:
         A MIG slice has the memory of the slice, and not that of the whole card. Raises ConfigError
         if NVML does not report the memory.
         """
-        memory = memory_of(snapshot, gpu)
+        memory = cuda_memory(snapshot, gpu)
         if memory is None or not memory.integrated:
             return cls.from_snapshot(gpu)
         return cls(
@@ -127,7 +127,7 @@ def local_situation(
     The card is the GPU with the CUDA index ``gpu_index``. If ``gpu_index`` is None or too large,
     the card is the first GPU. Without a GPU, the run uses the CPU.
     """
-    seen = visible(snapshot).devices
+    seen = visible_devices(snapshot).devices
     facts = DeviceFacts("no GPU", None)
     if seen:
         gpu = seen[gpu_index if gpu_index is not None and gpu_index < len(seen) else 0]

@@ -22,7 +22,7 @@ from toolkit.engine.groups import check_groups
 from toolkit.gpu import devices
 from toolkit.gpu.checks import CheckContext, run_checks
 from toolkit.gpu.report import check_report
-from toolkit.gpu.snapshot import take
+from toolkit.gpu.snapshot import take_snapshot
 from toolkit.sizing.device import Device, local_situation
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.solve import resolve_for_all
@@ -94,7 +94,7 @@ def preflight(
         ConfigError: the run does not fit in memory. The message lists changes that make the run
             fit, with the memory that each change saves.
     """
-    snapshot = take(
+    snapshot = take_snapshot(
         paths={"output_dir": Path(config.runtime.output_dir)},
         model=config.model.model_name,
         revision=config.model.revision,
@@ -107,7 +107,7 @@ def preflight(
         refuse_failed_checks(checks)
         if check_rules is not None:
             check_rules(here)
-    gpu = devices.select(snapshot, local_rank() if snapshot.gpus else None)
+    gpu = devices.select_device(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
     every = [device] if peers is None else _devices_of_all(device, peers)
     config = dataclasses.replace(config, dataset=run.config.dataset)
@@ -135,7 +135,7 @@ def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
 def check_context(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
     """Return the requirements of ``run`` on this node, as the input of the checks."""
     several = "LOCAL_RANK" in os.environ and snapshot is not None
-    seen = len(devices.visible(snapshot).devices) if several and snapshot is not None else 0
+    seen = len(devices.visible_devices(snapshot).devices) if several and snapshot is not None else 0
     return CheckContext(
         **run.needs(),
         world_size=local_world_size(),

@@ -147,7 +147,7 @@ def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
     """A list with one line about the visible GPUs that the run does not use. It is empty if there
     are no such GPUs, or if the run has several processes.
     """
-    seen = devices.visible(snapshot).devices
+    seen = devices.visible_devices(snapshot).devices
     if world_size() > 1 or len(seen) < 2:
         return []
     free = sum(map(is_free, seen[1:]))

@@ -17,7 +17,7 @@ from toolkit.base.symptoms.errors import explain_error
 from toolkit.base.symptoms.pasted import condense
 from toolkit.cli.envcheck import cli
 from toolkit.cli.exits import guarded
-from toolkit.gpu.checks import catalogue
+from toolkit.gpu.checks import checks_by_id
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "symptom_texts.jsonl"
 NAMES = ("symptom", "exit_code", "check", "remedy", "text")
@@ -43,7 +43,7 @@ def test_there_are_texts_for_every_check_and_every_symptom() -> None:
     named = {
         name for row in TEXTS for one in find_symptoms(row[-1]) for name in one.check.split(", ")
     }
-    assert set(catalogue()) - named == set()
+    assert set(checks_by_id()) - named == set()
 
 
 @pytest.mark.parametrize("at", [40, 70_000])

@@ -56,14 +56,14 @@ def test_a_size_from_a_log_has_its_address() -> None:
     ],
 )  # fmt: skip
 def test_what_cuda_sees(name: str, gib: float) -> None:
-    device = Device.from_card(cards.find(name))
+    device = Device.from_card(cards.find_card(name))
     assert device.cuda_total_bytes / GIB == pytest.approx(gib, abs=0.01)
     assert device.free_bytes == device.cuda_total_bytes
 
 
 def test_a_plain_size_has_the_capability_that_is_given() -> None:
-    assert cards.find("24GiB:8.9").compute_capability == (8, 9)
-    assert "assumed capability 8.0" in cards.find("24GiB").name
+    assert cards.find_card("24GiB:8.9").compute_capability == (8, 9)
+    assert "assumed capability 8.0" in cards.find_card("24GiB").name
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_other_makers_are_named(name: str, maker: str) -> None:
     with pytest.raises(
         ConfigError, match=f"a device of {maker}, but this toolkit supports only NVIDIA"
     ):
-        cards.find(name)
+        cards.find_card(name)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_other_makers_are_named(name: str, maker: str) -> None:
 def test_a_requirement_means_a_family(
     wanted: str, name: str, capability: tuple[int, int], fits: bool
 ) -> None:
-    cards.check_family(wanted)
-    assert cards.is_of(wanted, name, capability) is fits
+    cards.check_card_requirement(wanted)
+    assert cards.card_matches(wanted, name, capability) is fits
 
 
 def test_a_family_that_there_is_not_names_the_near_ones() -> None:
     with pytest.raises(ConfigError, match="unknown card 'h10o'"):
-        cards.check_family("h10o")
+        cards.check_card_requirement("h10o")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_family_that_there_is_not_names_the_near_ones() -> None:
 )  # fmt: skip
 def test_the_locked_builds_have_code_for_a_card(card: str, says: str | None) -> None:
     """Thor and T4G are judged by the list of aarch64."""
-    found = cards.find(card)
+    found = cards.find_card(card)
     problem = build_problem(found.compute_capability, machine=found.machine)
     assert (problem is None) if says is None else says in str(problem)
 

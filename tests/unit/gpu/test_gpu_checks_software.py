@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from check_helpers import snapshot_of, verdict
 
-from toolkit.gpu.checks import CheckContext, catalogue
-from toolkit.gpu.reading import NOT_ASKED
+from toolkit.gpu.checks import CheckContext, checks_by_id
+from toolkit.gpu.reading import NOT_QUERIED
 
 
 def test_a_lock_is_compared() -> None:
@@ -21,9 +21,9 @@ def test_a_lock_is_compared() -> None:
 
 def test_libnuma_is_for_the_cpu_build_of_vllm_alone() -> None:
     snapshot = snapshot_of("cpu-no-libnuma")
-    check = catalogue()["software.libnuma"]
+    check = checks_by_id()["software.libnuma"]
     assert verdict(snapshot, check.id).verdict == "warn"  # nobody has asked for vLLM
     assert check.run(snapshot, CheckContext(configured=True, engine="transformers")) is None
     assert check.run(snapshot_of("h200-healthy"), CheckContext()) is None
-    unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_ASKED))
+    unasked = replace(snapshot, software=replace(snapshot.software, libnuma=NOT_QUERIED))
     assert verdict(unasked, check.id).verdict == "unknown"  # a recording of an older release

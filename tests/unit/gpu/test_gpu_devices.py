@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from toolkit.base.errors import ConfigError
 from toolkit.gpu import cards
-from toolkit.gpu.devices import card_of, cuda_order, memory_of, select, visible
+from toolkit.gpu.devices import cuda_memory, cuda_order, parent_card, select_device, visible_devices
 from toolkit.gpu.snapshot_json import node_from_json
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def node(name: str, **environment: str) -> NodeSnapshot:
     ],
 )
 def test_visible_devices(value: str, expected: list[int], stops: bool) -> None:
-    seen = visible(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
+    seen = visible_devices(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
     assert [gpu.index for gpu in seen.devices] == expected
     assert bool(seen.problem) is stops
 
 
 @given(st.text(alphabet="0123456789,- GPUMIgpumi/ab", max_size=40))
 def test_any_text_gives_distinct_cards_or_a_reason(value: str) -> None:
-    seen = visible(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
+    seen = visible_devices(node("h100x8-healthy", CUDA_VISIBLE_DEVICES=value))
     indices = [gpu.index for gpu in seen.devices]
     assert len(set(indices)) == len(indices) <= 8
     assert indices or seen.problem
@@ -59,7 +59,7 @@ def test_any_text_gives_distinct_cards_or_a_reason(value: str) -> None:
 def test_lost_cards_are_not_counted_by_cuda() -> None:
     snapshot = node("h100x8-lost")
     assert [gpu.index for gpu in cuda_order(snapshot)] == [0, 1, 2, 3, 4, 6, 7]
-    chosen = select(snapshot, 5)
+    chosen = select_device(snapshot, 5)
     assert chosen is not None
     assert chosen.index == 6
 
@@ -82,33 +82,33 @@ def test_equal_cards_keep_the_bus_and_unequal_ones_are_sorted_by_speed() -> None
 )
 def test_a_slice_stands_for_its_card(value: str | None, index: int) -> None:
     snapshot = node("h200-mig", **({} if value is None else {"CUDA_VISIBLE_DEVICES": value}))
-    part = select(snapshot)
+    part = select_device(snapshot)
     assert part is not None
     assert (part.parent, part.index) == (0, index)
-    memory = memory_of(snapshot, part)
+    memory = cuda_memory(snapshot, part)
     assert memory is not None
     assert memory.total_bytes == [71424 << 20, 16384 << 20][index]
-    assert card_of(snapshot, part).total_bytes == 143771 << 20
+    assert parent_card(snapshot, part).total_bytes == 143771 << 20
 
 
 def test_select_without_a_gpu_and_beyond_the_last() -> None:
-    assert select(node("cpu")) is None
-    assert select(node("cpu"), 3) is None
+    assert select_device(node("cpu")) is None
+    assert select_device(node("cpu"), 3) is None
     hidden = node("h100x8-healthy", CUDA_VISIBLE_DEVICES="")
-    assert select(hidden) is None
-    assert select(hidden, 0) is None
+    assert select_device(hidden) is None
+    assert select_device(hidden, 0) is None
     with pytest.raises(ConfigError, match="CUDA sees 2 on this node"):
-        select(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
+        select_device(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="4,5"), 2)
 
 
 def test_integrated_memory_is_the_hosts() -> None:
     snapshot = node("gb10")
-    memory = memory_of(snapshot, snapshot.gpus[0])
+    memory = cuda_memory(snapshot, snapshot.gpus[0])
     assert memory is not None
     assert memory.integrated
     assert memory.free_bytes == 118566368 * 1024
     failed = node("h200-memory-failed")
-    assert memory_of(failed, failed.gpus[0]) is None
+    assert cuda_memory(failed, failed.gpus[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_integrated_memory_is_the_hosts() -> None:
     ],
 )
 def test_cards_by_any_usual_name(name: str, mib: int, capability: tuple[int, int]) -> None:
-    card = cards.find(name)
+    card = cards.find_card(name)
     assert card.total_bytes == mib << 20
     assert card.compute_capability == capability
 
@@ -137,12 +137,12 @@ def test_cards_by_any_usual_name(name: str, mib: int, capability: tuple[int, int
 )
 def test_an_unknown_card_names_the_near_ones(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        cards.find(name)
+        cards.find_card(name)
     assert hint in str(caught.value)
 
 
 def test_every_card_is_found_by_each_of_its_names() -> None:
     for card in cards.CARDS:
-        assert all(cards.find(alias) is card for alias in (card.name, *card.aliases))
-        sizes: list[Any] = [cards.find(f"{card.aliases[0]}:{p}") for p in card.mig_profiles]
+        assert all(cards.find_card(alias) is card for alias in (card.name, *card.aliases))
+        sizes: list[Any] = [cards.find_card(f"{card.aliases[0]}:{p}") for p in card.mig_profiles]
         assert all(part.total_bytes <= card.total_bytes for part in sizes)

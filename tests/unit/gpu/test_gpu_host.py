@@ -114,11 +114,11 @@ def test_the_first_libcuda_on_the_loaders_path_wins(tmp_path: Path) -> None:
 
 
 def test_libnuma_is_found_where_the_loader_looks(tmp_path: Path) -> None:
-    assert software.libnuma({}, tmp_path) is None
+    assert software.find_libnuma({}, tmp_path) is None
     put(tmp_path, {"opt/lib/libnuma.so.1": "", "etc/ld.so.cache": "/opt/lib/libnuma.so.1\0"})
-    assert software.libnuma({}, tmp_path) == "/opt/lib/libnuma.so.1"
+    assert software.find_libnuma({}, tmp_path) == "/opt/lib/libnuma.so.1"
     put(tmp_path, {"usr/mine/libnuma.so.1": ""})
-    found = software.libnuma({"LD_LIBRARY_PATH": "/usr/mine"}, tmp_path)
+    found = software.find_libnuma({"LD_LIBRARY_PATH": "/usr/mine"}, tmp_path)
     assert found == "/usr/mine/libnuma.so.1"
 
 
@@ -158,13 +158,15 @@ def test_xids_are_read_from_a_log_file_where_the_ring_buffer_is_closed(tmp_path:
 
 
 def test_only_variables_that_checks_read_are_kept() -> None:
-    kept = host.relevant({"HF_TOKEN": "hf_secret", "CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin"})
+    kept = host.recorded_variables(
+        {"HF_TOKEN": "hf_secret", "CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin"}
+    )
     assert kept == {"CUDA_VISIBLE_DEVICES": "0"}
-    assert not [name for name in host.VARIABLES if "TOKEN" in name or "KEY" in name]
+    assert not [name for name in host.RECORDED_VARIABLES if "TOKEN" in name or "KEY" in name]
 
 
 def test_a_folder_that_is_not_there_yet_stands_for_its_parent(tmp_path: Path) -> None:
-    found = host.disk("output_dir", tmp_path / "runs" / "deep" / "run")
+    found = host.disk_facts("output_dir", tmp_path / "runs" / "deep" / "run")
     assert found["writable"]
     assert found["free"] > 0
     assert not (tmp_path / "runs").exists()
@@ -184,15 +186,15 @@ def test_the_place(
     environ: dict[str, str], files: dict[str, str], container: str | None, tmp_path: Path
 ) -> None:
     put(tmp_path, {**files, "proc/sys/kernel/osrelease": "6.6.87.2-microsoft-standard-WSL2"})
-    found = host.place({**environ, "SLURM_JOB_ID": "7"}, tmp_path)
+    found = host.detect_environment({**environ, "SLURM_JOB_ID": "7"}, tmp_path)
     assert found == {"container": container, "kubernetes": False, "slurm": True, "wsl": True}
 
 
 def test_reading_this_host_answers_everything_and_writes_nothing(tmp_path: Path) -> None:
     before = sorted(os.listdir(tmp_path))
     found = host.read(dict(os.environ), {"output_dir": tmp_path})
-    assert found.memory.known
+    assert found.memory.has_value
     assert found.cpus.value == len(os.sched_getaffinity(0))
-    assert found.clock.known or found.clock.failed
+    assert found.clock.has_value or found.clock.failed
     assert sorted(os.listdir(tmp_path)) == before
     assert socket.gethostname() not in str(found.place)

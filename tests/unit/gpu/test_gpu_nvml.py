@@ -13,8 +13,8 @@ import nvml as fake_nvml
 import pytest
 
 from toolkit.gpu import nvml
-from toolkit.gpu.reading import of
-from toolkit.gpu.snapshot import take
+from toolkit.gpu.reading import succeeded
+from toolkit.gpu.snapshot import take_snapshot
 
 
 def test_every_query_of_a_healthy_card_comes_back_as_recorded(pynvml_library: Any) -> None:
@@ -30,7 +30,7 @@ def test_every_query_of_a_healthy_card_comes_back_as_recorded(pynvml_library: An
 
 def test_a_lost_card_spoils_its_own_row(pynvml_library: Any) -> None:
     fake_nvml.install(cases.load("h100x8-lost").node)
-    snapshot = take()
+    snapshot = take_snapshot()
     assert [gpu.lost for gpu in snapshot.gpus] == [False] * 5 + [True] + [False] * 2
     assert snapshot.gpus[5].state.reason == "GPU is lost"
     assert snapshot.gpus[6].total_bytes == 81559 << 20
@@ -39,7 +39,7 @@ def test_a_lost_card_spoils_its_own_row(pynvml_library: Any) -> None:
 def test_unsupported_and_failed_are_told_apart(pynvml_library: Any) -> None:
     node = cases.load("a100-unknown-errors").node
     fake_nvml.install(node)
-    gpu = take().gpus[0]
+    gpu = take_snapshot().gpus[0]
     assert gpu.ecc_uncorrected.failed
     assert gpu.ecc_uncorrected.code == 999
     assert gpu.retired_pages.unsupported
@@ -53,7 +53,7 @@ def test_every_error_code_of_the_start_is_an_answer(code: int, pynvml_library: A
     fake_nvml.install(node)
     answers = nvml.read()
     assert answers.gpus == []
-    assert not answers.start.known
+    assert not answers.start.has_value
     assert answers.start.code == code
 
 
@@ -70,11 +70,11 @@ def test_a_driver_that_hangs_is_an_answer_too(pynvml_library: Any) -> None:
 def test_old_calls_serve_where_the_new_ones_are_missing(pynvml_library: Any) -> None:
     case = cases.load("h200-memory-v1")
     fake = fake_nvml.install(case.node, case.quirks)
-    gpu = take().gpus[0]
+    gpu = take_snapshot().gpus[0]
     assert gpu.memory.value is not None
     assert gpu.memory.value["version"] == 1
-    assert gpu.clock_reasons == of(1)
-    assert gpu.temperature_c == of(33)
+    assert gpu.clock_reasons == succeeded(1)
+    assert gpu.temperature_c == succeeded(33)
     assert fake.calls["nvmlDeviceGetMemoryInfo"] == 1
     assert fake.calls["nvmlDeviceGetCurrentClocksThrottleReasons"] == 1
 
@@ -83,14 +83,14 @@ def test_the_fabric_falls_back_over_three_versions(pynvml_library: Any) -> None:
     node = cases.base("h100x8")
     node["gpus"][0]["fabric"]["value"]["health"] = None
     fake_nvml.install(node)
-    first, second = take().gpus[:2]
-    assert first.fabric == of({"state": 3, "status": 0, "health": None})
-    assert second.fabric == of({"state": 3, "status": 0, "health": 1})
+    first, second = take_snapshot().gpus[:2]
+    assert first.fabric == succeeded({"state": 3, "status": 0, "health": None})
+    assert second.fabric == succeeded({"state": 3, "status": 0, "health": 1})
 
 
 def test_nothing_is_set_and_every_start_is_ended(pynvml_library: Any) -> None:
     fake = fake_nvml.install(cases.base("h100x8"))
-    take()
+    take_snapshot()
     assert not [name for name in fake.calls if "Set" in name or "Clear" in name or "Reset" in name]
     # This call would open libcuda.so.1 in the process.
     assert not [name for name in fake.calls if "CudaDriverVersion" in name]
@@ -99,7 +99,7 @@ def test_nothing_is_set_and_every_start_is_ended(pynvml_library: Any) -> None:
 
 def test_slices_are_rows_of_their_own(pynvml_library: Any) -> None:
     fake_nvml.install(cases.load("h200-mig").node)
-    (card,) = take().gpus
+    (card,) = take_snapshot().gpus
     assert [part.label for part in card.slices] == ["GPU 0 MIG 0", "GPU 0 MIG 1"]
     assert [part.total_bytes for part in card.slices] == [71424 << 20, 16384 << 20]
     assert card.slices[1].capability == (9, 0)
@@ -109,7 +109,7 @@ def test_looking_at_a_node_loads_neither_libcuda_nor_torch() -> None:
     program = """
 import sys
 from toolkit.gpu import checks, snapshot
-checks.run_checks(snapshot.take(model="example/none"))
+checks.run_checks(snapshot.take_snapshot(model="example/none"))
 maps = open("/proc/self/maps").read()
 assert "libcuda" not in maps and "libtorch" not in maps, maps
 heavy = {"torch", "transformers", "vllm", "peft", "trl", "yaml", "jsonschema", "numpy"}

@@ -6,13 +6,13 @@ import cases
 from prometheus_client.parser import text_string_to_metric_families
 
 from toolkit.gpu.checks import run_checks
-from toolkit.gpu.prometheus import exposition
+from toolkit.gpu.prometheus import format_metrics
 from toolkit.gpu.snapshot_json import node_from_json
 
 
 def samples(name: str) -> dict[tuple[str, str], float]:
     snapshot = node_from_json(cases.load(name).node)
-    text = exposition(snapshot, run_checks(snapshot), 3)
+    text = format_metrics(snapshot, run_checks(snapshot), 3)
     return {
         (sample.name, sample.labels.get("check") or sample.labels.get("gpu", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -41,7 +41,7 @@ def test_units_are_base_units() -> None:
 def test_labels_are_escaped() -> None:
     node = cases.base("h200")
     node["gpus"][0]["name"] = {"value": 'a "quoted" \\ name\nand a line'}
-    text = exposition(node_from_json(node))
+    text = format_metrics(node_from_json(node))
     (family,) = [
         one
         for one in text_string_to_metric_families(text)

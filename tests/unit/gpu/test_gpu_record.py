@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toolkit.base.errors import InputError
 from toolkit.config.validate import check_instance
 from toolkit.gpu.checks import CheckContext, run_checks
-from toolkit.gpu.record import load, recording, redact
+from toolkit.gpu.record import make_recording, parse_recording, redact
 from toolkit.gpu.report import probe_report
 from toolkit.gpu.snapshot_json import node_from_json
 
@@ -26,10 +26,10 @@ def test_a_recording_is_judged_as_its_node_was(name: str) -> None:
     snapshot = node_from_json(cases.load(name).node)
     context = CheckContext(required_gpus=1, engine="vllm")
     results = run_checks(snapshot, context)
-    data = json.loads(json.dumps(recording(snapshot, context, results)))
+    data = json.loads(json.dumps(make_recording(snapshot, context, results)))
     if not snapshot.gpus or any(gpu.slices for gpu in snapshot.gpus):  # one GPU: below
         assert check_instance(data, "report") == []
-    again, asked, verdicts = load(data)
+    again, asked, verdicts = parse_recording(data)
     assert asked == context
     assert {one.id: one.verdict for one in run_checks(again, asked)} == verdicts
     assert verdicts == {one.id: one.verdict for one in results}
@@ -37,7 +37,7 @@ def test_a_recording_is_judged_as_its_node_was(name: str) -> None:
 
 def test_a_recording_holds_to_the_schema() -> None:
     snapshot = node_from_json(cases.load("h100x8-lost").node)
-    data = recording(snapshot, CheckContext(), run_checks(snapshot))
+    data = make_recording(snapshot, CheckContext(), run_checks(snapshot))
     assert check_instance(data, "report") == []
 
 
@@ -91,7 +91,7 @@ def test_pids_names_users_and_hosts_go() -> None:
 )
 def test_what_is_no_recording_is_said_so(data: Any) -> None:
     with pytest.raises(InputError, match="not a recording"):
-        load(data)
+        parse_recording(data)
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -106,14 +106,14 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_what_the_schema_lets_through_can_be_judged(data: st.DataObject) -> None:
     """One value of a good recording is replaced: the schema refuses it, or every check answers."""
     snapshot = node_from_json(cases.load("h200-tenant").node)
-    good = recording(snapshot, CheckContext(), run_checks(snapshot))
+    good = make_recording(snapshot, CheckContext(), run_checks(snapshot))
     path = data.draw(st.sampled_from([p for p in _paths(good["node"]) if len(p) > 1]))
     place = good["node"]
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = data.draw(_ANY)
     if check_instance(good, "report") == []:
-        again, context, _ = load(good)
+        again, context, _ = parse_recording(good)
         assert run_checks(again, context)
         assert probe_report(again)["kind"] == "probe"
 
@@ -130,5 +130,5 @@ def test_a_spoilt_recording_is_refused_or_read(value: Any, part: str) -> None:
     node = cases.base("h200")
     node[part] = value
     with suppress(InputError):
-        snapshot, context, _ = load({"kind": "record", "node": node})
+        snapshot, context, _ = parse_recording({"kind": "record", "node": node})
         assert run_checks(snapshot, context, only=["driver.present"])

@@ -8,8 +8,8 @@ import pytest
 from check_helpers import snapshot_of, verdict
 
 from toolkit.gpu.checks import CheckContext
-from toolkit.gpu.devices import machine_of
-from toolkit.gpu.reading import of
+from toolkit.gpu.devices import cpu_architecture
+from toolkit.gpu.reading import succeeded
 from toolkit.sizing import Device
 
 ASKED = CheckContext(configured=True, gpu_memory_utilization=0.85)
@@ -52,7 +52,7 @@ def test_an_old_driver_names_the_switch_where_the_card_has_it() -> None:
     assert "TOOLKIT_CUDA_COMPAT=1" in str(server.remedy)
     assert "cuda-compat-13-0" in str(server.remedy)
     snapshot = snapshot_of("b200-driver-570")
-    desktop = replace(snapshot.gpus[0], name=of("NVIDIA GeForce RTX 5090"))
+    desktop = replace(snapshot.gpus[0], name=succeeded("NVIDIA GeForce RTX 5090"))
     told = verdict(replace(snapshot, gpus=(desktop,)), "driver.cuda")
     assert "TOOLKIT_CUDA_COMPAT" not in str(told.remedy)
     assert "this card does not support forward compatibility" in str(told.remedy)
@@ -73,6 +73,6 @@ def test_integrated_memory_follows_the_host() -> None:
 def test_the_machine_is_read_or_the_cards(node: str, machine: str) -> None:
     """The recording of the GB10 is older than the reading: the card tells."""
     snapshot = snapshot_of(node)
-    assert machine_of(snapshot, snapshot.gpus[0]) == machine
+    assert cpu_architecture(snapshot, snapshot.gpus[0]) == machine
     arch = verdict(snapshot, "software.arch")
     assert arch.verdict == ("fail" if node == "t4g" else "ok")

@@ -38,7 +38,7 @@ AUTO = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto"}
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder, on a node with a GPU."""
     node = node_from_json(cases.load("h100x8-healthy").node)
-    monkeypatch.setattr(auto_engine, "take", lambda: node)
+    monkeypatch.setattr(auto_engine, "take_snapshot", lambda: node)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("toolkit.policy.load_request.vllm_available", lambda: True)
@@ -60,8 +60,8 @@ def of_a_run_file(model: Path, lora: str, *, world_size: int = 1, **keys: Any) -
     run["reward"] = {"functions": [{"name": "exact_match", "weight": 1.0}]}
     text = json.dumps(run)[:-1] + f', "lora": {lora}}}'
     (model.parent / "run.json").write_text(text)
-    node = auto_engine.take()
-    gpu = devices.select(node, 0)
+    node = auto_engine.take_snapshot()
+    gpu = devices.select_device(node, 0)
     assert gpu is not None
     config, device = load_run(model.parent / "run.json"), Device.from_node(node, gpu)
     return resolve(config, device, world_size=world_size)[0].model
@@ -144,8 +144,8 @@ def test_all_processes_are_sized_for_the_fullest_card(
 def test_one_process_without_a_gpu_holds_the_model(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = dataclasses.replace(auto_engine.take(), gpus=())
-    monkeypatch.setattr(auto_engine, "take", lambda: node)
+    node = dataclasses.replace(auto_engine.take_snapshot(), gpus=())
+    monkeypatch.setattr(auto_engine, "take_snapshot", lambda: node)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     options = opened(model, tensor_parallel_size="auto")
     assert (options.tensor_parallel_size, options.gpu_memory_utilization) == (1, "auto")

@@ -37,7 +37,7 @@ def spec_of():
 @pytest.fixture(scope="session")
 def card():
     """An empty card by name."""
-    return lambda name: Device.from_card(cards.find(name))
+    return lambda name: Device.from_card(cards.find_card(name))
 
 
 @pytest.fixture(scope="session")

@@ -143,13 +143,13 @@ def test_dtype_by_capability(spec_of, card, run, capability, dtype):
 
 def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     """NVML gives the slice's memory for the slice; the card's would be eight times that."""
-    from toolkit.gpu.reading import of
+    from toolkit.gpu.reading import succeeded
     from toolkit.gpu.snapshot import GpuSnapshot
 
     memory = {"total": 10 * GIB, "free": 9 * GIB, "used": GIB, "reserved": GIB // 8, "version": 2}
     part = GpuSnapshot(
-        index=0, parent=0, name=of("A100 1g.10gb"), memory=of(memory),
-        compute_capability=of([8, 0]),
+        index=0, parent=0, name=succeeded("A100 1g.10gb"), memory=succeeded(memory),
+        compute_capability=succeeded([8, 0]),
     )  # fmt: skip
     device = Device.from_snapshot(part)
     assert (device.total_bytes, device.free_bytes) == (10 * GIB, 9 * GIB)
@@ -157,7 +157,7 @@ def test_a_slice_is_sized_by_its_own_memory(spec_of, run):
     assert solve(run(), spec_of(ONE_B), device).interval.max < 0.9
     # Without version 2 of the query nothing is said of what the driver keeps.
     del memory["reserved"]
-    empty = Device.from_snapshot(replace(part, memory=of({**memory, "free": 10 * GIB})))
+    empty = Device.from_snapshot(replace(part, memory=succeeded({**memory, "free": 10 * GIB})))
     assert empty.free_bytes == empty.cuda_total_bytes < 10 * GIB
 
 

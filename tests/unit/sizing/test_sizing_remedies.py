@@ -87,7 +87,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory, all_shapes: Any, spec_of: 
             fits = (min(run[0], longest), *run[1:])
             four_bit = {"load_in_4bit": True} if name in QUANTIZED else {}
             path = run_file(place, folder, fits, **four_bit)
-            device = Device.from_card(cards.find(card))
+            device = Device.from_card(cards.find_card(card))
             result = solve(accepted(path, [], device), spec_of(name), device)
             if not result.feasible:
                 found.append((name, card, path, device, result))
@@ -101,7 +101,7 @@ def test_the_first_remedy_of_60_runs_is_enough_and_accepted(
     for name, card, path, device, result in refused:
         first = result.remedies[0]
         assert first.enough, (name, card, [str(one) for one in result.remedies])
-        on = Device.from_card(cards.find(first.card)) if first.card else device
+        on = Device.from_card(cards.find_card(first.card)) if first.card else device
         overrides = [f"{key}={json.dumps(value)}" for key, value in first.settings]
         config = accepted(path, overrides, on)
         after = solve(config, spec_of(name), on, world_size=first.world_size or 1)

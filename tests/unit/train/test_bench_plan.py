@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.gpu.cards import find
+from toolkit.gpu.cards import find_card
 from toolkit.sizing import Device, read_spec
 from toolkit.train.bench import bench_plan
 from toolkit.train.bench.arm_settings import WORKLOADS, Settings
@@ -34,7 +34,7 @@ def spec(tmp_path: Path) -> ModelSpec:
 
 
 def _device(name: str) -> Device:
-    card = find(name)
+    card = find_card(name)
     assert card is not None
     return Device.from_card(card)
 

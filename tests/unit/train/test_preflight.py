@@ -68,7 +68,7 @@ def prepared_run(folder: Path) -> Path:
 def prepared(folder: Path, node: NodeSnapshot, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """preflight.json of a small run on a given node."""
     run_file = prepared_run(folder)
-    monkeypatch.setattr(preflight, "take", lambda **_: node)
+    monkeypatch.setattr(preflight, "take_snapshot", lambda **_: node)
     ready = preflight.preflight(load_run(run_file), raise_on_failure=False)
     written = ready.write(folder)
     report: dict[str, Any] = json.loads(written.read_text())
@@ -137,7 +137,7 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
     asked = preflight.check_context(run, node)
     assert asked.gpu_index == 3
     assert asked.world_size == 4  # this node's, not the whole run's
-    assert asked.gpus_wanted == 4
+    assert asked.gpu_count == 4
     monkeypatch.setenv("LOCAL_RANK", "8")
     assert preflight.check_context(run, node).gpu_index is None
     asked = replace(preflight.check_context(run, node), world_size=9)

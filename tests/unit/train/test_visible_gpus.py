@@ -79,7 +79,7 @@ def test_auto_is_a_process_for_each_gpu_that_cuda_sees(
     monkeypatch: pytest.MonkeyPatch, name: str, visible: str | None, count: int
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    monkeypatch.setattr(snapshot, "take", lambda: node(name, **environment))
+    monkeypatch.setattr(snapshot, "take_snapshot", lambda: node(name, **environment))
     kind = Processes(min=1)
     assert kind.convert("auto", None, None) == count
     assert kind.convert("3", None, None) == 3

@@ -27,30 +27,30 @@ __all__ = [
     "Check",
     "CheckContext",
     "CheckResult",
-    "catalogue",
-    "choose",
+    "checks_by_id",
     "context_from_json",
     "exit_code",
     "run_checks",
+    "select_checks",
 ]
 
 _FAMILIES = (DRIVER, DEVICES, MEMORY, HEALTH, SPEED, HOST, SOFTWARE, MODEL, PLACE)
 CHECKS = tuple(check for family in _FAMILIES for check in family)
 
 
-def catalogue() -> dict[str, Check]:
+def checks_by_id() -> dict[str, Check]:
     """Return {id: check} for all checks, in the order in which they run."""
     return {check.id: check for check in CHECKS}
 
 
-def choose(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
+def select_checks(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Check]:
     """Return the checks that ``only`` and ``skip`` select. Each entry of ``only`` and ``skip`` is
     the id of a check (``health.ecc``) or a family of checks (``health``). The family is the part of
     the id before the dot.
 
     Raises InputError for any other entry.
     """
-    checks = catalogue()
+    checks = checks_by_id()
     families = {check.family for check in checks.values()}
     kept, left = set(only), set(skip)
     for entry in sorted(kept | left):
@@ -82,7 +82,7 @@ def run_checks(
     not contain checks that do not apply to the snapshot.
     """
     asked = context or CheckContext()
-    checks = [check for check in choose(only, skip) if check.about_node or not asked.node]
+    checks = [check for check in select_checks(only, skip) if check.about_node or not asked.node]
     results = [check.result(snapshot, asked) for check in checks]
     return [result for result in results if result is not None]
 

@@ -23,7 +23,7 @@ _SEVERITY: dict[Verdict, int] = {"ok": 0, "warn": 1, "unknown": 2, "fail": 3}
 
 # The remedy for an unknown result, which does not mean that something is broken: the check's own
 # remedy would mislead.
-ASK_AGAIN = (
+UNKNOWN_REMEDY = (
     "run the check again, as a user with more rights if a file is not readable, or skip the "
     "check with `--skip`"
 )
@@ -70,7 +70,7 @@ class CheckContext:
     absent_packages: tuple[str, ...] = ()
 
     @property
-    def gpus_wanted(self) -> int:
+    def gpu_count(self) -> int:
         """The number of cards of this node that the job uses. One process uses one card, so the job
         needs the largest of required_gpus, world_size and tensor_parallel_size.
         """
@@ -85,10 +85,10 @@ class CheckContext:
             for item in fields(self)
             if getattr(self, item.name) != item.default
         }
-        return {name: _plain(value) for name, value in changed.items()}
+        return {name: _json_value(value) for name, value in changed.items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -169,17 +169,17 @@ class Check:
             return None
         if outcome.verdict == "ok":
             return CheckResult(self.id, "ok", outcome.evidence)
-        usual = ASK_AGAIN if outcome.verdict == "unknown" else self.remedy
+        usual = UNKNOWN_REMEDY if outcome.verdict == "unknown" else self.remedy
         remedy = outcome.remedy or usual
         blame = outcome.blame if outcome.verdict == "fail" else None
         assert outcome.verdict != "fail" or blame, f"{self.id}: a failure must say who must act"
         return CheckResult(self.id, outcome.verdict, outcome.evidence, remedy, blame)
 
 
-Row = tuple[str, str, str, str, "Callable[[NodeSnapshot, CheckContext], Outcome | None]"]
+CheckRow = tuple[str, str, str, str, "Callable[[NodeSnapshot, CheckContext], Outcome | None]"]
 
 
-def checks_of(rows: tuple[Row, ...], about_node: tuple[str, ...] = ()) -> tuple[Check, ...]:
+def make_checks(rows: tuple[CheckRow, ...], about_node: tuple[str, ...] = ()) -> tuple[Check, ...]:
     """Return one Check for each row of (id, title, why, remedy, run). ``about_node`` contains the
     ids of the checks that ``--node`` runs.
     """
@@ -208,7 +208,7 @@ def unknown(evidence: str, remedy: str | None = None) -> Outcome:
     return Outcome("unknown", evidence, remedy=remedy)
 
 
-def unread(reading: Reading[Any], what: str) -> Outcome | None:
+def unread_outcome(reading: Reading[Any], what: str) -> Outcome | None:
     """Return the outcome of a check whose value could not be read from the driver.
 
     If the query failed, the outcome is "unknown", so that a failed query never counts as a pass. If
@@ -217,7 +217,7 @@ def unread(reading: Reading[Any], what: str) -> Outcome | None:
     return None if reading.unsupported else unknown(f"{what} could not be read: {reading.reason}")
 
 
-def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
+def devices_to_check(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
     """Return the cards and slices that the job would use. With ``context.node``, return every card
     of the node.
 
@@ -227,45 +227,47 @@ def judged(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, 
     renumbers the other cards. If the result had only the cards that CUDA sees, no check would
     report the lost card, and the job would get another card than expected.
     """
-    chosen = context.gpu_index is not None or devices.VISIBLE in snapshot.environment
+    chosen = context.gpu_index is not None or devices.CUDA_VISIBLE_DEVICES in snapshot.environment
     if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
         return snapshot.gpus
-    seen = devices.visible(snapshot).devices
+    seen = devices.visible_devices(snapshot).devices
     if context.gpu_index is None:
         return seen
     return seen[context.gpu_index : context.gpu_index + 1]
 
 
-def judged_cards(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
-    """Return the physical cards of the devices that ``judged`` returns. For a MIG slice this is the
-    card that the slice belongs to, because memory errors and links are properties of the card.
+def cards_to_check(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
+    """Return the physical cards of the devices that ``devices_to_check`` returns. For a MIG slice
+    this is the card that the slice belongs to, because memory errors and links are properties of
+    the card.
     """
-    cards = [devices.card_of(snapshot, gpu) for gpu in judged(snapshot, context)]
+    cards = [devices.parent_card(snapshot, gpu) for gpu in devices_to_check(snapshot, context)]
     return tuple({card.index: card for card in cards}.values())
 
 
-def each(
-    gpus: tuple[GpuSnapshot, ...], look: Callable[[GpuSnapshot], Outcome | None]
+def check_each_gpu(
+    gpus: tuple[GpuSnapshot, ...], check_gpu: Callable[[GpuSnapshot], Outcome | None]
 ) -> Outcome | None:
-    """Call ``look`` for every card, and return one outcome for all cards; None if no card has an
-    outcome. The outcome has the worst verdict of all cards, and its text lists the cards with this
-    verdict. Cards that do not respond are skipped, because the check ``health.lost`` reports them.
+    """Call ``check_gpu`` for every card, and return one outcome for all cards; None if no card has
+    an outcome. The outcome has the worst verdict of all cards, and its text lists the cards with
+    this verdict. Cards that do not respond are skipped, because the check ``health.lost`` reports
+    them.
     """
-    seen = [(gpu, look(gpu)) for gpu in gpus if not gpu.lost]
+    seen = [(gpu, check_gpu(gpu)) for gpu in gpus if not gpu.lost]
     outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]
     if not outcomes:
         return None
     worst = max((outcome for _, outcome in outcomes), key=lambda one: _SEVERITY[one.verdict])
     same = [(gpu, one) for gpu, one in outcomes if one.verdict == worst.verdict]
     if len({one.evidence for _, one in same}) == 1:
-        who = _names([gpu for gpu, _ in same], len(gpus))
+        who = _name_gpus([gpu for gpu, _ in same], len(gpus))
         evidence = f"{who}: {worst.evidence}"
     else:
         evidence = "; ".join(f"{gpu.label}: {one.evidence}" for gpu, one in same)
     return Outcome(worst.verdict, evidence, worst.blame, worst.remedy)
 
 
-def _names(gpus: list[GpuSnapshot], of: int) -> str:
+def _name_gpus(gpus: list[GpuSnapshot], of: int) -> str:
     if len(gpus) == 1:
         return gpus[0].label
     if len(gpus) == of:

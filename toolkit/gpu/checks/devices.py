@@ -13,21 +13,27 @@ from toolkit.gpu.checks.check import (
     Check,
     CheckContext,
     Outcome,
+    cards_to_check,
     fail,
-    judged_cards,
     ok,
     warn,
 )
-from toolkit.gpu.devices import ORDER, VISIBLE, cuda_order, in_mig_mode, mixed
-from toolkit.gpu.devices import visible as visible_devices
-from toolkit.gpu.presence import gpu_needed
+from toolkit.gpu.devices import (
+    CUDA_DEVICE_ORDER,
+    CUDA_VISIBLE_DEVICES,
+    cuda_order,
+    has_mixed_cards,
+    in_mig_mode,
+    visible_devices,
+)
+from toolkit.gpu.presence import find_gpu_requirement
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
 
 # vLLM turns entries of CUDA_VISIBLE_DEVICES into numbers. Release 0.20.1 still fails on UUIDs
 # (issue 41848). Releases 0.25.1 and 0.31 query NVML for the index (vllm/platforms/cuda.py).
-VLLM_READS_UUIDS = (0, 25)
+VLLM_WITH_UUIDS = (0, 25)
 
 
 def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -38,16 +44,16 @@ def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not seen.problem:
         names = ", ".join(gpu.label for gpu in seen.devices) or "no GPU"
         return ok(f"CUDA sees {names}")
-    if seen.devices or gpu_needed(snapshot, context):
+    if seen.devices or find_gpu_requirement(snapshot, context):
         return fail("user", seen.problem)
-    if snapshot.environment.get(VISIBLE, "x").strip() in ("", "-1"):
-        return ok(f"{VISIBLE} hides every GPU, so the run uses the CPU")
+    if snapshot.environment.get(CUDA_VISIBLE_DEVICES, "x").strip() in ("", "-1"):
+        return ok(f"{CUDA_VISIBLE_DEVICES} hides every GPU, so the run uses the CPU")
     return fail("user", seen.problem)
 
 
 def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that CUDA sees as many cards as the job needs."""
-    wanted = context.gpus_wanted
+    wanted = context.gpu_count
     if not snapshot.gpus or (wanted <= 1 and context.required_gpus == 0):
         return None
     seen = len(visible_devices(snapshot).devices)
@@ -74,13 +80,13 @@ def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the card matches the name and the compute capability that --require gives."""
-    gpus = [gpu for gpu in judged_cards(snapshot, context) if not gpu.lost]
+    gpus = [gpu for gpu in cards_to_check(snapshot, context) if not gpu.lost]
     if not gpus or not (context.required_card or context.required_capability):
         return None
     names = {gpu.name.value or "" for gpu in gpus}
     wanted_card = context.required_card
     if wanted_card and not any(
-        cards.is_of(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
+        cards.card_matches(wanted_card, gpu.name.value or "", gpu.capability) for gpu in gpus
     ):
         return fail(
             "user", f"{wanted_card} is required, but the job has {', '.join(sorted(names))}"
@@ -99,12 +105,14 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def uuid(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the installed vLLM can read CUDA_VISIBLE_DEVICES if it contains UUIDs."""
-    entries = snapshot.environment.get(VISIBLE, "").upper()
+    entries = snapshot.environment.get(CUDA_VISIBLE_DEVICES, "").upper()
     installed = (snapshot.software.packages.value or {}).get("vllm")
     if not snapshot.gpus or not installed or not ("GPU-" in entries or "MIG-" in entries):
         return None
-    if as_version(installed).release[:2] < VLLM_READS_UUIDS:
-        return fail("user", f"vLLM {installed} reads {VISIBLE} as numbers and fails on UUIDs")
+    if as_version(installed).release[:2] < VLLM_WITH_UUIDS:
+        return fail(
+            "user", f"vLLM {installed} reads {CUDA_VISIBLE_DEVICES} as numbers and fails on UUIDs"
+        )
     if "MIG-" in entries:
         return warn(
             f"vLLM {installed} queries NVML with an index instead of the UUID of the MIG slice, so "
@@ -119,12 +127,12 @@ def order(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that CUDA and NVML number the cards in the same order. Warn if this is not certain."""
     if len(snapshot.gpus) < 2:
         return None
-    by_bus = snapshot.environment.get(ORDER, "").upper() == "PCI_BUS_ID"
-    if by_bus or not mixed(snapshot):
+    by_bus = snapshot.environment.get(CUDA_DEVICE_ORDER, "").upper() == "PCI_BUS_ID"
+    if by_bus or not has_mixed_cards(snapshot):
         return ok("CUDA numbers the cards in the order of the PCI bus")
     guess = ", ".join(f"{n} = {gpu.label}" for n, gpu in enumerate(cuda_order(snapshot)))
     return warn(
-        f"the cards differ and {ORDER} is not set, so CUDA numbers the cards by speed. "
+        f"the cards differ and {CUDA_DEVICE_ORDER} is not set, so CUDA numbers the cards by speed. "
         f"The numbers are probably {guess}"
     )
 
@@ -141,10 +149,10 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return fail(
             "node", f"{empty[0].label} is in MIG mode but has no slice, so CUDA sees no device"
         )
-    if context.gpus_wanted > 1:
+    if context.gpu_count > 1:
         return fail(
             "user",
-            f"the job needs {context.gpus_wanted} GPUs, but CUDA uses one MIG slice per process",
+            f"the job needs {context.gpu_count} GPUs, but CUDA uses one MIG slice per process",
         )
     if empty:
         return warn(f"{empty[0].label} is in MIG mode but has no slice, so CUDA ignores this card")
@@ -156,8 +164,8 @@ def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that all cards of the job are of the same kind. If cards of one tensor-parallel group
     differ, the check fails. If only cards of different groups differ, the check warns.
     """
-    seen = visible_devices(snapshot).devices[: context.gpus_wanted]
-    if context.gpus_wanted < 2 or len(seen) < 2:
+    seen = visible_devices(snapshot).devices[: context.gpu_count]
+    if context.gpu_count < 2 or len(seen) < 2:
         return None
     size = context.tensor_parallel_size
     for start in range(0, len(seen), size):

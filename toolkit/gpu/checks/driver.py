@@ -19,7 +19,7 @@ from toolkit.gpu.checks.check import (
     unknown,
     warn,
 )
-from toolkit.gpu.presence import gpu_needed, presence
+from toolkit.gpu.presence import find_gpu_requirement, find_presence
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
@@ -50,7 +50,7 @@ SHIPPED_CUDA = (
 )
 
 
-def cuda_of(driver: str) -> str | None:
+def newest_cuda(driver: str) -> str | None:
     """Return the newest CUDA version that a driver supports, found from the driver's major version;
     None if the driver is older than all drivers in ``SHIPPED_CUDA``.
     """
@@ -60,11 +60,11 @@ def cuda_of(driver: str) -> str | None:
 
 def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
     """Check that NVML starts and reports a card."""
-    found = presence(snapshot)
+    found = find_presence(snapshot)
     if found.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
         return ok(f"driver {version} reports {plural(len(snapshot.gpus), 'GPU')}")
-    needed = gpu_needed(snapshot, context)
+    needed = find_gpu_requirement(snapshot, context)
     if needed:
         blame = "user" if found.kind in ("none", "not passed in") else "node"
         # mypy widens the conditional literal
@@ -94,7 +94,7 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
     first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
     if as_version(driver) >= as_version(least):
-        have = f"driver {driver} (CUDA {cuda_of(driver)})"
+        have = f"driver {driver} (CUDA {newest_cuda(driver)})"
         return ok(f"{have} supports the CUDA version of torch ({wanted})")
     if first and as_version(first) >= as_version(least):
         return warn(
@@ -102,25 +102,25 @@ def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         )
     return fail(
         "node",
-        f"driver {driver} (CUDA {cuda_of(driver)}) is too old: torch was built for CUDA "
+        f"driver {driver} (CUDA {newest_cuda(driver)}) is too old: torch was built for CUDA "
         f"{wanted}, which needs driver {least} or newer",
-        _newer_driver(snapshot, least, wanted),
+        _newer_driver_remedy(snapshot, least, wanted),
     )
 
 
-def _newer_driver(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
+def _newer_driver_remedy(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
     """Return the remedy for a driver that is too old. The remedy names forward compatibility only
     if the cards support it.
     """
     newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
-    if any(_no_compat(gpu) for gpu in snapshot.gpus):
+    if any(_lacks_forward_compatibility(gpu) for gpu in snapshot.gpus):
         return f"{newer} (this card does not support forward compatibility)"
     package = f"cuda-compat-{wanted.replace('.', '-')}"
     switch = "set `TOOLKIT_CUDA_COMPAT=1` in the toolkit's container"
     return f"{newer}. For forward compatibility, {switch}, or install `{package}` elsewhere"
 
 
-def _no_compat(gpu: GpuSnapshot) -> bool:
+def _lacks_forward_compatibility(gpu: GpuSnapshot) -> bool:
     """Whether the card does not support forward compatibility. This is the case for desktop cards
     and for cards with integrated memory.
     """
@@ -141,7 +141,7 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         )
     if not found:
         return fail(
-            "user" if _contained(snapshot) else "node",
+            "user" if _in_container(snapshot) else "node",
             "NVML works, but CUDA cannot start: libcuda.so.1 is not on the library search path",
             "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the "
             "driver's CUDA library",
@@ -185,7 +185,7 @@ def compat(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
         return warn(
             f"{first['path']} is older than driver {module} and hides that driver's own libcuda"
         )
-    consumer = [gpu for gpu in snapshot.gpus if _no_compat(gpu)]
+    consumer = [gpu for gpu in snapshot.gpus if _lacks_forward_compatibility(gpu)]
     if consumer:
         return fail(
             "user",
@@ -206,9 +206,9 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if "/dev/dxg" in usable or "/dev/nvgpu" in usable:
         return ok("the GPU is used through /dev/dxg (WSL) or /dev/nvgpu (an integrated GPU)")
     wanted = ["/dev/nvidiactl", "/dev/nvidia-uvm"]
-    wanted += [f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.known]
+    wanted += [f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.has_value]
     missing = [path for path in wanted if path not in usable]
-    blame = "user" if _contained(snapshot) else "node"
+    blame = "user" if _in_container(snapshot) else "node"
     if missing:
         text = f"CUDA cannot start, because these device files are missing: {', '.join(missing)}"
         # mypy widens the conditional literal
@@ -231,7 +231,7 @@ def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     return ok(f"driver {driver} is at least the required {context.required_driver}")
 
 
-def _contained(snapshot: NodeSnapshot) -> bool:
+def _in_container(snapshot: NodeSnapshot) -> bool:
     place = snapshot.host.place.value or {}
     return bool(place.get("container") or place.get("kubernetes"))
 

@@ -9,13 +9,13 @@ from toolkit.base.symptoms.devices import FATAL_XIDS, USER_XIDS
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
-    checks_of,
-    each,
+    cards_to_check,
+    check_each_gpu,
     fail,
-    judged_cards,
+    make_checks,
     ok,
     unknown,
-    unread,
+    unread_outcome,
     warn,
 )
 from toolkit.gpu.checks.modes import compute_mode, mps, persistence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
 
 RETIRED_PAGES_LIMIT = 60  # NVIDIA replaces a card at 64 retired pages
-_RECOVERY = {
+_RECOVERY_ACTIONS = {
     1: "a GPU reset",
     2: "a reboot of the node",
     3: "a drain of its peer cards",
@@ -41,7 +41,7 @@ _UNHEALTHY, _LIMITED = 2, 3
 
 def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that every card responds."""
-    cards = judged_cards(snapshot, context)
+    cards = cards_to_check(snapshot, context)
     gone = [gpu for gpu in cards if gpu.lost]
     if not cards:
         return None
@@ -53,7 +53,7 @@ def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the card had no uncorrected memory error since the driver was loaded."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         if gpu.ecc_mode.value == 0:
             return warn(
                 "ECC is off, so memory errors are not detected",
@@ -61,7 +61,7 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             )
         errors = gpu.ecc_uncorrected
         if errors.value is None:
-            return unread(errors, "ECC errors")
+            return unread_outcome(errors, "ECC errors")
         if errors.value:
             found = plural(errors.value, "uncorrected ECC error")
             return fail("node", f"{found} since the driver was loaded")
@@ -71,16 +71,16 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             "lifetime)"
         )
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no memory row waits for remapping, and that no remapping failed."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.remapped_rows.value
         if state is None:
-            return unread(gpu.remapped_rows, "remapped rows")
+            return unread_outcome(gpu.remapped_rows, "remapped rows")
         if state["failure"]:
             return fail("node", "a row could not be remapped", "replace the card (RMA)")
         if state["pending"]:
@@ -88,16 +88,16 @@ def rows(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         remapped = plural(state["correctable"] + state["uncorrectable"], "row")
         return ok(f"{remapped} remapped, none pending")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no memory page waits for retirement (cards before Ampere)."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.retired_pages.value
         if state is None:
-            return unread(gpu.retired_pages, "retired pages")
+            return unread_outcome(gpu.retired_pages, "retired pages")
         total = state["single_bit"] + state["double_bit"]
         if state["pending"]:
             retired = plural(total, "page")
@@ -106,22 +106,22 @@ def pages(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return fail("node", f"{total} pages retired", "replace the card (RMA)")
         return ok(f"{plural(total, 'page')} retired, none pending")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def recovery(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the driver does not request a reset of the card or a reboot of the node."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         action = gpu.recovery_action
         if action.value is None:
-            return unread(action, "recovery action")
+            return unread_outcome(action, "recovery action")
         if action.value:
-            what = _RECOVERY.get(action.value, f"action {action.value}")
+            what = _RECOVERY_ACTIONS.get(action.value, f"action {action.value}")
             return fail("node", f"the driver requests {what}")
         return ok("the driver requests no recovery")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -129,10 +129,10 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     on one card.
     """
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         state = gpu.fabric.value
         if state is None:
-            return unread(gpu.fabric, "fabric")
+            return unread_outcome(gpu.fabric, "fabric")
         if state["state"] == _NO_FABRIC:
             return ok("no NVSwitch fabric")
         if state["state"] == _IN_PROGRESS:
@@ -152,13 +152,13 @@ def fabric(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return warn("the fabric runs at limited capacity")
         return ok("the fabric is ready")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 XID_RECENT_S = 3600
 
 
-def _meaning(event: dict[str, Any]) -> str:
+def _describe_event(event: dict[str, Any]) -> str:
     """Return a short text with the meaning of an XID or SXID event in the kernel's log."""
     if event["kind"] == "sxid":
         return "NVSwitch fault"
@@ -175,15 +175,17 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     events = snapshot.driver.kernel_log.value
     if events is None:
         return unknown(f"the kernel's log is not readable: {snapshot.driver.kernel_log.reason}")
-    buses = {_bus(gpu.pci_bus_id.value or "") for gpu in judged_cards(snapshot, context)}
-    ours = [event for event in events if event["kind"] == "sxid" or _bus(event["bus"]) in buses]
+    buses = {_short_bus_id(gpu.pci_bus_id.value or "") for gpu in cards_to_check(snapshot, context)}
+    ours = [
+        event for event in events if event["kind"] == "sxid" or _short_bus_id(event["bus"]) in buses
+    ]
     bad = [e for e in ours if e["kind"] == "sxid" or e["number"] in FATAL_XIDS]
     if not bad:
         seen = sorted({event["number"] for event in ours if event["number"] in USER_XIDS})
         of_programs = f" (XID {', '.join(map(str, seen))}: caused by programs)" if seen else ""
         return ok(f"no XID since boot indicates a bad card{of_programs}")
     worst = min(bad, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
-    text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {_meaning(worst)}"
+    text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {_describe_event(worst)}"
     if worst["age_s"] is None:
         return fail("node", text)
     text += f", {format_duration(worst['age_s'])} ago"
@@ -191,7 +193,7 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     return fail("node", text) if worst["age_s"] <= XID_RECENT_S else warn(text)
 
 
-def _bus(text: str) -> str:
+def _short_bus_id(text: str) -> str:
     """Return the short form of a PCI bus id: ``00000000:3B:00.0`` and ``0000:3b:00`` become
     ``3b:00``. The PCI domain is kept if it is not 0.
     """
@@ -285,7 +287,7 @@ _ROWS = (
         mps,
     ),
 )
-CHECKS = checks_of(
+CHECKS = make_checks(
     _ROWS,
     about_node=tuple(row[0] for row in _ROWS if row[0] not in ("health.persistence", "health.mps")),
 )

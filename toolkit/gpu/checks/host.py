@@ -12,20 +12,20 @@ from toolkit.base.process_environment import (
     EXPANDABLE_SEGMENTS,
     has_expandable_segments,
 )
-from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
-from toolkit.gpu.presence import gpu_needed
+from toolkit.gpu.checks.check import CheckContext, Outcome, fail, make_checks, ok, unknown, warn
+from toolkit.gpu.presence import find_gpu_requirement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from toolkit.gpu.snapshot import NodeSnapshot
 
-SHM_WANTED, SHM_LEAST = GIB, 512 * MIB
-FILES_WANTED, MEMLOCK_WANTED = 4096, 64 * MIB
-DISK_WANTED, DISK_LEAST, INODES_LEAST = 10 * GIB, GIB, 1000
-MEMORY_LEAST = 2 * GIB
+SHM_RECOMMENDED_BYTES, SHM_MIN_BYTES = GIB, 512 * MIB
+OPEN_FILES_RECOMMENDED, MEMLOCK_RECOMMENDED_BYTES = 4096, 64 * MIB
+DISK_RECOMMENDED_BYTES, DISK_MIN_BYTES, MIN_INODES = 10 * GIB, GIB, 1000
+MEMORY_MIN_BYTES = 2 * GIB
 # The date when this check was written. An earlier clock is wrong and breaks TLS and caches.
-WRITTEN = 1_790_000_000
+EARLIEST_VALID_TIME = 1_790_000_000
 
 
 def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -42,22 +42,22 @@ def shm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return unknown(f"/dev/shm could not be read: {space.reason}")
     text = f"/dev/shm: {format_bytes(space.value['free'])} free"
     text += f" of {format_bytes(space.value['total'])}"
-    on_cards = bool(snapshot.gpus) or gpu_needed(snapshot, context) is not None
-    if context.gpus_wanted > 1 and on_cards and space.value["free"] < SHM_LEAST:
+    on_cards = bool(snapshot.gpus) or find_gpu_requirement(snapshot, context) is not None
+    if context.gpu_count > 1 and on_cards and space.value["free"] < SHM_MIN_BYTES:
         return fail(
             "user",
-            f"{text}; the processes of a job on {context.gpus_wanted} cards need at least "
-            f"{format_bytes(SHM_LEAST)} free",
+            f"{text}; the processes of a job on {context.gpu_count} cards need at least "
+            f"{format_bytes(SHM_MIN_BYTES)} free",
         )
-    if space.value["free"] >= SHM_WANTED:
+    if space.value["free"] >= SHM_RECOMMENDED_BYTES:
         return ok(text)
     # a Python semaphore needs one page of /dev/shm in any case
-    if context.configured and context.gpus_wanted == 1 and space.value["free"] >= MIB:
+    if context.configured and context.gpu_count == 1 and space.value["free"] >= MIB:
         return ok(f"{text}; a job with one process does not need /dev/shm")
     return warn(text)
 
 
-def available_memory(snapshot: NodeSnapshot) -> int | None:
+def available_memory_bytes(snapshot: NodeSnapshot) -> int | None:
     """Return the bytes of main memory that this job can still use; None if unknown. This is the
     available memory of the host, or the rest of the job's cgroup limit if that is smaller.
     """
@@ -73,19 +73,19 @@ def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the available main memory, within the cgroup's limit, is enough to load the
     model.
     """
-    free = available_memory(snapshot)
+    free = available_memory_bytes(snapshot)
     if free is None:
         return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("memory_limit")
     text = f"{format_bytes(free)} of main memory available"
     text += f" (cgroup limit {format_bytes(limit)})" if limit else ""
     weights = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
-    if free < MEMORY_LEAST:
+    if free < MEMORY_MIN_BYTES:
         return fail("user" if limit else "retry", text)
     # With a GPU, the weights pass through the page cache. On the CPU they stay in memory, as
     # float32 in the worst case.
     needed = weights if snapshot.gpus else 2 * weights
-    if needed and free < needed + MEMORY_LEAST:
+    if needed and free < needed + MEMORY_MIN_BYTES:
         return warn(f"{text}; the model's weights need {format_bytes(weights)}")
     return ok(text)
 
@@ -107,10 +107,10 @@ def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if values is None:
         return unknown(f"the limits could not be read: {snapshot.host.limits.reason}")
     low = []
-    if values["nofile"] is not None and values["nofile"] < FILES_WANTED:
-        low.append(f"open files {values['nofile']} (ulimit -n {FILES_WANTED})")
+    if values["nofile"] is not None and values["nofile"] < OPEN_FILES_RECOMMENDED:
+        low.append(f"open files {values['nofile']} (ulimit -n {OPEN_FILES_RECOMMENDED})")
     locked = values["memlock"]
-    if context.gpus_wanted > 1 and locked is not None and locked < MEMLOCK_WANTED:
+    if context.gpu_count > 1 and locked is not None and locked < MEMLOCK_RECOMMENDED_BYTES:
         low.append(f"locked memory {format_bytes(locked)} (ulimit -l unlimited)")
     text = ", ".join(f"{name} {'unlimited' if v is None else v}" for name, v in values.items())
     return warn("low: " + "; ".join(low)) if low else ok(text)
@@ -132,8 +132,12 @@ def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     worst = 0
     for entry in found:
         inodes = entry["free_inodes"]
-        few = inodes is not None and inodes < INODES_LEAST
-        level = 2 if entry["free"] < DISK_LEAST or few else int(entry["free"] < DISK_WANTED)
+        few = inodes is not None and inodes < MIN_INODES
+        level = (
+            2
+            if entry["free"] < DISK_MIN_BYTES or few
+            else int(entry["free"] < DISK_RECOMMENDED_BYTES)
+        )
         if level >= worst:
             texts = texts if level == worst else []
             worst = level
@@ -166,7 +170,7 @@ def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     state = snapshot.host.clock.value
     if state is None:
         return unknown(f"the clock could not be read: {snapshot.host.clock.reason}")
-    if state["now"] < WRITTEN:
+    if state["now"] < EARLIEST_VALID_TIME:
         return fail("node", "the clock is years behind")
     if not state["synchronised"]:
         return warn("the kernel's clock is not synchronized (no NTP)")
@@ -176,22 +180,25 @@ def clock(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 def user(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the account has a name. torch and triton use the name for their cache folders."""
     name = snapshot.host.user
-    if name.known:
+    if name.has_value:
         return ok(f"account name {name.value}")
     return warn(str(name.reason))
 
 
-_ON = ("1", "true", "yes", "on")
+_TRUE_VALUES = ("1", "true", "yes", "on")
 
 
 def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no environment variable harms the run."""
     del context
-    harms = [*_rigid(snapshot.environment), *harmful(snapshot.environment)]
+    harms = [
+        *_allocator_problems(snapshot.environment),
+        *find_harmful_variables(snapshot.environment),
+    ]
     return warn("; ".join(harms)) if harms else ok("no harmful variable")
 
 
-def _rigid(variables: Mapping[str, str]) -> list[str]:
+def _allocator_problems(variables: Mapping[str, str]) -> list[str]:
     """Return a text for each variable in ``variables`` that sets torch's CUDA allocator but does
     not turn on expandable segments.
 
@@ -207,14 +214,14 @@ def _rigid(variables: Mapping[str, str]) -> list[str]:
     ]
 
 
-def harmful(variables: Mapping[str, str]) -> list[str]:
+def find_harmful_variables(variables: Mapping[str, str]) -> list[str]:
     """Return one text for each environment variable that harms the run. The text names the variable
     and says what it does. For example, the variable slows the run down or loads other code.
     """
     found = []
-    if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _ON:
+    if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _TRUE_VALUES:
         found.append("CUDA_LAUNCH_BLOCKING=1: the CPU waits for every kernel")
-    if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _ON:
+    if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _TRUE_VALUES:
         found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation calls the slow driver")
     if variables.get("LD_PRELOAD"):
         names = ", ".join(part.rpartition("/")[2] for part in variables["LD_PRELOAD"].split(":"))
@@ -305,4 +312,4 @@ _ROWS = (
         user,
     ),
 )
-CHECKS = checks_of(_ROWS, about_node=("host.clock",))
+CHECKS = make_checks(_ROWS, about_node=("host.clock",))

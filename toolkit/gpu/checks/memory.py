@@ -11,14 +11,14 @@ from toolkit.gpu.checks.check import (
     Check,
     CheckContext,
     Outcome,
-    each,
+    check_each_gpu,
+    devices_to_check,
     fail,
-    judged,
     ok,
     unknown,
     warn,
 )
-from toolkit.gpu.devices import memory_of
+from toolkit.gpu.devices import cuda_memory
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
@@ -36,7 +36,7 @@ DISPLAY = "the display"
 CONTEXT_BYTES = 600 * MIB
 
 
-def held_by_others(gpu: GpuSnapshot) -> int | None:
+def bytes_used_by_others(gpu: GpuSnapshot) -> int | None:
     """Return the bytes of the card's memory that other processes use; None if unknown. If the
     driver supports only version 1 of NVML's memory query, the result includes the memory that the
     driver reserves.
@@ -50,12 +50,12 @@ def held_by_others(gpu: GpuSnapshot) -> int | None:
     return max(0, int(memory["used"]) - mine)
 
 
-def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
+def find_display_programs(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
     """Return a name for the programs that draw the display ("the display", or "Windows and its
     programs" with WSL), if they use most of the memory that other processes use. Otherwise return
     None. This memory does not become free by waiting.
     """
-    held = held_by_others(gpu) or 0
+    held = bytes_used_by_others(gpu) or 0
     if held <= NEGLIGIBLE_BYTES:
         return None
     if (snapshot.host.place.value or {}).get("wsl"):
@@ -68,7 +68,7 @@ def display(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
     return DISPLAY if drawn >= DISPLAY_SHARE * held else None
 
 
-def share_that_fits(gpu: GpuSnapshot) -> float:
+def max_memory_utilization(gpu: GpuSnapshot) -> float:
     """Return the largest gpu_memory_utilization that fits into the free memory, rounded down to two
     decimals.
     """
@@ -78,16 +78,16 @@ def share_that_fits(gpu: GpuSnapshot) -> float:
     return room * 100 // total / 100 if total else 0.0
 
 
-def beside_display(gpu: GpuSnapshot) -> str:
+def display_remedy(gpu: GpuSnapshot) -> str:
     """Return the remedy for a card whose memory is partly used by a display."""
     return (
-        f"set `gpu_memory_utilization` to at most {share_that_fits(gpu):.2f} (`envcheck size` "
-        "shows whether that is enough), close graphical programs, or use another card for "
+        f"set `gpu_memory_utilization` to at most {max_memory_utilization(gpu):.2f} (`envcheck "
+        "size` shows whether that is enough), close graphical programs, or use another card for "
         "the display"
     )
 
 
-def holders(gpu: GpuSnapshot) -> str:
+def describe_other_processes(gpu: GpuSnapshot) -> str:
     """Return a text that lists the pids, names and memory of other processes on the card. In a
     container, NVML may report no processes, or pids that are valid only on the host.
     """
@@ -106,8 +106,8 @@ def holders(gpu: GpuSnapshot) -> str:
 def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the memory of the card can be read."""
 
-    def look(gpu: GpuSnapshot) -> Outcome:
-        memory = memory_of(snapshot, gpu)
+    def check_gpu(gpu: GpuSnapshot) -> Outcome:
+        memory = cuda_memory(snapshot, gpu)
         if memory is None:
             return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         size = f"{format_bytes(memory.free_bytes)} free of {format_bytes(memory.total_bytes)}"
@@ -119,7 +119,7 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             )
         return ok(size)
 
-    return each(judged(snapshot, context), look)
+    return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -128,8 +128,8 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if share is None and not least:
         return None
 
-    def look(gpu: GpuSnapshot) -> Outcome:
-        memory = memory_of(snapshot, gpu)
+    def check_gpu(gpu: GpuSnapshot) -> Outcome:
+        memory = cuda_memory(snapshot, gpu)
         if memory is None:
             return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
         wanted = max(least, int((share or 0) * memory.total_bytes))
@@ -140,37 +140,37 @@ def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if wanted > memory.total_bytes - CONTEXT_BYTES:
             size = format_bytes(memory.total_bytes)
             return fail("user", f"{amount}; the card has only {size} in total")
-        if who := display(snapshot, gpu):
+        if who := find_display_programs(snapshot, gpu):
             verb = "uses" if who == DISPLAY else "use"
-            text = f"{amount}; {who} ({holders(gpu)}) {verb} the rest"
-            return fail("user", text, beside_display(gpu))
-        if (held_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
-            who = holders(gpu)
+            text = f"{amount}; {who} ({describe_other_processes(gpu)}) {verb} the rest"
+            return fail("user", text, display_remedy(gpu))
+        if (bytes_used_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
+            who = describe_other_processes(gpu)
             verb = "uses" if who.startswith("pid") and "," not in who else "use"
             return fail("retry", f"{amount}; {who} {verb} the rest")
         return fail("user", amount)
 
-    return each(judged(snapshot, context), look)
+    return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no other process uses a large part of the card's memory."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
-        held, total = held_by_others(gpu), gpu.total_bytes
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
+        held, total = bytes_used_by_others(gpu), gpu.total_bytes
         if held is None or not total:
             return None  # the memory is integrated, or memory.readable reports the reason
         if held <= NEGLIGIBLE_BYTES:
             return ok("no other process uses memory")
-        evidence = f"{format_bytes(held)} used by other processes: {holders(gpu)}"
+        evidence = f"{format_bytes(held)} used by other processes: {describe_other_processes(gpu)}"
         large = held / total >= TENANT_SHARE and context.gpu_memory_utilization is None
-        if who := display(snapshot, gpu):
-            evidence = f"{format_bytes(held)} used by {who}: {holders(gpu)}"
-            remedy = beside_display(gpu)
+        if who := find_display_programs(snapshot, gpu):
+            evidence = f"{format_bytes(held)} used by {who}: {describe_other_processes(gpu)}"
+            remedy = display_remedy(gpu)
             return fail("user", evidence, remedy) if large else warn(evidence, remedy)
         return fail("retry", evidence) if large else warn(evidence)
 
-    return each(judged(snapshot, context), look)
+    return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 CHECKS = (

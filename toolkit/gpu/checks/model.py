@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import format_bytes, plural
-from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
+from toolkit.gpu.checks.check import CheckContext, Outcome, fail, make_checks, ok, unknown, warn
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def _place(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
+def _model_folder(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
     """Return the folder of the model's files; None if the job has no model or the files are not on
     this machine.
     """
@@ -43,7 +43,7 @@ def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that every weight file that the index lists exists, and that no link is broken."""
-    path = _place(snapshot, context)
+    path = _model_folder(snapshot, context)
     if path is None:
         return None
     files = snapshot.model.files
@@ -70,7 +70,7 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that config.json is readable and names an architecture."""
-    path = _place(snapshot, context)
+    path = _model_folder(snapshot, context)
     if path is None:
         return None
     found = snapshot.model.config
@@ -85,7 +85,7 @@ def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the folder of the model contains a tokenizer."""
-    path = _place(snapshot, context)
+    path = _model_folder(snapshot, context)
     if path is None:
         return None
     found = snapshot.model.tokenizer
@@ -98,7 +98,7 @@ def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the sizer and the installed vLLM support the architecture of the model."""
-    if _place(snapshot, context) is None or snapshot.model.config.value is None:
+    if _model_folder(snapshot, context) is None or snapshot.model.config.value is None:
         return None
     names = snapshot.model.config.value["architectures"]
     if not names:
@@ -119,7 +119,8 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             "(`envcheck calibrate`)",
         )
     return ok(
-        f"{names[0]} is supported" + ("" if knows.known else " by the sizer; vLLM is not installed")
+        f"{names[0]} is supported"
+        + ("" if knows.has_value else " by the sizer; vLLM is not installed")
     )
 
 
@@ -163,4 +164,4 @@ _ROWS = (
         architecture,
     ),
 )
-CHECKS = checks_of(_ROWS)
+CHECKS = make_checks(_ROWS)

