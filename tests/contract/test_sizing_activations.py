@@ -152,7 +152,7 @@ def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dr
     work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, AdapterLayout())
     step = StepPlan(
         micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
-        compute_bytes=2 if half else 4, own_weights=False,
+        compute_bytes=2 if half else 4, has_own_weights=False,
     )  # fmt: skip
     return activation_bytes(spec_from_values(values, name="x"), work, step)
 

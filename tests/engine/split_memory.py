@@ -52,9 +52,9 @@ def main(folder: Path) -> None:
     inner = engine.module.forward
     engine.module.forward = narrow(inner, 5)
     again = engine.generate(PROMPTS, sampling, seed=6).completion_ids
-    found: dict[str, Any] = {"same": again == whole, "most": engine._most_at_once}
+    found: dict[str, Any] = {"same": again == whole, "most": engine._max_completions_per_call}
     engine.module.forward = inner
-    engine._most_at_once = None
+    engine._max_completions_per_call = None
     found["as before"] = engine.generate(PROMPTS, sampling, seed=6).completion_ids == whole
     together.PEER_TIMEOUT_S = 5.0
     if rank == "1":

@@ -254,7 +254,7 @@ def test_beyond_the_models_length_is_refused_before_the_engine_starts(llama_fold
 def test_closing_gives_back_all_but_the_weights(fast: Any) -> None:
     """The last test: the model goes on without its engine."""
     engine = fast.toolkit_engine
-    held = [weakref.ref(thing) for thing in (engine.llm, engine.module, engine._adapters._slots)]
+    held = [weakref.ref(thing) for thing in (engine.llm, engine.module, engine._adapters._manager)]
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         before = fast(ids).logits

@@ -76,7 +76,7 @@ def engine(llama_folder: Path, as_packed: Any) -> Iterator[Engine]:
 def held(engine: Engine) -> int:
     """Bytes that the copies hold now."""
     copies = getattr(engine.module, COPIES_ATTRIBUTE)
-    return sum(tensor.untyped_storage().nbytes() for tensor in copies._tensors)
+    return sum(tensor.untyped_storage().nbytes() for tensor in copies._copies)
 
 
 def test_the_same_completions_and_log_probabilities(
@@ -128,7 +128,7 @@ def test_a_rollout_in_halves_uses_them(
     # The tokens: log-probabilities are rounded otherwise in a smaller batch.
     assert draw(engine, adapter)[1] == as_packed[1]
     assert max(sizes[1:]) <= 3
-    engine._most_at_once = None
+    engine._max_completions_per_call = None
 
 
 def test_too_little_memory_is_told_and_the_next_rollout_works(
@@ -141,7 +141,7 @@ def test_too_little_memory_is_told_and_the_next_rollout_works(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "_map", full)
+        patch.setattr(copies, "_remap", full)
         with pytest.raises(ToolkitError, match="could not be dequantized") as caught:
             draw(engine, adapter)
     assert caught.value.fix
@@ -233,10 +233,10 @@ def test_copies_that_are_asked_for_and_do_not_fit_are_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = getattr(engine.module, COPIES_ATTRIBUTE)
-    monkeypatch.setattr(type(copies), "_on_gpu", True)
+    monkeypatch.setattr(type(copies), "_is_on_gpu", True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, 80 << 30))
     with pytest.raises(ConfigError, match="16-bit copies") as caught:
-        copies.refuse_too_many()
+        copies.check_fits()
     assert "1.0 KiB" in str(caught.value)
     assert caught.value.where == "model.dequantized_rollouts"
 

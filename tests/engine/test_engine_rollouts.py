@@ -62,7 +62,7 @@ def test_a_sleeping_cache_is_woken_by_whatever_samples(
     calls: list[str] = []
     switch = SimpleNamespace(sleep=lambda: calls.append("sleep"), wake=lambda: calls.append("wake"))
     inner = llama.llm.generate
-    monkeypatch.setattr(llama, "_sleep", switch)
+    monkeypatch.setattr(llama, "_kv_sleep", switch)
     monkeypatch.setattr(
         llama.llm, "generate", lambda *a, **k: calls.append("draw") or inner(*a, **k)
     )
@@ -254,20 +254,20 @@ def test_later_publishes_write_into_the_slot_and_nothing_else(
     llama.publish(policy)
     adapters = llama._adapters
     assert adapters is not None
-    places = adapters._plans["default"].b_to
+    places = adapters._copy_plans["default"].b_to
     with torch.no_grad(), monkeypatch.context() as patch:
         for name in ("add_adapter", "remove_adapter", "activate_adapter"):
-            patch.setattr(adapters._slots, name, None)
+            patch.setattr(adapters._manager, name, None)
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.25)
         llama.publish(policy)
-    plan = adapters._plans["default"]
+    plan = adapters._copy_plans["default"]
     assert [p.data_ptr() for p in plan.b_to] == [p.data_ptr() for p in places]
     assert all(bool((place == 0.25).all()) for place in plan.b_to)  # alpha = r
     stacked = [
         part.data_ptr()
-        for layer in adapters._slots.modules.values()
+        for layer in adapters._manager.modules.values()
         for part in getattr(layer, "lora_b_stacked", ())
     ]
     assert {p.untyped_storage().data_ptr() for p in places} <= set(stacked)
@@ -367,7 +367,7 @@ def test_out_of_memory_costs_time_and_nothing_else(
     assert whole.logprobs is not None
     for mine, theirs in zip(again.logprobs, whole.logprobs, strict=True):
         assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
-    llama._most_at_once = None
+    llama._max_completions_per_call = None
     assert llama.generate(prompts, sampling, seed=6) == whole
     assert llama.llm.reset_prefix_cache()
 
@@ -427,5 +427,5 @@ def test_a_dead_engine_says_so(
     ):
         with pytest.raises(NodeError, match="failed earlier"):
             use()
-    llama._dead = None  # nothing broke but what was made to: the module's other tests go on
+    llama._failure = None  # nothing broke but what was made to: the module's other tests go on
     drop_requests(llama.llm)

@@ -112,7 +112,7 @@ def test_rollouts_without_the_adapter_are_told(loaded, tmp_path, monkeypatch) ->
     assert max(gaps(tmp_path / "published")) < TOLERANCE  # a warning would be an error
     engine = loaded[0].toolkit_engine
     asked = engine._request
-    monkeypatch.setattr(engine, "_request", lambda _: asked(False))
+    monkeypatch.setattr(engine, "_adapter_request", lambda _: asked(False))
     with pytest.warns(ToolkitWarning, match="the engine may sample without the adapter") as told:
         base = gaps(tmp_path / "base")
     assert min(base) > 0.02 > 1000 * TOLERANCE

@@ -62,7 +62,7 @@ def test_bfloat16_slots_take_a_float32_adapter(settings: dict, factor: float) ->
         a_to=[slot[:4] for slot in slots_a],
         b_from=[pair.b.detach() for pair in pairs],
         b_to=[slot[:, :4] for slot in slots_b],
-        factors=[pair.scaling for pair in pairs],
+        scalings=[pair.scaling for pair in pairs],
     )
     plan.run()
     for pair, (a, b), slot_a, slot_b in zip(pairs, before, slots_a, slots_b, strict=True):
@@ -85,16 +85,16 @@ def test_rank_and_alpha_patterns_are_read_from_each_layer() -> None:
 
 def test_an_adapter_that_was_replaced_is_searched_again() -> None:
     policy, known = tiny_adapter(lora_alpha=4), LoraLayerCache()
-    first = known.of(policy, "default")
-    assert known.of(policy, "default") is first
+    first = known.layers_of(policy, "default")
+    assert known.layers_of(policy, "default") is first
     policy.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
     policy.set_adapter("other")
     policy.delete_adapter("default")
     policy.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))
-    pairs = read_lora_pairs(policy, "default", known.of(policy, "default"))
+    pairs = read_lora_pairs(policy, "default", known.layers_of(policy, "default"))
     assert [(pair.module, pair.rank) for pair in pairs] == [("q_proj", 2)]
     other = tiny_adapter(lora_alpha=4)
-    modules = {id(module) for _, module in known.of(other, "default")}
+    modules = {id(module) for _, module in known.layers_of(other, "default")}
     assert modules == {id(other.base_model.model.q_proj), id(other.base_model.model.o_proj)}
 
 

@@ -310,7 +310,7 @@ def table(cases: list[EngineCase], rows: list[dict[str, Any]]) -> str:
 def term_line(engine: str, run: str, term: dict[str, Any]) -> str:
     row = Row(term["term"], term["predicted"], term["measured"])
     measured = "not measured" if row.measured is None else f"{row.measured / GIB:.3f}"
-    off = "" if row.off is None else f"{row.off:+.1%}"
+    off = "" if row.relative_error is None else f"{row.relative_error:+.1%}"
     cells = [engine, run, row.term, f"{row.predicted / GIB:.3f}", measured, off, term["verdict"]]
     return f"| {' | '.join(cells)} |"
 

@@ -172,12 +172,16 @@ def test_rollouts_over_copies_of_4bit_weights(
     ) as engine:
         copies = getattr(engine.module, COPIES_ATTRIBUTE)
         layers = len(find_4bit_layers(engine.module))
-        assert len(copies._packed) == layers if wanted is True else 0 < len(copies._packed) < layers
+        assert (
+            len(copies._packed_weights) == layers
+            if wanted is True
+            else 0 < len(copies._packed_weights) < layers
+        )
         assert wanted is True or copies.nbytes <= wanted
         policy = adapted(engine)
         engine.publish(policy)
         first = engine.generate(prompts, sampling, seed=1)
-        addresses = [tensor.data_ptr() for tensor in copies._tensors]
+        addresses = [tensor.data_ptr() for tensor in copies._copies]
         torch.cuda.empty_cache()
         awake = torch.cuda.mem_get_info()[0]
         for _ in range(3):
@@ -189,7 +193,7 @@ def test_rollouts_over_copies_of_4bit_weights(
             engine.publish(policy)
             again = engine.generate(prompts, sampling, seed=1)
             assert again.completion_ids == first.completion_ids
-        assert [tensor.data_ptr() for tensor in copies._tensors] == addresses
+        assert [tensor.data_ptr() for tensor in copies._copies] == addresses
         assert mean_gap(engine, policy) <= 1.25 * gap + 2e-3
         # Another kernel where a batch has one row, so a near tie may fall the other way.
         pairs = zip(packed.completion_ids, first.completion_ids, strict=True)
@@ -197,5 +201,5 @@ def test_rollouts_over_copies_of_4bit_weights(
         total = torch.cuda.mem_get_info()[1]
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 10, total))
         with pytest.raises(ConfigError, match="16-bit copies") as caught:
-            copies.refuse_too_many()
+            copies.check_fits()
         assert "dequantized_rollouts" in str(caught.value.where)

@@ -32,7 +32,7 @@ def calibrate(run: Path, as_json: bool) -> None:
 
     found = compare_run(run)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else text_of(found))
-    if found.above_bound:
+    if found.is_above_bound:
         sys.exit(1)
 
 
@@ -42,9 +42,9 @@ def text_of(found: Calibration) -> str:
     """
     rows = [_row(row) for row in found.rows]
     lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
-    if not found.measured:
+    if not found.has_measurements:
         lines.append("not measured: the run was not on a GPU")
-    elif found.above_bound:
+    elif found.is_above_bound:
         lines.append(f"a peak is above the predicted bound of {format_bytes(found.bound)}")
     else:
         lines.append(f"all peaks are within the predicted bound of {format_bytes(found.bound)}")
@@ -53,5 +53,5 @@ def text_of(found: Calibration) -> str:
 
 def _row(row: Row) -> list[str]:
     measured = "not measured" if row.measured is None else format_bytes(row.measured)
-    off = "" if row.off is None else f"{row.off:+.1%}"
+    off = "" if row.relative_error is None else f"{row.relative_error:+.1%}"
     return [row.term, format_bytes(row.predicted), measured, off]

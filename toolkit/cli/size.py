@@ -133,7 +133,7 @@ def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
     """
     if not result.feasible:
         if not quiet:
-            click.echo(f"error: {result.error()}", err=True)
+            click.echo(f"error: {result.infeasible_error()}", err=True)
         sys.exit(1)
-    if problem := result.written_problem(config):
+    if problem := result.utilization_error(config):
         raise problem

@@ -175,14 +175,14 @@ def _budget(result: SizingResult) -> str:
     whole = result.device["cuda_total_bytes"] if result.device else None
     rows = [
         [
-            term.term,
-            format_bytes(term.bytes),
-            f"{term.bytes / whole:.1%}" if whole else "",
+            term.name,
+            format_bytes(term.nbytes),
+            f"{term.nbytes / whole:.1%}" if whole else "",
             WHEN[term.phase],
             term.source,
         ]
         for term in result.terms
-        if term.bytes
+        if term.nbytes
     ]
     return table(["budget", "bytes", "of card", "when", "from"], rows, right=(1, 2))
 
@@ -202,9 +202,9 @@ def _bars(result: SizingResult) -> str:
         terms = [
             term
             for term in result.terms
-            if term.phase in ("always", phase) and not (asleep and term.term == "engine.kv")
+            if term.phase in ("always", phase) and not (asleep and term.name == "engine.kv")
         ]
-        taken = sum(term.bytes for term in terms) + (
+        taken = sum(term.nbytes for term in terms) + (
             whole - min(int(result.device["free_bytes"]), whole)
         )
         bar = _bar(terms, whole, int(result.device["free_bytes"]))
@@ -223,7 +223,7 @@ def _bar(terms: list[Term], whole: int, free: int) -> str:
     if free < whole:
         sizes["x"] = whole - free
     for letter, _, _ in LETTERS:
-        sizes[letter] = sum(term.bytes for term in terms if _letter(term.term) == letter)
+        sizes[letter] = sum(term.nbytes for term in terms if _letter(term.name) == letter)
     taken = sum(sizes.values())
     cells = _cells(sizes, min(taken, whole), width * min(taken, whole) // whole)
     drawn = "".join(letter * cells[letter] for letter in sizes)

@@ -41,16 +41,16 @@ class LoraPair:
     """The LoRA matrices of one adapted layer: A is ``a`` (r, in), and B is ``b`` (out, r). B is
     multiplied by ``scaling``.
 
-    The tensors are references to the model's tensors, not copies. ``held`` is the trained parameter
-    for B. If tensor parallelism splits the layer, ``b`` has only the rows of ``held`` that this
-    process computes with. Otherwise ``b`` is ``held``.
+    The tensors are references to the model's tensors, not copies. ``trained_b`` is the trained
+    parameter for B. If tensor parallelism splits the layer, ``b`` has only the rows of
+    ``trained_b`` that this process computes with. Otherwise ``b`` is ``trained_b``.
     """
 
     module: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    held: torch.Tensor
+    trained_b: torch.Tensor
 
     @property
     def rank(self) -> int:
@@ -72,7 +72,7 @@ class CopyPlan:
     a_to: list[torch.Tensor] = field(default_factory=list)
     b_from: list[torch.Tensor] = field(default_factory=list)
     b_to: list[torch.Tensor] = field(default_factory=list)
-    factors: list[float] = field(default_factory=list)
+    scalings: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -80,10 +80,10 @@ class CopyPlan:
         trained tensors do not change.
         """
         torch._foreach_copy_(self.a_to, self.a_from)
-        if all(factor == 1.0 for factor in self.factors):
+        if all(factor == 1.0 for factor in self.scalings):
             torch._foreach_copy_(self.b_to, self.b_from)
         else:
-            torch._foreach_copy_(self.b_to, torch._foreach_mul(self.b_from, self.factors))
+            torch._foreach_copy_(self.b_to, torch._foreach_mul(self.b_from, self.scalings))
 
 
 NamedLayers = list[tuple[str, Any]]
@@ -102,21 +102,21 @@ class LoraLayerCache:
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Any, Any, NamedLayers]] = {}
+        self._entries: dict[str, tuple[Any, Any, NamedLayers]] = {}
 
-    def of(self, peft_model: Any, name: str) -> NamedLayers:
+    def layers_of(self, peft_model: Any, name: str) -> NamedLayers:
         """Return the adapted layers of ``peft_model``. They are searched again if the model or the
         config of adapter ``name`` is another object than before.
         """
         config = getattr(peft_model, "peft_config", {}).get(name)
-        known = self._found.get(name)
+        known = self._entries.get(name)
         if known is None or known[0] is not peft_model or known[1] is not config:
-            known = self._found[name] = (peft_model, config, find_lora_layers(peft_model))
+            known = self._entries[name] = (peft_model, config, find_lora_layers(peft_model))
         return known[2]
 
     def clear(self) -> None:
         """Drop the references to models and layers."""
-        self._found.clear()
+        self._entries.clear()
 
 
 def read_lora_pairs(
@@ -187,12 +187,12 @@ class AdapterSlots:
     """
 
     def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
-        self._slots = slots
+        self._manager = slots
         self._module = module
         self._max_rank = max_lora_rank
-        self._plans: dict[str, CopyPlan] = {}
-        self._layers = LoraLayerCache()
-        self.ids: dict[str, int] = {}
+        self._copy_plans: dict[str, CopyPlan] = {}
+        self._layer_cache = LoraLayerCache()
+        self.adapter_ids: dict[str, int] = {}
 
     def publish(self, peft_model: Any, name: str) -> None:
         """Copy the current values of adapter ``name`` into its slot.
@@ -201,7 +201,7 @@ class AdapterSlots:
             ConfigValueError: the adapter's rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of the adapter.
         """
-        pairs = read_lora_pairs(peft_model, name, self._layers.of(peft_model, name))
+        pairs = read_lora_pairs(peft_model, name, self._layer_cache.layers_of(peft_model, name))
         if not pairs:
             raise ConfigValueError(
                 (f"adapter {name!r} does not adapt any layer"), where="lora.target_modules"
@@ -209,13 +209,15 @@ class AdapterSlots:
         signature = tuple(
             (pair.module, pair.a.data_ptr(), pair.b.data_ptr(), pair.rank) for pair in pairs
         )
-        plan = self._plans.get(name)
+        plan = self._copy_plans.get(name)
         if plan is None or plan.signature != signature or not self.is_active(name):
             self._check_ranks(pairs)
             self._register(pairs, name)
-            plan = self._plans[name] = self._make_plan(pairs, self._slot(name), signature)
-        plan.factors = [
-            pair.scaling for pair in pairs for _ in range(len(self._places(pair.module)))
+            plan = self._copy_plans[name] = self._build_copy_plan(
+                pairs, self._slot_index(name), signature
+            )
+        plan.scalings = [
+            pair.scaling for pair in pairs for _ in range(len(self._slot_locations(pair.module)))
         ]
         plan.run()
 
@@ -223,13 +225,17 @@ class AdapterSlots:
         """Return True if adapter ``name`` was published and no other adapter has replaced it in
         its slot.
         """
-        return self.ids.get(name) in self._slots.lora_index_to_id if name in self.ids else False
+        return (
+            self.adapter_ids.get(name) in self._manager.lora_index_to_id
+            if name in self.adapter_ids
+            else False
+        )
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop all references to trained tensors, and forget which adapters were published."""
-        self._plans.clear()
-        self._layers.clear()
-        self.ids.clear()
+        self._copy_plans.clear()
+        self._layer_cache.clear()
+        self.adapter_ids.clear()
 
     def _check_ranks(self, pairs: Sequence[LoraPair]) -> None:
         rank = max(pair.rank for pair in pairs)
@@ -246,18 +252,20 @@ class AdapterSlots:
                 ),
             )
 
-    def _slot(self, name: str) -> int:
-        return int(self._slots.lora_index_to_id.index(self.ids[name]))
+    def _slot_index(self, name: str) -> int:
+        return int(self._manager.lora_index_to_id.index(self.adapter_ids[name]))
 
     def _register(self, pairs: Sequence[LoraPair], name: str) -> None:
         """Call vLLM's functions that register the adapter ``name``. These functions get copies of
         the trained tensors, because they change the tensors in place.
         """
         for pair in pairs:
-            self._places(pair.module)  # raises an error; vLLM would skip the module silently
-        identity = self.ids.setdefault(name, 1 + len(self.ids))
+            self._slot_locations(
+                pair.module
+            )  # raises an error; vLLM would skip the module silently
+        identity = self.adapter_ids.setdefault(name, 1 + len(self.adapter_ids))
         rank = max(pair.rank for pair in pairs)
-        dtype = self._slots.lora_config.lora_dtype
+        dtype = self._manager.lora_config.lora_dtype
         tensors: dict[str, torch.Tensor] = {}
         for pair in pairs:
             prefix = PEFT_PREFIX + pair.module
@@ -266,7 +274,7 @@ class AdapterSlots:
             tensors[f"{prefix}.lora_A.weight"] = (
                 gather_full_tensor(pair.a).detach().to("cpu", dtype, copy=True)
             )
-            scaled = gather_full_tensor(pair.held).detach() * pair.scaling
+            scaled = gather_full_tensor(pair.trained_b).detach() * pair.scaling
             tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
             identity,
@@ -277,17 +285,17 @@ class AdapterSlots:
             weights_mapper=rename_mapper(self._module),
             skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),
         )
-        self._slots.remove_adapter(identity)
-        self._slots.add_adapter(adapter)
-        self._slots.activate_adapter(identity)
+        self._manager.remove_adapter(identity)
+        self._manager.add_adapter(adapter)
+        self._manager.activate_adapter(identity)
 
-    def _make_plan(
+    def _build_copy_plan(
         self, pairs: Sequence[LoraPair], slot: int, signature: tuple[object, ...]
     ) -> CopyPlan:
         plan = CopyPlan(signature)
         for pair in pairs:
             start = 0
-            for layer, part in self._places(pair.module):
+            for layer, part in self._slot_locations(pair.module):
                 a, b = layer.lora_a_stacked[part][slot, 0], layer.lora_b_stacked[part][slot, 0]
                 rows = b.shape[0]
                 plan.a_from.append(pair.a.detach())
@@ -302,12 +310,12 @@ class AdapterSlots:
                 )
         return plan
 
-    def _places(self, module: str) -> list[tuple[Any, int]]:
+    def _slot_locations(self, module: str) -> list[tuple[Any, int]]:
         """Return where this engine stores the LoRA matrices of the Hugging Face layer ``module``.
         ``find_slot_locations`` describes the result.
         """
         return find_slot_locations(
-            module, self._slots.modules, self._slots.packed_modules_mapping, self._module
+            module, self._manager.modules, self._manager.packed_modules_mapping, self._module
         )
 
 

@@ -35,11 +35,11 @@ class EngineSplits:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def of_layer(self, name: str, out_features: int) -> WeightSplit:
+    def layer_split(self, name: str, out_features: int) -> WeightSplit:
         """Return how the engine splits the linear layer ``name``."""
         return find_weight_split(self.module, name, out_features)
 
-    def of_table(self, name: str) -> tuple[WeightSplit, int]:
+    def vocabulary_split(self, name: str) -> tuple[WeightSplit, int]:
         """Return which rows of the table ``name`` (an embedding or a head) belong to this process.
         Return also the number of rows per process, which includes padding rows.
         """

@@ -77,23 +77,23 @@ class DequantizedCopies:
         unpack: Unpack = unpack_4bit,
         dtype: torch.dtype = COMPUTE_DTYPE,
     ) -> None:
-        self._packed = [_weight_of(layer) for layer in layers]
+        self._packed_weights = [_weight_of(layer) for layer in layers]
         self._unpack, self._dtype = unpack, dtype
-        self._tensors: list[torch.Tensor] = []
-        self.filled = False
+        self._copies: list[torch.Tensor] = []
+        self.is_filled = False
 
     @property
     def nbytes(self) -> int:
         """The number of bytes of all 16-bit copies when they are filled."""
-        return sum(copy_bytes(packed, self._dtype) for packed in self._packed)
+        return sum(copy_bytes(packed, self._dtype) for packed in self._packed_weights)
 
-    def refuse_too_many(self) -> None:
+    def check_fits(self) -> None:
         """Raise an error if the 16-bit copies do not fit into the free GPU memory.
 
         Raises:
             ConfigError: the copies do not fit. The message contains their size and the free memory.
         """
-        free = torch.cuda.mem_get_info()[0] if self._on_gpu else self.nbytes
+        free = torch.cuda.mem_get_info()[0] if self._is_on_gpu else self.nbytes
         if self.nbytes > free:
             raise ConfigError(
                 f"the 16-bit copies of the 4-bit weights need {format_bytes(self.nbytes)}, but "
@@ -104,9 +104,9 @@ class DequantizedCopies:
 
     def weight(self, index: int) -> torch.Tensor:
         """Return the 16-bit copy of the weight of layer ``index``, of shape (out, in)."""
-        if not self.filled:
+        if not self.is_filled:
             self.fill()
-        return self._tensors[index]
+        return self._copies[index]
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -116,65 +116,65 @@ class DequantizedCopies:
         Raises:
             RuntimeError: there is not enough memory. The memory that was allocated is released.
         """
-        if self.filled:
+        if self.is_filled:
             return
         try:
-            if self._tensors:
-                self._map()
+            if self._copies:
+                self._remap()
             else:
                 self._allocate()
-            for packed, copy in zip(self._packed, self._tensors, strict=True):
+            for packed, copy in zip(self._packed_weights, self._copies, strict=True):
                 self._unpack_layer(packed, copy)
         except BaseException:
             self.release()
             raise
-        self.filled = True
+        self.is_filled = True
 
     def release(self) -> None:
         """Release the memory of the 16-bit copies. On a GPU their addresses stay reserved. A second
         call does nothing.
         """
-        self.filled = False
-        if not self._tensors:
+        self.is_filled = False
+        if not self._copies:
             return
-        if self._on_gpu:
+        if self._is_on_gpu:
             sleep.release_tag(MEMORY_TAG)
         else:
-            for copy in self._tensors:
+            for copy in self._copies:
                 copy.untyped_storage().resize_(0)
 
     def close(self) -> None:
         """Release the memory and the addresses of the 16-bit copies. The copies cannot be used
         again.
         """
-        if self._on_gpu and self._tensors:
+        if self._is_on_gpu and self._copies:
             sleep.map_tag(MEMORY_TAG)  # only mapped memory can be freed
-            self._tensors.clear()
+            self._copies.clear()
             sleep.free_pool(MEMORY_TAG)
-        self._tensors.clear()
-        self._packed.clear()
-        self.filled = False
+        self._copies.clear()
+        self._packed_weights.clear()
+        self.is_filled = False
 
     @property
-    def _on_gpu(self) -> bool:
-        return any(packed.is_cuda for packed in self._packed)
+    def _is_on_gpu(self) -> bool:
+        return any(packed.is_cuda for packed in self._packed_weights)
 
     def _allocate(self) -> None:
         made: list[torch.Tensor] = []
-        pool = sleep.tagged_pool(MEMORY_TAG) if self._on_gpu else nullcontext()
+        pool = sleep.tagged_pool(MEMORY_TAG) if self._is_on_gpu else nullcontext()
         # The first forward pass calls this function in inference mode. Tensors that are created in
         # that mode cannot be written outside it, so the mode is switched off.
         with torch.inference_mode(False), pool:
-            for packed in self._packed:
+            for packed in self._packed_weights:
                 shape = logical_shape(packed)
                 made.append(torch.empty(shape, dtype=self._dtype, device=packed.device))
-        self._tensors = made
+        self._copies = made
 
-    def _map(self) -> None:
-        if self._on_gpu:
+    def _remap(self) -> None:
+        if self._is_on_gpu:
             sleep.map_tag(MEMORY_TAG)
             return
-        for copy in self._tensors:
+        for copy in self._copies:
             copy.untyped_storage().resize_(copy.numel() * copy.element_size())
 
     def _unpack_layer(self, packed: torch.Tensor, copy: torch.Tensor) -> None:

@@ -57,17 +57,17 @@ class Engine:
         self._owns_process_group = owns_process_group
         internals = open_internals(llm)
         self._module: nn.Module | None = internals.module
-        slots = internals.slots
+        slots = internals.lora_manager
         self._adapters = (
             None if slots is None else AdapterSlots(slots, internals.module, options.max_lora_rank)
         )
-        self._sleep = KvSleep(llm) if options.enable_sleep_mode is True else None
+        self._kv_sleep = KvSleep(llm) if options.enable_sleep_mode is True else None
         self._copies: DequantizedCopies | None = getattr(internals.module, COPIES_ATTRIBUTE, None)
-        self._files: dict[str, LoRARequest] = {}
-        self._published: dict[str, Any] = {}
+        self._file_requests: dict[str, LoRARequest] = {}
+        self._published_models: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
-        self._dead: ToolkitError | None = None
-        self._most_at_once: int | None = None
+        self._failure: ToolkitError | None = None
+        self._max_completions_per_call: int | None = None
 
     @property
     def llm(self) -> LLM:
@@ -114,7 +114,7 @@ class Engine:
             ConfigValueError: the adapter does not exist, or its rank is above ``max_lora_rank``.
             UnsupportedError: the engine has no slot for a layer of the adapter.
         """
-        self._check_alive()
+        self._check_usable()
         if self._adapters is None:
             raise ConfigError(
                 "the engine has no LoRA slots",
@@ -122,7 +122,7 @@ class Engine:
                 fix="open the engine with enable_lora=True",
             )
         self._adapters.publish(peft_model, name)
-        self._published[name] = peft_model
+        self._published_models[name] = peft_model
         self._versions[name] = self._versions.get(name, 0) + 1
         self.llm.reset_prefix_cache()
 
@@ -156,10 +156,10 @@ class Engine:
         If memory runs out, the batch is drawn in smaller parts. An out-of-memory error is raised
         only if a single completion does not fit.
         """
-        self._check_alive()
+        self._check_usable()
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         self.wake()
-        request = self._request(adapter)
+        request = self._adapter_request(adapter)
         if rows is None:
             rows = range(0, len(prompts) * sampling.n, sampling.n)
 
@@ -172,21 +172,21 @@ class Engine:
 
         shared = current_mesh()
         try:
-            rollout, self._most_at_once = generate_in_parts(
+            rollout, self._max_completions_per_call = generate_in_parts(
                 draw,
                 BatchPart(prompts, rows, sampling.n),
-                self._most_at_once,
+                self._max_completions_per_call,
                 at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
                 recover=lambda: drop_requests(self.llm),
             )
             if shared is not None:
                 shared.check_same("completions", rollout.completion_ids)
         except ToolkitError as problem:
-            self._dead = problem if shared is not None else None
+            self._failure = problem if shared is not None else None
             raise
         except Exception as problem:
-            self._dead = to_toolkit_error(problem, "the rollout failed", RESTART_FIX)
-            raise self._dead from problem
+            self._failure = to_toolkit_error(problem, "the rollout failed", RESTART_FIX)
+            raise self._failure from problem
         except BaseException:  # interrupted: the next call must not get the outputs of this call
             drop_requests(self.llm)
             raise
@@ -194,36 +194,36 @@ class Engine:
 
     def vllm_generate(self, inputs: Any, sampling_params: Any, **keywords: Any) -> Any:
         """Call ``vllm.LLM.generate`` with these arguments, and return its results."""
-        self._check_alive()
+        self._check_usable()
         self.wake()
         return generation.vllm_generate(self.llm, inputs, sampling_params, **keywords)
 
     def lora_request(self, name: str = "default") -> LoRARequest:
         """Return vLLM's ``LoRARequest`` for a published adapter, to pass to ``llm.generate``."""
-        self._check_alive()
-        if self._adapters is None or name not in self._adapters.ids:
+        self._check_usable()
+        if self._adapters is None or name not in self._adapters.adapter_ids:
             raise ConfigValueError(
                 f"no adapter {name!r} has been published",
                 where="engine",
                 fix="call publish with this adapter first",
             )
         if not self._adapters.is_active(name):  # an adapter from a file has taken over the slot
-            self.publish(self._published[name], name)
+            self.publish(self._published_models[name], name)
         # vLLM stores cached prefixes under this name. Each version of the adapter has its own name,
         # so prefixes of earlier values are never used, even if the cache could not be reset.
         version = f"{name}@{self._versions[name]}"
-        return LoRARequest(version, self._adapters.ids[name], IN_MEMORY_PATH)
+        return LoRARequest(version, self._adapters.adapter_ids[name], IN_MEMORY_PATH)
 
     def load_lora(self, folder: str) -> LoRARequest:
         """Return vLLM's ``LoRARequest`` for the adapter saved in ``folder`` (PEFT's layout). vLLM
         reads the folder when the request is first used.
         """
-        self._check_alive()
-        if folder not in self._files:
-            self._files[folder] = LoRARequest(
-                folder, FIRST_FILE_ADAPTER_ID + len(self._files), folder
+        self._check_usable()
+        if folder not in self._file_requests:
+            self._file_requests[folder] = LoRARequest(
+                folder, FIRST_FILE_ADAPTER_ID + len(self._file_requests), folder
             )
-        return self._files[folder]
+        return self._file_requests[folder]
 
     def sleep(self) -> None:
         """Release the memory that only rollouts need: the 16-bit copies of 4-bit weights and, if
@@ -232,8 +232,8 @@ class Engine:
         """
         if self._copies is not None:
             self._copies.release()
-        if self._sleep is not None:
-            self._sleep.sleep()
+        if self._kv_sleep is not None:
+            self._kv_sleep.sleep()
 
     def wake(self) -> None:
         """Allocate the KV cache again, and fill the 16-bit copies of 4-bit weights. Does nothing if
@@ -244,8 +244,8 @@ class Engine:
                 determines the class of the error, and the error names the check of
                 `envcheck check` that detects this cause. Any other cause raises a NodeError.
         """
-        if self._sleep is not None:
-            self._sleep.wake()
+        if self._kv_sleep is not None:
+            self._kv_sleep.wake()
         if self._copies is None:
             return
         try:
@@ -263,14 +263,14 @@ class Engine:
         if self._llm is None:
             return
         llm, self._llm, self._module = self._llm, None, None
-        if self._sleep is not None:
-            self._sleep.wake_for_close()
+        if self._kv_sleep is not None:
+            self._kv_sleep.wake_for_close()
         if self._copies is not None:
             self._copies.close()
         if self._adapters is not None:
-            self._adapters.forget()
-        self._adapters = self._sleep = self._copies = None
-        self._published.clear()
+            self._adapters.clear()
+        self._adapters = self._kv_sleep = self._copies = None
+        self._published_models.clear()
         close_mesh()  # must be called before vLLM destroys its process groups
         shut_down(llm, keep_process_group=not self._owns_process_group)
         del llm
@@ -284,16 +284,16 @@ class Engine:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _check_alive(self) -> None:
+    def _check_usable(self) -> None:
         if self.closed:
             raise closed_error()
-        if self._dead is not None:
-            raise failed_earlier_error(self._dead)
+        if self._failure is not None:
+            raise failed_earlier_error(self._failure)
 
-    def _request(self, adapter: bool | str) -> LoRARequest | None:
+    def _adapter_request(self, adapter: bool | str) -> LoRARequest | None:
         if adapter is False or self._adapters is None:
             return None
         name = "default" if adapter is True else adapter
-        if adapter is True and name not in self._adapters.ids:
+        if adapter is True and name not in self._adapters.adapter_ids:
             return None
         return self.lora_request(name)

@@ -112,14 +112,14 @@ class EngineOptions(ApiEngineSettings):
             # is the one after temperature, top-k, top-p, min-p and penalties.
             "logprobs_mode": "processed_logprobs",
             "use_tqdm_on_load": False,
-            **self._settings(device),
+            **self._user_arguments(device),
         }
         arguments["enforce_eager"] = self.enforce_eager or device == "cpu"
         if self.enable_lora:
             arguments["enable_lora"] = True
             arguments["lora_target_modules"] = list(self.lora_target_modules or ()) or None
         if device == "cuda" and not arguments["enforce_eager"] and self.compilation_config is None:
-            arguments["compilation_config"] = self._graphs()
+            arguments["compilation_config"] = self._graph_config()
         if self.load_in_4bit:
             arguments |= {"quantization": "bitsandbytes", "load_format": "bitsandbytes"}
         elif self.share_weights:
@@ -127,7 +127,7 @@ class EngineOptions(ApiEngineSettings):
         arguments |= self.extra
         return {name: value for name, value in arguments.items() if value is not None}
 
-    def _graphs(self) -> dict[str, Any]:
+    def _graph_config(self) -> dict[str, Any]:
         """Return vLLM's compilation settings for CUDA graphs. If the largest batch is known, graphs
         are captured only for a few batch sizes up to the largest.
         """
@@ -137,7 +137,7 @@ class EngineOptions(ApiEngineSettings):
         sizes = graph_sizes(sequences, tokens if isinstance(tokens, int) else None)
         return {**GRAPHS_ONLY, "cudagraph_capture_sizes": sizes}
 
-    def _settings(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+    def _user_arguments(self, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
         """Return the options that a user may set, under vLLM's names."""
         arguments = {}
         for name, option in API_OPTIONS.items():

@@ -97,7 +97,7 @@ class TransformersEngine:
         if not prompts:
             none_asked = sampling.logprobs is None
             return Rollout([], [], None if none_asked else [], None if none_asked else [])
-        config, stop = self._config(sampling)
+        config, stop = self._generation_config(sampling)
         most = max_completion_lengths(prompts, len(prompts) * sampling.n, self.max_model_len)
         config.max_new_tokens = min(config.max_new_tokens, max(most))
         more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
@@ -123,7 +123,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Do nothing, because the model belongs to the caller."""
 
-    def _config(self, sampling: Sampling) -> tuple[GenerationConfig, StopStrings | None]:
+    def _generation_config(self, sampling: Sampling) -> tuple[GenerationConfig, StopStrings | None]:
         """Convert ``sampling`` to transformers' generation config, and return the config and the
         stopping criterion for stop strings (None without stop strings).
         """

@@ -47,16 +47,16 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
 
     def __init__(self, seeds: Sequence[int], *, keep_scores: bool) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._ahead: list[torch.Tensor] = []
-        self._keep = keep_scores
+        self._numbers: list[torch.Tensor] = []
+        self._keep_scores = keep_scores
         self.scores: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         """Return (B, V) scores: 0 for the sampled token, -inf for the others."""
         del input_ids
-        if self._keep:
+        if self._keep_scores:
             self.scores.append(scores_BV)
-        number_B1 = self._next(scores_BV.device)
+        number_B1 = self._next_numbers(scores_BV.device)
         heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
         total_B1 = heights_BV[:, -1:].contiguous()
         # Keep the number below the total probability even after rounding, so that the selected
@@ -70,15 +70,15 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
         # Scores with NaN are returned unchanged, and transformers raises an error for them.
         return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
 
-    def _next(self, device: torch.device) -> torch.Tensor:
+    def _next_numbers(self, device: torch.device) -> torch.Tensor:
         """Return (B, 1) float64 in [0, 1): the next random number of each row."""
-        if not self._ahead:
+        if not self._numbers:
             table = [
                 torch.rand(TOKENS_PER_DRAW, generator=g, dtype=torch.float64)
                 for g in self._generators
             ]
-            self._ahead = list(torch.stack(table, dim=1).to(device))
-        return self._ahead.pop(0).unsqueeze(1)
+            self._numbers = list(torch.stack(table, dim=1).to(device))
+        return self._numbers.pop(0).unsqueeze(1)
 
     def decode(
         self,
@@ -145,31 +145,31 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
     def __init__(self, tokenizer: Any, stop: str | Sequence[str]) -> None:
         strings = [stop] if isinstance(stop, str) else list(stop)
         try:
-            self._strings = StopStringCriteria(tokenizer, strings)
+            self._criterion = StopStringCriteria(tokenizer, strings)
         except ValueError as problem:
             raise ConfigValueError(
                 f"transformers cannot stop at {strings}: {first_line(problem)}",
                 where="sampling",
                 fix="remove the stop strings, or load the model with `fast_inference=True`",
             ) from problem
-        self._met_B: torch.Tensor | None = None
+        self._end_B: torch.Tensor | None = None
         self._width = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
         """Return (B) bool: True for rows that end in a stop string."""
-        done_B: torch.Tensor = self._strings(input_ids, scores, **more)
-        met_B = torch.zeros_like(input_ids[:, 0]) if self._met_B is None else self._met_B
+        done_B: torch.Tensor = self._criterion(input_ids, scores, **more)
+        met_B = torch.zeros_like(input_ids[:, 0]) if self._end_B is None else self._end_B
         self._width = input_ids.shape[1]
-        self._met_B = torch.where(done_B & (met_B == 0), self._width, met_B)
+        self._end_B = torch.where(done_B & (met_B == 0), self._width, met_B)
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
         """Return the number of tokens of each completion, up to and including its stop string. For
         a completion without a stop string, this number is ``tokens``.
         """
-        if self._met_B is None:
+        if self._end_B is None:
             return []
-        met = self._met_B.tolist()
+        met = self._end_B.tolist()
         return [one - (self._width - tokens) if one else tokens for one in met]
 
 

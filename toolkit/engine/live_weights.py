@@ -37,17 +37,17 @@ class LiveWeights:
     """A mapping from plain name (without ``base_layer``) to tensor. A tied parameter is listed
     under each of its names.
     """
-    packed: Mapping[str, tuple[str, ...]]
+    packed_modules: Mapping[str, tuple[str, ...]]
     """A mapping from fused layer to its parts in order, e.g. ``qkv_proj -> (q_proj, k_proj,
     v_proj)``. vLLM's model class defines it.
     """
-    padded: frozenset[str]
+    padded_names: frozenset[str]
     """Names of the embedding and head parameters. Their rows are the vocabulary, and the engine may
     have added padding rows.
     """
     read_names: frozenset[str]
     """Names of the tensors in the checkpoint. Empty if the toolkit's loader did not read them."""
-    rewritten: frozenset[str]
+    rewritten_names: frozenset[str]
     """Names of tensors that vLLM rewrote for a kernel after loading. They no longer have the
     checkpoint's values.
     """
@@ -58,10 +58,10 @@ def find_live_weights(module: nn.Module) -> LiveWeights:
     parameters = plain_parameters(module)
     return LiveWeights(
         parameters=parameters,
-        packed=packed_modules(module),
-        padded=padded_parameters(module),
+        packed_modules=packed_modules(module),
+        padded_names=padded_parameters(module),
         read_names=getattr(module, READ_NAMES_ATTRIBUTE, frozenset()),
-        rewritten=find_rewritten(parameters, getattr(module, LOADED_SAMPLES_ATTRIBUTE, {})),
+        rewritten_names=find_rewritten(parameters, getattr(module, LOADED_SAMPLES_ATTRIBUTE, {})),
     )
 
 

@@ -67,12 +67,12 @@ and the weights of several layers are used to reach it.
 @dataclass(frozen=True, slots=True, order=True)
 class LayerShape:
     """The shape of the LoRA matrices of one fused layer. The parts of the fused layer are called
-    slices. Each slice has its own matrix A (rank, ``wide``) and its own matrix B (number of rows,
-    rank). ``rows`` has the number of rows of B for each slice.
+    slices. Each slice has its own matrix A (rank, ``in_features``) and its own matrix B (number of
+    rows, rank). ``rows`` has the number of rows of B for each slice.
     """
 
     rows: tuple[int, ...]
-    wide: int
+    in_features: int
     rank: int
 
     @property
@@ -81,7 +81,7 @@ class LayerShape:
         return len(self.rows)
 
     @property
-    def tall(self) -> int:
+    def out_features(self) -> int:
         """The number of rows of the largest LoRA matrix B. When vLLM looks up the configuration of
         an expand kernel, it uses this number as the hidden size.
         """
@@ -90,52 +90,56 @@ class LayerShape:
 
 @dataclass(slots=True)
 class Tuner:
-    """Measures the kernels. ``seconds`` limits the total time. Kernels that are not measured within
-    this time keep vLLM's own configuration.
+    """Measures the kernels. ``max_seconds`` limits the total time. Kernels that are not measured
+    within this time keep vLLM's own configuration.
     """
 
     card: str
-    seconds: float = 600.0
-    say: Callable[[str], None] = lambda _: None
-    best: dict[tuple[str, int, int, int, int], dict[str, Any]] = field(default_factory=dict)
-    gains: list[tuple[str, LayerShape, int, float, float]] = field(default_factory=list)
+    max_seconds: float = 600.0
+    report: Callable[[str], None] = lambda _: None
+    best_configs: dict[tuple[str, int, int, int, int], dict[str, Any]] = field(default_factory=dict)
+    timings: list[tuple[str, LayerShape, int, float, float]] = field(default_factory=list)
 
     def tune(self, shapes: Sequence[LayerShape]) -> dict[str, Any]:
         """Measure the kernels of ``shapes``, and return the table that ``lora_tables.write_table``
         writes.
         """
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + self.max_seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
             # The batch sizes of rollouts come first, in case the time is too short for all.
             for batch in sorted(TUNED_BATCH_SIZES, key=lambda size: (size not in (8, 64), size)):
                 for shape in shapes:
                     for op in ("shrink", "expand"):
-                        self._tune_one(op, shape, batch, Path(folder), end)
-        return self.table(shapes)
+                        self._tune_kernel(op, shape, batch, Path(folder), end)
+        return self.build_table(shapes)
 
-    def _tune_one(self, op: str, shape: LayerShape, batch: int, folder: Path, end: float) -> None:
+    def _tune_kernel(
+        self, op: str, shape: LayerShape, batch: int, folder: Path, end: float
+    ) -> None:
         case = KernelBenchmark(op, shape, batch, folder, self.card)
-        config = case.default()
-        wanted = case.result(config)
-        first = fastest = case.seconds(config)
+        config = case.default_config()
+        wanted = case.run(config)
+        first = fastest = case.measure_seconds(config)
         for name, values in SEARCH_SPACE[op].items():
             for value in values:
                 if time.monotonic() > end or config[name] == value:
                     continue
                 tried = {**config, name: value}
-                taken = case.try_seconds(tried, wanted)
+                taken = case.measure_if_correct(tried, wanted)
                 if taken is not None and taken < 0.98 * fastest:
                     config, fastest = tried, taken
-        wide, tall = (shape.wide, shape.rank) if op == "shrink" else (shape.rank, shape.tall)
-        self.best[op, shape.slices, batch, wide, tall] = config
-        self.gains.append((op, shape, batch, first, fastest))
-        self.say(
+        wide, tall = (
+            (shape.in_features, shape.rank) if op == "shrink" else (shape.rank, shape.out_features)
+        )
+        self.best_configs[op, shape.slices, batch, wide, tall] = config
+        self.timings.append((op, shape, batch, first, fastest))
+        self.report(
             f"LoRA kernel {op}, {shape.slices} slices of ({tall}, {wide}), {batch} tokens: "
             f"{first * 1e6:.1f} us with the configuration of vLLM, {fastest * 1e6:.1f} us with "
             "the best one"
         )
 
-    def table(self, shapes: Iterable[LayerShape]) -> dict[str, Any]:
+    def build_table(self, shapes: Iterable[LayerShape]) -> dict[str, Any]:
         """Return the table of the best configurations, nested as vLLM reads it. The levels are the
         number of adapters, the number of slices, the number of tokens, the input size, and the
         output size.
@@ -144,11 +148,17 @@ class Tuner:
         for shape in shapes:
             for batch in PREFILL_BATCH_SIZES:
                 for op in ("shrink", "expand"):
-                    at = (shape.wide, shape.rank) if op == "shrink" else (shape.rank, shape.tall)
-                    self.best[op, shape.slices, batch, *at] = default_config(op, shape, batch)
+                    at = (
+                        (shape.in_features, shape.rank)
+                        if op == "shrink"
+                        else (shape.rank, shape.out_features)
+                    )
+                    self.best_configs[op, shape.slices, batch, *at] = default_config(
+                        op, shape, batch
+                    )
         for op in ("shrink", "expand"):
             slices: dict[str, Any] = {}
-            for (kind, count, batch, wide, tall), config in self.best.items():
+            for (kind, count, batch, wide, tall), config in self.best_configs.items():
                 if kind == op:
                     rows = slices.setdefault(str(count), {}).setdefault(str(batch), {})
                     rows.setdefault(str(wide), {})[str(tall)] = config
@@ -185,8 +195,8 @@ def tune_card(
         )
     tuner = Tuner(torch.cuda.get_device_name(), seconds, say)
     table = tuner.tune(sorted(shapes))
-    before = sum(first for _, _, _, first, _ in tuner.gains)
-    return table, before, sum(last for _, _, _, _, last in tuner.gains)
+    before = sum(first for _, _, _, first, _ in tuner.timings)
+    return table, before, sum(last for _, _, _, _, last in tuner.timings)
 
 
 def default_config(op: str, shape: LayerShape, batch: int) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def default_config(op: str, shape: LayerShape, batch: int) -> dict[str, Any]:
             op,
             max_loras=MAX_LORAS + 1,
             batch=batch,
-            hidden_size=shape.wide if op == "shrink" else shape.tall,
+            hidden_size=shape.in_features if op == "shrink" else shape.out_features,
             rank=shape.rank,
             num_slices=shape.slices,
             add_inputs=None if op == "shrink" else True,
@@ -222,7 +232,7 @@ class KernelBenchmark:
         clear_pointer_cache()
         device, half = torch.device("cuda"), torch.bfloat16
         if op == "shrink":
-            sizes = [(shape.rank, shape.wide)] * shape.slices
+            sizes = [(shape.rank, shape.in_features)] * shape.slices
         else:
             sizes = [(rows, shape.rank) for rows in shape.rows]
         layer_bytes = 2 * sum(rows * columns for rows, columns in sizes)
@@ -231,21 +241,21 @@ class KernelBenchmark:
             for _ in range(max(4, min(64, MIN_WEIGHT_BYTES // layer_bytes)))
         ]
         narrow = (shape.slices, batch, shape.rank)
-        self.narrow = torch.randn(narrow, device=device, dtype=torch.float32)
-        wide = shape.wide if op == "shrink" else sum(shape.rows)
-        self.wide = torch.randn(batch, wide, device=device, dtype=half)
-        self.meta = LoRAKernelMeta.make(MAX_LORAS, batch, device=device)
-        self.meta.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
+        self.rank_tensor = torch.randn(narrow, device=device, dtype=torch.float32)
+        wide = shape.in_features if op == "shrink" else sum(shape.rows)
+        self.hidden_tensor = torch.randn(batch, wide, device=device, dtype=half)
+        self.metadata = LoRAKernelMeta.make(MAX_LORAS, batch, device=device)
+        self.metadata.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
 
-    def default(self) -> dict[str, Any]:
+    def default_config(self) -> dict[str, Any]:
         """Return the configuration that vLLM uses without a table."""
         return default_config(self.op, self.shape, self.batch)
 
-    def use(self, config: Mapping[str, Any]) -> None:
+    def set_config(self, config: Mapping[str, Any]) -> None:
         """Make vLLM use ``config`` for the next calls of the kernel."""
         table: Any = config
-        tall = self.shape.rank if self.op == "shrink" else self.shape.tall
-        wide = self.shape.wide if self.op == "shrink" else self.shape.rank
+        tall = self.shape.rank if self.op == "shrink" else self.shape.out_features
+        wide = self.shape.in_features if self.op == "shrink" else self.shape.rank
         for key in (tall, wide, self.batch, self.shape.slices, MAX_LORAS + 1):
             table = {str(key): table}
         stem = self.card.replace(" ", "_").replace("-", "_")
@@ -254,56 +264,61 @@ class KernelBenchmark:
         os.environ[FOLDER_VARIABLE] = str(self.folder)
         clear_vllm_caches()
 
-    def call(self, layer: Sequence[torch.Tensor]) -> None:
+    def launch(self, layer: Sequence[torch.Tensor]) -> None:
         """Launch the kernel once, on the weights of ``layer``."""
-        arguments = self.meta.meta_args(self.batch, False)
+        arguments = self.metadata.meta_args(self.batch, False)
         if self.op == "shrink":
-            lora_shrink(self.wide, list(layer), self.narrow, *arguments, 1.0)
+            lora_shrink(self.hidden_tensor, list(layer), self.rank_tensor, *arguments, 1.0)
         else:
             lora_expand(
-                self.narrow, list(layer), self.wide, *arguments, offset_start=0, add_inputs=True
+                self.rank_tensor,
+                list(layer),
+                self.hidden_tensor,
+                *arguments,
+                offset_start=0,
+                add_inputs=True,
             )
 
-    def result(self, config: Mapping[str, Any]) -> torch.Tensor:
+    def run(self, config: Mapping[str, Any]) -> torch.Tensor:
         """Run the kernel with ``config`` on the first layer, and return the output. The output
         buffer then gets its earlier values back.
         """
-        self.use(config)
-        out = self.narrow if self.op == "shrink" else self.wide
+        self.set_config(config)
+        out = self.rank_tensor if self.op == "shrink" else self.hidden_tensor
         before = out.clone()
-        self.call(self.layers[0])
+        self.launch(self.layers[0])
         made = out.clone()
         out.copy_(before)
         return made
 
-    def try_seconds(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
+    def measure_if_correct(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
         """Return the seconds of one launch with ``config``. Returns None if the kernel does not
         compile, or its output differs from the correct output ``wanted``.
         """
         try:
-            found = self.result(config)
+            found = self.run(config)
             if not torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02):
                 return None
-            return self.seconds(config)
+            return self.measure_seconds(config)
         except Exception:  # noqa: BLE001
             # A configuration that fails for any reason is not used. For example, the kernel may
             # need too much shared memory or too many registers, or Triton may reject a block size.
             torch.cuda.synchronize()
             return None
 
-    def seconds(self, config: Mapping[str, Any]) -> float:
+    def measure_seconds(self, config: Mapping[str, Any]) -> float:
         """Return the seconds of one launch with ``config``. A CUDA graph with one launch per layer
         is run ``REPEATS`` times. The result is the median time of a run, divided by the number of
         layers.
         """
-        self.use(config)
+        self.set_config(config)
         for layer in self.layers[:2]:
-            self.call(layer)
+            self.launch(layer)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for layer in self.layers:
-                self.call(layer)
+                self.launch(layer)
         taken: list[float] = []
         for _ in range(REPEATS):
             start, end = (_timer() for _ in range(2))

@@ -37,27 +37,27 @@ if TYPE_CHECKING:
 class Mesh:
     """The position of this process in the mesh.
 
-    The processes of a run form ``replicas`` groups of ``size`` processes. A group shares one model.
-    ``replica`` is the number of this process's group, and ``rank`` is the number of this process in
-    its group. ``group`` is the torch process group that transfers tensors on their device.
-    ``host_group`` has the same processes, and transfers Python objects over the CPU.
+    The processes of a run form ``replica_count`` groups of ``size`` processes. A group shares one
+    model. ``replica`` is the number of this process's group, and ``rank`` is the number of this
+    process in its group. ``group`` is the torch process group that transfers tensors on their
+    device. ``host_group`` has the same processes, and transfers Python objects over the CPU.
     """
 
     size: int
     rank: int
     replica: int
-    replicas: int
+    replica_count: int
     group: Any
     host_group: Any
-    world: Any
+    world_group: Any
     """The default group of all processes, as it was before the mesh was opened."""
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this process is the first of its group."""
         return self.rank == 0
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: Any) -> Any:
         """Return the ``value`` that the first process of the group passed. Every process of the
         group must call this method.
         """
@@ -65,23 +65,23 @@ class Mesh:
         distributed.broadcast_object_list(held, group_src=0, group=self.host_group)
         return held[0]
 
-    def largest(self, flag: int, device: torch.device) -> int:
+    def max_over_run(self, flag: int, device: torch.device) -> int:
         """Return the largest of the integers ``flag`` that the processes of the run pass. Every
         process of the run must call this method.
         """
         told = torch.tensor([int(flag)], device=device)
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world)
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world_group)
         return int(told)
 
-    def from_first_of_all(self, value: Any) -> Any:
+    def broadcast_over_run(self, value: Any) -> Any:
         """Return the ``value`` that the first process of the run passed. Every process of the run
         must call this method.
         """
         held = [value]
-        distributed.broadcast_object_list(held, group_src=0, group=self.world)
+        distributed.broadcast_object_list(held, group_src=0, group=self.world_group)
         return held[0]
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the ``tensor`` of each process of the group, in the order of the processes. All
         tensors must have the same shape.
         """
@@ -89,12 +89,12 @@ class Mesh:
         distributed.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up ``tensor`` over the processes of the group, in place, and return it."""
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 
-    def digest_of_all(self, own: str) -> str:
+    def combined_digest(self, own: str) -> str:
         """Combine the digests of all processes of the group into one digest, and return it. ``own``
         is the digest of this process. Every process of the group must call this method.
         """
@@ -128,7 +128,7 @@ def run_on_first(call: Callable[[], Any]) -> Any:
     """
     if _open_mesh is None:
         return call()
-    return _open_mesh.from_first(call() if _open_mesh.first else None)
+    return _open_mesh.broadcast_from_first(call() if _open_mesh.is_first else None)
 
 
 def current_mesh() -> Mesh | None:
@@ -172,10 +172,10 @@ def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
         size=size,
         rank=number % size,
         replica=number // size,
-        replicas=whole // size,
+        replica_count=whole // size,
         group=group,
         host_group=host_group,
-        world=distributed.group.WORLD,
+        world_group=distributed.group.WORLD,
     )
     # In torch 2.11 and 2.13, functions that are called without a group read only this setting.
     distributed_c10d._update_default_pg(own)
@@ -187,7 +187,7 @@ def close_mesh() -> None:
     global _open_mesh
     if _open_mesh is not None:
         own = distributed.group.WORLD
-        distributed_c10d._update_default_pg(_open_mesh.world)
+        distributed_c10d._update_default_pg(_open_mesh.world_group)
         _open_mesh = None
         distributed.destroy_process_group(own)
 

@@ -64,13 +64,13 @@ class BatchPart:
         rest = BatchPart(self.prompts, [row + middle], self.n - middle)
         return BatchPart(self.prompts, [row], middle), rest
 
-    def fit(self, most: int | None) -> list[BatchPart]:
+    def split_to(self, most: int | None) -> list[BatchPart]:
         """Return this part split into parts of at most ``most`` completions, in order. If ``most``
         is None, this part is not split.
         """
         if most is None or self.size <= max(most, 1):
             return [self]
-        return [part for half in self.halves() for part in half.fit(most)]
+        return [part for half in self.halves() for part in half.split_to(most)]
 
 
 def generate_in_parts(
@@ -91,7 +91,7 @@ def generate_in_parts(
     out-of-memory error is raised only for a part with a single completion. Other errors are always
     raised.
     """
-    waiting, done = whole.fit(most), []
+    waiting, done = whole.split_to(most), []
     while waiting:
         part = waiting.pop(0)
         try:
@@ -112,7 +112,7 @@ def generate_in_parts(
             failure,
         )
         recover()
-        waiting = [smaller for left in (part, *waiting) for smaller in left.fit(most)]
+        waiting = [smaller for left in (part, *waiting) for smaller in left.split_to(most)]
     return _concatenate(done), most
 
 

@@ -78,7 +78,7 @@ def gather_full_tensor(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
             "the parameter is split over several processes, but the engine that "
             "connects these processes is closed"
         )
-    return torch.cat(shared.gather(tensor.detach()), dim=shard.dim)
+    return torch.cat(shared.all_gather(tensor.detach()), dim=shard.dim)
 
 
 def local_shard(tensor: torch.Tensor, like: Any) -> torch.Tensor:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EngineInternals:
     """The internals of a started engine. ``runner`` is vLLM's model runner. ``module`` is the
-    runner's model (a torch module). ``slots`` is vLLM's manager of the adapter slots (None without
-    LoRA).
+    runner's model (a torch module). ``lora_manager`` is vLLM's manager of the adapter slots (None
+    without LoRA).
     """
 
     runner: Any
     module: nn.Module
-    slots: Any | None
+    lora_manager: Any | None
 
 
 def device_type() -> str:
@@ -75,7 +75,7 @@ def open_internals(llm: LLM) -> EngineInternals:
     module = runner.get_model()
     if module is None:
         raise DefectError("vLLM's runner has no model")
-    return EngineInternals(runner=runner, module=module, slots=slots)
+    return EngineInternals(runner=runner, module=module, lora_manager=slots)
 
 
 def _return_worker(worker: Any) -> Any:

@@ -48,7 +48,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
     def __init__(self, load_config: LoadConfig) -> None:
         load_config.load_format = "auto"
         super().__init__(load_config)
-        self._names: set[str] = set()
+        self._read_names: set[str] = set()
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Read the checkpoint into ``model``."""
@@ -57,7 +57,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
                 module._cpu_skip_gemm_dispatch = True
         super().load_weights(model, model_config)
         copy_mapped_weights(model)
-        setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._names))
+        setattr(model, READ_NAMES_ATTRIBUTE, frozenset(self._read_names))
         samples = {name: sample_values(tensor) for name, tensor in plain_parameters(model).items()}
         setattr(model, LOADED_SAMPLES_ATTRIBUTE, samples)
 
@@ -66,7 +66,7 @@ class SharedWeightsLoader(DefaultModelLoader):  # type: ignore[misc]  # vllm shi
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yield every (name, tensor) of the checkpoint and record the names."""
         for name, tensor in super().get_all_weights(model_config, model):
-            self._names.add(name)
+            self._read_names.add(name)
             yield name, tensor
 
 
@@ -121,7 +121,7 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
             if wanted == "auto":
                 wanted = dequantized.choose_copy_bytes(model, vllm_config)
             if wanted and (copies := dequantized.attach_copies(model, wanted, **options)):
-                copies.refuse_too_many()
+                copies.check_fits()
             return model
 
     return DequantizingLoader

@@ -74,7 +74,7 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
     if shared is not None:
         own = model.named_parameters()
         state = {key: gather_full_tensor(value) for key, value in own if "lora_" in key}
-        if not shared.first:
+        if not shared.is_first:
             return target
     with temporary_folder_beside(target) as work:
         # PEFT's default for save_embedding_layers queries the hub for the base model's vocabulary

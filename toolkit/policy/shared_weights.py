@@ -166,9 +166,9 @@ def bind_parameters(model: PreTrainedModel, live: LiveWeights, engine: Engine) -
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     sources = EngineTensors(
         shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
-        packed=live.packed,
-        padded=live.padded,
-        rewritten=live.rewritten,
+        packed=live.packed_modules,
+        padded=live.padded_names,
+        rewritten=live.rewritten_names,
     )
     plan = plan_views(
         wanted, tied_names(model), sources, lambda name: engine_name(engine.module, name)

@@ -63,7 +63,7 @@ def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: 
     hidden = spec.hidden_size
     norms = block.vectors // hidden
     # A fused norm keeps its input in the input's dtype and one number per token.
-    total = (width * hidden + 4) * norms if step.fused else 4 * hidden * norms
+    total = (width * hidden + 4) * norms if step.uses_fused_kernels else 4 * hidden * norms
     groups: set[tuple[str, int]] = set()
     for linear in lora_bytes.adapted_linears(spec, block, work.targets):
         total += width * work.rank
@@ -71,7 +71,7 @@ def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: 
             total += width * linear.in_features
         elif linear.leaf not in ("o_proj", "out_proj"):
             groups.add((linear.name.split(".")[0], linear.in_features))
-        if work.dropout:
+        if work.has_dropout:
             total += (1 + MASTER_BYTES) * linear.in_features
     total += sum(width * features for _, features in groups)
     total += _saved_attention_bytes(block, spec, step, work.sequence_tokens)
@@ -85,7 +85,7 @@ def _makes_cast_copies(work: Workload, step: StepPlan) -> bool:
     adapter has dropout. Without dropout policy/lora_layer.py replaces the forward pass and makes no
     copy.
     """
-    return step.compute_bytes < MASTER_BYTES and bool(work.dropout) and not step.packed
+    return step.compute_bytes < MASTER_BYTES and bool(work.has_dropout) and not step.is_quantized
 
 
 def _uses_varlen_kernel(spec: ModelSpec, step: StepPlan) -> bool:
@@ -142,7 +142,7 @@ def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequen
     query = spec.heads * spec.head_dim
     out = next((linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query)
     norms = block.vectors % spec.hidden_size
-    norm_bytes = width if step.fused else 4
+    norm_bytes = width if step.uses_fused_kernels else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
     if _uses_varlen_kernel(
         spec, step
@@ -176,7 +176,7 @@ def _saved_mlp_bytes(block: Block, spec: ModelSpec, step: StepPlan) -> int:
     total, width = 0, step.compute_bytes
     for linear in block.linears:
         if linear.leaf == "down_proj":
-            copies = block.uses(linear)
+            copies = block.active_copies(linear)
             tensors = 2 if _has_fused_mlp(block, step) else 3
             total += tensors * width * linear.in_features * copies
             if linear.copies > 1:
@@ -200,11 +200,11 @@ def _temporary_bytes_per_token(
     )
     inner = 4 * spec.hidden_size
     if down is not None:
-        inner = down.in_features * block.uses(down)
+        inner = down.in_features * block.active_copies(down)
     targeted = down is not None and lora_bytes.is_targeted(down, work.targets)
     # A fused MLP overwrites two of its saved tensors with their gradients.
     less = 1 if _has_fused_mlp(block, step) else 0
-    if step.packed:
+    if step.is_quantized:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
         mlp = (3 - less) * step.compute_bytes * inner
     elif step.compute_bytes == MASTER_BYTES:
@@ -236,4 +236,6 @@ def _has_fused_mlp(block: Block, step: StepPlan) -> bool:
     and no experts.
     """
     leaves = {linear.leaf for linear in block.linears if linear.copies == 1}
-    return step.fused and not block.active_experts and {"gate_proj", "up_proj"} <= leaves
+    return (
+        step.uses_fused_kernels and not block.active_experts and {"gate_proj", "up_proj"} <= leaves
+    )

@@ -59,7 +59,7 @@ def build_result(
     if candidate.work.uses_engine:
         sequences = kv_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
         source = f"{sequences:,} sequences of {candidate.plan.max_model_len} tokens"
-        at = next(index for index, term in enumerate(terms) if not term.term.startswith("engine."))
+        at = next(index for index, term in enumerate(terms) if not term.name.startswith("engine."))
         terms.insert(at, Term("engine.kv", kv_bytes, source))
     if candidate.device is not None:
         terms.insert(
@@ -141,7 +141,7 @@ def _device_json(device: Device | None) -> dict[str, object] | None:
         "free_bytes": device.free_bytes,
         "context_bytes": device.context_bytes,
         "compute_capability": list(device.compute_capability),
-        "here": device.here,
+        "here": device.is_local,
     }
 
 
@@ -152,14 +152,14 @@ def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
     counted = [
         term
         for term in fit.terms
-        if not term.term.startswith("margin.") and term.term != "engine.runtime"
+        if not term.name.startswith("margin.") and term.name != "engine.runtime"
     ]
     always = total_bytes(counted, "always")
     asleep = kv_bytes if candidate.plan.sleep else 0
     rollout = always + kv_bytes + total_bytes(counted, "rollout")
     training = always + kv_bytes - asleep + total_bytes(counted, "training")
-    margin = sum(term.bytes for term in fit.terms if term.term.startswith("margin."))
-    activations = total_bytes(counted, "rollout") - candidate.plan.dequantized
+    margin = sum(term.nbytes for term in fit.terms if term.name.startswith("margin."))
+    activations = total_bytes(counted, "rollout") - candidate.plan.copies_bytes
     margin += int(activations * (1 - REUSABLE_SHARE))
     return Peaks(
         rollout_bytes=rollout,
@@ -171,12 +171,12 @@ def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
 
 def _model(candidate: Candidate, fit: Fit) -> ModelPart:
     spec, plan = candidate.spec, candidate.plan
-    weights = next(term.bytes for term in fit.terms if term.term.endswith(".weights"))
+    weights = next(term.nbytes for term in fit.terms if term.name.endswith(".weights"))
     return ModelPart(
         name=spec.name,
         architecture=spec.architecture,
-        parameters=candidate.unsplit.parameters,
-        trainable_parameters=candidate.work.adapter_parameters(candidate.unsplit),
+        parameters=candidate.unsplit_spec.parameters,
+        trainable_parameters=candidate.work.adapter_parameters(candidate.unsplit_spec),
         weight_bytes=weights,
         kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
@@ -189,7 +189,7 @@ def _model(candidate: Candidate, fit: Fit) -> ModelPart:
 
 def _weight_format(candidate: Candidate) -> str:
     """Return the name of the number format of the weights in memory, such as ``bfloat16``."""
-    if candidate.spec.weights_by_headers:
+    if candidate.spec.sized_by_headers:
         return "as stored"
     return (
         candidate.plan.quantization.method if candidate.plan.quantization else candidate.plan.dtype
@@ -201,7 +201,7 @@ def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     or of none. Return None if it copies all of them, or if model.dequantized_rollouts is not
     "auto".
     """
-    copies, whole = candidate.plan.dequantized, all_copies_bytes(candidate.spec, candidate.plan)
+    copies, whole = candidate.plan.copies_bytes, all_copies_bytes(candidate.spec, candidate.plan)
     left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
     if not left_open or copies >= whole:
         return None
@@ -236,7 +236,7 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
 
 
 def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
-    sizes = {term.term: term.bytes for term in fit.terms}
+    sizes = {term.name: term.nbytes for term in fit.terms}
     plan = candidate.plan
     everywhere = lora_bytes.engine_lora_elements(candidate.spec, plan.max_lora_rank, plan.max_loras)
     uses = candidate.work.uses_engine
@@ -246,18 +246,18 @@ def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
         lora_slots_bytes=sizes.get("engine.lora", 0),
         activation_bytes=sizes.get("engine.activations", 0),
         graph_bytes=sizes.get("engine.cuda_graphs", 0),
-        fixed_bytes=sum(term.bytes for term in fit.terms if term.term.startswith("engine.")),
+        fixed_bytes=sum(term.nbytes for term in fit.terms if term.name.startswith("engine.")),
         kv_sequence_bytes=fit.kv_sequence_bytes,
         kv_wanted_bytes=fit.kv_wanted_bytes,
         kv_bytes=kv_bytes,
-        copies_bytes=plan.dequantized,
+        copies_bytes=plan.copies_bytes,
         copies_note=_copies_note(candidate, fit),
         ranks=tuple((rank, engines.slot_bytes(candidate.spec, plan, rank)) for rank in ranks),
     )
 
 
 def _trainer(candidate: Candidate, fit: Fit) -> TrainerPart:
-    trainer = [term for term in fit.terms if term.term.startswith("trainer.")]
+    trainer = [term for term in fit.terms if term.name.startswith("trainer.")]
     resident, step = total_bytes(trainer, "always"), total_bytes(trainer, "training")
     return TrainerPart(
         resident_bytes=resident,
@@ -285,7 +285,7 @@ def _dequantized_rollouts(candidate: Candidate) -> bool | int:
     """The value of model.dequantized_rollouts: True for copies of all layers, a number of bytes for
     copies of the largest layers, False for no copies.
     """
-    copies = candidate.plan.dequantized
+    copies = candidate.plan.copies_bytes
     return copies if 0 < copies < all_copies_bytes(candidate.spec, candidate.plan) else copies > 0
 
 

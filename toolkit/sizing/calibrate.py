@@ -53,7 +53,7 @@ class Row:
     measured: int | None
 
     @property
-    def off(self) -> float | None:
+    def relative_error(self) -> float | None:
         """The relative error of the prediction, (predicted - measured) / measured; None without a
         measurement.
         """
@@ -66,7 +66,7 @@ class Row:
             "term": self.term,
             "predicted": self.predicted,
             "measured": self.measured,
-            "off": self.off,
+            "off": self.relative_error,
         }
 
 
@@ -80,11 +80,11 @@ class Calibration:
     bound: int
 
     @property
-    def measured(self) -> bool:
+    def has_measurements(self) -> bool:
         return any(row.measured is not None for row in self.rows)
 
     @property
-    def above_bound(self) -> bool:
+    def is_above_bound(self) -> bool:
         """Whether a measured peak is above the predicted bound."""
         return any(
             row.measured is not None and row.measured > self.bound
@@ -96,8 +96,8 @@ class Calibration:
         return {
             "rows": [row.to_json() for row in self.rows],
             "bound": self.bound,
-            "measured": self.measured,
-            "above_bound": self.above_bound,
+            "measured": self.has_measurements,
+            "above_bound": self.is_above_bound,
         }
 
 

@@ -41,7 +41,7 @@ class Device:
     compute_capability: tuple[int, int] = (9, 0)
     reserved_bytes: int | None = None
     machine: str = "x86_64"
-    here: bool = True
+    is_local: bool = True
 
     @property
     def cuda_total_bytes(self) -> int:
@@ -60,7 +60,7 @@ class Device:
             compute_capability=card.compute_capability,
             reserved_bytes=card.total_bytes - card.cuda_bytes,
             machine=card.machine,
-            here=False,
+            is_local=False,
         )
 
     @classmethod
@@ -110,10 +110,10 @@ def device_situation(device: Device | None, world_size: int = 1) -> Situation:
     processes of the run, and the installed vLLM. If ``device`` belongs to another node, vLLM is
     assumed to be installed there.
     """
-    here = device is None or device.here
+    here = device is None or device.is_local
     facts = DeviceFacts("no GPU", None)
     if device is not None:
-        machine = None if device.here else device.machine
+        machine = None if device.is_local else device.machine
         facts = DeviceFacts(device.name, device.compute_capability, machine)
     return Situation(world_size=world_size, device=facts, vllm=vllm_here() if here else None)
 

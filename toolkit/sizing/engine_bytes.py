@@ -47,7 +47,7 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
     how = plan.quantization.method if plan.quantization else plan.dtype
-    how = "as stored" if spec.weights_by_headers else how
+    how = "as stored" if spec.sized_by_headers else how
     adapters = plural(plan.max_loras, "adapter")
     terms = [
         Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
@@ -75,9 +75,9 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
                 else "none, because of enforce_eager",
             ),
         ]
-    if plan.dequantized:
+    if plan.copies_bytes:
         what = "16-bit copies of 4-bit weights, freed after a rollout"
-        terms.append(Term("engine.dequantized", plan.dequantized, what, "rollout"))
+        terms.append(Term("engine.dequantized", plan.copies_bytes, what, "rollout"))
     forward = forward_bytes(spec, plan)
     sampler = sampler_bytes(spec, plan)
     terms.append(
@@ -117,7 +117,7 @@ def forward_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
         for linear in block.linears:
             if "attn" in linear.name or linear.leaf in ("down_proj", "gate", "router"):
                 continue
-            gate_up += linear.out_features * block.uses(linear)
+            gate_up += linear.out_features * block.active_copies(linear)
         routed = block.active_experts * spec.hidden_size
         widest = max(widest, attention, gate_up + gate_up // 2 + routed)
     per_token = (widest + 3 * spec.hidden_size) * width

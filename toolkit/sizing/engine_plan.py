@@ -45,7 +45,7 @@ class EnginePlan:
     block_tokens: int
     lora_modules: tuple[str, ...]
     tensor_parallel: int = 1
-    dequantized: int = 0
+    copies_bytes: int = 0
     """Bytes of the 16-bit copies of 4-bit weights that exist during a rollout (sizing/dequantized).
     """
 
@@ -53,7 +53,7 @@ class EnginePlan:
         return replace(self, sleep=sleep)
 
     def with_copies(self, nbytes: int) -> EnginePlan:
-        return replace(self, dequantized=nbytes)
+        return replace(self, copies_bytes=nbytes)
 
 
 def plan_engine(

@@ -50,12 +50,12 @@ class Fields:
             if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
                 value = int(value)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise self._bad(key, f"must be an integer, not {_shortened(value)}")
+                raise self._error(key, f"must be an integer, not {_shortened(value)}")
             if not low <= value <= high:
-                raise self._bad(key, f"{value} is outside {low}..{high}")
+                raise self._error(key, f"{value} is outside {low}..{high}")
             return value
         if default is _MISSING:
-            raise self._bad(keys[0], "is missing")
+            raise self._error(keys[0], "is missing")
         assert isinstance(default, int)
         return default
 
@@ -67,9 +67,9 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._bad(key, f"must be a number, not {_shortened(value)}")
+            raise self._error(key, f"must be a number, not {_shortened(value)}")
         if not low <= value <= high:
-            raise self._bad(key, f"{_shortened(value)} is outside {low}..{high}")
+            raise self._error(key, f"{_shortened(value)} is outside {low}..{high}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -78,7 +78,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self._bad(key, f"must be true or false, not {_shortened(value)}")
+            raise self._error(key, f"must be true or false, not {_shortened(value)}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
@@ -87,7 +87,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self._bad(key, f"must be a string, not {_shortened(value)}")
+            raise self._error(key, f"must be a string, not {_shortened(value)}")
         return value
 
     def section(self, key: str) -> Fields | None:
@@ -98,7 +98,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise self._bad(key, f"must be a mapping, not {_shortened(value)}")
+            raise self._error(key, f"must be a mapping, not {_shortened(value)}")
         return Fields(value, f"{self.where}: {key}")
 
     def items(self, key: str, kind: type) -> tuple[Any, ...] | None:
@@ -109,13 +109,13 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or len(value) > MAX_EXPERTS:
-            raise self._bad(key, f"must be a list, not {_shortened(value)}")
+            raise self._error(key, f"must be a list, not {_shortened(value)}")
         for member in value:
             if not isinstance(member, kind) or isinstance(member, bool):
-                raise self._bad(key, f"contains {_shortened(member)}, not {kind.__name__}")
+                raise self._error(key, f"contains {_shortened(member)}, not {kind.__name__}")
         return tuple(value)
 
-    def _bad(self, key: str, what: str) -> InputError:
+    def _error(self, key: str, what: str) -> InputError:
         return InputError(
             f"{key} {what}",
             where=self.where,

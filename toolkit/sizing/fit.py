@@ -101,14 +101,14 @@ USABLE_HOST_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The input of ``evaluate``: a run, a card, an engine plan and a step plan. ``unsplit``
+    """The input of ``evaluate``: a run, a card, an engine plan and a step plan. ``unsplit_spec``
     describes the whole model, and ``spec`` the part of the model on one card. Both are equal if the
     model is not split over cards.
     """
 
     config: RunConfig
     spec: ModelSpec
-    unsplit: ModelSpec
+    unsplit_spec: ModelSpec
     device: Device | None
     work: Workload
     plan: EnginePlan
@@ -171,8 +171,8 @@ def evaluate(candidate: Candidate) -> Fit:
 
 def _margin_terms(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> list[Term]:
     unknown = candidate.spec.margin
-    estimated = sum(term.bytes for term in engine if term.term in ESTIMATED_TERMS)
-    weights = sum(term.bytes for term in (*engine, *trainer) if term.term.endswith(".weights"))
+    estimated = sum(term.nbytes for term in engine if term.name in ESTIMATED_TERMS)
+    weights = sum(term.nbytes for term in (*engine, *trainer) if term.name.endswith(".weights"))
     margins = []
     if engine or unknown:
         margins.append(
@@ -199,7 +199,7 @@ def _margin_terms(candidate: Candidate, engine: list[Term], trainer: list[Term])
 
 
 def _is_engine_term(term: Term) -> bool:
-    return term.term.startswith("engine.") or term.term == "margin.engine"
+    return term.name.startswith("engine.") or term.name == "margin.engine"
 
 
 def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
@@ -209,7 +209,7 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
     others = [term for term in terms if not _is_engine_term(term)]
     one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
     fixed, given_back = total_bytes(engine), total_bytes(engine, "rollout")
-    copies = candidate.plan.dequantized
+    copies = candidate.plan.copies_bytes
     kept, step = total_bytes(others, "always"), total_bytes(others, "training")
     room = device.free_bytes - device.context_bytes
     ends = {
@@ -218,7 +218,7 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
     }
     # After a training step the KV cache is mapped again while torch still reserves memory of the
     # step.
-    pieces = sum(term.bytes for term in others if term.term == "margin.fragmentation")
+    pieces = sum(term.nbytes for term in others if term.name == "margin.fragmentation")
     beside_pieces = room - kept - pieces
     most_sampling = min(*ends.values(), beside_pieces)
     if candidate.plan.sleep or copies:
@@ -250,8 +250,8 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
         kv_sequence_bytes=one,
         kv_wanted_bytes=_rollout_kv_bytes(candidate),
         max_sampling_bytes=most_sampling,
-        min_margin_bytes=sum(term.bytes for term in engine if term.term == "margin.engine"),
-        max_margin_bytes=sum(term.bytes for term in others if term.term.startswith("margin.")),
+        min_margin_bytes=sum(term.nbytes for term in engine if term.name == "margin.engine"),
+        max_margin_bytes=sum(term.nbytes for term in others if term.name.startswith("margin.")),
     )
 
 
@@ -323,5 +323,5 @@ def _rollout_kv_bytes(candidate: Candidate) -> int:
 
 
 def _largest_term(terms: list[Term], *phases: str) -> str:
-    found = max((term for term in terms if term.phase in phases), key=lambda term: term.bytes)
-    return found.term
+    found = max((term for term in terms if term.phase in phases), key=lambda term: term.nbytes)
+    return found.name

@@ -154,7 +154,7 @@ class AdapterLayout:
     layers: tuple[int, ...] | None = None
 
     @property
-    def plain(self) -> bool:
+    def is_uniform(self) -> bool:
         """Whether all layers have the same adapter."""
         return not (self.exclude or self.rank_pattern or self.layers is not None)
 
@@ -185,7 +185,7 @@ def _sum_of_ranks(
     If a model has several kinds of layers, this function does not know which layer is of which
     kind. Then every layer of ``block`` counts with the largest rank.
     """
-    if layout.plain:
+    if layout.is_uniform:
         return block.count * rank
     found = ranks_by_layer(layout, linear.name, spec.layers, rank)
     return sum(found) if len(spec.blocks) == 1 else block.count * max(found)

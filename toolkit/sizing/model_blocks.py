@@ -94,7 +94,7 @@ class Block:
     cache: Cache
     active_experts: int = 0
 
-    def uses(self, linear: Linear) -> int:
+    def active_copies(self, linear: Linear) -> int:
         """The number of copies (matrices) of ``linear`` that are applied to one token."""
         return self.active_experts if linear.copies > 1 else 1
 
@@ -122,8 +122,8 @@ class ModelSpec:
     extra_parameters: int = 0  # those of a vision tower and its projector
     head_bias: bool = False
     quantization: Quantization | None = None
-    stored: StoredWeights | None = None
-    weights_by_headers: bool = False  # True: weights are as large as the files
+    stored_weights: StoredWeights | None = None
+    sized_by_headers: bool = False  # True: weights are as large as the files
     margin: float = 0.0  # added to weight and KV terms; 0 for a known architecture
     lora_tables: tuple[str, ...] = ()  # embedding and head, if they have LoRA slots in the engine
     rope_tables: tuple[RopeTable, ...] = ()

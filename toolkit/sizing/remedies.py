@@ -67,7 +67,7 @@ class _Change:
     text: str
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def applied(self, config: RunConfig) -> RunConfig:
+    def apply_to(self, config: RunConfig) -> RunConfig:
         """``config`` with the values of the change."""
         for key, value in self.settings.items():
             section, _, name = key.partition(".")
@@ -92,7 +92,7 @@ def find_remedies(
     """
     found = []
     for change in _possible_changes(candidate):
-        left = attempt(change.applied(config))[1].short_bytes
+        left = attempt(change.apply_to(config))[1].short_bytes
         if left < short:
             found.append(_to_remedy(change, short, left))
     found += _second_card(config, candidate, short, attempt)
@@ -102,7 +102,7 @@ def find_remedies(
         together = _combine_changes(config, attempt)
         if together is not None:
             found.append(
-                _to_remedy(together, short, attempt(together.applied(config))[1].short_bytes)
+                _to_remedy(together, short, attempt(together.apply_to(config))[1].short_bytes)
             )
     return tuple(sorted(found, key=lambda one: (not one.enough, one.harm, -one.frees_bytes)))
 
@@ -136,13 +136,13 @@ def _combine_changes(config: RunConfig, attempt: Attempt) -> _Change | None:
             return None
         taken |= step.settings
         harms |= dict.fromkeys(step.settings, step.harm)
-        changed = step.applied(changed)
+        changed = step.apply_to(changed)
         current, fit = attempt(changed)
     else:
         return None
     for group in _undo_groups(taken):
         kept = {key: value for key, value in taken.items() if key not in group}
-        if kept and attempt(_Change(NOTHING, "", kept).applied(config))[1].fits:
+        if kept and attempt(_Change(NOTHING, "", kept).apply_to(config))[1].fits:
             taken = kept
     text = " and ".join(
         f"{key.rpartition('.')[2]}: {str(value).lower() if isinstance(value, bool) else value}"
@@ -174,7 +174,7 @@ def _least_harmful_change(
     for change in _possible_changes(candidate):
         by_harm.setdefault(change.harm, []).append(change)
     for harm in sorted(by_harm):
-        tried = [(attempt(one.applied(config))[1].short_bytes, one) for one in by_harm[harm]]
+        tried = [(attempt(one.apply_to(config))[1].short_bytes, one) for one in by_harm[harm]]
         left, best = min(tried, key=lambda pair: pair[0])
         if left < fit.short_bytes:
             return best
@@ -267,7 +267,7 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
     for possible, harm, name in flags:
         if possible:
             yield _Change(harm, f"{name}: true", {f"model.{name}": True})
-    if plan.dequantized and candidate.config.model.dequantized_rollouts is not False:
+    if plan.copies_bytes and candidate.config.model.dequantized_rollouts is not False:
         text = "dequantized_rollouts: false"
         yield _Change(TIME, text, {"model.dequantized_rollouts": False})
     tokens, sequences = plan.max_num_batched_tokens, plan.max_num_seqs
@@ -305,7 +305,7 @@ def _second_card(
         f"add a second card of this kind (--world-size 2), and set {MICRO_BATCH}: {micro // 2}",
         {f"grpo.{MICRO_BATCH}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
-    left = attempt(change.applied(config), 2)[1].short_bytes
+    left = attempt(change.apply_to(config), 2)[1].short_bytes
     if left >= short:
         return []
     return [replace(_to_remedy(change, short, left), world_size=2)]
@@ -328,7 +328,7 @@ def _split_model(
         return []
     world, own = candidate.step.world_size, candidate.plan.tensor_parallel
     sizes = [
-        n for n in parallel.sizes(split_facts(candidate.unsplit), MAX_CARDS) if not n & (n - 1)
+        n for n in parallel.sizes(split_facts(candidate.unsplit_spec), MAX_CARDS) if not n & (n - 1)
     ]
     for size in (n for n in sizes if n > own and world % n == 0):
         micro, more = candidate.step.micro_batch, candidate.step.accumulation * (size // own)
@@ -339,14 +339,14 @@ def _split_model(
         }
         text = f"tensor_parallel_size {own} -> {size} on the {world} cards ({ACCUMULATION} {more})"
         change = _Change(TIME, text, settings)
-        left = attempt(change.applied(config))[1].short_bytes
+        left = attempt(change.apply_to(config))[1].short_bytes
         if left <= 0:
             return [_to_remedy(change, short, left)]
     for size in (n for n in sizes if n > own):
         cards = size * (world // own)
         text = f"{cards} cards (--world-size {cards}) with tensor_parallel_size {size}"
         change = _Change(HARDWARE, text, {"model.tensor_parallel_size": size})
-        left = attempt(change.applied(config), cards)[1].short_bytes
+        left = attempt(change.apply_to(config), cards)[1].short_bytes
         if left <= 0:
             return [replace(_to_remedy(change, short, left), world_size=cards)]
     return []

@@ -125,7 +125,7 @@ class Interval:
     max_without_margin: float | None = None
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         return self.min is not None and self.max is not None and self.min > self.max
 
 
@@ -226,7 +226,7 @@ class SizingResult:
             ],
         }
 
-    def error(self) -> ConfigError:
+    def infeasible_error(self) -> ConfigError:
         """The error for a run that does not fit: the missing memory, the limiting terms, and the
         list of changes.
         """
@@ -235,13 +235,13 @@ class SizingResult:
         return ConfigError(
             f"the run does not fit on {name}: {format_bytes(self.short_bytes)} are missing "
             f"(largest need: {self.interval.binding_min}; limit: {self.interval.binding_max})"
-            + self.too_long,
+            + self.length_advice,
             where="gpu_memory_utilization",
             fix=listed or "use a card with more memory",
         )
 
     @property
-    def too_long(self) -> str:
+    def length_advice(self) -> str:
         """The part of the error message that says that a single sequence does not fit, and which
         length would fit. The text is empty if shorter sequences would not help or are not needed.
         """
@@ -254,7 +254,7 @@ class SizingResult:
             f" {self.longest_sequence:,} tokens (prompt and completion) fits"
         )
 
-    def written_problem(self, config: RunConfig) -> ConfigError | None:
+    def utilization_error(self, config: RunConfig) -> ConfigError | None:
         """Return an error if gpu_memory_utilization in the run file is too low or too high for this
         run, even without the safety margins. Otherwise return None.
         """
@@ -280,8 +280,8 @@ class SizingResult:
         Without a GPU, gpu_memory_utilization stays "auto", because it is not used there.
         """
         if not self.feasible:
-            raise self.error()
-        if problem := self.written_problem(config):
+            raise self.infeasible_error()
+        if problem := self.utilization_error(config):
             raise problem
         choice = self.choice
         model = config.model

@@ -181,11 +181,11 @@ def _best_for_split(
         if packed:
             most = min(most, max(all_rows_tokens(work), work.sequence_tokens))
             step = replace(step, pack_tokens=most, passes=passes_per_step(work, most))
-        step = replace(step, fused=fused, on_gpu=device is not None)
+        step = replace(step, uses_fused_kernels=fused, on_gpu=device is not None)
         candidate = Candidate(
             config=config,
             spec=spec,
-            unsplit=unsplit,
+            unsplit_spec=unsplit,
             device=device,
             work=work,
             plan=chosen,
@@ -215,7 +215,7 @@ def will_use_fused_kernels(config: RunConfig, device: Device | None) -> bool:
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
-    return installed(LIGER) if device.here else True
+    return installed(LIGER) if device.is_local else True
 
 
 def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
@@ -304,8 +304,8 @@ def _plan_step(
         accumulation=work.accumulation * work.micro_batch // micro,
         checkpointing=mode,
         compute_bytes=compute_bytes(plan.dtype),
-        own_weights=not work.uses_engine or not plan.share_weights,
-        packed=is_bitsandbytes(plan.quantization),
+        has_own_weights=not work.uses_engine or not plan.share_weights,
+        is_quantized=is_bitsandbytes(plan.quantization),
         world_size=world_size,
     )
 

@@ -43,13 +43,15 @@ def spec_of_one_card(spec: ModelSpec, size: int) -> ModelSpec:
     problem = parallel.model_problem(facts) or parallel.shape_problem(facts, size)
     if problem is not None:
         raise ConfigError(problem, where=parallel.KEY, fix="set model.tensor_parallel_size: 1")
-    stored = spec.stored
+    stored = spec.stored_weights
     return replace(
         spec,
         heads=spec.heads // size,
         vocab_size=padded_vocab(spec.vocab_size) // size,
         blocks=tuple(_split_block(block, spec, size) for block in spec.blocks),
-        stored=None if stored is None else replace(stored, nbytes=-(-stored.nbytes // size)),
+        stored_weights=None
+        if stored is None
+        else replace(stored, nbytes=-(-stored.nbytes // size)),
     )
 
 

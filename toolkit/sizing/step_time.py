@@ -48,7 +48,7 @@ def dequantize_seconds(candidate: Candidate) -> float:
     """The seconds that 4-bit weights add to one rollout. Weights without a 16-bit copy are
     dequantized again in each decode step. Weights with a copy are dequantized once per rollout.
     """
-    copies = candidate.plan.dequantized
+    copies = candidate.plan.copies_bytes
     weights = (all_copies_bytes(candidate.spec, candidate.plan) - copies) // BYTES_PER_WEIGHT
     waves = -(-candidate.work.rollouts // max(candidate.plan.max_num_seqs, 1))
     seconds = weights * DEQUANTIZE_S_PER_WEIGHT * waves * candidate.work.completion_tokens
@@ -67,9 +67,9 @@ def training_seconds(candidate: Candidate) -> float:
     operations = (6 if again else 4) * active_parameters(candidate.spec)
     tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:
-        tokens = tokens_per_step(candidate.work, step.pack_tokens) / step.pieces
+        tokens = tokens_per_step(candidate.work, step.pack_tokens) / step.pass_count
     device = operations * tokens / OPERATIONS_PER_S
-    return step.pieces * max(host, device) + SLEEP_S * candidate.plan.sleep
+    return step.pass_count * max(host, device) + SLEEP_S * candidate.plan.sleep
 
 
 def active_parameters(spec: ModelSpec) -> int:
@@ -80,5 +80,5 @@ def active_parameters(spec: ModelSpec) -> int:
     for block in spec.blocks:
         for linear in block.linears:
             one = linear.in_features * linear.out_features
-            total += block.count * block.uses(linear) * one
+            total += block.count * block.active_copies(linear) * one
     return total

@@ -10,19 +10,19 @@ Phase = Literal["always", "rollout", "training"]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A part of the run's memory. ``term`` is its name, ``bytes`` its size, and ``phase`` the phase
-    of the run in which it is in use. ``source`` says how ``bytes`` was computed.
+    """A part of the run's memory. ``name`` is its name, ``nbytes`` its size, and ``phase`` the
+    phase of the run in which it is in use. ``source`` says how ``nbytes`` was computed.
     """
 
-    term: str
-    bytes: int
+    name: str
+    nbytes: int
     source: str
     phase: Phase = "always"
 
     def to_json(self) -> dict[str, str | int]:
         return {
-            "term": self.term,
-            "bytes": self.bytes,
+            "term": self.name,
+            "bytes": self.nbytes,
             "source": self.source,
             "phase": self.phase,
         }
@@ -30,4 +30,4 @@ class Term:
 
 def total_bytes(terms: tuple[Term, ...] | list[Term], *phases: Phase) -> int:
     """The sum of the bytes of the terms in ``phases``; of all terms if no phase is given."""
-    return sum(term.bytes for term in terms if not phases or term.phase in phases)
+    return sum(term.nbytes for term in terms if not phases or term.phase in phases)

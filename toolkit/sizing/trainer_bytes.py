@@ -32,7 +32,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     count = work.adapter_parameters(spec)
     states = work.optimizer_bytes
     terms = []
-    if step.own_weights:
+    if step.has_own_weights:
         own = weight_bytes(spec, plan.dtype, plan.quantization)
         terms.append(Term("trainer.weights", own, "the trainer's separate model"))
     terms += [
@@ -43,13 +43,13 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
         ),
         Term("trainer.optimizer", int(count * states), f"{states:g} bytes per parameter"),
     ]
-    if work.reference:
+    if work.has_reference:
         copy = count * MASTER_BYTES
         terms.append(Term("trainer.reference", copy, "the starting adapter, for the KL term"))
     saved, layer, moving = activation_parts(spec, work, step)
     head = head_bytes(spec, work, step)
     gradients, beyond = count * MASTER_BYTES, ""
-    if step.pieces == 1:
+    if step.pass_count == 1:
         # Gradients are created layer by layer while the saved tensors of those layers are freed.
         gradients, beyond = (
             max(0, gradients - saved),
@@ -63,7 +63,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
     size = f"{step.micro_batch} x {work.sequence_tokens} tokens"
     if step.pack_tokens is not None:
         size = f"packs of {one.tokens:,} tokens that read {one.keys:,} keys"
-    shape = f"{size}, {mode}" + (", fused kernels" if step.fused else "")
+    shape = f"{size}, {mode}" + (", fused kernels" if step.uses_fused_kernels else "")
     terms += [
         Term(
             "trainer.gradients",
@@ -88,7 +88,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
                 "trainer.expert_updates", nbytes, "PEFT computes W + BA of all experts", "training"
             )
         )
-    if step.packed:
+    if step.is_quantized:
         unpacked = dequantized_bytes(spec, plan)
         terms.append(
             Term(
@@ -117,7 +117,7 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     width = step.compute_bytes
     tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
     hidden = rows * spec.hidden_size * (width + 4 + width)
-    final_norm = one.tokens * spec.hidden_size * ((width if step.fused else 4) + width)
+    final_norm = one.tokens * spec.hidden_size * ((width if step.uses_fused_kernels else 4) + width)
     return tile + hidden + final_norm
 
 

@@ -45,8 +45,8 @@ def weight_bytes(
     """The bytes of all weights of the model. With ``engine``, the vocabulary rows that vLLM adds as
     padding are included.
     """
-    if spec.weights_by_headers and spec.stored is not None:
-        return spec.stored.nbytes
+    if spec.sized_by_headers and spec.stored_weights is not None:
+        return spec.stored_weights.nbytes
     if engine and quantization is not None and quantization.nested:
         # vLLM's bitsandbytes loader undoes the second quantization of the block scales.
         quantization = replace(quantization, nested=False)

@@ -35,16 +35,16 @@ def _ceil_div(count: int, divisor: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A weight format. ``skipped`` contains the names, or parts of the names, of modules that are
-    not quantized.
+    """A weight format. ``skipped_modules`` contains the names, or parts of the names, of modules
+    that are not quantized.
     """
 
     method: Method
     bits: int = 4
-    group: int = 128  # input weights that share a scale; 0: one scale per output channel
-    block: tuple[int, int] | None = None  # (out, in) of FP8 block scales
+    group_size: int = 128  # input weights that share a scale; 0: one scale per output channel
+    block_shape: tuple[int, int] | None = None  # (out, in) of FP8 block scales
     nested: bool = False
-    skipped: tuple[str, ...] = ()
+    skipped_modules: tuple[str, ...] = ()
 
     def skips(self, name: str) -> bool:
         """Whether the module with this dotted name stays in 16 bits."""
@@ -54,7 +54,7 @@ class Quantization:
             or fragment in pieces
             or name.startswith(fragment + ".")
             or f".{fragment}." in f".{name}."
-            for fragment in self.skipped
+            for fragment in self.skipped_modules
         )
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
@@ -66,18 +66,18 @@ class Quantization:
             case "bnb-int8" | "int8":
                 return count + 4 * out_features
             case "awq":
-                groups = _ceil_div(in_features, self.group) if self.group > 0 else 1
+                groups = _ceil_div(in_features, self.group_size) if self.group_size > 0 else 1
                 packed = _ceil_div(out_features, 32 // self.bits) * 4
                 return in_features * packed + groups * packed + groups * out_features * 2
             case "gptq":
-                groups = _ceil_div(in_features, self.group) if self.group > 0 else 1
+                groups = _ceil_div(in_features, self.group_size) if self.group_size > 0 else 1
                 qweight = _ceil_div(in_features * self.bits, 32) * out_features * 4
                 qzeros = groups * _ceil_div(out_features * self.bits, 32) * 4
                 return qweight + qzeros + groups * out_features * 2 + in_features * 4
             case "fp8":
-                if self.block is not None:
-                    scales = _ceil_div(out_features, self.block[0]) * _ceil_div(
-                        in_features, self.block[1]
+                if self.block_shape is not None:
+                    scales = _ceil_div(out_features, self.block_shape[0]) * _ceil_div(
+                        in_features, self.block_shape[1]
                     )
                     return count + 4 * scales
                 return count + 4 * out_features
@@ -90,9 +90,11 @@ class Quantization:
         return blocks + _ceil_div(blocks, NF4_NESTED_BLOCK) * 4 + 256 * 4 + 16 * 4
 
 
-NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped=("lm_head", "embed_tokens"))
-INT8_ON_LOAD = Quantization(method="bnb-int8", bits=8, skipped=("lm_head", "embed_tokens"))
-FP8_ON_LOAD = Quantization(method="fp8", bits=8, group=0, skipped=("lm_head", "embed_tokens"))
+NF4_ON_LOAD = Quantization(method="bnb-nf4", skipped_modules=("lm_head", "embed_tokens"))
+INT8_ON_LOAD = Quantization(method="bnb-int8", bits=8, skipped_modules=("lm_head", "embed_tokens"))
+FP8_ON_LOAD = Quantization(
+    method="fp8", bits=8, group_size=0, skipped_modules=("lm_head", "embed_tokens")
+)
 
 
 def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantization | str | None:
@@ -108,26 +110,28 @@ def parse_quantization(values: Mapping[str, Any] | None, where: str) -> Quantiza
     skipped = _skipped_modules(fields)
     if method == "bitsandbytes":
         if fields.flag("load_in_8bit", False):
-            return Quantization(method="bnb-int8", bits=8, group=0, skipped=skipped)
+            return Quantization(method="bnb-int8", bits=8, group_size=0, skipped_modules=skipped)
         nested = fields.flag("bnb_4bit_use_double_quant", False)
-        return Quantization(method="bnb-nf4", nested=nested, skipped=skipped)
+        return Quantization(method="bnb-nf4", nested=nested, skipped_modules=skipped)
     if method in ("awq", "gptq"):
         bits = fields.integer("bits", "w_bit", default=4, low=2, high=8)
         group = fields.integer("group_size", "q_group_size", default=128, low=-1, high=1 << 20)
         return Quantization(
             method="awq" if method == "awq" else "gptq",
             bits=bits,
-            group=max(group, 0),
-            skipped=skipped,
+            group_size=max(group, 0),
+            skipped_modules=skipped,
         )
     if method in ("fp8", "fbgemm_fp8"):
         block = fields.items("weight_block_size", int)
         pair = (block[0], block[1]) if block and len(block) == 2 and min(block) > 0 else None
-        return Quantization(method="fp8", bits=8, group=0, block=pair, skipped=skipped)
+        return Quantization(
+            method="fp8", bits=8, group_size=0, block_shape=pair, skipped_modules=skipped
+        )
     if method == "compressed-tensors":
         return _parse_compressed(fields, skipped) or "compressed-tensors"
     if method == "mxfp4":
-        return Quantization(method="mxfp4", skipped=skipped)
+        return Quantization(method="mxfp4", skipped_modules=skipped)
     return method or "unnamed"
 
 
@@ -145,7 +149,7 @@ def _parse_compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization 
         return None
     kind = weights.text("type")
     return Quantization(
-        method="fp8" if kind == "float" else "int8", bits=8, group=0, skipped=skipped
+        method="fp8" if kind == "float" else "int8", bits=8, group_size=0, skipped_modules=skipped
     )
 
 

@@ -55,8 +55,8 @@ class Workload:
     optimizer: str
     optimizer_bytes: float
     uses_engine: bool
-    dropout: bool
-    reference: bool = False  # TRL keeps a copy of the starting adapter for the KL term
+    has_dropout: bool
+    has_reference: bool = False  # TRL keeps a copy of the starting adapter for the KL term
 
     def adapter_parameters(self, spec: ModelSpec) -> int:
         """The number of trainable parameters of the adapter on ``spec``."""
@@ -70,23 +70,25 @@ class StepPlan:
     - ``pack_tokens``: the maximum number of tokens of a pass over packs (rows joined without
       padding). If it is None, a pass has ``micro_batch`` padded rows.
     - ``passes``: the number of forward and backward passes of a step; None means ``accumulation``.
-    - ``fused``: whether the model's layers use the kernels of policy/fused_kernels.
+    - ``uses_fused_kernels``: whether the model's layers use the kernels of policy/fused_kernels.
     """
 
     micro_batch: int
     accumulation: int
     checkpointing: Checkpointing  # True, False, or "unsloth": checkpoints offloaded to the host
     compute_bytes: int
-    own_weights: bool
-    packed: bool = False  # the base model has bitsandbytes layers, with PEFT's layers around them
+    has_own_weights: bool
+    is_quantized: bool = (
+        False  # the base model has bitsandbytes layers, with PEFT's layers around them
+    )
     world_size: int = 1
     pack_tokens: int | None = None
     passes: int | None = None
-    fused: bool = False
+    uses_fused_kernels: bool = False
     on_gpu: bool = False
 
     @property
-    def pieces(self) -> int:
+    def pass_count(self) -> int:
         """The number of passes of a step."""
         return self.accumulation if self.passes is None else self.passes
 
@@ -123,8 +125,8 @@ def read_workload(run: ResolvedRun, device: Device | None = None) -> Workload:
         optimizer=optimizer,
         optimizer_bytes=optimizer_bytes(optimizer),
         uses_engine=run.engine == "vllm",
-        dropout=config.lora.lora_dropout > 0,
-        reference=bool(grpo.get("beta", 0.0)) and not config.model.full_finetuning,
+        has_dropout=config.lora.lora_dropout > 0,
+        has_reference=bool(grpo.get("beta", 0.0)) and not config.model.full_finetuning,
     )
 
 

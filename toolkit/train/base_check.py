@@ -62,7 +62,7 @@ class BaseCheck:
             )
         checksum = checksums_digest(after)
         if (shared := current_mesh()) is not None:
-            checksum = shared.digest_of_all(checksum)
+            checksum = shared.combined_digest(checksum)
         return {"tensors": len(after), "checksum": checksum, "unchanged": True}
 
 

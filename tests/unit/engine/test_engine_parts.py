@@ -29,7 +29,7 @@ def whole(prompts: int, n: int) -> BatchPart:
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 90))
 def test_parts_hold_every_completion_once_and_no_more_than_fit(prompts, n, most) -> None:
-    parts = whole(prompts, n).fit(most)
+    parts = whole(prompts, n).split_to(most)
     assert all(part.size <= most for part in parts)
     assert [row for part in parts for row in rows_of(part)] == list(range(prompts * n))
 

@@ -32,7 +32,7 @@ class EvenCuts:
     def __init__(self, shared: Mesh, head_dim: int) -> None:
         self.shared, self.head_dim = shared, head_dim
 
-    def of_layer(self, name: str, out_features: int) -> WeightSplit:
+    def layer_split(self, name: str, out_features: int) -> WeightSplit:
         size, rank = self.shared.size, self.shared.rank
         if name.endswith(("o_proj", "down_proj")):
             columns = {"o_proj": 64, "down_proj": 96}[name.rpartition(".")[2]]
@@ -45,7 +45,7 @@ class EvenCuts:
             "rows", rank // copies * length, length, out_features, repeated=copies > 1
         )
 
-    def of_table(self, name: str) -> tuple[WeightSplit, int]:
+    def vocabulary_split(self, name: str) -> tuple[WeightSplit, int]:
         width = WIDTH // self.shared.size
         start = self.shared.rank * width
         return WeightSplit("rows", start, min(width, VOCAB - start), VOCAB), width
@@ -174,7 +174,9 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     found["parts"] = torch.equal(local_shard(gather_full_tensor(parameter), parameter), parameter)
     replicated = torch.cat([p.detach().flatten() for p in ours.parameters()
                             if p.requires_grad and shard_of(p) is None])  # fmt: skip
-    found["replicas equal"] = all(torch.equal(replicated, one) for one in shared.gather(replicated))
+    found["replicas equal"] = all(
+        torch.equal(replicated, one) for one in shared.all_gather(replicated)
+    )
     distributed.destroy_process_group()
     return found
 

@@ -21,7 +21,7 @@ GRPO = {
 
 
 def term(result, name=TERM):
-    return sum(one.bytes for one in result.terms if one.term == name)
+    return sum(one.nbytes for one in result.terms if one.name == name)
 
 
 def test_a_large_card_holds_all_of_them(spec_of, card, run):
@@ -29,7 +29,7 @@ def test_a_large_card_holds_all_of_them(spec_of, card, run):
     result = solve(config, spec_of(EIGHT_B), card("h100"))
     assert result.choice.dequantized_rollouts is True
     assert term(result) == 2 * LAYERS
-    assert next(one.phase for one in result.terms if one.term == TERM) == "rollout"
+    assert next(one.phase for one in result.terms if one.name == TERM) == "rollout"
     assert result.engine.kv_bytes >= result.engine.kv_wanted_bytes
     assert result.apply(config).model.dequantized_rollouts is True
     assert "dequantized_rollouts" in text_of(result, config)
@@ -95,5 +95,5 @@ def test_a_written_utilization_bounds_them(spec_of, card, run):
     config = run(GRPO, load_in_4bit=True, gpu_memory_utilization=0.3)
     case, fit = best_candidate(config, spec_of(EIGHT_B), card("h100"), 1)
     taken = int(0.3 * card("h100").cuda_total_bytes)
-    assert 0 < case.plan.dequantized < 2 * LAYERS
+    assert 0 < case.plan.copies_bytes < 2 * LAYERS
     assert fit.min_bytes - fit.kv_sequence_bytes + fit.kv_wanted_bytes <= taken

@@ -24,7 +24,7 @@ def test_the_adapter_is_on_attention(spec_of, card, run):
     attention = 48 * 16 * (3 * (2048 + 0) + 4096 + 2 * 512 + (4096 + 2048))
     assert result.model.trainable_parameters == attention
     assert result.choice.target_modules == ATTENTION
-    assert not any(term.term == "trainer.expert_updates" for term in result.terms)
+    assert not any(term.name == "trainer.expert_updates" for term in result.terms)
     assert any("LoRA slots: q_proj, k_proj, v_proj, o_proj" in n for n in result.model.notes)
     assert result.apply(config).lora.target_modules == ATTENTION
 

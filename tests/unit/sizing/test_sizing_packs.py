@@ -20,7 +20,7 @@ CONTEXT = {"max_seq_length": 18432, "load_in_4bit": True, "r": 32, "checkpointin
 
 
 def term(result, name):
-    return next(one for one in result.terms if one.term == name)
+    return next(one for one in result.terms if one.name == name)
 
 
 def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeypatch):
@@ -54,7 +54,7 @@ def test_what_a_pass_keeps_by_hand(spec_of, card, run):
     layer = tokens * (norms + inputs + attention + 2 * 2 * inner) + keys * 2 * (kv + kv)
     moving = tokens * (2 * inner + 4 * hidden)
     found = term(result, "trainer.activations")
-    assert found.bytes == kept + layer + moving
+    assert found.nbytes == kept + layer + moving
     assert "packs of 32,768 tokens that read 163,840 keys, checkpointing, fused" in found.source
 
 
@@ -124,7 +124,7 @@ def test_a_sequence_that_cannot_fit_is_told_with_the_length_that_does(spec_of, c
 def test_a_model_that_cannot_fit_at_all_is_told(spec_of, card, run):
     result = solve(run(LONG, **{**CONTEXT, "load_in_4bit": False}), spec_of(EIGHT_B), card("t4"))
     assert result.longest_sequence == 0
-    assert "not even a short sequence" in result.error().message
+    assert "not even a short sequence" in result.infeasible_error().message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ ONE_B = "meta-llama/Llama-3.2-1B-Instruct"
 
 
 def term(result, name):
-    return next(line.bytes for line in result.terms if line.term == name)
+    return next(line.nbytes for line in result.terms if line.name == name)
 
 
 def test_the_cpu_has_no_utilization(spec_of, run, monkeypatch):
@@ -41,7 +41,7 @@ def test_without_an_engine(spec_of, card, run):
     slots.
     """
     result = solve(run(engine="transformers"), spec_of(ONE_B), card("h100"))
-    names = {line.term for line in result.terms}
+    names = {line.name for line in result.terms}
     assert {"rollout.kv", "trainer.weights"} <= names
     assert not any(name.startswith("engine.") for name in names)
     assert result.interval.min is None

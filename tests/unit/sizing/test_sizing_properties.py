@@ -76,11 +76,11 @@ def make(spec_of, card, run):
 def test_what_is_chosen_fits_and_what_does_not_fit_is_priced(make, name, on, work, values):
     config, spec, device = make(name, on, work, values)
     result = solve(config, spec, device)
-    assert all(isinstance(line.bytes, int) and line.bytes >= 0 for line in result.terms)
+    assert all(isinstance(line.nbytes, int) and line.nbytes >= 0 for line in result.terms)
     json.dumps(result.to_json())
     if not result.feasible:
         assert result.short_bytes > 0
-        assert result.error().exit_code == 1
+        assert result.infeasible_error().exit_code == 1
         assert all(remedy.frees_bytes > 0 for remedy in result.remedies)
         return
     free = device.free_bytes

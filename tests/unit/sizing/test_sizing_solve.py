@@ -14,7 +14,7 @@ PADDED = {"padding_free": False, "fused_kernels": False}  # the larger step
 
 
 def term(result, name):
-    return next(line.bytes for line in result.terms if line.term == name)
+    return next(line.nbytes for line in result.terms if line.name == name)
 
 
 def test_both_phases_fit_at_the_choice(spec_of, card, run):
@@ -31,9 +31,9 @@ def test_both_phases_fit_at_the_choice(spec_of, card, run):
 def test_the_least_holds_one_sequence(spec_of, card, run):
     result = solve(run(r=64, gpu_memory_utilization=0.3), spec_of(EIGHT_B), card("h100"))
     engine = sum(
-        line.bytes
+        line.nbytes
         for line in result.terms
-        if line.term.startswith("engine.") and line.term != "engine.kv"
+        if line.name.startswith("engine.") and line.name != "engine.kv"
     )
     least = engine + term(result, "margin.engine") + 1024 * 131072  # KV of 1024 tokens
     assert result.interval.min == pytest.approx(least / result.device["cuda_total_bytes"], abs=2e-3)
@@ -55,7 +55,7 @@ def test_sharing_saves_one_copy_of_the_weights(spec_of, card, run):
     twice = solve(run(checkpointing=True, share_weights=False), spec_of(EIGHT_B), card("h100"))
     copy = term(twice, "trainer.weights")
     assert copy == pytest.approx(8030261248 * 2, rel=1e-3)
-    assert not [line for line in once.terms if line.term == "trainer.weights"]
+    assert not [line for line in once.terms if line.name == "trainer.weights"]
     assert once.interval.max - twice.interval.max == pytest.approx(
         copy / once.device["cuda_total_bytes"], abs=2e-3
     )

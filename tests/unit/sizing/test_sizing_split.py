@@ -12,7 +12,7 @@ LARGE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 
 
 
 def term(result, name):
-    return next(line.bytes for line in result.terms if line.term == name)
+    return next(line.nbytes for line in result.terms if line.name == name)
 
 
 def linear(spec, leaf):

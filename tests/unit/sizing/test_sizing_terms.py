@@ -27,16 +27,16 @@ EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
             Quantization(method="bnb-nf4", nested=True),
             4096 * 4096 // 2 + 262144 + 1024 * 4 + 256 * 4 + 16 * 4,
         ),
-        (Quantization(method="fp8", bits=8, group=0), 4096 * 4096 + 4 * 4096),
-        (Quantization(method="fp8", bits=8, block=(128, 128)), 4096 * 4096 + 4 * 32 * 32),
+        (Quantization(method="fp8", bits=8, group_size=0), 4096 * 4096 + 4 * 4096),
+        (Quantization(method="fp8", bits=8, block_shape=(128, 128)), 4096 * 4096 + 4 * 32 * 32),
         (Quantization(method="mxfp4"), 4096 * 4096 // 2 + 4096 * 4096 // 32),
         (Quantization(method="bnb-int8", bits=8), 4096 * 4096 + 4 * 4096),
         (
-            Quantization(method="awq", group=128),
+            Quantization(method="awq", group_size=128),
             4096 * 512 * 4 + 32 * 512 * 4 + 32 * 4096 * 2,
         ),
         (
-            Quantization(method="gptq", group=128),
+            Quantization(method="gptq", group_size=128),
             512 * 4096 * 4 + 32 * 512 * 4 + 32 * 4096 * 2 + 4096 * 4,
         ),
     ],
@@ -116,7 +116,7 @@ def test_an_adapter_is_float32_on_a_quantized_base_too(spec_of, card, run):
     sizes = {}
     for four_bit in (False, True):
         result = solve(run(load_in_4bit=four_bit), spec_of(EIGHT_B), card("h100"))
-        sizes[four_bit] = {line.term: line.bytes for line in result.terms}
+        sizes[four_bit] = {line.name: line.nbytes for line in result.terms}
     for name in ("trainer.adapter", "trainer.optimizer"):
         assert sizes[False][name] == sizes[True][name]
     # Autocast keeps a bfloat16 copy of it during a step.
@@ -136,7 +136,7 @@ def test_graphs_are_those_that_the_engine_captures(spec_of, card, run):
 
 def test_the_reference_of_the_kl_term_is_a_copy_of_the_adapter(spec_of, card, run):
     plain, with_kl = (
-        {line.term: line.bytes for line in solve(made, spec_of(EIGHT_B), card("h100")).terms}
+        {line.name: line.nbytes for line in solve(made, spec_of(EIGHT_B), card("h100")).terms}
         for made in (run(), run(grpo={"beta": 0.04}))
     )
     assert "trainer.reference" not in plain
@@ -167,9 +167,9 @@ def test_calibrate_reads_the_run(run_dir):
     (folder / "timings.jsonl").write_text(text)
     found = calibrate(folder)
     row = next(row for row in found.rows if row.term == "peak.torch")
-    assert (row.predicted, row.measured, row.off) == (peak, peak, 0.0)
-    assert found.measured
-    assert not found.above_bound
+    assert (row.predicted, row.measured, row.relative_error) == (peak, peak, 0.0)
+    assert found.has_measurements
+    assert not found.is_above_bound
 
 
 def test_calibrate_takes_the_engines_account(run_dir):
@@ -179,14 +179,14 @@ def test_calibrate_takes_the_engines_account(run_dir):
     (folder / "memory.json").write_text(json.dumps({"engine.loaded": loaded * 2}))
     row = next(row for row in calibrate(folder).rows if row.term == "engine.loaded")
     assert row.predicted == loaded
-    assert row.off == -0.5
+    assert row.relative_error == -0.5
 
 
 def test_calibrate_sees_a_peak_above_the_bound(run_dir):
     _, sizing = run_dir
     bound = sizing["peaks"]["bound_bytes"]
-    assert compare(sizing, {"peak.torch": bound + 1}).above_bound
-    assert not compare(sizing, {"peak.torch": bound}).above_bound
+    assert compare(sizing, {"peak.torch": bound + 1}).is_above_bound
+    assert not compare(sizing, {"peak.torch": bound}).is_above_bound
 
 
 def test_a_cpu_run_is_not_measured(run_dir):

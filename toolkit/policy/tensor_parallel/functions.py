@@ -128,7 +128,7 @@ def clip_split_grad_norm(parameters: Iterable[torch.Tensor], most: float) -> tor
         squares[0 if shard_of(one) else 1] += own
     shared = current_mesh()
     if shared is not None:
-        shared.add(squares[:1])
+        shared.all_reduce(squares[:1])
     norm = squares.sum().sqrt()
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for one in known:

@@ -68,7 +68,7 @@ class SplitLinear(nn.Linear):
         """The bias that this process adds, or None. If the bias is not split, only the first
         process adds it.
         """
-        if self.cut.style == "rows" or self.mesh.first:
+        if self.cut.style == "rows" or self.mesh.is_first:
             return self.bias
         return None
 

@@ -32,12 +32,12 @@ class Cuts(Protocol):
     engine has the same parts.
     """
 
-    def of_layer(self, name: str, out_features: int) -> WeightSplit:
+    def layer_split(self, name: str, out_features: int) -> WeightSplit:
         """Return this process's part of the linear layer ``name``. Raises UnsupportedError if the
         engine splits the layer in a way that the trainer does not support.
         """
 
-    def of_table(self, name: str) -> tuple[WeightSplit, int]:
+    def vocabulary_split(self, name: str) -> tuple[WeightSplit, int]:
         """Return this process's part of the embedding or head ``name``. Return also the number of
         rows per process, which includes padding rows.
         """
@@ -55,7 +55,7 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     _split_vocabulary(model, cuts, shared)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            cut = cuts.of_layer(path, layer.out_features)
+            cut = cuts.layer_split(path, layer.out_features)
             if cut.style != "whole":
                 _put(model, path, SplitLinear(layer, cut, shared))
     for layer in model.modules():
@@ -76,10 +76,10 @@ def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
             where=WHERE,
             fix="set tensor_parallel_size: 1",
         )
-    cut, width = cuts.of_table(paths[id(table)])
+    cut, width = cuts.vocabulary_split(paths[id(table)])
     new_table = SplitEmbedding(table, cut, shared)
     if not tied:
-        cut, width = cuts.of_table(paths[id(head)])
+        cut, width = cuts.vocabulary_split(paths[id(head)])
     new_head = SplitHead(head, cut, width, shared)
     if tied:
         new_head.weight = new_table.weight

@@ -60,7 +60,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     def _any_rank(self, flag: int) -> int:
         """Return the largest value that ``flag`` has on any rank. Every rank must call this."""
         if (shared := current_mesh()) is not None:
-            return shared.largest(flag, self.accelerator.device)
+            return shared.max_over_run(flag, self.accelerator.device)
         if self.accelerator.num_processes == 1:
             return flag
         mine = torch.tensor([int(flag)], device=self.accelerator.device)
@@ -156,7 +156,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """
         found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
         if (shared := current_mesh()) is not None:
-            found = [shared.from_first_of_all(found[0])]
+            found = [shared.broadcast_over_run(found[0])]
         elif self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         self._place = found[0]
@@ -185,7 +185,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         does.
         """
         shared = current_mesh()
-        return bool(super().is_world_process_zero() and (shared is None or shared.first))
+        return bool(super().is_world_process_zero() and (shared is None or shared.is_first))
 
     def _sharded(self) -> bool:
         """True if no process has the whole model (DeepSpeed or FSDP)."""

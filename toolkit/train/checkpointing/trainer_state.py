@@ -142,7 +142,7 @@ def save(trainer: TrainerSeam, snapshot: TrainerSnapshot, run_dir: Path) -> Path
             save_adapter(model, partial, adapter)
             _save_shared(trainer, snapshot, partial, state)
         accelerator.wait_for_everyone()
-        if shared is None or shared.first:
+        if shared is None or shared.is_first:
             _save_rank(snapshot, partial, accelerator.process_index)
         accelerator.wait_for_everyone()
         folder = checkpoint.commit(partial, step) if first else None
