@@ -48,7 +48,7 @@ def test_the_fields_that_keywords_double_are_trls() -> None:
     for table in KEYWORDS.values():
         for keyword in table.values():
             assert keyword.field is None or keyword.field in known
-            # What is reproduced is read by train.sampling.distribution.
+            # What is reproduced is read by train/rollout/sampler.sampled_distribution.
             assert keyword.effect is not Effect.REPRODUCED or (
                 keyword.field is not None or keyword.name.endswith("_penalty")
             )

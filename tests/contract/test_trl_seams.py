@@ -75,9 +75,9 @@ def test_what_we_override_is_there_and_takes_what_we_pass_on(owner, name):
 def test_a_trainer_that_was_never_initialised_can_use_every_default():
     trainer = object.__new__(GRPOTrainer)
     assert trainer._attempt is None
-    assert trainer._observed is None
+    assert trainer._loss_inputs is None
     assert trainer.signals is None
-    assert trainer.timers.take() == {}
+    assert trainer.timers.pop_seconds() == {}
 
 
 def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
@@ -118,13 +118,13 @@ def run(folder, monkeypatch, *, redundant: bool, **grpo):
         monkeypatch.setattr(importance_sampling, "old_logps_are_redundant", lambda _: False)
     trainer = make_trainer(folder, engine=True, rewards=distinct, max_steps=3, **grpo)
     forwards = []
-    original = GRPOTrainer.scores
+    original = GRPOTrainer.logps_and_entropies
 
     def counted(self, *args, **kwargs):
         forwards.append(torch.is_grad_enabled())
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(GRPOTrainer, "scores", counted)
+    monkeypatch.setattr(GRPOTrainer, "logps_and_entropies", counted)
     trainer.train()
     monkeypatch.undo()
     rows = [r for r in trainer.state.log_history if "loss" in r]
@@ -249,7 +249,7 @@ def test_use_vllm_in_the_arguments_is_served_by_the_engine_on_the_model(tmp_path
     assert type(trainer.vllm_generation).__module__ == "toolkit.train.rollout.sampler"
     assert trainer.args.use_vllm
     assert trainer.args.generation_kwargs == {"typical_p": 0.9}
-    assert trainer.vllm_generation.sampling(1).extra == {"typical_p": 0.9}
+    assert trainer.vllm_generation.sampling_options(1).extra == {"typical_p": 0.9}
 
 
 def test_vespo_needs_a_token_mode(tmp_path):

@@ -57,7 +57,7 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
             warnings.simplefilter("ignore")
             trainer.train()
         assert trained(model)
-        drawn = trainer.vllm_generation.sampling(4)
+        drawn = trainer.vllm_generation.sampling_options(4)
         assert (drawn.min_p, drawn.extra["stop"]) == (0.1, [tokenizer.eos_token])
 
         text = tokenizer.apply_chat_template(

@@ -109,8 +109,8 @@ def train(model: Any, tokenizer: Any, config: RunConfig, work: Path) -> dict[str
         torch.cuda.empty_cache()
         peaks.begin()
     trainer.train()
-    if trainer.least_parts > 1:  # the trainer survives by cutting the micro-batch: not as sized
-        raise MemoryError(f"the micro-batch was cut in {trainer.least_parts} parts")
+    if trainer.min_parts > 1:  # the trainer survives by cutting the micro-batch: not as sized
+        raise MemoryError(f"the micro-batch was cut in {trainer.min_parts} parts")
     if peaks is None:
         return {}
     peaks.end_training()

@@ -55,9 +55,9 @@ def listening_early() -> Iterator[None]:
             try:
                 yield
             finally:
-                if early.received is not None or early.ended:
+                if early.received is not None or early.is_shutting_down:
                     # Further signals must not cut off the remaining output or change the exit code.
-                    early.ignore()
+                    early.ignore_signals()
     # An exception that a signal raises during the import of a compiled module arrives here as an
     # ImportError.
     except (StepAbandoned, ImportError):

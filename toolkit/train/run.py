@@ -78,14 +78,14 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
         try:
             peers = join(config.grpo.get("ddp_timeout"))
         except StepAbandoned as cut:
-            signals.end()
+            signals.begin_shutdown()
             raise stopped_error(config, str(cut), begun=False) from None
         try:
             _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
             if peers is None:
                 raise
-            signals.ignore()  # a launcher sends signals when the first process ends
+            signals.ignore_signals()  # a launcher sends signals when the first process ends
             raise peers.exception_to_raise(error) from error
     return run_dir
 
@@ -96,7 +96,7 @@ def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessCon
         with _watched_run_dir(run_dir, config) as run_dir_watch:
             _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
     except StepAbandoned as cut:
-        control.signals.end()
+        control.signals.begin_shutdown()
         raise stopped_error(config, str(cut), begun=bool(begun)) from None
     except Exception as error:
         known = step_errors.translate(error, str(run_dir), config)
@@ -118,9 +118,9 @@ def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch |
         try:
             yield run_dir_watch
         except Exception as error:
-            if run_dir_watch.in_place() or isinstance(error, ToolkitError):
+            if run_dir_watch.is_in_place() or isinstance(error, ToolkitError):
                 raise
-            raise run_dir_watch.fault() from error
+            raise run_dir_watch.change_error() from error
 
 
 def _begin(
@@ -289,7 +289,7 @@ def _train(
     if found is not None:
         trainer_state.check_checkpoint(trainer, found)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
-    with signals.at_steps(), measure_memory_peaks(trainer, context.run_dir):
+    with signals.stop_at_step_end(), measure_memory_peaks(trainer, context.run_dir):
         try:
             if run_dir_watch is not None:
                 _open_journal(trainer, context, found, options, run_dir_watch)
@@ -301,14 +301,14 @@ def _train(
                 trainer.train(str(found) if found else None)
                 refuse_unfinished(trainer, total)
         except StepAbandoned:
-            signals.end()
-            trainer.save_last()
+            signals.begin_shutdown()
+            trainer.save_last_snapshot()
         finally:
             _close_logs(trainer, stopped=signals.received is not None)
     refuse_lost_run_dir(trainer, run_dir_watch, peers)
     # Ranks stop only at a step on which they have agreed. So a signal after the last step does not
     # stop the run.
-    if signals.received is not None and (peers is None or trainer.stopping):
+    if signals.received is not None and (peers is None or trainer.is_stopping):
         raise stopped_error(config, signals.received, begun=True)
     _end(context, before, trainer, options, peers)
 
@@ -352,7 +352,7 @@ def _open_journal(
     trainer.branch = start.branch
     trainer.journal = run_dir_watch.journal = journal = Journal(
         context.run_dir,
-        start.positions,
+        start.log_positions,
         names=LOG_FILES if trainer.tool_log is None else (*LOG_FILES, *TOOL_LOG_FILES),
     )
     every = context.config.grpo.get("logging_steps")

@@ -23,7 +23,7 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
         DefectError: training ended early for an unknown reason.
     """
     done = int(trainer.state.global_step)
-    if done >= total or trainer.stopping or trainer.lost:
+    if done >= total or trainer.is_stopping or trainer.is_run_dir_lost:
         return
     raise DefectError(
         f"training ended at step {done} of {total} for an unknown reason",
@@ -43,11 +43,11 @@ def refuse_lost_run_dir(
         ConfigError: the run folder was removed, moved or replaced. Every rank raises the same
             error.
     """
-    if not trainer.lost:
-        if run_dir_watch is not None and not run_dir_watch.in_place():
-            raise run_dir_watch.fault()
+    if not trainer.is_run_dir_lost:
+        if run_dir_watch is not None and not run_dir_watch.is_in_place():
+            raise run_dir_watch.change_error()
         return
-    fault = None if run_dir_watch is None else run_dir_watch.fault()
+    fault = None if run_dir_watch is None else run_dir_watch.change_error()
     if peers is not None:  # every rank raises the error, and one of them reports it
         mine = None if fault is None else [fault.message, fault.where, fault.fix]
         message, where, fix = peers.exchange("lost", mine)[0]

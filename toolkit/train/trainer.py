@@ -68,7 +68,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     left_groups_reported: bool = False
     _prompt_choice: PromptChoice | None = None
     _generation: Generation | None = None
-    _observed: dict[str, Any] | None = None
+    _loss_inputs: dict[str, Any] | None = None
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Takes TRL's arguments. The engine, gradient checkpointing and the dtype are those with
@@ -169,10 +169,10 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Generate as TRL does. With ``dynamic_sampling``, then replace groups without signal (all
         rewards of the group are equal).
         """
-        self.completion_index.begin(len(prompts))
+        self.completion_index.begin_batch(len(prompts))
         drawn = super()._generate(prompts)
         generation = self._generation
-        if generation is None or generation.drawing:
+        if generation is None or generation.is_drawing:
             return drawn
         return generation.replace_empty_groups(prompts, CompletionBatch(*drawn))
 
@@ -198,13 +198,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             if longest is not None:
                 check_prompts(prompt_ids, self.max_completion_length, longest)
             own = sampler.TransformersGeneration(self)
-            if own.can(images, multimodal_fields):
+            if own.can_generate(images, multimodal_fields):
                 return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
-            seed, rows = self.completion_index.call(prompt_ids)
+            seed, rows = self.completion_index.begin_call(prompt_ids)
             device = getattr(getattr(self, "accelerator", None), "device", None)
             with sampler.seeded(request_seed(seed, rows[0]), device):
                 drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            self.completion_index.drawn(rows, prompt_ids, drawn[0])
+            self.completion_index.record_completions(rows, prompt_ids, drawn[0])
             return drawn
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,9 +217,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 return loop(prompts, *args, **kwargs)
             completions = inspect.signature(loop).bind(prompts, *args, **kwargs).arguments
             step = self.state.global_step
-            calls = log.watch(self, completions["completions"], self.completion_index.numbers, step)
+            calls = log.record_calls(
+                self, completions["completions"], self.completion_index.row_numbers, step
+            )
             looped = loop(prompts, *args, **kwargs)
-            log.keep(calls)
+            log.gather_calls(calls)
             return looped
         except StopRun as stop:
             raise stop.error from stop
@@ -238,14 +240,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return found.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        if not self.model.training or not self.prompt_choice.on:
+        if not self.model.training or not self.prompt_choice.is_enabled:
             return self._generate_and_score(inputs)
-        self._generation = generation = self.prompt_choice.begin(inputs)
+        self._generation = generation = self.prompt_choice.begin_generation(inputs)
         try:
             made = self._generate_and_score(generation.inputs)
         finally:
             self._generation = None
-        self.prompt_choice.end(generation)
+        self.prompt_choice.end_generation(generation)
         return made
 
     # --- TRL's extra forward pass, skipped if the training forward computes the same numbers
@@ -260,21 +262,21 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             self.vllm_importance_sampling_correction = True
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
-        self._scope = self.scope_of(inputs) if model.training else LossScope()
-        self._observed = inputs = dict(inputs)
+        self._scope = self.loss_scope(inputs) if model.training else LossScope()
+        self._loss_inputs = inputs = dict(inputs)
         try:
             if "sampling_per_token_logps" in inputs and "old_per_token_logps" in inputs:
                 importance_sampling.record_old_gaps(self, inputs)
             return super()._compute_loss(model, inputs)
         finally:
-            self._observed, self._scope = None, LossScope()
+            self._loss_inputs, self._scope = None, LossScope()
 
     def _trl_pass(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        output = self.scores(model, *args, **kwargs)
-        inputs = self._observed or {}
+        output = self.logps_and_entropies(model, *args, **kwargs)
+        inputs = self._loss_inputs or {}
         if "sampling_per_token_logps" in inputs and "old_per_token_logps" not in inputs:
             importance_sampling.record_gaps(self, output[0], inputs, self._scope.skipped)
         return output
@@ -285,7 +287,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         if self._attempt is None:
             return super()._prepare_inputs(generation_batch)
         if self._attempt.inputs is None:
-            self._attempt.prepared(super()._prepare_inputs(generation_batch))
+            self._attempt.record_inputs(super()._prepare_inputs(generation_batch))
         return self._attempt.inputs
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -311,7 +313,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         if not self.model.training:
             return loss(model, inputs, return_outputs, num_items_in_batch)
         parts = self.row_parts(inputs)
-        with self.own_entropy():
+        with self.corrected_entropy_metric():
             if len(parts) > 1:
                 return loss_in_parts(self, model, inputs, parts, lambda part: loss(model, part))
             return loss(model, inputs, return_outputs, num_items_in_batch)
@@ -335,7 +337,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             grad_norm = clip_split_grad_norm(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
-        if self._any_rank(bad):
+        if self._max_over_ranks(bad):
             skip_step(self, model)
         else:
             self.bad_steps = 0
@@ -357,7 +359,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         and trainer.
         """
         mode = "train" if self.model.training else "eval"
-        for name, value in self.disagreement.take(self.accelerator).items():
+        for name, value in self.disagreement.pop_metrics(self.accelerator).items():
             self._metrics[mode][name] = [value]
         importance_sampling.warn_of_collapse(self)
         importance_sampling.warn_of_gap(self)

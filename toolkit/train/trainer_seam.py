@@ -225,7 +225,7 @@ class PhaseTimers(Protocol):
     """The seconds that each phase took (implemented by rollout.sampler.Timers)."""
 
     def __call__(self, phase: str) -> AbstractContextManager[None]: ...
-    def take(self) -> dict[str, float]: ...
+    def pop_seconds(self) -> dict[str, float]: ...
 
 
 class RowNumbers(Protocol):
@@ -235,8 +235,8 @@ class RowNumbers(Protocol):
 
     @property
     def generation(self) -> int: ...
-    def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]: ...
-    def drawn(
+    def begin_call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]: ...
+    def record_completions(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None: ...
 
@@ -357,9 +357,9 @@ class TrainerSeam(Protocol):
     signals: StopSignals | None
     fingerprint: Mapping[str, Any]
     branch: Branch
-    lost: bool
+    is_run_dir_lost: bool
     pending_evaluation: bool
-    stopping: bool
+    is_stopping: bool
 
     @property
     def journal(self) -> RunLogs | None: ...
@@ -369,8 +369,8 @@ class TrainerSeam(Protocol):
     def run_dir(self) -> Path: ...
 
     # step: packs, retries and skipped steps
-    parts: int
-    least_parts: int
+    part_count: int
+    min_parts: int
     bad_steps: int
     max_bad_steps: int
     collapse_reported: bool

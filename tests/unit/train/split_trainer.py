@@ -139,7 +139,7 @@ def main(size: int, folder: Path, steps: int, how: str) -> dict[str, Any]:
         "cut": sum(whole[name].shape != parts[name].shape for name in whole),
         "check": trainer.base_check,
         "failures": Narrow.failures,
-        "parts": trainer.least_parts,
+        "parts": trainer.min_parts,
         "micro steps": trainer.micro_steps,
     }
     torch.save(whole, folder.with_name(f"{folder.name}-{os.environ['RANK']}.pt"))

@@ -30,7 +30,7 @@ def write(run_dir, step, line=None, journal=None, **state):
 def train(run_dir, found, last, tag, every=2):
     """Steps from ``found`` to ``last``, a row each that says ``tag``, a checkpoint every two."""
     start = rollback.begin_branch(run_dir, found)
-    journal = Journal(run_dir, start.positions)
+    journal = Journal(run_dir, start.log_positions)
     done = 0 if found is None else branch.read_branch(found)[1]
     for step in range(done + 1, last + 1):
         for name in LOG_FILES:

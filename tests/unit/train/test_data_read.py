@@ -54,7 +54,7 @@ def test_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     answers = ["1", "2", "3"] if suffix in (".csv", ".tsv") else [1, 2, 3]
     assert rows.table["q"].to_pylist() == [row["q"] for row in ROWS]
     assert rows.table["a"].to_pylist() == answers
-    assert str(tmp_path / f"data{suffix}") in rows.place(2)
+    assert str(tmp_path / f"data{suffix}") in rows.location(2)
     assert len(read_data_file(tmp_path / f"data{suffix}", 2).table) == 2
     assert len(read_data_file(tmp_path / f"data{suffix}", 99).table) == 3
 
@@ -73,7 +73,7 @@ def test_what_is_read_is_never_taken_for_a_hub_id(suffix: str) -> None:
 def test_places_are_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\r\n{"b": 3}')
     rows = read_data_file(path)
-    assert [rows.place(index) for index in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:5"]
+    assert [rows.location(index) for index in range(3)] == [f"{path}:1", f"{path}:4", f"{path}:5"]
     assert rows.table.to_pylist() == [{"a": 1, "b": None}, {"a": 2, "b": None}, {"a": None, "b": 3}]
 
 
@@ -88,7 +88,7 @@ def test_an_archive_with_one_data_file(tmp_path: Path) -> None:
         tar.add(make(tmp_path, ".arrow"), "inner/data.arrow")
     rows = read_data_file(path)
     assert rows.table.to_pylist() == ROWS
-    assert rows.place(0) == f"{path}/inner/data.arrow row 1"
+    assert rows.location(0) == f"{path}/inner/data.arrow row 1"
 
 
 def test_an_archive_that_leads_outside_is_refused(tmp_path: Path) -> None:

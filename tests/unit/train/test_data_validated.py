@@ -175,7 +175,7 @@ def trained(path: Path, limit: int | None = None) -> str | None:
     try:
         rows = read_data_file(path, limit)
         found, _ = parse_prompts(rows.table["prompt"].to_pylist())
-        check_prompts(found, "prompt", rows.place)
+        check_prompts(found, "prompt", rows.location)
     except ToolkitError as error:
         return error.message
     return None

@@ -184,15 +184,15 @@ def test_middle_difficulty_comes_first_and_others_come_again() -> None:
     """Pass rates 0, 1/4, 1/2 and 1 of a reward that is 0 or 1."""
     difficulty = Difficulty(6)
     difficulty.record([0, 1, 2, 3], [0.0, 3**0.5 / 4, 0.5, 0.0])
-    orders = [list(difficulty.order(seed, [5, 4], 1.0)) for seed in range(400)]
+    orders = [list(difficulty.draw_order(seed, [5, 4], 1.0)) for seed in range(400)]
     assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
     assert all(order[4:] == [5, 4] for order in orders)  # not measured, in the given order
     firsts = [order[0] for order in orders]
     middle, flat = (firsts.count(1) + firsts.count(2)) / 400, firsts.count(0) + firsts.count(3)
     assert middle > 0.9
     assert flat > 0
-    assert [list(difficulty.order(seed, [5, 4], 1.0)) for seed in range(3)] == orders[:3]
-    half = list(difficulty.order(1, [5, 4], 0.5))
+    assert [list(difficulty.draw_order(seed, [5, 4], 1.0)) for seed in range(3)] == orders[:3]
+    half = list(difficulty.draw_order(1, [5, 4], 0.5))
     assert [row in (4, 5) for row in half] == [True, False, True, False, False, False]
     difficulty.record([2], [0.0])
     assert difficulty.mean_spread([2]) == 0.25  # half of it is the latest draw

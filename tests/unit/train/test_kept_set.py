@@ -42,7 +42,7 @@ def world(seed: int = 0) -> tuple[torch.Tensor, TokenHistory, TokenPositions, to
 
 
 def tokens_of(ids: torch.Tensor, places: TokenPositions) -> torch.Tensor:
-    return ids[places.rows_N, places.places_N]
+    return ids[places.rows_N, places.positions_N]
 
 
 GRID = [
@@ -134,8 +134,8 @@ def test_what_keeps_all_is_the_softmax() -> None:
     for off in (Distribution(), Distribution(top_k=-1), Distribution(top_k=VOCAB * 2)):
         plain = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(score_tokens(logits, tokens, off).logps, plain)
-    assert Distribution(temperature=0.3, top_k=-1).plain
-    assert not Distribution(repetition_penalty=1.1).plain
+    assert Distribution(temperature=0.3, top_k=-1).is_plain
+    assert not Distribution(repetition_penalty=1.1).is_plain
     with pytest.raises(ValueError, match="penalties depend on earlier tokens"):
         score_tokens(logits, tokens, Distribution(presence_penalty=1.0))
 

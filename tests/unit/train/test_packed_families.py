@@ -156,7 +156,7 @@ def as_written(trainer, request):
 def test_scores_are_those_of_a_padded_pass(trainer):
     inputs = batch()
     packed = scored(trainer, inputs)
-    assert trainer._packed_refusal(trainer.model) is None
+    assert trainer._reason_against_packs(trainer.model) is None
     trainer.padding_free = False
     try:
         padded = scored(trainer, inputs)
@@ -178,7 +178,7 @@ def test_every_cut_gives_the_gradient_of_a_padded_batch(as_written):
     for tokens in SPLITS.values():
         trainer.pack_tokens = tokens
         own_loss, mine = gradient(trainer, inputs)
-        cuts.append(trainer.parts)
+        cuts.append(trainer.part_count)
         # Two rows have no advantage; with a reference they have a term of the loss nevertheless.
         left_out = 0 if made["beta"] else 2 / 8
         assert trainer._metrics["train"]["packing/skipped_rows"][-1] == left_out

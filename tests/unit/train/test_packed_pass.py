@@ -81,7 +81,7 @@ def trained(folder, kind, **grpo):
 def test_packs_give_the_gradient_and_the_metrics_of_a_padded_batch(tmp_path, case, engine):
     packed, mine = trained(tmp_path / "a", GRPOTrainer, engine=engine, **CASES[case])
     padded, theirs = trained(tmp_path / "b", Padded, engine=engine, **CASES[case])
-    assert packed._packed_refusal(packed.model) is None
+    assert packed._reason_against_packs(packed.model) is None
     assert theirs.norm() > 0
     assert (mine - theirs).norm() < 1e-5 * theirs.norm()
     for own, other in zip(logs(packed), logs(padded), strict=True):

@@ -20,7 +20,7 @@ def terminated_and_then(seconds: float) -> None:
 def test_a_reward_that_is_too_long_is_abandoned_with_its_step():
     signals = StopSignals(grace_s=0.2)
     begin = time.monotonic()
-    with signals.installed(), signals.at_steps(), pytest.raises(StepAbandoned):
+    with signals.installed(), signals.stop_at_step_end(), pytest.raises(StepAbandoned):
         call_within(20, lambda: terminated_and_then(20))
     assert time.monotonic() - begin < 5
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -28,7 +28,7 @@ def test_a_reward_that_is_too_long_is_abandoned_with_its_step():
 
 def test_the_grace_goes_on_counting_after_the_reward():
     signals = StopSignals(grace_s=0.4)
-    with signals.installed(), signals.at_steps():
+    with signals.installed(), signals.stop_at_step_end():
         call_within(20, lambda: terminated_and_then(0.1))
         with pytest.raises(StepAbandoned):
             time.sleep(20)
@@ -36,7 +36,7 @@ def test_the_grace_goes_on_counting_after_the_reward():
 
 def test_a_reward_that_hangs_is_cut_by_the_runs_alarm_at_the_latest():
     signals = StopSignals(grace_s=0.5)
-    with signals.installed(), signals.at_steps():
+    with signals.installed(), signals.stop_at_step_end():
         signals.shield()
         with pytest.raises(OutOfTime):
             call_within(0.3, lambda: terminated_and_then(20))

@@ -247,7 +247,7 @@ def test_a_signal_to_the_run_cuts_the_wait(tmp_path: Path) -> None:
     signals = StopSignals(grace_s=0.2)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     begin = time.monotonic()
-    with signals.installed(), signals.at_steps(), pytest.raises(StepAbandoned):
+    with signals.installed(), signals.stop_at_step_end(), pytest.raises(StepAbandoned):
         score(reward)
     assert time.monotonic() - begin < 20
     assert signals.received == "SIGTERM"

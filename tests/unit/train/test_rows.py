@@ -24,9 +24,9 @@ def draws(of: Any, prompts: list[list[int]], batches: int = 1) -> list[tuple[int
     """(seed of the call, row) of everything that a rank draws."""
     rows, found = CompletionIndex(of), []
     for _ in range(batches):
-        rows.begin(len(prompts))
-        seed, numbers = rows.call(prompts)
-        rows.drawn(numbers, prompts, prompts)
+        rows.begin_batch(len(prompts))
+        seed, numbers = rows.begin_call(prompts)
+        rows.record_completions(numbers, prompts, prompts)
         found += [(seed, number) for number in numbers]
     return found
 
@@ -66,33 +66,33 @@ def test_a_turn_of_the_tool_loop_finds_its_rows() -> None:
     """It is about some of the rows, and does not say which."""
     rows = CompletionIndex(trainer(1, 2, tools=[print]))
     prompts = [[1, 2]] * 4
-    rows.begin(4)
-    first, numbers = rows.call(prompts)
+    rows.begin_batch(4)
+    first, numbers = rows.begin_call(prompts)
     assert numbers == [4, 5, 6, 7]
     completions = [[7], [8], [7], [9]]
-    rows.drawn(numbers, prompts, completions)
+    rows.record_completions(numbers, prompts, completions)
     going_on = [[1, 2, 8, 50], [1, 2, 7, 50], [1, 2, 9, 51]]
-    second, numbers = rows.call(going_on)
+    second, numbers = rows.begin_call(going_on)
     assert numbers == [5, 6, 7]
     assert second != first
-    rows.drawn(numbers, going_on, [[3], [3], [4]])
-    third, numbers = rows.call([[1, 2, 7, 50, 3, 60]])
+    rows.record_completions(numbers, going_on, [[3], [3], [4]])
+    third, numbers = rows.begin_call([[1, 2, 7, 50, 3, 60]])
     assert numbers == [6]
     assert third not in (first, second)
-    rows.drawn(numbers, [[1, 2, 7, 50, 3, 60]], [[5]])
-    rows.begin(4)
-    assert rows.call(prompts) == (first, [12, 13, 14, 15])
+    rows.record_completions(numbers, [[1, 2, 7, 50, 3, 60]], [[5]])
+    rows.begin_batch(4)
+    assert rows.begin_call(prompts) == (first, [12, 13, 14, 15])
 
 
 def test_a_row_that_was_cut_short_is_taken_by_its_place() -> None:
     rows = CompletionIndex(trainer(tools=[print]))
-    rows.begin(3)
-    _, numbers = rows.call([[1]] * 3)
-    rows.drawn(numbers, [[1]] * 3, [[4, 5, 6], [7, 8], [9]])
-    _, numbers = rows.call([[1, 4, 50], [1, 7, 8, 50], [1, 9, 50]])
+    rows.begin_batch(3)
+    _, numbers = rows.begin_call([[1]] * 3)
+    rows.record_completions(numbers, [[1]] * 3, [[4, 5, 6], [7, 8], [9]])
+    _, numbers = rows.begin_call([[1, 4, 50], [1, 7, 8, 50], [1, 9, 50]])
     assert numbers == [0, 1, 2]
 
 
 def test_it_asks_for_no_more_than_a_bare_trainer_has() -> None:
     rows = CompletionIndex(SimpleNamespace())
-    assert rows.call([[1], [2]])[1] == [0, 1]
+    assert rows.begin_call([[1], [2]])[1] == [0, 1]

@@ -52,7 +52,7 @@ def test_what_is_drawn_is_what_is_scored(tmp_path: Path, monkeypatch: Any, name:
 
     monkeypatch.setattr(sampler, "sample_completions", listening)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 100)
-    trainer.completion_index.begin(len(PROMPTS))
+    trainer.completion_index.begin_batch(len(PROMPTS))
     completions = TransformersGeneration(trainer).generate(PROMPTS)
     left, right = max(map(len, PROMPTS)), max(map(len, completions))
     ids = torch.full((len(PROMPTS), left + right), 0)
@@ -80,7 +80,7 @@ def test_training_on_an_engines_face(tmp_path: Path) -> None:
 
 
 def completions_of(trainer: Any) -> list[list[int]]:
-    trainer.completion_index.begin(len(PROMPTS))
+    trainer.completion_index.begin_batch(len(PROMPTS))
     return TransformersGeneration(trainer).generate(PROMPTS)
 
 

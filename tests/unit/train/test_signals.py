@@ -33,18 +33,18 @@ def test_while_nothing_can_be_lost_it_cuts_at_once(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_between_steps_it_is_a_flag(number):
-    with StopSignals().installed() as signals, signals.at_steps():
+    with StopSignals().installed() as signals, signals.stop_at_step_end():
         send(number)
         assert signals.received == number.name
 
 
 def test_while_a_checkpoint_is_written_no_number_of_signals_cuts():
-    with StopSignals(grace_s=0.01).installed() as signals, signals.at_steps():
+    with StopSignals(grace_s=0.01).installed() as signals, signals.stop_at_step_end():
         signals.shield()
         for number in (*SIGNALS, signal.SIGINT, signal.SIGINT) * 5:
             send(number)
         assert signals.received == "SIGTERM"
-        signals.end()
+        signals.begin_shutdown()
         signals.unshield()
         time.sleep(0.3)  # no alarm comes any more
         send(signal.SIGINT)
@@ -54,19 +54,19 @@ def test_while_a_checkpoint_is_written_no_number_of_signals_cuts():
 def test_who_listened_before_hears_nothing_once_the_run_ends():
     with StopSignals().installed() as outer:
         with StopSignals().installed() as signals:
-            signals.end()
+            signals.begin_shutdown()
         send(signal.SIGTERM)
         assert outer.received is None
-        assert outer.ended
+        assert outer.is_shutting_down
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopSignals().installed() as signals, signals.at_steps():
+        with StopSignals().installed() as signals, signals.stop_at_step_end():
             send(signal.SIGHUP)
             assert signals.received is None
-            signals.ignore()
+            signals.ignore_signals()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -76,14 +76,14 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
 
 
 def test_a_second_interrupt_stops_at_once():
-    with StopSignals().installed() as signals, signals.at_steps():
+    with StopSignals().installed() as signals, signals.stop_at_step_end():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
 
 
 def test_a_long_step_is_abandoned_but_never_while_shielded():
-    with StopSignals(grace_s=0.05).installed() as signals, signals.at_steps():
+    with StopSignals(grace_s=0.05).installed() as signals, signals.stop_at_step_end():
         signals.shield()
         send(signal.SIGTERM)
         time.sleep(0.5)  # the alarm finds the shield, and comes again
@@ -93,7 +93,10 @@ def test_a_long_step_is_abandoned_but_never_while_shielded():
 
 
 def test_ranks_that_stop_together_are_never_cut():
-    with StopSignals(abandon=False, grace_s=0.05).installed() as signals, signals.at_steps():
+    with (
+        StopSignals(abandon=False, grace_s=0.05).installed() as signals,
+        signals.stop_at_step_end(),
+    ):
         send(signal.SIGTERM)
         time.sleep(0.2)
         assert signals.received == "SIGTERM"

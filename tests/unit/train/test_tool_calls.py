@@ -114,7 +114,7 @@ def test_tools_answer_from_a_process_of_their_own(tools: dict[str, Any]) -> None
 
 def test_random_numbers_follow_from_the_place_of_a_call(tools: dict[str, Any]) -> None:
     """So a resumed run gets the same ones, also from a worker that was started again."""
-    ask = tools["draw"].ask
+    ask = tools["draw"].answer
     first = [ask({}, (3, completion, 1, 1)) for completion in (0, 1)]
     with pytest.raises(CallFailed):
         tools["bad"](how="exits")
@@ -175,7 +175,7 @@ def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path
     """As TRL's loop makes them: by the name that the model wrote, in the tools of the row."""
     trainer, log = Rollouts(tools, 2), ToolLog()
     messages: list[list[Any]] = [[{"role": "assistant"}], [{"role": "assistant"}]]
-    calls = log.watch(trainer, messages, [4, 5], 0)
+    calls = log.record_calls(trainer, messages, [4, 5], 0)
     one, other = trainer.tools_by_row
     assert "nothing" in other
     with pytest.raises(CallFailed, match="Tool nothing not found"):
@@ -185,7 +185,7 @@ def test_each_call_is_logged_with_its_turn(tools: dict[str, Any], tmp_path: Path
         one["measure"](**"four")
     messages[0] += [{"role": "tool"}, {"role": "assistant"}]
     assert one["later"](text="y" * 5000) == "y" * 5000
-    log.keep(calls)
+    log.gather_calls(calls)
 
     journal = Journal(tmp_path, names=(*LOG_FILES, *TOOL_LOG_FILES))
     log.write(journal, 1)

@@ -70,7 +70,7 @@ class Host:
         self.slots += 1
         return Episode(self, self.slots)  # type: ignore[arg-type]
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["arguments"] is None:
             return {"text": "go", "reward": 0.0, "done": False}
         if request["seed"] == 1:

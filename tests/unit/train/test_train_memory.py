@@ -195,7 +195,7 @@ def test_a_run_that_fails_leaves_what_was_measured(
 ) -> None:
     card = Card()
     monkeypatch.setattr(memory_peaks, "phase_peaks_of", lambda engine: PhasePeaks(card, ACCOUNT))
-    trainer = SimpleNamespace(lost=None)
+    trainer = SimpleNamespace(is_run_dir_lost=None)
 
     def train() -> None:
         with memory_peaks.measure_memory_peaks(trainer, tmp_path):

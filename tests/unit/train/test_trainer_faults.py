@@ -50,9 +50,9 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(tmp_path, loss_type, capl
     Narrow.refused = 0
     parts = make_trainer(tmp_path / "b", kind=Narrow, **grpo)
     parts.train()
-    assert parts.least_parts >= 4
+    assert parts.min_parts >= 4
     assert Narrow.refused >= 2  # the whole, its halves; then parts that fit, also in the next step
-    assert f"the micro-batch is split into {parts.least_parts} parts from now on" in caplog.text
+    assert f"the micro-batch is split into {parts.min_parts} parts from now on" in caplog.text
     torch.testing.assert_close(parameters(parts), parameters(whole), atol=1e-6, rtol=1e-4)
     rows = [[r for r in t.state.log_history if "loss" in r] for t in (parts, whole)]
     for mine, theirs in zip(*rows, strict=True):
@@ -76,7 +76,7 @@ def test_memory_that_never_suffices_is_given_up_on(tmp_path):
     trainer = make_trainer(tmp_path, kind=Never)
     with pytest.raises(torch.OutOfMemoryError) as refused:
         trainer.train()
-    assert trainer.least_parts == 8  # one row a part
+    assert trainer.min_parts == 8  # one row a part
     told = step_errors.translate(refused.value, "here")
     assert isinstance(told, ConfigError)
     assert "per_device_train_batch_size" in told.fix

@@ -40,7 +40,7 @@ class Branch:
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     parents: tuple[tuple[str, int], ...] = ()
 
-    def holds(self, name: str, step: int) -> bool:
+    def contains(self, name: str, step: int) -> bool:
         """Return True if the checkpoint that branch ``name`` wrote at ``step`` belongs to this
         branch. ``name`` may be this branch or one of the earlier branches that it continues.
         """
@@ -51,12 +51,12 @@ class Branch:
         return Branch(parents=(*self.parents, (self.name, step)))
 
     @property
-    def names(self) -> set[str]:
+    def all_names(self) -> set[str]:
         """The name of this branch and the names of its parents."""
         return {self.name, *(name for name, _ in self.parents)}
 
     @property
-    def root(self) -> int | None:
+    def start_step(self) -> int | None:
         """The step of the parent branch after which this branch begins, or None for the first
         branch of a run.
         """
@@ -106,7 +106,7 @@ def valid_steps(run_dir: Path, branch: Branch | None = None) -> list[int]:
     return [
         step
         for folder, step in _intact_checkpoints(run_dir)
-        if branch.holds(_branch_name(folder), step)
+        if branch.contains(_branch_name(folder), step)
     ]
 
 
@@ -115,13 +115,13 @@ def abandoned_steps(run_dir: Path, before: Branch, after: Branch) -> list[int]:
     from ``before`` to ``after``.
 
     Such a checkpoint was written by ``before``, or by a parent of ``before`` or ``after``. It does
-    not belong to ``after`` (``Branch.holds``).
+    not belong to ``after`` (``Branch.contains``).
     """
-    known = before.names | after.names
+    known = before.all_names | after.all_names
     return [
         step
         for folder, step in _intact_checkpoints(run_dir)
-        if (name := _branch_name(folder)) in known and not after.holds(name, step)
+        if (name := _branch_name(folder)) in known and not after.contains(name, step)
     ]
 
 
@@ -139,7 +139,7 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
                 f"{folder}: contains step {_recorded_step(folder)}, which is not the step in its "
                 "name"
             )
-        elif not branch.holds(_branch_name(folder), step):
+        elif not branch.contains(_branch_name(folder), step):
             passed.append(f"{folder}: belongs to another branch or another run")
         else:
             return folder, passed

@@ -48,16 +48,16 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     keep_last: int | None = None
     keep_best: int = 0
     pending_evaluation: bool = False
-    stopping: bool = False
-    lost: bool = False
-    source: Path | None = None
+    is_stopping: bool = False
+    is_run_dir_lost: bool = False
+    resumed_from: Path | None = None
     _branch: Branch | None = None
-    _place: Path | None = None
+    _moved_run_dir: Path | None = None
     snapshot: trainer_state.TrainerSnapshot | None = None
     _saved_step: int = -1
     _epochs_done: int = 0
 
-    def _any_rank(self, flag: int) -> int:
+    def _max_over_ranks(self, flag: int) -> int:
         """Return the largest value that ``flag`` has on any rank. Every rank must call this."""
         if (shared := current_mesh()) is not None:
             return shared.max_over_run(flag, self.accelerator.device)
@@ -80,7 +80,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
     @property
     def run_dir(self) -> Path:
         """The path of the run folder, also after it was moved."""
-        return self._place or Path(self.args.output_dir)
+        return self._moved_run_dir or Path(self.args.output_dir)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as in TRL. Only ``resume_from_checkpoint=True`` differs: it selects the latest
@@ -113,53 +113,53 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         self.accelerator.wait_for_everyone()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        flag = 0 if self.signals is None else self._any_rank(self._asked())
+        flag = 0 if self.signals is None else self._max_over_ranks(self._stop_flag())
         if self.signals is not None and flag:
-            self._stop(flag)
+            self._stop_training(flag)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.signals is not None:
             self.snapshot = trainer_state.take_snapshot(self)
             alone = self.accelerator.num_processes == 1 and current_mesh() is None
-            if alone and self.signals.number and self._saved_step == self.state.global_step:
+            if alone and self.signals.signal_number and self._saved_step == self.state.global_step:
                 # If a signal came while the checkpoint was written, stop at once.
-                self.stopping = self.control.should_training_stop = True
-                self.signals.end()
+                self.is_stopping = self.control.should_training_stop = True
+                self.signals.begin_shutdown()
             self.signals.unshield()
 
-    def _asked(self) -> int:
+    def _stop_flag(self) -> int:
         """Return why the run must stop: LOST if the run folder is not in place, else the number of
         the received signal. Return 0 if the run need not stop.
         """
         assert self.signals is not None
         return (
             RUN_DIR_LOST
-            if self.run_dir_watch is not None and not self.run_dir_watch.is_whole()
-            else self.signals.number
+            if self.run_dir_watch is not None and not self.run_dir_watch.is_unchanged()
+            else self.signals.signal_number
         )
 
-    def _stop(self, flag: int) -> None:
+    def _stop_training(self, flag: int) -> None:
         """Save and stop training. Every rank calls this with the same ``flag``."""
         assert self.signals is not None
         if flag == RUN_DIR_LOST:
-            self.lost = True
-            self._find_place()
+            self.is_run_dir_lost = True
+            self._find_moved_run_dir()
         else:
-            self.signals.agree(flag)
-            self.stopping = True
-        self.signals.end()
-        self.control.should_save = not self.lost or self._place is not None
+            self.signals.record_agreed_signal(flag)
+            self.is_stopping = True
+        self.signals.begin_shutdown()
+        self.control.should_save = not self.is_run_dir_lost or self._moved_run_dir is not None
         self.control.should_training_stop = True
 
-    def _find_place(self) -> None:
+    def _find_moved_run_dir(self) -> None:
         """On the first rank, find the path to which the run folder was moved. Send this path to all
         ranks, which then use it.
         """
-        found = [None if self.run_dir_watch is None else self.run_dir_watch.place()]
+        found = [None if self.run_dir_watch is None else self.run_dir_watch.current_path()]
         if (shared := current_mesh()) is not None:
             found = [shared.broadcast_over_run(found[0])]
         elif self.accelerator.num_processes > 1:
             broadcast_object_list(found)
-        self._place = found[0]
+        self._moved_run_dir = found[0]
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self.signals is None:
@@ -191,14 +191,14 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         """True if no process has the whole model (DeepSpeed or FSDP)."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
-    def save_last(self) -> None:
+    def save_last_snapshot(self) -> None:
         """Save a checkpoint of the state before the interrupted step. Only for runs with one
         process.
         """
-        if self.run_dir_watch is not None and not self.run_dir_watch.is_whole():
-            self.lost = True
-            self._find_place()
-        if self.snapshot is None or (self.lost and self._place is None):
+        if self.run_dir_watch is not None and not self.run_dir_watch.is_unchanged():
+            self.is_run_dir_lost = True
+            self._find_moved_run_dir()
+        if self.snapshot is None or (self.is_run_dir_lost and self._moved_run_dir is None):
             return
         if self.snapshot.hf_state.global_step > 0:
             self.save_snapshot(self.snapshot)
@@ -211,7 +211,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def save_snapshot(self, snapshot: trainer_state.TrainerSnapshot) -> None:
         """Write the checkpoint of ``snapshot``, unless this checkpoint exists. Then remove old
-        checkpoints (``_rotate``). Every rank must call this.
+        checkpoints (``_remove_old_checkpoints``). Every rank must call this.
         """
         step = snapshot.hf_state.global_step
         if self._saved_step == step:
@@ -219,10 +219,10 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         trainer_state.save(self, snapshot, self.run_dir)
         self._saved_step = step
         if is_first_rank():
-            self._rotate(self.run_dir, step)
+            self._remove_old_checkpoints(self.run_dir, step)
         self.accelerator.wait_for_everyone()
 
-    def _rotate(self, run_dir: Path, written: int) -> None:
+    def _remove_old_checkpoints(self, run_dir: Path, written: int) -> None:
         """Remove old checkpoints, as the limits of the user say. Three checkpoints are always kept:
         the checkpoint of the step ``written``, the checkpoint from which the run resumed, and the
         checkpoint at which its branch begins.
@@ -230,11 +230,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         keep_last = self.args.save_total_limit if self.keep_last is None else self.keep_last
         kept = {
             written,
-            self.branch.root,
+            self.branch.start_step,
             *trainer_state.best_steps(run_dir, self.keep_best, self.branch),
         }
-        if self.source is not None:
-            kept.add(trainer_state.step_of(self.source) if self.source.is_dir() else None)
+        if self.resumed_from is not None:
+            kept.add(
+                trainer_state.step_of(self.resumed_from) if self.resumed_from.is_dir() else None
+            )
         if self.args.load_best_model_at_end:
             kept.add(self.state.best_global_step)
         steps = [step for step in kept if step is not None]
@@ -242,7 +244,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Do the same as transformers, but do not remove checkpoints in the toolkit's format. Only
-        ``_rotate`` removes them. With a limit of 1, transformers would keep only the best one.
+        ``_remove_old_checkpoints`` removes them. With a limit of 1, transformers would keep only
+        the best one.
         """
         limit = self.args.save_total_limit
         if self._stores_adapter():
@@ -260,7 +263,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]  # transformers ships no 
         trainer_state.check_checkpoint(self, folder)
         trainer_state.load_adapter(self, folder)
         self._epochs_done = trainer_state.epochs_done(folder)
-        self.source = folder
+        self.resumed_from = folder
         if folder.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_step = trainer_state.step_of(folder)
 

@@ -49,19 +49,19 @@ class RunStart:
     """
 
     branch: Branch
-    positions: Mapping[str, int] = field(default_factory=dict)
+    log_positions: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _RecordedLog:
-    """A log, as it was when a checkpoint was written. The checkpoint recorded the first ``keep``
-    bytes of the log. ``source`` is a file that begins with these bytes, or None if there is no such
-    file.
+    """A log, as it was when a checkpoint was written. The checkpoint recorded the first
+    ``kept_bytes`` bytes of the log. ``source`` is a file that begins with these bytes, or None if
+    there is no such file.
     """
 
     name: str
-    keep: int
+    kept_bytes: int
     source: Path | None
 
 
@@ -107,9 +107,11 @@ def begin_branch(
         branches.record_branch(run_dir, branch)
     for log in foreign:
         _restore_log(run_dir / log.name, log)
-        if log.source is None and log.keep:
+        if log.source is None and log.kept_bytes:
             notes.append(f"{log.name} is not the file that {found} recorded, so a new log begins")
-    return RunStart(branch, {log.name: log.keep if log.source else 0 for log in logs}, tuple(notes))
+    return RunStart(
+        branch, {log.name: log.kept_bytes if log.source else 0 for log in logs}, tuple(notes)
+    )
 
 
 def _restart(run_dir: Path, bad_rewards_bytes: int | None) -> tuple[str, ...]:
@@ -155,7 +157,7 @@ def _branch_from(run_dir: Path, found: Path, before: Branch) -> Branch:
         step = checkpoint.step_in_name(found.resolve().name) or 0
     here = found.resolve().parent == run_dir.resolve()
     later = [one for one in branches.valid_steps(run_dir, before) if one > step]
-    if here and before.holds(lineage.name, step) and not later:
+    if here and before.contains(lineage.name, step) and not later:
         return before
     return lineage.fork(step)
 
@@ -213,7 +215,7 @@ def _move_to_abandoned(
     """
     aside = checkpoint.next_abandoned_folder(run_dir)
     sizes = {log.name: _size_bytes(run_dir / log.name) for log in logs}
-    known = {log.name: log.keep if log.source == run_dir / log.name else 0 for log in logs}
+    known = {log.name: log.kept_bytes if log.source == run_dir / log.name else 0 for log in logs}
     cut = any(sizes[name] > length for name, length in known.items())
     results = [name for name in RESULT_NAMES if (run_dir / name).exists()]
     if bad_rewards_bytes == 0 and BAD_REWARDS_FILE in results:
@@ -255,20 +257,20 @@ def _return_new_rows(aside: Path, own: Path, length: int) -> None:
 
 
 def _restore_log(own: Path, log: _RecordedLog) -> None:
-    """Restore the log file ``own``. It gets the first ``log.keep`` bytes of ``log.source``, which
-    are the content that the checkpoint recorded. If ``log.source`` is None, the recorded content is
-    lost, and ``own`` becomes empty.
+    """Restore the log file ``own``. It gets the first ``log.kept_bytes`` bytes of ``log.source``,
+    which are the content that the checkpoint recorded. If ``log.source`` is None, the recorded
+    content is lost, and ``own`` becomes empty.
     """
     if log.source is None:
         if own.exists():
             write_file(own, b"")
         return
-    if log.keep == 0:
+    if log.kept_bytes == 0:
         return
     temporary = own.with_name(f".{own.name}.partial")
     checkpoint.remove_leftover(temporary)
     with log.source.open("rb") as source, temporary.open("wb") as target:
-        left = log.keep
+        left = log.kept_bytes
         while left and (part := source.read(min(CHUNK_BYTES, left))):
             target.write(part)
             left -= len(part)

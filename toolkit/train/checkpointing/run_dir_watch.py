@@ -42,16 +42,16 @@ class RunDirWatch:
     ) -> None:
         os.close(self._handle)
 
-    def in_place(self) -> bool:
+    def is_in_place(self) -> bool:
         """Whether the folder is still at ``path``."""
         try:
             return os.path.samestat(os.fstat(self._handle), self.path.stat())
         except OSError:
             return False
 
-    def place(self) -> Path | None:
+    def current_path(self) -> Path | None:
         """Return the current path of the folder, or None if it was removed."""
-        if self.in_place():
+        if self.is_in_place():
             return self.path
         try:
             found = Path(f"/proc/self/fd/{self._handle}").readlink()
@@ -60,20 +60,20 @@ class RunDirWatch:
             return None
         return found if same else None
 
-    def is_whole(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether the run folder is still at its path, and no other program has removed, replaced
         or changed a log file.
         """
-        return self.in_place() and not (self.journal is not None and self.journal.changed_logs())
+        return self.is_in_place() and not (self.journal is not None and self.journal.changed_logs())
 
-    def fault(self) -> ConfigError:
-        """Return the error for a run whose ``is_whole`` is false. Its message says what happened to
-        the folder or the logs, and which checkpoint was saved.
+    def change_error(self) -> ConfigError:
+        """Return the error for a run whose ``is_unchanged`` is false. Its message says what
+        happened to the folder or the logs, and which checkpoint was saved.
         """
-        place = self.place()
+        place = self.current_path()
         steps = valid_steps(place) if place is not None else []
         told = f"checkpoint-{steps[0]} was saved" if steps else "nothing was saved"
-        if self.in_place():
+        if self.is_in_place():
             names = " and ".join(self.journal.changed_logs() if self.journal is not None else [])
             return ConfigError(
                 f"{names} was removed, replaced or changed by another program during the run, so "

@@ -46,12 +46,12 @@ class StopSignals:
 
     def __init__(self, *, abandon: bool = True, grace_s: float | None = None) -> None:
         self.received: str | None = None
-        self.immediate = True
+        self.stops_immediately = True
         self._interrupts = 0
         self._shields = 0
         self._ignored = False
         self._ended = False
-        self._abandon = abandon
+        self._can_abandon = abandon
         self._grace_s = GRACE_S if grace_s is None else grace_s
 
     @contextmanager
@@ -59,8 +59,8 @@ class StopSignals:
         """Handle signals inside the ``with`` block, and restore the previous handlers afterwards.
         Call this only in the main thread.
 
-        A previous handler may belong to another ``StopSignals`` object. If ``end`` was called
-        inside the ``with`` block, that other object also ignores all later signals.
+        A previous handler may belong to another ``StopSignals`` object. If ``begin_shutdown`` was
+        called inside the ``with`` block, that other object also ignores all later signals.
         """
         numbers = handled_signals()
         before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
@@ -76,7 +76,7 @@ class StopSignals:
             for number, handler in before.items() if not self._ignored else ():
                 signal.signal(number, handler)
 
-    def ignore(self) -> None:
+    def ignore_signals(self) -> None:
         """Ignore further signals, because the process will end by itself and must first write its
         output.
         """
@@ -85,38 +85,38 @@ class StopSignals:
         for number in handled_signals():
             signal.signal(number, signal.SIG_IGN)
 
-    def end(self) -> None:
+    def begin_shutdown(self) -> None:
         """Begin to end the run because of the received signal. Later signals are ignored."""
         self._ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def agree(self, number: int) -> None:
+    def record_agreed_signal(self, number: int) -> None:
         """Record that the ranks have agreed to stop for signal ``number``, which one of them
         received.
         """
         self.received = self.received or signal.Signals(number).name
 
     @property
-    def ended(self) -> bool:
-        """True after ``end`` was called. The run then ends because of a received signal."""
+    def is_shutting_down(self) -> bool:
+        """True after ``begin_shutdown`` was called, because of a received signal."""
         return self._ended
 
     @property
-    def number(self) -> int:
+    def signal_number(self) -> int:
         """The number of the received signal, or 0."""
         return 0 if self.received is None else int(signal.Signals[self.received])
 
     @contextmanager
-    def at_steps(self) -> Iterator[None]:
+    def stop_at_step_end(self) -> Iterator[None]:
         """Inside the ``with`` block, a signal stops the run at the end of the current step. A step
         that takes too long is abandoned.
         """
-        self.immediate = False
+        self.stops_immediately = False
         try:
             yield
         finally:
             self.cancel_alarm()
-            self.immediate = True
+            self.stops_immediately = True
 
     def shield(self) -> None:
         """Prevent the interruption of a step until ``unshield`` is called, because weights or files
@@ -143,18 +143,18 @@ class StopSignals:
             if self._interrupts > 1 and not self._shields:
                 # While loading, treat the second SIGINT like the first, whose exception may have
                 # been lost.
-                raise StepAbandoned(self.received) if self.immediate else KeyboardInterrupt
+                raise StepAbandoned(self.received) if self.stops_immediately else KeyboardInterrupt
         if again:
             return
-        if self.immediate:
+        if self.stops_immediately:
             raise StepAbandoned(self.received)
-        if self._abandon:
+        if self._can_abandon:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         # If no signal was received, a reward function set the alarm.
-        if self.immediate or self._ended or self.received is None:
+        if self.stops_immediately or self._ended or self.received is None:
             return
         if self._shields:
             signal.setitimer(signal.ITIMER_REAL, RETRY_S)
@@ -164,9 +164,10 @@ class StopSignals:
 
 def notify_shutdown(handlers: Iterable[Any]) -> None:
     """Tell ``StopSignals`` objects that the process has begun to end. If one of the signal
-    ``handlers`` is a method of a ``StopSignals`` object, ``end`` of this object is called.
+    ``handlers`` is a method of a ``StopSignals`` object, ``begin_shutdown`` of this object is
+    called.
     """
     for handler in handlers:
         owner = getattr(handler, "__self__", None)
         if isinstance(owner, StopSignals):
-            owner.end()
+            owner.begin_shutdown()

@@ -63,13 +63,13 @@ class TrainerSnapshot:
 
     hf_state: Any
     counters: dict[str, Any]
-    buffered: Any
-    described: dict[str, Any]
-    tensors: Tensors
-    positions: dict[str, int] = field(default_factory=dict)
+    rollout_buffer: Any
+    generator_states: dict[str, Any]
+    generator_tensors: Tensors
+    log_positions: dict[str, int] = field(default_factory=dict)
     log_sha256: dict[str, str] = field(default_factory=dict)
     pending_evaluation: bool = False
-    choice: dict[str, torch.Tensor] | None = None
+    curriculum: dict[str, torch.Tensor] | None = None
     """The records of the curriculum, which are equal on all ranks."""
 
 
@@ -87,13 +87,13 @@ def take_snapshot(trainer: TrainerSeam, *, pending_evaluation: bool = False) -> 
     return TrainerSnapshot(
         hf_state=state,
         counters={name: getattr(trainer, name) for name in COUNTERS},
-        buffered=None if spent else trainer.rollout_buffer,
-        described=described,
-        tensors=tensors,
-        positions=trainer.journal.positions() if trainer.journal is not None else {},
+        rollout_buffer=None if spent else trainer.rollout_buffer,
+        generator_states=described,
+        generator_tensors=tensors,
+        log_positions=trainer.journal.positions() if trainer.journal is not None else {},
         log_sha256=trainer.journal.digests() if trainer.journal is not None else {},
         pending_evaluation=pending_evaluation,
-        choice=trainer.prompt_choice.state(),
+        curriculum=trainer.prompt_choice.state(),
     )
 
 
@@ -167,9 +167,9 @@ def _estimate_bytes(trainer: TrainerSeam, snapshot: TrainerSnapshot) -> int:
         *tensors.values(),
         *trainable_parameters(trainer.accelerator.unwrap_model(trainer.model)).values(),
     ]
-    own: Tensors = dict(snapshot.tensors)
-    flatten(snapshot.buffered, own, "buffered")
-    flatten(snapshot.choice, own, "choice")
+    own: Tensors = dict(snapshot.generator_tensors)
+    flatten(snapshot.rollout_buffer, own, "buffered")
+    flatten(snapshot.curriculum, own, "choice")
     processes: int = trainer.accelerator.num_processes
     return sum(t.nbytes for t in shared) + processes * sum(t.nbytes for t in own.values())
 
@@ -190,7 +190,7 @@ def _save_shared(
         "world_size": trainer.accelerator.num_processes,
         "tensor_parallel_size": 1 if (shared := current_mesh()) is None else shared.size,
         "counters": snapshot.counters,
-        "positions": snapshot.positions,
+        "positions": snapshot.log_positions,
         "log_sha256": snapshot.log_sha256,
         "pending_evaluation": snapshot.pending_evaluation,
         "score": latest_reward(snapshot.hf_state),
@@ -202,13 +202,13 @@ def _save_shared(
 
 
 def _save_rank(snapshot: TrainerSnapshot, folder: Path, rank: int) -> None:
-    tensors = dict(snapshot.tensors)
+    tensors = dict(snapshot.generator_tensors)
     described = {
-        "generators": snapshot.described,
-        "buffered": flatten(snapshot.buffered, tensors, "buffered"),
+        "generators": snapshot.generator_states,
+        "buffered": flatten(snapshot.rollout_buffer, tensors, "buffered"),
     }
-    if snapshot.choice is not None:
-        described["choice"] = flatten(snapshot.choice, tensors, "choice")
+    if snapshot.curriculum is not None:
+        described["choice"] = flatten(snapshot.curriculum, tensors, "choice")
     save_file(tensors, str(folder / f"rank-{rank}.safetensors"))
     write_file(folder / f"rank-{rank}.json", json.dumps(described) + "\n")
 

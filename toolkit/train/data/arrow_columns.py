@@ -27,19 +27,21 @@ class Rows(NamedTuple):
     """
 
     table: pa.Table
-    place: Callable[[int], str]
+    location: Callable[[int], str]
 
 
 def table_from_rows(
-    rows: list[dict[str, Any]], place: Callable[[int], str], names: list[str] | None = None
+    rows: list[dict[str, Any]], location: Callable[[int], str], names: list[str] | None = None
 ) -> Rows:
     """Convert rows to columns. A key that a row does not have gets the value null in this row."""
     keys = dict.fromkeys(names or (key for row in rows for key in row))
     if fault := column_names_fault(keys):
         first = next((i for i, row in enumerate(rows) if column_names_fault(row)), 0)
-        raise_data_error(place(first), fault)
-    columns = {name: _build_column(name, [row.get(name) for row in rows], place) for name in keys}
-    return Rows(pa.table(columns), place)
+        raise_data_error(location(first), fault)
+    columns = {
+        name: _build_column(name, [row.get(name) for row in rows], location) for name in keys
+    }
+    return Rows(pa.table(columns), location)
 
 
 def validate_rows(rows: Rows, path: Path) -> Rows:
@@ -170,17 +172,17 @@ def as_dataset(table: pa.Table, chats: str | None) -> datasets.Dataset:
     return dataset.with_transform(rows)
 
 
-def _build_column(name: str, values: list[Any], place: Callable[[int], str]) -> pa.Array:
+def _build_column(name: str, values: list[Any], location: Callable[[int], str]) -> pa.Array:
     try:
         return pa.array(values)
     except (*_TYPE_ERRORS, UnicodeEncodeError):
         index = _index_of_misfit(values)
     if _has_surrogate(values[index]):
         raise_data_error(
-            place(index), f"column {name!r} contains half of a character (a lone surrogate)"
+            location(index), f"column {name!r} contains half of a character (a lone surrogate)"
         )
     first = next((value for value in values[:index] if value is not None), None)
-    raise ConfigError(misfit(name, values[index], first), where=place(index), fix=MISFIT_FIX)
+    raise ConfigError(misfit(name, values[index], first), where=location(index), fix=MISFIT_FIX)
 
 
 def _index_of_misfit(values: list[Any]) -> int:

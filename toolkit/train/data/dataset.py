@@ -228,7 +228,7 @@ def _prepare_split(
     for key in ("prompt", "answer"):
         _check_column(rows.table, path, key, getattr(section, key))
     found, read_as = data_checks.parse_prompts(rows.table[section.prompt].to_pylist())
-    is_chat = prompt_format.check_prompts(found, section.prompt, rows.place)
+    is_chat = prompt_format.check_prompts(found, section.prompt, rows.location)
     kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
     if not kept:
         raise ConfigError(f"no row has a prompt in the column {section.prompt!r}", where=path)

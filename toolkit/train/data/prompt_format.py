@@ -27,7 +27,7 @@ WARN_UNKNOWN_SHARE = 0.05
 """The run warns if at least this share of tokens is unknown. A few rare characters are normal."""
 
 
-def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], str]) -> bool:
+def check_prompts(prompts: Sequence[Any], column: str, location: Callable[[int], str]) -> bool:
     """Return True if the column contains chats, False if it contains texts. The first prompt
     decides this.
 
@@ -38,7 +38,7 @@ def check_prompts(prompts: Sequence[Any], column: str, place: Callable[[int], st
     is_chat = bool(chats) and isinstance(chats[0], list)
     for index, prompt in enumerate(prompts):
         if wrong := wrong_prompt(prompt, chats=is_chat):
-            raise ConfigError(f"column {column!r} {wrong}", where=place(index))
+            raise ConfigError(f"column {column!r} {wrong}", where=location(index))
     return is_chat
 
 

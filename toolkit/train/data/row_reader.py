@@ -230,7 +230,7 @@ def _read_archive(path: Path, limit: int | None) -> Rows:
         except ToolkitError as error:
             error.where = (error.where or "").replace(str(folder), str(path))
             raise
-        places = [rows.place(i).replace(str(folder), str(path)) for i in range(len(rows.table))]
+        places = [rows.location(i).replace(str(folder), str(path)) for i in range(len(rows.table))]
     return Rows(rows.table, lambda index: places[index])
 
 

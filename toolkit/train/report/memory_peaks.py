@@ -204,5 +204,5 @@ def measure_memory_peaks(trainer: TrainerSeam, run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:  # also after an out-of-memory error, because the peaks are useful for calibration
-        if not trainer.lost:
+        if not trainer.is_run_dir_lost:
             peaks.write(run_dir)

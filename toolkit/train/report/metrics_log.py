@@ -253,13 +253,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers ships no 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock, so that the time of the next step does not include the evaluation."""
         del args, state, control, kwargs
-        self.trainer.timers.take()
+        self.trainer.timers.pop_seconds()
         self.last = monotonic()
 
     def _timings(self, row: Mapping[str, Any]) -> dict[str, Any]:
         now = monotonic()
         step_s, self.last = now - self.last, now
-        phases = dict.fromkeys(TIMED_PHASES, 0.0) | self.trainer.timers.take()
+        phases = dict.fromkeys(TIMED_PHASES, 0.0) | self.trainer.timers.pop_seconds()
         phases["rollout_s"] = max(0.0, phases["rollout_s"] - phases["publish_s"])
         tokens = (row.get("completion_length") or 0.0) * self.trainer.args.generation_batch_size
         tokens += row.get("dynamic_sampling/discarded_tokens") or 0

@@ -36,64 +36,66 @@ class CompletionIndex:
 
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
-        self._key: tuple[str, int] | None = None
-        self._done = 0
+        self._current_batch: tuple[str, int] | None = None
+        self._rows_begun = 0
         self._turn = 0
-        self._numbers: list[int] | None = None
-        self._texts: list[list[int]] = []
+        self._row_numbers: list[int] | None = None
+        self._sequences: list[list[int]] = []
 
     @property
     def generation(self) -> int:
         """In training, this is the number of the current generation. In an evaluation, this is the
         optimizer step at which the evaluation runs.
         """
-        return self._now()[1]
+        return self._mode_and_number()[1]
 
-    def begin(self, count: int) -> None:
+    def begin_batch(self, count: int) -> None:
         """Begin a batch of ``count`` prompt rows on this rank. ``count`` is equal on all ranks."""
-        mode, key = self._now()
-        if self._key != (mode, key):
-            self._key, self._done = (mode, key), 0
+        mode, key = self._mode_and_number()
+        if self._current_batch != (mode, key):
+            self._current_batch, self._rows_begun = (mode, key), 0
         accelerator = getattr(self.trainer, "accelerator", None)
-        first = self._done + count * getattr(accelerator, "process_index", 0)
-        self._done += count * getattr(accelerator, "num_processes", 1)
-        self._numbers, self._turn, self._texts = list(range(first, first + count)), -1, []
+        first = self._rows_begun + count * getattr(accelerator, "process_index", 0)
+        self._rows_begun += count * getattr(accelerator, "num_processes", 1)
+        self._row_numbers, self._turn, self._sequences = list(range(first, first + count)), -1, []
 
     @property
-    def numbers(self) -> list[int]:
+    def row_numbers(self) -> list[int]:
         """The row numbers (in the whole batch) of the completions of the latest sampling call.
         Before the second turn of a tool loop, these are the numbers of all rows of this rank.
         """
-        return list(self._numbers or ())
+        return list(self._row_numbers or ())
 
-    def call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
+    def begin_call(self, prompts: Sequence[list[int]]) -> tuple[int, list[int]]:
         """Begin the next sampling call. Return the seed of the call, and the row number of each
         prompt.
 
         The seed of a completion is derived from the seed of the call and the row number.
         """
-        if self._numbers is None or (not self._texts and len(prompts) != len(self._numbers)):
-            self.begin(len(prompts))
+        if self._row_numbers is None or (
+            not self._sequences and len(prompts) != len(self._row_numbers)
+        ):
+            self.begin_batch(len(prompts))
         self._turn += 1
-        assert self._numbers is not None
-        numbers = self._find(prompts) if self._texts else self._numbers
-        mode, key = self._now()
+        assert self._row_numbers is not None
+        numbers = self._find_rows(prompts) if self._sequences else self._row_numbers
+        mode, key = self._mode_and_number()
         turn = self._turn + (EVALUATION_TURN_OFFSET if mode == "eval" else 0)
         return derive_seed(getattr(_attribute(self.trainer, "args"), "seed", 0), key, turn), numbers
 
-    def drawn(
+    def record_completions(
         self, numbers: list[int], prompts: Sequence[list[int]], completions: Sequence[list[int]]
     ) -> None:
         """Record the drawn completions. In a run with tools they are needed to find the rows that
         the next turn continues.
         """
         if not getattr(self.trainer, "tools", None):
-            self._numbers = None
+            self._row_numbers = None
             return
-        self._numbers = numbers
-        self._texts = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        self._row_numbers = numbers
+        self._sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
 
-    def _now(self) -> tuple[str, int]:
+    def _mode_and_number(self) -> tuple[str, int]:
         """Return the current mode and a number: ("train", the number of the generation), or
         ("eval", the optimizer step at which the evaluation runs).
         """
@@ -104,20 +106,20 @@ class CompletionIndex:
         every = micro_steps * (getattr(self.trainer, "num_iterations", None) or 1)
         return "train", getattr(self.trainer, "micro_steps", 0) // every
 
-    def _find(self, prompts: Sequence[list[int]]) -> list[int]:
+    def _find_rows(self, prompts: Sequence[list[int]]) -> list[int]:
         """Return the row number of each prompt of a later turn of the tool loop.
 
         TRL does not pass the row numbers, but keeps the order of the rows. The prompt of a later
         turn begins with the prompt and the completion of the turn before. So this method finds the
         rows by comparing tokens. If a prompt was truncated, its row is found by its position.
         """
-        assert self._numbers is not None
+        assert self._row_numbers is not None
         found, place = [], 0
         for left, prompt in enumerate(prompts):
-            last = len(self._texts) - (len(prompts) - left)
-            text = (t for t in range(place, last + 1) if _starts_with(prompt, self._texts[t]))
+            last = len(self._sequences) - (len(prompts) - left)
+            text = (t for t in range(place, last + 1) if _starts_with(prompt, self._sequences[t]))
             place = next(text, min(place, last))
-            found.append(self._numbers[place])
+            found.append(self._row_numbers[place])
             place += 1
         return found
 

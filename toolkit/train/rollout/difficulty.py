@@ -2,9 +2,9 @@
 earlier draws. The spread is the standard deviation of the rewards in the prompt's group.
 
 If the model always or never solves a prompt, all rewards of its group are equal, and GRPO learns
-nothing from the group. ``Difficulty.order`` defines the order of the prompts. The order depends
-only on the seed and the recorded spreads. Therefore a run that resumes with the same records
-chooses the same prompts.
+nothing from the group. ``Difficulty.draw_order`` defines the order of the prompts. The order
+depends only on the seed and the recorded spreads. Therefore a run that resumes with the same
+records chooses the same prompts.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class Difficulty:
             )
         self.spread_N = spread_N
 
-    def measured(self, rows: Sequence[int]) -> list[int]:
+    def measured_rows(self, rows: Sequence[int]) -> list[int]:
         """Return the rows among ``rows`` that were drawn before."""
         return [row for row in rows if not self.spread_N[row].isnan()]
 
-    def order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
+    def draw_order(self, seed: int, unmeasured_order: Sequence[int], share: float) -> Iterator[int]:
         """Yield all rows of the data set in the order in which they are drawn.
 
         Rows that were drawn before (measured rows) and new rows alternate evenly, so that ``share``
@@ -83,7 +83,7 @@ class Difficulty:
         its spread, or to ``MIN_WEIGHT`` times the mean spread if that is larger. New rows come in
         the order ``unmeasured_order``.
         """
-        measured = iter(self._by_spread(seed))
+        measured = iter(self._rows_by_spread(seed))
         known = (~self.spread_N.isnan()).tolist()
         fresh = (row for row in unmeasured_order if not known[row])
         place = 0
@@ -96,7 +96,7 @@ class Difficulty:
                 return
             yield row
 
-    def _by_spread(self, seed: int) -> list[int]:
+    def _rows_by_spread(self, seed: int) -> list[int]:
         """Return the measured rows in a random order. Rows with a larger spread tend to come first.
 
         The method is weighted sampling without replacement by the key log(u) / weight (Efraimidis

@@ -72,21 +72,23 @@ class Generation:
         ``rounds`` is the maximum number of rounds in which groups are replaced. If the curriculum
         chose the prompts, ``chosen`` has the index of the data set row for each group of all ranks.
         """
-        self.trainer, self.order, self.most_rounds = trainer, order, rounds
+        self.trainer, self.order, self.max_rounds = trainer, order, rounds
         self.inputs = list(inputs)
-        self.group: int = trainer.num_generations
-        self.ranks: int = trainer.accelerator.num_processes
-        self.groups = len(inputs) * self.ranks // self.group
+        self.group_size: int = trainer.num_generations
+        self.rank_count: int = trainer.accelerator.num_processes
+        self.group_count = len(inputs) * self.rank_count // self.group_size
         self.rewards: torch.Tensor | None = None
         """The rewards of the completions of all ranks, with a column per function. None before
         ``replace_empty_groups``.
         """
-        self.rows = chosen
+        self.group_rows = chosen
         """With the curriculum, the data set's row of each drawn group."""
         self.deviations: list[float] = []
         """The standard deviation of the rewards of each drawn group."""
-        self.rounds = self.sampled = self.before = self.after = self.discarded_tokens = 0
-        self.drawing = False
+        self.rounds = self.sampled_count = self.no_spread_before = self.no_spread_after = (
+            self.discarded_tokens
+        ) = 0
+        self.is_drawing = False
         """True while this object draws more completions."""
         self._logged = trainer.completion_metric_counts()
 
@@ -96,24 +98,24 @@ class Generation:
         Returns the completions of this rank after the replacement. ``prompts`` and ``self.inputs``
         are changed in place.
         """
-        self.drawing = True
+        self.is_drawing = True
         mine = self._completions([None] * len(prompts), prompts, drawn)
         rewards = self._score(self.inputs, prompts, drawn, mine)
         found = self._spread(rewards)
         empty = [group for group, signal in enumerate(found.has_signal) if not signal]
-        self.before = self.after = len(empty)
-        self.sampled = self.groups * self.group
+        self.no_spread_before = self.no_spread_after = len(empty)
+        self.sampled_count = self.group_count * self.group_size
         self.deviations = list(found.deviation)
         round_of = [0] * len(mine)
-        if empty and self.most_rounds:
+        if empty and self.max_rounds:
             self._resample(empty, mine, rewards, round_of)
         self.rewards = rewards
         if self.rounds:
             prompts[:] = [one.prompt for one in mine]
-            drawn = self._joined(mine)
+            drawn = self._as_drawn(mine)
             self.trainer.log_completion_metrics(prompts, drawn, self._logged)
-        if self.most_rounds:
-            self._set_columns(mine, round_of)
+        if self.max_rounds:
+            self._set_logged_columns(mine, round_of)
         return drawn
 
     def _resample(
@@ -132,32 +134,32 @@ class Generation:
         (``round_of``).
         """
         tokens = sum(len(one.completion_ids) for one in mine)
-        further = self._further()
-        while empty and self.rounds < self.most_rounds:
+        further = self._unused_rows()
+        while empty and self.rounds < self.max_rounds:
             rows = self._next_rows(further, len(empty))
             if not rows:
                 break  # all prompts of the data set were drawn
             self.rounds += 1
-            new, scored = self._draw(rows)
-            tokens += sum(len(one.completion_ids) for one in self._own(new))
-            self.sampled += len(new)
+            new, scored = self._draw_groups(rows)
+            tokens += sum(len(one.completion_ids) for one in self._drawn_here(new))
+            self.sampled_count += len(new)
             found = self._spread(scored)
-            if self.rows:  # the curriculum records the spread of every group that was drawn
-                self.rows = [*self.rows, *rows]
+            if self.group_rows:  # the curriculum records the spread of every group that was drawn
+                self.group_rows = [*self.group_rows, *rows]
                 self.deviations += found.deviation
             good = [place for place, signal in enumerate(found.has_signal) if signal]
             for place, group in zip(good, empty, strict=False):
-                source = slice(place * self.group, (place + 1) * self.group)
-                target = slice(group * self.group, (group + 1) * self.group)
+                source = slice(place * self.group_size, (place + 1) * self.group_size)
+                target = slice(group * self.group_size, (group + 1) * self.group_size)
                 rewards[target] = scored[source]
-                self._put(new[source], target.start, mine, round_of)
+                self._copy_group(new[source], target.start, mine, round_of)
             empty = empty[len(good) :]
-        self.after = len(empty)
+        self.no_spread_after = len(empty)
         kept = sum(len(one.completion_ids) for one in mine)
         self.discarded_tokens = sum(gather_object([tokens - kept]))
-        self._warn(empty)
+        self._warn_of_left_groups(empty)
 
-    def _put(
+    def _copy_group(
         self, group: list[Completion], first: int, mine: list[Completion], round_of: list[int]
     ) -> None:
         """Copy the completions of the new ``group`` that belong to this rank into ``mine`` (the
@@ -171,13 +173,13 @@ class Generation:
                 mine[place], round_of[place] = one, self.rounds
                 self.inputs[place] = dict(self.trainer.training_rows[one.row])
 
-    def _draw(self, rows: Sequence[int]) -> tuple[list[Completion], torch.Tensor]:
+    def _draw_groups(self, rows: Sequence[int]) -> tuple[list[Completion], torch.Tensor]:
         """Draw a group of completions for each of ``rows``. Return the completions of all ranks and
         their rewards.
         """
-        each = len(rows) * self.group // self.ranks
+        each = len(rows) * self.group_size // self.rank_count
         first = each * self.trainer.accelerator.process_index
-        own = [rows[place // self.group] for place in range(first, first + each)]
+        own = [rows[place // self.group_size] for place in range(first, first + each)]
         inputs = [dict(self.trainer.training_rows[row]) for row in own]
         prompts = [one["prompt"] for one in inputs]
         drawn = CompletionBatch(*self.trainer.generate_completions(prompts))
@@ -185,15 +187,15 @@ class Generation:
         rewards = self._score(inputs, prompts, drawn, made)
         return gather_object(made), rewards
 
-    def _own(self, all_ranks: list[Completion]) -> list[Completion]:
+    def _drawn_here(self, all_ranks: list[Completion]) -> list[Completion]:
         """Return those completions of ``all_ranks`` (the result of ``_draw``) that this
         rank drew.
         """
-        each = len(all_ranks) // self.ranks
+        each = len(all_ranks) // self.rank_count
         rank = self.trainer.accelerator.process_index
         return all_ranks[rank * each : (rank + 1) * each]
 
-    def _further(self) -> Iterator[int]:
+    def _unused_rows(self) -> Iterator[int]:
         """Yield further rows of the data set. A row whose prompt is already in the batch, or was
         yielded before, is skipped.
         """
@@ -211,7 +213,7 @@ class Generation:
         The number of rows is rounded up, so that every rank draws the same number of completions.
         TRL's collective calls need equal shapes. A round is never larger than the batch.
         """
-        step = self.ranks // math.gcd(self.ranks, self.group)
+        step = self.rank_count // math.gcd(self.rank_count, self.group_size)
         rows = list(islice(further, -(-needed // step) * step))
         return rows[: len(rows) // step * step]
 
@@ -234,7 +236,7 @@ class Generation:
         rewards = self.trainer.score_completions(
             inputs, prompts, drawn.completions, drawn.completion_ids
         )
-        if self.most_rounds:
+        if self.max_rounds:
             for name, values in pending.items():
                 if len(values) == len(made):  # otherwise the values have no completion
                     for one, value in zip(made, values, strict=True):
@@ -242,7 +244,7 @@ class Generation:
         found: torch.Tensor = rewards.clone()
         return found
 
-    def _set_columns(self, mine: list[Completion], round_of: list[int]) -> None:
+    def _set_logged_columns(self, mine: list[Completion], round_of: list[int]) -> None:
         """Pass to TRL the values that it logs for the completions of this rank (``mine``). They are
         the values that the reward functions logged, and the round in which each completion was
         drawn.
@@ -256,7 +258,7 @@ class Generation:
     def _spread(self, rewards: torch.Tensor) -> Any:
         trainer = self.trainer
         return spread_of(
-            rewards, trainer.reward_weights, self.group, trainer.multi_objective_aggregation
+            rewards, trainer.reward_weights, self.group_size, trainer.multi_objective_aggregation
         )
 
     @staticmethod
@@ -278,7 +280,7 @@ class Generation:
         ]
 
     @staticmethod
-    def _joined(mine: list[Completion]) -> CompletionBatch:
+    def _as_drawn(mine: list[Completion]) -> CompletionBatch:
         """Return the completions ``mine`` as the result of TRL's sampling call
         (``CompletionBatch``).
         """
@@ -299,19 +301,20 @@ class Generation:
         """Return the metrics of dynamic sampling. ``no_spread_before`` and ``no_spread_after`` are
         shares of the groups of the batch. The other metrics are counts.
         """
-        if not self.most_rounds:
+        if not self.max_rounds:
             return {}
         name = "dynamic_sampling"
         return {
-            f"{name}/no_spread_before": self.before / self.groups,
-            f"{name}/no_spread_after": self.after / self.groups,
+            f"{name}/no_spread_before": self.no_spread_before / self.group_count,
+            f"{name}/no_spread_after": self.no_spread_after / self.group_count,
             f"{name}/rounds": self.rounds,
-            f"{name}/sampled_completions": self.sampled,
-            f"{name}/discarded_completions": self.sampled - self.groups * self.group,
+            f"{name}/sampled_completions": self.sampled_count,
+            f"{name}/discarded_completions": self.sampled_count
+            - self.group_count * self.group_size,
             f"{name}/discarded_tokens": self.discarded_tokens,
         }
 
-    def _warn(self, empty: list[int]) -> None:
+    def _warn_of_left_groups(self, empty: list[int]) -> None:
         """Warn if groups with equal rewards are left after the last round, and say why. The warning
         is printed once per run.
         """
@@ -319,14 +322,14 @@ class Generation:
         if not empty or trainer.left_groups_reported or not trainer.accelerator.is_main_process:
             return
         trainer.left_groups_reported = True
-        limit = self.rounds >= self.most_rounds
+        limit = self.rounds >= self.max_rounds
         why = (
-            f"max_resample_times is {self.most_rounds}"
+            f"max_resample_times is {self.max_rounds}"
             if limit
             else f"all {len(trainer.training_rows)} rows of the data set were drawn"
         )
         warnings.warn(
-            f"dynamic sampling: in {len(empty)} of {self.groups} groups all rewards are still "
+            f"dynamic sampling: in {len(empty)} of {self.group_count} groups all rewards are still "
             f"equal after {self.rounds} more rounds ({why}). The model learns nothing from these "
             "groups. In metrics.jsonl, dynamic_sampling/no_spread_after is the share of such "
             "groups in each generation. This warning is printed once",

@@ -35,7 +35,7 @@ class Evaluation:
     count: int
     reward: float | None
     rewards: dict[str, float | None]
-    length: float
+    mean_tokens: float
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are written to evaluation.json."""
@@ -43,7 +43,7 @@ class Evaluation:
             "count": self.count,
             "reward": self.reward,
             "rewards": self.rewards,
-            "completion_length": self.length,
+            "completion_length": self.mean_tokens,
         }
 
 
@@ -148,7 +148,7 @@ def evaluate(  # noqa: PLR0913 - all arguments are needed
             function.__name__: _mean(values)
             for function, values in zip(rewards.functions, scores, strict=True)
         },
-        length=tokens / max(1, len(dataset)),
+        mean_tokens=tokens / max(1, len(dataset)),
     )
 
 

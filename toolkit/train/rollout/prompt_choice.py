@@ -75,51 +75,53 @@ class PromptChoice:
     def __init__(self, trainer: TrainerSeam) -> None:
         args = getattr(trainer, "args", None)
         self.trainer = trainer
-        self.rounds = (
+        self.max_rounds = (
             getattr(args, "max_resample_times", 0) if _is_enabled(args, "dynamic_sampling") else 0
         )
-        self.share = (
+        self.curriculum_share = (
             getattr(args, "curriculum_share", None) if _is_enabled(args, "curriculum") else None
         )
-        self.difficulty = None if self.share is None else Difficulty(len(trainer.training_rows))
-        self._fresh: list[int] | None = None
+        self.difficulty = (
+            None if self.curriculum_share is None else Difficulty(len(trainer.training_rows))
+        )
+        self._unmeasured_order: list[int] | None = None
 
     @property
-    def on(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether dynamic sampling or the curriculum is on."""
-        return self.rounds > 0 or self.difficulty is not None
+        return self.max_rounds > 0 or self.difficulty is not None
 
-    def begin(self, inputs: list[dict[str, Any]]) -> Generation:
+    def begin_generation(self, inputs: list[dict[str, Any]]) -> Generation:
         """Choose the prompts of the generation that begins now, and return its ``Generation``.
 
         ``inputs`` are the rows that TRL's sampler chose for this rank.
         """
         order = self._order(self.trainer.completion_index.generation)
         if self.difficulty is None:
-            return Generation(self.trainer, inputs, order, self.rounds, [])
+            return Generation(self.trainer, inputs, order, self.max_rounds, [])
         accelerator, group = self.trainer.accelerator, self.trainer.num_generations
         total = len(inputs) * accelerator.num_processes
         chosen = [next(order) for _ in range(total // group)]
         first = len(inputs) * accelerator.process_index
         mine = [chosen[place // group] for place in range(first, first + len(inputs))]
         own = [dict(self.trainer.training_rows[row]) for row in mine]
-        return Generation(self.trainer, own, order, self.rounds, chosen)
+        return Generation(self.trainer, own, order, self.max_rounds, chosen)
 
-    def end(self, generation: Generation) -> None:
+    def end_generation(self, generation: Generation) -> None:
         """Log the metrics of the generation. With the curriculum, also record the spread of the
         rewards in each group (their standard deviation).
         """
         values = generation.metrics()
         if self.difficulty is not None:
-            chosen = generation.rows[: generation.groups]
-            repeated = self.difficulty.measured(chosen)
+            chosen = generation.group_rows[: generation.group_count]
+            repeated = self.difficulty.measured_rows(chosen)
             values["curriculum/repeated_share"] = len(repeated) / len(chosen)
             spreads = {
                 "curriculum/expected_spread": self.difficulty.mean_spread(repeated),
                 "curriculum/mean_spread": self.difficulty.mean_spread(),
             }
             values |= {name: value for name, value in spreads.items() if value is not None}
-            self.difficulty.record(generation.rows, generation.deviations)
+            self.difficulty.record(generation.group_rows, generation.deviations)
             values["curriculum/measured_share"] = self.difficulty.measured_share
         for name, value in values.items():
             self.trainer.metric_values[name].append(value)
@@ -148,13 +150,13 @@ class PromptChoice:
         if self.difficulty is None:
             generator = torch.Generator().manual_seed(now)
             return iter(torch.randperm(rows, generator=generator).tolist())
-        assert self.share is not None
-        if self._fresh is None:
+        assert self.curriculum_share is not None
+        if self._unmeasured_order is None:
             generator = torch.Generator().manual_seed(seed)
             shuffled = self.trainer.args.shuffle_dataset
             order = torch.randperm(rows, generator=generator) if shuffled else torch.arange(rows)
-            self._fresh = order.tolist()
-        return self.difficulty.order(now, self._fresh, self.share)
+            self._unmeasured_order = order.tolist()
+        return self.difficulty.draw_order(now, self._unmeasured_order, self.curriculum_share)
 
 
 def _is_enabled(config: Any, name: str) -> bool:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class Timers:
-    """Measures the seconds that are spent in each phase since the last ``take``."""
+    """Measures the seconds that are spent in each phase since the last ``pop_seconds``."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -59,7 +59,7 @@ class Timers:
         finally:
             self._seconds[phase] += perf_counter() - begin
 
-    def take(self) -> dict[str, float]:
+    def pop_seconds(self) -> dict[str, float]:
         """Return the seconds of each phase, and set them to 0."""
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
@@ -205,18 +205,18 @@ class EngineGeneration:
                 where="dataset",
                 fix="remove the images from the data set",
             )
-        seed, rows = self.trainer.completion_index.call(prompts)
+        seed, rows = self.trainer.completion_index.begin_call(prompts)
         count = group_size(prompts, num_generations)
         with profiler or nullcontext(), rollout_phase(self.trainer, self.engine):
             rollout: Rollout = self.engine.generate(
-                prompts[::count], self.sampling(count), seed=seed, rows=rows[::count]
+                prompts[::count], self.sampling_options(count), seed=seed, rows=rows[::count]
             )
-        self.trainer.completion_index.drawn(rows, prompts, rollout.completion_ids)
+        self.trainer.completion_index.record_completions(rows, prompts, rollout.completion_ids)
         # With sleep mode, this frees the memory of the KV cache for the training step.
         self.engine.sleep()
         return rollout.as_tuple()
 
-    def sampling(self, n: int) -> Sampling:
+    def sampling_options(self, n: int) -> Sampling:
         """Return the current sampling options of the trainer, for ``n`` completions per prompt."""
         trainer = self.trainer
         return Sampling(
@@ -276,7 +276,7 @@ class TransformersGeneration:
     def __init__(self, trainer: TrainerSeam) -> None:
         self.trainer = trainer
 
-    def can(self, images: Any, multimodal_fields: Any) -> bool:
+    def can_generate(self, images: Any, multimodal_fields: Any) -> bool:
         """Return True if this class can generate the batch. If it cannot, TRL generates.
 
         This class does not support images, beam search, continuous batching and sharded models.
@@ -294,7 +294,7 @@ class TransformersGeneration:
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """Draw one completion for each prompt. Prompts and completions are lists of token ids."""
         trainer = self.trainer
-        seed, rows = trainer.completion_index.call(prompts)
+        seed, rows = trainer.completion_index.begin_call(prompts)
         model = unwrapped(trainer, trainer.model)
         config, strings = self._config()
         longest = getattr(model, "max_seq_length", None)
@@ -322,7 +322,7 @@ class TransformersGeneration:
             at_once=len(prompts),
             recover=release_memory,
         )
-        trainer.completion_index.drawn(rows, prompts, rollout.completion_ids)
+        trainer.completion_index.record_completions(rows, prompts, rollout.completion_ids)
         return rollout.completion_ids
 
     def _config(self) -> tuple[GenerationConfig, Any]:

@@ -73,7 +73,7 @@ class ToolLog:
     def __init__(self) -> None:
         self._calls: list[ToolCall] = []
 
-    def watch(
+    def record_calls(
         self, trainer: ToolOwner, completions: list[list[Any]], numbers: list[int], step: int
     ) -> list[ToolCall]:
         """Wrap the tools in ``trainer.tools_by_row``, so that their calls are recorded. Return the
@@ -90,7 +90,7 @@ class ToolLog:
         ]
         return calls
 
-    def keep(self, calls: list[ToolCall]) -> None:
+    def gather_calls(self, calls: list[ToolCall]) -> None:
         """Gather the ``calls`` of all ranks, and keep them until ``write``. Every rank must call
         this method.
         """
@@ -122,17 +122,17 @@ class _RecordedTools(dict[str, Any]):
         place: tuple[int, int],
     ) -> None:
         super().__init__(tools)
-        self._calls, self._messages, self._place = calls, messages, place
-        self._last = (0, 0)
+        self._calls, self._messages, self._step_and_completion = calls, messages, place
+        self._last_call = (0, 0)
 
     def __contains__(self, name: object) -> bool:
         return True
 
     def __getitem__(self, name: str) -> Any:
-        step, completion = self._place
+        step, completion = self._step_and_completion
         turn = sum(message.get("role") == "assistant" for message in self._messages)
-        number = self._last[1] + 1 if self._last[0] == turn else 1
-        self._last = (turn, number)
+        number = self._last_call[1] + 1 if self._last_call[0] == turn else 1
+        self._last_call = (turn, number)
         call = ToolCall(str(name), completion, turn, number)
         self._calls.append(call)
         tool = self.get(name)
@@ -161,7 +161,7 @@ def _call_tool(tool: Tool | None, call: ToolCall, place: tuple[int, ...]) -> tup
     if tool is None:
         return True, f"Tool {call.tool} not found."
     try:
-        return False, tool.ask(call.arguments, place)
+        return False, tool.answer(call.arguments, place)
     except CallFailed as error:
         return True, str(error)
     except StopRun as error:

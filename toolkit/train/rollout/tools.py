@@ -57,10 +57,10 @@ class Tool(dict[str, Any]):
     ) -> None:
         super().__init__(schema)
         self.__name__ = str(schema["function"]["name"])
-        self.ask = ask
+        self.answer = ask
 
     def __call__(self, /, **arguments: Any) -> str:
-        return self.ask(arguments, ())
+        return self.answer(arguments, ())
 
 
 class ToolPolicy(NamedTuple):
@@ -219,20 +219,21 @@ class Episode:
     def __init__(self, host: EpisodeHost, slot: int) -> None:
         self._host, self._slot = host, slot
         self._number, self._seed = 0, 0
-        self._past: list[dict[str, Any]] = []
-        self._total, self._done = 0.0, False
+        self._past_actions: list[dict[str, Any]] = []
+        self._total_reward, self._has_ended = 0.0, False
         self._fault: Failure | None = None
         self.__dict__["step"] = Tool(host.schema, self._step)
 
     def __repr__(self) -> str:
-        return f"Episode(seed={self._seed}, steps={len(self._past)}, reward={self._total})"
+        steps = len(self._past_actions)
+        return f"Episode(seed={self._seed}, steps={steps}, reward={self._total_reward})"
 
     def reset(self, **row: Any) -> None:
         """Begin the problem of one row of the data set. The prompt of the row must end with the
         first observation of the environment.
         """
-        self._number, self._past = self._number + 1, []
-        self._total, self._done, self._fault = 0.0, False, None
+        self._number, self._past_actions = self._number + 1, []
+        self._total_reward, self._has_ended, self._fault = 0.0, False, None
         self._seed = json.loads(row["problem"])["seed"]
         prompt = row["prompt"]
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -253,31 +254,31 @@ class Episode:
         """
         if self._fault is not None:
             raise UserCodeFailed(self._fault)
-        return self._total
+        return self._total_reward
 
     def _step(self, arguments: Mapping[str, Any], _: CallPosition) -> str:
         if self._fault is not None:
             raise CallFailed(f"the environment {self._fault.what}")
-        if self._done:
+        if self._has_ended:
             raise CallFailed("the episode has ended")
         seen = self._advance(dict(arguments))
         if seen is None:
             assert self._fault is not None
             raise CallFailed(f"the environment {self._fault.what}")
-        self._past.append(dict(arguments))
-        self._total, self._done = self._total + seen["reward"], seen["done"]
-        return f"{seen['text']}\n(the episode has ended)" if self._done else str(seen["text"])
+        self._past_actions.append(dict(arguments))
+        self._total_reward, self._has_ended = self._total_reward + seen["reward"], seen["done"]
+        return f"{seen['text']}\n(the episode has ended)" if self._has_ended else str(seen["text"])
 
     def _advance(self, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
         request = {
             "slot": self._slot,
             "number": self._number,
             "seed": self._seed,
-            "past": self._past,
+            "past": self._past_actions,
             "arguments": arguments,
         }
         try:
-            return self._host.ask(request)
+            return self._host.answer(request)
         except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
         except UserCodeFailed as error:
@@ -305,7 +306,7 @@ class EpisodeHost:
         self._slots += 1
         return Episode(self, self._slots)
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the environment's reply to one request of an episode: the next observation, the
         reward, and whether the episode has ended. Raises InvalidToolCall and UserCodeFailed.
         """

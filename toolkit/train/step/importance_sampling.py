@@ -59,7 +59,7 @@ class Disagreement:
         else:
             self.sums, self.extremes = self.sums + sums, torch.maximum(self.extremes, extremes)
 
-    def take(self, accelerator: Any) -> dict[str, float]:
+    def pop_metrics(self, accelerator: Any) -> dict[str, float]:
         """Return the metrics of the logging window over all ranks, and reset the totals.
 
         If importance weights were used, the metrics include those that TRL itself would log. All

@@ -67,7 +67,7 @@ class Distribution:
         )
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the distribution is the softmax of the logits at a temperature, without
         truncation and without penalties.
         """
@@ -97,10 +97,10 @@ class TokenHistory:
         self._ids_BL, self._vocab = ids_BL, vocab
         places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         self._drawn_BL = real_BL & (places_L >= starts_B[:, None])
-        self._first_BV = self._first(real_BL)
-        self._first_drawn_BV = self._first(self._drawn_BL)
+        self._first_BV = self._first_positions(real_BL)
+        self._first_drawn_BV = self._first_positions(self._drawn_BL)
 
-    def _first(self, counted_BL: torch.Tensor) -> torch.Tensor:
+    def _first_positions(self, counted_BL: torch.Tensor) -> torch.Tensor:
         """The first position of each token of the vocabulary in each row, (B, V) int32.
 
         Only positions that are True in ``counted_BL`` count. The value is L if the token does not
@@ -112,21 +112,21 @@ class TokenHistory:
         first_BV = places_BL.new_full((rows, self._vocab), length)
         return first_BV.scatter_reduce_(1, self._ids_BL, places_BL, "amin")
 
-    def seen(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def seen_mask(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the prompt, or
-        in the completion before position ``places_N``.
+        in the completion before position ``positions_N``.
         """
         return self._first_BV[rows_N] < places_N[:, None]
 
-    def drawn(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def drawn_mask(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) bool tensor: whether a token of the vocabulary occurs in the completion
-        before position ``places_N``.
+        before position ``positions_N``.
         """
         return self._first_drawn_BV[rows_N] < places_N[:, None]
 
-    def counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
+    def drawn_counts(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> torch.Tensor:
         """Return an (N, V) float32 tensor: how often a token of the vocabulary occurs in the
-        completion before position ``places_N``.
+        completion before position ``positions_N``.
         """
         places_L = torch.arange(self._ids_BL.shape[1], device=places_N.device)
         counted_NL = self._drawn_BL[rows_N] & (places_L < places_N[:, None])
@@ -136,12 +136,12 @@ class TokenHistory:
 
 class TokenPositions(NamedTuple):
     """The locations of N scored tokens: their rows ``rows_N`` in ``texts``, and their positions
-    ``places_N`` in these rows.
+    ``positions_N`` in these rows.
     """
 
-    texts: TokenHistory
+    history: TokenHistory
     rows_N: torch.Tensor
-    places_N: torch.Tensor
+    positions_N: torch.Tensor
 
 
 def score_tokens(
@@ -184,15 +184,15 @@ def apply_penalties(
 
     transformers has only the repetition penalty.
     """
-    texts, where = places.texts, (places.rows_N, places.places_N)
+    texts, where = places.history, (places.rows_N, places.positions_N)
     factor = distribution.repetition_penalty
     if factor != 1:
         penalized_NV = torch.where(logits_NV > 0, logits_NV / factor, logits_NV * factor)
-        logits_NV = torch.where(texts.seen(*where), penalized_NV, logits_NV)
+        logits_NV = torch.where(texts.seen_mask(*where), penalized_NV, logits_NV)
     if distribution.frequency_penalty != 0:
-        logits_NV = logits_NV - distribution.frequency_penalty * texts.counts(*where)
+        logits_NV = logits_NV - distribution.frequency_penalty * texts.drawn_counts(*where)
     if distribution.presence_penalty != 0:
-        logits_NV = logits_NV - distribution.presence_penalty * texts.drawn(*where)
+        logits_NV = logits_NV - distribution.presence_penalty * texts.drawn_mask(*where)
     return logits_NV
 
 

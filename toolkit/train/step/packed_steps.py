@@ -44,14 +44,14 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
     padding_free: bool = True
     micro_rows: int | None = None
     pack_tokens: int | None = None
-    parts: int = 1
+    part_count: int = 1
     """The number of parts of the last micro-batch."""
-    least_parts: int = 1
-    _left_out: tuple[int, int] = (0, 1)
+    min_parts: int = 1
+    _skipped_and_total: tuple[int, int] = (0, 1)
     _scope: LossScope = LossScope()
-    _entropy: torch.Tensor | None = None
-    _observed: dict[str, Any] | None = None
-    _reported_padded: bool = False
+    _entropy_sums: torch.Tensor | None = None
+    _loss_inputs: dict[str, Any] | None = None
+    _reported_refusal: bool = False
 
     def merge_micro_batches(self, args: Any, model: Any) -> None:
         """Merge the micro-batches of one optimizer step into one batch.
@@ -86,20 +86,20 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """
         size = inputs["completion_ids"].shape[0]
         rows = self.rows_to_pack(inputs)
-        self._left_out = (0, size)
+        self._skipped_and_total = (0, size)
         if rows is None:
             micro = self.micro_rows or size
-            number = min(size, max(-(-size // micro), self.least_parts))
-            self.parts = number
+            number = min(size, max(-(-size // micro), self.min_parts))
+            self.part_count = number
             return list(torch.arange(size).tensor_split(number))
         dead = self._rows_without_loss(inputs)
-        self._left_out = (len(dead), size)
+        self._skipped_and_total = (len(dead), size)
         live = [row for row in rows if row.number not in dead]
         limit = self._token_limit(inputs) or max(packing.count_pack_tokens(live), 1)
         if self.accelerator.num_processes > 1:
             return self._equal_parts(rows, dead, limit)
-        number = max(len(packing.split_rows(live, limit)), min(self.least_parts, len(live)))
-        self.parts = number
+        number = max(len(packing.split_rows(live, limit)), min(self.min_parts, len(live)))
+        self.part_count = number
         parts = [[row.number for row in pack] for pack in packing.even_packs(live, number) if pack]
         parts[0].extend(sorted(dead))
         return [torch.tensor(sorted(part)) for part in parts]
@@ -117,7 +117,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             return all(packing.count_pack_tokens(chunk) <= limit for chunk in live)
 
         number = next((n for n in range(1, len(rows)) if fits(n)), len(rows))
-        self.parts = number = self._any_rank(max(number, min(self.least_parts, len(rows))))
+        self.part_count = number = self._max_over_ranks(max(number, min(self.min_parts, len(rows))))
         order = torch.tensor([row.number for row in ordered])
         return list(order.tensor_split(number))
 
@@ -149,7 +149,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         """
         if inputs.get("pixel_values") is not None or self.aux_loss_enabled:
             return None
-        if self._packed_refusal(self.model) is not None:
+        if self._reason_against_packs(self.model) is not None:
             return None
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -157,7 +157,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
 
     # --- the rows and tokens that a pass computes
 
-    def _packed_refusal(self, model: Any) -> str | None:
+    def _reason_against_packs(self, model: Any) -> str | None:
         """Why packs are not used for ``model``, or None if they are used. The reason is logged
         once.
         """
@@ -167,8 +167,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         base = packed_pass.base_of(model)
         with sampled_head_installed(self, model) if mesh_of(base) is not None else nullcontext():
             reason = packed_pass.install_packed_attention(base, self._trl_pass)
-        if reason is not None and not self._reported_padded:
-            self._reported_padded = True
+        if reason is not None and not self._reported_refusal:
+            self._reported_refusal = True
             logger.warning("training uses padded batches, which is slower: %s", reason)
         return reason
 
@@ -202,13 +202,13 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             numbers -= {int(shortest)}
         return numbers
 
-    def scope_of(self, inputs: Mapping[str, Any]) -> LossScope:
+    def loss_scope(self, inputs: Mapping[str, Any]) -> LossScope:
         """Return the rows of a micro-batch that may be skipped, because their loss is 0, and the
         mask of the tokens that the loss uses.
         """
         return LossScope(self._rows_without_loss(inputs), loss_mask(inputs))
 
-    def scores(
+    def logps_and_entropies(
         self,
         model: Any,
         input_ids: torch.Tensor,
@@ -228,14 +228,14 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             value is None or value is False for name, value in options.items() if name not in others
         )
         found = None
-        if plain and self._packed_refusal(model) is None:
+        if plain and self._reason_against_packs(model) is None:
             limit = self._pass_limit(batch_size, input_ids.shape[1])
             batch = (input_ids, attention_mask, logits_to_keep)
-            own_head = not sampler.sampled_distribution(self).plain
+            own_head = not sampler.sampled_distribution(self).is_plain
             with self.accelerator.autocast(), sampled_head_installed(self, model):
                 found = packed_pass.score_batch(model, batch, self._scope, limit, own_head=own_head)
         if found is not None:
-            logps, entropies = self.fill_skipped(found, self._observed or {})
+            logps, entropies = self.fill_skipped(found, self._loss_inputs or {})
             return logps, entropies if options.get("compute_entropy") else None, None
         self._scope = LossScope()  # a padded pass computes all rows
         rows = batch_size if batch_size is None else min(batch_size, self.micro_rows or batch_size)
@@ -260,8 +260,8 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         skipped = sorted(self._scope.skipped)
         mask = loss_mask(inputs).clone()
         mask[skipped] = 0
-        if self._entropy is not None:
-            self._entropy[:2] += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
+        if self._entropy_sums is not None:
+            self._entropy_sums[:2] += torch.stack([(entropies.detach() * mask).sum(), mask.sum()])
         if not skipped:
             return scores
         neutral = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
@@ -272,7 +272,7 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         return logps, entropies
 
     @contextmanager
-    def own_entropy(self) -> Iterator[None]:
+    def corrected_entropy_metric(self) -> Iterator[None]:
         """A context manager for computing the loss of a micro-batch. After the block, it corrects
         the logged metrics.
 
@@ -280,19 +280,21 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
         mean includes all parts of the micro-batch and all ranks. The metric ``SKIPPED_METRIC``
         is added: the share of rows that no pass computed, over all ranks.
         """
-        packs = self.padding_free and self._packed_refusal(self.model) is None
+        packs = self.padding_free and self._reason_against_packs(self.model) is None
         if not packs or self.aux_loss_enabled or not self.model.training:
             yield
             return
-        self._entropy = torch.zeros(4, device=self.accelerator.device)
-        self._entropy[2:] += torch.tensor(self._left_out, device=self._entropy.device)
+        self._entropy_sums = torch.zeros(4, device=self.accelerator.device)
+        self._entropy_sums[2:] += torch.tensor(
+            self._skipped_and_total, device=self._entropy_sums.device
+        )
         try:
             yield
-            sums = self.accelerator.reduce(self._entropy, reduction="sum").tolist()
+            sums = self.accelerator.reduce(self._entropy_sums, reduction="sum").tolist()
             total, count, left_out, rows = sums
             self._metrics["train"][SKIPPED_METRIC].append(left_out / max(rows, 1))
             noted = self._metrics["train"].get("entropy")
             if noted and count:
                 noted[-1] = total / count
         finally:
-            self._entropy = None
+            self._entropy_sums = None

@@ -35,15 +35,15 @@ class PaddedBatch(NamedTuple):
     """A padded batch in TRL's layout, and the location of a pack's M labelled tokens in it.
 
     ``ids_BL`` are the tokens, and ``real_BL`` is False on padding. The completions are in the last
-    ``width`` positions. ``rows_M`` and ``places_M`` are the rows and the positions of the labelled
-    tokens.
+    ``width`` positions. ``rows_M`` and ``positions_M`` are the rows and the positions of the
+    labelled tokens.
     """
 
     ids_BL: torch.Tensor
     real_BL: torch.Tensor
     width: int
     rows_M: torch.Tensor
-    places_M: torch.Tensor
+    positions_M: torch.Tensor
 
 
 class Row(NamedTuple):
@@ -59,15 +59,15 @@ class Pack:
     """Rows joined into one sequence of N tokens.
 
     ``ids_N``, ``positions_N`` and ``labels_N`` have the shape (N) and are on the device.
-    ``places_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are the indices
-    of the same tokens in the completions of the padded batch, flattened to B * T.
+    ``indices_M`` are the indices of the M labelled tokens in the pack. ``targets_M`` are the
+    indices of the same tokens in the completions of the padded batch, flattened to B * T.
     """
 
     layout: PackedLayout
     ids_N: torch.Tensor
     positions_N: torch.Tensor
     labels_N: torch.Tensor
-    places_M: torch.Tensor
+    indices_M: torch.Tensor
     targets_M: torch.Tensor
 
 
@@ -181,7 +181,7 @@ def scatter_to_padded(values_1N: torch.Tensor, pack: Pack, shape: tuple[int, int
     are 0.
     """
     flat = values_1N.new_zeros(shape[0] * shape[1])
-    return flat.scatter(0, pack.targets_M, values_1N[0, pack.places_M]).view(shape)
+    return flat.scatter(0, pack.targets_M, values_1N[0, pack.indices_M]).view(shape)
 
 
 def split_rows(rows: Sequence[Row], limit: int) -> list[list[Row]]:

@@ -64,7 +64,7 @@ def sampled_head_installed(trainer: TrainerSeam, model: Any) -> Iterator[None]:
     distribution = sampler.sampled_distribution(trainer)
     model = unwrapped(trainer, model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if distribution.plain and mesh_of(base) is None:
+    if distribution.is_plain and mesh_of(base) is None:
         yield
         return
     # TRL may have set its own forward method on the instance, which must be restored.
@@ -134,7 +134,7 @@ def _forward_pack(model: Any, distribution: Distribution, kwargs: dict[str, Any]
     head = ChunkedHead(model, distribution, texts)
     found = hidden_1NH[wanted], labels_1N[wanted]
     none = torch.zeros_like(found[1])  # a placeholder: rows and places are read only for penalties
-    rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.places_M)
+    rows_M, places_M = (none, none) if batch is None else (batch.rows_M, batch.positions_M)
     scored = head.score(*found, rows_M, places_M)
     zeros = hidden_1NH.new_zeros(wanted.shape, dtype=torch.float32)
     logps, entropy = (zeros.masked_scatter(wanted, part) for part in scored)
@@ -149,7 +149,7 @@ class ChunkedHead:
 
     def __init__(self, model: Any, distribution: Distribution, texts: TokenHistory | None) -> None:
         self.layer = model.get_output_embeddings()
-        self.distribution, self.texts = distribution, texts
+        self.distribution, self.history = distribution, texts
         config = model.config.get_text_config()
         self.scale, self.cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
 
@@ -193,7 +193,7 @@ class ChunkedHead:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
         if split is not None:  # rule TP004 of the config allows only a plain distribution here
             return score_split_vocabulary(logits_NV, tokens_N, self.distribution.temperature, split)
-        places = None if self.texts is None else TokenPositions(self.texts, rows_N, places_N)
+        places = None if self.history is None else TokenPositions(self.history, rows_N, places_N)
         return kept_set.score_tokens(logits_NV, tokens_N, self.distribution, places)
 
 

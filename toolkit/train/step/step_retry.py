@@ -43,15 +43,17 @@ class StepAttempt:
         self._gradients = [
             None if p.grad is None else p.grad.clone() for p in trainer.trained_parameters()
         ]
-        self._marks: dict[str, int] = {}
+        self._metric_lengths: dict[str, int] = {}
         self._progress: tuple[int, float] | None = None
 
-    def prepared(self, inputs: Any) -> None:
+    def record_inputs(self, inputs: Any) -> None:
         """Record that the rollouts are ready. Everything after this call can be repeated."""
         self.inputs = inputs
-        self._marks = {name: len(found) for name, found in self.trainer.train_metric_values.items()}
+        self._metric_lengths = {
+            name: len(found) for name, found in self.trainer.train_metric_values.items()
+        }
         self._progress = self.trainer.micro_progress
-        if self._alone():
+        if self._is_only_replica():
             watch_peers()
 
     def run(self, step: Callable[[], Any]) -> Any:
@@ -62,28 +64,28 @@ class StepAttempt:
         """
         while True:
             try:
-                with repeatable_phase(), self._unsynchronized():
-                    if self.inputs is not None and self._alone():
+                with repeatable_phase(), self._without_ddp_sync():
+                    if self.inputs is not None and self._is_only_replica():
                         watch_peers()
                     return step()
             except (RuntimeError, MemoryError) as error:
-                self._refuse_replicas(error)
-                if not self._may_split(error):
+                self._raise_for_replicas(error)
+                if not self._can_split(error):
                     raise
                 failure = first_line(error)
-            self._undo()
-            self.trainer.least_parts = 2 * self._parts()
+            self._restore()
+            self.trainer.min_parts = 2 * self._part_count()
             logger.warning(
                 (
                     "training step: out of memory, the micro-batch is split into %d parts from now "
                     "on (%s)"
                 ),
-                self.trainer.least_parts,
+                self.trainer.min_parts,
                 failure,
             )
 
-    def _refuse_replicas(self, error: BaseException) -> None:
-        if self.inputs is None or self._alone() or not is_out_of_memory(error):
+    def _raise_for_replicas(self, error: BaseException) -> None:
+        if self.inputs is None or self._is_only_replica() or not is_out_of_memory(error):
             return
         number = self.trainer.accelerator.num_processes
         raise ConfigError(
@@ -95,13 +97,13 @@ class StepAttempt:
             "same command again: the run resumes from the last checkpoint",
         ) from error
 
-    def _may_split(self, error: BaseException) -> bool:
-        if self.inputs is None or not self._alone() or not is_out_of_memory(error):
+    def _can_split(self, error: BaseException) -> bool:
+        if self.inputs is None or not self._is_only_replica() or not is_out_of_memory(error):
             return False
         rows: int = self.inputs["completion_ids"].shape[0]
-        return bool(self._parts() * 2 <= min(MAX_SPLIT, rows))
+        return bool(self._part_count() * 2 <= min(MAX_SPLIT, rows))
 
-    def _alone(self) -> bool:
+    def _is_only_replica(self) -> bool:
         """Whether this replica of the model is the only one.
 
         A step can be repeated only if there is one replica. Several replicas take part in
@@ -110,26 +112,26 @@ class StepAttempt:
         """
         return bool(self.trainer.accelerator.num_processes == 1)
 
-    def _unsynchronized(self) -> AbstractContextManager[None]:
+    def _without_ddp_sync(self) -> AbstractContextManager[None]:
         """A context manager. If there is one replica, it turns off the synchronization of
         DistributedDataParallel.
 
         With one replica there is nothing to synchronize. But DistributedDataParallel would raise an
         error in a forward pass that follows an interrupted backward pass.
         """
-        without = getattr(self.model, "no_sync", None) if self._alone() else None
+        without = getattr(self.model, "no_sync", None) if self._is_only_replica() else None
         return nullcontext() if without is None else without()
 
-    def _parts(self) -> int:
+    def _part_count(self) -> int:
         """The number of parts into which the attempt split the micro-batch."""
-        return int(max(self.trainer.least_parts, self.trainer.parts))
+        return int(max(self.trainer.min_parts, self.trainer.part_count))
 
-    def _undo(self) -> None:
+    def _restore(self) -> None:
         trained = self.trainer.trained_parameters()
         for parameter, gradient in zip(trained, self._gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         for name, found in self.trainer.train_metric_values.items():
-            del found[self._marks.get(name, 0) :]
+            del found[self._metric_lengths.get(name, 0) :]
         if self._progress is not None:  # this process may have ended the step before another failed
             self.trainer.micro_progress = self._progress
         release_memory()
@@ -160,7 +162,7 @@ def loss_in_parts(
         done = done + value.detach()
     last, weight = pieces[-1]
     value = loss(last) * weight + done
-    metrics.merge()
+    metrics.merge_parts()
     return value
 
 
@@ -171,21 +173,21 @@ class PartMetrics:
         """``tokens`` has one number for each part of the micro-batch: how many tokens of this part
         the loss uses.
         """
-        self.found = trainer.metric_values
-        self.marks = {name: len(values) for name, values in self.found.items()}
+        self.metric_values = trainer.metric_values
+        self.start_lengths = {name: len(values) for name, values in self.metric_values.items()}
         counts = torch.stack(tokens).double()
         if trainer.accelerator.num_processes > 1:
             counts = trainer.accelerator.reduce(counts, reduction="sum")
         self.weights = (counts / counts.sum().clamp(min=1)).tolist()
 
-    def merge(self) -> None:
+    def merge_parts(self) -> None:
         """For each metric, replace the values of the micro-batch's parts by one value.
 
         Minima and maxima stay minima and maxima. All other metrics of TRL are means over tokens, so
         they are combined as weighted means.
         """
-        for name, values in self.found.items():
-            mark = self.marks.get(name, 0)
+        for name, values in self.metric_values.items():
+            mark = self.start_lengths.get(name, 0)
             own = values[mark:]
             if len(own) == len(self.weights):
                 values[mark:] = [_combine(name, own, self.weights)]
