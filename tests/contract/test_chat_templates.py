@@ -19,7 +19,7 @@ NAMED = [{"name": "default", "template": TEXT}, {"name": "tool_use", "template":
 
 
 @pytest.mark.parametrize(
-    ("in_config", "files", "found"),
+    ("in_config", "files", "expected"),
     [
         (None, {}, False),
         (TEXT, {}, True),
@@ -33,25 +33,27 @@ NAMED = [{"name": "default", "template": TEXT}, {"name": "tool_use", "template":
         (None, {"chat_template.jinja": TEXT, "additional_chat_templates/rag.jinja": TEXT}, True),
     ],
 )
-def test_the_files_say_what_the_tokenizer_says(
-    tmp_path: Path, in_config: Any, files: dict[str, str], found: bool
+def test_template_in_agrees_with_the_tokenizer(
+    tmp_path: Path, in_config: Any, files: dict[str, str], expected: bool
 ) -> None:
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
-    config = tmp_path / "tokenizer_config.json"
-    written = json.loads(config.read_text())
+    vocabulary = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>").save_pretrained(
+        tmp_path
+    )
+    config_file = tmp_path / "tokenizer_config.json"
+    tokenizer_config = json.loads(config_file.read_text())
     if in_config is not None:
-        written["chat_template"] = in_config
-    config.write_text(json.dumps(written))
+        tokenizer_config["chat_template"] = in_config
+    config_file.write_text(json.dumps(tokenizer_config))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
-    assert usable(tokenizer.chat_template) is found
-    assert template_in(tmp_path) is found
+    assert usable(tokenizer.chat_template) is expected
+    assert template_in(tmp_path) is expected
 
 
-def test_a_folder_without_a_tokenizer_says_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_files_gives_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert template_in(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -30,27 +30,27 @@ GRPO: dict[str, dict[str, Any]] = {
     if "x-refused" not in schema
 }
 # Their values name a package or a service that is not on this machine, or a kernel that is not.
-ELSEWHERE = {
+MACHINE_DEPENDENT = {
     "report_to", "debug", "tf32", "torch_compile_backend", "torch_compile_mode",
     "torch_compile", "optim", "ddp_backend", "accelerator_config", "use_liger_kernel",
     "reward_weights", "log_completions_hub_repo", "fp16_full_eval", "bf16_full_eval",
     "use_cpu",
 }  # fmt: skip
-KEYS = sorted(set(GRPO) - ELSEWHERE)
+TESTED_KEYS = sorted(set(GRPO) - MACHINE_DEPENDENT)
 
 
-def values(name: str) -> st.SearchStrategy[Any]:
+def example_values(name: str) -> st.SearchStrategy[Any]:
     """Values that a key may have, and some near them."""
     schema = GRPO[name]
-    found = [*schema.get("examples", ()), *schema.get("enum", ())]
+    candidates = [*schema.get("examples", ()), *schema.get("enum", ())]
     if isinstance(schema.get("default"), bool):
-        found += [True, False]
+        candidates += [True, False]
     if schema.get("type") == "integer" or "integer" in schema.get("type", ()):
-        found += [1, 2, 3, 4, 6, 8]
-    return st.sampled_from(found)
+        candidates += [1, 2, 3, 4, 6, 8]
+    return st.sampled_from(candidates)
 
 
-def judged(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[str]]:
+def validate_grpo(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[str]]:
     """The config, and the rules that refuse it."""
     run = {
         "model": {"model_name": "nobody/nothing"},
@@ -60,12 +60,12 @@ def judged(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[s
     }
     source = Source("run.json", json.dumps(run), folder, folder / "run.json", "json")
     document = assemble(source)
-    outcome = validate(document, Situation())
-    errors = [found.rule for found in outcome.findings if found.severity is Severity.ERROR]
-    return outcome.config, errors
+    validation = validate(document, Situation())
+    errors = [finding.rule for finding in validation.findings if finding.severity is Severity.ERROR]
+    return validation.config, errors
 
 
-def build(config: RunConfig, folder: Path) -> None:
+def build_trl_config(config: RunConfig, folder: Path) -> None:
     """TRL's config as training makes it, with the fields that ours adds."""
     from toolkit.train.grpo_config import GRPOConfig
     from toolkit.train.trl_arguments import grpo_config
@@ -84,16 +84,16 @@ def build(config: RunConfig, folder: Path) -> None:
 
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_what_validates_trl_takes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_trl_accepts_what_validates(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.getbasetemp()
-    names = data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=6, unique=True))
-    grpo = {name: data.draw(values(name), label=name) for name in names}
-    config, _ = judged(grpo, folder)
+    names = data.draw(st.lists(st.sampled_from(TESTED_KEYS), min_size=1, max_size=6, unique=True))
+    grpo = {name: data.draw(example_values(name), label=name) for name in names}
+    config, _ = validate_grpo(grpo, folder)
     if config is not None:
-        build(config, folder)
+        build_trl_config(config, folder)
 
 
-REFUSED = {
+REFUSED_SETTINGS = {
     "GRPO001": {"num_generations": 3},
     "GRPO002": {"num_generations": 1},
     "GRPO003": {"generation_batch_size": 8, "steps_per_generation": 1},
@@ -112,24 +112,24 @@ REFUSED = {
 }  # fmt: skip
 
 
-def test_an_auto_micro_batch_is_a_config_that_trl_takes(tmp_path: Path) -> None:
+def test_trl_accepts_an_auto_micro_batch(tmp_path: Path) -> None:
     grpo = {
         "per_device_train_batch_size": "auto",
         "gradient_accumulation_steps": "auto",
         "generation_batch_size": 24,
         "num_generations": 4,
     }
-    config, errors = judged(grpo, tmp_path)
+    config, errors = validate_grpo(grpo, tmp_path)
     assert config is not None, errors
-    build(config, tmp_path)
+    build_trl_config(config, tmp_path)
 
 
-@pytest.mark.parametrize("rule", sorted(REFUSED))
-def test_what_trl_refuses_a_rule_refuses_too(rule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", sorted(REFUSED_SETTINGS))
+def test_what_trl_refuses_is_refused_by_a_rule(rule: str, tmp_path: Path) -> None:
     import trl
 
-    grpo = REFUSED[rule]
-    assert judged(grpo, tmp_path)[1] == [rule]
+    grpo = REFUSED_SETTINGS[rule]
+    assert validate_grpo(grpo, tmp_path)[1] == [rule]
     with pytest.raises(ValueError, match=r"."):
         trl.GRPOConfig(
             **{"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": [], **grpo}

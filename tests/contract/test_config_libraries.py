@@ -29,15 +29,15 @@ ROOT = Path(__file__).parents[2]
 GRPO: dict[str, dict[str, Any]] = find_schema("run")["properties"]["grpo"]["properties"]
 
 
-def test_the_schema_is_what_the_installed_trl_gives() -> None:
-    done = subprocess.run(
+def test_the_schema_is_generated_from_the_installed_trl() -> None:
+    process = subprocess.run(
         [sys.executable, ROOT / "schemas" / "generate.py", "--check"],
         capture_output=True,
         text=True,
         check=False,
         env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_every_field_of_grpo_config_is_in_the_schema() -> None:
@@ -49,12 +49,14 @@ def test_every_field_of_grpo_config_is_in_the_schema() -> None:
 
 @pytest.mark.parametrize("which", sorted(RECORDED))
 def test_the_recorded_values_are_the_installed_ones(which: str) -> None:
-    found = installed(which)
-    assert found is not None, f"{which}: the library is installed and its values were not found"
-    assert found.values == RECORDED[which].values
+    installed_values = installed(which)
+    assert installed_values is not None, (
+        f"{which}: the library is installed and its values were not found"
+    )
+    assert installed_values.values == RECORDED[which].values
 
 
-def test_the_ranks_are_what_vllm_itself_takes() -> None:
+def test_the_ranks_are_those_that_vllm_accepts() -> None:
     """The text that we read is the type that vLLM checks against (read as source, too)."""
     folder = package_folder("vllm")
     if folder is None:
@@ -93,20 +95,22 @@ def test_the_loss_types_are_those_that_the_loss_knows() -> None:
     assert GRPO["loss_type"]["enum"] == list(RECORDED["loss_types"].values)
 
 
-def test_peft_takes_each_recorded_init() -> None:
+def test_the_inits_are_those_that_peft_accepts() -> None:
     import peft
 
     annotation = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
-    literals = [typing.get_args(one) for one in typing.get_args(annotation) if one is not bool]
+    literals = [
+        typing.get_args(member) for member in typing.get_args(annotation) if member is not bool
+    ]
     assert {*literals[0], "lora_ga"} == set(RECORDED["lora_inits"].values)
 
 
-def test_moved_keys_are_no_keys_of_today_and_lead_to_one() -> None:
+def test_moved_keys_are_not_in_the_schema_and_their_replacements_are() -> None:
     sections = find_schema("run")["properties"]
     for old, moved in MOVED.items():
         section, _, name = old.partition(".")
-        today = sections[section]["properties"].get(name)
-        assert today is None or "x-refused" in today, f"{old} is a key of today"
+        current = sections[section]["properties"].get(name)
+        assert current is None or "x-refused" in current, f"{old} is a key of today"
         if moved.to is not None:
             section, _, name = moved.to.partition(".")
             assert not name or name in sections[section]["properties"], f"{old} leads nowhere"
@@ -122,19 +126,19 @@ def test_common_names_are_no_keys_and_name_a_key() -> None:
         assert key.partition(".")[2] in sections[section]["properties"], f"{key} is not a key"
 
 
-def test_the_reward_table_is_what_training_has() -> None:
+def test_the_reward_table_has_the_rewards_of_training() -> None:
     from toolkit.train.rewards import BUILTINS
 
-    there = {
+    training_rewards = {
         name: {
             field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)
         }
         for name, kind in BUILTINS.items()
     }
-    assert there == BUILTIN_OPTIONS
+    assert training_rewards == BUILTIN_OPTIONS
 
 
-def test_what_the_trainer_sets_itself_is_told(tmp_path: Path) -> None:
+def test_keys_that_the_trainer_overrides_have_a_finding(tmp_path: Path) -> None:
     """A grpo key that the trainer would overrule has a finding: refused, or without effect."""
     from toolkit.train.trl_arguments import grpo_config
 
@@ -145,31 +149,31 @@ def test_what_the_trainer_sets_itself_is_told(tmp_path: Path) -> None:
         json.dumps({"model": model, "reward": rewards, "dataset": {"path": "a/b"}}), "utf-8"
     )
     config = load_run(run_file)
-    overruled = {}
+    overridden = {}
     for name, schema in GRPO.items():
         if "x-refused" in schema or name in ("max_prompt_length", "reward_weights"):
             continue
-        for value in other_values(schema):
-            passed = _passed(grpo_config, config, tmp_path, {name: value})
-            if passed.get(name, value) != value:
-                overruled[name] = value
-    assert set(overruled) - {key.partition(".")[2] for key in FORCED} <= {"log_completions"}
+        for value in non_default_values(schema):
+            arguments = _trl_arguments(grpo_config, config, tmp_path, {name: value})
+            if arguments.get(name, value) != value:
+                overridden[name] = value
+    assert set(overridden) - {key.partition(".")[2] for key in FORCED} <= {"log_completions"}
 
 
-def other_values(schema: dict[str, Any]) -> list[Any]:
+def non_default_values(schema: dict[str, Any]) -> list[Any]:
     """Values of a key that are not its default."""
     if schema.get("type") == "boolean":
         return [not schema["default"]]
     if "enum" in schema:
-        return [one for one in schema["enum"] if one != schema["default"]][:1]
+        return [value for value in schema["enum"] if value != schema["default"]][:1]
     if isinstance(schema["default"], (int, float)):
         return [schema["default"] + 1]
     return []
 
 
-def _passed(
-    function: Any, config: RunConfig, folder: Path, written: dict[str, Any]
+def _trl_arguments(
+    function: Any, config: RunConfig, folder: Path, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    run = dataclasses.replace(config, grpo=MappingProxyType(written))
-    got: dict[str, Any] = function(run, folder, dict, has_eval=True)
-    return got
+    run = dataclasses.replace(config, grpo=MappingProxyType(settings))
+    arguments: dict[str, Any] = function(run, folder, dict, has_eval=True)
+    return arguments

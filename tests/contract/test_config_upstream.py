@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.contract
 
 
-def folder(package: str) -> Path:
-    found = package_folder(package)
-    assert found is not None
-    return found
+def installed_folder(package: str) -> Path:
+    path = package_folder(package)
+    assert path is not None
+    return path
 
 
 def test_the_schedules_are_those_of_transformers() -> None:
@@ -52,99 +52,105 @@ def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
     from torch.optim.lr_scheduler import ReduceLROnPlateau
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 
-    followers = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
-    function = followers.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
-    there = {
+    metric_schedules = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    function = metric_schedules.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
+    parameters = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
         if name not in ("self", *PASSED_BY_THE_TRAINER)
     }
-    needed = {name for name, one in there.items() if one.default is inspect.Parameter.empty}
-    assert set(SCHEDULES[kind].keywords) == set(there)
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    assert set(SCHEDULES[kind].keywords) == set(parameters)
     assert set(SCHEDULES[kind].needed) == needed
 
 
-def test_only_some_schedules_are_passed_the_keywords() -> None:
+def test_schedules_that_ignore_keywords() -> None:
     """``constant`` and ``constant_with_warmup`` return before the keywords are looked at."""
     import torch
     from transformers import get_scheduler
 
     for kind, schedule in SCHEDULES.items():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        given = {"no_such_keyword": 1}
+        unknown_keyword = {"no_such_keyword": 1}
         if schedule.reads_kwargs:
             with pytest.raises(TypeError, match="no_such_keyword"):
-                get_scheduler(kind, optimizer, 1, 10, given)
+                get_scheduler(kind, optimizer, 1, 10, unknown_keyword)
         else:
-            get_scheduler(kind, optimizer, 1, 10, given)
+            get_scheduler(kind, optimizer, 1, 10, unknown_keyword)
 
 
-def test_the_words_of_a_schedule_are_taken_and_others_are_not() -> None:
+def test_schedules_accept_only_the_recorded_choices() -> None:
     import torch
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    for name, words in CHOICES.items():
+    for name, choices in CHOICES.items():
         kind = "warmup_stable_decay" if name.endswith("_type") else "greedy"
-        base = {"num_decay_steps": 1} if kind == "warmup_stable_decay" else {}
-        for word in words:
-            get_scheduler(kind, optimizer, 1, 10, {**base, name: word})
+        required = {"num_decay_steps": 1} if kind == "warmup_stable_decay" else {}
+        for choice in choices:
+            get_scheduler(kind, optimizer, 1, 10, {**required, name: choice})
         with pytest.raises(ValueError, match=r"(?i)unknown"):
-            get_scheduler(kind, optimizer, 1, 10, {**base, name: "other"})
+            get_scheduler(kind, optimizer, 1, 10, {**required, name: "other"})
 
 
 @cache
-def handlers() -> dict[str, ast.FunctionDef]:
+def optimizer_handlers() -> dict[str, ast.FunctionDef]:
     """The functions of transformers' trainer_optimizer.py, by name."""
-    path = folder("transformers") / "trainer_optimizer.py"
+    path = installed_folder("transformers") / "trainer_optimizer.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def options_read(function: ast.AST) -> set[str]:
+def option_names(function: ast.AST) -> set[str]:
     """Names that a handler takes from ``ctx.optim_args``: by get and pop, by ``in``, and by a loop
     over names.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and "optim_args." in ast.unparse(node.func):
-            found |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
+            names |= {a.value for a in node.args[:1] if isinstance(a, ast.Constant)}
         if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith(
             "optim_args"
         ):
-            found |= {node.left.value} if isinstance(node.left, ast.Constant) else set()
+            names |= {node.left.value} if isinstance(node.left, ast.Constant) else set()
         if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
-            found |= {item.value for item in node.iter.elts if isinstance(item, ast.Constant)}
-    return found
+            names |= {item.value for item in node.iter.elts if isinstance(item, ast.Constant)}
+    return names
 
 
 def test_an_optimizer_reads_the_options_that_its_handler_reads() -> None:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
-    told: dict[str, set[str]] = {}
+    recorded_options: dict[str, set[str]] = {}
     for kind, handler in _OPTIMIZER_HANDLERS.items():
-        told.setdefault(handler.__name__, set()).update(OPTIMIZERS[kind.value].options)
+        recorded_options.setdefault(handler.__name__, set()).update(OPTIMIZERS[kind.value].options)
     assert {kind.value for kind in _OPTIMIZER_HANDLERS} == set(OPTIMIZERS)
-    assert told == {name: options_read(handlers()[name]) for name in told}
+    assert recorded_options == {
+        name: option_names(optimizer_handlers()[name]) for name in recorded_options
+    }
 
 
-def test_low_rank_optimizers_are_those_with_targets() -> None:
+def test_the_optimizers_with_targets_are_the_low_rank_ones() -> None:
     with_targets = {
         name
-        for name, node in handlers().items()
+        for name, node in optimizer_handlers().items()
         if "_setup_low_rank_optimizer(" in ast.unparse(node)
     } - {"_setup_low_rank_optimizer"}
     assert with_targets == {f"_get_{family}_optimizer" for family in TARGETED}
 
 
 def test_the_packages_are_those_that_transformers_imports() -> None:
-    text = (folder("transformers") / "trainer_optimizer.py").read_text(encoding="utf-8")
+    text = (installed_folder("transformers") / "trainer_optimizer.py").read_text(encoding="utf-8")
     imported = set(re.findall(r"^ +from (\w+)[\w.]* import", text, re.MULTILINE))
     modules = {
         module
-        for one in OPTIMIZERS.values()
-        if one.package is not None
-        for module in one.package.modules
+        for optimizer in OPTIMIZERS.values()
+        if optimizer.package is not None
+        for module in optimizer.package.modules
     }
     assert modules == imported - {"torch"}
 
@@ -155,8 +161,10 @@ def test_the_trackers_are_those_of_transformers() -> None:
     assert set(TRACKERS) == set(INTEGRATION_TO_CALLBACK)
 
 
-def test_a_tracker_is_looked_for_where_transformers_looks() -> None:
-    text = (folder("transformers") / "integrations" / "integration_utils.py").read_text("utf-8")
+def test_a_tracker_has_the_modules_that_transformers_looks_for() -> None:
+    text = (installed_folder("transformers") / "integrations" / "integration_utils.py").read_text(
+        "utf-8"
+    )
     for name, package in TRACKERS.items():
         for module in package.modules if package is not None else ():
             assert re.search(rf'["\' ]{module}\b', text), f"{name}: {module} is not looked for"
@@ -178,7 +186,7 @@ def test_the_compilers_and_their_modes() -> None:
     import torch
     from accelerate.utils import DynamoBackend
 
-    assert set(COMPILERS) == {one.value.lower() for one in DynamoBackend} - {"no"}
+    assert set(COMPILERS) == {backend.value.lower() for backend in DynamoBackend} - {"no"}
     assert {"default", *torch._inductor.list_mode_options()} == set(COMPILE_MODES)
 
 
@@ -199,22 +207,22 @@ def test_the_keys_of_continuous_batching() -> None:
 
 
 def test_the_families_that_return_router_logits() -> None:
-    found = set()
-    for path in (folder("transformers") / "models").glob("*/configuration_*.py"):
+    families_found = set()
+    for path in (installed_folder("transformers") / "models").glob("*/configuration_*.py"):
         text = path.read_text(encoding="utf-8")
         if "output_router_logits" not in text:
             continue
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef):
-                found |= families(node)
-    assert found == ROUTERS
+                families_found |= model_types(node)
+    assert families_found == ROUTERS
 
 
-def families(kind: ast.ClassDef) -> set[str]:
+def model_types(config_class: ast.ClassDef) -> set[str]:
     """The model_type of a config class that has output_router_logits."""
     values = {
         target.id: statement.value
-        for statement in kind.body
+        for statement in config_class.body
         if isinstance(statement, (ast.Assign, ast.AnnAssign))
         for target in (
             statement.targets if isinstance(statement, ast.Assign) else [statement.target]

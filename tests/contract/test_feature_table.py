@@ -13,27 +13,27 @@ pytestmark = pytest.mark.contract
 def test_attention_functions_of_transformers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ours = {*ATTENTIONS, *(f"paged|{name}" for name in ATTENTIONS if name != "flex_attention")}
+    recorded = {*ATTENTIONS, *(f"paged|{name}" for name in ATTENTIONS if name != "flex_attention")}
     # vLLM and packed attention register theirs in a process that they have been in.
-    others = ("packed_", "vllm")
-    registered = {n for n in ALL_ATTENTION_FUNCTIONS if not n.startswith(others)}
-    assert {*registered, "eager"} == ours
+    not_from_transformers = ("packed_", "vllm")
+    registered = {n for n in ALL_ATTENTION_FUNCTIONS if not n.startswith(not_from_transformers)}
+    assert {*registered, "eager"} == recorded
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_causal_types_whose_language_model_is_a_part() -> None:
+def test_the_multimodal_types_have_a_separate_text_config() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    parts = set()
+    multimodal = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         assert model_type(name).causal, name
         if name.startswith("musicgen"):
             continue  # cannot be made without its parts
         config = CONFIG_MAPPING[name]()
         if config.get_text_config() is not config:
-            parts.add(name)
-    assert parts == MULTIMODAL
+            multimodal.add(name)
+    assert multimodal == MULTIMODAL
 
 
 @pytest.mark.engine

@@ -9,7 +9,7 @@ from toolkit.policy import fused_kernels
 pytestmark = pytest.mark.contract
 
 
-def test_the_functions_have_the_signatures_that_are_called():
+def test_the_kernels_accept_the_arguments_that_we_pass():
     pytest.importorskip("liger_kernel", reason="liger-kernel comes with the cuda extra")
     kernels = fused_kernels.load_kernels()
     assert kernels is not None

@@ -25,7 +25,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
     from tiny_llama import make_tiny
 
@@ -33,25 +33,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(folder: Path) -> Any:
+def base(checkpoint_folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(checkpoint_folder)
 
 
 @pytest.fixture
 def model(base: Any) -> Any:
-    return peft.get_peft_model(base, _config())
+    return peft.get_peft_model(base, _lora_config())
 
 
-def _config(**values: Any) -> Any:
+def _lora_config(**values: Any) -> Any:
     return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, **values)
 
 
 def test_lora_config_has_a_field_for_each_setting() -> None:
-    ours = {item.name for item in fields(LoraSettings)} - {"random_state"}
-    assert ours <= {item.name for item in fields(peft.LoraConfig)}
+    settings = {item.name for item in fields(LoraSettings)} - {"random_state"}
+    assert settings <= {item.name for item in fields(peft.LoraConfig)}
 
 
 def test_every_init_is_documented_by_peft() -> None:
@@ -59,17 +59,17 @@ def test_every_init_is_documented_by_peft() -> None:
     assert all(f'"{init}"' in text or f"'{init}'" in text for init in INIT_METHODS)
 
 
-def test_the_causal_class_is_what_get_peft_model_gives(model: Any) -> None:
+def test_get_peft_model_returns_the_causal_class(model: Any) -> None:
     assert type(model) is peft.PeftModelForCausalLM
 
 
-def test_adapters_are_float32_by_default_over_half_precision(base: Any) -> None:
-    model = peft.get_peft_model(base.to(torch.bfloat16), _config())
-    found = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
-    assert found == {torch.float32}
+def test_adapters_on_a_bfloat16_model_are_float32(base: Any) -> None:
+    model = peft.get_peft_model(base.to(torch.bfloat16), _lora_config())
+    adapter_dtypes = {value.dtype for name, value in model.named_parameters() if "lora_" in name}
+    assert adapter_dtypes == {torch.float32}
 
 
-def test_a_is_drawn_from_the_cpu_generator_alone(folder: Path) -> None:
+def test_lora_a_is_drawn_only_from_the_cpu_generator(checkpoint_folder: Path) -> None:
     """The same seed, the same bytes: no other generator, no time, no hash order."""
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def test_a_is_drawn_from_the_cpu_generator_alone(folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(1)
             model = peft.get_peft_model(
-                AutoModelForCausalLM.from_pretrained(folder),
+                AutoModelForCausalLM.from_pretrained(checkpoint_folder),
                 peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets),
             )
         drawn.append({name: value for name, value in model.named_parameters() if "lora_A" in name})
@@ -86,7 +86,7 @@ def test_a_is_drawn_from_the_cpu_generator_alone(folder: Path) -> None:
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
 
 
-def test_names_in_the_file(model: Any, tmp_path: Path) -> None:
+def test_tensor_names_in_the_adapter_file(model: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -104,14 +104,14 @@ def test_the_config_file_keeps_its_keys(model: Any, tmp_path: Path) -> None:
     assert {"r", "lora_alpha", "use_rslora", "base_model_name_or_path", "revision"} <= values.keys()
 
 
-def test_other_adapters_are_saved_in_a_folder_of_their_own(model: Any, tmp_path: Path) -> None:
-    model.add_adapter("other", _config())
+def test_a_named_adapter_is_saved_in_its_own_folder(model: Any, tmp_path: Path) -> None:
+    model.add_adapter("other", _lora_config())
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     assert (tmp_path / "other" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_a_layers_parts(model: Any) -> None:
+def test_attributes_of_a_lora_layer(model: Any) -> None:
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert isinstance(layer, LoraLayer)
     assert layer.lora_A["default"].weight.shape == (4, 64)
@@ -122,9 +122,9 @@ def test_a_layers_parts(model: Any) -> None:
     assert dict(layer.lora_variant) == {}
 
 
-def test_a_second_adapter_comes_frozen_and_goes_without_a_trace(model: Any) -> None:
+def test_a_second_adapter_is_frozen_and_can_be_deleted(model: Any) -> None:
     before = {name: value.requires_grad for name, value in model.named_parameters()}
-    model.add_adapter("other", _config())
+    model.add_adapter("other", _lora_config())
     assert {name: value.requires_grad for name, value in model.named_parameters()} == {
         **before,
         **{name.replace("default", "other"): False for name in before if "lora_" in name},
@@ -136,10 +136,10 @@ def test_a_second_adapter_comes_frozen_and_goes_without_a_trace(model: Any) -> N
     assert {name: value.requires_grad for name, value in model.named_parameters()} == before
 
 
-def test_unload_gives_the_base_back(base: Any) -> None:
+def test_unload_restores_the_base_model(base: Any) -> None:
     ids = torch.tensor([[4, 5, 6]])
     before, names = base(ids).logits, [name for name, _ in base.named_parameters()]
-    model = peft.PeftModelForCausalLM(base, _config(init_lora_weights=False))
+    model = peft.PeftModelForCausalLM(base, _lora_config(init_lora_weights=False))
     assert not torch.equal(model(ids).logits, before)
     assert model.unload() is base
     assert torch.equal(base(ids).logits, before)
@@ -147,17 +147,17 @@ def test_unload_gives_the_base_back(base: Any) -> None:
     assert not hasattr(base, "peft_config")
 
 
-def test_disable_adapter_is_the_base(base: Any) -> None:
+def test_disable_adapter_gives_the_outputs_of_the_base(base: Any) -> None:
     ids = torch.tensor([[4, 5, 6]])
     before = base(ids).logits
-    model = peft.get_peft_model(base, _config(init_lora_weights=False))
+    model = peft.get_peft_model(base, _lora_config(init_lora_weights=False))
     assert model._adapters_disabled is False
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, before)
         assert model._adapters_disabled is True
 
 
-def test_loading_reports_nothing_to_us_so_we_compare_first(model: Any) -> None:
+def test_loading_does_not_report_a_missing_tensor(model: Any) -> None:
     """set_peft_model_state_dict takes a file with a tensor missing: our own check must come
     first.
     """
@@ -166,9 +166,9 @@ def test_loading_reports_nothing_to_us_so_we_compare_first(model: Any) -> None:
     peft.set_peft_model_state_dict(model, tensors)
 
 
-def test_attributes_fall_through_to_the_model(base: Any) -> None:
+def test_a_peft_model_has_the_attributes_of_its_base(base: Any) -> None:
     base.something_of_ours = 3
-    assert peft.get_peft_model(base, _config()).something_of_ours == 3
+    assert peft.get_peft_model(base, _lora_config()).something_of_ours == 3
 
 
 def test_the_fields_of_an_adapters_config_are_the_recorded_ones() -> None:
@@ -176,8 +176,8 @@ def test_the_fields_of_an_adapters_config_are_the_recorded_ones() -> None:
     from toolkit.config.adapter_facts import BOOKKEEPING, PEFT_DEFAULTS, SUPPORTED
     from toolkit.policy.lora_settings import LoraSettings
 
-    written = {name: value for name, value in LoraConfig().to_dict().items() if value}
-    assert {k: v for k, v in written.items() if k not in (*SUPPORTED, *BOOKKEEPING)} == (
+    nonempty = {name: value for name, value in LoraConfig().to_dict().items() if value}
+    assert {k: v for k, v in nonempty.items() if k not in (*SUPPORTED, *BOOKKEEPING)} == (
         PEFT_DEFAULTS
     )
     assert {item.name for item in fields(LoraSettings)} - {"random_state"} == set(SUPPORTED)

@@ -15,7 +15,7 @@ from toolkit.config.sampling_keywords import KEYWORDS, Effect
 pytestmark = pytest.mark.contract
 
 
-def test_every_field_of_vllms_sampling_params() -> None:
+def test_the_table_has_every_field_of_vllms_sampling_params() -> None:
     folder = package_folder("vllm")
     if folder is None:
         pytest.skip("vLLM is not installed")
@@ -25,12 +25,12 @@ def test_every_field_of_vllms_sampling_params() -> None:
         for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
     )
-    theirs = {
+    field_names = {
         line.target.id
         for line in params.body
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
     }
-    public = {name for name in theirs if not name.startswith("_")}
+    public = {name for name in field_names if not name.startswith("_")}
     assert len(public) > 20
     # vLLM 0.25.1 has not all fields of 0.31.
     assert public <= set(KEYWORDS["vllm"]), "vLLM has a sampling keyword that nobody judged"
@@ -38,16 +38,16 @@ def test_every_field_of_vllms_sampling_params() -> None:
     assert set(KEYWORDS["vllm"]) - public <= newer
 
 
-def test_every_field_of_transformers_generation_config() -> None:
-    theirs = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert theirs - {"transformers_version"} == set(KEYWORDS["transformers"])
+def test_the_table_has_every_field_of_generation_config() -> None:
+    field_names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert field_names - {"transformers_version"} == set(KEYWORDS["transformers"])
 
 
-def test_the_fields_that_keywords_double_are_trls() -> None:
-    known = {field.name for field in fields(GRPOConfig)}
+def test_the_fields_with_the_meaning_of_a_keyword_are_trls() -> None:
+    field_names = {field.name for field in fields(GRPOConfig)}
     for table in KEYWORDS.values():
         for keyword in table.values():
-            assert keyword.field is None or keyword.field in known
+            assert keyword.field is None or keyword.field in field_names
             # What is reproduced is read by train/rollout/sampler.sampled_distribution.
             assert keyword.effect is not Effect.REPRODUCED or (
                 keyword.field is not None or keyword.name.endswith("_penalty")

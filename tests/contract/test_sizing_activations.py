@@ -18,7 +18,7 @@ from toolkit.sizing.spec import spec_from_values
 from toolkit.sizing.workload import StepPlan, Workload
 
 pytestmark = pytest.mark.contract
-WITHIN = 0.05
+TOLERANCE = 0.05
 LLAMA = {
     "model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 1024,
@@ -39,11 +39,11 @@ FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BATCH, LENGTH = 4, 1024
 
 
-class _Counter:
+class _StorageCounter:
     """Bytes of live storages: now, and at most."""
 
-    def __init__(self, known):
-        self.live = dict.fromkeys(known, 0)
+    def __init__(self, storages):
+        self.live = dict.fromkeys(storages, 0)
         self.now = self.peak = 0
 
     def add(self, tensor):
@@ -60,7 +60,7 @@ class _Counter:
         self.now -= self.live.pop(key, 0)
 
 
-def _mode(counter):
+def _counting_mode(counter):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -76,7 +76,7 @@ def _mode(counter):
     return Watch()
 
 
-def _model(values, targets, checkpointing, adapter_dtype, base_dtype, dropout):
+def _build_model(values, targets, checkpointing, adapter_dtype, base_dtype, dropout):
     """A PEFT model whose parameters are fake tensors."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -101,7 +101,7 @@ def _model(values, targets, checkpointing, adapter_dtype, base_dtype, dropout):
     return model.train(), adapter_dtype
 
 
-def _fake(model, adapter_dtype):
+def _make_parameters_fake(model, adapter_dtype):
     import torch
 
     for name, module in model.named_modules():
@@ -116,21 +116,25 @@ def _fake(model, adapter_dtype):
                 module._buffers[key] = torch.empty(value.shape, dtype=value.dtype)
 
 
-def _peak(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dropout=False):
+def _measured_peak(
+    values, targets, checkpointing, *, is_half, shape=(BATCH, LENGTH), dropout=False
+):
     """Bytes of the largest moment of one forward and backward pass."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    base = torch.bfloat16 if half else torch.float32
-    model, adapter_dtype = _model(values, targets, checkpointing, torch.float32, base, dropout)
+    base = torch.bfloat16 if is_half else torch.float32
+    model, adapter_dtype = _build_model(
+        values, targets, checkpointing, torch.float32, base, dropout
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fake(model, adapter_dtype)
+        _make_parameters_fake(model, adapter_dtype)
         tensors = [*model.parameters(), *model.buffers()]
-        counter = _Counter(tensor.untyped_storage()._cdata for tensor in tensors)
-        ids = torch.zeros(*size, dtype=torch.long)
-        mask = torch.ones(size[0], 1, size[1], size[1], dtype=torch.bool)
-        with _mode(counter):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        counter = _StorageCounter(tensor.untyped_storage()._cdata for tensor in tensors)
+        ids = torch.zeros(*shape, dtype=torch.long)
+        mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
+        with _counting_mode(counter):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
                 body = model.get_base_model().model
                 out = body(input_ids=ids, attention_mask=mask, use_cache=False)
                 loss = out.last_hidden_state.sum()
@@ -140,21 +144,25 @@ def _peak(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dropout
     return counter.peak
 
 
-def _predicted(values, targets, checkpointing, *, half, size=(BATCH, LENGTH), dropout=False):
-    work = SimpleNamespace(
-        sequence_tokens=size[1],
-        completion_tokens=size[1] // 2,
+def _predicted_peak(
+    values, targets, checkpointing, *, is_half, shape=(BATCH, LENGTH), dropout=False
+):
+    workload = SimpleNamespace(
+        sequence_tokens=shape[1],
+        completion_tokens=shape[1] // 2,
         rank=64,
         targets=targets,
         dropout=dropout,
     )
-    assert set(vars(work)) <= set(Workload.__slots__)
-    work.adapter_parameters = lambda spec: adapter_parameters(spec, 64, targets, AdapterLayout())
+    assert set(vars(workload)) <= set(Workload.__slots__)
+    workload.adapter_parameters = lambda spec: adapter_parameters(
+        spec, 64, targets, AdapterLayout()
+    )
     step = StepPlan(
-        micro_batch=size[0], accumulation=1, checkpointing=checkpointing,
-        compute_bytes=2 if half else 4, has_own_weights=False,
+        micro_batch=shape[0], accumulation=1, checkpointing=checkpointing,
+        compute_bytes=2 if is_half else 4, has_own_weights=False,
     )  # fmt: skip
-    return activation_bytes(spec_from_values(values, name="x"), work, step)
+    return activation_bytes(spec_from_values(values, name="x"), workload, step)
 
 
 CASES = [
@@ -167,37 +175,41 @@ CASES = [
 @pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
-    ("name", "targets", "half"), CASES, ids=[f"{n}-{len(t)}-{16 if h else 32}" for n, t, h in CASES]
+    ("name", "targets", "is_half"),
+    CASES,
+    ids=[f"{n}-{len(t)}-{16 if h else 32}" for n, t, h in CASES],
 )
-def test_the_count_is_autograds(name, targets, half, checkpointing):
+def test_predicted_peak_is_that_of_autograd(name, targets, is_half, checkpointing):
     values = SHAPES[name]
-    found = _peak(values, targets, checkpointing, half=half)
-    predicted = _predicted(values, targets, checkpointing, half=half)
-    assert predicted == pytest.approx(found, rel=WITHIN)
+    measured = _measured_peak(values, targets, checkpointing, is_half=is_half)
+    predicted = _predicted_peak(values, targets, checkpointing, is_half=is_half)
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("half", [True, False], ids=["16", "32"])
-def test_scores_of_a_long_sequence(checkpointing, half):
+@pytest.mark.parametrize("is_half", [True, False], ids=["16", "32"])
+def test_attention_scores_of_a_long_sequence(checkpointing, is_half):
     """Without a fused kernel the score matrices are most of the memory."""
-    values, size = SHAPES["gemma2"], (2, 4096)
-    found = _peak(values, SEVEN_PROJECTIONS, checkpointing, half=half, size=size)
-    fused = {**values, "attn_logit_softcapping": None}
-    predicted, without = (
-        _predicted(one, SEVEN_PROJECTIONS, checkpointing, half=half, size=size)
-        for one in (values, fused)
+    values, shape = SHAPES["gemma2"], (2, 4096)
+    measured = _measured_peak(
+        values, SEVEN_PROJECTIONS, checkpointing, is_half=is_half, shape=shape
     )
-    assert predicted == pytest.approx(found, rel=WITHIN)
-    assert without < 0.6 * predicted
+    without_softcap = {**values, "attn_logit_softcapping": None}
+    predicted, predicted_without_softcap = (
+        _predicted_peak(config, SEVEN_PROJECTIONS, checkpointing, is_half=is_half, shape=shape)
+        for config in (values, without_softcap)
+    )
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
+    assert predicted_without_softcap < 0.6 * predicted
 
 
 @pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_dropout_costs_a_copy_for_each_module(checkpointing):
+def test_dropout_saves_a_copy_for_each_module(checkpointing):
     """PEFT's own forward runs then. A mask is one byte on a GPU and four here, hence the width."""
-    keywords = {"half": True, "dropout": True}
-    found = _peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)
-    predicted = _predicted(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)
-    assert predicted == pytest.approx(found, rel=0.10)
-    assert found > 1.5 * _peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, half=True)
+    keywords = {"is_half": True, "dropout": True}
+    measured = _measured_peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)
+    predicted = _predicted_peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)
+    assert predicted == pytest.approx(measured, rel=0.10)
+    assert measured > 1.5 * _measured_peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, is_half=True)

@@ -23,23 +23,27 @@ TARGETS = {
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_adapter_parameters_are_pefts(name, targets):
+def test_adapter_parameters_are_those_of_peft(name, targets):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {**COMMON, **TINY[name]}
-    wanted = TARGETS[targets]
+    target_modules = TARGETS[targets]
     config = AutoConfig.for_model(**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    asked = wanted if isinstance(wanted, str) else list(wanted)
-    predicted = lora_bytes.adapter_parameters(spec_from_values(values, name=name), 8, wanted)
-    settings = LoraConfig(r=8, target_modules=asked, task_type="CAUSAL_LM")
+    peft_targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    predicted = lora_bytes.adapter_parameters(
+        spec_from_values(values, name=name), 8, target_modules
+    )
+    settings = LoraConfig(r=8, target_modules=peft_targets, task_type="CAUSAL_LM")
     if predicted == 0:  # names that the model has not (Phi-3 has fused projections)
         with pytest.raises(ValueError, match="not found in the base model"):
             get_peft_model(model, settings, low_cpu_mem_usage=True)
         return
     model = get_peft_model(model, settings, low_cpu_mem_usage=True)
-    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    trainable = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
     assert predicted == trainable

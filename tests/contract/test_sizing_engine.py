@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.contract, pytest.mark.engine]
 TINY = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "tiny.json").read_text())
 COMMON = TINY.pop("common")
 LENGTH = 128
-WIDTH = 4  # float32
+ELEMENT_BYTES = 4  # float32
 RANKS = (8, 64, 256)
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory):
+def process_groups(tmp_path_factory):
     """vLLM's process groups of one process, made once."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -49,12 +49,12 @@ def groups(tmp_path_factory):
     cleanup_dist_env_and_memory()
 
 
-def _values(name):
+def _config_values(name):
     return {**COMMON, **TINY[name]}
 
 
 @pytest.fixture
-def built(groups, request, tmp_path):
+def tiny_model(process_groups, request, tmp_path):
     """(vLLM's config, a function that builds the model anew, its KV cache specs) of one tiny
     shape.
     """
@@ -65,7 +65,7 @@ def built(groups, request, tmp_path):
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    (tmp_path / "config.json").write_text(json.dumps(_values(request.param)))
+    (tmp_path / "config.json").write_text(json.dumps(_config_values(request.param)))
     config = EngineArgs(
         model=str(tmp_path),
         skip_tokenizer_init=True,
@@ -86,49 +86,59 @@ def built(groups, request, tmp_path):
             return initialize_model(config)
 
     with set_current_vllm_config(config):
-        groups(1, 1)
+        process_groups(1, 1)
         yield request.param, config, build
     destroy_model_parallel()
 
 
-ALL = pytest.mark.parametrize("built", sorted(TINY), indirect=True)
+ALL_MODELS = pytest.mark.parametrize("tiny_model", sorted(TINY), indirect=True)
 
 
-@ALL
-def test_kv_cache_is_the_engines(built):
+@ALL_MODELS
+def test_kv_cache_bytes_are_those_of_the_engine(tiny_model):
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.core import kv_cache_utils
 
-    name, config, build = built
+    name, config, build = tiny_model
     build()
     layers = get_layers_from_vllm_config(config, AttentionLayerBase)
     specs = [layer.get_kv_cache_spec(config) for layer in layers.values()]
-    attending = [spec for spec in specs if type(spec).__name__ != "MambaSpec"]
-    spec = spec_from_values(_values(name), name=name)
-    token = sum(each.page_size_bytes / each.block_size for each in attending)
-    assert kv_bytes.bytes_per_token(spec, WIDTH) == token
-    (block,) = {each.block_size for each in attending}
-    if len(attending) == len(specs):
-        named = {layer: each.get_kv_cache_spec(config) for layer, each in layers.items()}
-        groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(named)
-        sequence = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
+    attention_specs = [spec for spec in specs if type(spec).__name__ != "MambaSpec"]
+    spec = spec_from_values(_config_values(name), name=name)
+    bytes_per_token = sum(
+        layer_spec.page_size_bytes / layer_spec.block_size for layer_spec in attention_specs
+    )
+    assert kv_bytes.bytes_per_token(spec, ELEMENT_BYTES) == bytes_per_token
+    (block_tokens,) = {layer_spec.block_size for layer_spec in attention_specs}
+    if len(attention_specs) == len(specs):
+        specs_by_layer = {
+            layer: layer_spec.get_kv_cache_spec(config) for layer, layer_spec in layers.items()
+        }
+        cache_groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(specs_by_layer)
+        sequence = kv_cache_utils._max_memory_usage_bytes_from_groups(config, cache_groups)
     else:  # states and pages have sizes of their own until an engine has aligned them
-        sequence = sum(each.max_memory_usage_bytes(config) for each in specs)
+        sequence = sum(layer_spec.max_memory_usage_bytes(config) for layer_spec in specs)
     computed = kv_bytes.sequence_bytes(
-        spec, LENGTH, WIDTH, block_tokens=block, batched_tokens=LENGTH
+        spec, LENGTH, ELEMENT_BYTES, block_tokens=block_tokens, batched_tokens=LENGTH
     )
     assert computed == sequence
 
 
-@ALL
-def test_weights_and_rotary_tables_are_the_engines(built):
-    name, _, build = built
+@ALL_MODELS
+def test_weight_and_rotary_table_bytes_are_those_of_the_engine(tiny_model):
+    name, _, build = tiny_model
     model = build()
-    spec = spec_from_values(_values(name), name=name)
+    spec = spec_from_values(_config_values(name), name=name)
     # DeepSeek's correction bias, one number an expert, is a buffer in transformers.
-    held = [one for key, one in model.named_parameters() if not key.endswith("correction_bias")]
-    assert weight_bytes(spec, "float32", None, engine=True) == sum(one.nbytes for one in held)
+    parameters = [
+        parameter
+        for key, parameter in model.named_parameters()
+        if not key.endswith("correction_bias")
+    ]
+    assert weight_bytes(spec, "float32", None, engine=True) == sum(
+        parameter.nbytes for parameter in parameters
+    )
     tables = {
         table.untyped_storage().data_ptr(): table.untyped_storage().nbytes()
         for module in model.modules()
@@ -138,63 +148,67 @@ def test_weights_and_rotary_tables_are_the_engines(built):
     if type(model).__name__.startswith("Transformers"):  # this backend computes them each time
         assert not tables
     else:
-        assert sum(table.nbytes(WIDTH) for table in spec.rope_tables) == sum(tables.values())
+        assert sum(table.nbytes(ELEMENT_BYTES) for table in spec.rope_tables) == sum(
+            tables.values()
+        )
 
 
-@ALL
-def test_lora_buffers_are_the_engines(built, monkeypatch):
+@ALL_MODELS
+def test_lora_buffers_are_those_of_the_engine(tiny_model, monkeypatch):
     import vllm.lora.model_manager as manager
 
-    name, _, _ = built
-    spec = spec_from_values(_values(name), name=name)
+    name, _, _ = tiny_model
+    spec = spec_from_values(_config_values(name), name=name)
     # Slots on routed experts need a CUDA kernel to be built; their own allocation is compared
     # below.
-    supported = manager.is_supported_lora_module
+    is_supported = manager.is_supported_lora_module
     monkeypatch.setattr(
         manager,
         "is_supported_lora_module",
         lambda module_name, module, modules: (
-            supported(module_name, module, modules) and not isinstance(module, manager.MoERunner)
+            is_supported(module_name, module, modules) and not isinstance(module, manager.MoERunner)
         ),
     )
-    plain = replace(
+    without_experts = replace(
         spec,
         blocks=tuple(
-            replace(block, linears=tuple(one for one in block.linears if one.copies == 1))
+            replace(block, linears=tuple(linear for linear in block.linears if linear.copies == 1))
             for block in spec.blocks
         ),
     )
     for rank in RANKS:
-        assert lora_bytes.engine_lora_elements(plain, rank, 1) * WIDTH == _slots(built, rank, None)
+        assert lora_bytes.engine_lora_elements(
+            without_experts, rank, 1
+        ) * ELEMENT_BYTES == _lora_buffer_bytes(tiny_model, rank, None)
 
 
-@ALL
-def test_slots_on_the_projections_are_the_engines(built):
+@ALL_MODELS
+def test_slots_on_the_projections_are_those_of_the_engine(tiny_model):
     """As this toolkit opens it: nothing for experts, embeddings and head."""
-    name, _, _ = built
-    spec = spec_from_values(_values(name), name=name)
+    name, _, _ = tiny_model
+    spec = spec_from_values(_config_values(name), name=name)
     for rank in RANKS:
-        found = _slots(built, rank, SLOTS)
-        assert lora_bytes.engine_lora_elements(spec, rank, 1, SLOTS) * WIDTH == found
+        allocated = _lora_buffer_bytes(tiny_model, rank, SLOTS)
+        assert lora_bytes.engine_lora_elements(spec, rank, 1, SLOTS) * ELEMENT_BYTES == allocated
 
 
-@pytest.mark.parametrize("built", ["deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("tiny_model", ["deepseek_v3"], indirect=True)
 @pytest.mark.parametrize("target", ["kv_a_proj_with_mqa", "q_a_proj", "kv_b_proj"])
-def test_slots_of_latent_attention_are_the_engines(built, target):
+def test_slots_of_latent_attention_are_those_of_the_engine(tiny_model, target):
     """One name of a fused layer gives slots to the whole of it."""
-    name, _, _ = built
-    spec = spec_from_values(_values(name), name=name)
-    assert lora_bytes.engine_lora_elements(spec, 8, 1, [target]) * WIDTH == _slots(
-        built, 8, [target]
-    )
+    name, _, _ = tiny_model
+    spec = spec_from_values(_config_values(name), name=name)
+    assert lora_bytes.engine_lora_elements(
+        spec, 8, 1, [target]
+    ) * ELEMENT_BYTES == _lora_buffer_bytes(tiny_model, 8, [target])
 
 
-def _slots(built, rank, modules):
+def _lora_buffer_bytes(tiny_model, rank, modules):
     """Bytes that vLLM's LoRA manager allocates at ``rank`` for the layers of these names."""
     import torch
     import vllm.lora.model_manager as manager
 
-    _, config, build = built
+    _, config, build = tiny_model
     config.lora_config.max_lora_rank = rank
     config.lora_config.target_modules = None if modules is None else list(modules)
     model = build()
@@ -202,10 +216,10 @@ def _slots(built, rank, modules):
     manager.create_lora_manager(
         model, 4, LENGTH, vocabulary, config.lora_config, config, torch.device("cpu")
     )
-    return _allocated(model)
+    return _allocated_lora_bytes(model)
 
 
-def _allocated(model):
+def _allocated_lora_bytes(model):
     """Bytes of every LoRA buffer in ``model``, each storage once."""
     import torch
 
@@ -221,27 +235,27 @@ def _allocated(model):
     return sum(storages.values())
 
 
-EXPERTS = [
+MODELS_WITH_EXPERTS = [
     name
     for name in sorted(TINY)
     if any(
         linear.copies > 1
-        for block in spec_from_values(_values(name), name=name).blocks
+        for block in spec_from_values(_config_values(name), name=name).blocks
         for linear in block.linears
     )
 ]
 
 
 @pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("name", EXPERTS)
-def test_expert_buffers_are_the_engines(groups, name, rank):
+@pytest.mark.parametrize("name", MODELS_WITH_EXPERTS)
+def test_expert_buffers_are_those_of_the_engine(process_groups, name, rank):
     """The two allocating methods of FusedMoEWithLoRA (or its 3D form) on the shape."""
     from types import SimpleNamespace
 
     import torch
     from vllm.lora.layers.fused_moe import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 
-    spec = spec_from_values(_values(name), name=name)
+    spec = spec_from_values(_config_values(name), name=name)
     for block in spec.blocks:
         experts = [linear for linear in block.linears if linear.copies > 1]
         if not experts:
@@ -267,13 +281,13 @@ def test_expert_buffers_are_the_engines(groups, name, rank):
         FusedMoEWithLoRA._create_lora_a_weights(layer, 1, config)
         (FusedMoE3DWithLoRA if fused else FusedMoEWithLoRA)._create_lora_b_weights(layer, 1, config)
         allocated = sum(
-            tensor.numel() * WIDTH
+            tensor.numel() * ELEMENT_BYTES
             for key, value in vars(layer).items()
             if "stacked" in key
             for tensor in value
         )
         expected = sum(
-            linear.copies * rank * (linear.in_features + linear.out_features) * WIDTH
+            linear.copies * rank * (linear.in_features + linear.out_features) * ELEMENT_BYTES
             for linear in experts
         )
         assert allocated == expected

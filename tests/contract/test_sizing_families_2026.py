@@ -58,7 +58,7 @@ CONFIGS["gemma4_text, experts"] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_counts_and_linears_are_the_meta_models(name: str) -> None:
+def test_counts_and_linears_are_those_of_the_meta_model(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,17 +66,17 @@ def test_counts_and_linears_are_the_meta_models(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **CONFIGS[name]))
     spec = spec_from_values({"model_type": kind, **CONFIGS[name]}, name=name)
-    assert spec.parameters == sum(one.numel() for one in model.parameters())
-    found: dict[tuple[str, int, int], int] = {}
+    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
+    module_counts: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():
-        inside = name.rpartition(".layers.")[2].partition(".")[2]
-        if isinstance(module, torch.nn.Linear) and inside:
-            key = (inside, module.out_features, module.in_features)
-            found[key] = found.get(key, 0) + 1
+        name_in_layer = name.rpartition(".layers.")[2].partition(".")[2]
+        if isinstance(module, torch.nn.Linear) and name_in_layer:
+            key = (name_in_layer, module.out_features, module.in_features)
+            module_counts[key] = module_counts.get(key, 0) + 1
     expected: dict[tuple[str, int, int], int] = {}
     for block in spec.blocks:
         for linear in block.linears:
             if linear.copies == 1 and linear.leaf not in ("gate", "conv1d"):
                 key = (linear.name, linear.out_features, linear.in_features)
                 expected[key] = expected.get(key, 0) + block.count
-    assert {key: found.get(key) for key in expected} == expected
+    assert {key: module_counts.get(key) for key in expected} == expected

@@ -12,7 +12,7 @@ SHAPES = json.loads((Path(__file__).parents[1] / "fixtures" / "sizing" / "shapes
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape["id"] for shape in SHAPES])
-def test_counts_equal_the_meta_model(shape):
+def test_parameter_counts_are_those_of_the_meta_model(shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -27,7 +27,7 @@ def test_counts_equal_the_meta_model(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape["id"] for shape in SHAPES])
-def test_linears_are_the_models_modules(shape):
+def test_linears_are_modules_of_the_model(shape):
     """Every adapted module of the table exists under its name, with its sizes: LoRA counts rest on
     it.
     """
@@ -39,16 +39,16 @@ def test_linears_are_the_models_modules(shape):
     auto = AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    found: dict[tuple[str, int, int], int] = {}
+    module_counts: dict[tuple[str, int, int], int] = {}
     for name, module in model.named_modules():
-        _, _, inside = name.rpartition(".layers.")
-        if isinstance(module, torch.nn.Linear) and "vision" not in name and "." in inside:
-            key = (inside.partition(".")[2], module.out_features, module.in_features)
-            found[key] = found.get(key, 0) + 1
+        _, _, name_in_layers = name.rpartition(".layers.")
+        if isinstance(module, torch.nn.Linear) and "vision" not in name and "." in name_in_layers:
+            key = (name_in_layers.partition(".")[2], module.out_features, module.in_features)
+            module_counts[key] = module_counts.get(key, 0) + 1
     expected: dict[tuple[str, int, int], int] = {}
     for block in spec_from_values(shape["config"], name=shape["id"]).blocks:
         for linear in block.linears:
             if linear.copies == 1 and linear.leaf not in ("gate", "router", "conv1d"):
                 key = (linear.name, linear.out_features, linear.in_features)
                 expected[key] = expected.get(key, 0) + block.count
-    assert {key: found.get(key) for key in expected} == expected
+    assert {key: module_counts.get(key) for key in expected} == expected

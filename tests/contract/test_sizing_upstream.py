@@ -15,8 +15,8 @@ def test_trl_defaults():
 
     from trl import GRPOConfig
 
-    found = {each.name: each.default for each in fields(GRPOConfig)}
-    assert {name: found[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
+    defaults = {field.name: field.default for field in fields(GRPOConfig)}
+    assert {name: defaults[name] for name in TRL_DEFAULTS} == TRL_DEFAULTS
 
 
 def test_tiles_of_the_fused_head():

@@ -12,7 +12,7 @@ from toolkit.base.symptoms import find_symptoms
 
 pytestmark = pytest.mark.contract
 
-PLACES = {
+UPSTREAM_TEXTS = {
     "no-cache-blocks": ("vllm", "v1/core/kv_cache_utils.py", r"No available memory for the cache"),
     "sequence-does-not-fit": ("vllm", "v1/core/kv_cache_utils.py", r"To serve at least one req"),
     "free-below-request": ("vllm", "v1/worker/utils.py", r"Free memory on device"),
@@ -23,17 +23,17 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("symptom", sorted(PLACES))
-def test_upstream_still_says_it_so(symptom: str) -> None:
-    package, file, words = PLACES[symptom]
+@pytest.mark.parametrize("symptom", sorted(UPSTREAM_TEXTS))
+def test_the_text_is_still_in_the_upstream_source(symptom: str) -> None:
+    package, file, pattern = UPSTREAM_TEXTS[symptom]
     spec = find_spec(package)
     assert spec is not None, f"{package} is not installed"
     assert spec.origin is not None
     source = (Path(spec.origin).parent / file).read_text(encoding="utf-8")
-    found = re.search(words, source)
-    assert found, f"{package}/{file} no longer says {words!r}"
+    match_in_source = re.search(pattern, source)
+    assert match_in_source, f"{package}/{file} no longer says {pattern!r}"
     # The message as it is printed: adjacent literals joined, a number for every placeholder.
-    around = source[max(0, found.start() - 200) : found.start() + 600]
-    printed = re.sub(r"\"\s*\n\s*f?\"", "", around)
+    excerpt = source[max(0, match_in_source.start() - 200) : match_in_source.start() + 600]
+    printed = re.sub(r"\"\s*\n\s*f?\"", "", excerpt)
     printed = re.sub(r"\{[^{}]*\}", "32", printed)
-    assert symptom in {one.id for one in find_symptoms(printed)}
+    assert symptom in {rule.id for rule in find_symptoms(printed)}

@@ -35,8 +35,8 @@ def test_functions_without_a_group_use_the_replaced_one(world) -> None:
 
 
 def test_a_mesh_replaces_the_default_group_and_restores_it(world) -> None:
-    found = mesh.create_mesh(1, world, world)
-    assert found.world_group is world
+    opened = mesh.create_mesh(1, world, world)
+    assert opened.world_group is world
     assert distributed.group.WORLD is not world
     mesh.close_mesh()
     assert distributed.group.WORLD is world

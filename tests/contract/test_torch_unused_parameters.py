@@ -14,7 +14,7 @@ from toolkit.train.step.step_errors import translate
 pytestmark = pytest.mark.contract
 
 
-class Half(nn.Module):
+class ModelWithUnusedLayer(nn.Module):
     """Of its two layers one is used."""
 
     def __init__(self) -> None:
@@ -33,16 +33,18 @@ def group():
 
 
 def two_steps(*, find_unused_parameters: bool) -> None:
-    model = DistributedDataParallel(Half(), find_unused_parameters=find_unused_parameters)
+    model = DistributedDataParallel(
+        ModelWithUnusedLayer(), find_unused_parameters=find_unused_parameters
+    )
     for _ in range(2):
         model(torch.ones(1, 2)).sum().backward()
 
 
-def test_an_idle_parameter_is_told_with_its_way_out(group):
+def test_the_error_for_an_unused_parameter_names_the_key_to_set(group):
     two_steps(find_unused_parameters=True)
     with pytest.raises(RuntimeError) as caught:
         two_steps(find_unused_parameters=False)
-    told = translate(caught.value, "step 2")
-    assert told is not None
-    assert told.exit_code == 1
-    assert "ddp_find_unused_parameters: true" in str(told.fix)
+    error = translate(caught.value, "step 2")
+    assert error is not None
+    assert error.exit_code == 1
+    assert "ddp_find_unused_parameters: true" in str(error.fix)

@@ -12,12 +12,12 @@ from toolkit.config.schemas import find_schema
 from toolkit.train.upstream_errors import UPSTREAM_TASKS
 
 pytestmark = pytest.mark.contract
-PLACES = sorted({place for phase in UPSTREAM_TASKS for place in phase.places})
+CODE_LOCATIONS = sorted({location for phase in UPSTREAM_TASKS for location in phase.places})
 GRPO = find_schema("run")["properties"]["grpo"]["properties"]
 
 
 @cache
-def functions(package: str, file: str) -> set[str] | None:
+def function_names(package: str, file: str) -> set[str] | None:
     """The names of all functions in a file; None where there is no such file."""
     folder = package_folder(package)
     assert folder is not None
@@ -28,19 +28,19 @@ def functions(package: str, file: str) -> set[str] | None:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_place_is_there(place: str) -> None:
-    part, _, function = place.partition(":")
-    package, _, file = part.partition("/")
+@pytest.mark.parametrize("location", CODE_LOCATIONS)
+def test_a_named_file_or_function_exists(location: str) -> None:
+    path, _, function = location.partition(":")
+    package, _, file = path.partition("/")
     folder = package_folder(package)
     if folder is None:
         pytest.skip(f"{package} is not installed")
-    if part.endswith("/"):
+    if path.endswith("/"):
         assert (folder / file).is_dir()
         return
-    found = functions(package, file)
-    assert found is not None, f"{part} is gone"
-    assert not function or function in found, f"{function} is no longer in {part}"
+    names = function_names(package, file)
+    assert names is not None, f"{path} is gone"
+    assert not function or function in names, f"{function} is no longer in {path}"
 
 
 def test_the_keys_of_a_phase_are_keys_of_grpo() -> None:

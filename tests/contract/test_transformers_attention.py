@@ -15,21 +15,21 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 pytestmark = pytest.mark.contract
 
 
-def test_sdpa_takes_a_cap_and_leaves_it_out() -> None:
+def test_sdpa_ignores_the_softcap() -> None:
     q_BHTD, k_BHTD, v_BHTD = torch.randn(3, 1, 2, 5, 16).mul(9).unbind()
     layer = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=False, head_dim=16)
-    given = (layer, q_BHTD, k_BHTD, v_BHTD, None)
+    inputs = (layer, q_BHTD, k_BHTD, v_BHTD, None)
     plain, capped = (
-        sdpa_attention_forward(*given, scaling=0.25, softcap=cap)[0] for cap in (None, 1.0)
+        sdpa_attention_forward(*inputs, scaling=0.25, softcap=cap)[0] for cap in (None, 1.0)
     )
     assert torch.equal(plain, capped), "sdpa keeps the cap now: policy.attention need not refuse it"
     mask = torch.full((5, 5), -torch.inf).triu(1)
-    given = (layer, q_BHTD, k_BHTD, v_BHTD, mask)
-    eager = [eager_attention_forward(*given, scaling=0.25, softcap=c)[0] for c in (None, 1.0)]
+    inputs = (layer, q_BHTD, k_BHTD, v_BHTD, mask)
+    eager = [eager_attention_forward(*inputs, scaling=0.25, softcap=c)[0] for c in (None, 1.0)]
     torch.testing.assert_close(eager[0], plain)
     assert not torch.allclose(eager[0], eager[1], atol=0.1)
 
 
 @pytest.mark.parametrize("function", [flash_attention_forward, flex_attention_forward])
-def test_others_take_it_by_name(function: object) -> None:
+def test_flash_and_flex_attention_have_the_parameter_softcap(function: object) -> None:
     assert "softcap" in inspect.signature(function).parameters

@@ -12,19 +12,23 @@ from toolkit.engine.hf_sampling import RowSampler
 pytestmark = pytest.mark.contract
 
 
-def test_generate_takes_a_callable_that_decodes() -> None:
+def test_generate_accepts_a_decoding_function() -> None:
     assert "custom_generate" in inspect.signature(GenerationMixin.generate).parameters
     source = inspect.getsource(GenerationMixin.generate)
     assert "decoding_method = custom_generate" in source, "generate(custom_generate=...) has moved"
 
 
-def test_its_own_loop_takes_what_the_callable_is_given() -> None:
+def test_the_decoding_function_has_the_parameters_of_sample() -> None:
     ours = list(inspect.signature(RowSampler.decode).parameters)[2:6]
     theirs = list(inspect.signature(GenerationMixin._sample).parameters)[1:5]
     assert ours == theirs, "GenerationMixin._sample has other arguments"
 
 
-def test_processors_come_before_the_draw_and_scores_after_it() -> None:
+def test_logits_processors_run_before_the_draw() -> None:
     source = inspect.getsource(GenerationMixin._sample)
-    applied = source.index("next_token_scores = logits_processor(input_ids, next_token_logits)")
-    assert applied < source.index("torch.multinomial"), "GenerationMixin._sample draws elsewhere"
+    processors_at = source.index(
+        "next_token_scores = logits_processor(input_ids, next_token_logits)"
+    )
+    assert processors_at < source.index("torch.multinomial"), (
+        "GenerationMixin._sample draws elsewhere"
+    )

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "mixture"),
+    ("name", "arguments", "has_expert_layers"),
     [
         ("Qwen2Config", {}, False),
         ("Gemma3Config", {}, False),
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.contract
         ("Qwen3VLMoeConfig", {}, True),  # in its text_config
     ],
 )
-def test_a_loaded_config_is_judged_as_its_file(name, arguments, mixture):
+def test_experts_are_found_in_a_loaded_config(name, arguments, has_expert_layers):
     config = getattr(transformers, name)(**arguments)
-    assert has_experts(config.to_dict()) is mixture
-    assert ("gate_proj" in default_targets(config.to_dict())) is not mixture
+    assert has_experts(config.to_dict()) is has_expert_layers
+    assert ("gate_proj" in default_targets(config.to_dict())) is not has_expert_layers

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
     from tiny_llama import make_tiny
 
@@ -26,12 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(folder: Path) -> Any:
+def model(checkpoint_folder: Path) -> Any:
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(checkpoint_folder)
 
 
-def test_enabling_checkpointing_takes_offload() -> None:
+def test_enabling_checkpointing_has_the_parameter_offload() -> None:
     parameters = inspect.signature(PreTrainedModel.gradient_checkpointing_enable).parameters
     assert list(parameters) == [
         "self",
@@ -42,14 +42,14 @@ def test_enabling_checkpointing_takes_offload() -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="pins where there is an accelerator")
-def test_offloading_on_a_cpu_raises_so_we_leave_it_out(model: Any) -> None:
+def test_offloading_on_a_cpu_raises(model: Any) -> None:
     model.gradient_checkpointing_enable(offload=True)
     model.train()
     with pytest.raises(RuntimeError, match="pin"):
         model(torch.tensor([[4, 5]]), use_cache=False).logits.sum().backward()
 
 
-def test_enabling_twice_adds_a_second_hook_so_we_take_the_first_away(model: Any) -> None:
+def test_enabling_twice_adds_a_second_hook_unless_the_first_is_removed(model: Any) -> None:
     embeddings = model.get_input_embeddings()
     for _ in range(3):
         model.gradient_checkpointing_enable()
@@ -65,7 +65,7 @@ def test_enabling_twice_adds_a_second_hook_so_we_take_the_first_away(model: Any)
     assert len(other.get_input_embeddings()._forward_hooks) == 1
 
 
-def test_trl_enables_again_with_its_kwargs_alone(model: Any) -> None:
+def test_trl_enables_checkpointing_again_only_with_its_own_kwargs(model: Any) -> None:
     """trl.models.utils.disable_gradient_checkpointing knows no offload: hence _keep_offload."""
     from trl.models.utils import disable_gradient_checkpointing
 
@@ -86,8 +86,8 @@ def test_checkpointing_is_off_in_evaluation_mode(model: Any) -> None:
     assert len(model(torch.tensor([[4, 5]]), use_cache=True).past_key_values or ()) == 0
 
 
-def test_loading_says_what_was_missing_and_extra(folder: Path) -> None:
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def test_loading_info_lists_missing_and_unexpected_keys(checkpoint_folder: Path) -> None:
+    _, info = AutoModelForCausalLM.from_pretrained(checkpoint_folder, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= info.keys()
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -104,7 +104,7 @@ def test_positions_are_in_rope_parameters(model: Any) -> None:
     assert config.get_text_config() is config
 
 
-def test_generation_settings_left_none_are_filled_from_the_checkpoint(model: Any) -> None:
+def test_unset_generation_settings_are_those_of_the_checkpoint(model: Any) -> None:
     """So TransformersEngine writes every one that matters."""
     model.generation_config = GenerationConfig(top_k=7, repetition_penalty=1.5)
     filled, _ = model._prepare_generation_config(GenerationConfig(max_new_tokens=2))
@@ -125,6 +125,6 @@ def test_scores_are_the_processed_logits(model: Any) -> None:
     ids = torch.tensor([[4, 5]])
     output = model.generate(input_ids=ids, generation_config=config)
     expected = model(ids).logits[:, -1] / 0.5
-    kept = output.scores[0].isfinite()
-    assert int(kept.sum()) == 3
-    assert torch.allclose(output.scores[0][kept], expected[kept], atol=1e-5)
+    finite = output.scores[0].isfinite()
+    assert int(finite.sum()) == 3
+    assert torch.allclose(output.scores[0][finite], expected[finite], atol=1e-5)

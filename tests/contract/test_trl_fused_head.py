@@ -34,10 +34,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "output_router_logits": True,
     },
 }  # fmt: skip
-READ = ("log_probs", "entropy", "aux_loss")
+OUTPUT_NAMES = ("log_probs", "entropy", "aux_loss")
 
 
-def trainer(model: Any, **options: Any) -> Any:
+def fake_trainer(model: Any, **options: Any) -> Any:
     return SimpleNamespace(
         model=model,
         accelerator=SimpleNamespace(unwrap_model=lambda one: one),
@@ -46,7 +46,7 @@ def trainer(model: Any, **options: Any) -> Any:
     )
 
 
-def outputs(model: Any, loss: bool = True) -> tuple[Any, torch.Tensor]:
+def outputs_and_gradient(model: Any, loss: bool = True) -> tuple[Any, torch.Tensor]:
     ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
@@ -60,39 +60,39 @@ def outputs(model: Any, loss: bool = True) -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_scores_as_trls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_head_gives_the_outputs_of_trls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **KINDS[kind]})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    before = model.forward
+    original_forward = model.forward
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
-    theirs, their_gradient = outputs(model)
+    trl_outputs, trl_gradient = outputs_and_gradient(model)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 150)  # three tokens at a time
     # A top-p of all but nothing: our head, and no token dropped.
-    with sampled_head_installed(trainer(model, temperature=0.7, top_p=1 - 1e-9), model):
-        ours, our_gradient = outputs(model)
-    for name in READ:
-        mine, upstream = getattr(ours, name), getattr(theirs, name)
-        assert (mine is None) == (upstream is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, upstream, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(our_gradient, their_gradient, atol=1e-5, rtol=1e-4)
-    assert model.forward != before  # TRL's is in its place again
-    assert isinstance(outputs(model)[0], FusedCausalLMOutput)
+    with sampled_head_installed(fake_trainer(model, temperature=0.7, top_p=1 - 1e-9), model):
+        our_outputs, our_gradient = outputs_and_gradient(model)
+    for name in OUTPUT_NAMES:
+        our_output, trl_output = getattr(our_outputs, name), getattr(trl_outputs, name)
+        assert (our_output is None) == (trl_output is None)
+        if our_output is not None:
+            torch.testing.assert_close(our_output, trl_output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_gradient, trl_gradient, atol=1e-5, rtol=1e-4)
+    assert model.forward != original_forward  # TRL's is in its place again
+    assert isinstance(outputs_and_gradient(model)[0], FusedCausalLMOutput)
 
 
-def test_where_nothing_is_dropped_trls_own_runs() -> None:
+def test_trls_head_runs_if_no_token_is_dropped() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    with sampled_head_installed(trainer(model, temperature=0.7, top_k=-1, min_p=0.0), model):
-        assert isinstance(outputs(model)[0], FusedCausalLMOutput)
+    with sampled_head_installed(fake_trainer(model, temperature=0.7, top_k=-1, min_p=0.0), model):
+        assert isinstance(outputs_and_gradient(model)[0], FusedCausalLMOutput)
 
 
-def test_no_token_to_score_is_a_zero_with_a_gradient() -> None:
+def test_without_tokens_to_score_the_output_is_zero_with_a_gradient() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
     add_fused_lm_head(model)
     ids = torch.ones(1, 4, dtype=torch.int64)
-    with sampled_head_installed(trainer(model, top_k=3, repetition_penalty=1.1), model):
+    with sampled_head_installed(fake_trainer(model, top_k=3, repetition_penalty=1.1), model):
         out = model(
             input_ids=ids,
             attention_mask=ids,
@@ -105,7 +105,7 @@ def test_no_token_to_score_is_a_zero_with_a_gradient() -> None:
     assert plain.logits.shape == (1, 4, 50)
 
 
-def test_trl_calls_it_so() -> None:
+def test_trl_still_calls_the_fused_head_like_this() -> None:
     import inspect
 
     from trl import GRPOTrainer
@@ -113,9 +113,9 @@ def test_trl_calls_it_so() -> None:
     source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
     assert "model(**model_inputs, labels=labels, fused_lm_head=True)" in source
     assert "labels[:, :-logits_to_keep] = -100" in source
-    for name in READ:
+    for name in OUTPUT_NAMES:
         assert f"outputs.{name}" in source
-    names = inspect.getsource(add_fused_lm_head)
+    head_source = inspect.getsource(add_fused_lm_head)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        assert name in names
+        assert name in head_source
         assert name in inspect.getsource(sampled_head.logit_scale)

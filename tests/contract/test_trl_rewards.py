@@ -17,22 +17,22 @@ pytestmark = pytest.mark.contract
 SOURCE = inspect.getsource(GRPOTrainer._calculate_rewards)
 
 
-async def later(completions, **kwargs):
+async def async_reward(completions, **kwargs):
     return [1.0] * len(completions)
 
 
-def now(completions, **kwargs):
+def sync_reward(completions, **kwargs):
     return [1.0] * len(completions)
 
 
-def test_trl_passes_what_we_say_it_passes() -> None:
+def test_passed_by_trl_has_the_arguments_that_trl_passes() -> None:
     added = set(re.findall(r'(?<!row_)reward_kwargs\["(\w+)"\]', SOURCE))
     called = set(re.findall(r"(\w+)=(?:prompts|completions|completion_ids_list)\b", SOURCE))
     assert added | called == PASSED_BY_TRL
 
 
-def test_a_guarded_reward_is_to_trl_what_its_function_is() -> None:
-    for function in (later, now):
+def test_a_guarded_reward_has_the_name_and_kind_of_its_function() -> None:
+    for function in (async_reward, sync_reward):
         guarded = guard("mine", function, ErrorPolicy())
         assert utils.get_callable_name(guarded) == "mine"
         assert utils.is_async_callable(guarded) is utils.is_async_callable(function)
@@ -40,11 +40,11 @@ def test_a_guarded_reward_is_to_trl_what_its_function_is() -> None:
 
 
 def test_an_async_reward_is_awaited() -> None:
-    guarded = guard("mine", later, ErrorPolicy())
+    guarded = guard("mine", async_reward, ErrorPolicy())
     assert asyncio.run(guarded(prompts=["p"], completions=["c"])) == [1.0]
 
 
-def test_none_becomes_nan_and_is_left_out() -> None:
+def test_a_reward_of_none_is_ignored() -> None:
     assert "reward if reward is not None else torch.nan" in SOURCE
     scoring = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     assert "nansum" in scoring

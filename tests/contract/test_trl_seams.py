@@ -64,12 +64,15 @@ def test_the_pinned_release():
 @pytest.mark.parametrize(
     ("owner", "name"), [(owner, name) for owner, names in OVERRIDDEN.items() for name in names]
 )
-def test_what_we_override_is_there_and_takes_what_we_pass_on(owner, name):
-    theirs = inspect.signature(getattr(owner, name)).parameters
-    ours = inspect.signature(getattr(GRPOTrainer, name)).parameters
+def test_overridden_methods_have_the_upstream_signature(owner, name):
+    upstream_parameters = inspect.signature(getattr(owner, name)).parameters
+    our_parameters = inspect.signature(getattr(GRPOTrainer, name)).parameters
     assert name in vars(GRPOTrainer) or any(name in vars(c) for c in GRPOTrainer.__mro__[1:2])
-    takes_all = any(p.kind is p.VAR_POSITIONAL for p in ours.values())
-    assert takes_all or list(ours) == list(theirs), (name, list(theirs))
+    accepts_any = any(p.kind is p.VAR_POSITIONAL for p in our_parameters.values())
+    assert accepts_any or list(our_parameters) == list(upstream_parameters), (
+        name,
+        list(upstream_parameters),
+    )
 
 
 def test_a_trainer_that_was_never_initialised_can_use_every_default():
@@ -82,7 +85,7 @@ def test_a_trainer_that_was_never_initialised_can_use_every_default():
 
 def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
     """rollout/dynamic_sampling writes other prompts into the lists that TRL goes on with."""
-    seen = []
+    scored = []
 
     class Replacing(Upstream):
         def _generate_and_score_completions(self, inputs):
@@ -96,27 +99,27 @@ def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
             return drawn
 
         def _calculate_rewards(self, inputs, prompts, *rest):
-            seen.append((inputs[0]["answer"], prompts[0]))
+            scored.append((inputs[0]["answer"], prompts[0]))
             return super()._calculate_rewards(inputs, prompts, *rest)
 
     trainer = make_trainer(tmp_path, kind=Replacing, max_steps=1)
     trainer.train()
-    assert seen == [("another", "other")]
+    assert scored == [("another", "other")]
     assert trainer._logs["prompt"][0] == "other"
 
 
-TRLS_GAP = "sampling/sampling_logp_difference/mean"
+TRL_LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
-def distinct(completions, **_):
+def distinct_rewards(completions, **_):
     """A reward with which no row is without an advantage: those are left out of the forward."""
     return [int(hashlib.sha256(c.encode()).hexdigest(), 16) % 997 / 997 for c in completions]
 
 
-def run(folder, monkeypatch, *, redundant: bool, **grpo):
+def train_run(folder, monkeypatch, *, redundant: bool, **grpo):
     if not redundant:
         monkeypatch.setattr(importance_sampling, "old_logps_are_redundant", lambda _: False)
-    trainer = make_trainer(folder, engine=True, rewards=distinct, max_steps=3, **grpo)
+    trainer = make_trainer(folder, engine=True, rewards=distinct_rewards, max_steps=3, **grpo)
     forwards = []
     original = GRPOTrainer.logps_and_entropies
 
@@ -136,43 +139,45 @@ def run(folder, monkeypatch, *, redundant: bool, **grpo):
 @pytest.mark.parametrize(
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 )
-def test_leaving_the_extra_forward_out_changes_nothing(tmp_path, monkeypatch, mode):
+def test_skipping_the_redundant_forward_changes_nothing(tmp_path, monkeypatch, mode):
     # What is sampled is filtered as training cannot follow, so the weights are none of them 1.
     filtered = {"generation_kwargs": {"typical_p": 0.4}}
     clip = {"vllm_importance_sampling_clip_min": 0.2, "vllm_importance_sampling_clip_max": 0.9}
     grpo = {"vllm_importance_sampling_mode": mode, **clip, **filtered}
-    theirs = run(tmp_path / "a", monkeypatch, redundant=False, **grpo)
-    ours = run(tmp_path / "b", monkeypatch, redundant=True, **grpo)
-    torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=0)
-    assert theirs[2].count(False) == 3
-    assert ours[2].count(False) == 0
-    for mine, upstream in zip(ours[0], theirs[0], strict=True):
-        names = {name for name in upstream if name.startswith("sampling/")}
-        assert names == {name for name in mine if name.startswith("sampling/")}
+    upstream_run = train_run(tmp_path / "a", monkeypatch, redundant=False, **grpo)
+    our_run = train_run(tmp_path / "b", monkeypatch, redundant=True, **grpo)
+    torch.testing.assert_close(our_run[1], upstream_run[1], atol=1e-5, rtol=0)
+    assert upstream_run[2].count(False) == 3
+    assert our_run[2].count(False) == 0
+    for our_row, upstream_row in zip(our_run[0], upstream_run[0], strict=True):
+        names = {name for name in upstream_row if name.startswith("sampling/")}
+        assert names == {name for name in our_row if name.startswith("sampling/")}
         assert len(names) == 7
         for name in names:
-            assert mine[name] == pytest.approx(upstream[name], abs=2e-6), name
-        assert mine["sampling/logp_gap_mean"] > 0.1
-        assert mine["sampling/logp_gap_mean"] == pytest.approx(upstream[TRLS_GAP], abs=2e-6)
-        assert mine["sampling/importance_sampling_ratio/mean"] < 0.9
+            assert our_row[name] == pytest.approx(upstream_row[name], abs=2e-6), name
+        assert our_row["sampling/logp_gap_mean"] > 0.1
+        assert our_row["sampling/logp_gap_mean"] == pytest.approx(
+            upstream_row[TRL_LOGP_DIFFERENCE], abs=2e-6
+        )
+        assert our_row["sampling/importance_sampling_ratio/mean"] < 0.9
 
 
-def test_it_is_left_out_exactly_when_it_is_redundant(tmp_path):
-    def asked(lora=None, **grpo):
+def test_the_forward_is_skipped_exactly_when_it_is_redundant(tmp_path):
+    def is_redundant(lora=None, **grpo):
         return importance_sampling.old_logps_are_redundant(
             make_trainer(tmp_path, engine=True, lora=lora, **grpo)
         )
 
-    assert asked()
-    assert asked(gradient_accumulation_steps=2)
-    assert asked(gradient_accumulation_steps=4, steps_per_generation=2)
-    assert not asked(num_iterations=2)
-    assert not asked(steps_per_generation=2)
-    assert not asked(vllm_importance_sampling_correction=False)
-    assert not asked(lora={"lora_dropout": 0.1})
+    assert is_redundant()
+    assert is_redundant(gradient_accumulation_steps=2)
+    assert is_redundant(gradient_accumulation_steps=4, steps_per_generation=2)
+    assert not is_redundant(num_iterations=2)
+    assert not is_redundant(steps_per_generation=2)
+    assert not is_redundant(vllm_importance_sampling_correction=False)
+    assert not is_redundant(lora={"lora_dropout": 0.1})
 
 
-OPTIONS = {
+GRPO_OPTIONS = {
     **{loss: {"loss_type": loss} for loss in ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo")},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "vespo": {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"},
@@ -187,9 +192,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", GRPO_OPTIONS)
 def test_trls_options_run_on_an_engine(tmp_path, name):
-    trainer = make_trainer(tmp_path, engine=True, max_steps=2, **OPTIONS[name])
+    trainer = make_trainer(tmp_path, engine=True, max_steps=2, **GRPO_OPTIONS[name])
     assert trainer.use_vllm
     assert trainer.args.use_vllm is False  # as it was passed
     trainer.train()
@@ -224,13 +229,13 @@ def test_the_engine_sleeps_while_the_trainer_works(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, engine=True, max_steps=2)
     engine, calls = trainer.vllm_generation.engine, []
 
-    def note(owner, name):
-        inner = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or inner(*a, **k))
+    def record_calls(owner, name):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or method(*a, **k))
 
     for name in ("publish", "generate", "sleep"):
-        note(engine, name)
-    note(Upstream, "_compute_loss")
+        record_calls(engine, name)
+    record_calls(Upstream, "_compute_loss")
     trainer.train()
     assert calls == ["publish", "generate", "sleep", "_compute_loss"] * 2
 
@@ -265,7 +270,7 @@ def test_config_fields_that_arguments_sets_exist():
 
 def test_every_metric_of_trl_is_explained() -> None:
     source = inspect.getsource(Upstream)
-    found = set(re.findall(r'self\._metrics\[mode\]\[f?"([^"]+)"\]', source))
-    assert len(found) > 20
-    names = {RENAMED_METRICS.get(name, re.sub(r"\{.*?\}", "some_reward", name)) for name in found}
+    metrics = set(re.findall(r'self\._metrics\[mode\]\[f?"([^"]+)"\]', source))
+    assert len(metrics) > 20
+    names = {RENAMED_METRICS.get(name, re.sub(r"\{.*?\}", "some_reward", name)) for name in metrics}
     assert [name for name in sorted(names) if explain(name) is None] == []

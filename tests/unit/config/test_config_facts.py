@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from toolkit.config.document import Document
 
 
-def document(folder: Path, text: str) -> Document:
+def parse_run_file(folder: Path, text: str) -> Document:
     """A run file in ``folder``."""
     return parse(Source("run.yaml", text, folder, folder / "run.yaml"))
 
 
-def facts(folder: Path, path: str, prompt: str = "prompt") -> DataFacts:
+def data_facts(folder: Path, path: str, prompt: str = "prompt") -> DataFacts:
     """The facts of a data set."""
-    found = data_of(document(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path")
-    assert found is not None
-    return found
+    result = data_of(parse_run_file(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path")
+    assert result is not None
+    return result
 
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "a", "answer": 2}, {"prompt": " ", "answer": 3}]
@@ -46,14 +46,14 @@ def test_columns_empty_and_repeated_prompts_are_counted(tmp_path: Path, suffix: 
     elif suffix.endswith("json"):
         text = json.dumps({"data": ROWS} if suffix != "json" else ROWS)
     else:
-        mark = "," if suffix == "csv" else "\t"
+        separator = "," if suffix == "csv" else "\t"
         text = "\n".join(
-            mark.join(map(str, row.values())) for row in [{1: "prompt", 2: "answer"}, *ROWS]
+            separator.join(map(str, row.values())) for row in [{1: "prompt", 2: "answer"}, *ROWS]
         )
     path.write_text(text, "utf-8")
-    found = facts(tmp_path, path.name)
-    assert (found.columns, found.rows) == (("prompt", "answer"), 3)
-    assert (found.empty, found.repeated, found.whole, found.problem) == (1, 1, True, None)
+    facts = data_facts(tmp_path, path.name)
+    assert (facts.columns, facts.rows) == (("prompt", "answer"), 3)
+    assert (facts.empty, facts.repeated, facts.whole, facts.problem) == (1, 1, True, None)
 
 
 def test_chats_count_as_prompts(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_chats_count_as_prompts(tmp_path: Path) -> None:
         {"prompt": [{"role": "user", "content": ""}]},
     ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    found = facts(tmp_path, "d.jsonl")
-    assert (found.rows, found.empty, found.repeated) == (4, 2, 1)
+    facts = data_facts(tmp_path, "d.jsonl")
+    assert (facts.rows, facts.empty, facts.repeated) == (4, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_chats_count_as_prompts(tmp_path: Path) -> None:
         ("f.json", b"[" * 100_000, ""),
     ],
 )
-def test_broken_data_is_told(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+def test_broken_data_has_a_problem(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
     (tmp_path / name).write_bytes(data)
-    found = facts(tmp_path, name)
-    assert found.problem is not None
-    assert problem in found.problem
+    facts = data_facts(tmp_path, name)
+    assert facts.problem is not None
+    assert problem in facts.problem
 
 
-def test_a_large_file_is_looked_at_in_part(tmp_path: Path) -> None:
+def test_only_the_first_rows_of_a_large_file_are_read(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "x" * 1000}) + "\n"
     (tmp_path / "big.jsonl").write_text(line * 6000, "utf-8")
-    found = facts(tmp_path, "big.jsonl")
-    assert not found.whole
-    assert 3000 < found.rows < 6000
+    facts = data_facts(tmp_path, "big.jsonl")
+    assert not facts.whole
+    assert 3000 < facts.rows < 6000
 
 
 def test_columns_of_parquet_without_pyarrow(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_columns_of_parquet_without_pyarrow(tmp_path: Path) -> None:
         }
     )
     parquet.write_table(table, tmp_path / "d.parquet")
-    assert facts(tmp_path, "d.parquet").columns == tuple(table.column_names)
+    assert data_facts(tmp_path, "d.parquet").columns == tuple(table.column_names)
 
 
 @settings(deadline=None, max_examples=300)
@@ -128,8 +128,8 @@ def test_no_parquet_footer_breaks_the_reader(data: Any) -> None:
             else content
         )
         with path.open("rb") as file:
-            found = parquet_columns(file)
-        assert found is None or all(isinstance(name, str) for name in found)
+            columns = parquet_columns(file)
+        assert columns is None or all(isinstance(name, str) for name in columns)
 
 
 def test_a_saved_folder_and_its_splits(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_saved_folder_and_its_splits(tmp_path: Path) -> None:
     (split / "dataset_info.json").write_text(
         '{"features": {"question": {}, "answer": {}}}', "utf-8"
     )
-    assert facts(tmp_path, "saved").columns == ("question", "answer")
+    assert data_facts(tmp_path, "saved").columns == ("question", "answer")
 
 
 def model_of(config: dict[str, Any], folder: Path = Path("/")) -> ModelFacts:
@@ -169,11 +169,11 @@ def model_of(config: dict[str, Any], folder: Path = Path("/")) -> ModelFacts:
         ({"max_position_embeddings": 10, "rope_scaling": {"type": "linear", "factor": 1e300}}, 10),
     ],
 )  # fmt: skip
-def test_the_longest_sequence_of_a_model(config: dict[str, Any], length: int | None) -> None:
+def test_max_length_of_a_model(config: dict[str, Any], length: int | None) -> None:
     assert model_of(config).max_length == length
 
 
-def test_modules_from_an_index_or_a_header(tmp_path: Path) -> None:
+def test_modules_are_read_from_the_safetensors_header(tmp_path: Path) -> None:
     assert model_of({}, tmp_path).modules is None
     header = json.dumps({"__metadata__": {}, "model.layers.0.mlp.up_proj.weight": {}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
@@ -192,10 +192,10 @@ def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "snapshots" / commit / "config.json").write_text(
         '{"num_attention_heads": 12}', "utf-8"
     )
-    node = document(tmp_path, "model: {model_name: org/name}").node(("model", "model_name"))
+    node = parse_run_file(tmp_path, "model: {model_name: org/name}").node(("model", "model_name"))
     assert node is not None
     for revision in (None, "main", commit):
-        found = read_model(node, revision)
-        assert found is not None
-        assert found.heads == 12
+        facts = read_model(node, revision)
+        assert facts is not None
+        assert facts.heads == 12
     assert read_model(node, "dev") is None

@@ -38,16 +38,16 @@ def test_stored_formats_and_flags(
     stored: Any, four: bool, eight: bool, engine: bool, key: str | None
 ) -> None:
     config = {"quantization_config": stored}
-    found = stored_problem(config, load_in_4bit=four, load_in_8bit=eight, engine=engine)
-    assert (found and found.key) == key
-    if found:
-        named = stored_format(config)
-        assert named is not None
-        assert named.name in found.message
+    problem = stored_problem(config, load_in_4bit=four, load_in_8bit=eight, engine=engine)
+    assert (problem and problem.key) == key
+    if problem:
+        stored_name = stored_format(config)
+        assert stored_name is not None
+        assert stored_name.name in problem.message
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         ({"head_dim": 16}, "heads have size 16"),
         ({"hidden_size": 64, "num_attention_heads": 4}, "heads have size 16"),
@@ -59,28 +59,32 @@ def test_stored_formats_and_flags(
         ({"model_type": "gpt_oss", "head_dim": 64, "num_local_experts": 4}, "biases"),
     ],
 )
-def test_what_the_cpu_engine_runs(config: dict[str, Any], told: str | None) -> None:
-    found = cpu_engine_problem(config)
-    assert (found is None) if told is None else (found is not None and told in found.message)
+def test_models_that_the_cpu_engine_refuses(config: dict[str, Any], expected: str | None) -> None:
+    problem = cpu_engine_problem(config)
+    assert (
+        (problem is None)
+        if expected is None
+        else (problem is not None and expected in problem.message)
+    )
 
 
 @pytest.mark.parametrize(
     ("layers", "beyond"),
     [([0, 9], (9,)), (2, (2,)), (1, ()), (-1, (-1,)), (None, ()), ((0, 1), ())],
 )
-def test_layers_beyond(layers: Any, beyond: tuple[int, ...]) -> None:
+def test_layers_beyond_the_last_are_found(layers: Any, beyond: tuple[int, ...]) -> None:
     assert layers_beyond(layers, 2) == beyond
     assert layers_beyond(layers, None) == ()
 
 
-def test_what_flash_attention_lacks() -> None:
-    fit = {"on_gpu": True, "dtype": "bfloat16", "installed": True}
-    assert attention_lacks("flash_attention_2", **fit) is None
+def test_requirements_of_flash_and_flex_attention() -> None:
+    supported = {"on_gpu": True, "dtype": "bfloat16", "installed": True}
+    assert attention_lacks("flash_attention_2", **supported) is None
     assert attention_lacks("sdpa", on_gpu=False, dtype="float32", installed=False) is None
     for change in ({"on_gpu": False}, {"dtype": "float32"}, {"installed": False}):
-        assert attention_lacks("flash_attention_2", **{**fit, **change}) is not None
-    assert attention_lacks("flex_attention", **fit) is None
-    assert attention_lacks("flex_attention", **{**fit, "on_gpu": False}) is not None
+        assert attention_lacks("flash_attention_2", **{**supported, **change}) is not None
+    assert attention_lacks("flex_attention", **supported) is None
+    assert attention_lacks("flex_attention", **{**supported, "on_gpu": False}) is not None
 
 
 def test_the_installed_transformers_is_read_as_text() -> None:
@@ -95,7 +99,7 @@ def test_the_installed_transformers_is_read_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "refused"),
+    ("family", "tied", "is_refused"),
     [
         ("gemma2", False, True),
         ("gemma2", True, False),
@@ -103,6 +107,8 @@ def test_the_installed_transformers_is_read_as_text() -> None:
         ("llama", False, False),
     ],
 )
-def test_a_separate_head(kind: str, tied: bool | None, refused: bool) -> None:
-    config = {"model_type": kind} | ({} if tied is None else {"tie_word_embeddings": tied})
-    assert (head_problem(config) is not None) is refused
+def test_a_separate_lm_head_is_refused_for_gemma_2(
+    family: str, tied: bool | None, is_refused: bool
+) -> None:
+    config = {"model_type": family} | ({} if tied is None else {"tie_word_embeddings": tied})
+    assert (head_problem(config) is not None) is is_refused

@@ -31,11 +31,11 @@ def repair(text: str, form: str = "yaml") -> Repair:
 
 def rules(text: str, form: str = "yaml") -> list[str]:
     source = Source("run", text, Path.cwd(), None, form)
-    return [found.rule for found in validate(assemble(source, ()), Situation()).findings]
+    return [finding.rule for finding in validate(assemble(source, ()), Situation()).findings]
 
 
 @pytest.mark.parametrize(
-    ("old", "text", "told"),
+    ("old", "expected_text", "expected_edit"),
     [
         ("use_vllm: true", GRPO + "runtime:\n  engine: vllm\n",
          "grpo.use_vllm: true -> runtime.engine: vllm"),
@@ -54,27 +54,29 @@ def rules(text: str, form: str = "yaml") -> list[str]:
         ("num_generation: 8", GRPO + "  num_generations: 8\n", "num_generation -> num_generations"),
     ],
 )  # fmt: skip
-def test_a_key_of_the_past_keeps_its_meaning(old: str, text: str, told: str) -> None:
-    done = repair(HEAD + GRPO + f"  {old}\n")
-    assert done.source.text == HEAD + text
-    assert [f"{edit.old} -> {edit.new}" for edit in done.applied] == [told]
-    assert {edit.line for edit in done.applied} == {8}
-    assert rules(done.source.text) == []
+def test_an_old_key_is_replaced_with_the_same_meaning(
+    old: str, expected_text: str, expected_edit: str
+) -> None:
+    result = repair(HEAD + GRPO + f"  {old}\n")
+    assert result.source.text == HEAD + expected_text
+    assert [f"{edit.old} -> {edit.new}" for edit in result.applied] == [expected_edit]
+    assert {edit.line for edit in result.applied} == {8}
+    assert rules(result.source.text) == []
 
 
-def test_a_key_moves_into_a_section_that_is_there() -> None:
+def test_a_key_moves_into_an_existing_section() -> None:
     text = HEAD + GRPO + "  vllm_gpu_memory_utilization: 0.3\n"
-    done = repair(text)
-    assert done.source.text == HEAD.replace(
+    result = repair(text)
+    assert result.source.text == HEAD.replace(
         "model:\n", "model:\n  gpu_memory_utilization: 0.3\n"
     ) + GRPO  # fmt: skip
 
 
-def test_a_key_in_an_odd_place_moves() -> None:
+def test_a_key_in_the_wrong_section_moves() -> None:
     text = HEAD.replace("  max_seq_length", "  max_prompt_length: 64\n  max_seq_length") + GRPO
-    done = repair(text)
-    assert done.source.text == HEAD + GRPO.replace("grpo:\n", "grpo:\n  max_prompt_length: 64\n")
-    (edit,) = done.applied
+    result = repair(text)
+    assert result.source.text == HEAD + GRPO.replace("grpo:\n", "grpo:\n  max_prompt_length: 64\n")
+    (edit,) = result.applied
     assert (edit.old, edit.new, edit.line) == (
         "model.max_prompt_length: 64", "grpo.max_prompt_length: 64", 3
     )  # fmt: skip
@@ -115,8 +117,8 @@ def test_keys_move_in_every_format(form: str, before: str, after: str) -> None:
     if form == "json":
         before = before[:-1] + ', "model": {"model_name": "org/name"}}'
         after = after[:-1] + ', "model": {"model_name": "org/name"}}'
-    done = repair(head.get(form, "") + before, form)
-    assert done.source.text == head.get(form, "") + after
+    result = repair(head.get(form, "") + before, form)
+    assert result.source.text == head.get(form, "") + after
 
 
 @pytest.mark.parametrize(
@@ -134,24 +136,24 @@ def test_keys_move_in_every_format(form: str, before: str, after: str) -> None:
         "per_device_train_batch_size: 0",
     ],
 )
-def test_what_is_no_slip_stays(line: str) -> None:
+def test_lines_without_a_certain_fix_stay(line: str) -> None:
     text = HEAD + GRPO + f"  {line}\n"
     assert rules(text)
-    done = repair(text)
-    assert (done.source.text, done.applied) == (text, ())
+    result = repair(text)
+    assert (result.source.text, result.applied) == (text, ())
 
 
-def test_a_key_that_says_the_same_elsewhere_goes_and_another_value_stays() -> None:
+def test_an_old_key_is_removed_only_if_the_current_key_has_the_same_value() -> None:
     text = HEAD + GRPO + "  use_vllm: true\nruntime:\n  engine: "
     assert repair(text + "vllm\n").source.text == HEAD + GRPO + "runtime:\n  engine: vllm\n"
     assert repair(text + "transformers\n").applied == ()
 
 
-def test_a_choice_is_left_and_named() -> None:
+def test_a_finding_with_several_fixes_is_not_fixed() -> None:
     text = HEAD + GRPO + "  num_generations: 3\n  per_device_train_batch_size: 8\n"
-    done = repair(text)
-    assert done.source.text == text
-    assert [found.rule for found in done.choices] == ["GRPO001"]
+    result = repair(text)
+    assert result.source.text == text
+    assert [finding.rule for finding in result.choices] == ["GRPO001"]
 
 
 @pytest.mark.parametrize(
@@ -176,23 +178,27 @@ def test_the_name_of_the_model_is_not_that_of_the_data_set() -> None:
     assert [fix.text for fix in unknown.fixes] == ["did you mean model_name?"]
 
 
-def test_two_words_that_are_as_near_are_both_named() -> None:
+def test_two_equally_similar_keys_are_both_suggested() -> None:
     text = HEAD + GRPO + "  vespo_k: 2.0\n"
-    judged = validate(assemble(Source("run", text, Path.cwd()), ()), Situation())
-    (found,) = (one for one in judged.findings if one.rule == "KEY001")
-    assert {fix.text for fix in found.fixes} == {
+    validation = validate(assemble(Source("run", text, Path.cwd()), ()), Situation())
+    (finding,) = (candidate for candidate in validation.findings if candidate.rule == "KEY001")
+    assert {fix.text for fix in finding.fixes} == {
         "did you mean vespo_k_pos?",
         "did you mean vespo_k_neg?",
     }
     assert repair(text).source.text == text
 
 
-def test_lines_are_those_of_the_file_before_any_edit() -> None:
+def test_edits_have_the_lines_of_the_original_file() -> None:
     text = HEAD + GRPO + "  use_vllm: true\n  vllm_mode: colocate\nlora:\n  lora_alfa: 16\n"
     assert sorted(edit.line for edit in repair(text).applied) == [8, 9, 11]
 
 
-def test_every_key_of_today_that_a_key_of_the_past_names_is_one() -> None:
-    named = [moved.to for moved in MOVED.values()] + [one.to for one in CONVERSIONS.values()]
-    for to in named:
-        assert to is None or schema_of(tuple(to.split("."))) is not None, to
+def test_the_replacements_of_old_keys_are_in_the_schema() -> None:
+    replacements = [moved.to for moved in MOVED.values()] + [
+        conversion.to for conversion in CONVERSIONS.values()
+    ]
+    for replacement in replacements:
+        assert replacement is None or schema_of(tuple(replacement.split("."))) is not None, (
+            replacement
+        )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 @given(
     fuzz.INPUT, st.sampled_from(fuzz.SUFFIXES), st.sampled_from(list(fuzz.PRINTERS)), fuzz.OVERRIDE
 )
-def test_any_input_gives_an_exit_code_and_soon(
+def test_any_input_ends_with_an_exit_code_in_time(
     data: bytes, suffix: str, form: str, override: str | None
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,8 @@ SCALARS = (
     | st.text(max_size=12)
 )
 TREES = st.recursive(
-    SCALARS, lambda below: st.lists(below, max_size=4) | st.dictionaries(KEYS, below, max_size=4)
+    SCALARS,
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(KEYS, children, max_size=4),
 )
 MAPPINGS = st.dictionaries(KEYS, TREES, max_size=5)
 NO_DEADLINE = settings(deadline=None, max_examples=200)
@@ -39,7 +40,7 @@ def read(text: str, form: str) -> Document:
     return parse(Source("run", text, Path("/"), None, form))
 
 
-def spans_hold(root: Node) -> None:
+def assert_positions_are_correct(root: Node) -> None:
     """Each scalar's span is its spelling, each key's span the key, and lines agree with offsets."""
     text = root.source.text
     for path, node in root.walk():
@@ -52,32 +53,32 @@ def spans_hold(root: Node) -> None:
 
 @NO_DEADLINE
 @given(MAPPINGS, st.sampled_from([None, 2]), st.booleans())
-def test_json_is_what_the_standard_library_reads(
+def test_json_values_equal_those_of_the_standard_library(
     tree: Any, indent: int | None, ascii_only: bool
 ) -> None:
     text = json.dumps(tree, indent=indent, ensure_ascii=ascii_only)
     document = read(text, "json")
     assert document.findings == []
     assert document.root.to_plain() == tree
-    spans_hold(document.root)
+    assert_positions_are_correct(document.root)
     for _, node in document.root.walk():
         assert json.loads(text[node.mark.start : node.mark.end]) == node.to_plain()
 
 
 @NO_DEADLINE
 @given(MAPPINGS)
-def test_yaml_reads_json_alike(tree: Any) -> None:
+def test_the_yaml_reader_reads_json(tree: Any) -> None:
     """YAML 1.2 is a superset of JSON; ASCII escapes aside, which libyaml reads as code units."""
     text = json.dumps(tree, ensure_ascii=False)
     if any(not character.isprintable() for character in text):
         return
     document = read(text, "yaml")
     assert document.root.to_plain() == tree
-    spans_hold(document.root)
+    assert_positions_are_correct(document.root)
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "text",
     [
         "",
         "{",
@@ -91,11 +92,11 @@ def test_yaml_reads_json_alike(tree: Any) -> None:
         "{'a': 1}",
     ],
 )
-def test_bad_json_is_one_syntax_finding(bad: str) -> None:
+def test_bad_json_is_one_syntax_finding(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        json.loads(bad)
-    document = read(bad, "json")
-    assert [found.rule for found in document.findings] == ["DOC001"]
+        json.loads(text)
+    document = read(text, "json")
+    assert [finding.rule for finding in document.findings] == ["DOC001"]
     assert not document.whole
 
 
@@ -124,23 +125,23 @@ pattern = "a"
 '''
 
 
-def test_toml_is_what_the_standard_library_reads_and_placed() -> None:
+def test_toml_values_equal_those_of_the_standard_library() -> None:
     document = read(TOML, "toml")
     assert document.findings == []
     expected = tomllib.loads(TOML)
     expected["model"]["when"] = "1979-05-27T07:32:00"
     assert document.root.to_plain() == expected
-    spans_hold(document.root)
-    placed = {
+    assert_positions_are_correct(document.root)
+    source_texts = {
         path: TOML[node.mark.start : node.mark.end] for path, node in document.root.walk() if path
     }
-    assert placed["title",] == '"x"'
-    assert placed["dotted", "key", "here"] == "true"
-    assert placed["model", "numbers", 1] == "2.5"
-    assert placed["model", "inline", "b", "c", 0, "d"] == '"e"'
-    assert placed["model", "when"] == "1979-05-27 07:32:00"
-    assert placed["reward", "functions", 1, "name"] == '"second"'
-    assert placed["reward", "functions", 1, "options", "pattern"] == '"a"'
+    assert source_texts["title",] == '"x"'
+    assert source_texts["dotted", "key", "here"] == "true"
+    assert source_texts["model", "numbers", 1] == "2.5"
+    assert source_texts["model", "inline", "b", "c", 0, "d"] == '"e"'
+    assert source_texts["model", "when"] == "1979-05-27 07:32:00"
+    assert source_texts["reward", "functions", 1, "name"] == '"second"'
+    assert source_texts["reward", "functions", 1, "options", "pattern"] == '"a"'
 
 
 @NO_DEADLINE
@@ -148,7 +149,7 @@ def test_toml_is_what_the_standard_library_reads_and_placed() -> None:
     st.dictionaries(KEYS, st.booleans() | st.integers(-99, 99) | st.text(max_size=8), max_size=4),
     KEYS,
 )
-def test_toml_scalars_are_placed(values: dict[str, Any], table: str) -> None:
+def test_toml_scalars_have_positions(values: dict[str, Any], table: str) -> None:
     lines = [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     text = "\n".join(lines)
     try:
@@ -173,13 +174,13 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "wanted"), FAULTS.items())
-def test_what_yaml_may_not_hold(text: str, wanted: tuple[str, int]) -> None:
-    (found,) = read(text, "yaml").findings
-    assert (found.rule, found.mark and found.mark.line) == wanted
+@pytest.mark.parametrize(("text", "expected"), FAULTS.items())
+def test_invalid_yaml_is_a_finding(text: str, expected: tuple[str, int]) -> None:
+    (finding,) = read(text, "yaml").findings
+    assert (finding.rule, finding.mark and finding.mark.line) == expected
 
 
-def test_an_alias_is_its_anchor_with_places_of_its_own() -> None:
+def test_an_alias_has_the_value_of_its_anchor_and_its_own_position() -> None:
     document = read("a: &x {k: 1}\nb: *x\nc: *x\n", "yaml")
     assert document.root.to_plain() == {"a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1}}
     first, second = document.node(("a",)), document.node(("b",))
@@ -209,14 +210,14 @@ def test_an_alias_is_its_anchor_with_places_of_its_own() -> None:
     ],
     ids=lambda value: value[:8],
 )
-def test_depth_breadth_and_bombs_end_early(text: str, form: str) -> None:
+def test_too_deep_and_too_large_documents_are_refused(text: str, form: str) -> None:
     text = text.replace("*k0", "*a")
     document = read(text, form)
-    assert [found.rule for found in document.findings] == ["DOC009"]
+    assert [finding.rule for finding in document.findings] == ["DOC009"]
 
 
-def test_a_bomb_of_aliases_is_told_apart() -> None:
-    ten = "a: &a [" + "x, " * 10 + "]\n"
-    assert read(ten + "b: [" + "*a, " * 400 + "]\n", "yaml").findings == []
-    (found,) = read(ten + "b: [" + "*a, " * 500 + "]\n", "yaml").findings
-    assert found.message == "aliases expand to more than 5000 values"
+def test_only_too_many_values_from_aliases_are_refused() -> None:
+    ten_values = "a: &a [" + "x, " * 10 + "]\n"
+    assert read(ten_values + "b: [" + "*a, " * 400 + "]\n", "yaml").findings == []
+    (finding,) = read(ten_values + "b: [" + "*a, " * 500 + "]\n", "yaml").findings
+    assert finding.message == "aliases expand to more than 5000 values"

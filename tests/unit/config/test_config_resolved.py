@@ -12,7 +12,7 @@ from toolkit.config.resolved import DeviceFacts, Situation, engine_of, resolve_r
 from toolkit.config.run_config import ModelSection, RunConfig, RuntimeSection
 
 CPU = DeviceFacts("no GPU", None)
-OLD, NEW, SILENT = (DeviceFacts("card", c) for c in ((7, 5), (9, 0), (0, 0)))
+OLD, NEW, UNKNOWN_CAPABILITY = (DeviceFacts("card", c) for c in ((7, 5), (9, 0), (0, 0)))
 
 
 def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: Any) -> RunConfig:
@@ -24,7 +24,7 @@ def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: An
 
 
 @pytest.mark.parametrize(
-    ("engine", "fast", "device", "vllm", "found"),
+    ("engine", "fast", "device", "vllm", "expected"),
     [
         ("vllm", "auto", CPU, False, "vllm"),
         ("transformers", True, NEW, True, "transformers"),
@@ -38,8 +38,8 @@ def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: An
         ("auto", "auto", None, False, "transformers"),
     ],
 )
-def test_who_generates(engine: str, fast: Any, device: Any, vllm: Any, found: str) -> None:
-    assert engine_of(engine, fast, Situation(device=device, vllm=vllm)) == found
+def test_engine_of_a_run(engine: str, fast: Any, device: Any, vllm: Any, expected: str) -> None:
+    assert engine_of(engine, fast, Situation(device=device, vllm=vllm)) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_who_generates(engine: str, fast: Any, device: Any, vllm: Any, found: st
     [
         (None, {"fp16": True}, {}, "auto"),
         (NEW, {}, {}, "bfloat16"),
-        (SILENT, {}, {}, "bfloat16"),
+        (UNKNOWN_CAPABILITY, {}, {}, "bfloat16"),
         (OLD, {}, {}, "float16"),
         (OLD, {}, {"load_in_16bit": True}, "float16"),
         (NEW, {"fp16": True}, {}, "float16"),
@@ -58,17 +58,19 @@ def test_who_generates(engine: str, fast: Any, device: Any, vllm: Any, found: st
         (NEW, {"fp16": True}, {"dtype": "float32"}, "float32"),
     ],
 )
-def test_what_auto_dtype_is(device: Any, grpo: Any, model: Any, dtype: str) -> None:
+def test_auto_dtype_becomes_the_dtype_of_the_run(
+    device: Any, grpo: Any, model: Any, dtype: str
+) -> None:
     resolved = resolve_run(run(grpo=grpo, **model), Situation(device=device))
     assert (resolved.dtype, resolved.config.model.dtype) == (dtype, dtype)
 
 
 def test_resolving_twice_gives_the_same() -> None:
-    here = Situation(world_size=2, device=NEW, vllm=True)
-    once = resolve_run(run(), here, targets=("q_proj",))
+    situation = Situation(world_size=2, device=NEW, vllm=True)
+    once = resolve_run(run(), situation, targets=("q_proj",))
     assert once.config.lora.target_modules == once.targets == ("q_proj",)
     assert once.config.model.fast_inference is True
-    again = resolve_run(once.config, here, targets=("o_proj",))
+    again = resolve_run(once.config, situation, targets=("o_proj",))
     assert replace(again, asked_dtype=once.asked_dtype) == once
 
 
@@ -79,17 +81,17 @@ def test_resolving_twice_gives_the_same() -> None:
 def test_processes_that_share_a_model_are_one_replica(
     engine: str, size: Any, replicas: int
 ) -> None:
-    here = Situation(world_size=4, device=NEW, vllm=True)
-    resolved = resolve_run(run(engine=engine, tensor_parallel_size=size), here)
+    situation = Situation(world_size=4, device=NEW, vllm=True)
+    resolved = resolve_run(run(engine=engine, tensor_parallel_size=size), situation)
     assert (resolved.world_size, resolved.replicas) == (4, replicas)
 
 
-def test_what_only_vllm_reads_is_not_asked_of_the_node() -> None:
-    written = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
-    here = Situation(device=NEW, vllm=True)
-    with_vllm = resolve_run(run(engine="vllm", **written), here).needs()
-    without = resolve_run(run(engine="transformers", **written), here).needs()
-    assert {name: with_vllm[name] for name in written} == written
+def test_needs_have_vllm_settings_only_with_the_vllm_engine() -> None:
+    settings = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
+    situation = Situation(device=NEW, vllm=True)
+    with_vllm = resolve_run(run(engine="vllm", **settings), situation).needs()
+    without = resolve_run(run(engine="transformers", **settings), situation).needs()
+    assert {name: with_vllm[name] for name in settings} == settings
     assert without["gpu_memory_utilization"] is None
     assert without["float8_kv_cache"] is False
     assert without["tensor_parallel_size"] == 1
@@ -97,19 +99,19 @@ def test_what_only_vllm_reads_is_not_asked_of_the_node() -> None:
     assert resolve_run(run(), Situation()).needs()["engine"] == "auto"
 
 
-def test_the_node_is_asked_for_the_dtype_of_the_file_alone() -> None:
-    here = Situation(device=NEW)
-    assert resolve_run(run(), here).needs()["dtype"] == "auto"
-    assert resolve_run(run(grpo={"bf16": True}), here).needs()["dtype"] == "bfloat16"
+def test_needs_have_the_dtype_of_the_run_file() -> None:
+    situation = Situation(device=NEW)
+    assert resolve_run(run(), situation).needs()["dtype"] == "auto"
+    assert resolve_run(run(grpo={"bf16": True}), situation).needs()["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
-    ("installed", "found"), [({"torch", "vllm"}, True), ({"torch"}, False), (set(), None)]
+    ("installed", "expected"), [({"torch", "vllm"}, True), ({"torch"}, False), (set(), None)]
 )
-def test_a_light_installation_does_not_know_about_vllm(
-    installed: set[str], found: bool | None, monkeypatch: pytest.MonkeyPatch
+def test_vllm_is_unknown_without_torch(
+    installed: set[str], expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "toolkit.config.resolved.find_spec", lambda name: object() if name in installed else None
     )
-    assert vllm_here() is found
+    assert vllm_here() is expected

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from toolkit.config.finding import Finding
 
 
-def told(folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any) -> list[Finding]:
+def row_findings(
+    folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any
+) -> list[Finding]:
     """What GRPO043 says of a run with ``rows`` rows; None is a data set that is elsewhere."""
     if rows is not None:
         lines = [json.dumps({"question": str(n), "answer": str(n)}) for n in range(rows)]
@@ -37,23 +39,25 @@ def told(folder: Path, world_size: int = 1, rows: int | None = 12, **changes: An
         run[section][name] = value
     (folder / "run.yaml").write_text(json.dumps(run))
     outcome = validate(load_document(folder / "run.yaml"), Situation(world_size=world_size))
-    return [found for found in outcome.findings if found.rule == "GRPO043"]
+    return [finding for finding in outcome.findings if finding.rule == "GRPO043"]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "steps", "faulty"),
+    ("world_size", "steps", "is_refused"),
     [(1, 12, False), (1, 13, True), (2, 6, False), (2, 7, True), (13, 1, True)],
 )
-def test_every_process_takes_prompts(tmp_path, world_size, steps, faulty) -> None:
-    found = told(tmp_path, world_size, grpo__gradient_accumulation_steps=steps)
-    assert bool(found) is faulty
+def test_every_process_needs_rows_for_its_prompts(tmp_path, world_size, steps, is_refused) -> None:
+    findings = row_findings(tmp_path, world_size, grpo__gradient_accumulation_steps=steps)
+    assert bool(findings) is is_refused
 
 
-def test_rows_that_are_not_counted_are_not_judged(tmp_path) -> None:
-    assert told(tmp_path, rows=None, grpo__gradient_accumulation_steps=1000) == []
-    (limited,) = told(tmp_path, rows=None, grpo__gradient_accumulation_steps=8, dataset__limit=5)
-    assert limited.path == ("dataset", "limit")
-    assert [fix.text for fix in limited.fixes][-1] == "limit: 8"
+def test_only_a_limit_counts_if_the_data_is_elsewhere(tmp_path) -> None:
+    assert row_findings(tmp_path, rows=None, grpo__gradient_accumulation_steps=1000) == []
+    (finding,) = row_findings(
+        tmp_path, rows=None, grpo__gradient_accumulation_steps=8, dataset__limit=5
+    )
+    assert finding.path == ("dataset", "limit")
+    assert [fix.text for fix in finding.fixes][-1] == "limit: 8"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +71,13 @@ def test_rows_that_are_not_counted_are_not_judged(tmp_path) -> None:
 )
 def test_the_first_fix_is_the_largest_batch_that_the_rows_fill(tmp_path, grpo) -> None:
     changes = {f"grpo__{name}": value for name, value in grpo.items()}
-    (found,) = told(tmp_path, **changes)
-    name, _, value = found.fixes[0].text.partition(": ")
-    assert told(tmp_path, **{**changes, f"grpo__{name}": int(value)}) == []
-    more = int(value) + (1 if "steps" in name else 40)
-    assert told(tmp_path, **{**changes, f"grpo__{name}": more}) != []
+    (finding,) = row_findings(tmp_path, **changes)
+    name, _, value = finding.fixes[0].text.partition(": ")
+    assert row_findings(tmp_path, **{**changes, f"grpo__{name}": int(value)}) == []
+    larger = int(value) + (1 if "steps" in name else 40)
+    assert row_findings(tmp_path, **{**changes, f"grpo__{name}": larger}) != []
 
 
-def test_a_group_too_large_for_the_rows_has_no_number_to_offer(tmp_path) -> None:
-    (found,) = told(tmp_path, rows=1, grpo__per_device_train_batch_size=8)
-    assert found.fixes == ()
+def test_no_fix_is_offered_if_the_rows_fill_no_group(tmp_path) -> None:
+    (finding,) = row_findings(tmp_path, rows=1, grpo__per_device_train_batch_size=8)
+    assert finding.fixes == ()

@@ -57,7 +57,7 @@ def test_the_config_is_frozen_all_the_way_down(run_file: Path) -> None:
     assert "num_generations" not in config.grpo  # only what is written
 
 
-def test_freezing_is_undone_by_thawing() -> None:
+def test_thawing_undoes_freezing() -> None:
     tree = {"a": [1, {"b": [None, "c"]}], "d": {}}
     frozen = freeze(tree)
     assert isinstance(frozen, MappingProxyType)
@@ -102,45 +102,47 @@ def test_paths_of_a_base_and_of_overrides(run_file: Path, monkeypatch: pytest.Mo
         ("runtime.allow_code=[c]", "runtime", "allow_code", ["c"]),
     ],
 )
-def test_overrides(run_file: Path, override: str, section: str, key: str, value: Any) -> None:
-    part = getattr(load_run(run_file, [override]), section)
-    read = part[key] if section == "grpo" else getattr(part, key)
-    assert thaw(read) == value
+def test_overrides_set_values(
+    run_file: Path, override: str, section: str, key: str, value: Any
+) -> None:
+    section_config = getattr(load_run(run_file, [override]), section)
+    actual = section_config[key] if section == "grpo" else getattr(section_config, key)
+    assert thaw(actual) == value
 
 
 def test_an_item_of_a_list_is_overridden(run_file: Path) -> None:
     config = load_run(run_file, ["reward.functions.1.weight=3", "reward.functions.0.options.tag=t"])
-    assert [one.weight for one in config.reward.functions] == [1.0, 3.0]
+    assert [function.weight for function in config.reward.functions] == [1.0, 3.0]
     assert config.reward.functions[0].options["tag"] == "t"
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "override",
     ["", "=", "lora", ".r=1", "lora..r=1", "reward.functions.7.weight=1", "lora.lora_dropout.x=1"],
 )
-def test_bad_overrides_are_findings(run_file: Path, bad: str) -> None:
-    rules = [found.rule for found in validate(load_document(run_file, [bad])).findings]
+def test_invalid_overrides_are_findings(run_file: Path, override: str) -> None:
+    rules = [finding.rule for finding in validate(load_document(run_file, [override])).findings]
     assert "DOC012" in rules
 
 
 def test_reward_weights_go_to_their_functions(run_file: Path) -> None:
     config = load_run(run_file, ["reward.functions.1={name: format}", "grpo.reward_weights=[1, 3]"])
-    assert [one.weight for one in config.reward.functions] == [1.0, 3.0]
+    assert [function.weight for function in config.reward.functions] == [1.0, 3.0]
     assert "reward_weights" not in config.grpo
 
 
 def test_callers_get_errors_with_every_finding(run_file: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as config_error:
         load_run(run_file, ["lora.r=0", "grpo.temperature=0"])
-    assert "LORA001" in str(caught.value)
-    assert "GRPO021" in str(caught.value)
-    assert caught.value.exit_code == 1
-    with pytest.raises(InputError, match="cannot be read") as unread:
+    assert "LORA001" in str(config_error.value)
+    assert "GRPO021" in str(config_error.value)
+    assert config_error.value.exit_code == 1
+    with pytest.raises(InputError, match="cannot be read") as input_error:
         load_run(run_file.with_name("missing.yaml"))
-    assert unread.value.exit_code == 2
+    assert input_error.value.exit_code == 2
 
 
-def test_the_world_size_counts(run_file: Path) -> None:
+def test_rules_use_the_world_size(run_file: Path) -> None:
     with pytest.raises(ConfigError, match="GRPO001"):
         load_run(run_file, ["grpo.num_generations=6", "grpo.per_device_train_batch_size=2"])
     load_run(
@@ -148,14 +150,14 @@ def test_the_world_size_counts(run_file: Path) -> None:
     )
 
 
-def test_what_was_judged_is_what_is_handed_on(run_file: Path) -> None:
-    outcome = validate(load_document(run_file), Situation())
-    assert outcome.ok
-    assert outcome.config == load_run(run_file)
+def test_load_run_returns_the_validated_config(run_file: Path) -> None:
+    validation = validate(load_document(run_file), Situation())
+    assert validation.ok
+    assert validation.config == load_run(run_file)
 
 
 @pytest.mark.parametrize("form", ["json", "toml"])
-def test_all_formats_give_one_config(run_file: Path, form: str) -> None:
+def test_all_formats_give_the_same_config(run_file: Path, form: str) -> None:
     texts = {
         "yaml": "model: {model_name: a/b}\nreward: {functions: [{name: format}]}\n"
                 "dataset: {path: c/d}\n",
