@@ -17,7 +17,9 @@ from toolkit.policy.base_sums import (
     checksums_digest,
 )
 
-AGAIN = "load the model again. Do not change its weights, and do not merge an adapter into them"
+RELOAD_FIX = (
+    "load the model again. Do not change its weights, and do not merge an adapter into them"
+)
 
 
 class BaseCheck:
@@ -36,12 +38,12 @@ class BaseCheck:
         Raises:
             ConfigValueError: some code changed the weights, which engine and trainer share.
         """
-        if names := changed_tensors(self._before, base_checksums(self._model)):
+        if changed_names := changed_tensors(self._before, base_checksums(self._model)):
             raise ConfigValueError(
-                f"the base model changed after the engine loaded it: {_text(names)}. The engine "
-                "and the trainer share the weights of the base model",
+                f"the base model changed after the engine loaded it: {_summarize(changed_names)}. "
+                "The engine and the trainer share the weights of the base model",
                 where="model",
-                fix=AGAIN,
+                fix=RELOAD_FIX,
             )
 
     def result(self) -> dict[str, Any]:
@@ -52,17 +54,17 @@ class BaseCheck:
             DefectError: a frozen weight changed during the run.
         """
         after = base_checksums(self._model)
-        if names := changed_tensors(self._before, after):
+        if changed_names := changed_tensors(self._before, after):
             raise DefectError(
-                f"the base model changed during the run: {_text(names)}. The trained adapter "
-                "therefore does not fit the base model on disk",
+                f"the base model changed during the run: {_summarize(changed_names)}. The trained "
+                "adapter therefore does not fit the base model on disk",
                 where="model",
                 fix="do not use this adapter. Remove code that changes the weights from your "
                 "rewards and callbacks. If there is no such code, report a defect",
             )
         checksum = checksums_digest(after)
-        if (shared := current_mesh()) is not None:
-            checksum = shared.combined_digest(checksum)
+        if (process_mesh := current_mesh()) is not None:
+            checksum = process_mesh.combined_digest(checksum)
         return {"tensors": len(after), "checksum": checksum, "unchanged": True}
 
 
@@ -73,8 +75,8 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
         ConfigValueError: the model has no trainable parameter.
         UnsupportedError: the engine samples from a trainable parameter.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
         raise ConfigValueError(
             "the model has no trainable parameter",
             where="GRPOTrainer",
@@ -84,15 +86,18 @@ def refuse_untrainable(model: Any, engine: Any) -> None:
     module = getattr(engine, "module", None)
     if module is None:
         return
-    shared = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    own = [name for name, p in trained.items() if p.untyped_storage().data_ptr() in shared]
-    if own:
+    engine_storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    shared_names = [
+        name for name, p in trainable.items() if p.untyped_storage().data_ptr() in engine_storages
+    ]
+    if shared_names:
         raise UnsupportedError(
-            f"the trainer would train weights from which the engine samples: {_text(own)}",
+            "the trainer would train weights from which the engine samples: "
+            f"{_summarize(shared_names)}",
             where="GRPOTrainer",
             fix="train only an adapter, or load the model with fast_inference=False",
         )
 
 
-def _text(names: list[str]) -> str:
+def _summarize(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} weights (first {names[0]})"

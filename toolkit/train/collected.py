@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ErrorCollector:
-    """Collects the errors of several checks. Each check runs inside ``with collected.check():``."""
+    """Collects the errors of several checks. Each check runs inside ``with collector.check():``."""
 
     def __init__(self) -> None:
         self.errors: list[ConfigError] = []
@@ -25,7 +25,7 @@ class ErrorCollector:
         except ConfigError as error:
             self.errors.append(error)
 
-    def refuse(self) -> None:
+    def raise_errors(self) -> None:
         """Raise the collected error, if there is one. Several errors are raised as one error. Its
         message lists the message and the fix of each error. Its class is the class of the first
         error.
@@ -35,17 +35,21 @@ class ErrorCollector:
         first = self.errors[0]
         if len(self.errors) == 1:
             raise first
-        places = {error.where for error in self.errors}
-        shared = first.where if len(places) == 1 else None
-        listed = "\n".join(_item(error, named=shared is None) for error in self.errors)
-        raise type(first)(f"{len(self.errors)} mistakes\n{listed}", where=shared)
+        locations = {error.where for error in self.errors}
+        shared_location = first.where if len(locations) == 1 else None
+        items = "\n".join(
+            _list_item(error, with_location=shared_location is None) for error in self.errors
+        )
+        raise type(first)(f"{len(self.errors)} mistakes\n{items}", where=shared_location)
 
 
-def _item(error: ConfigError, *, named: bool) -> str:
-    """Return the message and the fix of ``error`` as lines of a list. With ``named``, the first
-    line begins with the place of the mistake (``error.where``).
+def _list_item(error: ConfigError, *, with_location: bool) -> str:
+    """Return the message and the fix of ``error`` as lines of a list. With ``with_location``, the
+    first line begins with the place of the mistake (``error.where``).
     """
-    named = named and error.where is not None and not error.message.startswith(error.where)
-    head = f"{error.where}: {error.message}" if named else error.message
-    lines = [*head.split("\n"), *([f"  fix: {error.fix}"] if error.fix else [])]
+    with_location = (
+        with_location and error.where is not None and not error.message.startswith(error.where)
+    )
+    first_line = f"{error.where}: {error.message}" if with_location else error.message
+    lines = [*first_line.split("\n"), *([f"  fix: {error.fix}"] if error.fix else [])]
     return "- " + "\n  ".join(lines)

@@ -162,17 +162,19 @@ def build_demo(folder: Path, *, engine: str, seed: int, print_line: Callable[[st
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(problems)
     held_out, problems = hold_out(problems, HELD_OUT_COUNT)
-    looked_at, known = hold_out(problems, VALIDATION_COUNT)
+    validation_problems, train_problems = hold_out(problems, VALIDATION_COUNT)
     tokenizer, model = make_tokenizer(), make_model(seed)
     begin = monotonic()
-    train_to_add(model, tokenizer, known, looked_at, seed=seed, print_line=print_line)
+    train_to_add(
+        model, tokenizer, train_problems, validation_problems, seed=seed, print_line=print_line
+    )
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     # safetensors writes files that only their owner can read (mode 0600). A container runs as
     # another user, so the weights get the mode of config.json.
     mode = (folder / "model/config.json").stat().st_mode
     (folder / "model/model.safetensors").chmod(mode)
-    for name, rows in (("train.jsonl", known), ("eval.jsonl", held_out)):
+    for name, rows in (("train.jsonl", train_problems), ("eval.jsonl", held_out)):
         lines = [json.dumps({"question": question(p), "answer": answer(p)}) for p in rows]
         write_file(folder / name, "\n".join(lines) + "\n")
     run_file = folder / "run.yaml"
@@ -184,11 +186,13 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
     """Split ``problems`` into (held out, the rest). ``count`` problems are held out: the first
     ones with a carry and the first ones without a carry, half of each kind.
     """
-    carry = [p for p in problems if answer(p) != answer_without_carry(p)][: count // 2]
-    plain = [p for p in problems if answer(p) == answer_without_carry(p)][: count - len(carry)]
-    held_out = {*carry, *plain}
-    chosen = [p for p in problems if p in held_out]
-    return chosen, [p for p in problems if p not in held_out]
+    with_carry = [p for p in problems if answer(p) != answer_without_carry(p)][: count // 2]
+    without_carry = [p for p in problems if answer(p) == answer_without_carry(p)][
+        : count - len(with_carry)
+    ]
+    held_out = {*with_carry, *without_carry}
+    held_out_in_order = [p for p in problems if p in held_out]
+    return held_out_in_order, [p for p in problems if p not in held_out]
 
 
 def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) -> torch.Tensor:
@@ -205,8 +209,8 @@ def encode(tokenizer: Any, problems: Sequence[Problem], answers: Sequence[str]) 
 def train_to_add(
     model: LlamaForCausalLM,
     tokenizer: Any,
-    known: Sequence[Problem],
-    looked_at: Sequence[Problem],
+    train_problems: Sequence[Problem],
+    validation_problems: Sequence[Problem],
     *,
     seed: int,
     print_line: Callable[[str], None],
@@ -217,39 +221,43 @@ def train_to_add(
     Raises:
         DefectError: the model did not learn to add within ``MAX_STEPS`` steps.
     """
-    right = encode(tokenizer, known, [answer(p) for p in known])
-    wrong = encode(tokenizer, known, [answer_without_carry(p) for p in known])
+    correct_ids = encode(tokenizer, train_problems, [answer(p) for p in train_problems])
+    carryless_ids = encode(
+        tokenizer, train_problems, [answer_without_carry(p) for p in train_problems]
+    )
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
     model.train()
-    last = MAX_STEPS
+    last_step = MAX_STEPS
     for step in range(1, MAX_STEPS + 1):
-        rate = min(1.0, step / WARMUP_STEPS, (last - step + 1) / FINAL_STEPS)
+        lr_scale = min(1.0, step / WARMUP_STEPS, (last_step - step + 1) / FINAL_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
-        picked = torch.randint(len(known), (BATCH_SIZE,), generator=generator)
-        forgets = FIRST_CARRY_DROP_RATE if last == MAX_STEPS else LATER_CARRY_DROP_RATE
-        forgot = torch.rand(BATCH_SIZE, generator=generator) < forgets
-        ids = torch.where(forgot[:, None], wrong[picked], right[picked])
+            group["lr"] = LEARNING_RATE * lr_scale
+        chosen = torch.randint(len(train_problems), (BATCH_SIZE,), generator=generator)
+        carry_drop_rate = FIRST_CARRY_DROP_RATE if last_step == MAX_STEPS else LATER_CARRY_DROP_RATE
+        drop_carry = torch.rand(BATCH_SIZE, generator=generator) < carry_drop_rate
+        ids = torch.where(drop_carry[:, None], carryless_ids[chosen], correct_ids[chosen])
         optimizer.zero_grad()
         loss = _loss(model, ids)
         loss.backward()  # type: ignore[no-untyped-call]  # torch 2.13 leaves it untyped
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % VALIDATION_INTERVAL_STEPS == 0:
-            exact, as_taught = _look(model, tokenizer, looked_at)
-            if step % (4 * VALIDATION_INTERVAL_STEPS) == 0 or step >= last:
+            correct_share, near_correct_share = _measure_accuracy(
+                model, tokenizer, validation_problems
+            )
+            if step % (4 * VALIDATION_INTERVAL_STEPS) == 0 or step >= last_step:
                 print_line(
-                    f"supervised step {step}: {exact:.2f} of the answers are correct, "
-                    f"{as_taught:.2f} are correct or lack only the carry"
+                    f"supervised step {step}: {correct_share:.2f} of the answers are correct, "
+                    f"{near_correct_share:.2f} are correct or lack only the carry"
                 )
-            if step >= last:
+            if step >= last_step:
                 model.eval()
                 return step
-            if exact >= SOLVED_SHARE and last == MAX_STEPS:
-                last = step + FINAL_STEPS
+            if correct_share >= SOLVED_SHARE and last_step == MAX_STEPS:
+                last_step = step + FINAL_STEPS
     raise DefectError(f"the demo's model did not learn to add in {MAX_STEPS} steps")
 
 
@@ -261,7 +269,7 @@ def _loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _look(
+def _measure_accuracy(
     model: LlamaForCausalLM, tokenizer: Any, problems: Sequence[Problem]
 ) -> tuple[float, float]:
     """Answer ``problems`` by greedy decoding. Return the share of correct answers, and the share
@@ -272,16 +280,16 @@ def _look(
     with torch.no_grad():
         for _ in range(4):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    said = [_text(row) for row in ids[:, 6:].tolist()]
-    right = [text == answer(p) for text, p in zip(said, problems, strict=True)]
-    taught = [
-        ok or text == answer_without_carry(p)
-        for ok, text, p in zip(right, said, problems, strict=True)
+    answers = [_decode(row) for row in ids[:, 6:].tolist()]
+    is_correct = [text == answer(p) for text, p in zip(answers, problems, strict=True)]
+    is_near_correct = [
+        correct or text == answer_without_carry(p)
+        for correct, text, p in zip(is_correct, answers, problems, strict=True)
     ]
-    return sum(right) / len(right), sum(taught) / len(taught)
+    return sum(is_correct) / len(is_correct), sum(is_near_correct) / len(is_near_correct)
 
 
-def _text(ids: list[int]) -> str:
+def _decode(ids: list[int]) -> str:
     """Return the text of the tokens before the end-of-sequence token."""
-    said = takewhile(lambda token: token >= len(SPECIAL_TOKENS), ids)
-    return "".join(CHARACTERS[token - len(SPECIAL_TOKENS)] for token in said)
+    answer_ids = takewhile(lambda token: token >= len(SPECIAL_TOKENS), ids)
+    return "".join(CHARACTERS[token - len(SPECIAL_TOKENS)] for token in answer_ids)

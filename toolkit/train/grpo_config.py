@@ -57,45 +57,51 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]  # TRL ships no types th
 
     @wraps(trl.GRPOConfig.__init__)  # type: ignore[misc]  # TRL is untyped
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        mistakes = ErrorCollector()
-        named = {**dict(zip(TRL_FIELDS, args, strict=False)), **kwargs}
-        given, notes = translate(named, (*TRL_FIELDS, *TOOLKIT_FIELDS), mistakes)
+        collector = ErrorCollector()
+        arguments = {**dict(zip(TRL_FIELDS, args, strict=False)), **kwargs}
+        field_values, notes = translate(arguments, (*TRL_FIELDS, *TOOLKIT_FIELDS), collector)
         if notes:
             warnings.warn(f"GRPOConfig: {'; '.join(notes)}", ToolkitWarning, stacklevel=2)
         # In TRL, None means that the field was left out.
-        written = frozenset(name for name, value in given.items() if value is not None)
-        setattr(self, USER_FIELDS_ATTRIBUTE, written)
-        for name, (default, checked) in TOOLKIT_FIELDS.items():
-            value = given.pop(name, default)
-            with mistakes.check():
-                setattr(self, name, checked(name, value))
-        if not given.get("fp16") and "bf16" not in written and not _has_bfloat16(given):
-            given["bf16"] = False  # transformers would reject TRL's default True here
-        refused = None
+        user_fields = frozenset(name for name, value in field_values.items() if value is not None)
+        setattr(self, USER_FIELDS_ATTRIBUTE, user_fields)
+        for name, (default, check_value) in TOOLKIT_FIELDS.items():
+            value = field_values.pop(name, default)
+            with collector.check():
+                setattr(self, name, check_value(name, value))
+        if (
+            not field_values.get("fp16")
+            and "bf16" not in user_fields
+            and not _supports_bfloat16(field_values)
+        ):
+            field_values["bf16"] = False  # transformers would reject TRL's default True here
+        trl_error = None
         try:
-            super().__init__(**given)
-        except ValueError as problem:
-            if "divisible by" not in str(problem) and not mistakes.errors:
+            super().__init__(**field_values)
+        except ValueError as error:
+            if "divisible by" not in str(error) and not collector.errors:
                 raise
-            refused = problem
+            trl_error = error
         # Outside of the except block, so that Python does not print TRL's error above this one.
-        if refused is not None:
-            with mistakes.check():
-                _refuse(self, written, refused)
-        mistakes.refuse()
-        if refused is not None:
-            raise refused
+        if trl_error is not None:
+            with collector.check():
+                _raise_as_config_error(self, user_fields, trl_error)
+        collector.raise_errors()
+        if trl_error is not None:
+            raise trl_error
 
 
-def _refuse(config: GRPOConfig, written: frozenset[str], refused: ValueError) -> None:
-    """Raise TRL's error ``refused`` as a ConfigValueError, with valid values if they are known."""
-    if "divisible by" in str(refused):
-        refuse_partial_groups(config, written)
+def _raise_as_config_error(
+    config: GRPOConfig, user_fields: frozenset[str], trl_error: ValueError
+) -> None:
+    """Raise ``trl_error`` as a ConfigValueError, with valid values if they are known."""
+    if "divisible by" in str(trl_error):
+        refuse_partial_groups(config, user_fields)
     else:
-        raise ConfigValueError(str(refused), where="GRPOConfig")
+        raise ConfigValueError(str(trl_error), where="GRPOConfig")
 
 
-def _length(name: str, value: Any) -> int | None:
+def _check_length(name: str, value: Any) -> int | None:
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigValueError(
             f"{name}={value!r} must be a number of tokens above 0, or None",
@@ -105,7 +111,7 @@ def _length(name: str, value: Any) -> int | None:
     return value
 
 
-def _switch(name: str, value: Any) -> bool:
+def _check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigValueError(
             f"{name}={value!r} must be True or False", where="GRPOConfig", fix=f"set {name}=True"
@@ -113,7 +119,7 @@ def _switch(name: str, value: Any) -> bool:
     return value
 
 
-def _rounds(name: str, value: Any) -> int:
+def _check_rounds(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ConfigValueError(
             f"{name}={value!r} must be a number of rounds above 0",
@@ -123,7 +129,7 @@ def _rounds(name: str, value: Any) -> int:
     return value
 
 
-def _share(name: str, value: Any) -> float:
+def _check_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigValueError(
             f"{name}={value!r} must be above 0 and at most 1 (a share of each batch)",
@@ -135,17 +141,17 @@ def _share(name: str, value: Any) -> float:
 
 TOOLKIT_FIELDS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "padding_free": (True, lambda _, value: bool(value)),
-    "max_prompt_length": (None, _length),
-    "dynamic_sampling": (False, _switch),
-    "max_resample_times": (3, _rounds),
-    "curriculum": (False, _switch),
-    "curriculum_share": (0.5, _share),
+    "max_prompt_length": (None, _check_length),
+    "dynamic_sampling": (False, _check_bool),
+    "max_resample_times": (3, _check_rounds),
+    "curriculum": (False, _check_bool),
+    "curriculum_share": (0.5, _check_share),
 }
 """Fields that TRL's GRPOConfig does not have: (default, function that checks the value)."""
 
 
-def _has_bfloat16(given: dict[str, Any]) -> bool:
-    return bool(given.get("use_cpu")) or is_torch_bf16_gpu_available()
+def _supports_bfloat16(field_values: dict[str, Any]) -> bool:
+    return bool(field_values.get("use_cpu")) or is_torch_bf16_gpu_available()
 
 
 def default_config(model: Any) -> GRPOConfig:
@@ -153,8 +159,8 @@ def default_config(model: Any) -> GRPOConfig:
     output folder is named after the model.
     """
     name = model if isinstance(model, str) else str(model.config.name_or_path)
-    made: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
-    return made
+    config: GRPOConfig = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+    return config
 
 
 def is_set_by_user(config: Any, name: str) -> bool:
@@ -162,9 +168,9 @@ def is_set_by_user(config: Any, name: str) -> bool:
     ``trl.GRPOConfig``, which does not record the fields that the user set, the result is True if
     the value of the field is not TRL's default.
     """
-    written = getattr(config, USER_FIELDS_ATTRIBUTE, None)
-    if written is not None:
-        return name in written
+    user_fields = getattr(config, USER_FIELDS_ATTRIBUTE, None)
+    if user_fields is not None:
+        return name in user_fields
     return bool(getattr(config, name)) != (name == "bf16")
 
 
@@ -175,30 +181,36 @@ def follow_dtype(config: Any, dtype: torch.dtype, *, engine: bool) -> None:
     Raises:
         ConfigValueError: the user set a dtype that is not the dtype in which the engine samples.
     """
-    half = HALF_PRECISION_FIELDS.get(dtype)
-    kept = {
+    model_field = HALF_PRECISION_FIELDS.get(dtype)
+    user_values = {
         name: bool(getattr(config, name))
         for name in HALF_PRECISION_FIELDS.values()
         if is_set_by_user(config, name)
     }
-    for name in (name for name, on in kept.items() if on and name != half and engine):
-        told = str(dtype).removeprefix("torch.")
-        asked = next(
+    for name in (
+        name for name, is_on in user_values.items() if is_on and name != model_field and engine
+    ):
+        engine_dtype = str(dtype).removeprefix("torch.")
+        requested_dtype = next(
             str(key).removeprefix("torch.")
             for key, value in HALF_PRECISION_FIELDS.items()
             if value == name
         )
         raise ConfigValueError(
-            f"{name}=True computes in {asked}, but the engine samples in {told}",
+            f"{name}=True computes in {requested_dtype}, but the engine samples in {engine_dtype}",
             where=f"grpo.{name}",
-            fix=f"remove {name}, or load the model with dtype={asked}",
+            fix=f"remove {name}, or load the model with dtype={requested_dtype}",
         )
-    if any(kept.values()) or getattr(config, "deepspeed", None):
+    if any(user_values.values()) or getattr(config, "deepspeed", None):
         return  # DeepSpeed has already read the format
     # Autocast to float16 needs a GPU; without autocast, layers compute in their own dtype.
-    on = None if half in kept or (half == "fp16" and config.device.type == "cpu") else half
-    config.bf16, config.fp16 = on == "bf16", on == "fp16"
-    config.mixed_precision = on or "no"
+    enabled_field = (
+        None
+        if model_field in user_values or (model_field == "fp16" and config.device.type == "cpu")
+        else model_field
+    )
+    config.bf16, config.fp16 = enabled_field == "bf16", enabled_field == "fp16"
+    config.mixed_precision = enabled_field or "no"
 
 
 def _name(dtype: torch.dtype) -> str:

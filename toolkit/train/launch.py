@@ -48,40 +48,43 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         OSError: a process could not be started.
     """
     port, children = free_port(), list[Child]()
-    received, early = list[int](), list[int]()
+    received_signals, pending_signals = list[int](), list[int]()
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(signal_number: int, frame: FrameType | None) -> None:
         del frame
-        received.append(number)
+        received_signals.append(signal_number)
         if len(children) < processes:
-            early.append(number)
+            pending_signals.append(signal_number)
         else:
-            _send(children, number)
+            _send_signal(children, signal_number)
 
-    with _listening(hand_on, received):
-        for number in range(processes):
+    with _signal_handler_installed(forward_signal, received_signals):
+        for local_rank in range(processes):
             child = subprocess.Popen(
                 [sys.executable, "-m", "toolkit", *arguments],
-                env=child_environment(number, processes, port),
+                env=child_environment(local_rank, processes, port),
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C on a terminal reaches the whole session, and the launcher passes it on.
                 # In a session of its own, the process gets it only once.
                 start_new_session=True,
             )
             children.append(child)
-        for number in early:
-            _send(children, number)
-        code = _wait(children)
-    number = code - 128
-    insisted = received.count(signal.SIGINT) > 1  # a second Ctrl-C ends a run at once
-    if number in SIGNALS and number in received and not insisted:
-        raise stopped_early_error(signal.Signals(number).name)
-    return code
+        for signal_number in pending_signals:
+            _send_signal(children, signal_number)
+        exit_code = _wait_for_exit_code(children)
+    signal_number = exit_code - 128
+    # A second Ctrl-C ends a run at once.
+    interrupted_twice = received_signals.count(signal.SIGINT) > 1
+    if signal_number in SIGNALS and signal_number in received_signals and not interrupted_twice:
+        raise stopped_early_error(signal.Signals(signal_number).name)
+    return exit_code
 
 
-def stopped_early_error(name: str) -> StoppedError:
-    """Return the error for a run that the signal ``name`` stopped before the run began."""
-    return StoppedError(f"stopped by {name} before the run began", fix="run the same command again")
+def stopped_early_error(signal_name: str) -> StoppedError:
+    """Return the error for a run that the signal ``signal_name`` stopped before the run began."""
+    return StoppedError(
+        f"stopped by {signal_name} before the run began", fix="run the same command again"
+    )
 
 
 def end_with_launcher() -> None:
@@ -102,8 +105,8 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def child_environment(number: int, processes: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torchrun sets for process ``number`` of the
+def child_environment(local_rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return the environment variables that torchrun sets for process ``local_rank`` of the
     ``processes`` on this node. PET_NNODES is the number of nodes. With several nodes, all processes
     connect to MASTER_ADDR and MASTER_PORT.
 
@@ -112,7 +115,7 @@ def child_environment(number: int, processes: int, port: int) -> dict[str, str]:
             too large.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    nodes, node = node_count(), node_rank()
+    nodes, own_node_rank = node_count(), node_rank()
     if nodes > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise InputError(
             f"MASTER_ADDR or MASTER_PORT is not set. The processes of {nodes} nodes (PET_NNODES) "
@@ -121,9 +124,9 @@ def child_environment(number: int, processes: int, port: int) -> dict[str, str]:
             fix="on all nodes, set MASTER_ADDR to the host name of the first node and MASTER_PORT "
             "to a free port of the first node. To train on one node, unset PET_NNODES",
         )
-    if node >= nodes:
+    if own_node_rank >= nodes:
         raise InputError(
-            f"PET_NODE_RANK={node} must be below PET_NNODES={nodes}",
+            f"PET_NODE_RANK={own_node_rank} must be below PET_NNODES={nodes}",
             where="the environment",
             fix=f"set PET_NODE_RANK to the number of this node, from 0 to {nodes - 1}",
         )
@@ -134,8 +137,8 @@ def child_environment(number: int, processes: int, port: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": threads,
         **os.environ,
-        "RANK": str(node * processes + number),
-        "LOCAL_RANK": str(number),
+        "RANK": str(own_node_rank * processes + local_rank),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(nodes * processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": host,
@@ -152,43 +155,43 @@ def free_port() -> int:
 
 
 @contextmanager
-def _listening(
-    handler: Callable[[int, FrameType | None], None], received: list[int]
+def _signal_handler_installed(
+    handler: Callable[[int, FrameType | None], None], received_signals: list[int]
 ) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in handled_signals()}
+    previous_handlers = {number: signal.signal(number, handler) for number in handled_signals()}
     try:
         yield
     finally:
-        if received:
-            notify_shutdown(before.values())
-        for number, known in before.items():
-            signal.signal(number, known)
+        if received_signals:
+            notify_shutdown(previous_handlers.values())
+        for number, previous_handler in previous_handlers.items():
+            signal.signal(number, previous_handler)
 
 
-def _wait(children: Sequence[Child]) -> int:
+def _wait_for_exit_code(children: Sequence[Child]) -> int:
     """Wait until all processes have ended, and return the exit code of ``launch``. If a process
     fails, the other processes have ``GRACE_PERIOD_S`` seconds to end. After that, they are stopped.
     """
-    codes: list[int] = []
+    exit_codes: list[int] = []
     running = list(children)
-    escalation: list[int] = [signal.SIGTERM, signal.SIGKILL]
+    signals_to_send: list[int] = [signal.SIGTERM, signal.SIGKILL]
     deadline: float | None = None
     while running:
         ended = [child for child in running if child.poll() is not None]
-        codes += [child.returncode for child in ended]
+        exit_codes += [child.returncode for child in ended]
         running = [child for child in running if child not in ended]
-        if deadline is None and any(codes):
+        if deadline is None and any(exit_codes):
             deadline = time.monotonic() + GRACE_PERIOD_S
-        if deadline is not None and time.monotonic() > deadline and escalation:
-            _send(running, escalation.pop(0))
+        if deadline is not None and time.monotonic() > deadline and signals_to_send:
+            _send_signal(running, signals_to_send.pop(0))
             deadline = time.monotonic() + GRACE_PERIOD_S
         time.sleep(0 if ended else POLL_S)
-    told = next((code for code in codes if code > 0), 0)
-    killed = next((128 - code for code in codes if code < 0), 0)
-    return told or killed
+    first_failure = next((code for code in exit_codes if code > 0), 0)
+    first_signal = next((128 - code for code in exit_codes if code < 0), 0)
+    return first_failure or first_signal
 
 
-def _send(children: Sequence[Child], number: int) -> None:
+def _send_signal(children: Sequence[Child], signal_number: int) -> None:
     for child in children:
         if child.poll() is None:
-            child.send_signal(number)
+            child.send_signal(signal_number)

@@ -93,7 +93,7 @@ def upstream_silenced(*, debug: bool) -> Iterator[None]:
         transformers_logging.disable_progress_bar()
         datasets_logging.set_verbosity_error()
         datasets_logging.disable_progress_bar()
-        with warnings.catch_warnings(), _our_own():
+        with warnings.catch_warnings(), _only_toolkit_messages_shown():
             yield
     finally:
         for name, level in levels.items():
@@ -101,14 +101,14 @@ def upstream_silenced(*, debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _our_own() -> Iterator[None]:
+def _only_toolkit_messages_shown() -> Iterator[None]:
     """Inside the ``with`` block, print the toolkit's own warnings and log messages on stderr, and
     hide all other warnings. The caller must restore the warning filters (``catch_warnings``).
     """
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ToolkitWarning)
     warnings.showwarning = _show_warning
-    logger, handler = logging.getLogger("toolkit"), _Lines(logging.WARNING)
+    logger, handler = logging.getLogger("toolkit"), _LineHandler(logging.WARNING)
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
@@ -118,7 +118,7 @@ def _our_own() -> Iterator[None]:
         logger.propagate = propagated
 
 
-class _Lines(logging.Handler):
+class _LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print_line(f"{record.levelname.lower()}: {record.getMessage()}")
 
@@ -139,6 +139,6 @@ def print_line(line: str) -> None:
     """Print ``line`` on stderr. If an unfinished progress line is on the terminal, ``line``
     replaces it.
     """
-    start = "\r\x1b[K" if can_overwrite_lines(sys.stderr) else ""
-    sys.stderr.write(f"{start}{line}\n")
+    erase_progress = "\r\x1b[K" if can_overwrite_lines(sys.stderr) else ""
+    sys.stderr.write(f"{erase_progress}{line}\n")
     sys.stderr.flush()

@@ -20,7 +20,7 @@ LEADING_METRICS = (
 """The first metrics of a row of metrics.jsonl, in this order."""
 RENAMED_METRICS = {"completions/mean_length": "completion_length"}
 WALL_CLOCK_METRICS = ("step_time", "runtime", "samples_per_second", "steps_per_second")
-_OWN = {
+_RUN_METRICS = {
     *LEADING_METRICS,
     *RENAMED_METRICS,
     *WALL_CLOCK_METRICS,
@@ -28,12 +28,12 @@ _OWN = {
     "skipped",
     "train_runtime",
 }
-_OWN_STARTS = ("eval_", "eval/", "sampling/", "timing/")
+_RUN_METRIC_PREFIXES = ("eval_", "eval/", "sampling/", "timing/")
 
 
 def refuse_run_metric(name: str) -> None:
     """Raise ValueError if a reward logs a metric under a ``name`` that the run itself uses."""
-    start = next((start for start in _OWN_STARTS if name.startswith(start)), None)
-    if name in _OWN or start is not None:
-        used = f"names that begin with {start}" if start else f"the name {name}"
+    prefix = next((prefix for prefix in _RUN_METRIC_PREFIXES if name.startswith(prefix)), None)
+    if name in _RUN_METRICS or prefix is not None:
+        used = f"names that begin with {prefix}" if prefix else f"the name {name}"
         raise ValueError(f"log_metric: the run itself uses {used}. Use another name")

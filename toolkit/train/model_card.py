@@ -67,10 +67,10 @@ def model_card(run: FinishedRun, repo_id: str) -> str:
         _front_matter(run, base),
         f"# {repo_id.rpartition('/')[2]}\n",
         f"A LoRA adapter for {base or 'a model that is not on the hub'}, trained with GRPO.\n",
-        _section("Training", _training(run)),
-        _section("Results", _results(run)),
-        _section("Reproduction", _reproduction(manifest)),
-        _usage(run, repo_id, base),
+        _section("Training", _training_rows(run)),
+        _section("Results", _result_rows(run)),
+        _section("Reproduction", _reproduction_rows(manifest)),
+        _usage_section(run, repo_id, base),
     ]
     return redact("\n".join(part for part in parts if part))
 
@@ -95,22 +95,26 @@ def _front_matter(run: FinishedRun, base: str | None) -> str:
 
 
 def _section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    told = [(name, value) for name, value in rows if value not in (None, "", [], {})]
-    if not told:
+    filled_rows = [(name, value) for name, value in rows if value not in (None, "", [], {})]
+    if not filled_rows:
         return ""
     lines = [f"## {title}\n", "| | |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {name} | {_plain(value)} |" for name, value in told), ""])
+    return "\n".join(
+        [*lines, *(f"| {name} | {_table_cell(value)} |" for name, value in filled_rows), ""]
+    )
 
 
-def _plain(value: Any) -> str:
+def _table_cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _training(run: FinishedRun) -> list[tuple[str, Any]]:
+def _training_rows(run: FinishedRun) -> list[tuple[str, Any]]:
     lora, grpo = run.config.lora, run.config.grpo
     targets = thaw(lora.target_modules)
-    rewards = [f"{one.name} (weight {one.weight:g})" for one in run.config.reward.functions]
+    rewards = [
+        f"{function.name} (weight {function.weight:g})" for function in run.config.reward.functions
+    ]
     rows = [
         ("rank, alpha", f"{lora.r}, {lora.lora_alpha}{' (rslora)' if lora.use_rslora else ''}"),
         ("layers", targets if isinstance(targets, str) else ", ".join(targets)),
@@ -121,15 +125,15 @@ def _training(run: FinishedRun) -> list[tuple[str, Any]]:
     return [*rows, *((name, grpo.get(name)) for name in SHOWN_GRPO_KEYS)]
 
 
-def _results(run: FinishedRun) -> list[tuple[str, Any]]:
+def _result_rows(run: FinishedRun) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    held_out = _read(run.folder / "evaluation.json")
-    if held_out:
-        before, after = held_out["before"]["rewards"], held_out["after"]["rewards"]
-        count = held_out["after"]["count"]
+    evaluation = _read_json_object(run.folder / "evaluation.json")
+    if evaluation:
+        before, after = evaluation["before"]["rewards"], evaluation["after"]["rewards"]
+        count = evaluation["after"]["count"]
         for name, value in after.items():
-            then, now = _number(before.get(name)), _number(value)
-            rows.append((f"held out, {name} ({count} prompts)", f"{then} -> {now}"))
+            value_before, value_after = _format_number(before.get(name)), _format_number(value)
+            rows.append((f"held out, {name} ({count} prompts)", f"{value_before} -> {value_after}"))
     last = _last_row(run.folder / "metrics.jsonl")
     if last:
         rows.append(("steps", last.get("step")))
@@ -139,11 +143,11 @@ def _results(run: FinishedRun) -> list[tuple[str, Any]]:
     return rows
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, (int, float)) else "none"
 
 
-def _reproduction(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _reproduction_rows(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
     versions = manifest.get("packages") or {}
     gpus = [gpu.get("name") for gpu in manifest.get("gpus") or () if gpu.get("name")]
     base = manifest.get("base") or {}
@@ -159,32 +163,32 @@ def _reproduction(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _usage(run: FinishedRun, repo_id: str, base: str | None) -> str:
-    name = base or "path/to/the/base"
-    served = serve_line(run.config, Path(repo_id.rpartition("/")[2]))
-    served = served.replace(run.config.model.model_name, name, 1)
+def _usage_section(run: FinishedRun, repo_id: str, base: str | None) -> str:
+    base_name = base or "path/to/the/base"
+    serve_command = serve_line(run.config, Path(repo_id.rpartition("/")[2]))
+    serve_command = serve_command.replace(run.config.model.model_name, base_name, 1)
     return f"""## Use
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{repo_id}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_name}"), "{repo_id}")
 ```
 
 ```
 hf download {repo_id} --local-dir {repo_id.rpartition("/")[2]}
-{served}
+{serve_command}
 ```
 """
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -202,31 +206,31 @@ def serve_arguments(config: RunConfig, folder: Path, *, merged: bool = False) ->
     ``folder``.
     """
     model = config.model
-    words = ["vllm", "serve", str(folder) if merged else model.model_name]
+    command = ["vllm", "serve", str(folder) if merged else model.model_name]
     if not merged and model.revision is not None:
-        words += ["--revision", model.revision]
+        command += ["--revision", model.revision]
     if model.max_seq_length is not None:
-        words += ["--max-model-len", str(model.max_seq_length)]
+        command += ["--max-model-len", str(model.max_seq_length)]
     if model.dtype != "auto" and not merged:
-        words += ["--dtype", model.dtype]
+        command += ["--dtype", model.dtype]
     if model.trust_remote_code:
-        words.append("--trust-remote-code")
+        command.append("--trust-remote-code")
     if merged:
-        return words
+        return command
     if model.load_in_4bit:
-        words += ["--quantization", "bitsandbytes"]
+        command += ["--quantization", "bitsandbytes"]
     rank = smallest_rank(config.lora.largest_rank) or config.lora.largest_rank
-    words += ["--enable-lora", "--max-lora-rank", str(rank)]
-    return [*words, "--lora-modules", f"{folder.resolve().name}={folder}"]
+    command += ["--enable-lora", "--max-lora-rank", str(rank)]
+    return [*command, "--lora-modules", f"{folder.resolve().name}={folder}"]
 
 
 def serve_line(config: RunConfig, folder: Path, *, merged: bool = False) -> str:
     """Return the command ``vllm serve ...`` as text. If vLLM without the toolkit does not support
     the adapter, return the reason.
     """
-    why = None if merged else unserved_feature(config)
-    if why is not None:
-        return f"plain vLLM does not support this adapter ({why}): export it with --merge"
+    unsupported = None if merged else unserved_feature(config)
+    if unsupported is not None:
+        return f"plain vLLM does not support this adapter ({unsupported}): export it with --merge"
     return shlex.join(serve_arguments(config, folder, merged=merged))
 
 

@@ -61,58 +61,64 @@ class Translated(NamedTuple):
 
 
 def translate(
-    given: Mapping[str, Any], known: Collection[str], mistakes: ErrorCollector
+    arguments: Mapping[str, Any], current_fields: Collection[str], collector: ErrorCollector
 ) -> Translated:
-    """Return the keyword arguments ``given``, with older names of fields replaced by the current
-    names. ``known`` are the fields of the toolkit's GRPOConfig.
+    """Return the keyword ``arguments``, with older names of fields replaced by the current
+    names. ``current_fields`` are the fields of the toolkit's GRPOConfig.
 
-    A wrong field is left out, and its error is added to ``mistakes``. An unknown name is a
+    A wrong field is left out, and its error is added to ``collector``. An unknown name is a
     ConfigTypeError. An invalid value is a ConfigValueError. It is also a ConfigValueError if the
     old name and the new name of a field have different values.
     """
-    made: dict[str, Any] = {name: value for name, value in given.items() if name in known}
+    fields: dict[str, Any] = {
+        name: value for name, value in arguments.items() if name in current_fields
+    }
     notes: list[str] = []
-    for name, value in given.items():
-        if name not in known:
-            with mistakes.check():
-                notes += _translated(made, name, value, known)
-    return Translated(made, notes)
+    for name, value in arguments.items():
+        if name not in current_fields:
+            with collector.check():
+                notes += _translate_field(fields, name, value, current_fields)
+    return Translated(fields, notes)
 
 
-def _translated(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
-    """Add ``value`` to the fields ``made``. ``name`` is the older name of the field, and the value
+def _translate_field(
+    fields: dict[str, Any], name: str, value: Any, current_fields: Collection[str]
+) -> list[str]:
+    """Add ``value`` to the ``fields``. ``name`` is the older name of the field, and the value
     is added under the current name. A field without a current name is left out. Return the notes
     for the user.
     """
     if name == "vllm_sampling_params":
-        return _sampling(made, value)
+        return _translate_sampling_params(fields, value)
     if name == "warmup_ratio":
-        return _warmup(made, value)
+        return _translate_warmup_ratio(fields, value)
     if name == "no_cuda":
-        return _renamed(made, name, "use_cpu", bool(value))
+        return _set_renamed_field(fields, name, "use_cpu", bool(value))
     if name in NO_EFFECT:
         return [f"{name} is left out: {NO_EFFECT[name]}"]
-    return _moved(made, name, value, known)
+    return _translate_moved_field(fields, name, value, current_fields)
 
 
-def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) -> list[str]:
+def _translate_moved_field(
+    fields: dict[str, Any], name: str, value: Any, current_fields: Collection[str]
+) -> list[str]:
     moved = MOVED.get(f"grpo.{name}")
     if moved is None:
-        meant = COMMON_NAMES.get(f"grpo.{name}", "").rpartition(".")[2]
-        close = meant or nearest(name, known)
+        renamed_field = COMMON_NAMES.get(f"grpo.{name}", "").rpartition(".")[2]
+        suggestion = renamed_field or nearest(name, current_fields)
         raise ConfigTypeError(
             f"{name!r} is not a field of GRPOConfig"
-            + (f" (did you mean {close!r}?)" if close else ""),
+            + (f" (did you mean {suggestion!r}?)" if suggestion else ""),
             where=WHERE,
             fix="correct its name or leave it out",
         )
-    section, _, today = (moved.to or "").rpartition(".")
+    section, _, current_name = (moved.to or "").rpartition(".")
     if section == "grpo":
-        return _renamed(made, name, today, value)
+        return _set_renamed_field(fields, name, current_name, value)
     if moved.to is None:
         return [f"{name} is left out: {moved.told}"]
     if section == "model":
-        return [f"{name} is left out: pass {today} to FastLanguageModel.from_pretrained"]
+        return [f"{name} is left out: pass {current_name} to FastLanguageModel.from_pretrained"]
     raise ConfigTypeError(
         f"{name!r} is not a field of GRPOConfig. In a run file, this option is {moved.to}",
         where=WHERE,
@@ -121,18 +127,19 @@ def _moved(made: dict[str, Any], name: str, value: Any, known: Collection[str]) 
     )
 
 
-def _renamed(made: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
-    if new in made and made[new] != value:
+def _set_renamed_field(fields: dict[str, Any], old: str, new: str, value: Any) -> list[str]:
+    if new in fields and fields[new] != value:
         raise ConfigValueError(
-            f"{old} is the older name of {new}, but {old}={value!r} and {new}={made[new]!r} differ",
+            f"{old} is the older name of {new}, but {old}={value!r} and {new}={fields[new]!r} "
+            "differ",
             where=WHERE,
             fix=f"remove {old}",
         )
-    made[new] = value
+    fields[new] = value
     return [f"{old} is now called {new}"]
 
 
-def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
+def _translate_warmup_ratio(fields: dict[str, Any], ratio: Any) -> list[str]:
     """Translate ``warmup_ratio`` to ``warmup_steps``. transformers 5 reads a value of
     ``warmup_steps`` below 1 as a share of the run. If the user also passed ``warmup_steps``,
     ``warmup_ratio`` is ignored, as in transformers 4. Return the notes for the user.
@@ -143,39 +150,41 @@ def _warmup(made: dict[str, Any], ratio: Any) -> list[str]:
             where=WHERE,
             fix="set warmup_steps to a number of steps, or to a share of the run below 1",
         )
-    if made.get("warmup_steps"):
-        return [f"warmup_ratio is left out, because warmup_steps={made['warmup_steps']} is set"]
-    made["warmup_steps"] = ratio
+    if fields.get("warmup_steps"):
+        return [f"warmup_ratio is left out, because warmup_steps={fields['warmup_steps']} is set"]
+    fields["warmup_steps"] = ratio
     return [f"warmup_ratio={ratio} is now warmup_steps={ratio} (below 1: a share of the run)"]
 
 
-def _sampling(made: dict[str, Any], params: Any) -> list[str]:
-    """Add the sampling options ``params`` (vLLM's SamplingParams, or a mapping) to ``made``, the
+def _translate_sampling_params(fields: dict[str, Any], params: Any) -> list[str]:
+    """Add the sampling options ``params`` (vLLM's SamplingParams, or a mapping) to ``fields``, the
     fields of GRPOConfig. An option that is not a field of GRPOConfig is added to
     ``generation_kwargs``. Return the notes for the user.
     """
-    extra = dict(made.get("generation_kwargs") or {})
-    told = []
+    generation_kwargs = dict(fields.get("generation_kwargs") or {})
+    notes = []
     for name, value in sampling_fields(params).items():
         keyword = KEYWORDS["vllm"].get(name)
         if name in SET_BY_TRAINER:
-            told.append(f"{name} is left out ({SET_BY_TRAINER[name]})")
+            notes.append(f"{name} is left out ({SET_BY_TRAINER[name]})")
         elif keyword is not None and keyword.unused is not None:
-            told.append(f"{name} is left out ({keyword.unused})")
-        elif name in SHARED_SAMPLING_FIELDS and made.get(name) is None:
-            made[name] = value
-            told.append(f"{name}={value}")
+            notes.append(f"{name} is left out ({keyword.unused})")
+        elif name in SHARED_SAMPLING_FIELDS and fields.get(name) is None:
+            fields[name] = value
+            notes.append(f"{name}={value}")
         elif name in SHARED_SAMPLING_FIELDS:
-            if made[name] != value:
-                told.append(
-                    f"{name}={value} is ignored, because GRPOConfig sets {name}={made[name]}"
+            if fields[name] != value:
+                notes.append(
+                    f"{name}={value} is ignored, because GRPOConfig sets {name}={fields[name]}"
                 )
-        elif name not in extra:
-            extra[name] = value
-            told.append(f"{name} is in generation_kwargs")
-    if extra:
-        made["generation_kwargs"] = extra
-    return [f"vllm_sampling_params is read as fields of GRPOConfig: {', '.join(told) or 'nothing'}"]
+        elif name not in generation_kwargs:
+            generation_kwargs[name] = value
+            notes.append(f"{name} is in generation_kwargs")
+    if generation_kwargs:
+        fields["generation_kwargs"] = generation_kwargs
+    return [
+        f"vllm_sampling_params is read as fields of GRPOConfig: {', '.join(notes) or 'nothing'}"
+    ]
 
 
 def sampling_fields(params: Any) -> dict[str, Any]:

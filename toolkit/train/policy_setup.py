@@ -38,36 +38,40 @@ def fit_config_to_model(model: Any, engine: Any, config: Any, peft_config: Any) 
         config.gradient_checkpointing = False
     if engine is not None:
         _refuse_other_engines(config)
-        for name, existing in getattr(model, "peft_config", {}).items():
-            refuse_unsupported_adapter(model, existing, engine, f"adapter {name!r} of the model")
+        for name, adapter_config in getattr(model, "peft_config", {}).items():
+            refuse_unsupported_adapter(
+                model, adapter_config, engine, f"adapter {name!r} of the model"
+            )
         if peft_config is not None:
             refuse_unsupported_adapter(model, peft_config, engine, "peft_config")
         _refuse_other_device(model, config)
         if getattr(model, CHECKSUMS_ATTRIBUTE, None) is not None:
             BaseCheck(model).refuse_changed()
     if engine is not None or getattr(model, "toolkit_full_finetuning", None) is False:
-        own = getattr(engine, "dtype", None)
-        follow_dtype(config, own or _dtype_of(model), engine=own is not None)
+        engine_dtype = getattr(engine, "dtype", None)
+        follow_dtype(config, engine_dtype or _dtype_of(model), engine=engine_dtype is not None)
 
 
 def _refuse_other_engines(config: Any) -> None:
     """Raise ConfigValueError if ``config`` requests generation without the model's engine."""
-    asked = {
+    conflicts = {
         "vllm_mode": ("server", "no vLLM server is used"),
         "use_transformers_continuous_batching": (True, "Hugging Face generation is not used"),
     }
-    for name, (value, why) in asked.items():
+    for name, (value, unused_backend) in conflicts.items():
         if getattr(config, name, None) == value:
             raise ConfigValueError(
-                f"{name}={value!r} cannot be used, because the model has its own engine: {why}",
+                f"{name}={value!r} cannot be used, because the model has its own engine: "
+                f"{unused_backend}",
                 where=f"GRPOConfig.{name}",
                 fix=f"remove {name}, or load the model with fast_inference=False",
             )
 
 
-def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool) -> None:
-    """Convert the adapter to float32, after TRL has built its trainer. ``fresh`` is True if TRL has
-    just added the adapter to ``model``. In this case, also register the adapter with the engine.
+def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, is_new_adapter: bool) -> None:
+    """Convert the adapter to float32, after TRL has built its trainer. ``is_new_adapter`` is True
+    if TRL has just added the adapter to ``model``. In this case, also register the adapter with the
+    engine.
 
     Raises:
         ConfigError: no parameter is trainable, or the engine samples from a trainable parameter.
@@ -75,7 +79,7 @@ def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, fresh: bool
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         cast_adapter_to_float32(trainer.model)
     refuse_untrainable(trainer.model, engine)
-    if fresh and hasattr(model, "toolkit_tokenizer"):
+    if is_new_adapter and hasattr(model, "toolkit_tokenizer"):
         publish_to_engine(add_toolkit_attributes(trainer.model, like=model))
 
 
@@ -84,20 +88,23 @@ def _dtype_of(model: Any) -> torch.dtype:
     dtype of its weights that are not quantized.
     """
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    found: torch.dtype = dtypes[0] if dtypes else model.dtype
-    return found
+    base_dtype: torch.dtype = dtypes[0] if dtypes else model.dtype
+    return base_dtype
 
 
 def _refuse_other_device(model: Any, config: Any) -> None:
     """Raise ConfigError if the trainer would use another device than the model. transformers would
     then move the model to the trainer's device, as a second copy of the weights.
     """
-    here, there = next(model.parameters()).device, torch.device(config.device)
-    if here.type != there.type or (here.index or 0) != (there.index or 0):
+    model_device, trainer_device = next(model.parameters()).device, torch.device(config.device)
+    if model_device.type != trainer_device.type or (model_device.index or 0) != (
+        trainer_device.index or 0
+    ):
         raise ConfigError(
-            f"the model and its engine are on {here}, but the trainer would train on {there}",
+            f"the model and its engine are on {model_device}, but the trainer would train on "
+            f"{trainer_device}",
             where=WHERE,
             fix="make one GPU visible with CUDA_VISIBLE_DEVICES"
-            if here.type == there.type
-            else f"set use_cpu={here.type == 'cpu'} in GRPOConfig",
+            if model_device.type == trainer_device.type
+            else f"set use_cpu={model_device.type == 'cpu'} in GRPOConfig",
         )

@@ -32,13 +32,13 @@ def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
     If there are several mistakes, the message lists all of them. The first mistake
     determines the class of the error.
     """
-    config, mistakes = given["args"], ErrorCollector()
-    with mistakes.check():
+    config, collector = given["args"], ErrorCollector()
+    with collector.check():
         prompt_choice.check_arguments(given)
-    with mistakes.check():
+    with collector.check():
         given["reward_funcs"] = wrap_reward_funcs(given.get("reward_funcs"))
     if given.get("optimizers", (None, None))[0] is None:
-        with mistakes.check():
+        with collector.check():
             refuse_missing_packages(
                 needed_packages(
                     config.report_to or (),
@@ -47,9 +47,9 @@ def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
                     cache=config.cache_implementation,
                 )
             )
-    with mistakes.check():
+    with collector.check():
         _refuse_no_room(config, getattr(model, "max_seq_length", None))
-    mistakes.refuse()
+    collector.raise_errors()
 
 
 def _refuse_no_room(config: Any, longest: int | None) -> None:

@@ -94,7 +94,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         hidden = nullcontext() if engine is None else _without_vllm(config)
         with hidden, keep_adapter_float32(model):
             super().__init__(**given)
-        policy_setup.set_up_adapter(self, model, engine, fresh=given.get("peft_config") is not None)
+        policy_setup.set_up_adapter(
+            self, model, engine, is_new_adapter=given.get("peft_config") is not None
+        )
         if engine is not None:
             self._use_engine(engine)
 
