@@ -43,8 +43,8 @@ def refuse_partial_groups(config: Any, user_fields: Collection[str]) -> None:
         group_field = "num_generations_eval" if config.num_generations_eval else "num_generations"
         raise ConfigValueError(
             f"an evaluation batch has {eval_completions} completions (per_device_eval_batch_size "
-            f"{config.per_device_eval_batch_size} x {_process_count_text(config)}). This number is not a "
-            f"multiple of {group_field}={eval_group}",
+            f"{config.per_device_eval_batch_size} x {_process_count_text(config)}). This number is "
+            f"not a multiple of {group_field}={eval_group}",
             where=WHERE,
             fix="set per_device_eval_batch_size="
             f"{_round_up(config.per_device_eval_batch_size, config.world_size, eval_group)}",

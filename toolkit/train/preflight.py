@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from toolkit.sizing.result import SizingResult
     from toolkit.train.process_control import Peers
 
-    RuleChecker: TypeAlias = Callable[[Situation], object]
+    Checker: TypeAlias = Callable[[Situation], object]
 
 # The error for each kind of failed check. If several checks fail, the first kind in this order is
 # raised, as in gpu.checks.exit_code.
@@ -78,7 +78,7 @@ def preflight(
     world_size: int = 1,
     raise_on_failure: bool = True,
     peers: Peers | None = None,
-    check_rules: RuleChecker | None = None,
+    check_rules: Checker | None = None,
 ) -> Preflight:
     """Inspect and check the node, and choose settings with which the run fits in memory. If
     ``raise_on_failure`` is False (``--dry-run``), a failed check does not stop the run.
@@ -99,23 +99,23 @@ def preflight(
         model=config.model.model_name,
         revision=config.model.revision,
     )
-    here = local_situation(snapshot, gpu_index=local_rank(), world_size=world_size)
+    situation = local_situation(snapshot, gpu_index=local_rank(), world_size=world_size)
     template = chat_format.template_of(config.model.model_name, config.model.revision)
-    run = resolve_run(config, here, template=template)
+    run = resolve_run(config, situation, template=template)
     checks = tuple(run_checks(snapshot, check_context(run, snapshot)))
     if raise_on_failure:
         refuse_failed_checks(checks)
         if check_rules is not None:
-            check_rules(here)
+            check_rules(situation)
     gpu = devices.select_device(snapshot, local_rank() if snapshot.gpus else None)
     device = None if gpu is None else Device.from_node(snapshot, gpu)
-    every = [device] if peers is None else _devices_of_all(device, peers)
+    devices_by_rank = [device] if peers is None else _devices_of_all(device, peers)
     config = dataclasses.replace(config, dataset=run.config.dataset)
-    resolved, sizing, device = resolve_for_all(config, every, world_size=world_size)
-    own = every[0 if peers is None else peers.rank]
+    resolved, sizing, device = resolve_for_all(config, devices_by_rank, world_size=world_size)
+    own_device = devices_by_rank[0 if peers is None else peers.rank]
     check_groups(
         parallel.size_of(resolved.model.tensor_parallel_size),
-        None if own is None else own.name,
+        None if own_device is None else own_device.name,
         partial(peers.exchange, "group") if peers is not None else lambda value: [value],
     )
     return Preflight(
@@ -124,24 +124,30 @@ def preflight(
 
 
 def _devices_of_all(device: Device | None, peers: Peers) -> list[Device | None]:
-    mine = None if device is None else dataclasses.asdict(device)
-    told = peers.exchange("device", mine)
+    own_fields = None if device is None else dataclasses.asdict(device)
+    by_rank = peers.exchange("device", own_fields)
     return [
-        None if d is None else Device(**{**d, "compute_capability": tuple(d["compute_capability"])})
-        for d in told
+        None
+        if fields is None
+        else Device(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
+        for fields in by_rank
     ]
 
 
 def check_context(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> CheckContext:
     """Return the requirements of ``run`` on this node, as the input of the checks."""
-    several = "LOCAL_RANK" in os.environ and snapshot is not None
-    seen = len(devices.visible_devices(snapshot).devices) if several and snapshot is not None else 0
+    has_local_rank = "LOCAL_RANK" in os.environ and snapshot is not None
+    visible_gpus = (
+        len(devices.visible_devices(snapshot).devices)
+        if has_local_rank and snapshot is not None
+        else 0
+    )
     return CheckContext(
         **run.needs(),
         world_size=local_world_size(),
         # If there is no GPU for this process, no GPU is inspected. A check then reports that there
         # are too few GPUs.
-        gpu_index=local_rank() if local_rank() < seen else None,
+        gpu_index=local_rank() if local_rank() < visible_gpus else None,
         sizer_model_types=tuple(FAMILIES),
     )
 
@@ -151,8 +157,8 @@ def refuse_failed_checks(checks: tuple[CheckResult, ...]) -> None:
     comes first, then ConfigError (the user's fault), then RetryError.
     """
     failed = [check for check in checks if check.verdict == "fail"]
-    order = list(FAILURES)
-    for check in sorted(failed, key=lambda check: order.index(check.blame or "node")):
+    kinds = list(FAILURES)
+    for check in sorted(failed, key=lambda check: kinds.index(check.blame or "node")):
         raise FAILURES[check.blame or "node"](
             check.evidence,
             where=f"check {check.id}{GROUP_KEYS.get(check.id.partition('.')[0], '')}",

@@ -37,7 +37,7 @@ ANSWER_TIMEOUT_S = 3.0
 the same time for its report.
 """
 MAX_TICK_S = 1.0
-"""The most seconds that a tick of ``_SignsOfLife`` counts. If two ticks are further apart, this
+"""The most seconds that a tick of ``_Heartbeats`` counts. If two ticks are further apart, this
 process was stopped (SIGSTOP) between them, and the rest of the time does not count.
 """
 REPORT_TIMEOUT_FACTOR = 4
@@ -45,7 +45,7 @@ REPORT_TIMEOUT_FACTOR = 4
 needed because a call of the store does not return while the process that hosts the store is
 stopped.
 """
-_GONE = re.compile(
+_PEER_LOST_PATTERN = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection (?:was )?(?:closed|refused|reset)"
     r"|remote process exited|ncclRemoteError|gloo.*(?:read|write) error|socket timeout|timed out"
     r" waiting|collective operation timeout",
@@ -70,21 +70,21 @@ def join(timeout_s: float | None = None) -> Peers | None:
     """
     if world_size() == 1:
         return None
-    patience = timedelta(seconds=timeout_s or COLLECTIVE_TIMEOUT_S)
+    timeout = timedelta(seconds=timeout_s or COLLECTIVE_TIMEOUT_S)
     try:
-        store, number, size = next(rendezvous("env://", timeout=patience))
+        store, own_rank, size = next(rendezvous("env://", timeout=timeout))
         join_default_group(timeout_s, PrefixStore("group", store))
-    except (RuntimeError, ValueError) as problem:
+    except (RuntimeError, ValueError) as error:
         raise RetryError(
             (
                 f"the {world_size()} processes of this run did not connect to each other: "
-                f"{_line(problem)}"
+                f"{_first_sentence(error)}"
             ),
             where=f"process {rank()}, MASTER_ADDR={os.environ.get('MASTER_ADDR', '')}",
             fix="use torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as"
             " torchrun does",
-        ) from problem
-    return Peers(PrefixStore("toolkit", store), number, size, patience.total_seconds())
+        ) from error
+    return Peers(PrefixStore("toolkit", store), own_rank, size, timeout.total_seconds())
 
 
 class Peers:
@@ -92,17 +92,17 @@ class Peers:
 
     A thread reads from the store whether another process has failed. The thread also increments a
     counter of this process in the store, as a sign of life. If the counter of a process does not
-    change for ``patience_s`` seconds (``grpo.ddp_timeout``), the other processes no longer wait for
+    change for ``timeout_s`` seconds (``grpo.ddp_timeout``), the other processes no longer wait for
     that process.
     """
 
     def __init__(
-        self, store: Any, own_rank: int, size: int, patience_s: float = COLLECTIVE_TIMEOUT_S
+        self, store: Any, own_rank: int, size: int, timeout_s: float = COLLECTIVE_TIMEOUT_S
     ) -> None:
         self.store, self.rank, self.size = store, own_rank, size
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.failure_exit_code: int | None = None
-        self._over = threading.Event()
+        self._done = threading.Event()
         threading.Thread(target=self._listen, name="toolkit-peers", daemon=True).start()
 
     def exchange(self, name: str, value: Any = None) -> list[Any]:
@@ -113,35 +113,35 @@ class Peers:
         Raises:
             PeerFailed: another process has failed, or shows no sign of life.
         """
-        signs = _SignsOfLife()
+        heartbeats = _Heartbeats()
         # In a thread, because a call of the store does not return while the process that hosts the
         # store is stopped.
-        outcome = _started(lambda: self._exchange(name, value, signs))
+        outcome = _run_in_thread(lambda: self._exchange(name, value, heartbeats))
         while not wait([outcome], POLL_S).done:
-            signs.tick()
-            if signs.silence_s() > self.patience_s:
-                raise PeerFailed(f"a process showed no sign of life for {self.patience_s:g} s")
+            heartbeats.tick()
+            if heartbeats.silence_s() > self.timeout_s:
+                raise PeerFailed(f"a process showed no sign of life for {self.timeout_s:g} s")
         return outcome.result()
 
-    def _exchange(self, name: str, value: Any, signs: _SignsOfLife) -> list[Any]:
-        self._say(name, value)
-        while missing := self._missing(name):
+    def _exchange(self, name: str, value: Any, heartbeats: _Heartbeats) -> list[Any]:
+        self._post(name, value)
+        while missing_ranks := self._ranks_without(name):
             if self.failure_exit_code is not None:
-                raise PeerFailed(f"{_named(missing)} did not answer")
-            signs.see({n: self._beat_of(n) for n in missing})
+                raise PeerFailed(f"{_process_list(missing_ranks)} did not answer")
+            heartbeats.record({n: self._heartbeat_of(n) for n in missing_ranks})
             time.sleep(POLL_S)
         return [json.loads(self.store.get(f"{name}-{n}")) for n in range(self.size)]
 
-    def _beat_of(self, number: int) -> int:
-        return int(self.store.add(f"beat-{number}", 0))
+    def _heartbeat_of(self, peer_rank: int) -> int:
+        return int(self.store.add(f"beat-{peer_rank}", 0))
 
     def leave(self) -> None:
         """Wait until all processes have called ``leave``, and destroy torch's process group."""
         self.exchange("end")
-        self._over.set()
-        self._say("left")
+        self._done.set()
+        self._post("left")
         if self.rank == 0:  # this process may host the store
-            self._wait(lambda: not self._missing("left"))
+            self._wait_for_answers(lambda: not self._ranks_without("left"))
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -151,17 +151,19 @@ class Peers:
         SystemExit with the exit code of the process that reports the failure.
         """
         try:
-            told = _within(REPORT_TIMEOUT_FACTOR * ANSWER_TIMEOUT_S, lambda: self._tell(error))
+            error_to_report = _call_with_timeout(
+                REPORT_TIMEOUT_FACTOR * ANSWER_TIMEOUT_S, lambda: self._agree_on_report(error)
+            )
         except RuntimeError:  # the first process hosted the store, and has ended
             if self.failure_exit_code is None and not is_peer_lost(error):
                 return error
-            told = (
+            error_to_report = (
                 peer_lost_error([0], error)
                 if self.failure_exit_code is None and self.rank == 1
                 else None
             )
-        if told is not None:
-            return told
+        if error_to_report is not None:
+            return error_to_report
         # A launcher stops all processes when the first one ends. So wait until the process that
         # reports the failure has written its report.
         time.sleep(ANSWER_TIMEOUT_S)
@@ -169,62 +171,64 @@ class Peers:
             RetryError.exit_code if self.failure_exit_code is None else self.failure_exit_code
         )
 
-    def _tell(self, error: Exception) -> Exception | None:
+    def _agree_on_report(self, error: Exception) -> Exception | None:
         """Agree with the other processes on the process that reports the failure. Return the error
         if this process must report it. Return None if another process reports the failure.
         """
-        own_reason = not isinstance(error, StoppedError) and not is_peer_lost(error)
+        has_own_reason = not isinstance(error, StoppedError) and not is_peer_lost(error)
         # A process with a reason of its own claims the report before it answers. Otherwise, a
         # process that only lost its peer could see all answers and claim the report first.
-        claimed = own_reason and self._claim_report()
-        self._say("answer")
-        if not own_reason:
-            self._wait(lambda: not self._missing("answer") or self.failure_exit_code is not None)
-            missing = self._missing("answer")
+        is_reporter = has_own_reason and self._claim_report()
+        self._post("answer")
+        if not has_own_reason:
+            self._wait_for_answers(
+                lambda: not self._ranks_without("answer") or self.failure_exit_code is not None
+            )
+            missing_ranks = self._ranks_without("answer")
             if not isinstance(error, StoppedError):
-                error = peer_lost_error(missing, error)
-            elif missing:
-                error.message += f"; {_named(missing)} did not answer"
-            claimed = self.failure_exit_code is None and self._claim_report()
-        if claimed:
-            self._over.set()
-            code = error.exit_code if isinstance(error, ToolkitError) else 70
-            self.store.set("failed", json.dumps(code))
-            self._wait(lambda: not set(self._missing("heard")) - {self.rank})
+                error = peer_lost_error(missing_ranks, error)
+            elif missing_ranks:
+                error.message += f"; {_process_list(missing_ranks)} did not answer"
+            is_reporter = self.failure_exit_code is None and self._claim_report()
+        if is_reporter:
+            self._done.set()
+            exit_code = error.exit_code if isinstance(error, ToolkitError) else 70
+            self.store.set("failed", json.dumps(exit_code))
+            self._wait_for_answers(lambda: not set(self._ranks_without("heard")) - {self.rank})
             return error
-        self._wait(lambda: self.failure_exit_code is not None)
+        self._wait_for_answers(lambda: self.failure_exit_code is not None)
         return None
 
     def _claim_report(self) -> bool:
         """True if this process is the first that claims to report the failure."""
         return bool(self.store.add("told", 1) == 1)
 
-    def _say(self, name: str, value: Any = None) -> None:
+    def _post(self, name: str, value: Any = None) -> None:
         self.store.set(f"{name}-{self.rank}", json.dumps(value))
 
-    def _missing(self, name: str) -> list[int]:
+    def _ranks_without(self, name: str) -> list[int]:
         """The ranks of the processes that have not yet written ``name`` to the store."""
         return [n for n in range(self.size) if not self.store.check([f"{name}-{n}"])]
 
     def _listen(self) -> None:
         try:
-            while not self._over.wait(LISTEN_INTERVAL_S):
+            while not self._done.wait(LISTEN_INTERVAL_S):
                 self.store.add(f"beat-{self.rank}", 1)
                 if self.store.check(["failed"]):
                     self.failure_exit_code = json.loads(self.store.get("failed"))
-                    self._say("heard")
+                    self._post("heard")
                     return
         except RuntimeError:  # the process that hosts the store has ended
             return
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def _wait_for_answers(self, condition: Callable[[], bool]) -> None:
         """Wait until ``condition`` is true, but at most ``ANSWER_TIMEOUT_S`` seconds."""
-        end = time.monotonic() + ANSWER_TIMEOUT_S
-        while not condition() and time.monotonic() < end:
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while not condition() and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
 
-class _SignsOfLife:
+class _Heartbeats:
     """Records when each other process last showed a sign of life.
 
     The times come from a clock that pauses while this process is stopped (SIGSTOP), because all
@@ -232,7 +236,7 @@ class _SignsOfLife:
     """
 
     def __init__(self) -> None:
-        self._seen = dict[int, tuple[int, float]]()
+        self._last_changes = dict[int, tuple[int, float]]()
         self._clock_s = 0.0
         self._last_tick = time.monotonic()
 
@@ -242,33 +246,37 @@ class _SignsOfLife:
         self._clock_s += min(now - self._last_tick, MAX_TICK_S)
         self._last_tick = now
 
-    def see(self, beats: dict[int, int]) -> None:
-        """Record the time for each process whose counter has changed. ``beats`` contains the rank
-        and the counter of each process to watch. All other processes are forgotten.
+    def record(self, counters: dict[int, int]) -> None:
+        """Record the time for each process whose counter has changed. ``counters`` contains the
+        rank and the counter of each process to watch. All other processes are forgotten.
         """
-        old = self._seen
-        self._seen = {
-            n: old[n] if n in old and old[n][0] == beat else (beat, self._clock_s)
-            for n, beat in beats.items()
+        previous = self._last_changes
+        self._last_changes = {
+            n: previous[n]
+            if n in previous and previous[n][0] == counter
+            else (counter, self._clock_s)
+            for n, counter in counters.items()
         }
 
     def silence_s(self) -> float:
         """Return the longest time in seconds for which a process has shown no sign of life."""
-        return self._clock_s - min((when for _, when in self._seen.values()), default=0.0)
+        return self._clock_s - min(
+            (changed_s for _, changed_s in self._last_changes.values()), default=0.0
+        )
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def _call_with_timeout(seconds: float, call: Callable[[], T]) -> T:
     """Run ``call`` in a thread, and return its result or raise its exception.
 
     If ``call`` does not end within ``seconds``, raise RuntimeError. The thread is not stopped.
     """
-    outcome = _started(call)
+    outcome = _run_in_thread(call)
     if not wait([outcome], seconds).done:
         raise RuntimeError("the store does not answer")
     return outcome.result()
 
 
-def _started(call: Callable[[], T]) -> Future[T]:
+def _run_in_thread(call: Callable[[], T]) -> Future[T]:
     """Start ``call`` in a daemon thread, and return the future of its result."""
     outcome: Future[T] = Future()
 
@@ -287,26 +295,28 @@ def is_peer_lost(error: BaseException | None) -> bool:
     has run out of memory. The other process then reports the reason.
     """
     while error is not None:
-        lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
+        is_connection_error = type(error) is RuntimeError or isinstance(
+            error, distributed.DistError
+        )
         if isinstance(error, (PeerFailed, PeerOutOfMemoryError)) or (
-            lost and _GONE.search(str(error))
+            is_connection_error and _PEER_LOST_PATTERN.search(str(error))
         ):
             return True
         error = error.__cause__
     return False
 
 
-def peer_lost_error(missing: Iterable[int], error: BaseException) -> ToolkitError:
+def peer_lost_error(missing_ranks: Iterable[int], error: BaseException) -> ToolkitError:
     """Return an error which says that another process of the run has ended unexpectedly.
-    ``missing`` are the ranks of the processes that did not answer. ``error`` is the exception in
-    this process.
+    ``missing_ranks`` are the ranks of the processes that did not answer. ``error`` is the exception
+    in this process.
     """
-    missing = list(missing)
-    why = "" if isinstance(error, PeerFailed) else f" ({_line(error)})"
+    missing_ranks = list(missing_ranks)
+    detail = "" if isinstance(error, PeerFailed) else f" ({_first_sentence(error)})"
     return RetryError(
         (
-            f"{_named(missing) if missing else 'another process'} of this run has ended "
-            f"unexpectedly{why}"
+            f"{_process_list(missing_ranks) if missing_ranks else 'another process'} of this run "
+            f"has ended unexpectedly{detail}"
         ),
         where=f"process {rank()}",
         fix="read the last output of that process, and check the node's log for an out-of-memory "
@@ -315,11 +325,11 @@ def peer_lost_error(missing: Iterable[int], error: BaseException) -> ToolkitErro
     )
 
 
-def _named(numbers: Iterable[int]) -> str:
-    return "process " + ", ".join(map(str, numbers))
+def _process_list(ranks: Iterable[int]) -> str:
+    return "process " + ", ".join(map(str, ranks))
 
 
-def _line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     """The first sentence of the message of ``error``. Gloo begins its messages with a location in
     its source code, which is removed.
     """

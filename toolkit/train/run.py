@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.run_config import RunConfig
-    from toolkit.train.preflight import RuleChecker
+    from toolkit.train.preflight import Checker
     from toolkit.train.rollout.evaluate import Evaluation
 
 
@@ -77,9 +77,9 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
     with upstream_silenced(debug=options.debug), signals.installed():
         try:
             peers = join(config.grpo.get("ddp_timeout"))
-        except StepAbandoned as cut:
+        except StepAbandoned as abandoned:
             signals.begin_shutdown()
-            raise stopped_error(config, str(cut), begun=False) from None
+            raise stopped_error(config, str(abandoned), begun=False) from None
         try:
             _run(config, run_dir, options, ProcessControl(signals, peers))
         except Exception as error:
@@ -93,16 +93,16 @@ def run(config: RunConfig, options: Options | None = None) -> Path:
 def _run(config: RunConfig, run_dir: Path, options: Options, control: ProcessControl) -> None:
     begun = list[bool]()
     try:
-        with _watched_run_dir(run_dir, config) as run_dir_watch:
-            _begin(config, run_dir, options, control._replace(run_dir_watch=run_dir_watch), begun)
-    except StepAbandoned as cut:
+        with _watched_run_dir(run_dir, config) as watch:
+            _run_locked(config, run_dir, options, control._replace(run_dir_watch=watch), begun)
+    except StepAbandoned as abandoned:
         control.signals.begin_shutdown()
-        raise stopped_error(config, str(cut), begun=bool(begun)) from None
+        raise stopped_error(config, str(abandoned), begun=bool(begun)) from None
     except Exception as error:
-        known = step_errors.translate(error, str(run_dir), config)
-        if known is None or known is error or (control.peers is not None and is_peer_lost(error)):
+        cause = step_errors.translate(error, str(run_dir), config)
+        if cause is None or cause is error or (control.peers is not None and is_peer_lost(error)):
             raise
-        raise known from error
+        raise cause from error
 
 
 @contextmanager
@@ -123,105 +123,102 @@ def _watched_run_dir(run_dir: Path, config: RunConfig) -> Iterator[RunDirWatch |
             raise run_dir_watch.change_error() from error
 
 
-def _begin(
+def _run_locked(
     config: RunConfig, run_dir: Path, options: Options, control: ProcessControl, begun: list[bool]
 ) -> None:
-    found, passed = _checkpoint(config, run_dir, control.peers)
+    resumed, skipped = _choose_checkpoint(config, run_dir, control.peers)
     if is_first_rank():
-        for line in passed:
+        for line in skipped:
             options.out.write(f"skipped {line}\n")
-    if found is not None:
+    if resumed is not None:
         size = parallel.size_of(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
-            checkpoint.check_world_size(found, parallel.replicas(world_size(), size), size)
-    as_begun = chat_record.with_recorded(micro_batch_record.with_recorded(config, found), found)
-    context = prepare(as_begun, run_dir, control.peers, options.check_rules)
+            checkpoint.check_world_size(resumed, parallel.replicas(world_size(), size), size)
+    recorded = chat_record.with_recorded(micro_batch_record.with_recorded(config, resumed), resumed)
+    context = prepare_run(recorded, run_dir, control.peers, options.check_rules)
     config = chat_record.config_to_record(
         micro_batch_record.config_to_record(config, context.config), context.config
     )
-    _refuse_changes(config, context, found)
-    _train(context, config, found, options, control, begun)
+    _refuse_changes(config, context, resumed)
+    _train(context, config, resumed, options, control, begun)
 
 
-def _checkpoint(
+def _choose_checkpoint(
     config: RunConfig, run_dir: Path, peers: Peers | None
 ) -> tuple[Path | None, list[str]]:
     """Return (checkpoint to resume from or None, one line of text per skipped checkpoint)."""
     if peers is None:
         return branch.resume_point(run_dir, config.runtime.resume)
     # The first rank chooses for all, because it may already write to the folder when others read.
-    mine = branch.resume_point(run_dir, config.runtime.resume) if peers.rank == 0 else (None, [])
-    told = peers.exchange("checkpoint", [None if mine[0] is None else str(mine[0]), mine[1]])
-    found, passed = told[0]
-    if found is not None and not Path(found).is_dir():
+    own = branch.resume_point(run_dir, config.runtime.resume) if peers.rank == 0 else (None, [])
+    by_rank = peers.exchange("checkpoint", [None if own[0] is None else str(own[0]), own[1]])
+    chosen, skipped = by_rank[0]
+    if chosen is not None and not Path(chosen).is_dir():
         raise ConfigError(
             "this process cannot find the checkpoint from which the first process resumes",
-            where=found,
+            where=chosen,
             fix="set runtime.output_dir to a folder that all nodes of the run share",
         )
-    return None if found is None else Path(found), passed
+    return None if chosen is None else Path(chosen), skipped
 
 
-def prepare(
-    config: RunConfig,
-    run_dir: Path,
-    peers: Peers | None = None,
-    check_rules: RuleChecker | None = None,
+def prepare_run(
+    config: RunConfig, run_dir: Path, peers: Peers | None = None, check_rules: Checker | None = None
 ) -> RunContext:
     """Check the node and the run file (``check_rules``), and size the run. Then load data, rewards
     and policy. The first rank also writes config.json and preflight.json.
     """
     require_packages(config)
-    ready = preflight(config, world_size=world_size(), peers=peers, check_rules=check_rules)
-    resolved = ready.config
+    checked = preflight(config, world_size=world_size(), peers=peers, check_rules=check_rules)
+    resolved = checked.config
     if config.runtime.reproducible:
         make_reproducible()
     if is_first_rank():
-        ready.write(run_dir)
+        checked.write(run_dir)
     tokenizer = load_policy_tokenizer(resolved)
     template = chat_format.usable(tokenizer.chat_template)
     resolved = resolve_run(resolved, detect_machine(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
     # Errors in data, rewards and tools are found before the engine starts.
-    user = load_user_code(resolved, tokenizer, run_dir)
+    user_code = load_user_code(resolved, tokenizer, run_dir)
     model, tokenizer = load_policy(resolved, tokenizer)
     return RunContext(
         resolved,
         run_dir,
-        ready,
+        checked,
         model,
         tokenizer,
-        user.data,
-        user.rewards,
-        user.digests(),
-        user.tools,
-        user.episodes,
+        user_code.data,
+        user_code.rewards,
+        user_code.digests(),
+        user_code.tools,
+        user_code.episodes,
     )
 
 
-def _refuse_changes(config: RunConfig, context: RunContext, found: Path | None) -> None:
-    """Reject a run file or data that changed after the checkpoint ``found`` was written."""
-    if found is None:
+def _refuse_changes(config: RunConfig, context: RunContext, resumed: Path | None) -> None:
+    """Reject a run file or data that changed after the checkpoint ``resumed`` was written."""
+    if resumed is None:
         return
-    now = run_directory.fingerprint(config, context.digests)
-    then = chat_record.with_chat_key(checkpoint.read_state_value(found, "run", dict), found)
-    if then[chat_record.CHAT_KEY] is None:
-        then[chat_record.CHAT_KEY] = now[chat_record.CHAT_KEY]
-    then.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
-    differing = changed_keys(now, then, config.runtime.allow_changed)
-    if differing:
-        named = ", ".join(f"{key} ({then.get(key)!r} -> {now.get(key)!r})" for key in differing[:3])
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    new = run_directory.fingerprint(config, context.digests)
+    old = chat_record.with_chat_key(checkpoint.read_state_value(resumed, "run", dict), resumed)
+    if old[chat_record.CHAT_KEY] is None:
+        old[chat_record.CHAT_KEY] = new[chat_record.CHAT_KEY]
+    old.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
+    keys = changed_keys(new, old, config.runtime.allow_changed)
+    if keys:
+        changes = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in keys[:3])
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(
-            f"the run file changed since the checkpoint was written: {named}{more}",
-            where=str(found),
+            f"the run file changed since the checkpoint was written: {changes}{more}",
+            where=str(resumed),
             fix="restore the old value, set runtime.allow_changed to "
-            f"[{', '.join(differing)}], or begin another run with --output-dir",
+            f"[{', '.join(keys)}], or begin another run with --output-dir",
         )
 
 
-def _trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
+def _make_trainer(context: RunContext, **arguments: Any) -> GRPOTrainer:
     """Build the trainer. Raises ConfigError if the chat template does not support tools."""
     if not (context.tools or context.episodes):
         return GRPOTrainer(**arguments)
@@ -251,7 +248,7 @@ def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
         context.config, context.run_dir, GRPOConfig, has_eval=context.data.eval is not None
     )
     arguments.padding_free = config.runtime.padding_free
-    trainer = _trainer(
+    trainer = _make_trainer(
         context,
         model=context.model,
         reward_funcs=context.rewards.functions,
@@ -260,12 +257,12 @@ def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
         eval_dataset=context.data.eval,
         processing_class=context.tokenizer,
     )
-    for kind in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(kind)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     trainer.fingerprint = run_directory.fingerprint(config, context.digests)
     trainer.keep_last, trainer.keep_best = config.runtime.keep_last, config.runtime.keep_best
-    tokens = context.config.runtime.pack_tokens
-    trainer.pack_tokens = tokens if isinstance(tokens, int) else None
+    pack_tokens = context.config.runtime.pack_tokens
+    trainer.pack_tokens = pack_tokens if isinstance(pack_tokens, int) else None
     trainer.max_bad_steps = config.runtime.max_bad_steps
     return trainer
 
@@ -273,7 +270,7 @@ def build_trainer(context: RunContext, config: RunConfig) -> GRPOTrainer:
 def _train(
     context: RunContext,
     config: RunConfig,
-    found: Path | None,
+    resumed: Path | None,
     options: Options,
     control: ProcessControl,
     begun: list[bool],
@@ -281,24 +278,24 @@ def _train(
     signals, peers, run_dir_watch = control
     trainer = build_trainer(context, config)
     if is_first_rank():
-        print_run_description(context, trainer.args.seed, found, options)
+        print_run_description(context, trainer.args.seed, resumed, options)
     before = _evaluate(context, options, adapter=False)
     if peers is not None:
         peers.exchange("ready")  # the first rank may evaluate for longer than a collective waits
     trainer.signals, trainer.run_dir_watch = signals, run_dir_watch
-    if found is not None:
-        trainer_state.check_checkpoint(trainer, found)  # before ``_open_journal`` moves files
+    if resumed is not None:
+        trainer_state.check_checkpoint(trainer, resumed)  # before ``_open_journal`` moves files
     total = total_steps(trainer)
     with signals.stop_at_step_end(), measure_memory_peaks(trainer, context.run_dir):
         try:
             if run_dir_watch is not None:
-                _open_journal(trainer, context, found, options, run_dir_watch)
+                _open_journal(trainer, context, resumed, options, run_dir_watch)
             begun.append(True)
-            if found is not None and trainer_state.step_of(found) >= total:
+            if resumed is not None and trainer_state.step_of(resumed) >= total:
                 # The run is complete, and transformers would train one more step.
-                trainer_state.load_adapter(trainer, found)
+                trainer_state.load_adapter(trainer, resumed)
             else:
-                trainer.train(str(found) if found else None)
+                trainer.train(str(resumed) if resumed else None)
                 refuse_unfinished(trainer, total)
         except StepAbandoned:
             signals.begin_shutdown()
@@ -310,10 +307,10 @@ def _train(
     # stop the run.
     if signals.received is not None and (peers is None or trainer.is_stopping):
         raise stopped_error(config, signals.received, begun=True)
-    _end(context, before, trainer, options, peers)
+    _finish_run(context, before, trainer, options, peers)
 
 
-def _end(
+def _finish_run(
     context: RunContext,
     before: Evaluation | None,
     trainer: GRPOTrainer,
@@ -323,8 +320,8 @@ def _end(
     """Finish a run: the first process writes the results, and all processes wait for each other."""
     after = _evaluate(context, options, adapter=True)
     if is_first_rank():
-        write_results(context, before, after, options.out, base=trainer.base_check)
-    elif shares_with_first():
+        write_results(context, before, after, options.out, base_check=trainer.base_check)
+    elif is_in_first_replica():
         # Every process sends its part of the adapter to the first one, which writes the file.
         save_lora(context.model, context.run_dir / "adapter")
     if peers is not None:
@@ -337,15 +334,15 @@ def _end(
 def _open_journal(
     trainer: GRPOTrainer,
     context: RunContext,
-    found: Path | None,
+    resumed: Path | None,
     options: Options,
     run_dir_watch: RunDirWatch,
 ) -> None:
-    """Open the log files. If the run resumes from ``found``, first move later checkpoints away."""
+    """Open the log files. If the run resumes, first move later checkpoints away."""
     assert trainer.signals is not None
     trainer.signals.shield()  # a signal must not interrupt the moving of files
     bad_rewards_bytes = run_dir_watch.bad_rewards_bytes
-    start = rollback.begin_branch(context.run_dir, found, bad_rewards_bytes=bad_rewards_bytes)
+    start = rollback.begin_branch(context.run_dir, resumed, bad_rewards_bytes=bad_rewards_bytes)
     trainer.signals.unshield()
     for line in start.notes:
         options.out.write(f"{line}\n")
@@ -355,21 +352,21 @@ def _open_journal(
         start.log_positions,
         names=LOG_FILES if trainer.tool_log is None else (*LOG_FILES, *TOOL_LOG_FILES),
     )
-    every = context.config.grpo.get("logging_steps")
+    logging_steps = context.config.grpo.get("logging_steps")
     total = total_steps(trainer)
-    progress = Progress(options.out, total, every)
-    keep = context.config.runtime.log_completions
+    progress = Progress(options.out, total, logging_steps)
+    enabled = context.config.runtime.log_completions
     watch = RewardWatch(context.run_dir, progress.keep)
     trainer.tracking = tracking = open_tracking(
         context.config,
         trainer,
         run_dir=context.run_dir,
-        step=None if found is None else trainer_state.step_of(found),
+        step=None if resumed is None else trainer_state.step_of(resumed),
         total=total,
         say=progress.keep,
     )
     trainer.add_callback(
-        Recorder(trainer, journal, progress, completions=keep, watch=watch, tracking=tracking)
+        Recorder(trainer, journal, progress, completions=enabled, watch=watch, tracking=tracking)
     )
 
 
@@ -380,14 +377,14 @@ def _close_logs(trainer: GRPOTrainer, *, stopped: bool) -> None:
         trainer.journal.close()
 
 
-def shares_with_first() -> bool:
+def is_in_first_replica() -> bool:
     """True if this process and the first one hold parts of one model (tensor parallelism)."""
-    shared = current_mesh()
-    return shared is not None and shared.replica == 0
+    process_mesh = current_mesh()
+    return process_mesh is not None and process_mesh.replica == 0
 
 
 def _evaluate(context: RunContext, options: Options, *, adapter: bool) -> Evaluation | None:
-    if context.data.eval is None or not (is_first_rank() or shares_with_first()):
+    if context.data.eval is None or not (is_first_rank() or is_in_first_replica()):
         return None
     if not should_evaluate(context.config, options.evaluate):
         return None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
     from toolkit.sizing.result import SizingResult
     from toolkit.train.data.dataset import Data
-    from toolkit.train.preflight import Preflight, RuleChecker
+    from toolkit.train.preflight import Checker, Preflight
     from toolkit.train.rewards import Rewards
     from toolkit.train.rollout.evaluate import Evaluation
 
@@ -51,7 +51,7 @@ class Options:
     out: TextIO = field(default_factory=lambda: sys.stdout)
     evaluate: bool | None = None
     debug: bool = False
-    check_rules: RuleChecker | None = None
+    check_rules: Checker | None = None
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class RunContext:
 
 
 def print_run_description(
-    context: RunContext, seed: int, found: Path | None, options: Options
+    context: RunContext, seed: int, resumed: Path | None, options: Options
 ) -> None:
     """Print a description of the run before it starts, and write the manifest."""
     config, sizing = context.config, context.preflight.sizing
@@ -84,41 +84,41 @@ def print_run_description(
         source=config.source,
         snapshot=context.preflight.snapshot,
     )
-    place = context.preflight.device.name if context.preflight.device else "CPU"
-    trained = f"{format_parameters(sizing.model.trainable_parameters)} parameters"
+    device_name = context.preflight.device.name if context.preflight.device else "CPU"
+    parameters = f"{format_parameters(sizing.model.trainable_parameters)} parameters"
     lines = [
         f"model    {config.model.model_name}"
         f" ({format_parameters(sizing.model.parameters)} parameters,"
         f" {format_bytes(sizing.model.weight_bytes)})",
         "adapter  none: every weight is trained"
         if config.model.full_finetuning
-        else f"adapter  r {config.lora.r}, {trained}",
-        f"engine   {choose_engine(config)} on {place}"
+        else f"adapter  r {config.lora.r}, {parameters}",
+        f"engine   {choose_engine(config)} on {device_name}"
         + (f", {world_size()} processes" if world_size() > 1 else "")
-        + _groups(config),
-        *_copies(context.preflight.sizing),
+        + _model_groups_text(config),
+        *_weight_copies_lines(context.preflight.sizing),
         *(f"gpus     {line}" for line in unused_gpus(context.preflight.snapshot)),
         *(f"data     {line}" for line in context.data.report.lines()),
         f"folder   {context.run_dir}",
     ]
     if context.data.eval is not None:
         lines.insert(-1, f"held out {describe_evaluation(config, options.evaluate)}")
-    if found is not None:
-        lines.append(f"resume   {found}")
-        now, then = (
+    if resumed is not None:
+        lines.append(f"resume   {resumed}")
+        size, recorded_size = (
             parallel.size_of(config.model.tensor_parallel_size),
-            tensor_parallel_size_of(found),
+            tensor_parallel_size_of(resumed),
         )
-        if now != then:
+        if size != recorded_size:
             lines.append(
-                f"         written with tensor_parallel_size {then}, now {now}: results are equal "
-                "up to rounding"
+                f"         written with tensor_parallel_size {recorded_size}, now {size}: "
+                "results are equal up to rounding"
             )
     options.out.write("\n".join(lines) + "\n")
     options.out.flush()
 
 
-def _copies(sizing: SizingResult) -> list[str]:
+def _weight_copies_lines(sizing: SizingResult) -> list[str]:
     """Return a list with one line about the engine's 16-bit copies of 4-bit weights: their size, or
     the reason why some weights have no copy. If the weights are not 4-bit, the list is empty.
     """
@@ -128,7 +128,7 @@ def _copies(sizing: SizingResult) -> list[str]:
     return [f"rollouts {format_bytes(copies)} of 16-bit copies of 4-bit weights"] if copies else []
 
 
-def _groups(config: RunConfig) -> str:
+def _model_groups_text(config: RunConfig) -> str:
     """Return a text about the groups of processes that share a model (tensor parallelism). It is
     empty if each process has its own model.
     """
@@ -147,17 +147,17 @@ def unused_gpus(snapshot: NodeSnapshot) -> list[str]:
     """A list with one line about the visible GPUs that the run does not use. It is empty if there
     are no such GPUs, or if the run has several processes.
     """
-    seen = devices.visible_devices(snapshot).devices
-    if world_size() > 1 or len(seen) < 2:
+    visible = devices.visible_devices(snapshot).devices
+    if world_size() > 1 or len(visible) < 2:
         return []
-    free = sum(map(is_free, seen[1:]))
-    line = f"uses GPU 0 of {len(seen)} visible GPUs; {free} of the others are free"
-    if free == len(seen) - 1:
-        return [f"{line}; use --nproc-per-node auto to train on all {len(seen)}"]
-    if free:
-        how = "list the free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
-        return [f"{line}; to use several, {how}"]
-    return [line]
+    free_count = sum(map(is_free, visible[1:]))
+    text = f"uses GPU 0 of {len(visible)} visible GPUs; {free_count} of the others are free"
+    if free_count == len(visible) - 1:
+        return [f"{text}; use --nproc-per-node auto to train on all {len(visible)}"]
+    if free_count:
+        fix = "list the free ones in CUDA_VISIBLE_DEVICES and add --nproc-per-node auto"
+        return [f"{text}; to use several, {fix}"]
+    return [text]
 
 
 def is_free(gpu: GpuSnapshot) -> bool:
@@ -171,26 +171,28 @@ def write_results(
     before: Evaluation | None,
     after: Evaluation | None,
     out: TextIO,
-    base: Mapping[str, Any] | None = None,
+    base_check: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter, the evaluation and the report, and print their results and paths. With
-    full fine-tuning, write the model instead of the adapter. ``base`` is the trainer's checksum of
-    the base weights, which is added to the manifest.
+    full fine-tuning, write the model instead of the adapter. ``base_check`` is the trainer's
+    checksum of the base weights, which is added to the manifest.
     """
-    if base is not None:
-        manifest.add_entries(context.run_dir, base=dict(base))
+    if base_check is not None:
+        manifest.add_entries(context.run_dir, base=dict(base_check))
     if context.config.model.full_finetuning:
-        trained = (
+        result_line = (
             f"model    {write_model(context.model, context.tokenizer, context.run_dir / 'model')}"
         )
     else:
-        trained = f"adapter  {save_lora(context.model, context.run_dir / 'adapter')}"
+        result_line = f"adapter  {save_lora(context.model, context.run_dir / 'adapter')}"
     if before is not None and after is not None:
-        described = {"before": before.to_json(), "after": after.to_json()}
-        write_file(context.run_dir / "evaluation.json", json.dumps(described, indent=2) + "\n")
+        evaluation = {"before": before.to_json(), "after": after.to_json()}
+        write_file(context.run_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
         for name, value in after.rewards.items():
-            then, now = (format_number(one, ".3f") for one in (before.rewards[name], value))
-            out.write(f"held out {name} {then} -> {now} ({after.count} prompts)\n")
+            value_before, value_after = (
+                format_number(reward, ".3f") for reward in (before.rewards[name], value)
+            )
+            out.write(f"held out {name} {value_before} -> {value_after} ({after.count} prompts)\n")
     report = write_report(context.run_dir)
-    out.write(f"{trained}\nreport   {report}\n")
+    out.write(f"{result_line}\nreport   {report}\n")
     out.flush()

@@ -22,14 +22,14 @@ def refuse_unfinished(trainer: GRPOTrainer, total: int) -> None:
     Raises:
         DefectError: training ended early for an unknown reason.
     """
-    done = int(trainer.state.global_step)
-    if done >= total or trainer.is_stopping or trainer.is_run_dir_lost:
+    step = int(trainer.state.global_step)
+    if step >= total or trainer.is_stopping or trainer.is_run_dir_lost:
         return
     raise DefectError(
-        f"training ended at step {done} of {total} for an unknown reason",
+        f"training ended at step {step} of {total} for an unknown reason",
         where=str(trainer.run_dir),
         fix="run the same command again to resume from the last checkpoint. If training ends at "
-        f"step {done} again, report a defect",
+        f"step {step} again, report a defect",
     )
 
 
@@ -47,33 +47,33 @@ def refuse_lost_run_dir(
         if run_dir_watch is not None and not run_dir_watch.is_in_place():
             raise run_dir_watch.change_error()
         return
-    fault = None if run_dir_watch is None else run_dir_watch.change_error()
+    error = None if run_dir_watch is None else run_dir_watch.change_error()
     if peers is not None:  # every rank raises the error, and one of them reports it
-        mine = None if fault is None else [fault.message, fault.where, fault.fix]
-        message, where, fix = peers.exchange("lost", mine)[0]
-        fault = ConfigError(message, where=where, fix=fix)
-    assert fault is not None
-    raise fault
+        message_parts = None if error is None else [error.message, error.where, error.fix]
+        message, where, fix = peers.exchange("lost", message_parts)[0]
+        error = ConfigError(message, where=where, fix=fix)
+    assert error is not None
+    raise error
 
 
-def stopped_error(config: RunConfig, signal: str, *, begun: bool) -> StoppedError:
-    """Return the error for a run that ``signal`` stopped. ``begun`` is False if the signal arrived
-    before the log files of the run were opened.
+def stopped_error(config: RunConfig, signal_name: str, *, begun: bool) -> StoppedError:
+    """Return the error for a run that the signal ``signal_name`` stopped. ``begun`` is False if the
+    signal arrived before the log files of the run were opened.
     """
-    run_dir, asked = Path(config.runtime.output_dir), config.runtime.resume
-    named = asked not in ("auto", "must", "never")
+    run_dir, resume = Path(config.runtime.output_dir), config.runtime.resume
+    names_checkpoint = resume not in ("auto", "must", "never")
     fix = "run the same command again: it resumes from the last checkpoint"
-    if named and not begun:
-        saved = f"no step was completed since {asked}"
+    if names_checkpoint and not begun:
+        progress = f"no step was completed since {resume}"
     else:
         steps = branch.valid_steps(run_dir)
-        saved = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
-        if steps and (named or asked == "never"):
+        progress = f"checkpoint-{steps[0]} was saved" if steps else "no step was completed yet"
+        if steps and (names_checkpoint or resume == "never"):
             fix = (
                 f"run the command again with --resume auto: it resumes from checkpoint-{steps[0]}, "
-                f"not from {asked}"
+                f"not from {resume}"
             )
-    return StoppedError(f"stopped by {signal}; {saved}", where=str(run_dir), fix=fix)
+    return StoppedError(f"stopped by {signal_name}; {progress}", where=str(run_dir), fix=fix)
 
 
 def total_steps(trainer: GRPOTrainer) -> int:
@@ -82,7 +82,7 @@ def total_steps(trainer: GRPOTrainer) -> int:
     """
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    an_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
-    steps: int = math.ceil(an_epoch * trainer.args.num_train_epochs)
+    micro_batches = len(trainer.get_train_dataloader())
+    steps_per_epoch = max(1, math.ceil(micro_batches / trainer.args.gradient_accumulation_steps))
+    steps: int = math.ceil(steps_per_epoch * trainer.args.num_train_epochs)
     return steps

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from toolkit.train.trainer_seam import TrainerSeam
 
 
-def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
-    """Check ``given``, the arguments of a trainer of ``model``. In ``given``, each reward function
-    is replaced by a function that calls the reward function and checks the returned rewards.
+def check_arguments(arguments: MutableMapping[str, Any], model: Any) -> None:
+    """Check ``arguments``, the arguments of a trainer of ``model``. In ``arguments``, each reward
+    function is replaced by a function that calls the reward function and checks the returned
+    rewards.
 
     Raises:
         ConfigError: a reward cannot be called, ``max_completion_length`` leaves no room for a
@@ -32,12 +33,12 @@ def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
     If there are several mistakes, the message lists all of them. The first mistake
     determines the class of the error.
     """
-    config, collector = given["args"], ErrorCollector()
+    config, collector = arguments["args"], ErrorCollector()
     with collector.check():
-        prompt_choice.check_arguments(given)
+        prompt_choice.check_arguments(arguments)
     with collector.check():
-        given["reward_funcs"] = wrap_reward_funcs(given.get("reward_funcs"))
-    if given.get("optimizers", (None, None))[0] is None:
+        arguments["reward_funcs"] = wrap_reward_funcs(arguments.get("reward_funcs"))
+    if arguments.get("optimizers", (None, None))[0] is None:
         with collector.check():
             refuse_missing_packages(
                 needed_packages(
@@ -48,23 +49,28 @@ def check_arguments(given: MutableMapping[str, Any], model: Any) -> None:
                 )
             )
     with collector.check():
-        _refuse_no_room(config, getattr(model, "max_seq_length", None))
+        _refuse_too_long_completions(config, getattr(model, "max_seq_length", None))
     collector.raise_errors()
 
 
-def _refuse_no_room(config: Any, longest: int | None) -> None:
-    """Reject a ``max_completion_length`` that leaves no room for a prompt. ``longest`` is the
-    model's ``max_seq_length``, the highest number of tokens of prompt and completion together.
+def _refuse_too_long_completions(config: Any, max_seq_length: int | None) -> None:
+    """Reject a ``max_completion_length`` that leaves no room for a prompt. ``max_seq_length`` is
+    the model's limit, the highest number of tokens of prompt and completion together.
     """
-    wanted = config.max_completion_length
-    if longest is None or wanted is None or wanted < longest:
+    max_completion_length = config.max_completion_length
+    if (
+        max_seq_length is None
+        or max_completion_length is None
+        or max_completion_length < max_seq_length
+    ):
         return
     raise ConfigError(
-        f"max_completion_length={wanted} leaves no room for a prompt. The model was loaded with"
-        f" max_seq_length={longest}, which limits prompt and completion together",
+        f"max_completion_length={max_completion_length} leaves no room for a prompt. "
+        f"The model was loaded with max_seq_length={max_seq_length}, which "
+        "limits prompt and completion together",
         where="GRPOConfig",
-        fix=f"set max_completion_length to less than {longest} tokens, or load the model with a"
-        f" max_seq_length above {wanted} tokens",
+        fix=f"set max_completion_length to less than {max_seq_length} tokens, or load the "
+        f"model with a max_seq_length above {max_completion_length} tokens",
     )
 
 
@@ -72,16 +78,17 @@ def truncate_prompts(
     trainer: TrainerSeam, prompt_ids: list[list[int]], images: Any
 ) -> list[list[int]]:
     """Keep the last ``max_prompt_length`` tokens of each prompt, as TRL did before 0.24."""
-    most = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
-    if most is None or images is not None:
+    max_prompt_length = getattr(getattr(trainer, "args", None), "max_prompt_length", None)
+    if max_prompt_length is None or images is not None:
         return prompt_ids
     longest = max(map(len, prompt_ids), default=0)
-    if longest > most and not trainer.truncation_reported:
+    if longest > max_prompt_length and not trainer.truncation_reported:
         trainer.truncation_reported = True
         warnings.warn(
-            f"a prompt has {longest} tokens, which is more than max_prompt_length={most}. The "
-            "start of such a prompt (often the system prompt) is removed",
+            f"a prompt has {longest} tokens, which is more than "
+            f"max_prompt_length={max_prompt_length}. The start of such a "
+            "prompt (often the system prompt) is removed",
             ToolkitWarning,
             stacklevel=2,
         )
-    return [ids[-most:] for ids in prompt_ids]
+    return [ids[-max_prompt_length:] for ids in prompt_ids]

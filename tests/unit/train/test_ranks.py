@@ -156,7 +156,7 @@ def test_one_that_shows_no_sign_of_life_is_waited_for_as_long_as_was_said() -> N
     store = HashStore()
     Stopped(store, 1, 2)
     with pytest.raises(PeerFailed, match=r"no sign of life for 0\.4 s"):
-        Peers(store, 0, 2, patience_s=0.4).exchange("device")
+        Peers(store, 0, 2, timeout_s=0.4).exchange("device")
 
 
 def test_one_that_works_for_longer_is_waited_for() -> None:
@@ -168,7 +168,7 @@ def test_one_that_works_for_longer_is_waited_for() -> None:
     other = Peers(store, 1, 2)
     thread = threading.Thread(target=slow, args=(other,))
     thread.start()
-    assert Peers(store, 0, 2, patience_s=0.4).exchange("device", 0) == [0, 1]
+    assert Peers(store, 0, 2, timeout_s=0.4).exchange("device", 0) == [0, 1]
     thread.join()
 
 
@@ -178,7 +178,7 @@ def test_a_store_that_never_answers_is_waited_for_as_long_as_was_said() -> None:
             return lambda *_: threading.Event().wait()
 
     with pytest.raises(PeerFailed, match="no sign of life"):
-        Peers(Stuck(), 1, 2, patience_s=0.3).exchange("device")
+        Peers(Stuck(), 1, 2, timeout_s=0.3).exchange("device")
 
 
 def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
