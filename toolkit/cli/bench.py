@@ -25,9 +25,9 @@ from toolkit.train.bench.tasks import MAX_HELD_OUT, TASKS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-LEARN_ALONE = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
+LEARN_ONLY_OPTIONS = {"task", "seeds", "accuracy", "every", "held_out", "learning_rate", "gguf"}
 """Options that are used only with ``--learn``."""
-NOT_LEARN = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
+NON_LEARN_OPTIONS = {"shape", "workload", "prompt_tokens", "mean_tokens", "profile"}
 """Options that are not used with ``--learn``."""
 
 
@@ -165,21 +165,31 @@ def bench(
         raise click.BadParameter(f"unknown arm {', '.join(unknown)}", param_hint="--arms")
     folder = Path(out)
     workload = str(options.pop("workload"))
-    apart: dict[str, Any] = {
+    learn_options: dict[str, Any] = {
         name: options.pop(name) for name in ("learn", "seeds", "accuracy", "gguf")
     }
-    written = {name: value for name, value in options.items() if value is not None}
-    _refuse_unused(learn=apart["learn"])
-    if apart["learn"]:
-        wanted = Runs(
-            arms=chosen, seeds=_seeds(apart["seeds"]), target=apart["accuracy"], limit_s=limit_s
+    given_options = {name: value for name, value in options.items() if value is not None}
+    _refuse_unused(learn=learn_options["learn"])
+    if learn_options["learn"]:
+        learn_runs = Runs(
+            arms=chosen,
+            seeds=_parse_seeds(learn_options["seeds"]),
+            target=learn_options["accuracy"],
+            limit_s=limit_s,
         )
-        _learn(wanted, Path(models), folder, written, gguf=apart["gguf"], as_json=as_json)
+        _run_learn(
+            learn_runs,
+            Path(models),
+            folder,
+            given_options,
+            gguf=learn_options["gguf"],
+            as_json=as_json,
+        )
         return
     _refuse_without_gpu(shape)
     from toolkit.train.bench.arm_process import run_benchmark  # noqa: PLC0415 - imports torch
 
-    values: dict[str, object] = {**WORKLOADS[workload], **written}
+    values: dict[str, object] = {**WORKLOADS[workload], **given_options}
     # click has checked the types of the options
     settings = Settings(model=str(Path(models).resolve() / shape), **values)  # type: ignore[arg-type]
     _check_batch(settings)
@@ -198,10 +208,10 @@ def bench(
         f"\n{report['card']}, {shape}, {workload}; at the card's measured rates a step takes at "
         f"least {report['floor_s']['step']:.3f} s"
     )
-    _echo(rows)
+    _print_columns(rows)
     for arm in report["arms"]:
         if arm["profile"]:
-            _echo_profile(arm["profile"])
+            _print_profile(arm["profile"])
     click.echo(f"\nreport: {folder / 'bench.json'}")
 
 
@@ -210,7 +220,7 @@ def _refuse_unused(*, learn: bool) -> None:
     not given, or an option that --learn ignores.
     """
     context = click.get_current_context()
-    for name in sorted(NOT_LEARN if learn else LEARN_ALONE):
+    for name in sorted(NON_LEARN_OPTIONS if learn else LEARN_ONLY_OPTIONS):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             why = "has no effect with --learn" if learn else "has an effect only with --learn"
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")
@@ -240,7 +250,7 @@ def _check_batch(settings: Settings) -> None:
         )
 
 
-def _seeds(listed: str) -> list[int]:
+def _parse_seeds(listed: str) -> list[int]:
     try:
         return [int(seed) for seed in listed.split(",")]
     except ValueError as error:
@@ -249,11 +259,11 @@ def _seeds(listed: str) -> list[int]:
         ) from error
 
 
-def _learn(
-    wanted: Runs,
+def _run_learn(
+    learn_runs: Runs,
     models: Path,
     folder: Path,
-    written: Mapping[str, Any],
+    given_options: Mapping[str, Any],
     *,
     gguf: Path | None,
     as_json: bool,
@@ -262,21 +272,21 @@ def _learn(
     results.
     """
     model = models.resolve() / "smollm2-135m-instruct"
-    settings = LearnSettings(model=str(model), **{**LEARN_DEFAULTS, **written})
+    settings = LearnSettings(model=str(model), **{**LEARN_DEFAULTS, **given_options})
     _check_batch(settings)
     from toolkit.train.bench import learn  # noqa: PLC0415 - imports torch
 
     learn.create_model_checkpoint(model, gguf)
-    report = learn.learn(settings, wanted, folder, lambda line: click.echo(line, err=True))
+    report = learn.learn(settings, learn_runs, folder, lambda line: click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
     click.echo(f"\n{report['headline']}\n{report['note']}")
-    _echo(learn.table(report))
+    _print_columns(learn.table(report))
     click.echo(f"\nreport: {folder / 'learn.json'}, picture: {folder / 'learn.svg'}")
 
 
-def _echo(rows: Sequence[Sequence[str]]) -> None:
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows as aligned columns. The first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -285,12 +295,12 @@ def _echo(rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells))
 
 
-def _echo_profile(profile: Mapping[str, Any]) -> None:
+def _print_profile(profile: Mapping[str, Any]) -> None:
     """Print the time profile of the toolkit as three tables: start, decode step, training step."""
     from toolkit.train.bench import kernel_account, start_account  # noqa: PLC0415 - imports torch
 
     click.echo()
-    _echo(start_account.phase_table(profile["start_s"]))
+    _print_columns(start_account.phase_table(profile["start_s"]))
     for name in ("decode_step", "training_step"):
         click.echo()
-        _echo(kernel_account.kernel_table(name.replace("_", " "), profile[name]))
+        _print_columns(kernel_account.kernel_table(name.replace("_", " "), profile[name]))

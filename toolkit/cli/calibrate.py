@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.formatting import format_bytes
-from toolkit.cli.render import table
+from toolkit.cli.render import format_table
 
 if TYPE_CHECKING:
     from toolkit.sizing.calibrate import Calibration, Row
@@ -30,24 +30,28 @@ def calibrate(run: Path, as_json: bool) -> None:
     """
     from toolkit.sizing.calibrate import calibrate as compare_run  # noqa: PLC0415 - after parsing
 
-    found = compare_run(run)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else text_of(found))
-    if found.is_above_bound:
+    calibration = compare_run(run)
+    click.echo(
+        json.dumps(calibration.to_json(), indent=2) if as_json else format_calibration(calibration)
+    )
+    if calibration.is_above_bound:
         sys.exit(1)
 
 
-def text_of(found: Calibration) -> str:
+def format_calibration(calibration: Calibration) -> str:
     """Return the output for people: the table of memory terms, and whether the peaks are within the
     predicted bound.
     """
-    rows = [_row(row) for row in found.rows]
-    lines = [table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
-    if not found.has_measurements:
+    rows = [_row(row) for row in calibration.rows]
+    lines = [format_table(["term", "predicted", "measured", "off"], rows, right=(1, 2, 3))]
+    if not calibration.has_measurements:
         lines.append("not measured: the run was not on a GPU")
-    elif found.is_above_bound:
-        lines.append(f"a peak is above the predicted bound of {format_bytes(found.bound)}")
+    elif calibration.is_above_bound:
+        lines.append(f"a peak is above the predicted bound of {format_bytes(calibration.bound)}")
     else:
-        lines.append(f"all peaks are within the predicted bound of {format_bytes(found.bound)}")
+        lines.append(
+            f"all peaks are within the predicted bound of {format_bytes(calibration.bound)}"
+        )
     return "\n".join(lines)
 
 

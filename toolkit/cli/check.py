@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.formatting import plural
-from toolkit.cli.exits import writing
-from toolkit.cli.render import paragraph, styled, verdict_word
+from toolkit.cli.exits import report_write_errors
+from toolkit.cli.render import styled, verdict_word, wrap_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,24 +109,24 @@ def check(
     GPU passes on a node without a GPU.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.cli.request import examine  # noqa: PLC0415 - as above
+    from toolkit.cli.request import check_node  # noqa: PLC0415 - as above
     from toolkit.gpu.prometheus import format_metrics  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
 
-    snapshot, context, results = examine(**request, node=node)
+    snapshot, context, results = check_node(**request, node=node)
     report = check_report(snapshot, results, strict=strict, node=node)
     code = int(report["exit_code"])
     if prometheus is not None:
-        with writing(prometheus):
+        with report_write_errors(prometheus):
             write_named_file(prometheus, format_metrics(snapshot, results, code))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        click.echo(text_of(results, context, snapshot, verbose=verbose, strict=strict))
+        click.echo(format_results(results, context, snapshot, verbose=verbose, strict=strict))
     sys.exit(code)
 
 
-def text_of(
+def format_results(
     results: Sequence[CheckResult],
     context: CheckContext,
     snapshot: NodeSnapshot,
@@ -149,10 +149,10 @@ def text_of(
         indent = " " * (7 + 1 + width + 2)
         # The text is wrapped with spaces in place of ``first``, because the escape codes of a
         # coloured word would count as columns.
-        text = paragraph(result.evidence, first=" " * len(indent), indent=indent).lstrip()
+        text = wrap_text(result.evidence, first=" " * len(indent), indent=indent).lstrip()
         lines.append(first + text)
         if result.remedy:
-            lines.append(paragraph(result.remedy, first=f"{indent}fix: ", indent=f"{indent}     "))
+            lines.append(wrap_text(result.remedy, first=f"{indent}fix: ", indent=f"{indent}     "))
     counts = dict.fromkeys(order, 0)
     for result in results:
         counts[result.verdict] += 1
@@ -163,14 +163,16 @@ def text_of(
         for verdict, word in (("warn", "warning"), ("fail", "failure"), ("unknown", "unknown"))
         if counts[verdict]
     )
-    left = len(checks_by_id()) - len(results)
-    summary += f" ({left} not selected or not applicable here)" if left else ""
-    meaning = MEANING[code] if code else ready(snapshot, context)
+    unchecked_count = len(checks_by_id()) - len(results)
+    summary += (
+        f" ({unchecked_count} not selected or not applicable here)" if unchecked_count else ""
+    )
+    meaning = EXIT_CODE_MEANINGS[code] if code else readiness_text(snapshot, context)
     lines.append(styled(f"{summary}. {meaning}", "red" if code else "green", bold=True))
     return "\n".join(lines)
 
 
-def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
+def readiness_text(snapshot: NodeSnapshot, context: CheckContext) -> str:
     """Return the runs that the node is ready for, if no check failed. A node without a GPU is ready
     only for runs on the CPU.
     """
@@ -183,7 +185,7 @@ def ready(snapshot: NodeSnapshot, context: CheckContext) -> str:
     return "Ready for runs on the CPU (there is no GPU)."
 
 
-MEANING = {
+EXIT_CODE_MEANINGS = {
     1: "Change the run file or the options (exit 1).",
     3: "This node is bad; another node may work (exit 3).",
     4: "Try again later (exit 4).",

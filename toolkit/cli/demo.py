@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import ConfigError, DefectError
-from toolkit.cli.exits import debug_asked
+from toolkit.cli.exits import debug_requested
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,12 +63,12 @@ def demo(engine: str, out: str | None, seed: int, debug: bool) -> None:
         ) from problem
     click.echo(f"model, data and run file written in {world.pretraining_s:.0f} s")
     run_file = str(world.run_file)
-    step("envcheck", ["check", "--config", run_file])
-    step("envcheck", ["size", run_file])
-    step("envcheck", ["validate", run_file])
-    shown = ["--debug"] if debug or debug_asked() else []
-    step("toolkit", ["train", run_file, "--evaluate", *shown])
-    finish(folder, seconds=monotonic() - begin)
+    run_command("envcheck", ["check", "--config", run_file])
+    run_command("envcheck", ["size", run_file])
+    run_command("envcheck", ["validate", run_file])
+    shown = ["--debug"] if debug or debug_requested() else []
+    run_command("toolkit", ["train", run_file, "--evaluate", *shown])
+    print_results(folder, seconds=monotonic() - begin)
 
 
 def choose_folder(out: str | None) -> Path:
@@ -90,7 +90,7 @@ def choose_folder(out: str | None) -> Path:
     return folder
 
 
-def step(program: str, arguments: Sequence[str]) -> None:
+def run_command(program: str, arguments: Sequence[str]) -> None:
     """Print a command and run it in this process. If the command fails, exit with the exit code of
     the command.
     """
@@ -100,13 +100,13 @@ def step(program: str, arguments: Sequence[str]) -> None:
     group = envcheck.cli if program == "envcheck" else train.cli
     try:
         code = group.main(list(arguments), prog_name=program, standalone_mode=False)
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as exit_request:
+        code = exit_request.code
     if code not in (None, 0):
         sys.exit(code)
 
 
-def finish(folder: Path, *, seconds: float) -> None:
+def print_results(folder: Path, *, seconds: float) -> None:
     """Print where the results are. The last line shows the accuracy before and after training.
 
     Raises DefectError if the two evaluations used different numbers of problems.

@@ -31,12 +31,12 @@ class StoppableGroup(LazyGroup):
         words = sys.argv[1:] if words is None else words
         if next((word for word in words if not word.startswith("-")), None) != "train":
             return super().main(*args, **kwargs)
-        with listening_early(), ignore_lost_streams():
+        with early_stop_signals(), ignore_lost_streams():
             return super().main(*args, **kwargs)
 
 
 @contextmanager
-def listening_early() -> Iterator[None]:
+def early_stop_signals() -> Iterator[None]:
     """Inside the block, a signal that stops a run raises StoppedError.
 
     If the process belongs to a run with several ranks, no StoppedError is raised, because the
@@ -49,18 +49,18 @@ def listening_early() -> Iterator[None]:
         end_with_launcher()
         yield
         return
-    early = StopSignals()
+    signals = StopSignals()
     try:
-        with early.installed():
+        with signals.installed():
             try:
                 yield
             finally:
-                if early.received is not None or early.is_shutting_down:
+                if signals.received is not None or signals.is_shutting_down:
                     # Further signals must not cut off the remaining output or change the exit code.
-                    early.ignore_signals()
+                    signals.ignore_signals()
     # An exception that a signal raises during the import of a compiled module arrives here as an
     # ImportError.
     except (StepAbandoned, ImportError):
-        if early.received is None:
+        if signals.received is None:
             raise
-        raise stopped_early_error(early.received) from None
+        raise stopped_early_error(signals.received) from None

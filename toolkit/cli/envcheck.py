@@ -9,7 +9,7 @@ import click
 
 from toolkit.base.version import __version__
 from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import HELP, LazyGroup
+from toolkit.cli.lazy import HELP_SETTINGS, LazyGroup
 
 COMMANDS = {
     "probe": ("toolkit.cli.probe:probe", "Show this node's GPUs as NVML sees them."),
@@ -38,7 +38,7 @@ COMMANDS = {
     cls=LazyGroup,
     commands_at=COMMANDS,
     other_program=("toolkit", "toolkit.cli.train:COMMANDS"),
-    context_settings=HELP,
+    context_settings=HELP_SETTINGS,
 )
 @click.version_option(__version__, prog_name="envcheck")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -1,6 +1,6 @@
 """Turn an error into a message for the user and an exit code for the scheduler.
 
-Every command runs inside ``guarded``.
+Every command runs inside ``report_errors``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 
 
 @contextmanager
-def guarded(*, debug: bool = False) -> Iterator[None]:
+def report_errors(*, debug: bool = False) -> Iterator[None]:
     """If the block raises a ToolkitError, print its message to stderr and exit with the exit code
     of the error.
 
@@ -43,16 +43,16 @@ def guarded(*, debug: bool = False) -> Iterator[None]:
         raise
     except ToolkitError as error:
         if error.exit_code == DefectError.exit_code:
-            _leave(_defect(error), error.exit_code, debug=debug)
-        _leave(f"error: {error}", error.exit_code, debug=debug)
+            _exit_with_message(_report_defect(error), error.exit_code, debug=debug)
+        _exit_with_message(f"error: {error}", error.exit_code, debug=debug)
     except Exception as error:  # noqa: BLE001 - a disk failure, a known upstream error, or a defect
-        if (known := _known(error)) is not None:
-            _leave(f"error: {known}", known.exit_code, debug=debug)
-        _leave(_defect(error), DefectError.exit_code, debug=debug)
+        if (known := _explain_known_error(error)) is not None:
+            _exit_with_message(f"error: {known}", known.exit_code, debug=debug)
+        _exit_with_message(_report_defect(error), DefectError.exit_code, debug=debug)
 
 
 @contextmanager
-def left_alone() -> Iterator[None]:
+def exit_quietly() -> Iterator[None]:
     """If the block ends because of Ctrl-C, print "interrupted" and exit with 130. If the program
     that reads the output has ended (``envcheck probe | head``), exit with 0.
 
@@ -62,14 +62,14 @@ def left_alone() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """If the block raises an OSError, raise an InputError instead, which says that the file
     ``path`` cannot be written.
     """
@@ -83,7 +83,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def debug_asked() -> bool:
+def debug_requested() -> bool:
     """Whether to show tracebacks and the output of upstream libraries.
 
     This is the case with ``--debug`` before or after the name of the command, or with
@@ -92,12 +92,12 @@ def debug_asked() -> bool:
     return "--debug" in sys.argv or os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
 
-def _known(error: Exception) -> ToolkitError | None:
+def _explain_known_error(error: Exception) -> ToolkitError | None:
     """Return a toolkit error that explains ``error``; None if there is no explanation. Three causes
     are known: a disk failure, a known error of another library, and a working folder that was
     removed.
     """
-    if isinstance(error, FileNotFoundError) and not _has_folder():
+    if isinstance(error, FileNotFoundError) and not _working_folder_exists():
         return InputError(
             "the folder in which the command was started was removed",
             fix="change to an existing folder with `cd`, and start the command again",
@@ -107,7 +107,7 @@ def _known(error: Exception) -> ToolkitError | None:
     return disk.to_toolkit_error_without_path(error) or explain_error(error, "the command failed")
 
 
-def _has_folder() -> bool:
+def _working_folder_exists() -> bool:
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -115,24 +115,24 @@ def _has_folder() -> bool:
     return True
 
 
-def _defect(error: Exception) -> str:
+def _report_defect(error: Exception) -> str:
     """Write a report about ``error``, which is a defect of the toolkit, and return the text to
     print.
     """
     from toolkit.base.defect import write_report  # noqa: PLC0415 - only for a defect
 
-    said = error.message if isinstance(error, ToolkitError) else str(error)
-    place = write_report(error)
-    what = f"internal error: {type(error).__name__}: {said}\n  this is a defect of the toolkit"
-    if place is None:
+    message = error.message if isinstance(error, ToolkitError) else str(error)
+    report_path = write_report(error)
+    what = f"internal error: {type(error).__name__}: {message}\n  this is a defect of the toolkit"
+    if report_path is None:
         return f"{what}\n  fix: run again with --debug and attach the output to an issue"
     return (
-        f"{what}; the report is in {place}\n  fix: attach that file to an issue (it contains "
+        f"{what}; the report is in {report_path}\n  fix: attach that file to an issue (it contains "
         "versions, the run file and the traceback, but no secrets)"
     )
 
 
-def _leave(text: str, code: int, *, debug: bool) -> None:
+def _exit_with_message(text: str, code: int, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     with suppress(OSError):  # If stderr is closed, only the exit code reports the failure.
@@ -145,8 +145,8 @@ def _leave(text: str, code: int, *, debug: bool) -> None:
 def command_main(group: click.Group) -> Callable[[], None]:
     """Return a function that runs the commands of ``group``. A console script calls this function.
 
-    A usage error exits with 2, and ``guarded`` handles all other errors. First the function ensures
-    that no secret is printed and that other users cannot write to the created files.
+    A usage error exits with 2, and ``report_errors`` handles all other errors. First the function
+    ensures that no secret is printed and that other users cannot write to the created files.
     """
 
     def main() -> None:
@@ -154,7 +154,7 @@ def command_main(group: click.Group) -> Callable[[], None]:
         tighten_umask()
         protect_output()
         try:
-            with guarded(debug=debug_asked()):
+            with report_errors(debug=debug_requested()):
                 group(prog_name=group.name)
         except SystemExit as end:
             flush_output()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from toolkit.base.errors import EXIT_CODES, UnestablishedError
-from toolkit.cli.render import paragraph
+from toolkit.cli.render import wrap_text
 
 if TYPE_CHECKING:
     from toolkit.base.symptoms import Symptom
 
-MAX_PASTED = 256 << 20
+MAX_PASTED_BYTES = 256 << 20
 
 
 @click.command("explain")
@@ -36,16 +36,18 @@ def explain(what: tuple[str, ...]) -> None:
         envcheck explain metrics                all metrics
         envcheck explain - < error.txt          a traceback: its cause and the remedy
     """
-    click.echo("\n\n".join(_one(word) for word in what))
+    click.echo("\n\n".join(_explain_word(word) for word in what))
 
 
-def _one(word: str) -> str:
+def _explain_word(word: str) -> str:
     if word == "-":
-        return _pasted(sys.stdin.buffer.read(MAX_PASTED).decode("utf-8", errors="replace"))
-    from toolkit.config.explain import explain as about  # noqa: PLC0415 - after parsing
+        return _explain_traceback(
+            sys.stdin.buffer.read(MAX_PASTED_BYTES).decode("utf-8", errors="replace")
+        )
+    from toolkit.config.explain import explain as explain_name  # noqa: PLC0415 - after parsing
     from toolkit.config.explain import unknown  # noqa: PLC0415
 
-    text = about(word) or _check(word)
+    text = explain_name(word) or _explain_check(word)
     if text is None:
         raise unknown(word, _check_names())
     return text
@@ -57,7 +59,7 @@ def _check_names() -> list[str]:
     return list(checks_by_id())
 
 
-def _check(word: str) -> str | None:
+def _explain_check(word: str) -> str | None:
     """Return the explanation of the check with the id ``word``; None if no check has this id."""
     from toolkit.gpu.checks import checks_by_id  # noqa: PLC0415 - only if the word is neither a rule nor a key
 
@@ -66,12 +68,12 @@ def _check(word: str) -> str | None:
         return None
     head = f"{check.id} (a check of envcheck check)"
     return "\n".join(
-        (head, f"  {check.title}", "", paragraph(check.why, first="  ", indent="  "), "",
-         paragraph(f"Fix: {check.remedy}", indent="  "))
+        (head, f"  {check.title}", "", wrap_text(check.why, first="  ", indent="  "), "",
+         wrap_text(f"Fix: {check.remedy}", indent="  "))
     )  # fmt: skip
 
 
-def _pasted(text: str) -> str:
+def _explain_traceback(text: str) -> str:
     """Return the explanation of every known error in a traceback: its remedy, and the check that
     finds the error before a run.
 
@@ -79,40 +81,40 @@ def _pasted(text: str) -> str:
     """
     from toolkit.base.symptoms import find_symptoms  # noqa: PLC0415 - only for a traceback
 
-    found = find_symptoms(text)
-    if not found:
-        raise _not_known(text)
-    return "\n\n".join(_told(symptom) for symptom in found)
+    symptoms = find_symptoms(text)
+    if not symptoms:
+        raise _no_known_error(text)
+    return "\n\n".join(_format_symptom(symptom) for symptom in symptoms)
 
 
-def _not_known(text: str) -> UnestablishedError:
+def _no_known_error(text: str) -> UnestablishedError:
     """Return the error for a traceback that contains no known error. The message lists the known
     errors that are most similar.
     """
     from toolkit.base.symptoms import similar_symptoms  # noqa: PLC0415 - only for a traceback
 
-    near = [f"{symptom.title} ({symptom.check})" for symptom in similar_symptoms(text)]
-    told = "; the most similar known errors:\n  " + "\n  ".join(near) if near else ""
+    similar = [f"{symptom.title} ({symptom.check})" for symptom in similar_symptoms(text)]
+    similar_list = "; the most similar known errors:\n  " + "\n  ".join(similar) if similar else ""
     return UnestablishedError(
-        f"no known error found{told}",
+        f"no known error found{similar_list}",
         where="explain -",
         fix="run `envcheck check --config run.yaml` and `envcheck size run.yaml` to find the cause",
     )
 
 
-def _told(symptom: Symptom) -> str:
+def _format_symptom(symptom: Symptom) -> str:
     rows = (
-        ("found by", ", ".join(_command(check) for check in symptom.check.split(", "))),
+        ("found by", ", ".join(_finding_command(check) for check in symptom.check.split(", "))),
         ("remedy", symptom.remedy),
         ("exit code", f"{symptom.exit_code} ({EXIT_CODES[symptom.exit_code]})"),
     )
     return "\n".join(
         [symptom.title]
-        + [paragraph(text, first=f"  {name}: ".ljust(13), indent=" " * 13) for name, text in rows]
+        + [wrap_text(text, first=f"  {name}: ".ljust(13), indent=" " * 13) for name, text in rows]
     )
 
 
-def _command(check: str) -> str:
+def _finding_command(check: str) -> str:
     """Return the command that finds a known error before the run. The text in parentheses is the
     rule or the check that finds the error, or the number to look at in the output. ``check`` is the
     field ``check`` of a Symptom.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from toolkit.cli.exits import debug_asked
-from toolkit.cli.request import TRUST
+from toolkit.cli.exits import debug_requested
+from toolkit.cli.request import TRUST_REMOTE_CODE_OPTION
 
 
 @click.command("export")
@@ -41,7 +41,7 @@ from toolkit.cli.request import TRUST
     help="Also upload DIR to this repository of the Hugging Face hub, with a model card.",
 )
 @click.option("--private", is_flag=True, help="Make the repository of --push private.")
-@TRUST
+@TRUST_REMOTE_CODE_OPTION
 def export(  # noqa: PLR0913 - one argument per option
     run: Path,
     to: Path,
@@ -68,13 +68,13 @@ def export(  # noqa: PLR0913 - one argument per option
     from toolkit.train.model_card import push_export, serve_line  # noqa: PLC0415 - as above
 
     found = open_run(run, step=checkpoint, trust_remote_code=trust_remote_code)
-    with upstream_silenced(debug=debug_asked()):
+    with upstream_silenced(debug=debug_requested()):
         export_run(found, to, merge=merge, dtype=dtype)
     source = found.adapter or found.checkpoint
     kind = "merged weights" if merge else "the adapter"
     click.echo(f"wrote {kind} of {source} to {to}")
     if push is not None:
-        with upstream_silenced(debug=debug_asked()):
+        with upstream_silenced(debug=debug_requested()):
             address = push_export(found, to, push, private=private)
         click.echo(f"uploaded {to} to {address}")
     click.echo(f"serve it: {serve_line(found.config, to, merged=merge)}")

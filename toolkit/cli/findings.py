@@ -9,7 +9,7 @@ import click
 
 from toolkit.base.formatting import escape_unprintable, plural
 from toolkit.base.secrets import redact
-from toolkit.cli.render import colours_on, styled
+from toolkit.cli.render import styled, uses_colours
 from toolkit.config.finding import Severity
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ class Printer:
 
     def __init__(self) -> None:
         self.errors = self.warnings = 0
-        self.unreadable = False
-        self.only_unknown = True
+        self.has_unreadable_file = False
+        self.all_errors_unknown = True
 
-    def add(self, found: Finding) -> None:
-        if found.severity is Severity.ERROR:
+    def add(self, finding: Finding) -> None:
+        if finding.severity is Severity.ERROR:
             self.errors += 1
-            self.only_unknown &= found.unknown
+            self.all_errors_unknown &= finding.unknown
         else:
             self.warnings += 1
-        self.unreadable |= found.rule == "DOC014"
-        self.show(found)
+        self.has_unreadable_file |= finding.rule == "DOC014"
+        self.show(finding)
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         raise NotImplementedError
 
     def end(self, names: list[str]) -> None:
@@ -50,25 +50,25 @@ class Printer:
         else 5 if all errors mean that something could not be checked, else 1 if there is an error,
         else 0.
         """
-        if self.unreadable:
+        if self.has_unreadable_file:
             return 2
         if self.errors:
-            return 5 if self.only_unknown else 1
+            return 5 if self.all_errors_unknown else 1
         return 0
 
 
-class Text(Printer):
+class TextPrinter(Printer):
     """Print findings as text for people, with colours on a terminal."""
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a finding
 
-        if colours_on():
+        if uses_colours():
             click.echo(
-                render_text([found], lambda text, role: styled(text, _COLOURS[role], bold=True))
+                render_text([finding], lambda text, role: styled(text, _COLOURS[role], bold=True))
             )
         else:
-            click.echo(render_text([found]))
+            click.echo(render_text([finding]))
 
     def end(self, names: list[str]) -> None:
         counts = [
@@ -76,73 +76,75 @@ class Text(Printer):
             for count, word in ((self.errors, "error"), (self.warnings, "warning"))
             if count
         ]
-        told = " and ".join(counts) or "no findings"
-        click.echo(f"{told} in {names[0] if len(names) == 1 else plural(len(names), 'file')}")
+        counts_text = " and ".join(counts) or "no findings"
+        click.echo(
+            f"{counts_text} in {names[0] if len(names) == 1 else plural(len(names), 'file')}"
+        )
 
 
-class Github(Printer):
+class GithubPrinter(Printer):
     """Print findings as annotations of GitHub Actions."""
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         from toolkit.config.finding_output import render_github  # noqa: PLC0415
 
-        click.echo(render_github([found]))
+        click.echo(render_github([finding]))
 
     def end(self, names: list[str]) -> None:
         del names
 
 
-class Collected(Printer):
+class DocumentPrinter(Printer):
     """Collect findings for JSON and SARIF. Each of these formats is one document, which is printed
     at the end.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
 
     def dump(self, value: dict[str, Any]) -> None:
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-class Json(Collected):
+class JsonPrinter(DocumentPrinter):
     """Print all findings as one JSON object."""
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         from toolkit.config.finding_output import to_json  # noqa: PLC0415
 
-        self.kept.append(to_json(found))
+        self.entries.append(to_json(finding))
 
     def end(self, names: list[str]) -> None:
         from toolkit.config.finding_output import report  # noqa: PLC0415
 
-        self.dump(report(names, self.kept))
+        self.dump(report(names, self.entries))
 
 
-class Sarif(Collected):
+class SarifPrinter(DocumentPrinter):
     """Print all findings as one SARIF log."""
 
-    def show(self, found: Finding) -> None:
+    def show(self, finding: Finding) -> None:
         from toolkit.config.sarif import result  # noqa: PLC0415
 
-        self.kept.append(result(found))
+        self.entries.append(result(finding))
 
     def end(self, names: list[str]) -> None:
         from toolkit.config.sarif import log  # noqa: PLC0415
 
         del names
-        self.dump(log(self.kept))
+        self.dump(log(self.entries))
 
 
 PRINTERS: dict[str, type[Printer]] = {
-    "text": Text,
-    "json": Json,
-    "sarif": Sarif,
-    "github": Github,
+    "text": TextPrinter,
+    "json": JsonPrinter,
+    "sarif": SarifPrinter,
+    "github": GithubPrinter,
 }
 
 
-def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
+def applied_edit_lines(name: str, repair: Repair) -> Iterator[str]:
     """Yield a line for each edit that --fix made in the file ``name``, then a line with the number
     of edits.
 
@@ -154,11 +156,11 @@ def fixed_lines(name: str, repair: Repair) -> Iterator[str]:
     yield f"{name}: {plural(len(repair.applied), 'edit')} made"
 
 
-def choice_lines(repair: Repair) -> Iterator[str]:
+def unfixed_finding_lines(repair: Repair) -> Iterator[str]:
     """Yield a line for each finding that --fix did not fix, because the finding has several
     possible fixes.
     """
-    for found in repair.choices:
-        ways = " or ".join(fix.text for fix in found.fixes)
-        text = f"{found.place}: {found.rule} is not fixed, choose one of: {ways}"
+    for finding in repair.choices:
+        fixes = " or ".join(fix.text for fix in finding.fixes)
+        text = f"{finding.place}: {finding.rule} is not fixed, choose one of: {fixes}"
         yield redact(escape_unprintable(text))

@@ -11,8 +11,8 @@ import click
 
 from toolkit.base.errors import InputError
 from toolkit.base.formatting import escape_unprintable
-from toolkit.cli.exits import debug_asked
-from toolkit.cli.request import TRUST
+from toolkit.cli.exits import debug_requested
+from toolkit.cli.request import TRUST_REMOTE_CODE_OPTION
 
 
 @click.command("generate")
@@ -55,7 +55,7 @@ from toolkit.cli.request import TRUST
     default="transformers",
     show_default=True,
 )
-@TRUST
+@TRUST_REMOTE_CODE_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per prompt.")
 def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """Generate completions of PROMPTS with the policy of the run folder RUN.
@@ -64,33 +64,33 @@ def generate(run: Path, prompts: tuple[str, ...], **options: Any) -> None:
     """
     from toolkit.train.logging_setup import prepare_environment, upstream_silenced  # noqa: PLC0415 - after the arguments are parsed
 
-    as_json, texts = options.pop("as_json"), _texts(prompts)
+    as_json, texts = options.pop("as_json"), _read_prompts(prompts)
     prepare_environment()
     from toolkit.train.checkpointing.trained_run import generate_completions, open_run  # noqa: PLC0415 - loads torch
 
     trusted = options.pop("trust_remote_code")
-    found = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)
-    with upstream_silenced(debug=debug_asked()):
-        answers = generate_completions(found, texts, n=options.pop("count"), **options)
+    trained_run = open_run(run, step=options.pop("checkpoint"), trust_remote_code=trusted)
+    with upstream_silenced(debug=debug_requested()):
+        answers = generate_completions(trained_run, texts, n=options.pop("count"), **options)
     for text, completions in zip(texts, answers, strict=True):
         if as_json:
             row = {"prompt": text, "completions": completions}
             click.echo(json.dumps(row, ensure_ascii=False))
             continue
         if len(texts) > 1:
-            click.echo(f"> {shown(text)}")
-        for number, completion in enumerate(map(shown, completions), 1):
+            click.echo(f"> {printable(text)}")
+        for number, completion in enumerate(map(printable, completions), 1):
             click.echo(f"[{number}] {completion}" if len(completions) > 1 else completion)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return ``text`` as it is printed. On a terminal, control characters are replaced by their
     code points.
     """
     return escape_unprintable(text) if sys.stdout.isatty() else text
 
 
-def _texts(prompts: tuple[str, ...]) -> list[str]:
+def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
     """Return the prompts of the command line. The prompt "-" is replaced by the lines of stdin.
 
     Raises InputError if a prompt is not UTF-8 text or if there is no prompt.
@@ -98,13 +98,13 @@ def _texts(prompts: tuple[str, ...]) -> list[str]:
     texts: list[str] = []
     for prompt in prompts:
         try:
-            found = [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
-            "".join(found).encode()
+            lines = [line.rstrip("\n") for line in sys.stdin] if prompt == "-" else [prompt]
+            "".join(lines).encode()
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             where = "stdin" if prompt == "-" else "PROMPTS"
             what = f"a prompt is not UTF-8 text: {error.reason}"
             raise InputError(what, where=where, fix="convert the prompt to UTF-8") from None
-        texts += found
+        texts += lines
     if not any(texts):
         raise InputError(
             "no prompt is given",

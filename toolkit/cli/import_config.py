@@ -71,21 +71,21 @@ def import_config(file: str, to: str | None, form: str | None, force: bool, stri
     from toolkit.config.importers.formats import table  # noqa: PLC0415 - after parsing
 
     foreign = read_foreign(file, form)
-    made = translate(foreign, table(foreign.form))
-    text = run_file_text(made, "standard input" if file == STDOUT else Path(file).name)
-    place = _place(file, to)
-    if place is None:
+    translation = translate(foreign, table(foreign.form))
+    text = run_file_text(translation, "standard input" if file == STDOUT else Path(file).name)
+    output_path = _output_path(file, to)
+    if output_path is None:
         click.echo(text, nl=False)
     else:
-        _write(place, text, force=force)
-    findings = _judged(text, place)
-    for line in _summary(made, place):
+        _write_run_file(output_path, text, force=force)
+    findings = _validate_text(text, output_path)
+    for line in _summary_lines(translation, output_path):
         click.echo(line, err=True)
-    _show(findings)
-    raise SystemExit(_exit_code(made, findings, strict=strict))
+    _print_findings(findings)
+    raise SystemExit(_exit_code(translation, findings, strict=strict))
 
 
-def _place(file: str, to: str | None) -> Path | None:
+def _output_path(file: str, to: str | None) -> Path | None:
     """Return the path of the run file to write; None for standard output."""
     if to == STDOUT or (to is None and file == STDOUT):
         return None
@@ -95,58 +95,62 @@ def _place(file: str, to: str | None) -> Path | None:
     return path.with_name(f"{path.stem}-run.yaml")
 
 
-def _write(place: Path, text: str, *, force: bool) -> None:
+def _write_run_file(path: Path, text: str, *, force: bool) -> None:
     from toolkit.base.paths import write_file  # noqa: PLC0415 - after the file was read
-    from toolkit.cli.exits import writing  # noqa: PLC0415 - as above
+    from toolkit.cli.exits import report_write_errors  # noqa: PLC0415 - as above
 
-    if place.exists() and not force:
+    if path.exists() and not force:
         raise ConfigError(
             "the run file exists already",
-            where=str(place),
+            where=str(path),
             fix="choose another file with `--to`, or replace the existing file with `--force`",
         )
-    with writing(place):
-        write_file(place, text)
+    with report_write_errors(path):
+        write_file(path, text)
 
 
-def _judged(text: str, place: Path | None) -> tuple[Finding, ...]:
+def _validate_text(text: str, path: Path | None) -> tuple[Finding, ...]:
     from toolkit.config.layers import assemble, load_document  # noqa: PLC0415 - as above
     from toolkit.config.source import Source  # noqa: PLC0415 - after the file was read
     from toolkit.config.validate import validate  # noqa: PLC0415 - as above
 
-    if place is not None:
-        return validate(load_document(place)).findings
+    if path is not None:
+        return validate(load_document(path)).findings
     return validate(assemble(Source("the run file", text, Path.cwd()))).findings
 
 
-def _summary(made: Translation, place: Path | None) -> list[str]:
-    where = "" if place is None else f"wrote {place}: "
+def _summary_lines(translation: Translation, path: Path | None) -> list[str]:
+    where = "" if path is None else f"wrote {path}: "
     lines = [
-        f"{where}{plural(len(made.written) + len(made.rewards), 'key')} from {made.table.title}, "
-        f"{len(made.left_out)} left out, {len(made.refused)} refused, "
-        f"{len(made.unread)} could not be read"
+        f"{where}{plural(len(translation.written) + len(translation.rewards), 'key')} from "
+        f"{translation.table.title}, {len(translation.left_out)} left out, "
+        f"{len(translation.refused)} refused, {len(translation.unread)} could not be read"
     ]
-    lines += [f"  note: {note}" for note in made.notes]
-    lines += [f"  refused: {one.place}: {one.key}: {one.value} - {one.why}" for one in made.refused]
-    lines += [f"  could not be read: {one.place}: {one.text} - {one.why}" for one in made.unread]
+    lines += [f"  note: {note}" for note in translation.notes]
+    lines += [
+        f"  refused: {one.place}: {one.key}: {one.value} - {one.why}" for one in translation.refused
+    ]
+    lines += [
+        f"  could not be read: {one.place}: {one.text} - {one.why}" for one in translation.unread
+    ]
     return [
         redact(escape_unprintable(" ".join(line.split()) if line[:1] != " " else line))
         for line in lines
     ]
 
 
-def _show(findings: tuple[Finding, ...]) -> None:
+def _print_findings(findings: tuple[Finding, ...]) -> None:
     from toolkit.config.finding_output import render_text  # noqa: PLC0415 - after the file was read
 
     if findings:
         click.echo(render_text(findings), err=True)
 
 
-def _exit_code(made: Translation, findings: tuple[Finding, ...], *, strict: bool) -> int:
+def _exit_code(translation: Translation, findings: tuple[Finding, ...], *, strict: bool) -> int:
     from toolkit.config.finding import Severity  # noqa: PLC0415 - after the file was read
 
-    if any(found.severity is Severity.ERROR for found in findings):
+    if any(finding.severity is Severity.ERROR for finding in findings):
         return 1
-    if strict and made.refused:
+    if strict and translation.refused:
         return 1
-    return 5 if strict and made.unread else 0
+    return 5 if strict and translation.unread else 0

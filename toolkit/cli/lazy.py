@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from toolkit.base.did_you_mean import similar_words
-from toolkit.cli.exits import left_alone
+from toolkit.cli.exits import exit_quietly
 
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 class LazyGroup(click.Group):
@@ -41,7 +41,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in self.commands_at:
             return None
-        command = _imported(self.commands_at[cmd_name][0])
+        command = _import_object(self.commands_at[cmd_name][0])
         assert isinstance(command, click.Command)
         return command
 
@@ -59,13 +59,13 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         program, commands = self.other_program
         similar = [*similar_words(name, self.commands_at)]
-        similar += [f"{program} {other}" for other in similar_words(name, _imported(commands))]
+        similar += [f"{program} {other}" for other in similar_words(name, _import_object(commands))]
         hint = f" Did you mean {' or '.join(f'`{one}`' for one in similar)}?" if similar else ""
         raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. After Ctrl-C, "interrupted" is printed instead of click's text."""
-        with left_alone():
+        with exit_quietly():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -74,7 +74,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in self.commands_at.items()])
 
 
-def _imported(place: str) -> Any:
-    """Import the object at ``place``, which is ``module:attribute``."""
-    module, _, attribute = place.partition(":")
+def _import_object(location: str) -> Any:
+    """Import the object at ``location``, which is ``module:attribute``."""
+    module, _, attribute = location.partition(":")
     return getattr(import_module(module), attribute)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.cli.exits import writing
-from toolkit.cli.render import paragraph, styled, table
+from toolkit.cli.exits import report_write_errors
+from toolkit.cli.render import format_table, styled, wrap_text
 
 if TYPE_CHECKING:
     from toolkit.gpu.snapshot import GpuSnapshot, NodeSnapshot
@@ -54,14 +54,14 @@ def probe(
     from toolkit.gpu.report import NO_GPU_EXIT  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - as above
 
-    looks = 0
+    reading_count = 0
     while True:
         snapshot = take_snapshot()
-        looks += 1
+        reading_count += 1
         if watch and sys.stdout.isatty():
             click.clear()
-        show(snapshot, as_json=as_json, prometheus=prometheus, one_line=watch)
-        if not watch or looks == count:
+        print_snapshot(snapshot, as_json=as_json, prometheus=prometheus, one_line=watch)
+        if not watch or reading_count == count:
             break
         sys.stdout.flush()
         try:
@@ -72,7 +72,7 @@ def probe(
         sys.exit(NO_GPU_EXIT)
 
 
-def show(
+def print_snapshot(
     snapshot: NodeSnapshot, *, as_json: bool, prometheus: Path | None, one_line: bool = False
 ) -> None:
     """Print one snapshot in the requested format. If ``one_line`` is true, the JSON has no line
@@ -83,43 +83,43 @@ def show(
     from toolkit.gpu.report import probe_report  # noqa: PLC0415 - as above
 
     if prometheus is not None:
-        with writing(prometheus):
+        with report_write_errors(prometheus):
             write_named_file(prometheus, format_metrics(snapshot))
     if as_json:
         click.echo(json.dumps(probe_report(snapshot), indent=None if one_line else 2))
     else:
-        click.echo(text_of(snapshot))
+        click.echo(format_snapshot(snapshot))
 
 
-def text_of(snapshot: NodeSnapshot) -> str:
+def format_snapshot(snapshot: NodeSnapshot) -> str:
     """Return the table of GPUs, or the reason why no GPU can be used."""
     from toolkit.gpu.checks.driver import newest_cuda  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import visible_devices  # noqa: PLC0415 - as above
     from toolkit.gpu.presence import find_presence  # noqa: PLC0415 - as above
 
     if not snapshot.gpus:
-        found = find_presence(snapshot)
-        first = styled(f"No GPU can be used: {found.text}.", "red", bold=True)
-        return f"{first}\n{paragraph(found.remedy, first='  fix: ', indent='       ')}"
+        presence = find_presence(snapshot)
+        first = styled(f"No GPU can be used: {presence.text}.", "red", bold=True)
+        return f"{first}\n{wrap_text(presence.remedy, first='  fix: ', indent='       ')}"
     driver = snapshot.driver.version.value
     cuda = newest_cuda(driver) if driver else None
     head = f"driver {driver or 'of unknown version'}"
     head += f", CUDA {cuda}" if cuda else ""
-    seen = visible_devices(snapshot)
-    order = {(gpu.parent, gpu.index): str(n) for n, gpu in enumerate(seen.devices)}
+    visible = visible_devices(snapshot)
+    cuda_numbers = {(gpu.parent, gpu.index): str(n) for n, gpu in enumerate(visible.devices)}
     rows = []
     for gpu in snapshot.gpus:
-        rows.append(_row(snapshot, gpu, order))
-        rows += [_row(snapshot, part, order) for part in gpu.slices]
+        rows.append(_row(snapshot, gpu, cuda_numbers))
+        rows += [_row(snapshot, part, cuda_numbers) for part in gpu.slices]
     headers = ("GPU", "CUDA", "name", "used", "total", "util", "temp", "power", "state")
-    lines = [head, table(headers, rows, right=(3, 4, 5, 6, 7))]
-    if seen.problem:
-        lines.append(paragraph(seen.problem, first="note: ", indent="      "))
+    lines = [head, format_table(headers, rows, right=(3, 4, 5, 6, 7))]
+    if visible.problem:
+        lines.append(wrap_text(visible.problem, first="note: ", indent="      "))
     return "\n".join(lines)
 
 
 def _row(
-    snapshot: NodeSnapshot, gpu: GpuSnapshot, order: dict[tuple[int | None, int], str]
+    snapshot: NodeSnapshot, gpu: GpuSnapshot, cuda_numbers: dict[tuple[int | None, int], str]
 ) -> list[str]:
     from toolkit.base.formatting import format_bytes  # noqa: PLC0415 - as above
     from toolkit.gpu.devices import cuda_memory  # noqa: PLC0415 - as above
@@ -129,18 +129,18 @@ def _row(
     power = "" if gpu.power_mw.value is None else f"{gpu.power_mw.value / 1000:.0f} W"
     return [
         str(gpu.index) if gpu.parent is None else f"{gpu.parent}.{gpu.index}",
-        order.get((gpu.parent, gpu.index), "-"),
+        cuda_numbers.get((gpu.parent, gpu.index), "-"),
         str(gpu.name.value or "?").removeprefix("NVIDIA "),
         used,
         format_bytes(memory.total_bytes) if memory else "?",
         "" if gpu.utilization_percent.value is None else f"{gpu.utilization_percent.value} %",
         "" if gpu.temperature_c.value is None else f"{gpu.temperature_c.value} C",
         power,
-        state_of(gpu),
+        gpu_state(gpu),
     ]
 
 
-def state_of(gpu: GpuSnapshot) -> str:
+def gpu_state(gpu: GpuSnapshot) -> str:
     """Return a few words about the worst problem of the card, or ``ok``. ``envcheck check`` prints
     the details.
     """
@@ -153,7 +153,7 @@ def state_of(gpu: GpuSnapshot) -> str:
     if gpu.parent is not None:
         return "slice"
     rows, fabric, mask = gpu.remapped_rows.value, gpu.fabric.value, gpu.clock_reasons.value or 0
-    troubles = (
+    problems = (
         (bool(rows and rows["failure"]), "row remap failed"),
         (bool(rows and rows["pending"]), "row remap pending"),
         (bool(gpu.ecc_uncorrected.value), "memory errors"),
@@ -161,4 +161,4 @@ def state_of(gpu: GpuSnapshot) -> str:
         (any(mask & bit for bit in THROTTLE_PROBLEMS), "throttled"),
         (in_mig_mode(gpu), "MIG"),
     )
-    return next((text for holds, text in troubles if holds), "ok")
+    return next((text for holds, text in problems if holds), "ok")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.formatting import plural
-from toolkit.cli.check import request_options, text_of
-from toolkit.cli.exits import writing
+from toolkit.cli.check import format_results, request_options
+from toolkit.cli.exits import report_write_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +31,11 @@ def record(file: Path, **request: Any) -> None:
     hosts are removed. Of the environment variables, only those that checks read are kept.
     """
     from toolkit.base.paths import write_named_file  # noqa: PLC0415 - after the arguments are parsed
-    from toolkit.cli.request import examine  # noqa: PLC0415 - as above
+    from toolkit.cli.request import check_node  # noqa: PLC0415 - as above
     from toolkit.gpu.record import make_recording  # noqa: PLC0415 - as above
 
-    snapshot, context, results = examine(**request)
-    with writing(file):
+    snapshot, context, results = check_node(**request)
+    with report_write_errors(file):
         write_named_file(
             file, json.dumps(make_recording(snapshot, context, results), indent=1) + "\n"
         )
@@ -64,19 +64,19 @@ def replay(file: Path, node: bool, strict: bool, as_json: bool, verbose: bool) -
     from toolkit.gpu.record import parse_recording  # noqa: PLC0415 - as above
     from toolkit.gpu.report import check_report  # noqa: PLC0415 - as above
 
-    snapshot, context, verdicts = parse_recording(_read(file))
+    snapshot, context, verdicts = parse_recording(_read_recording(file))
     context = replace(context, node=node)
     results = run_checks(snapshot, context)
     report = check_report(snapshot, results, strict=strict, node=node)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        click.echo(text_of(results, context, snapshot, verbose=verbose, strict=strict))
-        click.echo(difference(verdicts, results))
+        click.echo(format_results(results, context, snapshot, verbose=verbose, strict=strict))
+        click.echo(describe_differences(verdicts, results))
     sys.exit(int(report["exit_code"]))
 
 
-def _read(file: Path) -> Any:
+def _read_recording(file: Path) -> Any:
     from toolkit.base.errors import InputError  # noqa: PLC0415 - as above
     from toolkit.base.files import read_json  # noqa: PLC0415 - as above
     from toolkit.config.validate import check_instance  # noqa: PLC0415 - as above
@@ -92,17 +92,17 @@ def _read(file: Path) -> Any:
     return data
 
 
-def difference(verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
+def describe_differences(recorded_verdicts: dict[str, str], results: Sequence[CheckResult]) -> str:
     """Return a text that lists each check whose verdict now differs from its verdict in the
     recording.
     """
-    now = {result.id: result.verdict for result in results}
-    both = verdicts.keys() & now.keys()
+    current_verdicts = {result.id: result.verdict for result in results}
+    compared_ids = recorded_verdicts.keys() & current_verdicts.keys()
     changed = [
-        f"{name}: {verdicts[name]} then, {now[name]} now"
-        for name in sorted(both)
-        if verdicts[name] != now[name]
+        f"{name}: {recorded_verdicts[name]} then, {current_verdicts[name]} now"
+        for name in sorted(compared_ids)
+        if recorded_verdicts[name] != current_verdicts[name]
     ]
     if not changed:
-        return f"as recorded: {plural(len(both), 'verdict')} compared"
+        return f"as recorded: {plural(len(compared_ids), 'verdict')} compared"
     return "verdicts that differ from the recording:\n  " + "\n  ".join(changed)

@@ -19,35 +19,35 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LEAST_WIDTH = 80
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "magenta"}
+MIN_WIDTH = 80
+VERDICT_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "magenta"}
 
 
-def colours_on() -> bool:
+def uses_colours() -> bool:
     """Whether standard output supports colours and the user wants them."""
     return not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
 
 def styled(text: str, colour: str | None = None, *, bold: bool = False) -> str:
     """Return the text in a colour. If colours are off, return the text unchanged."""
-    if not colours_on() or not (colour or bold):
+    if not uses_colours() or not (colour or bold):
         return text
     return click.style(text, fg=colour, bold=bold or None)
 
 
 def verdict_word(verdict: str) -> str:
     """Return the verdict in its colour, padded to the length of the longest verdict."""
-    return styled(f"{verdict:<7}", COLOURS.get(verdict), bold=verdict == "fail")
+    return styled(f"{verdict:<7}", VERDICT_COLOURS.get(verdict), bold=verdict == "fail")
 
 
 def terminal_width() -> int:
     """Return the width of the terminal in columns, at least 80. The environment variable COLUMNS
     overrides the width.
     """
-    return max(LEAST_WIDTH, shutil.get_terminal_size((100, 24)).columns)
+    return max(MIN_WIDTH, shutil.get_terminal_size((100, 24)).columns)
 
 
-def table(
+def format_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
 ) -> str:
     """Return the rows as aligned columns, two spaces apart. ``right`` contains the indices of the
@@ -62,11 +62,11 @@ def table(
         # The first column is never wrapped, because it contains names that users copy.
         widest = max(range(len(widths))[1:] or [0], key=widths.__getitem__)
         widths[widest] = max(8, widths[widest] - excess)
-    head, *lines = [line for row in cells for line in _lines(row, widths, right)]
+    head, *lines = [line for row in cells for line in _row_lines(row, widths, right)]
     return "\n".join([styled(head, bold=True), *lines])
 
 
-def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
+def _row_lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> list[str]:
     """Return the lines of one row. A cell that is longer than its column is wrapped to several
     lines.
     """
@@ -81,7 +81,7 @@ def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> l
     return lines
 
 
-def paragraph(text: str, *, first: str = "", indent: str = "") -> str:
+def wrap_text(text: str, *, first: str = "", indent: str = "") -> str:
     """Return the text wrapped to the width of the terminal. ``first`` is put before the first line,
     and ``indent`` before the other lines.
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from toolkit.gpu.checks import CheckContext, CheckResult
     from toolkit.gpu.snapshot import NodeSnapshot
 
-TRUST = click.option(
+TRUST_REMOTE_CODE_OPTION = click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Execute Python code of the model's checkpoint, if the run file also allows this.",
@@ -37,7 +37,7 @@ _AT_LEAST = re.compile(r"(cc|free|driver)\s*>=\s*([0-9]{1,9}(?:\.[0-9]{1,9})*)\s
 _UNITS = {"": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
 
-def examine(
+def check_node(
     *,
     config: Path | None,
     gpu_index: int | None,
@@ -45,10 +45,10 @@ def examine(
     lock: Path | None,
     overrides: Sequence[str] = (),
     node: bool = False,
-    **choice: Sequence[str],
+    **selection: Sequence[str],
 ) -> tuple[NodeSnapshot, CheckContext, list[CheckResult]]:
-    """Read this node and run the checks that ``only`` and ``skip`` (in ``choice``) select. Return
-    the snapshot of the node, the context of the checks and their results.
+    """Read this node and run the checks that ``only`` and ``skip`` (in ``selection``) select.
+    Return the snapshot of the node, the context of the checks and their results.
 
     Raises:
         ConfigError: the run file has errors.
@@ -62,27 +62,27 @@ def examine(
     )
     from toolkit.gpu.snapshot import take_snapshot  # noqa: PLC0415 - after parsing
 
-    select_checks(**choice)  # reports a misspelt name before anything is read
-    values = requirements(require)
+    select_checks(**selection)  # reports a misspelt name before anything is read
+    requirements = parse_requirements(require)
     if lock is not None:
-        values["lock"] = read_lock(lock)
+        requirements["lock"] = read_lock(lock)
     document = run = None
     if overrides and config is None:
         raise InputError(
             "--set changes a run file, but no run file is given", fix="add `--config RUN.yaml`"
         )
     if config is not None:
-        document, run = _load(config, overrides)
+        document, run = _load_run(config, overrides)
     model, revision = (run.model.model_name, run.model.revision) if run else (None, None)
-    snapshot = take_snapshot(paths=folders(run, os.environ), model=model, revision=revision)
+    snapshot = take_snapshot(paths=run_folders(run, os.environ), model=model, revision=revision)
     situation = None
     if run is not None:
-        situation = _situation(snapshot, gpu_index)
-        values |= facts(run, situation)
-    context = CheckContext(gpu_index=gpu_index, node=node, **values)
+        situation = _node_situation(snapshot, gpu_index)
+        requirements |= run_requirements(run, situation)
+    context = CheckContext(gpu_index=gpu_index, node=node, **requirements)
     if context.lock:
         snapshot = with_locked_packages(snapshot, context.lock)
-    results = run_checks(snapshot, context, **choice)
+    results = run_checks(snapshot, context, **selection)
     if document is not None and not exit_code(results, node=node):
         from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
 
@@ -92,7 +92,7 @@ def examine(
     return snapshot, context, results
 
 
-def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
+def _load_run(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
     """Return the document of a run file and the run that it describes. The run file is validated
     without facts about a GPU.
 
@@ -106,14 +106,14 @@ def _load(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig]:
     return document, accepted(document, Situation(world_size=process_environment.world_size()))
 
 
-def _situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
+def _node_situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
     from toolkit.sizing.device import local_situation  # noqa: PLC0415 - only for a run file
 
     index = process_environment.local_rank() if gpu_index is None else gpu_index
     return local_situation(snapshot, gpu_index=index, world_size=process_environment.world_size())
 
 
-def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
+def run_requirements(run: RunConfig, situation: Situation) -> dict[str, Any]:
     """Return the requirements that a run file has for a node, as arguments of CheckContext."""
     from toolkit.config.environments import absent  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - as above
@@ -127,7 +127,7 @@ def facts(run: RunConfig, situation: Situation) -> dict[str, Any]:
     }
 
 
-def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:
+def run_folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path]:
     """Return {role: folder} for the folders that a run writes to (roles: ``output_dir``,
     ``HF_HOME`` ...).
     """
@@ -140,7 +140,7 @@ def folders(run: RunConfig | None, environ: Mapping[str, str]) -> dict[str, Path
     return paths if run is None else {"output_dir": Path(run.runtime.output_dir), **paths}
 
 
-def requirements(texts: Sequence[str]) -> dict[str, Any]:
+def parse_requirements(texts: Sequence[str]) -> dict[str, Any]:
     """Return the values of ``--require`` as arguments of CheckContext.
 
     The forms of a value are ``8``, ``gpu``, ``h200``, ``cc>=9.0``, ``free>=40GiB`` and
@@ -151,29 +151,29 @@ def requirements(texts: Sequence[str]) -> dict[str, Any]:
 
     values: dict[str, Any] = {}
     for text in texts:
-        found = _AT_LEAST.fullmatch(text.strip().lower())
+        match = _AT_LEAST.fullmatch(text.strip().lower())
         if text.strip().lower() == "gpu":
             values["required_gpus"] = max(1, values.get("required_gpus", 0))
         elif re.fullmatch(r"[0-9]{1,6}", text.strip()):
             values["required_gpus"] = int(text)
-        elif found and found[1] == "driver" and not found[3]:
-            values["required_driver"] = found[2]
-        elif found and found[2].count(".") > 1:
-            raise unknown_form(text)
-        elif found and found[1] == "free" and found[3] in _UNITS:
-            values["required_free_bytes"] = int(float(found[2]) * _UNITS[found[3]])
-        elif found and found[1] == "cc" and not found[3]:
-            major, _, minor = found[2].partition(".")
+        elif match and match[1] == "driver" and not match[3]:
+            values["required_driver"] = match[2]
+        elif match and match[2].count(".") > 1:
+            raise unknown_requirement_error(text)
+        elif match and match[1] == "free" and match[3] in _UNITS:
+            values["required_free_bytes"] = int(float(match[2]) * _UNITS[match[3]])
+        elif match and match[1] == "cc" and not match[3]:
+            major, _, minor = match[2].partition(".")
             values["required_capability"] = (int(major), int(minor or 0))
         elif re.search(r"[<>=]", text):
-            raise unknown_form(text)
+            raise unknown_requirement_error(text)
         else:
             cards.check_card_requirement(text)
             values["required_card"] = text
     return values
 
 
-def unknown_form(text: str) -> InputError:
+def unknown_requirement_error(text: str) -> InputError:
     """Return the error for a value of ``--require`` that has an unknown form."""
     return InputError(
         f"--require {text!r} has an unknown form",
@@ -190,9 +190,9 @@ def read_lock(path: Path) -> dict[str, str]:
     """
     pins = {}
     for line in read_bytes(path).decode(errors="replace").splitlines():
-        found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", line)
-        if found:
-            pins[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]
+        match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", line)
+        if match:
+            pins[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
     if not pins:
         raise InputError(
             f"{path} has no name==version line", fix="use a requirements file with `==` pins"

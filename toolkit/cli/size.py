@@ -60,7 +60,7 @@ def size(
     the run fits, 1 if it does not fit, 2 if a file cannot be read. If the run does not fit, the
     output lists changes and the memory that each change would free.
     """
-    from toolkit.cli.size_report import text_of  # noqa: PLC0415 - after the arguments are parsed
+    from toolkit.cli.size_report import format_report  # noqa: PLC0415 - after the arguments are parsed
     from toolkit.cli.size_target import read_target  # noqa: PLC0415 - as above
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
     from toolkit.sizing import read_spec, solve  # noqa: PLC0415 - as above
@@ -81,12 +81,12 @@ def size(
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
-        click.echo(text_of(result, config))
-    _judge(result, config, quiet=not as_json)
+        click.echo(format_report(result, config))
+    _refuse_misfit(result, config, quiet=not as_json)
     if write and document is not None:
-        from toolkit.cli.size_write import write_choice  # noqa: PLC0415 - only with --write
+        from toolkit.cli.size_write import write_chosen_values  # noqa: PLC0415 - only with --write
 
-        click.echo(write_choice(document, result.apply(config)), err=as_json)
+        click.echo(write_chosen_values(document, result.apply(config)), err=as_json)
 
 
 def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
@@ -106,27 +106,27 @@ def choose_device(gpu: str | None, gpu_index: int | None) -> Device | None:
     if gpu is not None:
         return Device.from_card(cards.find_card(gpu))
     snapshot = take_snapshot()
-    found = select_device(snapshot, gpu_index)
-    if found is not None:
-        return Device.from_node(snapshot, found)
-    state = find_presence(snapshot)
-    why = (
-        state.text
+    gpu_snapshot = select_device(snapshot, gpu_index)
+    if gpu_snapshot is not None:
+        return Device.from_node(snapshot, gpu_snapshot)
+    presence = find_presence(snapshot)
+    reason = (
+        presence.text
         if not snapshot.gpus
         else visible_devices(snapshot).problem or "CUDA finds no GPU"
     )
     if gpu_index is not None:
         raise ConfigError(
-            f"GPU {gpu_index} was requested, but {why}",
+            f"GPU {gpu_index} was requested, but {reason}",
             where="--gpu-index",
-            fix=state.remedy or None,
+            fix=presence.remedy or None,
         )
-    if state.kind != "none":
-        click.echo(f"note: {why}, so the run is sized for the CPU", err=True)
+    if presence.kind != "none":
+        click.echo(f"note: {reason}, so the run is sized for the CPU", err=True)
     return None
 
 
-def _judge(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
+def _refuse_misfit(result: SizingResult, config: RunConfig, *, quiet: bool) -> None:
     """Exit with 1 if the run does not fit.
 
     Raises ConfigError if gpu_memory_utilization in the run file is outside the possible interval.

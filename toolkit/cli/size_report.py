@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import GIB, format_bytes, format_parameters
-from toolkit.cli.render import paragraph, styled, table, terminal_width
+from toolkit.cli.render import format_table, styled, terminal_width, wrap_text
 from toolkit.config.engine_settings import SIZED
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from toolkit.sizing import SizingResult
     from toolkit.sizing.terms import Term
 
-WHEN = {"always": "always", "rollout": "rollouts", "training": "training"}
+PHASE_NAMES = {"always": "always", "rollout": "rollouts", "training": "training"}
 # Each row: a letter of the bar, its meaning, and prefixes of names of terms. A term gets the letter
 # of the first row with a matching prefix.
-LETTERS = (
+BAR_LETTERS = (
     ("C", "context", ("context",)),
     ("W", "weights", ("engine.weights", "trainer.weights")),
     ("L", "LoRA slots", ("engine.lora",)),
@@ -30,15 +30,24 @@ LETTERS = (
     ("T", "training step", ("trainer.",)),
     ("m", "margins", ("margin.",)),
 )
-OTHER_LETTERS = (("x", "used by other processes"), (".", "free"), ("!", "more than the card has"))
+OTHER_BAR_LETTERS = (
+    ("x", "used by other processes"),
+    (".", "free"),
+    ("!", "more than the card has"),
+)
 
 
-def text_of(result: SizingResult, config: RunConfig) -> str:
+def format_report(result: SizingResult, config: RunConfig) -> str:
     """Return the output of ``envcheck size`` as text."""
-    parts = [_head(result), _interval(result, config), _choice(result, config), _budget(result)]
-    parts += [_bars(result), _ranks(result), _peaks(result)]
+    parts = [
+        _head(result),
+        _interval(result, config),
+        _choice_table(result, config),
+        _budget_table(result),
+    ]
+    parts += [_bars(result), _lora_slot_sizes(result), _peak_line(result)]
     if result.model.notes:
-        notes = [paragraph(note, first="note: ", indent="      ") for note in result.model.notes]
+        notes = [wrap_text(note, first="note: ", indent="      ") for note in result.model.notes]
         parts.append("\n".join(notes))
     if result.remedies:
         lines = [f"  {remedy}" for remedy in result.remedies]
@@ -55,12 +64,13 @@ def text_of(result: SizingResult, config: RunConfig) -> str:
 
 def _head(result: SizingResult) -> str:
     model = result.model
-    held = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
+    weights_text = f"{model.quantization or model.dtype} {format_bytes(model.weight_bytes)}"
     cards = result.choice.tensor_parallel_size
-    each = f" on each of {cards} cards" if cards > 1 else ""
+    per_card = f" on each of {cards} cards" if cards > 1 else ""
     lines = [
         f"model   {model.name} ({model.architecture}): {format_parameters(model.parameters)} "
-        f"parameters, {held}, KV {format_bytes(model.kv_bytes_per_token)} per token{each}",
+        f"parameters, {weights_text}, "
+        f"KV {format_bytes(model.kv_bytes_per_token)} per token{per_card}",
     ]
     if model.margin:
         lines.append(
@@ -77,7 +87,7 @@ def _head(result: SizingResult) -> str:
             f"{format_bytes(device['free_bytes'])} free, capability {major}.{minor}"
             + ("" if device["here"] else " (from the table of cards)")
         )
-    return "\n".join(paragraph(line, indent=" " * 8) for line in lines)
+    return "\n".join(wrap_text(line, indent=" " * 8) for line in lines)
 
 
 def _interval(result: SizingResult, config: RunConfig) -> str:
@@ -108,7 +118,7 @@ def _interval(result: SizingResult, config: RunConfig) -> str:
     )
 
 
-def _choice(result: SizingResult, config: RunConfig) -> str:
+def _choice_table(result: SizingResult, config: RunConfig) -> str:
     choice = result.choice
     micro, accumulation = choice.per_device_train_batch_size, choice.gradient_accumulation_steps
     rows = [
@@ -120,22 +130,24 @@ def _choice(result: SizingResult, config: RunConfig) -> str:
             if config.grpo.get("per_device_train_batch_size") == "auto"
             else f"largest that fits: {choice.largest_micro_batch or 'none'}",
         ],
-        *_packs(result, config),
-        _row("lora.target_modules", _names(choice.target_modules), config.lora),
-        _row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
+        *_pack_rows(result, config),
+        _choice_row("lora.target_modules", _join_targets(choice.target_modules), config.lora),
+        _choice_row("lora.use_gradient_checkpointing", choice.gradient_checkpointing, config.lora),
     ]
     if choice.fast_inference:
         # gpu_memory_utilization is printed above the table, with its interval
         names = [name for name in SIZED if name != "gpu_memory_utilization"]
-        rows += [_row(f"model.{name}", getattr(choice, name), config.model) for name in names]
-    rows.append(_row("model.dtype", choice.dtype, config.model))
-    rows.append(_row("model.fast_inference", choice.fast_inference, config.model))
+        rows += [
+            _choice_row(f"model.{name}", getattr(choice, name), config.model) for name in names
+        ]
+    rows.append(_choice_row("model.dtype", choice.dtype, config.model))
+    rows.append(_choice_row("model.fast_inference", choice.fast_inference, config.model))
     if choice.kv_cache_bytes is not None:
         rows.append(["KV cache of the CPU engine", format_bytes(choice.kv_cache_bytes), ""])
-    return table(["choice", "value", ""], rows)
+    return format_table(["choice", "value", ""], rows)
 
 
-def _packs(result: SizingResult, config: RunConfig) -> list[list[str]]:
+def _pack_rows(result: SizingResult, config: RunConfig) -> list[list[str]]:
     packs = result.trainer.packs
     if packs is None:
         return []
@@ -158,7 +170,7 @@ def _packs(result: SizingResult, config: RunConfig) -> list[list[str]]:
     ]
 
 
-def _row(name: str, value: object, section: ModelSection | LoraSection) -> list[str]:
+def _choice_row(name: str, value: object, section: ModelSection | LoraSection) -> list[str]:
     written = getattr(section, name.rpartition(".")[2])
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     if written == "auto":
@@ -167,24 +179,24 @@ def _row(name: str, value: object, section: ModelSection | LoraSection) -> list[
     return [name, shown, "the default" if written == usual else "written"]
 
 
-def _names(targets: tuple[str, ...] | str) -> str:
+def _join_targets(targets: tuple[str, ...] | str) -> str:
     return targets if isinstance(targets, str) else ", ".join(targets)
 
 
-def _budget(result: SizingResult) -> str:
-    whole = result.device["cuda_total_bytes"] if result.device else None
+def _budget_table(result: SizingResult) -> str:
+    total_bytes = result.device["cuda_total_bytes"] if result.device else None
     rows = [
         [
             term.name,
             format_bytes(term.nbytes),
-            f"{term.nbytes / whole:.1%}" if whole else "",
-            WHEN[term.phase],
+            f"{term.nbytes / total_bytes:.1%}" if total_bytes else "",
+            PHASE_NAMES[term.phase],
             term.source,
         ]
         for term in result.terms
         if term.nbytes
     ]
-    return table(["budget", "bytes", "of card", "when", "from"], rows, right=(1, 2))
+    return format_table(["budget", "bytes", "of card", "when", "from"], rows, right=(1, 2))
 
 
 def _bars(result: SizingResult) -> str:
@@ -194,7 +206,7 @@ def _bars(result: SizingResult) -> str:
     """
     if result.device is None:
         return ""
-    whole = int(result.device["cuda_total_bytes"])
+    total_bytes = int(result.device["cuda_total_bytes"])
     lines: list[str] = []
     seen: set[str] = set()
     for phase in ("rollout", "training"):
@@ -204,74 +216,76 @@ def _bars(result: SizingResult) -> str:
             for term in result.terms
             if term.phase in ("always", phase) and not (asleep and term.name == "engine.kv")
         ]
-        taken = sum(term.nbytes for term in terms) + (
-            whole - min(int(result.device["free_bytes"]), whole)
+        taken_bytes = sum(term.nbytes for term in terms) + (
+            total_bytes - min(int(result.device["free_bytes"]), total_bytes)
         )
-        bar = _bar(terms, whole, int(result.device["free_bytes"]))
+        bar = _bar(terms, total_bytes, int(result.device["free_bytes"]))
         seen.update(bar)
-        used = f"{taken / GIB:.1f} of {whole / GIB:.1f} GiB"
-        lines.append(f"{WHEN[phase]:<9}[{bar}] {used}{' KV freed' if asleep else ''}")
-    legend = [f"{letter} {meaning}" for letter, meaning, _ in LETTERS if letter in seen]
-    legend += [f"{letter} {meaning}" for letter, meaning in OTHER_LETTERS if letter in seen]
+        used = f"{taken_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB"
+        lines.append(f"{PHASE_NAMES[phase]:<9}[{bar}] {used}{' KV freed' if asleep else ''}")
+    legend = [f"{letter} {meaning}" for letter, meaning, _ in BAR_LETTERS if letter in seen]
+    legend += [f"{letter} {meaning}" for letter, meaning in OTHER_BAR_LETTERS if letter in seen]
     indent = " " * 9
-    return "\n".join([*lines, paragraph(", ".join(legend), first=indent, indent=indent)])
+    return "\n".join([*lines, wrap_text(", ".join(legend), first=indent, indent=indent)])
 
 
-def _bar(terms: list[Term], whole: int, free: int) -> str:
+def _bar(terms: list[Term], total_bytes: int, free_bytes: int) -> str:
     width = min(terminal_width(), 120) - 36
     sizes: dict[str, int] = {}
-    if free < whole:
-        sizes["x"] = whole - free
-    for letter, _, _ in LETTERS:
+    if free_bytes < total_bytes:
+        sizes["x"] = total_bytes - free_bytes
+    for letter, _, _ in BAR_LETTERS:
         sizes[letter] = sum(term.nbytes for term in terms if _letter(term.name) == letter)
-    taken = sum(sizes.values())
-    cells = _cells(sizes, min(taken, whole), width * min(taken, whole) // whole)
-    drawn = "".join(letter * cells[letter] for letter in sizes)
-    if taken > whole:
-        return drawn[: width - 1].ljust(width - 1, ".") + "!"
-    return drawn + "." * (width - len(drawn))
+    taken_bytes = sum(sizes.values())
+    cells = _letter_counts(
+        sizes, min(taken_bytes, total_bytes), width * min(taken_bytes, total_bytes) // total_bytes
+    )
+    bar = "".join(letter * cells[letter] for letter in sizes)
+    if taken_bytes > total_bytes:
+        return bar[: width - 1].ljust(width - 1, ".") + "!"
+    return bar + "." * (width - len(bar))
 
 
-def _cells(sizes: dict[str, int], taken: int, most: int) -> dict[str, int]:
+def _letter_counts(sizes: dict[str, int], taken_bytes: int, max_letters: int) -> dict[str, int]:
     """Return how many letters each part of a bar gets. ``sizes`` has the bytes of each part. The
     letters are proportional to the bytes.
 
-    ``most`` is the length of the bar in letters, and ``taken`` is its length in bytes. A part below
-    0.1% of ``taken`` gets no letter. Every other part gets at least one letter. If the sum of the
-    letters is then above ``most``, the longest parts are shortened.
+    ``max_letters`` is the length of the bar in letters, and ``taken_bytes`` is its length in bytes.
+    A part below 0.1% of ``taken_bytes`` gets no letter. Every other part gets at least one letter.
+    If the sum of the letters is then above ``max_letters``, the longest parts are shortened.
     """
     total = sum(sizes.values())
-    shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken}
-    most = max(most, len(shown))
-    cells = dict.fromkeys(sizes, 0)
-    cells |= {letter: max(1, nbytes * most // total) for letter, nbytes in shown.items()}
-    while cells and sum(cells.values()) > most:
-        cells[max(cells, key=lambda letter: cells[letter])] -= 1
-    while shown and sum(cells.values()) < most:
-        lacks = {letter: sizes[letter] * most / total - cells[letter] for letter in shown}
-        cells[max(lacks, key=lambda letter: lacks[letter])] += 1
-    return cells
+    shown = {letter: nbytes for letter, nbytes in sizes.items() if nbytes * 1000 > taken_bytes}
+    max_letters = max(max_letters, len(shown))
+    counts = dict.fromkeys(sizes, 0)
+    counts |= {letter: max(1, nbytes * max_letters // total) for letter, nbytes in shown.items()}
+    while counts and sum(counts.values()) > max_letters:
+        counts[max(counts, key=lambda letter: counts[letter])] -= 1
+    while shown and sum(counts.values()) < max_letters:
+        lacks = {letter: sizes[letter] * max_letters / total - counts[letter] for letter in shown}
+        counts[max(lacks, key=lambda letter: lacks[letter])] += 1
+    return counts
 
 
 def _letter(name: str) -> str:
-    return next(letter for letter, _, names in LETTERS if name.startswith(names))
+    return next(letter for letter, _, names in BAR_LETTERS if name.startswith(names))
 
 
-def _ranks(result: SizingResult) -> str:
+def _lora_slot_sizes(result: SizingResult) -> str:
     if not result.engine.ranks:
         return ""
     chosen = result.choice.max_lora_rank
-    priced = [
+    sizes = [
         f"{rank}{'*' if rank == chosen else ''}: {format_bytes(nbytes)}"
         for rank, nbytes in result.engine.ranks
     ]
-    listed = paragraph(", ".join(priced), first="  ", indent="  ")
+    listed = wrap_text(", ".join(sizes), first="  ", indent="  ")
     return "memory of the engine's LoRA slots by max_lora_rank (* the chosen rank)\n" + listed
 
 
-def _peaks(result: SizingResult) -> str:
+def _peak_line(result: SizingResult) -> str:
     peaks = result.peaks
-    return paragraph(
+    return wrap_text(
         f"torch's peak: {format_bytes(peaks.torch_bytes)} predicted "
         f"(rollouts {format_bytes(peaks.rollout_bytes)}, "
         f"training {format_bytes(peaks.training_bytes)}), "

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 RUN_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 # Sections that do not change the size. Sizing ignores errors in them, such as a missing data set.
-UNSIZED = ("dataset", "reward")
-OF_THE_CARD = ("HW001", "LOAD002", "LOAD004", "LOAD005")
-STRUCTURE = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
+SECTIONS_WITHOUT_SIZE = ("dataset", "reward")
+CARD_RULES = ("HW001", "LOAD002", "LOAD004", "LOAD005")
+STRUCTURE_RULE_PREFIXES = ("DOC", "YAML", "KEY", "TYPE", "SAFE")
 
 
 def read_target(
@@ -37,8 +37,8 @@ def read_target(
     path = Path(target)
     is_run = target == "-" or (path.suffix in RUN_SUFFIXES and path.name != "config.json")
     if not is_run or path.is_dir() or (path.suffix == ".json" and _is_model_config(path)):
-        return _of_model(target, overrides, situation), None
-    return _of_run_file(path, overrides, situation)
+        return _default_run(target, overrides, situation), None
+    return _read_run_file(path, overrides, situation)
 
 
 def _is_model_config(path: Path) -> bool:
@@ -49,7 +49,7 @@ def _is_model_config(path: Path) -> bool:
     return isinstance(values, dict) and "model_type" in values and "model" not in values
 
 
-def _of_run_file(
+def _read_run_file(
     path: Path, overrides: Sequence[str], situation: Situation
 ) -> tuple[RunConfig, Document]:
 
@@ -58,21 +58,22 @@ def _of_run_file(
     from toolkit.config.validate import refusal, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
-    judged = validate(document, situation)
-    if judged.config is not None:
-        return judged.config, document
-    faults = [found for found in judged.findings if str(found.severity) == "error"]
-    stopping = [
-        found
-        for found in faults
-        if found.rule.startswith(STRUCTURE) or not (found.path and found.path[0] in UNSIZED)
+    validation = validate(document, situation)
+    if validation.config is not None:
+        return validation.config, document
+    errors = [finding for finding in validation.findings if str(finding.severity) == "error"]
+    blocking_errors = [
+        finding
+        for finding in errors
+        if finding.rule.startswith(STRUCTURE_RULE_PREFIXES)
+        or not (finding.path and finding.path[0] in SECTIONS_WITHOUT_SIZE)
     ]
-    if stopping:
-        raise refusal(document, stopping)
+    if blocking_errors:
+        raise refusal(document, blocking_errors)
     return build_config(document), document
 
 
-def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
+def _default_run(model: str, overrides: Sequence[str], situation: Situation) -> RunConfig:
     """Return a run of ``model`` with ``overrides``, and default values for all other keys.
 
     Raises ConfigError for an invalid override, and for a default value that the card does not
@@ -88,13 +89,16 @@ def _of_model(model: str, overrides: Sequence[str], situation: Situation) -> Run
 
     text = json.dumps({"model": {"model_name": model}})
     document = assemble(Source(model, text, Path.cwd(), None, "json"), overrides)
-    judged = validate(document, situation)
-    faults = [
-        found
-        for found in judged.findings
-        if str(found.severity) == "error"
-        and (found.rule in OF_THE_CARD or (found.source is not None and found.source.is_override))
+    validation = validate(document, situation)
+    errors = [
+        finding
+        for finding in validation.findings
+        if str(finding.severity) == "error"
+        and (
+            finding.rule in CARD_RULES
+            or (finding.source is not None and finding.source.is_override)
+        )
     ]
-    if faults:
-        raise refusal(document, faults)
+    if errors:
+        raise refusal(document, errors)
     return build_config(document)

@@ -7,7 +7,7 @@ import click
 from toolkit.base.version import __version__
 from toolkit.cli.early import StoppableGroup
 from toolkit.cli.exits import command_main
-from toolkit.cli.lazy import HELP
+from toolkit.cli.lazy import HELP_SETTINGS
 
 COMMANDS = {
     "train": ("toolkit.cli.train_run:train", "Check the node, train a run file, write a report."),
@@ -34,7 +34,7 @@ COMMANDS = {
     cls=StoppableGroup,
     commands_at=COMMANDS,
     other_program=("envcheck", "toolkit.cli.envcheck:COMMANDS"),
-    context_settings=HELP,
+    context_settings=HELP_SETTINGS,
 )
 @click.version_option(__version__, prog_name="toolkit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -14,7 +14,7 @@ import click
 
 from toolkit.base import process_environment
 from toolkit.base.errors import ToolkitError
-from toolkit.cli.exits import debug_asked
+from toolkit.cli.exits import debug_requested
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from toolkit.config.resolved import Situation
     from toolkit.config.run_config import RunConfig
 
-FIRST_SPEAKS_S = 5.0
+OTHER_RANKS_DELAY_S = 5.0
 
 
-class Processes(click.IntRange):
+class ProcessCount(click.IntRange):
     """The type of an option whose value is a number of processes or ``auto``.
 
     ``auto`` means one process per visible GPU, or one process if there is no GPU.
@@ -62,7 +62,7 @@ class Processes(click.IntRange):
 @click.option(
     "--nproc-per-node",
     "processes",
-    type=Processes(min=1),
+    type=ProcessCount(min=1),
     metavar="N|auto",
     help="Train with N processes on this node, one per GPU. With auto, use all visible GPUs. For "
     "several nodes, start this command on each node and set the environment variables PET_NNODES, "
@@ -88,13 +88,15 @@ def train(  # noqa: PLR0913 - one parameter per option
     is bad; 4 try again later; 75 a signal stopped the run after it wrote a checkpoint. After exit
     code 75, start the same command again to continue.
     """
-    given = {
+    option_values = {
         "runtime.output_dir": output_dir,
         "grpo.max_steps": max_steps,
         "runtime.resume": resume,
     }
-    named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    debug = debug or debug_asked()
+    option_overrides = [
+        f"{key}={json.dumps(value)}" for key, value in option_values.items() if value is not None
+    ]
+    debug = debug or debug_requested()
     if processes is not None and "RANK" in os.environ:
         raise click.UsageError(
             "--nproc-per-node cannot be used inside torchrun or srun, "
@@ -104,13 +106,13 @@ def train(  # noqa: PLR0913 - one parameter per option
         world_size = process_environment.world_size()
     else:
         world_size = processes * process_environment.node_count()
-    config, rules = _load(run_file, [*overrides, *named], world_size)
+    config, rules = _load_run(run_file, [*overrides, *option_overrides], world_size)
     if dry_run:
-        _show(config, world_size)
+        _print_resolved_run(config, world_size)
     elif processes is None or world_size == 1:
-        _run(config, rules, evaluate=evaluate, debug=debug)
+        _train(config, rules, evaluate=evaluate, debug=debug)
     else:
-        sys.exit(_launch(run_file, [*overrides, *named], processes, evaluate, debug))
+        sys.exit(_launch(run_file, [*overrides, *option_overrides], processes, evaluate, debug))
 
 
 def _launch(
@@ -118,13 +120,13 @@ def _launch(
 ) -> int:
     from toolkit.train.launch import launch  # noqa: PLC0415 - only this function needs it
 
-    sets = [part for text in overrides for part in ("--set", text)]
-    said = {None: [], True: ["--evaluate"], False: ["--no-evaluate"]}[evaluate]
-    flags = [*said, *(["--debug"] if debug else [])]
-    return launch(["train", run_file, *sets, *flags], processes)
+    set_options = [part for text in overrides for part in ("--set", text)]
+    evaluate_flags = {None: [], True: ["--evaluate"], False: ["--no-evaluate"]}[evaluate]
+    flags = [*evaluate_flags, *(["--debug"] if debug else [])]
+    return launch(["train", run_file, *set_options, *flags], processes)
 
 
-def _load(
+def _load_run(
     run_file: str, overrides: list[str], world_size: int
 ) -> tuple[RunConfig, Callable[[Situation], object]]:
     """Return the run that the run file describes, and a function. The function takes facts about
@@ -140,12 +142,12 @@ def _load(
     except ToolkitError:
         # torchrun ends all processes when the first process ends. Only rank 0 ends at once, so that
         # the error is printed once.
-        time.sleep(FIRST_SPEAKS_S if process_environment.rank() else 0.0)
+        time.sleep(OTHER_RANKS_DELAY_S if process_environment.rank() else 0.0)
         raise
     return config, lambda here: accepted(document, here)
 
 
-def _show(config: RunConfig, world_size: int) -> None:
+def _print_resolved_run(config: RunConfig, world_size: int) -> None:
     from toolkit.train.checkpointing.run_directory import as_mapping  # noqa: PLC0415
     from toolkit.train.preflight import preflight  # noqa: PLC0415
 
@@ -153,7 +155,7 @@ def _show(config: RunConfig, world_size: int) -> None:
     click.echo(json.dumps(as_mapping(ready.config), indent=2))
 
 
-def _run(
+def _train(
     config: RunConfig, rules: Callable[[Situation], object], *, evaluate: bool | None, debug: bool
 ) -> None:
     from toolkit.train.logging_setup import prepare_environment  # noqa: PLC0415

@@ -30,8 +30,8 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     from toolkit.sizing.lora_bytes import fused_shapes, legal_rank  # noqa: PLC0415
     from toolkit.sizing.spec import read_spec  # noqa: PLC0415
 
-    found = {shape for name in model for shape in fused_shapes(read_spec(name))}
-    widths = sorted({legal_rank(rank) for rank in ranks})
+    layer_shapes = {shape for name in model for shape in fused_shapes(read_spec(name))}
+    legal_ranks = sorted({legal_rank(rank) for rank in ranks})
     if not vllm_available():
         raise MissingExtraError(
             "vLLM is not installed", where="tune", fix="run pip install 'grpo-toolkit[cuda]'"
@@ -42,7 +42,7 @@ def tune(*, model: tuple[str, ...], ranks: tuple[int, ...], out: Path, limit_s: 
     from toolkit.engine.lora_tables import write_table  # noqa: PLC0415
     from toolkit.engine.lora_tune import LayerShape, tune_card  # noqa: PLC0415 - imports torch and vLLM
 
-    shapes = [LayerShape(rows, wide, rank) for rows, wide in found for rank in widths]
+    shapes = [LayerShape(rows, wide, rank) for rows, wide in layer_shapes for rank in legal_ranks]
     table, before, after = tune_card(shapes, limit_s, lambda text: click.echo(text, err=True))
     write_table(table, out)
     click.echo(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from toolkit.base.errors import InputError
-from toolkit.cli.findings import PRINTERS, choice_lines, fixed_lines
+from toolkit.cli.findings import PRINTERS, applied_edit_lines, unfixed_finding_lines
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.layers import load_document
 from toolkit.config.rules import DeviceFacts, Situation
-from toolkit.config.validate import validate as judge
+from toolkit.config.validate import validate as validate_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class _Options:
     """The options of the command line."""
 
     strict: bool
@@ -82,18 +82,18 @@ def validate(files: tuple[str, ...], form: str, **options: Any) -> None:
     `envcheck explain RULE` explains a finding. If TOOLKIT_DOCS_URL is set, each finding contains
     the address of its page in the documentation (in SARIF: helpUri).
     """
-    request = _request(options)
+    request = _parse_options(options)
     printer = PRINTERS[form]()
     names: list[str] = []
-    for name in expand(files):
+    for name in expand_arguments(files):
         names.append(name)
-        for found in _one(name, request):
+        for found in _findings_of_file(name, request):
             printer.add(found)
     printer.end(names)
     raise SystemExit(printer.exit_code)
 
 
-def _request(options: dict[str, Any]) -> _Request:
+def _parse_options(options: dict[str, Any]) -> _Options:
     gpu, card = options["gpu"], None
     device = None
     if gpu == "none":
@@ -104,7 +104,7 @@ def _request(options: dict[str, Any]) -> _Request:
         card = find_card(gpu)
         device = DeviceFacts(card.name, card.compute_capability, card.machine)
     situation = Situation(world_size=options["world_size"], device=device)
-    return _Request(
+    return _Options(
         strict=options["strict"],
         fix=options["fix"],
         overrides=options["overrides"],
@@ -113,23 +113,23 @@ def _request(options: dict[str, Any]) -> _Request:
     )
 
 
-def _one(name: str, request: _Request) -> Iterator[Finding]:
+def _findings_of_file(name: str, request: _Options) -> Iterator[Finding]:
     if request.fix:
-        _rewrite(name, request)
+        _apply_fixes(name, request)
     document = load_document(name, request.overrides)
-    outcome = judge(document, request.situation)
+    outcome = validate_document(document, request.situation)
     findings = outcome.findings
     if request.card is not None:
-        findings += tuple(_outside_interval(document, outcome, request))
+        findings += tuple(_interval_findings(document, outcome, request))
     for found in findings:
         yield found.as_error() if request.strict else found
 
 
-def _rewrite(name: str, request: _Request) -> None:
+def _apply_fixes(name: str, request: _Options) -> None:
     from pathlib import Path  # noqa: PLC0415 - only with --fix
 
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
-    from toolkit.cli.exits import writing  # noqa: PLC0415
+    from toolkit.cli.exits import report_write_errors  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
     from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
 
@@ -141,16 +141,16 @@ def _rewrite(name: str, request: _Request) -> None:
         return  # validation reports why the file cannot be read
     repair = fix_source(source, request.overrides, request.situation)
     if repair.source.text != source.text:
-        with writing(Path(name)):
+        with report_write_errors(Path(name)):
             rewrite_file(Path(name), repair.source.bom + repair.source.text)
-        for line in fixed_lines(name, repair):
+        for line in applied_edit_lines(name, repair):
             click.echo(line, err=True)
-    for line in choice_lines(repair):
+    for line in unfixed_finding_lines(repair):
         click.echo(line, err=True)
 
 
-def _outside_interval(
-    document: Document, outcome: Validation, request: _Request
+def _interval_findings(
+    document: Document, outcome: Validation, request: _Options
 ) -> Iterator[Finding]:
     """Yield a LOAD008 finding if gpu_memory_utilization in the run file is outside the interval
     that the sizer computes for the card that ``--gpu`` names.
@@ -164,16 +164,19 @@ def _outside_interval(
 
     assert request.card is not None
     model = outcome.config.model
-    free = replace(outcome.config, model=replace(model, gpu_memory_utilization="auto"))
+    auto_config = replace(outcome.config, model=replace(model, gpu_memory_utilization="auto"))
     try:
         spec = read_spec(model.model_name, model.revision)
-        sized = solve(
-            free, spec, Device.from_card(request.card), world_size=request.situation.world_size
+        sizing_result = solve(
+            auto_config,
+            spec,
+            Device.from_card(request.card),
+            world_size=request.situation.world_size,
         )
     except ToolkitError:
         # The model is missing (MODEL001) or the run does not fit. envcheck size reports either.
         return
-    low, high = sized.interval.min, sized.interval.max
+    low, high = sizing_result.interval.min, sizing_result.interval.max
     if low is None or high is None or low <= node.value <= high:
         return
     yield Finding(
@@ -192,7 +195,7 @@ def _outside_interval(
     )
 
 
-def expand(arguments: tuple[str, ...]) -> Iterator[str]:
+def expand_arguments(arguments: tuple[str, ...]) -> Iterator[str]:
     """Yield the run files that the arguments describe. An argument is a file, a folder, a glob
     pattern, or "-". The files of a folder or a pattern are sorted.
 
@@ -202,28 +205,28 @@ def expand(arguments: tuple[str, ...]) -> Iterator[str]:
         if argument == "-":
             yield argument
         elif os.path.isdir(argument):
-            found = sorted(_in_folder(argument))
-            if not found:
+            paths = sorted(_run_files_in(argument))
+            if not paths:
                 raise InputError(
                     "contains no run file",
                     where=argument,
                     fix="use a folder with `*.yaml`, `*.toml` or `*.json` run files",
                 )
-            yield from found
+            yield from paths
         elif not os.path.lexists(argument) and any(mark in argument for mark in "*?["):
             import glob  # noqa: PLC0415 - rarely needed: most shells expand patterns
 
-            found = sorted(glob.glob(argument, recursive=True))
-            if not found:
+            paths = sorted(glob.glob(argument, recursive=True))
+            if not paths:
                 raise InputError("matches no file", where=argument)
-            for one in found:
+            for one in paths:
                 if not os.path.isdir(one):
                     yield one
         else:
             yield argument
 
 
-def _in_folder(folder: str) -> Iterator[str]:
+def _run_files_in(folder: str) -> Iterator[str]:
     """Yield the run files in a folder and its subfolders: all YAML and TOML files, and the JSON
     files that have a section ``model``. Other JSON files are not run files.
     """

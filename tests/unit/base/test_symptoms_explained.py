@@ -16,7 +16,7 @@ from toolkit.base.symptoms import CONSEQUENCES, SYMPTOMS, find_symptoms, similar
 from toolkit.base.symptoms.errors import explain_error
 from toolkit.base.symptoms.pasted import condense
 from toolkit.cli.envcheck import cli
-from toolkit.cli.exits import guarded
+from toolkit.cli.exits import report_errors
 from toolkit.gpu.checks import checks_by_id
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "symptom_texts.jsonl"
@@ -106,7 +106,7 @@ def test_a_command_explains_the_same_error_in_the_same_words(
         assert type(error) is kinds[code], symptom
         assert error.fix == find_symptoms(text)[0].remedy
     text = TEXTS[0][-1]
-    with pytest.raises(SystemExit) as end, guarded():
+    with pytest.raises(SystemExit) as end, report_errors():
         raise RuntimeError(text)
     assert end.value.code == 3
     told = CliRunner().invoke(cli, ["explain", "-"], input=text).output

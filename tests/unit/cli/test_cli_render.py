@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def test_a_table_aligns_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = render.table(["a", "name"], [["1", "word " * 20 + "x" * 100], ["22", ""]], right=[0])
+    text = render.format_table(
+        ["a", "name"], [["1", "word " * 20 + "x" * 100], ["22", ""]], right=[0]
+    )
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith(" 1  word word")
@@ -37,7 +39,7 @@ def test_a_narrow_terminal_still_gets_eighty_columns(monkeypatch: pytest.MonkeyP
 
 
 def test_paragraphs_hang() -> None:
-    text = render.paragraph("word " * 60, first="fix: ", indent="     ")
+    text = render.wrap_text("word " * 60, first="fix: ", indent="     ")
     first, *rest = text.splitlines()
     assert first.startswith("fix: word")
     assert rest

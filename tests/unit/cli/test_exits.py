@@ -11,7 +11,7 @@ import pytest
 
 from toolkit.base import defect
 from toolkit.base.errors import ConfigError, DefectError
-from toolkit.cli.exits import guarded
+from toolkit.cli.exits import report_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code and what is printed where a command raises ``error``."""
-    with pytest.raises(SystemExit) as end, guarded():
+    with pytest.raises(SystemExit) as end, report_errors():
         raise error
     return int(str(end.value.code)), capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from io import StringIO
 
 import pytest
 
-from toolkit.cli.generate import shown
+from toolkit.cli.generate import printable
 
 
 class Terminal(StringIO):
@@ -20,4 +20,4 @@ class Terminal(StringIO):
 )
 def test_shown(monkeypatch: pytest.MonkeyPatch, stream, expected: str) -> None:
     monkeypatch.setattr(sys, "stdout", stream())
-    assert shown("\x1b]0;x") == expected
+    assert printable("\x1b]0;x") == expected

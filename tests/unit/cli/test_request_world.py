@@ -27,15 +27,15 @@ def test_whole_groups_over_all_processes_are_whole(
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))
     with pytest.raises(ConfigError, match="do not divide the generation batch of 1 completions"):
-        request._load(path, ())
+        request._load_run(path, ())
     monkeypatch.setenv("WORLD_SIZE", "8")
-    _, run = request._load(path, ())
+    _, run = request._load_run(path, ())
     assert run.grpo["num_generations"] == 8
 
 
 def test_requirements_in_their_forms() -> None:
     """A second part of a compute capability may be left out; a driver's version has any number."""
-    values = request.requirements(["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"])
+    values = request.parse_requirements(["cc>=9", "free >= 1.5 GiB", "driver>=580.65.06", "2"])
     assert values == {
         "required_capability": (9, 0),
         "required_free_bytes": 3 << 29,
@@ -43,5 +43,5 @@ def test_requirements_in_their_forms() -> None:
         "required_gpus": 2,
     }
     with pytest.raises(ConfigError) as refused:
-        request.requirements(["h300"])
+        request.parse_requirements(["h300"])
     assert refused.value.where == "--require"

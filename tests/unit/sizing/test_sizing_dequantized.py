@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from toolkit.base.formatting import GIB
-from toolkit.cli.size_report import text_of
+from toolkit.cli.size_report import format_report
 from toolkit.sizing.dequantized import TERM
 from toolkit.sizing.solve import best_candidate, solve
 
@@ -32,7 +32,7 @@ def test_a_large_card_holds_all_of_them(spec_of, card, run):
     assert next(one.phase for one in result.terms if one.name == TERM) == "rollout"
     assert result.engine.kv_bytes >= result.engine.kv_wanted_bytes
     assert result.apply(config).model.dequantized_rollouts is True
-    assert "dequantized_rollouts" in text_of(result, config)
+    assert "dequantized_rollouts" in format_report(result, config)
 
 
 def test_a_smaller_card_holds_the_largest_layers_or_none(spec_of, card, run):
@@ -48,7 +48,7 @@ def test_a_smaller_card_holds_the_largest_layers_or_none(spec_of, card, run):
     assert term(none) == 0
     assert none.engine.copies_note in none.model.notes
     assert "no copies are made" in none.engine.copies_note
-    assert "no copies are made" in text_of(none, config).replace("\n      ", " ")
+    assert "no copies are made" in format_report(none, config).replace("\n      ", " ")
 
 
 def test_they_take_nothing_from_the_training_step(spec_of, card, run):

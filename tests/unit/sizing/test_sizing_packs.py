@@ -7,7 +7,7 @@ import json
 import pytest
 
 from toolkit.base.errors import ConfigError
-from toolkit.cli.size_report import text_of
+from toolkit.cli.size_report import format_report
 from toolkit.sizing import solve
 from toolkit.sizing.packs import uses_packs
 
@@ -34,7 +34,7 @@ def test_a_group_of_long_sequences_shares_its_prompt(spec_of, card, run, monkeyp
     rows = solve(run(LONG, **CONTEXT, padding_free=False), spec_of(EIGHT_B), card("h100"))
     assert rows.trainer.packs is None
     assert result.trainer.step_s_estimate < 0.5 * rows.trainer.step_s_estimate
-    text = " ".join(text_of(result, run(LONG, **CONTEXT)).split())
+    text = " ".join(format_report(result, run(LONG, **CONTEXT)).split())
     assert "runtime.pack_tokens 32,768 chosen" in text
     assert "training passes of a step 1 at full length, 1 at half 32,768 tokens, padded" in text
 

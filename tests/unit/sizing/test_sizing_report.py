@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from toolkit.cli.size_report import text_of
+from toolkit.cli.size_report import format_report
 from toolkit.sizing import solve
 
 BAR = re.compile(r"\[([A-Za-z.!]+)\] ([\d.]+) of ([\d.]+) GiB")
@@ -23,7 +23,7 @@ def test_a_bar_ends_where_the_card_ends(spec_of, card, run, monkeypatch, name, m
             device = card(name)
             device = replace(device, free_bytes=int(device.free_bytes * share))
             result = solve(run(), spec_of(model), device)
-            bars = BAR.findall(text_of(result, run()))
+            bars = BAR.findall(format_report(result, run()))
             assert len(bars) == 2
             for bar, taken, whole in bars:
                 assert len(bar) == width - 36
@@ -34,9 +34,9 @@ def test_a_bar_ends_where_the_card_ends(spec_of, card, run, monkeypatch, name, m
 def test_a_value_is_chosen_written_or_the_default(spec_of, card, run):
     spec, device = spec_of("Qwen/Qwen2.5-0.5B"), card("h100")
     config = run(gpu_memory_utilization=0.5, max_lora_rank=32)
-    text = text_of(solve(config, spec, device), config)
+    text = format_report(solve(config, spec, device), config)
     assert re.search(r"gpu_memory_utilization from .* to .*, written .*0\.500", text)
     assert re.search(r"model\.max_lora_rank +32 +written", text)
     assert re.search(r"model\.max_num_seqs +\d+ +chosen", text)
-    auto = text_of(solve(run(), spec, device), run())
+    auto = format_report(solve(run(), spec, device), run())
     assert ", chosen " in auto.split("\n\n")[1]

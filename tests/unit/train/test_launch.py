@@ -123,8 +123,8 @@ def test_a_signal_before_the_run_listens_is_a_run_that_was_stopped(acting, tmp_p
 
 RANK = """\
 import os, sys, time
-from toolkit.cli.early import listening_early
-with listening_early():
+from toolkit.cli.early import early_stop_signals
+with early_stop_signals():
     open(f"pid{os.environ['RANK']}", "w").write(str(os.getpid()))
     time.sleep(60)
 """

@@ -148,7 +148,7 @@ def test_each_rank_looks_at_its_own_card(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_run_asks_what_envcheck_check_asks_for_it(tmp_path: Path) -> None:
     config = load_run(prepared_run(tmp_path), ("model.fast_inference=true",))
     asked = preflight.check_context(resolve_run(config, Situation()))
-    assert asked == CheckContext(**request.facts(config, Situation()))
+    assert asked == CheckContext(**request.run_requirements(config, Situation()))
     assert asked.engine == "vllm"
 
 

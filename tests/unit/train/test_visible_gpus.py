@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from toolkit.cli.train_run import Processes
+from toolkit.cli.train_run import ProcessCount
 from toolkit.gpu import snapshot
 from toolkit.gpu.snapshot_json import node_from_json
 from toolkit.train.run_context import unused_gpus
@@ -80,6 +80,6 @@ def test_auto_is_a_process_for_each_gpu_that_cuda_sees(
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(snapshot, "take_snapshot", lambda: node(name, **environment))
-    kind = Processes(min=1)
+    kind = ProcessCount(min=1)
     assert kind.convert("auto", None, None) == count
     assert kind.convert("3", None, None) == 3
