@@ -152,7 +152,7 @@ def _predicted_peak(
         completion_tokens=shape[1] // 2,
         rank=64,
         targets=targets,
-        dropout=dropout,
+        has_dropout=dropout,
     )
     assert set(vars(workload)) <= set(Workload.__slots__)
     workload.adapter_parameters = lambda spec: adapter_parameters(

@@ -92,8 +92,8 @@ NamedLayers = list[tuple[str, Any]]
 
 def find_lora_layers(peft_model: Any) -> NamedLayers:
     """Return the adapted layers of a PEFT model."""
-    found = peft_model.named_modules()
-    return [(path, module) for path, module in found if isinstance(module, LoraLayer)]
+    named_modules = peft_model.named_modules()
+    return [(path, module) for path, module in named_modules if isinstance(module, LoraLayer)]
 
 
 class LoraLayerCache:
@@ -109,10 +109,10 @@ class LoraLayerCache:
         config of adapter ``name`` is another object than before.
         """
         config = getattr(peft_model, "peft_config", {}).get(name)
-        known = self._entries.get(name)
-        if known is None or known[0] is not peft_model or known[1] is not config:
-            known = self._entries[name] = (peft_model, config, find_lora_layers(peft_model))
-        return known[2]
+        entry = self._entries.get(name)
+        if entry is None or entry[0] is not peft_model or entry[1] is not config:
+            entry = self._entries[name] = (peft_model, config, find_lora_layers(peft_model))
+        return entry[2]
 
     def clear(self) -> None:
         """Drop the references to models and layers."""
@@ -175,9 +175,11 @@ def read_lora_pairs(
                 fix="set `target_modules` to the attention projections, or set `fast_inference: "
                 "false`",
             )
-        used = module.used_rows(name) if hasattr(module, "used_rows") else b.weight
-        plain = path.removeprefix(PEFT_PREFIX)
-        pairs.append(LoraPair(plain, a.weight, used, float(module.scaling[name]), b.weight))
+        used_rows = module.used_rows(name) if hasattr(module, "used_rows") else b.weight
+        module_name = path.removeprefix(PEFT_PREFIX)
+        pairs.append(
+            LoraPair(module_name, a.weight, used_rows, float(module.scaling[name]), b.weight)
+        )
     return pairs
 
 
@@ -186,8 +188,8 @@ class AdapterSlots:
     ``module`` is vLLM's model.
     """
 
-    def __init__(self, slots: Any, module: Any, max_lora_rank: int) -> None:
-        self._manager = slots
+    def __init__(self, lora_manager: Any, module: Any, max_lora_rank: int) -> None:
+        self._manager = lora_manager
         self._module = module
         self._max_rank = max_lora_rank
         self._copy_plans: dict[str, CopyPlan] = {}
@@ -263,7 +265,7 @@ class AdapterSlots:
             self._slot_locations(
                 pair.module
             )  # raises an error; vLLM would skip the module silently
-        identity = self.adapter_ids.setdefault(name, 1 + len(self.adapter_ids))
+        adapter_id = self.adapter_ids.setdefault(name, 1 + len(self.adapter_ids))
         rank = max(pair.rank for pair in pairs)
         dtype = self._manager.lora_config.lora_dtype
         tensors: dict[str, torch.Tensor] = {}
@@ -274,10 +276,10 @@ class AdapterSlots:
             tensors[f"{prefix}.lora_A.weight"] = (
                 gather_full_tensor(pair.a).detach().to("cpu", dtype, copy=True)
             )
-            scaled = gather_full_tensor(pair.trained_b).detach() * pair.scaling
-            tensors[f"{prefix}.lora_B.weight"] = scaled.to("cpu", dtype, copy=True)
+            scaled_b = gather_full_tensor(pair.trained_b).detach() * pair.scaling
+            tensors[f"{prefix}.lora_B.weight"] = scaled_b.to("cpu", dtype, copy=True)
         adapter = LoRAModel.from_lora_tensors(
-            identity,
+            adapter_id,
             tensors,
             PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),
             device="cpu",  # vLLM keeps these copies, so they must not use GPU memory
@@ -285,18 +287,21 @@ class AdapterSlots:
             weights_mapper=rename_mapper(self._module),
             skip_prefixes=getattr(self._module, "lora_skip_prefixes", None),
         )
-        self._manager.remove_adapter(identity)
+        self._manager.remove_adapter(adapter_id)
         self._manager.add_adapter(adapter)
-        self._manager.activate_adapter(identity)
+        self._manager.activate_adapter(adapter_id)
 
     def _build_copy_plan(
-        self, pairs: Sequence[LoraPair], slot: int, signature: tuple[object, ...]
+        self, pairs: Sequence[LoraPair], slot_index: int, signature: tuple[object, ...]
     ) -> CopyPlan:
         plan = CopyPlan(signature)
         for pair in pairs:
             start = 0
             for layer, part in self._slot_locations(pair.module):
-                a, b = layer.lora_a_stacked[part][slot, 0], layer.lora_b_stacked[part][slot, 0]
+                a, b = (
+                    layer.lora_a_stacked[part][slot_index, 0],
+                    layer.lora_b_stacked[part][slot_index, 0],
+                )
                 rows = b.shape[0]
                 plan.a_from.append(pair.a.detach())
                 plan.a_to.append(a[: pair.rank, : pair.a.shape[1]])

@@ -54,12 +54,12 @@ def find_weight_split(module: nn.Module, name: str, out_features: int) -> Weight
         UnsupportedError: the engine does not have this layer, or the trainer cannot reproduce how
             the engine's layer is split.
     """
-    shared = current_mesh()
-    assert shared is not None
+    mesh = current_mesh()
+    assert mesh is not None
     layer, part = _find_engine_layer(module, name)
     if isinstance(layer, RowParallelLinear):
         length = int(layer.input_size_per_partition)
-        return WeightSplit("columns", shared.rank * length, length, int(layer.input_size))
+        return WeightSplit("columns", mesh.rank * length, length, int(layer.input_size))
     if isinstance(layer, ColumnParallelLinear):
         sizes = list(getattr(layer, "output_partition_sizes", []))
         if part >= len(sizes) or (part == 0 and len(sizes) == 1 and layer.gather_output):
@@ -69,8 +69,8 @@ def find_weight_split(module: nn.Module, name: str, out_features: int) -> Weight
                 fix="set tensor_parallel_size: 1",
             )
         length = int(sizes[part])
-        copies = max(length * shared.size // out_features, 1)
-        start = shared.rank // copies * length
+        copies = max(length * mesh.size // out_features, 1)
+        start = mesh.rank // copies * length
         return WeightSplit("rows", start, length, out_features, repeated=copies > 1)
     if isinstance(layer, ReplicatedLinear):
         return WeightSplit("whole")
@@ -97,10 +97,10 @@ def find_vocabulary_split(module: nn.Module, name: str) -> tuple[WeightSplit, in
             where=CONFIG_KEY,
             fix="set tensor_parallel_size: 1",
         )
-    held = layer.shard_indices
-    start, end = int(held.org_vocab_start_index), int(held.org_vocab_end_index)
-    cut = WeightSplit("rows", start, end - start, int(layer.org_vocab_size))
-    return cut, int(layer.num_embeddings_per_partition)
+    shard_indices = layer.shard_indices
+    start, end = int(shard_indices.org_vocab_start_index), int(shard_indices.org_vocab_end_index)
+    split = WeightSplit("rows", start, end - start, int(layer.org_vocab_size))
+    return split, int(layer.num_embeddings_per_partition)
 
 
 def _find_engine_layer(module: nn.Module, name: str) -> tuple[Any, int]:

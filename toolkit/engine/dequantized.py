@@ -160,15 +160,15 @@ class DequantizedCopies:
         return any(packed.is_cuda for packed in self._packed_weights)
 
     def _allocate(self) -> None:
-        made: list[torch.Tensor] = []
+        copies: list[torch.Tensor] = []
         pool = sleep.tagged_pool(MEMORY_TAG) if self._is_on_gpu else nullcontext()
         # The first forward pass calls this function in inference mode. Tensors that are created in
         # that mode cannot be written outside it, so the mode is switched off.
         with torch.inference_mode(False), pool:
             for packed in self._packed_weights:
                 shape = logical_shape(packed)
-                made.append(torch.empty(shape, dtype=self._dtype, device=packed.device))
-        self._copies = made
+                copies.append(torch.empty(shape, dtype=self._dtype, device=packed.device))
+        self._copies = copies
 
     def _remap(self) -> None:
         if self._is_on_gpu:
@@ -230,17 +230,17 @@ def copy_bytes(packed: torch.Tensor, dtype: torch.dtype = COMPUTE_DTYPE) -> int:
 
 def find_4bit_layers(model: nn.Module) -> list[nn.Module]:
     """Return the linear layers whose weights are packed in 4 bits, in the order of the model."""
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, LinearBase) and weight is not None and is_packed(weight):
-            found.append(module)
-    return found
+            layers.append(module)
+    return layers
 
 
-def choose_largest_layers(layers: Sequence[nn.Module], most: int) -> list[nn.Module]:
+def choose_largest_layers(layers: Sequence[nn.Module], max_bytes: int) -> list[nn.Module]:
     """Return the layers that get a 16-bit copy. Layers are chosen in the order of size, the largest
-    first, so that all copies together take at most ``most`` bytes.
+    first, so that all copies together take at most ``max_bytes`` bytes.
 
     A layer whose copy does not fit into the remaining bytes is skipped. Layers of equal size keep
     the order of the model.
@@ -248,15 +248,15 @@ def choose_largest_layers(layers: Sequence[nn.Module], most: int) -> list[nn.Mod
     chosen = []
     for layer in sorted(layers, key=lambda one: -copy_bytes(_weight_of(one))):
         size = copy_bytes(_weight_of(layer))
-        if size <= most:
+        if size <= max_bytes:
             chosen.append(layer)
-            most -= size
+            max_bytes -= size
     return chosen
 
 
 def attach_copies(
     model: nn.Module,
-    wanted: bool | int,
+    requested: bool | int,
     *,
     unpack: Unpack = unpack_4bit,
     dtype: torch.dtype = COMPUTE_DTYPE,
@@ -264,13 +264,13 @@ def attach_copies(
     """Make 4-bit layers of ``model`` compute with 16-bit copies of their weights. Returns the
     copies, or None if no layer gets a copy.
 
-    If ``wanted`` is True, all 4-bit layers get a copy. If ``wanted`` is a number of bytes, the
-    copies of the largest layers are chosen until they take this number of bytes together. Call this
-    function after vLLM has loaded the model and before the first forward pass. The first forward
-    pass fills the copies. vLLM captures its CUDA graphs after the first forward pass.
+    If ``requested`` is True, all 4-bit layers get a copy. If ``requested`` is a number of bytes,
+    the copies of the largest layers are chosen until they take this number of bytes together. Call
+    this function after vLLM has loaded the model and before the first forward pass. The first
+    forward pass fills the copies. vLLM captures its CUDA graphs after the first forward pass.
     """
     layers = find_4bit_layers(model)
-    chosen = layers if wanted is True else choose_largest_layers(layers, int(wanted))
+    chosen = layers if requested is True else choose_largest_layers(layers, int(requested))
     if not chosen:
         return None
     copies = DequantizedCopies(chosen, unpack=unpack, dtype=dtype)
@@ -287,20 +287,26 @@ def choose_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
     For a run file this function is not called, because the toolkit's memory estimate chooses the
     bytes before the engine starts. If some layers get no copy, the estimate has a note about it.
     """
-    room, layers = available_copy_bytes(model, vllm_config), find_4bit_layers(model)
-    whole = sum(copy_bytes(_weight_of(layer)) for layer in layers)
-    made = sum(copy_bytes(_weight_of(layer)) for layer in choose_largest_layers(layers, room))
-    if made < whole:
-        what = f"copies of only {format_bytes(made)} are made" if made else "no copies are made"
+    available_bytes, layers = available_copy_bytes(model, vllm_config), find_4bit_layers(model)
+    needed_bytes = sum(copy_bytes(_weight_of(layer)) for layer in layers)
+    chosen_bytes = sum(
+        copy_bytes(_weight_of(layer)) for layer in choose_largest_layers(layers, available_bytes)
+    )
+    if chosen_bytes < needed_bytes:
+        outcome = (
+            f"copies of only {format_bytes(chosen_bytes)} are made"
+            if chosen_bytes
+            else "no copies are made"
+        )
         warnings.warn(
-            f"the 16-bit copies of the 4-bit weights would take {format_bytes(whole)}, but the "
-            f"weights and the KV cache leave only {format_bytes(room)} for the copies. So {what} "
-            "(model.dequantized_rollouts: auto), and decode steps are slower. A higher "
-            "gpu_memory_utilization leaves more memory for the copies",
+            f"the 16-bit copies of the 4-bit weights would take {format_bytes(needed_bytes)}, but "
+            f"the weights and the KV cache leave only {format_bytes(available_bytes)} for the "
+            f"copies. So {outcome} (model.dequantized_rollouts: auto), and decode steps are "
+            "slower. A higher gpu_memory_utilization leaves more memory for the copies",
             ToolkitWarning,
             stacklevel=2,
         )
-    return made
+    return chosen_bytes
 
 
 def available_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
@@ -313,8 +319,12 @@ def available_copy_bytes(model: nn.Module, vllm_config: Any) -> int:
     """
     cache = vllm_config.cache_config
     free, total = torch.cuda.mem_get_info()
-    held = sum(tensor.nbytes for tensor in model.parameters())
-    written = getattr(cache, "kv_cache_memory_bytes", None)
-    left = free - written if written else int(cache.gpu_memory_utilization * total) - held
-    left = min(left, free)
-    return max(0, min(int(left * MAX_AUTO_SHARE), left - MIN_UNUSED_BYTES))
+    weight_bytes = sum(tensor.nbytes for tensor in model.parameters())
+    kv_cache_bytes = getattr(cache, "kv_cache_memory_bytes", None)
+    available_bytes = (
+        free - kv_cache_bytes
+        if kv_cache_bytes
+        else int(cache.gpu_memory_utilization * total) - weight_bytes
+    )
+    available_bytes = min(available_bytes, free)
+    return max(0, min(int(available_bytes * MAX_AUTO_SHARE), available_bytes - MIN_UNUSED_BYTES))

@@ -90,8 +90,8 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights and of the computation."""
-        found: torch.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
-        return found
+        dtype: torch.dtype = self.llm.llm_engine.vllm_config.model_config.dtype
+        return dtype
 
     @property
     def max_model_len(self) -> int:
@@ -163,26 +163,34 @@ class Engine:
         if rows is None:
             rows = range(0, len(prompts) * sampling.n, sampling.n)
 
-        def draw(part: BatchPart) -> Rollout:
-            wanted = sampling if part.n == sampling.n else replace(sampling, n=part.n)
-            call = partial(
-                generation.generate, self.llm, part.prompts, wanted, seed, request, part.rows
+        def generate_part(batch_part: BatchPart) -> Rollout:
+            part_sampling = (
+                sampling if batch_part.n == sampling.n else replace(sampling, n=batch_part.n)
             )
-            return call() if shared is None else generate_together(shared, call)
+            call = partial(
+                generation.generate,
+                self.llm,
+                batch_part.prompts,
+                part_sampling,
+                seed,
+                request,
+                batch_part.rows,
+            )
+            return call() if mesh is None else generate_together(mesh, call)
 
-        shared = current_mesh()
+        mesh = current_mesh()
         try:
             rollout, self._max_completions_per_call = generate_in_parts(
-                draw,
+                generate_part,
                 BatchPart(prompts, rows, sampling.n),
                 self._max_completions_per_call,
-                at_once=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
+                max_num_seqs=self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs,
                 recover=lambda: drop_requests(self.llm),
             )
-            if shared is not None:
-                shared.check_same("completions", rollout.completion_ids)
+            if mesh is not None:
+                mesh.check_same("completions", rollout.completion_ids)
         except ToolkitError as problem:
-            self._failure = problem if shared is not None else None
+            self._failure = problem if mesh is not None else None
             raise
         except Exception as problem:
             self._failure = to_toolkit_error(problem, "the rollout failed", RESTART_FIX)
@@ -251,8 +259,8 @@ class Engine:
         try:
             self._copies.fill()
         except (RuntimeError, MemoryError) as problem:
-            what = "the 4-bit weights could not be dequantized for a rollout"
-            raise to_toolkit_error(problem, what, RESTART_FIX) from problem
+            failure = "the 4-bit weights could not be dequantized for a rollout"
+            raise to_toolkit_error(problem, failure, RESTART_FIX) from problem
 
     def close(self) -> None:
         """Shut the engine down and release its memory. A second call does nothing.

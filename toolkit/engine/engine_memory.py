@@ -29,14 +29,16 @@ def engine_memory(llm: LLM) -> dict[str, int]:
     """
     if device_type() != "cuda":
         return {}
-    found = read_worker_memory(open_worker(llm))
+    term_bytes = read_worker_memory(open_worker(llm))
     copies = getattr(open_internals(llm).module, COPIES_ATTRIBUTE, None)
     if copies is not None:
         # The copies are created in the profiling run, so vLLM counts them as activations.
-        found["engine.dequantized"] = copies.nbytes
-        if "engine.activations" in found:
-            found["engine.activations"] = max(1, found["engine.activations"] - copies.nbytes)
-    return found
+        term_bytes["engine.dequantized"] = copies.nbytes
+        if "engine.activations" in term_bytes:
+            term_bytes["engine.activations"] = max(
+                1, term_bytes["engine.activations"] - copies.nbytes
+            )
+    return term_bytes
 
 
 def read_worker_memory(worker: Any) -> dict[str, int]:
@@ -52,14 +54,14 @@ def read_worker_memory(worker: Any) -> dict[str, int]:
     if hasattr(worker, "total_consumed"):
         runtime = read("total_consumed") - loaded
         activations -= graphs
-    found = {
+    term_bytes = {
         "engine.loaded": loaded,
         "engine.activations": activations,
         "engine.runtime": runtime,
         "engine.cuda_graphs": graphs,
         "engine.kv": read("available_kv_cache_memory_bytes"),
     }
-    return {term: nbytes for term, nbytes in found.items() if nbytes > 0}
+    return {term: nbytes for term, nbytes in term_bytes.items() if nbytes > 0}
 
 
 def asleep_bytes() -> int:

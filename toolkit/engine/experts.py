@@ -53,8 +53,8 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         super().process_weights_after_loading(layer)
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
             return
-        known = layer.activation.value in ACTIVATIONS
-        if not known or self.moe.has_bias or layer.apply_router_weight_on_input:
+        is_supported = layer.activation.value in ACTIVATIONS
+        if not is_supported or self.moe.has_bias or layer.apply_router_weight_on_input:
             raise UnsupportedError(
                 "with LoRA, an expert layer runs only on a GPU if it has biases, applies the "
                 "router weights to its input, or has an unsupported activation (the activation "
@@ -80,18 +80,18 @@ class TorchExperts(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # vllm shi
         rows of gate_proj before the rows of up_proj. ``layer.w2_weight`` is (E, H, I).
         """
         if self.unquantized_backend != UnquantizedMoeBackend.TRITON:
-            found: torch.Tensor = super().forward_cpu(
+            output: torch.Tensor = super().forward_cpu(
                 layer, x, topk_weights, topk_ids, *args, **kwargs
             )
-            return found
+            return output
         activation = ACTIVATIONS[layer.activation.value]
         sum_TH = x.new_zeros(x.shape)
         for expert in sorted(set(topk_ids.flatten().tolist())):
-            tokens, places = (topk_ids == expert).nonzero(as_tuple=True)
+            tokens, choices = (topk_ids == expert).nonzero(as_tuple=True)
             gate_NI, up_NI = functional.linear(x[tokens], layer.w13_weight[expert]).chunk(2, -1)
-            made_NH = functional.linear(activation(gate_NI) * up_NI, layer.w2_weight[expert])
-            weight_N1 = topk_weights[tokens, places].unsqueeze(1)
-            sum_TH.index_add_(0, tokens, (made_NH * weight_N1).to(x.dtype))
+            output_NH = functional.linear(activation(gate_NI) * up_NI, layer.w2_weight[expert])
+            weight_N1 = topk_weights[tokens, choices].unsqueeze(1)
+            sum_TH.index_add_(0, tokens, (output_NH * weight_N1).to(x.dtype))
         return sum_TH
 
 

@@ -31,31 +31,33 @@ def check_world_size(size: int) -> None:
     """
     if size == 1:
         return
-    world, here = world_size(), local_world_size()
-    if world % size or "RANK" not in os.environ:
+    processes, local_processes = world_size(), local_world_size()
+    if processes % size or "RANK" not in os.environ:
         raise ConfigError(
             f"with tensor_parallel_size {size} the number of processes must be a multiple of "
-            f"{size}, and a launcher must start the processes. This run has {world} processes",
+            f"{size}, and a launcher must start the processes. This run has {processes} processes",
             where=KEY,
             fix=f"start the run with `toolkit train --nproc-per-node {size}` or with torchrun",
         )
-    if here % size:
+    if local_processes % size:
         raise ConfigError(
             f"a group of {size} processes that share a model would be on two nodes. This run has "
-            f"{world} processes, and {here} of them are on this node",
+            f"{processes} processes, and {local_processes} of them are on this node",
             where=KEY,
             fix=f"start a multiple of {size} processes on each node (`--nproc-per-node {size}`), "
             "or lower `tensor_parallel_size`",
         )
 
 
-def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence[Any]]) -> None:
+def check_groups(
+    size: int, card: str | None, gather_from_all: Callable[[Any], Sequence[Any]]
+) -> None:
     """Call ``check_world_size``, and check that the processes of each group have the same versions
     of the libraries and GPUs (cards) of one kind. Every process must call this function.
 
-    ``card`` is the name of this process's GPU (None: the process runs on the CPU). ``exchange`` is
-    a function that sends a value to all processes, and returns the values of all processes in the
-    order of their ranks.
+    ``card`` is the name of this process's GPU (None: the process runs on the CPU).
+    ``gather_from_all`` is a function that sends a value to all processes, and returns the values of
+    all processes in the order of their ranks.
 
     Raises:
         ConfigError: a group is incomplete or on several nodes, or its cards differ.
@@ -64,21 +66,24 @@ def check_groups(size: int, card: str | None, exchange: Callable[[Any], Sequence
     check_world_size(size)
     if size > 1:
         check_same_environment(
-            size, exchange({"card": card} | {n: installed_version(n) for n in SHARED_LIBRARIES})
+            size,
+            gather_from_all({"card": card} | {n: installed_version(n) for n in SHARED_LIBRARIES}),
         )
 
 
-def check_same_environment(size: int, told: Sequence[Mapping[str, Any]]) -> None:
+def check_same_environment(size: int, reports: Sequence[Mapping[str, Any]]) -> None:
     """Raise an error if the processes of one group have different GPUs (cards) or library versions.
-    A group has ``size`` processes. ``told`` has the values that each process sent in
+    A group has ``size`` processes. ``reports`` has the values that each process sent in
     ``check_groups``, in the order of the ranks.
     """
-    for start in range(0, len(told), size):
+    for start in range(0, len(reports), size):
         group = range(start, start + size)
-        for name in told[start]:
-            if len({told[one][name] for one in group}) == 1:
+        for name in reports[start]:
+            if len({reports[number][name] for number in group}) == 1:
                 continue
-            listed = ", ".join(f"process {one}: {told[one][name] or 'none'}" for one in group)
+            listed = ", ".join(
+                f"process {number}: {reports[number][name] or 'none'}" for number in group
+            )
             if name == "card":
                 raise ConfigError(
                     f"processes that share a model have cards of different kinds ({listed})",

@@ -95,24 +95,32 @@ class TransformersEngine:
         """
         check_prompts(prompts, sampling.max_tokens, self.max_model_len)
         if not prompts:
-            none_asked = sampling.logprobs is None
-            return Rollout([], [], None if none_asked else [], None if none_asked else [])
-        config, stop = self._generation_config(sampling)
-        most = max_completion_lengths(prompts, len(prompts) * sampling.n, self.max_model_len)
-        config.max_new_tokens = min(config.max_new_tokens, max(most))
-        more = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([stop])}
+            without_logprobs = sampling.logprobs is None
+            return Rollout(
+                [], [], None if without_logprobs else [], None if without_logprobs else []
+            )
+        config, stop_strings = self._generation_config(sampling)
+        max_lengths = max_completion_lengths(prompts, len(prompts) * sampling.n, self.max_model_len)
+        config.max_new_tokens = min(config.max_new_tokens, max(max_lengths))
+        generate_kwargs = (
+            {}
+            if stop_strings is None
+            else {"stopping_criteria": StoppingCriteriaList([stop_strings])}
+        )
         rows = range(0, len(prompts) * sampling.n, sampling.n) if rows is None else rows
         seeds = [request_seed(seed, row + k) for row in rows for k in range(sampling.n)]
-        plain = adapter or not hasattr(self.model, "disable_adapter")
-        base = nullcontext() if plain else self.model.disable_adapter()
-        with base:
+        keeps_adapter = adapter or not hasattr(self.model, "disable_adapter")
+        adapter_context = nullcontext() if keeps_adapter else self.model.disable_adapter()
+        with adapter_context:
             try:
-                sampled_BT, scores = sample_completions(self.model, prompts, config, seeds, more)
+                sampled_BT, scores = sample_completions(
+                    self.model, prompts, config, seeds, generate_kwargs
+                )
             except ValueError as error:
                 raise _rejected_options_error(error) from error
-        ends = {*self._end_ids, *sampling.stop_token_ids}
-        found = truncate_completions(sampled_BT, ends, stop, most)
-        return _build_rollout(prompts, found, sampled_BT, scores, sampling)
+        end_ids = {*self._end_ids, *sampling.stop_token_ids}
+        completions = truncate_completions(sampled_BT, end_ids, stop_strings, max_lengths)
+        return _build_rollout(prompts, completions, sampled_BT, scores, sampling)
 
     def sleep(self) -> None:
         """Do nothing. This engine has no memory of its own to release."""
@@ -141,9 +149,9 @@ class TransformersEngine:
                 raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
         _check_ranges(sampling)
         greedy = sampling.temperature == 0.0
-        draw: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        sampling_keywords: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if not greedy:
-            draw = {
+            sampling_keywords = {
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -151,7 +159,7 @@ class TransformersEngine:
                 "min_p": sampling.min_p or None,
             }
         keywords = {
-            **draw,
+            **sampling_keywords,
             "repetition_penalty": sampling.repetition_penalty,
             "num_return_sequences": sampling.n,
             "max_new_tokens": sampling.max_tokens,
@@ -198,15 +206,15 @@ def _rejected_options_error(error: ValueError) -> ConfigValueError:
 
 def _check_ranges(sampling: Sampling) -> None:
     """Reject values that transformers would accept and ignore, for example a top_p of 7."""
-    good = {
+    in_range = {
         "temperature": sampling.temperature >= 0,
         "top_p": 0 < sampling.top_p <= 1,
         "top_k": sampling.top_k >= -1,
         "min_p": sampling.min_p is None or 0 <= sampling.min_p <= 1,
         "repetition_penalty": sampling.repetition_penalty > 0,
     }
-    for name, fine in good.items():
-        if not fine:
+    for name, is_valid in in_range.items():
+        if not is_valid:
             raise ConfigValueError(f"{name}={getattr(sampling, name)} is out of range", where=WHERE)
 
 
@@ -224,15 +232,15 @@ def _top_logprobs(
     tokens: list[list[list[int]]] = [[] for _ in range(sampled_BT.shape[0])]
     for position, logits_BV in enumerate(scores):
         logps_BV = torch.log_softmax(logits_BV.float(), -1)
-        own_B1 = sampled_BT[:, position : position + 1]
-        own = logps_BV.gather(1, own_B1)[:, 0].tolist()
+        sampled_B1 = sampled_BT[:, position : position + 1]
+        sampled_logps = logps_BV.gather(1, sampled_B1)[:, 0].tolist()
         top = torch.topk(logps_BV, count, dim=-1) if count else None
-        for row, token in enumerate(own_B1[:, 0].tolist()):
-            found: dict[int, float] = {}
+        for row, token in enumerate(sampled_B1[:, 0].tolist()):
+            logp_of_token: dict[int, float] = {}
             if top is not None:
                 ids = top.indices[row].tolist()
-                found = dict(zip(ids, top.values[row].tolist(), strict=True))
-            found.setdefault(token, own[row])
-            values[row].append(list(found.values()))
-            tokens[row].append(list(found))
+                logp_of_token = dict(zip(ids, top.values[row].tolist(), strict=True))
+            logp_of_token.setdefault(token, sampled_logps[row])
+            values[row].append(list(logp_of_token.values()))
+            tokens[row].append(list(logp_of_token))
     return values, tokens

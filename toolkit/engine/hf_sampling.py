@@ -57,18 +57,18 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
         if self._keep_scores:
             self.scores.append(scores_BV)
         number_B1 = self._next_numbers(scores_BV.device)
-        heights_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
-        total_B1 = heights_BV[:, -1:].contiguous()
+        cumulative_BV = torch.softmax(scores_BV.double(), -1).cumsum(-1)
+        total_B1 = cumulative_BV[:, -1:].contiguous()
         # Keep the number below the total probability even after rounding, so that the selected
         # token has a positive probability.
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        limit_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
         token_B1 = torch.searchsorted(
-            heights_BV, torch.minimum(number_B1 * total_B1, below_B1), right=True
+            cumulative_BV, torch.minimum(number_B1 * total_B1, limit_B1), right=True
         )
         token_B1 = token_B1.clamp(max=scores_BV.shape[1] - 1)
-        drawn_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
+        chosen_BV = torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
         # Scores with NaN are returned unchanged, and transformers raises an error for them.
-        return torch.where(total_B1.isfinite(), drawn_BV, scores_BV)
+        return torch.where(total_B1.isfinite(), chosen_BV, scores_BV)
 
     def _next_numbers(self, device: torch.device) -> torch.Tensor:
         """Return (B, 1) float64 in [0, 1): the next random number of each row."""
@@ -92,15 +92,17 @@ class RowSampler(LogitsProcessor):  # type: ignore[misc]  # transformers ships n
         """Run transformers' own sampling loop, and add this processor after all others. This method
         is passed to ``generate(custom_generate=...)`` (transformers 5.17).
         """
-        own = [self] if generation_config.do_sample else []
-        real = model_kwargs["attention_mask"].bool()
-        before = [
-            PaddingFreePenalty(one, real) if type(one) is RepetitionPenaltyLogitsProcessor else one
-            for one in logits_processor
+        last_processors = [self] if generation_config.do_sample else []
+        is_real = model_kwargs["attention_mask"].bool()
+        first_processors = [
+            PaddingFreePenalty(processor, is_real)
+            if type(processor) is RepetitionPenaltyLogitsProcessor
+            else processor
+            for processor in logits_processor
         ]
         return model._sample(
             input_ids,
-            LogitsProcessorList([*before, *own]),
+            LogitsProcessorList([*first_processors, *last_processors]),
             stopping_criteria,
             generation_config,
             **model_kwargs,
@@ -155,12 +157,12 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
         self._end_B: torch.Tensor | None = None
         self._width = 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Return (B) bool: True for rows that end in a stop string."""
-        done_B: torch.Tensor = self._criterion(input_ids, scores, **more)
-        met_B = torch.zeros_like(input_ids[:, 0]) if self._end_B is None else self._end_B
+        done_B: torch.Tensor = self._criterion(input_ids, scores, **kwargs)
+        end_B = torch.zeros_like(input_ids[:, 0]) if self._end_B is None else self._end_B
         self._width = input_ids.shape[1]
-        self._end_B = torch.where(done_B & (met_B == 0), self._width, met_B)
+        self._end_B = torch.where(done_B & (end_B == 0), self._width, end_B)
         return done_B
 
     def lengths(self, tokens: int) -> list[int]:
@@ -169,8 +171,8 @@ class StopStrings(StoppingCriteria):  # type: ignore[misc]  # as above
         """
         if self._end_B is None:
             return []
-        met = self._end_B.tolist()
-        return [one - (self._width - tokens) if one else tokens for one in met]
+        ends = self._end_B.tolist()
+        return [end - (self._width - tokens) if end else tokens for end in ends]
 
 
 def supports_row_seeds(config: GenerationConfig) -> bool:
@@ -190,12 +192,12 @@ def generate_with_row_seeds(
     ``generate``. Returns the sequences (B, P + T) and, if ``config.output_scores`` is True, T
     tensors (B, V) of processed scores. Raises ValueError if transformers rejects an option.
     """
-    sampled = config.get_generation_mode() == GenerationMode.SAMPLE
-    draws = RowSampler(seeds, keep_scores=bool(config.output_scores))
-    output = model.generate(**inputs, generation_config=config, custom_generate=draws.decode)
+    is_sampling = config.get_generation_mode() == GenerationMode.SAMPLE
+    sampler = RowSampler(seeds, keep_scores=bool(config.output_scores))
+    output = model.generate(**inputs, generation_config=config, custom_generate=sampler.decode)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    if sampled:
-        return sequences, draws.scores
+    if is_sampling:
+        return sequences, sampler.scores
     return sequences, getattr(output, "scores", None) or ()
 
 
@@ -204,15 +206,15 @@ def sample_completions(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     seeds: Sequence[int],
-    more: Mapping[str, Any] | None = None,
+    generate_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """Draw one completion per seed. Returns the completions (B, T) and, if ``config`` requests
     scores, T tensors (B, V) of processed scores.
 
-    Prompts are padded on the left with ``config.pad_token_id``. ``more`` has further arguments of
-    ``generate``. The checkpoint's own generation config is ignored, so options that ``config`` does
-    not set are off. Afterwards the checkpoint's config, the random generators and the model's
-    training mode are restored. Raises ValueError if transformers rejects an option.
+    Prompts are padded on the left with ``config.pad_token_id``. ``generate_kwargs`` has further
+    arguments of ``generate``. The checkpoint's own generation config is ignored, so options that
+    ``config`` does not set are off. Afterwards the checkpoint's config, the random generators and
+    the model's training mode are restored. Raises ValueError if transformers rejects an option.
     """
     width = max(len(prompt) for prompt in prompts)
     pad = config.pad_token_id
@@ -221,7 +223,7 @@ def sample_completions(
     inputs = {
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
-        **(more or {}),
+        **(generate_kwargs or {}),
     }
     with (
         _evaluation_mode(model),
@@ -232,33 +234,35 @@ def sample_completions(
     return sequences[:, width:], scores
 
 
-def max_completion_lengths(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> list[int]:
-    """Return the maximum number of tokens of each of ``rows`` completions. A prompt and its
-    completion may have at most ``longest`` tokens together. Each prompt has the same number of
+def max_completion_lengths(
+    prompts: Sequence[Sequence[int]], row_count: int, max_length: int
+) -> list[int]:
+    """Return the maximum number of tokens of each of ``row_count`` completions. A prompt and its
+    completion may have at most ``max_length`` tokens together. Each prompt has the same number of
     completions, in consecutive rows.
     """
-    each = rows // len(prompts)
-    return [max(1, longest - len(prompt)) for prompt in prompts for _ in range(each)]
+    rows_per_prompt = row_count // len(prompts)
+    return [max(1, max_length - len(prompt)) for prompt in prompts for _ in range(rows_per_prompt)]
 
 
 def truncate_completions(
     sampled_BT: torch.Tensor,
-    ends: Collection[int],
-    stop: StopStrings | None = None,
-    most: Sequence[int] | None = None,
+    end_ids: Collection[int],
+    stop_strings: StopStrings | None = None,
+    max_lengths: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the completions, each without the tokens after its end. A completion ends after the
-    first token that is in ``ends``, after a stop string, or at its maximum length, whichever comes
-    first. ``most`` has the maximum length of each completion, in tokens. vLLM ends completions in
-    the same way at the maximum length.
+    first token that is in ``end_ids``, after a stop string, or at its maximum length, whichever
+    comes first. ``max_lengths`` has the maximum length of each completion, in tokens. vLLM ends
+    completions in the same way at the maximum length.
     """
     rows: list[list[int]] = sampled_BT.tolist()
-    if most is not None:
-        rows = [row[:length] for row, length in zip(rows, most, strict=True)]
-    if stop is not None:
-        lengths = stop.lengths(sampled_BT.shape[1])
+    if max_lengths is not None:
+        rows = [row[:length] for row, length in zip(rows, max_lengths, strict=True)]
+    if stop_strings is not None:
+        lengths = stop_strings.lengths(sampled_BT.shape[1])
         rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-    sizes = (next((i + 1 for i, token in enumerate(r) if token in ends), len(r)) for r in rows)
+    sizes = (next((i + 1 for i, token in enumerate(r) if token in end_ids), len(r)) for r in rows)
     return [row[:size] for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -267,13 +271,13 @@ def _evaluation_mode(model: Any) -> Iterator[None]:
     """Set ``model`` to evaluation mode within the block. Evaluation mode has no dropout and no
     gradient checkpointing. Gradient checkpointing would disable the KV cache.
     """
-    was = model.training
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was)
+        model.train(was_training)
 
 
 @contextmanager
@@ -284,17 +288,17 @@ def _without_checkpoint_defaults(model: Any) -> Iterator[None]:
     example, a no_repeat_ngram_size of the checkpoint would change the distribution that tokens are
     sampled from.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.generation_config
-    bare = copy.deepcopy(before)
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    original = base_model.generation_config
+    without_defaults = copy.deepcopy(original)
     for name, keyword in KEYWORDS["transformers"].items():
         if keyword.effect is not Effect.NONE:
-            setattr(bare, name, None)
-    inner.generation_config = bare
+            setattr(without_defaults, name, None)
+    base_model.generation_config = without_defaults
     try:
         yield
     finally:
-        inner.generation_config = before
+        base_model.generation_config = original
 
 
 @contextmanager

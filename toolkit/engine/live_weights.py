@@ -101,12 +101,12 @@ def packed_modules(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return a mapping from each fused layer to its parts. A submodule of ``module`` may define
     such a mapping. The result joins the mappings of all submodules.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    merged: dict[str, tuple[str, ...]] = {}
     for child in module.modules():
         mapping = getattr(child, "packed_modules_mapping", None)
         if isinstance(mapping, dict):
-            found |= {fused: tuple(parts) for fused, parts in mapping.items()}
-    return found
+            merged |= {fused: tuple(parts) for fused, parts in mapping.items()}
+    return merged
 
 
 def padded_parameters(module: nn.Module) -> frozenset[str]:
@@ -131,8 +131,8 @@ def rename_mapper(module: Any) -> Any | None:
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     if mapper is None:
         return None
-    make = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
-    return make()
+    get_mapper = getattr(mapper, "get_rename_mapper", None) or mapper.get_unstacked_mapper
+    return get_mapper()
 
 
 def engine_name(module: Any, name: str) -> str:

@@ -56,9 +56,9 @@ def find_table(card: str, shipped: Path = SHIPPED_TABLES) -> Path | None:
     variable TOOLKIT_LORA_TABLE is set, its value is the path. Otherwise this is the path of a table
     that this package contains. Returns None if there is no table, or the variable is ``off``.
     """
-    written = os.environ.get(TABLE_VARIABLE)
-    if written:
-        return None if written == NO_TABLE else Path(written).expanduser()
+    configured = os.environ.get(TABLE_VARIABLE)
+    if configured:
+        return None if configured == NO_TABLE else Path(configured).expanduser()
     paths = (shipped / f"{name}.json" for name in table_names_for(card))
     return next((path for path in paths if path.is_file()), None)
 
@@ -70,8 +70,8 @@ def use_table(card: str, vllm_version: str, shipped: Path = SHIPPED_TABLES) -> P
     Raises:
         InputError: the file in TOOLKIT_LORA_TABLE is not a table.
     """
-    set_to = os.environ.get(FOLDER_VARIABLE)
-    if set_to is not None and set_to not in _created_folders.values():
+    configured_folder = os.environ.get(FOLDER_VARIABLE)
+    if configured_folder is not None and configured_folder not in _created_folders.values():
         return None
     os.environ.pop(FOLDER_VARIABLE, None)
     path = find_table(card, shipped)
@@ -99,8 +99,8 @@ def read_table(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, or a key is missing.
     """
     table = read_json(path)
-    good = isinstance(table, dict) and isinstance(table.get("vllm"), str)
-    if not good or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
+    has_version = isinstance(table, dict) and isinstance(table.get("vllm"), str)
+    if not has_version or not all(isinstance(table.get(op), dict) and table[op] for op in OPS):
         raise InputError(
             "the file is not a table of LoRA kernel configurations. Such a table has the keys "
             f"vllm, {', '.join(OPS)}",
@@ -108,15 +108,15 @@ def read_table(path: Path) -> dict[str, Any]:
             fix="create a table with `toolkit tune`, or set the environment variable "
             f"{TABLE_VARIABLE}=off",
         )
-    found: dict[str, Any] = table
-    return found
+    checked_table: dict[str, Any] = table
+    return checked_table
 
 
 def write_table(table: dict[str, Any], path: Path) -> None:
     """Write the table atomically. Raises OSError."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    beside.replace(path)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
 
 
 def write_vllm_files(table: dict[str, Any], card: str) -> Path:

@@ -104,39 +104,39 @@ class Tuner:
         """Measure the kernels of ``shapes``, and return the table that ``lora_tables.write_table``
         writes.
         """
-        end = time.monotonic() + self.max_seconds
+        deadline = time.monotonic() + self.max_seconds
         with tempfile.TemporaryDirectory(prefix="toolkit-tune-") as folder:
             # The batch sizes of rollouts come first, in case the time is too short for all.
             for batch in sorted(TUNED_BATCH_SIZES, key=lambda size: (size not in (8, 64), size)):
                 for shape in shapes:
                     for op in ("shrink", "expand"):
-                        self._tune_kernel(op, shape, batch, Path(folder), end)
+                        self._tune_kernel(op, shape, batch, Path(folder), deadline)
         return self.build_table(shapes)
 
     def _tune_kernel(
-        self, op: str, shape: LayerShape, batch: int, folder: Path, end: float
+        self, op: str, shape: LayerShape, batch: int, folder: Path, deadline: float
     ) -> None:
         case = KernelBenchmark(op, shape, batch, folder, self.card)
         config = case.default_config()
-        wanted = case.run(config)
-        first = fastest = case.measure_seconds(config)
+        expected = case.run(config)
+        default_seconds = best_seconds = case.measure_seconds(config)
         for name, values in SEARCH_SPACE[op].items():
             for value in values:
-                if time.monotonic() > end or config[name] == value:
+                if time.monotonic() > deadline or config[name] == value:
                     continue
-                tried = {**config, name: value}
-                taken = case.measure_if_correct(tried, wanted)
-                if taken is not None and taken < 0.98 * fastest:
-                    config, fastest = tried, taken
-        wide, tall = (
+                candidate = {**config, name: value}
+                seconds = case.measure_if_correct(candidate, expected)
+                if seconds is not None and seconds < 0.98 * best_seconds:
+                    config, best_seconds = candidate, seconds
+        input_size, output_size = (
             (shape.in_features, shape.rank) if op == "shrink" else (shape.rank, shape.out_features)
         )
-        self.best_configs[op, shape.slices, batch, wide, tall] = config
-        self.timings.append((op, shape, batch, first, fastest))
+        self.best_configs[op, shape.slices, batch, input_size, output_size] = config
+        self.timings.append((op, shape, batch, default_seconds, best_seconds))
         self.report(
-            f"LoRA kernel {op}, {shape.slices} slices of ({tall}, {wide}), {batch} tokens: "
-            f"{first * 1e6:.1f} us with the configuration of vLLM, {fastest * 1e6:.1f} us with "
-            "the best one"
+            f"LoRA kernel {op}, {shape.slices} slices of ({output_size}, {input_size}), {batch} "
+            f"tokens: {default_seconds * 1e6:.1f} us with the configuration of vLLM, "
+            f"{best_seconds * 1e6:.1f} us with the best one"
         )
 
     def build_table(self, shapes: Iterable[LayerShape]) -> dict[str, Any]:
@@ -148,24 +148,24 @@ class Tuner:
         for shape in shapes:
             for batch in PREFILL_BATCH_SIZES:
                 for op in ("shrink", "expand"):
-                    at = (
+                    sizes = (
                         (shape.in_features, shape.rank)
                         if op == "shrink"
                         else (shape.rank, shape.out_features)
                     )
-                    self.best_configs[op, shape.slices, batch, *at] = default_config(
+                    self.best_configs[op, shape.slices, batch, *sizes] = default_config(
                         op, shape, batch
                     )
         for op in ("shrink", "expand"):
             slices: dict[str, Any] = {}
-            for (kind, count, batch, wide, tall), config in self.best_configs.items():
+            for (kind, count, batch, input_size, output_size), config in self.best_configs.items():
                 if kind == op:
                     rows = slices.setdefault(str(count), {}).setdefault(str(batch), {})
-                    rows.setdefault(str(wide), {})[str(tall)] = config
-            known = sorted(int(count) for count in slices)
+                    rows.setdefault(str(input_size), {})[str(output_size)] = config
+            measured_counts = sorted(int(count) for count in slices)
             for count in range(1, MAX_SLICES + 1):
-                near = min(known, key=lambda one: abs(one - count))
-                slices.setdefault(str(count), slices[str(near)])
+                nearest = min(measured_counts, key=lambda measured: abs(measured - count))
+                slices.setdefault(str(count), slices[str(nearest)])
             ops[op] = {str(MAX_LORAS + 1): slices}
         return {
             "vllm": vllm.__version__,
@@ -177,7 +177,7 @@ class Tuner:
 
 
 def tune_card(
-    shapes: Iterable[LayerShape], seconds: float, say: Callable[[str], None]
+    shapes: Iterable[LayerShape], max_seconds: float, report: Callable[[str], None]
 ) -> tuple[dict[str, Any], float, float]:
     """Measure the kernels of ``shapes`` on this machine's GPU.
 
@@ -193,7 +193,7 @@ def tune_card(
             where="tune",
             fix="run `toolkit tune` on a machine with the kind of GPU that will train",
         )
-    tuner = Tuner(torch.cuda.get_device_name(), seconds, say)
+    tuner = Tuner(torch.cuda.get_device_name(), max_seconds, report)
     table = tuner.tune(sorted(shapes))
     before = sum(first for _, _, _, first, _ in tuner.timings)
     return table, before, sum(last for _, _, _, _, last in tuner.timings)
@@ -230,20 +230,20 @@ class KernelBenchmark:
     def __init__(self, op: str, shape: LayerShape, batch: int, folder: Path, card: str) -> None:
         self.op, self.shape, self.batch, self.folder, self.card = op, shape, batch, folder, card
         clear_pointer_cache()
-        device, half = torch.device("cuda"), torch.bfloat16
+        device, dtype = torch.device("cuda"), torch.bfloat16
         if op == "shrink":
             sizes = [(shape.rank, shape.in_features)] * shape.slices
         else:
             sizes = [(rows, shape.rank) for rows in shape.rows]
         layer_bytes = 2 * sum(rows * columns for rows, columns in sizes)
         self.layers = [
-            [torch.randn(MAX_LORAS, 1, *size, device=device, dtype=half) * 0.02 for size in sizes]
+            [torch.randn(MAX_LORAS, 1, *size, device=device, dtype=dtype) * 0.02 for size in sizes]
             for _ in range(max(4, min(64, MIN_WEIGHT_BYTES // layer_bytes)))
         ]
-        narrow = (shape.slices, batch, shape.rank)
-        self.rank_tensor = torch.randn(narrow, device=device, dtype=torch.float32)
-        wide = shape.in_features if op == "shrink" else sum(shape.rows)
-        self.hidden_tensor = torch.randn(batch, wide, device=device, dtype=half)
+        rank_shape = (shape.slices, batch, shape.rank)
+        self.rank_tensor = torch.randn(rank_shape, device=device, dtype=torch.float32)
+        hidden_size = shape.in_features if op == "shrink" else sum(shape.rows)
+        self.hidden_tensor = torch.randn(batch, hidden_size, device=device, dtype=dtype)
         self.metadata = LoRAKernelMeta.make(MAX_LORAS, batch, device=device)
         self.metadata.prepare_tensors(torch.zeros(batch, dtype=torch.int32, device=device))
 
@@ -254,13 +254,13 @@ class KernelBenchmark:
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Make vLLM use ``config`` for the next calls of the kernel."""
         table: Any = config
-        tall = self.shape.rank if self.op == "shrink" else self.shape.out_features
-        wide = self.shape.in_features if self.op == "shrink" else self.shape.rank
-        for key in (tall, wide, self.batch, self.shape.slices, MAX_LORAS + 1):
+        output_size = self.shape.rank if self.op == "shrink" else self.shape.out_features
+        input_size = self.shape.in_features if self.op == "shrink" else self.shape.rank
+        for key in (output_size, input_size, self.batch, self.shape.slices, MAX_LORAS + 1):
             table = {str(key): table}
         stem = self.card.replace(" ", "_").replace("-", "_")
-        end = "SHRINK" if self.op == "shrink" else "EXPAND_TRUE"
-        (self.folder / f"{stem}_{end}.json").write_text(json.dumps(table))
+        suffix = "SHRINK" if self.op == "shrink" else "EXPAND_TRUE"
+        (self.folder / f"{stem}_{suffix}.json").write_text(json.dumps(table))
         os.environ[FOLDER_VARIABLE] = str(self.folder)
         clear_vllm_caches()
 
@@ -285,19 +285,19 @@ class KernelBenchmark:
         """
         self.set_config(config)
         out = self.rank_tensor if self.op == "shrink" else self.hidden_tensor
-        before = out.clone()
+        original = out.clone()
         self.launch(self.layers[0])
-        made = out.clone()
-        out.copy_(before)
-        return made
+        result = out.clone()
+        out.copy_(original)
+        return result
 
-    def measure_if_correct(self, config: Mapping[str, Any], wanted: torch.Tensor) -> float | None:
+    def measure_if_correct(self, config: Mapping[str, Any], expected: torch.Tensor) -> float | None:
         """Return the seconds of one launch with ``config``. Returns None if the kernel does not
-        compile, or its output differs from the correct output ``wanted``.
+        compile, or its output differs from the correct output ``expected``.
         """
         try:
-            found = self.run(config)
-            if not torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=0.02):
+            output = self.run(config)
+            if not torch.allclose(output.float(), expected.float(), rtol=0.02, atol=0.02):
                 return None
             return self.measure_seconds(config)
         except Exception:  # noqa: BLE001
@@ -319,15 +319,15 @@ class KernelBenchmark:
         with torch.cuda.graph(graph):
             for layer in self.layers:
                 self.launch(layer)
-        taken: list[float] = []
+        seconds: list[float] = []
         for _ in range(REPEATS):
             start, end = (_timer() for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            taken.append(start.elapsed_time(end) / 1e3 / len(self.layers))
-        return sorted(taken)[REPEATS // 2]
+            seconds.append(start.elapsed_time(end) / 1e3 / len(self.layers))
+        return sorted(seconds)[REPEATS // 2]
 
 
 def _timer() -> Any:

@@ -61,25 +61,25 @@ class Mesh:
         """Return the ``value`` that the first process of the group passed. Every process of the
         group must call this method.
         """
-        held = [value]
-        distributed.broadcast_object_list(held, group_src=0, group=self.host_group)
-        return held[0]
+        values = [value]
+        distributed.broadcast_object_list(values, group_src=0, group=self.host_group)
+        return values[0]
 
     def max_over_run(self, flag: int, device: torch.device) -> int:
         """Return the largest of the integers ``flag`` that the processes of the run pass. Every
         process of the run must call this method.
         """
-        told = torch.tensor([int(flag)], device=device)
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self.world_group)
-        return int(told)
+        largest = torch.tensor([int(flag)], device=device)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=self.world_group)
+        return int(largest)
 
     def broadcast_over_run(self, value: Any) -> Any:
         """Return the ``value`` that the first process of the run passed. Every process of the run
         must call this method.
         """
-        held = [value]
-        distributed.broadcast_object_list(held, group_src=0, group=self.world_group)
-        return held[0]
+        values = [value]
+        distributed.broadcast_object_list(values, group_src=0, group=self.world_group)
+        return values[0]
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the ``tensor`` of each process of the group, in the order of the processes. All
@@ -94,13 +94,13 @@ class Mesh:
         distributed.all_reduce(tensor, group=self.group)
         return tensor
 
-    def combined_digest(self, own: str) -> str:
-        """Combine the digests of all processes of the group into one digest, and return it. ``own``
-        is the digest of this process. Every process of the group must call this method.
+    def combined_digest(self, digest: str) -> str:
+        """Combine the digests of all processes of the group into one digest, and return it.
+        ``digest`` is the digest of this process. Every process of the group must call this method.
         """
-        told: list[Any] = [None] * self.size
-        distributed.all_gather_object(told, own, group=self.host_group)
-        return hashlib.sha256("".join(told).encode()).hexdigest()[:16]
+        digests: list[Any] = [None] * self.size
+        distributed.all_gather_object(digests, digest, group=self.host_group)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
     def check_same(self, what: str, values: Sequence[Sequence[int]]) -> None:
         """Compare ``values`` (token ids) over the processes of the group.
@@ -108,10 +108,10 @@ class Mesh:
         Raises:
             DefectError: the processes have sampled different tokens.
         """
-        own = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
-        told: list[Any] = [None] * self.size
-        distributed.all_gather_object(told, own, group=self.host_group)
-        if len(set(told)) > 1:
+        digest = hashlib.sha256(repr([list(row) for row in values]).encode()).hexdigest()
+        digests: list[Any] = [None] * self.size
+        distributed.all_gather_object(digests, digest, group=self.host_group)
+        if len(set(digests)) > 1:
             raise DefectError(
                 f"the {self.size} processes that share a model have sampled different {what}",
                 where=f"process {rank()}",
@@ -144,15 +144,15 @@ def open_mesh(size: int) -> Mesh | None:
         return None
     from vllm.distributed import parallel_state  # noqa: PLC0415 - the rest is for everybody
 
-    number = distributed.get_rank()
-    model = parallel_state.get_tp_group()
-    expected = [number // size * size + one for one in range(size)]
-    if list(model.ranks) != expected:
+    global_rank = distributed.get_rank()
+    model_group = parallel_state.get_tp_group()
+    expected = [global_rank // size * size + index for index in range(size)]
+    if list(model_group.ranks) != expected:
         raise DefectError(
-            f"vLLM's tensor-parallel group of this process has the ranks {model.ranks}, but must "
-            f"have the ranks {expected}"
+            f"vLLM's tensor-parallel group of this process has the ranks {model_group.ranks}, but "
+            f"must have the ranks {expected}"
         )
-    return create_mesh(size, model.device_group, model.cpu_group)
+    return create_mesh(size, model_group.device_group, model_group.cpu_group)
 
 
 def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
@@ -163,22 +163,22 @@ def create_mesh(size: int, group: Any, host_group: Any) -> Mesh:
     that have the same part of the model as this process.
     """
     global _open_mesh
-    whole, number = distributed.get_world_size(), distributed.get_rank()
-    own = None
+    processes, global_rank = distributed.get_world_size(), distributed.get_rank()
+    data_parallel_group = None
     for part in range(size):
-        replicas = distributed.new_group(list(range(part, whole, size)))
-        own = replicas if part == number % size else own
+        new_group = distributed.new_group(list(range(part, processes, size)))
+        data_parallel_group = new_group if part == global_rank % size else data_parallel_group
     _open_mesh = Mesh(
         size=size,
-        rank=number % size,
-        replica=number // size,
-        replica_count=whole // size,
+        rank=global_rank % size,
+        replica=global_rank // size,
+        replica_count=processes // size,
         group=group,
         host_group=host_group,
         world_group=distributed.group.WORLD,
     )
     # In torch 2.11 and 2.13, functions that are called without a group read only this setting.
-    distributed_c10d._update_default_pg(own)
+    distributed_c10d._update_default_pg(data_parallel_group)
     return _open_mesh
 
 
@@ -186,10 +186,10 @@ def close_mesh() -> None:
     """Make the group of all processes the default group again. A second call does nothing."""
     global _open_mesh
     if _open_mesh is not None:
-        own = distributed.group.WORLD
+        data_parallel_group = distributed.group.WORLD
         distributed_c10d._update_default_pg(_open_mesh.world_group)
         _open_mesh = None
-        distributed.destroy_process_group(own)
+        distributed.destroy_process_group(data_parallel_group)
 
 
 COLLECTIVE_TIMEOUT_S = 1800.0

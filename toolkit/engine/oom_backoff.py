@@ -61,41 +61,41 @@ class BatchPart:
             return first, BatchPart(self.prompts[middle:], self.rows[middle:], self.n)
         middle = self.n // 2
         (row,) = self.rows
-        rest = BatchPart(self.prompts, [row + middle], self.n - middle)
-        return BatchPart(self.prompts, [row], middle), rest
+        second = BatchPart(self.prompts, [row + middle], self.n - middle)
+        return BatchPart(self.prompts, [row], middle), second
 
-    def split_to(self, most: int | None) -> list[BatchPart]:
-        """Return this part split into parts of at most ``most`` completions, in order. If ``most``
-        is None, this part is not split.
+    def split_to(self, max_completions: int | None) -> list[BatchPart]:
+        """Return this part split into parts of at most ``max_completions`` completions, in order.
+        If ``max_completions`` is None, this part is not split.
         """
-        if most is None or self.size <= max(most, 1):
+        if max_completions is None or self.size <= max(max_completions, 1):
             return [self]
-        return [part for half in self.halves() for part in half.split_to(most)]
+        return [part for half in self.halves() for part in half.split_to(max_completions)]
 
 
 def generate_in_parts(
-    draw: Callable[[BatchPart], Rollout],
-    whole: BatchPart,
-    most: int | None,
+    generate: Callable[[BatchPart], Rollout],
+    batch: BatchPart,
+    max_completions: int | None,
     *,
-    at_once: int,
+    max_num_seqs: int,
     recover: Callable[[], None],
 ) -> tuple[Rollout, int | None]:
-    """Draw the completions of the batch ``whole``, in smaller parts if memory runs out.
+    """Draw the completions of the batch ``batch``, in smaller parts if memory runs out.
 
-    ``draw`` samples one part. ``most`` is the maximum number of completions per call of ``draw``
-    (None: no limit). ``at_once`` is the number of sequences that the engine runs at a time.
-    ``recover`` makes the engine usable after a failed call.
+    ``generate`` samples one part. ``max_completions`` is the maximum number of completions per call
+    of ``generate`` (None: no limit). ``max_num_seqs`` is the number of sequences that the engine
+    runs at a time. ``recover`` makes the engine usable after a failed call.
 
-    Returns the rollout and a new value for ``most``, which is unchanged if no call failed. An
-    out-of-memory error is raised only for a part with a single completion. Other errors are always
-    raised.
+    Returns the rollout and a new value for ``max_completions``, which is unchanged if no call
+    failed. An out-of-memory error is raised only for a part with a single completion. Other errors
+    are always raised.
     """
-    waiting, done = whole.split_to(most), []
-    while waiting:
-        part = waiting.pop(0)
+    pending, rollouts = batch.split_to(max_completions), []
+    while pending:
+        part = pending.pop(0)
         try:
-            done.append(draw(part))
+            rollouts.append(generate(part))
             continue
         except (RuntimeError, MemoryError) as error:
             if part.size < 2 or not is_out_of_memory(error):
@@ -103,17 +103,21 @@ def generate_in_parts(
             failure = str(error).strip().partition("\n")[0][:300]
         # The rest is outside the exception handler. Within it, the traceback would keep the tensors
         # of the failed call in memory.
-        tried = min(part.size, at_once)
-        most = tried // 2
+        attempted = min(part.size, max_num_seqs)
+        max_completions = attempted // 2
         logger.warning(
             "rollout: out of memory with %d sequences. From now on at most %d run at a time (%s)",
-            tried,
-            most,
+            attempted,
+            max_completions,
             failure,
         )
         recover()
-        waiting = [smaller for left in (part, *waiting) for smaller in left.split_to(most)]
-    return _concatenate(done), most
+        pending = [
+            smaller
+            for unfinished in (part, *pending)
+            for smaller in unfinished.split_to(max_completions)
+        ]
+    return _concatenate(rollouts), max_completions
 
 
 def _concatenate(rollouts: Sequence[Rollout]) -> Rollout:

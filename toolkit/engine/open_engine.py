@@ -72,10 +72,10 @@ def prepare_environment() -> None:
         ConfigError: the user has set a variable to a value that prevents weight sharing.
     """
     for name, value in REQUIRED_ENVIRONMENT.items():
-        found = os.environ.setdefault(name, value)
-        if found != value:
+        actual = os.environ.setdefault(name, value)
+        if actual != value:
             raise ConfigError(
-                f"{name}={found} makes vLLM run the engine in another process, where the trainer"
+                f"{name}={actual} makes vLLM run the engine in another process, where the trainer"
                 " cannot share its weights",
                 where=f"environment variable {name}",
                 fix=f"unset {name}",

@@ -57,8 +57,8 @@ def shard_of(parameter: Any) -> Shard | None:
     """Return the ``Shard`` with which ``mark_as_shard`` marked a parameter. None means that the
     parameter is not split, so every process of the group has the whole parameter.
     """
-    found: Shard | None = getattr(parameter, SHARD_ATTRIBUTE, None)
-    return found
+    shard: Shard | None = getattr(parameter, SHARD_ATTRIBUTE, None)
+    return shard
 
 
 @torch.no_grad()
@@ -70,34 +70,34 @@ def gather_full_tensor(tensor: torch.Tensor, like: Any = None) -> torch.Tensor:
     None, the mark on ``tensor`` itself says so. Without a mark, ``tensor`` is not split, and it is
     returned unchanged.
     """
-    shard, shared = shard_of(tensor if like is None else like), current_mesh()
+    shard, mesh = shard_of(tensor if like is None else like), current_mesh()
     if shard is None:
         return tensor
-    if shared is None:
+    if mesh is None:
         raise DefectError(
             "the parameter is split over several processes, but the engine that "
             "connects these processes is closed"
         )
-    return torch.cat(shared.all_gather(tensor.detach()), dim=shard.dim)
+    return torch.cat(mesh.all_gather(tensor.detach()), dim=shard.dim)
 
 
 def local_shard(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """Return this process's part of the whole ``tensor``, split like the parameter ``like``."""
-    shard, shared = shard_of(like), current_mesh()
+    shard, mesh = shard_of(like), current_mesh()
     if shard is None:
         return tensor
-    if shared is None:
+    if mesh is None:
         raise DefectError(
             "the parameter is split over several processes, but the engine that "
             "connects these processes is closed"
         )
     if tensor.dim() == 0 or tensor.shape[shard.dim] != shard.total:
         return tensor  # the shape is wrong, and the caller reports that
-    length = shard.total // shared.size
-    own = tensor.narrow(shard.dim, shared.rank * length, length)
+    length = shard.total // mesh.size
+    view = tensor.narrow(shard.dim, mesh.rank * length, length)
     # Return a contiguous copy. Fused optimizers need contiguous memory, and a view would keep the
     # whole tensor in memory.
-    return own.clone(memory_format=torch.contiguous_format)
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 def full_shape(parameter: Any) -> torch.Size:

@@ -45,8 +45,8 @@ def start_engine(options: EngineOptions) -> Engine:
     time and run before the model is loaded.
     """
     global _last_engine
-    again = _last_engine is not None
-    if again:
+    had_engine = _last_engine is not None
+    if had_engine:
         free_previous_engine()
     size = size_of(options.tensor_parallel_size)
     device = device_type()
@@ -68,14 +68,14 @@ def start_engine(options: EngineOptions) -> Engine:
         join_default_group()
         arguments.setdefault("distributed_executor_backend", "external_launcher")
     owns_process_group = not torch.distributed.is_initialized()
-    state = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     llm: LLM | None = None
     try:
         llm = LLM(**arguments)
         open_mesh(size)
         engine = Engine(llm, options, owns_process_group=owns_process_group)
         _last_engine = weakref.ref(engine)
-        if again:
+        if had_engine:
             # vLLM has called gc.freeze(), which also freezes the model of a previous engine.
             # Unfreeze all objects, so that the weights of that model are freed when the caller
             # drops the model.
@@ -89,7 +89,7 @@ def start_engine(options: EngineOptions) -> Engine:
         # vLLM seeds torch's generator, and its CPU worker replaces ``set_num_threads`` by a
         # function without effect (0.31.0). Restore the generator and the function, because the
         # trainer runs in this process too.
-        torch.set_rng_state(state)
+        torch.set_rng_state(rng_state)
         torch.set_num_threads = _SET_NUM_THREADS
 
 
@@ -103,8 +103,8 @@ def use_gloo_all_reduce() -> None:
     """
     from vllm.distributed.device_communicators import cpu_communicator  # noqa: PLC0415 - CPU only
 
-    kind: Any = cpu_communicator.CpuCommunicator
-    kind._all_group_ranks_share_shm_group_name = lambda _: False
+    communicator: Any = cpu_communicator.CpuCommunicator
+    communicator._all_group_ranks_share_shm_group_name = lambda _: False
 
 
 def free_previous_engine() -> None:
@@ -206,8 +206,8 @@ def check_model(options: EngineOptions, device: str) -> Any:
             "false`",
         )
     architectures = list(getattr(config, "architectures", None) or [])
-    known = ModelRegistry.get_supported_archs()
-    if not any(name in known for name in architectures):
+    supported = ModelRegistry.get_supported_archs()
+    if not any(name in supported for name in architectures):
         raise UnsupportedError(
             "vLLM does not support the architecture of the model "
             f"({', '.join(architectures) or 'the config has no architectures'})",
@@ -223,8 +223,8 @@ _USE_TRANSFORMERS = "set `fast_inference: false` (in a run file: `runtime.engine
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
     """Return True if vLLM uses its bitsandbytes loader for the model."""
     stored = stored_format(config.to_dict())
-    packed = options.load_in_4bit or (stored is not None and stored.engine)
-    return packed and options.tensor_parallel_size == 1
+    is_4bit = options.load_in_4bit or (stored is not None and stored.engine)
+    return is_4bit and options.tensor_parallel_size == 1
 
 
 def read_config(options: EngineOptions) -> Any:

@@ -74,10 +74,10 @@ def repeatable_phase() -> Iterator[None]:
         yield
         check_peers()
     except (RuntimeError, MemoryError) as error:
-        shared = current_mesh()
-        own = is_out_of_memory(error) and not isinstance(error, PeerOutOfMemoryError)
-        if _is_watching and shared is not None and own:
-            _report_out_of_memory(shared, error, "a training step")
+        mesh = current_mesh()
+        is_own_failure = is_out_of_memory(error) and not isinstance(error, PeerOutOfMemoryError)
+        if _is_watching and mesh is not None and is_own_failure:
+            _report_out_of_memory(mesh, error, "a training step")
         raise
     finally:
         _is_watching = False
@@ -92,16 +92,16 @@ def check_peers() -> None:
         PeerOutOfMemoryError: another process ran out of memory, so it will not join the collective
             call.
     """
-    shared = current_mesh()
-    if not _is_watching or shared is None:
+    mesh = current_mesh()
+    if not _is_watching or mesh is None:
         return
-    if failed := _max_flag(shared, 0):
-        raise _peer_out_of_memory_error(shared, failed)
+    if failed := _max_flag(mesh, 0):
+        raise _peer_out_of_memory_error(mesh, failed)
 
 
-def generate_together(shared: Mesh, draw: Callable[[], T]) -> T:
-    """Return the result of ``draw()``. Every process of the group must call this function. If one
-    process runs out of memory, an out-of-memory error is raised in all processes of the group.
+def generate_together(mesh: Mesh, generate: Callable[[], T]) -> T:
+    """Return the result of ``generate()``. Every process of the group must call this function. If
+    one process runs out of memory, an out-of-memory error is raised in all processes of the group.
 
     Raises:
         PeerOutOfMemoryError: another process ran out of memory.
@@ -109,17 +109,17 @@ def generate_together(shared: Mesh, draw: Callable[[], T]) -> T:
             because they wait in a collective call.
     """
     try:
-        result = draw()
+        result = generate()
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            _report_out_of_memory(shared, error, "a rollout")
+            _report_out_of_memory(mesh, error, "a rollout")
         raise
-    if failed := _max_flag(shared, 0):
-        raise _peer_out_of_memory_error(shared, failed)
+    if failed := _max_flag(mesh, 0):
+        raise _peer_out_of_memory_error(mesh, failed)
     return result
 
 
-def _report_out_of_memory(shared: Mesh, error: BaseException, during: str) -> None:
+def _report_out_of_memory(mesh: Mesh, error: BaseException, phase: str) -> None:
     """Report to the other processes of the group that this process ran out of memory, and wait
     until all of them have reported too.
 
@@ -131,10 +131,10 @@ def _report_out_of_memory(shared: Mesh, error: BaseException, during: str) -> No
             raise RuntimeError(
                 f"a collective call of this process does not end within {PEER_TIMEOUT_S:g} s"
             )
-        _max_flag(shared, shared.rank + 1, timedelta(seconds=PEER_TIMEOUT_S))
-    except RuntimeError as lost:
+        _max_flag(mesh, mesh.rank + 1, timedelta(seconds=PEER_TIMEOUT_S))
+    except RuntimeError as timeout_error:
         raise ConfigError(
-            f"process {rank()} ran out of memory during {during} ({first_line(error)}). The work "
+            f"process {rank()} ran out of memory during {phase} ({first_line(error)}). The work "
             "cannot be repeated, because the other processes that share its model wait for it "
             "in a collective call",
             where=f"process {rank()}",
@@ -143,7 +143,7 @@ def _report_out_of_memory(shared: Mesh, error: BaseException, during: str) -> No
             "`model.max_num_seqs`. `envcheck size` shows how much memory each of these keys "
             "needs. Then run the same command again. The run resumes from the last "
             "checkpoint",
-        ) from lost
+        ) from timeout_error
 
 
 def _wait_for_gpu() -> bool:
@@ -156,29 +156,29 @@ def _wait_for_gpu() -> bool:
     cuda: Any = torch.cuda  # torch.cuda has no types
     if not cuda.is_initialized():
         return True  # a collective call on the CPU is complete when it returns
-    asked = cuda.Event()
-    asked.record()
-    end = time.monotonic() + PEER_TIMEOUT_S
-    while not asked.query():
-        if time.monotonic() > end:
+    event = cuda.Event()
+    event.record()
+    deadline = time.monotonic() + PEER_TIMEOUT_S
+    while not event.query():
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
     return True
 
 
-def _max_flag(shared: Mesh, flag: int, patience: timedelta | None = None) -> int:
+def _max_flag(mesh: Mesh, flag: int, timeout: timedelta | None = None) -> int:
     flags = torch.tensor([flag])
     work = distributed.all_reduce(
-        flags, op=distributed.ReduceOp.MAX, group=shared.host_group, async_op=True
+        flags, op=distributed.ReduceOp.MAX, group=mesh.host_group, async_op=True
     )
     assert work is not None
-    if patience is None:
+    if timeout is None:
         work.wait()
     else:
-        work.wait(patience)
+        work.wait(timeout)
     return int(flags)
 
 
-def _peer_out_of_memory_error(shared: Mesh, flag: int) -> PeerOutOfMemoryError:
-    number = shared.replica * shared.size + flag - 1
-    return PeerOutOfMemoryError(f"process {number} ran out of memory")
+def _peer_out_of_memory_error(mesh: Mesh, flag: int) -> PeerOutOfMemoryError:
+    failed_rank = mesh.replica * mesh.size + flag - 1
+    return PeerOutOfMemoryError(f"process {failed_rank} ran out of memory")

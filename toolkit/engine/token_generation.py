@@ -206,8 +206,8 @@ def unpack_logprobs(flat: FlatLogprobs) -> tuple[list[list[float | None]], list[
     values: list[list[float | None]] = []
     tokens: list[list[int]] = []
     for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
-        last = {flat.token_ids[i]: i for i in range(start, end)}
-        order = sorted(last.values(), key=lambda i: flat.ranks[i] or 0)
+        index_of_token = {flat.token_ids[i]: i for i in range(start, end)}
+        order = sorted(index_of_token.values(), key=lambda i: flat.ranks[i] or 0)
         values.append([None if math.isnan(flat.logprobs[i]) else flat.logprobs[i] for i in order])
         tokens.append([flat.token_ids[i] for i in order])
     return values, tokens

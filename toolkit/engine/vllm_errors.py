@@ -35,7 +35,7 @@ def failed_earlier_error(error: ToolkitError) -> ToolkitError:
     return type(error)(f"the engine failed earlier: {error.message}", where="engine", fix=error.fix)
 
 
-def to_toolkit_error(problem: BaseException, what: str, fix: str | None = None) -> ToolkitError:
+def to_toolkit_error(problem: BaseException, failure: str, fix: str | None = None) -> ToolkitError:
     """Convert the exception ``problem`` to a ToolkitError.
 
     If the text of ``problem``, or of an exception that caused it, matches a known symptom, the
@@ -46,17 +46,18 @@ def to_toolkit_error(problem: BaseException, what: str, fix: str | None = None) 
     Pass ``fix`` if the engine was already running. This text replaces the default fix of the
     NodeError.
     """
-    if known := explain_error(problem, what, RESTART_ADVICE if fix else ""):
-        return known
+    if known_error := explain_error(problem, failure, RESTART_ADVICE if fix else ""):
+        return known_error
     first = problem
-    told = f"{what}: {_text_of(first)}"
-    kinds = type(first).__mro__
+    message = f"{failure}: {_text_of(first)}"
+    base_classes = type(first).__mro__
     if fix is None and (
-        isinstance(first, REJECTIONS) or any(k.__name__ == VALIDATION_ERROR_NAME for k in kinds)
+        isinstance(first, REJECTIONS)
+        or any(k.__name__ == VALIDATION_ERROR_NAME for k in base_classes)
     ):
-        return ConfigError(told, where="vLLM", fix="change the option that vLLM names")
+        return ConfigError(message, where="vLLM", fix="change the option that vLLM names")
     fix = fix or "run `envcheck check` on this node (--debug shows the whole traceback)"
-    return NodeError(told, where="vLLM", fix=fix)
+    return NodeError(message, where="vLLM", fix=fix)
 
 
 def _text_of(problem: BaseException) -> str:

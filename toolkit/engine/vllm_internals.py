@@ -150,5 +150,5 @@ def reset_graph_pool() -> None:
     0.31.0). When the graphs of the first engine are freed, torch drops the pool of this handle. A
     later capture into the same pool would fail with an internal assertion of torch's allocator.
     """
-    kind: Any = type(current_platform)
-    kind._global_graph_pool = None
+    platform: Any = type(current_platform)
+    platform._global_graph_pool = None

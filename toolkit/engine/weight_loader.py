@@ -111,16 +111,20 @@ def make_dequantizing_loader(loader: type[Any], **options: Any) -> type[Any]:
 
     class DequantizingLoader(loader):  # type: ignore[misc]  # known only at run time
         def load_model(
-            self, vllm_config: VllmConfig, model_config: ModelConfig, *rest: Any, **keywords: Any
+            self,
+            vllm_config: VllmConfig,
+            model_config: ModelConfig,
+            *arguments: Any,
+            **keywords: Any,
         ) -> nn.Module:
             """Load the model with ``loader``. If 16-bit copies of the weights are requested, attach
             them to the layers. The copies stay empty until the first forward pass.
             """
-            model: nn.Module = super().load_model(vllm_config, model_config, *rest, **keywords)
-            wanted = (self.load_config.model_loader_extra_config or {}).get(COPIES_OPTION, False)
-            if wanted == "auto":
-                wanted = dequantized.choose_copy_bytes(model, vllm_config)
-            if wanted and (copies := dequantized.attach_copies(model, wanted, **options)):
+            model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **keywords)
+            requested = (self.load_config.model_loader_extra_config or {}).get(COPIES_OPTION, False)
+            if requested == "auto":
+                requested = dequantized.choose_copy_bytes(model, vllm_config)
+            if requested and (copies := dequantized.attach_copies(model, requested, **options)):
                 copies.check_fits()
             return model
 

@@ -45,11 +45,13 @@ def test_what_does_not_fit_is_drawn_in_smaller_parts(prompts, n, limit, at_once)
 
     all_of_it = whole(prompts, n)
     rollout, most = generate_in_parts(
-        draw, all_of_it, None, at_once=at_once, recover=lambda: recovered.append(1)
+        draw, all_of_it, None, max_num_seqs=at_once, recover=lambda: recovered.append(1)
     )
     assert rollout == drawn(all_of_it)
     assert (most is None) == (not recovered)
-    again, same = generate_in_parts(draw, all_of_it, most, at_once=at_once, recover=pytest.fail)
+    again, same = generate_in_parts(
+        draw, all_of_it, most, max_num_seqs=at_once, recover=pytest.fail
+    )
     assert (again, same) == (rollout, most)  # what was found is kept to: nothing fails twice
 
 
@@ -60,7 +62,9 @@ def test_without_logprobs_there_are_none() -> None:
         rollout = drawn(part)
         return Rollout(rollout.prompt_ids, rollout.completion_ids, None, None)
 
-    rollout, most = generate_in_parts(draw, whole(2, 4), None, at_once=64, recover=lambda: None)
+    rollout, most = generate_in_parts(
+        draw, whole(2, 4), None, max_num_seqs=64, recover=lambda: None
+    )
     assert (rollout.logprobs, rollout.logprob_token_ids, most) == (None, None, 2)
 
 
@@ -72,14 +76,14 @@ def test_one_sequence_that_does_not_fit_and_other_errors_are_passed_on() -> None
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
     with pytest.raises(RuntimeError, match="allocate memory"):
-        generate_in_parts(draw, whole(1, 4), None, at_once=64, recover=lambda: None)
+        generate_in_parts(draw, whole(1, 4), None, max_num_seqs=64, recover=lambda: None)
     assert tried == [4, 2, 1]
 
     def fail(part: BatchPart) -> Rollout:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal"):
-        generate_in_parts(fail, whole(1, 4), None, at_once=64, recover=pytest.fail)
+        generate_in_parts(fail, whole(1, 4), None, max_num_seqs=64, recover=pytest.fail)
 
 
 def test_texts_of_allocators() -> None:

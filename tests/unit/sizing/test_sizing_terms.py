@@ -193,7 +193,7 @@ def test_a_cpu_run_is_not_measured(run_dir):
     folder, sizing = run_dir
     (folder / "preflight.json").write_text(json.dumps({"sizing": {**sizing, "device": None}}))
     (folder / "timings.jsonl").write_text(json.dumps({"peak_memory_bytes": 10**9}))
-    assert not calibrate(folder).measured
+    assert not calibrate(folder).has_measurements
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"sizing": {"budget": [], "peaks": {}}}', "{"])

@@ -154,7 +154,7 @@ def test_memory_json_is_what_calibrate_reads(tmp_path: Path) -> None:
     sizing = {"budget": budget, "peaks": predicted, "device": {"name": "a card"}}
     (tmp_path / "preflight.json").write_text(json.dumps({"sizing": sizing}))
     rows = {row.term: row for row in calibrate(tmp_path).rows}
-    assert rows["engine.kv"].off == pytest.approx(0.05)
+    assert rows["engine.kv"].relative_error == pytest.approx(0.05)
     assert rows["peak.rollout"].measured == 65 * GIB
     assert rows["peak.training"].measured == 33 * GIB
     assert rows["peak.torch"].measured == 65 * GIB

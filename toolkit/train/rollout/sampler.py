@@ -319,7 +319,7 @@ class TransformersGeneration:
             run,
             BatchPart(prompts, rows, n=1),
             trainer.rows_at_once,
-            at_once=len(prompts),
+            max_num_seqs=len(prompts),
             recover=release_memory,
         )
         trainer.completion_index.record_completions(rows, prompts, rollout.completion_ids)
