@@ -66,7 +66,7 @@ def test_enabling_twice_adds_a_second_hook_unless_the_first_is_removed(model: An
 
 
 def test_trl_enables_checkpointing_again_only_with_its_own_kwargs(model: Any) -> None:
-    """trl.models.utils.disable_gradient_checkpointing knows no offload: hence _keep_offload."""
+    """trl.models.utils.disable_gradient_checkpointing knows no offload: hence _override_enable."""
     from trl.models.utils import disable_gradient_checkpointing
 
     calls: list[tuple[Any, ...]] = []

@@ -162,7 +162,7 @@ def one_run(
         append(results, {**row, "terms": [], "skipped": "sizing says that it does not fit"})
         return
     model, tokenizer = loaded
-    base = add_toolkit_attributes(shared_model(model.toolkit_engine, check=False), like=model)
+    base = add_toolkit_attributes(shared_model(model.toolkit_engine, check=False), copy_from=model)
     policy = FastLanguageModel.get_peft_model(
         base,
         r=run["r"],

@@ -48,10 +48,10 @@ def adapted_linear(
 class PackedBase(Protocol):
     """A frozen layer with a packed (4-bit) weight, which is unpacked for each matrix product."""
 
-    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """Return x W^T + bias (T, O), in the dtype of ``x_TI``."""
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+    def unpacked_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the unpacked weight (O, I) as a new tensor of ``dtype``."""
 
 
@@ -92,9 +92,9 @@ class _AdaptedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TI, weight_OI, a_RI, b_OR, hidden_TR = ctx.saved_tensors
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        needs_grad = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         grad_x, grad_a, grad_b = _gradients(
-            ctx, grad, (x_TI, a_RI, b_OR, hidden_TR), lambda _: weight_OI, needs
+            ctx, grad, (x_TI, a_RI, b_OR, hidden_TR), lambda _: weight_OI, needs_grad
         )
         return grad_x, None, None, grad_a, grad_b, None
 
@@ -111,7 +111,7 @@ class _AdaptedPacked(torch.autograd.Function):
     ) -> torch.Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         hidden_TR = x_TI @ a_RI.to(x.dtype).T
-        out_TO = base.product(x_TI)
+        out_TO = base.matmul(x_TI)
         out_TO.addmm_(hidden_TR, b_OR.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x_TI, a_RI, b_OR, hidden_TR)
         ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
@@ -120,35 +120,37 @@ class _AdaptedPacked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-        grad_x, grad_a, grad_b = _gradients(ctx, grad, ctx.saved_tensors, ctx.base.unpacked, needs)
+        needs_grad = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
+        grad_x, grad_a, grad_b = _gradients(
+            ctx, grad, ctx.saved_tensors, ctx.base.unpacked_weight, needs_grad
+        )
         return grad_x, None, grad_a, grad_b, None
 
 
 def _gradients(
     ctx: Any,
     grad: torch.Tensor,
-    saved: tuple[torch.Tensor, ...],
-    weight: Callable[[torch.dtype], torch.Tensor],
-    needs: tuple[bool, ...],
+    saved_tensors: tuple[torch.Tensor, ...],
+    get_weight: Callable[[torch.dtype], torch.Tensor],
+    needs_grad: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of the input, of A and of B. ``needs`` has one flag per gradient, in
-    this order. A gradient is None if its flag is False.
+    """Return the gradients of the input, of A and of B. ``needs_grad`` has one flag per gradient,
+    in this order. A gradient is None if its flag is False.
     """
-    x_TI, a_RI, b_OR, hidden_TR = saved
+    x_TI, a_RI, b_OR, hidden_TR = saved_tensors
     grad_TO = grad.reshape(-1, grad.shape[-1])
-    grad_hidden_TR = _scaled(grad_TO @ b_OR.to(grad.dtype), ctx.scaling)
+    grad_hidden_TR = _scale_in_place(grad_TO @ b_OR.to(grad.dtype), ctx.scaling)
     grad_a = grad_b = grad_x = None
-    if needs[1]:
+    if needs_grad[1]:
         grad_a = (grad_hidden_TR.T @ x_TI).to(a_RI.dtype)
-    if needs[2]:
-        grad_b = _scaled((grad_TO.T @ hidden_TR).to(b_OR.dtype), ctx.scaling)
-    if needs[0]:
-        grad_TI = grad_TO @ weight(grad.dtype)
+    if needs_grad[2]:
+        grad_b = _scale_in_place((grad_TO.T @ hidden_TR).to(b_OR.dtype), ctx.scaling)
+    if needs_grad[0]:
+        grad_TI = grad_TO @ get_weight(grad.dtype)
         grad_x = grad_TI.addmm_(grad_hidden_TR, a_RI.to(grad.dtype)).view(ctx.shape)
     return grad_x, grad_a, grad_b
 
 
-def _scaled(tensor: torch.Tensor, scaling: float) -> torch.Tensor:
+def _scale_in_place(tensor: torch.Tensor, scaling: float) -> torch.Tensor:
     """Multiply ``tensor`` by ``scaling`` in place. A factor of 1 needs no kernel."""
     return tensor if scaling == 1 else tensor.mul_(scaling)

@@ -70,33 +70,40 @@ def save_lora(model: Any, folder: str | os.PathLike[str], *, name: str = "defaul
         raise ConfigValueError(
             "the model has no adapter to save", where="save_lora", fix="call get_peft_model first"
         )
-    target, shared, state = Path(folder), current_mesh(), None
-    if shared is not None:
-        own = model.named_parameters()
-        state = {key: gather_full_tensor(value) for key, value in own if "lora_" in key}
-        if not shared.is_first:
+    target, model_mesh, state_dict = Path(folder), current_mesh(), None
+    if model_mesh is not None:
+        named_parameters = model.named_parameters()
+        state_dict = {
+            key: gather_full_tensor(value) for key, value in named_parameters if "lora_" in key
+        }
+        if not model_mesh.is_first:
             return target
-    with temporary_folder_beside(target) as work:
+    with temporary_folder_beside(target) as temporary_folder:
         # PEFT's default for save_embedding_layers queries the hub for the base model's vocabulary
         # size. Passing True or False avoids the query.
-        resized = bool(getattr(model, "toolkit_resized", False))
-        more = {} if state is None else {"state_dict": state}
+        save_embeddings = bool(getattr(model, "toolkit_resized", False))
+        state_kwargs = {} if state_dict is None else {"state_dict": state_dict}
         model.save_pretrained(
-            str(work), selected_adapters=[name], save_embedding_layers=resized, **more
+            str(temporary_folder),
+            selected_adapters=[name],
+            save_embedding_layers=save_embeddings,
+            **state_kwargs,
         )
-        inner = work if name == "default" else work / name
-        _sort_config(inner / ADAPTER_CONFIG)
-        marks = current_base_digests(model)
-        described = {
+        adapter_folder = temporary_folder if name == "default" else temporary_folder / name
+        _sort_config_lists(adapter_folder / ADAPTER_CONFIG)
+        digests = current_base_digests(model)
+        base_facts = {
             "base_model_name_or_path": base_model_name(model),
-            "checkpoint": marks.checkpoint,
-            "fingerprint": marks.weights,
+            "checkpoint": digests.checkpoint,
+            "fingerprint": digests.weights,
         }
-        (inner / BASE_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        for file in inner.iterdir():
+        (adapter_folder / BASE_FILE).write_text(
+            json.dumps(base_facts, indent=2, sort_keys=True) + "\n"
+        )
+        for file in adapter_folder.iterdir():
             set_mode(file)
         target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(inner.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+        for file in sorted(adapter_folder.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
             os.replace(file, target / file.name)
     return target
 
@@ -114,11 +121,11 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary_folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", where=str(target)) from error
     try:
-        yield work
+        yield temporary_folder
     except (OSError, SafetensorError) as error:
         found, known = disk.find_failure(error), disk.to_toolkit_error(error, target, kept_note="")
         if known is not None and found is not None and found[0] not in disk.NOT_WRITABLE_ERRNOS:
@@ -126,10 +133,10 @@ def temporary_folder_beside(target: Path) -> Iterator[Path]:
             raise type(known)(known.message, where=known.where, fix=fix) from error
         raise InputError(f"cannot be written: {error}", where=str(target)) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
 
 
-def _sort_config(path: Path) -> None:
+def _sort_config_lists(path: Path) -> None:
     """Sort the lists in adapter_config.json. PEFT writes sets in hash order, which differs between
     processes.
     """

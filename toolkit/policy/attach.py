@@ -33,28 +33,28 @@ SAVE_FUNCTIONS = (
 )
 
 
-def add_toolkit_attributes(model: Any, *, like: Any = None, **carried: Any) -> Any:
+def add_toolkit_attributes(model: Any, *, copy_from: Any = None, **attributes: Any) -> Any:
     """Set the toolkit's attributes and methods on ``model``, and return ``model``.
 
-    ``TOOLKIT_ATTRIBUTES`` lists the names of the attributes. If ``like`` is None, their values come
-    from ``carried``. If ``like`` is another model, the values are copied from ``like``, and
-    ``like`` gets the methods too.
+    ``TOOLKIT_ATTRIBUTES`` lists the names of the attributes. If ``copy_from`` is None, their values
+    come from ``attributes``. If ``copy_from`` is another model, the values are copied from
+    ``copy_from``, and ``copy_from`` gets the methods too.
 
     The methods ``fast_generate``, ``generate``, ``save_lora`` and ``load_lora`` are functions of
     ``policy.fast_generate`` and ``policy.adapter_io``. The other methods are functions of
     ``policy.saving``.
     """
-    if like is not None:
-        carried = {name: getattr(like, name, None) for name in TOOLKIT_ATTRIBUTES}
+    if copy_from is not None:
+        attributes = {name: getattr(copy_from, name, None) for name in TOOLKIT_ATTRIBUTES}
     for name in TOOLKIT_ATTRIBUTES:
-        setattr(model, name, carried.get(name))
-    # PEFT changes the layers of the model ``like`` in place. So ``like`` is adapted too, and must
-    # have the same methods.
-    for holder in (model,) if like is None else (model, like):
-        holder.fast_generate = partial(fast_generate, model)
-        holder.save_lora = partial(save_lora, model)
-        holder.load_lora = partial(load_lora, model)
-        holder.generate = partial(generate, holder)
+        setattr(model, name, attributes.get(name))
+    # PEFT changes the layers of the model ``copy_from`` in place. So ``copy_from`` is adapted too,
+    # and must have the same methods.
+    for target in (model,) if copy_from is None else (model, copy_from):
+        target.fast_generate = partial(fast_generate, model)
+        target.save_lora = partial(save_lora, model)
+        target.load_lora = partial(load_lora, model)
+        target.generate = partial(generate, target)
         for method in SAVE_FUNCTIONS:
-            setattr(holder, method.__name__, partial(method, model))
+            setattr(target, method.__name__, partial(method, model))
     return model

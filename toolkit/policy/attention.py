@@ -15,7 +15,7 @@ from toolkit.config.supported_features import attention_lacks, attention_problem
 
 
 def choose_attention(
-    config: Any, asked: str | None, where: str, *, trusted: bool = False
+    config: Any, requested: str | None, where: str, *, trusted: bool = False
 ) -> str | None:
     """Return the ``attn_implementation`` for the model of ``config``. None means Hugging Face's
     default.
@@ -26,19 +26,19 @@ def choose_attention(
     model. For this reason a model with a cap gets ``"eager"``, which applies the cap.
 
     Raises:
-        ConfigValueError: the attention function ``asked`` does not exist, ignores the cap, or is
-            not supported by the model or this machine (``config.supported_features``).
+        ConfigValueError: the attention function ``requested`` does not exist, ignores the cap, or
+            is not supported by the model or this machine (``config.supported_features``).
     """
     text = config.get_text_config()
-    cap, kind = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")
+    cap, family = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")
     problem = attention_problem(
-        asked, softcap=cap, supports=model_type(kind).attention, trusted=trusted
+        requested, softcap=cap, supports=model_type(family).attention, trusted=trusted
     ) or attention_lacks(
-        asked,
+        requested,
         on_gpu=torch.cuda.is_available(),
         dtype="auto",
         installed=find_spec("flash_attn") is not None,
     )
     if problem is not None:
         raise ConfigValueError(problem.message, where=where, fix=problem.advice)
-    return "eager" if asked is None and cap is not None else asked
+    return "eager" if requested is None and cap is not None else requested

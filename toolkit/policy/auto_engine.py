@@ -51,16 +51,19 @@ def resolve_auto_options(
         ConfigError: engine and training together need more memory than the GPU has. The message
             lists changes that make them fit.
     """
-    given = {name: request.engine[name] for name in ESTIMATED_OPTIONS}
-    if "auto" not in given.values():
-        return given
+    options = {name: request.engine[name] for name in ESTIMATED_OPTIONS}
+    if "auto" not in options.values():
+        return options
     snapshot = take_snapshot()
     gpu = devices.select_device(snapshot, local_rank() if snapshot.gpus else None)
-    every = gather_from_all(None if gpu is None else Device.from_node(snapshot, gpu))
-    if every.count(None) == len(every) and given["tensor_parallel_size"] != "auto":
-        return given
+    process_devices = gather_from_all(None if gpu is None else Device.from_node(snapshot, gpu))
+    if (
+        process_devices.count(None) == len(process_devices)
+        and options["tensor_parallel_size"] != "auto"
+    ):
+        return options
     config = config_for_estimate(checkpoint, request, adapter, length=length, dtype=dtype)
-    resolved, _, _ = resolve_for_all(config, every, world_size=world_size())
+    resolved, _, _ = resolve_for_all(config, process_devices, world_size=world_size())
     return {name: getattr(resolved.model, name) for name in ESTIMATED_OPTIONS}
 
 
@@ -75,9 +78,11 @@ def config_for_estimate(
     """Return the run configuration for the memory estimate. It has the model of ``request``, and
     the given length and dtype.
     """
-    given = {name: request.engine[name] for name in OPTIONS if request.engine[name] is not None}
-    model: dict[str, Any] = {
-        **given,
+    engine_options = {
+        name: request.engine[name] for name in OPTIONS if request.engine[name] is not None
+    }
+    model_values: dict[str, Any] = {
+        **engine_options,
         "model_name": str(checkpoint.folder),
         "max_seq_length": length,
         "dtype": dtype,
@@ -85,7 +90,7 @@ def config_for_estimate(
         "fast_inference": True,
     }
     return RunConfig(
-        model=ModelSection(**model),
+        model=ModelSection(**model_values),
         lora=lora_section_of(adapter, request.use_gradient_checkpointing),
         runtime=RuntimeSection(engine="vllm"),
     )
@@ -96,10 +101,10 @@ def lora_section_of(adapter: Adapter | None, checkpointing: Any = "auto") -> Lor
     is None, it describes the default adapter of ``get_peft_model``.
     """
     config = None if adapter is None else adapter.config
-    found = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}
+    fields = {name: getattr(config, name, None) for name in ADAPTER_FIELDS}
     values: dict[str, Any] = {
         name: tuple(sorted(value)) if isinstance(value, (set, list)) else value
-        for name, value in found.items()
+        for name, value in fields.items()
         if value is not None
     }
     return LoraSection(**values, use_gradient_checkpointing=checkpointing)

@@ -44,15 +44,15 @@ def base_checksums(model: Any) -> dict[str, Checksum]:
     """Return the checksum of every frozen tensor of the base model. The keys are the parameter
     names without the parts that PEFT's wrappers add.
     """
-    names, values = [], []
+    tensors, sums = [], []
     for name, parameter in model.named_parameters():
-        own = any(part in name for part in ADAPTER_NAME_PARTS)
-        if not own and not parameter.requires_grad and parameter.device.type != "meta":
-            names.append((unwrapped_name(name.removeprefix(PEFT_PREFIX)), parameter))
-            values.append(_add_up(parameter.data))
+        is_adapter = any(part in name for part in ADAPTER_NAME_PARTS)
+        if not is_adapter and not parameter.requires_grad and parameter.device.type != "meta":
+            tensors.append((unwrapped_name(name.removeprefix(PEFT_PREFIX)), parameter))
+            sums.append(_sum_bytes(parameter.data))
     return {
         name: Checksum(tensor.dtype, tuple(tensor.shape), value)
-        for (name, tensor), value in zip(names, _to_host(values), strict=True)
+        for (name, tensor), value in zip(tensors, _to_ints(sums), strict=True)
     }
 
 
@@ -62,39 +62,42 @@ def changed_tensors(before: Mapping[str, Checksum], after: Mapping[str, Checksum
     """
     return [
         name
-        for name, found in after.items()
-        if name in before and found[:2] == before[name][:2] and found != before[name]
+        for name, checksum in after.items()
+        if name in before and checksum[:2] == before[name][:2] and checksum != before[name]
     ]
 
 
 def checksums_digest(sums: Mapping[str, Checksum]) -> str:
     """Return one short checksum of the checksums of all tensors."""
-    lines = [f"{name} {found.dtype} {found.shape} {found.value}" for name, found in sums.items()]
+    lines = [
+        f"{name} {checksum.dtype} {checksum.shape} {checksum.value}"
+        for name, checksum in sums.items()
+    ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
-def _add_up(tensor: torch.Tensor) -> torch.Tensor:
+def _sum_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the checksum of a tensor's bytes, as a 0-dimensional int64 on its device."""
     # Use a plain tensor, because bitsandbytes' parameter class overrides slicing.
-    plain = tensor.detach().as_subclass(torch.Tensor)
-    flat = plain.contiguous().reshape(-1).view(torch.uint8)
-    whole = flat.numel() - flat.numel() % 8
+    plain_tensor = tensor.detach().as_subclass(torch.Tensor)
+    flat = plain_tensor.contiguous().reshape(-1).view(torch.uint8)
+    aligned_length = flat.numel() - flat.numel() % 8
     if flat.storage_offset() % 8 == 0 and flat.data_ptr() % 8 == 0:
-        head = flat[:whole].view(torch.int64).sum()
-        return head + flat[whole:].sum(dtype=torch.int64)
+        aligned_sum = flat[:aligned_length].view(torch.int64).sum()
+        return aligned_sum + flat[aligned_length:].sum(dtype=torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for number, part in enumerate(torch.split(flat, CHUNK_BYTES), start=1):
-        total += number * part.sum(dtype=torch.int64)
+    for number, chunk in enumerate(torch.split(flat, CHUNK_BYTES), start=1):
+        total += number * chunk.sum(dtype=torch.int64)
     return total
 
 
-def _to_host(values: list[torch.Tensor]) -> list[int]:
+def _to_ints(values: list[torch.Tensor]) -> list[int]:
     """Convert the checksums to ints. One copy per device brings them to the host, instead of one
     copy per tensor.
     """
-    found: dict[int, int] = {}
+    value_by_index: dict[int, int] = {}
     for device in {value.device for value in values}:
-        places = [index for index, value in enumerate(values) if value.device == device]
-        told = torch.stack([values[index] for index in places]).tolist()
-        found.update(zip(places, told, strict=True))
-    return [found[index] for index in range(len(values))]
+        indices = [index for index, value in enumerate(values) if value.device == device]
+        device_values = torch.stack([values[index] for index in indices]).tolist()
+        value_by_index.update(zip(indices, device_values, strict=True))
+    return [value_by_index[index] for index in range(len(values))]

@@ -31,8 +31,8 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
         UnsupportedError: the rows begin or end inside a part.
     """
     edges = [0]
-    for part in rows:
-        edges.append(edges[-1] + part)
+    for part_rows in rows:
+        edges.append(edges[-1] + part_rows)
     if start not in edges or start + count not in edges:
         raise UnsupportedError(
             f"rows {start} to {start + count} do not match the 4-bit parts, which begin and end at "
@@ -43,9 +43,9 @@ def find_parts(rows: Sequence[int], start: int, count: int) -> range:
     return range(edges.index(start), edges.index(start + count))
 
 
-def replace_by_linear_4bit(model: nn.Module, path: str, tensor: torch.Tensor, part: Slice) -> None:
+def replace_by_linear_4bit(model: nn.Module, path: str, tensor: torch.Tensor, rows: Slice) -> None:
     """Replace the linear layer named ``path`` by a 4-bit layer. The weight of the new layer is
-    ``part``, which is a range of rows of the engine's packed ``tensor``. The weight is not copied.
+    ``rows``, a range of rows of the engine's packed ``tensor``. The weight is not copied.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -61,10 +61,10 @@ def replace_by_linear_4bit(model: nn.Module, path: str, tensor: torch.Tensor, pa
             fix=FALLBACK_ADVICE,
         )
     states = ordered_states(tensor)
-    chosen = find_parts([int(state.shape[0]) for state in states], part.start, part.rows)
+    part_indices = find_parts([int(state.shape[0]) for state in states], rows.start, rows.rows)
     offsets = [int(offset) for offset in getattr(tensor, OFFSETS_ATTRIBUTE)]
-    packed = tensor.data[offsets[chosen.start] : offsets[chosen.stop]]
-    state = join_quant_states([states[index] for index in chosen], path)
+    packed = tensor.data[offsets[part_indices.start] : offsets[part_indices.stop]]
+    state = join_quant_states([states[index] for index in part_indices], path)
     layer = make_linear_4bit(packed, state)
     layer.train(old.training)
     if old.bias is not None:
@@ -93,11 +93,11 @@ def join_quant_states(states: Sequence[Any], where: str) -> Any:
         )
     if len(states) == 1:
         return first
-    kinds = {
+    settings = {
         (state.blocksize, state.quant_type, state.dtype, tuple(state.shape[1:])) for state in states
     }
     sizes = [state.shape[0] * state.shape[1] for state in states]
-    if len(kinds) != 1 or any(size % first.blocksize for size in sizes):
+    if len(settings) != 1 or any(size % first.blocksize for size in sizes):
         raise UnsupportedError(
             (f"{where}: the parts of the layer have different quantization settings"),
             where=SHARE_WEIGHTS_KEY,
@@ -160,7 +160,7 @@ class PackedLinear4bit(NamedTuple):
 
     layer: Any
 
-    def product(self, x_TI: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x_TI: torch.Tensor) -> torch.Tensor:
         """Return the output (T, O) of the ``Linear4bit`` layer, in the dtype of ``x_TI``."""
         from bitsandbytes import matmul_4bit  # noqa: PLC0415 - only for 4-bit
 
@@ -169,13 +169,13 @@ class PackedLinear4bit(NamedTuple):
         out: torch.Tensor = matmul_4bit(x_TI, weight, bias=bias, quant_state=weight.quant_state)
         return out
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+    def unpacked_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the unpacked weight (O, I) in ``dtype``."""
         from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only for 4-bit
 
         weight = self.layer.weight
-        found: torch.Tensor = dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
-        return found.to(dtype)
+        weight_OI: torch.Tensor = dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+        return weight_OI.to(dtype)
 
 
 def compute_dtype_4bit(layer: Any) -> torch.dtype | None:
@@ -185,8 +185,8 @@ def compute_dtype_4bit(layer: Any) -> torch.dtype | None:
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     if type(layer).__name__ != "Linear4bit" or state is None:
         return None
-    found: torch.dtype | None = layer.compute_dtype
-    return found
+    dtype: torch.dtype | None = layer.compute_dtype
+    return dtype
 
 
 def mark_4bit(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from toolkit.base.process_environment import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
 
-VIRTUAL_MEMORY = 102
+VIRTUAL_MEMORY_ATTRIBUTE = 102
 """The value of CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED in cuda.h. Expandable
 segments need virtual memory management, which some virtual GPUs do not support.
 """
@@ -33,18 +33,20 @@ def use_expandable_segments() -> None:
     ``ALLOCATOR_VARIABLES`` has two names, because some libraries read only one of them. If the user
     has set one of the two variables, its value is kept and copied to the other.
     """
-    found = next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), None)
-    if found is None and not _maps_virtual_memory():
+    user_value = next(
+        (os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), None
+    )
+    if user_value is None and not _gpus_support_virtual_memory():
         return
     for name in ALLOCATOR_VARIABLES:
-        os.environ[name] = os.environ.get(name) or found or EXPANDABLE_SEGMENTS
+        os.environ[name] = os.environ.get(name) or user_value or EXPANDABLE_SEGMENTS
     # Importing bitsandbytes initializes CUDA. Then torch has already read the variables, so the
     # allocator is configured directly.
-    if found is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
+    if user_value is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # untyped upstream
         torch._C._accelerator_setAllocatorSettings(EXPANDABLE_SEGMENTS)
 
 
-def _maps_virtual_memory() -> bool:
+def _gpus_support_virtual_memory() -> bool:
     """Return True if every visible GPU supports virtual memory management. The check does not
     create a CUDA context.
     """
@@ -52,14 +54,16 @@ def _maps_virtual_memory() -> bool:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
-    count, able = ctypes.c_int(0), ctypes.c_int(0)
+    count, supported = ctypes.c_int(0), ctypes.c_int(0)
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return False
     for ordinal in range(count.value):
         device = ctypes.c_int(0)
         if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
             return False
-        failed = cuda.cuDeviceGetAttribute(ctypes.byref(able), VIRTUAL_MEMORY, device)
-        if failed or not able.value:
+        failed = cuda.cuDeviceGetAttribute(
+            ctypes.byref(supported), VIRTUAL_MEMORY_ATTRIBUTE, device
+        )
+        if failed or not supported.value:
             return False
     return True

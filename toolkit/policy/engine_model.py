@@ -59,30 +59,30 @@ def engine_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None = None
 ) -> EngineOptions:
     """Return the engine options for ``request``. Lengths are in tokens, and memory is in bytes."""
-    given = dict(request.engine)
-    given["max_lora_rank"] = _rank(given["max_lora_rank"], adapter)
-    given |= _settled(checkpoint, request, adapter)
+    options = dict(request.engine)
+    options["max_lora_rank"] = _max_lora_rank(options["max_lora_rank"], adapter)
+    options |= _resolve_auto_options(checkpoint, request, adapter)
     return EngineOptions(
         model=str(checkpoint.folder),
         max_model_len=request.max_seq_length,
         dtype=str(choose_dtype(request)).removeprefix("torch."),
         load_in_4bit=request.load_in_4bit,
         seed=request.random_state,
-        **given,
+        **options,
     )
 
 
-def _rank(asked: Any, adapter: Adapter | None) -> int:
+def _max_lora_rank(requested: Any, adapter: Adapter | None) -> int:
     """Return the largest adapter rank that the engine supports (``max_lora_rank``).
 
     "auto" means the smallest rank supported by vLLM that is large enough for the given adapter. If
     there is no adapter, the default rank of ``get_peft_model`` is used, as in a run file.
     """
-    if asked != "auto":
-        return int(asked)
+    if requested != "auto":
+        return int(requested)
     largest = lora_section_of(adapter).largest_rank
-    if legal := smallest_rank(largest):
-        return legal
+    if supported_rank := smallest_rank(largest):
+        return supported_rank
     raise ConfigValueError(
         f"r={largest} is above the largest rank that vLLM supports, {LEGAL_RANKS[-1]}",
         where=WHERE,
@@ -90,14 +90,16 @@ def _rank(asked: Any, adapter: Adapter | None) -> int:
     )
 
 
-def _settled(
+def _resolve_auto_options(
     checkpoint: Checkpoint, request: LoadRequest, adapter: Adapter | None
 ) -> dict[str, Any]:
     """Return the engine options that the memory estimate chooses
     (``auto_engine.resolve_auto_options``), for the maximum sequence length and the dtype of
     ``request``.
     """
-    text = read_config(checkpoint, request).get_text_config()
-    length = request.max_seq_length or int(getattr(text, "max_position_embeddings", None) or 2048)
+    text_config = read_config(checkpoint, request).get_text_config()
+    length = request.max_seq_length or int(
+        getattr(text_config, "max_position_embeddings", None) or 2048
+    )
     dtype = str(choose_dtype(request)).removeprefix("torch.")
     return resolve_auto_options(checkpoint, request, adapter, length=length, dtype=dtype)

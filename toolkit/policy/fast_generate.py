@@ -55,7 +55,7 @@ def load_lora(model: Any, folder: str | os.PathLike[str]) -> LoraRequest:
             model, does not match the model's layers, or has a rank above the engine's maximum.
     """
     adapter = read_adapter(folder)
-    with _borrowed(model, adapter):  # raises an error if the adapter does not fit
+    with _temporary_adapter(model, adapter):  # raises an error if the adapter does not fit
         return LoraRequest(Path(folder), adapter)
 
 
@@ -92,7 +92,7 @@ def fast_generate(
         ConfigValueError: a prompt is too long, or the engine rejects a value.
     """
     engine = getattr(model, "toolkit_engine", None)
-    with _policy(model, lora_request) as (policy, adapter):
+    with _select_adapter(model, lora_request) as (policy, adapter):
         if engine is None and ("input_ids" in kwargs or "inputs" in kwargs):
             return _transformers_generate(policy, adapter, prompts, sampling_params, kwargs)
         if engine is not None and is_vllm_params(sampling_params):
@@ -102,8 +102,8 @@ def fast_generate(
         sampling, seed = read_sampling(sampling_params, kwargs, engine=engine is not None)
         tokenizer = model.toolkit_tokenizer
         texts, ids = read_prompts(tokenizer, prompts)
-        face = engine if engine is not None else _face(policy, model)
-        rollout = face.generate(ids, sampling, seed=seed, adapter=adapter or False)
+        rollout_engine = engine if engine is not None else _transformers_engine(policy, model)
+        rollout = rollout_engine.generate(ids, sampling, seed=seed, adapter=adapter or False)
     return to_prompt_outputs(tokenizer, texts, rollout, sampling, end_ids(tokenizer, model))
 
 
@@ -113,24 +113,24 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     After ``trainer.train()`` a model is in training mode. In this mode dropout is on, and gradient
     checkpointing disables the KV cache, so that all tokens except the first would be wrong.
     """
-    with _evaluation(model):
+    with _evaluation_mode(model):
         return type(model).generate(model, *args, **kwargs)
 
 
 @contextmanager
-def _evaluation(model: Any) -> Iterator[None]:
-    was = model.training
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(was)
+        model.train(was_training)
 
 
-def _face(policy: Any, model: Any) -> TransformersEngine:
+def _transformers_engine(sampled_model: Any, model: Any) -> TransformersEngine:
     tokenizer = model.toolkit_tokenizer
     return TransformersEngine(
-        policy,
+        sampled_model,
         pad_id=tokenizer.pad_token_id,
         end_ids=end_ids(tokenizer, model),
         max_model_len=model.max_seq_length,
@@ -146,7 +146,10 @@ def _vllm_generate(
     engine = model.toolkit_engine
     texts, ids = read_prompts(model.toolkit_tokenizer, prompts)
     pairs = zip(texts, ids, strict=True)
-    inputs = [{"prompt_token_ids": found} if text is None else text for text, found in pairs]
+    inputs = [
+        {"prompt_token_ids": prompt_ids} if prompt_text is None else prompt_text
+        for prompt_text, prompt_ids in pairs
+    ]
     request = engine.lora_request(adapter) if adapter else None
     return engine.vllm_generate(
         inputs, sampling_params, lora_request=request, **{"use_tqdm": False, **kwargs}
@@ -163,7 +166,7 @@ def _transformers_generate(
             where=WHERE,
             fix="pass prompts, or pass input_ids with keywords of transformers' generate",
         )
-    with _evaluation(policy):
+    with _evaluation_mode(policy):
         if adapter is None and is_peft(policy):
             with policy.disable_adapter():
                 return policy.generate(**kwargs)
@@ -171,7 +174,7 @@ def _transformers_generate(
 
 
 @contextmanager
-def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
+def _select_adapter(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
     """Yield the model to sample from and the name of its adapter. The name is None for the base
     model. If the model has an engine, the adapter is copied to the engine first.
 
@@ -180,8 +183,8 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
     """
     engine = getattr(model, "toolkit_engine", None)
     # _adapters_disabled is True inside `with model.disable_adapter():`
-    plain = not is_peft(model) or model._adapters_disabled
-    if request is None or (request is CURRENT_ADAPTER and plain):
+    is_base_active = not is_peft(model) or model._adapters_disabled
+    if request is None or (request is CURRENT_ADAPTER and is_base_active):
         yield model, None
         return
     if request is CURRENT_ADAPTER:
@@ -191,29 +194,29 @@ def _policy(model: Any, request: Any) -> Iterator[tuple[Any, str | None]]:
         yield model, name
         return
     check_lora_request(request, LoraRequest)
-    with _borrowed(model, request.adapter) as policy:
+    with _temporary_adapter(model, request.adapter) as policy:
         if engine is not None:
             engine.publish(policy, TEMPORARY_ADAPTER)
         yield policy, TEMPORARY_ADAPTER
 
 
 @contextmanager
-def _borrowed(model: Any, adapter: Adapter) -> Iterator[Any]:
+def _temporary_adapter(model: Any, adapter: Adapter) -> Iterator[Any]:
     """Add ``adapter`` to ``model``, activate it, and yield the PEFT model. After the ``with`` block
     the previous state of the model is restored.
     """
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = model.active_adapter if is_peft(model) else None
-    training = model.training
-    policy = add_saved_adapter(model, adapter, TEMPORARY_ADAPTER).train(training)
+    requires_grad_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active_adapter = model.active_adapter if is_peft(model) else None
+    was_training = model.training
+    policy = add_saved_adapter(model, adapter, TEMPORARY_ADAPTER).train(was_training)
     try:
         policy.set_adapter(TEMPORARY_ADAPTER)
         yield policy
     finally:
-        if active is None:
+        if active_adapter is None:
             policy.unload()
         else:
-            model.set_adapter(active)
+            model.set_adapter(active_adapter)
             model.delete_adapter(TEMPORARY_ADAPTER)
-        for parameter, flag in trainable:
+        for parameter, flag in requires_grad_flags:
             parameter.requires_grad_(flag)

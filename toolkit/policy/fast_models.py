@@ -59,9 +59,9 @@ class FastModel(FastLanguageModel):
                 " finetune_attention_modules and finetune_mlp_modules",
             )
         if target_modules is None or target_modules == "all-linear":
-            both = finetune_attention_modules and finetune_mlp_modules
-            chosen = ATTENTION if finetune_attention_modules else MLP
-            target_modules = DEFAULT_TARGETS if both else chosen
+            adapts_both = finetune_attention_modules and finetune_mlp_modules
+            one_group = ATTENTION if finetune_attention_modules else MLP
+            target_modules = DEFAULT_TARGETS if adapts_both else one_group
         return FastLanguageModel.get_peft_model(
             model, *args, **{"target_modules": target_modules, **kwargs}
         )
@@ -74,16 +74,16 @@ class FastVisionModel:
     def from_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
         """Raise UnsupportedError, because images are not supported."""
         del args, kwargs
-        raise _text_only()
+        raise _text_only_error()
 
     @staticmethod
     def get_peft_model(*args: Any, **kwargs: Any) -> NoReturn:
         """Raise UnsupportedError, because images are not supported."""
         del args, kwargs
-        raise _text_only()
+        raise _text_only_error()
 
 
-def _text_only() -> UnsupportedError:
+def _text_only_error() -> UnsupportedError:
     return UnsupportedError(
         "only text models are supported, not models that read images",
         where="FastVisionModel",

@@ -65,27 +65,33 @@ def current_base_digests(model: Any) -> BaseDigests:
     The digest of the files is None if the weights have changed since they were loaded, for example
     because an adapter was merged.
     """
-    base, weights = _base(model), weights_digest(model)
-    loaded: BaseDigests | None = getattr(base, DIGESTS_ATTRIBUTE, None)
-    unchanged = loaded is not None and loaded.weights == weights
-    return BaseDigests(loaded.checkpoint if loaded is not None and unchanged else None, weights)
+    base, weights = _base_model(model), weights_digest(model)
+    digests_at_load: BaseDigests | None = getattr(base, DIGESTS_ATTRIBUTE, None)
+    unchanged = digests_at_load is not None and digests_at_load.weights == weights
+    return BaseDigests(
+        digests_at_load.checkpoint if digests_at_load is not None and unchanged else None, weights
+    )
 
 
 def is_recorded_base(recorded: Mapping[str, Any], model: Any) -> bool | None:
     """Return whether ``model`` is the base model that ``recorded`` (the contents of a base.json)
     describes. Returns None if no digest can be compared.
     """
-    own = current_base_digests(model)
+    digests = current_base_digests(model)
     weights = recorded.get("fingerprint")
     pairs = [
-        (recorded.get("checkpoint"), own.checkpoint),
-        (weights, own.weights),
+        (recorded.get("checkpoint"), digests.checkpoint),
+        (weights, digests.weights),
         # For a model with an engine, version 0.1 of the toolkit listed a tied head as a separate
         # parameter. Compare also the digest that this version computed.
         (weights, weights_digest(model, tied_twice=True)),
     ]
-    known = [theirs == ours for theirs, ours in pairs if theirs is not None and ours is not None]
-    return any(known) if known else None
+    comparisons = [
+        recorded_digest == model_digest
+        for recorded_digest, model_digest in pairs
+        if recorded_digest is not None and model_digest is not None
+    ]
+    return any(comparisons) if comparisons else None
 
 
 def unwrapped_name(name: str) -> str:
@@ -102,10 +108,10 @@ def weights_digest(model: Any, *, tied_twice: bool = False) -> str | None:
     dtype. Returns None if the weights are quantized, or if this process has only a part of the
     model. If ``tied_twice`` is True, tied weights are listed under each of their names.
     """
-    if getattr(_base(model), "toolkit_mesh", None) is not None:
+    if getattr(_base_model(model), "toolkit_mesh", None) is not None:
         return None
     digest = hashlib.sha256()
-    for name, parameter in _base(model).named_parameters(remove_duplicate=not tied_twice):
+    for name, parameter in _base_model(model).named_parameters(remove_duplicate=not tied_twice):
         if not name.endswith("weight") or any(part in name for part in ADAPTER_NAME_PARTS):
             continue  # skip biases, which may be trained, and adapter weights
         if not parameter.is_floating_point():
@@ -127,18 +133,18 @@ def checkpoint_digest(folder: Path) -> str | None:
     Raises:
         InputError: a file cannot be read.
     """
-    files = _files(folder)
+    files = _safetensors_files(folder)
     if not files:
         return None
     try:
-        return _digest(files)
+        return _digest_files(files)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"the model's weights cannot be read: {error}", where=str(folder)
         ) from error
 
 
-def _files(folder: Path) -> list[Path]:
+def _safetensors_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads: ``model.safetensors``, or if it does
     not exist, the files that the index lists.
     """
@@ -151,39 +157,39 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def _digest(files: list[Path]) -> str:
-    names = sorted((name, file) for file in files for name in _names(file))
-    every = max(1, -(-len(names) // MAX_SAMPLED_TENSORS))
-    sampled = set(names[::every])
-    told: dict[str, str] = {}
+def _digest_files(files: list[Path]) -> str:
+    names = sorted((name, file) for file in files for name in _tensor_names(file))
+    stride = max(1, -(-len(names) // MAX_SAMPLED_TENSORS))
+    sampled = set(names[::stride])
+    description_by_name: dict[str, str] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
-                part = opened.get_slice(name)
-                shape = tuple(part.get_shape())
-                values = _values(part, shape) if (name, file) in sampled and shape else []
-                told[name] = repr((shape, values))
+                stored = opened.get_slice(name)
+                shape = tuple(stored.get_shape())
+                values = _sample_values(stored, shape) if (name, file) in sampled and shape else []
+                description_by_name[name] = repr((shape, values))
     digest = hashlib.sha256()
-    for name in sorted(told):
-        digest.update(f"{name}{told[name]}".encode())
+    for name in sorted(description_by_name):
+        digest.update(f"{name}{description_by_name[name]}".encode())
     return digest.hexdigest()[:16]
 
 
-def _names(file: Path) -> Iterator[str]:
+def _tensor_names(file: Path) -> Iterator[str]:
     with safe_open(str(file), framework="pt") as opened:
         yield from opened.keys()
 
 
-def _values(part: Any, shape: tuple[int, ...]) -> list[Any]:
+def _sample_values(stored: Any, shape: tuple[int, ...]) -> list[Any]:
     """Return the first values of the last axis, at index 0 of all other axes."""
     if 0 in shape:
         return []
-    first = part[(*(slice(0, 1) for _ in shape[1:]), slice(0, VALUES_PER_TENSOR))].reshape(-1)
-    if first.is_floating_point():
-        first = first.to(torch.bfloat16).float()
-    values: list[Any] = first.tolist()
+    sample = stored[(*(slice(0, 1) for _ in shape[1:]), slice(0, VALUES_PER_TENSOR))].reshape(-1)
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16).float()
+    values: list[Any] = sample.tolist()
     return values
 
 
-def _base(model: Any) -> Any:
+def _base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -41,15 +41,15 @@ def make_load_request(config: RunConfig) -> LoadRequest:
     Raises the errors of ``policy.load_request.check_request``.
     """
     run = resolve_run(config, detect_machine())
-    config, engine = run.config, run.engine == "vllm"
-    names = REQUEST_FIELDS + (tuple(OPTIONS) if engine else ())
+    config, uses_engine = run.config, run.engine == "vllm"
+    names = REQUEST_FIELDS + (tuple(OPTIONS) if uses_engine else ())
     values = {name: getattr(config.model, name) for name in names}
-    if engine and config.model.enable_chunked_prefill:
+    if uses_engine and config.model.enable_chunked_prefill:
         values["enable_chunked_prefill"] = None  # vLLM decides, because not every model supports it
     return check_request(
         {
             **values,
-            "fast_inference": engine,
+            "fast_inference": uses_engine,
             "random_state": config.lora.random_state,
             "use_gradient_checkpointing": config.lora.use_gradient_checkpointing,
             # With use_liger_kernel, TRL itself puts Liger's kernels on the model. Then the toolkit

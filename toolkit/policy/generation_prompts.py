@@ -113,23 +113,23 @@ def read_sampling(params: Any, kwargs: Mapping[str, Any], *, engine: bool) -> tu
             fix="pass sampling_params as a mapping or a Sampling. If the model has a vLLM engine, "
             "vLLM's SamplingParams is supported too",
         )
-    given = dict(params) if isinstance(params, Mapping) else {}
+    options = dict(params) if isinstance(params, Mapping) else {}
     for name, value in kwargs.items():
-        if name in given:
+        if name in options:
             raise ConfigTypeError(
                 f"{name} is in sampling_params and is also passed by name",
                 where=WHERE,
                 fix=f"pass {name} only once",
             )
-        given[name] = value
-    for name in given:
+        options[name] = value
+    for name in options:
         if name not in COMMON_OPTIONS:
-            _refuse(name, engine=engine)
-    seed, stop = given.pop("seed", None), given.pop("stop", None)
-    if "stop_token_ids" in given:
-        given["stop_token_ids"] = tuple(given["stop_token_ids"] or ())
+            _refuse_argument(name, engine=engine)
+    seed, stop = options.pop("seed", None), options.pop("stop", None)
+    if "stop_token_ids" in options:
+        options["stop_token_ids"] = tuple(options["stop_token_ids"] or ())
     sampling = params if isinstance(params, Sampling) else Sampling(logprobs=None)
-    sampling = replace(sampling, **given)
+    sampling = replace(sampling, **options)
     if stop:
         sampling = replace(sampling, extra={**sampling.extra, "stop": stop})
     return sampling, int(torch.randint(2**62, (1,))) if seed is None else int(seed)
@@ -150,10 +150,10 @@ def refuse_with_sampling_params(kwargs: Mapping[str, Any]) -> None:
                 fix=f"pass SamplingParams({name}=...)",
             )
         if name not in VLLM_ONLY_OPTIONS:
-            _refuse(name, engine=True)
+            _refuse_argument(name, engine=True)
 
 
-def _refuse(name: str, *, engine: bool) -> None:
+def _refuse_argument(name: str, *, engine: bool) -> None:
     """Raise ConfigTypeError, because ``fast_generate`` does not support the argument ``name``. The
     supported arguments are in ``COMMON_OPTIONS``. The message names the library that supports the
     argument, or says that the argument is unknown.
@@ -165,7 +165,7 @@ def _refuse(name: str, *, engine: bool) -> None:
             fix=f"remove {name}, or load the model with fast_inference=True",
         )
     if name in REPLACED_HF_ARGUMENTS:
-        instead = REPLACED_HF_ARGUMENTS[name]
+        replacement = REPLACED_HF_ARGUMENTS[name]
         raise ConfigTypeError(
             f"{name!r} is an argument of Hugging Face's generate"
             + (
@@ -174,7 +174,7 @@ def _refuse(name: str, *, engine: bool) -> None:
                 else (" and can only be used with input_ids=...")
             ),
             where=WHERE,
-            fix=f"use {instead}" if instead else f"remove {name}",
+            fix=f"use {replacement}" if replacement else f"remove {name}",
         )
     hint = did_you_mean_text(name, (*COMMON_OPTIONS, *VLLM_ONLY_OPTIONS, *REPLACED_HF_ARGUMENTS))
     raise ConfigTypeError(f"unknown argument {name!r}{hint}", where=WHERE)
@@ -189,10 +189,12 @@ def read_prompts(tokenizer: Any, prompts: Any) -> tuple[list[str | None], list[l
     Raises:
         ConfigTypeError: a prompt is neither text nor token ids.
     """
-    many = isinstance(prompts, Sequence) and not isinstance(prompts, str) and not _is_ids(prompts)
+    is_batch = (
+        isinstance(prompts, Sequence) and not isinstance(prompts, str) and not _is_ids(prompts)
+    )
     texts: list[str | None] = []
     ids: list[list[int]] = []
-    for index, prompt in enumerate(prompts if many else [prompts]):
+    for index, prompt in enumerate(prompts if is_batch else [prompts]):
         value = prompt
         if isinstance(value, Mapping):
             value = value.get("prompt_token_ids", value.get("prompt"))
@@ -228,14 +230,14 @@ def to_prompt_outputs(
     """Convert ``rollout`` to a list with one ``PromptOutput`` per prompt. ``ends`` are the token
     ids that end a completion.
     """
-    found = []
-    for place, text in enumerate(texts):
-        rows = range(place * sampling.n, (place + 1) * sampling.n)
+    prompt_outputs = []
+    for prompt_index, text in enumerate(texts):
+        rows = range(prompt_index * sampling.n, (prompt_index + 1) * sampling.n)
         outputs = [
             _completion(tokenizer, rollout, row, row - rows.start, sampling, ends) for row in rows
         ]
-        found.append(PromptOutput(text, rollout.prompt_ids[rows.start], outputs))
-    return found
+        prompt_outputs.append(PromptOutput(text, rollout.prompt_ids[rows.start], outputs))
+    return prompt_outputs
 
 
 def _completion(
@@ -249,17 +251,17 @@ def _completion(
     ids = rollout.completion_ids[row]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     stop = sampling.extra.get("stop") or ()
-    for word in [stop] if isinstance(stop, str) else stop:
-        text = text.partition(word)[0]
+    for stop_text in [stop] if isinstance(stop, str) else stop:
+        text = text.partition(stop_text)[0]
     ended = bool(ids) and (ids[-1] in ends or ids[-1] in sampling.stop_token_ids)
     reason = "stop" if ended or len(ids) < sampling.max_tokens else "length"
     logprobs = None if rollout.logprobs is None else rollout.logprobs[row]
     return Completion(index, text, ids, reason, logprobs)
 
 
-def check_lora_request(request: Any, kind: type) -> None:
+def check_lora_request(request: Any, expected_type: type) -> None:
     """Raise an error if a ``lora_request`` is not a result of ``load_lora``."""
-    if not isinstance(request, kind):
+    if not isinstance(request, expected_type):
         raise ConfigValueError(
             f"lora_request has the unsupported type {type(request).__name__}",
             where=WHERE,

@@ -44,7 +44,7 @@ def apply_checkpointing(model: Any, mode: bool | str, *, max_seq_length: int | N
     if mode is False:
         base.gradient_checkpointing_disable()
     else:
-        _keep_offload(base)
+        _override_enable(base)
         base.gradient_checkpointing_enable()
     return mode
 
@@ -67,23 +67,23 @@ def resume_checkpointing(model: Any) -> None:
         base.gradient_checkpointing_enable()
 
 
-def _offloads(base: Any) -> bool:
+def _must_offload(base: Any) -> bool:
     """Return True if the hidden states must be moved to host memory. On a CPU they are in host
     memory already.
     """
     return bool(base.toolkit_checkpointing == "unsloth" and base.device.type != "cpu")
 
 
-def _keep_offload(base: Any) -> None:
+def _override_enable(base: Any) -> None:
     """Override ``gradient_checkpointing_enable`` of this model so that offloading stays on.
 
     In TRL 1.16.0, ``trl.models.utils.disable_gradient_checkpointing`` calls this method of
     transformers 5.17.0 with ``gradient_checkpointing_kwargs`` only, without ``offload``.
     """
-    base.gradient_checkpointing_enable = partial(_enable, base)
+    base.gradient_checkpointing_enable = partial(_enable_checkpointing, base)
 
 
-def _enable(
+def _enable_checkpointing(
     base: Any,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     every_n_layers: int = 1,
@@ -97,7 +97,7 @@ def _enable(
     every_n_layers = kwargs.pop("every_n_layers", every_n_layers)
     base.disable_input_require_grads()  # each call adds another hook to the embeddings
     type(base).gradient_checkpointing_enable(
-        base, kwargs, every_n_layers=every_n_layers, offload=offload or _offloads(base)
+        base, kwargs, every_n_layers=every_n_layers, offload=offload or _must_offload(base)
     )
 
 
@@ -127,6 +127,6 @@ def free_memory_bytes(device: torch.device) -> int:
     on the host the operating system does.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -76,7 +76,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
         InputError: config.json cannot be read.
         UnsupportedError: the model is not a text-only causal language model.
     """
-    _refuse_untrained(checkpoint, request)
+    _refuse_unsupported_model(checkpoint, request)
     try:
         config = AutoConfig.from_pretrained(
             str(checkpoint.folder),
@@ -99,7 +99,7 @@ def read_config(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     return config
 
 
-def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
+def _refuse_unsupported_model(checkpoint: Checkpoint, request: LoadRequest) -> None:
     """Raise an error if config.json has an architecture or a storage format that is not supported
     (``config.supported_features``). If the file is not JSON, ``read_config`` reports it later.
     """
@@ -107,13 +107,13 @@ def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
         values = checkpoint.read_json("config.json")
     except InputError:
         return
-    kind = values.get("model_type")
-    there = model_type(kind) if isinstance(kind, str) else ModelType()
+    family = values.get("model_type")
+    family_facts = model_type(family) if isinstance(family, str) else ModelType()
     problem = architecture_problem(
         values,
         trust_remote_code=request.trust_remote_code,
-        known=there.known,
-        causal=there.causal,
+        known=family_facts.known,
+        causal=family_facts.causal,
     ) or stored_problem(
         values,
         load_in_4bit=request.load_in_4bit,
@@ -121,8 +121,8 @@ def _refuse_untrained(checkpoint: Checkpoint, request: LoadRequest) -> None:
         engine=request.fast_inference,
     )
     if problem is not None:
-        kinds = ConfigValueError if problem.fixes else UnsupportedError
-        raise kinds(problem.message, where=checkpoint.name, fix=problem.advice)
+        error_class = ConfigValueError if problem.fixes else UnsupportedError
+        raise error_class(problem.message, where=checkpoint.name, fix=problem.advice)
 
 
 def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
@@ -138,10 +138,10 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
     attention = choose_attention(
         config, request.attn_implementation, WHERE, trusted=request.trust_remote_code
     )
-    quantization = _quantization(config, request)
-    device_map = _device_map(request.device_map)
+    quantization = _quantization_config(config, request)
+    device_map = _resolve_device_map(request.device_map)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder),
             config=config,
             dtype=choose_dtype(request),
@@ -160,17 +160,17 @@ def load_base(checkpoint: Checkpoint, request: LoadRequest) -> Any:
             f"the model's weights cannot be loaded: {first_line(error)}",
             where=checkpoint.name,
         ) from error
-    _check_complete(info, checkpoint.name)
+    _check_complete(loading_info, checkpoint.name)
     copy_mapped_weights(model)
     if request.resize_model_vocab is not None:
-        _resize(model, request.resize_model_vocab, request.random_state)
+        _resize_vocabulary(model, request.resize_model_vocab, request.random_state)
     else:
         store_base_digests(model, checkpoint.folder)
     model.requires_grad_(request.full_finetuning)
     return model
 
 
-def _quantization(config: Any, request: LoadRequest) -> Any:
+def _quantization_config(config: Any, request: LoadRequest) -> Any:
     """Return bitsandbytes' settings for the request, or None if the request has no quantization.
     4-bit weights are in the format NF4. Their scales are in float32 and are not quantized
     themselves, as in the engine.
@@ -189,47 +189,49 @@ def _quantization(config: Any, request: LoadRequest) -> Any:
     )
 
 
-def _device_map(asked: Any) -> Any:
+def _resolve_device_map(requested: Any) -> Any:
     """Return transformers' device map for the argument ``device_map``. ``"sequential"`` (the
     default) puts the whole model on this process's device.
     """
-    cuda = torch.cuda.is_available()
-    if asked in (None, "sequential", "auto", "balanced") and not cuda:
+    has_cuda = torch.cuda.is_available()
+    if requested in (None, "sequential", "auto", "balanced") and not has_cuda:
         return None
-    if asked in (None, "sequential"):
-        launched = "LOCAL_RANK" in os.environ
-        rank = local_rank() if launched else torch.cuda.current_device()
+    if requested in (None, "sequential"):
+        is_launched = "LOCAL_RANK" in os.environ
+        rank = local_rank() if is_launched else torch.cuda.current_device()
         return {"": rank % torch.cuda.device_count()}
-    named = set(asked.values()) if isinstance(asked, dict) else {asked}
-    wants_cuda = any(str(device).startswith("cuda") or isinstance(device, int) for device in named)
-    if wants_cuda and not cuda:
+    devices = set(requested.values()) if isinstance(requested, dict) else {requested}
+    needs_cuda = any(
+        str(device).startswith("cuda") or isinstance(device, int) for device in devices
+    )
+    if needs_cuda and not has_cuda:
         raise ConfigValueError(
-            f"device_map={asked!r} names a GPU, but PyTorch finds none",
+            f"device_map={requested!r} names a GPU, but PyTorch finds none",
             where=WHERE,
             fix="remove device_map",
         )
-    return asked
+    return requested
 
 
-def _check_complete(info: dict[str, Any], name: str) -> None:
+def _check_complete(loading_info: dict[str, Any], name: str) -> None:
     """Raise an error if the checkpoint lacks a tensor of the model, or has a tensor that the model
     does not have.
     """
-    for key, what in (
+    for key, message in (
         ("missing_keys", "the checkpoint does not contain {} tensors of the model"),
         ("unexpected_keys", "the checkpoint contains {} tensors that the model does not have"),
     ):
-        names = sorted(info.get(key) or ())
+        names = sorted(loading_info.get(key) or ())
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            remainder = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(
-                f"{what.format(len(names))}: {', '.join(names[:3])}{more}",
+                f"{message.format(len(names))}: {', '.join(names[:3])}{remainder}",
                 where=name,
                 fix="copy the checkpoint again, because it does not match its own config.json",
             )
 
 
-def _resize(model: Any, size: int, seed: int) -> None:
+def _resize_vocabulary(model: Any, size: int, seed: int) -> None:
     """Resize embeddings and head to ``size`` rows. The values of new rows depend only on
     ``seed``.
     """

@@ -54,13 +54,13 @@ def push_folder(
             fix="write the name as owner/name",
         ) from error
     except HfHubHTTPError as error:
-        raise _refused(error, repo_id, folder) from error
+        raise _rejection_error(error, repo_id, folder) from error
     except (OSError, httpx.HTTPError) as error:
-        raise _unreachable(error, repo_id, folder) from error
+        raise _upload_error(error, repo_id, folder) from error
     return str(url)
 
 
-def _refused(error: HfHubHTTPError, repo_id: str, folder: Path) -> ConfigError | RetryError:
+def _rejection_error(error: HfHubHTTPError, repo_id: str, folder: Path) -> ConfigError | RetryError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403, 404):
         return ConfigError(
@@ -68,10 +68,10 @@ def _refused(error: HfHubHTTPError, repo_id: str, folder: Path) -> ConfigError |
             where=WHERE,
             fix="log in with `hf auth login`, or set HF_TOKEN to a token with write access",
         )
-    return _unreachable(error, repo_id, folder)
+    return _upload_error(error, repo_id, folder)
 
 
-def _unreachable(error: BaseException, repo_id: str, folder: Path) -> RetryError:
+def _upload_error(error: BaseException, repo_id: str, folder: Path) -> RetryError:
     return RetryError(
         f"the upload to {repo_id} failed: {first_line(error)}",
         where=WHERE,

@@ -112,10 +112,10 @@ class FastLanguageModel:
                 rejected. The message names the parameter.
             InputError: the checkpoint cannot be found or read.
         """
-        named = {name: value for name, value in locals().items() if name != "kwargs"}
-        named["model_name"] = _path_text(model_name)
+        arguments = {name: value for name, value in locals().items() if name != "kwargs"}
+        arguments["model_name"] = _checked_model_name(model_name)
         return load_model_and_tokenizer(
-            check_request(apply_standby_variable({**named, **kwargs}, os.environ))
+            check_request(apply_standby_variable({**arguments, **kwargs}, os.environ))
         )
 
     @staticmethod
@@ -159,20 +159,20 @@ class FastLanguageModel:
             r=r,
             target_modules=default_targets_with_warning(model)
             if target_modules is DEFAULT_TARGETS
-            else _frozen(target_modules),
+            else _as_tuple(target_modules),
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             bias=bias,
-            layers_to_transform=_frozen(layers_to_transform),
-            layers_pattern=_frozen(layers_pattern),
+            layers_to_transform=_as_tuple(layers_to_transform),
+            layers_pattern=_as_tuple(layers_pattern),
             random_state=random_state,
             use_rslora=use_rslora,
-            modules_to_save=_frozen(modules_to_save),
+            modules_to_save=_as_tuple(modules_to_save),
             init_lora_weights=init_lora_weights,
             loftq_config=loftq_config,
-            **{name: _frozen(value) for name, value in kwargs.items() if value is not None},
+            **{name: _as_tuple(value) for name, value in kwargs.items() if value is not None},
         )
-        _check_length(model, max_seq_length)
+        _check_max_seq_length(model, max_seq_length)
         if is_peft(model):
             return reuse_adapter(model, settings)
         if getattr(model, "toolkit_full_finetuning", False):
@@ -215,7 +215,7 @@ def add_new_adapter(model: Any, settings: LoraSettings, checkpointing: bool | st
     peft_model = publish_to_engine(add_lora(model, settings))
     length = getattr(model, "max_seq_length", None)
     apply_checkpointing(peft_model, checkpointing, max_seq_length=length)
-    add_toolkit_attributes(peft_model, like=model)
+    add_toolkit_attributes(peft_model, copy_from=model)
     peft_model.train()
     return peft_model
 
@@ -250,7 +250,7 @@ def load_with_start_adapter(config: RunConfig, tokenizer: Any = None) -> tuple[A
         ConfigValueError: the adapter belongs to another base model.
     """
     folder = Path(str(config.lora.adapter_path))
-    asked = LoraSettings.from_section(config.lora)
+    settings = LoraSettings.from_section(config.lora)
     if config.lora.target_modules == "auto":
         raise ConfigValueError(
             "target_modules is still auto, but with adapter_path it must be the adapter's value",
@@ -258,7 +258,7 @@ def load_with_start_adapter(config: RunConfig, tokenizer: Any = None) -> tuple[A
             fix="read the run file with toolkit.config.load_run, which sets target_modules to the "
             "adapter's value",
         )
-    check_start_settings(read_adapter(folder), asked)
+    check_start_settings(read_adapter(folder), settings)
     return load_model_and_tokenizer(make_load_request(config), folder, tokenizer)
 
 
@@ -269,25 +269,25 @@ def load_policy_tokenizer(config: RunConfig) -> Any:
     return read_tokenizer(make_load_request(config))
 
 
-def _check_length(model: Any, max_seq_length: int) -> None:
+def _check_max_seq_length(model: Any, max_seq_length: int) -> None:
     """Raise an error if ``max_seq_length`` is neither the length that the model was loaded with nor
     the default value. The length cannot change after the model is loaded.
     """
-    loaded = getattr(model, "max_seq_length", None)
-    if max_seq_length not in (loaded, 2048) and loaded is not None:
+    loaded_length = getattr(model, "max_seq_length", None)
+    if max_seq_length not in (loaded_length, 2048) and loaded_length is not None:
         raise ConfigValueError(
             f"max_seq_length={max_seq_length}, but the model was loaded with "
-            f"max_seq_length={loaded}",
+            f"max_seq_length={loaded_length}",
             where=WHERE,
             fix=f"pass max_seq_length={max_seq_length} to from_pretrained",
         )
 
 
-def _path_text(name: Any) -> str:
+def _checked_model_name(name: Any) -> str:
     if not isinstance(name, (str, PathLike)):
         raise ConfigTypeError(f"model_name={name!r} must be a string or a path", where=LOAD_WHERE)
     return str(name)
 
 
-def _frozen(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple, set)) else value

@@ -52,23 +52,23 @@ are rejected, and the fix.
 """
 
 
-def did_you_mean_text(name: str, known: Iterable[str]) -> str:
-    """Return the text `` (did you mean 'x'?)``, where x is the name in ``known`` that is most
+def did_you_mean_text(name: str, known_names: Iterable[str]) -> str:
+    """Return the text `` (did you mean 'x'?)``, where x is the name in ``known_names`` that is most
     similar to ``name``. If no name is similar, return an empty string.
     """
-    match = similar_words(name, sorted(known), cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    matches = similar_words(name, sorted(known_names), cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ConfigTypeError for the first keyword that is not in ``known``. The message suggests
-    the most similar known keyword.
+def refuse_unknown(names: Iterable[str], known_names: Iterable[str], where: str) -> None:
+    """Raise ConfigTypeError for the first keyword that is not in ``known_names``. The message
+    suggests the most similar known keyword.
     """
-    known = tuple(known)
-    for name in given:
-        if name not in known:
+    known_names = tuple(known_names)
+    for name in names:
+        if name not in known_names:
             raise ConfigTypeError(
-                f"unknown keyword argument {name!r}{did_you_mean_text(name, known)}",
+                f"unknown keyword argument {name!r}{did_you_mean_text(name, known_names)}",
                 where=where,
                 fix=f"correct the name {name}, or remove the argument",
             )
@@ -79,8 +79,7 @@ def check_checkpointing(value: Any, where: str) -> None:
     "unsloth" or "auto".
     """
     if not any(
-        value is known or (isinstance(value, str) and value == known)
-        for known in CHECKPOINTING_MODES
+        value is mode or (isinstance(value, str) and value == mode) for mode in CHECKPOINTING_MODES
     ):
         raise ConfigValueError(
             f"use_gradient_checkpointing={value!r} must be True, False,"

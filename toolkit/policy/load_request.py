@@ -72,16 +72,19 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
         UnsupportedError: the request is valid but not supported.
         MissingExtraError: ``fast_inference`` is True, but vLLM is not installed.
     """
-    known = {*LoadRequest.__dataclass_fields__, *ENGINE_DEFAULTS, *REFUSED_ARGUMENTS, *_SPECIAL} - {
-        "engine"
-    }
-    refuse_unknown(arguments, known, WHERE)
+    known_names = {
+        *LoadRequest.__dataclass_fields__,
+        *ENGINE_DEFAULTS,
+        *REFUSED_ARGUMENTS,
+        *_EXTRA_ARGUMENTS,
+    } - {"engine"}
+    refuse_unknown(arguments, known_names, WHERE)
     values = dict(arguments)
-    for name, (nothing, why, fix) in REFUSED_ARGUMENTS.items():
-        given = values.pop(name, nothing)
-        if given != nothing and given is not None:
-            raise UnsupportedError(f"{name}={given!r}: {why}", where=WHERE, fix=fix)
-    _honour_special(values)
+    for name, (accepted, reason, fix) in REFUSED_ARGUMENTS.items():
+        value = values.pop(name, accepted)
+        if value != accepted and value is not None:
+            raise UnsupportedError(f"{name}={value!r}: {reason}", where=WHERE, fix=fix)
+    _apply_extra_arguments(values)
     engine = {name: values.pop(name, default) for name, default in ENGINE_DEFAULTS.items()}
     if values.get("use_safetensors") is None:
         values.pop("use_safetensors", None)
@@ -96,11 +99,11 @@ def check_request(arguments: Mapping[str, Any]) -> LoadRequest:
     return request
 
 
-_SPECIAL = ("use_exact_model_name", "text_only", "float32_mixed_precision")
+_EXTRA_ARGUMENTS = ("use_exact_model_name", "text_only", "float32_mixed_precision")
 
 
-def _honour_special(values: dict[str, Any]) -> None:
-    """Check the three parameters in ``_SPECIAL``, and remove them from ``values``.
+def _apply_extra_arguments(values: dict[str, Any]) -> None:
+    """Check the three parameters in ``_EXTRA_ARGUMENTS``, and remove them from ``values``.
 
     ``use_exact_model_name`` has no effect, because model names are never mapped to other names.
     ``text_only`` has no effect, because only text models are loaded. If ``float32_mixed_precision``
@@ -110,12 +113,12 @@ def _honour_special(values: dict[str, Any]) -> None:
         value = values.pop(name, False)
         if not isinstance(value, bool):
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
-    mixed = values.pop("float32_mixed_precision", None)
-    if mixed not in (None, True, False):
+    mixed_precision = values.pop("float32_mixed_precision", None)
+    if mixed_precision not in (None, True, False):
         raise ConfigTypeError(
-            f"float32_mixed_precision={mixed!r} must be True, False or None", where=WHERE
+            f"float32_mixed_precision={mixed_precision!r} must be True, False or None", where=WHERE
         )
-    if mixed:
+    if mixed_precision:
         if _dtype_name(values.get("dtype")) not in ("auto", "float32") or values.get(
             "load_in_16bit"
         ):
@@ -175,11 +178,11 @@ def _check_flags(request: LoadRequest) -> None:
     """Raise an error if more than one ``load_in_*`` argument is True, or if a quantized format is
     combined with full fine-tuning.
     """
-    chosen = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
+    formats = [name for name in LOAD_FLAGS[:3] if getattr(request, name)]
     hint = "load_in_4bit is True by default, so pass load_in_4bit=False for another format"
-    if len(chosen) > 1:
+    if len(formats) > 1:
         raise ConfigValueError(
-            f"{' and '.join(chosen)} cannot be used together",
+            f"{' and '.join(formats)} cannot be used together",
             where=WHERE,
             fix=f"set only one load_in_* argument to True. {hint}",
         )
@@ -207,10 +210,10 @@ def check_engine_arguments(request: LoadRequest) -> None:
             names the argument.
         MissingExtraError: vLLM is not installed.
     """
-    for name, why in (*ENGINE_EXCLUDES.items(), *_API_EXCLUDES.items()):
+    for name, reason in (*ENGINE_EXCLUDES.items(), *_API_ENGINE_EXCLUDES.items()):
         if getattr(request, name):
             raise UnsupportedError(
-                f"{name} and fast_inference cannot be used together, because {why}",
+                f"{name} and fast_inference cannot be used together, because {reason}",
                 where=WHERE,
                 fix=f"remove {name}, or use fast_inference=False",
             )
@@ -221,7 +224,7 @@ def check_engine_arguments(request: LoadRequest) -> None:
             where=WHERE,
             fix="remove device_map, and choose the GPU with CUDA_VISIBLE_DEVICES",
         )
-    _check_values(request.engine)
+    _check_engine_types(request.engine)
     if not vllm_available():
         raise MissingExtraError(
             "fast_inference=True needs vLLM, which is not installed",
@@ -231,7 +234,7 @@ def check_engine_arguments(request: LoadRequest) -> None:
         )
 
 
-def _check_values(engine: Mapping[str, Any]) -> None:
+def _check_engine_types(engine: Mapping[str, Any]) -> None:
     """Check the types of the engine arguments. vLLM itself accepts some wrong values and
     misinterprets them. For example, any text counts as True.
     """
@@ -241,8 +244,8 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             continue
         if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)
-        whole = type(value) is int and value > 0
-        if option.kind == "amount" and not (isinstance(value, bool) or whole):
+        is_count = type(value) is int and value > 0
+        if option.kind == "amount" and not (isinstance(value, bool) or is_count):
             raise ConfigTypeError(
                 f"{name}={value!r} must be True, False, or an integer above 0", where=WHERE
             )
@@ -251,10 +254,10 @@ def _check_values(engine: Mapping[str, Any]) -> None:
                 f"{name}={value!r} is not supported by vLLM, which supports only the ranks "
                 f"{', '.join(map(str, LEGAL_RANKS))}",
                 where=WHERE,
-                fix=_next_rank(name, value),
+                fix=_rank_advice(name, value),
             )
-        share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
-        if option.kind == "share" and not share:
+        is_share = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1
+        if option.kind == "share" and not is_share:
             raise ConfigValueError(
                 f"{name}={value!r} must be between 0 and 1",
                 where=WHERE,
@@ -264,16 +267,20 @@ def _check_values(engine: Mapping[str, Any]) -> None:
             raise ConfigTypeError(f"{name}={value!r} must be True or False", where=WHERE)
 
 
-def _next_rank(name: str, asked: Any) -> str:
-    """Return the advice for the user if vLLM does not support the rank ``asked``: another rank, or
-    "auto".
+def _rank_advice(name: str, requested: Any) -> str:
+    """Return the advice for the user if vLLM does not support the rank ``requested``: another rank,
+    or "auto".
     """
-    legal = [rank for rank in LEGAL_RANKS if type(asked) is int and rank >= asked]
-    return f'use {name}={legal[0]}, or "auto"' if legal else 'use one of these ranks, or "auto"'
+    supported_ranks = [rank for rank in LEGAL_RANKS if type(requested) is int and rank >= requested]
+    return (
+        f'use {name}={supported_ranks[0]}, or "auto"'
+        if supported_ranks
+        else 'use one of these ranks, or "auto"'
+    )
 
 
 STANDBY_VARIABLE = "UNSLOTH_VLLM_STANDBY"
-_API_EXCLUDES = {
+_API_ENGINE_EXCLUDES = {
     "rope_scaling": "the engine reads the position settings from the checkpoint",
     "resize_model_vocab": "the model shares the engine's embeddings, which cannot be resized",
 }
@@ -286,33 +293,33 @@ def apply_standby_variable(
     UNSLOTH_VLLM_STANDBY is set. In sleep mode the trainer can use the memory of the KV cache
     between rollouts. If the call itself has ``enable_sleep_mode``, the variable has no effect.
     """
-    given = dict(arguments)
+    result = dict(arguments)
     if (
         environ.get(STANDBY_VARIABLE, "0").lower() in ("", "0", "false")
-        or "enable_sleep_mode" in given
+        or "enable_sleep_mode" in result
     ):
-        return given
-    if not given.get("fast_inference"):
-        told = "has no effect with fast_inference=False, because there is no engine"
+        return result
+    if not result.get("fast_inference"):
+        effect = "has no effect with fast_inference=False, because there is no engine"
     else:
-        given["enable_sleep_mode"] = True
-        told = (
+        result["enable_sleep_mode"] = True
+        effect = (
             "is read as enable_sleep_mode=True: the memory of the KV cache is released while the "
             "trainer works"
         )
-    warnings.warn(f"{STANDBY_VARIABLE} {told}", ToolkitWarning, stacklevel=3)
-    return given
+    warnings.warn(f"{STANDBY_VARIABLE} {effect}", ToolkitWarning, stacklevel=3)
+    return result
 
 
 def warn_unused_engine_options(engine: Mapping[str, Any]) -> None:
     """Warn if engine options are set that have no effect because the model has no engine. Such
     options, for example max_lora_rank, are valid but unused.
     """
-    idle = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
-    if idle:
+    unused = [name for name, default in ENGINE_DEFAULTS.items() if engine[name] != default]
+    if unused:
         warnings.warn(
             "these options have no effect with fast_inference=False, because there is no engine: "
-            f"{', '.join(idle)}",
+            f"{', '.join(unused)}",
             ToolkitWarning,
             stacklevel=5,
         )

@@ -39,7 +39,7 @@ from toolkit.policy.lora_settings import (
     WHERE,
     LoraSettings,
     check_engine_support,
-    check_layers,
+    check_layer_numbers,
     check_modules_to_save,
     check_settings,
     check_targets,
@@ -96,7 +96,9 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
         refuse_unsupported_adapter(model, config, engine, WHERE)
     check_targets(settings, (*(name for name, _ in model.named_modules()), *experts))
     check_modules_to_save(settings, (name for name, _ in model.named_modules()))
-    check_layers(settings, getattr(model.config.get_text_config(), "num_hidden_layers", None))
+    check_layer_numbers(
+        settings, getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.random_state)
         try:
@@ -108,18 +110,18 @@ def add_lora(model: Any, settings: LoraSettings) -> Any:
 def to_peft_config(settings: LoraSettings) -> Any:
     """Return the ``peft.LoraConfig`` for ``settings``."""
     values: dict[str, Any] = {}
-    for item in fields(settings):
-        value = getattr(settings, item.name)
-        if item.name in NON_PEFT_FIELDS or (item.name in MAPPING_FIELDS and not value):
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in NON_PEFT_FIELDS or (field.name in MAPPING_FIELDS and not value):
             continue
-        values[item.name] = _plain(value)
+        values[field.name] = _to_list_or_dict(value)
     try:
         return LoraConfig(task_type="CAUSAL_LM", **values)
     except (ValueError, ImportError) as error:
         raise ConfigValueError(str(error).strip(), where=WHERE) from error
 
 
-def _plain(value: Any) -> Any:
+def _to_list_or_dict(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if hasattr(value, "items") else value
@@ -137,10 +139,10 @@ def reuse_adapter(model: Any, settings: LoraSettings) -> Any:
         ConfigTypeError: the settings differ from the adapter's. The message lists the differences.
     """
     check_settings(settings)
-    different = describe_differences(model.peft_config["default"], settings)
-    if different:
+    differing = describe_differences(model.peft_config["default"], settings)
+    if differing:
         raise ConfigTypeError(
-            "the model already has an adapter with other settings: " + "; ".join(different),
+            "the model already has an adapter with other settings: " + "; ".join(differing),
             where=WHERE,
             fix="load the model again, or pass the settings of the existing adapter",
         )
@@ -158,16 +160,19 @@ def describe_differences(
     """Compare the adapter config ``current`` (a ``peft.LoraConfig``) with ``settings``. Only the
     fields in ``names`` are compared. Returns one line of text for each field whose values differ.
     """
-    asked = to_peft_config(settings)
-    pairs = [(name, _plain_set(current, name), _plain_set(asked, name)) for name in names]
+    requested = to_peft_config(settings)
+    pairs = [
+        (name, _comparable_value(current, name), _comparable_value(requested, name))
+        for name in names
+    ]
     return [
-        f"{name} is {is_!r} in the adapter, but {to!r} is requested"
-        for name, is_, to in pairs
-        if is_ != to
+        f"{name} is {existing!r} in the adapter, but {wanted!r} is requested"
+        for name, existing, wanted in pairs
+        if existing != wanted
     ]
 
 
-def _plain_set(config: Any, name: str) -> Any:
+def _comparable_value(config: Any, name: str) -> Any:
     """Return a field's value in a form that can be compared. Collections of names are sorted. Empty
     collections become None.
     """
@@ -187,14 +192,16 @@ def adapter_tensors(model: Any, name: str = "default") -> dict[str, torch.Tensor
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
-    cut = _parameters(model, name)
-    return {key: gather_full_tensor(tensor, cut.get(key)) for key, tensor in tensors.items()}
+    parameters = _adapter_parameters(model, name)
+    return {key: gather_full_tensor(tensor, parameters.get(key)) for key, tensor in tensors.items()}
 
 
-def _parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
+def _adapter_parameters(model: Any, name: str) -> dict[str, torch.Tensor]:
     """Return the parameters of an adapter under the names that they have in the adapter's file."""
-    own = ((key.replace(f".{name}.", "."), value) for key, value in model.named_parameters())
-    return {key: value for key, value in own if "lora_" in key}
+    named_parameters = (
+        (key.replace(f".{name}.", "."), value) for key, value in model.named_parameters()
+    )
+    return {key: value for key, value in named_parameters if "lora_" in key}
 
 
 def set_adapter_tensors(
@@ -203,9 +210,11 @@ def set_adapter_tensors(
     """Copy ``tensors`` into the adapter ``name``. The caller must have checked that ``tensors`` has
     the names and shapes that ``adapter_tensors`` returns.
     """
-    cut = _parameters(model, name)
-    own = {k: local_shard(v, cut[k]) if k in cut else v for k, v in tensors.items()}
-    set_peft_model_state_dict(model, own, adapter_name=name)
+    parameters = _adapter_parameters(model, name)
+    local_tensors = {
+        k: local_shard(v, parameters[k]) if k in parameters else v for k, v in tensors.items()
+    }
+    set_peft_model_state_dict(model, local_tensors, adapter_name=name)
 
 
 @torch.no_grad()
@@ -217,7 +226,7 @@ def merge_into_base(model: Any, name: str = "default") -> Any:
     s B A to a weight (such as DoRA).
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not all(_is_plain(layer, name) for layer in layers):
+    if not all(_is_plain_lora(layer, name) for layer in layers):
         return model.merge_and_unload(safe_merge=True, adapter_names=[name])
     for layer in layers:
         if name in layer.lora_A:
@@ -226,7 +235,7 @@ def merge_into_base(model: Any, name: str = "default") -> Any:
     return model.unload()
 
 
-def _is_plain(layer: Any, name: str) -> bool:
+def _is_plain_lora(layer: Any, name: str) -> bool:
     """Return True if the adapter only adds s B A to the weight of ``layer``."""
     if name in layer.lora_embedding_A or hasattr(layer, "parameter_name"):
         return False
@@ -250,7 +259,7 @@ def refuse_unsupported_adapter(model: Any, config: Any, engine: Any, where: str)
     if options is None:
         return
     try:
-        _refuse_kind(config)
+        _refuse_adapter_type(config)
         settings = settings_from_peft(config)
         check_settings(settings)
         check_engine_support(settings, options.max_lora_rank)
@@ -259,11 +268,12 @@ def refuse_unsupported_adapter(model: Any, config: Any, engine: Any, where: str)
         raise type(error)(error.message, where=where, fix=error.fix) from error
 
 
-def _refuse_kind(config: Any) -> None:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
+def _refuse_adapter_type(config: Any) -> None:
+    adapter_type = str(getattr(config.peft_type, "value", config.peft_type))
+    if adapter_type != "LORA":
         raise UnsupportedError(
-            f"the adapter is a {kind} adapter, but the engine can sample only from LoRA adapters",
+            f"the adapter is a {adapter_type} adapter, but the engine can sample only from LoRA "
+            "adapters",
             fix="use peft.LoraConfig, or load the model with fast_inference=False",
         )
     for name in other_fields(config.to_dict()):
@@ -279,15 +289,17 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
     Raises:
         ConfigValueError: ``values`` do not describe a LoRA adapter, or PEFT rejects them.
     """
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise ConfigValueError(f"peft_type is {kind!r}, but only LORA adapters are supported")
-    ours = {item.name for item in fields(LoraSettings)} - set(NON_PEFT_FIELDS)
+    adapter_type = values.get("peft_type")
+    if adapter_type != "LORA":
+        raise ConfigValueError(
+            f"peft_type is {adapter_type!r}, but only LORA adapters are supported"
+        )
+    known_fields = {field.name for field in fields(LoraSettings)} - set(NON_PEFT_FIELDS)
     for name in other_fields(values):
         raise ConfigValueError(f"{ADAPTER_CONFIG} sets {name}, which is not supported")
-    kept = {name: values[name] for name in (*ours, *KEPT) if name in values}
+    supported_values = {name: values[name] for name in (*known_fields, *KEPT) if name in values}
     try:
-        return LoraConfig(**{**kept, "inference_mode": False, "task_type": "CAUSAL_LM"})
+        return LoraConfig(**{**supported_values, "inference_mode": False, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
         raise ConfigValueError(f"{ADAPTER_CONFIG} cannot be used: {error}") from error
 
@@ -296,12 +308,12 @@ def settings_from_peft(config: Any) -> LoraSettings:
     """Convert a ``peft.LoraConfig`` to ``LoraSettings``, so that the checks of
     ``policy.lora_settings`` can be used.
     """
-    values = {item.name: getattr(config, item.name, None) for item in fields(LoraSettings)}
-    kept = {name: value for name, value in values.items() if value is not None}
-    for name, value in kept.items():
+    values = {field.name: getattr(config, field.name, None) for field in fields(LoraSettings)}
+    present = {name: value for name, value in values.items() if value is not None}
+    for name, value in present.items():
         if isinstance(value, (set, list)):
-            kept[name] = tuple(sorted(value))
-    return LoraSettings(**kept)
+            present[name] = tuple(sorted(value))
+    return LoraSettings(**present)
 
 
 def add_adapter_from_config(model: Any, config: Any, name: str = "default") -> Any:
@@ -342,29 +354,29 @@ def keep_adapter_float32(model: Any) -> Iterator[None]:
     (GRPOTrainer.__init__), as the QLoRA paper does. But GRPO's updates are smaller than the
     rounding error of bfloat16, so they would be lost.
     """
-    named = getattr(model, "named_parameters", dict)
-    named = dict(named()) if is_peft(model) else {}
-    before = {id(p): p.data for name, p in named.items() if "lora_" in name}
+    named_parameters = getattr(model, "named_parameters", dict)
+    named_parameters = dict(named_parameters()) if is_peft(model) else {}
+    data_before = {id(p): p.data for name, p in named_parameters.items() if "lora_" in name}
     try:
         yield
     finally:
-        for parameter in named.values():
-            kept = before.get(id(parameter))
-            if kept is not None and parameter.dtype != kept.dtype:
-                parameter.data = kept.to(parameter.device)
-        _repeat_reference(model)
+        for parameter in named_parameters.values():
+            float32_data = data_before.get(id(parameter))
+            if float32_data is not None and parameter.dtype != float32_data.dtype:
+                parameter.data = float32_data.to(parameter.device)
+        _copy_to_reference_adapter(model)
 
 
-def _repeat_reference(model: Any) -> None:
+def _copy_to_reference_adapter(model: Any) -> None:
     """Restore the float32 values also in TRL's copy of the adapter.
 
     If beta is above 0, TRL 1.16 copies the adapter at the start of training, under the name
     ``ref``, to compute the KL term. This function sets the copy to the values of the adapter. Then
     the KL term is 0 before the first step.
     """
-    named = dict(model.named_parameters()) if is_peft(model) else {}
-    for name, parameter in named.items():
-        trained = named.get(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
+    named_parameters = dict(model.named_parameters()) if is_peft(model) else {}
+    for name, parameter in named_parameters.items():
+        trained = named_parameters.get(name.replace(f".{REFERENCE_ADAPTER}.", ".default."))
         if (
             f".{REFERENCE_ADAPTER}." in name
             and trained is not None
@@ -376,6 +388,6 @@ def _repeat_reference(model: Any) -> None:
 def cast_adapter_to_float32(model: Any) -> None:
     """Convert every trainable LoRA tensor of ``model`` from half precision to float32."""
     for name, parameter in model.named_parameters():
-        half = parameter.dtype in (torch.bfloat16, torch.float16)
-        if "lora_" in name and parameter.requires_grad and half:
+        is_half_precision = parameter.dtype in (torch.bfloat16, torch.float16)
+        if "lora_" in name and parameter.requires_grad and is_half_precision:
             parameter.data = parameter.data.float()

@@ -43,7 +43,7 @@ class FastForward(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the output (..., out) of the adapted layer for the input ``x`` (..., in)."""
         name = None if args or kwargs else self._single_adapter()
-        if name is None or not self._as_under_autocast(x, name):
+        if name is None or not self._autocast_computes_all(x, name):
             out: torch.Tensor = super().forward(x, *args, **kwargs)
             return out
         base = self.base_layer
@@ -61,18 +61,18 @@ class FastForward(nn.Module):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:
             return None
-        drops = self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity)
-        return None if drops else str(active[0])
+        drops_out = self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity)
+        return None if drops_out else str(active[0])
 
-    def _as_under_autocast(self, x: torch.Tensor, name: str) -> bool:
+    def _autocast_computes_all(self, x: torch.Tensor, name: str) -> bool:
         """Return True if autocast would compute the base layer and the adapter in the dtype of
         ``x``.
         """
         device, weight = x.device.type, self.base_layer.weight
-        computed = compute_dtype_4bit(self.base_layer) or weight.dtype
+        compute_dtype = compute_dtype_4bit(self.base_layer) or weight.dtype
         return (
             torch.is_autocast_enabled(device)
-            and x.dtype == computed == torch.get_autocast_dtype(device)
+            and x.dtype == compute_dtype == torch.get_autocast_dtype(device)
             and self.lora_A[name].weight.dtype != x.dtype
             and not weight.requires_grad
         )
@@ -83,7 +83,7 @@ class LoraLinear(FastForward, Linear):  # type: ignore[misc]  # PEFT ships no ty
 
 
 @cache
-def _four_bit_class() -> Any:
+def _linear_4bit_class() -> Any:
     """Return a subclass of ``peft.tuners.lora.bnb.Linear4bit`` with the faster forward pass. The
     subclass is created on demand, because PEFT's class exists only if bitsandbytes is installed.
     """
@@ -92,27 +92,27 @@ def _four_bit_class() -> Any:
     return type("LoraLinear4bit", (FastForward, Linear4bit), {"__doc__": Linear4bit.__doc__})
 
 
-def _four_bit_layer(target: Any, base: Any, adapter_name: str, config: Any, kwargs: Any) -> Any:
+def _make_layer_4bit(target: Any, base: Any, adapter_name: str, config: Any, kwargs: Any) -> Any:
     """Create a 4-bit layer with an adapter, with the same arguments as PEFT 0.21.2
     (``dispatch_bnb_4bit``).
     """
-    own = {
+    base_kwargs = {
         "compute_dtype": base.compute_dtype,
         "compress_statistics": base.weight.compress_statistics,
         "quant_type": base.weight.quant_type,
     }
-    return _four_bit_class()(target, adapter_name, config=config, **{**kwargs, **own})
+    return _linear_4bit_class()(target, adapter_name, config=config, **{**kwargs, **base_kwargs})
 
 
 def use_fast_layers(config: Any) -> Any:
     """Change ``config`` (a ``peft.LoraConfig``) so that PEFT adapts linear layers with the classes
     of this module. Returns ``config``.
     """
-    config._register_custom_module({nn.Linear: _layer_for})
+    config._register_custom_module({nn.Linear: _make_lora_layer})
     return config
 
 
-def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
+def _make_lora_layer(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) -> Any:
     """Return a LoRA layer of this package for the layer ``target``, or None if PEFT must choose its
     own class.
 
@@ -125,9 +125,13 @@ def _layer_for(target: Any, adapter_name: str, *, config: Any, **kwargs: Any) ->
     if type(base) is SplitLinear:
         return SplitLoraLinear(target, adapter_name, config=config, **kwargs)
     if compute_dtype_4bit(base) is not None and kwargs.get("loaded_in_4bit"):
-        hooked = hasattr(base, "_hf_hook") or kwargs.get("parameter_name") is not None
-        return None if hooked else _four_bit_layer(target, base, adapter_name, config, kwargs)
-    plain = type(base) is nn.Linear and not hasattr(base, "_hf_hook")
-    if not plain or kwargs.get("parameter_name") is not None:
+        needs_peft_class = hasattr(base, "_hf_hook") or kwargs.get("parameter_name") is not None
+        return (
+            None
+            if needs_peft_class
+            else _make_layer_4bit(target, base, adapter_name, config, kwargs)
+        )
+    is_plain_linear = type(base) is nn.Linear and not hasattr(base, "_hf_hook")
+    if not is_plain_linear or kwargs.get("parameter_name") is not None:
         return None
     return LoraLinear(target, adapter_name, config=config, **kwargs)

@@ -82,8 +82,8 @@ class LoraSettings:
     @classmethod
     def from_section(cls, section: LoraSection) -> LoraSettings:
         """Return the settings of a run file's ``lora`` section."""
-        known = {f.name for f in fields(cls)}
-        names = [f.name for f in fields(section) if f.name in known]
+        field_names = {f.name for f in fields(cls)}
+        names = [f.name for f in fields(section) if f.name in field_names]
         values = {name: getattr(section, name) for name in names}
         for name in ("rank_pattern", "alpha_pattern"):
             values[name] = values[name] or None  # PEFT's config has None instead of an empty dict
@@ -125,7 +125,7 @@ def check_settings(settings: LoraSettings) -> None:
             f'bias={settings.bias!r} must be "none", "all" or "lora_only"', where=WHERE
         )
     _check_init(settings)
-    _check_layers(settings)
+    _check_layer_options(settings)
     _check_patterns(settings)
 
 
@@ -149,16 +149,16 @@ def _check_init(settings: LoraSettings) -> None:
 
 
 def _check_patterns(settings: LoraSettings) -> None:
-    for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+    for name, minimum in (("rank_pattern", 1), ("alpha_pattern", 0)):
         pattern: Any = getattr(settings, name) or {}
         if not hasattr(pattern, "items"):
             raise ConfigTypeError(f"{name}={pattern!r} must map names to numbers", where=WHERE)
         for key, value in pattern.items():
-            number = type(value) is int or (least == 0 and isinstance(value, float))
-            if not number or value < least or value == 0 or not math.isfinite(value):
+            is_number = type(value) is int or (minimum == 0 and isinstance(value, float))
+            if not is_number or value < minimum or value == 0 or not math.isfinite(value):
                 raise ConfigValueError(
                     f"{name}: {key!r} is {value!r}, but must be "
-                    f"{'an integer' if least else 'a number'} above 0",
+                    f"{'an integer' if minimum else 'a number'} above 0",
                     where=WHERE,
                 )
             try:
@@ -169,9 +169,9 @@ def _check_patterns(settings: LoraSettings) -> None:
                 ) from error
 
 
-def _check_layers(settings: LoraSettings) -> None:
-    layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
-    if layers and isinstance(settings.target_modules, str):
+def _check_layer_options(settings: LoraSettings) -> None:
+    selects_layers = settings.layers_to_transform is not None or settings.layers_pattern is not None
+    if selects_layers and isinstance(settings.target_modules, str):
         raise ConfigValueError(
             "layers_to_transform and layers_pattern cannot be used if target_modules is a string",
             where=WHERE,
@@ -189,23 +189,28 @@ def check_engine_support(settings: LoraSettings, max_lora_rank: int) -> None:
         ConfigValueError: the rank is above ``max_lora_rank``.
         UnsupportedError: the engine does not support another setting.
     """
-    largest = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
-    if largest > max_lora_rank:
-        legal = [rank for rank in LEGAL_RANKS if rank >= largest]
-        named = f"r={settings.r}" if largest == settings.r else f"rank {largest} in rank_pattern"
+    largest_rank = max(settings.r, *(settings.rank_pattern or {}).values(), 0)
+    if largest_rank > max_lora_rank:
+        supported_ranks = [rank for rank in LEGAL_RANKS if rank >= largest_rank]
+        rank_text = (
+            f"r={settings.r}"
+            if largest_rank == settings.r
+            else f"rank {largest_rank} in rank_pattern"
+        )
         raise ConfigValueError(
-            f"{named} is above max_lora_rank={max_lora_rank} of the engine",
+            f"{rank_text} is above max_lora_rank={max_lora_rank} of the engine",
             where=WHERE,
-            fix=f"load the model with max_lora_rank={legal[0]}, or use r={max_lora_rank} or less"
-            if legal
+            fix=f"load the model with max_lora_rank={supported_ranks[0]}, or use r={max_lora_rank} "
+            "or less"
+            if supported_ranks
             else (
                 f"use r={max_lora_rank} or less, because vLLM does not support ranks above "
                 f"{LEGAL_RANKS[-1]}"
             ),
         )
-    embeddings = sorted(set(_names(settings.target_modules)) & set(EMBEDDINGS))
-    reasons = {
-        f"modules_to_save={_list(settings.modules_to_save)}": settings.modules_to_save,
+    embeddings = sorted(set(_target_names(settings.target_modules)) & set(EMBEDDINGS))
+    unsupported_settings = {
+        f"modules_to_save={_as_list(settings.modules_to_save)}": settings.modules_to_save,
         f"training {', '.join(embeddings)}": embeddings,
         f"bias={settings.bias!r}": settings.bias != "none",
         "DoRA (use_dora=True)": settings.use_dora,
@@ -213,11 +218,11 @@ def check_engine_support(settings: LoraSettings, max_lora_rank: int) -> None:
         "target_parameters": settings.target_parameters,
         "trainable_token_indices": settings.trainable_token_indices,
     }
-    for what, asked in reasons.items():
-        if asked:
+    for setting, is_set in unsupported_settings.items():
+        if is_set:
             raise UnsupportedError(
-                f"{what} is not supported by the engine's LoRA slots, so the engine would sample "
-                "completions without it",
+                f"{setting} is not supported by the engine's LoRA slots, so the engine would "
+                "sample completions without it",
                 where=WHERE,
                 fix="remove the setting that the message names, or load the model with "
                 "fast_inference=False",
@@ -250,7 +255,7 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
     names = [name for name in module_names if name]
     targets = settings.target_modules
     if isinstance(targets, str):
-        if targets != "all-linear" and not _matches(targets, names):
+        if targets != "all-linear" and not _matches_any(targets, names):
             raise ConfigValueError(
                 f"the pattern target_modules={targets!r} matches no module of the model",
                 where=WHERE,
@@ -260,13 +265,16 @@ def check_targets(settings: LoraSettings, module_names: Iterable[str]) -> None:
         raise ConfigValueError("target_modules is empty", where=WHERE)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            leaves = {name.rsplit(".", 1)[-1] for name in names} - {""}
+            last_parts = {name.rsplit(".", 1)[-1] for name in names} - {""}
             raise ConfigValueError(
                 f"target_modules: the model has no module {target!r}"
-                f"{did_you_mean_text(target, leaves)}",
+                f"{did_you_mean_text(target, last_parts)}",
                 where=WHERE,
                 fix="use names of linear layers of the model, for example "
-                + ", ".join(sorted(leaf for leaf in leaves if leaf.endswith("_proj")) or ["..."]),
+                + ", ".join(
+                    sorted(last_part for last_part in last_parts if last_part.endswith("_proj"))
+                    or ["..."]
+                ),
             )
 
 
@@ -280,33 +288,33 @@ def check_modules_to_save(settings: LoraSettings, module_names: Iterable[str]) -
     names = list(module_names) if settings.modules_to_save else []
     for name in settings.modules_to_save or ():
         if not any(f".{name}." in f".{module}." for module in names):
-            leaves = {module.rsplit(".", 1)[-1] for module in names} - {""}
+            last_parts = {module.rsplit(".", 1)[-1] for module in names} - {""}
             raise ConfigValueError(
                 f"modules_to_save: the model has no module {name!r}"
-                f"{did_you_mean_text(name, leaves)}",
+                f"{did_you_mean_text(name, last_parts)}",
                 where=WHERE,
                 fix=f"correct the name {name}, or remove it",
             )
 
 
-def check_layers(settings: LoraSettings, count: int | None) -> None:
-    """Check that the layers in layers_to_transform exist in a model with ``count`` layers, because
-    PEFT silently ignores other layers.
+def check_layer_numbers(settings: LoraSettings, num_layers: int | None) -> None:
+    """Check that the layers in layers_to_transform exist in a model with ``num_layers`` layers,
+    because PEFT silently ignores other layers.
 
     Raises:
         ConfigValueError: layers do not exist. The message lists them.
     """
-    beyond = layers_beyond(settings.layers_to_transform, count)
-    if beyond:
+    missing = layers_beyond(settings.layers_to_transform, num_layers)
+    if missing:
         raise ConfigValueError(
-            f"layers_to_transform: {', '.join(map(str, beyond))} must be below {count}, the "
+            f"layers_to_transform: {', '.join(map(str, missing))} must be below {num_layers}, the "
             "number of layers of the model (layers are counted from 0)",
             where=WHERE,
-            fix=f"use layers from 0 to {(count or 1) - 1}",
+            fix=f"use layers from 0 to {(num_layers or 1) - 1}",
         )
 
 
-def _matches(pattern: str, names: list[str]) -> bool:
+def _matches_any(pattern: str, names: list[str]) -> bool:
     try:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
@@ -315,13 +323,13 @@ def _matches(pattern: str, names: list[str]) -> bool:
         ) from error
 
 
-def _names(targets: tuple[str, ...] | str) -> tuple[str, ...]:
+def _target_names(targets: tuple[str, ...] | str) -> tuple[str, ...]:
     if isinstance(targets, str):
         return tuple(name for name in EMBEDDINGS if name in targets)
     return tuple(target.rsplit(".", 1)[-1] for target in targets)
 
 
-def _list(names: Iterable[str] | None) -> list[str]:
+def _as_list(names: Iterable[str] | None) -> list[str]:
     return list(names or ())
 
 
@@ -336,15 +344,15 @@ def default_targets_with_warning(model: Any) -> tuple[str, ...]:
     """Return the result of ``default_targets_of``. If the model is a mixture of experts, warn that
     the default has fewer layers than Unsloth's default (seven projections).
     """
-    chosen = default_targets_of(model)
+    targets = default_targets_of(model)
     if has_experts(model.config.to_dict()):
         warnings.warn(
             "the model is a mixture of experts, so the adapter is only on "
-            f"{', '.join(chosen)}. Set target_modules to adapt other layers",
+            f"{', '.join(targets)}. Set target_modules to adapt other layers",
             ToolkitWarning,
             stacklevel=4,
         )
-    return chosen
+    return targets
 
 
 def targeted_experts(settings: LoraSettings, model: Any) -> frozenset[str]:
@@ -356,12 +364,12 @@ def targeted_experts(settings: LoraSettings, model: Any) -> frozenset[str]:
     return expert_targets(model.config.model_type, settings.target_modules)
 
 
-def refuse_experts(found: frozenset[str], where: str) -> None:
-    """Raise UnsupportedError if ``found``, the expert layers that the adapter targets, is not
-    empty. The caller has checked that the model has an engine.
+def refuse_experts(expert_targets_found: frozenset[str], where: str) -> None:
+    """Raise UnsupportedError if ``expert_targets_found``, the expert layers that the adapter
+    targets, is not empty. The caller has checked that the model has an engine.
     """
-    if found:
-        names = ", ".join(name for name in MLP if name in found)
+    if expert_targets_found:
+        names = ", ".join(name for name in MLP if name in expert_targets_found)
         raise UnsupportedError(
             f"target_modules: {names} are the experts of this model, and the engine has no LoRA"
             " slots for them",

@@ -12,8 +12,8 @@ from toolkit.engine.rollout_engine import vllm_available
 
 def cuda_in_use() -> bool:
     """Return True if torch has a CUDA context in this process. The check does not create one."""
-    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
-    return bool(torch.cuda.is_available() and ready)
+    is_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # untyped upstream
+    return bool(torch.cuda.is_available() and is_initialized)
 
 
 def detect_machine() -> Situation:

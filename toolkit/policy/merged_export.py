@@ -35,10 +35,15 @@ WHERE = "export"
 
 
 def merge_adapter(
-    checkpoint: Checkpoint, adapter: Adapter, request: LoadRequest, to: Path, *, dtype: str = "auto"
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    request: LoadRequest,
+    target: Path,
+    *,
+    dtype: str = "auto",
 ) -> Path:
     """Merge ``adapter`` into the weights of the base ``checkpoint``, and write the result and the
-    tokenizer to the folder ``to``. Returns the folder.
+    tokenizer to the folder ``target``. Returns the folder.
 
     The sum is computed in float32 and rounded once to ``dtype``, where "auto" means the dtype of
     the checkpoint. In float32 the logits equal those of base model plus adapter, except for the
@@ -47,14 +52,14 @@ def merge_adapter(
     unquantized weights of the checkpoint.
 
     Raises:
-        ConfigValueError: ``to`` is not empty, or the adapter belongs to another base model.
+        ConfigValueError: ``target`` is not empty, or the adapter belongs to another base model.
         UnsupportedError: the adapter is on embeddings or head, and these are tied to each other.
         InputError: a file cannot be read or written.
     """
     if dtype not in DTYPES:
         raise ConfigValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", where=WHERE)
-    check_empty(to)
-    plain = replace(
+    check_empty(target)
+    base_request = replace(
         request,
         dtype=stored_dtype(checkpoint) if dtype == "auto" else dtype,
         load_in_4bit=False,
@@ -63,67 +68,69 @@ def merge_adapter(
         fast_inference=False,
         device_map="cpu",
     )
-    base = load_base(checkpoint, plain)
-    _check_ties(base, adapter)
+    base = load_base(checkpoint, base_request)
+    _check_tied_tensors(base, adapter)
     # If the adapter was trained on a 4-bit model, there is no digest of the base model's weights.
     # Then a wrong base model may be detected only by the names and shapes of the tensors.
     model = merge_into_base(add_saved_adapter(base, adapter))
     tokenizer = load_tokenizer(
         checkpoint.folder, max_seq_length=None, trust_remote_code=request.trust_remote_code
     )
-    with write_then_rename(to) as work:
-        model.save_pretrained(str(work))
-        tokenizer.save_pretrained(str(work))
-    return to
+    with write_then_rename(target) as temporary_folder:
+        model.save_pretrained(str(temporary_folder))
+        tokenizer.save_pretrained(str(temporary_folder))
+    return target
 
 
-def write_model(model: Any, tokenizer: Any, to: Path) -> Path:
+def write_model(model: Any, tokenizer: Any, target: Path) -> Path:
     """Write a model that was trained with full fine-tuning, and its tokenizer, to the folder
-    ``to``. If the folder exists, it is replaced. Returns the folder.
+    ``target``. If the folder exists, it is replaced. Returns the folder.
 
     Raises:
         InputError: a file cannot be written.
     """
-    with temporary_folder_beside(to) as work:
-        model.save_pretrained(str(work))
-        tokenizer.save_pretrained(str(work))
-        set_modes(work)
-        if to.exists():
-            shutil.rmtree(to)
-        work.rename(to)
-    return to
+    with temporary_folder_beside(target) as temporary_folder:
+        model.save_pretrained(str(temporary_folder))
+        tokenizer.save_pretrained(str(temporary_folder))
+        set_modes(temporary_folder)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary_folder.rename(target)
+    return target
 
 
-def _check_ties(base: Any, adapter: Adapter) -> None:
+def _check_tied_tensors(base: Any, adapter: Adapter) -> None:
     """Raise an error if the adapter is on a tensor that embeddings and head share (tied). A merge
     into this tensor would change both layers.
     """
-    touched = sorted(name for name in adapter.tensors if any(part in name for part in EMBEDDINGS))
-    if touched and base.config.tie_word_embeddings:
+    adapted_embeddings = sorted(
+        name for name in adapter.tensors if any(part in name for part in EMBEDDINGS)
+    )
+    if adapted_embeddings and base.config.tie_word_embeddings:
         raise UnsupportedError(
-            f"the adapter changes {touched[0]}, but the embeddings and the head of this model "
-            "share one tensor",
+            f"the adapter changes {adapted_embeddings[0]}, but the embeddings and the head of this "
+            "model share one tensor",
             where=str(adapter.folder),
             fix="export the adapter without --merge",
         )
 
 
-def write_adapter(checkpoint: Checkpoint, adapter: Adapter, to: Path) -> Path:
-    """Copy the files of ``adapter`` to the folder ``to``, and write the tokenizer of its base model
-    there. The caller has already read and checked the adapter. Returns the folder.
+def write_adapter(checkpoint: Checkpoint, adapter: Adapter, target: Path) -> Path:
+    """Copy the files of ``adapter`` to the folder ``target``, and write the tokenizer of its base
+    model there. The caller has already read and checked the adapter. Returns the folder.
 
     Raises:
-        ConfigValueError: ``to`` is not empty.
+        ConfigValueError: ``target`` is not empty.
         InputError: a file cannot be read or written.
     """
-    check_empty(to)
+    check_empty(target)
     tokenizer = load_tokenizer(checkpoint.folder, max_seq_length=None)
-    with write_then_rename(to) as work:
-        tokenizer.save_pretrained(str(work))
+    with write_then_rename(target) as temporary_folder:
+        tokenizer.save_pretrained(str(temporary_folder))
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, "README.md"):
             if (adapter.folder / name).is_file():
-                shutil.copyfile(adapter.folder / name, work / name)
-    return to
+                shutil.copyfile(adapter.folder / name, temporary_folder / name)
+    return target
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -139,29 +146,29 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
     )
 
 
-def check_empty(to: Path) -> None:
-    """Check that ``to`` does not exist or is an empty folder.
+def check_empty(target: Path) -> None:
+    """Check that ``target`` does not exist or is an empty folder.
 
     Raises:
-        ConfigValueError: ``to`` is a file, or a folder that is not empty.
+        ConfigValueError: ``target`` is a file, or a folder that is not empty.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigValueError(
-            "the folder is not empty" if to.is_dir() else "the path is a file, not a folder",
-            where=str(to),
+            "the folder is not empty" if target.is_dir() else "the path is a file, not a folder",
+            where=str(target),
             fix="choose a folder that does not exist yet",
         )
 
 
 @contextmanager
-def write_then_rename(to: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``to``, and rename it to ``to`` after the ``with`` block.
-    The files get the mode 0644, and the folder gets 0755. The bits of the umask are cleared in both
-    modes.
+def write_then_rename(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to ``target``, and rename it to ``target`` after the ``with``
+    block. The files get the mode 0644, and the folder gets 0755. The bits of the umask are cleared
+    in both modes.
     """
-    with temporary_folder_beside(to) as work:
-        yield work
-        set_modes(work)
-        if to.exists():
-            to.rmdir()
-        work.rename(to)
+    with temporary_folder_beside(target) as temporary_folder:
+        yield temporary_folder
+        set_modes(temporary_folder)
+        if target.exists():
+            target.rmdir()
+        temporary_folder.rename(target)

@@ -17,9 +17,9 @@ from toolkit.base.files import check_folder, read_json_object
 from toolkit.base.paths import safe_join
 
 ADAPTER_CONFIG = "adapter_config.json"
-_DOUBLES = ["original/*", "consolidated*"]
-_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_DUPLICATE_PATTERNS = ["original/*", "consolidated*"]
+_FILE_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Checkpoint:
     def is_adapter(self) -> bool:
         """Whether the folder contains a PEFT adapter and no model weights."""
         weights = [*self.folder.glob("model*.safetensors"), *self.folder.glob("pytorch_model*.bin")]
-        return self._has(ADAPTER_CONFIG) and not weights
+        return self._has_file(ADAPTER_CONFIG) and not weights
 
-    def _has(self, file: str) -> bool:
+    def _has_file(self, file: str) -> bool:
         return (self.folder / file).is_file()
 
     def read_json(self, file: str) -> dict[str, Any]:
@@ -59,14 +59,14 @@ class Checkpoint:
             ConfigValueError: the folder has only pickled weights, and ``pickle`` is False.
         """
         check_folder(self.folder)
-        if not self._has("config.json"):
+        if not self._has_file("config.json"):
             raise InputError(
                 "the folder is not a checkpoint: it has neither config.json nor "
                 "adapter_config.json",
                 where=str(self.folder),
                 fix="use a folder that save_pretrained wrote, or a hub id",
             )
-        for index in filter(self._has, _INDEXES):
+        for index in filter(self._has_file, _INDEX_FILES):
             shards = self.read_json(index).get("weight_map")
             for name in set(map(str, shards.values())) if isinstance(shards, dict) else ():
                 safe_join(self.folder, name, what=f"a file in {index}", links=True)
@@ -105,16 +105,20 @@ def find_checkpoint(
             )
         return Checkpoint(folder.resolve(), str(folder.resolve()))
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        kind = (
+        problem = (
             "the path is a file, not a checkpoint's folder"
             if folder.exists()
             else "the folder does not exist"
         )
-        raise InputError(kind, where=name, fix="use the folder of a checkpoint, or a hub id")
+        raise InputError(problem, where=name, fix="use the folder of a checkpoint, or a hub id")
     try:
-        patterns = [*_FILES, "*.bin"] if pickle else list(_FILES)
+        patterns = [*_FILE_PATTERNS, "*.bin"] if pickle else list(_FILE_PATTERNS)
         path = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_DOUBLES
+            name,
+            revision=revision,
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=_DUPLICATE_PATTERNS,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(

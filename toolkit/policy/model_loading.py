@@ -44,16 +44,16 @@ def load_model_and_tokenizer(
     """
     check_quantization(request)
     use_expandable_segments()
-    base, adapter = _locate(request, adapter_folder)
+    checkpoint, adapter = _find_base_and_adapter(request, adapter_folder)
     if request.fast_inference:
         from toolkit.policy.engine_model import load_on_engine  # noqa: PLC0415 - vLLM is optional
 
-        model, engine = load_on_engine(base, request, adapter)
+        model, engine = load_on_engine(checkpoint, request, adapter)
     else:
-        model, engine = load_base(base, request), None
+        model, engine = load_base(checkpoint, request), None
     if tokenizer is None:
-        tokenizer = _tokenizer_of(base, adapter, request)
-    return _finish(model, engine, base, request, adapter, tokenizer)
+        tokenizer = _read_tokenizer_of(checkpoint, adapter, request)
+    return _prepare_model(model, engine, checkpoint, request, adapter, tokenizer)
 
 
 def read_tokenizer(request: LoadRequest) -> Any:
@@ -63,27 +63,27 @@ def read_tokenizer(request: LoadRequest) -> Any:
     The tokenizer's padding is not set yet, because it depends on the model. Raises InputError if
     the tokenizer cannot be read.
     """
-    return _tokenizer_of(*_locate(request), request)
+    return _read_tokenizer_of(*_find_base_and_adapter(request), request)
 
 
-def _locate(
+def _find_base_and_adapter(
     request: LoadRequest, adapter_folder: Path | None = None
 ) -> tuple[Checkpoint, Adapter | None]:
-    found = _find(request, request.model_name)
+    checkpoint = _find_checkpoint(request, request.model_name)
     if adapter_folder is not None:
-        return found, read_adapter(adapter_folder)
-    if not found.is_adapter:
-        return found, None
-    adapter = read_adapter(found.folder)
-    return _base_of(request, adapter), adapter
+        return checkpoint, read_adapter(adapter_folder)
+    if not checkpoint.is_adapter:
+        return checkpoint, None
+    adapter = read_adapter(checkpoint.folder)
+    return _base_checkpoint_of(request, adapter), adapter
 
 
-def _find(request: LoadRequest, name: str) -> Checkpoint:
+def _find_checkpoint(request: LoadRequest, name: str) -> Checkpoint:
     pickle = not request.use_safetensors
     return find_checkpoint(name, revision=request.revision, token=request.token, pickle=pickle)
 
 
-def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
+def _base_checkpoint_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
     """Return the checkpoint of the base model that ``adapter`` was trained on. The adapter's config
     has the name of this checkpoint.
     """
@@ -93,10 +93,10 @@ def _base_of(request: LoadRequest, adapter: Adapter) -> Checkpoint:
             "adapter_config.json does not name its base model", where=str(adapter.folder)
         )
     revision = getattr(adapter.config, "revision", None)
-    return _find(replace(request, revision=revision), str(name))
+    return _find_checkpoint(replace(request, revision=revision), str(name))
 
 
-def _finish(
+def _prepare_model(
     model: Any,
     engine: Any,
     base: Checkpoint,
@@ -112,39 +112,39 @@ def _finish(
     model.name_or_path = model.config._name_or_path = base.name
     if request.fix_tokenizer:
         fix_tokenizer(tokenizer, model)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    length = request.max_seq_length or longest
+    max_positions = getattr(model.config, "max_position_embeddings", None)
+    max_seq_length = request.max_seq_length or max_positions
     add_toolkit_attributes(
         model,
         toolkit_engine=engine,
         # This is a weak reference to vLLM, so that closing the engine can free its memory while the
         # model still exists.
         vllm_engine=None if engine is None else weakref.proxy(engine.llm),
-        max_seq_length=length,
+        max_seq_length=max_seq_length,
         toolkit_tokenizer=tokenizer,
         toolkit_full_finetuning=request.full_finetuning,
         toolkit_resized=request.resize_model_vocab is not None,
-        toolkit_fused=_fuse(model, request),
-        toolkit_source=ModelSource.of(base, request),
+        toolkit_fused=_apply_fused_kernels(model, request),
+        toolkit_source=ModelSource.without_token(base, request),
     )
     mode = request.use_gradient_checkpointing
     if adapter is not None:
         model = add_toolkit_attributes(
-            publish_to_engine(add_saved_adapter(model, adapter)), like=model
+            publish_to_engine(add_saved_adapter(model, adapter)), copy_from=model
         )
         model.train()
     if adapter is not None or request.full_finetuning:
-        apply_checkpointing(model, mode, max_seq_length=length)
+        apply_checkpointing(model, mode, max_seq_length=max_seq_length)
     return model, tokenizer
 
 
-def _fuse(model: Any, request: LoadRequest) -> AppliedKernels | None:
+def _apply_fused_kernels(model: Any, request: LoadRequest) -> AppliedKernels | None:
     """Use fused kernels in ``model``. A warning lists the layers that do not use them."""
     applied = use_fused_kernels(model, request.fused_kernels)
-    if applied is not None and applied.refused:
-        why = "; ".join(f"{name}: {reason}" for name, reason in applied.refused.items())
+    if applied is not None and applied.refusal_reasons:
+        details = "; ".join(f"{name}: {reason}" for name, reason in applied.refusal_reasons.items())
         warnings.warn(
-            f"{CONFIG_KEY}: some layers do not use a fused kernel, so they are slower ({why})",
+            f"{CONFIG_KEY}: some layers do not use a fused kernel, so they are slower ({details})",
             ToolkitWarning,
             stacklevel=2,
         )
@@ -170,10 +170,10 @@ def publish_to_engine(peft_model: Any) -> Any:
     return peft_model
 
 
-def _tokenizer_of(base: Checkpoint, adapter: Adapter | None, request: LoadRequest) -> Any:
-    own = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
+def _read_tokenizer_of(base: Checkpoint, adapter: Adapter | None, request: LoadRequest) -> Any:
+    has_tokenizer = adapter is not None and (adapter.folder / "tokenizer_config.json").is_file()
     return load_tokenizer(
-        adapter.folder if adapter and own else base.folder,
+        adapter.folder if adapter and has_tokenizer else base.folder,
         max_seq_length=request.max_seq_length,
         trust_remote_code=request.trust_remote_code,
     )

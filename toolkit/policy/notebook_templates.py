@@ -66,18 +66,22 @@ def get_chat_template(
     if "{%" in text or "{{" in text:
         tokenizer.chat_template = text
         return tokenizer
-    mark = next((mark for name, mark in FAMILY_MARKERS.items() if text.startswith(name)), None)
-    own = str(tokenizer.chat_template or "")
-    if mark is not None and mark in own:
+    marker = next(
+        (marker for name, marker in FAMILY_MARKERS.items() if text.startswith(name)), None
+    )
+    current_template = str(tokenizer.chat_template or "")
+    if marker is not None and marker in current_template:
         return tokenizer
-    if text == "chatml" and not own:
+    if text == "chatml" and not current_template:
         tokenizer.chat_template = CHATML
         if map_eos_token and "<|im_end|>" in tokenizer.get_vocab():
             tokenizer.eos_token = "<|im_end|>"
         return tokenizer
-    has = "has no chat template" if not own else "has a chat template of another family"
+    problem = (
+        "has no chat template" if not current_template else "has a chat template of another family"
+    )
     raise ConfigValueError(
-        f"chat_template={text!r}, but the tokenizer {has}",
+        f"chat_template={text!r}, but the tokenizer {problem}",
         where=WHERE,
         fix="load the instruct checkpoint, whose tokenizer has the template, or set "
         "tokenizer.chat_template to the template's text",
@@ -92,29 +96,31 @@ def standardize_data_formats(dataset: Any, *, column: str | None = None) -> Any:
     role and content stay unchanged. If ``column`` is None, the first existing column of
     ``conversations``, ``messages`` and ``prompt`` is used.
     """
-    names = [column] if column else ["conversations", "messages", "prompt"]
-    found = next((name for name in names if name in dataset.column_names), None)
-    if found is None:
+    candidates = [column] if column else ["conversations", "messages", "prompt"]
+    chat_column = next((name for name in candidates if name in dataset.column_names), None)
+    if chat_column is None:
         raise ConfigValueError(
-            f"the data set has no column {' or '.join(names)}. Its columns are "
+            f"the data set has no column {' or '.join(candidates)}. Its columns are "
             f"{', '.join(dataset.column_names)}",
             where="standardize_data_formats",
             fix="pass the name of the column with the chats as column=...",
         )
-    return dataset.map(lambda row: {found: [_message(turn) for turn in row[found]]})
+    return dataset.map(
+        lambda row: {chat_column: [_convert_message(turn) for turn in row[chat_column]]}
+    )
 
 
-def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    who = turn.get("role") or turn.get("from")
-    said = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if who is None or said is None:
+def _convert_message(turn: Mapping[str, Any]) -> dict[str, Any]:
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if role is None or content is None:
         raise ConfigValueError(
             f"a message of a chat has the keys {', '.join(map(str, turn))}, but must have role and "
             "content, or from and value",
             where="standardize_data_formats",
             fix="rename the keys of the messages to role and content",
         )
-    return {"role": SHAREGPT_ROLES.get(str(who), str(who)), "content": said}
+    return {"role": SHAREGPT_ROLES.get(str(role), str(role)), "content": content}
 
 
 def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,8 +137,10 @@ def train_on_responses_only(trainer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_extras(mapping: Mapping[str, str] | None, system_message: str | None) -> None:
-    keys = {name: value for name, value in (mapping or {}).items() if name in ("role", "content")}
-    if any(name != value for name, value in keys.items()):
+    renamed_keys = {
+        name: value for name, value in (mapping or {}).items() if name in ("role", "content")
+    }
+    if any(name != value for name, value in renamed_keys.items()):
         raise UnsupportedError(
             f"mapping={dict(mapping or {})!r}: only the keys role and content are supported",
             where=WHERE,

@@ -43,9 +43,11 @@ SUPPORTED_FUNCTIONS = ("sdpa", "eager")
 
 _MAX_SCORES = 1 << 26  # maximum query-key pairs per head in one call of the model's own function
 _SUM_ELEMENTS = 1 << 24  # largest float32 copy of gradients of keys, in elements (64 MiB)
-_WASTE = 1.25  # maximum ratio of the padded size of a batch of segments to its real size
-_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_kernel: Callable[..., Any] = partial(varlen_attn, enable_gqa=True) if _HAS_GQA else varlen_attn
+_MAX_PADDING_RATIO = 1.25  # maximum ratio of the padded size of a batch to its real size
+_ACCEPTS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_varlen_kernel: Callable[..., Any] = (
+    partial(varlen_attn, enable_gqa=True) if _ACCEPTS_ENABLE_GQA else varlen_attn
+)
 """torch's attention kernel. torch 2.11 accepts fewer key heads than query heads by default, and
 2.13 needs ``enable_gqa`` for that.
 """
@@ -98,11 +100,11 @@ class PackedLayout:
         self.tokens = sum(segment.length for segment in self.segments)
         self.max_queries = max(segment.length for segment in self.segments)
         self.max_keys = max(segment.keys for segment in self.segments)
-        self.query_ends = self._ends([segment.length for segment in self.segments])
-        self.key_ends = self._ends([segment.keys for segment in self.segments])
+        self.query_ends = self._cumulative_ends([segment.length for segment in self.segments])
+        self.key_ends = self._cumulative_ends([segment.keys for segment in self.segments])
         self.key_index, self.key_order, self.key_counts = self._key_index()
 
-    def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
+    def _cumulative_ends(self, lengths: Sequence[int]) -> torch.Tensor:
         """Return 0 and the cumulative sums of ``lengths`` as int32, as the kernel needs them."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.device)
@@ -117,9 +119,9 @@ class PackedLayout:
         pack occurs in the index.
         """
         parts = [
-            torch.arange(begin, begin + size)
-            for start, length, prefix, prefix_length in self.segments
-            for begin, size in ((prefix, prefix_length), (start, length))
+            torch.arange(first, first + size)
+            for start, length, prefix_start, prefix_length in self.segments
+            for first, size in ((prefix_start, prefix_length), (start, length))
         ]
         index_K = torch.cat(parts)
         order_K = index_K.argsort(stable=True)
@@ -132,12 +134,12 @@ class PackedLayout:
         function is called once per batch.
         """
         if self._batches is None:
-            blocks = list(self._blocks())
-            self._batches = [self._batch(group) for group in _grouped(blocks)]
-            real = [batch.queries_ST[batch.positions_ST >= 0] for batch in self._batches]
-            order = torch.cat(real).argsort()
-            padded = torch.cat([(b.positions_ST >= 0).flatten() for b in self._batches])
-            self._order_N = padded.nonzero().flatten()[order]
+            blocks = list(self._query_blocks())
+            self._batches = [self._make_batch(group) for group in _group_blocks(blocks)]
+            real_queries = [batch.queries_ST[batch.positions_ST >= 0] for batch in self._batches]
+            order = torch.cat(real_queries).argsort()
+            is_real = torch.cat([(b.positions_ST >= 0).flatten() for b in self._batches])
+            self._order_N = is_real.nonzero().flatten()[order]
         return self._batches
 
     @property
@@ -149,7 +151,7 @@ class PackedLayout:
         assert self._order_N is not None
         return self._order_N
 
-    def _blocks(self) -> list[tuple[Segment, int, int]]:
+    def _query_blocks(self) -> list[tuple[Segment, int, int]]:
         """Return each block of queries as (segment, first, end). The block has the segment's
         queries from ``first`` to ``end``. A long segment is split into several blocks.
         """
@@ -160,7 +162,7 @@ class PackedLayout:
                 blocks.append((segment, first, min(first + step, segment.length)))
         return blocks
 
-    def _batch(self, blocks: Sequence[tuple[Segment, int, int]]) -> Batch:
+    def _make_batch(self, blocks: Sequence[tuple[Segment, int, int]]) -> Batch:
         rows = max(end - first for _, first, end in blocks)
         columns = max(segment.prefix_length + end for segment, _, end in blocks)
         queries = torch.zeros(len(blocks), rows, dtype=torch.long)
@@ -168,40 +170,42 @@ class PackedLayout:
         keys = torch.zeros(len(blocks), columns, dtype=torch.long)
         counts = torch.zeros(len(blocks), dtype=torch.long)
         for row, (segment, first, end) in enumerate(blocks):
-            start, _, prefix, size = segment
+            start, _, prefix_start, prefix_length = segment
             queries[row] = start + first
             queries[row, : end - first] = torch.arange(start + first, start + end)
-            positions[row, : end - first] = torch.arange(size + first, size + end)
+            positions[row, : end - first] = torch.arange(prefix_length + first, prefix_length + end)
             keys[row] = start
-            keys[row, :size] = torch.arange(prefix, prefix + size)
-            keys[row, size : size + end] = torch.arange(start, start + end)
-            counts[row] = size + end
+            keys[row, :prefix_length] = torch.arange(prefix_start, prefix_start + prefix_length)
+            keys[row, prefix_length : prefix_length + end] = torch.arange(start, start + end)
+            counts[row] = prefix_length + end
         return Batch(*(x.to(self.device) for x in (queries, keys, positions, counts)))
 
-    def mask(self, number: int, window: int | None) -> torch.Tensor:
-        """Return the mask of batch ``number``, (S, 1, T, K), for S blocks of T queries with K keys.
-        An entry is True if the query attends to the key. ``window`` is the number of tokens that a
-        token attends to, including itself (None means no limit).
+    def mask(self, batch_index: int, window: int | None) -> torch.Tensor:
+        """Return the mask of the batch ``batch_index``, (S, 1, T, K), for S blocks of T queries
+        with K keys. An entry is True if the query attends to the key. ``window`` is the number of
+        tokens that a token attends to, including itself (None means no limit).
         """
-        known = self._masks.get((number, window))
-        if known is not None:
-            return known
-        _, keys_SK, positions_ST, counts_S = self.batches[number]
+        cached_mask = self._masks.get((batch_index, window))
+        if cached_mask is not None:
+            return cached_mask
+        _, keys_SK, positions_ST, counts_S = self.batches[batch_index]
         key_K = torch.arange(keys_SK.shape[1], device=self.device)
         position_ST1 = positions_ST.clamp(min=0).unsqueeze(-1)
         mask = (key_K <= position_ST1) & (key_K < counts_S[:, None, None])
         if window is not None:
             mask &= key_K > position_ST1 - window
-        self._masks[number, window] = mask.unsqueeze(1)
-        return self._masks[number, window]
+        self._masks[batch_index, window] = mask.unsqueeze(1)
+        return self._masks[batch_index, window]
 
 
-def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segment, int, int]]]:
-    """Put blocks of similar size into groups. ``_batch`` later pads the blocks of a group to the
-    size of the largest block in the group. So this padding stays small.
+def _group_blocks(
+    blocks: Sequence[tuple[Segment, int, int]],
+) -> list[list[tuple[Segment, int, int]]]:
+    """Put blocks of similar size into groups. ``_make_batch`` later pads the blocks of a group to
+    the size of the largest block in the group. So this padding stays small.
     """
     groups: list[list[tuple[Segment, int, int]]] = []
-    real = 0
+    real_size = 0
 
     def size(block: tuple[Segment, int, int]) -> tuple[int, int]:
         segment, first, end = block
@@ -211,13 +215,15 @@ def _grouped(blocks: Sequence[tuple[Segment, int, int]]) -> list[list[tuple[Segm
         area = size(block)[0] * size(block)[1]
         if groups:
             group = [*groups[-1], block]
-            padded = max(size(b)[0] for b in group) * max(size(b)[1] for b in group) * len(group)
-            if padded <= min(_MAX_SCORES, _WASTE * (real + area)):
+            padded_size = (
+                max(size(b)[0] for b in group) * max(size(b)[1] for b in group) * len(group)
+            )
+            if padded_size <= min(_MAX_SCORES, _MAX_PADDING_RATIO * (real_size + area)):
                 groups[-1].append(block)
-                real += area
+                real_size += area
                 continue
         groups.append([block])
-        real = area
+        real_size = area
     return groups
 
 
@@ -252,7 +258,7 @@ class _GatherKeys(torch.autograd.Function):
         return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1), None
 
 
-def _varlen(
+def _kernel_attention(
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     layout: PackedLayout,
     scale: float | None,
@@ -262,7 +268,7 @@ def _varlen(
     first, because the kernel needs the keys and values of each segment in contiguous memory.
     """
     query_NHD, key_NHD, value_NHD = states
-    output: torch.Tensor = _kernel(
+    output: torch.Tensor = _varlen_kernel(
         query_NHD,
         gather_keys(key_NHD, layout),
         gather_keys(value_NHD, layout),
@@ -289,12 +295,12 @@ def gather_keys(x_NHD: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     return gathered
 
 
-def _by_the_model(
-    function: Callable[..., Any],
+def _batched_attention(
+    attention_function: Callable[..., Any],
     module: torch.nn.Module,
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     layout: PackedLayout,
-    additive: bool,
+    needs_additive_mask: bool,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Compute attention (1, N, H, D) with the model's own function, one batch of segments after
@@ -302,16 +308,16 @@ def _by_the_model(
     """
     query_NHD, key_NHD, value_NHD = states
     outputs = []
-    for number, batch in enumerate(layout.batches):
-        mask = layout.mask(number, kwargs.get("sliding_window"))
-        if additive:
+    for batch_index, batch in enumerate(layout.batches):
+        mask = layout.mask(batch_index, kwargs.get("sliding_window"))
+        if needs_additive_mask:
             zero = query_NHD.new_zeros(())
             mask = torch.where(mask, zero, torch.finfo(zero.dtype).min)
-        output, _ = function(
+        output, _ = attention_function(
             module,
             query_NHD[batch.queries_ST].transpose(1, 2),
-            _gather(key_NHD, batch.keys_SK).transpose(1, 2),
-            _gather(value_NHD, batch.keys_SK).transpose(1, 2),
+            _gather_batch(key_NHD, batch.keys_SK).transpose(1, 2),
+            _gather_batch(value_NHD, batch.keys_SK).transpose(1, 2),
             mask,
             **kwargs,
         )
@@ -319,21 +325,21 @@ def _by_the_model(
     return torch.cat(outputs).index_select(0, layout.order_N).unsqueeze(0)
 
 
-def _gather(x_NHD: torch.Tensor, index_SK: torch.Tensor) -> torch.Tensor:
+def _gather_batch(x_NHD: torch.Tensor, index_SK: torch.Tensor) -> torch.Tensor:
     gathered = x_NHD.index_select(0, index_SK.flatten())
     return gathered.view(*index_SK.shape, *x_NHD.shape[1:])
 
 
 def can_use_kernel(query: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Return True if ``varlen_attn`` supports this layer's attention on this device."""
-    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
-    same = query.shape[-1] == value.shape[-1] <= 256
-    return half and plain and same and not kwargs.get("dropout")
+    is_half_precision = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    is_plain = all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+    has_equal_sizes = query.shape[-1] == value.shape[-1] <= 256
+    return is_half_precision and is_plain and has_equal_sizes and not kwargs.get("dropout")
 
 
 def packed_attention(
-    plain: str,
+    function_name: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -341,7 +347,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Compute attention with transformers' attention function named ``plain``, such as "sdpa". If
+    """Compute attention with transformers' attention function ``function_name``, such as "sdpa". If
     the keyword ``packed_layout`` is passed, the inputs are a pack, and the result is the attention
     over this pack.
 
@@ -349,8 +355,8 @@ def packed_attention(
     (None for a pack).
     """
     layout: PackedLayout | None = kwargs.pop(LAYOUT_KEYWORD, None)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)
+    eager_function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(function_name, eager_function)
     if layout is None:
         result: tuple[torch.Tensor, Any] = function(
             module, query, key, value, attention_mask, **kwargs
@@ -361,10 +367,10 @@ def packed_attention(
     states = (query_NHD, key_NHD, value_NHD)
     if can_use_kernel(query, value, kwargs):
         scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-        output = _varlen(states, layout, scale, window).unsqueeze(0)
+        output = _kernel_attention(states, layout, scale, window).unsqueeze(0)
     else:
-        output = _by_the_model(
-            function, module, states, layout, additive=plain == "eager", **kwargs
+        output = _batched_attention(
+            function, module, states, layout, needs_additive_mask=function_name == "eager", **kwargs
         )
     return output, None
 
@@ -374,6 +380,10 @@ def register_packed_attention() -> None:
     ``SUPPORTED_FUNCTIONS``. The masks are made by transformers' mask function for the same
     attention function.
     """
-    for plain in SUPPORTED_FUNCTIONS:
-        AttentionInterface.register(NAME_PREFIX + plain, partial(packed_attention, plain))
-        AttentionMaskInterface.register(NAME_PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
+    for function_name in SUPPORTED_FUNCTIONS:
+        AttentionInterface.register(
+            NAME_PREFIX + function_name, partial(packed_attention, function_name)
+        )
+        AttentionMaskInterface.register(
+            NAME_PREFIX + function_name, ALL_MASK_ATTENTION_FUNCTIONS[function_name]
+        )

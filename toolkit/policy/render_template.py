@@ -51,7 +51,7 @@ class _LimitedTemplate:
         self._tokenizer = tokenizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _apply(self._tokenizer, args, kwargs)
+        return _apply_template(self._tokenizer, args, kwargs)
 
 
 class _LimitedParser:
@@ -67,148 +67,151 @@ class _LimitedParser:
         upstream = type(tokenizer).parse_response
         try:
             with limit_extra_memory(MEMORY_LIMIT_BYTES):
-                return _usable(
+                return _escape_and_check_depth(
                     call_within(TIME_LIMIT_S, lambda: upstream(tokenizer, *args, **kwargs))
                 )
         except OutOfTime:
-            raise _bad_parser(tokenizer, f"did not end within {TIME_LIMIT_S:g} s") from None
+            raise _parser_error(tokenizer, f"did not end within {TIME_LIMIT_S:g} s") from None
         except (ValueError, TypeError):
             raise  # TRL then uses the completion as a plain text
         except RecursionError as error:
             raise ValueError("the completion is nested too deeply") from error
         except Exception as error:
-            what = f"cannot be used: {type(error).__name__}: {first_line(error)}"
-            raise _bad_parser(tokenizer, what) from error
+            problem = f"cannot be used: {type(error).__name__}: {first_line(error)}"
+            raise _parser_error(tokenizer, problem) from error
 
 
-def _usable(value: Any, deepest: int = MAX_DEPTH) -> Any:
+def _escape_and_check_depth(value: Any, levels_left: int = MAX_DEPTH) -> Any:
     """Return ``value`` with each lone surrogate replaced by its escape code. A model can write half
     of a character as an escape in JSON, and a text with such a lone surrogate cannot be tokenized.
 
-    Raises ValueError if ``value`` is nested more than ``deepest`` levels deep.
+    Raises ValueError if ``value`` is nested more than ``levels_left`` levels deep.
     """
     if isinstance(value, str):
-        return _whole(value)
+        return _escape_surrogates(value)
     if not isinstance(value, (dict, list, tuple)):
         return value
-    if deepest == 0:
+    if levels_left == 0:
         raise ValueError(f"the completion is nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        return {_usable(key, 1): _usable(item, deepest - 1) for key, item in value.items()}
-    return [_usable(item, deepest - 1) for item in value]
+        return {
+            _escape_and_check_depth(key, 1): _escape_and_check_depth(item, levels_left - 1)
+            for key, item in value.items()
+        }
+    return [_escape_and_check_depth(item, levels_left - 1) for item in value]
 
 
-def _whole(text: str) -> str:
+def _escape_surrogates(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _place(tokenizer: Any) -> str | None:
+def _tokenizer_name(tokenizer: Any) -> str | None:
     """Return the name or folder of the tokenizer, for messages."""
     return str(getattr(tokenizer, "name_or_path", "")) or None
 
 
-def _bad_parser(tokenizer: Any, what: str) -> ConfigError:
+def _parser_error(tokenizer: Any, problem: str) -> ConfigError:
     return ConfigError(
-        f"the tokenizer's response template, which finds the tool calls, {what}",
-        where=_place(tokenizer),
+        f"the tokenizer's response template, which finds the tool calls, {problem}",
+        where=_tokenizer_name(tokenizer),
         fix="replace response_template in tokenizer_config.json in the model's folder, or get the "
         "model from a source that you trust",
     )
 
 
-def _apply(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _apply_template(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do the same as ``apply_chat_template`` of transformers 5.17, in two steps: render the text
     with limits, and then tokenize it.
     """
     upstream = type(tokenizer).apply_chat_template
-    values = {**_defaults(upstream), **kwargs}
+    arguments = {**_default_arguments(upstream), **kwargs}
     if len(args) > 1:
-        values.update(inspect.signature(upstream).bind(tokenizer, *args).arguments)
-    if not values["tokenize"] or values["return_assistant_tokens_mask"]:
-        return _limited(tokenizer, args, kwargs)
-    text = _limited(tokenizer, args, {**kwargs, "tokenize": False})
+        arguments.update(inspect.signature(upstream).bind(tokenizer, *args).arguments)
+    if not arguments["tokenize"] or arguments["return_assistant_tokens_mask"]:
+        return _render_limited(tokenizer, args, kwargs)
+    text = _render_limited(tokenizer, args, {**kwargs, "tokenize": False})
     encoded = tokenizer(
         text,
-        padding=values["padding"],
-        truncation=values["truncation"],
-        max_length=values["max_length"],
+        padding=arguments["padding"],
+        truncation=arguments["truncation"],
+        max_length=arguments["max_length"],
         add_special_tokens=False,
-        return_tensors=values["return_tensors"],
-        **(values["tokenizer_kwargs"] or {}),
+        return_tensors=arguments["return_tensors"],
+        **(arguments["tokenizer_kwargs"] or {}),
     )
-    return encoded if values["return_dict"] else encoded["input_ids"]
+    return encoded if arguments["return_dict"] else encoded["input_ids"]
 
 
 @lru_cache
-def _defaults(upstream: Callable[..., Any]) -> dict[str, Any]:
+def _default_arguments(upstream: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(upstream).parameters.items()}
 
 
-def _limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _render_limited(tokenizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     upstream = type(tokenizer).apply_chat_template
-    characters, chats = _size([args, kwargs]), 1
+    characters, num_chats = _count_characters([args, kwargs]), 1
     chat = args[0] if args else kwargs.get("conversation")
     if isinstance(chat, list | tuple) and chat and isinstance(chat[0], list | tuple):
-        chats = len(chat)
-    seconds = TIME_LIMIT_S + TIME_PER_CHAT_S * chats
-    most = BASE_LIMIT_CHARACTERS * chats + MAX_GROWTH * characters
+        num_chats = len(chat)
+    time_limit_s = TIME_LIMIT_S + TIME_PER_CHAT_S * num_chats
+    max_characters = BASE_LIMIT_CHARACTERS * num_chats + MAX_GROWTH * characters
     try:
-        with limit_extra_memory(MEMORY_LIMIT_BYTES + 4 * most):
-            made = call_within(seconds, lambda: upstream(tokenizer, *args, **kwargs))
+        with limit_extra_memory(MEMORY_LIMIT_BYTES + 4 * max_characters):
+            rendered = call_within(time_limit_s, lambda: upstream(tokenizer, *args, **kwargs))
     except OutOfTime:
-        raise _too_much(tokenizer, f"did not end within {seconds:g} s") from None
+        raise _limit_error(tokenizer, f"did not end within {time_limit_s:g} s") from None
     except (MemoryError, OverflowError) as error:
-        raise _too_much(
+        raise _limit_error(
             tokenizer, f"needs too much memory ({type(error).__name__}; the limit is 1 GiB)"
         ) from None
     except Exception as error:  # a template may raise any error, jinja2's or its own
         raise template_error(tokenizer, error) from error
-    size = _size(made) if isinstance(made, str | list) else 0
-    if size > most:
-        what = (
-            f"makes a text of {size} characters from a chat of {characters} characters, but the "
-            f"limit is {most}"
+    rendered_characters = _count_characters(rendered) if isinstance(rendered, str | list) else 0
+    if rendered_characters > max_characters:
+        problem = (
+            f"makes a text of {rendered_characters} characters from a chat of {characters} "
+            f"characters, but the limit is {max_characters}"
         )
-        raise _too_much(tokenizer, what)
-    return _whole(made) if isinstance(made, str) else made
+        raise _limit_error(tokenizer, problem)
+    return _escape_surrogates(rendered) if isinstance(rendered, str) else rendered
 
 
 def template_error(tokenizer: Any, error: Exception) -> ConfigError:
     """Return the error for a template that raised ``error``, or for a tokenizer without a chat
     template.
     """
-    said = first_line(error) or type(error).__name__
+    reason = first_line(error) or type(error).__name__
     if not getattr(tokenizer, "chat_template", None):
         return ConfigError(
             "the prompts are lists of messages, but the tokenizer has no chat template",
-            where=_place(tokenizer),
+            where=_tokenizer_name(tokenizer),
             fix="use an instruct model, or write the prompts as plain text, or set a template in "
             'your script with `tokenizer = get_chat_template(tokenizer, "chatml")`',
         )
     return ConfigError(
-        f"the tokenizer's chat template rejects the prompts: {said}",
-        where=_place(tokenizer),
+        f"the tokenizer's chat template rejects the prompts: {reason}",
+        where=_tokenizer_name(tokenizer),
         fix="use only roles that the template supports, in the order that it supports. If it does "
         "not support a system message, put the text of dataset.system into the prompts. "
         "Alternatively, replace chat_template.jinja in the model's folder",
     )
 
 
-def _too_much(tokenizer: Any, what: str) -> ConfigError:
+def _limit_error(tokenizer: Any, problem: str) -> ConfigError:
     return ConfigError(
-        f"the chat template of this tokenizer {what}",
-        where=_place(tokenizer),
+        f"the chat template of this tokenizer {problem}",
+        where=_tokenizer_name(tokenizer),
         fix="replace chat_template.jinja (or chat_template in tokenizer_config.json) in the "
         "model's folder, or get the model from a source that you trust",
     )
 
 
-def _size(value: Any) -> int:
+def _count_characters(value: Any) -> int:
     """Return the number of characters of all texts in nested lists and mappings."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(_size(key) + _size(item) for key, item in value.items())
+        return sum(_count_characters(key) + _count_characters(item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return sum(map(_size, value))
+        return sum(map(_count_characters, value))
     return 0

@@ -102,12 +102,12 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
     module name, and a harmful expression could take very long.
     """
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        found = values.get(name)
-        for text in [found] if isinstance(found, str) else found if isinstance(found, dict) else ():
-            wrong = pattern_fault(text)
-            if wrong is not None:
-                what = f"{name}: {text[:80]!r}: {wrong}"
-                raise ConfigValueError(what, fix=f"list the names of the modules in {name}")
+        value = values.get(name)
+        for text in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            fault = pattern_fault(text)
+            if fault is not None:
+                message = f"{name}: {text[:80]!r}: {fault}"
+                raise ConfigValueError(message, fix=f"list the names of the modules in {name}")
 
 
 def check_start_settings(adapter: Adapter, settings: LoraSettings) -> None:
@@ -125,10 +125,10 @@ def check_start_settings(adapter: Adapter, settings: LoraSettings) -> None:
             problem.message, where=f"{problem.key}: {adapter.folder}", fix=problem.hint
         )
     names = [name for name in COMPARED_FIELDS if name != "init_lora_weights"]
-    different = describe_differences(adapter.config, settings, names)
-    if different:
+    differing = describe_differences(adapter.config, settings, names)
+    if differing:
         raise ConfigTypeError(
-            f"the adapter to start from has other settings: {'; '.join(different)}",
+            f"the adapter to start from has other settings: {'; '.join(differing)}",
             where=str(adapter.folder),
             fix="remove the differing keys from the lora section, so that the adapter's values "
             "are used",
@@ -152,21 +152,22 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    bad = [name for name, value in tensors.items() if not _finite(value)]
-    if bad:
+    not_finite = [name for name, value in tensors.items() if not _is_finite(value)]
+    if not_finite:
         raise ConfigValueError(
-            f"{len(bad)} of {len(tensors)} tensors contain NaN or infinity, the first is {bad[0]}",
+            f"{len(not_finite)} of {len(tensors)} tensors contain NaN or infinity, the first is "
+            f"{not_finite[0]}",
             where=str(path / ADAPTER_WEIGHTS),
             fix="use an earlier checkpoint of the run",
         )
 
 
-def _finite(value: torch.Tensor) -> bool:
+def _is_finite(value: torch.Tensor) -> bool:
     """Return True if all values are finite. Values are converted to float32 first, because
     ``torch.isfinite`` does not support float8.
     """
-    plain = value.float() if value.is_floating_point() else value
-    return bool(torch.isfinite(plain).all())
+    values = value.float() if value.is_floating_point() else value
+    return bool(torch.isfinite(values).all())
 
 
 def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -> None:
@@ -177,10 +178,11 @@ def _check_ranks(tensors: Mapping[str, torch.Tensor], config: Any, path: Path) -
             continue
         rank = value.shape[0] if ".lora_A." in name else value.shape[-1]
         module = name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
-        wanted = pattern_value(config.rank_pattern or {}, module, config.r)
-        if rank != wanted:
+        expected_rank = pattern_value(config.rank_pattern or {}, module, config.r)
+        if rank != expected_rank:
             raise ConfigValueError(
-                f"{name} has rank {rank}, but {ADAPTER_CONFIG} has r={wanted}", where=str(path)
+                f"{name} has rank {rank}, but {ADAPTER_CONFIG} has r={expected_rank}",
+                where=str(path),
             )
 
 
@@ -192,24 +194,25 @@ def check_base_model(model: Any, adapter: Adapter) -> None:
         ConfigValueError: the adapter was trained on another base model. The message names the two
             base models.
     """
-    theirs, ours = adapter.base.get("base_model_name_or_path"), base_model_name(model)
-    same = is_recorded_base(adapter.base, model)
-    if same is not None:
-        marks = current_base_digests(model)
-        theirs_mark = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
+    adapter_base, model_name = adapter.base.get("base_model_name_or_path"), base_model_name(model)
+    is_same = is_recorded_base(adapter.base, model)
+    if is_same is not None:
+        digests = current_base_digests(model)
+        recorded_digest = adapter.base.get("checkpoint") or adapter.base.get("fingerprint")
         differ, detail = (
-            not same,
-            f" (the digest of its base model is {theirs_mark}, but this model's digest is "
-            f"{marks.checkpoint or marks.weights})",
+            not is_same,
+            f" (the digest of its base model is {recorded_digest}, but this model's digest is "
+            f"{digests.checkpoint or digests.weights})",
         )
     else:
-        hub = all(
-            name and not Path(name).is_dir() and name.count("/") == 1 for name in (theirs, ours)
+        both_hub_ids = all(
+            name and not Path(name).is_dir() and name.count("/") == 1
+            for name in (adapter_base, model_name)
         )
-        differ, detail = hub and theirs != ours, ""
+        differ, detail = both_hub_ids and adapter_base != model_name, ""
     if differ:
         raise ConfigValueError(
-            f"the adapter was trained on {theirs}, but this model is {ours}{detail}",
+            f"the adapter was trained on {adapter_base}, but this model is {model_name}{detail}",
             where=str(adapter.folder),
             fix="load the base model that the adapter was trained on",
         )
@@ -229,28 +232,35 @@ def check_adapter_tensors(
         ConfigValueError: tensors are missing, unexpected or of another shape. The message names the
             first such tensor.
     """
-    expected, given = adapter_tensors(model, name), dict(adapter.tensors)
-    base = {
+    expected, saved = adapter_tensors(model, name), dict(adapter.tensors)
+    base_tensors = {
         f"{PEFT_PREFIX}{key}": value for key, value in model.get_base_model().named_parameters()
     }
-    for key in sorted(given.keys() - expected.keys()):
-        own = base.get(key)
-        if own is not None and own.shape == given[key].shape and _equal(own, given[key]):
-            del given[key]
-    missing, extra = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    shapes = [
-        f"{key} with shape {tuple(given[key].shape)}, but the model needs {tuple(value.shape)}"
+    for key in sorted(saved.keys() - expected.keys()):
+        base_tensor = base_tensors.get(key)
+        if (
+            base_tensor is not None
+            and base_tensor.shape == saved[key].shape
+            and _equal_in_bfloat16(base_tensor, saved[key])
+        ):
+            del saved[key]
+    missing, unexpected = (
+        sorted(expected.keys() - saved.keys()),
+        sorted(saved.keys() - expected.keys()),
+    )
+    misshapen = [
+        f"{key} with shape {tuple(saved[key].shape)}, but the model needs {tuple(value.shape)}"
         for key, value in expected.items()
-        if key in given and given[key].shape != value.shape
+        if key in saved and saved[key].shape != value.shape
     ]
     problems = [
-        f"{len(names)} {what}, the first is {names[0]}"
-        for names, what in (
+        f"{len(affected)} {problem}, the first is {affected[0]}"
+        for affected, problem in (
             (missing, "tensors are missing"),
-            (extra, "tensors are unexpected"),
-            (shapes, "tensors have another shape"),
+            (unexpected, "tensors are unexpected"),
+            (misshapen, "tensors have another shape"),
         )
-        if names
+        if affected
     ]
     if problems:
         raise ConfigValueError(
@@ -258,14 +268,16 @@ def check_adapter_tensors(
             where=str(adapter.folder),
             fix="load the base model that the adapter was trained on",
         )
-    return given
+    return saved
 
 
-def _equal(own: torch.Tensor, other: torch.Tensor) -> bool:
+def _equal_in_bfloat16(base_tensor: torch.Tensor, saved_tensor: torch.Tensor) -> bool:
     """Return True if the tensors are equal after rounding to bfloat16. They are rounded because
     either tensor may have been stored in bfloat16.
     """
-    return torch.equal(own.detach().to("cpu", torch.bfloat16), other.to(torch.bfloat16))
+    return torch.equal(
+        base_tensor.detach().to("cpu", torch.bfloat16), saved_tensor.to(torch.bfloat16)
+    )
 
 
 def add_saved_adapter(model: Any, adapter: Adapter, name: str = "default") -> Any:
@@ -281,8 +293,8 @@ def add_saved_adapter(model: Any, adapter: Adapter, name: str = "default") -> An
     engine = getattr(model, "toolkit_engine", None)
     if engine is not None:
         refuse_unsupported_adapter(model, adapter.config, engine, str(adapter.folder))
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    check_targets(settings, (module for module, _ in inner.named_modules()))
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_targets(settings, (module for module, _ in base_model.named_modules()))
     peft_model = add_adapter_from_config(model, adapter.config, name)
     try:
         set_adapter_tensors(peft_model, check_adapter_tensors(peft_model, adapter, name=name), name)

@@ -40,7 +40,7 @@ class ModelSource(NamedTuple):
     request: LoadRequest
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, request: LoadRequest) -> ModelSource:
+    def without_token(cls, checkpoint: Checkpoint, request: LoadRequest) -> ModelSource:
         """Return the origin of a model, without the hub token. The model stores its origin, and may
         be copied and pickled. So the origin must not contain a secret, and must consist of plain
         values.
@@ -73,20 +73,20 @@ def save_pretrained_merged(  # noqa: PLR0913 - the drop-in signature
         InputError: a file cannot be read or written.
     """
     _check_method(save_method)
-    to = Path(save_directory)
+    target = Path(save_directory)
     tokenizer = tokenizer if tokenizer is not None else model.toolkit_tokenizer
-    check_empty(to)
+    check_empty(target)
     if getattr(model, "toolkit_full_finetuning", False):
-        write_model(model, tokenizer, to)
+        write_model(model, tokenizer, target)
     elif save_method == "lora":
-        save_lora(model, to)
-        tokenizer.save_pretrained(str(to))
+        save_lora(model, target)
+        tokenizer.save_pretrained(str(target))
     else:
-        _merge(model, tokenizer, to)
-    set_modes(to)
+        _write_merged(model, tokenizer, target)
+    set_modes(target)
     if push_to_hub:
-        push_folder(to, str(save_directory), token=token, private=private)
-    return to
+        push_folder(target, str(save_directory), token=token, private=private)
+    return target
 
 
 def push_to_hub_merged(
@@ -124,7 +124,7 @@ def save_pretrained_gguf(
         "this package does not write GGUF files: llama.cpp's converter makes them from a folder of "
         "merged weights",
         where="save_pretrained_gguf",
-        fix=gguf_recipe(str(save_directory), _types(quantization_method)),
+        fix=gguf_recipe(str(save_directory), _gguf_types(quantization_method)),
     )
 
 
@@ -147,22 +147,25 @@ def gguf_recipe(folder: str, types: list[str]) -> str:
     the given ``types``.
     """
     steps = [f"call model.save_pretrained_merged({folder!r}, tokenizer), then run in a shell:"]
-    first = next((one for one in types if one in CONVERTER_TYPES), "f16")
+    converted_type = next((gguf_type for gguf_type in types if gguf_type in CONVERTER_TYPES), "f16")
     steps += [
-        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{one}.gguf"
-        f" --outtype {one}"
-        for one in dict.fromkeys([first, *(t for t in types if t in CONVERTER_TYPES)])
+        f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{gguf_type}.gguf"
+        f" --outtype {gguf_type}"
+        for gguf_type in dict.fromkeys(
+            [converted_type, *(gguf_type for gguf_type in types if gguf_type in CONVERTER_TYPES)]
+        )
     ]
     steps += [
-        f"llama.cpp/build/bin/llama-quantize {folder}/{first}.gguf {folder}/{one}.gguf {one}"
-        for one in types
-        if one not in CONVERTER_TYPES
+        f"llama.cpp/build/bin/llama-quantize {folder}/{converted_type}.gguf "
+        f"{folder}/{gguf_type}.gguf {gguf_type}"
+        for gguf_type in types
+        if gguf_type not in CONVERTER_TYPES
     ]
     return "\n    ".join(steps)
 
 
-def _types(asked: Any) -> list[str]:
-    names = [asked] if isinstance(asked, str) or asked is None else list(asked)
+def _gguf_types(requested: Any) -> list[str]:
+    names = [requested] if isinstance(requested, str) or requested is None else list(requested)
     return [
         UNSLOTH_TYPES.get(str(name or "q8_0").lower(), str(name or "q8_0").lower())
         for name in names
@@ -186,7 +189,7 @@ def _check_method(method: str) -> None:
     )
 
 
-def _merge(model: Any, tokenizer: Any, to: Path) -> None:
+def _write_merged(model: Any, tokenizer: Any, target: Path) -> None:
     source: ModelSource | None = getattr(model, "toolkit_source", None)
     if source is None:
         raise ConfigValueError(
@@ -194,8 +197,9 @@ def _merge(model: Any, tokenizer: Any, to: Path) -> None:
             where="save_pretrained_merged",
             fix="load the model with FastLanguageModel.from_pretrained",
         )
-    half = "float16" if str(model.dtype) == "torch.float16" else "bfloat16"
+    half_dtype = "float16" if str(model.dtype) == "torch.float16" else "bfloat16"
     with tempfile.TemporaryDirectory() as scratch:
         adapter = read_adapter(save_lora(model, Path(scratch) / "adapter"))
-        merge_adapter(source.checkpoint, adapter, source.request, to, dtype=half)
-    tokenizer.save_pretrained(str(to))  # the user's tokenizer, which may have its own chat template
+        merge_adapter(source.checkpoint, adapter, source.request, target, dtype=half_dtype)
+    # The user's tokenizer may have its own chat template.
+    tokenizer.save_pretrained(str(target))

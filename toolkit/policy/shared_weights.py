@@ -78,8 +78,8 @@ def shared_model(
         )
     model = build_meta_model(engine, attn_implementation)
     refuse_long_rope(engine, model)
-    if (shared := current_mesh()) is not None:
-        split_model(model, EngineSplits(engine.module), shared)
+    if (model_mesh := current_mesh()) is not None:
+        split_model(model, EngineSplits(engine.module), model_mesh)
     live = find_live_weights(engine.module)
     check_tensor_names(model, live)
     bind_parameters(model, live, engine)
@@ -125,37 +125,38 @@ def check_tensor_names(model: PreTrainedModel, live: LiveWeights) -> None:
         return  # the names were not recorded, because another loader has read the checkpoint
     prefix = f"{model.base_model_prefix}."
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    own = expected_checkpoint_names(shapes, live.read_names)
-    known = own | {name.removeprefix(prefix) for name in own}
-    ignored = [
+    model_names = expected_checkpoint_names(shapes, live.read_names)
+    accepted_names = model_names | {name.removeprefix(prefix) for name in model_names}
+    ignored_patterns = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"\.rotary_emb\.inv_freq$",
     ]
-    pattern = re.compile("|".join(f"(?:{part})" for part in ignored))
+    pattern = re.compile("|".join(f"(?:{regex})" for regex in ignored_patterns))
     refuse_tensors(
-        "has tensors that the model does not have", live.read_names - known, pattern, model
+        "has tensors that the model does not have", live.read_names - accepted_names, pattern, model
     )
-    found = live.read_names | {prefix + name for name in live.read_names}
+    checkpoint_names = live.read_names | {prefix + name for name in live.read_names}
     for group in tied_names(model):
-        if group & found:
-            found |= group
-    refuse_tensors("lacks tensors of the model", own - found, pattern, model)
+        if group & checkpoint_names:
+            checkpoint_names |= group
+    refuse_tensors("lacks tensors of the model", model_names - checkpoint_names, pattern, model)
 
 
 def refuse_tensors(
-    what: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module
+    problem: str, names: Iterable[str], ignored: re.Pattern[str], model: nn.Module
 ) -> None:
     """Raise an error for the tensors ``names``, except those that match the pattern ``ignored``.
-    ``what`` says in the message what is wrong with these tensors.
+    ``problem`` says in the message what is wrong with these tensors.
 
     Raises:
         UnsupportedError: there are such tensors. The message contains the first five names.
     """
-    bad = sorted(name for name in names if not ignored.search(name))
-    if bad:
-        more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
+    affected = sorted(name for name in names if not ignored.search(name))
+    if affected:
+        remainder = f" (and {len(affected) - 5} more)" if len(affected) > 5 else ""
         raise UnsupportedError(
-            f"the checkpoint {what} ({type(model).__name__}): {', '.join(bad[:5])}{more}",
+            f"the checkpoint {problem} ({type(model).__name__}): "
+            f"{', '.join(affected[:5])}{remainder}",
             where="model.model_name",
             fix="use a complete checkpoint of the model",
         )
@@ -163,26 +164,26 @@ def refuse_tensors(
 
 def bind_parameters(model: PreTrainedModel, live: LiveWeights, engine: Engine) -> None:
     """Replace every parameter of ``model`` by a frozen view of an engine's tensor."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     sources = EngineTensors(
         shapes={name: logical_shape(tensor) for name, tensor in live.parameters.items()},
-        packed=live.packed_modules,
-        padded=live.padded_names,
-        rewritten=live.rewritten_names,
+        packed_modules=live.packed_modules,
+        padded_names=live.padded_names,
+        rewritten_names=live.rewritten_names,
     )
     plan = plan_views(
-        wanted, tied_names(model), sources, lambda name: engine_name(engine.module, name)
+        shapes, tied_names(model), sources, lambda name: engine_name(engine.module, name)
     )
-    made: dict[Slice, nn.Parameter] = {}
-    for name, part in plan.items():
+    view_by_slice: dict[Slice, nn.Parameter] = {}
+    for name, row_slice in plan.items():
         path, _, attribute = name.rpartition(".")
-        source = live.parameters[part.source]
+        source = live.parameters[row_slice.source]
         if is_packed(source):
-            replace_by_linear_4bit(model, path, source, part)
+            replace_by_linear_4bit(model, path, source, row_slice)
             mark_4bit(model)
             continue
         owner = model.get_submodule(path)
-        tensor = source.detach()[part.start : part.start + part.rows]
+        tensor = source.detach()[row_slice.start : row_slice.start + row_slice.rows]
         expected = getattr(owner, attribute).dtype
         if tensor.dtype != expected:
             raise UnsupportedError(
@@ -191,7 +192,7 @@ def bind_parameters(model: PreTrainedModel, live: LiveWeights, engine: Engine) -
                 fix=FALLBACK_ADVICE,
             )
         # Create only one Parameter per slice, so that tied weights stay one object.
-        view = made.setdefault(part, torch.nn.Parameter(tensor, requires_grad=False))
+        view = view_by_slice.setdefault(row_slice, torch.nn.Parameter(tensor, requires_grad=False))
         setattr(owner, attribute, view)
 
 
@@ -210,13 +211,15 @@ def assert_no_own_memory(model: nn.Module, live: LiveWeights) -> None:
         DefectError: a parameter has its own memory.
     """
     storages = {tensor.untyped_storage().data_ptr() for tensor in live.parameters.values()}
-    own = [
+    unshared = [
         name
         for name, p in model.named_parameters()
         if p.untyped_storage().data_ptr() not in storages
     ]
-    if own:
-        raise DefectError(f"these parameters are not in the engine's storage: {', '.join(own[:5])}")
+    if unshared:
+        raise DefectError(
+            f"these parameters are not in the engine's storage: {', '.join(unshared[:5])}"
+        )
 
 
 def spot_check(engine: Engine, model: PreTrainedModel) -> float:
@@ -237,32 +240,32 @@ def spot_check(engine: Engine, model: PreTrainedModel) -> float:
     )
     if rollout.logprobs is None:
         raise DefectError("the engine returned no log-probabilities")
-    told = torch.tensor(
+    engine_logprobs = torch.tensor(
         [[value or 0.0 for value in position] for position in rollout.logprobs[0]], device=device
     )[:, 0]
     tokens = torch.tensor([prompt + rollout.completion_ids[0]], device=device)
     with torch.no_grad():
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].float()
     # With greedy sampling, the engine's log-probabilities are those of the unmodified distribution.
-    ours = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
-    if not bool(ours.isfinite().all()):
+    model_logprobs = torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
+    if not bool(model_logprobs.isfinite().all()):
         raise ConfigValueError(
             "the model's logits are not finite. Either its weights contain NaN or infinity, or "
             f"values exceed the range of {str(engine.dtype).removeprefix('torch.')}",
             where=engine.options.model,
             fix="copy the checkpoint again. If dtype is float16, use bfloat16 or float32",
         )
-    gap = float((ours - told).abs().max())
+    max_difference = float((model_logprobs - engine_logprobs).abs().max())
     limit = SPOT_TOLERANCE.get(engine.dtype, SPOT_TOLERANCE_HALF)
     if engine.options.float8_kv_cache:
         # A quantized KV cache rounds keys and values for every dtype.
         limit = SPOT_TOLERANCE_HALF
-    if not gap <= limit:
+    if not max_difference <= limit:
         raise UnsupportedError(
             "with the same weights, the log-probabilities of the engine and of the Hugging Face "
-            f"model differ by {gap:.3g} nats, but rounding explains only {limit:g}. So vLLM "
-            f"computes {type(model).__name__} differently on this machine",
+            f"model differ by {max_difference:.3g} nats, but rounding explains only {limit:g}. So "
+            f"vLLM computes {type(model).__name__} differently on this machine",
             where=SHARE_WEIGHTS_KEY,
             fix="set fast_inference: false, and report the difference as a defect of the toolkit",
         )
-    return gap
+    return max_difference

@@ -34,19 +34,21 @@ def build_meta_model(engine: Engine, attn_implementation: str | None) -> PreTrai
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
     device = next(engine.module.parameters()).device
     attention = choose_attention(config, attn_implementation, options.model)
-    extra = {} if attention is None else {"attn_implementation": attention}
-    touched = uses_transformers_backend(engine.module)
-    make = unpatched_class(config)._from_config if touched else AutoModelForCausalLM.from_config
+    attention_kwargs = {} if attention is None else {"attn_implementation": attention}
+    is_patched = uses_transformers_backend(engine.module)
+    create_model = (
+        unpatched_class(config)._from_config if is_patched else AutoModelForCausalLM.from_config
+    )
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = make(config, dtype=engine.dtype, **extra)
+        model: PreTrainedModel = create_model(config, dtype=engine.dtype, **attention_kwargs)
     model.tie_weights()
-    persistent = set(model.state_dict()) - {
+    stored_buffers = set(model.state_dict()) - {
         name for name, _ in model.named_parameters(remove_duplicate=False)
     }
-    if persistent:
+    if stored_buffers:
         raise UnsupportedError(
             "the checkpoint also stores buffers, which cannot be shared: "
-            f"{', '.join(sorted(persistent)[:3])}",
+            f"{', '.join(sorted(stored_buffers)[:3])}",
             where=SHARE_WEIGHTS_KEY,
             fix=FALLBACK_ADVICE,
         )
@@ -71,15 +73,15 @@ def unpatched_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     bases, ``__init__`` and ``__call__``. The changed class cannot be used outside vLLM. So the
     class's file is imported a second time under another name.
     """
-    touched = AutoModelForCausalLM._model_mapping[type(config)]
-    name = f"{touched.__module__}_untouched"
+    patched_class = AutoModelForCausalLM._model_mapping[type(config)]
+    name = f"{patched_class.__module__}_untouched"
     if name not in sys.modules:
-        origin = sys.modules[touched.__module__].__file__
+        origin = sys.modules[patched_class.__module__].__file__
         spec = importlib.util.spec_from_file_location(name, origin)
         if spec is None or spec.loader is None:
-            raise DefectError(f"{touched.__module__} cannot be imported a second time")
+            raise DefectError(f"{patched_class.__module__} cannot be imported a second time")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    found: type[PreTrainedModel] = getattr(sys.modules[name], touched.__name__)
-    return found
+    original_class: type[PreTrainedModel] = getattr(sys.modules[name], patched_class.__name__)
+    return original_class

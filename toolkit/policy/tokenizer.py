@@ -66,9 +66,9 @@ def fix_tokenizer(tokenizer: Any, model: Any) -> None:
     embeddings.
     """
     tokenizer.padding_side = "left"
-    ends = end_ids(tokenizer, model)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        token = _find_pad(tokenizer, ends)
+    end_token_ids = end_ids(tokenizer, model)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_token_ids:
+        token = _find_pad_token(tokenizer, end_token_ids)
         if token is None:
             warnings.warn(
                 f"the vocabulary has no padding token, so {tokenizer.eos_token!r} is used for "
@@ -87,17 +87,19 @@ def end_ids(tokenizer: Any, model: Any) -> set[int]:
     """Return all token ids that end a completion. They come from the tokenizer and the model's
     generation config.
     """
-    ends: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if isinstance(listed, int):
-        return ends | {listed}
-    return ends | set(listed or ())
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if isinstance(configured, int):
+        return ids | {configured}
+    return ids | set(configured or ())
 
 
-def _find_pad(tokenizer: Any, ends: Collection[int]) -> str | None:
+def _find_pad_token(tokenizer: Any, end_token_ids: Collection[int]) -> str | None:
     vocabulary = tokenizer.get_vocab()
     for name in PAD_NAMES:
-        if name in vocabulary and vocabulary[name] not in ends:
+        if name in vocabulary and vocabulary[name] not in end_token_ids:
             return name
-    reserved = [name for name in vocabulary if "reserved" in name and vocabulary[name] not in ends]
+    reserved = [
+        name for name in vocabulary if "reserved" in name and vocabulary[name] not in end_token_ids
+    ]
     return min(reserved, key=lambda name: vocabulary[name], default=None)

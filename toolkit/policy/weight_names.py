@@ -57,23 +57,24 @@ class EngineTensors:
     """
 
     shapes: Mapping[str, Shape]
-    packed: Mapping[str, Sequence[str]]
-    padded: frozenset[str] = frozenset()
-    rewritten: frozenset[str] = frozenset()
+    packed_modules: Mapping[str, Sequence[str]]
+    padded_names: frozenset[str] = frozenset()
+    rewritten_names: frozenset[str] = frozenset()
 
 
 def plan_views(
-    wanted: Mapping[str, Shape],
+    parameter_shapes: Mapping[str, Shape],
     tied: Iterable[frozenset[str]],
-    sources: EngineTensors,
+    tensors: EngineTensors,
     rename: Rename,
 ) -> dict[str, Slice]:
-    """Find a slice for every Hugging Face parameter of ``wanted`` (name -> shape).
+    """Find a slice for every Hugging Face parameter of ``parameter_shapes`` (name -> shape).
 
     Args:
-        wanted: the Hugging Face parameters. Tied parameters are listed under each of their names.
+        parameter_shapes: the Hugging Face parameters. Tied parameters are listed under each of
+            their names.
         tied: groups of names that belong to the same parameter.
-        sources: the engine's tensors.
+        tensors: the engine's tensors.
         rename: converts a Hugging Face name to an engine name. Parts of fused layers keep their
             own names.
 
@@ -81,33 +82,39 @@ def plan_views(
         UnsupportedError: a parameter has no tensor in the engine, or its shape differs. The message
             names the parameter and the reason.
     """
-    found: dict[str, Slice] = {}
+    slices: dict[str, Slice] = {}
     problems: dict[str, str] = {}
-    for name, shape in wanted.items():
+    for name, shape in parameter_shapes.items():
         try:
-            found[name] = find_slice(name, shape, wanted, sources, rename)
+            slices[name] = find_slice(name, shape, parameter_shapes, tensors, rename)
         except UnsupportedError as problem:
             problems[name] = problem.message
     for group in tied:
         # Tied names are one parameter, so all of them get the same slice. The engine may have only
         # one of the names.
-        placed = next((found[name] for name in wanted if name in group and name in found), None)
-        if placed is not None:
-            found |= dict.fromkeys(group, placed)
-            problems = {name: why for name, why in problems.items() if name not in group}
+        group_slice = next(
+            (slices[name] for name in parameter_shapes if name in group and name in slices), None
+        )
+        if group_slice is not None:
+            slices |= dict.fromkeys(group, group_slice)
+            problems = {name: reason for name, reason in problems.items() if name not in group}
     if problems:
-        lines = [f"{name}: {why}" for name, why in list(problems.items())[:5]]
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        lines = [f"{name}: {reason}" for name, reason in list(problems.items())[:5]]
+        remainder = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise UnsupportedError(
-            "these weights cannot be shared: " + "; ".join(lines) + more,
+            "these weights cannot be shared: " + "; ".join(lines) + remainder,
             where=SHARE_WEIGHTS_KEY,
             fix=FALLBACK_ADVICE,
         )
-    return found
+    return slices
 
 
 def find_slice(
-    name: str, shape: Shape, wanted: Mapping[str, Shape], sources: EngineTensors, rename: Rename
+    name: str,
+    shape: Shape,
+    parameter_shapes: Mapping[str, Shape],
+    tensors: EngineTensors,
+    rename: Rename,
 ) -> Slice:
     """Return the slice for the parameter ``name``.
 
@@ -115,103 +122,118 @@ def find_slice(
         UnsupportedError: the engine has no tensor for the parameter, or its shape differs.
     """
     target = rename(name)
-    if target in sources.shapes:
-        return full_slice(target, shape, sources)
+    if target in tensors.shapes:
+        return full_slice(target, shape, tensors)
     layer, _, attribute = target.rpartition(".")
     for inner in EXPERT_MODULES if attribute in EXPERT_TENSORS else ():
         source = join_names(layer, inner, EXPERT_TENSORS[attribute])
-        if source in sources.shapes:
-            return full_slice(source, shape, sources)
-    parent, _, leaf = layer.rpartition(".")
-    for fused, parts in sources.packed.items():
+        if source in tensors.shapes:
+            return full_slice(source, shape, tensors)
+    parent, _, layer_name = layer.rpartition(".")
+    for fused, parts in tensors.packed_modules.items():
         source = join_names(parent, fused, attribute)
-        if leaf in parts and source in sources.shapes:
+        if layer_name in parts and source in tensors.shapes:
             hf_layer = name.rpartition(".")[0]
             hf_parent = hf_layer.rpartition(".")[0]
             return fused_slice(
-                leaf,
+                layer_name,
                 parts,
-                [wanted.get(join_names(hf_parent, part, attribute)) for part in parts],
+                [parameter_shapes.get(join_names(hf_parent, part, attribute)) for part in parts],
                 source,
-                sources,
+                tensors,
             )
     raise UnsupportedError("the engine does not have this tensor")
 
 
-def full_slice(source: str, shape: Shape, sources: EngineTensors) -> Slice:
+def full_slice(source: str, shape: Shape, tensors: EngineTensors) -> Slice:
     """Return a slice with all rows of the tensor ``source``. If the engine has padded the tensor,
     the slice has only the rows before the padding.
 
     Raises:
         UnsupportedError: ``shape`` is not the shape of the tensor.
     """
-    have = usable_shape(source, sources)
-    padded = source in sources.padded and have[1:] == shape[1:] and have[0] >= shape[0]
-    if have != shape and not padded:
+    available_shape = usable_shape(source, tensors)
+    is_padded = (
+        source in tensors.padded_names
+        and available_shape[1:] == shape[1:]
+        and available_shape[0] >= shape[0]
+    )
+    if available_shape != shape and not is_padded:
         raise UnsupportedError(
-            f"the shape is {list(shape)} in the model, but {list(have)} in the engine's {source}"
+            f"the shape is {list(shape)} in the model, but {list(available_shape)} in the engine's "
+            f"{source}"
         )
     return Slice(source, 0, shape[0])
 
 
 def fused_slice(
-    leaf: str,
+    layer_name: str,
     parts: Sequence[str],
     shapes: Sequence[Shape | None],
     source: str,
-    sources: EngineTensors,
+    tensors: EngineTensors,
 ) -> Slice:
-    """Return the slice of the fused tensor ``source`` that belongs to the layer ``leaf``, such as
-    q_proj. ``parts`` has the names of the fused layers, and ``shapes`` the shapes of their tensors,
-    in the order of their rows in ``source``.
+    """Return the slice of the fused tensor ``source`` that belongs to the layer ``layer_name``,
+    such as q_proj. ``parts`` has the names of the fused layers, and ``shapes`` the shapes of their
+    tensors, in the order of their rows in ``source``.
 
     Raises:
         UnsupportedError: the model lacks one of the fused layers, or the shapes do not add up to
             the shape of ``source``.
     """
-    have = usable_shape(source, sources)
-    known = [shape for shape in shapes if shape is not None]
-    if len(known) != len(parts):
+    fused_shape = usable_shape(source, tensors)
+    known_shapes = [shape for shape in shapes if shape is not None]
+    if len(known_shapes) != len(parts):
         missing = [part for part, shape in zip(parts, shapes, strict=True) if shape is None]
         raise UnsupportedError(
             f"the engine's {source} also contains {', '.join(missing)}, which this model does "
             "not have"
         )
-    if sum(shape[0] for shape in known) != have[0] or any(shape[1:] != have[1:] for shape in known):
+    if sum(shape[0] for shape in known_shapes) != fused_shape[0] or any(
+        shape[1:] != fused_shape[1:] for shape in known_shapes
+    ):
         raise UnsupportedError(
-            f"the shapes of the parts, {[list(s) for s in known]}, do not add up to the shape "
-            f"{list(have)} of the engine's {source}"
+            f"the shapes of the parts, {[list(s) for s in known_shapes]}, do not add up to the "
+            f"shape {list(fused_shape)} of the engine's {source}"
         )
-    index = list(parts).index(leaf)
-    return Slice(source, sum(shape[0] for shape in known[:index]), known[index][0])
+    index = list(parts).index(layer_name)
+    return Slice(source, sum(shape[0] for shape in known_shapes[:index]), known_shapes[index][0])
 
 
-def usable_shape(source: str, sources: EngineTensors) -> Shape:
+def usable_shape(source: str, tensors: EngineTensors) -> Shape:
     """Return the shape of the engine tensor ``source``.
 
     Raises:
         UnsupportedError: vLLM has rewritten the tensor, so it no longer has the checkpoint's
             values.
     """
-    if source in sources.rewritten:
+    if source in tensors.rewritten_names:
         raise UnsupportedError(f"vLLM has rewritten {source} for a kernel on this device")
-    return sources.shapes[source]
+    return tensors.shapes[source]
 
 
-def expected_checkpoint_names(wanted: Mapping[str, Shape], read: Iterable[str]) -> set[str]:
-    """Return the tensor names that a checkpoint must have for the parameters ``wanted``.
+def expected_checkpoint_names(
+    parameter_shapes: Mapping[str, Shape], checkpoint_names: Iterable[str]
+) -> set[str]:
+    """Return the tensor names that a checkpoint must have for the parameters ``parameter_shapes``.
 
-    ``read`` has the names of the tensors in the checkpoint. Hugging Face has one tensor for all
-    experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per expert
-    (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for every
-    expert of every layer. If one expert has a tensor, all experts must have this tensor.
+    ``checkpoint_names`` has the names of the tensors in the checkpoint. Hugging Face has one tensor
+    for all experts of a layer (``mlp.experts.down_proj``), but most checkpoints have one tensor per
+    expert (``mlp.experts.7.down_proj.weight``). For such a checkpoint, the result has the names for
+    every expert of every layer. If one expert has a tensor, all experts must have this tensor.
     """
-    tails = {found[1] for name in read if (found := SINGLE_EXPERT_PATTERN.fullmatch(name))}
+    expert_tensor_names = {
+        match[1] for name in checkpoint_names if (match := SINGLE_EXPERT_PATTERN.fullmatch(name))
+    }
     names = set()
-    for name, shape in wanted.items():
+    for name, shape in parameter_shapes.items():
         layer = name.rpartition(".")[0]
-        if tails and layer.endswith(".experts"):
-            names |= {f"{layer}.{index}.{tail}" for index in range(shape[0]) for tail in tails}
+        if expert_tensor_names and layer.endswith(".experts"):
+            names |= {
+                f"{layer}.{index}.{tensor_name}"
+                for index in range(shape[0])
+                for tensor_name in expert_tensor_names
+            }
         else:
             names.add(name)
     return names

@@ -80,7 +80,7 @@ def set_up_adapter(trainer: TrainerSeam, model: Any, engine: Any, *, is_new_adap
         cast_adapter_to_float32(trainer.model)
     refuse_untrainable(trainer.model, engine)
     if is_new_adapter and hasattr(model, "toolkit_tokenizer"):
-        publish_to_engine(add_toolkit_attributes(trainer.model, like=model))
+        publish_to_engine(add_toolkit_attributes(trainer.model, copy_from=model))
 
 
 def _dtype_of(model: Any) -> torch.dtype:

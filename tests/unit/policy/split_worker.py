@@ -57,7 +57,7 @@ def fill(model: Any, source: Any) -> None:
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
         owner, value = model.get_submodule(path), theirs[name].detach()
-        cut = getattr(owner, "cut", None)
+        cut = getattr(owner, "split", None)
         if cut is not None and not (cut.style == "columns" and value.dim() == 1):
             value = value.narrow(1 if cut.style == "columns" else 0, cut.start, cut.length)
         setattr(owner, leaf, torch.nn.Parameter(value.clone(), requires_grad=False))
@@ -124,7 +124,7 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     head, whole_head = model.get_output_embeddings(), source.get_output_embeddings()
     optimizers = []
     for policy, scores in (
-        (ours, lambda h, t: score_split_vocabulary(head.part(h), t, 0.7, head)),
+        (ours, lambda h, t: score_split_vocabulary(head.local_logits(h), t, 0.7, head)),
         (theirs, lambda h, t: score_tokens(whole_head(h), t, distribution, None)),
     ):
         trained = [p for p in policy.parameters() if p.requires_grad]

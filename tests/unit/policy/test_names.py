@@ -131,6 +131,6 @@ def test_what_cannot_be_shared_says_why(wanted: dict, shapes: dict, text: str) -
 
 def test_a_tensor_that_the_engine_rewrote_is_refused_and_the_list_is_cut() -> None:
     wanted = {f"a{i}.weight": (2, 2) for i in range(8)}
-    sources = EngineTensors(dict(wanted), {}, rewritten=frozenset(wanted))
+    sources = EngineTensors(dict(wanted), {}, rewritten_names=frozenset(wanted))
     with pytest.raises(UnsupportedError, match=r"has rewritten a0\.weight .*\(and 3 more\)"):
         plan_views(wanted, [], sources, same)

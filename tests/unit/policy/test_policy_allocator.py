@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from toolkit.base.process_environment import ALLOCATOR_VARIABLES, EXPANDABLE_SEGMENTS
-from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY, use_expandable_segments
+from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY_ATTRIBUTE, use_expandable_segments
 
 
 class Driver:
@@ -34,7 +34,7 @@ class Driver:
         return self.failing.get("device", 0)
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
-        assert attribute == VIRTUAL_MEMORY
+        assert attribute == VIRTUAL_MEMORY_ATTRIBUTE
         value._obj.value = self.able if device.value == self.cards - 1 else 1
         return self.failing.get("attribute", 0)
 

@@ -97,14 +97,14 @@ def test_a_model_with_fused_layers_is_the_same_model(family):
     attention = any(name.endswith("Attention") for name in applied.layers)
     assert attention == (family != "glm")  # its rotary embedding is interleaved
     if family == "glm":
-        assert "differs" in applied.refused["GlmAttention"]
+        assert "differs" in applied.refusal_reasons["GlmAttention"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_difference(dtype):
     applied = apply_kernels(small("gemma2", dtype), KERNELS)
     assert set(applied.layers) == {"Gemma2RMSNorm", "Gemma2MLP", "Gemma2Attention"}
-    assert not applied.refused
+    assert not applied.refusal_reasons
 
 
 def test_a_kernel_that_computes_something_else_is_not_used():
@@ -119,9 +119,9 @@ def test_a_kernel_that_computes_something_else_is_not_used():
     wrong = KERNELS._replace(rms_norm=off, rotary=broken, swiglu=lambda gate, up: gate * up)
     applied = apply_kernels(model, wrong)
     assert not applied.layers
-    assert "differs by 0.02" in applied.refused["LlamaRMSNorm"]
-    assert applied.refused["LlamaAttention"] == "RuntimeError: no code for this card"
-    assert set(applied.refused) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP"}
+    assert "differs by 0.02" in applied.refusal_reasons["LlamaRMSNorm"]
+    assert applied.refusal_reasons["LlamaAttention"] == "RuntimeError: no code for this card"
+    assert set(applied.refusal_reasons) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP"}
     assert all(torch.equal(a, b) for a, b in zip(computed(model), plain, strict=True))
 
 
@@ -138,12 +138,12 @@ def test_a_backward_pass_that_differs_is_found():
             return 1.1 * grad * up, grad * silu(gate)
 
     applied = apply_kernels(small("llama"), KERNELS._replace(swiglu=Scaled.apply))
-    assert "differs" in applied.refused["LlamaMLP"]
+    assert "differs" in applied.refusal_reasons["LlamaMLP"]
 
 
 def test_an_activation_that_nearly_is_the_kernels_is_not_taken_for_it():
     model = small("llama", torch.bfloat16, hidden_act="gelu")  # the kernel has the tanh form
-    assert "GELUActivation" in apply_kernels(model, KERNELS).refused["LlamaMLP"]
+    assert "GELUActivation" in apply_kernels(model, KERNELS).refusal_reasons["LlamaMLP"]
 
 
 def test_out_of_memory_is_no_refusal():
@@ -177,7 +177,7 @@ def test_without_the_package(monkeypatch):
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     model = on_a_card(small("llama"))
-    assert "not installed" in use_fused_kernels(model, "auto").refused["all layers"]
+    assert "not installed" in use_fused_kernels(model, "auto").refusal_reasons["all layers"]
     with pytest.raises(MissingExtraError, match="liger-kernel is not installed"):
         use_fused_kernels(model, True)
 

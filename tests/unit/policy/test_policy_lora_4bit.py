@@ -19,10 +19,10 @@ class Plain(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+    def unpacked_weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype).clone()
 
 

@@ -12,7 +12,7 @@ from toolkit.config.run_config import LoraSection
 from toolkit.policy.lora_settings import (
     LoraSettings,
     check_engine_support,
-    check_layers,
+    check_layer_numbers,
     check_modules_to_save,
     check_settings,
     check_targets,
@@ -123,9 +123,9 @@ def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
 
 
 def test_layers_and_saved_modules_are_the_models() -> None:
-    check_layers(LoraSettings(layers_to_transform=(0, 1)), 2)
+    check_layer_numbers(LoraSettings(layers_to_transform=(0, 1)), 2)
     with pytest.raises(ConfigValueError, match="2, 9 must be below 2, the number of layers"):
-        check_layers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
+        check_layer_numbers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
     check_modules_to_save(LoraSettings(modules_to_save=("q_proj",)), NAMES)
     with pytest.raises(ConfigValueError, match=r"no module 'q_prj' .did you mean 'q_proj'"):
         check_modules_to_save(LoraSettings(modules_to_save=("q_prj",)), NAMES)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class _EnterParts(torch.autograd.Function):
+class _CopyToParallelRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
@@ -41,7 +41,7 @@ class _EnterParts(torch.autograd.Function):
         return grad, None
 
 
-class _LeaveParts(torch.autograd.Function):
+class _ReduceFromParallelRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
         del ctx
@@ -57,7 +57,7 @@ class _LeaveParts(torch.autograd.Function):
         return grad, None
 
 
-class _JoinLast(torch.autograd.Function):
+class _GatherLastDimension(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, part: torch.Tensor, group: Any, start: int, width: int, total: int
@@ -79,7 +79,7 @@ def copy_to_parallel_region(whole: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the whole tensor ``whole`` unchanged. Each process then computes its part from the
     result. The backward pass sums the gradients of all processes.
     """
-    out: torch.Tensor = _EnterParts.apply(whole, group)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _CopyToParallelRegion.apply(whole, group)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -87,7 +87,7 @@ def reduce_from_parallel_region(part: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the sum of ``part`` over all processes, which is a whole tensor. In the backward pass
     every process gets the gradient of the sum.
     """
-    out: torch.Tensor = _LeaveParts.apply(part, group)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _ReduceFromParallelRegion.apply(part, group)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -98,40 +98,40 @@ def gather_last_dimension(
     ``width`` entries, and the result has ``total`` entries. This process's part begins at index
     ``start`` of the result.
     """
-    out: torch.Tensor = _JoinLast.apply(part, group, start, width, total)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _GatherLastDimension.apply(part, group, start, width, total)  # type: ignore[no-untyped-call]
     return out
 
 
 def max_over_group(part: torch.Tensor, group: Any) -> torch.Tensor:
     """Return the elementwise maximum of ``part`` over the group. It has no gradient."""
-    found = part.detach().clone()
+    maximum = part.detach().clone()
     check_peers()
-    distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=group)
-    return found
+    distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX, group=group)
+    return maximum
 
 
 @torch.no_grad()
-def clip_split_grad_norm(parameters: Iterable[torch.Tensor], most: float) -> torch.Tensor:
-    """Scale the gradients so that their norm over all processes is at most ``most``. Returns the
-    norm before scaling.
+def clip_split_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale the gradients so that their norm over all processes is at most ``max_norm``. Returns
+    the norm before scaling.
 
     The function does the same as ``torch.nn.utils.clip_grad_norm_``, for parameters that are split
     over processes. A parameter that is not split counts once, although every process has it.
     """
-    known = [one for one in parameters if one.grad is not None]
-    if not known:
+    with_gradients = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradients:
         return torch.zeros(())
-    squares = torch.zeros(2, dtype=torch.float32, device=known[0].device)
-    for one in known:
-        assert one.grad is not None
-        own = torch.linalg.vector_norm(one.grad, dtype=torch.float32) ** 2
-        squares[0 if shard_of(one) else 1] += own
-    shared = current_mesh()
-    if shared is not None:
-        shared.all_reduce(squares[:1])
+    squares = torch.zeros(2, dtype=torch.float32, device=with_gradients[0].device)
+    for parameter in with_gradients:
+        assert parameter.grad is not None
+        square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) ** 2
+        squares[0 if shard_of(parameter) else 1] += square
+    model_mesh = current_mesh()
+    if model_mesh is not None:
+        model_mesh.all_reduce(squares[:1])
     norm = squares.sum().sqrt()
-    factor = (most / (norm + 1e-6)).clamp(max=1.0)
-    for one in known:
-        assert one.grad is not None
-        one.grad.mul_(factor.to(one.grad.device))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in with_gradients:
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor.to(parameter.grad.device))
     return norm

@@ -1,8 +1,8 @@
 """Define linear layers, an embedding and a head (output layer) that are split over processes. Each
 process has a part of the weight.
 
-``in_features`` and ``out_features`` are the sizes of this part. ``whole_in`` and ``whole_out`` are
-the sizes of the whole layer.
+``in_features`` and ``out_features`` are the sizes of this part. ``full_in_features`` and
+``full_out_features`` are the sizes of the whole layer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def mesh_of(model: Any) -> Mesh | None:
     """Return the mesh over which ``model`` is split, or None if it is not split. ``model`` must be
     the Hugging Face model itself, without PEFT's wrapper.
     """
-    found: Mesh | None = getattr(model, MESH_ATTRIBUTE, None)
-    return found
+    mesh: Mesh | None = getattr(model, MESH_ATTRIBUTE, None)
+    return mesh
 
 
 class SplitLinear(nn.Linear):
@@ -41,107 +41,107 @@ class SplitLinear(nn.Linear):
     output is a part of the whole output. If it is split by columns, its input is a part of the
     whole input.
 
-    ``entered`` is True if the parent module has already applied ``copy_to_parallel_region`` to the
-    input.
+    ``input_is_copied`` is True if the parent module has already applied ``copy_to_parallel_region``
+    to the input.
     """
 
-    def __init__(self, layer: nn.Linear, cut: WeightSplit, mesh: Mesh) -> None:
-        rows = cut.style == "rows"
+    def __init__(self, layer: nn.Linear, split: WeightSplit, mesh: Mesh) -> None:
+        splits_rows = split.style == "rows"
         super().__init__(
-            layer.in_features if rows else cut.length,
-            cut.length if rows else layer.out_features,
+            layer.in_features if splits_rows else split.length,
+            split.length if splits_rows else layer.out_features,
             bias=layer.bias is not None,
             device="meta",
             dtype=layer.weight.dtype,
         )
-        self.whole_in, self.whole_out = layer.in_features, layer.out_features
-        self.cut, self.mesh, self.entered = cut, mesh, False
+        self.full_in_features, self.full_out_features = layer.in_features, layer.out_features
+        self.split, self.mesh, self.input_is_copied = split, mesh, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., part of out) if the layer is split by rows. Map (..., part of in)
         to (..., out) if it is split by columns.
         """
-        return self.leave(linear(self.enter(x), self.weight, self.own_bias))
+        return self.reduce_output(linear(self.copy_input(x), self.weight, self.local_bias))
 
     @property
-    def own_bias(self) -> torch.Tensor | None:
+    def local_bias(self) -> torch.Tensor | None:
         """The bias that this process adds, or None. If the bias is not split, only the first
         process adds it.
         """
-        if self.cut.style == "rows" or self.mesh.is_first:
+        if self.split.style == "rows" or self.mesh.is_first:
             return self.bias
         return None
 
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
+    def copy_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return the input ``x`` for the computation in this process. If the layer is split by
         rows, the backward pass sums the gradient of ``x`` over the group.
         """
-        if self.cut.style == "columns" or self.entered:
+        if self.split.style == "columns" or self.input_is_copied:
             return x
         return copy_to_parallel_region(x, self.mesh.group)
 
-    def leave(self, out: torch.Tensor) -> torch.Tensor:
+    def reduce_output(self, out: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for the next layer. ``out`` is the result of this process. If
         the weight (out, in) is split by columns, the results of all processes are summed. If it is
         split by rows, ``out`` is returned unchanged.
         """
         return (
             reduce_from_parallel_region(out, self.mesh.group)
-            if self.cut.style == "columns"
+            if self.split.style == "columns"
             else out
         )
 
 
 class SplitEmbedding(nn.Embedding):
-    """An embedding that is split by rows. This process has ``cut.length`` rows, beginning with row
-    ``cut.start``. If ``scale`` is not None, the embedded tokens are multiplied by ``scale``.
+    """An embedding that is split by rows. This process has ``split.length`` rows, beginning with
+    row ``split.start``. If ``scale`` is not None, the embedded tokens are multiplied by ``scale``.
     """
 
-    def __init__(self, layer: nn.Embedding, cut: WeightSplit, mesh: Mesh) -> None:
-        super().__init__(cut.length, layer.embedding_dim, device="meta", dtype=layer.weight.dtype)
-        self.cut, self.mesh = cut, mesh
+    def __init__(self, layer: nn.Embedding, split: WeightSplit, mesh: Mesh) -> None:
+        super().__init__(split.length, layer.embedding_dim, device="meta", dtype=layer.weight.dtype)
+        self.split, self.mesh = split, mesh
         self.scale: torch.Tensor | None = getattr(layer, "embed_scale", None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the embedded tokens (..., hidden). They are the same in all processes."""
-        own = ids - self.cut.start
-        here = (own >= 0) & (own < self.cut.length)
-        found = embedding(own.where(here, 0), self.weight)
-        found = reduce_from_parallel_region(
-            found * here.unsqueeze(-1).to(found.dtype), self.mesh.group
+        local_ids = ids - self.split.start
+        is_local = (local_ids >= 0) & (local_ids < self.split.length)
+        embedded = embedding(local_ids.where(is_local, 0), self.weight)
+        embedded = reduce_from_parallel_region(
+            embedded * is_local.unsqueeze(-1).to(embedded.dtype), self.mesh.group
         )
-        return found if self.scale is None else found * self.scale.to(found)
+        return embedded if self.scale is None else embedded * self.scale.to(embedded)
 
 
 class SplitHead(nn.Linear):
-    """An output layer that is split by rows. This process has ``cut.length`` rows, beginning with
-    row ``cut.start``. ``width`` is the number of rows per process, which includes the padding of
+    """An output layer that is split by rows. This process has ``split.length`` rows, beginning with
+    row ``split.start``. ``width`` is the number of rows per process, which includes the padding of
     the vocabulary.
     """
 
-    def __init__(self, layer: nn.Linear, cut: WeightSplit, width: int, mesh: Mesh) -> None:
+    def __init__(self, layer: nn.Linear, split: WeightSplit, width: int, mesh: Mesh) -> None:
         super().__init__(
             layer.in_features,
-            cut.length,
+            split.length,
             bias=layer.bias is not None,
             device="meta",
             dtype=layer.weight.dtype,
         )
-        self.cut, self.width, self.mesh = cut, width, mesh
+        self.split, self.width, self.mesh = split, width, mesh
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., vocabulary) of the whole vocabulary, in every process. Training
-        calls ``part`` instead.
+        calls ``local_logits`` instead.
         """
         return gather_last_dimension(
-            self.part(hidden),
+            self.local_logits(hidden),
             self.mesh.group,
-            start=self.cut.start,
+            start=self.split.start,
             width=self.width,
-            total=self.cut.total,
+            total=self.split.total,
         )
 
-    def part(self, hidden: torch.Tensor) -> torch.Tensor:
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., part of the vocabulary) of this process."""
         return linear(copy_to_parallel_region(hidden, self.mesh.group), self.weight, self.bias)
 
@@ -157,16 +157,16 @@ def copy_input_once(module: nn.Module, mesh: Mesh) -> None:
     uses the input.
     """
     layers = [child for child in module.children() if isinstance(child, nn.Linear)]
-    split = [child for child in layers if isinstance(child, SplitLinear)]
-    rows = [child for child in split if child.cut.style == "rows"]
-    if not rows or len(split) != len(layers):
+    split_layers = [child for child in layers if isinstance(child, SplitLinear)]
+    row_split_layers = [child for child in split_layers if child.split.style == "rows"]
+    if not row_split_layers or len(split_layers) != len(layers):
         return
-    for layer in rows:
-        layer.entered = True
-    module.register_forward_pre_hook(_Enter(mesh), with_kwargs=True)
+    for layer in row_split_layers:
+        layer.input_is_copied = True
+    module.register_forward_pre_hook(_CopyInputHook(mesh), with_kwargs=True)
 
 
-class _Enter:
+class _CopyInputHook:
     """A hook that applies ``copy_to_parallel_region`` to the input of a module. The input is the
     first positional argument, or the keyword ``hidden_states``.
     """
@@ -180,5 +180,5 @@ class _Enter:
         del module
         if args:
             return (copy_to_parallel_region(args[0], self.mesh.group), *args[1:]), kwargs
-        entered = copy_to_parallel_region(kwargs["hidden_states"], self.mesh.group)
-        return args, {**kwargs, "hidden_states": entered}
+        copied = copy_to_parallel_region(kwargs["hidden_states"], self.mesh.group)
+        return args, {**kwargs, "hidden_states": copied}

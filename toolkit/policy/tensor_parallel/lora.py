@@ -42,12 +42,12 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         the adapter. So the adapter's random values do not depend on the number of processes.
         """
         base = self.base_layer
-        own = self.in_features, self.out_features
-        self.in_features, self.out_features = base.whole_in, base.whole_out
+        local_sizes = self.in_features, self.out_features
+        self.in_features, self.out_features = base.full_in_features, base.full_out_features
         try:
             super().update_layer(adapter_name, *args, **kwargs)
         finally:
-            self.in_features, self.out_features = own
+            self.in_features, self.out_features = local_sizes
         if adapter_name in self.lora_variant or self.lora_bias[adapter_name]:
             raise UnsupportedError(
                 "LoRA variants and biases are not supported on a model that is split over "
@@ -55,10 +55,10 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
                 where=WHERE,
                 fix="use plain LoRA, or set tensor_parallel_size: 1",
             )
-        if base.cut.style == "columns":
-            _keep(self.lora_A[adapter_name], 1, base)
-        elif not base.cut.repeated:
-            _keep(self.lora_B[adapter_name], 0, base)
+        if base.split.style == "columns":
+            _keep_local_part(self.lora_A[adapter_name], 1, base)
+        elif not base.split.repeated:
+            _keep_local_part(self.lora_B[adapter_name], 0, base)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., part of out) if the base layer is split by rows. Map (..., part of
@@ -69,55 +69,55 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
                 "adapter_names is not supported on a model that is split over several processes"
             )
         base: SplitLinear = self.base_layer
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active:
-            plain: torch.Tensor = base(x)
-            return plain
-        name = self._only(active)
-        x = base.enter(x)
-        a, b = self._halves(name)
-        if self._as_under_autocast(x, a):
-            out = adapted_linear(x, base.weight, base.own_bias, a, b, self.scaling[name])
+        active_adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not active_adapters:
+            base_output: torch.Tensor = base(x)
+            return base_output
+        name = self._single_adapter(active_adapters)
+        x = base.copy_input(x)
+        a, b = self._local_matrices(name)
+        if self._autocast_computes_all(x, a):
+            out = adapted_linear(x, base.weight, base.local_bias, a, b, self.scaling[name])
         else:
-            out = linear(x, base.weight, base.own_bias)
+            out = linear(x, base.weight, base.local_bias)
             out = out + linear(linear(x.to(a.dtype), a), b) * self.scaling[name]
-        return base.leave(out)
+        return base.reduce_output(out)
 
     def used_rows(self, name: str) -> torch.Tensor:
         """Return a view of the rows of B that this process computes with. If other processes have
         the same KV heads, these are the rows for the KV heads of this process. Otherwise they are
         all rows that this process has.
         """
-        cut, b = self.base_layer.cut, self.lora_B[name].weight
+        split, b = self.base_layer.split, self.lora_B[name].weight
         rows: torch.Tensor = b
-        if cut.style == "rows" and cut.repeated:
-            rows = b[cut.start : cut.start + cut.length]
+        if split.style == "rows" and split.repeated:
+            rows = b[split.start : split.start + split.length]
         return rows
 
-    def _halves(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _local_matrices(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the matrices A and B that this process computes with. If a matrix is not split,
         the backward pass sums its gradient over the group.
         """
         base, group = self.base_layer, self.base_layer.mesh.group
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if base.cut.style == "columns":
+        if base.split.style == "columns":
             return a, copy_to_parallel_region(b, group)
-        if not base.cut.repeated:
+        if not base.split.repeated:
             return copy_to_parallel_region(a, group), b
-        rows = slice(base.cut.start, base.cut.start + base.cut.length)
+        rows = slice(base.split.start, base.split.start + base.split.length)
         return copy_to_parallel_region(a, group), copy_to_parallel_region(b, group)[rows]
 
-    def _only(self, active: list[str]) -> str:
-        if len(active) > 1 or self.merged:
+    def _single_adapter(self, active_adapters: list[str]) -> str:
+        if len(active_adapters) > 1 or self.merged:
             raise UnsupportedError(
                 "several active adapters and merged adapters are not supported on a model that is "
                 "split over several processes",
                 where=WHERE,
                 fix="use one adapter and do not merge it, or set tensor_parallel_size: 1",
             )
-        return active[0]
+        return active_adapters[0]
 
-    def _as_under_autocast(self, x: torch.Tensor, a: torch.Tensor) -> bool:
+    def _autocast_computes_all(self, x: torch.Tensor, a: torch.Tensor) -> bool:
         """Return True if autocast would compute the base layer and the adapter in the dtype of
         ``x``.
         """
@@ -139,15 +139,15 @@ class SplitLoraLinear(Linear):  # type: ignore[misc]  # PEFT ships no types that
         )
 
 
-def _keep(layer: nn.Linear, dim: int, base: SplitLinear) -> None:
+def _keep_local_part(layer: nn.Linear, dim: int, base: SplitLinear) -> None:
     """Replace the weight of ``layer`` (A or B) by this process's part of it. The weight is split
     along ``dim`` in the same way as ``base``.
     """
-    old, cut = layer.weight, base.cut
-    kept = old.detach().narrow(dim, cut.start, cut.length).clone()
-    layer.weight = nn.Parameter(kept, requires_grad=old.requires_grad)
-    mark_as_shard(layer.weight, dim, cut.total)
+    full_weight, split = layer.weight, base.split
+    local_weight = full_weight.detach().narrow(dim, split.start, split.length).clone()
+    layer.weight = nn.Parameter(local_weight, requires_grad=full_weight.requires_grad)
+    mark_as_shard(layer.weight, dim, split.total)
     if dim:
-        layer.in_features = cut.length
+        layer.in_features = split.length
     else:
-        layer.out_features = cut.length
+        layer.out_features = split.length

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WHERE = "model.tensor_parallel_size"
 
 
-class Cuts(Protocol):
+class LayerSplits(Protocol):
     """The interface of an object that returns this process's part of each layer. This process's
     engine has the same parts.
     """
@@ -43,7 +43,7 @@ class Cuts(Protocol):
         """
 
 
-def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
+def split_model(model: PreTrainedModel, splits: LayerSplits, mesh: Mesh) -> None:
     """Replace the layers of ``model`` (on the meta device) by this process's parts of them.
 
     Raises:
@@ -52,42 +52,42 @@ def split_model(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
     problem = model_problem(model.config.to_dict())
     if problem is not None:
         raise UnsupportedError(problem, where=WHERE, fix="set tensor_parallel_size: 1")
-    _split_vocabulary(model, cuts, shared)
+    _split_vocabulary(model, splits, mesh)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear:
-            cut = cuts.layer_split(path, layer.out_features)
-            if cut.style != "whole":
-                _put(model, path, SplitLinear(layer, cut, shared))
+            split = splits.layer_split(path, layer.out_features)
+            if split.style != "whole":
+                _replace_module(model, path, SplitLinear(layer, split, mesh))
     for layer in model.modules():
-        copy_input_once(layer, shared)
-        _fit_heads(layer)
-    setattr(model, MESH_ATTRIBUTE, shared)
+        copy_input_once(layer, mesh)
+        _set_kv_groups(layer)
+    setattr(model, MESH_ATTRIBUTE, mesh)
 
 
-def _split_vocabulary(model: PreTrainedModel, cuts: Cuts, shared: Mesh) -> None:
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is table.weight
+def _split_vocabulary(model: PreTrainedModel, splits: LayerSplits, mesh: Mesh) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head.weight is embedding.weight
     paths = {id(module): path for path, module in model.named_modules()}
-    known = type(table) is nn.Embedding or hasattr(table, "embed_scale")
-    if not known or type(head) is not nn.Linear:
+    is_supported = type(embedding) is nn.Embedding or hasattr(embedding, "embed_scale")
+    if not is_supported or type(head) is not nn.Linear:
         raise UnsupportedError(
-            f"an embedding of type {type(table).__name__} with a head of type "
+            f"an embedding of type {type(embedding).__name__} with a head of type "
             f"{type(head).__name__} cannot be split",
             where=WHERE,
             fix="set tensor_parallel_size: 1",
         )
-    cut, width = cuts.vocabulary_split(paths[id(table)])
-    new_table = SplitEmbedding(table, cut, shared)
-    if not tied:
-        cut, width = cuts.vocabulary_split(paths[id(head)])
-    new_head = SplitHead(head, cut, width, shared)
-    if tied:
-        new_head.weight = new_table.weight
-    _put(model, paths[id(table)], new_table)
-    _put(model, paths[id(head)], new_head)
+    split, width = splits.vocabulary_split(paths[id(embedding)])
+    new_embedding = SplitEmbedding(embedding, split, mesh)
+    if not is_tied:
+        split, width = splits.vocabulary_split(paths[id(head)])
+    new_head = SplitHead(head, split, width, mesh)
+    if is_tied:
+        new_head.weight = new_embedding.weight
+    _replace_module(model, paths[id(embedding)], new_embedding)
+    _replace_module(model, paths[id(head)], new_head)
 
 
-def _fit_heads(layer: nn.Module) -> None:
+def _set_kv_groups(layer: nn.Module) -> None:
     """Set the number of query heads per KV head in this process. If several processes have the same
     KV head, this number is smaller than in the whole model.
     """
@@ -99,6 +99,6 @@ def _fit_heads(layer: nn.Module) -> None:
         layer.num_key_value_groups = groups
 
 
-def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+def _replace_module(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)

@@ -186,7 +186,7 @@ class ChunkedHead:
         places_N: torch.Tensor,
     ) -> TokenScores:
         split = self.layer if isinstance(self.layer, SplitHead) else None
-        logits_NV = self.layer(hidden_NH) if split is None else split.part(hidden_NH)
+        logits_NV = self.layer(hidden_NH) if split is None else split.local_logits(hidden_NH)
         if self.scale != 1:
             logits_NV = logits_NV * self.scale
         if self.cap is not None:
@@ -246,7 +246,7 @@ def score_split_vocabulary(
     most_N = max_over_group(logits_NV.amax(-1), group)
     total_N = reduce_from_parallel_region((logits_NV - most_N[:, None]).exp().sum(-1), group)
     norm_N = most_N + total_N.log()
-    own_N = tokens_N - head.cut.start
+    own_N = tokens_N - head.split.start
     here_N = (own_N >= 0) & (own_N < logits_NV.shape[1])
     found_N = logits_NV.gather(1, own_N.where(here_N, 0)[:, None])[:, 0]
     token_N = reduce_from_parallel_region(found_N * here_N, group)
