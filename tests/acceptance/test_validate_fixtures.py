@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from toolkit.cli.validate import validate
-from toolkit.config.key_moves import schema_of
+from toolkit.config.key_moves import key_schema
 from toolkit.config.rules import all_rules
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -154,7 +154,7 @@ def test_advice_names_no_key_that_is_refused(path: Path) -> None:
     for found in findings:
         for fix in found["fixes"]:
             for name in KEY_NAMES.findall(fix["text"]):
-                assert schema_of(tuple(name.split("."))) is not None, (name, fix["text"])
+                assert key_schema(tuple(name.split("."))) is not None, (name, fix["text"])
 
 
 FIXABLE = {

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from toolkit.config.chat_format import template_in, usable
+from toolkit.config.chat_format import folder_has_template, is_usable_template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,12 +49,12 @@ def test_template_in_agrees_with_the_tokenizer(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
-    assert usable(tokenizer.chat_template) is expected
-    assert template_in(tmp_path) is expected
+    assert is_usable_template(tokenizer.chat_template) is expected
+    assert folder_has_template(tmp_path) is expected
 
 
 def test_a_folder_without_tokenizer_files_gives_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert template_in(tmp_path) is None
+    assert folder_has_template(tmp_path) is None
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert template_in(tmp_path) is False
+    assert folder_has_template(tmp_path) is False

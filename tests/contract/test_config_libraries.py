@@ -16,8 +16,8 @@ import pytest
 
 from toolkit.config import find_schema, load_run
 from toolkit.config.common_names import COMMON_NAMES
-from toolkit.config.libraries import RECORDED, installed, package_folder
-from toolkit.config.migration import FORCED, MOVED
+from toolkit.config.libraries import RECORDED, installed_values, package_folder
+from toolkit.config.migration import FORCED_KEYS, MOVED_KEYS
 from toolkit.config.reward_table import BUILTIN_OPTIONS
 from toolkit.train.grpo_config import TOOLKIT_FIELDS
 
@@ -49,11 +49,11 @@ def test_every_field_of_grpo_config_is_in_the_schema() -> None:
 
 @pytest.mark.parametrize("which", sorted(RECORDED))
 def test_the_recorded_values_are_the_installed_ones(which: str) -> None:
-    installed_values = installed(which)
-    assert installed_values is not None, (
+    library_values = installed_values(which)
+    assert library_values is not None, (
         f"{which}: the library is installed and its values were not found"
     )
-    assert installed_values.values == RECORDED[which].values
+    assert library_values.values == RECORDED[which].values
 
 
 def test_the_ranks_are_those_that_vllm_accepts() -> None:
@@ -107,12 +107,12 @@ def test_the_inits_are_those_that_peft_accepts() -> None:
 
 def test_moved_keys_are_not_in_the_schema_and_their_replacements_are() -> None:
     sections = find_schema("run")["properties"]
-    for old, moved in MOVED.items():
+    for old, moved in MOVED_KEYS.items():
         section, _, name = old.partition(".")
         current = sections[section]["properties"].get(name)
         assert current is None or "x-refused" in current, f"{old} is a key of today"
-        if moved.to is not None:
-            section, _, name = moved.to.partition(".")
+        if moved.new_key is not None:
+            section, _, name = moved.new_key.partition(".")
             assert not name or name in sections[section]["properties"], f"{old} leads nowhere"
 
 
@@ -122,7 +122,7 @@ def test_common_names_are_no_keys_and_name_a_key() -> None:
     for other, key in COMMON_NAMES.items():
         section, _, name = other.partition(".")
         assert name not in sections[section]["properties"], f"{other} is a key"
-        assert other not in MOVED, f"{other} is in MOVED"
+        assert other not in MOVED_KEYS, f"{other} is in MOVED"
         assert key.partition(".")[2] in sections[section]["properties"], f"{key} is not a key"
 
 
@@ -157,7 +157,7 @@ def test_keys_that_the_trainer_overrides_have_a_finding(tmp_path: Path) -> None:
             arguments = _trl_arguments(grpo_config, config, tmp_path, {name: value})
             if arguments.get(name, value) != value:
                 overridden[name] = value
-    assert set(overridden) - {key.partition(".")[2] for key in FORCED} <= {"log_completions"}
+    assert set(overridden) - {key.partition(".")[2] for key in FORCED_KEYS} <= {"log_completions"}
 
 
 def non_default_values(schema: dict[str, Any]) -> list[Any]:

@@ -14,18 +14,18 @@ import pytest
 from toolkit.config.environment_tasks import task_names
 from toolkit.config.libraries import package_folder
 from toolkit.config.trl_names import (
-    ACCELERATOR,
-    BATCHING,
-    CACHES,
-    CHOICES,
+    ACCELERATOR_KEYS,
+    BATCHING_KEYS,
+    CACHE_IMPLEMENTATIONS,
+    COMPILE_BACKENDS,
     COMPILE_MODES,
-    COMPILERS,
-    DEBUG,
+    DEBUG_OPTIONS,
     OPTIMIZERS,
     PASSED_BY_THE_TRAINER,
-    ROUTERS,
+    ROUTER_LOGIT_TYPES,
+    SCHEDULE_CHOICES,
     SCHEDULES,
-    TARGETED,
+    TARGETED_OPTIMIZERS,
     TRACKERS,
 )
 
@@ -65,7 +65,7 @@ def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
         if parameter.default is inspect.Parameter.empty
     }
     assert set(SCHEDULES[kind].keywords) == set(parameters)
-    assert set(SCHEDULES[kind].needed) == needed
+    assert set(SCHEDULES[kind].required) == needed
 
 
 def test_schedules_that_ignore_keywords() -> None:
@@ -88,7 +88,7 @@ def test_schedules_accept_only_the_recorded_choices() -> None:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    for name, choices in CHOICES.items():
+    for name, choices in SCHEDULE_CHOICES.items():
         kind = "warmup_stable_decay" if name.endswith("_type") else "greedy"
         required = {"num_decay_steps": 1} if kind == "warmup_stable_decay" else {}
         for choice in choices:
@@ -140,7 +140,7 @@ def test_the_optimizers_with_targets_are_the_low_rank_ones() -> None:
         for name, node in optimizer_handlers().items()
         if "_setup_low_rank_optimizer(" in ast.unparse(node)
     } - {"_setup_low_rank_optimizer"}
-    assert with_targets == {f"_get_{family}_optimizer" for family in TARGETED}
+    assert with_targets == {f"_get_{family}_optimizer" for family in TARGETED_OPTIMIZERS}
 
 
 def test_the_packages_are_those_that_transformers_imports() -> None:
@@ -173,20 +173,20 @@ def test_a_tracker_has_the_modules_that_transformers_looks_for() -> None:
 def test_the_keys_of_accelerator_config() -> None:
     from transformers.trainer_pt_utils import AcceleratorConfig
 
-    assert set(ACCELERATOR) == {field.name for field in dataclasses.fields(AcceleratorConfig)}
+    assert set(ACCELERATOR_KEYS) == {field.name for field in dataclasses.fields(AcceleratorConfig)}
 
 
 def test_the_options_of_debug() -> None:
     from transformers.debug_utils import DebugOption
 
-    assert set(DEBUG) == {option.value for option in DebugOption}
+    assert set(DEBUG_OPTIONS) == {option.value for option in DebugOption}
 
 
 def test_the_compilers_and_their_modes() -> None:
     import torch
     from accelerate.utils import DynamoBackend
 
-    assert set(COMPILERS) == {backend.value.lower() for backend in DynamoBackend} - {"no"}
+    assert set(COMPILE_BACKENDS) == {backend.value.lower() for backend in DynamoBackend} - {"no"}
     assert {"default", *torch._inductor.list_mode_options()} == set(COMPILE_MODES)
 
 
@@ -196,14 +196,17 @@ def test_the_caches_of_generation() -> None:
         STATIC_CACHE_IMPLEMENTATIONS,
     )
 
-    assert set(CACHES) == {*DYNAMIC_CACHE_IMPLEMENTATIONS, *STATIC_CACHE_IMPLEMENTATIONS}
+    assert set(CACHE_IMPLEMENTATIONS) == {
+        *DYNAMIC_CACHE_IMPLEMENTATIONS,
+        *STATIC_CACHE_IMPLEMENTATIONS,
+    }
 
 
 def test_the_keys_of_continuous_batching() -> None:
     from transformers.generation import ContinuousBatchingConfig
 
     fields = dataclasses.fields(ContinuousBatchingConfig)
-    assert set(BATCHING) == {field.name for field in fields if field.init}
+    assert set(BATCHING_KEYS) == {field.name for field in fields if field.init}
 
 
 def test_the_families_that_return_router_logits() -> None:
@@ -215,7 +218,7 @@ def test_the_families_that_return_router_logits() -> None:
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef):
                 families_found |= model_types(node)
-    assert families_found == ROUTERS
+    assert families_found == ROUTER_LOGIT_TYPES
 
 
 def model_types(config_class: ast.ClassDef) -> set[str]:

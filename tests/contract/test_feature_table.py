@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from toolkit.config.libraries import model_type
-from toolkit.config.supported_features import ATTENTIONS, CPU_HEAD_SIZES, MULTIMODAL, NO_FLOAT16
+from toolkit.config.supported_features import (
+    ATTENTION_FUNCTIONS,
+    CPU_HEAD_SIZES,
+    MULTIMODAL,
+    NO_FLOAT16_TYPES,
+)
 
 pytestmark = pytest.mark.contract
 
@@ -13,7 +18,10 @@ pytestmark = pytest.mark.contract
 def test_attention_functions_of_transformers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    recorded = {*ATTENTIONS, *(f"paged|{name}" for name in ATTENTIONS if name != "flex_attention")}
+    recorded = {
+        *ATTENTION_FUNCTIONS,
+        *(f"paged|{name}" for name in ATTENTION_FUNCTIONS if name != "flex_attention"),
+    }
     # vLLM and packed attention register theirs in a process that they have been in.
     not_from_transformers = ("packed_", "vllm")
     registered = {n for n in ALL_ATTENTION_FUNCTIONS if not n.startswith(not_from_transformers)}
@@ -27,7 +35,7 @@ def test_the_multimodal_types_have_a_separate_text_config() -> None:
 
     multimodal = set()
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        assert model_type(name).causal, name
+        assert model_type(name).is_causal, name
         if name.startswith("musicgen"):
             continue  # cannot be made without its parts
         config = CONFIG_MAPPING[name]()
@@ -45,4 +53,4 @@ def test_head_sizes_of_the_cpu_engine() -> None:
 @pytest.mark.engine
 def test_models_that_overflow_in_float16() -> None:
     model = pytest.importorskip("vllm.config.model")
-    assert set(model._FLOAT16_NOT_SUPPORTED_MODELS) == NO_FLOAT16
+    assert set(model._FLOAT16_NOT_SUPPORTED_MODELS) == NO_FLOAT16_TYPES

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.config.lora_targets import SLOTS
+from toolkit.config.lora_targets import SLOT_LAYERS
 from toolkit.sizing import kv_bytes, lora_bytes
 from toolkit.sizing.spec import spec_from_values
 from toolkit.sizing.weight_bytes import weight_bytes
@@ -188,8 +188,10 @@ def test_slots_on_the_projections_are_those_of_the_engine(tiny_model):
     name, _, _ = tiny_model
     spec = spec_from_values(_config_values(name), name=name)
     for rank in RANKS:
-        allocated = _lora_buffer_bytes(tiny_model, rank, SLOTS)
-        assert lora_bytes.engine_lora_elements(spec, rank, 1, SLOTS) * ELEMENT_BYTES == allocated
+        allocated = _lora_buffer_bytes(tiny_model, rank, SLOT_LAYERS)
+        assert (
+            lora_bytes.engine_lora_elements(spec, rank, 1, SLOT_LAYERS) * ELEMENT_BYTES == allocated
+        )
 
 
 @pytest.mark.parametrize("tiny_model", ["deepseek_v3"], indirect=True)

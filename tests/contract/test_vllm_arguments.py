@@ -14,4 +14,6 @@ pytestmark = pytest.mark.contract
 def test_vllm_has_every_engine_argument() -> None:
     arguments = pytest.importorskip("vllm.engine.arg_utils").EngineArgs
     engine_arguments = {item.name for item in dataclasses.fields(arguments)}
-    assert {option.vllm for option in API_OPTIONS.values() if option.vllm} <= engine_arguments
+    assert {
+        option.vllm_argument for option in API_OPTIONS.values() if option.vllm_argument
+    } <= engine_arguments

@@ -393,7 +393,7 @@ def test_defined_names_of_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tree", source_trees(), ids=str)
 def test_gemma_2_has_no_separate_lm_head(tree: Path) -> None:
-    """What config/supported_features.ALWAYS_TIED says: other families create an lm_head."""
+    """What config/supported_features.ALWAYS_TIED_TYPES says: other families create an lm_head."""
     sources = {
         name: (tree / "model_executor" / "models" / f"{name}.py").read_text()
         for name in ("gemma2", "gemma3", "llama", "qwen3", "granite")

@@ -54,7 +54,7 @@ def test_its_chat_format_and_tokens_are_those_of_the_model(model: Path) -> None:
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
     assert GenerationConfig.from_pretrained(model).eos_token_id == 2
-    assert chat_format.template_in(model) is True
+    assert chat_format.folder_has_template(model) is True
     config = AutoConfig.from_pretrained(model)
     assert config.model_type == "llama"
     assert not hasattr(config, "quantization_config")
@@ -119,4 +119,4 @@ runtime: {{output_dir: {run}, engine: vllm}}
     command("export", str(run), "--to", str(tmp_path / "merged"), "--merge")
     exported = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert (exported.eos_token, exported.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert chat_format.template_in(tmp_path / "merged") is True
+    assert chat_format.folder_has_template(tmp_path / "merged") is True

@@ -129,7 +129,7 @@ def test_engine_arguments_that_we_hand_on_are_vllms() -> None:
     from toolkit.config.engine_settings import API_OPTIONS, OPTIONS
 
     known = {item.name for item in fields(EngineArgs)}
-    assert {API_OPTIONS[name].vllm for name in set(API_OPTIONS) - set(OPTIONS)} <= known
+    assert {API_OPTIONS[name].vllm_argument for name in set(API_OPTIONS) - set(OPTIONS)} <= known
 
 
 def test_both_engines_answer_alike(fast: Any, tmp_path: Path) -> None:

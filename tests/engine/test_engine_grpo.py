@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from toolkit import GRPOConfig, GRPOTrainer
 from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
-from toolkit.config.libraries import known
+from toolkit.config.libraries import allowed_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +163,7 @@ NEEDED = {
 OPTIONS: dict[str, dict[str, Any]] = {
     **{
         f"loss {name}": {"loss_type": name, **NEEDED.get(name, {})}
-        for name in known("loss_types").values
+        for name in allowed_values("loss_types").values
     },
     "num_iterations": {"num_iterations": 2, "max_steps": 4},
     "beta": {"beta": 0.1},

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from toolkit.base.errors import UnsupportedError
-from toolkit.config.lora_targets import SLOTS
+from toolkit.config.lora_targets import SLOT_LAYERS
 from toolkit.engine.open_engine import open_engine
 from toolkit.engine.rollout_request import Sampling
 
@@ -67,7 +67,7 @@ def test_projections_of_latent_attention(
     monkeypatch.setitem(engine_checkpoints.FAMILIES, family, FAMILIES[family])
     folder = engine_checkpoints.make(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    slots = (*SLOTS, *FOLLOWED[family], "kv_b_proj")
+    slots = (*SLOT_LAYERS, *FOLLOWED[family], "kv_b_proj")
     with open_engine(options(folder, lora_target_modules=slots)) as engine:
         for module in engine.module.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):

@@ -25,7 +25,7 @@ from pyarrow import parquet
 from toolkit.base.data_files import FILE_SUFFIXES
 from toolkit.base.errors import InputError, ToolkitError
 from toolkit.config.data_facts import _read
-from toolkit.config.data_scan import Wanted
+from toolkit.config.data_scan import DataSelection
 from toolkit.train.data import data_checks
 from toolkit.train.data.arrow_columns import as_dataset
 from toolkit.train.data.row_reader import read_data_file
@@ -108,13 +108,13 @@ def judge(
 
 def _both(path: Path, limit: int | None) -> None:
     _read.cache_clear()
-    facts = _read(path, Wanted("prompt", "answer"), "train", (0, 0))
+    facts = _read(path, DataSelection("prompt", "answer"), "train", (0, 0))
     refused = None
     try:
         _used(read_data_file(path, limit).table)
     except ToolkitError as error:
         refused = error
-    seen = facts.whole and facts.columns is not None
+    seen = facts.is_complete and facts.columns is not None
     if isinstance(refused, InputError):
         assert facts.problem or not seen, f"only training refuses it: {refused}"
     elif refused is None and limit is None:

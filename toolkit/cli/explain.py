@@ -45,11 +45,11 @@ def _explain_word(word: str) -> str:
             sys.stdin.buffer.read(MAX_PASTED_BYTES).decode("utf-8", errors="replace")
         )
     from toolkit.config.explain import explain as explain_name  # noqa: PLC0415 - after parsing
-    from toolkit.config.explain import unknown  # noqa: PLC0415
+    from toolkit.config.explain import unknown_topic_error  # noqa: PLC0415
 
     text = explain_name(word) or _explain_check(word)
     if text is None:
-        raise unknown(word, _check_names())
+        raise unknown_topic_error(word, _check_names())
     return text
 
 

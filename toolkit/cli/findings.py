@@ -116,24 +116,24 @@ class JsonPrinter(DocumentPrinter):
         self.entries.append(to_json(finding))
 
     def end(self, names: list[str]) -> None:
-        from toolkit.config.finding_output import report  # noqa: PLC0415
+        from toolkit.config.finding_output import findings_report  # noqa: PLC0415
 
-        self.dump(report(names, self.entries))
+        self.dump(findings_report(names, self.entries))
 
 
 class SarifPrinter(DocumentPrinter):
     """Print all findings as one SARIF log."""
 
     def show(self, finding: Finding) -> None:
-        from toolkit.config.sarif import result  # noqa: PLC0415
+        from toolkit.config.sarif import sarif_result  # noqa: PLC0415
 
-        self.entries.append(result(finding))
+        self.entries.append(sarif_result(finding))
 
     def end(self, names: list[str]) -> None:
-        from toolkit.config.sarif import log  # noqa: PLC0415
+        from toolkit.config.sarif import sarif_log  # noqa: PLC0415
 
         del names
-        self.dump(log(self.entries))
+        self.dump(sarif_log(self.entries))
 
 
 PRINTERS: dict[str, type[Printer]] = {
@@ -162,5 +162,5 @@ def unfixed_finding_lines(repair: Repair) -> Iterator[str]:
     """
     for finding in repair.choices:
         fixes = " or ".join(fix.text for fix in finding.fixes)
-        text = f"{finding.place}: {finding.rule} is not fixed, choose one of: {fixes}"
+        text = f"{finding.location}: {finding.rule} is not fixed, choose one of: {fixes}"
         yield redact(escape_unprintable(text))

@@ -84,11 +84,11 @@ def check_node(
         snapshot = with_locked_packages(snapshot, context.lock)
     results = run_checks(snapshot, context, **selection)
     if document is not None and not exit_code(results, node=node):
-        from toolkit.config.validate import accepted  # noqa: PLC0415 - only for a run file
+        from toolkit.config.validate import validated_config  # noqa: PLC0415 - only for a run file
 
         # The findings are reported after the checks. On a bad node, the missing GPU would otherwise
         # be reported as an error of the run file.
-        accepted(document, situation)
+        validated_config(document, situation)
     return snapshot, context, results
 
 
@@ -96,14 +96,16 @@ def _load_run(path: Path, overrides: Sequence[str]) -> tuple[Document, RunConfig
     """Return the document of a run file and the run that it describes. The run file is validated
     without facts about a GPU.
 
-    Raises the same errors as ``config.validate.accepted``.
+    Raises the same errors as ``config.validate.validated_config``.
     """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import Situation  # noqa: PLC0415 - as above
-    from toolkit.config.validate import accepted  # noqa: PLC0415 - as above
+    from toolkit.config.validate import validated_config  # noqa: PLC0415 - as above
 
     document = load_document(path, overrides)
-    return document, accepted(document, Situation(world_size=process_environment.world_size()))
+    return document, validated_config(
+        document, Situation(world_size=process_environment.world_size())
+    )
 
 
 def _node_situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
@@ -115,15 +117,15 @@ def _node_situation(snapshot: NodeSnapshot, gpu_index: int | None) -> Situation:
 
 def run_requirements(run: RunConfig, situation: Situation) -> dict[str, Any]:
     """Return the requirements that a run file has for a node, as arguments of CheckContext."""
-    from toolkit.config.environments import absent  # noqa: PLC0415 - only for a run file
+    from toolkit.config.environments import describe_missing_packages  # noqa: PLC0415 - only for a run file
     from toolkit.config.resolved import resolve_run  # noqa: PLC0415 - as above
     from toolkit.sizing.families import FAMILIES  # noqa: PLC0415 - as above
 
     return {
-        **resolve_run(run, situation).needs(),
+        **resolve_run(run, situation).machine_requirements(),
         "world_size": process_environment.local_world_size(),
         "sizer_model_types": tuple(FAMILIES),
-        "absent_packages": absent(run),
+        "absent_packages": describe_missing_packages(run),
     }
 
 

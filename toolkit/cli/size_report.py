@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import GIB, format_bytes, format_parameters
 from toolkit.cli.render import format_table, styled, terminal_width, wrap_text
-from toolkit.config.engine_settings import SIZED
+from toolkit.config.engine_settings import SIZED_OPTIONS
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import LoraSection, ModelSection, RunConfig
@@ -136,7 +136,7 @@ def _choice_table(result: SizingResult, config: RunConfig) -> str:
     ]
     if choice.fast_inference:
         # gpu_memory_utilization is printed above the table, with its interval
-        names = [name for name in SIZED if name != "gpu_memory_utilization"]
+        names = [name for name in SIZED_OPTIONS if name != "gpu_memory_utilization"]
         rows += [
             _choice_row(f"model.{name}", getattr(choice, name), config.model) for name in names
         ]

@@ -55,7 +55,7 @@ def _read_run_file(
 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.layers import load_document  # noqa: PLC0415
-    from toolkit.config.validate import refusal, validate  # noqa: PLC0415
+    from toolkit.config.validate import refusal_error, validate  # noqa: PLC0415
 
     document = load_document(path, overrides)
     validation = validate(document, situation)
@@ -69,7 +69,7 @@ def _read_run_file(
         or not (finding.path and finding.path[0] in SECTIONS_WITHOUT_SIZE)
     ]
     if blocking_errors:
-        raise refusal(document, blocking_errors)
+        raise refusal_error(document, blocking_errors)
     return build_config(document), document
 
 
@@ -85,7 +85,7 @@ def _default_run(model: str, overrides: Sequence[str], situation: Situation) -> 
     from toolkit.config.build import build_config  # noqa: PLC0415
     from toolkit.config.layers import assemble  # noqa: PLC0415
     from toolkit.config.source import Source  # noqa: PLC0415
-    from toolkit.config.validate import refusal, validate  # noqa: PLC0415
+    from toolkit.config.validate import refusal_error, validate  # noqa: PLC0415
 
     text = json.dumps({"model": {"model_name": model}})
     document = assemble(Source(model, text, Path.cwd(), None, "json"), overrides)
@@ -100,5 +100,5 @@ def _default_run(model: str, overrides: Sequence[str], situation: Situation) -> 
         )
     ]
     if errors:
-        raise refusal(document, errors)
+        raise refusal_error(document, errors)
     return build_config(document)

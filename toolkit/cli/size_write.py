@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError
 from toolkit.base.paths import rewrite_file
 from toolkit.cli.exits import report_write_errors
-from toolkit.config.engine_settings import SIZED
-from toolkit.config.layers import parse
+from toolkit.config.engine_settings import SIZED_OPTIONS
+from toolkit.config.layers import parse_source
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PLAIN_AUTO = ("auto", '"auto"', "'auto'")
 WRITABLE_KEYS = {
-    "model": (*SIZED, "fast_inference", "dtype"),
+    "model": (*SIZED_OPTIONS, "fast_inference", "dtype"),
     "lora": ("use_gradient_checkpointing", "target_modules"),
     "grpo": ("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -39,7 +39,7 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
         raise ConfigError("standard input cannot be rewritten", fix="give the path of the run file")
     edits: list[tuple[int, int, str, str]] = []
     not_written: list[str] = []
-    expected = parse(source).root.to_plain()
+    expected = parse_source(source).root.to_plain()
     for section, names in WRITABLE_KEYS.items():
         for name in names:
             node = document.node((section, name))
@@ -49,7 +49,11 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
             value = section_values[name] if section == "grpo" else getattr(section_values, name)
             if value == "auto":
                 continue
-            start, end, value_text = node.mark.start, node.mark.end, _format_value(value, node)
+            start, end, value_text = (
+                node.position.start,
+                node.position.end,
+                _format_value(value, node),
+            )
             if node.source is not source:
                 not_written.append(
                     f'{section}.{name}: {value_text} (this "auto" is in {node.source.name})'
@@ -64,7 +68,7 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
     text = source.text
     for start, end, value_text, _ in sorted(edits, reverse=True):
         text = text[:start] + value_text + text[end:]
-    if parse(replace(source, text=text)).root.to_plain() != expected:
+    if parse_source(replace(source, text=text)).root.to_plain() != expected:
         raise ConfigError(
             "the chosen values cannot be written without changing other values of the file",
             where=source.name,

@@ -134,17 +134,17 @@ def _load_run(
     """
     from toolkit.config.layers import load_document  # noqa: PLC0415 - modules with heavy imports are imported when they are used
     from toolkit.config.resolved import Situation  # noqa: PLC0415
-    from toolkit.config.validate import accepted  # noqa: PLC0415
+    from toolkit.config.validate import validated_config  # noqa: PLC0415
 
     try:
         document = load_document(run_file, overrides)
-        config = accepted(document, Situation(world_size=world_size))
+        config = validated_config(document, Situation(world_size=world_size))
     except ToolkitError:
         # torchrun ends all processes when the first process ends. Only rank 0 ends at once, so that
         # the error is printed once.
         time.sleep(OTHER_RANKS_DELAY_S if process_environment.rank() else 0.0)
         raise
-    return config, lambda here: accepted(document, here)
+    return config, lambda here: validated_config(document, here)
 
 
 def _print_resolved_run(config: RunConfig, world_size: int) -> None:

@@ -131,13 +131,13 @@ def _apply_fixes(name: str, request: _Options) -> None:
     from toolkit.base.paths import rewrite_file  # noqa: PLC0415
     from toolkit.cli.exits import report_write_errors  # noqa: PLC0415
     from toolkit.config.fix import fix_source  # noqa: PLC0415
-    from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
+    from toolkit.config.text_reader import UnreadableText, read_source  # noqa: PLC0415
 
     if name == "-":
         raise InputError("--fix cannot rewrite standard input", fix="give the path of the run file")
     try:
         source = read_source(name)
-    except Unreadable:
+    except UnreadableText:
         return  # validation reports why the file cannot be read
     repair = fix_source(source, request.overrides, request.situation)
     if repair.source.text != source.text:
@@ -186,7 +186,7 @@ def _interval_findings(
         f"which is {low:.3f} to {high:.3f}",
         path=("model", "gpu_memory_utilization"),
         source=node.source,
-        mark=node.mark,
+        position=node.position,
         notes=(
             f"the sizer computed this interval for {request.card.name}; `envcheck size --gpu` "
             "shows the whole memory budget",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.model_facts import ADAPTER_CONFIG, read_json
-from toolkit.config.run_paths import resolve
+from toolkit.config.run_paths import resolve_path
 from toolkit.config.supported_features import REWRITING_INITS, Problem
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def read_adapter(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def inherited(node: Node | None) -> dict[str, Any]:
+def inherited_settings(node: Node | None) -> dict[str, Any]:
     """Return the settings of the adapter in the folder ``lora.adapter_path``, as a dict from keys
     of the ``lora`` section to values. The dict is empty if the folder has no readable
     adapter_config.json. ``node`` is the node of ``lora.adapter_path`` in the run file.
     """
     if node is None or not isinstance(node.value, str):
         return {}
-    values = read_adapter(resolve(node.value, node)) or {}
+    values = read_adapter(resolve_path(node.value, node)) or {}
     found = {name: values[name] for name in INHERITED if values.get(name) is not None}
     alpha = found.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
@@ -66,7 +66,7 @@ def inherited(node: Node | None) -> dict[str, Any]:
     return found
 
 
-def other_fields(values: Mapping[str, Any]) -> list[str]:
+def unsupported_fields(values: Mapping[str, Any]) -> list[str]:
     """Return the names of the fields of adapter_config.json that this toolkit does not read, and
     whose value is not PEFT's default. ``values`` is the content of adapter_config.json.
     """
@@ -93,7 +93,7 @@ def start_problem(values: Mapping[str, Any]) -> Problem | None:
             "save_pretrained(path_initial_model_for_weight_conversion="
             "...), or start from an adapter with init_lora_weights true",
         )
-    for name in (*API_ONLY, *other_fields(values)):
+    for name in (*API_ONLY, *unsupported_fields(values)):
         if values.get(name):
             return Problem(
                 "lora.adapter_path",

@@ -7,7 +7,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.adapter_facts import inherited
+from toolkit.config.adapter_facts import inherited_settings
 from toolkit.config.run_config import (
     DatasetSection,
     EnvironmentSection,
@@ -39,7 +39,7 @@ def build_config(document: Document) -> RunConfig:
         name: _section(root.value.get(name))
         for name in ("model", "lora", "dataset", "runtime", "reward")
     }
-    for name, value in inherited(document.node(("lora", "adapter_path"))).items():
+    for name, value in inherited_settings(document.node(("lora", "adapter_path"))).items():
         sections["lora"].setdefault(name, freeze(value))
     grpo = dict(_section(root.value.get("grpo")))
     functions = list(sections["reward"].pop("functions", ()))

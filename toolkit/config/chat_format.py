@@ -5,8 +5,8 @@ trained on chats. If the prompt column contains lists of messages, they are alwa
 The meaning of "auto" does not depend on ``dataset.system``. If prompts stay plain text, the system
 text is put before each prompt.
 
-The function ``usable`` decides whether a chat template can be used, both for the files of a
-tokenizer and for a loaded tokenizer.
+The function ``is_usable_template`` decides whether a chat template can be used, both for the files
+of a tokenizer and for a loaded tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
 
 TEMPLATE_FILE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -36,7 +36,7 @@ CHATS_WITHOUT_TEMPLATE_FIX = (
 )
 
 
-def usable(template: Any) -> bool:
+def is_usable_template(template: Any) -> bool:
     """Whether chats can be rendered with ``template``, the ``chat_template`` of a loaded tokenizer
     or of tokenizer_config.json. Chats can be rendered with a single template, and with a collection
     of templates if one of them is named "default".
@@ -51,13 +51,15 @@ def usable(template: Any) -> bool:
     return False
 
 
-def template_in(folder: Path) -> bool | None:
+def folder_has_template(folder: Path) -> bool | None:
     """Whether the tokenizer in ``folder`` has a chat template; None if the folder contains no
     tokenizer. The files are read in the order in which transformers 5.17 reads them.
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only when a rule asks
 
-    named = {path.stem: path for path in _files(folder / MORE_TEMPLATES) if path.suffix == ".jinja"}
+    named = {
+        path.stem: path for path in _files(folder / ADDITIONAL_TEMPLATES) if path.suffix == ".jinja"
+    }
     main = folder / TEMPLATE_FILE
     if main.is_file():
         named.setdefault("default", main)
@@ -65,12 +67,12 @@ def template_in(folder: Path) -> bool | None:
         return "default" in named and _has_text(named["default"])
     config = read_json(folder / TOKENIZER_CONFIG)
     if isinstance(config, dict):
-        return usable(config.get("chat_template"))
+        return is_usable_template(config.get("chat_template"))
     here = any((folder / name).is_file() for name in _OTHER_TOKENIZER_FILES)
     return False if here else None
 
 
-def template_of(model_name: str, revision: str | None = None) -> bool | None:
+def model_has_template(model_name: str, revision: str | None = None) -> bool | None:
     """Whether the tokenizer of a model has a chat template; None if the model is not on this
     machine. ``model_name`` is a model folder or a hub id. A hub id is looked up in the hub cache,
     and nothing is downloaded.
@@ -81,10 +83,10 @@ def template_of(model_name: str, revision: str | None = None) -> bool | None:
         if cached is None:
             return None
         folder = cached
-    return template_in(folder)
+    return folder_has_template(folder)
 
 
-def chosen(chat: bool | str, template: bool | None) -> bool | None:
+def resolve_chat(chat: bool | str, template: bool | None) -> bool | None:
     """Return ``chat``, the value of ``dataset.chat``. If it is "auto", return ``template`` instead.
 
     ``template`` says whether the tokenizer has a chat template. It is None if the tokenizer is not
@@ -93,7 +95,7 @@ def chosen(chat: bool | str, template: bool | None) -> bool | None:
     return chat if isinstance(chat, bool) else template
 
 
-def refuse_chats(config: RunConfig, template: bool | None) -> None:
+def check_chat_template(config: RunConfig, template: bool | None) -> None:
     """Raise ConfigError if ``dataset.chat`` is true and the tokenizer has no chat template."""
     if config.dataset.chat is True and template is False:
         raise ConfigError(

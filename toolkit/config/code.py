@@ -22,7 +22,7 @@ MAX_SOURCE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FunctionFacts:
     """A function as its source code defines it. ``parameters`` is None if the parameters cannot be
     read from the source, for example if the function has a decorator or is defined by an
     assignment.
@@ -33,11 +33,11 @@ class Found:
     # True: the function could not be checked on this machine, so it may still be valid.
     unknown: bool = False
     parameters: tuple[str, ...] | None = None
-    needed: tuple[str, ...] = ()
-    takes_anything: bool = False
+    required: tuple[str, ...] = ()
+    accepts_any_keyword: bool = False
 
     @property
-    def shown(self) -> str:
+    def signature(self) -> str:
         """The function's name and parameters as text, for messages."""
         return f"{self.name}({', '.join(self.parameters or ())})"
 
@@ -47,56 +47,58 @@ def is_allowed(module: str, allow_code: Iterable[str]) -> bool:
     return any(module == allowed or module.startswith(f"{allowed}.") for allowed in allow_code)
 
 
-def find_function(module: str, name: str, folder: Path) -> Found:
+def find_function(module: str, name: str, folder: Path) -> FunctionFacts:
     """Return what the source code of ``module`` says about the function ``name``. The module is
     searched for in ``folder`` (the folder of the run file), then on the Python path.
     """
     read = _parsed(module, name, folder)
-    return read if isinstance(read, Found) else _in_tree(read[0], name, read[1])
+    return read if isinstance(read, FunctionFacts) else _in_tree(read[0], name, read[1])
 
 
-def find_name(module: str, name: str, folder: Path, path: Sequence[str] | None = None) -> Found:
+def find_name(
+    module: str, name: str, folder: Path, path: Sequence[str] | None = None
+) -> FunctionFacts:
     """Look for ``name`` in the source code of ``module``. ``name`` can be any name that the module
     defines or imports, such as a class or ``__all__``. The ``problem`` of the result says why the
     name was not found; None if it was found. ``path`` is the Python path to search; None means that
     of this interpreter.
     """
     read = _parsed(module, name, folder, path)
-    if isinstance(read, Found):
+    if isinstance(read, FunctionFacts):
         return read
     tree, file = read
     functions, others = _names(tree)
     names = {*functions, *others}
     if {name, "*"} & names:
-        return Found(name)
+        return FunctionFacts(name)
     close = nearest(name, names)
     meant = f" (did you mean {close}?)" if close else ""
-    return Found(name, f"{file} does not define {name}{meant}")
+    return FunctionFacts(name, f"{file} does not define {name}{meant}")
 
 
 def _parsed(
     module: str, name: str, folder: Path, path: Sequence[str] | None = None
-) -> Found | tuple[ast.Module, Path]:
+) -> FunctionFacts | tuple[ast.Module, Path]:
     """Return the syntax tree of ``module`` and the path of its file. If there is no syntax tree,
-    return a ``Found`` with the reason.
+    return a ``FunctionFacts`` with the reason.
     """
     file = module_file(module, folder, path)
     if file is None:
-        return Found(
+        return FunctionFacts(
             name,
             f"module {module} is neither next to the run file nor on the Python path",
             unknown=True,
         )
     if file.suffix != ".py":
-        return Found(name)
+        return FunctionFacts(name)
     try:
         return ast.parse(read_bytes(file, limit=MAX_SOURCE_BYTES), str(file)), file
     except InputError as error:
-        return Found(name, f"{file}: {error.message}", unknown=True)
+        return FunctionFacts(name, f"{file}: {error.message}", unknown=True)
     except SyntaxError as error:
-        return Found(name, f"{file}:{error.lineno}: {error.msg}")
+        return FunctionFacts(name, f"{file}:{error.lineno}: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
-        return Found(name, f"{file} cannot be read: {error}", unknown=True)
+        return FunctionFacts(name, f"{file} cannot be read: {error}", unknown=True)
 
 
 def module_file(module: str, folder: Path, path: Sequence[str] | None = None) -> Path | None:
@@ -137,19 +139,19 @@ def _names(
     return functions, others
 
 
-def _in_tree(tree: ast.Module, name: str, file: Path) -> Found:
+def _in_tree(tree: ast.Module, name: str, file: Path) -> FunctionFacts:
     functions, others = _names(tree)
     function = functions.get(name)
     if function is None:
         if name in others or "*" in others:
-            return Found(name)
-        return Found(name, f"{file} has no function {name}")
+            return FunctionFacts(name)
+        return FunctionFacts(name, f"{file} has no function {name}")
     if function.decorator_list:
-        return Found(name)  # the effect of a decorator cannot be read from the source
+        return FunctionFacts(name)  # the effect of a decorator cannot be read from the source
     return _signature(function)
 
 
-def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Found:
+def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionFacts:
     arguments = function.args
     plain = [one.arg for one in (*arguments.posonlyargs, *arguments.args)]
     keyword = [one.arg for one in arguments.kwonlyargs]
@@ -159,9 +161,9 @@ def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Found:
     ]
     star = [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     stars = [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    return Found(
+    return FunctionFacts(
         function.name,
         parameters=(*plain, *star, *keyword, *stars),
-        needed=tuple(required),
-        takes_anything=arguments.kwarg is not None and not arguments.posonlyargs,
+        required=tuple(required),
+        accepts_any_keyword=arguments.kwarg is not None and not arguments.posonlyargs,
     )

@@ -24,11 +24,11 @@ from toolkit.base.data_files import (
 )
 from toolkit.base.errors import ToolkitError, first_line
 from toolkit.base.packed import RATIO_FREE_BYTES, READ_BYTES
-from toolkit.config.data_scan import DataFacts, Unscanned, Wanted, rows_of, scan
-from toolkit.config.data_types import no_prompt
-from toolkit.config.run_paths import ARCHIVES, resolve
+from toolkit.config.data_scan import DataFacts, DataSelection, Unscanned, read_rows, scan
+from toolkit.config.data_types import prompt_type_message
+from toolkit.config.run_paths import ARCHIVES, resolve_path
 
-__all__ = ["NO_DATA", "DataFacts", "data_of"]
+__all__ = ["NO_DATA", "DataFacts", "read_data_facts"]
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document
@@ -38,7 +38,7 @@ LOOK_BYTES = 64 << 20
 NO_DATA = "the run file names no data set, so there are no prompts to train on"
 
 
-def data_of(document: Document, key: str) -> DataFacts | None:
+def read_data_facts(document: Document, key: str) -> DataFacts | None:
     """Return the facts of the data set at ``dataset.path`` (``key`` is "path") or
     ``dataset.eval_path`` (``key`` is "eval_path"). Return None if the key is not set or its path
     does not exist.
@@ -46,12 +46,12 @@ def data_of(document: Document, key: str) -> DataFacts | None:
     node = document.node(("dataset", key))
     if node is None or not isinstance(node.value, str):
         return None
-    path = resolve(node.value, node)
+    path = resolve_path(node.value, node)
     if not os.path.lexists(path) or (path.is_symlink() and _leads_nowhere(path)):
         return None
     if fault := path_fault(path):
         return DataFacts(path, problem=fault)
-    wanted = Wanted(
+    wanted = DataSelection(
         prompt=_text(document, "prompt") or "prompt",
         answer=_text(document, "answer"),
         limit=_limit(document, "limit" if key == "path" else "eval_limit"),
@@ -85,7 +85,7 @@ def _text(document: Document, key: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, wanted: Wanted, split: str, _stamp: tuple[int, int]) -> DataFacts:
+def _read(path: Path, wanted: DataSelection, split: str, _stamp: tuple[int, int]) -> DataFacts:
     """Return the facts of the data file or saved folder at ``path``. The result is cached.
     ``_stamp`` is the time of the last change and the size of the file. It is part of the cache key,
     so that a changed file is read again.
@@ -93,7 +93,7 @@ def _read(path: Path, wanted: Wanted, split: str, _stamp: tuple[int, int]) -> Da
     try:
         return _facts(path, wanted, split)
     except Unscanned:
-        return DataFacts(path, whole=False)
+        return DataFacts(path, is_complete=False)
     except ToolkitError as error:
         line = (error.where or "").removeprefix(str(path)).strip(":")
         place = f"line {line}: " if line.isdigit() else ""
@@ -106,9 +106,9 @@ def _read(path: Path, wanted: Wanted, split: str, _stamp: tuple[int, int]) -> Da
         return DataFacts(path, problem=first_line(error))
 
 
-def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
+def _facts(path: Path, wanted: DataSelection, split: str) -> DataFacts:
     if path.is_dir():
-        return DataFacts(path, _folder_columns(path, split), whole=False)
+        return DataFacts(path, _folder_columns(path, split), is_complete=False)
     if path.name.lower().endswith(ARCHIVES):
         return _archive(path)
     kind = data_file_type(path)
@@ -120,25 +120,25 @@ def _facts(path: Path, wanted: Wanted, split: str) -> DataFacts:
 
             fault = arrow_fault(file)
             told = fault and unreadable_table_message("Arrow", fault)
-            return DataFacts(path, whole=False, problem=told)
+            return DataFacts(path, is_complete=False, problem=told)
         if kind.suffix == ".parquet":
             return _parquet(file, path, wanted)
-        found = scan(path, wanted, rows_of(file, path, kind.suffix))
-        if kind.packed and not found.whole:
+        found = scan(path, wanted, read_rows(file, path, kind.suffix))
+        if kind.packed and not found.is_complete:
             _unpack_on(file)
         return found
 
 
-def _parquet(file: IO[bytes], path: Path, wanted: Wanted) -> DataFacts:
+def _parquet(file: IO[bytes], path: Path, wanted: DataSelection) -> DataFacts:
     from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - only Parquet files need it
 
     if fault := parquet_fault(file):
         return DataFacts(path, problem=unreadable_table_message("Parquet", fault))
     names = parquet_columns(file)
     kind = number_column(file, wanted.prompt)
-    wrong = kind and f"column {wanted.prompt!r} {no_prompt(kind)}"
+    wrong = kind and f"column {wanted.prompt!r} {prompt_type_message(kind)}"
     return DataFacts(
-        path, names, whole=False, problem=column_names_fault(names or ()), refused=wrong
+        path, names, is_complete=False, problem=column_names_fault(names or ()), refused_row=wrong
     )
 
 
@@ -147,7 +147,9 @@ def _archive(path: Path) -> DataFacts:
 
     names = list_files(path, max_bytes_read=LOOK_BYTES)
     count = 1 if names is None else sum(data_file_type(Path(name)) is not None for name in names)
-    return DataFacts(path, whole=False, problem=None if count == 1 else file_count_message(count))
+    return DataFacts(
+        path, is_complete=False, problem=None if count == 1 else file_count_message(count)
+    )
 
 
 def _unpack_on(file: IO[bytes]) -> None:

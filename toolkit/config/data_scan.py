@@ -22,14 +22,14 @@ from toolkit.base.data_files import (
     parse_json_value,
 )
 from toolkit.config.data_types import (
-    EXACT,
-    Kind,
-    Misfit,
+    EXACT_FLOAT_INTEGERS,
+    ColumnType,
     TooDeep,
-    misfit,
-    too_deep,
-    wrong_chat,
-    wrong_prompt,
+    TypeMismatch,
+    chat_fault,
+    prompt_fault,
+    too_deep_message,
+    type_mismatch_message,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _NUL = "\\u0000"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DataSelection:
     """The columns that a run reads from a data file, and the maximum number of rows that it reads
     (None: all rows).
     """
@@ -62,15 +62,15 @@ class DataFacts:
     path: Path
     columns: tuple[str, ...] | None = None
     rows: int = 0
-    empty: int = 0
-    repeated: int = 0
-    unanswered: int = 0  # rows whose answer is null
-    chats: int = 0  # prompts that are chats written as JSON text
-    whole: bool = True  # all rows were read
+    empty_prompts: int = 0
+    repeated_prompts: int = 0
+    missing_answers: int = 0  # rows whose answer is null
+    json_chats: int = 0  # prompts that are chats written as JSON text
+    is_complete: bool = True  # all rows were read
     problem: str | None = None
-    messages: bool | None = None  # whether the prompts are lists of messages (else texts)
+    has_message_lists: bool | None = None  # whether the prompts are lists of messages (else texts)
     # the position of the first row that training refuses, and the reason
-    refused: str | None = None
+    refused_row: str | None = None
 
 
 class Unscanned(Exception):
@@ -88,9 +88,9 @@ class _Types:
     values in its column.
     """
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: DataSelection) -> None:
         self.wanted, self.left = wanted, wanted.limit
-        self.kinds: dict[str, Kind] = {}
+        self.kinds: dict[str, ColumnType] = {}
         self.firsts: dict[str, Any] = {}
         # The first fault, depending on how the prompts are used: as plain text, or as chats that
         # are parsed from JSON text.
@@ -109,7 +109,7 @@ class _Types:
         told = self._misfit(row) or self._wrong(row)
         if told is not None:
             self.plain = self.plain or f"{place}: {told}"
-        wrong = None if chat is None else wrong_chat(chat)
+        wrong = None if chat is None else chat_fault(chat)
         if wrong is not None:
             self.parsed = self.parsed or f"{place}: column {self.wanted.prompt!r} {wrong}"
 
@@ -119,20 +119,22 @@ class _Types:
             if value is None:
                 continue
             first = self.firsts.setdefault(name, value)
-            if kind is type(first) and (kind is str or (kind is int and value in EXACT)):
+            if kind is type(first) and (
+                kind is str or (kind is int and value in EXACT_FLOAT_INTEGERS)
+            ):
                 continue  # fits; a full check of every value would be slow
             try:
-                self._kind(name, first).take(value)
+                self._kind(name, first).add(value)
             except TooDeep:
-                return too_deep(name)
-            except Misfit:
-                return misfit(name, value, first)
+                return too_deep_message(name)
+            except TypeMismatch:
+                return type_mismatch_message(name, value, first)
         return None
 
-    def _kind(self, name: str, first: Any) -> Kind:
+    def _kind(self, name: str, first: Any) -> ColumnType:
         if name not in self.kinds:
-            self.kinds[name] = Kind()
-            self.kinds[name].take(first)
+            self.kinds[name] = ColumnType()
+            self.kinds[name].add(first)
         return self.kinds[name]
 
     def _wrong(self, row: dict[str, Any]) -> str | None:
@@ -141,11 +143,11 @@ class _Types:
             return None
         if self.lists is None:
             self.lists = isinstance(prompt, list)
-        wrong = wrong_prompt(prompt, chats=self.lists)
+        wrong = prompt_fault(prompt, chats=self.lists)
         return None if wrong is None else f"column {self.wanted.prompt!r} {wrong}"
 
 
-def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
+def scan(path: Path, wanted: DataSelection, rows: Iterator[Row | None]) -> DataFacts:
     """Read ``rows`` and return their facts. A None in ``rows`` means that the file has further
     rows, which are not read.
     """
@@ -190,8 +192,8 @@ def scan(path: Path, wanted: Wanted, rows: Iterator[Row | None]) -> DataFacts:
         unanswered if wanted.answer in columns else 0,
         chats,
         whole,
-        messages=True if all_chats else messages,
-        refused=types.plain or (types.parsed if all_chats else None),
+        has_message_lists=True if all_chats else messages,
+        refused_row=types.plain or (types.parsed if all_chats else None),
     )
 
 
@@ -204,7 +206,7 @@ def _has_text(prompt: str | list[Any]) -> bool:
     )
 
 
-def rows_of(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
+def read_rows(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
     """Yield the rows of a text file, and None at the end if the file is longer than the limit."""
     if suffix in (".csv", ".tsv"):
         return _csv_rows(file, "\t" if suffix == ".tsv" else ",")

@@ -12,7 +12,7 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INT64 = range(-(1 << 63), 1 << 63)
-EXACT = range(-(1 << 53), (1 << 53) + 1)
+EXACT_FLOAT_INTEGERS = range(-(1 << 53), (1 << 53) + 1)
 """The integers that a 64-bit float represents exactly. A column of floats accepts only these
 integers.
 """
@@ -29,37 +29,39 @@ _WORDS = {
 }
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """Return the name of the type of a JSON value, for messages."""
     return "null" if value is None else _WORDS.get(type(value), "a number")
 
 
-def misfit(name: str, value: Any, first: Any) -> str:
+def type_mismatch_message(name: str, value: Any, first: Any) -> str:
     """Return the message for a column with values of different types. ``name`` is the name of the
     column, ``value`` is the wrong value, and ``first`` is an earlier value of the column.
     """
-    before = f" and {kind_of(first)} in earlier rows" if kind_of(first) != kind_of(value) else ""
-    held = f"column {name!r} has {kind_of(value)} in this row{before}"
+    before = (
+        f" and {type_name(first)} in earlier rows" if type_name(first) != type_name(value) else ""
+    )
+    held = f"column {name!r} has {type_name(value)} in this row{before}"
     return f"{held}, and a column can have only one type"
 
 
-MISFIT_FIX = "give every row of the column the same type"
+TYPE_MISMATCH_FIX = "give every row of the column the same type"
 
 
-class Misfit(Exception):
+class TypeMismatch(Exception):
     """Raised if the type of a value differs from the earlier values of its column."""
 
 
-class TooDeep(Misfit):
+class TooDeep(TypeMismatch):
     """Raised if a value is nested in more than ``MAX_DEPTH`` lists and objects."""
 
 
-def too_deep(name: str) -> str:
+def too_deep_message(name: str) -> str:
     """Return the message for a column whose values are nested too deeply."""
     return f"column {name!r} is nested deeper than {MAX_DEPTH} levels"
 
 
-class Kind:
+class ColumnType:
     """The type of a column, as the values that were checked so far show it.
 
     Arrow accepts a boolean after a float, and so does this class. If the boolean comes before the
@@ -72,11 +74,11 @@ class Kind:
     def __init__(self) -> None:
         self.type: type | None = None
         self.floats = self.wide = False
-        self.item: Kind | None = None
-        self.fields: dict[str, Kind] = {}
+        self.item: ColumnType | None = None
+        self.fields: dict[str, ColumnType] = {}
 
-    def take(self, value: Any, depth: int = 0) -> None:
-        """Raise Misfit if ``value`` has another type than the earlier values."""
+    def add(self, value: Any, depth: int = 0) -> None:
+        """Raise TypeMismatch if ``value`` has another type than the earlier values."""
         if value is None:
             return
         # integers and floats count as one type
@@ -87,48 +89,48 @@ class Kind:
             if depth > MAX_DEPTH:
                 raise TooDeep
             if self.type is not None:
-                raise Misfit
+                raise TypeMismatch
             self.type = kind
         if kind is float:
             self._number(value)
         elif kind is list:
-            self.item = self.item or Kind()
+            self.item = self.item or ColumnType()
             for item in value:
-                self.item.take(item, depth + 1)
+                self.item.add(item, depth + 1)
         elif kind is dict:
             for name, item in value.items():
-                self.fields.setdefault(name, Kind()).take(item, depth + 1)
+                self.fields.setdefault(name, ColumnType()).add(item, depth + 1)
 
     def _number(self, value: float) -> None:
         if type(value) is float:
             self.floats = True
         else:
             if value not in INT64:
-                raise Misfit
-            self.wide = self.wide or value not in EXACT
+                raise TypeMismatch
+            self.wide = self.wide or value not in EXACT_FLOAT_INTEGERS
         if self.floats and self.wide:
-            raise Misfit
+            raise TypeMismatch
 
 
-def wrong_prompt(prompt: Any, *, chats: bool) -> str | None:
+def prompt_fault(prompt: Any, *, chats: bool) -> str | None:
     """Return a text that says what is wrong with a prompt; None if it is valid. ``chats`` says
     whether the prompts of the column are chats (lists of messages) or texts.
     """
     if chats:
-        return wrong_chat(prompt or [])
+        return chat_fault(prompt or [])
     if prompt is None or isinstance(prompt, str):
         return None
-    return no_prompt(type(prompt).__name__)
+    return prompt_type_message(type(prompt).__name__)
 
 
-def no_prompt(kind: str) -> str:
+def prompt_type_message(kind: str) -> str:
     """Return the message for a prompt of the Python type ``kind``, which is neither a text nor a
     list.
     """
     return f"must be a text or a list of messages, not {kind}"
 
 
-def wrong_chat(messages: list[Any]) -> str | None:
+def chat_fault(messages: list[Any]) -> str | None:
     """Return a text that says what is wrong with a chat prompt; None if it is valid."""
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -27,18 +27,20 @@ class StopReading(Exception):
 class Node:
     """A value with its position. ``value`` is a scalar, a list of nodes, or a dict of nodes."""
 
-    __slots__ = ("key", "mark", "note", "plain", "source", "value")
+    __slots__ = ("is_plain", "key_position", "position", "source", "value", "yaml11_warning")
 
     def __init__(self, value: Any, mark: Position, source: Source, *, plain: bool = False) -> None:
         self.value = value
-        self.mark = mark
+        self.position = mark
         self.source = source
         # True for an unquoted YAML scalar. Its type is determined by its spelling.
-        self.plain = plain
-        self.key: Position | None = None  # the key's position, if this is a value in a mapping
+        self.is_plain = plain
+        self.key_position: Position | None = (
+            None  # the key's position, if this is a value in a mapping
+        )
         # A warning that YAML 1.1 would read another value. It is reported unless the node has an
         # error.
-        self.note: Finding | None = None
+        self.yaml11_warning: Finding | None = None
 
     def to_plain(self) -> Any:
         """Return the value of this node as dict, list and scalars, without positions."""
@@ -60,7 +62,7 @@ class Node:
                 yield from child.walk((*path, index))
 
 
-def empty(source: Source) -> Node:
+def empty_root(source: Source) -> Node:
     """Return the root node of an empty document."""
     return Node({}, Position(1, 1, 0, 0), source)
 
@@ -74,9 +76,9 @@ class Document:
     source: Source
     root: Node
     findings: list[Finding] = field(default_factory=list)
-    readable: bool = True  # False: the file could not be read at all (exit code 2)
+    is_readable: bool = True  # False: the file could not be read at all (exit code 2)
     # False: reading stopped early, so that a missing key may be in the unread part.
-    whole: bool = True
+    is_complete: bool = True
 
     def node(self, path: KeyPath) -> Node | None:
         """Return the node at ``path``; None if the run file does not set that key."""

@@ -42,27 +42,27 @@ which only vLLM checks.
 class Option(NamedTuple):
     """The properties of one option besides its name, type and default.
 
-    ``api`` is the default of ``from_pretrained``. None means that vLLM chooses the value. ``vllm``
-    is the name of the argument of ``vllm.LLM`` that gets the option's value. None means that vLLM
-    has no such argument, and the toolkit implements the option itself. ``values`` maps the option's
-    value to the value of the vLLM argument. If the result is None, the argument is not passed.
-    ``sized`` says whether `envcheck size` chooses a value for "auto" (and writes it to the run file
-    with ``--write``).
+    ``api_default`` is the default of ``from_pretrained``. None means that vLLM chooses the value.
+    ``vllm_argument`` is the name of the argument of ``vllm.LLM`` that gets the option's value. None
+    means that vLLM has no such argument, and the toolkit implements the option itself.
+    ``vllm_values`` maps the option's value to the value of the vLLM argument. If the result is
+    None, the argument is not passed. ``is_sized`` says whether `envcheck size` chooses a value for
+    "auto" (and writes it to the run file with ``--write``).
     """
 
     kind: Kind
-    api: Any
+    api_default: Any
     description: str = ""
-    vllm: str | None = None
-    values: Mapping[Any, Any] = MappingProxyType({})
-    auto: str | None = None
+    vllm_argument: str | None = None
+    vllm_values: Mapping[Any, Any] = MappingProxyType({})
+    auto_description: str | None = None
     examples: tuple[Any, ...] = ()
     unit: str | None = None
     rule: str | None = None
     nullable: bool = False
-    with_lora: bool = False
-    on_gpu: bool = False
-    sized: bool = False
+    needs_lora: bool = False
+    gpu_only: bool = False
+    is_sized: bool = False
 
 
 def _option(default: Any, kind: Kind, **facts: Any) -> Any:
@@ -76,7 +76,7 @@ class EngineSettings:
     share_weights: bool = _option(
         True,
         "switch",
-        api=True,
+        api_default=True,
         description="true: engine and trainer use one copy of the base weights. false: each has its"
         " own copy, which is necessary for models whose weights cannot be shared.",
         examples=(True, False),
@@ -84,164 +84,165 @@ class EngineSettings:
     max_lora_rank: int | Auto = _option(
         "auto",
         "rank",
-        api=64,
+        api_default=64,
         description="The largest adapter rank that the engine can load. vLLM allows only these "
         "values. auto chooses the smallest value that is at least lora.r.",
-        vllm="max_lora_rank",
-        auto="the smallest allowed rank that is at least lora.r",
+        vllm_argument="max_lora_rank",
+        auto_description="the smallest allowed rank that is at least lora.r",
         examples=("auto", 16, 64),
         unit="rank",
         rule="LORA002",
-        with_lora=True,
-        sized=True,
+        needs_lora=True,
+        is_sized=True,
     )
     gpu_memory_utilization: float | Auto = _option(
         "auto",
         "share",
-        api=0.5,
+        api_default=0.5,
         description="The fraction of the GPU's memory that the engine may use for weights and "
         "KV cache. auto: the toolkit computes it from the model, the GPU's memory and the "
         "memory that the trainer needs.",
-        vllm="gpu_memory_utilization",
-        auto="computed from the model, the GPU's memory and the memory that the trainer needs",
+        vllm_argument="gpu_memory_utilization",
+        auto_description="computed from the model, the GPU's memory and the memory that the trainer"
+        " needs",
         examples=("auto", 0.5, 0.6),
         unit="fraction of the GPU's memory",
         rule="LOAD008",
-        on_gpu=True,
-        sized=True,
+        gpu_only=True,
+        is_sized=True,
     )
     float8_kv_cache: bool = _option(
         False,
         "switch",
-        api=False,
+        api_default=False,
         description="Store the KV cache in 8-bit floating point, so that it has room for twice as "
         "many tokens. This needs a GPU of compute capability 8.0 or higher; it is fast from 8.9.",
-        vllm="kv_cache_dtype",
-        values=MappingProxyType({True: "fp8", False: None}),
+        vllm_argument="kv_cache_dtype",
+        vllm_values=MappingProxyType({True: "fp8", False: None}),
         examples=(False,),
     )
     max_num_seqs: int | Auto = _option(
         "auto",
         "count",
-        api=None,
+        api_default=None,
         description="The maximum number of sequences that the engine decodes at the same time.",
-        vllm="max_num_seqs",
-        auto="computed from the size of the KV cache and the batch size",
+        vllm_argument="max_num_seqs",
+        auto_description="computed from the size of the KV cache and the batch size",
         examples=("auto", 64),
         unit="sequences",
-        sized=True,
+        is_sized=True,
     )
     max_num_batched_tokens: int | Auto = _option(
         "auto",
         "count",
-        api=None,
+        api_default=None,
         description="The maximum number of tokens that the engine processes in one step.",
-        vllm="max_num_batched_tokens",
-        auto="chosen by `envcheck size`, which may leave the choice to vLLM",
+        vllm_argument="max_num_batched_tokens",
+        auto_description="chosen by `envcheck size`, which may leave the choice to vLLM",
         examples=("auto", 8192),
         unit="tokens",
-        sized=True,
+        is_sized=True,
     )
     kv_cache_bytes: int | Auto | None = _option(
         "auto",
         "count",
-        api=None,
+        api_default=None,
         description="The size of the KV cache in bytes if the engine runs on a CPU. auto: as much "
         "as the rollouts of this run need. On a GPU, gpu_memory_utilization sets the size instead.",
-        vllm="kv_cache_memory_bytes",
-        auto="computed from the number of sequences and their lengths in this run",
+        vllm_argument="kv_cache_memory_bytes",
+        auto_description="computed from the number of sequences and their lengths in this run",
         examples=("auto", 1 << 30),
         unit="bytes",
     )
     dequantized_rollouts: bool | int | Auto = _option(
         "auto",
         "amount",
-        api="auto",
+        api_default="auto",
         description="Make 16-bit copies of 4-bit weights when a rollout begins, sample with the "
         "copies, and release their memory when the rollout ends. The computed values are the same, "
         "and a decode step takes at most half the time. true: copy all 4-bit weights. A number: "
         "copy the largest weights, up to this number of bytes. false: copy none.",
-        auto="as many copies as fit beside the KV cache of a whole rollout",
+        auto_description="as many copies as fit beside the KV cache of a whole rollout",
         examples=("auto", True, False),
         unit="bytes",
-        on_gpu=True,
-        sized=True,
+        gpu_only=True,
+        is_sized=True,
     )
     max_loras: int = _option(
         1,
         "count",
-        api=1,
+        api_default=1,
         description="The number of adapters that the engine can use at the same time. Training "
         "needs one.",
-        vllm="max_loras",
+        vllm_argument="max_loras",
         examples=(1,),
         unit="adapters",
-        with_lora=True,
+        needs_lora=True,
     )
     max_cpu_loras: int | None = _option(
         None,
         "count",
-        api=None,
+        api_default=None,
         description="The number of adapters that the engine keeps in CPU memory. null: the value of"
         " max_loras.",
-        vllm="max_cpu_loras",
+        vllm_argument="max_cpu_loras",
         examples=(None, 2),
         unit="adapters",
         nullable=True,
-        with_lora=True,
+        needs_lora=True,
     )
     enforce_eager: bool = _option(
         False,
         "switch",
-        api=False,
+        api_default=False,
         description="Run the engine without CUDA graphs. The engine then starts sooner, but "
         "generates more slowly.",
-        vllm="enforce_eager",
+        vllm_argument="enforce_eager",
         examples=(True, False),
     )
     enable_prefix_caching: bool = _option(
         True,
         "switch",
-        api=True,
+        api_default=True,
         description="Compute and store the KV cache of a shared prompt prefix only once. This "
         "makes many completions per prompt cheap.",
-        vllm="enable_prefix_caching",
+        vllm_argument="enable_prefix_caching",
         examples=(True,),
     )
     enable_chunked_prefill: bool | None = _option(
         True,
         "switch",
-        api=None,
+        api_default=None,
         description="Allow the engine to process a long prompt in several steps. If false, "
         "max_num_batched_tokens must be at least the length of the longest prompt.",
-        vllm="enable_chunked_prefill",
+        vllm_argument="enable_chunked_prefill",
         examples=(True, False),
     )
     enable_sleep_mode: bool | Auto = _option(
         "auto",
         "switch",
-        api=False,
+        api_default=False,
         description="Release the memory of the KV cache during training passes. auto: true if "
         "`envcheck size` estimates that it helps.",
-        vllm="enable_sleep_mode",
-        values=MappingProxyType({False: None}),
-        auto="true if `envcheck size` estimates that it helps",
+        vllm_argument="enable_sleep_mode",
+        vllm_values=MappingProxyType({False: None}),
+        auto_description="true if `envcheck size` estimates that it helps",
         examples=("auto", True, False),
-        on_gpu=True,
-        sized=True,
+        gpu_only=True,
+        is_sized=True,
     )
     tensor_parallel_size: int | Auto = _option(
         1,
         "count",
-        api=1,
+        api_default=1,
         description="The number of GPUs over which one copy of the model is split, both in the "
         "engine and in training. The number of processes of the run is this number times the "
         "number of replicas.",
-        vllm="tensor_parallel_size",
-        auto="the smallest number of GPUs whose memory is enough for the run",
+        vllm_argument="tensor_parallel_size",
+        auto_description="the smallest number of GPUs whose memory is enough for the run",
         examples=(1, 2, "auto"),
         unit="GPUs",
-        sized=True,
+        is_sized=True,
     )
 
 
@@ -251,10 +252,14 @@ class ApiEngineSettings(EngineSettings):
     four more options of vLLM that a run file cannot set.
     """
 
-    disable_log_stats: bool = _option(True, "switch", api=True, vllm="disable_log_stats")
-    max_logprobs: int | None = _option(None, "any", api=None, vllm="max_logprobs")
-    block_size: int | None = _option(None, "count", api=None, vllm="block_size")
-    compilation_config: Any = _option(None, "any", api=None, vllm="compilation_config")
+    disable_log_stats: bool = _option(
+        True, "switch", api_default=True, vllm_argument="disable_log_stats"
+    )
+    max_logprobs: int | None = _option(None, "any", api_default=None, vllm_argument="max_logprobs")
+    block_size: int | None = _option(None, "count", api_default=None, vllm_argument="block_size")
+    compilation_config: Any = _option(
+        None, "any", api_default=None, vllm_argument="compilation_config"
+    )
 
 
 def _options_of(settings: type[EngineSettings]) -> Mapping[str, Option]:
@@ -268,7 +273,7 @@ OPTIONS = _options_of(EngineSettings)
 API_OPTIONS = _options_of(ApiEngineSettings)
 """The ``Option`` of each engine keyword of ``from_pretrained``."""
 
-SIZED = tuple(name for name, option in OPTIONS.items() if option.sized)
+SIZED_OPTIONS = tuple(name for name, option in OPTIONS.items() if option.is_sized)
 """The names of the options for which ``toolkit.sizing`` chooses a value if they are "auto"."""
 
 
@@ -293,7 +298,10 @@ def _schema(name: str, option: Option, default: Any) -> dict[str, Any]:
 
 def _legal_values(option: Option) -> dict[str, Any]:
     if option.kind == "rank":
-        texts = (option.auto, *(f"for adapters of rank {one} or less" for one in LEGAL_RANKS))
+        texts = (
+            option.auto_description,
+            *(f"for adapters of rank {one} or less" for one in LEGAL_RANKS),
+        )
         return {"enum": ["auto", *LEGAL_RANKS], "enumDescriptions": list(texts)}
     shapes: dict[str, dict[str, Any]] = {
         "switch": {"type": "boolean"},
@@ -301,14 +309,14 @@ def _legal_values(option: Option) -> dict[str, Any]:
         "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
     }
     if option.kind == "amount":
-        auto = {"const": "auto", "description": option.auto}
+        auto = {"const": "auto", "description": option.auto_description}
         return {"anyOf": [shapes["switch"], shapes["count"], auto]}
     shape = shapes[option.kind]
     if option.nullable:
         shape = {**shape, "type": [shape["type"], "null"]}
-    if option.auto is None:
+    if option.auto_description is None:
         return shape
-    return {"anyOf": [shape, {"const": "auto", "description": option.auto}]}
+    return {"anyOf": [shape, {"const": "auto", "description": option.auto_description}]}
 
 
 MAX_GRAPH_SIZE = 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.base.did_you_mean import nearest
-from toolkit.config.code import Found, find_name, module_file
+from toolkit.config.code import FunctionFacts, find_name, module_file
 from toolkit.config.environments import ADAPTERS, site_packages, task_module
 from toolkit.config.libraries import package_folder
 
@@ -24,18 +24,20 @@ _NAME = re.compile(
 """How modules of reasoning-gym 0.1.25 write the name of the task that they register."""
 
 
-class Missing(NamedTuple):
+class TaskProblem(NamedTuple):
     """The reason (``problem``) why a task cannot be used. ``unknown`` is True if the task could not
-    be checked on this machine; it may exist on the machine that trains. ``near`` is the most
+    be checked on this machine; it may exist on the machine that trains. ``suggestion`` is the most
     similar name of an existing task, as a suggestion.
     """
 
     problem: str
     unknown: bool = False
-    near: str | None = None
+    suggestion: str | None = None
 
 
-def missing_task(adapter: str, task: str, python: str | None, folder: Path) -> Missing | None:
+def find_task_problem(
+    adapter: str, task: str, python: str | None, folder: Path
+) -> TaskProblem | None:
     """Return why the task ``task`` cannot be used. Return None if the task exists, or if this
     cannot be determined.
 
@@ -56,21 +58,23 @@ def missing_task(adapter: str, task: str, python: str | None, folder: Path) -> M
     return _told(found, module, python, why)
 
 
-def _told(found: Found, module: str, python: str | None, why: str) -> Missing | None:
+def _told(found: FunctionFacts, module: str, python: str | None, why: str) -> TaskProblem | None:
     if found.problem is None:
         return None
     if found.unknown and python is not None:
-        return Missing(
+        return TaskProblem(
             f"module {module} is neither next to the run file nor installed for {python}", True
         )
-    return Missing(found.problem + ("" if found.unknown else why), found.unknown)
+    return TaskProblem(found.problem + ("" if found.unknown else why), found.unknown)
 
 
-def _missing_problem(task: str, path: Sequence[str] | None) -> Missing | None:
+def _missing_problem(task: str, path: Sequence[str] | None) -> TaskProblem | None:
     names = task_names(path)
     if not names or task in names:
         return None
-    return Missing(f"the installed reasoning_gym has no task {task}", near=nearest(task, names))
+    return TaskProblem(
+        f"the installed reasoning_gym has no task {task}", suggestion=nearest(task, names)
+    )
 
 
 def task_names(path: Sequence[str] | None = None) -> set[str]:

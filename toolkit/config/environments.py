@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.config.trl_names import Package, installed, needed_by
+from toolkit.config.trl_names import Package, is_installed, packages_for_grpo
 
 if TYPE_CHECKING:
     from toolkit.config.run_config import RunConfig
@@ -19,7 +19,7 @@ ADAPTERS = {
     "verifiers": Package(("verifiers",), "'verifiers>=0.4,<0.5'"),
     "openenv": Package(("openenv",), "'openenv>=0.10'"),
 }
-IN_STEPS = ("openenv",)
+MULTI_TURN_ADAPTERS = ("openenv",)
 """The adapters whose rollouts have several turns, in which the model acts by calling a tool."""
 
 
@@ -45,7 +45,7 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
     """
     package = ADAPTERS[adapter]
     if python is None:
-        return None if installed(package) else package
+        return None if is_installed(package) else package
     folders = site_packages(python)
     there = any((folder / module).exists() for folder in folders for module in package.modules)
     return package if folders and not there else None
@@ -58,7 +58,7 @@ def site_packages(python: str) -> list[Path]:
     return list(Path(python).parent.parent.glob("lib/python3*/site-packages"))
 
 
-def absent(config: RunConfig) -> tuple[str, ...]:
+def describe_missing_packages(config: RunConfig) -> tuple[str, ...]:
     """Return one text for each package that the run needs and that is not installed. Each text
     contains the name of the package and the command that installs it. The trackers, the optimizer
     and the environment of a run can need packages.
@@ -67,11 +67,11 @@ def absent(config: RunConfig) -> tuple[str, ...]:
     missing = None if section is None else missing_package(section.adapter, section.python)
     lines = [
         f"{package.modules[0]} (pip install {package.install}, for grpo.{key}: {value})"
-        for key, value, package in needed_by(config.grpo)
-        if not installed(package)
+        for key, value, package in packages_for_grpo(config.grpo)
+        if not is_installed(package)
     ]
     if section is not None and missing is not None:
-        lines.append(f"{missing.modules[0]} ({pip_line(missing, section.python)})")
+        lines.append(f"{missing.modules[0]} ({pip_command(missing, section.python)})")
     return tuple(lines)
 
 
@@ -80,7 +80,7 @@ def is_interpreter(python: str) -> bool:
     return Path(python).is_file() and os.access(python, os.X_OK)
 
 
-def pip_line(package: Package, python: str | None) -> str:
+def pip_command(package: Package, python: str | None) -> str:
     """Return the command that installs ``package`` for the interpreter ``python`` (None: the
     current one).
     """

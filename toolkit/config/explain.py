@@ -11,7 +11,7 @@ from toolkit.base.errors import EXIT_CODES, InputError
 from toolkit.config import metrics
 from toolkit.config.rules import all_rules
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import describe, show, wrapped
+from toolkit.config.wording import describe_schema, show_value, wrap_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,15 +33,15 @@ def explain(asked: str) -> str | None:
     if word == "rules":
         return rule_list()
     if word == "metrics":
-        return metrics.listed()
+        return metrics.explain_all()
     rule = all_rules().get(word.upper())
     if rule is not None:
-        return about_rule(rule)
-    found = (about_keys(word), metrics.about_metric(word))
+        return explain_rule(rule)
+    found = (explain_keys(word), metrics.explain_metric(word))
     return "\n\n".join(text for text in found if text is not None) or None
 
 
-def unknown(asked: str, more: Sequence[str] = ()) -> InputError:
+def unknown_topic_error(asked: str, more: Sequence[str] = ()) -> InputError:
     """Return the error for the word ``asked``, which has no explanation. The fix of the error
     suggests the most similar word that has an explanation. ``more`` are additional words that may
     be suggested.
@@ -72,11 +72,11 @@ def rule_list() -> str:
     )
 
 
-def about_rule(rule: Rule) -> str:
+def explain_rule(rule: Rule) -> str:
     """Return the full explanation of a rule as text."""
     lines = [f"{rule.id} ({rule.severity})", f"  {rule.summary}"]
     if rule.why:
-        lines += ["", *wrapped(rule.why)]
+        lines += ["", *wrap_text(rule.why)]
     lines += [
         "",
         "An example that the rule reports:",
@@ -84,7 +84,7 @@ def about_rule(rule: Rule) -> str:
     ]
     lines += ["", "Fix:", *(f"    {line}" for line in rule.fix.split("\n"))]
     if rule.keys:
-        lines += ["", "Keys:", *wrapped(", ".join(rule.keys), indent="    ")]
+        lines += ["", "Keys:", *wrap_text(", ".join(rule.keys), indent="    ")]
     return "\n".join(lines)
 
 
@@ -103,35 +103,35 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"reward.functions[].{name}", schema
 
 
-def about_keys(asked: str) -> str | None:
+def explain_keys(asked: str) -> str | None:
     """Return the explanation of the key ``asked`` as text; None if there is no such key. If
     ``asked`` is not a full name, all keys whose last part is ``asked`` are explained.
     """
     found = [(name, schema) for name, schema in all_keys() if name == asked]
     if not found:
         found = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == asked]
-    return "\n\n".join(about_key(name, schema) for name, schema in found) or None
+    return "\n\n".join(explain_key(name, schema) for name, schema in found) or None
 
 
-def about_key(name: str, schema: dict[str, Any]) -> str:
+def explain_key(name: str, schema: dict[str, Any]) -> str:
     """Return the explanation of one key as text: its meaning, type, default, unit and examples, and
     the rules that check it.
     """
-    lines = [name, *wrapped(schema["description"])]
+    lines = [name, *wrap_text(schema["description"])]
     if "x-refused" in schema:
         return "\n".join(lines)
     if "properties" in schema:
-        lines += ["", "Keys:", *wrapped(", ".join(_open_keys(schema)), indent="    ")]
+        lines += ["", "Keys:", *wrap_text(", ".join(_open_keys(schema)), indent="    ")]
     else:
         lines += ["", f"  type:     {_type(schema)}"]
         if "default" in schema:
-            lines.append(f"  default:  {show(schema['default'])}")
+            lines.append(f"  default:  {show_value(schema['default'])}")
         else:
             lines.append("  default:  none; the key is required")
         if "x-unit" in schema:
             lines.append(f"  unit:     {schema['x-unit']}")
         if schema.get("examples"):
-            lines.append(f"  examples: {', '.join(map(show, schema['examples']))}")
+            lines.append(f"  examples: {', '.join(map(show_value, schema['examples']))}")
         lines += _choices(schema)
     rules = [rule for rule in all_rules().values() if name in rule.keys]
     if rules:
@@ -145,9 +145,9 @@ def _open_keys(schema: dict[str, Any]) -> list[str]:
 
 def _type(schema: dict[str, Any]) -> str:
     branches = schema.get("anyOf", [schema])
-    words = [describe(branch) or "anything" for branch in branches]
+    words = [describe_schema(branch) or "anything" for branch in branches]
     limits = [
-        f"{word} {show(branch[keyword])}"
+        f"{word} {show_value(branch[keyword])}"
         for branch in branches
         for keyword, word in (
             ("minimum", "at least"),
@@ -169,10 +169,10 @@ def _choices(schema: dict[str, Any]) -> list[str]:
         for value, text in zip(
             branch.get("enum", ()), branch.get("enumDescriptions", ()), strict=False
         ):
-            lines += [f"    {show(value)}", *wrapped(text, indent="        ")]
+            lines += [f"    {show_value(value)}", *wrap_text(text, indent="        ")]
         if "const" in branch and "description" in branch:
             lines += [
-                f"    {show(branch['const'])}",
-                *wrapped(branch["description"], indent="        "),
+                f"    {show_value(branch['const'])}",
+                *wrap_text(branch["description"], indent="        "),
             ]
     return ["", "Values:", *lines] if lines else []

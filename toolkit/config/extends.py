@@ -42,7 +42,7 @@ SECTIONS = (
 
 def finding_at(rule: str, node: Node, message: str, *fixes: Fix) -> Finding:
     """Return an error finding at the position of ``node``."""
-    return error_finding(rule, message, node.source, node.mark, *fixes)
+    return error_finding(rule, message, node.source, node.position, *fixes)
 
 
 def allowed_folders(root: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def allowed_folders(root: Path) -> list[Path]:
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
-def place_fault(path: Path, node: Node, root: Path) -> Finding | None:
+def location_fault(path: Path, node: Node, root: Path) -> Finding | None:
     """Return a finding if a base file is outside the allowed folders or does not have the name of a
     run file; None if it may be read. ``path`` is the path of the base file with symbolic links
     resolved. ``node`` is the value of ``extends``. ``root`` is the folder of the run file.
@@ -90,8 +90,8 @@ def content_fault(base: Document, node: Node) -> Finding | None:
     of the base file. The finding does not contain any text of the base file.
     """
     broken = [found for found in base.findings if found.severity is Severity.ERROR]
-    if not base.whole:
-        mark = broken[0].mark if broken else None
+    if not base.is_complete:
+        mark = broken[0].position if broken else None
         where = f" (line {mark.line}, column {mark.column})" if mark else ""
         what = f"cannot be read as a mapping of keys{where}"
     elif base.root.value and not any(section in base.root.value for section in SECTIONS):
@@ -119,7 +119,7 @@ def real_path(node: Node) -> Path | None:
         return None
 
 
-def check_chain(path: Path, chain: Sequence[Path], most: int) -> str | None:
+def chain_fault(path: Path, chain: Sequence[Path], most: int) -> str | None:
     """Check whether the base file ``path`` may be loaded. ``chain`` lists the files that were
     loaded so far: each file is the base file of the previous one. Return None if ``path`` may be
     loaded. Return the names of the files as text if ``path`` is already in ``chain``, or if

@@ -33,7 +33,7 @@ class Edit:
     text: str
 
 
-def rename(source: Source, key: Position, name: str) -> Edit:
+def rename_key(source: Source, key: Position, name: str) -> Edit:
     """Return the edit that renames a key to ``name``. ``key`` is the position of the key."""
     return Edit(source, key.start, key.end, f'"{name}"' if source.format == "json" else name)
 
@@ -42,19 +42,19 @@ def rename(source: Source, key: Position, name: str) -> Edit:
 class Fix:
     """One possible fix of a finding. ``text`` describes the fix. ``edits`` are the changes of the
     source text that apply the fix. ``edits`` is empty if the fix needs more than changes of scalars
-    and keys. ``moved`` is a pair (old text, new text) that ``--fix`` prints, or None if ``--fix``
-    prints the texts of the edits.
+    and keys. ``printed_change`` is a pair (old text, new text) that ``--fix`` prints, or None if
+    ``--fix`` prints the texts of the edits.
     """
 
     text: str
     edits: tuple[Edit, ...] = ()
-    moved: tuple[str, str] | None = None
+    printed_change: tuple[str, str] | None = None
 
 
 class Located(Protocol):
     """Anything with a position in a source, such as a node of the document."""
 
-    mark: Position
+    position: Position
     source: Source
 
 
@@ -69,7 +69,7 @@ class Finding:
     message: str
     path: KeyPath = ()
     source: Source | None = None
-    mark: Position | None = None  # None: the whole file
+    position: Position | None = None  # None: the whole file
     notes: tuple[str, ...] = ()
     fixes: tuple[Fix, ...] = ()
     related: tuple[Located, ...] = ()  # the other keys whose values cause the problem
@@ -77,14 +77,14 @@ class Finding:
     unknown: bool = False
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The position as text. This is ``run.yaml:12:20`` for a line and column, ``run.yaml`` for
         the whole file, and the argument itself for a ``--set`` argument.
         """
         name = self.source.name if self.source else "run file"
-        if self.mark is None or (self.source is not None and self.source.is_override):
+        if self.position is None or (self.source is not None and self.source.is_override):
             return name
-        return f"{name}:{self.mark.line}:{self.mark.column}"
+        return f"{name}:{self.position.line}:{self.position.column}"
 
     def as_error(self) -> Finding:
         """Return the same finding with the severity error (used by --strict)."""
@@ -92,16 +92,16 @@ class Finding:
 
 
 def error_finding(
-    rule: str, message: str, source: Source, mark: Position | None = None, *fixes: Fix
+    rule: str, message: str, source: Source, position: Position | None = None, *fixes: Fix
 ) -> Finding:
     """Return a finding with the severity error, for a problem found while reading a text. If
-    ``mark`` is None, the problem concerns the whole text.
+    ``position`` is None, the problem concerns the whole text.
     """
     return Finding(
         rule=rule,
         severity=Severity.ERROR,
         message=message,
         source=source,
-        mark=mark,
+        position=position,
         fixes=fixes,
     )

@@ -42,7 +42,7 @@ def _harmless(text: str) -> str:
     return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def shown_line(source: Source, mark: Position) -> str:
+def source_excerpt(source: Source, mark: Position) -> str:
     """Return the source line that contains the position ``mark``, with secrets hidden. Only the
     part near the position is returned if the line is long.
     """
@@ -52,7 +52,7 @@ def shown_line(source: Source, mark: Position) -> str:
     # that redaction finds it, and later to the shown width.
     low = max(0, min(mark.column - _MARGIN, len(line) - 2 * _MARGIN))
     line, start = line[low : low + 2 * _MARGIN], start + low
-    for hidden in sorted(source.hidden, key=lambda one: one.start, reverse=True):
+    for hidden in sorted(source.secret_positions, key=lambda one: one.start, reverse=True):
         first, last = hidden.start - start, min(hidden.end - start, len(line))
         if last > 0 and first < len(line):
             line = line[: max(first, 0)] + _HIDDEN + line[last:]
@@ -79,11 +79,11 @@ def render_text(findings: Sequence[Finding], paint: Callable[[str, str], str] = 
 
 def _one(found: Finding, paint: Callable[[str, str], str]) -> str:
     label = paint(f"{found.severity}[{found.rule}]", str(found.severity))
-    place = paint(_harmless(found.place), "place")
+    place = paint(_harmless(found.location), "place")
     lines = [f"{place}: {label} {_harmless(found.message)}"]
-    source, mark = found.source, found.mark
+    source, mark = found.source, found.position
     if source is not None and mark and not source.is_override and mark.line <= len(source.lines):
-        lines.append(f"{mark.line:5d} | {shown_line(source, mark)}")
+        lines.append(f"{mark.line:5d} | {source_excerpt(source, mark)}")
     lines += [f"  {_harmless(note)}" for note in found.notes]
     if found.fixes:
         lines.append("  fix: " + "   or   ".join(_harmless(fix.text) for fix in found.fixes))
@@ -105,8 +105,8 @@ def _annotation(found: Finding) -> str:
         body.append("fix: " + " or ".join(fix.text for fix in found.fixes))
     text = "\n".join(map(redact, body))
     place = {"file": found.source.name if found.source else ""}
-    if found.mark:
-        place |= {"line": str(found.mark.line), "col": str(found.mark.column)}
+    if found.position:
+        place |= {"line": str(found.position.line), "col": str(found.position.column)}
     place["title"] = found.rule
     fields = ",".join(f"{key}={_escape(value, ':,')}" for key, value in place.items())
     return f"::{found.severity} {fields}::{_escape(text)}"
@@ -120,7 +120,7 @@ def _escape(text: str, also: str = "") -> str:
 
 def to_json(found: Finding) -> dict[str, Any]:
     """Return a finding as a JSON object according to findings.schema.json."""
-    mark = found.mark
+    mark = found.position
     return {
         "rule": found.rule,
         "severity": str(found.severity),
@@ -155,7 +155,7 @@ def end_column(mark: Position) -> int:
     return mark.column + max(mark.end - mark.start, 0)
 
 
-def report(files: Sequence[str], findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def findings_report(files: Sequence[str], findings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the complete output of ``--format json``."""
     severities = [found["severity"] for found in findings]
     return {

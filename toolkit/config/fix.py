@@ -94,7 +94,7 @@ class _Fixer:
         edits = found.fixes[0].edits
         if not edits or any(edit.source is not source for edit in edits):
             return None
-        candidate = replace(source, text=apply(source.text, edits), hidden=[])
+        candidate = replace(source, text=apply(source.text, edits), secret_positions=[])
         after = self.judge(candidate)
         # An unknown or invalid key (KEY rules) was not checked by other rules. After the fix it is
         # checked, so one new finding is allowed.
@@ -130,9 +130,9 @@ def _told(found: Finding, lines: list[int]) -> list[Applied]:
     def line(edit: Edit) -> int:
         return lines[min(text.count("\n", 0, edit.start), len(lines) - 1)]
 
-    if fix.moved is not None:
+    if fix.printed_change is not None:
         first = fix.edits[0]
-        return [Applied(found.rule, line(first), *fix.moved)]
+        return [Applied(found.rule, line(first), *fix.printed_change)]
     return [Applied(found.rule, line(edit), *_old_and_new(text, edit)) for edit in fix.edits]
 
 

@@ -9,9 +9,9 @@ import re
 from bisect import bisect_right
 from typing import Any
 
-from toolkit.config.document import Document, Node, StopReading, empty
+from toolkit.config.document import Document, Node, StopReading, empty_root
 from toolkit.config.finding import Finding, Fix, error_finding
-from toolkit.config.scalars import TOO_LARGE, beyond_64_bits, is_long_integer, too_large
+from toolkit.config.scalars import TOO_LARGE_INT, beyond_64_bits, is_long_integer, too_large_message
 from toolkit.config.source import MAX_DEPTH, MAX_DIGITS, MAX_NODES, Position, Source
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -39,12 +39,12 @@ def parse_json(source: Source) -> Document:
     the text is not read.
     """
     reader = _Reader(source)
-    document = Document(source, empty(source), reader.findings)
+    document = Document(source, empty_root(source), reader.findings)
     try:
         document.root = reader.whole()
     except StopReading as fault:
         document.findings.append(fault.finding)
-        document.whole = False
+        document.is_complete = False
     return document
 
 
@@ -130,10 +130,10 @@ class _Reader:
             raise self.fault(f"this number has more than {MAX_DIGITS} digits", rule="DOC009")
         mark = self.places.mark(self.at, found.end())
         self.at = found.end()
-        value = TOO_LARGE if long else json.loads(text)
+        value = TOO_LARGE_INT if long else json.loads(text)
         if beyond_64_bits(value):
             fix = "write a smaller number"
-            self.findings.append(self.finding("DOC015", mark, too_large(text), fix))
+            self.findings.append(self.finding("DOC015", mark, too_large_message(text), fix))
         if value in (float("inf"), float("-inf")):
             message = f"{text} is too large for a float, so it would be infinite"
             self.findings.append(self.finding("DOC006", mark, message, None))
@@ -175,14 +175,14 @@ class _Reader:
 
     def keep(self, members: dict[str, Node], key: str, mark: Position, node: Node) -> None:
         if key in members:
-            first = members[key].key
+            first = members[key].key_position
             lines = f"line {first.line if first else mark.line} or from line {mark.line}"
             message = f"{key} is written twice in one mapping"
             self.findings.append(
                 self.finding("DOC002", mark, message, f"remove the key from {lines}")
             )
             return
-        node.key = mark
+        node.key_position = mark
         members[key] = node
 
     def more(self, closing: str) -> bool:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.finding import Edit, Fix, rename
+from toolkit.config.finding import Edit, Fix, rename_key
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import dotted
 from toolkit.config.structure import check_structure
-from toolkit.config.wording import spell
+from toolkit.config.wording import spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COMMENT = re.compile(r"[ \t]*(#.*)?")
 
 
-def schema_of(path: KeyPath) -> dict[str, Any] | None:
+def key_schema(path: KeyPath) -> dict[str, Any] | None:
     """Return the schema of the key at ``path``; None if the key is unknown or refused."""
     schema: dict[str, Any] | None = find_schema("run")
     for part in path:
@@ -35,10 +35,10 @@ def schema_of(path: KeyPath) -> dict[str, Any] | None:
 def is_valid(node: Node, schema: dict[str, Any]) -> bool:
     """Whether ``schema``, the schema of a key, accepts the value of ``node``."""
     outcome = check_structure(node, schema)
-    return not outcome.bad and all(found.rule == "DOC007" for found in outcome.findings)
+    return not outcome.invalid_paths and all(found.rule == "DOC007" for found in outcome.findings)
 
 
-def at(root: Node, path: KeyPath) -> Node | None:
+def find_node(root: Node, path: KeyPath) -> Node | None:
     """Return the node at ``path`` in a tree of mappings; None if there is no such node."""
     node: Node | None = root
     for part in path:
@@ -46,29 +46,29 @@ def at(root: Node, path: KeyPath) -> Node | None:
     return node
 
 
-def drop(root: Node, old: KeyPath) -> Fix:
+def removal_fix(root: Node, old: KeyPath) -> Fix:
     """Return the fix that removes the key at the path ``old``."""
-    node = at(root, old)
+    node = find_node(root, old)
     edit = None if node is None else _removal(root, old, node)
     if node is None or edit is None:
         return Fix("remove the key")
     return Fix("remove the key", (edit,), _moved(node, old, "(removed)"))
 
 
-def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
+def move_fix(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
     """Return the fix that replaces the key at the path ``old`` by the dotted key ``to`` with
     ``value``.
 
     If the run file already sets ``to`` to the same value, the fix only removes the old key. The fix
     has no edits if ``to`` has another value, or if ``value`` is not valid for ``to``.
     """
-    node, new = at(root, old), tuple(to.split("."))
-    spelling = spell(value, "yaml")
+    node, new = find_node(root, old), tuple(to.split("."))
+    spelling = spell_value(value, "yaml")
     text = f"use {to}: {spelling}"
-    schema, there = schema_of(new), at(root, new)
+    schema, there = key_schema(new), find_node(root, new)
     if node is None or schema is None or isinstance(value, (dict, list)):
         return Fix(f"use {to}")
-    probe = type(node)(value, node.mark, node.source)
+    probe = type(node)(value, node.position, node.source)
     if not is_valid(probe, schema):
         return Fix(f"use {to}")
     if there is not None:
@@ -88,7 +88,7 @@ def move(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
 
 
 def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
-    written = node.source.text[node.mark.start : node.mark.end]
+    written = node.source.text[node.position.start : node.position.end]
     return f"{dotted(old)}: {written}", now
 
 
@@ -96,26 +96,26 @@ def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
     """Return the edits that rename the key of ``node`` to the last part of ``new``, and that change
     its value to ``value``. Return no edits if the key comes from a ``--set`` override.
     """
-    if node.key is None or node.source.is_override:
+    if node.key_position is None or node.source.is_override:
         return ()
-    edits = [rename(node.source, node.key, str(new[-1]))]
+    edits = [rename_key(node.source, node.key_position, str(new[-1]))]
     if type(value) is not type(node.value) or value != node.value:
-        spelling = spell(value, node.source.format)
-        edits.append(Edit(node.source, node.mark.start, node.mark.end, spelling))
+        spelling = spell_value(value, node.source.format)
+        edits.append(Edit(node.source, node.position.start, node.position.end, spelling))
     return tuple(edits)
 
 
 def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
     """Return the edit that removes a key and its scalar value; None if this is not possible."""
-    source, key, parent = node.source, node.key, at(root, path[:-1])
-    one_line = key is not None and key.line == node.mark.line and "\n" not in _written(node)
+    source, key, parent = node.source, node.key_position, find_node(root, path[:-1])
+    one_line = key is not None and key.line == node.position.line and "\n" not in _written(node)
     if source.is_override or key is None or parent is None or not one_line:
         return None
     if isinstance(node.value, (dict, list)) or len(_own(parent, source)) < 2:
         return None  # removing the key would leave an empty section
     if _is_flow(parent):
         return _flow_removal(node)
-    start, end, before, after = _line(source.text, key.start, node.mark.end)
+    start, end, before, after = _line(source.text, key.start, node.position.end)
     if before.strip() or not _COMMENT.fullmatch(after.rstrip("\r")):
         return None
     return Edit(source, start, end, "")
@@ -125,8 +125,8 @@ def _flow_removal(node: Node) -> Edit | None:
     """Return the edit that removes a key and an adjacent comma from a mapping such as {a: 1,
     b: 2}.
     """
-    assert node.key is not None
-    text, start, end = node.source.text, node.key.start, node.mark.end
+    assert node.key_position is not None
+    text, start, end = node.source.text, node.key_position.start, node.position.end
     behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
     if behind is not None:
         return Edit(node.source, start, behind.end(), "")
@@ -141,18 +141,20 @@ def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, 
     it does not exist. Return no edits if this is not possible.
     """
     source = node.source
-    section, name = at(root, new[:-1]), str(new[-1])
+    section, name = find_node(root, new[:-1]), str(new[-1])
     if source.is_override or len(new) != 2:
         return ()
     key = f'"{name}"' if source.format == "json" else name
     equals = " = " if source.format == "toml" else ": "
-    pair = f"{key}{equals}{spell(value, source.format)}"
+    pair = f"{key}{equals}{spell_value(value, source.format)}"
     line = pair + _comment(node)
     own = [] if section is None else _own(section, source)
     if section is not None and own:
         if _is_flow(section):
-            return (Edit(source, section.mark.start + 1, section.mark.start + 1, f"{pair}, "),)
-        first = own[0].key
+            return (
+                Edit(source, section.position.start + 1, section.position.start + 1, f"{pair}, "),
+            )
+        first = own[0].key_position
         assert first is not None
         start, _, before, _ = _line(source.text, first.start, first.end)
         newline = _newline(source)
@@ -171,7 +173,7 @@ def _new_section(
     tops = _own(root, source)
     if not tops:
         return ()
-    first = tops[0].key
+    first = tops[0].key_position
     assert first is not None
     if source.format == "json" or text[: first.start].rstrip().endswith("{"):
         brace = text.rfind("{", 0, first.start)
@@ -190,9 +192,9 @@ def _comment(node: Node) -> str:
     """Return the comment at the end of the line of ``node``. The comment moves together with the
     key. Return an empty text if there is no comment, or if other text precedes the key on its line.
     """
-    if node.key is None:
+    if node.key_position is None:
         return ""
-    _, _, before, after = _line(node.source.text, node.key.start, node.mark.end)
+    _, _, before, after = _line(node.source.text, node.key_position.start, node.position.end)
     after = after.rstrip("\r")
     return after if not before.strip() and _COMMENT.fullmatch(after) else ""
 
@@ -203,17 +205,17 @@ def _own(mapping: Node, source: Source) -> list[Node]:
     """
     if not isinstance(mapping.value, dict):
         return []
-    entries = [one for one in mapping.value.values() if one.source is source and one.key]
-    return sorted(entries, key=lambda one: one.key.start if one.key else 0)
+    entries = [one for one in mapping.value.values() if one.source is source and one.key_position]
+    return sorted(entries, key=lambda one: one.key_position.start if one.key_position else 0)
 
 
 def _is_flow(mapping: Node) -> bool:
-    start = mapping.mark.start
+    start = mapping.position.start
     return mapping.source.format != "toml" and mapping.source.text[start : start + 1] == "{"
 
 
 def _written(node: Node) -> str:
-    return node.source.text[node.mark.start : node.mark.end]
+    return node.source.text[node.position.start : node.position.end]
 
 
 def _newline(source: Source) -> str:

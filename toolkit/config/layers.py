@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, Node
-from toolkit.config.extends import check_chain, content_fault, finding_at, place_fault, real_path
+from toolkit.config.extends import chain_fault, content_fault, finding_at, location_fault, real_path
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.source import MAX_LAYERS, Position, Source
-from toolkit.config.text_reader import Unreadable, failed, read_source
+from toolkit.config.text_reader import UnreadableText, failed_document, read_source
 from toolkit.config.yaml_reader import parse_yaml
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def load_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """
     try:
         source = read_source(path)
-    except Unreadable as error:
-        return failed(error.finding)
+    except UnreadableText as error:
+        return failed_document(error.finding)
     return assemble(source, overrides)
 
 
@@ -33,14 +33,14 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
     """Return the document of the run file ``source``, merged over its base files, with the
     overrides applied.
     """
-    document = parse(source)
+    document = parse_source(source)
     _extend(document, [source.path] if source.path else [], source.folder)
     for text in overrides:
         _override(document, text)
     return document
 
 
-def parse(source: Source) -> Document:
+def parse_source(source: Source) -> Document:
     """Parse one text in its format (YAML, JSON or TOML), without its base file."""
     if source.format == "json":
         from toolkit.config.json_reader import parse_json  # noqa: PLC0415 - most run files are YAML
@@ -56,8 +56,8 @@ def parse(source: Source) -> Document:
         kind = "empty" if document.root.value is None else "not a mapping of keys"
         if not document.findings:
             document.findings.append(finding_at("DOC001", document.root, f"the run file is {kind}"))
-        document.whole = False
-        document.root = Node({}, document.root.mark, source)
+        document.is_complete = False
+        document.root = Node({}, document.root.position, source)
     return document
 
 
@@ -73,11 +73,11 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
     base = _base(node, chain, root)
     if isinstance(base, Finding):
         document.findings.append(base)
-        document.whole = False
+        document.is_complete = False
         return
     _extend(base, [*chain, Path(node.source.folder, node.value).resolve()], root)
     document.findings += base.findings
-    document.whole &= base.whole
+    document.is_complete &= base.is_complete
     document.root = merge(base.root, document.root)
 
 
@@ -94,13 +94,13 @@ def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
             node,
             f"extends: {node.value} cannot be opened: the symbolic links of its path form a loop",
         )
-    if around := check_chain(path, chain, MAX_LAYERS):
+    if around := chain_fault(path, chain, MAX_LAYERS):
         return finding_at("DOC011", node, f"extends forms a loop: {around}")
-    if fault := place_fault(path, node, root):
+    if fault := location_fault(path, node, root):
         return fault
     try:
-        base = parse(read_source(_shown(path, node), real=path))
-    except Unreadable as error:
+        base = parse_source(read_source(_shown(path, node), real=path))
+    except UnreadableText as error:
         return finding_at("DOC011", node, f"extends: {node.value} {error.finding.message}")
     return content_fault(base, node) or base
 
@@ -120,8 +120,8 @@ def merge(below: Node, above: Node) -> Node:
     """
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
-    merged = Node(dict(below.value), above.mark, above.source)
-    merged.key = above.key
+    merged = Node(dict(below.value), above.position, above.source)
+    merged.key_position = above.key_position
     for key, child in above.value.items():
         merged.value[key] = merge(below.value[key], child) if key in below.value else child
     return merged
@@ -151,8 +151,8 @@ def _override(document: Document, text: str) -> None:
     if any(found.severity is Severity.ERROR for found in parsed.findings):
         document.findings += parsed.findings
         return
-    value = parsed.root if written.strip() else Node(None, at.mark, source)
-    value.key = at.mark
+    value = parsed.root if written.strip() else Node(None, at.position, source)
+    value.key_position = at.position
     problem = _put(document.root, keys, value)
     if problem:
         document.findings.append(finding_at("DOC012", at, problem))
@@ -174,8 +174,8 @@ def _put(root: Node, keys: list[str], value: Node) -> str | None:
         elif isinstance(holder, dict):
             index = key
             if not last and key not in holder:
-                holder[key] = Node({}, value.mark, value.source)
-                holder[key].key = value.mark
+                holder[key] = Node({}, value.position, value.source)
+                holder[key].key_position = value.position
         else:
             return f"{'.'.join(keys[:depth])} is not a mapping, so it has no key {key}"
         if last:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-class Known(NamedTuple):
+class AllowedValues(NamedTuple):
     """The values that a library allows for a setting. ``origin`` says where the values come from:
     ``the vLLM installed here`` or ``vLLM 0.31.0``.
     """
@@ -29,12 +29,12 @@ class Known(NamedTuple):
 
 
 # The values that vllm 0.25.1 and 0.31.0, trl 1.16.0 and peft 0.21.2 allow.
-RECORDED: dict[str, Known] = {
-    "lora_ranks": Known((1, 8, 16, 32, 64, 128, 256, 320, 512), "vLLM 0.31.0"),
-    "loss_types": Known(
+RECORDED: dict[str, AllowedValues] = {
+    "lora_ranks": AllowedValues((1, 8, 16, 32, 64, 128, 256, 320, 512), "vLLM 0.31.0"),
+    "loss_types": AllowedValues(
         ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"), "TRL 1.16.0"
     ),
-    "lora_inits": Known(
+    "lora_inits": AllowedValues(
         (
             "gaussian", "eva", "olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq",
             "orthogonal", "mica", "lora_ga",
@@ -70,14 +70,14 @@ _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
 
 
 @cache
-def known(which: str) -> Known:
+def allowed_values(which: str) -> AllowedValues:
     """Return the allowed values of the setting ``which``: ``lora_ranks``, ``loss_types`` or
     ``lora_inits``.
     """
-    return installed(which) or RECORDED[which]
+    return installed_values(which) or RECORDED[which]
 
 
-def installed(which: str) -> Known | None:
+def installed_values(which: str) -> AllowedValues | None:
     """Return the allowed values of the setting ``which`` from the installed library's source code.
     Return None if the library is not installed, or if its source code has an unexpected form.
     """
@@ -100,19 +100,19 @@ def installed(which: str) -> Known | None:
             *values,
             "lora_ga",
         )  # PEFT accepts lora_ga, but its annotation does not list that value
-    return Known(values, f"the {name} installed here")
+    return AllowedValues(values, f"the {name} installed here")
 
 
 class ModelType(NamedTuple):
-    """What the installed transformers supports for one model_type. ``known`` says whether
-    transformers has the model_type, and ``causal`` says whether it has a causal language model of
-    that type (None: unknown). ``attention`` says for each attention function whether models of that
-    type support it, and is empty if this is unknown.
+    """What the installed transformers supports for one model_type. ``allowed_values`` says whether
+    transformers has the model_type, and ``is_causal`` says whether it has a causal language model
+    of that type (None: unknown). ``attention_support`` says for each attention function whether
+    models of that type support it, and is empty if this is unknown.
     """
 
-    known: bool | None = None
-    causal: bool | None = None
-    attention: Mapping[str, bool] = {}
+    is_known: bool | None = None
+    is_causal: bool | None = None
+    attention_support: Mapping[str, bool] = {}
 
 
 @cache

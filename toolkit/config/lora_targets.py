@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _Value = TypeVar("_Value")
-ATTENTION = SEVEN_PROJECTIONS[:4]
-MLP = SEVEN_PROJECTIONS[4:]
+ATTENTION_PROJECTIONS = SEVEN_PROJECTIONS[:4]
+MLP_PROJECTIONS = SEVEN_PROJECTIONS[4:]
 # The layers that get LoRA slots in the engine by default, under vLLM's names (q_b_proj is the query
 # projection of multi-head latent attention). Without this list, vLLM would also reserve slots on
 # the embeddings, the head and the experts. These slots would cost memory, and time for every token.
-SLOTS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
+SLOT_LAYERS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
 # Model types whose checkpoints store fused layers, and the names of their layers (transformers
 # 5.17).
 FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
@@ -33,10 +33,10 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 # (transformers' conversion "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
 EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
 # The layers of an expert that transformers stores as one parameter. PEFT adapts both or neither.
-FUSED_EXPERT = ("gate_proj", "up_proj")
+FUSED_EXPERT_LAYERS = ("gate_proj", "up_proj")
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def get_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the language model in a config.json. In a multimodal model, the fields
     of text_config replace the fields at the top level.
     """
@@ -51,7 +51,7 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     The number of experts must be above 1, because the configs of some dense models state one expert
     (Hunyuan, Jamba). Some configs list the number for each layer.
     """
-    text = text_part(config)
+    text = get_text_config(config)
     return any(_most(text.get(name)) > 1 for name in EXPERTS)
 
 
@@ -72,12 +72,12 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     (DeepSeek), these are only the query and output projections, because the engine's attention
     kernel computes keys and values itself.
     """
-    text = text_part(config)
+    text = get_text_config(config)
     if not has_experts(text):
         return FUSED.get(str(text.get("model_type")), SEVEN_PROJECTIONS)
     if text.get("kv_lora_rank"):
         return ("q_b_proj" if text.get("q_lora_rank") else "q_proj", "o_proj")
-    return ATTENTION
+    return ATTENTION_PROJECTIONS
 
 
 def pattern_fault(text: str) -> str | None:
@@ -129,13 +129,13 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
         return frozenset()
     if isinstance(targets, str):
         if targets == "all-linear":
-            return frozenset(MLP)
+            return frozenset(MLP_PROJECTIONS)
         if pattern_fault(targets) is not None:
             return frozenset()
         path = "model.layers.0.mlp.experts."
-        return frozenset(name for name in MLP if re.fullmatch(targets, path + name))
+        return frozenset(name for name in MLP_PROJECTIONS if re.fullmatch(targets, path + name))
     ends = {target.rpartition(".")[2] for target in targets}
-    return frozenset(name for name in MLP if name in ends)
+    return frozenset(name for name in MLP_PROJECTIONS if name in ends)
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ report of a run use these names. A test trains a model and compares the names wi
 
 from __future__ import annotations
 
-from toolkit.config.wording import wrapped
+from toolkit.config.wording import wrap_text
 
 METRICS = {
     "step": "The number of optimizer steps at this row.",
@@ -114,7 +114,7 @@ TIMINGS = {
 _ANY = "NAME"
 
 
-def about_metric(asked: str) -> str | None:
+def explain_metric(asked: str) -> str | None:
     """Return the explanation of the metric ``asked`` as text; None if there is no such metric.
     ``asked`` is the full name of a metric or the last part of its name.
     """
@@ -132,7 +132,7 @@ def names() -> list[str]:
     return [*METRICS, *TIMINGS]
 
 
-def listed() -> str:
+def explain_all() -> str:
     """Return the explanations of all metrics as text."""
     return "\n\n".join(map(_told, names()))
 
@@ -148,4 +148,4 @@ def _is_named(name: str, wanted: str) -> bool:
 def _told(name: str) -> str:
     file = "metrics.jsonl" if name in METRICS else "timings.jsonl"
     text = METRICS.get(name) or TIMINGS[name]
-    return "\n".join([f"{name} (a value in {file} of a run folder)", *wrapped(text)])
+    return "\n".join([f"{name} (a value in {file} of a run folder)", *wrap_text(text)])

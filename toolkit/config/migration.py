@@ -7,102 +7,106 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Moved(NamedTuple):
-    """The replacement of an old key. ``to`` is the dotted key that replaces the old key; None means
-    that nothing replaces it. ``since`` is the name of the library that has or had the old key.
-    ``told`` is additional text for messages.
+class MovedKey(NamedTuple):
+    """The replacement of an old key. ``new_key`` is the dotted key that replaces the old key; None
+    means that nothing replaces it. ``library`` is the name of the library that has or had the old
+    key. ``details`` is additional text for messages.
     """
 
-    to: str | None
-    since: str
-    told: str
+    new_key: str | None
+    library: str
+    details: str
 
     @property
     def sentence(self) -> str:
         """A text for messages that says which key replaces the old key."""
-        if self.to is None:
-            before = f"this key of {self.since} does not exist here"
-            return f"{before}: {self.told}" if self.told else before
-        return f"this is the name in {self.since}; here the key is {self.to}" + (
-            f" ({self.told})" if self.told else ""
+        if self.new_key is None:
+            before = f"this key of {self.library} does not exist here"
+            return f"{before}: {self.details}" if self.details else before
+        return f"this is the name in {self.library}; here the key is {self.new_key}" + (
+            f" ({self.details})" if self.details else ""
         )
 
 
-MOVED: dict[str, Moved] = {
-    "grpo.warmup_ratio": Moved(
+MOVED_KEYS: dict[str, MovedKey] = {
+    "grpo.warmup_ratio": MovedKey(
         "grpo.warmup_steps", "transformers 4", "a value below 1 is a fraction of the run"
     ),
-    "grpo.evaluation_strategy": Moved("grpo.eval_strategy", "older transformers", ""),
-    "grpo.per_gpu_train_batch_size": Moved(
+    "grpo.evaluation_strategy": MovedKey("grpo.eval_strategy", "older transformers", ""),
+    "grpo.per_gpu_train_batch_size": MovedKey(
         "grpo.per_device_train_batch_size", "older transformers", ""
     ),
-    "grpo.per_gpu_eval_batch_size": Moved(
+    "grpo.per_gpu_eval_batch_size": MovedKey(
         "grpo.per_device_eval_batch_size", "older transformers", ""
     ),
-    "grpo.no_cuda": Moved(
+    "grpo.no_cuda": MovedKey(
         None,
         "older transformers",
         "a GPU is used if there is one; to hide it, set CUDA_VISIBLE_DEVICES to an empty string",
     ),
-    "grpo.group_by_length": Moved(
+    "grpo.group_by_length": MovedKey(
         None, "transformers 4", "GRPO uses its own sampler of prompt groups"
     ),
-    "grpo.logging_dir": Moved(None, "transformers 4", "all logs are in the run folder"),
-    "grpo.overwrite_output_dir": Moved(
+    "grpo.logging_dir": MovedKey(None, "transformers 4", "all logs are in the run folder"),
+    "grpo.overwrite_output_dir": MovedKey(
         None, "transformers 4", "a run never overwrites another run: set a new runtime.output_dir"
     ),
-    "grpo.save_safetensors": Moved(
+    "grpo.save_safetensors": MovedKey(
         None, "transformers 4", "weights are always saved as safetensors"
     ),
-    "grpo.max_new_tokens": Moved("grpo.max_completion_length", "older TRL", ""),
-    "grpo.use_liger_loss": Moved("grpo.use_liger_kernel", "older TRL", ""),
-    "grpo.vllm_guided_decoding_regex": Moved("grpo.vllm_structured_outputs_regex", "older TRL", ""),
-    "grpo.vllm_importance_sampling_cap": Moved(
+    "grpo.max_new_tokens": MovedKey("grpo.max_completion_length", "older TRL", ""),
+    "grpo.use_liger_loss": MovedKey("grpo.use_liger_kernel", "older TRL", ""),
+    "grpo.vllm_guided_decoding_regex": MovedKey(
+        "grpo.vllm_structured_outputs_regex", "older TRL", ""
+    ),
+    "grpo.vllm_importance_sampling_cap": MovedKey(
         "grpo.vllm_importance_sampling_clip_max", "TRL before 1.6", ""
     ),
-    "grpo.use_transformers_paged": Moved(
+    "grpo.use_transformers_paged": MovedKey(
         "grpo.use_transformers_continuous_batching", "TRL before 1.2", ""
     ),
-    "grpo.wandb_log_unique_prompts": Moved("grpo.log_unique_prompts", "older TRL", ""),
-    "grpo.kl_coef": Moved("grpo.beta", "older TRL", "the KL coefficient is called beta"),
-    "grpo.max_seq_length": Moved("model.max_seq_length", "older TRL", ""),
-    "grpo.max_length": Moved("model.max_seq_length", "older TRL", ""),
-    "grpo.dataset_text_field": Moved(
+    "grpo.wandb_log_unique_prompts": MovedKey("grpo.log_unique_prompts", "older TRL", ""),
+    "grpo.kl_coef": MovedKey("grpo.beta", "older TRL", "the KL coefficient is called beta"),
+    "grpo.max_seq_length": MovedKey("model.max_seq_length", "older TRL", ""),
+    "grpo.max_length": MovedKey("model.max_seq_length", "older TRL", ""),
+    "grpo.dataset_text_field": MovedKey(
         "dataset.prompt", "older TRL", "dataset.prompt names the prompt column"
     ),
-    "grpo.peft_config": Moved("lora", "TRL's trainer", "the lora section describes the adapter"),
-    "grpo.unsloth_num_chunks": Moved(
+    "grpo.peft_config": MovedKey("lora", "TRL's trainer", "the lora section describes the adapter"),
+    "grpo.unsloth_num_chunks": MovedKey(
         None, "Unsloth", "the toolkit always computes log-probabilities in chunks"
     ),
-    "grpo.unsloth_grpo_mini_batch": Moved(
+    "grpo.unsloth_grpo_mini_batch": MovedKey(
         None,
         "Unsloth",
         "set per_device_train_batch_size to a number, or to auto (the toolkit then chooses the "
         "number)",
     ),
-    "grpo.vllm_sampling_params": Moved(
+    "grpo.vllm_sampling_params": MovedKey(
         None, "Unsloth", "use temperature, top_p, top_k, min_p and generation_kwargs"
     ),
-    "model.max_seq_len": Moved("model.max_seq_length", "Unsloth", ""),
-    "model.torch_dtype": Moved("model.dtype", "transformers 4", ""),
-    "model.rope_scaling": Moved(
+    "model.max_seq_len": MovedKey("model.max_seq_length", "Unsloth", ""),
+    "model.torch_dtype": MovedKey("model.dtype", "transformers 4", ""),
+    "model.rope_scaling": MovedKey(
         None, "other tools", "rope scaling is read from the checkpoint's config.json"
     ),
-    "model.device_map": Moved(None, "other tools", "each process loads the model onto its own GPU"),
-    "lora.alpha": Moved("lora.lora_alpha", "PEFT", ""),
-    "lora.dropout": Moved("lora.lora_dropout", "PEFT", ""),
-    "lora.rank": Moved("lora.r", "PEFT", ""),
-    "lora.lora_r": Moved("lora.r", "PEFT", ""),
-    "lora.lora_rank": Moved("lora.r", "PEFT", ""),
-    "lora.lora_target_modules": Moved("lora.target_modules", "PEFT", ""),
-    "lora.seed": Moved("lora.random_state", "Unsloth", ""),
-    "lora.task_type": Moved(None, "other tools", "the task type is always CAUSAL_LM"),
+    "model.device_map": MovedKey(
+        None, "other tools", "each process loads the model onto its own GPU"
+    ),
+    "lora.alpha": MovedKey("lora.lora_alpha", "PEFT", ""),
+    "lora.dropout": MovedKey("lora.lora_dropout", "PEFT", ""),
+    "lora.rank": MovedKey("lora.r", "PEFT", ""),
+    "lora.lora_r": MovedKey("lora.r", "PEFT", ""),
+    "lora.lora_rank": MovedKey("lora.r", "PEFT", ""),
+    "lora.lora_target_modules": MovedKey("lora.target_modules", "PEFT", ""),
+    "lora.seed": MovedKey("lora.random_state", "Unsloth", ""),
+    "lora.task_type": MovedKey(None, "other tools", "the task type is always CAUSAL_LM"),
 }
 
 
 # Fields that the trainer always sets itself, so that the run file cannot change them, and the
 # reason.
-FORCED = {
+FORCED_KEYS = {
     "grpo.logging_strategy": "metrics are written every step",
     "grpo.logging_steps": "metrics are written every step",
     "grpo.disable_tqdm": "the run prints its own progress",
@@ -115,7 +119,7 @@ FORCED = {
     "grpo.ddp_backend": "processes communicate over NCCL if they have GPUs, else over gloo",
 }
 # Fields that have no effect in GRPO, and the reason.
-INERT = {
+INERT_KEYS = {
     "grpo.label_smoothing_factor": "the loss of GRPO has no labels to smooth",
     "grpo.label_names": "the loss of GRPO has no labels",
     "grpo.batch_eval_metrics": "GRPO evaluates with rewards and has no compute_metrics",
@@ -142,63 +146,63 @@ INERT = {
 
 class Conversion(NamedTuple):
     """How --fix converts an old key without changing its meaning. --fix replaces the old key by the
-    key ``to``, or removes it.
+    key ``new_key``, or removes it.
 
     ``values`` maps each old value to the new value. A value that is missing in ``values`` cannot be
-    converted. If ``values`` is None, every value stays unchanged. ``drop`` lists the values with
-    which the old key has no effect. A key with such a value is removed.
+    converted. If ``values`` is None, every value stays unchanged. ``removable_values`` lists the
+    values with which the old key has no effect. A key with such a value is removed.
     """
 
-    to: str | None = None
+    new_key: str | None = None
     values: dict[Any, Any] | None = None
-    drop: tuple[Any, ...] = ()
+    removable_values: tuple[Any, ...] = ()
 
 
 CONVERSIONS: dict[str, Conversion] = {
     "grpo.use_vllm": Conversion("runtime.engine", {True: "vllm", False: "transformers"}),
-    "grpo.vllm_mode": Conversion(drop=("colocate",)),
+    "grpo.vllm_mode": Conversion(removable_values=("colocate",)),
     "grpo.vllm_gpu_memory_utilization": Conversion("model.gpu_memory_utilization"),
     "grpo.vllm_max_model_length": Conversion("model.max_seq_length"),
-    "grpo.vllm_tensor_parallel_size": Conversion(drop=(1,)),
+    "grpo.vllm_tensor_parallel_size": Conversion(removable_values=(1,)),
     "grpo.vllm_enable_sleep_mode": Conversion("model.enable_sleep_mode"),
     "grpo.gradient_checkpointing": Conversion("lora.use_gradient_checkpointing"),
     "grpo.save_total_limit": Conversion("runtime.keep_last"),
-    "grpo.push_to_hub": Conversion(drop=(False,)),
-    "grpo.do_train": Conversion(drop=(True,)),
-    "grpo.do_eval": Conversion(drop=(False,)),
-    "grpo.do_predict": Conversion(drop=(False,)),
-    "grpo.local_rank": Conversion(drop=(-1,)),
-    "grpo.group_by_length": Conversion(drop=(True, False)),
-    "grpo.no_cuda": Conversion(drop=(False,)),
-    "grpo.overwrite_output_dir": Conversion(drop=(False,)),
-    "grpo.save_safetensors": Conversion(drop=(True,)),
-    "model.device_map": Conversion(drop=("auto",)),
-    "lora.task_type": Conversion(drop=("CAUSAL_LM",)),
+    "grpo.push_to_hub": Conversion(removable_values=(False,)),
+    "grpo.do_train": Conversion(removable_values=(True,)),
+    "grpo.do_eval": Conversion(removable_values=(False,)),
+    "grpo.do_predict": Conversion(removable_values=(False,)),
+    "grpo.local_rank": Conversion(removable_values=(-1,)),
+    "grpo.group_by_length": Conversion(removable_values=(True, False)),
+    "grpo.no_cuda": Conversion(removable_values=(False,)),
+    "grpo.overwrite_output_dir": Conversion(removable_values=(False,)),
+    "grpo.save_safetensors": Conversion(removable_values=(True,)),
+    "model.device_map": Conversion(removable_values=("auto",)),
+    "lora.task_type": Conversion(removable_values=("CAUSAL_LM",)),
 }
-"""How --fix converts old keys. A key of ``MOVED`` that is missing here is renamed and keeps its
-value.
+"""How --fix converts old keys. A key of ``MOVED_KEYS`` that is missing here is renamed and keeps
+its value.
 """
 
 
-def converted(old: str, value: Any) -> tuple[str | None, Any] | None:
+def convert_key(old: str, value: Any) -> tuple[str | None, Any] | None:
     """Convert the old key ``old``, which has the value ``value`` in a run file. Return the new key
     and the new value. Return (None, None) if the old key can be removed. Return None if the user
     must decide.
     """
     conversion = CONVERSIONS.get(old)
     if conversion is None:
-        to = MOVED[old].to if old in MOVED else None
+        to = MOVED_KEYS[old].new_key if old in MOVED_KEYS else None
         if old == "grpo.warmup_ratio" and not (_is_number(value) and value < 1):
             return None  # a warmup_steps of 1 would mean one step, not the whole run
         return (to, value) if to is not None and "." in to else None
-    if any(type(one) is type(value) and one == value for one in conversion.drop):
+    if any(type(one) is type(value) and one == value for one in conversion.removable_values):
         return None, None
-    if conversion.to is None:
+    if conversion.new_key is None:
         return None
     if conversion.values is None:
-        return conversion.to, value
+        return conversion.new_key, value
     known = isinstance(value, (bool, str)) and value in conversion.values
-    return (conversion.to, conversion.values[value]) if known else None
+    return (conversion.new_key, conversion.values[value]) if known else None
 
 
 def _is_number(value: Any) -> bool:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base import files
 from toolkit.base.errors import InputError
 from toolkit.base.hub_cache import cached_model
-from toolkit.config.lora_targets import has_experts, text_part
-from toolkit.config.run_paths import exists, resolve
+from toolkit.config.lora_targets import get_text_config, has_experts
+from toolkit.config.run_paths import path_exists, resolve_path
 from toolkit.config.supported_features import head_size
 
 if TYPE_CHECKING:
@@ -41,16 +41,16 @@ class ModelFacts:
         return str(self.folder / "config.json")
 
     @cached_property
-    def text(self) -> dict[str, Any]:
+    def text_config(self) -> dict[str, Any]:
         """The settings of the language model in config.json."""
-        return dict(text_part(self.config))
+        return dict(get_text_config(self.config))
 
-    def whole(self, *names: str) -> int | None:
+    def positive_integer(self, *names: str) -> int | None:
         """Return the value of the first key in ``names`` that is a positive integer in the language
         model's settings in config.json. Return None if there is no such key.
         """
         for name in names:
-            value = self.text.get(name)
+            value = self.text_config.get(name)
             if type(value) is int and value > 0:
                 return value
         return None
@@ -60,8 +60,8 @@ class ModelFacts:
         """The maximum length of a sequence in tokens, with the rope scaling of config.json applied;
         None if it is unknown.
         """
-        length = self.whole(*_LENGTHS)
-        scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters")
+        length = self.positive_integer(*_LENGTHS)
+        scaling = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters")
         if length is None or not isinstance(scaling, dict):
             return length
         kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
@@ -72,45 +72,51 @@ class ModelFacts:
         return length
 
     @property
-    def longrope_original(self) -> int | None:
+    def longrope_original_length(self) -> int | None:
         """The length in tokens above which LongRoPE uses its factors for long sequences; None if
         the model does not use LongRoPE.
         """
-        scaling = self.text.get("rope_parameters") or self.text.get("rope_scaling")
+        scaling = self.text_config.get("rope_parameters") or self.text_config.get("rope_scaling")
         if not isinstance(scaling, dict):
             return None
         if "longrope" not in (scaling.get("rope_type"), scaling.get("type")):
             return None
         original = scaling.get("original_max_position_embeddings")
-        return original if type(original) is int else self.whole("original_max_position_embeddings")
+        return (
+            original
+            if type(original) is int
+            else self.positive_integer("original_max_position_embeddings")
+        )
 
     @property
-    def max_length_from(self) -> str:
+    def max_length_key(self) -> str:
         """The name of the key in config.json from which ``max_length`` is computed."""
-        return next((name for name in _LENGTHS if type(self.text.get(name)) is int), _LENGTHS[0])
+        return next(
+            (name for name in _LENGTHS if type(self.text_config.get(name)) is int), _LENGTHS[0]
+        )
 
     @property
-    def heads(self) -> int | None:
+    def attention_heads(self) -> int | None:
         """The number of attention heads."""
-        return self.whole("num_attention_heads", "n_head")
+        return self.positive_integer("num_attention_heads", "n_head")
 
     @property
-    def experts(self) -> bool:
+    def is_mixture_of_experts(self) -> bool:
         """Whether the model is a mixture of experts."""
-        return has_experts(self.text)
+        return has_experts(self.text_config)
 
     @property
-    def tied(self) -> bool | None:
+    def has_tied_head(self) -> bool | None:
         """Whether lm_head and the embedding share one weight; None if neither config.json nor the
         names of the weights show this.
         """
-        said = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
+        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
         if isinstance(said, bool):
             return said
-        return None if self.modules is None else "lm_head" not in self.modules
+        return None if self.weight_modules is None else "lm_head" not in self.weight_modules
 
     @cached_property
-    def modules(self) -> frozenset[str] | None:
+    def weight_modules(self) -> frozenset[str] | None:
         """The full names of the modules that have a weight; None if the model's weight files are
         not on this machine or cannot be read.
         """
@@ -124,8 +130,8 @@ def read_model(node: Node, revision: str | None) -> ModelFacts | None:
     """Return the facts of a model; None if the model is not on this machine. ``node`` is the value
     of ``model.model_name``, which is a folder or a hub id. A hub id is looked up in the hub cache.
     """
-    folder = resolve(node.value, node)
-    if not exists(f"{folder}/config.json"):
+    folder = resolve_path(node.value, node)
+    if not path_exists(f"{folder}/config.json"):
         cached = cached_model(node.value, revision, os.environ)
         if cached is None:
             return None
@@ -149,7 +155,7 @@ def folder_fault(folder: Path) -> str | None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder contains an adapter and not a model."""
-    return exists(folder / ADAPTER_CONFIG) and not exists(folder / "config.json")
+    return path_exists(folder / ADAPTER_CONFIG) and not path_exists(folder / "config.json")
 
 
 def read_json(path: Path) -> Any:
@@ -178,7 +184,7 @@ def _weight_names(folder: Path) -> list[str] | None:
     return [name for name in header if name != "__metadata__"]
 
 
-GPU_BLOCK, CPU_BLOCK = 16, 128  # tokens per KV block (vllm/platforms/{cuda,cpu}.py)
+GPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS = 16, 128  # tokens per KV block (vllm/platforms/{cuda,cpu}.py)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 OTHER_CACHES = (
     "mamba", "linear_", "conv_L_cache", "ssm", "hybrid_override", "full_attn_idxs",
@@ -187,14 +193,14 @@ OTHER_CACHES = (
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def least_cache_bytes(
-    text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, cards: int = 1
+def min_cache_bytes(
+    text: Mapping[str, Any], *, tokens: int, element_bytes: int, block_tokens: int, gpus: int = 1
 ) -> int | None:
     """Return a lower bound of the size of the KV cache per GPU in bytes. The bound is the size of
     the KV cache for one sequence of ``tokens`` tokens, plus the block that vLLM keeps empty. Return
     None if a layer stores other state than its own keys and values.
 
-    ``text`` contains the settings of the language model in config.json. ``cards`` is the number of
+    ``text`` contains the settings of the language model in config.json. ``gpus`` is the number of
     GPUs over which the model is split. Each GPU stores its part of the KV heads, at least one head.
     If one layer has a sliding window, that window is assumed for all layers, so the bound may be
     too low. ``sizing.kv_bytes`` computes the exact size for every model type.
@@ -210,13 +216,13 @@ def least_cache_bytes(
     kept = min(tokens, window) if type(window) is int and window > 0 else tokens
     blocks = -(-kept // block_tokens) + 1
     layers, kv_heads, size = (count for count in counts if count is not None)
-    values = 2 * layers * -(-kv_heads // cards) * size
+    values = 2 * layers * -(-kv_heads // gpus) * size
     return values * element_bytes * block_tokens * blocks
 
 
 def _has_others(text: Mapping[str, Any]) -> bool:
     """Whether a key in ``text``, the settings of the language model, shows that the formula of
-    ``least_cache_bytes`` does not apply. Such a key means one of three things: layers store other
+    ``min_cache_bytes`` does not apply. Such a key means one of three things: layers store other
     state (Mamba, linear attention), layers share a cache, or the number of KV heads has another
     name.
     """

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.lora_targets import has_experts, text_part
+from toolkit.config.lora_targets import get_text_config, has_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KEY = "model.tensor_parallel_size"
+TENSOR_PARALLEL_KEY = "model.tensor_parallel_size"
 
 SPLIT_MODELS = frozenset(
     ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3")
@@ -39,18 +39,18 @@ VOCABULARY_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this number before it splits it (0.25.1 to 0.31.0)."""
 
 
-def size_of(value: Any) -> int:
+def parallel_size(value: Any) -> int:
     """Return ``value``, a tensor_parallel_size, as a number. "auto" counts as 1 until it is
     resolved.
     """
     return value if isinstance(value, int) else 1
 
 
-def replicas(world_size: int, size: Any) -> int:
+def count_replicas(world_size: int, size: Any) -> int:
     """Return the number of replicas if each replica consists of ``size`` of the ``world_size``
     processes. Return ``world_size`` if ``size`` does not divide it, or if ``size`` is still "auto".
     """
-    number = size_of(size)
+    number = parallel_size(size)
     return world_size // number if number > 0 and world_size % number == 0 else world_size
 
 
@@ -58,7 +58,7 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
     """Return the reason why a model cannot be split over ``size`` GPUs; None if it can. ``config``
     is the content of the model's config.json.
     """
-    text = text_part(config)
+    text = get_text_config(config)
     heads = _whole(text, "num_attention_heads")
     kv_heads = _whole(text, "num_key_value_heads") or heads
     inner, vocabulary = _whole(text, "intermediate_size"), _whole(text, "vocab_size")
@@ -84,7 +84,7 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
     """Return the reason why a model cannot be split over any number of GPUs; None if it can.
     ``config`` is the content of the model's config.json.
     """
-    text = text_part(config)
+    text = get_text_config(config)
     kind = str(text.get("model_type") or config.get("model_type") or "")
     if has_experts(dict(text)):
         return "the trainer cannot split a mixture of experts in the way in which vLLM splits it"
@@ -96,7 +96,7 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def sizes(config: Mapping[str, Any] | None, world_size: int) -> list[int]:
+def possible_sizes(config: Mapping[str, Any] | None, world_size: int) -> list[int]:
     """Return the values that tensor_parallel_size "auto" can have, in ascending order. ``config``
     is the content of the model's config.json, or None if the model is not on this machine.
     """

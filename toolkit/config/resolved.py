@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from toolkit.base.capability import BFLOAT16
-from toolkit.config.chat_format import chosen, refuse_chats
-from toolkit.config.parallel import replicas, size_of
+from toolkit.config.chat_format import check_chat_template, resolve_chat
+from toolkit.config.parallel import count_replicas, parallel_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,14 +65,14 @@ class ResolvedRun:
 
     ``dtype`` stays "auto" if the machine is unknown. ``targets`` stays "auto" if the model is not
     available. ``chat`` says whether plain text prompts become user messages
-    (``config.chat_format``); None means unknown. ``asked_dtype`` is the number format that the run
-    file sets with ``model.dtype`` or ``grpo.bf16``, or "auto" if it sets none.
+    (``config.chat_format``); None means unknown. ``requested_dtype`` is the number format that the
+    run file sets with ``model.dtype`` or ``grpo.bf16``, or "auto" if it sets none.
     """
 
     config: RunConfig
     engine: Engine
     dtype: str
-    asked_dtype: str
+    requested_dtype: str
     world_size: int
     device: DeviceFacts | None
     targets: tuple[str, ...] | str
@@ -84,9 +84,9 @@ class ResolvedRun:
         model and train on the same rows. Without tensor parallelism, each process is a replica.
         """
         size = self.config.model.tensor_parallel_size
-        return replicas(self.world_size, 1 if self.engine == "transformers" else size)
+        return count_replicas(self.world_size, 1 if self.engine == "transformers" else size)
 
-    def needs(self) -> dict[str, Any]:
+    def machine_requirements(self) -> dict[str, Any]:
         """Return what the run requires of the machine that trains, as a dict. Its keys are the
         names of the fields of ``CheckContext`` in ``toolkit.gpu``. A value of None means that
         sizing chooses the value later. For a run without vLLM, the dict contains no requirements of
@@ -104,9 +104,9 @@ class ResolvedRun:
             "load_in_4bit": model.load_in_4bit,
             "load_in_8bit": model.load_in_8bit,
             "float8_kv_cache": vllm and model.float8_kv_cache,
-            "dtype": self.asked_dtype,
+            "dtype": self.requested_dtype,
             "gpu_memory_utilization": float(share) if vllm and share != "auto" else None,
-            "tensor_parallel_size": size_of(model.tensor_parallel_size) if vllm else 1,
+            "tensor_parallel_size": parallel_size(model.tensor_parallel_size) if vllm else 1,
             "model": model.model_name,
             "revision": model.revision,
         }
@@ -126,14 +126,14 @@ def resolve_run(
     Raises:
         ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.
     """
-    refuse_chats(config, template)
+    check_chat_template(config, template)
     model, grpo = config.model, config.grpo
-    engine = engine_of(config.runtime.engine, model.fast_inference, situation)
-    dtype = dtype_of(model.dtype, situation, grpo=grpo, load_in_16bit=model.load_in_16bit)
+    engine = resolve_engine(config.runtime.engine, model.fast_inference, situation)
+    dtype = resolve_dtype(model.dtype, situation, grpo=grpo, load_in_16bit=model.load_in_16bit)
     layers = config.lora.target_modules
     if layers == "auto" and targets is not None:
         layers = targets
-    chat = chosen(config.dataset.chat, template)
+    chat = resolve_chat(config.dataset.chat, template)
     fast = model.fast_inference if engine == "maybe" else engine == "vllm"
     filled = replace(
         config,
@@ -145,7 +145,7 @@ def resolve_run(
         config=filled,
         engine=engine,
         dtype=dtype,
-        asked_dtype="bfloat16" if grpo.get("bf16") and model.dtype == "auto" else model.dtype,
+        requested_dtype="bfloat16" if grpo.get("bf16") and model.dtype == "auto" else model.dtype,
         world_size=situation.world_size,
         device=situation.device,
         targets=layers,
@@ -153,7 +153,7 @@ def resolve_run(
     )
 
 
-def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
+def resolve_engine(engine: str, fast_inference: bool | str, situation: Situation) -> Engine:
     """Return the engine that generates the rollouts. ``runtime.engine`` decides if it is not
     "auto", else ``model.fast_inference`` if it is not "auto".
 
@@ -172,7 +172,7 @@ def engine_of(engine: str, fast_inference: bool | str, situation: Situation) -> 
     return "vllm"
 
 
-def dtype_of(
+def resolve_dtype(
     dtype: str,
     situation: Situation,
     *,
@@ -206,7 +206,7 @@ def dtype_of(
     return "bfloat16" if capability >= BFLOAT16 or capability == (0, 0) else "float16"
 
 
-def vllm_here() -> bool | None:
+def is_vllm_installed() -> bool | None:
     """Whether vLLM is installed in this Python environment. Return None if torch is not installed.
     Training then happens in another Python environment, and this one runs only light commands such
     as `envcheck`.

@@ -19,13 +19,13 @@ BUILTIN_OPTIONS: dict[str, dict[str, bool]] = {
 
 # The arguments that TRL 1.16 passes to every reward in addition to the columns of the data set
 # (GRPOTrainer._calculate_rewards). A column with one of these names does not reach the rewards.
-PASSED_ALWAYS = (
+ALWAYS_PASSED = (
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 )  # fmt: skip
 # Names of columns that are never passed to a reward, and the reason.
-LEFT_OUT = {
+WITHHELD_COLUMNS = {
     **dict.fromkeys(
-        PASSED_ALWAYS, "the trainer itself passes an argument with the name {name} to every reward"
+        ALWAYS_PASSED, "the trainer itself passes an argument with the name {name} to every reward"
     ),
     **dict.fromkeys(
         ("image", "images"),
@@ -35,10 +35,10 @@ LEFT_OUT = {
 }
 # All arguments that TRL may pass to a reward. TRL passes ``environments`` only if the run has
 # environments.
-PASSED_BY_TRL = frozenset((*PASSED_ALWAYS, "environments"))
+PASSED_BY_TRL = frozenset((*ALWAYS_PASSED, "environments"))
 
 
-def metric_names(names: list[str]) -> list[str]:
+def reward_metric_names(names: list[str]) -> list[str]:
     """Return the name that each reward function in ``names`` has in the metrics. Usually this is
     the function's name without its module. If several functions have the same name, the module or a
     number is added.

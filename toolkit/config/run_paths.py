@@ -30,7 +30,7 @@ _WORDS = {"resume": ("auto", "never", "must")}
 _ALWAYS = ("output_dir", "resume", "adapter_path", "python")
 
 
-def resolve(text: str, node: Node) -> Path:
+def resolve_path(text: str, node: Node) -> Path:
     """Return ``text`` as an absolute path. A relative path is relative to the folder of the file
     that contains ``node``.
     """
@@ -42,7 +42,7 @@ def _absolute(text: str, node: Node) -> str:
     return os.path.normpath(os.path.join(node.source.folder, home))
 
 
-def exists(path: Path | str) -> bool:
+def path_exists(path: Path | str) -> bool:
     """Whether ``path`` exists. The result is False if ``path`` cannot be the name of a file."""
     try:
         return os.path.exists(path)
@@ -69,6 +69,6 @@ def local_path(key: str, node: Node) -> str:
     if text in _WORDS.get(key, ()):
         return text
     path = _absolute(text, node)
-    if key in _ALWAYS or is_path_only(text) or exists(path):
+    if key in _ALWAYS or is_path_only(text) or path_exists(path):
         return path
     return text

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
 Engine = Literal["vllm", "transformers"]
-NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "Hugging Face generation"}
+ENGINE_NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "Hugging Face generation"}
 
 
 class Effect(StrEnum):
@@ -28,13 +28,9 @@ class Effect(StrEnum):
 
     NONE = "none"
     REPRODUCED = "reproduced"
-    """The training pass applies the keyword too, so that it computes the probabilities of the
-    distribution that was sampled.
-    """
+    """The training pass applies the keyword too, so it scores the sampled distribution."""
     NOT_REPRODUCED = "not reproduced"
-    """The training pass ignores the keyword, so that it computes the probabilities of another
-    distribution than the sampled one.
-    """
+    """The training pass ignores the keyword, so it scores another distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +38,7 @@ class Keyword:
     """A sampling keyword of one engine (vLLM or transformers)."""
 
     name: str
-    takes: str
+    expected: str
     """A text that says what the value must be: ``a whole number, at least 0``."""
     accepts: Callable[[Any], bool]
     effect: Effect = Effect.NONE
@@ -56,14 +52,12 @@ class Keyword:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a sampling keyword cannot be used. Each ``kind`` of problem has a rule
-    that reports it.
-    """
+    """Why a sampling keyword cannot be used. Each ``kind`` has a rule that reports it."""
 
     kind: Literal["owned", "unread", "field", "value"]
     message: str
     fix: str
-    meant: str | None = None
+    suggestion: str | None = None
     """The keyword of the same engine that the user probably meant."""
 
 
@@ -133,7 +127,7 @@ _TOP_P = ("a number above 0 and at most 1", lambda value: _number(value) and 0 <
 
 def _keywords(effect: Effect, **takes: tuple[str, Callable[[Any], bool]]) -> dict[str, Keyword]:
     return {
-        name: Keyword(name=name, takes=words, accepts=accepts, effect=effect)
+        name: Keyword(name=name, expected=words, accepts=accepts, effect=effect)
         for name, (words, accepts) in takes.items()
     }
 
@@ -141,7 +135,7 @@ def _keywords(effect: Effect, **takes: tuple[str, Callable[[Any], bool]]) -> dic
 def _fields(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str, Keyword]:
     return {
         name: Keyword(
-            name=name, takes=words, accepts=accepts, effect=Effect.REPRODUCED, field=field
+            name=name, expected=words, accepts=accepts, effect=Effect.REPRODUCED, field=field
         )
         for name, (field, (words, accepts)) in fields.items()
     }
@@ -149,14 +143,14 @@ def _fields(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str
 
 def _owned(**reasons: str) -> dict[str, Keyword]:
     return {
-        name: Keyword(name=name, takes=_ANY[0], accepts=_any, owned=reason)
+        name: Keyword(name=name, expected=_ANY[0], accepts=_any, owned=reason)
         for name, reason in reasons.items()
     }
 
 
 def _unused(reason: str, names: str) -> dict[str, Keyword]:
     return {
-        name: Keyword(name=name, takes=_ANY[0], accepts=_any, unused=reason)
+        name: Keyword(name=name, expected=_ANY[0], accepts=_any, unused=reason)
         for name in names.split()
     }
 
@@ -312,11 +306,13 @@ _TWINS = (
 )
 
 
-def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Problem | None:
+def find_problem(
+    name: str, value: Any, engine: Engine, *, multi_turn: bool = False
+) -> Problem | None:
     """Check one entry of ``generation_kwargs``: the sampling keyword ``name`` and its ``value``.
     ``engine`` is the engine of the training run. Return why the entry is refused; None if it is
-    accepted. ``turns`` says whether a completion can have several turns (tools). If it can, the
-    engine's own length limit (such as ``max_tokens``) is accepted as the limit of one turn.
+    accepted. ``multi_turn`` says whether a completion can have several turns (tools). If it can,
+    the engine's own length limit (such as ``max_tokens``) is accepted as the limit of one turn.
     """
     keyword = KEYWORDS[engine].get(name)
     if keyword is None:
@@ -325,7 +321,7 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
         return Problem("owned", f"{name} is set by the toolkit: {keyword.owned}", f"remove {name}")
     if keyword.unused is not None:
         return Problem("unread", f"{name} has no effect here: {keyword.unused}", f"remove {name}")
-    if keyword.field is not None and not (turns and keyword.field == _COMPLETION[0]):
+    if keyword.field is not None and not (multi_turn and keyword.field == _COMPLETION[0]):
         return Problem(
             "field",
             f"{name} has the same meaning as grpo.{keyword.field}, but training reads only "
@@ -333,11 +329,13 @@ def judge(name: str, value: Any, engine: Engine, *, turns: bool = False) -> Prob
             f"set grpo.{keyword.field} instead",
         )
     if not keyword.accepts(value):
-        return Problem("value", f"{_shown(value)} is not {keyword.takes}", f"use {keyword.takes}")
+        return Problem(
+            "value", f"{_shown(value)} is not {keyword.expected}", f"use {keyword.expected}"
+        )
     return None
 
 
-def unknown(name: str, engine: Engine) -> Problem | None:
+def unknown_keyword_problem(name: str, engine: Engine) -> Problem | None:
     """Return why ``engine`` does not have the sampling keyword ``name``; None if it does."""
     return None if name in KEYWORDS[engine] else _unknown(name, engine)
 
@@ -346,17 +344,19 @@ def _unknown(name: str, engine: Engine) -> Problem:
     other: Engine = "transformers" if engine == "vllm" else "vllm"
     theirs = KEYWORDS[other].get(name)
     if theirs is not None:
-        message = f"{name} is a keyword of {NAMES[other]}; {NAMES[engine]} does not read it"
+        message = (
+            f"{name} is a keyword of {ENGINE_NAMES[other]}; {ENGINE_NAMES[engine]} does not read it"
+        )
         if theirs.field is not None:
             return Problem("unread", message, f"set grpo.{theirs.field} instead")
         twin = next((t for pair in _TWINS for t in pair if name in pair and t != name), None)
-        if twin is not None and judge(twin, None, engine) is not None:
+        if twin is not None and find_problem(twin, None, engine) is not None:
             found = KEYWORDS[engine][twin]
             if found.owned is None and found.unused is None:
-                fix = f"use {twin}, the name of this keyword in {NAMES[engine]}"
+                fix = f"use {twin}, the name of this keyword in {ENGINE_NAMES[engine]}"
                 return Problem("unread", message, fix, twin)
         return Problem("unread", message, f"remove {name}")
-    message = f"{name} is not a sampling keyword of {NAMES[engine]}"
+    message = f"{name} is not a sampling keyword of {ENGINE_NAMES[engine]}"
     close = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
     if close is None:
         return Problem("unread", message, f"remove {name}")
@@ -373,7 +373,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
+def unreproduced_keywords(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]:
     """Yield those names in ``keywords`` that change the sampled distribution in a way that the
     training pass does not reproduce.
     """
@@ -383,7 +383,7 @@ def not_reproduced(keywords: Mapping[str, Any], engine: Engine) -> Iterator[str]
             yield name
 
 
-def what_follows(engine: Engine) -> str:
+def describe_mismatch(engine: Engine) -> str:
     """Return a text that says how training is affected if completions are sampled from another
     distribution than the one that the training pass computes.
     """

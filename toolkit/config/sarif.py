@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
-def log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def sarif_log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a SARIF log with one run of envcheck. ``results`` are SARIF result objects, as the
-    function ``result`` returns them.
+    function ``sarif_result`` returns them.
     """
     used = {found["ruleId"] for found in results}
     rules = [rule for name, rule in all_rules().items() if name in used]
@@ -61,16 +61,16 @@ def _help_uri(rule: str) -> dict[str, str]:
     return {} if page is None else {"helpUri": page}
 
 
-def result(found: Finding) -> dict[str, Any]:
+def sarif_result(found: Finding) -> dict[str, Any]:
     """Return a finding as a SARIF result object."""
     text = "\n".join(map(redact, (found.message, *found.notes)))
     made: dict[str, Any] = {
         "ruleId": found.rule,
         "level": str(found.severity),
         "message": {"text": text},
-        "locations": [_location(found.source, found.mark)],
+        "locations": [_location(found.source, found.position)],
     }
-    related = [_location(node.source, node.mark) for node in found.related]
+    related = [_location(node.source, node.position) for node in found.related]
     if related:
         made["relatedLocations"] = related
     fixes = [_fix(fix) for fix in found.fixes if fix.edits]

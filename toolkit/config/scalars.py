@@ -54,7 +54,7 @@ _TIME_11 = re.compile(
 
 
 LARGEST_INT = 2**63 - 1
-TOO_LARGE = 2**64  # stands for an integer that has too many digits to be converted
+TOO_LARGE_INT = 2**64  # stands for an integer that has too many digits to be converted
 _SHOWN_DIGITS = 30
 
 
@@ -63,7 +63,7 @@ def beyond_64_bits(value: Any) -> bool:
     return type(value) is int and not -LARGEST_INT - 1 <= value <= LARGEST_INT
 
 
-def too_large(text: str) -> str:
+def too_large_message(text: str) -> str:
     """Return the message for an integer that does not fit into 64 bits. ``text`` is the integer as
     it is written in the file.
     """
@@ -156,7 +156,7 @@ def _base_60(text: str) -> float:
     return sign * total
 
 
-def differs(text: str, core: Any) -> str | None:
+def legacy_reading(text: str, core: Any) -> str | None:
     """Return a description of the value that YAML 1.1 reads for ``text``; None if YAML 1.1 and YAML
     1.2 read the same value. ``core`` is the value in YAML 1.2.
     """

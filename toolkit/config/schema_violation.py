@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.config.scalars import read_core, read_legacy
-from toolkit.config.wording import describe, kind_of, show
+from toolkit.config.wording import describe_schema, show_value, type_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +97,7 @@ def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
 
 
 def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
-    wanted = describe(schema)
+    wanted = describe_schema(schema)
     if value is None:
         return SchemaViolation("KEY006", f"null is not allowed here: the value must be {wanted}")
     fixes: tuple[Any, ...] = ()
@@ -119,7 +119,7 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
     return SchemaViolation(
-        "KEY003", f"{show(value)} is {kind_of(value)}; the value must be {wanted}", fixes
+        "KEY003", f"{show_value(value)} is {type_name(value)}; the value must be {wanted}", fixes
     )
 
 
@@ -130,7 +130,8 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
     if value is None:
         return SchemaViolation(
             "KEY006",
-            f"null is not allowed here: the value must be one of {', '.join(map(show, legal))}",
+            f"null is not allowed here: the value must be one of "
+            f"{', '.join(map(show_value, legal))}",
         )
     from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a violation
 
@@ -141,7 +142,7 @@ def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
     )
     return SchemaViolation(
         "KEY004",
-        f"{show(value)} is not one of {', '.join(map(show, legal))}",
+        f"{show_value(value)} is not one of {', '.join(map(show_value, legal))}",
         (close,) if close else (),
     )
 
@@ -150,10 +151,12 @@ def _range_fault(value: float, schema: dict[str, Any]) -> SchemaViolation | None
     for keyword, holds, words in _LIMITS:
         limit = schema.get(keyword)
         if limit is not None and not holds(value, limit):
-            told = f"{show(value)} is out of range: the value must be {words} {show(limit)}"
-            return SchemaViolation(
-                "KEY005", told
-            )  # no fix: the limit would only be a guess at what the user meant
+            message = (
+                f"{show_value(value)} is out of range: the value must be {words} "
+                f"{show_value(limit)}"
+            )
+            # no fix: the limit would only be a guess at what the user meant
+            return SchemaViolation("KEY005", message)
     return None
 
 
@@ -170,7 +173,9 @@ def _text_fault(value: str, schema: dict[str, Any]) -> SchemaViolation | None:
         return SchemaViolation("KEY005", "the string is empty")
     pattern = schema.get("pattern")
     if pattern is not None and not _compiled(pattern).search(value):
-        return SchemaViolation("KEY004", f"{show(value)} does not match the pattern {pattern}")
+        return SchemaViolation(
+            "KEY004", f"{show_value(value)} does not match the pattern {pattern}"
+        )
     return None
 
 
@@ -188,7 +193,7 @@ def _list_fault(value: list[Node], schema: dict[str, Any]) -> SchemaViolation | 
             item = repr(node.to_plain())
             if item in seen:
                 return SchemaViolation(
-                    "KEY005", f"{show(node.to_plain())} occurs twice in the list"
+                    "KEY005", f"{show_value(node.to_plain())} occurs twice in the list"
                 )
             seen.add(item)
     return None

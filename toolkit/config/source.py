@@ -26,7 +26,7 @@ class Source:
     path: Path | None = None  # the path of the file; None for standard input and overrides
     format: str = "yaml"
     bom: str = ""  # the byte order mark of the file, which --fix writes again
-    hidden: list[Position] = field(
+    secret_positions: list[Position] = field(
         default_factory=list
     )  # positions of secrets, which no output may show
 
@@ -35,9 +35,9 @@ class Source:
         """Whether this source text is a ``--set`` argument."""
         return self.format == "set"
 
-    def hide(self, mark: Position) -> None:
+    def hide_secret(self, mark: Position) -> None:
         """Mark the characters at a position as a secret, so that no output shows them."""
-        self.hidden.append(mark)
+        self.secret_positions.append(mark)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -69,7 +69,7 @@ def dotted(path: KeyPath) -> str:
 MAX_BYTES = 1 << 19
 MAX_DEPTH = 40
 MAX_NODES = 50_000
-MAX_ALIASED = (
+MAX_ALIASED_NODES = (
     5_000  # values that all YAML aliases together expand to; this stops an alias bomb early
 )
 MAX_DIGITS = (
@@ -80,4 +80,4 @@ MAX_SUGGESTIONS = 50  # unknown keys for which a similar key is searched
 MAX_LAYERS = 16  # the longest chain of files that extend one another
 PIPE_WAIT_S = 1.5
 
-TOO_ALIASED = f"aliases expand to more than {MAX_ALIASED} values"
+TOO_MANY_ALIASES = f"aliases expand to more than {MAX_ALIASED_NODES} values"

@@ -19,19 +19,19 @@ from toolkit.config.finding import Edit, Finding, Fix, Severity
 from toolkit.config.scalars import beyond_64_bits
 from toolkit.config.schema_violation import SchemaViolation, fits_type, value_fault
 from toolkit.config.source import MAX_SUGGESTIONS, KeyPath, dotted
-from toolkit.config.wording import show, spell
+from toolkit.config.wording import show_value, spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 
-class Outcome(NamedTuple):
-    """The result of a structure check: the findings, and the paths of the invalid values (``bad``).
-    No rule may use an invalid value.
+class StructureCheck(NamedTuple):
+    """The result of a structure check: the findings, and the paths of the invalid values
+    (``invalid_paths``). No rule may use an invalid value.
     """
 
     findings: list[Finding]
-    bad: set[KeyPath]
+    invalid_paths: set[KeyPath]
 
 
 class KeyAdvice(Protocol):
@@ -44,13 +44,15 @@ class KeyAdvice(Protocol):
     ) -> tuple[tuple[str, ...], tuple[Fix, ...]]: ...
 
 
-def check_structure(root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None) -> Outcome:
+def check_structure(
+    root: Node, schema: dict[str, Any], advise: KeyAdvice | None = None
+) -> StructureCheck:
     """Check ``root`` and all nodes below it with ``schema``. ``advise`` is a function that returns
     notes and fixes for an unknown key.
     """
     walk = _Walk(root, advise)
     walk.visit(root, schema, ())
-    return Outcome(walk.findings, walk.bad)
+    return StructureCheck(walk.findings, walk.bad)
 
 
 class _Walk:
@@ -84,8 +86,8 @@ class _Walk:
             self.mapping(node, schema, path)
         elif isinstance(node.value, list):
             self.sequence(node, schema, path)
-        elif node.note is not None:
-            self.findings.append(node.note)
+        elif node.yaml11_warning is not None:
+            self.findings.append(node.yaml11_warning)
 
     def mapping(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         properties = schema.get("properties", {})
@@ -119,7 +121,7 @@ class _Walk:
             message=f"{dotted(path)}: unknown key",
             path=path,
             source=node.source,
-            mark=node.key,
+            position=node.key_position,
             notes=notes,
             fixes=fixes,
         )
@@ -134,18 +136,18 @@ class _Walk:
         scalar that YAML 1.1 and YAML 1.2 read differently.
         """
         for _, below in node.walk(path):
-            if below.note is not None:
-                self.findings.append(below.note)
+            if below.yaml11_warning is not None:
+                self.findings.append(below.yaml11_warning)
 
     def tell(
         self, node: Node, schema: dict[str, Any], path: KeyPath, fault: SchemaViolation
     ) -> None:
         notes, fixes = fault.notes, fault.fixes
-        if node.note is not None:
-            notes = (*notes, node.note.message)
+        if node.yaml11_warning is not None:
+            notes = (*notes, node.yaml11_warning.message)
         edits = [
-            Fix(spelling, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
-            for spelling in (spell(value, node.source.format) for value in fixes)
+            Fix(spelling, (Edit(node.source, node.position.start, node.position.end, spelling),))
+            for spelling in (spell_value(value, node.source.format) for value in fixes)
         ]
         self.findings.append(
             Finding(
@@ -154,7 +156,7 @@ class _Walk:
                 message=f"{dotted(path)}: {fault.message}",
                 path=path,
                 source=node.source,
-                mark=node.mark,
+                position=node.position,
                 notes=notes,
                 fixes=tuple(edits) or _advice(schema, fault),
             )
@@ -163,7 +165,7 @@ class _Walk:
 
 def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
     if fault.rule == "KEY006" and "default" in schema:
-        return (Fix(f"remove the key to use the default, {show(schema['default'])}"),)
+        return (Fix(f"remove the key to use the default, {show_value(schema['default'])}"),)
     return ()
 
 
@@ -189,10 +191,10 @@ def _missing(node: Node, path: KeyPath, schema: dict[str, Any]) -> Finding:
         message=f"{dotted(path)} is missing",
         path=path,
         source=node.source,
-        mark=node.key or node.mark,
+        position=node.key_position or node.position,
         fixes=(
             Fix(
-                f"{path[-1]}: {spell(example, 'yaml')}"
+                f"{path[-1]}: {spell_value(example, 'yaml')}"
                 if not isinstance(example, dict)
                 else f"add {path[-1]}:"
             ),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import similar_words
 from toolkit.config.common_names import COMMON_NAMES, OTHER_UNIT
-from toolkit.config.finding import Fix, rename
-from toolkit.config.key_moves import at, is_valid, move, schema_of
-from toolkit.config.migration import FORCED, MOVED, converted
+from toolkit.config.finding import Fix, rename_key
+from toolkit.config.key_moves import find_node, is_valid, key_schema, move_fix
+from toolkit.config.migration import FORCED_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import dotted
 
@@ -49,16 +49,16 @@ def key_advice(
 
 
 def _may_be_advised(parent: KeyPath, name: str, schema: dict[str, Any]) -> bool:
-    return "x-refused" not in schema and dotted((*parent, name)) not in FORCED
+    return "x-refused" not in schema and dotted((*parent, name)) not in FORCED_KEYS
 
 
 def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], root: Node) -> Fix:
     text = f"did you mean {name}?"
-    if at(root, (*path[:-1], name)) is not None:
+    if find_node(root, (*path[:-1], name)) is not None:
         return Fix(f"{text} The run file already sets {name}")
-    if node.key is None or node.source.is_override or not is_valid(node, schema):
+    if node.key_position is None or node.source.is_override or not is_valid(node, schema):
         return Fix(text)
-    return Fix(text, (rename(node.source, node.key, name),))
+    return Fix(text, (rename_key(node.source, node.key_position, name),))
 
 
 def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
@@ -73,14 +73,16 @@ def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
         if (section,) != parent and key in below.get("properties", {})
     ]
     names += [
-        old for old in MOVED if old.endswith(f".{key}") and old.count(".") == 1 and old not in names
+        old
+        for old in MOVED_KEYS
+        if old.endswith(f".{key}") and old.count(".") == 1 and old not in names
     ]
     places: dict[str, Any] = {}
     for old in names:
-        if schema_of(tuple(old.split("."))) is not None:
+        if key_schema(tuple(old.split("."))) is not None:
             places[old] = node.value
             continue
-        today = converted(old, node.value)
+        today = convert_key(old, node.value)
         if today is not None and today[0] is not None:
             places[today[0]] = today[1]
     if not places:
@@ -88,5 +90,9 @@ def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
     if len(places) > 1 or any(isinstance(part, int) for part in path):
         return (Fix(f"move the key to the section to which it belongs: {' or '.join(places)}"),)
     ((to, value),) = places.items()
-    fix = move(root, path, to, value)
-    return (Fix(f"move the key to the section to which it belongs: {to}", fix.edits, fix.moved),)
+    fix = move_fix(root, path, to, value)
+    return (
+        Fix(
+            f"move the key to the section to which it belongs: {to}", fix.edits, fix.printed_change
+        ),
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from toolkit.config.lora_targets import has_experts, text_part
+from toolkit.config.lora_targets import get_text_config, has_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,33 +35,34 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StorageFormat:
     """A storage format of checkpoints. ``flag`` is the load_in_* flag for training on this format;
-    None if that is not supported. ``engine`` says whether trainer and vLLM can share the weights.
+    None if that is not supported. ``shares_weights`` says whether trainer and vLLM can share the
+    weights.
     """
 
     name: str
     flag: str | None = None
-    engine: bool = False
+    shares_weights: bool = False
 
 
-STORED = {
-    "bitsandbytes-4bit": Stored("bitsandbytes 4-bit", "load_in_4bit", engine=True),
-    "bitsandbytes-8bit": Stored("bitsandbytes 8-bit", "load_in_8bit"),
-    "awq": Stored("AWQ"),
-    "gptq": Stored("GPTQ"),
-    "fp8": Stored("FP8"),
-    "fbgemm_fp8": Stored("FP8 (FBGEMM)"),
-    "mxfp4": Stored("MXFP4"),
-    "compressed-tensors": Stored("compressed-tensors"),
+STORAGE_FORMATS = {
+    "bitsandbytes-4bit": StorageFormat("bitsandbytes 4-bit", "load_in_4bit", shares_weights=True),
+    "bitsandbytes-8bit": StorageFormat("bitsandbytes 8-bit", "load_in_8bit"),
+    "awq": StorageFormat("AWQ"),
+    "gptq": StorageFormat("GPTQ"),
+    "fp8": StorageFormat("FP8"),
+    "fbgemm_fp8": StorageFormat("FP8 (FBGEMM)"),
+    "mxfp4": StorageFormat("MXFP4"),
+    "compressed-tensors": StorageFormat("compressed-tensors"),
 }
 
-UNTRAINED = {
+UNSUPPORTED_FLAGS = {
     "load_in_fp8": "training on 8-bit floating-point weights is not supported",
 }
 """Flags that are always refused, and the reason."""
 
-ENGINE_EXCLUDES = {
+FLAGS_WITHOUT_ENGINE = {
     "trust_remote_code": "the checkpoint's own layers cannot be compared with vLLM's layers",
     "load_in_8bit": "vLLM's and bitsandbytes' 8-bit weights differ, so they cannot be shared",
     "full_finetuning": "the engine shares the base weights, so only an adapter can be trained",
@@ -78,7 +79,7 @@ MULTIMODAL = frozenset(
 multimodal models have a text_config in their config.json.
 """
 
-ATTENTIONS = (
+ATTENTION_FUNCTIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
     "flash_attention_4",
 )  # fmt: skip
@@ -114,7 +115,7 @@ DATA_INITS = {
 """Initializations whose inputs a run file cannot provide, and the reason."""
 
 
-def init_with_engine(init: bool | str) -> str | None:
+def engine_init_problem(init: bool | str) -> str | None:
     """Return why the init_lora_weights ``init`` cannot be used with vLLM; None if it can."""
     if not isinstance(init, str):
         return None
@@ -123,12 +124,12 @@ def init_with_engine(init: bool | str) -> str | None:
     return f"{init} cannot be used: {DATA_INITS[init]}" if init in DATA_INITS else None
 
 
-NO_FLOAT16 = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
+NO_FLOAT16_TYPES = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))
 """Model types that vLLM 0.31 does not run in float16, because their values overflow
 (``_FLOAT16_NOT_SUPPORTED_MODELS`` in vLLM's source).
 """
 
-ALWAYS_TIED = frozenset(("gemma2",))
+ALWAYS_TIED_TYPES = frozenset(("gemma2",))
 """Model types whose class in vLLM 0.31 has no lm_head: the embedding is always the head."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -138,7 +139,7 @@ CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """The activation functions of experts that ``engine.experts`` can compute on a CPU."""
 
 
-def stored_format(config: Mapping[str, Any]) -> Stored | None:
+def storage_format(config: Mapping[str, Any]) -> StorageFormat | None:
     """Return the storage format that config.json states; None if the weights are not quantized."""
     inner = config.get("quantization_config")
     if not isinstance(inner, dict):
@@ -147,16 +148,16 @@ def stored_format(config: Mapping[str, Any]) -> Stored | None:
     if method == "bitsandbytes":
         eight = bool(inner.get("load_in_8bit") or inner.get("_load_in_8bit"))
         method = "bitsandbytes-8bit" if eight else "bitsandbytes-4bit"
-    return STORED.get(method, Stored(method))
+    return STORAGE_FORMATS.get(method, StorageFormat(method))
 
 
-def stored_problem(
+def storage_problem(
     config: Mapping[str, Any], *, load_in_4bit: bool, load_in_8bit: bool, engine: bool
 ) -> Problem | None:
     """Return the reason why the quantized checkpoint of this config.json cannot be trained with
     these load_in_* flags; None if it can. ``engine`` says whether the run uses vLLM.
     """
-    stored = stored_format(config)
+    stored = storage_format(config)
     if stored is None:
         return None
     told = f"the checkpoint is stored in {stored.name}"
@@ -166,7 +167,7 @@ def stored_problem(
             f"{told}; training an adapter on this format is not supported",
             hint="name the 16-bit checkpoint of the model (load_in_4bit quantizes it at loading)",
         )
-    if engine and not stored.engine:
+    if engine and not stored.shares_weights:
         return Problem(
             "model.model_name",
             f"{told}, and vLLM cannot share weights in this format",
@@ -269,62 +270,62 @@ def architecture_problem(
 
 
 def attention_problem(
-    asked: str | None, *, softcap: float | None, supports: Mapping[str, bool], trusted: bool
+    attn: str | None, *, softcap: float | None, supports: Mapping[str, bool], trusted: bool
 ) -> Problem | None:
-    """Return why a model cannot use the attn_implementation ``asked``; None if it can.
+    """Return why a model cannot use the attn_implementation ``attn``; None if it can.
 
     ``softcap`` is the model's attn_logit_softcapping. ``supports`` says whether the model supports
     "sdpa", "flash" and "flex" (empty if unknown). ``trusted`` is the value of trust_remote_code.
     """
     key = "model.attn_implementation"
-    if asked is None:
+    if attn is None:
         return None
-    if "/" in asked:
+    if "/" in attn:
         return (
             None
             if trusted
             else Problem(
                 key,
-                f"attn_implementation={asked!r} is code from the hub, but trust_remote_code "
+                f"attn_implementation={attn!r} is code from the hub, but trust_remote_code "
                 "is false",
                 fixes=((key, None),),
             )
         )
-    if asked.startswith("paged|") and (name := asked.removeprefix("paged|")) in ATTENTIONS:
+    if attn.startswith("paged|") and (name := attn.removeprefix("paged|")) in ATTENTION_FUNCTIONS:
         return Problem(
             key,
-            f"attn_implementation={asked!r} is only for continuous batching, which training does "
+            f"attn_implementation={attn!r} is only for continuous batching, which training does "
             "not use",
             fixes=((key, name),),
         )
-    if asked not in ATTENTIONS:
+    if attn not in ATTENTION_FUNCTIONS:
         return Problem(
             key,
-            f"attn_implementation={asked!r} is not one of {', '.join(ATTENTIONS)}",
+            f"attn_implementation={attn!r} is not one of {', '.join(ATTENTION_FUNCTIONS)}",
             fixes=((key, None),),
         )
-    if softcap is not None and asked in DROPS_SOFTCAP:
+    if softcap is not None and attn in DROPS_SOFTCAP:
         return Problem(
             key,
-            f"attn_implementation={asked!r} ignores the model's attn_logit_softcapping "
+            f"attn_implementation={attn!r} ignores the model's attn_logit_softcapping "
             f"({softcap:g})",
             fixes=((key, None), (key, "eager"), (key, "flex_attention")),
         )
-    kind = next((part for part in ("sdpa", "flash", "flex") if asked.startswith(part)), "eager")
+    kind = next((part for part in ("sdpa", "flash", "flex") if attn.startswith(part)), "eager")
     if supports.get(kind) is False:
         return Problem(
-            key, f"this model has no {asked} attention", fixes=((key, None), (key, "eager"))
+            key, f"this model has no {attn} attention", fixes=((key, None), (key, "eager"))
         )
     return None
 
 
-def attention_lacks(
-    asked: str | None, *, on_gpu: bool, dtype: str, installed: bool
+def attention_machine_problem(
+    attn: str | None, *, on_gpu: bool, dtype: str, is_installed: bool
 ) -> Problem | None:
-    """Return why this machine cannot use the attention function ``asked``; None if it can.
-    ``installed`` says whether the package of flash attention is installed.
+    """Return why this machine cannot use the attention function ``attn``; None if it can.
+    ``is_installed`` says whether the package of flash attention is installed.
     """
-    key, name = "model.attn_implementation", asked or ""
+    key, name = "model.attn_implementation", attn or ""
     if name in NO_CPU_BACKWARD and not on_gpu:
         what = f"{name} cannot be used: torch has no backward pass for it on a CPU"
         return Problem(key, what, fixes=((key, None), (key, "sdpa")))
@@ -335,7 +336,7 @@ def attention_lacks(
         lacks = "it needs a GPU"
     elif dtype == "float32":
         lacks = "it computes in 16 bits, but the model is in float32"
-    elif not installed:
+    elif not is_installed:
         lacks = f"its package {package.partition('.')[0]} is not installed"
     else:
         return None
@@ -344,7 +345,7 @@ def attention_lacks(
 
 def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
     """Return why vLLM cannot run the model of this config.json on a CPU; None if it can."""
-    text = text_part(config)
+    text = get_text_config(config)
     size = head_size(text)
     if size is not None and size not in CPU_HEAD_SIZES:
         return Problem(
@@ -368,7 +369,7 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
 def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
     """Return why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
     kind = config.get("model_type")
-    if dtype != "float16" or kind not in NO_FLOAT16:
+    if dtype != "float16" or kind not in NO_FLOAT16_TYPES:
         return None
     return Problem(
         "model.dtype",
@@ -377,10 +378,10 @@ def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
     )
 
 
-def head_problem(config: Mapping[str, Any]) -> Problem | None:
+def untied_head_problem(config: Mapping[str, Any]) -> Problem | None:
     """Return why vLLM cannot run the model with its untied lm_head; None if it can."""
     kind = config.get("model_type")
-    if kind not in ALWAYS_TIED or config.get("tie_word_embeddings", True) is not False:
+    if kind not in ALWAYS_TIED_TYPES or config.get("tie_word_embeddings", True) is not False:
         return None
     what = f"tie_word_embeddings is false, but vLLM has no separate head for {kind}"
     return Problem("model.model_name", what, fixes=(("runtime.engine", "transformers"),))

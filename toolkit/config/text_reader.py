@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from toolkit.config.document import Document, StopReading, empty
+from toolkit.config.document import Document, StopReading, empty_root
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.source import MAX_BYTES, PIPE_WAIT_S, Source
 
 FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 STDIN = "-"
-UNREADABLE = "DOC014"
+UNREADABLE_RULE = "DOC014"
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -25,7 +25,7 @@ _MARKS = (
 )
 
 
-class Unreadable(StopReading):
+class UnreadableText(StopReading):
     """Raised if the text of a run file cannot be read. ``finding`` says why."""
 
 
@@ -49,20 +49,20 @@ def read_source(path: str | Path, *, real: Path | None = None) -> Source:
         return _decode(source, _read_file(source, real or file))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Unreadable(unreadable(source, f"cannot be read: {reason}")) from None
+        raise UnreadableText(unreadable_finding(source, f"cannot be read: {reason}")) from None
 
 
-def unreadable(source: Source, message: str, *fixes: Fix) -> Finding:
+def unreadable_finding(source: Source, message: str, *fixes: Fix) -> Finding:
     """Return the finding for a file that cannot be read."""
-    return error_finding(UNREADABLE, message, source, None, *fixes)
+    return error_finding(UNREADABLE_RULE, message, source, None, *fixes)
 
 
-def failed(finding: Finding) -> Document:
+def failed_document(finding: Finding) -> Document:
     """Return an empty document with ``finding`` as its only finding. ``finding`` says why the run
     file could not be read.
     """
     source = finding.source or Source("run file", "", Path.cwd())
-    return Document(source, empty(source), [finding], readable=False)
+    return Document(source, empty_root(source), [finding], is_readable=False)
 
 
 def _read_file(source: Source, file: Path) -> bytes:
@@ -71,13 +71,13 @@ def _read_file(source: Source, file: Path) -> bytes:
     try:
         kind = os.fstat(descriptor)
         if stat.S_ISDIR(kind.st_mode):
-            raise Unreadable(unreadable(source, "is a folder, not a run file"))
+            raise UnreadableText(unreadable_finding(source, "is a folder, not a run file"))
         if stat.S_ISREG(kind.st_mode) and kind.st_size > MAX_BYTES:
             message = f"has {kind.st_size} bytes, but a run file may have at most {MAX_BYTES}"
             notebook = file.suffix.lower() == ".ipynb"
             command = f"toolkit import {source.name}"
             fixes = [Fix(f"make a run file from the notebook with `{command}`")] if notebook else []
-            raise Unreadable(unreadable(source, message, *fixes))
+            raise UnreadableText(unreadable_finding(source, message, *fixes))
         return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
     finally:
         os.close(descriptor)
@@ -95,8 +95,8 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
         if deadline is not None:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise Unreadable(
-                    unreadable(
+                raise UnreadableText(
+                    unreadable_finding(
                         source, f"the writer of this pipe did not close it within {wait_s} s"
                     )
                 )
@@ -108,16 +108,16 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
             return b"".join(chunks)
         chunks.append(chunk)
         total += len(chunk)
-    raise Unreadable(
-        unreadable(source, f"has more than {MAX_BYTES} bytes, the limit for a run file")
+    raise UnreadableText(
+        unreadable_finding(source, f"has more than {MAX_BYTES} bytes, the limit for a run file")
     )
 
 
 def _decode(source: Source, data: bytes) -> Source:
     for mark, name in _MARKS:
         if data.startswith(mark):
-            raise Unreadable(
-                unreadable(
+            raise UnreadableText(
+                unreadable_finding(
                     source,
                     f"is {name}; a run file must be UTF-8",
                     Fix("save the file as UTF-8"),
@@ -129,7 +129,9 @@ def _decode(source: Source, data: bytes) -> Source:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text: byte 0x{data[error.start]:02x} on line {line}"
-        raise Unreadable(unreadable(source, message, Fix("save the file as UTF-8"))) from None
+        raise UnreadableText(
+            unreadable_finding(source, message, Fix("save the file as UTF-8"))
+        ) from None
     form = source.format
     if form == "stdin":
         form = "json" if text.lstrip()[:1] == "{" else "yaml"

@@ -15,12 +15,12 @@ import re
 import tomllib
 from typing import Any
 
-from toolkit.config.document import Document, Node, StopReading, empty
+from toolkit.config.document import Document, Node, StopReading, empty_root
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.json_reader import Places
-from toolkit.config.scalars import beyond_64_bits, too_large
+from toolkit.config.scalars import beyond_64_bits, too_large_message
 from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Position, Source
-from toolkit.config.toml_scan import scan
+from toolkit.config.toml_scan import scan_positions
 
 _POSITION = re.compile(r"\(at line (\d+), column (\d+)\)|\(at end of document\)")
 MAX_MARKS = 20_000  # the limit on values and tables, because tomllib is slow
@@ -30,7 +30,7 @@ MAX_PARTS = 2_000
 
 def parse_toml(source: Source) -> Document:
     """Parse a TOML text to a document. A syntax error becomes one finding."""
-    document = Document(source, empty(source))
+    document = Document(source, empty_root(source))
     try:
         document.root = _read(source, document)
     except tomllib.TOMLDecodeError as error:
@@ -43,7 +43,7 @@ def parse_toml(source: Source) -> Document:
         document.findings.append(error_finding("DOC009", str(error), source))
     else:
         return document
-    document.whole = False
+    document.is_complete = False
     return document
 
 
@@ -61,7 +61,8 @@ def _read(source: Source, document: Document) -> Node:
         raise _long_integer(source) from None
     places = Places(source.text)
     marks = {
-        path: (places.mark(*key), places.mark(*value)) for path, key, value in scan(source.text)
+        path: (places.mark(*key), places.mark(*value))
+        for path, key, value in scan_positions(source.text)
     }
     return _Builder(source, document, marks).node(values, ())
 
@@ -87,7 +88,9 @@ def _long_integer(source: Source) -> StopReading:
 
 def _too_large(source: Source, mark: Position) -> Finding:
     text = source.text[mark.start : mark.end]
-    return error_finding("DOC015", too_large(text), source, mark, Fix("write a smaller number"))
+    return error_finding(
+        "DOC015", too_large_message(text), source, mark, Fix("write a smaller number")
+    )
 
 
 def _syntax(source: Source, message: str) -> Finding:
@@ -119,7 +122,7 @@ class _Builder:
             raise _TooMuch(f"values are nested deeper than {MAX_DEPTH} levels")
         key, mark = self.places.get(path, (None, Position(1, 1, 0, 0)))
         node = Node(self.below(value, path), mark, self.source)
-        node.key = key if path and isinstance(path[-1], str) else None
+        node.key_position = key if path and isinstance(path[-1], str) else None
         if beyond_64_bits(value):
             self.document.findings.append(_too_large(self.source, mark))
         if isinstance(value, float) and not math.isfinite(value):

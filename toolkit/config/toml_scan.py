@@ -20,7 +20,7 @@ _LONG = re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'(?:.)*?\'{3,5}', re.DOTALL)
 _WORD = re.compile(r"[^\s,#\]}]+(?: [0-9][^\s,#\]}]*)?")
 
 
-def scan(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
+def scan_positions(text: str) -> Iterator[tuple[KeyPath, Span, Span]]:
     """For each value and each table in a TOML text, yield its path, the span of its key, and the
     span of its value. A span is a pair of offsets (start, end). For a table, both spans are the
     span of its header.

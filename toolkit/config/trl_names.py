@@ -22,14 +22,14 @@ class Schedule(NamedTuple):
     itself.
     """
 
-    needed: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     reads_kwargs: bool = True  # whether get_scheduler passes lr_scheduler_kwargs to this schedule
 
     @property
     def keywords(self) -> tuple[str, ...]:
         """All keywords, the required ones first."""
-        return (*self.needed, *self.optional)
+        return (*self.required, *self.optional)
 
 
 PASSED_BY_THE_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -57,7 +57,7 @@ SCHEDULES: dict[str, Schedule] = {
     ),
     "greedy": Schedule(optional=(*_PLATEAU, *_GREEDY)),
 }
-CHOICES: dict[str, tuple[str, ...]] = {
+SCHEDULE_CHOICES: dict[str, tuple[str, ...]] = {
     "warmup_type": ("linear", "cosine", "1-sqrt"),
     "decay_type": ("linear", "cosine", "1-sqrt"),
     "mode": ("min", "max"),
@@ -66,8 +66,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Keywords of schedules whose value is one of these words. The values of all other keywords are
 numbers or booleans.
 """
-SWITCHES = ("verbose", "smooth")
-WHOLE = (
+SCHEDULE_SWITCHES = ("verbose", "smooth")
+SCHEDULE_INTEGERS = (
     "num_decay_steps", "num_stable_steps", "timescale", "patience", "cooldown", "warmup",
     "window_size", "reset_start",
 )  # fmt: skip
@@ -147,7 +147,7 @@ _FAMILIES: tuple[tuple[Optimizer, str], ...] = (
 OPTIMIZERS: dict[str, Optimizer] = {
     name: optimizer for optimizer, names in _FAMILIES for name in names.split()
 }
-TARGETED = ("galore", "apollo")
+TARGETED_OPTIMIZERS = ("galore", "apollo")
 """Beginnings of the names of the optimizers that read optim_target_modules."""
 
 TRACKERS: dict[str, Package | None] = {
@@ -167,10 +167,10 @@ TRACKERS: dict[str, Package | None] = {
     "kubeflow": None,  # no package is needed, because transformers calls the server directly
 }
 """The trackers that report_to accepts, under their names in transformers, and their packages."""
-NO_TRACKER = ("none", "all")
-LIGER = Package(("liger_kernel",), "liger-kernel")
+TRACKER_WORDS = ("none", "all")
+LIGER_PACKAGE = Package(("liger_kernel",), "liger-kernel")
 
-ACCELERATOR: dict[str, type | tuple[type, ...]] = {
+ACCELERATOR_KEYS: dict[str, type | tuple[type, ...]] = {
     "split_batches": bool,
     "dispatch_batches": (bool, type(None)),
     "even_batches": bool,
@@ -181,12 +181,12 @@ ACCELERATOR: dict[str, type | tuple[type, ...]] = {
 }
 """The keys of accelerator_config, and the types of their values (transformers' AcceleratorConfig).
 """
-DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
+DEBUG_OPTIONS = ("underflow_overflow", "tpu_metrics_debug")
+CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 """The values of cache_implementation, without the deprecated names that transformers still accepts.
 """
 QUANTIZED_CACHE = Package(("optimum.quanto",), "optimum-quanto")
-BATCHING = (
+BATCHING_KEYS = (
     "block_size", "num_blocks", "max_batch_tokens", "max_memory_percent", "max_requests_per_batch",
     "max_blocks_per_request", "allow_block_sharing", "use_async_batching", "use_cuda_graph",
     "disable_nccl_graph_mixing", "q_padding_interval_size", "kv_padding_interval_size",
@@ -197,7 +197,7 @@ BATCHING = (
 )  # fmt: skip
 """The keys of transformers_continuous_batching_config."""
 
-COMPILERS = (
+COMPILE_BACKENDS = (
     "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi",
     "fx2trt", "onnxrt", "tensorrt", "aot_torchxla_trace_once", "torchxla_trace_once", "tvm",
     "hpu_backend", "neuron",
@@ -206,7 +206,7 @@ COMPILERS = (
 COMPILE_MODES = (
     "default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune",
 )  # fmt: skip
-ROUTERS = frozenset(
+ROUTER_LOGIT_TYPES = frozenset(
     (
         "afmoe", "dbrx", "deepseek_v4", "doge", "ernie4_5_moe", "ernie4_5_vl_moe_text", "flex_olmo",
         "glm5_next_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
@@ -222,7 +222,7 @@ loss is computed from these logits.
 
 
 @cache
-def installed(package: Package) -> bool:
+def is_installed(package: Package) -> bool:
     """Whether ``package`` is installed. This is determined without importing the package."""
     return any(_is_there(module) for module in package.modules)
 
@@ -248,12 +248,12 @@ def needed_packages(
     if chosen is not None and chosen.package is not None:
         yield "optim", optim, chosen.package
     if use_liger:
-        yield "use_liger_kernel", "true", LIGER
+        yield "use_liger_kernel", "true", LIGER_PACKAGE
     if cache == "quantized":
         yield "cache_implementation", cache, QUANTIZED_CACHE
 
 
-def needed_by(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Package]]:
+def packages_for_grpo(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Package]]:
     """Yield (key, value, package) for each key in ``grpo`` whose value needs a package. ``grpo`` is
     the content of a run's grpo section.
     """
@@ -270,7 +270,7 @@ def _weighs(value: Any) -> bool:
     return value is not None and value != 0
 
 
-CUT_MATTERS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+SPLIT_DEPENDENT_FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "loss_type": lambda value: value == "bnpo",
         "top_entropy_quantile": lambda value: value is not None and value < 1,

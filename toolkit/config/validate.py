@@ -16,7 +16,7 @@ from toolkit.config.rules import Run, Situation, rules_with_checks
 from toolkit.config.schemas import find_schema
 from toolkit.config.source import MAX_FINDINGS
 from toolkit.config.structure import check_structure
-from toolkit.config.text_reader import UNREADABLE
+from toolkit.config.text_reader import UNREADABLE_RULE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,9 +56,9 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     other = _other_tool(document)
     if other is not None:
         findings = [other]
-    elif document.readable and document.whole:
+    elif document.is_readable and document.is_complete:
         outcome = check_structure(document.root, find_schema("run"), _key_advice)
-        run = Run(document, outcome.bad, situation or Situation())
+        run = Run(document, outcome.invalid_paths, situation or Situation())
         told = [found for rule in rules_with_checks() for found in rule.findings(run)]
         better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
         findings += [
@@ -84,7 +84,7 @@ def _other_tool(document: Document) -> Finding | None:
     finding is then reported instead of a finding for each unknown key.
     """
     model = document.node(("model", "model_name"))
-    if model is not None or not document.readable:
+    if model is not None or not document.is_readable:
         return None
     from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - only for a file that is not a run file
 
@@ -113,7 +113,7 @@ def _order(found: Finding) -> tuple[bool, str, int, int, str]:
     """Return the sort key of a finding. It sorts findings by position, and puts the findings of
     ``--set`` overrides last.
     """
-    source, mark = found.source, found.mark
+    source, mark = found.source, found.position
     is_override = source is not None and source.is_override
     line, column = (mark.line, mark.column) if mark else (0, 0)
     return (is_override, source.name if source else "", line, column, found.rule)
@@ -126,30 +126,30 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     Raises InputError if the file cannot be read, and ConfigError with the text of all findings if
     one of them is an error.
     """
-    return accepted(load_document(path, overrides), Situation(world_size=world_size))
+    return validated_config(load_document(path, overrides), Situation(world_size=world_size))
 
 
-def accepted(document: Document, situation: Situation | None = None) -> RunConfig:
+def validated_config(document: Document, situation: Situation | None = None) -> RunConfig:
     """Return the RunConfig of a loaded document, after validating it for ``situation``. Raises the
     same errors as ``load_run``.
     """
     outcome = validate(document, situation)
     if outcome.config is not None:
         return outcome.config
-    raise refusal(document, outcome.findings)
+    raise refusal_error(document, outcome.findings)
 
 
-def refusal(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
+def refusal_error(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
     """Return the error that a command raises if validation refuses its run file. ``findings`` are
     the findings of the validation.
     """
     from toolkit.config.finding_output import render_text  # noqa: PLC0415 - only for a fault
 
-    if document.readable:
+    if document.is_readable:
         return ConfigError("the run file is refused\n" + render_text(findings))
-    reason = next(found for found in findings if found.rule == UNREADABLE)
+    reason = next(found for found in findings if found.rule == UNREADABLE_RULE)
     fix = " or ".join(one.text for one in reason.fixes) or None
-    return InputError(reason.message, where=reason.place, fix=fix)
+    return InputError(reason.message, where=reason.location, fix=fix)
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:

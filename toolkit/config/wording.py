@@ -13,20 +13,20 @@ _TYPES = {
 _LONGEST = 60
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """Return a value as a short text for messages. Only the first items of a list are shown, and a
     mapping is shown as "a mapping".
     """
     if isinstance(value, dict):
         return "a mapping" if value else "{}"
     if isinstance(value, (list, tuple)):
-        items = [show(getattr(item, "value", item)) for item in value[:4]]
+        items = [show_value(getattr(item, "value", item)) for item in value[:4]]
         return "[" + ", ".join(items) + (", ..." if len(value) > 4 else "") + "]"
     text = plain_spelling(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """Return the name of the type of ``value``, such as ``text``, ``a list`` or ``an integer``."""
     if isinstance(value, bool):
         return "a boolean"
@@ -36,17 +36,17 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else "a mapping"
 
 
-def describe(schema: dict[str, Any]) -> str:
+def describe_schema(schema: dict[str, Any]) -> str:
     """Return a text that names the types or values that a schema allows, such as ``an integer or
     auto``.
     """
     if "x-either" in schema:
-        parts = [describe(branch) for branch in schema["x-either"]]
+        parts = [describe_schema(branch) for branch in schema["x-either"]]
         return " or ".join(part for part in parts if part != "null") or "null"
     if "const" in schema:
-        return show(schema["const"])
+        return show_value(schema["const"])
     if "enum" in schema:
-        *others, last = map(show, schema["enum"])
+        *others, last = map(show_value, schema["enum"])
         return f"{', '.join(others)} or {last}" if others else last
     kinds = schema.get("type", [])
     names = [
@@ -55,7 +55,7 @@ def describe(schema: dict[str, Any]) -> str:
     return " or ".join(names)
 
 
-def spell(value: Any, form: str) -> str:
+def spell_value(value: Any, form: str) -> str:
     """Return ``value`` (a scalar) as a file spells it. ``form`` is the format of the file: "yaml",
     "json" or "toml".
     """
@@ -65,7 +65,7 @@ def spell(value: Any, form: str) -> str:
     return text
 
 
-def wrapped(text: str, *, indent: str = "  ") -> list[str]:
+def wrap_text(text: str, *, indent: str = "  ") -> list[str]:
     """Return ``text`` as indented lines of at most 96 characters."""
     import textwrap  # noqa: PLC0415 - only to explain
 

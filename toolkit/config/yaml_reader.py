@@ -17,18 +17,25 @@ from typing import Any
 
 import yaml
 
-from toolkit.config.document import Document, Node, StopReading, empty
+from toolkit.config.document import Document, Node, StopReading, empty_root
 from toolkit.config.finding import Edit, Finding, Fix, Severity, error_finding
 from toolkit.config.scalars import (
-    TOO_LARGE,
+    TOO_LARGE_INT,
     beyond_64_bits,
-    differs,
     is_long_integer,
+    legacy_reading,
     plain_spelling,
     read_core,
-    too_large,
+    too_large_message,
 )
-from toolkit.config.source import MAX_ALIASED, MAX_DEPTH, MAX_NODES, TOO_ALIASED, Position, Source
+from toolkit.config.source import (
+    MAX_ALIASED_NODES,
+    MAX_DEPTH,
+    MAX_NODES,
+    TOO_MANY_ALIASES,
+    Position,
+    Source,
+)
 
 try:
     from yaml.cyaml import CLoader as _Parser
@@ -38,13 +45,13 @@ except ImportError:  # without libyaml, PyYAML's own parser makes the same event
 
 def parse_yaml(source: Source) -> Document:
     """Parse the first YAML document of a text. Errors become findings of the returned document."""
-    document = Document(source, empty(source))
+    document = Document(source, empty_root(source))
     builder = _Builder(source, document.findings)
     try:
         root = builder.build()
     except StopReading as fault:
         document.findings.append(fault.finding)
-        document.whole = False
+        document.is_complete = False
         return document
     document.root = root if root is not None else Node(None, Position(1, 1, 0, 0), source)
     return document
@@ -107,13 +114,13 @@ class _Builder:
             self.keys.append(None)
             if len(self.stack) > MAX_DEPTH:
                 message = f"values are nested deeper than {MAX_DEPTH} levels"
-                raise StopReading(self.finding("DOC009", node.mark, message))
+                raise StopReading(self.finding("DOC009", node.position, message))
 
     def close(self, event: Any) -> None:
         node = self.stack.pop()
         self.keys.pop()
-        start = node.mark
-        node.mark = Position(start.line, start.column, start.start, event.end_mark.index)
+        start = node.position
+        node.position = Position(start.line, start.column, start.start, event.end_mark.index)
 
     def bounded(self, mark: Position) -> None:
         self.count += 1
@@ -132,7 +139,7 @@ class _Builder:
             self.tell("DOC003", mark, message, "remove the tag")
         if kind is yaml.ScalarEvent:
             node = Node(event.value, mark, self.source, plain=not event.style)
-            if node.plain:
+            if node.is_plain:
                 self.resolve(node, event.value)
         else:
             empty_value: Any = {} if kind is yaml.MappingStartEvent else []
@@ -145,26 +152,29 @@ class _Builder:
         """Set the value of ``node``, which is a plain scalar with the text ``text``. If YAML 1.1
         would read another value, add a warning to the node.
         """
-        node.value = value = TOO_LARGE if is_long_integer(text) else read_core(text)
+        node.value = value = TOO_LARGE_INT if is_long_integer(text) else read_core(text)
         if beyond_64_bits(value):
-            self.tell("DOC015", node.mark, too_large(text), "write a smaller number")
+            self.tell("DOC015", node.position, too_large_message(text), "write a smaller number")
             return
         if isinstance(value, float) and not math.isfinite(value):
             message = f"{text} is not allowed in a run file: numbers must be finite"
-            self.tell("DOC006", node.mark, message, "write a finite number")
+            self.tell("DOC006", node.position, message, "write a finite number")
             return
-        other = differs(text, value)
+        other = legacy_reading(text, value)
         if other is not None:
             spelling = plain_spelling(value)
             ours = "text" if isinstance(value, str) else f"the number {value!r}"
-            node.note = Finding(
+            node.yaml11_warning = Finding(
                 rule="DOC007",
                 severity=Severity.WARNING,
                 message=f"{text} is {ours} in YAML 1.2 and {other} in YAML 1.1",
                 source=self.source,
-                mark=node.mark,
+                position=node.position,
                 fixes=(
-                    Fix(spelling, (Edit(self.source, node.mark.start, node.mark.end, spelling),)),
+                    Fix(
+                        spelling,
+                        (Edit(self.source, node.position.start, node.position.end, spelling),),
+                    ),
                 ),
             )
 
@@ -182,10 +192,10 @@ class _Builder:
         ``target``. The copied nodes are counted, so that an alias bomb is stopped early.
         """
         self.aliased += 1
-        if self.aliased > MAX_ALIASED:
-            raise StopReading(self.finding("DOC009", mark, TOO_ALIASED))
-        copy = Node(target.value, target.mark, target.source, plain=target.plain)
-        copy.key = target.key
+        if self.aliased > MAX_ALIASED_NODES:
+            raise StopReading(self.finding("DOC009", mark, TOO_MANY_ALIASES))
+        copy = Node(target.value, target.position, target.source, plain=target.is_plain)
+        copy.key_position = target.key_position
         if isinstance(target.value, dict):
             copy.value = {key: self.copy(child, mark) for key, child in target.value.items()}
         elif isinstance(target.value, list):
@@ -207,28 +217,28 @@ class _Builder:
         self.keys[-1] = None
         name, mark = pending
         if name in holder:
-            first = holder[name].key
+            first = holder[name].key_position
             fix = f"remove the key from line {first.line} or from line {mark.line}"
             self.tell("DOC002", mark, f"{name} is written twice in one mapping", fix)
             return
-        node.key = mark
+        node.key_position = mark
         holder[name] = node
 
     def key(self, node: Node, event: Any) -> tuple[str, Position]:
         """Return the name and position of a key. If the key is invalid, add a finding and return a
         unique placeholder as the name.
         """
-        nameless = f"\0{node.mark.start}"
+        nameless = f"\0{node.position.start}"
         if not isinstance(event, yaml.ScalarEvent):
             message = "a key must be a plain name, not a list or a mapping"
-            self.tell("DOC010", node.mark, message, "write a name before the colon")
-            return nameless, node.mark
-        if node.plain and event.value == "<<":
+            self.tell("DOC010", node.position, message, "write a name before the colon")
+            return nameless, node.position
+        if node.is_plain and event.value == "<<":
             message = "a merge key (<<) exists only in YAML 1.1, but run files are YAML 1.2"
             fix = "remove the merge key, and share settings with extends: base.yaml"
-            self.tell("DOC008", node.mark, message, fix)
-            return nameless, node.mark
-        return str(event.value), node.mark
+            self.tell("DOC008", node.position, message, fix)
+            return nameless, node.position
+        return str(event.value), node.position
 
     def syntax(self, error: yaml.MarkedYAMLError) -> Finding:
         at = error.problem_mark or error.context_mark

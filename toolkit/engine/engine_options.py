@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit.base.errors import ConfigValueError, UnsupportedError
 from toolkit.config.engine_settings import API_OPTIONS, ApiEngineSettings, graph_sizes
-from toolkit.config.lora_targets import SLOTS as LAYERS_WITH_SLOTS
+from toolkit.config.lora_targets import SLOT_LAYERS as LAYERS_WITH_SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,12 +141,14 @@ class EngineOptions(ApiEngineSettings):
         """Return the options that a user may set, under vLLM's names."""
         arguments = {}
         for name, option in API_OPTIONS.items():
-            unused = (option.on_gpu and device == "cpu") or (
-                option.with_lora and not self.enable_lora
+            unused = (option.gpu_only and device == "cpu") or (
+                option.needs_lora and not self.enable_lora
             )
             value = getattr(self, name)
-            if option.vllm is not None and not unused and value != "auto":
-                arguments[option.vllm] = option.values.get(value, value) if option.values else value
+            if option.vllm_argument is not None and not unused and value != "auto":
+                arguments[option.vllm_argument] = (
+                    option.vllm_values.get(value, value) if option.vllm_values else value
+                )
         return arguments
 
 

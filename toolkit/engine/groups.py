@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError, NodeError
 from toolkit.base.process_environment import local_world_size, world_size
-from toolkit.config.parallel import KEY
+from toolkit.config.parallel import TENSOR_PARALLEL_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +36,14 @@ def check_world_size(size: int) -> None:
         raise ConfigError(
             f"with tensor_parallel_size {size} the number of processes must be a multiple of "
             f"{size}, and a launcher must start the processes. This run has {processes} processes",
-            where=KEY,
+            where=TENSOR_PARALLEL_KEY,
             fix=f"start the run with `toolkit train --nproc-per-node {size}` or with torchrun",
         )
     if local_processes % size:
         raise ConfigError(
             f"a group of {size} processes that share a model would be on two nodes. This run has "
             f"{processes} processes, and {local_processes} of them are on this node",
-            where=KEY,
+            where=TENSOR_PARALLEL_KEY,
             fix=f"start a multiple of {size} processes on each node (`--nproc-per-node {size}`), "
             "or lower `tensor_parallel_size`",
         )
@@ -87,7 +87,7 @@ def check_same_environment(size: int, reports: Sequence[Mapping[str, Any]]) -> N
             if name == "card":
                 raise ConfigError(
                     f"processes that share a model have cards of different kinds ({listed})",
-                    where=KEY,
+                    where=TENSOR_PARALLEL_KEY,
                     fix="set `CUDA_VISIBLE_DEVICES` to cards of one kind, or set "
                     "`tensor_parallel_size` to 1",
                 )

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedError, first_line
-from toolkit.config.sampling_keywords import unknown
+from toolkit.config.sampling_keywords import unknown_keyword_problem
 from toolkit.engine.hf_sampling import (
     StopStrings,
     max_completion_lengths,
@@ -144,7 +144,7 @@ class TransformersEngine:
         extra = dict(sampling.extra)
         stop = extra.pop("stop", None) or extra.pop("stop_strings", None)
         for name in extra:
-            problem = unknown(name, self.sampler_name)
+            problem = unknown_keyword_problem(name, self.sampler_name)
             if problem is not None:
                 raise ConfigTypeError(problem.message, where=WHERE, fix=problem.fix)
         _check_ranges(sampling)

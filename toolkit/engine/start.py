@@ -21,8 +21,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, UnsupportedError, first_line
 from toolkit.base.process_environment import local_rank, world_size
 from toolkit.config.lora_targets import has_experts
-from toolkit.config.parallel import size_of
-from toolkit.config.supported_features import cpu_engine_problem, head_problem, stored_format
+from toolkit.config.parallel import parallel_size
+from toolkit.config.supported_features import (
+    cpu_engine_problem,
+    storage_format,
+    untied_head_problem,
+)
 from toolkit.engine import experts, sleep, weight_loader
 from toolkit.engine.engine import Engine
 from toolkit.engine.groups import check_groups
@@ -48,7 +52,7 @@ def start_engine(options: EngineOptions) -> Engine:
     had_engine = _last_engine is not None
     if had_engine:
         free_previous_engine()
-    size = size_of(options.tensor_parallel_size)
+    size = parallel_size(options.tensor_parallel_size)
     device = device_type()
     check_groups(
         size,
@@ -180,8 +184,8 @@ def check_model(options: EngineOptions, device: str) -> Any:
     """
     config = read_config(options)
     values = config.to_dict()
-    stored = stored_format(values)
-    if options.share_weights and stored is not None and not stored.engine:
+    stored = storage_format(values)
+    if options.share_weights and stored is not None and not stored.shares_weights:
         raise UnsupportedError(
             f"{options.model} is stored in {stored.name}, but only unquantized and bitsandbytes "
             "4-bit weights can be shared with the trainer",
@@ -189,7 +193,9 @@ def check_model(options: EngineOptions, device: str) -> Any:
             fix="use the unquantized checkpoint of the model. To save memory, set "
             "`load_in_4bit: true`",
         )
-    problem = head_problem(values) or (cpu_engine_problem(values) if device == "cpu" else None)
+    problem = untied_head_problem(values) or (
+        cpu_engine_problem(values) if device == "cpu" else None
+    )
     if problem is not None:
         raise UnsupportedError(problem.message, where=problem.key, fix=_USE_TRANSFORMERS)
     if (options.load_in_4bit or stored is not None) and device != "cuda":
@@ -222,8 +228,8 @@ _USE_TRANSFORMERS = "set `fast_inference: false` (in a run file: `runtime.engine
 
 def has_4bit_weights(options: EngineOptions, config: Any) -> bool:
     """Return True if vLLM uses its bitsandbytes loader for the model."""
-    stored = stored_format(config.to_dict())
-    is_4bit = options.load_in_4bit or (stored is not None and stored.engine)
+    stored = storage_format(config.to_dict())
+    is_4bit = options.load_in_4bit or (stored is not None and stored.shares_weights)
     return is_4bit and options.tensor_parallel_size == 1
 
 

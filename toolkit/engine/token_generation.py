@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from toolkit.base.errors import ConfigError, ConfigValueError
-from toolkit.config.sampling_keywords import unknown
+from toolkit.config.sampling_keywords import unknown_keyword_problem
 from toolkit.engine.rollout_request import Rollout, request_seed
 from toolkit.engine.vllm_internals import drop_requests
 
@@ -46,7 +46,7 @@ def to_sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         ConfigValueError: vLLM rejects a value, or does not have an option in ``sampling.extra``.
     """
     for name in sampling.extra:
-        problem = unknown(name, "vllm")
+        problem = unknown_keyword_problem(name, "vllm")
         if problem is not None:
             raise ConfigValueError(problem.message, where="sampling options", fix=problem.fix)
     keywords: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 
 from toolkit.base.errors import ConfigValueError
 from toolkit.config.libraries import model_type
-from toolkit.config.supported_features import attention_lacks, attention_problem
+from toolkit.config.supported_features import attention_machine_problem, attention_problem
 
 
 def choose_attention(
@@ -32,12 +32,12 @@ def choose_attention(
     text = config.get_text_config()
     cap, family = getattr(text, "attn_logit_softcapping", None), getattr(text, "model_type", "")
     problem = attention_problem(
-        requested, softcap=cap, supports=model_type(family).attention, trusted=trusted
-    ) or attention_lacks(
+        requested, softcap=cap, supports=model_type(family).attention_support, trusted=trusted
+    ) or attention_machine_problem(
         requested,
         on_gpu=torch.cuda.is_available(),
         dtype="auto",
-        installed=find_spec("flash_attn") is not None,
+        is_installed=find_spec("flash_attn") is not None,
     )
     if problem is not None:
         raise ConfigValueError(problem.message, where=where, fix=problem.advice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from toolkit.config.engine_settings import OPTIONS
-from toolkit.config.resolved import engine_of, resolve_run
+from toolkit.config.resolved import resolve_engine, resolve_run
 from toolkit.policy.load_request import LoadRequest, check_request
 from toolkit.policy.machine_facts import detect_machine
 
@@ -28,8 +28,10 @@ REQUEST_FIELDS = (
 
 
 def choose_engine(config: RunConfig) -> Literal["vllm", "transformers"]:
-    """Return the engine that ``config`` uses on this machine (``config.resolved.engine_of``)."""
-    engine = engine_of(config.runtime.engine, config.model.fast_inference, detect_machine())
+    """Return the engine that ``config`` uses on this machine. See
+    ``config.resolved.resolve_engine``.
+    """
+    engine = resolve_engine(config.runtime.engine, config.model.fast_inference, detect_machine())
     assert engine != "maybe"  # returned only if the device is unknown
     return engine
 

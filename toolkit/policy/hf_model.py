@@ -22,8 +22,8 @@ from toolkit.base.errors import (
 from toolkit.base.mapped_files import copy_mapped_weights
 from toolkit.base.process_environment import local_rank
 from toolkit.config.libraries import ModelType, model_type
-from toolkit.config.resolved import dtype_of
-from toolkit.config.supported_features import architecture_problem, stored_problem
+from toolkit.config.resolved import resolve_dtype
+from toolkit.config.supported_features import architecture_problem, storage_problem
 from toolkit.policy.attention import choose_attention
 from toolkit.policy.fingerprint import store_base_digests
 from toolkit.policy.load_arguments import WHERE
@@ -61,8 +61,8 @@ def check_quantization(request: LoadRequest) -> None:
 
 
 def choose_dtype(request: LoadRequest) -> torch.dtype:
-    """Return the dtype of the weights. ``config.resolved.dtype_of`` replaces "auto"."""
-    name = dtype_of(request.dtype, detect_machine(), load_in_16bit=request.load_in_16bit)
+    """Return the dtype of the weights. ``config.resolved.resolve_dtype`` replaces "auto"."""
+    name = resolve_dtype(request.dtype, detect_machine(), load_in_16bit=request.load_in_16bit)
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -112,9 +112,9 @@ def _refuse_unsupported_model(checkpoint: Checkpoint, request: LoadRequest) -> N
     problem = architecture_problem(
         values,
         trust_remote_code=request.trust_remote_code,
-        known=family_facts.known,
-        causal=family_facts.causal,
-    ) or stored_problem(
+        known=family_facts.is_known,
+        causal=family_facts.is_causal,
+    ) or storage_problem(
         values,
         load_in_4bit=request.load_in_4bit,
         load_in_8bit=request.load_in_8bit,

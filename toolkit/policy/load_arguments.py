@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.did_you_mean import similar_words
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.engine_settings import API_OPTIONS
-from toolkit.config.supported_features import UNTRAINED
+from toolkit.config.supported_features import UNSUPPORTED_FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ LOAD_FLAGS = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "load_in_fp8")
 CHECKPOINTING_MODES = (True, False, "unsloth", "auto")
 
 ENGINE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {name: option.api for name, option in API_OPTIONS.items()}
+    {name: option.api_default for name, option in API_OPTIONS.items()}
 )
 """The arguments that only an engine uses, each with its default value."""
 
@@ -32,7 +32,7 @@ REFUSED_ARGUMENTS: Mapping[str, tuple[Any, str, str]] = MappingProxyType(
     {
         "load_in_fp8": (
             False,
-            UNTRAINED["load_in_fp8"],
+            UNSUPPORTED_FLAGS["load_in_fp8"],
             "use load_in_4bit=True or load_in_16bit=True",
         ),
         "qat_scheme": (

@@ -18,7 +18,7 @@ from toolkit.base.errors import (
 )
 from toolkit.config.engine_settings import API_OPTIONS
 from toolkit.config.libraries import LEGAL_RANKS
-from toolkit.config.supported_features import ENGINE_EXCLUDES, flag_problems
+from toolkit.config.supported_features import FLAGS_WITHOUT_ENGINE, flag_problems
 from toolkit.engine.rollout_engine import vllm_available
 from toolkit.policy.load_arguments import (
     DTYPES,
@@ -210,7 +210,7 @@ def check_engine_arguments(request: LoadRequest) -> None:
             names the argument.
         MissingExtraError: vLLM is not installed.
     """
-    for name, reason in (*ENGINE_EXCLUDES.items(), *_API_ENGINE_EXCLUDES.items()):
+    for name, reason in (*FLAGS_WITHOUT_ENGINE.items(), *_API_ENGINE_EXCLUDES.items()):
         if getattr(request, name):
             raise UnsupportedError(
                 f"{name} and fast_inference cannot be used together, because {reason}",
@@ -240,7 +240,7 @@ def _check_engine_types(engine: Mapping[str, Any]) -> None:
     """
     for name, option in API_OPTIONS.items():
         value = engine[name]
-        if value == "auto" or (value is None and option.api is None):
+        if value == "auto" or (value is None and option.api_default is None):
             continue
         if option.kind == "count" and (type(value) is not int or value <= 0):
             raise ConfigTypeError(f"{name}={value!r} must be an integer above 0", where=WHERE)

@@ -32,7 +32,7 @@ from toolkit.base.errors import (
     UnsupportedError,
     first_line,
 )
-from toolkit.config.adapter_facts import KEPT, other_fields
+from toolkit.config.adapter_facts import KEPT, unsupported_fields
 from toolkit.engine.shards import gather_full_tensor, local_shard
 from toolkit.policy.lora_layer import use_fast_layers
 from toolkit.policy.lora_settings import (
@@ -276,7 +276,7 @@ def _refuse_adapter_type(config: Any) -> None:
             "adapters",
             fix="use peft.LoraConfig, or load the model with fast_inference=False",
         )
-    for name in other_fields(config.to_dict()):
+    for name in unsupported_fields(config.to_dict()):
         raise UnsupportedError(
             f"the engine's LoRA slots do not support {name}={getattr(config, name, None)!r}",
             fix=f"remove {name}, or load the model with fast_inference=False",
@@ -295,7 +295,7 @@ def read_peft_config(values: Mapping[str, Any]) -> Any:
             f"peft_type is {adapter_type!r}, but only LORA adapters are supported"
         )
     known_fields = {field.name for field in fields(LoraSettings)} - set(NON_PEFT_FIELDS)
-    for name in other_fields(values):
+    for name in unsupported_fields(values):
         raise ConfigValueError(f"{ADAPTER_CONFIG} sets {name}, which is not supported")
     supported_values = {name: values[name] for name in (*known_fields, *KEPT) if name in values}
     try:

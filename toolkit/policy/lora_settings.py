@@ -16,14 +16,14 @@ from toolkit.base.errors import (
 )
 from toolkit.config.libraries import LEGAL_RANKS
 from toolkit.config.lora_targets import (
-    MLP,
+    MLP_PROJECTIONS,
     default_targets,
     expert_targets,
     has_experts,
     layers_beyond,
 )
 from toolkit.config.run_config import SEVEN_PROJECTIONS
-from toolkit.config.supported_features import init_with_engine
+from toolkit.config.supported_features import engine_init_problem
 from toolkit.policy.load_arguments import did_you_mean_text
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def check_engine_support(settings: LoraSettings, max_lora_rank: int) -> None:
                 fix="remove the setting that the message names, or load the model with "
                 "fast_inference=False",
             )
-    wrong_init = init_with_engine(settings.init_lora_weights)
+    wrong_init = engine_init_problem(settings.init_lora_weights)
     if wrong_init is not None:
         raise UnsupportedError(
             f"init_lora_weights: {wrong_init}",
@@ -369,7 +369,7 @@ def refuse_experts(expert_targets_found: frozenset[str], where: str) -> None:
     targets, is not empty. The caller has checked that the model has an engine.
     """
     if expert_targets_found:
-        names = ", ".join(name for name in MLP if name in expert_targets_found)
+        names = ", ".join(name for name in MLP_PROJECTIONS if name in expert_targets_found)
         raise UnsupportedError(
             f"target_modules: {names} are the experts of this model, and the engine has no LoRA"
             " slots for them",

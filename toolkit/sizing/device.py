@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import MIB
-from toolkit.config.resolved import DeviceFacts, Situation, vllm_here
+from toolkit.config.resolved import DeviceFacts, Situation, is_vllm_installed
 from toolkit.gpu.devices import cuda_memory, visible_devices
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ def device_situation(device: Device | None, world_size: int = 1) -> Situation:
     if device is not None:
         machine = None if device.is_local else device.machine
         facts = DeviceFacts(device.name, device.compute_capability, machine)
-    return Situation(world_size=world_size, device=facts, vllm=vllm_here() if here else None)
+    return Situation(
+        world_size=world_size, device=facts, vllm=is_vllm_installed() if here else None
+    )
 
 
 def local_situation(
@@ -132,7 +134,7 @@ def local_situation(
     if seen:
         gpu = seen[gpu_index if gpu_index is not None and gpu_index < len(seen) else 0]
         facts = DeviceFacts(gpu.name.value or gpu.label, gpu.capability or (0, 0))
-    return Situation(world_size=world_size, device=facts, vllm=vllm_here())
+    return Situation(world_size=world_size, device=facts, vllm=is_vllm_installed())
 
 
 def device_with_least_free_memory(found: Sequence[Device | None]) -> Device | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from toolkit.config.libraries import LEGAL_RANKS
-from toolkit.config.model_facts import CPU_BLOCK, GPU_BLOCK
-from toolkit.config.parallel import size_of
+from toolkit.config.model_facts import CPU_BLOCK_TOKENS, GPU_BLOCK_TOKENS
+from toolkit.config.parallel import parallel_size
 from toolkit.sizing import lora_bytes
 from toolkit.sizing.weight_bytes import format_on_load
 
@@ -98,7 +98,7 @@ def plan_engine(
         float8_kv_cache=model.float8_kv_cache,
         sleep=model.enable_sleep_mode is True,
         share_weights=model.share_weights,
-        block_tokens=CPU_BLOCK if device is None else GPU_BLOCK,
+        block_tokens=CPU_BLOCK_TOKENS if device is None else GPU_BLOCK_TOKENS,
         lora_modules=lora_bytes.slot_modules(work.targets),
-        tensor_parallel=size_of(model.tensor_parallel_size) if work.uses_engine else 1,
+        tensor_parallel=parallel_size(model.tensor_parallel_size) if work.uses_engine else 1,
     )

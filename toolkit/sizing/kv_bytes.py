@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from toolkit.config.model_facts import GPU_BLOCK
+from toolkit.config.model_facts import GPU_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from toolkit.sizing.model_blocks import Cache, ModelSpec
@@ -29,7 +29,7 @@ def sequence_bytes(
     tokens: int,
     element_bytes: int,
     *,
-    block_tokens: int = GPU_BLOCK,
+    block_tokens: int = GPU_BLOCK_TOKENS,
     batched_tokens: int = 0,
 ) -> int:
     """The KV bytes of one sequence of ``tokens`` tokens, rounded up to blocks.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError
 from toolkit.config import lora_targets as names
 from toolkit.config.libraries import LEGAL_RANKS, smallest_rank
-from toolkit.config.lora_targets import SLOTS
+from toolkit.config.lora_targets import SLOT_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -78,7 +78,7 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
     for block in spec.blocks:
         groups: dict[tuple[str, ...], list[Linear]] = {}
         for linear in block.linears:
-            if linear.copies == 1 and _has_slots(linear, SLOTS):
+            if linear.copies == 1 and _has_slots(linear, SLOT_LAYERS):
                 parent = linear.name.rpartition(".")[0]
                 fused = next((one for one in FUSED_LAYERS if linear.leaf in one), (linear.leaf,))
                 groups.setdefault((parent, *fused), []).append(linear)
@@ -91,7 +91,7 @@ def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
     """Return the names of the layers for which the toolkit's engine has LoRA slots (the buffers of
     an adapter). With this engine, no other layers can be trained.
     """
-    return SLOTS if isinstance(targets, str) else (*SLOTS, *targets)
+    return SLOT_LAYERS if isinstance(targets, str) else (*SLOT_LAYERS, *targets)
 
 
 def _has_slots(linear: Linear, modules: Collection[str]) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit.config.trl_names import CUT_MATTERS
+from toolkit.config.trl_names import SPLIT_DEPENDENT_FIELDS
 from toolkit.sizing.micro_batch import MAX_CPU_TOKENS, is_auto
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def uses_packs(config: RunConfig, spec: ModelSpec) -> bool:
         "eager",
     ):
         return False
-    if any(matters(grpo.get(name)) for name, matters in CUT_MATTERS.items()):
+    if any(matters(grpo.get(name)) for name, matters in SPLIT_DEPENDENT_FIELDS.items()):
         return False
     experts = any(block.active_experts for block in spec.blocks)
     if experts and grpo.get("router_aux_loss_coef") is None:

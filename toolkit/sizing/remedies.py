@@ -281,7 +281,7 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
 
 def _format_changes(candidate: Candidate) -> Iterator[_Change]:
     split = (
-        parallel.size_of(candidate.config.model.tensor_parallel_size) > 1
+        parallel.parallel_size(candidate.config.model.tensor_parallel_size) > 1
     )  # a split model cannot have 4-bit weights
     if candidate.plan.quantization is None and not split and _has_capability(candidate, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
@@ -328,7 +328,9 @@ def _split_model(
         return []
     world, own = candidate.step.world_size, candidate.plan.tensor_parallel
     sizes = [
-        n for n in parallel.sizes(split_facts(candidate.unsplit_spec), MAX_CARDS) if not n & (n - 1)
+        n
+        for n in parallel.possible_sizes(split_facts(candidate.unsplit_spec), MAX_CARDS)
+        if not n & (n - 1)
     ]
     for size in (n for n in sizes if n > own and world % n == 0):
         micro, more = candidate.step.micro_batch, candidate.step.accumulation * (size // own)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import format_bytes
-from toolkit.config.engine_settings import SIZED
+from toolkit.config.engine_settings import SIZED_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -287,7 +287,7 @@ class SizingResult:
         model = config.model
         filled: dict[str, Any] = {
             name: getattr(choice, name)
-            for name in (*SIZED, "fast_inference", "dtype")
+            for name in (*SIZED_OPTIONS, "fast_inference", "dtype")
             if getattr(model, name) == "auto" and getattr(choice, name) is not None
         }
         if model.kv_cache_bytes == "auto":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import ConfigError
 from toolkit.config import parallel
 from toolkit.config.resolved import resolve_run
-from toolkit.config.trl_names import LIGER, installed
+from toolkit.config.trl_names import LIGER_PACKAGE, is_installed
 from toolkit.sizing.assemble import build_result
 from toolkit.sizing.dequantized import best_copy_bytes, requested_copy_bytes
 from toolkit.sizing.device import device_situation, device_with_least_free_memory
@@ -137,7 +137,7 @@ def _possible_splits(
     run = resolve_run(config, device_situation(device, world_size), targets=spec.targets)
     if run.engine == "transformers" or not config.model.share_weights:
         return [1]
-    numbers = parallel.sizes(split_facts(spec), world_size)
+    numbers = parallel.possible_sizes(split_facts(spec), world_size)
     return [one for one in numbers if _deals_evenly(config, world_size // one)] or [1]
 
 
@@ -215,7 +215,7 @@ def will_use_fused_kernels(config: RunConfig, device: Device | None) -> bool:
     """
     if device is None or config.runtime.fused_kernels is False:
         return False
-    return installed(LIGER) if device.is_local else True
+    return is_installed(LIGER_PACKAGE) if device.is_local else True
 
 
 def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.errors import InputError, UnsupportedError
 from toolkit.base.files import read_json
 from toolkit.config.lora_targets import default_targets
-from toolkit.config.supported_features import is_multimodal, stored_format
+from toolkit.config.supported_features import is_multimodal, storage_format
 from toolkit.sizing.families import FAMILIES
 from toolkit.sizing.fields import Fields
 from toolkit.sizing.headers import read_stored_weights
@@ -79,7 +79,7 @@ def spec_from_values(
         # pads to 64.
         notes.append("MXFP4 experts are padded as vLLM's kernel for the card requires")
         margin = UNKNOWN_MARGIN
-    stored_in = stored_format(values)
+    stored_in = storage_format(values)
     if stored_in is not None and stored_in.flag is None:
         notes.append(f"{NOT_TRAINABLE}, because the model is stored in {stored_in.name}")
     if is_multimodal(values):

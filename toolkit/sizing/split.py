@@ -42,7 +42,9 @@ def spec_of_one_card(spec: ModelSpec, size: int) -> ModelSpec:
     facts = split_facts(spec)
     problem = parallel.model_problem(facts) or parallel.shape_problem(facts, size)
     if problem is not None:
-        raise ConfigError(problem, where=parallel.KEY, fix="set model.tensor_parallel_size: 1")
+        raise ConfigError(
+            problem, where=parallel.TENSOR_PARALLEL_KEY, fix="set model.tensor_parallel_size: 1"
+        )
     stored = spec.stored_weights
     return replace(
         spec,

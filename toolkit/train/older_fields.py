@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from toolkit.base.did_you_mean import nearest
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
 from toolkit.config.common_names import COMMON_NAMES
-from toolkit.config.migration import MOVED
+from toolkit.config.migration import MOVED_KEYS
 from toolkit.config.sampling_keywords import KEYWORDS
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _translate_field(
 def _translate_moved_field(
     fields: dict[str, Any], name: str, value: Any, current_fields: Collection[str]
 ) -> list[str]:
-    moved = MOVED.get(f"grpo.{name}")
+    moved = MOVED_KEYS.get(f"grpo.{name}")
     if moved is None:
         renamed_field = COMMON_NAMES.get(f"grpo.{name}", "").rpartition(".")[2]
         suggestion = renamed_field or nearest(name, current_fields)
@@ -112,15 +112,15 @@ def _translate_moved_field(
             where=WHERE,
             fix="correct its name or leave it out",
         )
-    section, _, current_name = (moved.to or "").rpartition(".")
+    section, _, current_name = (moved.new_key or "").rpartition(".")
     if section == "grpo":
         return _set_renamed_field(fields, name, current_name, value)
-    if moved.to is None:
-        return [f"{name} is left out: {moved.told}"]
+    if moved.new_key is None:
+        return [f"{name} is left out: {moved.details}"]
     if section == "model":
         return [f"{name} is left out: pass {current_name} to FastLanguageModel.from_pretrained"]
     raise ConfigTypeError(
-        f"{name!r} is not a field of GRPOConfig. In a run file, this option is {moved.to}",
+        f"{name!r} is not a field of GRPOConfig. In a run file, this option is {moved.new_key}",
         where=WHERE,
         fix=f"remove {name} from GRPOConfig, and set the option where your script loads the model "
         "or the data",

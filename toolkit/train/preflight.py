@@ -100,7 +100,7 @@ def preflight(
         revision=config.model.revision,
     )
     situation = local_situation(snapshot, gpu_index=local_rank(), world_size=world_size)
-    template = chat_format.template_of(config.model.model_name, config.model.revision)
+    template = chat_format.model_has_template(config.model.model_name, config.model.revision)
     run = resolve_run(config, situation, template=template)
     checks = tuple(run_checks(snapshot, check_context(run, snapshot)))
     if raise_on_failure:
@@ -114,7 +114,7 @@ def preflight(
     resolved, sizing, device = resolve_for_all(config, devices_by_rank, world_size=world_size)
     own_device = devices_by_rank[0 if peers is None else peers.rank]
     check_groups(
-        parallel.size_of(resolved.model.tensor_parallel_size),
+        parallel.parallel_size(resolved.model.tensor_parallel_size),
         None if own_device is None else own_device.name,
         partial(peers.exchange, "group") if peers is not None else lambda value: [value],
     )
@@ -143,7 +143,7 @@ def check_context(run: ResolvedRun, snapshot: NodeSnapshot | None = None) -> Che
         else 0
     )
     return CheckContext(
-        **run.needs(),
+        **run.machine_requirements(),
         world_size=local_world_size(),
         # If there is no GPU for this process, no GPU is inspected. A check then reports that there
         # are too few GPUs.

@@ -131,9 +131,9 @@ def _run_locked(
         for line in skipped:
             options.out.write(f"skipped {line}\n")
     if resumed is not None:
-        size = parallel.size_of(config.model.tensor_parallel_size)
+        size = parallel.parallel_size(config.model.tensor_parallel_size)
         if config.model.tensor_parallel_size != "auto":  # else checked after sizing
-            checkpoint.check_world_size(resumed, parallel.replicas(world_size(), size), size)
+            checkpoint.check_world_size(resumed, parallel.count_replicas(world_size(), size), size)
     recorded = chat_record.with_recorded(micro_batch_record.with_recorded(config, resumed), resumed)
     context = prepare_run(recorded, run_dir, control.peers, options.check_rules)
     config = chat_record.config_to_record(
@@ -176,7 +176,7 @@ def prepare_run(
     if is_first_rank():
         checked.write(run_dir)
     tokenizer = load_policy_tokenizer(resolved)
-    template = chat_format.usable(tokenizer.chat_template)
+    template = chat_format.is_usable_template(tokenizer.chat_template)
     resolved = resolve_run(resolved, detect_machine(), template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
@@ -205,7 +205,7 @@ def _refuse_changes(config: RunConfig, context: RunContext, resumed: Path | None
     old = chat_record.with_chat_key(checkpoint.read_state_value(resumed, "run", dict), resumed)
     if old[chat_record.CHAT_KEY] is None:
         old[chat_record.CHAT_KEY] = new[chat_record.CHAT_KEY]
-    old.pop(parallel.KEY, None)  # older checkpoints record this key, but it may change
+    old.pop(parallel.TENSOR_PARALLEL_KEY, None)  # recorded by older checkpoints, but may change
     keys = changed_keys(new, old, config.runtime.allow_changed)
     if keys:
         changes = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in keys[:3])

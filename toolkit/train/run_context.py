@@ -106,7 +106,7 @@ def print_run_description(
     if resumed is not None:
         lines.append(f"resume   {resumed}")
         size, recorded_size = (
-            parallel.size_of(config.model.tensor_parallel_size),
+            parallel.parallel_size(config.model.tensor_parallel_size),
             tensor_parallel_size_of(resumed),
         )
         if size != recorded_size:
@@ -132,10 +132,10 @@ def _model_groups_text(config: RunConfig) -> str:
     """Return a text about the groups of processes that share a model (tensor parallelism). It is
     empty if each process has its own model.
     """
-    size = parallel.size_of(config.model.tensor_parallel_size)
+    size = parallel.parallel_size(config.model.tensor_parallel_size)
     if size == 1:
         return ""
-    replicas = parallel.replicas(world_size(), size)
+    replicas = parallel.count_replicas(world_size(), size)
     return (
         f": {replicas} groups of {size} that share a model"
         if replicas > 1

@@ -10,10 +10,10 @@ import torch
 
 from toolkit.base.errors import ConfigError, MissingExtraError, first_line
 from toolkit.config.build import thaw
-from toolkit.config.environments import missing_package, pip_line
+from toolkit.config.environments import missing_package, pip_command
 from toolkit.config.resolved import resolve_run
 from toolkit.config.schemas import find_schema
-from toolkit.config.trl_names import installed, needed_by
+from toolkit.config.trl_names import is_installed, packages_for_grpo
 from toolkit.policy.machine_facts import detect_machine
 from toolkit.train.upstream_errors import as_config_error
 
@@ -129,7 +129,7 @@ def require_packages(config: RunConfig) -> None:
         MissingExtraError: the package of a tracker, an optimizer, Liger or an environment is not
             installed.
     """
-    refuse_missing_packages(needed_by(config.grpo), config.source)
+    refuse_missing_packages(packages_for_grpo(config.grpo), config.source)
     section = config.environment
     missing = section and missing_package(section.adapter, section.python)
     if section and missing:
@@ -137,7 +137,7 @@ def require_packages(config: RunConfig) -> None:
             f"environment.adapter: {section.adapter} needs the package {missing.modules[0]}, which "
             f"is not installed{' in ' + section.python if section.python else ''}",
             where=config.source or "environment.adapter",
-            fix=pip_line(missing, section.python),
+            fix=pip_command(missing, section.python),
         )
 
 
@@ -151,7 +151,7 @@ def refuse_missing_packages(
         MissingExtraError: a package is not installed. The message contains the first such package.
     """
     for key, value, package in needed:
-        if not installed(package):
+        if not is_installed(package):
             raise MissingExtraError(
                 f"grpo.{key}: {value} needs {package.install}, which is not installed",
                 where=source or f"grpo.{key}",

@@ -67,7 +67,7 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
         environment=section,
         make=code and partial(request_problems, code, there, seconds),
     )
-    replicas = parallel.replicas(world_size(), config.model.tensor_parallel_size)
+    replicas = parallel.count_replicas(world_size(), config.model.tensor_parallel_size)
     micro_batch_record.check_prompt_count(config, len(data.train), replicas)
     rewards = load_rewards(config, run_dir, columns=data.train.column_names, workers=workers)
     tools = load_tools(config, workers.rewards if config.reward.isolate else None)

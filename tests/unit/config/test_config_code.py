@@ -31,14 +31,14 @@ def test_functions_are_read_from_source(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("raise RuntimeError('this must not run')", "utf-8")
     (package / "inner.py").write_text(SOURCE, "utf-8")
     plain = find_function("pkg.inner", "plain", tmp_path)
-    assert (plain.problem, plain.takes_anything, plain.needed) == (
+    assert (plain.problem, plain.accepts_any_keyword, plain.required) == (
         None,
         True,
         ("prompts", "completions"),
     )
     slow = find_function("pkg.inner", "slow", tmp_path)
-    assert slow.needed == ("prompts", "completions", "answer")
-    assert not find_function("pkg.inner", "closed", tmp_path).takes_anything
+    assert slow.required == ("prompts", "completions", "answer")
+    assert not find_function("pkg.inner", "closed", tmp_path).accepts_any_keyword
     for name in ("wrapped", "made", "imported", "Callable_"):
         found = find_function("pkg.inner", name, tmp_path)
         assert (found.problem, found.parameters) == (None, None), name

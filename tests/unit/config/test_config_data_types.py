@@ -8,7 +8,7 @@ import pyarrow as pa
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.data_types import Kind, Misfit
+from toolkit.config.data_types import ColumnType, TypeMismatch
 
 SCALARS = st.one_of(
     st.none(),
@@ -27,11 +27,11 @@ VALUES = st.recursive(
 
 
 def ours(values: list[Any]) -> bool:
-    kind = Kind()
+    kind = ColumnType()
     try:
         for value in values:
-            kind.take(value)
-    except Misfit:
+            kind.add(value)
+    except TypeMismatch:
         return False
     return True
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from toolkit.config.data_facts import DataFacts, data_of
-from toolkit.config.layers import parse
+from toolkit.config.data_facts import DataFacts, read_data_facts
+from toolkit.config.layers import parse_source
 from toolkit.config.model_facts import ModelFacts, read_model
 from toolkit.config.parquet import parquet_columns
 from toolkit.config.source import Source
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 def parse_run_file(folder: Path, text: str) -> Document:
     """A run file in ``folder``."""
-    return parse(Source("run.yaml", text, folder, folder / "run.yaml"))
+    return parse_source(Source("run.yaml", text, folder, folder / "run.yaml"))
 
 
 def data_facts(folder: Path, path: str, prompt: str = "prompt") -> DataFacts:
     """The facts of a data set."""
-    result = data_of(parse_run_file(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path")
+    result = read_data_facts(
+        parse_run_file(folder, f"dataset: {{path: {path}, prompt: {prompt}}}"), "path"
+    )
     assert result is not None
     return result
 
@@ -53,7 +55,12 @@ def test_columns_empty_and_repeated_prompts_are_counted(tmp_path: Path, suffix: 
     path.write_text(text, "utf-8")
     facts = data_facts(tmp_path, path.name)
     assert (facts.columns, facts.rows) == (("prompt", "answer"), 3)
-    assert (facts.empty, facts.repeated, facts.whole, facts.problem) == (1, 1, True, None)
+    assert (facts.empty_prompts, facts.repeated_prompts, facts.is_complete, facts.problem) == (
+        1,
+        1,
+        True,
+        None,
+    )
 
 
 def test_chats_count_as_prompts(tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_chats_count_as_prompts(tmp_path: Path) -> None:
     ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     facts = data_facts(tmp_path, "d.jsonl")
-    assert (facts.rows, facts.empty, facts.repeated) == (4, 2, 1)
+    assert (facts.rows, facts.empty_prompts, facts.repeated_prompts) == (4, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_only_the_first_rows_of_a_large_file_are_read(tmp_path: Path) -> None:
     line = json.dumps({"prompt": "x" * 1000}) + "\n"
     (tmp_path / "big.jsonl").write_text(line * 6000, "utf-8")
     facts = data_facts(tmp_path, "big.jsonl")
-    assert not facts.whole
+    assert not facts.is_complete
     assert 3000 < facts.rows < 6000
 
 
@@ -174,12 +181,12 @@ def test_max_length_of_a_model(config: dict[str, Any], length: int | None) -> No
 
 
 def test_modules_are_read_from_the_safetensors_header(tmp_path: Path) -> None:
-    assert model_of({}, tmp_path).modules is None
+    assert model_of({}, tmp_path).weight_modules is None
     header = json.dumps({"__metadata__": {}, "model.layers.0.mlp.up_proj.weight": {}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert model_of({}, tmp_path).modules == {"model.layers.0.mlp.up_proj"}
+    assert model_of({}, tmp_path).weight_modules == {"model.layers.0.mlp.up_proj"}
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{")
-    assert model_of({}, tmp_path).modules is None
+    assert model_of({}, tmp_path).weight_modules is None
 
 
 def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,5 +204,5 @@ def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for revision in (None, "main", commit):
         facts = read_model(node, revision)
         assert facts is not None
-        assert facts.heads == 12
+        assert facts.attention_heads == 12
     assert read_model(node, "dev") is None

@@ -9,11 +9,11 @@ import pytest
 from toolkit.config.libraries import model_type
 from toolkit.config.lora_targets import layers_beyond
 from toolkit.config.supported_features import (
-    attention_lacks,
+    attention_machine_problem,
     cpu_engine_problem,
-    head_problem,
-    stored_format,
-    stored_problem,
+    storage_format,
+    storage_problem,
+    untied_head_problem,
 )
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -38,10 +38,10 @@ def test_stored_formats_and_flags(
     stored: Any, four: bool, eight: bool, engine: bool, key: str | None
 ) -> None:
     config = {"quantization_config": stored}
-    problem = stored_problem(config, load_in_4bit=four, load_in_8bit=eight, engine=engine)
+    problem = storage_problem(config, load_in_4bit=four, load_in_8bit=eight, engine=engine)
     assert (problem and problem.key) == key
     if problem:
-        stored_name = stored_format(config)
+        stored_name = storage_format(config)
         assert stored_name is not None
         assert stored_name.name in problem.message
 
@@ -78,24 +78,26 @@ def test_layers_beyond_the_last_are_found(layers: Any, beyond: tuple[int, ...]) 
 
 
 def test_requirements_of_flash_and_flex_attention() -> None:
-    supported = {"on_gpu": True, "dtype": "bfloat16", "installed": True}
-    assert attention_lacks("flash_attention_2", **supported) is None
-    assert attention_lacks("sdpa", on_gpu=False, dtype="float32", installed=False) is None
-    for change in ({"on_gpu": False}, {"dtype": "float32"}, {"installed": False}):
-        assert attention_lacks("flash_attention_2", **{**supported, **change}) is not None
-    assert attention_lacks("flex_attention", **supported) is None
-    assert attention_lacks("flex_attention", **{**supported, "on_gpu": False}) is not None
+    supported = {"on_gpu": True, "dtype": "bfloat16", "is_installed": True}
+    assert attention_machine_problem("flash_attention_2", **supported) is None
+    assert (
+        attention_machine_problem("sdpa", on_gpu=False, dtype="float32", is_installed=False) is None
+    )
+    for change in ({"on_gpu": False}, {"dtype": "float32"}, {"is_installed": False}):
+        assert attention_machine_problem("flash_attention_2", **{**supported, **change}) is not None
+    assert attention_machine_problem("flex_attention", **supported) is None
+    assert attention_machine_problem("flex_attention", **{**supported, "on_gpu": False}) is not None
 
 
 def test_the_installed_transformers_is_read_as_text() -> None:
     llama, t5 = model_type("llama"), model_type("t5")
-    assert (llama.known, llama.causal) == (True, True)
-    assert llama.attention == {"sdpa": True, "flash": True, "flex": True}
-    assert (t5.known, t5.causal) == (True, False)
-    assert model_type("gpt_oss").attention["sdpa"] is False
-    assert model_type("gemma3_text").attention["sdpa"] is True  # in the module of gemma3
+    assert (llama.is_known, llama.is_causal) == (True, True)
+    assert llama.attention_support == {"sdpa": True, "flash": True, "flex": True}
+    assert (t5.is_known, t5.is_causal) == (True, False)
+    assert model_type("gpt_oss").attention_support["sdpa"] is False
+    assert model_type("gemma3_text").attention_support["sdpa"] is True  # in the module of gemma3
     assert model_type("never_heard_of")[:2] == (False, False)
-    assert model_type("../../x").attention == {}
+    assert model_type("../../x").attention_support == {}
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,4 @@ def test_a_separate_lm_head_is_refused_for_gemma_2(
     family: str, tied: bool | None, is_refused: bool
 ) -> None:
     config = {"model_type": family} | ({} if tied is None else {"tie_word_embeddings": tied})
-    assert (head_problem(config) is not None) is is_refused
+    assert (untied_head_problem(config) is not None) is is_refused

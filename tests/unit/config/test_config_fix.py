@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from toolkit.config.fix import Repair, fix_source
-from toolkit.config.key_moves import schema_of
+from toolkit.config.key_moves import key_schema
 from toolkit.config.layers import assemble
-from toolkit.config.migration import CONVERSIONS, MOVED
+from toolkit.config.migration import CONVERSIONS, MOVED_KEYS
 from toolkit.config.rules import Situation
 from toolkit.config.source import Source
 from toolkit.config.validate import validate
@@ -195,10 +195,10 @@ def test_edits_have_the_lines_of_the_original_file() -> None:
 
 
 def test_the_replacements_of_old_keys_are_in_the_schema() -> None:
-    replacements = [moved.to for moved in MOVED.values()] + [
-        conversion.to for conversion in CONVERSIONS.values()
+    replacements = [moved.new_key for moved in MOVED_KEYS.values()] + [
+        conversion.new_key for conversion in CONVERSIONS.values()
     ]
     for replacement in replacements:
-        assert replacement is None or schema_of(tuple(replacement.split("."))) is not None, (
+        assert replacement is None or key_schema(tuple(replacement.split("."))) is not None, (
             replacement
         )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.config.layers import parse
+from toolkit.config.layers import parse_source
 from toolkit.config.source import Source
 
 if TYPE_CHECKING:
@@ -37,18 +37,20 @@ NO_DEADLINE = settings(deadline=None, max_examples=200)
 
 def read(text: str, form: str) -> Document:
     """A text as a document."""
-    return parse(Source("run", text, Path("/"), None, form))
+    return parse_source(Source("run", text, Path("/"), None, form))
 
 
 def assert_positions_are_correct(root: Node) -> None:
     """Each scalar's span is its spelling, each key's span the key, and lines agree with offsets."""
     text = root.source.text
     for path, node in root.walk():
-        start = node.mark.start
-        assert node.mark.line == text.count("\n", 0, start) + 1
-        assert node.mark.column == start - (text.rfind("\n", 0, start) + 1) + 1
-        if node.key is not None and root.source.format != "toml":  # a dotted key has one place
-            assert str(path[-1]) in text[node.key.start : node.key.end]
+        start = node.position.start
+        assert node.position.line == text.count("\n", 0, start) + 1
+        assert node.position.column == start - (text.rfind("\n", 0, start) + 1) + 1
+        if (
+            node.key_position is not None and root.source.format != "toml"
+        ):  # a dotted key has one place
+            assert str(path[-1]) in text[node.key_position.start : node.key_position.end]
 
 
 @NO_DEADLINE
@@ -62,7 +64,7 @@ def test_json_values_equal_those_of_the_standard_library(
     assert document.root.to_plain() == tree
     assert_positions_are_correct(document.root)
     for _, node in document.root.walk():
-        assert json.loads(text[node.mark.start : node.mark.end]) == node.to_plain()
+        assert json.loads(text[node.position.start : node.position.end]) == node.to_plain()
 
 
 @NO_DEADLINE
@@ -97,7 +99,7 @@ def test_bad_json_is_one_syntax_finding(text: str) -> None:
         json.loads(text)
     document = read(text, "json")
     assert [finding.rule for finding in document.findings] == ["DOC001"]
-    assert not document.whole
+    assert not document.is_complete
 
 
 TOML = '''\
@@ -133,7 +135,9 @@ def test_toml_values_equal_those_of_the_standard_library() -> None:
     assert document.root.to_plain() == expected
     assert_positions_are_correct(document.root)
     source_texts = {
-        path: TOML[node.mark.start : node.mark.end] for path, node in document.root.walk() if path
+        path: TOML[node.position.start : node.position.end]
+        for path, node in document.root.walk()
+        if path
     }
     assert source_texts["title",] == '"x"'
     assert source_texts["dotted", "key", "here"] == "true"
@@ -161,7 +165,7 @@ def test_toml_scalars_have_positions(values: dict[str, Any], table: str) -> None
     for key, value in values.items():
         node = document.node((table, key))
         assert node is not None
-        assert text[node.mark.start : node.mark.end] == json.dumps(value)
+        assert text[node.position.start : node.position.end] == json.dumps(value)
 
 
 FAULTS = {
@@ -177,7 +181,7 @@ FAULTS = {
 @pytest.mark.parametrize(("text", "expected"), FAULTS.items())
 def test_invalid_yaml_is_a_finding(text: str, expected: tuple[str, int]) -> None:
     (finding,) = read(text, "yaml").findings
-    assert (finding.rule, finding.mark and finding.mark.line) == expected
+    assert (finding.rule, finding.position and finding.position.line) == expected
 
 
 def test_an_alias_has_the_value_of_its_anchor_and_its_own_position() -> None:
@@ -187,8 +191,8 @@ def test_an_alias_has_the_value_of_its_anchor_and_its_own_position() -> None:
     assert first is not None
     assert second is not None
     assert first is not second
-    assert second.key is not None
-    assert second.key.line == 2
+    assert second.key_position is not None
+    assert second.key_position.line == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from toolkit.config.resolved import DeviceFacts, Situation, engine_of, resolve_run, vllm_here
+from toolkit.config.resolved import (
+    DeviceFacts,
+    Situation,
+    is_vllm_installed,
+    resolve_engine,
+    resolve_run,
+)
 from toolkit.config.run_config import ModelSection, RunConfig, RuntimeSection
 
 CPU = DeviceFacts("no GPU", None)
@@ -39,7 +45,7 @@ def run(*, engine: Any = "auto", grpo: dict[str, Any] | None = None, **model: An
     ],
 )
 def test_engine_of_a_run(engine: str, fast: Any, device: Any, vllm: Any, expected: str) -> None:
-    assert engine_of(engine, fast, Situation(device=device, vllm=vllm)) == expected
+    assert resolve_engine(engine, fast, Situation(device=device, vllm=vllm)) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_resolving_twice_gives_the_same() -> None:
     assert once.config.lora.target_modules == once.targets == ("q_proj",)
     assert once.config.model.fast_inference is True
     again = resolve_run(once.config, situation, targets=("o_proj",))
-    assert replace(again, asked_dtype=once.asked_dtype) == once
+    assert replace(again, requested_dtype=once.requested_dtype) == once
 
 
 @pytest.mark.parametrize(
@@ -89,20 +95,26 @@ def test_processes_that_share_a_model_are_one_replica(
 def test_needs_have_vllm_settings_only_with_the_vllm_engine() -> None:
     settings = {"gpu_memory_utilization": 0.7, "float8_kv_cache": True, "tensor_parallel_size": 2}
     situation = Situation(device=NEW, vllm=True)
-    with_vllm = resolve_run(run(engine="vllm", **settings), situation).needs()
-    without = resolve_run(run(engine="transformers", **settings), situation).needs()
+    with_vllm = resolve_run(run(engine="vllm", **settings), situation).machine_requirements()
+    without = resolve_run(run(engine="transformers", **settings), situation).machine_requirements()
     assert {name: with_vllm[name] for name in settings} == settings
     assert without["gpu_memory_utilization"] is None
     assert without["float8_kv_cache"] is False
     assert without["tensor_parallel_size"] == 1
-    assert resolve_run(run(fast_inference=False), Situation()).needs()["engine"] == "transformers"
-    assert resolve_run(run(), Situation()).needs()["engine"] == "auto"
+    assert (
+        resolve_run(run(fast_inference=False), Situation()).machine_requirements()["engine"]
+        == "transformers"
+    )
+    assert resolve_run(run(), Situation()).machine_requirements()["engine"] == "auto"
 
 
 def test_needs_have_the_dtype_of_the_run_file() -> None:
     situation = Situation(device=NEW)
-    assert resolve_run(run(), situation).needs()["dtype"] == "auto"
-    assert resolve_run(run(grpo={"bf16": True}), situation).needs()["dtype"] == "bfloat16"
+    assert resolve_run(run(), situation).machine_requirements()["dtype"] == "auto"
+    assert (
+        resolve_run(run(grpo={"bf16": True}), situation).machine_requirements()["dtype"]
+        == "bfloat16"
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,4 +126,4 @@ def test_vllm_is_unknown_without_torch(
     monkeypatch.setattr(
         "toolkit.config.resolved.find_spec", lambda name: object() if name in installed else None
     )
-    assert vllm_here() is expected
+    assert is_vllm_installed() is expected

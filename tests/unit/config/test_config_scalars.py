@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.config.scalars import differs, plain_spelling, read_core, read_legacy
+from toolkit.config.scalars import legacy_reading, plain_spelling, read_core, read_legacy
 
 CORE: list[tuple[str, Any]] = [
     ("", None), ("~", None), ("null", None), ("NULL", None), ("nuLL", "nuLL"),
@@ -45,14 +45,14 @@ TRAPS = {
 
 @pytest.mark.parametrize(("text", "kind"), TRAPS.items())
 def test_what_yaml_1_1_would_read_is_said(text: str, kind: str) -> None:
-    assert differs(text, read_core(text)) == kind
+    assert legacy_reading(text, read_core(text)) == kind
 
 
 @pytest.mark.parametrize(
     "text", ["5.0e-6", "false", "1024", "0.5", "bfloat16", "null", "0x1F", "-3", "a b"]
 )
 def test_what_both_read_alike_is_no_finding(text: str) -> None:
-    assert differs(text, read_core(text)) is None
+    assert legacy_reading(text, read_core(text)) is None
 
 
 def legacy_of_pyyaml(text: str) -> Any:
@@ -109,5 +109,5 @@ def test_the_spelling_of_a_fix_is_read_alike_by_all(value: Any) -> None:
         if value.isprintable():
             assert yaml.safe_load(text) == value
         return
-    assert (read_core(text), differs(text, read_core(text))) == (value, None)
+    assert (read_core(text), legacy_reading(text, read_core(text))) == (value, None)
     assert legacy_of_pyyaml(text) == value

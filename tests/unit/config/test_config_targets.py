@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from toolkit.config.lora_targets import (
-    ATTENTION,
-    SLOTS,
+    ATTENTION_PROJECTIONS,
+    SLOT_LAYERS,
     default_targets,
     expert_targets,
     has_experts,
@@ -23,10 +23,10 @@ QWEN = {"model_type": "qwen3_moe", "num_experts": 128}
         (DENSE, SEVEN_PROJECTIONS),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, SEVEN_PROJECTIONS),
         ({"model_type": "phi3"}, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-        (QWEN, ATTENTION),
-        ({"model_type": "mixtral", "num_local_experts": 8}, ATTENTION),
-        ({"model_type": "gpt_oss", "num_local_experts": 32}, ATTENTION),
-        ({"model_type": "x", "text_config": {"num_experts": 4}}, ATTENTION),
+        (QWEN, ATTENTION_PROJECTIONS),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ATTENTION_PROJECTIONS),
+        ({"model_type": "gpt_oss", "num_local_experts": 32}, ATTENTION_PROJECTIONS),
+        ({"model_type": "x", "text_config": {"num_experts": 4}}, ATTENTION_PROJECTIONS),
         (
             {"model_type": "deepseek_v2", "n_routed_experts": 64, "kv_lora_rank": 512,
              "q_lora_rank": None},
@@ -43,7 +43,7 @@ QWEN = {"model_type": "qwen3_moe", "num_experts": 128}
 )  # fmt: skip
 def test_auto(config, targets):
     assert default_targets(config) == targets
-    assert set(targets) <= set(SLOTS)  # the engine has room for what it is given
+    assert set(targets) <= set(SLOT_LAYERS)  # the engine has room for what it is given
     assert not expert_targets(str(config.get("model_type")), targets)
 
 

@@ -13,9 +13,9 @@ from toolkit.base.errors import EXIT_CODES, UnestablishedError
 from toolkit.cli.envcheck import cli
 from toolkit.config import find_schema
 from toolkit.config.explain import all_keys, explain
-from toolkit.config.finding_output import shown_line
+from toolkit.config.finding_output import source_excerpt
 from toolkit.config.layers import assemble
-from toolkit.config.libraries import installed, known
+from toolkit.config.libraries import allowed_values, installed_values
 from toolkit.config.rules import Situation, all_rules
 from toolkit.config.rules.batch import divisors_at_least, multiple_at_least, nearest_divisor
 from toolkit.config.source import Position, Source, dotted
@@ -29,7 +29,7 @@ def source(text: str) -> Source:
 
 def test_a_long_line_is_cut_around_the_place() -> None:
     text = "a: " + "x" * 5000 + "HERE" + "y" * 5000
-    line = shown_line(source(text), Position(1, 5004, 5003, 5007))
+    line = source_excerpt(source(text), Position(1, 5004, 5003, 5007))
     assert "HERE" in line
     assert line.startswith("...")
     assert line.endswith("...")
@@ -40,15 +40,15 @@ def test_a_secret_at_the_edge_of_a_long_line_is_not_shown() -> None:
     token = "hf_" + "canary" * 6
     for gap in range(0, 240, 3):
         text = "a: x " + " " * gap + token + " " * 2000
-        assert "canary" not in shown_line(source(text), Position(1, 4, 3, 4))
+        assert "canary" not in source_excerpt(source(text), Position(1, 4, 3, 4))
 
 
 def test_hidden_characters_and_terminal_sequences() -> None:
     shown = source("password: hunter2 # and more\n")
-    shown.hide(Position(1, 11, 10, 17))
-    assert shown_line(shown, Position(1, 1, 0, 8)) == "password: [hidden] # and more"
+    shown.hide_secret(Position(1, 11, 10, 17))
+    assert source_excerpt(shown, Position(1, 1, 0, 8)) == "password: [hidden] # and more"
     hostile = source("a: \x1b[31mred\x07\u202e\n")
-    assert shown_line(hostile, Position(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
+    assert source_excerpt(hostile, Position(1, 1, 0, 1)) == "a: \ufffd[31mred\ufffd\ufffd"
 
 
 def test_paths_are_spelled_as_they_are_asked_for() -> None:
@@ -173,10 +173,10 @@ def test_recorded_values_stand_in_for_a_library_that_is_not_there(
     from toolkit.config import libraries
 
     monkeypatch.setattr(libraries, "package_folder", lambda _: None)
-    assert installed("lora_ranks") is None
-    known.cache_clear()
-    assert known("lora_ranks") == libraries.RECORDED["lora_ranks"]
-    known.cache_clear()
+    assert installed_values("lora_ranks") is None
+    allowed_values.cache_clear()
+    assert allowed_values("lora_ranks") == libraries.RECORDED["lora_ranks"]
+    allowed_values.cache_clear()
 
 
 def test_batch_arithmetic() -> None:

@@ -29,7 +29,9 @@ def test_an_option_is_taken_by_from_pretrained(name: str) -> None:
     assert name in parameters or takes_any
 
 
-@pytest.mark.parametrize("name", [name for name, option in API_OPTIONS.items() if option.vllm])
+@pytest.mark.parametrize(
+    "name", [name for name, option in API_OPTIONS.items() if option.vllm_argument]
+)
 def test_an_option_reaches_vllm(name: str) -> None:
     option = API_OPTIONS[name]
     value = {"switch": True, "count": 3, "share": 0.25, "rank": 32, "any": 7, "amount": 4}[
@@ -37,5 +39,7 @@ def test_an_option_reaches_vllm(name: str) -> None:
     ]
     options = EngineOptions(model="m", **{name: value})
     told = options.to_vllm("cuda")
-    assert told[option.vllm] == (option.values.get(value, value) if option.values else value)
-    assert (option.vllm in options.to_vllm("cpu")) is (not option.on_gpu)
+    assert told[option.vllm_argument] == (
+        option.vllm_values.get(value, value) if option.vllm_values else value
+    )
+    assert (option.vllm_argument in options.to_vllm("cpu")) is (not option.gpu_only)

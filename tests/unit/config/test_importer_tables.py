@@ -13,7 +13,7 @@ from toolkit.config.importers.mapping import KINDS, LEFT_OUT, REFUSED, Later, Ro
 from toolkit.config.importers.shell import commands, flags
 from toolkit.config.importers.translate import translate
 from toolkit.config.importers.write import markdown
-from toolkit.config.key_moves import schema_of
+from toolkit.config.key_moves import key_schema
 
 ALL = [(form, row) for form in TABLES for row in table(form).rows]
 
@@ -30,9 +30,9 @@ def test_every_row_names_a_key_of_a_run_file_or_says_why_not(form: str) -> None:
             assert row.why, row
         elif row.to != "lora":
             parts = row.to.split(".")
-            assert schema_of(tuple(parts[:2])) is not None, row
+            assert key_schema(tuple(parts[:2])) is not None, row
     for default in table(form).defaults:
-        assert schema_of(tuple(default.to.split("."))) is not None, default
+        assert key_schema(tuple(default.to.split("."))) is not None, default
 
 
 @pytest.mark.parametrize("form", TABLES)
@@ -107,9 +107,11 @@ def test_no_shell_text_is_too_odd(text: str) -> None:
 def test_booleans_of_yaml_1_1_are_booleans() -> None:
     from pathlib import Path
 
-    from toolkit.config.layers import parse
+    from toolkit.config.layers import parse_source
     from toolkit.config.source import Source
 
-    document = parse(Source("x.yaml", "base_model: m\nload_in_4bit: yes\ntf32: off\n", Path()))
+    document = parse_source(
+        Source("x.yaml", "base_model: m\nload_in_4bit: yes\ntf32: off\n", Path())
+    )
     made = translate(from_document(document, table("axolotl")), table("axolotl"))
     assert (made.get("model.load_in_4bit"), made.get("grpo.tf32")) == (True, False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from toolkit.config.lora_targets import ATTENTION
+from toolkit.config.lora_targets import ATTENTION_PROJECTIONS
 from toolkit.sizing import lora_bytes, solve
 
 QWEN, MIXTRAL, DEEPSEEK = (
@@ -23,21 +23,21 @@ def test_the_adapter_is_on_attention(spec_of, card, run):
     result = solve(config, spec, card("h200"))
     attention = 48 * 16 * (3 * (2048 + 0) + 4096 + 2 * 512 + (4096 + 2048))
     assert result.model.trainable_parameters == attention
-    assert result.choice.target_modules == ATTENTION
+    assert result.choice.target_modules == ATTENTION_PROJECTIONS
     assert not any(term.name == "trainer.expert_updates" for term in result.terms)
     assert any("LoRA slots: q_proj, k_proj, v_proj, o_proj" in n for n in result.model.notes)
-    assert result.apply(config).lora.target_modules == ATTENTION
+    assert result.apply(config).lora.target_modules == ATTENTION_PROJECTIONS
 
 
 def test_written_is_the_same_as_auto(spec_of, card, run):
     config = run(checkpointing=True)
-    written = replace(config, lora=replace(config.lora, target_modules=ATTENTION))
+    written = replace(config, lora=replace(config.lora, target_modules=ATTENTION_PROJECTIONS))
     spec = spec_of(QWEN)
     assert solve(written, spec, card("h200")).terms == solve(config, spec, card("h200")).terms
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [(MIXTRAL, ATTENTION), (DEEPSEEK, ("q_b_proj", "o_proj"))]
+    ("name", "targets"), [(MIXTRAL, ATTENTION_PROJECTIONS), (DEEPSEEK, ("q_b_proj", "o_proj"))]
 )
 def test_every_name_is_a_layer_of_the_model(spec_of, name, targets):
     spec = spec_of(name)

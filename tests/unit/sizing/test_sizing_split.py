@@ -158,11 +158,11 @@ def test_what_a_shape_says_against_a_number(config, size, said):
 
 
 def test_auto_offers_one_for_a_kind_of_model_that_is_not_split():
-    assert parallel.sizes({"model_type": "phi3", "num_attention_heads": 8}, 4) == [1]
-    assert parallel.sizes({"model_type": "llama", "num_attention_heads": 8}, 6) == [1, 2]
-    assert parallel.sizes(None, 4) == [1, 2, 4]
-    assert parallel.replicas(4, 2) == 2
-    assert parallel.replicas(4, "auto") == 4
+    assert parallel.possible_sizes({"model_type": "phi3", "num_attention_heads": 8}, 4) == [1]
+    assert parallel.possible_sizes({"model_type": "llama", "num_attention_heads": 8}, 6) == [1, 2]
+    assert parallel.possible_sizes(None, 4) == [1, 2, 4]
+    assert parallel.count_replicas(4, 2) == 2
+    assert parallel.count_replicas(4, "auto") == 4
 
 
 def test_a_model_that_fits_no_single_card_takes_as_few_as_hold_it(spec_of, card, run):

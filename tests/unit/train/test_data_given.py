@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from toolkit.base.errors import ConfigError, InputError
 from toolkit.config.data_facts import _read
-from toolkit.config.data_scan import Wanted
+from toolkit.config.data_scan import DataSelection
 from toolkit.config.run_config import DatasetSection
 from toolkit.train.data.dataset import load_data
 from toolkit.train.data.row_reader import read_data_file
@@ -39,7 +39,7 @@ def load(path: Path, *, chat: bool = False, limit: int | None = None, **section:
 def problem(path: Path) -> str | None:
     """What validate says of a data file."""
     _read.cache_clear()
-    return _read(path, Wanted("q", "a"), "train", (0, 0)).problem
+    return _read(path, DataSelection("q", "a"), "train", (0, 0)).problem
 
 
 # --- packed files

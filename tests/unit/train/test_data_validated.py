@@ -16,8 +16,8 @@ import pytest
 from pyarrow import parquet
 
 from toolkit.base.errors import ToolkitError
-from toolkit.config.data_facts import DataFacts, data_of
-from toolkit.config.layers import parse
+from toolkit.config.data_facts import DataFacts, read_data_facts
+from toolkit.config.layers import parse_source
 from toolkit.config.source import Source
 from toolkit.train.data.data_checks import parse_prompts
 from toolkit.train.data.prompt_format import check_prompts
@@ -165,7 +165,9 @@ GOOD: list[tuple[str, Callable[[], bytes]]] = [
 
 def validated(path: Path, more: str = "") -> DataFacts:
     text = f"dataset: {{path: {path.name}, prompt: prompt{more}}}"
-    found = data_of(parse(Source("run.yaml", text, path.parent, path.parent / "run.yaml")), "path")
+    found = read_data_facts(
+        parse_source(Source("run.yaml", text, path.parent, path.parent / "run.yaml")), "path"
+    )
     assert found is not None
     return found
 
@@ -186,7 +188,7 @@ def test_both_refuse(tmp_path: Path, name: str, make: Callable[[], bytes], text:
     path = tmp_path / name
     path.write_bytes(make())
     facts = validated(path)
-    told = facts.problem or facts.refused
+    told = facts.problem or facts.refused_row
     assert told is not None
     assert text in told
     refusal = trained(path)
@@ -199,14 +201,14 @@ def test_both_take(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None
     path = tmp_path / name
     path.write_bytes(make())
     facts = validated(path)
-    assert (facts.problem, facts.refused) == (None, None)
+    assert (facts.problem, facts.refused_row) == (None, None)
     assert trained(path) is None
 
 
 def test_rows_beyond_the_limit_are_not_judged(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_bytes(lines({"prompt": "a"}, {"prompt": "b"}, {"prompt": True}))
-    assert validated(path, ", limit: 2").refused is None
+    assert validated(path, ", limit: 2").refused_row is None
     assert trained(path, 2) is None
-    assert validated(path, ", limit: 3").refused is not None
+    assert validated(path, ", limit: 3").refused_row is not None
     assert trained(path, 3) is not None

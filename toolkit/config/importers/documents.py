@@ -19,7 +19,7 @@ def from_document(document: Document, table: Table) -> Foreign:
     """
     foreign = Foreign(table.form)
     for found in document.findings:
-        mark = found.mark
+        mark = found.position
         place = f"line {mark.line}" if mark else "the file"
         line = document.source.lines[mark.line - 1].strip() if mark else ""
         foreign.miss(place, line, found.message)
@@ -32,14 +32,14 @@ def _flatten(foreign: Foreign, table: Table, prefix: str, node: Node) -> None:
         if name.startswith("\0"):
             continue  # a placeholder for an invalid key, which a finding reports
         key = f"{prefix}{name}"
-        place = f"line {(child.key or child.mark).line}"
+        place = f"line {(child.key_position or child.position).line}"
         whole = (key in table.by_key and key not in table.groups) or not child.value
         if isinstance(child.value, dict) and not whole:
             _flatten(foreign, table, f"{key}.", child)
         elif isinstance(child.value, list) and not whole and _of_mappings(child):
             _flatten(foreign, table, f"{key}.", child.value[0])
             for other in child.value[1:]:
-                foreign.miss(f"line {other.mark.line}", key, "only the first item is converted")
+                foreign.miss(f"line {other.position.line}", key, "only the first item is converted")
         else:
             foreign.add(key, plain(child), place)
 
@@ -56,7 +56,7 @@ def plain(node: Node) -> Any:
         return {key: plain(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
         return [plain(child) for child in node.value]
-    if node.plain and node.note is not None and isinstance(node.value, str):
+    if node.is_plain and node.yaml11_warning is not None and isinstance(node.value, str):
         legacy = read_legacy(node.value)[1]
         if isinstance(legacy, bool):
             return legacy

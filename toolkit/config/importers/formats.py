@@ -144,21 +144,21 @@ def read_foreign(name: str, form: str | None = None) -> Foreign:
     means that the format is guessed. Raises InputError if the file cannot be read or its format is
     unknown.
     """
-    from toolkit.config.layers import parse  # noqa: PLC0415 - config.layers is above this package
-    from toolkit.config.text_reader import Unreadable, read_source  # noqa: PLC0415
+    from toolkit.config.layers import parse_source  # noqa: PLC0415 - config.layers is above this package
+    from toolkit.config.text_reader import UnreadableText, read_source  # noqa: PLC0415
 
     suffix = Path(name).suffix.lower()
     if suffix == ".ipynb":
         return _notebook(name)
     try:
         source = read_source(name)
-    except Unreadable as error:
+    except UnreadableText as error:
         raise InputError(error.finding.message, where=name) from None
     if suffix == ".py":
         return _script(source)
     if suffix in SCRIPT_SUFFIXES:
         return _commands(source, form)
-    document = parse(source)
+    document = parse_source(source)
     found = form or (guess(document) or (None,))[0]
     if found is None:
         return _commands(source, None)

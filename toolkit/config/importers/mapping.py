@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.base.secrets import is_secret_key
 from toolkit.config.importers.foreign import Computed, Entry, Foreign, Unread
-from toolkit.config.migration import CONVERSIONS, FORCED, INERT, MOVED, converted
+from toolkit.config.migration import CONVERSIONS, FORCED_KEYS, INERT_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show
+from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -184,7 +184,8 @@ class Translation:
         before = self.written.get(key)
         if before is not None and before.value != value:
             self.notes.append(
-                f"{key}: {show(value)} ({why}) replaces {show(before.value)} ({before.why})"
+                f"{key}: {show_value(value)} ({why}) replaces {show_value(before.value)} "
+                f"({before.why})"
             )
         self.written[key] = Written(value, why)
 
@@ -234,7 +235,7 @@ def _shown(entry: Entry) -> str:
     value = entry.value
     if is_secret_key(entry.key.rpartition(".")[2]):
         return HIDDEN
-    return value.text if isinstance(value, Computed) else show(value)
+    return value.text if isinstance(value, Computed) else show_value(value)
 
 
 def entries_of(made: Translation, keys: Iterable[str]) -> list[Entry]:
@@ -270,20 +271,20 @@ def trl_rows(prefix: str = "") -> Iterator[Row]:
     is put before the keys.
     """
     known = find_schema("run")["properties"]["grpo"]["properties"]
-    older = [old.partition(".")[2] for old in MOVED if old.startswith("grpo.")]
+    older = [old.partition(".")[2] for old in MOVED_KEYS if old.startswith("grpo.")]
     for name in dict.fromkeys((*known, *older)):
         key, old = f"grpo.{name}", f"{prefix}{name}"
         ours, schema = _OURS.get(name), known.get(name, {})
         if ours is not None:
             yield ours._replace(old=old)
-        elif key in FORCED or key in INERT:
-            yield Row(old, None, FORCED.get(key) or INERT[key])
+        elif key in FORCED_KEYS or key in INERT_KEYS:
+            yield Row(old, None, FORCED_KEYS.get(key) or INERT_KEYS[key])
         elif name in known and "x-refused" not in schema:
             yield Row(old, key)
         else:
             refusal = schema.get("x-refused", {})
-            conversion, moved = CONVERSIONS.get(key), MOVED.get(key)
-            to = (conversion.to if conversion else None) or (moved.to if moved else None)
+            conversion, moved = CONVERSIONS.get(key), MOVED_KEYS.get(key)
+            to = (conversion.new_key if conversion else None) or (moved.new_key if moved else None)
             why = moved.sentence if moved else refusal.get("why", "")
             yield Row(old, to if to and "." in to else None, why, trl=key)
 
@@ -340,8 +341,8 @@ def resolve_trl(row: Row, value: Any) -> tuple[str | None, Any]:
     user must decide.
     """
     assert row.trl is not None
-    today = converted(row.trl, value)
-    if today is None and row.trl in MOVED and row.to is None:
+    today = convert_key(row.trl, value)
+    if today is None and row.trl in MOVED_KEYS and row.to is None:
         return None, None  # the key was removed, and the user need not decide anything
     if today is None:
         raise Unfit(row.why or "a run file does not have this key")

@@ -12,7 +12,7 @@ from toolkit.base.formatting import escape_unprintable
 from toolkit.base.secrets import redact
 from toolkit.config.importers.formats import table
 from toolkit.config.importers.mapping import Row, Written
-from toolkit.config.wording import spell
+from toolkit.config.wording import spell_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -89,12 +89,12 @@ def flow(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(flow, value)) + "]"
-    return _safe(spell(value, "yaml"))
+    return _safe(spell_value(value, "yaml"))
 
 
 def _key(name: Any) -> str:
     text = str(name)
-    return text if _PLAIN_KEY.fullmatch(text) else spell(text, "yaml")
+    return text if _PLAIN_KEY.fullmatch(text) else spell_value(text, "yaml")
 
 
 def _safe(text: str) -> str:

@@ -19,7 +19,7 @@ from toolkit.config.rules.batch import (
     multiple_at_least,
 )
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import CUT_MATTERS
+from toolkit.config.trl_names import SPLIT_DEPENDENT_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +129,9 @@ def loss_ignores_micro_batch_size(run: Run) -> Iterator[RuleViolation]:
     if run.value(MICRO_BATCH_SIZE) != "auto":
         return
     clashes = [
-        key for name, matters in CUT_MATTERS.items() if matters(run.get(key := f"grpo.{name}"))
+        key
+        for name, matters in SPLIT_DEPENDENT_FIELDS.items()
+        if matters(run.get(key := f"grpo.{name}"))
     ]
     clash_texts = [run.describe(key) for key in clashes]
     fixes = [_explicit_sizes_fix(run)]
@@ -177,7 +179,7 @@ def _router_loss_weight(run: Run) -> float:
     """The weight of the router's auxiliary loss (router_aux_loss_coef) in the model's config.json;
     0 if the model is not on this machine, has no experts, or sets no such weight.
     """
-    if run.model is None or not run.model.experts:
+    if run.model is None or not run.model.is_mixture_of_experts:
         return 0.0
-    coefficient = run.model.text.get("router_aux_loss_coef")
+    coefficient = run.model.text_config.get("router_aux_loss_coef")
     return float(coefficient) if isinstance(coefficient, int | float) else 0.0

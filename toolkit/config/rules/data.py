@@ -11,12 +11,12 @@ from toolkit.config.chat_format import (
     NO_TEMPLATE,
     NOT_CHATS,
 )
-from toolkit.config.data_facts import NO_DATA, DataFacts, data_of
-from toolkit.config.data_types import MISFIT_FIX
+from toolkit.config.data_facts import NO_DATA, DataFacts, read_data_facts
+from toolkit.config.data_types import TYPE_MISMATCH_FIX
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.model_facts import folder_fault, is_adapter
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.run_paths import exists, is_path_only, resolve
+from toolkit.config.run_paths import is_path_only, path_exists, resolve_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ def columns_exist(run: Run) -> Iterator[RuleViolation]:
     folders that save_to_disk wrote.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
+        data = read_data_facts(run.document, path_key)
         if data is None or data.columns is None:
             continue
         for key in ("prompt", "answer"):
@@ -75,12 +75,15 @@ def prompts_are_filled_and_unique(run: Run) -> Iterator[RuleViolation]:
     often as the others. In a large file only the first rows are checked.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
-        if data is None or not (data.empty or data.repeated):
+        data = read_data_facts(run.document, path_key)
+        if data is None or not (data.empty_prompts or data.repeated_prompts):
             continue
         counts = [
-            f"{count} of {data.rows}{'' if data.whole else ' first'} rows {fault}"
-            for count, fault in ((data.empty, "have no prompt"), (data.repeated, "repeat a prompt"))
+            f"{count} of {data.rows}{'' if data.is_complete else ' first'} rows {fault}"
+            for count, fault in (
+                (data.empty_prompts, "have no prompt"),
+                (data.repeated_prompts, "repeat a prompt"),
+            )
             if count
         ]
         yield RuleViolation(f"dataset.{path_key}", "; ".join(counts))
@@ -107,11 +110,11 @@ def data_exists(run: Run) -> Iterator[RuleViolation]:
             continue
         node = run.node(key)
         assert node is not None
-        path = resolve(name_or_path, node)
-        data = data_of(run.document, path_key)
+        path = resolve_path(name_or_path, node)
+        data = read_data_facts(run.document, path_key)
         if data is not None and data.problem:
             yield RuleViolation(key, f"{path.name} {data.problem}", severity=Severity.ERROR)
-        elif not exists(path):
+        elif not path_exists(path):
             problem = (
                 f"{path} does not exist"
                 if is_path_only(name_or_path)
@@ -136,9 +139,9 @@ def files_have_no_splits(run: Run) -> Iterator[RuleViolation]:
     A single file has only one split, called train.
     """
     for path_key, key in (("path", "split"), ("eval_path", "eval_split")):
-        data: DataFacts | None = data_of(run.document, path_key)
+        data: DataFacts | None = read_data_facts(run.document, path_key)
         if data is None and path_key == "eval_path" and run.value("dataset.eval_path") is None:
-            data = data_of(run.document, "path")
+            data = read_data_facts(run.document, "path")
         split = run.value(f"dataset.{key}")
         if data is None or data.path.is_dir() or split in (None, "train"):
             continue
@@ -239,8 +242,8 @@ def message_lists_need_chat(run: Run) -> Iterator[RuleViolation]:
     JSON files that are on this machine.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
-        if data is None or not data.messages:
+        data = read_data_facts(run.document, path_key)
+        if data is None or not data.has_message_lists:
             continue
         column = run.value("dataset.prompt")
         if run.value("dataset.chat") is False:
@@ -300,12 +303,16 @@ def rows_can_be_trained_on(run: Run) -> Iterator[RuleViolation]:
     Parquet files. Training checks every row.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
-        if data is not None and data.refused is not None:
+        data = read_data_facts(run.document, path_key)
+        if data is not None and data.refused_row is not None:
             yield RuleViolation(
                 f"dataset.{path_key}",
-                f"{data.path.name} {data.refused}",
-                fixes=(Fix(MISFIT_FIX if "one column" in data.refused else "correct the row"),),
+                f"{data.path.name} {data.refused_row}",
+                fixes=(
+                    Fix(
+                        TYPE_MISMATCH_FIX if "one column" in data.refused_row else "correct the row"
+                    ),
+                ),
                 related=("dataset.prompt",),
             )
 
@@ -330,15 +337,15 @@ def model_exists(run: Run) -> Iterator[RuleViolation]:
         return
     node = run.node("model.model_name")
     assert node is not None
-    path = resolve(name_or_path, node)
-    if exists(path) and path.is_dir() and (fault := folder_fault(path)):
+    path = resolve_path(name_or_path, node)
+    if path_exists(path) and path.is_dir() and (fault := folder_fault(path)):
         yield RuleViolation(
             "model.model_name", f"{path} cannot be loaded: {fault}", severity=Severity.ERROR
         )
         return
     if run.model is not None or is_adapter(path):
         return  # MODEL003 reports an adapter
-    if exists(path):
+    if path_exists(path):
         problem = (
             "has no readable config.json" if path.is_dir() else "is not a folder with a checkpoint"
         )

@@ -7,13 +7,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.code import is_allowed
-from toolkit.config.environment_tasks import missing_task
+from toolkit.config.environment_tasks import find_task_problem
 from toolkit.config.environments import (
     ADAPTERS,
-    IN_STEPS,
+    MULTI_TURN_ADAPTERS,
     is_interpreter,
     missing_package,
-    pip_line,
+    pip_command,
     task_module,
 )
 from toolkit.config.finding import Fix, Severity
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from toolkit.config.document import Node
-    from toolkit.config.environment_tasks import Missing
+    from toolkit.config.environment_tasks import TaskProblem
     from toolkit.config.rules.run import Run
 
 _ADAPTER = "environment.adapter"
@@ -182,7 +182,7 @@ def package_is_installed(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _ADAPTER,
             f"{adapter} needs the package {missing.modules[0]}, which is not installed{location}",
-            fixes=(Fix(pip_line(missing, python)),),
+            fixes=(Fix(pip_command(missing, python)),),
             related=(_PYTHON,) if python else (),
             unknown=True,
         )
@@ -222,7 +222,7 @@ def steps_exclude_evaluation(run: Run) -> Iterator[RuleViolation]:
     so there would be nothing to score. In training the model takes a step by a tool call, and a
     tool call is a message of a chat.
     """
-    if _adapter_name(run) not in IN_STEPS:
+    if _adapter_name(run) not in MULTI_TURN_ADAPTERS:
         return
     if run.value("environment.eval_size") is not None:
         yield RuleViolation(
@@ -307,7 +307,7 @@ def task_exists(run: Run) -> Iterator[RuleViolation]:
         task = node.value
         if not isinstance(task, str) or _unreadable_task_violation(run, adapter, task) is not None:
             continue
-        missing = missing_task(adapter, task, python, run.document.source.folder)
+        missing = find_task_problem(adapter, task, python, run.document.source.folder)
         if missing is not None:
             yield RuleViolation(
                 path,
@@ -319,9 +319,9 @@ def task_exists(run: Run) -> Iterator[RuleViolation]:
             )
 
 
-def _task_fixes(run: Run, node: Node, missing: Missing) -> tuple[Fix, ...]:
-    if missing.near is not None:
-        return (run.replace_fix(node, missing.near),)
+def _task_fixes(run: Run, node: Node, missing: TaskProblem) -> tuple[Fix, ...]:
+    if missing.suggestion is not None:
+        return (run.replace_fix(node, missing.suggestion),)
     if missing.unknown:
         return (Fix("put the module next to the run file, or install its package"),)
     return ()
@@ -337,7 +337,7 @@ def _unreadable_task_violation(run: Run, adapter: str, task: str) -> RuleViolati
         return None
     if not all(map(str.isidentifier, module.split("."))):
         return RuleViolation(_TASK, f"{task} does not name a Python module")
-    if adapter in IN_STEPS and not task.partition(":")[2].isidentifier():
+    if adapter in MULTI_TURN_ADAPTERS and not task.partition(":")[2].isidentifier():
         return RuleViolation(_TASK, f"{task} must have the form module:Class")
     if is_allowed(module, run.value("runtime.allow_code")):
         return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
-from toolkit.config.reward_table import metric_names
+from toolkit.config.reward_table import reward_metric_names
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _reward_metric_names(run: Run) -> tuple[list[str], bool]:
     items = node.value if node is not None and isinstance(node.value, list) else []
     name_nodes = [item.value.get("name") for item in items if isinstance(item.value, dict)]
     names = [name.value for name in name_nodes if name is not None and isinstance(name.value, str)]
-    return metric_names(names), not any(":" in name for name in names)
+    return reward_metric_names(names), not any(":" in name for name in names)
 
 
 def _schedule_uses_metric(run: Run) -> bool:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.lora_targets import FUSED_EXPERT, MLP, default_targets, expert_targets
+from toolkit.config.lora_targets import (
+    FUSED_EXPERT_LAYERS,
+    MLP_PROJECTIONS,
+    default_targets,
+    expert_targets,
+)
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -39,7 +44,7 @@ def experts_have_no_slots(run: Run) -> Iterator[RuleViolation]:
     """
     adapted_layers = frozenset() if run.engine == "transformers" else _adapted_experts(run)
     if adapted_layers and run.model is not None:
-        names = ", ".join(name for name in MLP if name in adapted_layers)
+        names = ", ".join(name for name in MLP_PROJECTIONS if name in adapted_layers)
         yield RuleViolation(
             _TARGETS,
             f"{names} are layers of the experts of this model, and experts cannot have an adapter "
@@ -74,11 +79,11 @@ def fused_expert_layers_share_an_adapter(run: Run) -> Iterator[RuleViolation]:
     adapters on experts.
     """
     adapted_layers = frozenset() if run.engine == "vllm" else _adapted_experts(run)
-    present = [name for name in FUSED_EXPERT if name in adapted_layers]
+    present = [name for name in FUSED_EXPERT_LAYERS if name in adapted_layers]
     if len(present) != 1 or run.model is None:
         return
     targets = run.value(_TARGETS)
-    missing = next(name for name in FUSED_EXPERT if name not in adapted_layers)
+    missing = next(name for name in FUSED_EXPERT_LAYERS if name not in adapted_layers)
     fixes = (Fix("target_modules: auto"),)
     if not isinstance(targets, str):
         with_both = (*targets, missing)
@@ -101,7 +106,7 @@ def _adapted_experts(run: Run) -> frozenset[str]:
     there are none, or if the model is not on this machine.
     """
     targets = run.value(_TARGETS)
-    if run.model is None or not run.model.experts or targets == "auto":
+    if run.model is None or not run.model.is_mixture_of_experts or targets == "auto":
         return frozenset()
     if run.get("model.full_finetuning"):
         return frozenset()

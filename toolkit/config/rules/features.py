@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.libraries import model_type, package_folder
-from toolkit.config.resolved import dtype_of
+from toolkit.config.resolved import resolve_dtype
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import (
-    UNTRAINED,
-    attention_lacks,
+    UNSUPPORTED_FLAGS,
+    attention_machine_problem,
     attention_problem,
     cpu_engine_problem,
     flag_problems,
     float16_problem,
-    head_problem,
+    untied_head_problem,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def fp8_is_not_trained(run: Run) -> Iterator[RuleViolation]:
     if run.value("model.load_in_fp8"):
         yield RuleViolation(
             "model.load_in_fp8",
-            UNTRAINED["load_in_fp8"],
+            UNSUPPORTED_FLAGS["load_in_fp8"],
             fixes=(run.set_fix("model.load_in_fp8", False),),
         )
 
@@ -103,12 +103,12 @@ def attention_fits_model(run: Run) -> Iterator[RuleViolation]:
     code from the hub and needs trust_remote_code. The model is checked if it is on this machine.
     """
     attention = run.value(_ATTENTION)
-    config = run.model.text if run.model is not None else {}
+    config = run.model.text_config if run.model is not None else {}
     softcap, family = config.get("attn_logit_softcapping"), str(config.get("model_type") or "")
     problem = attention_problem(
         attention,
         softcap=softcap if isinstance(softcap, (int, float)) else None,
-        supports=model_type(family).attention if family else {},
+        supports=model_type(family).attention_support if family else {},
         trusted=bool(run.get("model.trust_remote_code")),
     )
     if problem is not None:
@@ -134,11 +134,11 @@ def attention_fits_machine(run: Run) -> Iterator[RuleViolation]:
         return
     attention, is_training_machine = run.value(_ATTENTION), run.situation.vllm is not None
     precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
-    problem = attention_lacks(
+    problem = attention_machine_problem(
         attention,
         on_gpu=device.compute_capability is not None,
-        dtype=dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags),
-        installed=not is_training_machine or package_folder("flash_attn") is not None,
+        dtype=resolve_dtype(run.get("model.dtype"), run.situation, grpo=precision_flags),
+        is_installed=not is_training_machine or package_folder("flash_attn") is not None,
     )
     if problem is not None:
         yield violation_for(run, problem, note=f"card: {device.name}")
@@ -163,7 +163,9 @@ def float16_needs_a_card(run: Run) -> Iterator[RuleViolation]:
     if device is None or device.compute_capability is not None or not run.value("grpo.fp16"):
         return
     dtype_setting = run.get("model.dtype")
-    dtype = dtype_of(dtype_setting, run.situation, load_in_16bit=run.get("model.load_in_16bit"))
+    dtype = resolve_dtype(
+        dtype_setting, run.situation, load_in_16bit=run.get("model.load_in_16bit")
+    )
     conflicts_with_engine = run.engine == "vllm" and dtype != "float16"
     if (conflicts_with_engine and dtype_setting != "auto") or run.get("grpo.bf16"):
         return  # RUN020 and GRPO023 report this fault
@@ -221,7 +223,7 @@ def engine_supports_dtype(run: Run) -> Iterator[RuleViolation]:
     if run.model is None or run.engine != "vllm":
         return
     precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
-    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags)
+    dtype = resolve_dtype(run.get("model.dtype"), run.situation, grpo=precision_flags)
     problem = float16_problem(run.model.config, dtype)
     if problem is not None:
         yield violation_for(run, problem, note=run.model.source)
@@ -244,6 +246,6 @@ def engine_supports_lm_head(run: Run) -> Iterator[RuleViolation]:
     """
     if run.model is None or run.engine != "vllm":
         return
-    problem = head_problem(run.model.config)
+    problem = untied_head_problem(run.model.config)
     if problem is not None:
         yield violation_for(run, problem, note=run.model.source)

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.keys import is_multi_turn
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.sampling_keywords import NAMES, judge, not_reproduced, what_follows
+from toolkit.config.sampling_keywords import (
+    ENGINE_NAMES,
+    describe_mismatch,
+    find_problem,
+    unreproduced_keywords,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -63,7 +68,9 @@ def _keyword_violations(run: Run, kind: str) -> Iterator[RuleViolation]:
     engines = _possible_engines(run)
     for name, node in _valid_keywords(run).items():
         value, turns = node.to_plain(), is_multi_turn(run)
-        results = [(engine, judge(name, value, engine, turns=turns)) for engine in engines]
+        results = [
+            (engine, find_problem(name, value, engine, multi_turn=turns)) for engine in engines
+        ]
         problems = [(engine, problem) for engine, problem in results if problem is not None]
         if not problems or problems[0][1].kind != kind:
             continue
@@ -72,7 +79,7 @@ def _keyword_violations(run: Run, kind: str) -> Iterator[RuleViolation]:
         notes = (
             ()
             if is_certain
-            else (f"this applies if the run uses {NAMES[engine]}; {_CHOOSE_ENGINE}",)
+            else (f"this applies if the run uses {ENGINE_NAMES[engine]}; {_CHOOSE_ENGINE}",)
         )
         yield RuleViolation(
             f"{_KWARGS}.{name}",
@@ -91,9 +98,9 @@ def _keyword_fix(run: Run, node: Node, problem: Problem) -> Fix:
     """The fix of ``problem``. --fix can correct a misspelled keyword if its value is valid for the
     keyword with the correct spelling.
     """
-    intended_name = problem.meant
+    intended_name = problem.suggestion
     if intended_name is None or any(
-        judge(intended_name, node.to_plain(), engine) for engine in _possible_engines(run)
+        find_problem(intended_name, node.to_plain(), engine) for engine in _possible_engines(run)
     ):
         return Fix(problem.fix)
     if intended_name in _valid_keywords(run):
@@ -179,12 +186,12 @@ def training_reproduces_keywords(run: Run) -> Iterator[RuleViolation]:
     these weights and the gradient may become 0.
     """
     engine = _possible_engines(run)[0]
-    for name in not_reproduced(_valid_keywords(run), engine):
-        if judge(name, _valid_keywords(run)[name].to_plain(), engine) is None:
+    for name in unreproduced_keywords(_valid_keywords(run), engine):
+        if find_problem(name, _valid_keywords(run)[name].to_plain(), engine) is None:
             yield RuleViolation(
                 f"{_KWARGS}.{name}",
                 "training does not apply this keyword to its token distribution",
-                notes=(what_follows(engine),),
+                notes=(describe_mismatch(engine),),
                 fixes=(Fix(f"remove {name}, and use a reward for the same purpose"),),
                 on_key=True,
             )
@@ -193,7 +200,7 @@ def training_reproduces_keywords(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _REGEX,
             "training does not apply the regular expression to its token distribution",
-            notes=(what_follows("vllm"),),
+            notes=(describe_mismatch("vllm"),),
             fixes=(Fix("remove the key, and add the reward `regex_match` to reward.functions"),),
         )
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from toolkit.config.data_facts import data_of
+from toolkit.config.data_facts import read_data_facts
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.reward_table import LEFT_OUT
+from toolkit.config.reward_table import WITHHELD_COLUMNS
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     """
     used = {run.value("dataset.prompt"), run.value("dataset.answer")}
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
+        data = read_data_facts(run.document, path_key)
         for name in (data.columns or ()) if data is not None else ():
-            if name in LEFT_OUT and name not in used:
+            if name in WITHHELD_COLUMNS and name not in used:
                 assert data is not None
-                reason = LEFT_OUT[name].format(name=name)
+                reason = WITHHELD_COLUMNS[name].format(name=name)
                 yield RuleViolation(
                     f"dataset.{path_key}",
                     f"{data.path.name} has a column {name}, which is dropped: {reason}",
@@ -60,14 +60,14 @@ def answers_are_present(run: Run) -> Iterator[RuleViolation]:
     learns nothing from this row. The finding is an error if every answer is null.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
-        if data is None or not data.unanswered:
+        data = read_data_facts(run.document, path_key)
+        if data is None or not data.missing_answers:
             continue
-        all_unanswered = data.whole and data.unanswered == data.rows
-        qualifier = "" if data.whole else " first"
+        all_unanswered = data.is_complete and data.missing_answers == data.rows
+        qualifier = "" if data.is_complete else " first"
         yield RuleViolation(
             f"dataset.{path_key}",
-            f"{data.unanswered} of {data.rows}{qualifier} rows have no answer (null)",
+            f"{data.missing_answers} of {data.rows}{qualifier} rows have no answer (null)",
             related=("dataset.answer",),
             fixes=(Fix("remove the rows without an answer, or fill in their answers"),),
             severity=Severity.ERROR if all_unanswered else None,
@@ -88,13 +88,14 @@ def chats_are_all_or_none(run: Run) -> Iterator[RuleViolation]:
     JSON, all prompts are read as plain text, and the model sees the JSON.
     """
     for path_key in _PATH_KEYS:
-        data = data_of(run.document, path_key)
-        if data is None or not 0 < data.chats < data.rows - data.empty:
+        data = read_data_facts(run.document, path_key)
+        if data is None or not 0 < data.json_chats < data.rows - data.empty_prompts:
             continue
         yield RuleViolation(
             f"dataset.{path_key}",
-            f"{data.chats} of the {'' if data.whole else 'first '}{data.rows} prompts are chats "
-            "written as JSON text, but the others are not, so all prompts are read as plain text",
+            f"{data.json_chats} of the {'' if data.is_complete else 'first '}{data.rows} prompts "
+            "are chats written as JSON text, but the others are not, so all prompts are read as "
+            "plain text",
             related=("dataset.prompt",),
             fixes=(Fix("write either all prompts or none as a list of {role, content} messages"),),
         )

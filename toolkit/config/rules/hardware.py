@@ -16,7 +16,7 @@ from toolkit.base.capability import (
 from toolkit.config.finding import Severity
 from toolkit.config.libraries import package_folder
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import LIGER, installed
+from toolkit.config.trl_names import LIGER_PACKAGE, is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,8 +119,8 @@ def fused_kernels_need_a_card(run: Run) -> Iterator[RuleViolation]:
     is_training_machine = run.situation.vllm is not None  # the machine that trains
     if device.compute_capability is None:
         problem = "there is no GPU, and the kernels need CUDA"
-    elif is_training_machine and not installed(LIGER):
-        problem = f"{LIGER.install} is not installed here"
+    elif is_training_machine and not is_installed(LIGER_PACKAGE):
+        problem = f"{LIGER_PACKAGE.install} is not installed here"
     else:
         return
     yield RuleViolation(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from toolkit.config.chat_format import chosen
-from toolkit.config.data_facts import data_of
+from toolkit.config.chat_format import resolve_chat
+from toolkit.config.data_facts import read_data_facts
 from toolkit.config.engine_settings import OPTIONS
-from toolkit.config.environments import IN_STEPS
+from toolkit.config.environments import MULTI_TURN_ADAPTERS
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.key_moves import drop, move
-from toolkit.config.migration import FORCED, INERT, MOVED, converted
+from toolkit.config.key_moves import move_fix, removal_fix
+from toolkit.config.migration import FORCED_KEYS, INERT_KEYS, MOVED_KEYS, convert_key
 from toolkit.config.rules.evaluation import METRIC_SCHEDULES, has_evaluation_data
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show
+from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,14 +85,14 @@ def no_refused_keys(run: Run) -> Iterator[RuleViolation]:
     properties = find_schema("run")["properties"]["grpo"]["properties"]
     for name, node in grpo.value.items():
         refused = properties.get(name, {}).get("x-refused")
-        if refused is None or name in _REFUSED_ELSEWHERE or f"grpo.{name}" in MOVED:
+        if refused is None or name in _REFUSED_ELSEWHERE or f"grpo.{name}" in MOVED_KEYS:
             continue
         replacement = refused["use"]
         yield RuleViolation(
             ("grpo", name),
             f"cannot be set in a run file: {refused['why']}",
             fixes=(_migration_fix(run, f"grpo.{name}", replacement),),
-            on_key=node.key is not None,
+            on_key=node.key_position is not None,
         )
 
 
@@ -116,12 +116,12 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
         _unused_evaluation_keys(run),
         _unused_tracker_keys(run),
     )
-    for key, reason in (*chain(*ineffective_keys), *FORCED.items(), *INERT.items()):
+    for key, reason in (*chain(*ineffective_keys), *FORCED_KEYS.items(), *INERT_KEYS.items()):
         if run.node(key) is not None and not (key == _TOOL_ITERATIONS and is_multi_turn(run)):
             yield RuleViolation(key, f"has no effect: {reason}", on_key=True)
     for key, switch, required_value in _CONDITIONAL_KEYS:
         if run.node(key) is not None and run.get(switch) != required_value:
-            condition = f"{switch.rpartition('.')[2]} {show(required_value)}"
+            condition = f"{switch.rpartition('.')[2]} {show_value(required_value)}"
             reason = f"it needs {condition}, but the run has {run.describe(switch)}"
             yield RuleViolation(key, f"has no effect: {reason}", on_key=True)
 
@@ -129,7 +129,7 @@ def keys_without_effect(run: Run) -> Iterator[RuleViolation]:
 def is_multi_turn(run: Run) -> bool:
     """Whether the model may act before it answers, by tool calls or by steps in an environment."""
     adapter = run.value("environment.adapter") if run.node("environment.adapter") else None
-    return run.node("tools") is not None or adapter in IN_STEPS
+    return run.node("tools") is not None or adapter in MULTI_TURN_ADAPTERS
 
 
 def _unused_by_engine(run: Run) -> Iterator[tuple[str, str]]:
@@ -157,7 +157,9 @@ def _disabled_by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
         keys = f"{run.describe('dataset.eval_path')}; {run.describe('dataset.eval_split')}"
         yield "dataset.eval_limit", f"there is no evaluation data: {keys}"
     if all(
-        data_of(run.document, key) for key in ("path", "eval_path") if run.get(f"dataset.{key}")
+        read_data_facts(run.document, key)
+        for key in ("path", "eval_path")
+        if run.get(f"dataset.{key}")
     ):
         for name in ("name", "revision"):
             yield (
@@ -165,10 +167,10 @@ def _disabled_by_other_keys(run: Run) -> Iterator[tuple[str, str]]:
                 "it applies only to a hub data set, but the data is in local files",
             )
     prompts_are_texts = not any(
-        data is not None and data.messages
-        for data in (data_of(run.document, key) for key in ("path", "eval_path"))
+        data is not None and data.has_message_lists
+        for data in (read_data_facts(run.document, key) for key in ("path", "eval_path"))
     )
-    if prompts_are_texts and chosen(run.get("dataset.chat"), run.has_chat_template) is False:
+    if prompts_are_texts and resolve_chat(run.get("dataset.chat"), run.has_chat_template) is False:
         no_template = run.has_chat_template is False
         reason = (
             "the tokenizer has no chat template" if no_template else run.describe("dataset.chat")
@@ -226,14 +228,14 @@ def no_renamed_keys(run: Run) -> Iterator[RuleViolation]:
 
     The toolkit does not read old names. The finding names the key that replaced the old one.
     """
-    for old, moved in MOVED.items():
+    for old, moved in MOVED_KEYS.items():
         node = run.node(old)
         if node is None or (old == "grpo.warmup_ratio" and run.node("grpo.warmup_steps")):
             continue  # GRPO019 reports this fault
         yield RuleViolation(
             old,
             moved.sentence,
-            fixes=(_migration_fix(run, old, moved.to),),
+            fixes=(_migration_fix(run, old, moved.new_key),),
             on_key=True,
         )
 
@@ -245,12 +247,12 @@ def _migration_fix(run: Run, old: str, replacement: str | None) -> Fix:
     path = tuple(old.split("."))
     node = run.document.node(path)
     assert node is not None
-    new_setting = converted(old, node.value)
+    new_setting = convert_key(old, node.value)
     if new_setting is None:
         return Fix(f"use {replacement}" if replacement else "remove the key")
     new_key, value = new_setting
     return (
-        drop(run.document.root, path)
+        removal_fix(run.document.root, path)
         if new_key is None
-        else move(run.document.root, path, new_key, value)
+        else move_fix(run.document.root, path, new_key, value)
     )

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.base.formatting import format_bytes
-from toolkit.config.model_facts import CPU_BLOCK, ELEMENT_BYTES, GPU_BLOCK, least_cache_bytes
-from toolkit.config.resolved import dtype_of
+from toolkit.config.model_facts import (
+    CPU_BLOCK_TOKENS,
+    ELEMENT_BYTES,
+    GPU_BLOCK_TOKENS,
+    min_cache_bytes,
+)
+from toolkit.config.resolved import resolve_dtype
 from toolkit.config.rules.violation import RuleViolation, rule
 
 if TYPE_CHECKING:
@@ -38,16 +43,16 @@ def cache_holds_a_sequence(run: Run) -> Iterator[RuleViolation]:
     if run.model is None or run.engine != "vllm":
         return
     precision_flags = {flag: run.get(f"grpo.{flag}") for flag in ("bf16", "fp16")}
-    dtype = dtype_of(run.get("model.dtype"), run.situation, grpo=precision_flags)
+    dtype = resolve_dtype(run.get("model.dtype"), run.situation, grpo=precision_flags)
     device = run.situation.device
     on_cpu = device is not None and device.compute_capability is None
     tensor_parallel_size = run.get("model.tensor_parallel_size")
-    min_bytes = least_cache_bytes(
-        run.model.text,
+    min_bytes = min_cache_bytes(
+        run.model.text_config,
         tokens=sequence_tokens,
         element_bytes=1 if run.get("model.float8_kv_cache") else ELEMENT_BYTES.get(dtype, 2),
-        block_tokens=CPU_BLOCK if on_cpu else GPU_BLOCK,
-        cards=run.world_size if tensor_parallel_size == "auto" else max(tensor_parallel_size, 1),
+        block_tokens=CPU_BLOCK_TOKENS if on_cpu else GPU_BLOCK_TOKENS,
+        gpus=run.world_size if tensor_parallel_size == "auto" else max(tensor_parallel_size, 1),
     )
     if min_bytes is None:
         return

@@ -133,7 +133,7 @@ def context_fits_model(run: Run) -> Iterator[RuleViolation]:
         yield RuleViolation(
             _CONTEXT,
             f"{context} tokens are more than this model's maximum of {model.max_length} tokens",
-            notes=(f"{model.max_length_from} in {model.source}",),
+            notes=(f"{model.max_length_key} in {model.source}",),
             fixes=(run.set_fix(_CONTEXT, model.max_length),),
             related=("model.model_name",),
         )
@@ -160,9 +160,9 @@ def one_rope_for_all_lengths(run: Run) -> Iterator[RuleViolation]:
     this machine.
     """
     model = run.model
-    if run.engine == "transformers" or model is None or model.longrope_original is None:
+    if run.engine == "transformers" or model is None or model.longrope_original_length is None:
         return
-    original = model.longrope_original
+    original = model.longrope_original_length
     context = run.value(_CONTEXT)
     if context > original:
         yield RuleViolation(

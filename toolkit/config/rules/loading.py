@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Severity
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.supported_features import ENGINE_EXCLUDES
+from toolkit.config.supported_features import FLAGS_WITHOUT_ENGINE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def engine_supports_loading(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine == "transformers":
         return
-    for name, reason in ENGINE_EXCLUDES.items():
+    for name, reason in FLAGS_WITHOUT_ENGINE.items():
         if run.get(f"model.{name}"):
             key = (
                 _FAST_INFERENCE

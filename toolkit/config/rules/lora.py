@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Severity
-from toolkit.config.libraries import known
+from toolkit.config.libraries import allowed_values
 from toolkit.config.lora_targets import pattern_fault
 from toolkit.config.rules.violation import RuleViolation, rule
 
@@ -91,7 +91,7 @@ def init_is_known(run: Run) -> Iterator[RuleViolation]:
     value = run.value(_INIT)
     if isinstance(value, bool):
         return
-    supported = known("lora_inits")
+    supported = allowed_values("lora_inits")
     names = [name for name in supported.values if "[" not in name]
     if value in names or re.fullmatch(r"pissa_niter_[0-9]{1,3}", value):
         return
@@ -124,7 +124,7 @@ def targets_exist(run: Run) -> Iterator[RuleViolation]:
     if isinstance(targets, str):
         yield from _pattern_violations(run, targets)
         return
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if not modules or not run.is_set(_TARGETS):
         return
     node = run.node(_TARGETS)
@@ -148,7 +148,7 @@ def _pattern_violations(run: Run, text: str) -> Iterator[RuleViolation]:
     if problem is not None and problem.startswith("not a"):
         yield RuleViolation(_TARGETS, problem)
         return
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if problem is not None or not modules:
         return  # expressions that could take very long are not tried here
     parents = {module.rpartition(".")[0] for module in modules}

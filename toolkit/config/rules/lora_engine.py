@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.libraries import known, smallest_rank
+from toolkit.config.libraries import allowed_values, smallest_rank
 from toolkit.config.rules.training import REMOVE_HEAD_FIX, adapts_head
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.supported_features import init_with_engine
+from toolkit.config.supported_features import engine_init_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ def max_rank_is_supported(run: Run) -> Iterator[RuleViolation]:
     node = run.node(_MAX_RANK)
     if node is None or run.engine == "transformers" or type(node.value) is not int:
         return
-    supported = known("lora_ranks")
+    supported = allowed_values("lora_ranks")
     if node.value in supported.values:
         return
     next_rank = smallest_rank(max(node.value, 1), supported.values) or max(supported.values)
@@ -63,7 +63,7 @@ def rank_fits(run: Run) -> Iterator[RuleViolation]:
     """
     if run.engine == "transformers":
         return
-    max_rank, supported = run.value(_MAX_RANK), known("lora_ranks")
+    max_rank, supported = run.value(_MAX_RANK), allowed_values("lora_ranks")
     largest = max(supported.values)
     if max_rank != "auto" and max_rank not in supported.values:
         return  # LORA002 reports this fault
@@ -163,7 +163,7 @@ def _unsupported_settings(run: Run) -> Iterator[tuple[str, str, Fix]]:
     if adapts_head(run) and not _head_reported_elsewhere(run):
         yield _TARGETS, "vLLM does not support an adapter on lm_head", REMOVE_HEAD_FIX
     init = run.get("lora.init_lora_weights")
-    init_problem = init_with_engine(init)
+    init_problem = engine_init_problem(init)
     reported_elsewhere = init == "loftq" and run.get("model.load_in_4bit")  # LORA005
     if init_problem is not None and not reported_elsewhere:
         yield "lora.init_lora_weights", init_problem, run.set_fix("lora.init_lora_weights", True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
-from toolkit.config.lora_targets import SLOTS, layers_beyond
+from toolkit.config.lora_targets import SLOT_LAYERS, layers_beyond
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.supported_features import DATA_INITS
 
@@ -36,7 +36,11 @@ def layers_exist(run: Run) -> Iterator[RuleViolation]:
     have fewer layers than the run file sets. The rule is checked if the model is on this machine.
     """
     layers = run.value(_LAYERS)
-    layer_count = run.model.whole("num_hidden_layers", "n_layer") if run.model is not None else None
+    layer_count = (
+        run.model.positive_integer("num_hidden_layers", "n_layer")
+        if run.model is not None
+        else None
+    )
     missing_layers = layers_beyond(layers, layer_count)
     if not missing_layers:
         return
@@ -99,12 +103,14 @@ def targets_have_slots(run: Run) -> Iterator[RuleViolation]:
     is_in_file = run.is_set(_TARGETS)
     for index, name in enumerate(targets):
         leaf = str(name).rpartition(".")[2]
-        if leaf in (*SLOTS, "embed_tokens", "lm_head", "kv_b_proj") or not _is_module(run, leaf):
+        if leaf in (*SLOT_LAYERS, "embed_tokens", "lm_head", "kv_b_proj") or not _is_module(
+            run, leaf
+        ):
             continue
         yield RuleViolation(
             ("lora", "target_modules", index) if is_in_file else "lora.adapter_path",
             f"the vLLM engine has no LoRA slots for {leaf}",
-            notes=(f"it has slots for {', '.join(SLOTS)}; {run.describe('runtime.engine')}",),
+            notes=(f"it has slots for {', '.join(SLOT_LAYERS)}; {run.describe('runtime.engine')}",),
             fixes=(
                 *((Fix(f"remove {name}"),) if is_in_file else ()),
                 run.set_fix("runtime.engine", "transformers"),
@@ -118,7 +124,7 @@ def _is_module(run: Run, leaf: str) -> bool:
     known, the result is True. For a normalization layer the result is False, because LORA028
     reports it.
     """
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if leaf.lower().endswith("norm"):
         return False  # LORA028 reports this fault
     return not modules or any(module.rpartition(".")[2] == leaf for module in modules)
@@ -137,7 +143,7 @@ def pattern_names_the_layers(run: Run) -> Iterator[RuleViolation]:
     model.layers.0.mlp. The rule is checked if the model's weights are on this machine.
     """
     pattern = run.value(_PATTERN)
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if pattern is None or not modules or run.value(_LAYERS) is None:
         return
     lists = {
@@ -170,7 +176,7 @@ def saved_modules_exist(run: Run) -> Iterator[RuleViolation]:
     cannot also have an adapter. The rule is checked if the model's weights are on this machine.
     """
     saved_modules = run.value("lora.modules_to_save")
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if not saved_modules or not modules:
         return
     targets = run.value(_TARGETS)

@@ -10,8 +10,8 @@ from toolkit.config.adapter_facts import INHERITED, read_adapter, start_problem
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.lora_targets import is_excluded, pattern_fault, pattern_value
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.run_paths import exists, resolve
-from toolkit.config.wording import show
+from toolkit.config.run_paths import path_exists, resolve_path
+from toolkit.config.wording import show_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,11 +41,11 @@ def adapter_matches_lora_keys(run: Run) -> Iterator[RuleViolation]:
     node = run.node(_PATH)
     if node is None or run.value(_PATH) is None:
         return
-    folder = resolve(node.value, node)
+    folder = resolve_path(node.value, node)
     adapter_config = read_adapter(folder)
-    if adapter_config is None or not exists(folder / WEIGHTS_FILE):
+    if adapter_config is None or not path_exists(folder / WEIGHTS_FILE):
         missing_file = "adapter_config.json" if adapter_config is None else WEIGHTS_FILE
-        problem = f"has no readable {missing_file}" if exists(folder) else "does not exist"
+        problem = f"has no readable {missing_file}" if path_exists(folder) else "does not exist"
         yield RuleViolation(
             _PATH, f"{folder} {problem}: adapter_path must be the folder of an adapter"
         )
@@ -76,8 +76,8 @@ def adapter_matches_lora_keys(run: Run) -> Iterator[RuleViolation]:
         if _comparable(run_value, name) != _comparable(adapter_value, name):
             yield RuleViolation(
                 key,
-                f"the run file sets {show(run_value)}, but the adapter that the run starts from "
-                f"has {show(adapter_value)}",
+                f"the run file sets {show_value(run_value)}, but the adapter that the run starts "
+                f"from has {show_value(adapter_value)}",
                 notes=(run.describe(_PATH),),
                 fixes=(Fix(f"remove {name}, so that the adapter's value is used"),),
                 related=(_PATH,),
@@ -101,7 +101,7 @@ def adapter_fits_base_model(run: Run) -> Iterator[RuleViolation]:
     """
     node = run.node(_PATH)
     adapter_config = (
-        None if node is None or not node.value else read_adapter(resolve(node.value, node))
+        None if node is None or not node.value else read_adapter(resolve_path(node.value, node))
     )
     if adapter_config is None or adapter_config.get("peft_type") != "LORA":
         return  # LORA024 reports this fault
@@ -199,7 +199,7 @@ def _adapted_modules(run: Run, *, apply_exclude: bool = True) -> list[str]:
     exclude_modules are in the result too.
     """
     targets, exclude = run.value("lora.target_modules"), run.get(_EXCLUDE)
-    modules = run.model.modules if run.model is not None else None
+    modules = run.model.weight_modules if run.model is not None else None
     if not modules:
         return []
     assert run.model is not None

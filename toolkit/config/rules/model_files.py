@@ -10,8 +10,8 @@ from toolkit.config.libraries import model_type
 from toolkit.config.model_facts import ADAPTER_CONFIG, is_adapter, read_json
 from toolkit.config.rules.features import violation_for
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.run_paths import exists, resolve
-from toolkit.config.supported_features import architecture_problem, stored_format, stored_problem
+from toolkit.config.run_paths import path_exists, resolve_path
+from toolkit.config.supported_features import architecture_problem, storage_format, storage_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,8 @@ def _model_folder(run: Run) -> Path | None:
     node = run.node(_NAME)
     if node is None or not isinstance(node.value, str):
         return None
-    folder = resolve(node.value, node)
-    return folder if exists(folder) and folder.is_dir() else None
+    folder = resolve_path(node.value, node)
+    return folder if path_exists(folder) and folder.is_dir() else None
 
 
 @rule(
@@ -92,7 +92,7 @@ def weights_are_safetensors(run: Run) -> Iterator[RuleViolation]:
     A pickle (*.bin) can run code when it is read, and no key of a run file can allow that.
     """
     folder = _model_folder(run)
-    if folder is None or not exists(folder / "config.json"):
+    if folder is None or not path_exists(folder / "config.json"):
         return
     if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
         return
@@ -125,8 +125,8 @@ def architecture_is_supported(run: Run) -> Iterator[RuleViolation]:
     problem = architecture_problem(
         run.model.config,
         trust_remote_code=bool(run.get("model.trust_remote_code")),
-        known=transformers_support.known,
-        causal=transformers_support.causal,
+        known=transformers_support.is_known,
+        causal=transformers_support.is_causal,
     )
     if problem is not None:
         yield violation_for(run, problem, note=f"from {run.model.source}")
@@ -146,9 +146,9 @@ def quantized_format_is_supported(run: Run) -> Iterator[RuleViolation]:
     bitsandbytes weights are supported without the vLLM engine. The rule is checked if the model is
     on this machine.
     """
-    if run.model is None or stored_format(run.model.config) is None:
+    if run.model is None or storage_format(run.model.config) is None:
         return
-    problem = stored_problem(
+    problem = storage_problem(
         run.model.config,
         load_in_4bit=bool(run.get("model.load_in_4bit")),
         load_in_8bit=bool(run.get("model.load_in_8bit")),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import OPTIMIZERS, TARGETED, installed
+from toolkit.config.trl_names import OPTIMIZERS, TARGETED_OPTIMIZERS, is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
     micro-batches or processes.
     """
     optim = run.value(OPTIM)
-    if not str(optim).startswith(TARGETED):
+    if not str(optim).startswith(TARGETED_OPTIMIZERS):
         return
     if run.value(TARGETS) in (None, "", []):
         yield RuleViolation(
@@ -51,7 +51,7 @@ def optimizer_has_targets(run: Run) -> Iterator[RuleViolation]:
             fixes=(run.set_fix(OPTIM, _DEFAULT_OPTIMIZER), Fix("optim_target_modules: all-linear")),
             related=(TARGETS,),
         )
-    elif (package := OPTIMIZERS[optim].package) and not installed(package):
+    elif (package := OPTIMIZERS[optim].package) and not is_installed(package):
         yield RuleViolation(
             OPTIM,
             f"{optim} needs {package.install}, which is not installed here",
@@ -162,7 +162,9 @@ def targets_are_read(run: Run) -> Iterator[RuleViolation]:
 
     No other optimizer reads the key.
     """
-    if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(TARGETED):
+    if run.value(TARGETS) in (None, "", []) or str(run.value(OPTIM)).startswith(
+        TARGETED_OPTIMIZERS
+    ):
         return
     yield RuleViolation(
         TARGETS,

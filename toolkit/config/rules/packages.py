@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import NO_TRACKER, TARGETED, TRACKERS, installed, needed_packages
+from toolkit.config.trl_names import (
+    TARGETED_OPTIMIZERS,
+    TRACKER_WORDS,
+    TRACKERS,
+    is_installed,
+    needed_packages,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,23 +48,23 @@ def trackers_are_known(run: Run) -> Iterator[RuleViolation]:
     trackers = _written_trackers(run)
     for index, (name, node) in enumerate(trackers):
         is_only_tracker = len(trackers) == 1
-        if name in TRACKERS or (name in NO_TRACKER and is_only_tracker):
+        if name in TRACKERS or (name in TRACKER_WORDS and is_only_tracker):
             continue
         is_item = run.node(REPORT_TO) is not node
         path = ("grpo", "report_to", index) if is_item else ("grpo", "report_to")
-        if name in NO_TRACKER:
+        if name in TRACKER_WORDS:
             yield RuleViolation(
                 path,
                 f"{name} cannot be combined with other trackers",
                 fixes=(Fix(f"remove {name}"),),
             )
             continue
-        suggestion = nearest(name, (*TRACKERS, *NO_TRACKER))
+        suggestion = nearest(name, (*TRACKERS, *TRACKER_WORDS))
         fix = run.replace_fix(node, suggestion) if suggestion else run.set_fix(REPORT_TO, "none")
         yield RuleViolation(
             path,
             f"{name} is not a tracker that transformers supports",
-            notes=(f"legal values: {', '.join((*TRACKERS, *NO_TRACKER))}",),
+            notes=(f"legal values: {', '.join((*TRACKERS, *TRACKER_WORDS))}",),
             fixes=(Fix(f"report_to: {suggestion}" if suggestion else fix.text, fix.edits),),
         )
 
@@ -85,7 +91,7 @@ def packages_are_installed(run: Run) -> Iterator[RuleViolation]:
         cache=run.get("grpo.cache_implementation"),
     )
     for key, value, package in needed:
-        if not value.startswith(TARGETED) and not installed(package):
+        if not value.startswith(TARGETED_OPTIMIZERS) and not is_installed(package):
             yield RuleViolation(
                 f"grpo.{key}",
                 f"{value} needs {package.install}, which is not installed here",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.did_you_mean import nearest
-from toolkit.config.code import Found, find_function, is_allowed
+from toolkit.config.code import FunctionFacts, find_function, is_allowed
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.reward_table import BUILTIN_OPTIONS, PASSED_BY_TRL
 from toolkit.config.rules.run import SkipRule
@@ -187,7 +187,7 @@ def _is_code_allowed(run: Run, module: str) -> bool:
     return is_allowed(module, run.value("runtime.allow_code"))
 
 
-def _read_function(run: Run, name: Node) -> Found | None:
+def _read_function(run: Run, name: Node) -> FunctionFacts | None:
     """The parameters of a user's function, read from its source; None if its module is not allowed
     or not on this machine.
     """
@@ -219,31 +219,31 @@ def reward_can_be_called(run: Run) -> Iterator[RuleViolation]:
         name_path = (*path, "name")
         options = members["options"].value if "options" in members else {}
         columns = _columns(run)
-        if not function.takes_anything:
+        if not function.accepts_any_keyword:
             yield RuleViolation(
                 name_path,
-                f"{function.shown} does not accept **columns, but TRL passes more arguments than "
-                "the function has parameters",
+                f"{function.signature} does not accept **columns, but TRL passes more arguments "
+                "than the function has parameters",
                 fixes=(Fix(f"write def {function.name}(prompts, completions, **columns)"),),
             )
             continue
-        for parameter in function.needed:
+        for parameter in function.required:
             if parameter in PASSED_BY_TRL or parameter in options:
                 continue
             if columns is None or parameter in columns or parameter == "answer":
                 continue
             yield RuleViolation(
                 name_path,
-                f"{function.shown} requires the argument {parameter}, but no column or option "
+                f"{function.signature} requires the argument {parameter}, but no column or option "
                 "has this name",
                 notes=(f"columns: {', '.join(sorted(columns))}",),
             )
 
 
 def _columns(run: Run) -> set[str] | None:
-    from toolkit.config.data_facts import data_of  # noqa: PLC0415 - only this rule reads the data
+    from toolkit.config.data_facts import read_data_facts  # noqa: PLC0415 - only this rule reads the data
 
-    data = data_of(run.document, "path")
+    data = read_data_facts(run.document, "path")
     return set(data.columns) if data is not None and data.columns is not None else None
 
 

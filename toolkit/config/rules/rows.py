@@ -7,7 +7,7 @@ from __future__ import annotations
 from math import lcm
 from typing import TYPE_CHECKING
 
-from toolkit.config.data_facts import data_of
+from toolkit.config.data_facts import read_data_facts
 from toolkit.config.finding import Severity
 from toolkit.config.rules.batch import (
     ACCUMULATION_STEPS,
@@ -89,10 +89,10 @@ def _row_count(run: Run) -> tuple[int | None, str]:
     names the origin of the number.
     """
     limit = run.value(_LIMIT)
-    data = data_of(run.document, "path")
-    if data is None or not data.rows or not data.whole:
+    data = read_data_facts(run.document, "path")
+    if data is None or not data.rows or not data.is_complete:
         return limit, run.describe(_LIMIT)
-    rows = data.rows - data.empty
+    rows = data.rows - data.empty_prompts
     if limit is not None and limit <= rows:
         return limit, run.describe(_LIMIT)
     return rows, f"{rows} with a prompt in {data.path.name}"
@@ -118,9 +118,12 @@ def _row_fixes(
         if size:
             fixes.append(run.set_fix(key_to_fix, size // step))
     if limited:
-        data = data_of(run.document, "path")
+        data = read_data_facts(run.document, "path")
         may_have_enough_rows = (
-            data is None or not data.rows or not data.whole or data.rows - data.empty >= needed_rows
+            data is None
+            or not data.rows
+            or not data.is_complete
+            or data.rows - data.empty_prompts >= needed_rows
         )
         if may_have_enough_rows:
             fixes.append(run.set_fix(_LIMIT, needed_rows))

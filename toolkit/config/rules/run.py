@@ -8,10 +8,10 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config import parallel
-from toolkit.config.finding import Edit, Fix, rename
-from toolkit.config.resolved import DeviceFacts, Engine, Situation, engine_of
+from toolkit.config.finding import Edit, Fix, rename_key
+from toolkit.config.resolved import DeviceFacts, Engine, Situation, resolve_engine
 from toolkit.config.schemas import find_schema
-from toolkit.config.wording import show, spell
+from toolkit.config.wording import show_value, spell_value
 
 if TYPE_CHECKING:
     from toolkit.config.document import Document, Node
@@ -64,8 +64,10 @@ class Run:
         """The number of processes that train on different rows. Processes that share one model
         (tensor_parallel_size above 1) train on the same rows and count as one.
         """
-        size = self.get(parallel.KEY)
-        return parallel.replicas(self.world_size, size if self.engine != "transformers" else 1)
+        size = self.get(parallel.TENSOR_PARALLEL_KEY)
+        return parallel.count_replicas(
+            self.world_size, size if self.engine != "transformers" else 1
+        )
 
     def node(self, path: str) -> Node | None:
         """The document node at a key; None if the run file does not set the key."""
@@ -129,7 +131,7 @@ class Run:
         ``num_generations 8 (line 12)``. Findings explain their arithmetic with such texts.
         """
         name, node = path.rpartition(".")[2], self.node(path)
-        return f"{name} {show(self.get(path))} ({self.origin(node)})"
+        return f"{name} {show_value(self.get(path))} ({self.origin(node)})"
 
     def origin(self, node: Node | None) -> str:
         """Where a value comes from, as text: a line of the run file, a line of another file, --set,
@@ -139,7 +141,7 @@ class Run:
             return "default"
         if node.source.is_override:
             return "--set"
-        line = f"line {node.mark.line}"
+        line = f"line {node.position.line}"
         return line if node.source is self.document.source else f"{node.source.name} {line}"
 
     def set_fix(self, path: str, value: Any) -> Fix:
@@ -148,11 +150,11 @@ class Run:
         """
         name, node = path.rpartition(".")[2], self.node(path)
         if node is None or node.source.is_override or isinstance(node.value, (dict, list)):
-            return Fix(f"{name if node else path}: {spell(value, 'yaml')}")
+            return Fix(f"{name if node else path}: {spell_value(value, 'yaml')}")
         edits = self.replace_fix(node, value).edits
         if not edits:
             return Fix(f"remove {name}")
-        return Fix(f"{name}: {spell(value, node.source.format)}", edits)
+        return Fix(f"{name}: {spell_value(value, node.source.format)}", edits)
 
     def replace_fix(self, node: Node, value: Any) -> Fix:
         """The fix that replaces a scalar by ``value``. The fix has no edits if the file format has
@@ -160,15 +162,15 @@ class Run:
         """
         if value is None and node.source.format == "toml":
             return Fix("remove the key")  # TOML has no null
-        spelling = spell(value, node.source.format)
+        spelling = spell_value(value, node.source.format)
         text = f"write {spelling}"
-        return Fix(text, (Edit(node.source, node.mark.start, node.mark.end, spelling),))
+        return Fix(text, (Edit(node.source, node.position.start, node.position.end, spelling),))
 
     def rename_fix(self, node: Node, name: str) -> Fix:
         """The fix that renames the key of ``node``."""
-        if node.key is None or node.source.is_override:
+        if node.key_position is None or node.source.is_override:
             return Fix(f"rename the key to {name}")
-        return Fix(f"rename the key to {name}", (rename(node.source, node.key, name),))
+        return Fix(f"rename the key to {name}", (rename_key(node.source, node.key_position, name),))
 
     @cached_property
     def engine(self) -> Engine:
@@ -176,15 +178,15 @@ class Run:
         where it is installed, else transformers.
         """
         engine, fast = self.get("runtime.engine"), self.get("model.fast_inference")
-        return engine_of(engine, fast, self.situation)
+        return resolve_engine(engine, fast, self.situation)
 
     @cached_property
     def adapter(self) -> dict[str, Any]:
         """The lora settings of the adapter at ``lora.adapter_path``; {} if this key is not set."""
-        from toolkit.config.adapter_facts import inherited  # noqa: PLC0415 - only if a rule needs it
+        from toolkit.config.adapter_facts import inherited_settings  # noqa: PLC0415 - only if a rule needs it
 
         node = self.node("lora.adapter_path")
-        return {} if node is None else inherited(node)
+        return {} if node is None else inherited_settings(node)
 
     @cached_property
     def model(self) -> ModelFacts | None:
@@ -204,6 +206,6 @@ class Run:
         """Whether the model's tokenizer has a chat template; None if the tokenizer is not on this
         machine.
         """
-        from toolkit.config.chat_format import template_in  # noqa: PLC0415 - only if a rule needs it
+        from toolkit.config.chat_format import folder_has_template  # noqa: PLC0415 - only if a rule needs it
 
-        return None if self.model is None else template_in(self.model.folder)
+        return None if self.model is None else folder_has_template(self.model.folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.document import Node
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.run_paths import LOCK_FILE, exists, resolve
+from toolkit.config.run_paths import LOCK_FILE, path_exists, resolve_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,7 @@ def checkpoint_to_resume_exists(run: Run) -> Iterator[RuleViolation]:
         return
     node = run.node(_RESUME)
     assert isinstance(node, Node)
-    path = resolve(resume, node)
+    path = resolve_path(resume, node)
     if not path.is_dir():
         yield RuleViolation(
             _RESUME,
@@ -80,14 +80,16 @@ def checkpoint_to_resume_exists(run: Run) -> Iterator[RuleViolation]:
 
 def _output_folder(run: Run) -> Path:
     text, node = str(run.value(_OUTPUT)), run.node(_OUTPUT)
-    return resolve(text, node if node is not None else run.document.root)
+    return resolve_path(text, node if node is not None else run.document.root)
 
 
 def _is_occupied(folder: Path) -> bool:
     """Whether ``folder`` is a file, or a folder that contains more than the lock file. `toolkit
     train` creates the lock file before it validates the run file.
     """
-    return exists(folder) and (not folder.is_dir() or bool(set(_entry_names(folder)) - {LOCK_FILE}))
+    return path_exists(folder) and (
+        not folder.is_dir() or bool(set(_entry_names(folder)) - {LOCK_FILE})
+    )
 
 
 def _entry_names(folder: Path) -> list[str]:

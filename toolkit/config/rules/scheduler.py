@@ -10,11 +10,11 @@ from toolkit.base.did_you_mean import nearest
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import (
-    CHOICES,
     PASSED_BY_THE_TRAINER,
+    SCHEDULE_CHOICES,
+    SCHEDULE_INTEGERS,
+    SCHEDULE_SWITCHES,
     SCHEDULES,
-    SWITCHES,
-    WHOLE,
     Schedule,
 )
 
@@ -59,7 +59,7 @@ def schedule_has_required_keywords(run: Run) -> Iterator[RuleViolation]:
     if named_schedule is None or keywords is None:
         return
     schedule_name, schedule = named_schedule
-    missing = [name for name in schedule.needed if name not in keywords]
+    missing = [name for name in schedule.required if name not in keywords]
     min_rates = [name for name in ("min_lr", "min_lr_rate") if name in keywords]
     needs_min_rate = schedule_name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
     if needs_min_rate and not min_rates:
@@ -140,7 +140,7 @@ def _unknown_keyword(
         notes=(run.describe(TYPE),),
         fixes=fixes,
         related=(TYPE,),
-        on_key=node.key is not None,
+        on_key=node.key_position is not None,
     )
 
 
@@ -149,11 +149,15 @@ def _legal_values(name: str, node: Node) -> str | None:
     accepts. Otherwise return None.
     """
     value: Any = node.value
-    if name in CHOICES:
-        return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])} for {name}"
-    if name in SWITCHES:
+    if name in SCHEDULE_CHOICES:
+        return (
+            None
+            if value in SCHEDULE_CHOICES[name]
+            else f"one of {', '.join(SCHEDULE_CHOICES[name])} for {name}"
+        )
+    if name in SCHEDULE_SWITCHES:
         return None if isinstance(value, bool) else f"true or false for {name}"
-    if name in WHOLE:
+    if name in SCHEDULE_INTEGERS:
         minimum = 1 if name in ("timescale", "window_size") else 0
         fits = type(value) is int and value >= minimum
         return None if fits else f"a whole number of at least {minimum} for {name}"

@@ -53,7 +53,7 @@ def no_secrets(run: Run) -> Iterator[RuleViolation]:
             if secret_kind is None:
                 continue
             fault = f"the value contains a {secret_kind}"
-        node.source.hide(node.mark)
+        node.source.hide_secret(node.position)
         tool = "wandb" if "wandb" in f"{fault}{name}".lower() else "hf"
         is_known_service = "token" in fault.lower() or tool == "wandb"
         fix = (

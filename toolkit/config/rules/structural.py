@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from toolkit.config.finding import Severity
 from toolkit.config.rules.violation import RULES, Rule
-from toolkit.config.source import MAX_ALIASED, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
+from toolkit.config.source import MAX_ALIASED_NODES, MAX_BYTES, MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ RULE_TEXTS: dict[str, RuleText] = {
     "DOC009": RuleText(
         "The size of a run file is limited.",
         f"A run file has at most {MAX_BYTES >> 10} KiB, {MAX_DEPTH} levels of nesting, "
-        f"{MAX_NODES:,} values, and {MAX_ALIASED:,} values from YAML aliases. An "
+        f"{MAX_NODES:,} values, and {MAX_ALIASED_NODES:,} values from YAML aliases. An "
         f"alias must not contain itself. envcheck shows at most {MAX_FINDINGS} findings.",
         "model: &m\n  again: *m",
         "write the values without an alias",

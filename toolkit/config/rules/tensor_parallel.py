@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.rules.run import Run
 
-_KEY = parallel.KEY
+_KEY = parallel.TENSOR_PARALLEL_KEY
 _SHARE_WEIGHTS = "model.share_weights"
 _UNSUPPORTED = "is not supported while one model is split over several cards"
 _TWO_CARDS = "model:\n  tensor_parallel_size: 2"
@@ -54,7 +54,9 @@ def size_divides_heads_and_world(run: Run) -> Iterator[RuleViolation]:
         return
     config = run.model.config if run.model is not None else None
     smaller_sizes = [
-        candidate for candidate in parallel.sizes(config, run.world_size) if candidate < size
+        candidate
+        for candidate in parallel.possible_sizes(config, run.world_size)
+        if candidate < size
     ]
     fixes = (run.set_fix(_KEY, smaller_sizes[-1] if smaller_sizes else 1),)
     problem = parallel.shape_problem(config, size) if config is not None else None

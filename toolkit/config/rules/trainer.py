@@ -10,13 +10,13 @@ from toolkit.config.finding import Fix
 from toolkit.config.rules.hardware import capability_problem
 from toolkit.config.rules.violation import RuleViolation, rule
 from toolkit.config.trl_names import (
-    ACCELERATOR,
-    BATCHING,
-    CACHES,
+    ACCELERATOR_KEYS,
+    BATCHING_KEYS,
+    CACHE_IMPLEMENTATIONS,
+    COMPILE_BACKENDS,
     COMPILE_MODES,
-    COMPILERS,
-    DEBUG,
-    ROUTERS,
+    DEBUG_OPTIONS,
+    ROUTER_LOGIT_TYPES,
 )
 
 if TYPE_CHECKING:
@@ -51,10 +51,16 @@ def router_loss_needs_a_router(run: Run) -> Iterator[RuleViolation]:
     coefficient = run.value(ROUTER_LOSS)
     if not coefficient or run.model is None:
         return
-    family = str(run.model.text.get("model_type") or run.model.config.get("model_type"))
-    if run.model.experts and (family in ROUTERS or "output_router_logits" in run.model.text):
+    family = str(run.model.text_config.get("model_type") or run.model.config.get("model_type"))
+    if run.model.is_mixture_of_experts and (
+        family in ROUTER_LOGIT_TYPES or "output_router_logits" in run.model.text_config
+    ):
         return
-    reason = "does not return its router's logits" if run.model.experts else "has no experts"
+    reason = (
+        "does not return its router's logits"
+        if run.model.is_mixture_of_experts
+        else "has no experts"
+    )
     yield RuleViolation(
         ROUTER_LOSS,
         f"this model has no auxiliary loss, because {family} {reason}",
@@ -111,9 +117,9 @@ def accelerator_config_fits(run: Run) -> Iterator[RuleViolation]:
         return
     for name, member in node.value.items():
         path = ("grpo", "accelerator_config", name)
-        if name not in ACCELERATOR:
+        if name not in ACCELERATOR_KEYS:
             yield _unknown_member(run, path, name, member)
-        elif not isinstance(member.value, ACCELERATOR[name]):
+        elif not isinstance(member.value, ACCELERATOR_KEYS[name]):
             yield RuleViolation(path, f"must be true or false, got {member.value!r}")
         elif member.value is True and name in _REFUSED_OPTIONS:
             yield RuleViolation(
@@ -136,11 +142,11 @@ _REFUSED_OPTIONS = {
 
 
 def _unknown_member(run: Run, path: tuple[str, ...], name: str, member: Node) -> RuleViolation:
-    suggestion = nearest(name, tuple(ACCELERATOR))
+    suggestion = nearest(name, tuple(ACCELERATOR_KEYS))
     return RuleViolation(
         path,
         f"accelerate has no key {name}",
-        notes=(f"its keys: {', '.join(ACCELERATOR)}",),
+        notes=(f"its keys: {', '.join(ACCELERATOR_KEYS)}",),
         fixes=(run.rename_fix(member, suggestion) if suggestion else Fix(f"remove {name}"),),
         on_key=True,
     )
@@ -166,12 +172,14 @@ def debug_options_are_known(run: Run) -> Iterator[RuleViolation]:
         path = ("grpo", "debug", index) if is_item else ("grpo", "debug")
         words = [item.value] if is_item else str(item.value or "").split()
         for word in words:
-            if word == DEBUG[0]:
+            if word == DEBUG_OPTIONS[0]:
                 continue
-            reason = "is for TPUs" if word == DEBUG[1] else "is not a debug option"
-            is_misspelled = str(word) and DEBUG[0].startswith(str(word)[:5].lower())
+            reason = "is for TPUs" if word == DEBUG_OPTIONS[1] else "is not a debug option"
+            is_misspelled = str(word) and DEBUG_OPTIONS[0].startswith(str(word)[:5].lower())
             spelling_fix = (
-                run.replace_fix(item, DEBUG[0]) if is_item else run.set_fix("grpo.debug", DEBUG[0])
+                run.replace_fix(item, DEBUG_OPTIONS[0])
+                if is_item
+                else run.set_fix("grpo.debug", DEBUG_OPTIONS[0])
             )
             fix = spelling_fix if is_misspelled else Fix(f"remove {word or 'the empty item'}")
             yield RuleViolation(path, f"{word} {reason}", fixes=(fix,))
@@ -188,7 +196,7 @@ def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
 
     Each of the two keys turns torch_compile on. Only the backend inductor has modes.
     """
-    for key, known in ((_BACKEND, COMPILERS), (_MODE, COMPILE_MODES)):
+    for key, known in ((_BACKEND, COMPILE_BACKENDS), (_MODE, COMPILE_MODES)):
         name = run.get(key)
         if name is None or str(name).lower() in known:
             continue
@@ -243,12 +251,12 @@ def cache_is_known(run: Run) -> Iterator[RuleViolation]:
     name = run.value(key)
     if name is None:
         return
-    if name not in CACHES:
-        suggestion = nearest(str(name), CACHES)
+    if name not in CACHE_IMPLEMENTATIONS:
+        suggestion = nearest(str(name), CACHE_IMPLEMENTATIONS)
         yield RuleViolation(
             key,
             f"{name} is not a cache of transformers",
-            notes=(f"legal values: {', '.join(CACHES)}",),
+            notes=(f"legal values: {', '.join(CACHE_IMPLEMENTATIONS)}",),
             fixes=(run.set_fix(key, suggestion),),
         )
         return
@@ -279,13 +287,13 @@ def batching_keys_are_known(run: Run) -> Iterator[RuleViolation]:
     if node is None or not isinstance(node.value, dict):
         return
     for key, member in node.value.items():
-        if key in BATCHING:
+        if key in BATCHING_KEYS:
             continue
-        suggestion = nearest(key, BATCHING)
+        suggestion = nearest(key, BATCHING_KEYS)
         yield RuleViolation(
             ("grpo", name, key),
             f"{key} is not a key of transformers' ContinuousBatchingConfig",
-            notes=(f"its keys: {', '.join(BATCHING)}",),
+            notes=(f"its keys: {', '.join(BATCHING_KEYS)}",),
             fixes=(run.rename_fix(member, suggestion) if suggestion else Fix(f"remove {key}"),),
             on_key=True,
         )

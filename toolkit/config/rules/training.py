@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.config.finding import Fix, Severity
 from toolkit.config.rules.violation import RuleViolation, rule
-from toolkit.config.trl_names import LIGER, installed
+from toolkit.config.trl_names import LIGER_PACKAGE, is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,11 +95,11 @@ def liger_has_no_clashes(run: Run) -> Iterator[RuleViolation]:
             related=tuple(clashes),
         )
     # GRPO066 reports use_liger_kernel together with fused_kernels: true
-    elif not installed(LIGER) and run.get("runtime.fused_kernels") is not True:
+    elif not is_installed(LIGER_PACKAGE) and run.get("runtime.fused_kernels") is not True:
         yield RuleViolation(
             _LIGER,
-            f"Liger's loss needs the package {LIGER.install}, which is not installed here",
-            fixes=(Fix(f"pip install {LIGER.install}"),),
+            f"Liger's loss needs the package {LIGER_PACKAGE.install}, which is not installed here",
+            fixes=(Fix(f"pip install {LIGER_PACKAGE.install}"),),
             severity=Severity.WARNING,
             unknown=True,
         )
@@ -126,7 +126,7 @@ def cast_head_without_adapter(run: Run) -> Iterator[RuleViolation]:
     """
     if not run.value("grpo.cast_lm_head_to_fp32"):
         return
-    if run.model is not None and run.model.tied and not run.get("model.full_finetuning"):
+    if run.model is not None and run.model.has_tied_head and not run.get("model.full_finetuning"):
         yield RuleViolation(
             "grpo.cast_lm_head_to_fp32",
             "with an adapter, TRL cannot cast an lm_head that is tied to the embedding",

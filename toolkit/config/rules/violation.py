@@ -66,14 +66,16 @@ def _build_finding(run: Run, made_by: Rule, violation: RuleViolation) -> Finding
     """The finding for a violation, with its position in the run file."""
     path = key_path(violation.path) if isinstance(violation.path, str) else violation.path
     node = _reported_node(run, path, violation.related)
-    mark = node.key if violation.on_key and node.key is not None else node.mark
+    mark = (
+        node.key_position if violation.on_key and node.key_position is not None else node.position
+    )
     return Finding(
         rule=made_by.id,
         severity=violation.severity or made_by.severity,
         message=f"{dotted(path)}: {violation.message}",
         path=path,
         source=node.source,
-        mark=mark,
+        position=mark,
         notes=violation.notes,
         fixes=violation.fixes,
         related=tuple(

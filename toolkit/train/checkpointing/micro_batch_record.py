@@ -54,7 +54,7 @@ def with_recorded(config: RunConfig, found: Path | None) -> RunConfig:
         return config
     written = config.model.tensor_parallel_size
     size = checkpoint.tensor_parallel_size_of(found) if written == "auto" else written
-    whole = micro * accumulation * parallel.replicas(world_size(), size)
+    whole = micro * accumulation * parallel.count_replicas(world_size(), size)
     same = whole == config.grpo.get(GENERATION_BATCH)
     return _replace_micro_batch(config, cut, tokens) if same else config
 

@@ -59,7 +59,7 @@ def open_run(
         )
     document = load_document(path)
     try:
-        if not document.readable or not document.whole:
+        if not document.is_readable or not document.is_complete:
             raise ValueError(document.findings[0].message)
         config = build_config(document)
     except (TypeError, ValueError, AttributeError) as error:
@@ -191,7 +191,7 @@ def generate_completions(
     from toolkit.train.data.prompt_format import format_prompt, token_ids  # noqa: PLC0415 - loads torch
 
     model, tokenizer = load_run_policy(run, engine=engine)
-    has_template = chat_format.usable(tokenizer.chat_template)
+    has_template = chat_format.is_usable_template(tokenizer.chat_template)
     if chat is None:
         chat = trained_on_chats(run, has_template=has_template)
     if chat and not has_template:

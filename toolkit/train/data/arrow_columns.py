@@ -11,7 +11,12 @@ import pyarrow as pa
 
 from toolkit.base.data_files import column_names_fault
 from toolkit.base.errors import ConfigError, InputError, first_line
-from toolkit.config.data_types import MAX_DEPTH, MISFIT_FIX, misfit, too_deep
+from toolkit.config.data_types import (
+    MAX_DEPTH,
+    TYPE_MISMATCH_FIX,
+    too_deep_message,
+    type_mismatch_message,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +103,7 @@ def _check_types(table: pa.Table, path: Path) -> None:
     for field in table.schema:
         if _nesting_depth(field.type, MAX_DEPTH) > MAX_DEPTH:
             raise ConfigError(
-                too_deep(field.name),
+                too_deep_message(field.name),
                 where=str(path),
                 fix="remove the column, or store its values as text",
             )
@@ -182,7 +187,11 @@ def _build_column(name: str, values: list[Any], location: Callable[[int], str]) 
             location(index), f"column {name!r} contains half of a character (a lone surrogate)"
         )
     first = next((value for value in values[:index] if value is not None), None)
-    raise ConfigError(misfit(name, values[index], first), where=location(index), fix=MISFIT_FIX)
+    raise ConfigError(
+        type_mismatch_message(name, values[index], first),
+        where=location(index),
+        fix=TYPE_MISMATCH_FIX,
+    )
 
 
 def _index_of_misfit(values: list[Any]) -> int:

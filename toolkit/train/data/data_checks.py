@@ -12,7 +12,7 @@ from pyarrow import compute
 from toolkit.base.data_files import parse_chat
 from toolkit.base.errors import ConfigError
 from toolkit.base.formatting import plural
-from toolkit.config.reward_table import LEFT_OUT
+from toolkit.config.reward_table import WITHHELD_COLUMNS
 from toolkit.train.data.arrow_columns import without_nulls
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def left_out_columns(names: Sequence[str], used: Sequence[str]) -> dict[str, str
     the run file.
     """
     return {
-        name: LEFT_OUT[name].format(name=name)
+        name: WITHHELD_COLUMNS[name].format(name=name)
         for name in names
-        if name in LEFT_OUT and name not in used
+        if name in WITHHELD_COLUMNS and name not in used
     }
 
 

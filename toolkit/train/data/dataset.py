@@ -232,8 +232,9 @@ def _prepare_split(
     kept = [index for index, prompt in enumerate(found) if not prompt_format.is_empty(prompt)]
     if not kept:
         raise ConfigError(f"no row has a prompt in the column {section.prompt!r}", where=path)
-    chat = chat_format.chosen(
-        section.chat, chat_format.usable(getattr(rendering.tokenizer, "chat_template", None))
+    chat = chat_format.resolve_chat(
+        section.chat,
+        chat_format.is_usable_template(getattr(rendering.tokenizer, "chat_template", None)),
     )
     if is_chat and section.chat is False:
         raise ConfigError(

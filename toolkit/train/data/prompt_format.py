@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from toolkit.base.errors import ConfigError
 from toolkit.config import chat_format
 from toolkit.config.build import thaw
-from toolkit.config.data_types import wrong_prompt
+from toolkit.config.data_types import prompt_fault
 from toolkit.policy.render_template import template_error
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_prompts(prompts: Sequence[Any], column: str, location: Callable[[int],
     chats = [prompt for prompt in prompts if prompt is not None]
     is_chat = bool(chats) and isinstance(chats[0], list)
     for index, prompt in enumerate(prompts):
-        if wrong := wrong_prompt(prompt, chats=is_chat):
+        if wrong := prompt_fault(prompt, chats=is_chat):
             raise ConfigError(f"column {column!r} {wrong}", where=location(index))
     return is_chat
 
@@ -71,7 +71,7 @@ def check_template(
     Raises:
         ConfigError: the tokenizer has no chat template, or the template rejects the chat.
     """
-    if not chat_format.usable(getattr(tokenizer, "chat_template", None)):
+    if not chat_format.is_usable_template(getattr(tokenizer, "chat_template", None)):
         raise ConfigError(
             chat_format.CHATS_WITHOUT_TEMPLATE.format(column=repr(column)),
             fix=chat_format.CHATS_WITHOUT_TEMPLATE_FIX,

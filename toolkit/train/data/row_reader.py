@@ -32,7 +32,7 @@ from toolkit.base.data_files import (
 from toolkit.base.errors import ConfigError, InputError, ToolkitError, first_line
 from toolkit.base.files import MAX_BLANK_LINES, MAX_DATA_BYTES, MAX_LINE_BYTES
 from toolkit.base.formatting import format_bytes
-from toolkit.config.data_types import kind_of
+from toolkit.config.data_types import type_name
 from toolkit.train.data.arrow_columns import (
     ARROW_ERRORS,
     Rows,
@@ -83,7 +83,7 @@ def _read_jsonl(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         row = _parse_json(text, where)
         if not isinstance(row, dict):
             raise_data_error(
-                where, f"each line must be a JSON object, but this line is {kind_of(row)}"
+                where, f"each line must be a JSON object, but this line is {type_name(row)}"
             )
         rows.append(row)
         lines.append(number)
@@ -106,7 +106,7 @@ def _read_json(file: IO[bytes], path: Path, limit: int | None) -> Rows:
         if not isinstance(row, dict):
             raise_data_error(
                 f"{path} row {index + 1}",
-                f"each row must be a JSON object, but this row is {kind_of(row)}",
+                f"each row must be a JSON object, but this row is {type_name(row)}",
             )
     return table_from_rows(value[:limit], lambda index: f"{path} row {index + 1}")
 

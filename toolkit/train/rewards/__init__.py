@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.config.build import thaw
 from toolkit.config.environments import ADAPTERS
-from toolkit.config.reward_table import metric_names
+from toolkit.config.reward_table import reward_metric_names
 from toolkit.train.rewards.error_policy import BAD_REWARDS_FILE, ErrorPolicy, GuardedReward, guard
 from toolkit.train.rewards.make import BUILTINS, make_function
 from toolkit.train.rewards.mathverify import MathVerify
@@ -52,7 +52,7 @@ def load_rewards(
     policy = ErrorPolicy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
     workers = workers or Workers.create(config.environment.python if config.environment else None)
     functions = [_build(wanted, config, columns, workers) for wanted in section.functions]
-    names = metric_names([wanted.name for wanted in section.functions])
+    names = reward_metric_names([wanted.name for wanted in section.functions])
     return Rewards(
         [guard(name, function, policy) for name, function in zip(names, functions, strict=True)],
         [wanted.weight for wanted in section.functions],

@@ -13,7 +13,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import ConfigTypeError, ConfigValueError
-from toolkit.config.reward_table import PASSED_ALWAYS
+from toolkit.config.reward_table import ALWAYS_PASSED
 from toolkit.train.rewards.attempt import is_async
 from toolkit.train.rewards.error_policy import GuardedReward
 from toolkit.train.rewards.returned import Failure, UserCodeFailed, check_scores
@@ -132,4 +132,4 @@ def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
         names = set(inspect.signature(reward).parameters)
     except (TypeError, ValueError):
         return True
-    return names >= set(PASSED_ALWAYS)
+    return names >= set(ALWAYS_PASSED)

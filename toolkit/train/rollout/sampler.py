@@ -19,7 +19,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from toolkit.base.errors import ConfigValueError, ToolkitWarning, UnsupportedError
-from toolkit.config.sampling_keywords import judge, not_reproduced, what_follows
+from toolkit.config.sampling_keywords import describe_mismatch, find_problem, unreproduced_keywords
 from toolkit.engine.hf_sampling import (
     StopStrings,
     max_completion_lengths,
@@ -106,7 +106,7 @@ def check_generation_kwargs(model: Any, config: Any, *, tools: bool = False) -> 
     """
     keywords, engine = getattr(config, "generation_kwargs", None) or {}, sampler_name(model, config)
     for name, value in keywords.items():
-        problem = judge(name, value, engine, turns=tools)
+        problem = find_problem(name, value, engine, multi_turn=tools)
         if problem is not None:
             raise ConfigValueError(
                 problem.message, where=f"grpo.generation_kwargs.{name}", fix=problem.fix
@@ -121,11 +121,11 @@ def check_generation_kwargs(model: Any, config: Any, *, tools: bool = False) -> 
                 fix=f"remove `{name}`, or use `repetition_penalty`, which counts the tokens of "
                 "all turns",
             )
-    biased = list(not_reproduced(keywords, engine))
+    biased = list(unreproduced_keywords(keywords, engine))
     if biased and engine == "transformers" and find_engine(model) is None:
         warnings.warn(
             "the training pass does not apply these keywords of generation_kwargs: "
-            f"{', '.join(biased)}. So {what_follows(engine)}",
+            f"{', '.join(biased)}. So {describe_mismatch(engine)}",
             ToolkitWarning,
             stacklevel=3,
         )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from toolkit.base.errors import ToolkitWarning
-from toolkit.config.sampling_keywords import not_reproduced
+from toolkit.config.sampling_keywords import unreproduced_keywords
 from toolkit.train.process_control import is_first_rank
 from toolkit.train.rollout.sampler import sampler_name
 
@@ -251,7 +251,9 @@ def warn_of_gap(trainer: TrainerSeam) -> None:
 def _unapplied_options(trainer: TrainerSeam) -> list[str]:
     """The sampling options of the run that the training pass cannot apply."""
     args = trainer.args
-    names = list(not_reproduced(args.generation_kwargs or {}, sampler_name(trainer.model, args)))
+    names = list(
+        unreproduced_keywords(args.generation_kwargs or {}, sampler_name(trainer.model, args))
+    )
     if args.vllm_structured_outputs_regex is not None:
         names.append("vllm_structured_outputs_regex")
     return names

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from toolkit.config.trl_names import CUT_MATTERS
+from toolkit.config.trl_names import SPLIT_DEPENDENT_FIELDS
 from toolkit.policy.tensor_parallel.layers import mesh_of
 from toolkit.train.rollout import sampler
 from toolkit.train.step import packed_pass, packing
@@ -66,7 +66,9 @@ class PackedSteps(Trainer):  # type: ignore[misc]  # transformers ships no usabl
             or packed_pass.reason_against_packs(packed_pass.base_of(model)) is not None
         ):
             return
-        if any(matters(getattr(args, name, None)) for name, matters in CUT_MATTERS.items()):
+        if any(
+            matters(getattr(args, name, None)) for name, matters in SPLIT_DEPENDENT_FIELDS.items()
+        ):
             return
         if args.router_aux_loss_coef is None and packed_pass.has_router_loss(model):
             return

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from toolkit.base.secrets import redact_tree
-from toolkit.config.trl_names import TRACKERS, installed
+from toolkit.config.trl_names import TRACKERS, is_installed
 from toolkit.train.tracking.lane import TrackerThread
 from toolkit.train.tracking.start import RunInfo, open_run_info
 from toolkit.train.tracking.to_mlflow import MlflowTracker
@@ -50,7 +50,7 @@ def tracker_names(asked: Any) -> list[str]:
     """
     names = [asked] if isinstance(asked, str) else list(asked or ())
     if names == ["all"]:
-        return [name for name, package in TRACKERS.items() if package and installed(package)]
+        return [name for name, package in TRACKERS.items() if package and is_installed(package)]
     return [name for name in names if name != "none"]
 
 
