@@ -119,7 +119,7 @@ def test_the_form_of_a_reply(do: str, reply: dict[str, Any], valid: bool) -> Non
     assert is_valid({"do": do}, reply) is valid
 
 
-@pytest.mark.parametrize("kind", [*wire._READ])
+@pytest.mark.parametrize("kind", [*wire._DECODERS])
 @pytest.mark.parametrize("value", [[], {}, None, -1, "x", [10**15], [[10**30], "AAAA"]])
 def test_a_value_of_the_data_that_looks_like_a_tag(kind: str, value: Any) -> None:
     """Only the value itself may come of it, or what the tag stands for; never an error."""

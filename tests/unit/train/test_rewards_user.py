@@ -94,7 +94,7 @@ def test_a_file_beside_the_run_file_cannot_pose_as_another_module(tmp_path: Path
         for finder in sys.meta_path
         if isinstance(finder, RunFolderFinder) and finder not in before
     ]
-    assert [finder.top for finder in finders] == ["mine"]
+    assert [finder.top_module for finder in finders] == ["mine"]
     write(tmp_path, "mine2.py", "import helper_evil\n" + GOOD)
     with pytest.raises(
         ConfigError, match=r"module helper_evil, which was not found[\s\S]*allow it"

@@ -69,7 +69,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All functions in one worker under ``none``; it survives each of them."""
     folder = tmp_path_factory.mktemp("worker")
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(RemoteReward, "kill_s", 0.5)
+    monkeypatch.setattr(RemoteReward, "reply_grace_s", 0.5)
     names = [
         line.split("(")[0].split()[-1]
         for line in HOSTILE.read_text().splitlines()

@@ -51,41 +51,45 @@ def load_rewards(
     section = config.reward
     policy = ErrorPolicy(section.on_error, section.timeout_s, run_dir / BAD_REWARDS_FILE)
     workers = workers or Workers.create(config.environment.python if config.environment else None)
-    functions = [_build(wanted, config, columns, workers) for wanted in section.functions]
-    names = reward_metric_names([wanted.name for wanted in section.functions])
+    functions = [_build(entry, config, columns, workers) for entry in section.functions]
+    names = reward_metric_names([entry.name for entry in section.functions])
     return Rewards(
         [guard(name, function, policy) for name, function in zip(names, functions, strict=True)],
-        [wanted.weight for wanted in section.functions],
+        [entry.weight for entry in section.functions],
     )
 
 
 def _build(
-    wanted: RewardFunction,
+    entry: RewardFunction,
     config: RunConfig,
     columns: Sequence[str] | None,
     workers: Workers,
 ) -> Callable[..., Any] | RemoteReward:
     folder = Path(config.source).resolve().parent if config.source else Path.cwd()
     section = config.environment
-    scorer = wanted.name in ADAPTERS and wanted.name != OpenEnv.name
-    elsewhere = scorer and section is not None and section.python is not None
-    isolate = config.reward.isolate or elsewhere
+    is_environment_reward = entry.name in ADAPTERS and entry.name != OpenEnv.name
+    uses_other_python = is_environment_reward and section is not None and section.python is not None
+    isolate = config.reward.isolate or uses_other_python
     # Code of the user is imported only in the worker.
-    is_users = ":" in wanted.name or wanted.name == Verifiers.name or elsewhere
-    here = None
-    if not is_users or not isolate:
-        here = make_function(wanted, config.runtime.allow_code, folder, columns)
-    if not isolate or not (is_users or scorer or isinstance(here, MathVerify)):
-        assert here is not None
-        return here
+    is_user_code = ":" in entry.name or entry.name == Verifiers.name or uses_other_python
+    local_function = None
+    if not is_user_code or not isolate:
+        local_function = make_function(entry, config.runtime.allow_code, folder, columns)
+    if not isolate or not (
+        is_user_code or is_environment_reward or isinstance(local_function, MathVerify)
+    ):
+        assert local_function is not None
+        return local_function
     request = {
-        "name": wanted.name,
-        "options": thaw(wanted.options),
+        "name": entry.name,
+        "options": thaw(entry.options),
         "allow_code": list(config.runtime.allow_code),
         "folder": str(folder),
         "columns": None if columns is None else list(columns),
     }
     seed = int(config.grpo.get("seed", 0))  # any constant works if the run file does not set a seed
-    if isinstance(here, MathVerify):
-        return RemoteMathVerify(workers.rewards, request, seed, here)
-    return RemoteReward(workers.environment if scorer else workers.rewards, request, seed)
+    if isinstance(local_function, MathVerify):
+        return RemoteMathVerify(workers.rewards, request, seed, local_function)
+    return RemoteReward(
+        workers.environment if is_environment_reward else workers.rewards, request, seed
+    )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from toolkit.train.rewards.builtin import Score
 
 T = TypeVar("T")
-_ANSWER_S = 0.1  # an event loop that does not react within this time counts as blocked
+_LOOP_RESPONSE_S = 0.1  # an event loop that does not react within this time counts as blocked
 
 
 class LoopThread:
@@ -49,13 +49,13 @@ class LoopThread:
         Raises OutOfTime after ``seconds`` (None: no limit).
         """
         loop = self._loop = self._loop or self._start()
-        outcome = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        if wait([outcome], seconds).done:
-            return outcome.result()
-        outcome.cancel()
-        answered = threading.Event()
-        loop.call_soon_threadsafe(answered.set)
-        if not answered.wait(_ANSWER_S):
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        if wait([future], seconds).done:
+            return future.result()
+        future.cancel()
+        responded = threading.Event()
+        loop.call_soon_threadsafe(responded.set)
+        if not responded.wait(_LOOP_RESPONSE_S):
             self._loop = None
         raise OutOfTime(f"took longer than {seconds:g} s")
 
@@ -66,8 +66,8 @@ class LoopThread:
         return loop
 
 
-_PLAIN = {int, float, str, bool, type(None), bytes}
-_THE_RUNS = (KeyboardInterrupt, StepAbandoned)
+_IMMUTABLE_TYPES = {int, float, str, bool, type(None), bytes}
+_RUN_SIGNAL_ERRORS = (KeyboardInterrupt, StepAbandoned)
 
 
 class Batch(NamedTuple):
@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     completions: list[Any]
     columns: dict[str, Any]
 
-    def only(self, index: int) -> Batch:
+    def sample(self, index: int) -> Batch:
         """Return a batch that contains only the sample at ``index``.
 
         If a reward function is called with this batch, the values that it logs are dropped.
@@ -109,18 +109,18 @@ def call_reward(
         with preserve_process_state():
             if not is_async(function):
                 return call_within(seconds, lambda: check_scores(call(), size))
-            ended = loop.call_within(seconds, _awaited(call(), size))
-        if isinstance(ended, BaseException):
-            raise ended
-        return ended
+            result = loop.call_within(seconds, _await_scores(call(), size))
+        if isinstance(result, BaseException):
+            raise result
+        return result
     except (UserCodeFailed, ToolkitError):
         raise  # an error of the toolkit itself, for example a missing column
     except OutOfTime as error:
         raise UserCodeFailed(Failure(str(error))) from error
     except BaseException as error:
-        the_runs = _from_the_run(error)
-        if the_runs is not None:
-            raise the_runs from None
+        signal_error = _signal_error_in(error)
+        if signal_error is not None:
+            raise signal_error from None
         raise UserCodeFailed(failure_from(error)) from error
 
 
@@ -131,7 +131,7 @@ def copy_containers(value: Any) -> Any:
     if isinstance(value, list):
         return (
             value[:]
-            if set(map(type, value)) <= _PLAIN
+            if set(map(type, value)) <= _IMMUTABLE_TYPES
             else [copy_containers(item) for item in value]
         )
     if isinstance(value, dict):
@@ -157,7 +157,7 @@ def ignore_log(*_: Any) -> None:
     return
 
 
-async def _awaited(
+async def _await_scores(
     coroutine: Coroutine[Any, Any, Any], size: int
 ) -> list[Score | Failure] | BaseException:
     """Await the ``coroutine`` of a reward. Return its checked result, or the exception that it
@@ -172,17 +172,17 @@ async def _awaited(
         return error
 
 
-def _from_the_run(error: BaseException) -> BaseException | None:
+def _signal_error_in(error: BaseException) -> BaseException | None:
     """Return ``error`` if a signal to the run caused it (KeyboardInterrupt or StepAbandoned).
     Return None if the reward itself raised ``error``.
 
     If ``error`` is an exception group, return the first such exception among its members.
     """
-    if isinstance(error, _THE_RUNS):
+    if isinstance(error, _RUN_SIGNAL_ERRORS):
         return error
     if isinstance(error, BaseExceptionGroup):
-        found = (_from_the_run(part) for part in error.exceptions)
-        return next((part for part in found if part is not None), None)
+        signal_errors = (_signal_error_in(member) for member in error.exceptions)
+        return next((member for member in signal_errors if member is not None), None)
     return None
 
 
@@ -191,23 +191,23 @@ def preserve_process_state() -> Iterator[None]:
     """After the ``with`` block, restore the umask and the working folder of the process. User code
     in the block may have changed them.
     """
-    umask, folder = _umask(), _folder()
+    umask, folder = _current_umask(), _working_folder()
     try:
         yield
     finally:
         os.umask(umask)
-        if folder is not None and _folder() != folder:
+        if folder is not None and _working_folder() != folder:
             os.chdir(folder)
 
 
-def _folder() -> Path | None:
+def _working_folder() -> Path | None:
     try:
         return Path.cwd()
     except OSError:  # the working folder was removed
         return None
 
 
-def _umask() -> int:
+def _current_umask() -> int:
     """The umask of this process.
 
     If possible, the umask is read from /proc. os.umask can read the umask only by changing it for a

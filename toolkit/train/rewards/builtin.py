@@ -28,8 +28,8 @@ def text_of(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     messages = [m for m in completion if isinstance(m, dict)]
-    spoken = [m for m in messages if m.get("role") == "assistant"] or messages
-    content = spoken[-1].get("content") if spoken else None
+    assistant_messages = [m for m in messages if m.get("role") == "assistant"] or messages
+    content = assistant_messages[-1].get("content") if assistant_messages else None
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
@@ -38,8 +38,8 @@ def text_of(completion: Any) -> str:
 def inside_tag(text: str, tag: str) -> str | None:
     """The text in the last ``<tag>...</tag>`` of ``text``. None if there is no such tag."""
     name = re.escape(tag)
-    found = re.findall(rf"<{name}>((?:(?!<{name}>)[\s\S])*?)</{name}>", text)
-    return found[-1] if found else None
+    contents = re.findall(rf"<{name}>((?:(?!<{name}>)[\s\S])*?)</{name}>", text)
+    return contents[-1] if contents else None
 
 
 def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
@@ -50,9 +50,9 @@ def column_of(columns: dict[str, Any], name: str, reward: str) -> list[Any]:
     if name in columns:
         values: list[Any] = columns[name]
         return values
-    there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
+    existing = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list)))
     raise ConfigError(
-        f"reward {reward} needs the column {name!r}. Columns of the dataset: {there or 'none'}",
+        f"reward {reward} needs the column {name!r}. Columns of the dataset: {existing or 'none'}",
         fix="set dataset.answer to the column with the answers, or set the option `column` of the "
         "reward",
     )
@@ -78,13 +78,15 @@ class AnswerReward:
     ) -> list[Score]:
         del prompts
         answers = column_of(columns, self.column, self.name)
-        return [self._one(text_of(c), a) for c, a in zip(completions, answers, strict=True)]
+        return [
+            self._score_completion(text_of(c), a) for c, a in zip(completions, answers, strict=True)
+        ]
 
-    def _one(self, text: str, answer: Any) -> Score:
+    def _score_completion(self, text: str, answer: Any) -> Score:
         if answer is None:
             return None
-        part = inside_tag(text, self.tag) if self.tag else text
-        return 0.0 if part is None else self.score(part, answer)
+        compared_text = inside_tag(text, self.tag) if self.tag else text
+        return 0.0 if compared_text is None else self.score(compared_text, answer)
 
     def score(self, text: str, answer: Any) -> Score:
         raise NotImplementedError
@@ -197,12 +199,12 @@ class Format:
         return [self.score(start + text_of(completion)) for completion in completions]
 
     def score(self, text: str) -> float:
-        once = [text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.tags]
-        if all(once) and self._in_order(text):
+        occurs_once = [text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in self.tags]
+        if all(occurs_once) and self._tags_in_order(text):
             return 1.0
-        return 0.5 * sum(once) / len(once) if self.partial else 0.0
+        return 0.5 * sum(occurs_once) / len(occurs_once) if self.partial else 0.0
 
-    def _in_order(self, text: str) -> bool:
+    def _tags_in_order(self, text: str) -> bool:
         end, outside = 0, ""
         for tag in self.tags:
             opening, closing = text.find(f"<{tag}>", end), text.find(f"</{tag}>", end)
@@ -249,7 +251,7 @@ class LengthPenalty:
         return [self.score(length) for length in lengths]
 
     def score(self, length: int) -> float:
-        over = length - (self.max_length - self.margin)
-        if over <= 0:
+        excess = length - (self.max_length - self.margin)
+        if excess <= 0:
             return 0.0
-        return -min(1.0, over / self.margin) if self.margin else -1.0
+        return -min(1.0, excess / self.margin) if self.margin else -1.0

@@ -39,8 +39,8 @@ class EnvironmentCode(NamedTuple):
 
     def to_request(self) -> dict[str, Any]:
         """Return the fields of this object as JSON values, to send them to the worker process."""
-        named = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
-        return {**named, "options": thaw(self.options)}
+        values = self._asdict() | {"allow_code": list(self.allow_code), "folder": str(self.folder)}
+        return {**values, "options": thaw(self.options)}
 
     def prepare(self) -> None:
         """Make the module of the environment importable from the folder of the run file.

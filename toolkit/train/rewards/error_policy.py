@@ -40,12 +40,12 @@ SEARCH_FACTOR = 4  # the search for hanging samples may take this many times tim
 @dataclass(frozen=True)
 class ErrorPolicy:
     """The error policy of a run. ``on_error`` and ``timeout_s`` come from the reward section of the
-    run file. Failing samples are saved to ``file``.
+    run file. Failing samples are saved to ``samples_file``.
     """
 
     on_error: Literal["fail", "none"] = "fail"
     timeout_s: float | None = None
-    file: Path | None = None
+    samples_file: Path | None = None
 
 
 class GuardedReward:
@@ -59,7 +59,7 @@ class GuardedReward:
     ) -> None:
         self.__name__ = redact(name)
         self.function, self.policy = function, policy
-        self._saved = 0
+        self._saved_count = 0
         self._loop = LoopThread()
 
     def __call__(
@@ -68,7 +68,7 @@ class GuardedReward:
         """The rewards, one float or None per completion. Raises ConfigError if a sample fails and
         the policy is ``fail``.
         """
-        return self.scores(Batch(prompts, completions, columns))
+        return self.score_batch(Batch(prompts, completions, columns))
 
     def score(self, /, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Score]:
         """The rewards, one float or None per completion, for a call outside training.
@@ -82,103 +82,110 @@ class GuardedReward:
             "log_extra": ignore_log,
             "log_metric": ignore_log,
         }
-        return self.scores(Batch(prompts, completions, {**passed, **columns}))
+        return self.score_batch(Batch(prompts, completions, {**passed, **columns}))
 
-    def scores(self, batch: Batch) -> list[Score]:
+    def score_batch(self, batch: Batch) -> list[Score]:
         """Call the reward function. If it fails, find the failing samples and apply the policy.
 
         With the policy ``none``, the share of failed samples is logged as a metric.
         """
         batch = batch._replace(columns=with_safe_log_functions(batch.columns))
         try:
-            found = self._attempt(batch, self.policy.timeout_s)
+            results = self._call(batch, self.policy.timeout_s)
         except UserCodeFailed as error:
-            found = self._one_by_one(batch, error.trouble)
-        for index, value in enumerate(found):
+            results = self._call_one_by_one(batch, error.failure)
+        for index, value in enumerate(results):
             if isinstance(value, Failure):
                 self._apply_policy(batch, index, value)
         if self.policy.on_error == "none" and "log_metric" in batch.columns:
-            failed = sum(isinstance(value, Failure) for value in found)
-            batch.columns["log_metric"](f"rewards/{self.__name__}/failed", failed / len(found))
-        return [None if isinstance(value, Failure) else value for value in found]
+            failed = sum(isinstance(value, Failure) for value in results)
+            batch.columns["log_metric"](f"rewards/{self.__name__}/failed", failed / len(results))
+        return [None if isinstance(value, Failure) else value for value in results]
 
-    def _attempt(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
+    def _call(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         if isinstance(self.function, RemoteReward):
-            return self.function.attempt(batch, seconds)
+            return self.function.call(batch, seconds)
         return call_reward(self.function, batch, seconds, self._loop)
 
-    def _one_by_one(self, batch: Batch, whole: Failure) -> list[Score | Failure]:
+    def _call_one_by_one(self, batch: Batch, batch_failure: Failure) -> list[Score | Failure]:
         """Call the reward with one sample at a time. Return a score or an error per sample.
 
-        ``whole`` is the error of the call with the whole batch. If no sample fails alone, every
-        sample gets the error ``whole``.
+        ``batch_failure`` is the error of the call with the whole batch. If no sample fails alone,
+        every sample gets the error ``batch_failure``.
         """
-        limit = self.policy.timeout_s
+        timeout_s = self.policy.timeout_s
         deadline = math.inf
-        if limit is not None:
-            slack = self.function.kill_s if isinstance(self.function, RemoteReward) else 0.0
-            deadline = time.monotonic() + (limit + slack) * SEARCH_FACTOR
-        found: list[Score | Failure] = []
+        if timeout_s is not None:
+            reply_grace_s = (
+                self.function.reply_grace_s if isinstance(self.function, RemoteReward) else 0.0
+            )
+            deadline = time.monotonic() + (timeout_s + reply_grace_s) * SEARCH_FACTOR
+        results: list[Score | Failure] = []
         for index in range(len(batch.completions)):
-            left = deadline - time.monotonic()
+            remaining_s = deadline - time.monotonic()
             try:
-                if left <= 0:
-                    what = (
+                if remaining_s <= 0:
+                    description = (
                         f"was not called, because earlier samples took {SEARCH_FACTOR} x timeout_s"
                     )
-                    raise UserCodeFailed(Failure(what))
-                seconds = None if limit is None else min(limit, left)
-                found += self._attempt(batch.only(index), seconds)
+                    raise UserCodeFailed(Failure(description))
+                seconds = None if timeout_s is None else min(timeout_s, remaining_s)
+                results += self._call(batch.sample(index), seconds)
             except UserCodeFailed as error:
-                found.append(_both(whole, error.trouble))
+                results.append(_combine_failures(batch_failure, error.failure))
                 if self.policy.on_error == "fail":
                     break
-        if any(isinstance(value, Failure) for value in found):
-            return found
+        if any(isinstance(value, Failure) for value in results):
+            return results
         return [
-            whole._replace(
-                what=(f"{whole.what} with the whole batch, but not with any single sample")
+            batch_failure._replace(
+                description=(
+                    f"{batch_failure.description} with the whole batch, but not with any single "
+                    "sample"
+                )
             )
-            for _ in found
+            for _ in results
         ]
 
-    def _apply_policy(self, batch: Batch, index: int, trouble: Failure) -> None:
-        saved = self._save(batch.only(index), index, trouble)
+    def _apply_policy(self, batch: Batch, index: int, failure: Failure) -> None:
+        saved_to = self._save(batch.sample(index), index, failure)
         if self.policy.on_error == "fail":
             size = len(batch.completions)
-            longer = ", or raise reward.timeout_s," if "took longer than" in trouble.what else ","
+            timeout_hint = (
+                ", or raise reward.timeout_s," if "took longer than" in failure.description else ","
+            )
             raise ConfigError(
-                redact(f"reward {self.__name__} {trouble.what} (sample {index} of {size})")
-                + (f"\n  saved: {saved}" if saved else ""),
-                fix=f"fix the function{longer} or set `reward.on_error: none` to give such samples "
-                "the score None",
+                redact(f"reward {self.__name__} {failure.description} (sample {index} of {size})")
+                + (f"\n  saved: {saved_to}" if saved_to else ""),
+                fix=f"fix the function{timeout_hint} or set `reward.on_error: none` to give such "
+                "samples the score None",
             )
 
-    def _save(self, sample: Batch, index: int, trouble: Failure) -> str | None:
+    def _save(self, sample: Batch, index: int, failure: Failure) -> str | None:
         """Append the sample to the file of failing samples, and return the path of the file.
 
         If the sample could not be saved, return the path and the reason. Return None if the policy
         has no file.
         """
-        file = self.policy.file
-        if file is None or self._saved >= MAX_SAVED_SAMPLES:
+        file = self.policy.samples_file
+        if file is None or self._saved_count >= MAX_SAVED_SAMPLES:
             return str(file) if file else None
         record = {
             "reward": self.__name__,
-            "problem": trouble.what,
+            "problem": failure.description,
             "index": index,
             "prompt": sample.prompts[0],
             "completion": sample.completions[0],
             "columns": {k: v[0] for k, v in sample.columns.items() if isinstance(v, list)},
-            "returned": trouble.returned,
-            "traceback": trouble.traceback,
+            "returned": failure.returned,
+            "traceback": failure.traceback,
         }
         try:
             make_folder(file.parent)
             append_line(file, json.dumps(to_safe_json(record)))
         except OSError as error:
             return f"{file} (the sample could not be saved: {error.strerror})"
-        self._saved += 1
+        self._saved_count += 1
         return str(file)
 
 
@@ -191,7 +198,7 @@ class AsyncGuardedReward(GuardedReward):
         """The rewards, one float or None per completion. The function is called in another thread,
         so that async rewards do not wait for each other.
         """
-        return await asyncio.to_thread(self.scores, Batch(prompts, completions, columns))
+        return await asyncio.to_thread(self.score_batch, Batch(prompts, completions, columns))
 
 
 def guard(
@@ -200,17 +207,21 @@ def guard(
     """Return a reward that applies ``policy`` to the errors of ``function``. The returned reward is
     async if ``function`` is async.
     """
-    waits = function.is_async if isinstance(function, RemoteReward) else is_async(function)
-    kind = AsyncGuardedReward if waits else GuardedReward
-    return kind(name, function, policy)
+    awaits_result = function.is_async if isinstance(function, RemoteReward) else is_async(function)
+    reward_class = AsyncGuardedReward if awaits_result else GuardedReward
+    return reward_class(name, function, policy)
 
 
-def _both(whole: Failure, alone: Failure) -> Failure:
-    """Return the error to report for a sample. ``alone`` is the error of the call with this sample.
-    ``whole`` is the error of the call with the whole batch.
+def _combine_failures(batch_failure: Failure, sample_failure: Failure) -> Failure:
+    """Return the error to report for a sample. ``sample_failure`` is the error of the call with
+    this sample. ``batch_failure`` is the error of the call with the whole batch.
 
-    If the two errors differ and ``alone`` has no traceback, the returned error describes both.
+    If the two errors differ and ``sample_failure`` has no traceback, the returned error describes
+    both.
     """
-    if alone.traceback or alone.what == whole.what:
-        return alone
-    return alone._replace(what=f"{whole.what}, and with this sample alone {alone.what}")
+    if sample_failure.traceback or sample_failure.description == batch_failure.description:
+        return sample_failure
+    return sample_failure._replace(
+        description=f"{batch_failure.description}, and with this sample alone "
+        f"{sample_failure.description}"
+    )

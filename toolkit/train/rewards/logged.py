@@ -23,36 +23,36 @@ MAX_DEPTH = 64  # the maximum number of levels of lists and objects in a value o
 MAX_ITEMS = 10_000  # the maximum number of texts and numbers in one saved value
 # The number of characters after the limit that are searched for secrets too, because a secret may
 # begin before the limit and end after it.
-_BEYOND = 4096
+_SECRET_OVERLAP = 4096
 
 
 def with_safe_log_functions(columns: dict[str, Any]) -> dict[str, Any]:
     """Return ``columns`` with safe functions ``log_metric`` and ``log_extra``. These functions
     remove secrets from texts and limit the length of texts.
     """
-    wrapped = dict(columns)
-    kinds: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
+    safe_columns = dict(columns)
+    conversions: tuple[tuple[str, Callable[..., Any], Callable[[str], str]], ...] = (
         ("log_metric", metric_value, metric_name),
-        ("log_extra", _texts, str),
+        ("log_extra", _shorten_texts, str),
     )
-    for name, values, named in kinds:
+    for name, convert_values, convert_name in conversions:
         if name in columns:
-            wrapped[name] = _wrapped(columns[name], values, named)
-    return wrapped
+            safe_columns[name] = _safe_log_function(columns[name], convert_values, convert_name)
+    return safe_columns
 
 
-def shortened(text: str, longest: int = MAX_TEXT_CHARACTERS) -> str:
-    """The first ``longest`` characters of ``text``, without secrets and lone surrogates.
+def safe_text(text: str, max_characters: int = MAX_TEXT_CHARACTERS) -> str:
+    """The first ``max_characters`` characters of ``text``, without secrets and lone surrogates.
 
     A note with the full length is added to a text that is shortened.
     """
-    if len(text) <= longest:
-        return _whole(redact(text))
-    start = _whole(redact(text[: longest + _BEYOND])[:longest])
+    if len(text) <= max_characters:
+        return _escape_surrogates(redact(text))
+    start = _escape_surrogates(redact(text[: max_characters + _SECRET_OVERLAP])[:max_characters])
     return f"{start}... ({len(text)} characters)"
 
 
-def _whole(text: str) -> str:
+def _escape_surrogates(text: str) -> str:
     """``text`` with lone surrogates replaced by their codes, because UTF-8 cannot encode them."""
     return text.encode(errors="backslashreplace").decode()
 
@@ -64,37 +64,41 @@ def to_safe_json(value: Any) -> Any:
     return _saveable(value, [MAX_ITEMS])
 
 
-def _saveable(value: Any, left: list[int]) -> Any:
-    left[0] -= 1
-    if left[0] < 0:
+def _saveable(value: Any, remaining_items: list[int]) -> Any:
+    remaining_items[0] -= 1
+    if remaining_items[0] < 0:
         return "..."
     if value is None or isinstance(value, bool):
         return value
     if type(value) is int or (type(value) is float and value - value == 0):
         return value
     if isinstance(value, str):
-        return shortened(value)
+        return safe_text(value)
     if isinstance(value, dict):
         return {
-            shortened(str(key), MAX_NAME_CHARACTERS): REDACTED
+            safe_text(str(key), MAX_NAME_CHARACTERS): REDACTED
             if isinstance(key, str) and is_secret_key(key) and isinstance(item, str) and item
-            else _saveable(item, left)
-            for key, item in list(value.items())[: max(0, left[0]) + 1]
+            else _saveable(item, remaining_items)
+            for key, item in list(value.items())[: max(0, remaining_items[0]) + 1]
         }
     if isinstance(value, list | tuple):
-        return [_saveable(item, left) for item in value[: max(0, left[0]) + 1]]
+        return [
+            _saveable(item, remaining_items) for item in value[: max(0, remaining_items[0]) + 1]
+        ]
     return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(
-        found := short_repr(value), redact(found)
+        shown := short_repr(value), redact(shown)
     )
 
 
-def _wrapped(
-    log: Callable[..., Any], values: Callable[[Any], Any], named: Callable[[Any], str]
+def _safe_log_function(
+    log: Callable[..., Any],
+    convert_values: Callable[[Any], Any],
+    convert_name: Callable[[Any], str],
 ) -> Callable[[str, Any], None]:
-    def call(name: str, value: Any) -> None:
-        log(shortened(named(name), MAX_NAME_CHARACTERS), values(value))
+    def log_safely(name: str, value: Any) -> None:
+        log(safe_text(convert_name(name), MAX_NAME_CHARACTERS), convert_values(value))
 
-    return call
+    return log_safely
 
 
 def metric_name(name: Any) -> str:
@@ -108,11 +112,11 @@ def metric_value(value: Any) -> float:
     """The value of a metric as a float. Raises TypeError if the value is not a number, because the
     trainer computes the mean of a metric.
     """
-    plain = value.item() if hasattr(value, "item") else value
-    if not isinstance(plain, numbers.Real):
-        raise TypeError(f"log_metric needs a number, not a {type(plain).__name__}")
+    scalar = value.item() if hasattr(value, "item") else value
+    if not isinstance(scalar, numbers.Real):
+        raise TypeError(f"log_metric needs a number, not a {type(scalar).__name__}")
     try:
-        return float(plain)
+        return float(scalar)
     except OverflowError:
         raise TypeError("log_metric needs a number that is in the range of a float") from None
 
@@ -125,23 +129,25 @@ def extra_values(value: Any) -> list[Any] | tuple[Any, ...]:
     """
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
-        kind = type(value).__name__
-        raise TypeError(f"log_extra needs a list with a value for each completion, not a {kind}")
-    _refuse_deep(items, MAX_DEPTH)
+        type_name = type(value).__name__
+        raise TypeError(
+            f"log_extra needs a list with a value for each completion, not a {type_name}"
+        )
+    _check_depth(items, MAX_DEPTH)
     return items
 
 
-def _refuse_deep(value: Any, left: int) -> None:
+def _check_depth(value: Any, levels: int) -> None:
     if not isinstance(value, dict | list | tuple):
         return
-    if left < 0:
+    if levels < 0:
         raise ValueError(f"log_extra: a value is nested deeper than {MAX_DEPTH} levels")
     for item in value.values() if isinstance(value, dict) else value:
-        _refuse_deep(item, left - 1)
+        _check_depth(item, levels - 1)
 
 
-def _texts(value: Any) -> list[Any]:
+def _shorten_texts(value: Any) -> list[Any]:
     """The values that a reward passed to ``log_extra``, with shortened texts. Other values are
     unchanged.
     """
-    return [shortened(item) if isinstance(item, str) else item for item in extra_values(value)]
+    return [safe_text(item) if isinstance(item, str) else item for item in extra_values(value)]

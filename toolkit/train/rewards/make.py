@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from toolkit.config.run_config import RewardFunction
 
 # Maps the annotated type of an option to the types of its value in a run file.
-_ACCEPTED: dict[str, tuple[type, ...]] = {
+_VALUE_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),
     "bool": (bool,),
@@ -45,35 +45,39 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 }
 
 
-def create_builtin(name: str, kind: type[Any], options: dict[str, Any]) -> Any:
-    """Create the built-in reward ``name``, which is the class ``kind``, with ``options``.
+def create_builtin(name: str, reward_class: type[Any], options: dict[str, Any]) -> Any:
+    """Create the built-in reward ``name``, which is the class ``reward_class``, with ``options``.
 
     Raises ConfigError for an unknown option, a missing option or a value of the wrong type.
     """
-    types = {field.name: str(field.type) for field in fields(kind)}
+    option_types = {field.name: str(field.type) for field in fields(reward_class)}
     for option, value in options.items():
-        if option not in types:
-            near = did_you_mean.similar_words(option, types, cutoff=0.6)
+        if option not in option_types:
+            suggestions = did_you_mean.similar_words(option, option_types, cutoff=0.6)
             raise ConfigError(
                 f"reward {name} has no option {option!r}",
-                fix=f"did you mean {near[0]}?" if near else f"its options are: {', '.join(types)}",
+                fix=f"did you mean {suggestions[0]}?"
+                if suggestions
+                else f"its options are: {', '.join(option_types)}",
             )
-        _check(name, option, value, types[option])
-    for field in fields(kind):
+        _check_option(name, option, value, option_types[option])
+    for field in fields(reward_class):
         if field.default is MISSING and field.name not in options:
             raise ConfigError(f"reward {name} needs the option {field.name}")
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    return kind(**given)
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    return reward_class(**arguments)
 
 
-def _check(name: str, option: str, value: Any, wanted: str) -> None:
-    accepted = _ACCEPTED[wanted]
-    right = isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
-    if right and wanted == "tuple[str, ...]":
-        right = all(isinstance(item, str) for item in value)
-    if not right:
-        words = wanted.replace("tuple[str, ...]", "list of texts").replace("str", "text")
-        raise ConfigError(f"reward {name}: option {option} must be {words}, not {value!r}")
+def _check_option(name: str, option: str, value: Any, type_name: str) -> None:
+    accepted_types = _VALUE_TYPES[type_name]
+    is_valid = isinstance(value, accepted_types) and (
+        bool in accepted_types or not isinstance(value, bool)
+    )
+    if is_valid and type_name == "tuple[str, ...]":
+        is_valid = all(isinstance(item, str) for item in value)
+    if not is_valid:
+        type_words = type_name.replace("tuple[str, ...]", "list of texts").replace("str", "text")
+        raise ConfigError(f"reward {name}: option {option} must be {type_words}, not {value!r}")
 
 
 BUILTINS: dict[str, type[Any]] = {
@@ -95,48 +99,52 @@ ENVIRONMENT_REWARDS = (ReasoningGym, Verifiers, OpenEnv)
 
 
 def make_function(
-    wanted: RewardFunction,
+    entry: RewardFunction,
     allow_code: Sequence[str],
     folder: Path,
     columns: Sequence[str] | None,
 ) -> Callable[..., Any]:
-    """Return the reward function for ``wanted``, an entry of the run file.
+    """Return the reward function for ``entry``, an entry of the run file.
 
     ``folder`` is the folder of the run file. ``columns`` are the columns of the dataset, or None if
     they are not known yet. Raises ConfigError, or MissingExtraError if math_verify's package is not
     installed.
     """
-    options = dict(wanted.options)
-    there = None if columns is None else {*columns} - {"prompt"}
-    if ":" not in wanted.name:
-        reward: Callable[..., Any] = create_builtin(wanted.name, _kind(wanted.name), options)
-        if there is not None and isinstance(reward, AnswerReward) and reward.column not in there:
-            raise _no_column(wanted.name, [reward.column], there)
+    options = dict(entry.options)
+    available = None if columns is None else {*columns} - {"prompt"}
+    if ":" not in entry.name:
+        reward: Callable[..., Any] = create_builtin(entry.name, _builtin_class(entry.name), options)
+        if (
+            available is not None
+            and isinstance(reward, AnswerReward)
+            and reward.column not in available
+        ):
+            raise _missing_columns_error(entry.name, [reward.column], available)
         if isinstance(reward, ENVIRONMENT_REWARDS):
-            EnvironmentCode(wanted.name, reward.task, {}, tuple(allow_code), folder).prepare()
-            if there is not None and PROBLEM_COLUMN not in there:
-                raise _no_column(wanted.name, [PROBLEM_COLUMN], there)
+            EnvironmentCode(entry.name, reward.task, {}, tuple(allow_code), folder).prepare()
+            if available is not None and PROBLEM_COLUMN not in available:
+                raise _missing_columns_error(entry.name, [PROBLEM_COLUMN], available)
         return reward
-    function = load_function(wanted.name, allow_code, folder)
-    if there is not None:
-        both = sorted(there & set(options))
-        if both:
+    function = load_function(entry.name, allow_code, folder)
+    if available is not None:
+        duplicates = sorted(available & set(options))
+        if duplicates:
             raise ConfigError(
-                f"reward {wanted.name}: option {both[0]} is also a dataset column, so the function "
-                "would get this argument twice",
+                f"reward {entry.name}: option {duplicates[0]} is also a dataset column, so the "
+                "function would get this argument twice",
                 fix="rename the option or the column",
             )
-        missing = missing_columns(function, there | set(options))
+        missing = missing_columns(function, available | set(options))
         if missing:
-            raise _no_column(wanted.name, missing, there)
+            raise _missing_columns_error(entry.name, missing, available)
     return partial(function, **options) if options else function
 
 
-def _kind(name: str) -> type[Any]:
+def _builtin_class(name: str) -> type[Any]:
     if name in BUILTINS:
         return BUILTINS[name]
-    near = did_you_mean.similar_words(name, BUILTINS, cutoff=0.6)
-    hint = f"did you mean {near[0]}? " if near else ""
+    suggestions = did_you_mean.similar_words(name, BUILTINS, cutoff=0.6)
+    hint = f"did you mean {suggestions[0]}? " if suggestions else ""
     raise ConfigError(
         f"the reward {name!r} does not exist",
         fix=(
@@ -146,13 +154,13 @@ def _kind(name: str) -> type[Any]:
     )
 
 
-def _no_column(reward: str, missing: list[str], there: set[str]) -> ConfigError:
-    names = ", ".join(sorted(there)) or "none"
-    word = "column" if len(missing) == 1 else "columns"
+def _missing_columns_error(reward: str, missing: list[str], available: set[str]) -> ConfigError:
+    names = ", ".join(sorted(available)) or "none"
+    noun = "column" if len(missing) == 1 else "columns"
     fix = "set dataset.answer to the column with the answers"
     return ConfigError(
-        f"reward {reward} needs the {word} {', '.join(missing)}. Columns of the dataset: {names}",
+        f"reward {reward} needs the {noun} {', '.join(missing)}. Columns of the dataset: {names}",
         fix=fix
         if "answer" in missing
-        else (f"add the {word} to the dataset, or give the parameter of the function a default"),
+        else (f"add the {noun} to the dataset, or give the parameter of the function a default"),
     )

@@ -27,16 +27,16 @@ class MathVerify(AnswerReward):
     seconds_each: float = 5.0
 
     def __post_init__(self) -> None:
-        _math_verify()
+        _import_math_verify()
 
     def score(self, text: str, answer: Any) -> Score:
         try:
-            return call_within(self.seconds_each, lambda: _verified(text, str(answer)))
+            return call_within(self.seconds_each, lambda: _verify(text, str(answer)))
         except OutOfTime:
             return 0.0
 
 
-def _math_verify() -> Any:
+def _import_math_verify() -> Any:
     try:
         import math_verify  # noqa: PLC0415 - an optional dependency of this reward
     except ImportError as error:
@@ -50,8 +50,8 @@ def _math_verify() -> Any:
     return math_verify
 
 
-def _verified(text: str, answer: str) -> Score:
-    library = _math_verify()
+def _verify(text: str, answer: str) -> Score:
+    library = _import_math_verify()
     gold = library.parse(answer.rsplit("####", 1)[-1].strip(), parsing_timeout=None)
     if not gold:
         return None

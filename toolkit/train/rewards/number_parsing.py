@@ -16,50 +16,50 @@ from typing import Any, NamedTuple
 # number such as 1e999999999 would fill the memory.
 MAX_DIGITS = 300
 
-_PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(
+_DECIMAL_PATTERN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER_PATTERN = re.compile(
     rf"""
     (?<![A-Za-z_\d.])                    # not inside a word or another number
     (?P<sign>(?<![\w)\]}}])[-+](?=[$€£¥]?[\d.]))?     # after an operand (7-5) this is no sign
     (?:[$€£¥]\s?(?P<inner>-)?)?
     (?:(?P<whole>\d{{1,9}})[ ]+(?=\d{{1,9}}/\d))?     # the 1 of 1 3/4
-    (?P<value>{_PLAIN})
+    (?P<value>{_DECIMAL_PATTERN})
     (?:
       [eE](?P<exponent>[-+]?\d{{1,9}})(?!\w|\.\d)
       | \s?(?:x|\u00d7|\*|\\times|\\cdot)\s?10(?:\^|\*\*)\{{?(?P<power>[-+]?\d{{1,9}})\}}?
     )?
-    (?:\s?/\s?(?P<below>{_PLAIN}))?
+    (?:\s?/\s?(?P<below>{_DECIMAL_PATTERN}))?
     (?P<percent>\s?(?:%|percent\b))?
     """,
     re.VERBOSE,
 )
-_FRACTION = re.compile(
+_LATEX_FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*([^{}]{1,60}?)\s*\}\s*\{\s*([^{}]{1,60}?)\s*\}|(\d)(\d))"
 )
 _SPACE_IN_NUMBER = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 
 
 class Number(NamedTuple):
-    """An exact number. ``percent`` is True if a percent sign follows (``50%`` has the value 50)."""
+    """An exact number. If a percent sign follows, ``is_percent`` is True (``50%``: value 50)."""
 
     value: Fraction
-    percent: bool = False
+    is_percent: bool = False
 
 
 def numbers_in(text: str) -> list[Number]:
     """Return every number in ``text``, in order. Numbers that are too long and divisions by 0 are
     skipped. This function never raises an exception.
     """
-    found = (_read(match) for match in _NUMBER.finditer(_plain(text)))
-    return [number for number in found if number is not None]
+    numbers = (_parse_match(match) for match in _NUMBER_PATTERN.finditer(_normalize_spelling(text)))
+    return [number for number in numbers if number is not None]
 
 
 def _last_number(text: str) -> Number | None:
     """The last of ``numbers_in(text)``, or None. Only this number is converted, because a text can
     have many numbers.
     """
-    for match in reversed(list(_NUMBER.finditer(_plain(text)))):
-        number = _read(match)
+    for match in reversed(list(_NUMBER_PATTERN.finditer(_normalize_spelling(text)))):
+        number = _parse_match(match)
         if number is not None:
             return number
     return None
@@ -72,12 +72,12 @@ def answer_in(text: str) -> Number | None:
     in the last ``\\boxed{}``, else the last number in the text. None if there is no number.
     """
     if "####" in text:
-        behind = numbers_in(text.rsplit("####", 1)[1])
-        if behind:
-            return behind[0]
+        numbers_after_marker = numbers_in(text.rsplit("####", 1)[1])
+        if numbers_after_marker:
+            return numbers_after_marker[0]
     boxed = last_boxed(text)
-    found = _last_number(boxed) if boxed is not None else None
-    return _last_number(text) if found is None else found
+    boxed_number = _last_number(boxed) if boxed is not None else None
+    return _last_number(text) if boxed_number is None else boxed_number
 
 
 def to_number(value: Any) -> Number | None:
@@ -97,9 +97,17 @@ def is_same_number(guess: Number, gold: Number, tolerance: float | None = None) 
     differ by at most ``tolerance`` * max(1, |gold|). Without a tolerance, two integers must be
     exactly equal, and for other numbers the tolerance is the rounding of a double (1e-12).
     """
-    guesses = [guess.value] if guess.percent == gold.percent or gold.percent else _readings(guess)
-    golds = [gold.value] if guess.percent == gold.percent or guess.percent else _readings(gold)
-    return any(_close(a, b, tolerance) for a in guesses for b in golds)
+    guesses = (
+        [guess.value]
+        if guess.is_percent == gold.is_percent or gold.is_percent
+        else _possible_values(guess)
+    )
+    golds = (
+        [gold.value]
+        if guess.is_percent == gold.is_percent or guess.is_percent
+        else _possible_values(gold)
+    )
+    return any(_within_tolerance(a, b, tolerance) for a in guesses for b in golds)
 
 
 def last_boxed(text: str) -> str | None:
@@ -118,11 +126,11 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _readings(number: Number) -> list[Fraction]:
+def _possible_values(number: Number) -> list[Fraction]:
     return [number.value, number.value / 100]
 
 
-def _close(a: Fraction, b: Fraction, tolerance: float | None) -> bool:
+def _within_tolerance(a: Fraction, b: Fraction, tolerance: float | None) -> bool:
     if tolerance is None:
         if a.denominator == b.denominator == 1:
             return a == b
@@ -140,29 +148,29 @@ _SPELLINGS = (
 )
 
 
-def _plain(text: str) -> str:
+def _normalize_spelling(text: str) -> str:
     """``text`` with typographic and LaTeX spellings of numbers replaced by plain spellings."""
     for old, new in _SPELLINGS:
         text = text.replace(old, new)
-    return _FRACTION.sub(_plain_fraction, _SPACE_IN_NUMBER.sub("", text))
+    return _LATEX_FRACTION.sub(_normalize_fraction, _SPACE_IN_NUMBER.sub("", text))
 
 
-def _plain_fraction(match: re.Match[str]) -> str:
-    mixed = match.string[: match.start()][-1:].isdigit()  # 1\frac{3}{4}
-    return f"{' ' if mixed else ''}{match[1] or match[3]}/{match[2] or match[4]} "
+def _normalize_fraction(match: re.Match[str]) -> str:
+    follows_digit = match.string[: match.start()][-1:].isdigit()  # 1\frac{3}{4}
+    return f"{' ' if follows_digit else ''}{match[1] or match[3]}/{match[2] or match[4]} "
 
 
-def _read(match: re.Match[str]) -> Number | None:
-    value = _decimal(match["value"])
-    below = _decimal(match["below"]) if match["below"] else Fraction(1)
+def _parse_match(match: re.Match[str]) -> Number | None:
+    value = _parse_decimal(match["value"])
+    denominator = _parse_decimal(match["below"]) if match["below"] else Fraction(1)
     exponent = int(match["exponent"] or match["power"] or 0)
-    if value is None or not below or abs(exponent) > MAX_DIGITS:
+    if value is None or not denominator or abs(exponent) > MAX_DIGITS:
         return None
-    value = value * Fraction(10) ** exponent / below + int(match["whole"] or 0)
-    negative = "-" in (match["sign"], match["inner"])
-    return Number(-value if negative else value, match["percent"] is not None)
+    value = value * Fraction(10) ** exponent / denominator + int(match["whole"] or 0)
+    is_negative = "-" in (match["sign"], match["inner"])
+    return Number(-value if is_negative else value, match["percent"] is not None)
 
 
-def _decimal(text: str) -> Fraction | None:
+def _parse_decimal(text: str) -> Fraction | None:
     digits = text.replace(",", "")
     return Fraction(digits) if len(digits) <= MAX_DIGITS else None

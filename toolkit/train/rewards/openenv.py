@@ -33,8 +33,8 @@ SUPPORTED_TASKS_FIX = (
     "set environment.task to `module:Class`, a subclass of Environment. The argument of its method "
     "step must have the type hint of an Action class whose fields have plain types"
 )
-_OF_THE_PROTOCOL = ("metadata", "done", "reward")
-_MOST_LIVE = 4096
+_PROTOCOL_FIELDS = ("metadata", "done", "reward")
+_MAX_EPISODES = 4096
 
 
 def generate_rows(
@@ -47,12 +47,16 @@ def generate_rows(
         ConfigError: the Environment class ``task`` does not exist, or cannot be used.
         MissingExtraError: the package openenv is not installed.
     """
-    game = EnvironmentType(task, options)
-    made = []
-    for one in range(seed, seed + size):
-        prompt = text_of_observation(game.reset(game.make(), one % 2**32))
-        made.append({"prompt": prompt, PROBLEM_COLUMN: json.dumps({"seed": one % 2**32})})
-    return made
+    environment_type = EnvironmentType(task, options)
+    data_rows = []
+    for episode_seed in range(seed, seed + size):
+        prompt_text = text_of_observation(
+            environment_type.reset(environment_type.create(), episode_seed % 2**32)
+        )
+        data_rows.append(
+            {"prompt": prompt_text, PROBLEM_COLUMN: json.dumps({"seed": episode_seed % 2**32})}
+        )
+    return data_rows
 
 
 class EnvironmentType:
@@ -62,14 +66,14 @@ class EnvironmentType:
         """Import the class ``task`` (``module:Class``). ``options`` are the arguments of its
         constructor.
         """
-        self.kind = _environment_class(task)
+        self.environment_class = _environment_class(task)
         self.options = dict(options)
-        self.action = _action_class(task, self.kind)
-        self.schema = _schema(self.kind, self.action)
+        self.action_class = _action_class(task, self.environment_class)
+        self.schema = _tool_schema(self.environment_class, self.action_class)
 
-    def make(self) -> Any:
+    def create(self) -> Any:
         """Create one environment."""
-        return self.kind(**self.options)
+        return self.environment_class(**self.options)
 
     @staticmethod
     def reset(environment: Any, seed: int) -> Any:
@@ -81,15 +85,15 @@ class EnvironmentType:
         Raises InvalidToolCall if the arguments are not valid for the Action class.
         """
         try:
-            action = self.action.model_validate(dict(arguments))
+            action = self.action_class.model_validate(dict(arguments))
         except ValueError as error:
-            said = "; ".join(line.strip() for line in str(error).split("\n")[1:3])
-            raise InvalidToolCall(f"wrong arguments: {said}") from None
+            message = "; ".join(line.strip() for line in str(error).split("\n")[1:3])
+            raise InvalidToolCall(f"wrong arguments: {message}") from None
         return environment.step(action)
 
 
 @dataclass
-class _Live:
+class _Episode:
     number: int
     environment: Any
     steps: int = 0
@@ -105,9 +109,9 @@ class Episodes:
     def __init__(self, code: EnvironmentCode) -> None:
         """Load the Environment class of ``code``. Raises ConfigError."""
         code.prepare()
-        self._game = EnvironmentType(code.task, code.options)
-        self.schema = self._game.schema
-        self._live: dict[int, _Live] = {}
+        self._environment_type = EnvironmentType(code.task, code.options)
+        self.schema = self._environment_type.schema
+        self._episodes: dict[int, _Episode] = {}
 
     def advance(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run the action ``arguments`` of ``request``, and return the text, the reward and ``done``
@@ -118,31 +122,37 @@ class Episodes:
         """
 
         def call() -> dict[str, Any]:
-            seen = call_within(request["seconds"], lambda: self._advance(request))
-            (reward,) = check_scores([0.0 if seen.reward is None else seen.reward], 1)
+            observation = call_within(request["seconds"], lambda: self._advance(request))
+            (reward,) = check_scores([0.0 if observation.reward is None else observation.reward], 1)
             if isinstance(reward, Failure):
                 raise UserCodeFailed(reward)
-            return {"text": text_of_observation(seen), "reward": reward, "done": bool(seen.done)}
+            return {
+                "text": text_of_observation(observation),
+                "reward": reward,
+                "done": bool(observation.done),
+            }
 
-        found: dict[str, Any] = run_user_code(call)
-        return found
+        reply: dict[str, Any] = run_user_code(call)
+        return reply
 
     def _advance(self, request: Mapping[str, Any]) -> Any:
         slot, past, arguments = request["slot"], request["past"], request["arguments"]
-        live = self._live.get(slot)
-        seen = None
-        if live is None or (live.number, live.steps) != (request["number"], len(past)):
-            if len(self._live) >= _MOST_LIVE:
-                self._live.clear()
-            live = self._live[slot] = _Live(request["number"], self._game.make())
-            seen = self._game.reset(live.environment, request["seed"])
+        episode = self._episodes.get(slot)
+        observation = None
+        if episode is None or (episode.number, episode.steps) != (request["number"], len(past)):
+            if len(self._episodes) >= _MAX_EPISODES:
+                self._episodes.clear()
+            episode = self._episodes[slot] = _Episode(
+                request["number"], self._environment_type.create()
+            )
+            observation = self._environment_type.reset(episode.environment, request["seed"])
             for step in past:
-                self._game.step(live.environment, step)
-                live.steps += 1
+                self._environment_type.step(episode.environment, step)
+                episode.steps += 1
         if arguments is not None:
-            seen = self._game.step(live.environment, arguments)
-            live.steps += 1
-        return seen
+            observation = self._environment_type.step(episode.environment, arguments)
+            episode.steps += 1
+        return observation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,15 +182,15 @@ def text_of_observation(observation: Any) -> str:
     remaining fields.
     """
     fields = observation.model_dump(mode="json")
-    said = {name: value for name, value in fields.items() if name not in _OF_THE_PROTOCOL}
-    if len(said) == 1:
-        (value,) = said.values()
+    shown_fields = {name: value for name, value in fields.items() if name not in _PROTOCOL_FIELDS}
+    if len(shown_fields) == 1:
+        (value,) = shown_fields.values()
         if isinstance(value, str):
             return as_text(value)
-    return as_text(json.dumps(said, ensure_ascii=False))
+    return as_text(json.dumps(shown_fields, ensure_ascii=False))
 
 
-def _package() -> Any:
+def _import_interfaces() -> Any:
     try:
         from openenv.core.env_server import interfaces  # noqa: PLC0415 - only this adapter needs it
     except ImportError as error:
@@ -193,10 +203,10 @@ def _package() -> Any:
 
 
 def _environment_class(task: str) -> Any:
-    interfaces = _package()
+    interfaces = _import_interfaces()
     module, _, name = task.partition(":")
     try:
-        kind = getattr(__import__(module, fromlist=[name]), name, None)
+        environment_class = getattr(__import__(module, fromlist=[name]), name, None)
     except ImportError as error:
         raise ConfigError(
             f"the environment {task} cannot be imported: {first_line(error)}",
@@ -204,41 +214,50 @@ def _environment_class(task: str) -> Any:
             fix="put the module next to the run file, or install the module for the Python "
             "interpreter in environment.python",
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, interfaces.Environment)):
+    if not (
+        isinstance(environment_class, type)
+        and issubclass(environment_class, interfaces.Environment)
+    ):
         raise ConfigError(
             f"{task} is not a subclass of OpenEnv's Environment",
             where="environment.task",
             fix=SUPPORTED_TASKS_FIX,
         )
-    return kind
+    return environment_class
 
 
-def _action_class(task: str, kind: Any) -> Any:
+def _action_class(task: str, environment_class: Any) -> Any:
     from openenv.core.env_server.types import Action  # noqa: PLC0415 - part of the optional package
 
     try:
-        found = get_type_hints(kind.step).get("action")
+        action_class = get_type_hints(environment_class.step).get("action")
     except (NameError, TypeError):
-        found = None
-    fields = getattr(found, "model_fields", {})
-    if not (isinstance(found, type) and issubclass(found, Action) and set(fields) - {"metadata"}):
+        action_class = None
+    fields = getattr(action_class, "model_fields", {})
+    if not (
+        isinstance(action_class, type)
+        and issubclass(action_class, Action)
+        and set(fields) - {"metadata"}
+    ):
         raise ConfigError(
             f"the method {task}.step must have the type hint of an Action class for its argument "
             "action, and this class must have fields of its own",
             where="environment.task",
             fix=SUPPORTED_TASKS_FIX,
         )
-    return found
+    return action_class
 
 
-def _schema(kind: Any, action: Any) -> dict[str, Any]:
-    parameters = action.model_json_schema()
+def _tool_schema(environment_class: Any, action_class: Any) -> dict[str, Any]:
+    parameters = action_class.model_json_schema()
     parameters["properties"].pop("metadata", None)
     for name in ("title", "description", "additionalProperties"):
         parameters.pop(name, None)
-    said = inspect.getdoc(kind.step) or "Act in the environment."
-    described = action.__doc__ and inspect.cleandoc(action.__doc__)
-    own = "Base class for all environment actions" not in (described or "")
-    text = described if described and own else said.split("\n\n")[0]
+    docstring = inspect.getdoc(environment_class.step) or "Act in the environment."
+    action_docstring = action_class.__doc__ and inspect.cleandoc(action_class.__doc__)
+    has_own_docstring = "Base class for all environment actions" not in (action_docstring or "")
+    text = (
+        action_docstring if action_docstring and has_own_docstring else docstring.split("\n\n")[0]
+    )
     function = {"name": "step", "description": text, "parameters": parameters}
     return {"type": "function", "function": function}

@@ -45,9 +45,9 @@ def request_problems(
     code: EnvironmentCode,
     worker: WorkerProcess | None,
     seconds: float | None,
-    **which: int,
+    **selection: int,
 ) -> list[Row]:
-    """Return the rows of ``generate_problems(code, **which)``. The call runs in the process
+    """Return the rows of ``generate_problems(code, **selection)``. The call runs in the process
     ``worker``, with the time limit ``seconds``.
 
     If ``worker`` is None, the call runs in this process and has no time limit.
@@ -58,18 +58,18 @@ def request_problems(
     """
     try:
         if worker is None:
-            rows: list[Row] = run_user_code(lambda: generate_problems(code, **which))
+            rows: list[Row] = run_user_code(lambda: generate_problems(code, **selection))
             return rows
-        reply = worker.call({**code.to_request(), **which, "do": "problems"}, seconds)
+        reply = worker.call({**code.to_request(), **selection, "do": "problems"}, seconds)
         if "misbehaved" in reply:
             raise UserCodeFailed(Failure(*reply["misbehaved"]))
         return list(reply["rows"])
     except UserCodeFailed as error:
-        what = error.trouble.what
+        description = error.failure.description
     except (OutOfTime, WorkerFailed) as error:
-        what = str(error)
+        description = str(error)
     raise ConfigError(
-        f"the environment {code.adapter}:{code.task} {what} while it generated its problems",
+        f"the environment {code.adapter}:{code.task} {description} while it generated its problems",
         where="environment",
         fix="correct the environment, or set reward.timeout_s to a longer time",
     )

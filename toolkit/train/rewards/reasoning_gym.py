@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROBLEM_COLUMN = "problem"
 """The column that identifies the problem of a row: JSON with its seed, index and size."""
-_LATEST = 8  # the number of data sets (one per split) that stay in memory for scoring
+_MAX_CACHED_DATASETS = 8  # the number of data sets (one per split) that stay in memory for scoring
 
 
 def generate_rows(
@@ -33,13 +33,17 @@ def generate_rows(
         ConfigError: the task does not exist, or it does not accept these settings.
         MissingExtraError: the package is not installed.
     """
-    made = _dataset(task, json.dumps(thaw(settings), sort_keys=True), seed, size)
+    dataset = _dataset(task, json.dumps(thaw(settings), sort_keys=True), seed, size)
     rows = []
     for index in range(size):
-        entry = made[index]
-        which = json.dumps({"seed": seed, "index": index, "size": size})
+        entry = dataset[index]
+        problem_id = json.dumps({"seed": seed, "index": index, "size": size})
         rows.append(
-            {"prompt": entry["question"], "answer": str(entry["answer"]), PROBLEM_COLUMN: which}
+            {
+                "prompt": entry["question"],
+                "answer": str(entry["answer"]),
+                PROBLEM_COLUMN: problem_id,
+            }
         )
     return rows
 
@@ -62,17 +66,17 @@ class ReasoningGym:
         del prompts
         settings = json.dumps(thaw(self.settings or {}), sort_keys=True)
         return [
-            self._score(text_of(completion), json.loads(which), settings)
-            for completion, which in zip(completions, columns[PROBLEM_COLUMN], strict=True)
+            self._score(text_of(completion), json.loads(problem_id), settings)
+            for completion, problem_id in zip(completions, columns[PROBLEM_COLUMN], strict=True)
         ]
 
-    def _score(self, text: str, which: dict[str, int], settings: str) -> float:
-        made = _dataset(self.task, settings, which["seed"], which["size"])
-        answer = _package().utils.extract_answer(text) or text.strip()
-        return float(made.score_answer(answer=answer, entry=made[which["index"]]))
+    def _score(self, text: str, problem_id: dict[str, int], settings: str) -> float:
+        dataset = _dataset(self.task, settings, problem_id["seed"], problem_id["size"])
+        answer = _import_package().utils.extract_answer(text) or text.strip()
+        return float(dataset.score_answer(answer=answer, entry=dataset[problem_id["index"]]))
 
 
-def _package() -> Any:
+def _import_package() -> Any:
     try:
         import reasoning_gym  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
@@ -84,16 +88,18 @@ def _package() -> Any:
     return reasoning_gym
 
 
-@lru_cache(maxsize=_LATEST)
+@lru_cache(maxsize=_MAX_CACHED_DATASETS)
 def _dataset(task: str, settings: str, seed: int, size: int) -> Any:
-    package = _package()
-    known = package.factory.DATASETS
-    if task not in known:
-        near = difflib.get_close_matches(task, known, n=1)
+    package = _import_package()
+    tasks = package.factory.DATASETS
+    if task not in tasks:
+        suggestions = difflib.get_close_matches(task, tasks, n=1)
         raise ConfigError(
             f"reasoning_gym has no task {task!r}",
             where="environment.task",
-            fix=f"did you mean {near[0]}?" if near else f"use one of: {', '.join(sorted(known))}",
+            fix=f"did you mean {suggestions[0]}?"
+            if suggestions
+            else f"use one of: {', '.join(sorted(tasks))}",
         )
     try:
         return package.create_dataset(task, seed=seed, size=size, **json.loads(settings))

@@ -30,13 +30,13 @@ class RemoteReward:
 
     # The worker stops a call at its time limit, and then has this many seconds to reply before the
     # run kills it.
-    kill_s = 2.0
+    reply_grace_s = 2.0
 
     def __init__(self, worker: WorkerProcess, request: dict[str, Any], seed: int) -> None:
         self._worker, self._name = worker, request["name"]
         self._seed = f"{seed} {self._name}"
         try:
-            made = worker.load(request)
+            reply = worker.load(request)
         except WorkerFailed as error:
             raise ConfigError(
                 f"reward {self._name} {error} while its module was imported", fix=NO_ISOLATION_FIX
@@ -47,24 +47,24 @@ class RemoteReward:
                 f"process (type {error})",
                 fix=NO_ISOLATION_FIX,
             ) from error
-        if "function" not in made:
-            what = made["misbehaved"][0]
-            raise ConfigError(f"reward {self._name} {what} while its module was imported")
-        self._function, self.is_async = made["function"], bool(made["is_async"])
+        if "function" not in reply:
+            description = reply["misbehaved"][0]
+            raise ConfigError(f"reward {self._name} {description} while its module was imported")
+        self._function, self.is_async = reply["function"], bool(reply["is_async"])
 
-    def attempt(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
+    def call(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         """Call the reward in the worker process. Return one item per completion: its score, or a
         Failure. Raises UserCodeFailed and ToolkitError, as ``attempt.call_reward`` does.
         """
         try:
-            return self._ask(batch, seconds)
+            return self._request_scores(batch, seconds)
         except OutOfTime:
             raise UserCodeFailed(Failure(f"took longer than {seconds:g} s")) from None
         except WorkerFailed as error:
             raise UserCodeFailed(Failure(str(error))) from error
 
-    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
-        state = batch.columns.get("trainer_state")
+    def _request_scores(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
+        trainer_state = batch.columns.get("trainer_state")
         columns = {
             k: v for k, v in batch.columns.items() if k not in (*LOG_FUNCTIONS, "trainer_state")
         }
@@ -77,26 +77,28 @@ class RemoteReward:
             "prompts": batch.prompts,
             "completions": batch.completions,
             "columns": columns,
-            "state": None if state is None else _fields(state),
+            "state": None if trainer_state is None else _sendable_fields(trainer_state),
             "logs": [name for name in LOG_FUNCTIONS if name in batch.columns],
         }
         try:
-            reply = self._worker.call(request, None if seconds is None else seconds + self.kill_s)
+            reply = self._worker.call(
+                request, None if seconds is None else seconds + self.reply_grace_s
+            )
         except ToolkitError:
             raise
         except (TypeError, ValueError) as error:
-            raise self._cannot_travel(batch, error) from error
+            raise self._unsendable_column_error(batch, error) from error
         try:
-            return _read(reply, batch)
+            return _read_reply(reply, batch)
         except (KeyError, TypeError, ValueError) as error:
             raise UserCodeFailed(Failure(INVALID_REPLY)) from error
 
-    def _cannot_travel(self, batch: Batch, error: Exception) -> ConfigError:
+    def _unsendable_column_error(self, batch: Batch, error: Exception) -> ConfigError:
         values = {"prompt": batch.prompts, "completion": batch.completions, **batch.columns}
-        bad = next((name for name, value in values.items() if not _travels(value)), "a column")
+        column = next((name for name, value in values.items() if not _can_send(value)), "a column")
         return ConfigError(
-            f"reward {self._name}: the column {bad} has a value that cannot be sent to the worker "
-            f"process ({error})",
+            f"reward {self._name}: the column {column} has a value that cannot be sent to the "
+            f"worker process ({error})",
             fix=NO_ISOLATION_FIX,
         )
 
@@ -109,29 +111,29 @@ class RemoteMathVerify(RemoteReward):
     """
 
     def __init__(
-        self, worker: WorkerProcess, request: dict[str, Any], seed: int, like: MathVerify
+        self, worker: WorkerProcess, request: dict[str, Any], seed: int, reward: MathVerify
     ) -> None:
         super().__init__(worker, request, seed)
-        self._like = like
+        self._reward = reward
 
-    def _ask(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
+    def _request_scores(self, batch: Batch, seconds: float | None) -> list[Score | Failure]:
         deadline = None if seconds is None else time.monotonic() + seconds
-        kept = {k: v for k, v in batch.columns.items() if k == self._like.column}
-        batch = Batch(batch.prompts, batch.completions, kept)
-        found: list[Score | Failure] = []
+        answer_columns = {k: v for k, v in batch.columns.items() if k == self._reward.column}
+        batch = Batch(batch.prompts, batch.completions, answer_columns)
+        results: list[Score | Failure] = []
         for index in range(len(batch.completions)):
             if deadline is not None and time.monotonic() > deadline:
                 raise OutOfTime
             try:
-                found += super()._ask(batch.only(index), self._like.seconds_each)
+                results += super()._request_scores(batch.sample(index), self._reward.seconds_each)
             except OutOfTime:
-                found.append(0.0)
+                results.append(0.0)
             except UserCodeFailed as error:
-                found.append(error.trouble)
-        return found
+                results.append(error.failure)
+        return results
 
 
-def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Failure]:
+def _read_reply(reply: dict[str, Any], batch: Batch) -> list[Score | Failure]:
     """Return the scores in ``reply``, and log the values that the reward logged. Raises TypeError
     or ValueError if the reply is invalid.
     """
@@ -141,13 +143,13 @@ def _read(reply: dict[str, Any], batch: Batch) -> list[Score | Failure]:
         batch.columns[name](key, value)
     if "misbehaved" in reply:
         raise UserCodeFailed(Failure(*reply["misbehaved"]))
-    found = [_score(value) for value in reply["found"]]
-    if len(found) != len(batch.completions):
+    scores = [_read_score(value) for value in reply["found"]]
+    if len(scores) != len(batch.completions):
         raise ValueError
-    return found
+    return scores
 
 
-def _score(value: Any) -> Score | Failure:
+def _read_score(value: Any) -> Score | Failure:
     if not isinstance(value, list):
         return check_scores([value], 1)[0]
     if not is_failure(value):
@@ -155,12 +157,12 @@ def _score(value: Any) -> Score | Failure:
     return Failure(*value)
 
 
-def _fields(state: Any) -> dict[str, Any]:
+def _sendable_fields(trainer_state: Any) -> dict[str, Any]:
     """The fields of a TrainerState that can be sent to the worker process."""
-    return {name: value for name, value in vars(state).items() if _travels(value)}
+    return {name: value for name, value in vars(trainer_state).items() if _can_send(value)}
 
 
-def _travels(value: Any) -> bool:
+def _can_send(value: Any) -> bool:
     try:
         wire.pack(value)
     except (TypeError, ValueError, RecursionError):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_ERROR_PARTS, _TROUBLE_PARTS = 4, 3
-_LOADED: tuple[tuple[str, str, type], ...] = (
+_ERROR_FIELDS, _FAILURE_FIELDS = 4, 3
+_LOAD_REPLIES: tuple[tuple[str, str, type], ...] = (
     ("function", "is_async", bool),
     ("tool", "schema", dict),
     ("episodes", "schema", dict),
@@ -24,22 +24,24 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
     tool call (``refused``). The scores of a reward are checked later, in ``remote``.
     """
     if "error" in reply:
-        return _texts(reply["error"], 2, _ERROR_PARTS) and len(reply["error"]) == _ERROR_PARTS
+        return (
+            _is_text_list(reply["error"], 2, _ERROR_FIELDS) and len(reply["error"]) == _ERROR_FIELDS
+        )
     if "misbehaved" in reply:
         return is_failure(reply["misbehaved"])
     if "refused" in reply:
         return isinstance(reply["refused"], str)
-    kind = request["do"]
-    if kind == "load":
+    request_kind = request["do"]
+    if request_kind == "load":
         return any(
-            type(reply.get(number)) is int and isinstance(reply.get(more), form)
-            for number, more, form in _LOADED
+            type(reply.get(index_key)) is int and isinstance(reply.get(detail_key), detail_type)
+            for index_key, detail_key, detail_type in _LOAD_REPLIES
         )
-    if kind == "tool":
+    if request_kind == "tool":
         return isinstance(reply.get("value"), str)
-    if kind == "episode":
+    if request_kind == "episode":
         return _is_observation(reply)
-    if kind == "problems":
+    if request_kind == "problems":
         rows = reply.get("rows")
         return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     return isinstance(reply.get("found"), list)
@@ -47,17 +49,17 @@ def is_valid(request: dict[str, Any], reply: dict[str, Any]) -> bool:
 
 def is_failure(value: Any) -> bool:
     """Whether ``value`` is a list of the fields of a ``Failure`` (the description of an error)."""
-    return _texts(value, 1, _TROUBLE_PARTS)
+    return _is_text_list(value, 1, _FAILURE_FIELDS)
 
 
-def _texts(value: Any, needed: int, most: int) -> bool:
-    """Whether ``value`` is a list with ``needed`` to ``most`` items. The first ``needed`` items
-    must be texts. Each other item must be a text or None.
+def _is_text_list(value: Any, min_texts: int, max_items: int) -> bool:
+    """Whether ``value`` is a list with ``min_texts`` to ``max_items`` items. The first
+    ``min_texts`` items must be texts. Each other item must be a text or None.
     """
-    if not isinstance(value, list) or not needed <= len(value) <= most:
+    if not isinstance(value, list) or not min_texts <= len(value) <= max_items:
         return False
-    return all(isinstance(one, str) for one in value[:needed]) and all(
-        one is None or isinstance(one, str) for one in value[needed:]
+    return all(isinstance(item, str) for item in value[:min_texts]) and all(
+        item is None or isinstance(item, str) for item in value[min_texts:]
     )
 
 

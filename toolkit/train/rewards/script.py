@@ -22,12 +22,12 @@ from toolkit.train.rewards.user import check_signature
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FIX = "return a list with one number (or None) for each completion"
+RETURN_LIST_FIX = "return a list with one number (or None) for each completion"
 
 
-def wrap_reward_funcs(rewards: Any) -> Any:
-    """Check ``rewards``, the argument ``reward_funcs`` of a trainer. Return ``rewards`` with each
-    function wrapped in a function that checks its results.
+def wrap_reward_funcs(reward_funcs: Any) -> Any:
+    """Check ``reward_funcs``, the argument of a trainer. Return it with each function wrapped in a
+    function that checks its results.
 
     The parameters of a function are checked now, and its results at each call. Reward models and
     names of models are returned unchanged. An exception of a function is raised unchanged. TRL
@@ -37,45 +37,45 @@ def wrap_reward_funcs(rewards: Any) -> Any:
         ConfigTypeError: a function does not accept every keyword argument, or a reward is not a
             function.
     """
-    if isinstance(rewards, (list, tuple)):
-        return [_judged(one) for one in rewards]
-    return None if rewards is None else _judged(rewards)
+    if isinstance(reward_funcs, (list, tuple)):
+        return [_wrap_reward(reward) for reward in reward_funcs]
+    return None if reward_funcs is None else _wrap_reward(reward_funcs)
 
 
-def _judged(reward: Any) -> Any:
+def _wrap_reward(reward: Any) -> Any:
     if isinstance(reward, (str, GuardedReward)) or hasattr(reward, "parameters"):
         return reward  # the name of a reward model, a reward of a run file, or a torch module
-    name = _name(reward)
+    name = _metric_name(reward)
     if not callable(reward):
         raise ConfigTypeError(
             f"the reward {reward!r} must be a function, not {type(reward).__name__}",
             where="reward_funcs",
             fix="pass the function itself: reward_funcs=[correctness]",
         )
-    if not _takes_what_is_passed(reward):
+    if not _accepts_trl_arguments(reward):
         check_signature(name, reward)
-    wrapper = _async(reward, name) if is_async(reward) else _plain(reward, name)
+    wrapper = _wrap_async(reward, name) if is_async(reward) else _wrap_sync(reward, name)
     wrapper.__name__ = name
     return wrapper
 
 
-def _plain(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _wrap_sync(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
     @wraps(reward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _numbers(reward(*args, **kwargs), name)
+        return _check_result(reward(*args, **kwargs), name)
 
     return call
 
 
-def _async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _wrap_async(reward: Callable[..., Any], name: str) -> Callable[..., Any]:
     @wraps(reward)
     async def call(*args: Any, **kwargs: Any) -> Any:
-        return _numbers(await reward(*args, **kwargs), name)
+        return _check_result(await reward(*args, **kwargs), name)
 
     return call
 
 
-def _numbers(returned: Any, name: str) -> list[float | None]:
+def _check_result(returned: Any, name: str) -> list[float | None]:
     """Return the values that a reward returned, as floats or None. NaN becomes None, because TRL
     treats NaN in the same way as None.
 
@@ -83,23 +83,26 @@ def _numbers(returned: Any, name: str) -> list[float | None]:
         ConfigValueError: the result is not a list of numbers.
     """
     try:
-        found = check_scores(returned, _length(returned))
+        scores = check_scores(returned, _length_or_zero(returned))
     except UserCodeFailed as error:
-        raise ConfigValueError(f"reward {name} {error.trouble.what}", fix=FIX) from None
-    kept: list[float | None] = []
-    for index, value in enumerate(found):
+        raise ConfigValueError(
+            f"reward {name} {error.failure.description}", fix=RETURN_LIST_FIX
+        ) from None
+    valid_scores: list[float | None] = []
+    for index, value in enumerate(scores):
         if isinstance(value, Failure):
             if value.returned is not None and _is_nan(value.returned):
-                kept.append(None)
+                valid_scores.append(None)
                 continue
             raise ConfigValueError(
-                f"reward {name} {value.what} (sample {index} of {len(found)})", fix=FIX
+                f"reward {name} {value.description} (sample {index} of {len(scores)})",
+                fix=RETURN_LIST_FIX,
             )
-        kept.append(value)
-    return kept
+        valid_scores.append(value)
+    return valid_scores
 
 
-def _length(returned: Any) -> int:
+def _length_or_zero(returned: Any) -> int:
     try:
         return len(returned)
     except TypeError:
@@ -113,7 +116,7 @@ def _is_nan(text: str) -> bool:
         return text == "tensor(nan)"
 
 
-def _name(reward: Any) -> str:
+def _metric_name(reward: Any) -> str:
     """The name of the function in metrics, as in ``trl.trainer.utils.get_callable_name`` (TRL
     1.16).
     """
@@ -122,7 +125,7 @@ def _name(reward: Any) -> str:
     return str(getattr(reward, "__name__", type(reward).__name__))
 
 
-def _takes_what_is_passed(reward: Callable[..., Any]) -> bool:
+def _accepts_trl_arguments(reward: Callable[..., Any]) -> bool:
     """Whether ``reward`` has a named parameter for every argument that TRL always passes. If it has
     them all, ``reward`` needs ``**kwargs`` only for further columns of the data set.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from toolkit.base.errors import ConfigError, ToolkitError, first_line
 from toolkit.base.time_limits import OutOfTime, call_within
 from toolkit.train.rewards.attempt import LoopThread, preserve_process_state
-from toolkit.train.rewards.returned import Failure, UserCodeFailed, describe_exception, failure_from
+from toolkit.train.rewards.returned import Failure, UserCodeFailed, exception_summary, failure_from
 from toolkit.train.rewards.user import load_code
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class LocalTool:
             ConfigError: the code is not allowed or does not exist, or the function has no
                 docstring or type hints that describe its arguments.
         """
-        self.function: Callable[..., Any] = load_code(name, allow_code, folder, what="tool")
-        self.schema = schema or _schema(name, self.function)
+        self.function: Callable[..., Any] = load_code(name, allow_code, folder, noun="tool")
+        self.schema = schema or _create_schema(name, self.function)
         self._loop = LoopThread()
 
     def answer(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
@@ -74,18 +74,18 @@ class LocalTool:
 
     def _call(self, arguments: Mapping[str, Any], seconds: float | None) -> str:
         if inspect.iscoroutinefunction(self.function):
-            found = self._loop.call_within(seconds, _carried(self.function(**arguments)))
-            if isinstance(found, BaseException):
-                raise found
-            return as_text(found)
+            result = self._loop.call_within(seconds, _await_result(self.function(**arguments)))
+            if isinstance(result, BaseException):
+                raise result
+            return as_text(result)
         return call_within(seconds, lambda: as_text(self.function(**arguments)))
 
 
-def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+def _create_schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema  # noqa: PLC0415 - slow: the worker starts faster without it
 
     try:
-        found: dict[str, Any] = get_json_schema(function)
+        schema: dict[str, Any] = get_json_schema(function)
     except Exception as error:
         raise ConfigError(
             f"tool {name}: {first_line(error)}",
@@ -93,7 +93,7 @@ def _schema(name: str, function: Callable[..., Any]) -> dict[str, Any]:
             fix="add type hints to the function, and a docstring with a line for each argument "
             "(section `Args:`)",
         ) from error
-    return found
+    return schema
 
 
 def run_user_code(call: Callable[[], Any]) -> Any:
@@ -119,16 +119,16 @@ def as_text(value: Any) -> str:
         text = value if type(value) is str else str(value)
     except Exception as error:
         raise UserCodeFailed(
-            Failure(f"returned a value that cannot become text: {describe_exception(error)}")
+            Failure(f"returned a value that cannot become text: {exception_summary(error)}")
         ) from error
     if len(text) > MAX_RESULT_CHARACTERS:
-        what = f"returned {len(text)} characters, more than {MAX_RESULT_CHARACTERS}"
-        raise UserCodeFailed(Failure(what, text[:200]))
+        description = f"returned {len(text)} characters, more than {MAX_RESULT_CHARACTERS}"
+        raise UserCodeFailed(Failure(description, text[:200]))
     # Lone surrogates are replaced, because neither a tokenizer nor a log file can encode them.
     return text.encode(errors="backslashreplace").decode()
 
 
-async def _carried(coroutine: Any) -> Any:
+async def _await_result(coroutine: Any) -> Any:
     """Await ``coroutine``. Return its result, or the exception that it raised.
 
     The exception is returned and not raised, because a SystemExit in a task would end the thread of

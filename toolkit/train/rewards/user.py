@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_FUNCTION_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callable[..., Any]:
@@ -43,51 +43,51 @@ def load_function(name: str, allow_code: Sequence[str], folder: Path) -> Callabl
 
 
 def load_code(
-    name: str, allow_code: Sequence[str], folder: Path, *, what: str = "reward"
+    name: str, allow_code: Sequence[str], folder: Path, *, noun: str = "reward"
 ) -> Callable[..., Any]:
     """Import and return the callable ``name`` (``module:function``). ``folder`` is the folder of
-    the run file. ``what`` is the noun for the callable in error messages.
+    the run file. ``noun`` is the noun for the callable in error messages.
 
     Raises ConfigError if the name is malformed, the module is not allowed or cannot be imported, or
     the callable does not exist.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {name!r} must have the form module:function")
+    if not _FUNCTION_NAME.fullmatch(name):
+        raise ConfigError(f"{noun} {name!r} must have the form module:function")
     module_name, _, attribute = name.partition(":")
     if not is_allowed(module_name, allow_code):
         raise ConfigError(
-            f"{what} {name} runs code from a module that runtime.allow_code does not list",
+            f"{noun} {name} runs code from a module that runtime.allow_code does not list",
             fix=(
                 "if you trust the module, add it to the list "
                 f"`runtime.allow_code: [{module_name.partition('.')[0]}]`"
             ),
         )
     make_importable(folder, allow_code)
-    module = _import(f"{what} {name}", module_name, folder)
+    module = _import(f"{noun} {name}", module_name, folder)
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise _no_function(f"{what} {name}", module, attribute)
+        raise _missing_function_error(f"{noun} {name}", module, attribute)
     return function  # type: ignore[no-any-return]  # after callable(), its type is still Any
 
 
-def missing_columns(function: Callable[..., Any], there: set[str]) -> list[str]:
+def missing_columns(function: Callable[..., Any], provided: set[str]) -> list[str]:
     """Return the names of required parameters of ``function`` that would get no argument. TRL does
-    not pass them, and they are not in ``there`` (the names of dataset columns and options).
+    not pass them, and they are not in ``provided`` (the names of dataset columns and options).
     """
     return [
         parameter.name
         for parameter in _parameters(function)
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and parameter.default is parameter.empty
-        and parameter.name not in PASSED_BY_TRL | there
+        and parameter.name not in PASSED_BY_TRL | provided
     ]
 
 
 class RunFolderFinder(MetaPathFinder):
     """An import finder that finds one allowed top-level module in the folder of the run file."""
 
-    def __init__(self, folder: Path, top: str) -> None:
-        self.folder, self.top = folder, top
+    def __init__(self, folder: Path, top_module: str) -> None:
+        self.folder, self.top_module = folder, top_module
 
     def find_spec(
         self,
@@ -98,7 +98,7 @@ class RunFolderFinder(MetaPathFinder):
         """Return the spec of the allowed module, and None for every other module. This method is
         part of importlib's protocol.
         """
-        if path is not None or fullname != self.top:
+        if path is not None or fullname != self.top_module:
             return None
         return PathFinder.find_spec(fullname, [str(self.folder)])
 
@@ -106,26 +106,29 @@ class RunFolderFinder(MetaPathFinder):
 def make_importable(folder: Path, allow_code: Sequence[str]) -> None:
     """Make the modules in ``allow_code`` importable from ``folder``, the folder of the run file."""
     for allowed in allow_code:
-        _look_in(folder, allowed.partition(".")[0])
+        _add_finder(folder, allowed.partition(".")[0])
 
 
-def _look_in(folder: Path, top: str) -> None:
-    """Make ``import top`` search ``folder`` first, unless the standard library has this module."""
-    known = any(
-        isinstance(finder, RunFolderFinder) and (finder.folder, finder.top) == (folder, top)
+def _add_finder(folder: Path, top_module: str) -> None:
+    """Make ``import top_module`` search ``folder`` first, unless the standard library has this
+    module.
+    """
+    is_registered = any(
+        isinstance(finder, RunFolderFinder)
+        and (finder.folder, finder.top_module) == (folder, top_module)
         for finder in sys.meta_path
     )
-    if not known and top not in sys.stdlib_module_names:
-        sys.meta_path.insert(0, RunFolderFinder(folder, top))
+    if not is_registered and top_module not in sys.stdlib_module_names:
+        sys.meta_path.insert(0, RunFolderFinder(folder, top_module))
 
 
-def _import(name: str, module_name: str, folder: Path) -> ModuleType:
+def _import(label: str, module_name: str, folder: Path) -> ModuleType:
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and module_name.startswith(error.name):
             raise ConfigError(
-                f"{name}: the module {error.name} does not exist",
+                f"{label}: the module {error.name} does not exist",
                 where=str(folder),
                 fix=(
                     f"put {error.name.replace('.', '/')}.py next to the run file, or install the "
@@ -133,31 +136,34 @@ def _import(name: str, module_name: str, folder: Path) -> ModuleType:
                 ),
             ) from error
         raise ConfigError(
-            (f"{name}: importing {module_name} needs the module {error.name}, which was not found"),
+            (
+                f"{label}: importing {module_name} needs the module {error.name}, which was not "
+                "found"
+            ),
             fix=f"install the module {error.name}. If it is next to the run file, allow it with "
             f"`runtime.allow_code: [{module_name.partition('.')[0]}, {error.name}]`",
         ) from error
     except SyntaxError as error:
         raise ConfigError(
-            f"{name}: {error.msg}", where=f"{error.filename}:{error.lineno}"
+            f"{label}: {error.msg}", where=f"{error.filename}:{error.lineno}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{name}: importing {module_name} raised {type(error).__name__}: {error}"
+            f"{label}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
 
 
-def _no_function(name: str, module: ModuleType, attribute: str) -> ConfigError:
-    there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-    near = did_you_mean.similar_words(attribute, there, cutoff=0.6)
-    what = "is not a function" if hasattr(module, attribute) else "does not exist"
+def _missing_function_error(label: str, module: ModuleType, attribute: str) -> ConfigError:
+    functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+    suggestions = did_you_mean.similar_words(attribute, functions, cutoff=0.6)
+    problem = "is not a function" if hasattr(module, attribute) else "does not exist"
     return ConfigError(
-        f"{name}: {attribute} {what} in {module.__name__}",
+        f"{label}: {attribute} {problem} in {module.__name__}",
         where=module.__file__,
-        fix=f"did you mean {near[0]}?"
-        if near
-        else f"name one of the module's functions: {', '.join(sorted(there))}"
-        if there
+        fix=f"did you mean {suggestions[0]}?"
+        if suggestions
+        else f"name one of the module's functions: {', '.join(sorted(functions))}"
+        if functions
         else "define the function in the module",
     )
 

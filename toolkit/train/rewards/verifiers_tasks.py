@@ -47,31 +47,31 @@ def generate_rows(
             more than a prompt and a score.
         MissingExtraError: the package is not installed.
     """
-    taskset = _taskset(task, _canonical(options)).taskset
+    taskset = _load_taskset(task, _canonical_json(options)).taskset
     ordered = taskset.shuffle(seed) if seed and taskset.bounded else taskset
-    found = [_row(task, one) for one in ordered.skip(start).take(size)]
-    if not found:
+    data_rows = [_data_row(task, item) for item in ordered.skip(start).take(size)]
+    if not data_rows:
         raise ConfigError(
             f"the taskset {task} has no more tasks after the first {start} tasks",
             where="environment.size",
             fix="set environment.size and environment.eval_size to smaller numbers of rows",
         )
-    if any(isinstance(row["prompt"], list) for row in found):
-        for row in found:
+    if any(isinstance(row["prompt"], list) for row in data_rows):
+        for row in data_rows:
             if isinstance(row["prompt"], str):
                 row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-    if not all("answer" in row for row in found):
-        for row in found:
+    if not all("answer" in row for row in data_rows):
+        for row in data_rows:
             row.pop("answer", None)
-    return found
+    return data_rows
 
 
-def _row(taskset: str, task: Any) -> dict[str, Any]:
+def _data_row(taskset: str, task: Any) -> dict[str, Any]:
     _refuse_unsupported(taskset, task)
     data = task.data
     prompt = data.prompt
     if not isinstance(prompt, str):
-        prompt = [_message(taskset, message) for message in prompt]
+        prompt = [_chat_message(taskset, message) for message in prompt]
     if data.system_prompt:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": data.system_prompt}, *chat]
@@ -80,9 +80,9 @@ def _row(taskset: str, task: Any) -> dict[str, Any]:
     return row if answer is None else {**row, "answer": str(answer)}
 
 
-def _message(taskset: str, message: Any) -> dict[str, str]:
+def _chat_message(taskset: str, message: Any) -> dict[str, str]:
     if message.role not in ("system", "user", "assistant") or not isinstance(message.content, str):
-        raise _unsupported(
+        raise _unsupported_error(
             taskset,
             f"the prompt of a task has an unsupported message with the role {message.role}. Only "
             "text messages of system, user and assistant are supported",
@@ -91,24 +91,25 @@ def _message(taskset: str, message: Any) -> dict[str, str]:
 
 
 def _refuse_unsupported(taskset: str, task: Any) -> None:
-    kind, base = type(task), _package().Task
+    task_class, base_class = type(task), _import_package().Task
     needs_runtime = [hook.__name__ for hook in task.hooks("reward") if _needs_runtime(hook)]
     reasons = {
-        "its tasks run in a container": kind.NEEDS_CONTAINER or task.data.image is not None,
+        "its tasks run in a container": task_class.NEEDS_CONTAINER or task.data.image is not None,
         "its tasks have no prompt: a simulated user opens the conversation": (
             task.data.prompt is None
         ),
-        "its tasks have tool servers": bool(kind.toolsets(task.config)),
+        "its tasks have tool servers": bool(task_class.toolsets(task.config)),
         "its tasks are scored by a judge model": bool(task.config.judges),
         "its tasks prepare or read a sandbox (setup, finalize)": any(
-            getattr(kind, name) is not getattr(base, name) for name in ("setup", "finalize")
+            getattr(task_class, name) is not getattr(base_class, name)
+            for name in ("setup", "finalize")
         ),
         f"its reward {', '.join(needs_runtime)} reads a sandbox": bool(needs_runtime),
         "its tasks have no @reward method": not task.hooks("reward"),
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise _unsupported(taskset, reason)
+    for reason, applies in reasons.items():
+        if applies:
+            raise _unsupported_error(taskset, reason)
 
 
 def _needs_runtime(hook: Any) -> bool:
@@ -116,7 +117,7 @@ def _needs_runtime(hook: Any) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def _unsupported(taskset: str, reason: str) -> ConfigError:
+def _unsupported_error(taskset: str, reason: str) -> ConfigError:
     return ConfigError(
         f"the taskset {taskset} cannot be used for training: {reason}",
         where="environment.task",
@@ -140,42 +141,42 @@ class Verifiers:
     def __call__(
         self, /, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[Score]:
-        known = _taskset(self.task, _canonical(self.settings or {}))
+        taskset = _load_taskset(self.task, _canonical_json(self.settings or {}))
 
         async def score() -> list[Score]:
-            scored = (
-                known.score(prompt, text_of(completion), json.loads(which))
-                for prompt, completion, which in zip(
+            coroutines = (
+                taskset.score(prompt, text_of(completion), json.loads(problem_id))
+                for prompt, completion, problem_id in zip(
                     prompts, completions, columns[PROBLEM_COLUMN], strict=True
                 )
             )
-            return list(await asyncio.gather(*scored))
+            return list(await asyncio.gather(*coroutines))
 
         return asyncio.run(score())
 
 
-class _Known:
+class _CachedTaskset:
     """A taskset with a cache of its loaded tasks."""
 
     def __init__(self, taskset: Any) -> None:
         self.taskset = taskset
-        self._rest = iter(taskset)
+        self._remaining = iter(taskset)
         self._tasks: list[Any] = []
 
-    def task(self, which: Mapping[str, Any]) -> Any:
-        """Return the task of a data set row. ``which`` has the index and the key of the task.
+    def task(self, problem_id: Mapping[str, Any]) -> Any:
+        """Return the task of a data set row. ``problem_id`` has the index and the key of the task.
         Raises ValueError if the taskset now has another task at this index.
         """
-        index = which["index"]
-        self._tasks += islice(self._rest, max(0, index + 1 - len(self._tasks)))
-        if index >= len(self._tasks) or self._tasks[index].key != which["key"]:
+        index = problem_id["index"]
+        self._tasks += islice(self._remaining, max(0, index + 1 - len(self._tasks)))
+        if index >= len(self._tasks) or self._tasks[index].key != problem_id["key"]:
             raise ValueError(
                 f"load() returns a different task at index {index} than when the run began"
             )
         return self._tasks[index]
 
-    async def score(self, prompt: Any, said: str, which: Mapping[str, Any]) -> float:
-        vf, task = _package(), self.task(which)
+    async def score(self, prompt: Any, completion: str, problem_id: Mapping[str, Any]) -> float:
+        vf, task = _import_package(), self.task(problem_id)
         from verifiers.v1.state import state_cls  # noqa: PLC0415 - part of the optional package
 
         trace = vf.Trace(
@@ -186,7 +187,7 @@ class _Known:
             agent=vf.AgentInfo(config=vf.AgentConfig()),
         )
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [*chat, {"role": "assistant", "content": said}]
+        messages = [*chat, {"role": "assistant", "content": completion}]
         trace.nodes = [
             vf.MessageNode(
                 parent=None if index == 0 else index - 1,
@@ -199,7 +200,7 @@ class _Known:
         return float(trace.reward)
 
 
-def _package() -> Any:
+def _import_package() -> Any:
     try:
         import verifiers.v1  # noqa: PLC0415 - an optional dependency of this adapter
     except ImportError as error:
@@ -210,17 +211,17 @@ def _package() -> Any:
     return verifiers.v1
 
 
-def _canonical(options: Mapping[str, Any]) -> str:
+def _canonical_json(options: Mapping[str, Any]) -> str:
     return json.dumps(thaw(options), sort_keys=True)
 
 
 @lru_cache(maxsize=2)
-def _taskset(task: str, options: str) -> _Known:
-    vf = _package()
+def _load_taskset(task: str, options: str) -> _CachedTaskset:
+    vf = _import_package()
     from verifiers.v1.utils import loaders  # noqa: PLC0415 - part of the optional package
 
     try:
-        kind = loaders.taskset_class(task)
+        taskset_class = loaders.taskset_class(task)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"verifiers has no taskset {task}: {first_line(error)}",
@@ -232,16 +233,18 @@ def _taskset(task: str, options: str) -> _Known:
         config = loaders.taskset_config_type(task).model_validate(
             {**json.loads(options), "id": task}
         )
-        taskset = kind(config)
+        taskset = taskset_class(config)
     except ValueError as error:
-        said = "; ".join(str(error).split("\n")[:3])
+        message = "; ".join(str(error).split("\n")[:3])
         raise ConfigError(
-            f"the taskset {task} does not accept these options: {said}",
+            f"the taskset {task} does not accept these options: {message}",
             where="environment.options",
             fix="use only fields of the taskset's config class in environment.options",
         ) from error
-    if kind.toolsets(config):
-        raise _unsupported(task, "it has tool servers")
+    if taskset_class.toolsets(config):
+        raise _unsupported_error(task, "it has tool servers")
     if not issubclass(vf.SingleAgentEnv, loaders.environment_class(task)):
-        raise _unsupported(task, "it defines an Env class (for several agents or a simulated user)")
-    return _Known(taskset)
+        raise _unsupported_error(
+            task, "it defines an Env class (for several agents or a simulated user)"
+        )
+    return _CachedTaskset(taskset)

@@ -37,7 +37,7 @@ class TokenIds:
         self.ids = array("q", chain.from_iterable(lists))
 
 
-_WRITE: dict[type, Callable[[Any], Any]] = {
+_ENCODERS: dict[type, Callable[[Any], Any]] = {
     TokenIds: lambda value: [value.lengths, base64.b64encode(value.ids.tobytes()).decode()],
     bytes: lambda value: base64.b64encode(value).decode(),
     datetime.datetime: lambda value: value.isoformat(),
@@ -48,21 +48,21 @@ _WRITE: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def _token_ids(value: Any) -> list[list[int]]:
+def _unpack_token_ids(value: Any) -> list[list[int]]:
     packed = array("q")
     packed.frombytes(base64.b64decode(value[1]))
     ends = accumulate(value[0], initial=0)
     return [packed[start:end].tolist() for start, end in pairwise(ends)]
 
 
-_READ: dict[str, Callable[[Any], Any]] = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "bytes": base64.b64decode,
     "datetime": datetime.datetime.fromisoformat,
     "date": datetime.date.fromisoformat,
     "time": datetime.time.fromisoformat,
     "timedelta": lambda value: datetime.timedelta(*value),
     "Decimal": Decimal,
-    "TokenIds": _token_ids,
+    "TokenIds": _unpack_token_ids,
 }
 
 
@@ -74,77 +74,77 @@ def pack(message: Any) -> bytes:
     """Return ``message`` as the bytes of a frame. Raises TypeError or ValueError if a value cannot
     be sent.
     """
-    data = json.dumps(message, default=_tagged, separators=(",", ":")).encode()
+    data = json.dumps(message, default=_encode_tagged, separators=(",", ":")).encode()
     return len(data).to_bytes(HEADER_BYTES, "big") + data
 
 
 def unpack(data: bytes) -> Any:
     """Return the message in the data of a frame. Raises Broken if the data is invalid."""
     try:
-        return json.loads(data, object_hook=_untagged)
+        return json.loads(data, object_hook=_decode_tagged)
     except (ValueError, RecursionError) as error:
         raise ChannelError(f"the message cannot be read: {error}") from error
 
 
-def receive(handle: int) -> Any:
+def receive(fd: int) -> Any:
     """Read and return the next message from a pipe. None if the pipe was closed. Raises Broken if
     the message is invalid.
     """
-    header = _exactly(handle, HEADER_BYTES)
+    header = _read_exactly(fd, HEADER_BYTES)
     if header is None:
         return None
     size = int.from_bytes(header, "big")
     if size > MAX_MESSAGE_BYTES:
         raise ChannelError(f"the message is too long: {size} bytes")
-    data = _exactly(handle, size)
+    data = _read_exactly(fd, size)
     if data is None:
         raise ChannelError("the message ends too early")
     return unpack(data)
 
 
-def send(handle: int, frame: bytes, deadline: float | None = None) -> bool:
+def send(fd: int, frame: bytes, deadline: float | None = None) -> bool:
     """Write a frame to a non-blocking pipe. Return False if ``deadline`` (monotonic) passed before
     the whole frame was written.
 
     Raises Broken if the other end is closed.
     """
-    rest = memoryview(frame)
+    unsent = memoryview(frame)
     poll = select.poll()
-    poll.register(handle, select.POLLOUT)
-    while rest:
+    poll.register(fd, select.POLLOUT)
+    while unsent:
         try:
-            rest = rest[os.write(handle, rest) :]
+            unsent = unsent[os.write(fd, unsent) :]
         except BlockingIOError:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            if not poll.poll(left):
+            timeout_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            if not poll.poll(timeout_ms):
                 return False
         except OSError as error:
             raise ChannelError("the other process has closed the pipe") from error
     return True
 
 
-def _exactly(handle: int, size: int) -> bytes | None:
+def _read_exactly(fd: int, size: int) -> bytes | None:
     data = bytearray()
     while len(data) < size:
-        part = os.read(handle, min(size - len(data), 1 << 20))
-        if not part:
+        chunk = os.read(fd, min(size - len(data), 1 << 20))
+        if not chunk:
             return None
-        data += part
+        data += chunk
     return bytes(data)
 
 
-def _tagged(value: Any) -> Any:
-    for kind, write in _WRITE.items():
-        if type(value) is kind:
-            return {_TAG: kind.__name__, "value": write(value)}
+def _encode_tagged(value: Any) -> Any:
+    for value_type, encode in _ENCODERS.items():
+        if type(value) is value_type:
+            return {_TAG: value_type.__name__, "value": encode(value)}
     raise TypeError(type(value).__name__)
 
 
-def _untagged(found: dict[str, Any]) -> Any:
-    read = _READ.get(found[_TAG]) if isinstance(found.get(_TAG), str) else None
-    if read is None:
-        return found
+def _decode_tagged(mapping: dict[str, Any]) -> Any:
+    decode = _DECODERS.get(mapping[_TAG]) if isinstance(mapping.get(_TAG), str) else None
+    if decode is None:
+        return mapping
     try:
-        return read(found["value"])
+        return decode(mapping["value"])
     except (LookupError, TypeError, ValueError, ArithmeticError):
-        return found  # a value of the dataset that looks like a tag but is not one
+        return mapping  # a value of the dataset that looks like a tag but is not one

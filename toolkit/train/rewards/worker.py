@@ -37,7 +37,7 @@ from toolkit.train.logging_setup import silence_upstream
 from toolkit.train.rewards import wire
 from toolkit.train.rewards.attempt import Batch, LoopThread, call_reward, is_async
 from toolkit.train.rewards.environment_code import EnvironmentCode
-from toolkit.train.rewards.logged import extra_values, metric_name, metric_value, shortened
+from toolkit.train.rewards.logged import extra_values, metric_name, metric_value, safe_text
 from toolkit.train.rewards.make import make_function
 from toolkit.train.rewards.openenv import Episodes
 from toolkit.train.rewards.problems import generate_problems
@@ -52,32 +52,32 @@ if TYPE_CHECKING:
 MAX_LOGGED_VALUES = 10_000  # the maximum number of values that one call can log
 CHECK_INTERVAL_S = 0.5  # the seconds between two checks of the supervisor that the run still exists
 # The seconds until the children of a killed run have a new parent. The run's pipes close earlier.
-_LAST_LOOK_S = 0.02
-_LEFT_TO_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_REPARENT_WAIT_S = 0.02
+_SIGNALS_FOR_THE_RUN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def main(requests: int, replies: int, run: int) -> NoReturn:
+def main(requests: int, replies: int, run_pid: int) -> NoReturn:
     """Run the worker process: answer requests until the run ends or closes the pipe ``requests``.
-    ``run`` is the process id of the run.
+    ``run_pid`` is the process id of the run.
     """
     os.set_inheritable(requests, False)
     os.set_inheritable(replies, False)
     # An empty handler is used instead of SIG_IGN, because programs that a reward starts would
     # inherit SIG_IGN.
-    for left in _LEFT_TO_THE_RUN:
-        signal.signal(left, lambda *_: None)
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    working = os.fork()
-    if working:
+    for signal_number in _SIGNALS_FOR_THE_RUN:
+        signal.signal(signal_number, lambda *_: None)
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    service_pid = os.fork()
+    if service_pid:
         os.close(requests)
         os.close(replies)
-        _wait(working, run)
+        _supervise(service_pid, run_pid)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
     protect_output()
     silence_upstream()
-    sys.meta_path.insert(0, _Seeding())
+    sys.meta_path.insert(0, _SeedingFinder())
     try:
         Service(replies).serve(requests)
     except wire.ChannelError:  # the run has ended, or a reward closed or wrote to the pipes
@@ -88,22 +88,22 @@ def main(requests: int, replies: int, run: int) -> NoReturn:
     os._exit(0)
 
 
-def _wait(working: int, run: int) -> NoReturn:
-    """Run the supervisor: wait until the process ``working`` ends, and exit with its exit code.
+def _supervise(service_pid: int, run_pid: int) -> NoReturn:
+    """Run the supervisor: wait until the process ``service_pid`` ends, and exit with its exit code.
 
-    If the run ends first, kill the process group of the worker. ``working`` and ``run`` are process
-    ids.
+    If the run ends first, kill the process group of the worker. ``service_pid`` and ``run_pid`` are
+    process ids.
     """
     while True:
-        done, status = os.waitpid(working, os.WNOHANG)
-        if done:
+        ended_pid, status = os.waitpid(service_pid, os.WNOHANG)
+        if ended_pid:
             # If the run was killed, the supervisor must kill the processes that a reward started.
-            time.sleep(_LAST_LOOK_S)
-            if os.getppid() != run:
+            time.sleep(_REPARENT_WAIT_S)
+            if os.getppid() != run_pid:
                 os.killpg(0, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
-        if os.getppid() != run:
+        if os.getppid() != run_pid:
             os.killpg(0, signal.SIGKILL)
         signal.sigtimedwait({signal.SIGCHLD}, CHECK_INTERVAL_S)
 
@@ -117,7 +117,7 @@ class Service:
     """
 
     def __init__(self, replies: int) -> None:
-        self._replies, self._writing = replies, threading.Lock()
+        self._replies, self._reply_lock = replies, threading.Lock()
         self._functions: list[Callable[..., Any]] = []
         self._tools: list[LocalTool] = []
         self._episodes: list[Episodes] = []
@@ -126,36 +126,38 @@ class Service:
 
     def serve(self, requests: int) -> None:
         """Answer requests until the run closes the pipe."""
-        working = os.getpid()
+        service_pid = os.getpid()
         while (request := wire.receive(requests)) is not None:
             if request["do"] != "call":
                 if request["do"] != "load":
-                    _seed(request)
+                    _seed_random(request)
                 self._answer(request, getattr(self, f"_{request['do']}"))
-                self._end_of_call(working)
+                self._clean_up_after_call(service_pid)
             elif is_async(self._functions[request["function"]]):
-                work = partial(self._answer, request, self._call)
-                threading.Thread(target=work, daemon=True).start()
+                answer = partial(self._answer, request, self._call)
+                threading.Thread(target=answer, daemon=True).start()
             else:
-                _seed(request)
+                _seed_random(request)
                 self._answer(request, self._call)
-                self._end_of_call(working)
+                self._clean_up_after_call(service_pid)
 
     @staticmethod
-    def _end_of_call(working: int) -> None:
-        if os.getpid() != working:  # this is a child that a reward forked and that returned here
+    def _clean_up_after_call(service_pid: int) -> None:
+        if (
+            os.getpid() != service_pid
+        ):  # this is a child that a reward forked and that returned here
             os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)  # cancels an alarm that the reward left active
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
-    def _answer(self, request: Any, work: Callable[[Any], dict[str, Any]]) -> None:
+    def _answer(self, request: Any, handler: Callable[[Any], dict[str, Any]]) -> None:
         try:
-            reply = work(request)
+            reply = handler(request)
         except ToolkitError as error:
-            kind = type(error).__name__
-            reply = {"error": [kind, error.message, error.where, error.fix]}
+            error_class = type(error).__name__
+            reply = {"error": [error_class, error.message, error.where, error.fix]}
         except UserCodeFailed as error:
-            reply = {"misbehaved": list(error.trouble)}
+            reply = {"misbehaved": list(error.failure)}
         except InvalidToolCall as error:
             reply = {"refused": str(error)}
         except BaseException as error:  # noqa: BLE001 - also KeyboardInterrupt, which only a reward can raise here
@@ -164,9 +166,9 @@ class Service:
         try:
             frame = wire.pack({"id": request["id"], **reply})
         except (TypeError, ValueError, RecursionError) as error:  # an error with fields of any type
-            trouble = list(failure_from(error))
-            frame = wire.pack({"id": request["id"], "misbehaved": trouble})
-        with self._writing:
+            failure = list(failure_from(error))
+            frame = wire.pack({"id": request["id"], "misbehaved": failure})
+        with self._reply_lock:
             wire.send(self._replies, frame)
 
     def _load(self, request: Any) -> dict[str, Any]:
@@ -178,9 +180,9 @@ class Service:
         if request.get("what") == "episodes":
             self._episodes.append(Episodes(EnvironmentCode.from_request(request)))
             return {"episodes": len(self._episodes) - 1, "schema": self._episodes[-1].schema}
-        wanted = RewardFunction(name=request["name"], options=request["options"])
+        entry = RewardFunction(name=request["name"], options=request["options"])
         folder, columns = Path(request["folder"]), request["columns"]
-        function = make_function(wanted, request["allow_code"], folder, columns)
+        function = make_function(entry, request["allow_code"], folder, columns)
         self._functions.append(function)
         self._loops.append(LoopThread())
         return {"function": len(self._functions) - 1, "is_async": is_async(function)}
@@ -190,8 +192,8 @@ class Service:
         return {"value": tool.answer(request["arguments"], request["seconds"])}
 
     def _episode(self, request: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self._episodes[request["episodes"]].advance(request)
-        return found
+        reply: dict[str, Any] = self._episodes[request["episodes"]].advance(request)
+        return reply
 
     def _problems(self, request: Any) -> dict[str, Any]:
         code = EnvironmentCode.from_request(request)
@@ -205,30 +207,30 @@ class Service:
         logged: list[list[Any]] = []
         columns = dict(request["columns"])
         for name in request["logs"]:
-            columns[name] = _logger(logged, name)
+            columns[name] = _log_collector(logged, name)
         if request["state"] is not None:
             columns["trainer_state"] = SimpleNamespace(**request["state"])
         batch = Batch(request["prompts"], request["completions"], columns)
         index = request["function"]
-        found: dict[str, Any]
+        reply: dict[str, Any]
         try:
-            values = call_reward(
+            scores = call_reward(
                 self._functions[index], batch, request["seconds"], self._loops[index]
             )
-            found = {"found": [list(v) if isinstance(v, Failure) else v for v in values]}
+            reply = {"found": [list(v) if isinstance(v, Failure) else v for v in scores]}
         except UserCodeFailed as error:
-            found = {"misbehaved": list(error.trouble)}
-        return {**found, "logged": logged}
+            reply = {"misbehaved": list(error.failure)}
+        return {**reply, "logged": logged}
 
 
-def _logger(logged: list[list[Any]], name: str) -> Callable[[str, Any], None]:
+def _log_collector(logged: list[list[Any]], log_function: str) -> Callable[[str, Any], None]:
     def log(key: str, value: Any) -> None:
         if len(logged) < MAX_LOGGED_VALUES:
-            if name == "log_metric":
-                said, shown = metric_name(key), metric_value(value)
+            if log_function == "log_metric":
+                logged_name, logged_value = metric_name(key), metric_value(value)
             else:
-                said, shown = str(key), to_json_value(extra_values(value))
-            logged.append([name, shortened(said), shown])
+                logged_name, logged_value = str(key), to_json_value(extra_values(value))
+            logged.append([log_function, safe_text(logged_name), logged_value])
 
     return log
 
@@ -240,9 +242,9 @@ def to_json_value(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float):
         return value
     if isinstance(value, str):
-        return shortened(value)
+        return safe_text(value)
     if isinstance(value, dict):
-        return {shortened(str(key)): to_json_value(item) for key, item in value.items()}
+        return {safe_text(str(key)): to_json_value(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
         return to_json_value(value.tolist())
     if isinstance(value, list | tuple):
@@ -259,17 +261,17 @@ def _flush() -> None:
 # --- Random numbers. They depend only on the run's seed, the step and the scored samples. Therefore
 # they are the same after the run resumes or the worker restarts.
 
-_seed_now = 0
+_current_seed = 0
 
 
-def _seed(request: Any) -> None:
-    global _seed_now
+def _seed_random(request: Any) -> None:
+    global _current_seed
     state = request.get("state") or {}
     names = ("prompts", "completions") if request["do"] == "call" else ("place", "arguments")
-    scored = [request["seed"], state.get("global_step"), *(request.get(name) for name in names)]
-    digest = hashlib.sha256(json.dumps(scored, default=str).encode()).digest()
-    _seed_now = int.from_bytes(digest[:4], "big")
-    random.seed(_seed_now)
+    seed_parts = [request["seed"], state.get("global_step"), *(request.get(name) for name in names)]
+    digest = hashlib.sha256(json.dumps(seed_parts, default=str).encode()).digest()
+    _current_seed = int.from_bytes(digest[:4], "big")
+    random.seed(_current_seed)
     for name in ("numpy", "torch"):
         if name in sys.modules:
             _seed_library(name, sys.modules[name])
@@ -277,12 +279,12 @@ def _seed(request: Any) -> None:
 
 def _seed_library(name: str, module: Any) -> None:
     if name == "numpy":
-        module.random.seed(_seed_now)
+        module.random.seed(_current_seed)
     else:
-        module.manual_seed(_seed_now)
+        module.manual_seed(_current_seed)
 
 
-class _Seeding(MetaPathFinder):
+class _SeedingFinder(MetaPathFinder):
     """An import finder that seeds numpy and torch when a reward imports them."""
 
     def find_spec(

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +36,10 @@ OTHER_PYTHON_START_CODE = (
     " s.loader.exec_module(m);"
     " from toolkit.train.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
-_PACKAGE = Path(__file__).resolve().parents[2]
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 INVALID_REPLY = "sent an invalid reply from its process"
-_LAST_S = 5.0  # the time limit for exit handlers of the worker
-_RELOAD_S = 600.0  # the time limit for loading all functions again after a restart
+_EXIT_LIMIT_S = 5.0  # the time limit for exit handlers of the worker
+_RELOAD_LIMIT_S = 600.0  # the time limit for loading all functions again after a restart
 
 
 class Workers(NamedTuple):
@@ -57,8 +57,8 @@ class Workers(NamedTuple):
         """Return the workers of a run. ``python`` is the interpreter of the environment, or None.
         No process is started yet.
         """
-        own = WorkerProcess()
-        return cls(own, own if python is None else WorkerProcess(python))
+        rewards = WorkerProcess()
+        return cls(rewards, rewards if python is None else WorkerProcess(python))
 
 
 class WorkerFailed(Exception):
@@ -67,7 +67,7 @@ class WorkerFailed(Exception):
     """
 
 
-class _Replaced(Exception):
+class _WorkerReplaced(Exception):
     """Raised in a running call if the worker was killed because of another call."""
 
 
@@ -83,8 +83,8 @@ class WorkerProcess:
         """
         self._python = python
         self._lock = threading.RLock()
-        self._live: _Live | None = None
-        self._loaded: list[dict[str, Any]] = []
+        self._running: _RunningWorker | None = None
+        self._load_requests: list[dict[str, Any]] = []
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Load a reward, a tool or an environment in the worker, and return the worker's reply.
@@ -95,14 +95,14 @@ class WorkerProcess:
         ended.
         """
         with self._lock:
-            live = self._started()
+            running = self._ensure_started()
             try:
-                made = _asked(live, {"do": "load", **request}, None)
+                reply = _ask_worker(running, {"do": "load", **request}, None)
             except WorkerFailed:
-                self.close(live)
+                self.close(running)
                 raise
-            self._loaded.append(request)
-            return made
+            self._load_requests.append(request)
+            return reply
 
     def call(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
         """Send ``request`` to the worker, and return its reply. If there is no reply after
@@ -113,42 +113,43 @@ class WorkerProcess:
         """
         while True:
             with self._lock:
-                live = self._started()
+                running = self._ensure_started()
             try:
-                return _asked(live, {"do": "call", **request}, seconds)
-            except _Replaced:
+                return _ask_worker(running, {"do": "call", **request}, seconds)
+            except _WorkerReplaced:
                 continue
             except (ToolkitError, TypeError, ValueError):
                 raise
             except BaseException:
                 # A timeout, the end of the worker, or a signal to the run. The worker may still be
                 # busy with this call, so it is killed.
-                self.close(live)
+                self.close(running)
                 raise
 
-    def close(self, live: _Live | None = None) -> None:
+    def close(self, running: _RunningWorker | None = None) -> None:
         """Kill the worker process and all processes that it started.
 
-        With ``live``, the worker is killed only if ``live`` is still the current worker process.
+        With ``running``, the worker is killed only if ``running`` is still the current worker
+        process.
         """
         with self._lock:
-            if self._live is not None and live in (None, self._live):
-                self._live.kill()
-                self._live = None
+            if self._running is not None and running in (None, self._running):
+                self._running.kill()
+                self._running = None
 
-    def _started(self) -> _Live:
-        if self._live is None:
-            live = self._live = _Live(self._python)
+    def _ensure_started(self) -> _RunningWorker:
+        if self._running is None:
+            running = self._running = _RunningWorker(self._python)
             try:
-                for request in self._loaded:
-                    _asked(live, {"do": "load", **request}, _RELOAD_S)
+                for request in self._load_requests:
+                    _ask_worker(running, {"do": "load", **request}, _RELOAD_LIMIT_S)
             except BaseException:
                 self.close()
                 raise
-        return self._live
+        return self._running
 
 
-class _Live:
+class _RunningWorker:
     """One running worker process.
 
     Several threads may send requests. A lock protects sending, and a thread delivers each reply to
@@ -156,119 +157,125 @@ class _Live:
     """
 
     def __init__(self, python: str | None) -> None:
-        theirs, self._requests = os.pipe()
-        self._replies, answers = os.pipe()
+        requests_end, self._requests = os.pipe()
+        self._replies, replies_end = os.pipe()
         os.set_blocking(self._requests, False)
         self._pending: dict[int, Future[dict[str, Any]]] = {}
-        self._sending, self._numbers = threading.Lock(), 0
-        numbers = [str(number) for number in (theirs, answers, os.getpid())]
+        self._send_lock, self._last_id = threading.Lock(), 0
+        arguments = [str(argument) for argument in (requests_end, replies_end, os.getpid())]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START_CODE, *numbers, *sys.path]
+                [sys.executable, "-c", START_CODE, *arguments, *sys.path]
                 if python is None
-                else [python, "-c", OTHER_PYTHON_START_CODE, *numbers, str(_PACKAGE)],
+                else [python, "-c", OTHER_PYTHON_START_CODE, *arguments, str(_PACKAGE_FOLDER)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs, answers),
+                pass_fds=(requests_end, replies_end),
                 # The worker must not get Ctrl-C and the signals of a scheduler.
                 start_new_session=True,
                 # With a fixed hash seed, a set of texts has the same order after a restart.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
         finally:
-            os.close(theirs)
-            os.close(answers)
-        reading = (self._replies, self._pending, self._process)
-        threading.Thread(target=_read, args=reading, daemon=True, name="reward-worker").start()
-        self._end = weakref.finalize(self, _close, os.getpid(), self._process, self._requests)
+            os.close(requests_end)
+            os.close(replies_end)
+        reader_arguments = (self._replies, self._pending, self._process)
+        threading.Thread(
+            target=_deliver_replies, args=reader_arguments, daemon=True, name="reward-worker"
+        ).start()
+        self._finalizer = weakref.finalize(
+            self, _end_process, os.getpid(), self._process, self._requests
+        )
 
     def ask(self, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
         deadline = None if seconds is None else time.monotonic() + seconds
         reply: Future[dict[str, Any]] = Future()
-        with self._sending:
-            self._numbers += 1
-            number = self._numbers
-            frame = wire.pack({"id": number, **request})
-            self._pending[number] = reply
+        with self._send_lock:
+            self._last_id += 1
+            request_id = self._last_id
+            frame = wire.pack({"id": request_id, **request})
+            self._pending[request_id] = reply
             try:
-                sent = wire.send(self._requests, frame, deadline)
+                was_sent = wire.send(self._requests, frame, deadline)
             except wire.ChannelError:
-                sent = True  # the worker has ended, and the reading thread reports how
+                was_sent = True  # the worker has ended, and the reading thread reports how
         try:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            return reply.result(left if sent else 0)
-        except Late:
+            remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            return reply.result(remaining_s if was_sent else 0)
+        except FutureTimeout:
             raise OutOfTime(f"took longer than {seconds:g} s") from None
         finally:
-            self._pending.pop(number, None)
+            self._pending.pop(request_id, None)
 
     def kill(self) -> None:
         # The pending calls get this exception first. Otherwise the reading thread would report the
         # end of the process as a crash.
         for reply in list(self._pending.values()):
             with suppress(Exception):
-                reply.set_exception(_Replaced())
+                reply.set_exception(_WorkerReplaced())
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._end()
+        self._finalizer()
 
 
-def _close(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
+def _end_process(owner: int, process: subprocess.Popen[bytes], requests: int) -> None:
     """Close the pipe ``requests``, so that the worker runs its exit handlers and ends. At most
-    ``_LAST_S`` seconds later, kill the process group of the worker.
+    ``_EXIT_LIMIT_S`` seconds later, kill the process group of the worker.
     """
     os.close(requests)
     if os.getpid() != owner:  # in a fork of the run, the worker is not a child of this process
         return
-    _exit_of(process, _LAST_S)
+    _wait_for_exit(process, _EXIT_LIMIT_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the id is valid until the process is reaped below
     process.wait()
 
 
-def _exit_of(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+def _wait_for_exit(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     """Wait at most ``seconds`` until ``process`` ends, and return its exit code. The process is not
     reaped.
 
     A negative exit code is the number of a signal. None means that the process still runs.
     """
     deadline = time.monotonic() + seconds
-    look = os.WEXITED | os.WNOWAIT | os.WNOHANG
+    wait_flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
     while True:
         try:
-            ended = os.waitid(os.P_PID, process.pid, look)
+            exit_info = os.waitid(os.P_PID, process.pid, wait_flags)
         except ChildProcessError:
             return process.returncode
-        if ended is not None:
-            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        if exit_info is not None:
+            return (
+                exit_info.si_status if exit_info.si_code == os.CLD_EXITED else -exit_info.si_status
+            )
         if time.monotonic() > deadline:
             return None
         time.sleep(0.01)
 
 
-def _read(
+def _deliver_replies(
     replies: int, pending: dict[int, Future[dict[str, Any]]], process: subprocess.Popen[bytes]
 ) -> None:
-    how = None
+    problem = None
     with suppress(wire.ChannelError):
         while (message := wire.receive(replies)) is not None:
-            number = message.get("id") if isinstance(message, dict) else None
-            if type(number) is not int:
-                how = INVALID_REPLY  # a reward has written to the pipe
+            request_id = message.get("id") if isinstance(message, dict) else None
+            if type(request_id) is not int:
+                problem = INVALID_REPLY  # a reward has written to the pipe
                 break
-            reply = pending.pop(number, None)
+            reply = pending.pop(request_id, None)
             if reply is not None:
                 reply.set_result(message)
     os.close(replies)
     if not pending:
         return
-    how = how or _how_it_ended(process)
+    problem = problem or _describe_exit(process)
     for reply in list(pending.values()):
         with suppress(Exception):
-            reply.set_exception(WorkerFailed(how))
+            reply.set_exception(WorkerFailed(problem))
 
 
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    code = _exit_of(process, 5.0)
+def _describe_exit(process: subprocess.Popen[bytes]) -> str:
+    code = _wait_for_exit(process, 5.0)
     if code is None:
         return "closed the pipe of its process"
     number = code - 128 if code > 128 else -code
@@ -278,19 +285,21 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     return f"ended its process by {signal.Signals(number).name if known else f'signal {number}'}"
 
 
-def _asked(live: _Live, request: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """Send ``request`` to the worker process ``live``, and return its reply.
+def _ask_worker(
+    running: _RunningWorker, request: dict[str, Any], seconds: float | None
+) -> dict[str, Any]:
+    """Send ``request`` to the worker process ``running``, and return its reply.
 
     Raises the ToolkitError that the reply contains. Raises WorkerFailed for an invalid reply. The
-    errors of ``_Live.ask`` are raised too.
+    errors of ``_RunningWorker.ask`` are raised too.
     """
-    reply = live.ask(request, seconds)
+    reply = running.ask(request, seconds)
     if not is_valid(request, reply):
         raise WorkerFailed(INVALID_REPLY)
     if "error" not in reply:
         return reply
-    kind, message, where, fix = reply["error"]
-    found = getattr(errors, str(kind), None)
-    if not (isinstance(found, type) and issubclass(found, ToolkitError)):
-        found = errors.ConfigError  # the name is that of an exception class of the reward
-    raise found(message, where=where, fix=fix)
+    class_name, message, where, fix = reply["error"]
+    error_class = getattr(errors, str(class_name), None)
+    if not (isinstance(error_class, type) and issubclass(error_class, ToolkitError)):
+        error_class = errors.ConfigError  # the name is that of an exception class of the reward
+    raise error_class(message, where=where, fix=fix)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from toolkit.engine.mesh import run_on_first
-from toolkit.train.rewards.logged import shortened, to_safe_json
+from toolkit.train.rewards.logged import safe_text, to_safe_json
 from toolkit.train.rollout.tools import CallFailed, StopRun, Tool
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class ToolCall:
             "completion": self.completion,
             "turn": self.turn,
             "call": self.number,
-            "tool": shortened(self.tool, 200),
+            "tool": safe_text(self.tool, 200),
         }
         said = {"arguments": to_safe_json(self.arguments), "failed": self.failed}
-        result = shortened(self.result, MAX_RESULT_CHARACTERS)
+        result = safe_text(self.result, MAX_RESULT_CHARACTERS)
         return {**which, **said, "result": result}, {**which, "time_s": round(self.time_s, 4)}
 
 

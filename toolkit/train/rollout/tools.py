@@ -158,7 +158,7 @@ def ask_worker(
     Raises InvalidToolCall if the arguments are wrong, UserCodeFailed if the user's code failed, and
     ToolkitError.
     """
-    limit = None if seconds is None else seconds + RemoteReward.kill_s
+    limit = None if seconds is None else seconds + RemoteReward.reply_grace_s
     try:
         reply = worker.call({**request, "seconds": seconds}, limit)
     except OutOfTime:
@@ -192,7 +192,7 @@ def _with_failure_policy(
         except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
         except UserCodeFailed as error:
-            what = error.trouble.what
+            what = error.failure.description
             if policy.on_error == "fail":
                 longer = " raise tools.timeout_s," if "took longer than" in what else ""
                 said = json.dumps(dict(arguments), ensure_ascii=False, default=str)[:500]
@@ -258,13 +258,13 @@ class Episode:
 
     def _step(self, arguments: Mapping[str, Any], _: CallPosition) -> str:
         if self._fault is not None:
-            raise CallFailed(f"the environment {self._fault.what}")
+            raise CallFailed(f"the environment {self._fault.description}")
         if self._has_ended:
             raise CallFailed("the episode has ended")
         seen = self._advance(dict(arguments))
         if seen is None:
             assert self._fault is not None
-            raise CallFailed(f"the environment {self._fault.what}")
+            raise CallFailed(f"the environment {self._fault.description}")
         self._past_actions.append(dict(arguments))
         self._total_reward, self._has_ended = self._total_reward + seen["reward"], seen["done"]
         return f"{seen['text']}\n(the episode has ended)" if self._has_ended else str(seen["text"])
@@ -282,7 +282,7 @@ class Episode:
         except InvalidToolCall as error:
             raise CallFailed(str(error)) from error
         except UserCodeFailed as error:
-            self._fault = error.trouble
+            self._fault = error.failure
             return None
 
 
