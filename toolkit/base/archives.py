@@ -36,7 +36,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DEFAULT_LIMIT_BYTES = 64 * GIB
 MAX_MEMBERS = 10_000  # an archive has one data file and a few other files
 MAX_DIRECTORY_BYTES = 4 * MIB  # the headers of a zip file's members
-_ENCRYPTED = 1  # a bit of a zip member's flags that means: the member is encrypted
+_ENCRYPTED_FLAG = 1  # a bit of a zip member's flags that means: the member is encrypted
 ARCHIVE_ERRORS = (
     *UNPACKING_ERRORS,
     tarfile.TarError,
@@ -76,14 +76,14 @@ def unpack(archive: Path, into: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES)
     """
     if into.exists() and any(into.iterdir()):
         raise ConfigError("the folder to unpack into is not empty", where=str(into))
-    with open_bytes(archive) as file, _reading(archive):
-        with _members(archive, file, limit_bytes) as members:
-            _check(archive, into, members, limit_bytes)
+    with open_bytes(archive) as file, _translate_read_errors(archive):
+        with _open_members(archive, file, limit_bytes) as members:
+            _check_members(archive, into, members, limit_bytes)
         make_folder(into)
-        left_bytes = limit_bytes
-        with _members(archive, file, limit_bytes) as members:
+        remaining_bytes = limit_bytes
+        with _open_members(archive, file, limit_bytes) as members:
             for member in members:
-                left_bytes -= _write(archive, into, member, left_bytes)
+                remaining_bytes -= _write_member(archive, into, member, remaining_bytes)
     return into
 
 
@@ -96,23 +96,23 @@ def list_files(archive: Path, *, max_bytes_read: int) -> list[str] | None:
     """
     names: list[str] = []
     total_bytes = 0
-    most = max_unpacked_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
-    listed = zipfile.is_zipfile(archive)  # a zip file lists its members: none is unpacked
+    max_total_bytes = max_unpacked_bytes(archive.stat().st_size, DEFAULT_LIMIT_BYTES)
+    has_member_list = zipfile.is_zipfile(archive)  # a zip file lists its members: none is unpacked
     with (
         open_bytes(archive) as file,
-        _reading(archive),
-        _members(archive, file, DEFAULT_LIMIT_BYTES) as members,
+        _translate_read_errors(archive),
+        _open_members(archive, file, DEFAULT_LIMIT_BYTES) as members,
     ):
-        for member in _checked(archive, archive.parent, members, most):
+        for member in _checked_members(archive, archive.parent, members, max_total_bytes):
             names += [] if member.is_folder else [member.name]
             total_bytes += member.size_bytes
-            if total_bytes > max_bytes_read and not listed:
+            if total_bytes > max_bytes_read and not has_member_list:
                 return None
     return names
 
 
 @contextmanager
-def _reading(archive: Path) -> Iterator[None]:
+def _translate_read_errors(archive: Path) -> Iterator[None]:
     """Inside the ``with`` block, turn an error about the bytes of ``archive`` into an InputError
     that names the archive.
     """
@@ -120,25 +120,25 @@ def _reading(archive: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:  # gzip and bz2 raise OSError without a number
-            raise _unreadable(archive, error) from error
+            raise _unreadable_error(archive, error) from error
         raise InputError(
             f"cannot be unpacked: {error.strerror or error}", where=str(archive)
         ) from error
     except ARCHIVE_ERRORS as error:
-        raise _unreadable(archive, error) from error
+        raise _unreadable_error(archive, error) from error
 
 
-def _unreadable(archive: Path, error: Exception) -> InputError:
+def _unreadable_error(archive: Path, error: Exception) -> InputError:
     why = "its headers are nested in a loop" if isinstance(error, RecursionError) else error
     return InputError(f"not a readable archive: {why}", where=str(archive))
 
 
-def _check(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
-    for _ in _checked(archive, into, members, limit_bytes):
+def _check_members(archive: Path, into: Path, members: Iterator[Member], limit_bytes: int) -> None:
+    for _ in _checked_members(archive, into, members, limit_bytes):
         pass
 
 
-def _checked(
+def _checked_members(
     archive: Path, into: Path, members: Iterator[Member], limit_bytes: int
 ) -> Iterator[Member]:
     """Yield each member after checking that it can be written below ``into``."""
@@ -151,14 +151,14 @@ def _checked(
         seen.add(path)
         total_bytes += member.size_bytes
         if member.size_bytes < 0 or total_bytes > limit_bytes:
-            raise _too_large(archive, limit_bytes)
+            raise _too_large_error(archive, limit_bytes)
         yield member
 
 
-def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
+def _write_member(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
     """Write one member; return the number of bytes written, which is at most ``limit_bytes``."""
     try:
-        return _copy(archive, member, safe_join(into, member.name), limit_bytes)
+        return _copy_member(archive, member, safe_join(into, member.name), limit_bytes)
     except OSError as error:
         raise InputError(
             f"the member {member.name!r} cannot be unpacked: {error.strerror or error}",
@@ -166,7 +166,7 @@ def _write(archive: Path, into: Path, member: Member, limit_bytes: int) -> int:
         ) from error
 
 
-def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
+def _copy_member(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
     if member.is_folder:
         make_folder(path)
         return 0
@@ -176,32 +176,32 @@ def _copy(archive: Path, member: Member, path: Path, limit_bytes: int) -> int:
         while chunk := source.read(READ_BYTES):
             written_bytes += len(chunk)
             if written_bytes > limit_bytes:
-                raise _too_large(archive, limit_bytes)
+                raise _too_large_error(archive, limit_bytes)
             target.write(chunk)
     path.chmod(FILE_MODE & path.stat().st_mode)
     return written_bytes
 
 
-def _too_large(archive: Path, limit_bytes: int) -> ConfigError:
+def _too_large_error(archive: Path, limit_bytes: int) -> ConfigError:
     what = f"unpacks to more than {format_bytes(limit_bytes)}"
     return ConfigError(what, where=str(archive), fix=FIX_UNPACK_YOURSELF)
 
 
 @contextmanager
-def _members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
+def _open_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Iterator[Member]]:
     """A context manager. Its value is an iterator over the members, in the order of the archive.
     The caller must read the content of a member before it requests the next member.
     """
     file.seek(0)
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(_Capped(archive, file)) as zipped:
+        with zipfile.ZipFile(_ReadLimitedFile(archive, file)) as zipped:
             yield _zip_members(archive, zipped, limit_bytes)
     else:
         file.seek(0)
         yield _tar_members(archive, file, limit_bytes)
 
 
-class _Capped:
+class _ReadLimitedFile:
     """A zip file whose single reads are limited in size. The header of a zip file may state any
     size for the central directory (the list of members), and zipfile reads the whole directory at
     once.
@@ -222,7 +222,7 @@ class _Capped:
         return self.file.read(count)
 
 
-def _counted(archive: Path, number: int) -> None:
+def _check_member_count(archive: Path, number: int) -> None:
     """Raise ConfigError if an archive has too many members. ``number`` is the position of a member
     in the archive. Ignored members count too.
     """
@@ -234,7 +234,7 @@ def _counted(archive: Path, number: int) -> None:
         )
 
 
-def _is_extra(name: str) -> bool:
+def _is_ignored(name: str) -> bool:
     """Whether a member should be ignored: a file that macOS adds to archives (such as
     ``.DS_Store``), or the entry ``./`` of the packed folder itself.
     """
@@ -248,13 +248,13 @@ def _is_extra(name: str) -> bool:
 
 def _zip_members(archive: Path, zipped: zipfile.ZipFile, limit_bytes: int) -> Iterator[Member]:
     infos = zipped.infolist()
-    _counted(archive, len(infos))
+    _check_member_count(archive, len(infos))
     total_bytes = sum(info.file_size for info in infos)
-    most = max_unpacked_bytes(archive.stat().st_size, limit_bytes)
-    if total_bytes > most:
-        raise _too_large(archive, most)
+    max_total_bytes = max_unpacked_bytes(archive.stat().st_size, limit_bytes)
+    if total_bytes > max_total_bytes:
+        raise _too_large_error(archive, max_total_bytes)
     for info in infos:
-        if not _is_extra(info.filename):
+        if not _is_ignored(info.filename):
             yield _zip_member(archive, zipped, info)
 
 
@@ -262,8 +262,8 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
     # The file type in the upper bits of a Unix mode; 0 if the archive was made on another system.
     kind = info.external_attr >> 28
     if kind not in (0, 0o4, 0o10):
-        raise _not_a_file(archive, info.filename)
-    if info.flag_bits & _ENCRYPTED:
+        raise _not_a_file_error(archive, info.filename)
+    if info.flag_bits & _ENCRYPTED_FLAG:
         raise ConfigError(
             f"the member {info.filename!r} is encrypted",
             where=str(archive),
@@ -273,10 +273,10 @@ def _zip_member(archive: Path, zipped: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 
 def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[Member]:
-    found = tar_members(archive, file, limit_bytes)
-    for number, (info, content) in enumerate(found, start=1):
-        _counted(archive, number)
-        if _is_extra(info.name):
+    members = tar_members(archive, file, limit_bytes)
+    for number, (info, content) in enumerate(members, start=1):
+        _check_member_count(archive, number)
+        if _is_ignored(info.name):
             continue
         if info.issparse():
             raise ConfigError(
@@ -285,11 +285,11 @@ def _tar_members(archive: Path, file: IO[bytes], limit_bytes: int) -> Iterator[M
                 fix="pack the archive without --sparse",
             )
         if not info.isdir() and content is None:
-            raise _not_a_file(archive, info.name)
-        yield Member(info.name, info.size if content else 0, info.isdir(), _opener(content))
+            raise _not_a_file_error(archive, info.name)
+        yield Member(info.name, info.size if content else 0, info.isdir(), _make_opener(content))
 
 
-def _opener(content: IO[bytes] | None) -> Callable[[], IO[bytes]]:
+def _make_opener(content: IO[bytes] | None) -> Callable[[], IO[bytes]]:
     def open_member() -> IO[bytes]:
         assert content is not None  # a folder is not opened
         return content
@@ -297,7 +297,7 @@ def _opener(content: IO[bytes] | None) -> Callable[[], IO[bytes]]:
     return open_member
 
 
-def _not_a_file(archive: Path, name: str) -> ConfigError:
+def _not_a_file_error(archive: Path, name: str) -> ConfigError:
     return ConfigError(
         f"contains a link or a device: {name!r}",
         where=str(archive),

@@ -21,7 +21,7 @@ X86_64, AARCH64 = "x86_64", "aarch64"
 # Source for x86_64: PyTorch's .ci/manywheel/build_cuda.sh. Sources for aarch64:
 # https://github.com/pytorch/pytorch/pull/161257 (CUDA 13.0, sm_80 to sm_120 with Thor's sm_110),
 # .../pull/163764 (aarch64 begins with 8.0) and .../pull/166044 (one script for both machines).
-_TORCH: dict[tuple[str, str], str] = {
+_TORCH_CAPABILITIES: dict[tuple[str, str], str] = {
     (X86_64, "12.6"): "5.0 6.0 7.0 7.5 8.0 8.6 9.0",
     (X86_64, "12.8"): "7.0 7.5 8.0 8.6 9.0 10.0 12.0",
     (X86_64, "12.9"): "7.0 7.5 8.0 8.6 9.0 10.0 12.0",
@@ -36,7 +36,7 @@ _TORCH: dict[tuple[str, str], str] = {
 # .buildkite/release-pipeline.yaml, from https://github.com/vllm-project/vllm/pull/39878 (Thor:
 # .../pull/31544). Wheels for other CUDA versions are of older releases, which this table does not
 # cover.
-_VLLM: dict[tuple[str, str], str] = {
+_VLLM_CAPABILITIES: dict[tuple[str, str], str] = {
     (X86_64, "12.9"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
     (X86_64, "13.0"): "7.5 8.0 8.6 8.9 9.0 10.0 12.0",
     (AARCH64, "12.9"): "8.0 8.7 8.9 9.0 10.0 12.0",
@@ -53,19 +53,19 @@ def torch_capabilities(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that torch supports, if it is built for CUDA ``cuda`` and the
     machine type ``machine`` (such as ``aarch64``); None if unknown.
     """
-    return _known(_TORCH, cuda, machine)
+    return _look_up(_TORCH_CAPABILITIES, cuda, machine)
 
 
 def vllm_capabilities(cuda: str, machine: str) -> tuple[str, ...] | None:
     """The compute capabilities that vLLM supports, if it is built for CUDA ``cuda`` and the machine
     type ``machine`` (such as ``aarch64``); None if unknown.
     """
-    return _known(_VLLM, cuda, machine)
+    return _look_up(_VLLM_CAPABILITIES, cuda, machine)
 
 
-def _known(table: dict[tuple[str, str], str], cuda: str, machine: str) -> tuple[str, ...] | None:
-    known = table.get((machine, cuda))
-    return None if known is None else tuple(known.split())
+def _look_up(table: dict[tuple[str, str], str], cuda: str, machine: str) -> tuple[str, ...] | None:
+    capabilities = table.get((machine, cuda))
+    return None if capabilities is None else tuple(capabilities.split())
 
 
 def build_problem(
@@ -78,20 +78,22 @@ def build_problem(
     cards with a higher capability of the same major number.
     """
     text = f"compute capability {format_capability(capability)}"
-    built = vllm_capabilities(cuda, machine) if vllm else None
-    if built is not None and capability < min(map(_pair, built)):
+    vllm_built_for = vllm_capabilities(cuda, machine) if vllm else None
+    if vllm_built_for is not None and capability < min(map(_parse_capability, vllm_built_for)):
         on = f" on {machine}" if machine == AARCH64 else ""
-        return f"{text}: vLLM for CUDA {cuda}{on} needs at least {built[0]}"
-    for name, known in (("torch", torch_capabilities(cuda, machine)), ("vLLM", built)):
-        if known is not None and not any(_runs(one, capability) for one in map(_pair, known)):
-            return f"{text}: {name} for CUDA {cuda} on {machine} supports {', '.join(known)}"
+        return f"{text}: vLLM for CUDA {cuda}{on} needs at least {vllm_built_for[0]}"
+    for name, supported in (("torch", torch_capabilities(cuda, machine)), ("vLLM", vllm_built_for)):
+        if supported is not None and not any(
+            _can_run(compiled, capability) for compiled in map(_parse_capability, supported)
+        ):
+            return f"{text}: {name} for CUDA {cuda} on {machine} supports {', '.join(supported)}"
     return None
 
 
-def _pair(spelled_out: str) -> tuple[int, int]:
-    major, minor = spelled_out.split(".")
+def _parse_capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
     return int(major), int(minor)
 
 
-def _runs(compiled: tuple[int, int], capability: tuple[int, int]) -> bool:
+def _can_run(compiled: tuple[int, int], capability: tuple[int, int]) -> bool:
     return compiled[0] == capability[0] and compiled[1] <= capability[1]

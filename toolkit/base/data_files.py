@@ -50,8 +50,8 @@ def data_file_type(path: Path) -> DataFileType | None:
     name = path.name.lower()
     packed = name.endswith(GZIP_SUFFIX)
     suffix = Path(name.removesuffix(GZIP_SUFFIX) if packed else name).suffix
-    known = TEXT_SUFFIXES if packed else (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
-    return DataFileType(suffix, packed) if suffix in known else None
+    suffixes = TEXT_SUFFIXES if packed else (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+    return DataFileType(suffix, packed) if suffix in suffixes else None
 
 
 def unsupported_file_message(path: Path) -> tuple[str, str]:
@@ -63,8 +63,8 @@ def unsupported_file_message(path: Path) -> tuple[str, str]:
             what,
             f"unpack the file ({UNPACK_COMMANDS[suffix]} {path.name}), or pack it with gzip",
         )
-    known = ", ".join(FILE_SUFFIXES)
-    return what, f"use a file with suffix {known}, or a folder made by datasets' save_to_disk"
+    suffixes = ", ".join(FILE_SUFFIXES)
+    return what, f"use a file with suffix {suffixes}, or a folder made by datasets' save_to_disk"
 
 
 def unreadable_table_message(kind: str, why: str) -> str:
@@ -134,20 +134,22 @@ def parse_json_value(text: str) -> Any:
     return _DECODER.decode(text)
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice[:80]!r} twice")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {duplicate[:80]!r} twice")
+    return result
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(
+    parse_constant=_reject_constant, object_pairs_hook=_object_without_duplicates
+)
 
 
 def parse_chat(text: str) -> list[dict[str, Any]] | None:
@@ -161,11 +163,11 @@ def parse_chat(text: str) -> list[dict[str, Any]] | None:
     except (ValueError, RecursionError):
         return None
     messages = value if isinstance(value, list) else []
-    chat = all(
+    is_chat = all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
         for message in messages
     )
-    return messages if messages and chat and is_valid_unicode(messages) else None
+    return messages if messages and is_chat and is_valid_unicode(messages) else None
 
 
 def is_valid_unicode(value: Any) -> bool:
@@ -184,8 +186,8 @@ def find_nul_key(value: Any) -> str | None:
     no such key. Arrow and datasets end the names of nested fields at a NUL character.
     """
     if isinstance(value, dict):
-        found = next((key for key in value if "\0" in key), None)
-        return found if found is not None else find_nul_key(list(value.values()))
+        key_with_nul = next((key for key in value if "\0" in key), None)
+        return key_with_nul if key_with_nul is not None else find_nul_key(list(value.values()))
     if isinstance(value, list):
         return next((key for item in value if (key := find_nul_key(item)) is not None), None)
     return None

@@ -57,7 +57,7 @@ def write_report(error: BaseException) -> Path | None:
     # An argument of the command may be no UTF-8, and is then a text with lone surrogates.
     text = report_text(error).encode(errors="backslashreplace")
     name = f"toolkit-defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for folder in _folders():
+    for folder in _report_folders():
         try:
             return write_file(folder / name, text)
         except (OSError, ToolkitError):
@@ -67,35 +67,37 @@ def write_report(error: BaseException) -> Path | None:
 
 def report_text(error: BaseException) -> str:
     """The text of the report: versions, command, traceback and run, without secrets."""
-    told = "".join(traceback.format_exception(error))
+    traceback_text = "".join(traceback.format_exception(error))
     sections = {
         "what": f"{type(error).__name__}: {error}",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
-        "traceback": told[-MAX_TRACEBACK_CHARACTERS:].rstrip(),
-        "run": _run(),
+        "versions": "\n".join(
+            f"{name} {version}" for name, version in installed_versions().items()
+        ),
+        "traceback": traceback_text[-MAX_TRACEBACK_CHARACTERS:].rstrip(),
+        "run": _run_section(),
     }
     head = "A defect of toolkit. Secrets have been removed; read this before you send it.\n"
     text = head + "".join(f"\n== {name}\n{body}\n" for name, body in sections.items())
     return _without_home(redact(text))
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """The versions of this package, of Python, of the platform and of the installed libraries."""
-    found = {
+    versions = {
         "toolkit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _run() -> str:
+def _run_section() -> str:
     """Return the resolved run as JSON. If the run cannot be described, return the reason, because
     the report must be written in any case.
     """
@@ -107,14 +109,14 @@ def _run() -> str:
         return f"could not be described: {type(problem).__name__}: {problem}"
 
 
-def _folders() -> list[Path]:
+def _report_folders() -> list[Path]:
     """The folders that a report may be written to, the preferred one first."""
-    own = (
+    folders = (
         [RunContext.folder] if RunContext.folder is not None and RunContext.folder.is_dir() else []
     )
     with suppress(OSError):  # the current folder may have been removed
-        own.append(Path.cwd())
-    return [*own, Path(tempfile.gettempdir())]
+        folders.append(Path.cwd())
+    return [*folders, Path(tempfile.gettempdir())]
 
 
 def _without_home(text: str) -> str:

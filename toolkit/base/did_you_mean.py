@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LONGEST = 80
+_MAX_CHARACTERS = 80
 EQUALLY_SIMILAR = 0.02
 """Two words count as equally similar if their similarities differ by less than this."""
 
@@ -23,20 +23,20 @@ def similar_words(
     result has at least the similarity ``cutoff``. Each result is also compared with the first (most
     similar) result: if its similarity is lower by ``max_difference`` or more, it is left out.
     """
-    if len(word) > _LONGEST:
+    if len(word) > _MAX_CHARACTERS:
         return []
-    folded = {one.lower().replace("-", "_"): one for one in words}
-    asked = word.lower().replace("-", "_")
-    if asked in folded:
-        return [folded[asked]]
-    close = get_close_matches(asked, list(folded), n=3, cutoff=cutoff)
-    if not close:
+    words_by_normalized = {known.lower().replace("-", "_"): known for known in words}
+    normalized = word.lower().replace("-", "_")
+    if normalized in words_by_normalized:
+        return [words_by_normalized[normalized]]
+    matches = get_close_matches(normalized, list(words_by_normalized), n=3, cutoff=cutoff)
+    if not matches:
         return []
-    ratios = [SequenceMatcher(None, one, asked).ratio() for one in close]
+    similarities = [SequenceMatcher(None, match, normalized).ratio() for match in matches]
     return [
-        folded[one]
-        for one, ratio in zip(close, ratios, strict=True)
-        if ratio > ratios[0] - max_difference
+        words_by_normalized[match]
+        for match, similarity in zip(matches, similarities, strict=True)
+        if similarity > similarities[0] - max_difference
     ]
 
 
@@ -44,5 +44,5 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.7) -> str | No
     """Return the word that ``word`` is most likely a misspelling of. Return None if no word is
     similar enough, or if several words are about equally similar.
     """
-    close = similar_words(word, words, cutoff=cutoff)
-    return close[0] if len(close) == 1 else None
+    similar = similar_words(word, words, cutoff=cutoff)
+    return similar[0] if len(similar) == 1 else None

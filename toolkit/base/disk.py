@@ -25,15 +25,17 @@ MIN_FREE_BYTES = 1 << 20
 """A file system with fewer free bytes than this counts as full, if an archive writer failed without
 an error number.
 """
-_NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.I)
-_WORDS = {
+_ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.I)
+_ERRNO_OF_PHRASE = {
     "no space left on device": errno.ENOSPC,
     "disk quota exceeded": errno.EDQUOT,
     "read-only file system": errno.EROFS,
 }
 # Messages of torch.save in torch 2.11 and 2.13. The second one means that the file is shorter than
 # the data that was written.
-_WRITERS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos")
+_ARCHIVE_WRITER_ERROR = re.compile(
+    r"PytorchStreamWriter failed|inline_container\.cc\S* \. unexpected pos"
+)
 
 
 def find_failure(
@@ -46,10 +48,10 @@ def find_failure(
     the free space of the file system of ``path`` shows whether the disk was full.
     """
     seen = set[int]()
-    silent = False
+    writer_failed = False
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        number = _number(error)
+        number = _errno_of(error)
         if number in (
             *DISK_FULL_ERRNOS,
             *NOT_WRITABLE_ERRNOS,
@@ -58,32 +60,34 @@ def find_failure(
         ):
             name = getattr(error, "filename", None)
             return number, name if isinstance(name, str) else None
-        writer = bool(_WRITERS.search(str(error)))
-        silent = silent or writer
+        is_writer_error = bool(_ARCHIVE_WRITER_ERROR.search(str(error)))
+        writer_failed = writer_failed or is_writer_error
         # An error that was already handled is not a cause, unless a writer raised the next error
         # while it closed its file.
-        error = error.__cause__ or (error.__context__ if writer else None)
-    if silent and path is not None:
-        free = free_bytes(path)
-        full = free is not None and free < MIN_FREE_BYTES
-        return (errno.ENOSPC if full else errno.EIO), None
+        error = error.__cause__ or (error.__context__ if is_writer_error else None)
+    if writer_failed and path is not None:
+        free_disk_bytes = free_bytes(path)
+        is_full = free_disk_bytes is not None and free_disk_bytes < MIN_FREE_BYTES
+        return (errno.ENOSPC if is_full else errno.EIO), None
     return None
 
 
-def _number(error: BaseException) -> int | None:
+def _errno_of(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if isinstance(error, (ToolkitError, KeyboardInterrupt, SystemExit)):
         return None
     text = str(error)
-    if match := _NUMBER.search(text):
+    if match := _ERRNO_IN_TEXT.search(text):
         number = int(match[1] or match[2])
         return (
             number
             if number in (*DISK_FULL_ERRNOS, *DEVICE_FAILURE_ERRNOS, *FILE_SIZE_ERRNOS, errno.EROFS)
             else None
         )
-    return next((number for words, number in _WORDS.items() if words in text.lower()), None)
+    return next(
+        (number for words, number in _ERRNO_OF_PHRASE.items() if words in text.lower()), None
+    )
 
 
 def to_toolkit_error(
@@ -100,17 +104,18 @@ def to_toolkit_error(
     is not lost. If the file system is full or read-only, the exit code is 1 (the user must act). If
     the file system fails, the exit code is 3 (the node is bad).
     """
-    found = find_failure(error, Path(where))
-    if found is None:
+    failure = find_failure(error, Path(where))
+    if failure is None:
         return None
-    number, name = found
-    place = name or str(where)
-    said = os.strerror(number)
-    system = file_system(Path(place))
+    number, name = failure
+    path = name or str(where)
+    reason = os.strerror(number)
+    system = file_system(Path(path))
     if number in DISK_FULL_ERRNOS:
         return ConfigError(
-            f"the disk is full ({said}){_account(Path(place), number, needed, name)}{kept_note}",
-            where=f"{place}{system}",
+            f"the disk is full ({reason}){_space_summary(Path(path), number, needed, name)}"
+            f"{kept_note}",
+            where=f"{path}{system}",
             fix=(
                 "free some disk space, or set runtime.output_dir to a folder on another disk; then "
                 "start the same command again"
@@ -119,20 +124,20 @@ def to_toolkit_error(
     if number in FILE_SIZE_ERRNOS:
         return ConfigError(
             f"the file would be larger than the limit of this process (ulimit -f) or of the file"
-            f" system ({said}){kept_note}",
-            where=f"{place}{system}",
+            f" system ({reason}){kept_note}",
+            where=f"{path}{system}",
             fix="raise the limit on the size of a file, or set runtime.output_dir to a folder on"
             " another file system; then start the same command again",
         )
     if number in NOT_WRITABLE_ERRNOS:
         return ConfigError(
-            f"cannot write: {said}",
-            where=f"{place}{system}",
+            f"cannot write: {reason}",
+            where=f"{path}{system}",
             fix="set runtime.output_dir to a writable folder",
         )
     return NodeError(
-        f"the disk failed: {said} ({type(error).__name__}: {first_line(error)})",
-        where=f"{place}{system}",
+        f"the disk failed: {reason} ({type(error).__name__}: {first_line(error)})",
+        where=f"{path}{system}",
         fix="search the kernel log of the node (`dmesg`) for errors of this file system, and start"
         " the same command on another node, or set runtime.output_dir to another file system",
     )
@@ -145,24 +150,24 @@ def to_toolkit_error_without_path(error: Exception) -> ToolkitError | None:
     Return None if ``error`` is not a disk failure. Also return None for a missing permission,
     because the error may come from reading a file.
     """
-    found = find_failure(error)
-    if found is None or found[0] in (errno.EACCES, errno.EPERM):
+    failure = find_failure(error)
+    if failure is None or failure[0] in (errno.EACCES, errno.EPERM):
         return None
-    return to_toolkit_error(error, found[1] or Path.cwd(), kept_note="")
+    return to_toolkit_error(error, failure[1] or Path.cwd(), kept_note="")
 
 
-def _account(place: Path, number: int, needed: int | None, name: str | None) -> str:
+def _space_summary(path: Path, number: int, needed: int | None, name: str | None) -> str:
     """Return a text about disk space: the needed, the free and the missing bytes."""
-    free = None if number == errno.EDQUOT else free_bytes(place)
-    wanted = "" if needed is None else f"{format_bytes(needed)} needed"
+    free = None if number == errno.EDQUOT else free_bytes(path)
+    needed_text = "" if needed is None else f"{format_bytes(needed)} needed"
     if free is None:
-        return f": {wanted}" if wanted else ""
-    parts = [part for part in (wanted, f"{format_bytes(free)} free") if part]
+        return f": {needed_text}" if needed_text else ""
+    parts = [part for part in (needed_text, f"{format_bytes(free)} free") if part]
     if needed is not None and needed > free:
         parts.append(f"{format_bytes(needed - free)} missing")
     elif name is None and free >= MIN_FREE_BYTES:
-        where = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
-        parts.append(f"the error names no file, so check {where}")
+        places = "/tmp, /dev/shm, the caches, and the file that the output is redirected to"
+        parts.append(f"the error names no file, so check {places}")
     return f": {', '.join(parts)}"
 
 
@@ -171,13 +176,13 @@ def free_bytes(path: Path) -> int | None:
     parent).
     """
     try:
-        found = os.statvfs(_existing(path))
+        status = os.statvfs(_nearest_existing(path))
     except OSError:
         return None
-    if found.f_blocks == 0:  # a file system that does not report its free space
+    if status.f_blocks == 0:  # a file system that does not report its free space
         return None
-    blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
-    return blocks * found.f_frsize
+    blocks = status.f_bfree if os.geteuid() == 0 else status.f_bavail
+    return blocks * status.f_frsize
 
 
 def file_system(path: Path) -> str:
@@ -185,7 +190,7 @@ def file_system(path: Path) -> str:
     empty if the kernel does not report it.
     """
     try:
-        real = str(_existing(path).resolve())
+        real = str(_nearest_existing(path).resolve())
         lines = MOUNT_TABLE.read_text(errors="replace").splitlines()
     except (OSError, RuntimeError):
         return ""
@@ -194,7 +199,7 @@ def file_system(path: Path) -> str:
         fields = line.split(" ")
         if len(fields) < 5 or " - " not in line:
             continue
-        mount = _unescaped(fields[4])
+        mount = _unescape_octal(fields[4])
         inside = real == mount or real.startswith(mount.rstrip("/") + "/")
         # if two file systems are mounted at one path, the later one is visible
         if inside and len(mount) >= len(best[0]):
@@ -202,9 +207,9 @@ def file_system(path: Path) -> str:
     return f" (file system {best[0]}, {best[1]})" if best[0] else ""
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     return next((p for p in (path, *path.parents) if p.exists()), Path())
 
 
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+def _unescape_octal(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -110,10 +110,12 @@ def first_line(error: BaseException, *, longest: int = 300) -> str:
     pydantic error, whose first line only counts the problems, return the messages of all problems,
     separated by semicolons.
     """
-    judged = getattr(error, "errors", None)
-    if callable(judged) and "validation error" in str(error):
-        said = "; ".join(str(one["msg"]).removeprefix("Value error, ") for one in judged())
-        return said[:longest]
+    problems = getattr(error, "errors", None)
+    if callable(problems) and "validation error" in str(error):
+        messages = "; ".join(
+            str(problem["msg"]).removeprefix("Value error, ") for problem in problems()
+        )
+        return messages[:longest]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:longest]
 

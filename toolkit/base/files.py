@@ -31,7 +31,7 @@ MAX_BLANK_LINES = 1_000_000
 MAX_FOLDER_FILES = 20_000
 FIX_GET_AGAIN = "get the file again: it is truncated, or its content does not match its name"
 FIX_REGULAR_FILE = "put a regular file at this path"
-_KINDS = {
+_FILE_TYPES = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -52,7 +52,7 @@ def file_type_fault(mode: int) -> str | None:
     """Return why a file with this mode (``st_mode``) is refused; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
-    return f"is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
+    return f"is {_FILE_TYPES.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
 
 
 def open_fault(error: OSError | ValueError) -> str:
@@ -148,23 +148,25 @@ def parse_json(raw: bytes, path: str | Path) -> Any:
     """
     try:
         return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_reject_duplicate_keys,
+            parse_constant=_reject_constant,
         )
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise unusable_file_error(path, f"cannot be read as JSON: {reason}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in result:
             raise ValueError(f"a mapping has the key {key[:80]!r} twice")
-        found[key] = value
-    return found
+        result[key] = value
+    return result
 
 
-def _no_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"it contains {name}, which is not a JSON number")
 
 
@@ -198,14 +200,16 @@ def irregular_files(folder: str | Path) -> Iterator[tuple[str, str]]:
     """
     try:
         with os.scandir(folder) as entries:
-            listed = sorted(islice(entries, MAX_FOLDER_FILES + 1), key=lambda entry: entry.name)
+            sorted_entries = sorted(
+                islice(entries, MAX_FOLDER_FILES + 1), key=lambda entry: entry.name
+            )
     except OSError as error:
         raise InputError(
             f"the folder cannot be read: {error.strerror}", where=str(folder)
         ) from error
-    if len(listed) > MAX_FOLDER_FILES:
+    if len(sorted_entries) > MAX_FOLDER_FILES:
         raise InputError(f"the folder has more than {MAX_FOLDER_FILES} files", where=str(folder))
-    for entry in listed:
+    for entry in sorted_entries:
         try:
             mode = entry.stat().st_mode
         except OSError as error:

@@ -10,7 +10,7 @@ import re
 
 # Control characters except tab and line feed (they control a terminal), zero-width and direction
 # characters (they hide or reverse text), and code points that are not characters.
-_UNSEEN = re.compile(
+_UNPRINTABLE = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff\ufff9-\uffff]"
 )
@@ -20,7 +20,7 @@ def escape_unprintable(text: str) -> str:
     """Return ``text`` with each unprintable character replaced by its code point, such as
     ``[U+202E]``. Line feeds and tabs stay.
     """
-    return _UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+    return _UNPRINTABLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 KIB = 1024
@@ -52,11 +52,11 @@ def plural(count: int, noun: str) -> str:
 
 def format_duration(seconds: float) -> str:
     """Format seconds as ``42 s``, ``3 min 07 s`` or ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    total = round(seconds)
+    if total < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{total} s"
+    minutes, seconds_left = divmod(total, 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {seconds_left:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"

@@ -41,12 +41,12 @@ def cached_model(name: str, revision: str | None, environ: Mapping[str, str]) ->
     if not MODEL_ID.fullmatch(name) or ".." in name:
         return None
     folder = hub_cache(environ) / f"models--{name.replace('/', '--')}"
-    commit = _commit(folder, revision or "main")
+    commit = _resolve_commit(folder, revision or "main")
     snapshot = folder / "snapshots" / commit if commit else None
     return snapshot if snapshot is not None and os.path.isdir(snapshot) else None
 
 
-def _commit(folder: Path, revision: str) -> str | None:
+def _resolve_commit(folder: Path, revision: str) -> str | None:
     if _COMMIT.fullmatch(revision):
         return revision
     if not re.fullmatch(r"[\w./-]+", revision) or ".." in revision or revision.startswith("/"):

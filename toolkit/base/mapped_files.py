@@ -21,12 +21,12 @@ BUS_ERROR_MESSAGE = (
     "data file was truncated during the run, or its disk failed; restore the file and start "
     "again: the run resumes from its last checkpoint\n"
 )
-_LINE = BUS_ERROR_MESSAGE.encode()
-_kept: list[Any] = []  # keeps a reference to the C function, which must not be freed
+_MESSAGE_BYTES = BUS_ERROR_MESSAGE.encode()
+_kept_handlers: list[Any] = []  # keeps a reference to the C function, which must not be freed
 
 
-def _end(_number: int) -> None:
-    os.write(2, _LINE)
+def _exit_on_signal(_number: int) -> None:
+    os.write(2, _MESSAGE_BYTES)
     os._exit(InputError.exit_code)
 
 
@@ -34,16 +34,16 @@ def exit_on_bus_errors() -> None:
     """Make a bus error end this process with one line and exit code 2 from now on. Does nothing if
     this function was called before or if other code handles the signal.
     """
-    if _kept or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
+    if _kept_handlers or signal.getsignal(signal.SIGBUS) is not signal.SIG_DFL:
         return
     import ctypes  # noqa: PLC0415 - only a run needs it
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_exit_on_signal)
     library = ctypes.CDLL(None)
     library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     library.signal.restype = ctypes.c_void_p
     library.signal(int(signal.SIGBUS), ctypes.cast(handler, ctypes.c_void_p))
-    _kept.append(handler)
+    _kept_handlers.append(handler)
 
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
@@ -53,25 +53,27 @@ def mapped_weight_files() -> list[tuple[int, int, str]]:
     """``(start, end, path)`` of every weights file that is mapped into this process, sorted; empty
     if the system does not report mappings.
     """
-    found: list[tuple[int, int, str]] = []
+    mapped: list[tuple[int, int, str]] = []
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 fields = line.rstrip("\n").split(maxsplit=5)
                 if len(fields) == 6 and _is_weights(fields[5]):
                     start, _, end = fields[0].partition("-")
-                    found.append((int(start, 16), int(end, 16), fields[5]))
+                    mapped.append((int(start, 16), int(end, 16), fields[5]))
     except OSError:
         return []
-    return sorted(found)
+    return sorted(mapped)
 
 
 def _is_weights(path: str) -> bool:
     """Whether a mapped file is a weights file. In the Hugging Face cache, every file in a ``blobs``
     folder counts as one, because the name of a blob is a digest without a suffix.
     """
-    plain = path.removesuffix(" (deleted)")
-    return plain.startswith("/") and (plain.endswith(_WEIGHT_FILES) or "/blobs/" in plain)
+    mapped_path = path.removesuffix(" (deleted)")
+    return mapped_path.startswith("/") and (
+        mapped_path.endswith(_WEIGHT_FILES) or "/blobs/" in mapped_path
+    )
 
 
 def copy_mapped_weights(model: Any) -> int:

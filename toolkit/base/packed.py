@@ -44,10 +44,10 @@ def open_decompressor(file: IO[bytes]) -> IO[bytes] | None:
         import bz2  # noqa: PLC0415 - only packed files need it
 
         return bz2.BZ2File(file)
-    return _Xz(file) if start == b"\xfd7zXZ\x00" else None  # type: ignore[return-value]
+    return _XzDecompressor(file) if start == b"\xfd7zXZ\x00" else None  # type: ignore[return-value]
 
 
-class _Xz:
+class _XzDecompressor:
     """Unpack an xz file with a limit on memory, because its header may request gigabytes and lzma's
     own file class has no limit.
     """
@@ -59,19 +59,19 @@ class _Xz:
     def read1(self, count: int) -> bytes:
         while True:
             if self.decoder.eof:
-                rest = self.decoder.unused_data.lstrip(b"\0") or self.file.read(
+                packed = self.decoder.unused_data.lstrip(b"\0") or self.file.read(
                     io.DEFAULT_BUFFER_SIZE
                 )
-                if not rest.lstrip(b"\0"):
+                if not packed.lstrip(b"\0"):
                     return b""
                 self.decoder = lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
             elif self.decoder.needs_input:
-                rest = self.file.read(READ_BYTES)
-                if not rest:
+                packed = self.file.read(READ_BYTES)
+                if not packed:
                     raise EOFError("the file ends before its end marker")
             else:
-                rest = b""
-            if chunk := self.decoder.decompress(rest, count):
+                packed = b""
+            if chunk := self.decoder.decompress(packed, count):
                 return chunk
 
 
@@ -85,7 +85,7 @@ class UnpackedStream(io.RawIOBase):
 
     def __init__(self, path: Path, file: IO[bytes], source: Any, limit: int) -> None:
         self.path, self.file, self.source, self.limit = path, file, source, limit
-        self.count = 0
+        self.unpacked_bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -95,11 +95,13 @@ class UnpackedStream(io.RawIOBase):
             chunk = self.source.read1(len(target))
         except UNPACKING_ERRORS as error:
             raise unusable_file_error(self.path, f"cannot be unpacked: {error}") from None
-        self.count += len(chunk)
-        most = max_unpacked_bytes(self.file.tell(), self.limit)
-        if self.count > most:
+        self.unpacked_bytes += len(chunk)
+        max_bytes = max_unpacked_bytes(self.file.tell(), self.limit)
+        if self.unpacked_bytes > max_bytes:
             raise unusable_file_error(
-                self.path, f"unpacks to more than {format_bytes(most)}", fix=FIX_UNPACK_YOURSELF
+                self.path,
+                f"unpacks to more than {format_bytes(max_bytes)}",
+                fix=FIX_UNPACK_YOURSELF,
             )
         target[: len(chunk)] = chunk
         return len(chunk)

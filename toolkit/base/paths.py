@@ -49,15 +49,15 @@ def safe_join(
     (default ``root``) as the place of the problem. ``what`` is the noun for ``name`` in the
     message, such as "a member".
     """
-    pure = PurePosixPath(name.replace("\\", "/"))
-    outside = pure.is_absolute() or PureWindowsPath(name).drive != "" or ".." in pure.parts
-    if outside or "\0" in name or pure == PurePosixPath():
+    relative = PurePosixPath(name.replace("\\", "/"))
+    outside = relative.is_absolute() or PureWindowsPath(name).drive != "" or ".." in relative.parts
+    if outside or "\0" in name or relative == PurePosixPath():
         raise ConfigError(
             f"{what} leads outside its folder: {name!r}",
             where=str(where or root),
             fix="get the file again from a trusted source, because it is damaged or malicious",
         )
-    path = root / pure
+    path = root / relative
     if not links and not path.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"{what} is a link that leads outside its folder: {name!r} -> {path.resolve()}",
@@ -87,7 +87,7 @@ def write_file(
     directory entry are on the disk when this function returns. If ``path`` is a link, the file
     replaces the link. Raises OSError, also if ``path`` is a device, a pipe or a socket.
     """
-    _refuse_special(path)
+    _refuse_special_file(path)
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -111,13 +111,13 @@ def write_named_file(path: Path, content: str) -> Path:
     that the link leads to, and keep the link. Raises OSError.
     """
     if path.is_symlink() and path.exists():
-        _refuse_special(path.resolve())
+        _refuse_special_file(path.resolve())
         write_file(path.resolve(), content)
         return path
     return write_file(path, content)
 
 
-def _refuse_special(path: Path) -> None:
+def _refuse_special_file(path: Path) -> None:
     """Raise OSError if ``path`` is a device, a pipe or a socket. ``write_file`` renames a temporary
     file to ``path``. Without this check, it would replace the device (as root even ``/dev/null``).
     """
@@ -133,10 +133,10 @@ def rewrite_file(path: Path, content: str) -> None:
     """Replace the content of a user's file. Its mode stays, and a link stays a link. Raises
     OSError.
     """
-    place = path.resolve()
-    mode = stat.S_IMODE(place.stat().st_mode)
-    write_file(place, content, mode=mode)
-    place.chmod(mode)  # restores the bits that the umask removed
+    target = path.resolve()
+    mode = stat.S_IMODE(target.stat().st_mode)
+    write_file(target, content, mode=mode)
+    target.chmod(mode)  # restores the bits that the umask removed
 
 
 def append_line(path: Path, line: str) -> None:
@@ -160,7 +160,7 @@ def set_mode(path: Path) -> None:
     for a folder. Raises OSError.
     """
     mode = FOLDER_MODE if path.is_dir() else FILE_MODE
-    path.chmod(mode & ~_umask())
+    path.chmod(mode & ~_read_umask())
 
 
 def set_modes(folder: Path) -> None:
@@ -169,7 +169,7 @@ def set_modes(folder: Path) -> None:
         set_mode(path)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     """Return the umask of this process. If /proc does not report the umask, change it for a moment,
     because that is the only other way to read it.
     """

@@ -28,7 +28,7 @@ def has_expandable_segments(setting: str) -> bool:
 
 def world_size(environ: Mapping[str, str] = os.environ) -> int:
     """The number of processes of the whole run. Raises InputError for an invalid number."""
-    return _number(environ, "WORLD_SIZE", least=1)
+    return _read_number(environ, "WORLD_SIZE", minimum=1)
 
 
 def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
@@ -36,43 +36,43 @@ def local_world_size(environ: Mapping[str, str] = os.environ) -> int:
     is not set, WORLD_SIZE is used, the number of processes on all nodes. Raises InputError.
     """
     name = "LOCAL_WORLD_SIZE" if environ.get("LOCAL_WORLD_SIZE") else "WORLD_SIZE"
-    return _number(environ, name, least=1)
+    return _read_number(environ, name, minimum=1)
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
     """The rank of this process among all processes. Raises InputError."""
-    return _number(environ, "RANK", least=0)
+    return _read_number(environ, "RANK", minimum=0)
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The rank of this process on its node, which is also the index of its GPU. Raises
     InputError.
     """
-    return _number(environ, "LOCAL_RANK", least=0)
+    return _read_number(environ, "LOCAL_RANK", minimum=0)
 
 
 def node_count(environ: Mapping[str, str] = os.environ) -> int:
     """The number of nodes of the run, from torchrun's variable PET_NNODES; 1 if it is not set.
     Raises InputError.
     """
-    return _number(environ, "PET_NNODES", least=1)
+    return _read_number(environ, "PET_NNODES", minimum=1)
 
 
 def node_rank(environ: Mapping[str, str] = os.environ) -> int:
     """The number of this node among the nodes of the run, from 0 (torchrun's variable
     PET_NODE_RANK). Raises InputError.
     """
-    return _number(environ, "PET_NODE_RANK", least=0)
+    return _read_number(environ, "PET_NODE_RANK", minimum=0)
 
 
-def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
-    """The value of a variable as an integer of at least ``least``; ``least`` if it is not set.
+def _read_number(environ: Mapping[str, str], name: str, *, minimum: int) -> int:
+    """The value of a variable as an integer of at least ``minimum``; ``minimum`` if it is not set.
     Raises InputError.
     """
-    text = environ.get(name) or str(least)
-    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < least:
+    text = environ.get(name) or str(minimum)
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < minimum:
         raise InputError(
-            f"{name}={text} must be a whole number of at least {least}",
+            f"{name}={text} must be a whole number of at least {minimum}",
             where="the environment",
             fix=f"start the run with torchrun or --nproc-per-node, or unset the variable {name}",
         )

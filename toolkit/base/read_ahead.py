@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.6
 reading its end removes its beginning from the cache.
 """
 
-_begun: set[Path] = set()
+_started_folders: set[Path] = set()
 
 
 class ReadAhead:
@@ -31,7 +31,7 @@ class ReadAhead:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._pieces = list(chain.from_iterable(_pieces(path) for path in files))
+        self._pieces = list(chain.from_iterable(_split_file(path) for path in files))
         self._lock = threading.Lock()
         self.bytes_read = 0
         self._threads = [
@@ -81,16 +81,16 @@ def read_ahead(folder: str | Path, available_bytes: int) -> ReadAhead | None:
     memory to keep them.
     """
     path = Path(folder)
-    if path in _begun or not path.is_dir():
+    if path in _started_folders or not path.is_dir():
         return None
-    files = [file for file in sorted(path.glob(f"*{WEIGHTS_SUFFIX}")) if _size(file)]
-    total = sum(_size(file) for file in files)
-    if not files or total > MEMORY_SHARE * available_bytes:
+    files = [file for file in sorted(path.glob(f"*{WEIGHTS_SUFFIX}")) if _size_bytes(file)]
+    total_bytes = sum(_size_bytes(file) for file in files)
+    if not files or total_bytes > MEMORY_SHARE * available_bytes:
         return None
-    _begun.add(path)
-    reading = ReadAhead(files)
-    reading.start()
-    return reading
+    _started_folders.add(path)
+    reader = ReadAhead(files)
+    reader.start()
+    return reader
 
 
 def unused_memory_bytes() -> int:
@@ -100,15 +100,15 @@ def unused_memory_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _pieces(path: Path) -> list[tuple[Path, int, int]]:
-    size = _size(path)
+def _split_file(path: Path) -> list[tuple[Path, int, int]]:
+    size = _size_bytes(path)
     return [(path, start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
 
 
-def _size(path: Path) -> int:
+def _size_bytes(path: Path) -> int:
     """Size of a regular file in bytes; 0 for anything else."""
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError:
         return 0
-    return facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

@@ -69,7 +69,7 @@ _SECRET_VARIABLE = re.compile(
 _USER_INFO = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:([^\s/]+)@")
 # The shortest value of a variable that is redacted. Shorter values ("1", "none", "secret") are
 # ordinary words, which must stay readable.
-_SHORTEST_VALUE = 8
+_MIN_SECRET_CHARACTERS = 8
 
 
 def is_secret_key(name: str) -> bool:
@@ -88,8 +88,8 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return ``text`` with every secret replaced by ``[redacted: kind]``. ``environ`` is the
     environment whose secrets are removed, by default that of this process.
     """
-    known = _known_here() if environ is None else _known_values(frozenset(environ.items()))
-    for name, value in known:
+    secrets = _process_secrets() if environ is None else _secrets_in(frozenset(environ.items()))
+    for name, value in secrets:
         text = text.replace(value, f"[redacted: {name}]")
     for kind, pattern in PATTERNS.items():
         keep = r"\g<keep>" if "keep" in pattern.groupindex else ""
@@ -130,7 +130,7 @@ def protect_output() -> Callable[[], None]:
 
     def make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = old_factory(*args, **kwargs)
-        record.msg, record.args = redact(_message(record)), ()
+        record.msg, record.args = redact(_message_of(record)), ()
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         return record
@@ -142,12 +142,12 @@ def protect_output() -> Callable[[], None]:
 
     for name, stream in streams.items():
         if stream is not None:
-            setattr(sys, name, cast("TextIO", _Redacting(stream)))
+            setattr(sys, name, cast("TextIO", _RedactingStream(stream)))
     logging.setLogRecordFactory(make_record)
     return undo
 
 
-class _Redacting:
+class _RedactingStream:
     """A text stream that removes secrets from what is written to it and to its ``buffer``.
 
     All other attributes are those of the stream.
@@ -157,8 +157,8 @@ class _Redacting:
         self._stream = stream
 
     @property
-    def buffer(self) -> _RedactingBytes:
-        return _RedactingBytes(self._stream.buffer)
+    def buffer(self) -> _RedactingBuffer:
+        return _RedactingBuffer(self._stream.buffer)
 
     def write(self, text: str) -> int:
         self._stream.write(redact(text))
@@ -172,9 +172,9 @@ class _Redacting:
         return getattr(self._stream, name)
 
 
-class _RedactingBytes:
-    """A binary stream like ``_Redacting``. It replaces the ``buffer`` of a text stream, because
-    click writes to this buffer in a C locale.
+class _RedactingBuffer:
+    """A binary stream like ``_RedactingStream``. It replaces the ``buffer`` of a text stream,
+    because click writes to this buffer in a C locale.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -189,7 +189,7 @@ class _RedactingBytes:
         return getattr(self._stream, name)
 
 
-def _message(record: logging.LogRecord) -> str:
+def _message_of(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - a wrong format string, or an argument whose __str__ raises
@@ -200,36 +200,42 @@ def _message(record: logging.LogRecord) -> str:
 
 
 # Maps every secret that this process's environment has had so far to the name of its variable.
-_seen: dict[str, str] = {}
-_order: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
+_variable_of_secret: dict[str, str] = {}
+_sorted_secrets: tuple[frozenset[tuple[str, str]], tuple[tuple[str, str], ...]] = (frozenset(), ())
 
 
-def _known_here() -> tuple[tuple[str, str], ...]:
+def _process_secrets() -> tuple[tuple[str, str], ...]:
     """Return the values of all secret environment variables that this process has had so far.
     Variables that were removed from the environment later are included.
     """
-    global _order
+    global _sorted_secrets
     environ = frozenset(os.environ.items())
-    if environ != _order[0]:
-        _seen.update({value: name for name, value in _known_values(environ)})
-        longest_first = sorted(_seen, key=len, reverse=True)
-        _order = (environ, tuple((_seen[value], value) for value in longest_first))
-    return _order[1]
+    if environ != _sorted_secrets[0]:
+        _variable_of_secret.update({value: name for name, value in _secrets_in(environ)})
+        longest_first = sorted(_variable_of_secret, key=len, reverse=True)
+        _sorted_secrets = (
+            environ,
+            tuple((_variable_of_secret[value], value) for value in longest_first),
+        )
+    return _sorted_secrets[1]
 
 
 @lru_cache(maxsize=4)
-def _known_values(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _secrets_in(environ: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Return (variable, value) for each secret in the environment, the longest value first. Every
-    encoding of a secret that ``_forms`` returns has its own pair.
+    encoding of a secret that ``_encodings`` returns has its own pair.
     """
-    found: dict[str, str] = {}
+    variable_of_secret: dict[str, str] = {}
     for name, value in sorted(environ):
         secrets = [match.group(1) for match in _USER_INFO.finditer(value)]
         if _SECRET_VARIABLE.search(name.upper()) and not _is_path(value):
             secrets += [value, value.strip(), *value.splitlines()]
         for secret in secrets:
-            found |= dict.fromkeys(_forms(secret), name)
-    return tuple((found[value], value) for value in sorted(found, key=len, reverse=True))
+            variable_of_secret |= dict.fromkeys(_encodings(secret), name)
+    return tuple(
+        (variable_of_secret[value], value)
+        for value in sorted(variable_of_secret, key=len, reverse=True)
+    )
 
 
 def _is_path(value: str) -> bool:
@@ -240,25 +246,27 @@ def _is_path(value: str) -> bool:
     if not value.startswith("/") or "\0" in value:
         return False
     try:
-        return os.path.exists(value) or (value.count("/") > 1 and os.path.isdir(_folder(value)))
+        return os.path.exists(value) or (
+            value.count("/") > 1 and os.path.isdir(_parent_folder(value))
+        )
     except OSError:
         return False
 
 
-def _folder(value: str) -> str:
+def _parent_folder(value: str) -> str:
     return value.rpartition("/")[0]
 
 
-def _forms(secret: str) -> list[str]:
+def _encodings(secret: str) -> list[str]:
     """Return the texts in which ``secret`` may appear in output: the secret itself, and its
     encodings by ``repr`` (once and twice, and for bytes), by JSON, in URLs, and by
     ``escape_unprintable``.
     """
-    once = _quoted(secret)
+    once = _quoted_forms(secret)
     forms = [
         secret,
         *once,
-        *(twice for form in once for twice in _quoted(form)),
+        *(twice for form in once for twice in _quoted_forms(form)),
         repr(secret.encode(errors="surrogateescape"))[2:-1],
         quote(secret, safe="", errors="surrogateescape"),
         quote(secret, errors="surrogateescape"),
@@ -267,16 +275,16 @@ def _forms(secret: str) -> list[str]:
         escape_unprintable(secret),
         escape_unprintable(secret).replace("\n", "\\n"),
     ]
-    return [form for form in dict.fromkeys(forms) if len(form) >= _SHORTEST_VALUE]
+    return [form for form in dict.fromkeys(forms) if len(form) >= _MIN_SECRET_CHARACTERS]
 
 
-def _quoted(text: str) -> list[str]:
-    found = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
-    for quote_it in (repr, ascii):
-        found += [
-            quote_it(text)[1:-1],
+def _quoted_forms(text: str) -> list[str]:
+    forms = [json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]]
+    for quote_function in (repr, ascii):
+        forms += [
+            quote_function(text)[1:-1],
             # ``repr`` of a text with both quote characters escapes the single quotes
-            quote_it(f"{text}'\"")[1:-4],
-            quote_it(f"{text}'")[1:-2],  # with only single quotes, nothing is escaped
+            quote_function(f"{text}'\"")[1:-4],
+            quote_function(f"{text}'")[1:-2],  # with only single quotes, nothing is escaped
         ]
-    return found
+    return forms

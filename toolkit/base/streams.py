@@ -27,10 +27,10 @@ def open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
             # processes that this process starts inherit the descriptors
             os.set_inheritable(number, True)
     for name, number in (("stdout", 1), ("stderr", 2)):
@@ -43,14 +43,14 @@ def ignore_lost_streams() -> Iterator[None]:
     """A context in which a failing stdout or stderr raises no error. Further output to the failed
     stream is dropped. A failure of stdout is reported once on stderr.
     """
-    before = sys.stdout, sys.stderr
-    err = LossTolerantStream(before[1], "stderr", None)
-    sys.stdout = cast("TextIO", LossTolerantStream(before[0], "stdout", err))
-    sys.stderr = cast("TextIO", err)
+    old_streams = sys.stdout, sys.stderr
+    stderr = LossTolerantStream(old_streams[1], "stderr", None)
+    sys.stdout = cast("TextIO", LossTolerantStream(old_streams[0], "stdout", stderr))
+    sys.stderr = cast("TextIO", stderr)
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = old_streams
 
 
 class LossTolerantStream:
@@ -59,17 +59,19 @@ class LossTolerantStream:
     attributes are those of the wrapped stream.
     """
 
-    def __init__(self, stream: TextIO, name: str, other: LossTolerantStream | None) -> None:
-        self._stream, self._name, self._other = stream, name, other
-        self._lost = False
+    def __init__(
+        self, stream: TextIO, name: str, warning_stream: LossTolerantStream | None
+    ) -> None:
+        self._stream, self._name, self._warning_stream = stream, name, warning_stream
+        self._is_lost = False
 
     def write(self, text: str) -> int:
         """Write the text, or drop it after a failure."""
-        if not self._lost:
+        if not self._is_lost:
             try:
                 self._stream.write(text)
             except (OSError, ValueError) as error:
-                self._lose(error)
+                self._give_up(error)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -79,21 +81,21 @@ class LossTolerantStream:
 
     def flush(self) -> None:
         """Flush the stream; do nothing after a failure."""
-        if not self._lost:
+        if not self._is_lost:
             try:
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                self._lose(error)
+                self._give_up(error)
 
-    def _lose(self, error: Exception) -> None:
-        self._lost = True
+    def _give_up(self, error: Exception) -> None:
+        self._is_lost = True
         discard_output(self._stream)
-        if self._other is not None:
-            said = getattr(error, "strerror", None) or str(error)
-            self._other.write(
-                f"warning: {self._name} is lost ({said}); the run continues without it\n"
+        if self._warning_stream is not None:
+            reason = getattr(error, "strerror", None) or str(error)
+            self._warning_stream.write(
+                f"warning: {self._name} is lost ({reason}); the run continues without it\n"
             )
-            self._other.flush()
+            self._warning_stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -105,9 +107,9 @@ def discard_output(stream: TextIO) -> None:
     ends, fail again, and change the exit code to 120.
     """
     with suppress(OSError, ValueError, AttributeError):
-        number = stream.fileno()
+        descriptor = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, number)
+        os.dup2(null, descriptor)
         os.close(null)
     with suppress(OSError, ValueError):
         stream.flush()

@@ -29,44 +29,44 @@ class ForwardOnlyStream:
 
     def __init__(self, path: Path, file: IO[bytes], limit: int) -> None:
         self.path = path
-        self.at = 0
+        self.position = 0
         self.in_headers = True
         self.headers_bytes = 0
         source = open_decompressor(file)
-        self.plain = source is None
+        self.is_uncompressed = source is None
         self.source: IO[bytes] = file
         if source is not None:
             unpacked = UnpackedStream(path, file, source, limit + MAX_HEADERS_BYTES)
             self.source = io.BufferedReader(unpacked, buffer_size=MIB)
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def read(self, count: int) -> bytes:
         """Read a header, or a part of a member's data."""
         if not 0 <= count <= MAX_HEADER_BYTES:
-            what = f"has a header of {count} bytes; the limit is {MAX_HEADER_BYTES}"
-            raise ConfigError(what, where=str(self.path))
+            problem = f"has a header of {count} bytes; the limit is {MAX_HEADER_BYTES}"
+            raise ConfigError(problem, where=str(self.path))
         data = self.source.read(count)
-        self.at += len(data)
+        self.position += len(data)
         self.headers_bytes += len(data) if self.in_headers else 0
         if self.headers_bytes > MAX_HEADERS_BYTES:
-            most = format_bytes(MAX_HEADERS_BYTES)
-            raise ConfigError(f"has headers of more than {most}", where=str(self.path))
+            limit_text = format_bytes(MAX_HEADERS_BYTES)
+            raise ConfigError(f"has headers of more than {limit_text}", where=str(self.path))
         return data
 
     def seek(self, position: int) -> None:
-        if position < self.at:
+        if position < self.position:
             raise unusable_file_error(self.path, "has a header that points backwards")
-        if self.plain:
+        if self.is_uncompressed:
             self.source.seek(position)
-            self.at = position
+            self.position = position
             return
-        while self.at < position:
-            data = self.source.read(min(READ_BYTES, position - self.at))
+        while self.position < position:
+            data = self.source.read(min(READ_BYTES, position - self.position))
             if not data:
                 return
-            self.at += len(data)
+            self.position += len(data)
 
 
 def tar_members(

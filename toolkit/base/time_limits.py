@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
-_AGAIN_S = 1.0  # the alarm repeats, because the called code may catch the first one
+_ALARM_REPEAT_S = 1.0  # the alarm repeats, because the called code may catch the first one
 
 
 class OutOfTime(Exception):
     """The call did not return in time."""
 
 
-class _Cut(BaseException):
+class _AlarmFired(BaseException):
     """The exception that the timer signal raises in the called code when the time is over. It is
     not an ``Exception``, so ``except Exception`` in the called code does not catch it.
     """
@@ -48,49 +48,49 @@ def call_within(seconds: float | None, call: Callable[[], T]) -> T:
     if seconds is None:
         return call()
     if threading.current_thread() is threading.main_thread():
-        return _with_alarm(seconds, call)
-    return _with_thread(seconds, call)
+        return _call_with_alarm(seconds, call)
+    return _call_in_thread(seconds, call)
 
 
-def _with_alarm(seconds: float, call: Callable[[], T]) -> T:
-    armed = True
+def _call_with_alarm(seconds: float, call: Callable[[], T]) -> T:
+    is_armed = True
     deadline = time.monotonic() + seconds
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
-        left = deadline - time.monotonic()
-        if left > 0:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s > 0:
             # This alarm is not from this module: a signal handler set it during the call.
-            signal.setitimer(signal.ITIMER_REAL, left, _AGAIN_S)
+            signal.setitimer(signal.ITIMER_REAL, remaining_s, _ALARM_REPEAT_S)
             if callable(old_handler):
                 old_handler(signum, frame)
-        elif armed:
-            raise _Cut
+        elif is_armed:
+            raise _AlarmFired
 
     started = time.monotonic()
     old_handler = signal.signal(signal.SIGALRM, on_alarm)
-    old_left, old_interval = signal.getitimer(signal.ITIMER_REAL)
+    old_remaining_s, old_interval = signal.getitimer(signal.ITIMER_REAL)
     try:
         try:
             # the alarm may fire immediately
-            signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+            signal.setitimer(signal.ITIMER_REAL, seconds, _ALARM_REPEAT_S)
             return call()
         finally:
-            armed = False
-    except _Cut:
+            is_armed = False
+    except _AlarmFired:
         raise OutOfTime(f"took longer than {seconds:g} s") from None
     finally:
-        armed = False
-        left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-        if left and interval != _AGAIN_S and callable(old_handler):
+        is_armed = False
+        remaining_s, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+        if remaining_s and interval != _ALARM_REPEAT_S and callable(old_handler):
             # The called code set this alarm, so it must stay set.
-            old_left, old_interval = left, interval
-        elif old_left:  # the alarm that was set before the call continues
-            old_left = max(old_left - (time.monotonic() - started), 1e-3)
+            old_remaining_s, old_interval = remaining_s, interval
+        elif old_remaining_s:  # the alarm that was set before the call continues
+            old_remaining_s = max(old_remaining_s - (time.monotonic() - started), 1e-3)
         signal.signal(signal.SIGALRM, old_handler or signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, old_left, old_interval)
+        signal.setitimer(signal.ITIMER_REAL, old_remaining_s, old_interval)
 
 
-def _with_thread(seconds: float, call: Callable[[], T]) -> T:
+def _call_in_thread(seconds: float, call: Callable[[], T]) -> T:
     outcome: Future[T] = Future()
 
     def work() -> None:
@@ -115,19 +115,19 @@ def limit_extra_memory(extra_bytes: int) -> Iterator[None]:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        has = _address_space()
+        current_bytes = _address_space_bytes()
     except OSError:
         yield  # without /proc the memory is not limited
         return
     limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([has + extra_bytes, *limits]), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (min([current_bytes + extra_bytes, *limits]), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _address_space() -> int:
+def _address_space_bytes() -> int:
     """Bytes of this process's address space. Raises OSError without /proc."""
     handle = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -18,8 +18,8 @@ def vllm_supports_any(architectures: Iterable[str]) -> bool | None:
 
     Raises OSError if the registry cannot be read.
     """
-    places = (Path(entry, REGISTRY) for entry in sys.path if entry)
-    registry = next((path for path in places if path.is_file()), None)
+    paths = (Path(entry, REGISTRY) for entry in sys.path if entry)
+    registry = next((path for path in paths if path.is_file()), None)
     if registry is None:
         return None
     text = registry.read_text(encoding="utf-8", errors="replace")

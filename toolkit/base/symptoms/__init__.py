@@ -29,17 +29,17 @@ _ENTRIES: tuple[Entry, ...] = (
     *host.ENTRIES,
     *model.ENTRIES,
 )
-_ALL = (*_ENTRIES, *consequences.ENTRIES)
-SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ALL)
+_ALL_ENTRIES = (*_ENTRIES, *consequences.ENTRIES)
+SYMPTOMS: tuple[Symptom, ...] = tuple(entry.symptom for entry in _ALL_ENTRIES)
 CONSEQUENCES = frozenset(entry.symptom.id for entry in consequences.ENTRIES)
 TEXTS: dict[str, tuple[str, ...]] = {
-    entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ALL
+    entry.symptom.id: tuple(one.text for one in entry.texts) for entry in _ALL_ENTRIES
 }
 # In a text copied from a screen, line breaks may split words. Only this many characters at the end
 # of a text are also searched with all line breaks removed.
 MAX_REJOINED_CHARACTERS = 100_000
-_ALIKE = 0.5  # the least share of a known text's words that must occur
-_NEAREST = 3
+_MIN_SHARED_WORDS = 0.5  # the least share of a known text's words that must occur
+_MAX_SIMILAR = 3
 
 
 def find_symptoms(text: str) -> list[Symptom]:
@@ -51,21 +51,21 @@ def find_symptoms(text: str) -> list[Symptom]:
     ignored.
     """
     wrapped, joined = group_by_rank(condense(text))
-    forms = [(one, one.lower()) for one in (wrapped, joined[-MAX_REJOINED_CHARACTERS:])]
-    forms = [(one if len(one) == len(low) else low, low) for one, low in forms]
-    return _found(_ENTRIES, forms) or _found(consequences.ENTRIES, forms)
+    forms = [(form, form.lower()) for form in (wrapped, joined[-MAX_REJOINED_CHARACTERS:])]
+    forms = [(form if len(form) == len(lowered) else lowered, lowered) for form, lowered in forms]
+    return _find_in_entries(_ENTRIES, forms) or _find_in_entries(consequences.ENTRIES, forms)
 
 
-def _found(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Symptom]:
-    found: dict[str, Symptom] = {}
+def _find_in_entries(entries: tuple[Entry, ...], forms: list[tuple[str, str]]) -> list[Symptom]:
+    symptoms: dict[str, Symptom] = {}
     for entry in entries:
-        if entry.unless & found.keys():
+        if entry.unless & symptoms.keys():
             continue
         for form, lowered in forms:
             if symptom := entry.find(form, lowered):
-                found[entry.symptom.id] = symptom
+                symptoms[entry.symptom.id] = symptom
                 break
-    return list(found.values())
+    return list(symptoms.values())
 
 
 def similar_symptoms(text: str) -> list[Symptom]:
@@ -74,12 +74,12 @@ def similar_symptoms(text: str) -> list[Symptom]:
     """
     lines = [words_in(line) for line in error_lines(condense(text))]
     scores: dict[Symptom, float] = {}
-    for entry in _ALL:
-        for known in entry.texts:
-            words = known.words
+    for entry in _ALL_ENTRIES:
+        for pattern in entry.texts:
+            words = pattern.words
             if len(words) < 2:
                 continue
             share = max((len(words & line) / len(words) for line in lines), default=0.0)
             scores[entry.symptom] = max(share, scores.get(entry.symptom, 0.0))
-    best = sorted(scores, key=lambda one: -scores[one])
-    return [one for one in best if scores[one] >= _ALIKE][:_NEAREST]
+    by_score = sorted(scores, key=lambda symptom: -scores[symptom])
+    return [symptom for symptom in by_score if scores[symptom] >= _MIN_SHARED_WORDS][:_MAX_SIMILAR]

@@ -40,12 +40,12 @@ USER_XIDS: dict[int, str] = {
 }
 
 
-def _xid(symptom: Symptom, hit: re.Match[str], around: str) -> Symptom:
+def _xid(symptom: Symptom, match: re.Match[str], context: str) -> Symptom:
     """Return the symptom of an XID (an error number of the NVIDIA driver). Its title explains the
     number, and its exit code says who must act.
     """
-    del around
-    number = int(hit.group(2).rstrip("."))
+    del context
+    number = int(match.group(2).rstrip("."))
     if number in FATAL_XIDS:
         return symptom.with_values(title=f"XID {number}: {FATAL_XIDS[number]}")
     if number in USER_XIDS:

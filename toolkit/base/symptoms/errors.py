@@ -24,12 +24,12 @@ ERROR_CLASSES: dict[int, type[ToolkitError]] = {
 
 def exception_chain(problem: BaseException) -> list[BaseException]:
     """``problem`` and the exceptions that caused it, the outermost first."""
-    found: list[BaseException] = []
+    chain: list[BaseException] = []
     current: BaseException | None = problem
-    while current is not None and current not in found:
-        found.append(current)
+    while current is not None and current not in chain:
+        chain.append(current)
         current = current.__cause__ or current.__context__
-    return found
+    return chain
 
 
 RESTART_ADVICE = "then start the same command again: it resumes from the last checkpoint"

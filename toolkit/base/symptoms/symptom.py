@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PARTS = {
+_PLACEHOLDERS = {
     "{n}": r"(\d[\d.]*)",
     "{w}": r"([^\s,;'\"`]+)",
     "{..}": r".{0,300}?",
     "{....}": r".{0,4000}?",
 }
-_SPLIT = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
+_PLACEHOLDER = re.compile(r"(\{(?:n|w|\.\.|\.\.\.\.)\})")
 # number of characters searched on either side of a text's longest literal part
 DEFAULT_WINDOW, LONG_WINDOW = 700, 5000
-_MOST_PLACES = 12  # number of occurrences checked from the start, and the same number from the end
+_MAX_OCCURRENCES = (
+    12  # number of occurrences checked from the start, and the same number from the end
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class TextPattern:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        parts = _SPLIT.split(text)
+        parts = _PLACEHOLDER.split(text)
         self.anchor = max(parts[::2], key=len).lower().strip()
         self.window = LONG_WINDOW if "{....}" in text else DEFAULT_WINDOW
         self._parts = parts
@@ -72,7 +74,8 @@ class TextPattern:
         ``anchor``, and not at import, so that imports stay fast.
         """
         joined = "".join(
-            _PARTS[part] if part in _PARTS else re.escape(part) for part in self._parts
+            _PLACEHOLDERS[part] if part in _PLACEHOLDERS else re.escape(part)
+            for part in self._parts
         )
         return re.compile(joined, re.IGNORECASE | re.DOTALL)
 
@@ -80,10 +83,10 @@ class TextPattern:
         """Find this pattern in ``text``. Return (match, the text from the beginning of the match);
         None if there is no match. ``lowered`` is ``text`` in lower case.
         """
-        for at in find_occurrences(lowered, self.anchor):
-            around = text[max(0, at - self.window) : at + self.window]
-            if hit := self.pattern.search(around):
-                return hit, around[hit.start() :]
+        for position in find_occurrences(lowered, self.anchor):
+            context = text[max(0, position - self.window) : position + self.window]
+            if match := self.pattern.search(context):
+                return match, context[match.start() :]
         return None
 
     @property
@@ -97,20 +100,20 @@ def words_in(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z_]{3,}", text.lower()))
 
 
-def find_occurrences(text: str, wanted: str) -> list[int]:
-    """The positions of ``wanted`` in ``text``: at most the first dozen and the last dozen."""
-    found: list[int] = []
-    at = text.find(wanted)
-    while at >= 0 and len(found) < _MOST_PLACES:
-        found.append(at)
-        at = text.find(wanted, at + 1)
-    last = text.rfind(wanted) if at >= 0 else -1
-    for _ in range(_MOST_PLACES):
-        if last <= found[-1] if found else last < 0:
+def find_occurrences(text: str, needle: str) -> list[int]:
+    """The positions of ``needle`` in ``text``: at most the first dozen and the last dozen."""
+    positions: list[int] = []
+    position = text.find(needle)
+    while position >= 0 and len(positions) < _MAX_OCCURRENCES:
+        positions.append(position)
+        position = text.find(needle, position + 1)
+    last = text.rfind(needle) if position >= 0 else -1
+    for _ in range(_MAX_OCCURRENCES):
+        if last <= positions[-1] if positions else last < 0:
             break
-        found.append(last)
-        last = text.rfind(wanted, 0, last)
-    return found
+        positions.append(last)
+        last = text.rfind(needle, 0, last)
+    return positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +134,9 @@ class Entry:
         """Return the symptom if one of its patterns occurs in ``text``, else None. The patterns are
         tried in the order of ``texts``. The numbers are read from the first match.
         """
-        for one in self.texts:
-            if found := one.find(text, lowered):
-                return self.add_details(self.symptom, *found) if self.add_details else self.symptom
+        for pattern in self.texts:
+            if result := pattern.find(text, lowered):
+                return self.add_details(self.symptom, *result) if self.add_details else self.symptom
         return None
 
 
