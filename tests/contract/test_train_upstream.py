@@ -12,7 +12,7 @@ from toolkit.config.schemas import find_schema
 from toolkit.train.upstream_errors import UPSTREAM_TASKS
 
 pytestmark = pytest.mark.contract
-CODE_LOCATIONS = sorted({location for phase in UPSTREAM_TASKS for location in phase.places})
+CODE_LOCATIONS = sorted({location for phase in UPSTREAM_TASKS for location in phase.locations})
 GRPO = find_schema("run")["properties"]["grpo"]["properties"]
 
 
@@ -46,4 +46,4 @@ def test_a_named_file_or_function_exists(location: str) -> None:
 def test_the_keys_of_a_phase_are_keys_of_grpo() -> None:
     for phase in UPSTREAM_TASKS:
         for key in phase.keys or ():
-            assert key in GRPO, f"{phase.doing}: {key}"
+            assert key in GRPO, f"{phase.description}: {key}"

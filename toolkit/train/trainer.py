@@ -60,7 +60,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
     tracking: Tracking | None = None
     tool_log: ToolLog | None = None
     _attempt: StepAttempt | None = None
-    _bad_loss: bool = False
+    _has_bad_loss: bool = False
     collapse_reported: bool = False
     gap_reported: bool = False
     truncation_reported: bool = False
@@ -81,21 +81,21 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                 engine computes in another dtype, or the base weights were changed.
             UnsupportedError: the engine cannot sample from the adapter.
         """
-        given = TRL_SIGNATURE.bind(self, model, *args, **kwargs).arguments
-        del given["self"]
+        arguments = TRL_SIGNATURE.bind(self, model, *args, **kwargs).arguments
+        del arguments["self"]
         engine = find_engine(model)
-        config = given["args"] = given.get("args") or default_config(model)
-        script.check_arguments(given, model)
-        turns = bool(given.get("tools") or given.get("environment_factory"))
-        sampler.check_generation_kwargs(model, config, tools=turns)
-        policy_setup.fit_config_to_model(model, engine, config, given.get("peft_config"))
+        config = arguments["args"] = arguments.get("args") or default_config(model)
+        script.check_arguments(arguments, model)
+        has_tools = bool(arguments.get("tools") or arguments.get("environment_factory"))
+        sampler.check_generation_kwargs(model, config, tools=has_tools)
+        policy_setup.fit_config_to_model(model, engine, config, arguments.get("peft_config"))
         if not isinstance(model, str):
             self.merge_micro_batches(config, model)
-        hidden = nullcontext() if engine is None else _without_vllm(config)
-        with hidden, keep_adapter_float32(model):
-            super().__init__(**given)
+        vllm_hidden = nullcontext() if engine is None else _without_vllm(config)
+        with vllm_hidden, keep_adapter_float32(model):
+            super().__init__(**arguments)
         policy_setup.set_up_adapter(
-            self, model, engine, is_new_adapter=given.get("peft_config") is not None
+            self, model, engine, is_new_adapter=arguments.get("peft_config") is not None
         )
         if engine is not None:
             self._use_engine(engine)
@@ -104,11 +104,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Make TRL generate with ``engine``. Call this method after TRL's ``__init__``, because
         TRL's ``__init__`` builds its own engine if ``use_vllm`` is set.
         """
-        modes = ("token_truncate", "token_mask")
+        token_modes = ("token_truncate", "token_mask")
         if (
             self.loss_type == "vespo"
             and self.vllm_importance_sampling_correction
-            and self.vllm_importance_sampling_mode not in modes
+            and self.vllm_importance_sampling_mode not in token_modes
         ):
             raise ConfigValueError(
                 (
@@ -117,7 +117,7 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
                     f"{self.vllm_importance_sampling_mode!r}"
                 ),
                 where="grpo.vllm_importance_sampling_mode",
-                fix=f"set vllm_importance_sampling_mode to {modes[0]} or {modes[1]}",
+                fix=f"set vllm_importance_sampling_mode to {token_modes[0]} or {token_modes[1]}",
             )
         self.use_vllm = True
         self.vllm_generation = EngineGeneration(self, engine)
@@ -131,9 +131,9 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             DefectError: the base weights changed.
         """
         self.clear_module_caches()
-        check = None if self._sharded() else BaseCheck(self.model)
+        base_check = None if self._sharded() else BaseCheck(self.model)
         output = super().train(*args, **kwargs)
-        self.base_check = None if check is None else check.result()
+        self.base_check = None if base_check is None else base_check.result()
         return output
 
     # --- rollouts
@@ -149,10 +149,10 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """The totals of the differences between the log-probabilities of engine and trainer.
         Training and evaluation have separate totals. The result is for the model's current mode.
         """
-        both: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
+        by_mode: dict[bool, importance_sampling.Disagreement] = self.__dict__.setdefault(
             "_disagreement", {}
         )
-        return both.setdefault(self.model.training, importance_sampling.Disagreement())
+        return by_mode.setdefault(self.model.training, importance_sampling.Disagreement())
 
     @property
     def completion_index(self) -> CompletionIndex:
@@ -172,11 +172,11 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         rewards of the group are equal).
         """
         self.completion_index.begin_batch(len(prompts))
-        drawn = super()._generate(prompts)
+        batch = super()._generate(prompts)
         generation = self._generation
         if generation is None or generation.is_drawing:
-            return drawn
-        return generation.replace_empty_groups(prompts, CompletionBatch(*drawn))
+            return batch
+        return generation.replace_empty_groups(prompts, CompletionBatch(*batch))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         tokenize = super()._tokenize_prompts
@@ -196,35 +196,36 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         with self.timers("rollout_s"):
             if getattr(self, "use_vllm", False):
                 return parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            longest = getattr(unwrapped(self, self.model), "max_seq_length", None)
-            if longest is not None:
-                check_prompts(prompt_ids, self.max_completion_length, longest)
-            own = sampler.TransformersGeneration(self)
-            if own.can_generate(images, multimodal_fields):
-                return own.generate(prompt_ids), None  # Hugging Face generation has no logprobs
+            max_seq_length = getattr(unwrapped(self, self.model), "max_seq_length", None)
+            if max_seq_length is not None:
+                check_prompts(prompt_ids, self.max_completion_length, max_seq_length)
+            generation = sampler.TransformersGeneration(self)
+            if generation.can_generate(images, multimodal_fields):
+                # Hugging Face generation has no logprobs.
+                return generation.generate(prompt_ids), None
             seed, rows = self.completion_index.begin_call(prompt_ids)
             device = getattr(getattr(self, "accelerator", None), "device", None)
             with sampler.seeded(request_seed(seed, rows[0]), device):
-                drawn = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            self.completion_index.record_completions(rows, prompt_ids, drawn[0])
-            return drawn
+                output = parent(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            self.completion_index.record_completions(rows, prompt_ids, output[0])
+            return output
 
     def _tool_call_loop(self, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the tool loop of TRL. In addition, record the tool calls of a training batch for the
         log. If a tool fails, the error of the tool may end the run.
         """
-        loop, log = super()._tool_call_loop, self.tool_log
+        parent, log = super()._tool_call_loop, self.tool_log
         try:
             if log is None or not self.model.training:
-                return loop(prompts, *args, **kwargs)
-            completions = inspect.signature(loop).bind(prompts, *args, **kwargs).arguments
+                return parent(prompts, *args, **kwargs)
+            completions = inspect.signature(parent).bind(prompts, *args, **kwargs).arguments
             step = self.state.global_step
             calls = log.record_calls(
                 self, completions["completions"], self.completion_index.row_numbers, step
             )
-            looped = loop(prompts, *args, **kwargs)
+            output = parent(prompts, *args, **kwargs)
             log.gather_calls(calls)
-            return looped
+            return output
         except StopRun as stop:
             raise stop.error from stop
 
@@ -233,24 +234,24 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
             return self._generation.rewards  # each completion is scored once
         # Remove the values of the previous generation, because a reward need not log every time.
         self._logs["extra"].clear()
-        rewards = super()._calculate_rewards
+        parent = super()._calculate_rewards
         with self.timers("reward_s"):
             if current_mesh() is None:
-                return rewards(*args, **kwargs)
+                return parent(*args, **kwargs)
             # Moved to the CPU, because a process cannot use the device of another process.
-            found = run_on_first(lambda: rewards(*args, **kwargs).cpu())
-            return found.to(self.accelerator.device)
+            rewards = run_on_first(lambda: parent(*args, **kwargs).cpu())
+            return rewards.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not self.model.training or not self.prompt_choice.is_enabled:
             return self._generate_and_score(inputs)
         self._generation = generation = self.prompt_choice.begin_generation(inputs)
         try:
-            made = self._generate_and_score(generation.inputs)
+            output = self._generate_and_score(generation.inputs)
         finally:
             self._generation = None
         self.prompt_choice.end_generation(generation)
-        return made
+        return output
 
     # --- TRL's extra forward pass, skipped if the training forward computes the same numbers
 
@@ -296,13 +297,13 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Do a step as TRL does. If memory runs out, the step is repeated in smaller parts, which
         give the same gradient.
         """
-        step = super().training_step
+        parent = super().training_step
         self._attempt = StepAttempt(self, model)
         try:
-            loss = self._attempt.run(lambda: step(model, inputs, num_items_in_batch))
+            loss = self._attempt.run(lambda: parent(model, inputs, num_items_in_batch))
         finally:
             self._attempt = None
-        self._bad_loss = self._bad_loss or not bool(torch.isfinite(loss))
+        self._has_bad_loss = self._has_bad_loss or not bool(torch.isfinite(loss))
         return loss
 
     def compute_loss(
@@ -311,14 +312,14 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """Compute the loss as TRL does, but for one part of the batch at a time. A part is a pack
         (completions joined into one sequence). After memory ran out, the parts are smaller.
         """
-        loss = super().compute_loss
+        parent = super().compute_loss
         if not self.model.training:
-            return loss(model, inputs, return_outputs, num_items_in_batch)
+            return parent(model, inputs, return_outputs, num_items_in_batch)
         parts = self.row_parts(inputs)
         with self.corrected_entropy_metric():
             if len(parts) > 1:
-                return loss_in_parts(self, model, inputs, parts, lambda part: loss(model, part))
-            return loss(model, inputs, return_outputs, num_items_in_batch)
+                return loss_in_parts(self, model, inputs, parts, lambda part: parent(model, part))
+            return parent(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradient as transformers does. If several processes share a model, use the norm
@@ -326,8 +327,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         """
         if current_mesh() is None:
             # Parameters without a gradient do not change the norm, but a model has many.
-            trained = SimpleNamespace(parameters=self.trained_parameters)
-            return super()._clip_grad_norm(model if self._sharded() else trained)
+            trainable = SimpleNamespace(parameters=self.trained_parameters)
+            return super()._clip_grad_norm(model if self._sharded() else trainable)
         return clip_split_grad_norm(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -338,8 +339,8 @@ class GRPOTrainer(ResumableTrainer, PackedSteps, TrlState, trl.GRPOTrainer):  # 
         if grad_norm is None and current_mesh() is not None:
             grad_norm = clip_split_grad_norm(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        bad, self._bad_loss = self._bad_loss or not math.isfinite(float(norm)), False
-        if self._max_over_ranks(bad):
+        is_bad, self._has_bad_loss = self._has_bad_loss or not math.isfinite(float(norm)), False
+        if self._max_over_ranks(is_bad):
             skip_step(self, model)
         else:
             self.bad_steps = 0
@@ -378,9 +379,9 @@ def _without_vllm(config: Any) -> Iterator[None]:
     ``__init__``. With ``use_vllm``, TRL would build its own engine. Without it, TRL would pass
     ``generation_kwargs``, which are keywords of vLLM, to Hugging Face generation.
     """
-    kept = config.use_vllm, config.generation_kwargs
+    previous = config.use_vllm, config.generation_kwargs
     config.use_vllm, config.generation_kwargs = False, None
     try:
         yield
     finally:
-        config.use_vllm, config.generation_kwargs = kept
+        config.use_vllm, config.generation_kwargs = previous

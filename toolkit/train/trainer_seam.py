@@ -60,51 +60,53 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
 
     tools: Any
     rollout_func: Any
-    _parameters: list[torch.nn.Parameter] | None = None
-    _dropouts: list[torch.nn.Dropout] | None = None
+    _cached_parameters: list[torch.nn.Parameter] | None = None
+    _cached_dropouts: list[torch.nn.Dropout] | None = None
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters of the model that have gradients. The list of all parameters is made once
         per run, because a step would spend milliseconds on it.
         """
-        if self._parameters is None:
-            self._parameters = list(self.model.parameters())
-        return [parameter for parameter in self._parameters if parameter.requires_grad]
+        if self._cached_parameters is None:
+            self._cached_parameters = list(self.model.parameters())
+        return [parameter for parameter in self._cached_parameters if parameter.requires_grad]
 
     def dropout_layers(self) -> list[torch.nn.Dropout]:
         """The dropout layers of the model. Like the list of parameters, this list is made once per
         run.
         """
-        if self._dropouts is None:
+        if self._cached_dropouts is None:
             modules = self.model.modules()
-            self._dropouts = [one for one in modules if isinstance(one, torch.nn.Dropout)]
-        return self._dropouts
+            self._cached_dropouts = [
+                module for module in modules if isinstance(module, torch.nn.Dropout)
+            ]
+        return self._cached_dropouts
 
     def clear_module_caches(self) -> None:
         """Discard the stored lists of parameters and dropout layers. Each list is made again when
         it is next needed.
         """
-        self._parameters = self._dropouts = None
+        self._cached_parameters = self._cached_dropouts = None
 
     @property
     def metric_values(self) -> dict[str, list[float]]:
         """Maps the name of a metric to its values since the last log row. During an evaluation,
         only metrics of the evaluation are included. Otherwise, only metrics of training are.
         """
-        found: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
-        return found
+        values: dict[str, list[float]] = self._metrics["train" if self.model.training else "eval"]
+        return values
 
     @property
     def train_metric_values(self) -> dict[str, list[float]]:
         """Maps the name of a training metric to its values since the last log row of training."""
-        found: dict[str, list[float]] = self._metrics["train"]
-        return found
+        values: dict[str, list[float]] = self._metrics["train"]
+        return values
 
     @property
     def completion_log(self) -> Mapping[str, Any]:
         """Prompts, completions, rewards and advantages of the last generation."""
-        found: Mapping[str, Any] = self._logs
-        return found
+        log: Mapping[str, Any] = self._logs
+        return log
 
     @property
     def tools_by_row(self) -> list[dict[str, Any]]:
@@ -181,8 +183,10 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         """Return the rewards of the completions of all ranks, as a float32 tensor with the shape
         (completions, reward functions).
         """
-        found: torch.Tensor = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-        return found
+        rewards: torch.Tensor = self._calculate_rewards(
+            inputs, prompts, completions, completion_ids
+        )
+        return rewards
 
     def completion_metric_counts(self) -> dict[str, int]:
         """Map each of TRL's metrics of completions to the number of its values since the last log
@@ -192,32 +196,32 @@ class TrlState(Trainer):  # type: ignore[misc]  # transformers ships no usable t
         return {name: len(values[name]) for name in values if name.startswith(COMPLETION_METRICS)}
 
     def log_completion_metrics(
-        self, prompts: list[Any], drawn: CompletionBatch, counts: Mapping[str, int]
+        self, prompts: list[Any], batch: CompletionBatch, counts: Mapping[str, int]
     ) -> None:
-        """Log TRL's metrics of the completions ``drawn``. ``counts`` is the result of an earlier
+        """Log TRL's metrics of the completions of ``batch``. ``counts`` is the result of an earlier
         call of ``completion_metric_counts``. Values that these metrics got after that call are
         removed.
 
         TRL computes these metrics in its method ``_generate``. Therefore this method calls
-        ``_generate`` with a ``rollout_func`` that samples nothing and returns ``drawn``. The number
+        ``_generate`` with a ``rollout_func`` that samples nothing and returns ``batch``. The number
         of tokens seen does not change, because the drawn tokens have already been counted.
         """
         values = self.train_metric_values
         for name in list(values):
             if name.startswith(COMPLETION_METRICS):
                 del values[name][counts.get(name, 0) :]
-        made = {
-            "prompt_ids": drawn.prompt_ids,
-            "completion_ids": drawn.completion_ids,
-            "logprobs": drawn.logprobs,
-            "env_mask": drawn.tool_mask,
+        rollout = {
+            "prompt_ids": batch.prompt_ids,
+            "completion_ids": batch.completion_ids,
+            "logprobs": batch.logprobs,
+            "env_mask": batch.tool_mask,
         }
-        kept = self.tools, self.rollout_func, self.state.num_input_tokens_seen
-        self.tools, self.rollout_func = None, lambda *_: dict(made)
+        previous = self.tools, self.rollout_func, self.state.num_input_tokens_seen
+        self.tools, self.rollout_func = None, lambda *_: dict(rollout)
         try:
             super()._generate(prompts)
         finally:
-            self.tools, self.rollout_func, self.state.num_input_tokens_seen = kept
+            self.tools, self.rollout_func, self.state.num_input_tokens_seen = previous
         values["num_tokens"] = [self.state.num_input_tokens_seen]
 
 
@@ -347,7 +351,7 @@ class TrainerSeam(Protocol):
     ) -> torch.Tensor: ...
     def completion_metric_counts(self) -> dict[str, int]: ...
     def log_completion_metrics(
-        self, prompts: list[Any], drawn: CompletionBatch, counts: Mapping[str, int]
+        self, prompts: list[Any], batch: CompletionBatch, counts: Mapping[str, int]
     ) -> None: ...
 
     rollout_buffer: Any

@@ -31,29 +31,30 @@ ENGINE_KEYS = ("use_vllm", "vllm_mode")
 
 
 def grpo_config(
-    config: RunConfig, run_dir: Path, build: Callable[..., Any], *, has_eval: bool
+    config: RunConfig, run_dir: Path, config_class: Callable[..., Any], *, has_eval: bool
 ) -> Any:
-    """Return TRL's GRPOConfig for the run file ``config``. ``build`` is the class GRPOConfig. The
-    returned config turns off all output of TRL, because the toolkit itself logs every step.
+    """Return TRL's GRPOConfig for the run file ``config``. ``config_class`` is the class
+    GRPOConfig. The returned config turns off all output of TRL, because the toolkit itself logs
+    every step.
 
     Raises:
         ConfigError: TRL rejects a value.
     """
-    written = {
-        k: _as_typed(k, thaw(v))
+    user_values = {
+        k: _as_trl_type(k, thaw(v))
         for k, v in config.grpo.items()
         if k not in (*TOOLKIT_KEYS, *ENGINE_KEYS)
     }
     on_cpu = not torch.cuda.is_available()
-    run = resolve_run(config, detect_machine())
-    half = run.dtype  # the number format of the engine
-    written_half = written.get("bf16") or written.get("fp16")
-    uploads = written.get("log_completions_hub_repo") is not None
+    resolved = resolve_run(config, detect_machine())
+    engine_dtype = resolved.dtype  # the number format of the engine
+    is_half_set = user_values.get("bf16") or user_values.get("fp16")
+    uploads_completions = user_values.get("log_completions_hub_repo") is not None
     defaults = {
         "save_strategy": "steps",
         # TRL sets bf16 if neither bf16 nor fp16 is set, and rejects a config that sets both.
-        "bf16": half == "bfloat16" and not written_half,
-        "fp16": half == "float16" and not written_half,
+        "bf16": engine_dtype == "bfloat16" and not is_half_set,
+        "fp16": engine_dtype == "float16" and not is_half_set,
         # lora.use_gradient_checkpointing has already switched it on or off.
         "gradient_checkpointing": False,
         # Every adapter weight takes part in every loss, so there are no unused parameters. For
@@ -61,9 +62,10 @@ def grpo_config(
         # which traverses the autograd graph at each step.
         "ddp_find_unused_parameters": False,
     }
-    if written.get("eval_strategy", "no") != "no" and not has_eval:
+    if user_values.get("eval_strategy", "no") != "no" and not has_eval:
         raise ConfigError(
-            f"grpo.eval_strategy is {written['eval_strategy']}, but the run has no held-out data",
+            f"grpo.eval_strategy is {user_values['eval_strategy']}, but the run has no "
+            "held-out data",
             where=config.source or "grpo.eval_strategy",
             fix="set dataset.eval_path or dataset.eval_split, or remove grpo.eval_strategy",
         )
@@ -75,7 +77,7 @@ def grpo_config(
         "disable_tqdm": True,
         # The toolkit writes completions.jsonl (runtime.log_completions). TRL's table is only
         # uploaded, and not printed.
-        "log_completions": uploads,
+        "log_completions": uploads_completions,
         "push_to_hub": False,
         "use_cpu": on_cpu,
         # transformers would count the tokens of the data loader's output, which has only prompts.
@@ -91,25 +93,25 @@ def grpo_config(
         "include_for_metrics": [],
         "reward_weights": [function.weight for function in config.reward.functions] or None,
     }
-    if run.engine == "vllm":  # no effect with vLLM, as rule KEY008 reports
+    if resolved.engine == "vllm":  # no effect with vLLM, as rule KEY008 reports
         forced["use_transformers_continuous_batching"] = False
-    if uploads:
+    if uploads_completions:
         forced["num_completions_to_print"] = 0
     try:
-        return build(**{**defaults, **written, **forced})
-    except (TypeError, ValueError) as problem:
+        return config_class(**{**defaults, **user_values, **forced})
+    except (TypeError, ValueError) as error:
         where = config.source or "grpo"
-        known = as_config_error(problem, written, where)
-        if known is not None:
-            raise known from problem
+        config_error = as_config_error(error, user_values, where)
+        if config_error is not None:
+            raise config_error from error
         raise ConfigError(
-            f"TRL rejects the grpo section: {first_line(problem)}",
+            f"TRL rejects the grpo section: {first_line(error)}",
             where=where,
             fix="correct the grpo section. Use `envcheck validate` to check the run file",
-        ) from problem
+        ) from error
 
 
-def _as_typed(name: str, value: Any) -> Any:
+def _as_trl_type(name: str, value: Any) -> Any:
     """Return ``value`` as a float if TRL's default for the field ``name`` is a float. A run file
     may contain an integer here (``adam_beta1: 0``), but torch needs two betas of the same type.
 
@@ -117,8 +119,8 @@ def _as_typed(name: str, value: Any) -> Any:
     """
     if name == "report_to" and value is None:
         return []
-    wanted = find_schema("run")["properties"]["grpo"]["properties"].get(name, {}).get("default")
-    return float(value) if isinstance(wanted, float) and type(value) is int else value
+    default = find_schema("run")["properties"]["grpo"]["properties"].get(name, {}).get("default")
+    return float(value) if isinstance(default, float) and type(value) is int else value
 
 
 def require_packages(config: RunConfig) -> None:
@@ -130,27 +132,27 @@ def require_packages(config: RunConfig) -> None:
             installed.
     """
     refuse_missing_packages(packages_for_grpo(config.grpo), config.source)
-    section = config.environment
-    missing = section and missing_package(section.adapter, section.python)
-    if section and missing:
+    environment = config.environment
+    missing_extra = environment and missing_package(environment.adapter, environment.python)
+    if environment and missing_extra:
         raise MissingExtraError(
-            f"environment.adapter: {section.adapter} needs the package {missing.modules[0]}, which "
-            f"is not installed{' in ' + section.python if section.python else ''}",
+            f"environment.adapter: {environment.adapter} needs the package "
+            f"{missing_extra.modules[0]}, which is not installed{' in ' + environment.python if environment.python else ''}",
             where=config.source or "environment.adapter",
-            fix=pip_command(missing, section.python),
+            fix=pip_command(missing_extra, environment.python),
         )
 
 
 def refuse_missing_packages(
-    needed: Iterable[tuple[str, str, Package]], source: str | None = None
+    requirements: Iterable[tuple[str, str, Package]], source: str | None = None
 ) -> None:
-    """Check that the packages ``needed`` (the result of ``needed_packages``) are installed.
-    ``source`` is the path of the run file, for the error.
+    """Check that the packages of ``requirements`` (the result of ``needed_packages``) are
+    installed. ``source`` is the path of the run file, for the error.
 
     Raises:
         MissingExtraError: a package is not installed. The message contains the first such package.
     """
-    for key, value, package in needed:
+    for key, value, package in requirements:
         if not is_installed(package):
             raise MissingExtraError(
                 f"grpo.{key}: {value} needs {package.install}, which is not installed",

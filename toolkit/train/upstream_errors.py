@@ -30,14 +30,15 @@ Such a word is the name of the class into which upstream reads the key: Accelera
 
 
 class UpstreamTask(NamedTuple):
-    """A task of an upstream library, for example building the optimizer. ``doing`` describes the
-    task. ``places`` lists the source files and functions of the task. ``keys`` are the ``grpo``
-    keys that the task uses.
+    """A task of an upstream library, for example building the optimizer. ``description`` says what
+    the task does. ``locations`` lists the source files and functions of the task. ``keys`` are the
+    ``grpo`` keys that the task uses.
     """
 
-    doing: str
-    places: tuple[str, ...]
-    """Each place is ``file`` or ``file:function``. A file name that ends with / means a folder."""
+    description: str
+    locations: tuple[str, ...]
+    """Each location is ``file`` or ``file:function``. A file name that ends with / means a folder.
+    """
     keys: tuple[str, ...] | None
     """None means the keys that occur in the text of the exception."""
 
@@ -183,41 +184,41 @@ UPSTREAM_TASKS = (
 class Cause(NamedTuple):
     """The cause of an exception: the task of the upstream library, and the keys that it used."""
 
-    doing: str
+    description: str
     keys: tuple[str, ...]
 
 
-def find_cause(error: BaseException, written: Mapping[str, Any]) -> Cause | None:
+def find_cause(error: BaseException, user_values: Mapping[str, Any]) -> Cause | None:
     """Return the keys that caused ``error``, and the upstream task that raised it. None if no key
     caused ``error``.
 
-    ``written`` is the ``grpo`` section of the run file. The frames of the traceback are searched
-    from the innermost frame up to the first frame of the toolkit.
+    ``user_values`` is the ``grpo`` section of the run file. The frames of the traceback are
+    searched from the innermost frame up to the first frame of the toolkit.
     """
     for file, function in _upstream_frames(error):
-        for phase in UPSTREAM_TASKS:
-            if not any(_matches(place, file, function) for place in phase.places):
+        for task in UPSTREAM_TASKS:
+            if not any(_is_at_location(location, file, function) for location in task.locations):
                 continue
-            keys = _named(error, written) if phase.keys is None else phase.keys
-            there = tuple(key for key in keys if key in written)
-            if there:
-                return Cause(phase.doing, there)
+            keys = _keys_in_message(error, user_values) if task.keys is None else task.keys
+            keys_set = tuple(key for key in keys if key in user_values)
+            if keys_set:
+                return Cause(task.description, keys_set)
     return None
 
 
 def as_config_error(
-    error: BaseException, written: Mapping[str, Any], where: str
+    error: BaseException, user_values: Mapping[str, Any], where: str
 ) -> ConfigError | None:
     """Return a ConfigError that replaces ``error``. Its message contains the text of ``error`` and
     the keys of the run file that caused it. Return None if no key caused ``error``.
     """
-    found = find_cause(error, written)
-    if found is None:
+    cause = find_cause(error, user_values)
+    if cause is None:
         return None
-    first, *others = found.keys[:MAX_NAMED_KEYS]
-    named = "; ".join(f"grpo.{key} is {thaw(written[key])!r}" for key in (first, *others))
+    first, *others = cause.keys[:MAX_NAMED_KEYS]
+    values = "; ".join(f"grpo.{key} is {thaw(user_values[key])!r}" for key in (first, *others))
     return ConfigError(
-        f"{found.doing} failed: {type(error).__name__}: {first_line(error)} ({named})",
+        f"{cause.description} failed: {type(error).__name__}: {first_line(error)} ({values})",
         where=where,
         fix=f"change or remove grpo.{first}"
         + (f" (or {', '.join(f'grpo.{key}' for key in others)})" if others else "")
@@ -225,15 +226,15 @@ def as_config_error(
     )
 
 
-def _named(error: BaseException, written: Mapping[str, Any]) -> tuple[str, ...]:
+def _keys_in_message(error: BaseException, user_values: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys that occur in the text of the exception. A key also counts if the text
     contains the name of its class (AcceleratorConfig for ``accelerator_config``).
     """
     words = {word.lower().replace("_", "") for word in re.findall(r"\w+", str(error))}
-    plain = {key: key.replace("_", "") for key in written}
+    joined_names = {key: key.replace("_", "") for key in user_values}
     return tuple(
         key
-        for key, name in plain.items()
+        for key, name in joined_names.items()
         if name in words
         or any(len(word) >= MIN_CLASS_NAME_LENGTH and word in name for word in words)
     )
@@ -250,8 +251,8 @@ def _upstream_frames(error: BaseException) -> Iterator[tuple[str, str]]:
         yield path.as_posix(), frame.name
 
 
-def _matches(place: str, file: str, function: str) -> bool:
-    part, _, name = place.partition(":")
-    if part.endswith("/"):
-        return f"/{part}" in file
-    return file.endswith(f"/{part}") and name in ("", function)
+def _is_at_location(location: str, file: str, function: str) -> bool:
+    path, _, name = location.partition(":")
+    if path.endswith("/"):
+        return f"/{path}" in file
+    return file.endswith(f"/{path}") and name in ("", function)

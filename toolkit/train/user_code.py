@@ -50,30 +50,30 @@ def load_user_code(config: RunConfig, tokenizer: Any, run_dir: Path) -> UserCode
     Raises:
         ToolkitError: a part is missing, is not allowed, or fails to load.
     """
-    code, seconds, section = (
+    code, timeout_s, environment = (
         environment_code_of(config),
         config.reward.timeout_s,
         config.environment,
     )
-    workers = Workers.create(section.python if section else None)
-    apart = config.reward.isolate or workers.environment is not workers.rewards
-    in_steps = code is not None and code.adapter == OpenEnv.name
-    there = workers.environment if apart or in_steps else None
+    workers = Workers.create(environment.python if environment else None)
+    is_separate = config.reward.isolate or workers.environment is not workers.rewards
+    is_multi_step = code is not None and code.adapter == OpenEnv.name
+    environment_worker = workers.environment if is_separate or is_multi_step else None
     data = load_data(
         config.dataset,
         tokenizer,
         max_prompt_length=config.grpo.get("max_prompt_length"),
         template=config.grpo.get("chat_template_kwargs"),
-        environment=section,
-        make=code and partial(request_problems, code, there, seconds),
+        environment=environment,
+        make=code and partial(request_problems, code, environment_worker, timeout_s),
     )
     replicas = parallel.count_replicas(world_size(), config.model.tensor_parallel_size)
     micro_batch_record.check_prompt_count(config, len(data.train), replicas)
     rewards = load_rewards(config, run_dir, columns=data.train.column_names, workers=workers)
     tools = load_tools(config, workers.rewards if config.reward.isolate else None)
     episodes = None
-    if code is not None and in_steps:
-        episodes = EpisodeHost(code, workers.environment, seconds)
+    if code is not None and is_multi_step:
+        episodes = EpisodeHost(code, workers.environment, timeout_s)
     if (tools or episodes) and not data.report.train.chat:
         raise ConfigError(
             "tools need prompts in a chat format, but the prompts are plain text",
