@@ -137,7 +137,8 @@ def require_packages(config: RunConfig) -> None:
     if environment and missing_extra:
         raise MissingExtraError(
             f"environment.adapter: {environment.adapter} needs the package "
-            f"{missing_extra.modules[0]}, which is not installed{' in ' + environment.python if environment.python else ''}",
+            f"{missing_extra.modules[0]}, which is not installed"
+            f"{' in ' + environment.python if environment.python else ''}",
             where=config.source or "environment.adapter",
             fix=pip_command(missing_extra, environment.python),
         )

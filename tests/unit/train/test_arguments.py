@@ -32,19 +32,19 @@ runtime: {{engine: transformers}}
 """  # noqa: E501
 
 
-def arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool = False):
+def load_arguments(tmp_path: Path, *, model: str = "", grpo: str = "", gpu: bool = False):
     (tmp_path / "m").mkdir(exist_ok=True)
     (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "train.jsonl").write_text('{"q": "1", "a": "1"}\n')
     (tmp_path / "run.yaml").write_text(RUN_FILE.format(model=model, grpo=grpo))
     config = load_run(str(tmp_path / "run.yaml"))
     config = resolve_run(config, detect_machine()).config if gpu else config
-    made = grpo_config(config, tmp_path, SimpleNamespace, has_eval=False)
-    return made, config
+    trl_config = grpo_config(config, tmp_path, SimpleNamespace, has_eval=False)
+    return trl_config, config
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch):
+def set_compute_capability(monkeypatch: pytest.MonkeyPatch):
     """A GPU of a compute capability, as far as the arguments ask."""
 
     def set_to(major: int) -> None:
@@ -66,36 +66,38 @@ def card(monkeypatch: pytest.MonkeyPatch):
         (9, ", dtype: float32", ", fp16: true", False, True, "float32"),
     ],
 )
-def test_one_half_precision_and_the_engines(tmp_path, card, major, model, grpo, bf16, fp16, dtype):
-    card(major)
-    made, config = arguments(tmp_path, model=model, grpo=grpo, gpu=True)
+def test_the_half_precision_format_is_that_of_the_engine(
+    tmp_path, set_compute_capability, major, model, grpo, bf16, fp16, dtype
+):
+    set_compute_capability(major)
+    made, config = load_arguments(tmp_path, model=model, grpo=grpo, gpu=True)
     assert (made.bf16, made.fp16) == (bf16, fp16)
     assert config.model.dtype == dtype
 
 
 def test_float32_on_a_cpu(tmp_path):
-    made, _ = arguments(tmp_path)
+    made, _ = load_arguments(tmp_path)
     assert (made.bf16, made.fp16, made.use_cpu) == (False, False, True)
 
 
-def test_ranks_do_not_look_for_unused_parameters_unless_told_to(tmp_path):
-    assert arguments(tmp_path)[0].ddp_find_unused_parameters is False
-    told, _ = arguments(tmp_path, grpo=", ddp_find_unused_parameters: true")
-    assert told.ddp_find_unused_parameters is True
+def test_unused_parameters_are_searched_only_if_the_run_file_says_so(tmp_path):
+    assert load_arguments(tmp_path)[0].ddp_find_unused_parameters is False
+    config, _ = load_arguments(tmp_path, grpo=", ddp_find_unused_parameters: true")
+    assert config.ddp_find_unused_parameters is True
 
 
-def test_completions_are_ours_unless_they_are_to_be_uploaded(tmp_path):
-    made, _ = arguments(tmp_path, grpo=", log_completions: true")
+def test_trl_logs_completions_only_to_upload_them(tmp_path):
+    made, _ = load_arguments(tmp_path, grpo=", log_completions: true")
     assert made.log_completions is False
     upload = ", log_completions: true, log_completions_hub_repo: me/x"
-    made, _ = arguments(tmp_path, grpo=upload)
+    made, _ = load_arguments(tmp_path, grpo=upload)
     assert made.log_completions is True
     assert made.num_completions_to_print == 0
     assert made.log_completions_hub_repo == "me/x"
 
 
-def test_a_whole_number_for_a_float_and_no_tracker_are_what_upstream_takes(tmp_path):
-    made, _ = arguments(tmp_path, grpo=", adam_beta1: 0, save_steps: 5, report_to: null")
+def test_an_integer_becomes_a_float_and_no_tracker_an_empty_list(tmp_path):
+    made, _ = load_arguments(tmp_path, grpo=", adam_beta1: 0, save_steps: 5, report_to: null")
     assert (made.adam_beta1, type(made.adam_beta1)) == (0.0, float)
     assert type(made.save_steps) is int
     assert made.report_to == []
@@ -110,30 +112,30 @@ def test_a_whole_number_for_a_float_and_no_tracker_are_what_upstream_takes(tmp_p
         (", cache_implementation: quantized", "quantized needs optimum-quanto"),
     ],
 )
-def test_a_missing_package_is_told_before_anything_is_loaded(tmp_path, grpo, words):
-    _, config = arguments(tmp_path, grpo=grpo)
+def test_a_missing_package_is_an_error_before_anything_is_loaded(tmp_path, grpo, words):
+    _, config = load_arguments(tmp_path, grpo=grpo)
     with pytest.raises(MissingExtraError) as refused:
         require_packages(config)
     assert words in str(refused.value)
     assert "fix: pip install " in str(refused.value)
-    require_packages(arguments(tmp_path, grpo=", report_to: kubeflow, optim: sgd")[1])
+    require_packages(load_arguments(tmp_path, grpo=", report_to: kubeflow, optim: sgd")[1])
 
 
-@pytest.mark.parametrize("asked", [False, True, None])
-@pytest.mark.parametrize("written", [True, False])
-def test_checkpointing_is_what_the_model_was_given(tmp_path, asked, written):
+@pytest.mark.parametrize("model_setting", [False, True, None])
+@pytest.mark.parametrize("argument", [True, False])
+def test_gradient_checkpointing_follows_the_setting_of_the_model(tmp_path, model_setting, argument):
     """None is a model that did not come from FastLanguageModel: there TRL's argument rules."""
     policy = make_policy()
-    if asked is not None:
-        apply_checkpointing(policy, asked, max_seq_length=None)
+    if model_setting is not None:
+        apply_checkpointing(policy, model_setting, max_seq_length=None)
     trainer = GRPOTrainer(
         model=policy,
         reward_funcs=ones,
-        args=trl_arguments(tmp_path, max_steps=1, gradient_checkpointing=written),
+        args=trl_arguments(tmp_path, max_steps=1, gradient_checkpointing=argument),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=make_tokenizer(),
     )
     trainer.train()
     assert trainer.model.get_base_model().is_gradient_checkpointing is (
-        written if asked is None else asked
+        argument if model_setting is None else model_setting
     )

@@ -1,4 +1,4 @@
-"""The demo's world: what the teacher says, what is held out, what the files are."""
+"""Tests of the demo: its answers, its held-out problems and its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toolkit.train import demo
 
 
 @pytest.mark.parametrize(
-    ("problem", "right", "forgot"),
+    ("problem", "correct", "without_carry"),
     [
         ((37, 45), "82", "72"),
         ((12, 34), "46", "46"),
@@ -23,12 +23,12 @@ from toolkit.train import demo
         ((10, 10), "20", "20"),
     ],
 )
-def test_a_teacher_who_forgets_the_carry(problem, right, forgot):
-    assert demo.answer(problem) == right
-    assert demo.answer_without_carry(problem) == forgot
+def test_answers_with_and_without_the_carry(problem, correct, without_carry):
+    assert demo.answer(problem) == correct
+    assert demo.answer_without_carry(problem) == without_carry
 
 
-def test_half_of_what_is_held_out_needs_a_carry_and_none_is_taught():
+def test_half_of_the_held_out_problems_have_a_carry_and_none_is_trained_on():
     problems = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     held_out, rest = demo.hold_out(problems, 500)
     assert len(held_out) == 500
@@ -37,14 +37,14 @@ def test_half_of_what_is_held_out_needs_a_carry_and_none_is_taught():
     assert len(rest) == 8100 - 500
 
 
-def test_one_token_a_character_there_and_back():
+def test_the_tokenizer_has_one_token_per_character():
     tokenizer = demo.make_tokenizer()
     ids = tokenizer("37+45=")["input_ids"]
     assert len(ids) == 6
     assert tokenizer.decode(ids) == "37+45="
 
 
-def test_what_is_taught_is_question_answer_end():
+def test_a_training_row_is_question_answer_and_end_token():
     tokenizer = demo.make_tokenizer()
     rows = demo.encode(tokenizer, [(37, 45), (99, 99)], ["82", "198"])
     assert rows.shape == (2, 10)
@@ -52,27 +52,27 @@ def test_what_is_taught_is_question_answer_end():
     assert rows[1, -1] == tokenizer.eos_token_id
 
 
-def test_a_pupil_that_does_not_learn_is_told(monkeypatch):
+def test_a_model_that_does_not_learn_is_an_error(monkeypatch):
     monkeypatch.setattr(demo, "MAX_STEPS", 2)
     torch.set_num_threads(1)
-    known = [(a, 11) for a in range(10, 90)]
+    problems = [(a, 11) for a in range(10, 90)]
     with pytest.raises(DefectError, match="did not learn to add in 2 steps"):
         demo.train_to_add(
             demo.make_model(0),
             demo.make_tokenizer(),
-            known,
-            known[:8],
+            problems,
+            problems[:8],
             seed=0,
             print_line=lambda _: None,
         )
 
 
-def test_the_world_is_made_whole_and_its_run_file_is_valid(tmp_path, monkeypatch):
+def test_the_demo_is_complete_and_its_run_file_is_valid(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "train_to_add", lambda *_, **__: 1)
-    world = demo.build_demo(tmp_path, engine="transformers", seed=3, print_line=lambda _: None)
-    config = load_run(str(world.run_file))
-    first = world.run_file.read_text().splitlines()[0]
-    assert first == f"# yaml-language-server: $schema={schema_path('run').resolve()}"
+    built = demo.build_demo(tmp_path, engine="transformers", seed=3, print_line=lambda _: None)
+    config = load_run(str(built.run_file))
+    first_line = built.run_file.read_text().splitlines()[0]
+    assert first_line == f"# yaml-language-server: $schema={schema_path('run').resolve()}"
     assert config.grpo["seed"] == config.lora.random_state == 3
     assert config.model.model_name == str(tmp_path / "model")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ def test_the_world_is_made_whole_and_its_run_file_is_valid(tmp_path, monkeypatch
     assert all(eval(row["question"][:-1]) == int(row["answer"]) for row in rows)
 
 
-def test_where_the_demo_writes(tmp_path, monkeypatch):
+def test_the_default_folder_of_the_demo_is_new_or_empty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(choose_folder(None)) == "runs/demo"
     (tmp_path / "runs" / "demo").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What keeps a run from writing its results is found before it trains."""
+"""Files that would keep a run from writing its results are found before it trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toolkit.base.paths import append_line
 from toolkit.config.run_config import DatasetSection, LoraSection, ModelSection, RunConfig
 from toolkit.train.checkpointing import in_the_way, run_directory
 
-KINDS = {
+OBSTACLES = {
     "link": lambda path, outside: path.symlink_to(outside),
     "broken link": lambda path, _: path.symlink_to("nowhere"),
     "pipe": lambda path, _: os.mkfifo(path),
@@ -21,19 +21,19 @@ KINDS = {
 }
 LOGS = ("metrics.jsonl", "bad_rewards.jsonl")
 CASES = [
-    *((name, kind) for name in ("adapter", "model") for kind in KINDS if kind != "folder"),
-    *((name, kind) for name in LOGS for kind in KINDS if kind != "file"),
+    *((name, kind) for name in ("adapter", "model") for kind in OBSTACLES if kind != "folder"),
+    *((name, kind) for name in LOGS for kind in OBSTACLES if kind != "file"),
     *((name, "folder") for name in ("report.html", "trackers.json", "adapter/base.json")),
     *((name, "pipe") for name in ("trackers.json", "config.json", "adapter/base.json")),
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
+def test_an_obstacle_in_the_run_folder_is_an_error_with_its_path(tmp_path, name, kind):
     run_dir, outside = tmp_path / "run", tmp_path / "outside"
     outside.mkdir()
     (run_dir / name).parent.mkdir(parents=True)
-    KINDS[kind](run_dir / name, outside)
+    OBSTACLES[kind](run_dir / name, outside)
     with pytest.raises(ConfigError, match="but the run writes a") as refused:
         in_the_way.check_output_paths(run_dir)
     assert refused.value.where == str(run_dir / name)
@@ -41,7 +41,7 @@ def test_what_is_in_the_way_is_refused_by_its_name(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("tracker", in_the_way.TRACKER_FOLDERS)
-def test_the_folder_of_a_tracker_is_no_link(tmp_path, tracker):
+def test_a_link_as_the_folder_of_a_tracker_is_an_error(tmp_path, tracker):
     outside = tmp_path / "outside"
     outside.mkdir()
     run_dir = tmp_path / "run"
@@ -58,7 +58,7 @@ def test_the_folder_of_a_tracker_is_no_link(tmp_path, tracker):
     [("model", "."), ("model", "model"), ("adapter", "adapter"), ("data", "completions.jsonl"),
      ("data", "."), ("source", "config.json")],
 )  # fmt: skip
-def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
+def test_the_inputs_of_a_run_are_not_overwritten(tmp_path, key, name):
     """As with --output-dir MODEL, which would replace the config.json of the model."""
     run_dir = tmp_path / "run"
     path = run_dir / name
@@ -78,7 +78,7 @@ def test_what_the_run_reads_is_not_replaced(tmp_path, key, name):
     in_the_way.check_output_paths(tmp_path / "other", config)
 
 
-def test_the_config_of_a_run_can_resume_it(tmp_path):
+def test_a_run_can_resume_from_its_own_config(tmp_path):
     for name in (".branch.json", "config.json"):
         (tmp_path / name).write_text("{}")
     source = str(tmp_path / "config.json")
@@ -88,7 +88,7 @@ def test_the_config_of_a_run_can_resume_it(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', "[]", "{", ""])
-def test_the_config_of_a_model_or_another_program_is_not_replaced(tmp_path, text):
+def test_a_config_that_no_run_wrote_is_not_replaced(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="no run wrote this file") as refused:
@@ -103,7 +103,7 @@ def test_the_config_of_a_run_that_ended_before_its_first_step_is_replaced(tmp_pa
     in_the_way.check_output_paths(tmp_path, config)
 
 
-def test_what_a_run_left_is_not_in_the_way(tmp_path):
+def test_files_of_an_earlier_run_are_accepted(tmp_path):
     (tmp_path / "adapter").mkdir()
     for name in ("adapter/base.json", "metrics.jsonl", "bad_rewards.jsonl", "report.html"):
         (tmp_path / name).write_text("mine")
@@ -111,7 +111,7 @@ def test_what_a_run_left_is_not_in_the_way(tmp_path):
     in_the_way.check_output_paths(tmp_path)
 
 
-def test_a_line_is_added_to_a_regular_file_alone(tmp_path):
+def test_lines_are_only_appended_to_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     for name in ("pipe", "link"):
@@ -124,7 +124,7 @@ def test_a_line_is_added_to_a_regular_file_alone(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_lock_that_leads_elsewhere_is_refused(tmp_path):
+def test_a_lock_file_that_is_a_link_is_an_error(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "outside")
     with (
         pytest.raises(ConfigError, match="cannot be written"),
@@ -134,7 +134,7 @@ def test_a_lock_that_leads_elsewhere_is_refused(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
-def test_a_folder_whose_name_has_a_nul_is_refused(tmp_path):
+def test_a_folder_name_with_a_nul_is_an_error(tmp_path):
     with (
         pytest.raises(ConfigError, match="cannot be written: embedded null byte"),
         run_directory.lock_run_dir(tmp_path / "a\0b"),

@@ -1,4 +1,4 @@
-"""The launcher of one node: one exit code, signals handed on, nobody left behind."""
+"""The launcher of one node: one exit code, signals are passed on, no process is left."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def acting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Have each process run a line of shell, which knows its RANK, in place of the toolkit."""
+def launch_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that launches processes which run a line of shell, not the toolkit."""
 
-    def act(line: str) -> int:
+    def run_line(line: str) -> int:
         script = tmp_path / "python"
         script.write_text(f"#!/bin/sh\n{line}\n")
         script.chmod(0o755)
@@ -34,38 +34,38 @@ def acting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(launch, "GRACE_PERIOD_S", 0.5)
     monkeypatch.setattr(launch, "POLL_S", 0.01)
-    return act
+    return run_line
 
 
-def test_processes_know_of_each_other(acting, tmp_path: Path) -> None:
+def test_each_process_gets_the_variables_of_torchrun(launch_shell, tmp_path: Path) -> None:
     line = 'echo "$* $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >out$RANK'
-    assert acting(line) == 0
-    told = [(tmp_path / f"out{n}").read_text().split() for n in (0, 1)]
-    assert [words[:6] for words in told] == [
+    assert launch_shell(line) == 0
+    outputs = [(tmp_path / f"out{n}").read_text().split() for n in (0, 1)]
+    assert [words[:6] for words in outputs] == [
         ["-m", "toolkit", "train", "run.yaml", "2", str(n)] for n in (0, 1)
     ]
-    assert told[0][6:8] == ["2", "127.0.0.1"]
-    assert told[0][8] == told[1][8]
+    assert outputs[0][6:8] == ["2", "127.0.0.1"]
+    assert outputs[0][8] == outputs[1][8]
 
 
-def test_nodes_count_their_processes_together(
-    acting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_are_counted_over_all_nodes(
+    launch_shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group of processes that share a model is two neighbours, so it is on one node."""
     for name, value in (("PET_NNODES", "3"), ("PET_NODE_RANK", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="The processes of 3 nodes"):
-        acting("exit 0")
+        launch_shell("exit 0")
     monkeypatch.setenv("MASTER_ADDR", "first.nodes")
     monkeypatch.setenv("MASTER_PORT", "29400")
     line = 'echo "$LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >out$RANK'
-    assert acting(line) == 0
-    told = [(tmp_path / f"out{n}").read_text().split() for n in (4, 5)]
-    assert told == [[str(n), "6", "2", "first.nodes", "29400"] for n in (0, 1)]
+    assert launch_shell(line) == 0
+    outputs = [(tmp_path / f"out{n}").read_text().split() for n in (4, 5)]
+    assert outputs == [[str(n), "6", "2", "first.nodes", "29400"] for n in (0, 1)]
     monkeypatch.setenv("PET_NODE_RANK", "3")
     with pytest.raises(InputError, match="PET_NODE_RANK=3 must be below PET_NNODES=3"):
-        acting("exit 0")
+        launch_shell("exit 0")
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,18 @@ def test_nodes_count_their_processes_together(
         ("[ $RANK = 1 ] && exit 1; trap '' TERM; while :; do sleep 0.1; done", 1),
     ],
 )
-def test_one_exit_code_and_nobody_goes_on(acting, line: str, code: int) -> None:
+def test_launch_returns_one_exit_code_and_ends_all_processes(
+    launch_shell, line: str, code: int
+) -> None:
     begin = time.monotonic()
-    assert acting(line) == code
+    assert launch_shell(line) == code
     assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_handed_on_once(acting, tmp_path: Path, number: signal.Signals) -> None:
+def test_each_process_gets_a_signal_once(
+    launch_shell, tmp_path: Path, number: signal.Signals
+) -> None:
     before = signal.getsignal(number)
     ready = [tmp_path / "ready0", tmp_path / "ready1"]
 
@@ -98,7 +102,7 @@ def test_signals_are_handed_on_once(acting, tmp_path: Path, number: signal.Signa
     threading.Thread(target=send, daemon=True).start()
     name = number.name.removeprefix("SIG")
     assert (
-        acting(
+        launch_shell(
             f"trap 'echo got >>got$RANK; exit 75' {name}\n>ready$RANK\nwhile :; do sleep 0.05; done"
         )
         == 75
@@ -107,7 +111,7 @@ def test_signals_are_handed_on_once(acting, tmp_path: Path, number: signal.Signa
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_before_the_run_listens_is_a_run_that_was_stopped(acting, tmp_path: Path) -> None:
+def test_a_signal_before_the_run_begins_raises_stopped_error(launch_shell, tmp_path: Path) -> None:
     ready = [tmp_path / "ready0", tmp_path / "ready1"]
 
     def send() -> None:
@@ -117,11 +121,11 @@ def test_a_signal_before_the_run_listens_is_a_run_that_was_stopped(acting, tmp_p
 
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(StoppedError, match="stopped by SIGTERM before the run began") as caught:
-        acting(">ready$RANK\nexec sleep 60")
+        launch_shell(">ready$RANK\nexec sleep 60")
     assert caught.value.exit_code == 75
 
 
-RANK = """\
+RANK_SCRIPT = """\
 import os, sys, time
 from toolkit.cli.early import early_stop_signals
 with early_stop_signals():
@@ -131,12 +135,12 @@ with early_stop_signals():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
-def test_a_launcher_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -> None:
+def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     """Real processes: the launcher, and two of ours that have come as far as the command line."""
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} rank.py\n")
     script.chmod(0o755)
-    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
     code = f"import sys; sys.executable = {str(script)!r}\n"
     code += "from toolkit.train.launch import launch; launch([], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
@@ -145,24 +149,24 @@ def test_a_launcher_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -
     launcher.kill()
     launcher.wait()
     for path in files:
-        wait_for(lambda path=path: not running(int(path.read_text())))
+        wait_for(lambda path=path: not is_running(int(path.read_text())))
 
 
-def running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def wait_for(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_a_free_port_can_be_taken() -> None:
+def test_a_server_can_bind_a_free_port() -> None:
     import socket
 
     with socket.socket() as server:

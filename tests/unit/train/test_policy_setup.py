@@ -1,4 +1,4 @@
-"""Where a model meets its trainer: one GPU, the model's number format, a float32 adapter."""
+"""A trainer is set up for its model: one GPU, the model's dtype, a float32 adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from toolkit.train.trainer import GRPOTrainer
 QUICK = {"max_steps": 1, "max_completion_length": 2}
 
 
-def trainer_of(model, config, **more):
+def make_trainer_of(model, config, **more):
     return GRPOTrainer(
         model=model,
         reward_funcs=ones,
@@ -36,27 +36,27 @@ def trainer_of(model, config, **more):
 
 
 @pytest.mark.parametrize("kind", [GRPOConfig, trl.GRPOConfig])
-def test_several_visible_gpus_are_not_used_by_one_process(tmp_path, kind):
+def test_one_process_uses_one_of_several_visible_gpus(tmp_path, kind):
     """transformers counts the visible GPUs into ``_n_gpu``; TRL refuses more than one."""
-    config = kind(**{**vars_of(tmp_path), "fp16": False})
+    config = kind(**{**trl_fields(tmp_path), "fp16": False})
     config._n_gpu = 4
-    trainer = trainer_of(make_policy(), config)
+    trainer = make_trainer_of(make_policy(), config)
     assert trainer.args.n_gpu == 1
     assert trainer.args.train_batch_size == config.per_device_train_batch_size
     trainer.train()
 
 
-def vars_of(folder):
-    given = arguments(folder, **QUICK)
-    names = ("output_dir", "max_steps", "per_device_train_batch_size", "num_generations")
-    more = ("max_completion_length", "report_to", "use_cpu", "bf16", "save_strategy")
-    return {name: getattr(given, name) for name in (*names, *more, "disable_tqdm")}
+def trl_fields(folder):
+    config = arguments(folder, **QUICK)
+    fields = ("output_dir", "max_steps", "per_device_train_batch_size", "num_generations")
+    more_fields = ("max_completion_length", "report_to", "use_cpu", "bf16", "save_strategy")
+    return {name: getattr(config, name) for name in (*fields, *more_fields, "disable_tqdm")}
 
 
 # --- the model's number format
 
 
-def loaded(dtype, *, engine=False):
+def load_policy(dtype, *, engine=False):
     """A policy as FastLanguageModel makes it; with ``engine``, as one with an engine on it."""
     model = make_policy().to(dtype)
     model.toolkit_full_finetuning = False
@@ -67,7 +67,7 @@ def loaded(dtype, *, engine=False):
     return model
 
 
-def plain(folder, kind, **more):
+def make_config(folder, kind, **more):
     return kind(
         output_dir=str(folder), use_cpu=True, report_to=[], per_device_train_batch_size=8, **more
     )
@@ -83,16 +83,16 @@ def plain(folder, kind, **more):
         (torch.float16, ("no", False, False)),  # autocast to float16 needs a GPU
     ],
 )
-def test_a_format_that_nobody_wrote_follows_the_model(tmp_path, kind, engine, dtype, expected):
-    trainer = trainer_of(loaded(dtype, engine=engine), plain(tmp_path, kind))
+def test_an_unset_half_precision_format_follows_the_model(tmp_path, kind, engine, dtype, expected):
+    trainer = make_trainer_of(load_policy(dtype, engine=engine), make_config(tmp_path, kind))
     args = trainer.args
     assert (args.mixed_precision, bool(args.bf16), bool(args.fp16)) == expected
     assert trainer.accelerator.mixed_precision == expected[0]
 
 
-def test_a_trainer_without_arguments_follows_the_model_too(tmp_path, monkeypatch):
+def test_a_trainer_without_arguments_follows_the_dtype_of_the_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = loaded(torch.float32)
+    model = load_policy(torch.float32)
     model.config.name_or_path = "some/model"
     config = GRPOTrainer(
         model, ones, train_dataset=Dataset.from_list(ROWS), processing_class=make_tokenizer()
@@ -101,27 +101,31 @@ def test_a_trainer_without_arguments_follows_the_model_too(tmp_path, monkeypatch
     assert not config.bf16
 
 
-def test_a_written_format_that_the_engine_does_not_have_is_refused(tmp_path):
+def test_a_format_that_differs_from_the_engine_is_an_error(tmp_path):
     cases = [
         (GRPOConfig, torch.float32, {"bf16": True}, "bf16=True computes in bfloat16, .* float32"),
         (GRPOConfig, torch.float16, {"bf16": True}, "bf16=True computes in bfloat16, .* float16"),
     ]
-    for kind, dtype, written, words in cases:
+    for kind, dtype, fields, words in cases:
         with pytest.raises(ConfigValueError, match=words) as caught:
-            trainer_of(loaded(dtype, engine=True), plain(tmp_path, kind, **written))
+            make_trainer_of(load_policy(dtype, engine=True), make_config(tmp_path, kind, **fields))
         assert caught.value.where == "grpo.bf16"
         assert "dtype=bfloat16" in str(caught.value.fix)
 
 
-def test_a_written_format_is_kept(tmp_path):
+def test_a_format_that_the_user_set_is_kept(tmp_path):
     """Mixed precision over float32 weights is a choice where the model itself is sampled from."""
-    trainer = trainer_of(loaded(torch.float32), plain(tmp_path, GRPOConfig, bf16=True))
+    trainer = make_trainer_of(
+        load_policy(torch.float32), make_config(tmp_path, GRPOConfig, bf16=True)
+    )
     assert trainer.args.bf16
-    off = trainer_of(loaded(torch.bfloat16), plain(tmp_path, GRPOConfig, bf16=False))
+    off = make_trainer_of(
+        load_policy(torch.bfloat16), make_config(tmp_path, GRPOConfig, bf16=False)
+    )
     assert not off.args.bf16
 
 
-def test_the_written_fields_are_those_that_were_passed(tmp_path):
+def test_the_config_records_the_fields_that_were_passed(tmp_path):
     config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=None, max_steps=3)
     assert config.toolkit_written == {"output_dir", "use_cpu", "max_steps"}
     assert isinstance(config, trl.GRPOConfig)
@@ -131,16 +135,18 @@ def test_the_written_fields_are_those_that_were_passed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("written", "words"),
+    ("fields", "words"),
     [
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' cannot be used"),
         ({"use_transformers_continuous_batching": True}, "Hugging Face generation is not used"),
     ],
 )
-def test_another_way_to_generate_is_refused_beside_an_engine(tmp_path, written, words):
-    name = list(written)[-1]
+def test_another_generation_backend_is_an_error_with_an_engine(tmp_path, fields, words):
+    name = list(fields)[-1]
     with pytest.raises(ConfigValueError, match=words) as caught:
-        trainer_of(loaded(torch.float32, engine=True), plain(tmp_path, GRPOConfig, **written))
+        make_trainer_of(
+            load_policy(torch.float32, engine=True), make_config(tmp_path, GRPOConfig, **fields)
+        )
     assert caught.value.where == f"GRPOConfig.{name}"
 
 
@@ -152,11 +158,11 @@ def adapter_dtypes(trainer):
 
 
 @pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit"])
-def test_the_adapter_of_a_quantized_model_stays_as_it_was(tmp_path, flag):
+def test_the_adapter_of_a_quantized_model_is_unchanged(tmp_path, flag):
     model = make_policy()
     before = adapter_digest(SimpleNamespace(model=model))
     setattr(model, flag, True)
-    trainer = trainer_of(model, arguments(tmp_path, beta=0.1, **QUICK))
+    trainer = make_trainer_of(model, arguments(tmp_path, beta=0.1, **QUICK))
     assert adapter_dtypes(trainer) == {torch.float32}
     assert adapter_digest(trainer) == before
 
@@ -165,14 +171,14 @@ def test_the_adapter_that_trl_makes_on_a_quantized_model_is_float32(tmp_path):
     model = make_model(7)
     model.is_loaded_in_4bit = True
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = trainer_of(model, arguments(tmp_path, **QUICK), peft_config=config)
+    trainer = make_trainer_of(model, arguments(tmp_path, **QUICK), peft_config=config)
     assert adapter_dtypes(trainer) == {torch.float32}
 
 
 # --- adapters from elsewhere
 
 LORA = {"r": 4, "target_modules": ["q_proj"]}
-UNSERVED = {
+UNSUPPORTED_ADAPTERS = {
     "rank": (lambda: peft.LoraConfig(**{**LORA, "r": 16}), "r=16 is above max_lora_rank=8"),
     "olora": (lambda: peft.LoraConfig(**LORA, init_lora_weights="olora"), "rewrites base weights"),
     "pissa": (lambda: peft.LoraConfig(**LORA, init_lora_weights="pissa"), "rewrites base weights"),
@@ -198,16 +204,16 @@ UNSERVED = {
 }
 
 
-@pytest.mark.parametrize("name", UNSERVED)
-def test_an_adapter_that_the_engine_cannot_serve_is_refused(name, tmp_path):
-    make, words = UNSERVED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED_ADAPTERS)
+def test_an_adapter_that_the_engine_does_not_support_is_an_error(name, tmp_path):
+    make, words = UNSUPPORTED_ADAPTERS[name]
     model = make_model(7)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.toolkit_engine = SimpleNamespace(
         sampler_name="vllm", options=SimpleNamespace(max_lora_rank=8)
     )
     with pytest.raises(ConfigError, match=words) as caught:
-        trainer_of(model, arguments(tmp_path), peft_config=make())
+        make_trainer_of(model, arguments(tmp_path), peft_config=make())
     assert caught.value.where == "peft_config"
     assert caught.value.fix
     after = model.state_dict()
@@ -215,7 +221,7 @@ def test_an_adapter_that_the_engine_cannot_serve_is_refused(name, tmp_path):
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_every_kind_of_peft_but_lora_is_refused():
+def test_every_peft_type_except_lora_is_an_error():
     engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=8))
     for kind in peft.PeftType:
         config = SimpleNamespace(peft_type=kind, to_dict=dict)
@@ -224,20 +230,20 @@ def test_every_kind_of_peft_but_lora_is_refused():
                 refuse_unsupported_adapter(None, config, engine, "here")
 
 
-def test_an_adapter_that_peft_has_put_on_is_looked_at_too(tmp_path):
+def test_an_adapter_that_peft_attached_is_also_checked(tmp_path):
     model = make_model(7)
     model.toolkit_engine = SimpleNamespace(
         sampler_name="vllm", options=SimpleNamespace(max_lora_rank=8)
     )
     policy = peft.get_peft_model(model, peft.LoraConfig(**LORA, use_dora=True))
     with pytest.raises(UnsupportedError, match="adapter 'default' of the model: DoRA"):
-        trainer_of(policy, arguments(tmp_path))
+        make_trainer_of(policy, arguments(tmp_path))
 
 
-def test_a_model_without_an_adapter_has_nothing_to_train(tmp_path):
+def test_a_model_without_trainable_parameters_is_an_error(tmp_path):
     model = make_model(7).requires_grad_(False)
     with pytest.raises(ConfigValueError, match="no trainable parameter"):
-        trainer_of(model, arguments(tmp_path))
+        make_trainer_of(model, arguments(tmp_path))
 
 
 # --- the base never changes
@@ -253,7 +259,7 @@ def test_a_run_records_that_the_base_did_not_change(tmp_path):
     assert again.base_check == trainer.base_check
 
 
-def test_a_run_in_which_the_base_changes_fails(tmp_path):
+def test_a_run_that_changes_the_base_weights_fails(tmp_path):
     def write(completions, **_):
         trainer.model.get_base_model().get_submodule("model.norm").weight.data[0] += 1e-3
         return ones(completions)
@@ -266,14 +272,14 @@ def test_a_run_in_which_the_base_changes_fails(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_the_sum_of_a_tensor_sees_a_change_of_one_value_wherever_it_lies(dtype):
-    whole = torch.arange(101).to(dtype)
-    for values in (whole, whole[1:], whole[3:50], whole[::2]):
+def test_the_checksum_of_a_tensor_detects_a_change_of_any_value(dtype):
+    all_values = torch.arange(101).to(dtype)
+    for values in (all_values, all_values[1:], all_values[3:50], all_values[::2]):
         layer = torch.nn.Module()
         layer.weight = torch.nn.Parameter(values, requires_grad=False)
         before = base_checksums(layer)
         assert changed_tensors(before, base_checksums(layer)) == []
-        for place in (0, len(values) - 1):
-            values[place] += 1
+        for index in (0, len(values) - 1):
+            values[index] += 1
             assert changed_tensors(before, base_checksums(layer)) == ["weight"]
-            values[place] -= 1
+            values[index] -= 1

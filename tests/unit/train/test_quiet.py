@@ -1,4 +1,4 @@
-"""What upstream says is kept away, what we say is not, and all is put back afterwards."""
+"""Upstream messages are hidden, those of the toolkit are shown, and all is restored at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toolkit.base.errors import ToolkitWarning
 from toolkit.train.logging_setup import UPSTREAM_LOGGERS, upstream_silenced
 
 
-def speak() -> None:
+def warn_and_log() -> None:
     warnings.warn("upstream's", UserWarning, stacklevel=1)
     warnings.warn("upstream's too", FutureWarning, stacklevel=1)
     warnings.warn("padding with '</s>'", ToolkitWarning, stacklevel=1)
@@ -22,9 +22,9 @@ def speak() -> None:
     logging.getLogger("toolkit.train.step.step_errors").info("not this")
 
 
-def test_only_what_we_say_is_said(capsys):
+def test_only_messages_of_the_toolkit_are_shown(capsys):
     with upstream_silenced(debug=False):
-        speak()
+        warn_and_log()
     assert capsys.readouterr().err.splitlines() == [
         "warning: padding with '</s>'",
         "warning: padding with '</s>'",
@@ -33,7 +33,7 @@ def test_only_what_we_say_is_said(capsys):
 
 
 @pytest.mark.parametrize(("kind", "start"), [("xterm", "\r\x1b[K"), ("dumb", ""), (None, "")])
-def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch, kind, start):
+def test_a_message_replaces_the_progress_line_on_a_terminal(capsys, monkeypatch, kind, start):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", kind) if kind else monkeypatch.delenv("TERM", raising=False)
     with upstream_silenced(debug=False):
@@ -41,26 +41,26 @@ def test_a_line_on_a_terminal_takes_the_place_of_progress(capsys, monkeypatch, k
     assert capsys.readouterr().err == f"{start}warning: ours\n"
 
 
-def test_debug_changes_nothing(caplog):
+def test_debug_hides_nothing(caplog):
     with upstream_silenced(debug=True), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        speak()
+        warn_and_log()
     assert len(seen) == 4
     assert "trl's" in caplog.text
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_everything_is_put_back(raises):
-    before = {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS}
-    shown, filters = warnings.showwarning, list(warnings.filters)
-    ours = logging.getLogger("toolkit")
-    kept = list(ours.handlers), ours.propagate
+def test_loggers_and_warnings_are_restored(raises):
+    levels = {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS}
+    showwarning, filters = warnings.showwarning, list(warnings.filters)
+    logger = logging.getLogger("toolkit")
+    logger_state = list(logger.handlers), logger.propagate
     try:
         with upstream_silenced(debug=False):
             if raises:
                 raise KeyError("a run that fails")
     except KeyError:
         assert raises
-    assert {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS} == before
-    assert (warnings.showwarning, list(warnings.filters)) == (shown, filters)
-    assert (list(ours.handlers), ours.propagate) == kept
+    assert {name: logging.getLogger(name).level for name in UPSTREAM_LOGGERS} == levels
+    assert (warnings.showwarning, list(warnings.filters)) == (showwarning, filters)
+    assert (list(logger.handlers), logger.propagate) == logger_state

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: one speaks, all end with its code."""
+"""Messages between the processes of a run: one process reports, all exit with its code."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ LOST = RuntimeError(
 
 
 @pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_control, "ANSWER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(process_control, "LISTEN_INTERVAL_S", 0.02)
 
 
-def together(*parts: Callable[[Peers], Any]) -> list[Any]:
-    """Each part in a thread, as a process of a run; what they gave or raised."""
-    store, found = HashStore(), [None] * len(parts)
+def run_in_threads(*processes: Callable[[Peers], Any]) -> list[Any]:
+    """Call each function in a thread, as a process of a run. Return their results or exceptions."""
+    store, results = HashStore(), [None] * len(processes)
 
-    def process(number: int) -> None:
+    def process(rank: int) -> None:
         try:
-            found[number] = parts[number](Peers(store, number, len(parts)))
+            results[rank] = processes[rank](Peers(store, rank, len(processes)))
         except Exception as error:  # noqa: BLE001 - it is what the test looks at
-            found[number] = error
+            results[rank] = error
 
-    threads = [threading.Thread(target=process, args=(n,)) for n in range(len(parts))]
+    threads = [threading.Thread(target=process, args=(n,)) for n in range(len(processes))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=10)
         assert not thread.is_alive()
-    return found
+    return results
 
 
 def test_a_run_of_one_process_has_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_a_run_of_one_process_has_no_peers(monkeypatch: pytest.MonkeyPatch) -> N
     assert join() is None
 
 
-def test_no_meeting_is_a_reason_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_connect_raise_retry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -62,13 +62,13 @@ def test_no_meeting_is_a_reason_to_try_again(monkeypatch: pytest.MonkeyPatch) ->
     assert "MASTER_PORT" in str(refused.value.fix)
 
 
-def test_each_hears_what_all_gave() -> None:
-    given = together(*(lambda p, n=n: p.exchange("value", {"n": n}) for n in range(3)))
-    assert given == [[{"n": 0}, {"n": 1}, {"n": 2}]] * 3
+def test_exchange_returns_the_values_of_all_processes() -> None:
+    results = run_in_threads(*(lambda p, n=n: p.exchange("value", {"n": n}) for n in range(3)))
+    assert results == [[{"n": 0}, {"n": 1}, {"n": 2}]] * 3
 
 
-def test_one_tells_and_all_end_with_its_code() -> None:
-    ended = together(
+def test_one_process_reports_and_all_exit_with_its_code() -> None:
+    ended = run_in_threads(
         lambda p: p.exception_to_raise(LOST),
         lambda p: p.exception_to_raise(ConfigError("bad reward")),
         lambda p: p.exception_to_raise(LOST),
@@ -77,7 +77,7 @@ def test_one_tells_and_all_end_with_its_code() -> None:
     assert [end.code for end in (ended[0], ended[2])] == [1, 1]
 
 
-def test_a_lost_partner_does_not_take_the_report_from_the_process_with_the_reason() -> None:
+def test_the_process_with_a_reason_of_its_own_reports_the_failure() -> None:
     class SlowToClaim:
         """The store as a process sees it that is not scheduled just before it claims the report."""
 
@@ -96,59 +96,61 @@ def test_a_lost_partner_does_not_take_the_report_from_the_process_with_the_reaso
         peers.store = SlowToClaim(peers.store)
         return peers.exception_to_raise(ConfigError("bad reward"))
 
-    ended = together(lambda p: p.exception_to_raise(LOST), with_a_reason)
+    ended = run_in_threads(lambda p: p.exception_to_raise(LOST), with_a_reason)
     assert isinstance(ended[1], ConfigError)
     assert ended[0].code == 1
 
 
-def test_the_same_error_everywhere_is_told_once() -> None:
-    ended = together(*(lambda p: p.exception_to_raise(NodeError("bad card")) for _ in range(3)))
+def test_an_error_in_all_processes_is_reported_once() -> None:
+    ended = run_in_threads(
+        *(lambda p: p.exception_to_raise(NodeError("bad card")) for _ in range(3))
+    )
     kinds = sorted(type(end).__name__ for end in ended)
     assert kinds == ["NodeError", "SystemExit", "SystemExit"]
     assert {end.code for end in ended if isinstance(end, SystemExit)} == {3}
 
 
-def test_who_is_gone_is_named() -> None:
-    ended = together(
+def test_the_error_names_the_process_that_ended() -> None:
+    ended = run_in_threads(
         lambda p: p.exception_to_raise(LOST), lambda _: None, lambda p: p.exception_to_raise(LOST)
     )
-    told = next(end for end in ended if isinstance(end, RetryError))
-    silent = next(end for end in ended if isinstance(end, SystemExit))
-    assert told.message == (
+    reported = next(end for end in ended if isinstance(end, RetryError))
+    exited = next(end for end in ended if isinstance(end, SystemExit))
+    assert reported.message == (
         "process 1 of this run has ended unexpectedly (Connection closed by peer [127.0.0.1]:15238)"
     )
-    assert silent.code == 4
+    assert exited.code == 4
 
 
-def test_a_defect_keeps_its_own_code() -> None:
-    ended = together(
+def test_all_processes_exit_with_the_code_of_a_defect() -> None:
+    ended = run_in_threads(
         lambda p: p.exception_to_raise(KeyError("x")), lambda p: p.exception_to_raise(LOST)
     )
     assert isinstance(ended[0], KeyError)
     assert ended[1].code == 70
 
 
-def test_a_stop_says_who_did_not_answer() -> None:
-    ended = together(
+def test_a_stopped_error_names_the_process_that_did_not_answer() -> None:
+    ended = run_in_threads(
         lambda p: p.exception_to_raise(StoppedError("stopped by SIGTERM")), lambda _: None
     )
     assert ended[0].message == "stopped by SIGTERM; process 1 did not answer"
-    both = together(
+    both = run_in_threads(
         *(lambda p: p.exception_to_raise(StoppedError("stopped by SIGTERM")) for _ in range(2))
     )
-    told = next(end for end in both if isinstance(end, StoppedError))
-    assert told.message == "stopped by SIGTERM"
+    reported = next(end for end in both if isinstance(end, StoppedError))
+    assert reported.message == "stopped by SIGTERM"
 
 
-def test_nobody_waits_for_one_that_failed() -> None:
-    ended = together(
+def test_exchange_does_not_wait_for_a_failed_process() -> None:
+    ended = run_in_threads(
         lambda p: p.exception_to_raise(ConfigError("no such model")),
         lambda p: p.exchange("device", None),
     )
     assert isinstance(ended[1], PeerFailed)
 
 
-def test_one_that_shows_no_sign_of_life_is_waited_for_as_long_as_was_said() -> None:
+def test_exchange_raises_when_a_process_shows_no_sign_of_life() -> None:
     class Stopped(Peers):
         def _listen(self) -> None:
             """As a process that is stopped: nothing is counted."""
@@ -159,7 +161,7 @@ def test_one_that_shows_no_sign_of_life_is_waited_for_as_long_as_was_said() -> N
         Peers(store, 0, 2, timeout_s=0.4).exchange("device")
 
 
-def test_one_that_works_for_longer_is_waited_for() -> None:
+def test_exchange_waits_for_a_slow_process() -> None:
     def slow(peers: Peers) -> Any:
         time.sleep(1.0)
         return peers.exchange("device", 1)
@@ -172,7 +174,7 @@ def test_one_that_works_for_longer_is_waited_for() -> None:
     thread.join()
 
 
-def test_a_store_that_never_answers_is_waited_for_as_long_as_was_said() -> None:
+def test_exchange_raises_when_the_store_never_answers() -> None:
     class Stuck:
         def __getattr__(self, name: str) -> Any:
             return lambda *_: threading.Event().wait()
@@ -181,17 +183,17 @@ def test_a_store_that_never_answers_is_waited_for_as_long_as_was_said() -> None:
         Peers(Stuck(), 1, 2, timeout_s=0.3).exchange("device")
 
 
-def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
+def test_the_second_process_reports_when_the_store_is_lost() -> None:
     class Broken:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("Broken pipe")
 
-    told = Peers(Broken(), 1, 3).exception_to_raise(LOST)
-    assert isinstance(told, RetryError)
-    assert "process 0 of this run has ended unexpectedly" in told.message
-    silent = Peers(Broken(), 2, 3).exception_to_raise(LOST)
-    assert isinstance(silent, SystemExit)
-    assert silent.code == 4
+    reported = Peers(Broken(), 1, 3).exception_to_raise(LOST)
+    assert isinstance(reported, RetryError)
+    assert "process 0 of this run has ended unexpectedly" in reported.message
+    exited = Peers(Broken(), 2, 3).exception_to_raise(LOST)
+    assert isinstance(exited, SystemExit)
+    assert exited.code == 4
     own = ConfigError("mine")
     assert Peers(Broken(), 2, 3).exception_to_raise(own) is own
 
@@ -206,7 +208,7 @@ def test_a_store_that_is_gone_leaves_the_second_process_to_tell() -> None:
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
+def test_messages_of_a_lost_peer_are_recognized(text: str, expected: bool) -> None:
     assert is_peer_lost(RuntimeError(text)) is expected
     assert not is_peer_lost(ConfigError(text))
     assert peer_lost_error([], RuntimeError(text)).message.startswith(
@@ -214,19 +216,21 @@ def test_what_a_lost_partner_looks_like(text: str, expected: bool) -> None:
     )
 
 
-def test_the_process_that_ran_out_of_memory_tells() -> None:
+def test_the_process_that_ran_out_of_memory_reports() -> None:
     assert is_peer_lost(PeerOutOfMemoryError("process 1 ran out of memory"))
     own = ConfigError("process 1 ran out of memory: Tried to allocate 2.00 GiB")
     other = PeerOutOfMemoryError("process 1 ran out of memory")
-    ended = together(lambda p: p.exception_to_raise(other), lambda p: p.exception_to_raise(own))
+    ended = run_in_threads(
+        lambda p: p.exception_to_raise(other), lambda p: p.exception_to_raise(own)
+    )
     assert ended[1] is own
     assert isinstance(ended[0], SystemExit)
     assert ended[0].code == 1
 
 
-def test_an_engine_that_lost_its_partner_while_starting_is_no_bad_node() -> None:
+def test_an_engine_that_lost_a_peer_while_starting_is_not_a_node_error() -> None:
     error = NodeError("the engine did not start: RuntimeError")
     error.__cause__ = LOST
     assert is_peer_lost(error)
-    ended = together(lambda p: p.exception_to_raise(error), lambda _: None)
+    ended = run_in_threads(lambda p: p.exception_to_raise(error), lambda _: None)
     assert isinstance(ended[0], RetryError)

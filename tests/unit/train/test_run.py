@@ -1,4 +1,4 @@
-"""What a run knows of its own length."""
+"""The number of steps of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from trainer_helpers import make_trainer
 
 from toolkit.train.run_end import total_steps
 
-LEFT_OVER = {"steps_per_generation": 1, "gradient_accumulation_steps": 5}  # of 12 an epoch
+REMAINDER_PER_EPOCH = {
+    "steps_per_generation": 1,
+    "gradient_accumulation_steps": 5,
+}  # of 12 an epoch
 
 
 @pytest.mark.parametrize(
@@ -15,10 +18,10 @@ LEFT_OVER = {"steps_per_generation": 1, "gradient_accumulation_steps": 5}  # of 
     [
         {"max_steps": 2, "num_train_epochs": 9},
         {"max_steps": -1, "num_train_epochs": 0.2},
-        {"max_steps": -1, "num_train_epochs": 1, **LEFT_OVER},
+        {"max_steps": -1, "num_train_epochs": 1, **REMAINDER_PER_EPOCH},
     ],
 )
-def test_the_steps_of_a_run_are_those_that_it_makes(tmp_path, grpo):
+def test_total_steps_is_the_number_of_trained_steps(tmp_path, grpo):
     trainer = make_trainer(tmp_path, **grpo)
     expected = total_steps(trainer)
     trainer.train()

@@ -30,13 +30,13 @@ def config(folder, **fields):
     """(config, the warning about its fields)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = GRPOConfig(output_dir=str(folder), use_cpu=True, **fields)
-    told = [str(one.message) for one in caught if one.category is ToolkitWarning]
-    assert len(told) <= 1  # all of it at once
-    return made, told[0] if told else ""
+        result = GRPOConfig(output_dir=str(folder), use_cpu=True, **fields)
+    messages = [str(warning.message) for warning in caught if warning.category is ToolkitWarning]
+    assert len(messages) <= 1  # all of it at once
+    return result, messages[0] if messages else ""
 
 
-def test_fields_of_older_releases_are_translated_and_told_once(tmp_path):
+def test_fields_of_older_releases_are_translated_with_one_warning(tmp_path):
     made, told = config(
         tmp_path,
         max_prompt_length=256,
@@ -88,7 +88,7 @@ def test_vllm_sampling_params_become_fields(tmp_path):
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be a number of tokens above 0"),
     ],
 )
-def test_what_has_no_meaning_of_today_is_refused_by_name(tmp_path, fields, words):
+def test_an_unknown_field_is_an_error_with_its_name(tmp_path, fields, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         config(tmp_path, **fields)
 
@@ -107,7 +107,7 @@ def test_what_has_no_meaning_of_today_is_refused_by_name(tmp_path, fields, words
          "eval_strategy": "steps", "eval_steps": 1},
     ],
 )  # fmt: skip
-def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
+def test_every_batch_size_that_the_message_lists_is_valid(tmp_path, fields):
     with pytest.raises(ConfigValueError, match="not a multiple of num_generations=6") as caught:
         config(tmp_path, **fields)
     choices = re.findall(r"(\w+)=([\d or]+)", str(caught.value.fix))
@@ -117,7 +117,7 @@ def test_every_batch_that_the_message_lists_is_legal(tmp_path, fields):
             config(tmp_path, **{**fields, name: int(value)})
 
 
-def test_batch_1_with_6_generations_says_what_to_write(tmp_path):
+def test_batch_1_with_6_generations_lists_valid_values(tmp_path):
     with pytest.raises(ConfigValueError) as caught:
         config(tmp_path, per_device_train_batch_size=1, num_generations=6)
     assert "1 x 1 process x gradient_accumulation_steps 1)" in str(caught.value)
@@ -151,12 +151,12 @@ async def later(completions, **kwargs):
     return ["good" for _ in completions]
 
 
-def trainer_of(tmp_path, rewards, model=None, **grpo):
-    given = {"max_steps": 1, "max_completion_length": 2, **grpo}
+def make_script_trainer(tmp_path, rewards, model=None, **grpo):
+    grpo_fields = {"max_steps": 1, "max_completion_length": 2, **grpo}
     return GRPOTrainer(
         model=model or make_policy(),
         reward_funcs=rewards,
-        args=arguments(tmp_path, **given),
+        args=arguments(tmp_path, **grpo_fields),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=make_tokenizer(),
     )
@@ -172,7 +172,7 @@ def trainer_of(tmp_path, rewards, model=None, **grpo):
         (later, "reward later returned a str as a reward (sample 0 of 8)"),
     ],
 )
-def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
+def test_a_wrong_reward_has_the_message_of_a_run_file(reward, told):
     [call] = wrap_reward_funcs([reward])
 
     def score():
@@ -184,19 +184,19 @@ def test_what_a_reward_returned_is_told_in_the_run_files_words(reward, told):
     assert "one number (or None) for each completion" in str(caught.value.fix)
 
 
-def test_training_ends_with_the_words_for_the_reward(tmp_path):
+def test_training_ends_with_the_message_for_a_wrong_reward(tmp_path):
     with pytest.raises(ConfigValueError, match="reward words returned a str as a reward"):
-        trainer_of(tmp_path, [ones, words]).train()
+        make_script_trainer(tmp_path, [ones, words]).train()
 
 
-def test_rewards_that_cannot_be_called_are_refused_before_training(tmp_path):
+def test_rewards_that_cannot_be_called_are_errors_before_training(tmp_path):
     with pytest.raises(
         ConfigError, match=re.escape("reward no_kwargs has the parameters (completions)")
     ) as e:
-        trainer_of(tmp_path, no_kwargs)
+        make_script_trainer(tmp_path, no_kwargs)
     assert e.value.fix == "add **kwargs at the end of the parameters of the function"
     with pytest.raises(ConfigTypeError, match="must be a function, not list"):
-        trainer_of(tmp_path, [[1.0]])
+        make_script_trainer(tmp_path, [[1.0]])
 
 
 def test_rewards_of_every_kind_keep_their_names(tmp_path):
@@ -210,19 +210,19 @@ def test_rewards_of_every_kind_keep_their_names(tmp_path):
     def broken(completions, **kwargs):
         raise KeyError("answer")
 
-    trainer = trainer_of(tmp_path, [ones, Scorer(), partial(scaled, factor=2)])
+    trainer = make_script_trainer(tmp_path, [ones, Scorer(), partial(scaled, factor=2)])
     assert trainer.reward_func_names == ["ones", "Scorer", "scaled"]
     trainer.train()
     assert trainer.state.log_history[0]["rewards/scaled/mean"] == 2
     with pytest.raises(KeyError, match="answer"):  # its own, with its own traceback
-        trainer_of(tmp_path, broken).train()
+        make_script_trainer(tmp_path, broken).train()
 
 
 # --- lengths, packages, the other engine's keywords
 
 
-def test_max_prompt_length_cuts_on_the_left_and_says_so(tmp_path):
-    trainer = trainer_of(tmp_path, ones)
+def test_max_prompt_length_truncates_the_start_with_a_warning(tmp_path):
+    trainer = make_script_trainer(tmp_path, ones)
     trainer.args.max_prompt_length = 2
     with pytest.warns(ToolkitWarning, match="more than max_prompt_length=2"):
         ids, _, _ = trainer._tokenize_prompts(["12+34=", "7="])
@@ -230,19 +230,19 @@ def test_max_prompt_length_cuts_on_the_left_and_says_so(tmp_path):
     assert tokenizer.batch_decode(ids) == ["4=", "7="]
 
 
-def test_max_seq_length_holds_prompt_and_completion_without_an_engine_too(tmp_path):
+def test_max_seq_length_limits_prompt_and_completion_without_an_engine(tmp_path):
     model = make_policy()
     model.max_seq_length = 8
     with pytest.raises(ConfigError, match="max_completion_length=8 leaves no room for a prompt"):
-        trainer_of(tmp_path, ones, model=model, max_completion_length=8)
-    trainer = trainer_of(tmp_path, ones, model=model, max_completion_length=7)
+        make_script_trainer(tmp_path, ones, model=model, max_completion_length=8)
+    trainer = make_script_trainer(tmp_path, ones, model=model, max_completion_length=7)
     prompt_ids, completion_ids, *_ = trainer._generate(["12+34="] * 4 + ["7="] * 4)
     lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     assert max(lengths) <= 8
     assert max(map(len, completion_ids[4:])) > 2  # a short prompt has more room
 
 
-def test_all_mistakes_in_a_config_are_told_at_once(tmp_path):
+def test_all_mistakes_in_a_config_are_in_one_error(tmp_path):
     with pytest.raises(ConfigTypeError) as caught:
         config(
             tmp_path,
@@ -266,7 +266,7 @@ def test_all_mistakes_in_a_config_are_told_at_once(tmp_path):
     assert told.count("fix: ") == 5
 
 
-def test_a_mistake_that_trl_finds_is_told_beside_ours(tmp_path):
+def test_an_error_of_trl_is_listed_with_the_errors_of_the_toolkit(tmp_path):
     with pytest.raises(ConfigValueError) as caught:
         config(tmp_path, curriculum_share=2, auto_find_batch_size=True)
     assert "2 mistakes" in str(caught.value)
@@ -276,11 +276,11 @@ def test_a_mistake_that_trl_finds_is_told_beside_ours(tmp_path):
     assert not isinstance(alone.value, ConfigError)  # TRL's own
 
 
-def test_all_mistakes_in_a_trainers_arguments_are_told_at_once(tmp_path):
+def test_all_mistakes_in_the_arguments_of_a_trainer_are_in_one_error(tmp_path):
     model = make_policy()
     model.max_seq_length = 8
     with pytest.raises(ConfigError) as caught:
-        trainer_of(tmp_path, no_kwargs, model=model, optim="lomo", max_completion_length=8)
+        make_script_trainer(tmp_path, no_kwargs, model=model, optim="lomo", max_completion_length=8)
     told = str(caught.value)
     assert told.startswith("3 mistakes\n- ")
     assert "reward no_kwargs has the parameters (completions)" in told
@@ -288,26 +288,28 @@ def test_all_mistakes_in_a_trainers_arguments_are_told_at_once(tmp_path):
     assert "leaves no room for a prompt" in told
 
 
-def test_packages_of_the_config_are_looked_for_at_construction(tmp_path):
+def test_packages_of_the_config_are_checked_at_construction(tmp_path):
     given = {"report_to": ["dvclive"]}
     with pytest.raises(ImportError, match="report_to: dvclive needs dvclive"):
-        trainer_of(tmp_path, ones, **given)
+        make_script_trainer(tmp_path, ones, **given)
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_keywords_of_the_other_engine_are_refused_at_construction(tmp_path, engine):
+def test_sampling_keywords_of_another_engine_are_errors_at_construction(tmp_path, engine):
     model = make_policy()
     if engine:
         put_engine(model, make_tokenizer())
     with pytest.raises(ConfigValueError, match="include_stop_str_in_output"):
-        trainer_of(tmp_path, ones, model, generation_kwargs={"include_stop_str_in_output": True})
+        make_script_trainer(
+            tmp_path, ones, model, generation_kwargs={"include_stop_str_in_output": True}
+        )
 
 
 # --- generate right after training
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_generate_right_after_train_is_that_of_evaluation(tmp_path, checkpointing):
+def test_generate_after_train_equals_generate_in_evaluation_mode(tmp_path, checkpointing):
     trainer = make_trainer(
         tmp_path, max_steps=1, lora={"lora_dropout": 0.3}, gradient_checkpointing=checkpointing
     )
@@ -330,7 +332,7 @@ def test_generate_right_after_train_is_that_of_evaluation(tmp_path, checkpointin
 # --- names that notebooks import
 
 
-def test_names_that_notebooks_import():
+def test_notebook_names_can_be_imported():
     from toolkit import FastVisionModel, PatchFastRL, is_bfloat16_supported
     from toolkit.chat_templates import train_on_responses_only
 
@@ -365,14 +367,14 @@ def test_chat_templates():
     assert get_chat_template(tokenizer, own).chat_template == own
 
 
-def test_sharegpt_becomes_role_and_content():
+def test_sharegpt_rows_are_converted_to_role_and_content():
     turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
     rows = standardize_sharegpt(Dataset.from_list([{"conversations": turns}]))
     assert [(t["role"], t["content"]) for t in rows[0]["conversations"]] == [
         ("user", "1+1="), ("assistant", "2")]  # fmt: skip
 
 
-def test_standby_is_kv_sleep():
+def test_standby_sets_kv_sleep():
     asked = {"UNSLOTH_VLLM_STANDBY": "1"}
     with pytest.warns(ToolkitWarning, match="enable_sleep_mode=True"):
         assert apply_standby_variable({"fast_inference": True}, asked)["enable_sleep_mode"] is True
@@ -381,7 +383,7 @@ def test_standby_is_kv_sleep():
     assert apply_standby_variable({"fast_inference": True}, {}) == {"fast_inference": True}
 
 
-def test_gguf_is_explained():
+def test_gguf_is_an_error_with_an_explanation():
     recipe = gguf_recipe("out", ["q4_k_m"])
     assert "convert_hf_to_gguf.py out --outfile out/f16.gguf --outtype f16" in recipe
     assert "llama-quantize out/f16.gguf out/q4_k_m.gguf q4_k_m" in recipe

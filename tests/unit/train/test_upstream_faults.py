@@ -1,4 +1,4 @@
-"""Which upstream errors are about keys of the run file, and which are defects of ours."""
+"""Which upstream errors are caused by keys of the run file, and which are defects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from toolkit.train.step import step_errors
 from toolkit.train.upstream_errors import TOOLKIT_FOLDER
 
 
-def run_of(**grpo: Any) -> Any:
-    """As much of a RunConfig as is looked at."""
+def fake_run(**grpo: Any) -> Any:
+    """The fields of a RunConfig that are read."""
     return SimpleNamespace(grpo=grpo, source="run.yaml")
 
 
@@ -43,49 +43,51 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_what_upstream_refuses_is_about_the_keys_that_were_written(tmp_path, name) -> None:
+def test_an_upstream_error_names_the_keys_that_caused_it(tmp_path, name) -> None:
     grpo, words = CASES[name]
     rows = ROWS[:4] if "eval_strategy" in grpo else None
     with pytest.raises(Exception) as raised:  # noqa: PT011 - of whatever class upstream chooses
         make_trainer(tmp_path, eval_rows=rows, **grpo).train()
-    told = step_errors.translate(raised.value, "runs/x", run_of(**grpo))
-    assert isinstance(told, ConfigError)
-    assert told.where == "run.yaml"
-    assert words in told.message
+    error = step_errors.translate(raised.value, "runs/x", fake_run(**grpo))
+    assert isinstance(error, ConfigError)
+    assert error.where == "run.yaml"
+    assert words in error.message
     first = next(iter(grpo)) if name != "metric" else "metric_for_best_model"
-    assert f"grpo.{first} is {grpo[first]!r}" in told.message
-    assert "`envcheck explain grpo." in told.fix
-    assert step_errors.translate(raised.value, "runs/x", run_of(beta=0.0)) is None, (
+    assert f"grpo.{first} is {grpo[first]!r}" in error.message
+    assert "`envcheck explain grpo." in error.fix
+    assert step_errors.translate(raised.value, "runs/x", fake_run(beta=0.0)) is None, (
         "no key of its own"
     )
 
 
-def test_our_own_code_under_upstream_stays_a_defect() -> None:
+def test_an_error_in_toolkit_code_that_upstream_calls_is_a_defect() -> None:
     """Upstream calls a function of ours, which raises: the key that led there is not to blame."""
 
-    def ours(step: int) -> float:
+    def in_toolkit(step: int) -> float:
         raise KeyError(step)
 
-    def not_ours(step: int) -> float:
+    def elsewhere(step: int) -> float:
         raise KeyError(step)
 
-    ours.__code__ = ours.__code__.replace(co_filename=str(TOOLKIT_FOLDER / "train" / "made_up.py"))
+    in_toolkit.__code__ = in_toolkit.__code__.replace(
+        co_filename=str(TOOLKIT_FOLDER / "train" / "made_up.py")
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(KeyError) as raised:
-        torch.optim.lr_scheduler.LambdaLR(optimizer, ours)
-    config = run_of(lr_scheduler_type="linear", learning_rate=1e-6)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, in_toolkit)
+    config = fake_run(lr_scheduler_type="linear", learning_rate=1e-6)
     assert step_errors.translate(raised.value, "runs/x", config) is None
     with pytest.raises(KeyError) as raised:
-        torch.optim.lr_scheduler.LambdaLR(optimizer, not_ours)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, elsewhere)
     assert step_errors.translate(raised.value, "runs/x", config) is not None
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_the_metrics_that_rules_know_are_those_of_an_evaluation(tmp_path, engine) -> None:
-    found = make_trainer(tmp_path, eval_rows=ROWS[:4], engine=engine).evaluate()
-    there = {name.removeprefix("eval_") for name in found} - {
+def test_the_rules_list_the_metrics_of_an_evaluation(tmp_path, engine) -> None:
+    metrics = make_trainer(tmp_path, eval_rows=ROWS[:4], engine=engine).evaluate()
+    names = {name.removeprefix("eval_") for name in metrics} - {
         "rewards/ones/mean",
         "rewards/ones/std",
     }
-    assert set(METRICS) <= there
-    assert there <= {*METRICS, *CONDITIONAL_METRICS}
+    assert set(METRICS) <= names
+    assert names <= {*METRICS, *CONDITIONAL_METRICS}

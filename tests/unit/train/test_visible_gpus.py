@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 
 def node(name: str, **environment: str) -> NodeSnapshot:
-    found = node_from_json(cases.load(name).node)
-    return replace(found, environment={**found.environment, **environment})
+    snapshot_of_case = node_from_json(cases.load(name).node)
+    return replace(snapshot_of_case, environment={**snapshot_of_case.environment, **environment})
 
 
-def test_one_process_says_how_to_use_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_one_process_names_the_option_for_all_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (line,) = unused_gpus(node("h100x8-healthy"))
     assert line == (
         "uses GPU 0 of 8 visible GPUs; 7 of the others are free; use --nproc-per-node auto"
@@ -37,30 +39,30 @@ def test_one_process_says_how_to_use_all_gpus(monkeypatch: pytest.MonkeyPatch) -
     assert unused_gpus(node("h100x8-healthy")) == []
 
 
-def test_a_run_that_sees_one_gpu_says_nothing() -> None:
+def test_a_run_with_one_visible_gpu_prints_nothing() -> None:
     assert unused_gpus(node("h100x8-healthy", CUDA_VISIBLE_DEVICES="3")) == []
     assert unused_gpus(node("h200-mig")) == []
     assert unused_gpus(node("cpu")) == []
 
 
-def test_gpus_that_others_use_are_not_offered() -> None:
-    eight = node("h100x8-healthy")
-    total = eight.gpus[1].total_bytes
+def test_gpus_in_use_do_not_count_as_free() -> None:
+    healthy = node("h100x8-healthy")
+    total = healthy.gpus[1].total_bytes
     assert total is not None
 
-    def busy(*indices: int) -> NodeSnapshot:
-        def taken(gpu: snapshot.GpuSnapshot) -> snapshot.GpuSnapshot:
+    def with_gpus_in_use(*indices: int) -> NodeSnapshot:
+        def in_use(gpu: snapshot.GpuSnapshot) -> snapshot.GpuSnapshot:
             value = {**(gpu.memory.value or {}), "free": total // 2}
             return replace(gpu, memory=replace(gpu.memory, value=value))
 
-        gpus = tuple(taken(gpu) if gpu.index in indices else gpu for gpu in eight.gpus)
-        return replace(eight, gpus=gpus)
+        gpus = tuple(in_use(gpu) if gpu.index in indices else gpu for gpu in healthy.gpus)
+        return replace(healthy, gpus=gpus)
 
     assert (
         "6 of the others are free; to use several, list the free ones in CUDA_"
-        in unused_gpus(busy(1))[0]
+        in unused_gpus(with_gpus_in_use(1))[0]
     )
-    assert unused_gpus(busy(*range(1, 8))) == [
+    assert unused_gpus(with_gpus_in_use(*range(1, 8))) == [
         "uses GPU 0 of 8 visible GPUs; 0 of the others are free"
     ]
 
@@ -75,7 +77,7 @@ def test_gpus_that_others_use_are_not_offered() -> None:
         ("cpu", None, 1),
     ],
 )
-def test_auto_is_a_process_for_each_gpu_that_cuda_sees(
+def test_auto_starts_one_process_per_visible_gpu(
     monkeypatch: pytest.MonkeyPatch, name: str, visible: str | None, count: int
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
