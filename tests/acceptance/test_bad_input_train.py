@@ -156,7 +156,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ended(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Every case that needs no permissions of its own, run."""
     root = tmp_path_factory.mktemp("cases")
     names = [name for name, case in CASES.items() if not case.permissions]
@@ -171,12 +171,14 @@ def ended(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, En
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].permissions])
-def test_bad_input_ends_in_words(ended: dict[str, Ended], name: str) -> None:
-    _check(CASES[name], ended[name])
+def test_bad_input_ends_with_an_error_message(results: dict[str, Ended], name: str) -> None:
+    _check(CASES[name], results[name])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].permissions])
-def test_what_may_not_be_read_or_written(model: Path, tmp_path: Path, name: str) -> None:
+def test_missing_permissions_end_with_an_error_message(
+    model: Path, tmp_path: Path, name: str
+) -> None:
     prefix = without_override()
     if prefix is None:
         pytest.skip("root, and its override of permissions cannot be dropped here")
@@ -193,8 +195,8 @@ def _check(case: Case, shown: Ended | subprocess.CompletedProcess[str]) -> None:
     assert CANARY not in shown.stdout + shown.stderr
 
 
-def test_the_sample_of_a_raising_reward_is_saved(ended) -> None:
-    folder = ended["raising reward"].folder
+def test_the_sample_of_a_failing_reward_is_saved(results) -> None:
+    folder = results["raising reward"].folder
     text = (folder / "out" / "bad_rewards.jsonl").read_text()
     record = json.loads(text)
     assert record["prompt"].endswith("=")
@@ -202,12 +204,12 @@ def test_the_sample_of_a_raising_reward_is_saved(ended) -> None:
     assert CANARY not in text
 
 
-def test_nothing_is_unpacked_outside(ended) -> None:
-    folder = ended["archive that leads outside"].folder
+def test_an_archive_unpacks_nothing_outside_its_folder(results) -> None:
+    folder = results["archive that leads outside"].folder
     assert list(folder.parent.rglob("evil.jsonl")) == []
 
 
-def test_ctrl_c_keeps_what_was_done(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint(model: Path, tmp_path: Path) -> None:
     folder = make_world(tmp_path / "w", model, grpo={"max_steps": 10_000, "save_steps": 5_000})
     process = subprocess.Popen(
         [str(TOOLKIT), "train", "run.yaml"],
@@ -260,7 +262,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+def test_a_full_disk_keeps_the_last_checkpoint(
     model: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     folder = make_world(

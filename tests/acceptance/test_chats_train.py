@@ -49,7 +49,7 @@ def trained(instruct: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
 
 
-def test_texts_become_user_messages_and_the_run_says_so(trained: Ended) -> None:
+def test_texts_become_user_messages_and_the_run_prints_it(trained: Ended) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "16 chats from " in trained.stdout
     assert "each text becomes a user message of the chat template (dataset.chat)" in trained.stdout
@@ -67,7 +67,7 @@ def test_held_out_data_is_used_without_an_eval_strategy(trained: Ended) -> None:
     assert {name: part["count"] for name, part in evaluation.items()} == {"before": 3, "after": 3}
 
 
-def test_the_adapter_is_asked_in_the_format_of_the_run(trained: Ended) -> None:
+def test_generate_uses_the_chat_format_of_the_run(trained: Ended) -> None:
     asked = ["generate", "out", "1+2=", "--max-tokens", "6"]
     cases = [{"folder": trained.folder, "arguments": [*asked, *more]} for more in ([], ["--chat"])]
     answers = [serve([case])[0] for case in cases]
@@ -88,7 +88,7 @@ def test_a_resumed_run_keeps_its_format(trained: Ended) -> None:
     assert len(resumed.rows()) == 3
 
 
-def test_rewards_that_are_all_none_are_said_once(instruct: Path, tmp_path: Path) -> None:
+def test_rewards_that_are_all_none_give_one_warning(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, reward={"functions": [{"name": "mine:nothing"}]})
     done = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_rewards_that_are_all_none_are_said_once(instruct: Path, tmp_path: Path)
     assert [row["steps_without_signal"] for row in done.rows()] == [1, 2]
 
 
-def test_what_cannot_be_is_refused(instruct: Path, tmp_path: Path) -> None:
+def test_impossible_chat_settings_are_errors(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
     (done,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert done.returncode == 1

@@ -32,13 +32,13 @@ def check(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("place", "code"), [("elsewhere", 0), ("/proc/self/nowhere", 1)], ids=["good", "bad"]
 )
-def test_another_output_folder_is_judged(tmp_path: Path, place: str, code: int) -> None:
+def test_check_uses_the_output_folder_of_an_override(tmp_path: Path, place: str, code: int) -> None:
     result = check(tmp_path, "--config", "run.yaml", "--set", f"runtime.output_dir={place}")
     assert result.returncode == code, result.stdout + result.stderr
     assert ("/proc/self/nowhere" in result.stdout) is (code == 1)
 
 
-def test_a_change_of_no_run_file_is_a_usage_error(tmp_path: Path) -> None:
+def test_an_override_without_a_run_file_is_a_usage_error(tmp_path: Path) -> None:
     result = check(tmp_path, "--set", "lora.r=8")
     assert result.returncode == 2
     assert "--config RUN.yaml" in result.stderr
@@ -53,7 +53,9 @@ def test_a_change_of_no_run_file_is_a_usage_error(tmp_path: Path) -> None:
         ("model.load_in_fp8=true", "LOAD020"),
     ],
 )
-def test_a_run_that_cannot_be_here_is_not_ready(tmp_path: Path, override: str, rule: str) -> None:
+def test_a_run_that_does_not_fit_this_machine_is_not_ready(
+    tmp_path: Path, override: str, rule: str
+) -> None:
     (tmp_path / "model").mkdir()
     shape = '"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2'
     (tmp_path / "model" / "config.json").write_text(f'{{"model_type": "llama", {shape}}}')
@@ -86,7 +88,7 @@ def test_a_run_whose_packages_are_missing_is_not_ready(
     assert said in json.loads(result.stdout)["checks"][0]["evidence"]
 
 
-def test_the_last_line_says_what_a_node_without_a_gpu_is_ready_for(tmp_path: Path) -> None:
+def test_the_last_line_names_what_a_node_without_a_gpu_can_do(tmp_path: Path) -> None:
     case = cases.load("cpu-transformers")
     alone = case.envcheck(tmp_path, "check")
     assert alone.stdout.rstrip().endswith("Ready for runs on the CPU (there is no GPU).")
@@ -98,7 +100,7 @@ def test_the_last_line_says_what_a_node_without_a_gpu_is_ready_for(tmp_path: Pat
 
 
 @pytest.mark.parametrize("key", ["runtime.engine", "model.fast_inference"])
-def test_a_run_of_cudas_vllm_is_not_ready_without_a_gpu(tmp_path: Path, key: str) -> None:
+def test_a_run_with_vllm_for_cuda_is_not_ready_without_a_gpu(tmp_path: Path, key: str) -> None:
     """Without --require gpu: the run file and the installed build decide."""
     case = cases.load("cpu-transformers")
     packages = case.node["software"]["packages"]["value"]

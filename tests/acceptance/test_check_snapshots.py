@@ -16,7 +16,7 @@ import cases
 
 
 @pytest.mark.parametrize("name", cases.names())
-def test_check_and_probe_say_what_the_node_is(name: str, tmp_path: Path) -> None:
+def test_the_output_of_check_and_probe_matches_the_snapshot(name: str, tmp_path: Path) -> None:
     case = cases.load(name)
     config = case.run_file(tmp_path)
     chosen = (*case.arguments, *(("--config", str(config)) if config else ()))

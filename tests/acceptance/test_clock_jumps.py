@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 YEARS = 30 * 365 * 86400.0
 
 
-def test_a_clock_that_is_set_changes_no_byte(tmp_path):
+def test_a_changed_clock_changes_no_byte_of_the_results(tmp_path):
     import toolkit.train.run  # noqa: F401 - before the forks
 
     run_file = world.make(tmp_path / "w", steps=3)

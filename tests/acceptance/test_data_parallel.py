@@ -33,12 +33,12 @@ def run_file(tmp_path_factory):
     return made
 
 
-def finish(pids, run_dir):
+def wait_for_success(pids, run_dir):
     codes = [world.wait(pid) for pid in pids]
     assert codes == [0] * len(pids), ranks.told(run_dir, len(pids))
 
 
-def slow(*values):
+def with_delays(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -70,13 +70,13 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("alone", "together", "both"), SPLITS)
-def test_two_ranks_learn_what_one_learns(run_file, tmp_path, alone, together, both):
+def test_two_ranks_train_as_one_rank_does(run_file, tmp_path, alone, together, both):
     steps = "grpo.max_steps=4"
     one, two = tmp_path / "one", tmp_path / "two"
     pid = world.forked(
         run_file, tmp_path / "one.txt", f'runtime.output_dir="{one}"', steps, *alone, *both
     )
-    finish(ranks.start(run_file, two, steps, *together, *both), two)
+    wait_for_success(ranks.start(run_file, two, steps, *together, *both), two)
     assert world.wait(pid) == 0, (tmp_path / "one.txt").read_text()
     texts = [
         [(row["step"], row["prompt"], row["completion"]) for row in world.rows(d, COMPLETIONS)]
@@ -95,9 +95,9 @@ TRAINED = ("reward", "reward_std", "entropy", "completion_length", "grad_norm")
 EVALUATED = ("eval/loss", "eval/reward", "eval/entropy", "eval/completion_length")
 
 
-def test_killed_together_two_ranks_resume_to_the_same_bytes(run_file, tmp_path):
+def test_two_killed_ranks_resume_to_the_same_bytes(run_file, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finish(ranks.start(run_file, whole, *HALF, *SLOW), whole)
+    wait_for_success(ranks.start(run_file, whole, *HALF, *SLOW), whole)
     logs = [(tmp_path / f"whole-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]  # metrics and adapter, on both
     assert len(logs[0].splitlines()) >= 7
@@ -113,12 +113,12 @@ def test_killed_together_two_ranks_resume_to_the_same_bytes(run_file, tmp_path):
     refused = (tmp_path / "alone.txt").read_text()
     assert "written by 2 processes, but this run has 1" in refused
     assert "--nproc-per-node 2" in refused
-    finish(ranks.start(run_file, cut, *HALF, *SLOW), cut)
+    wait_for_success(ranks.start(run_file, cut, *HALF, *SLOW), cut)
     assert world.digests(cut) == world.digests(whole)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_all_with_one_message(run_file, tmp_path, victim):
+def test_a_killed_rank_ends_all_ranks_with_one_message(run_file, tmp_path, victim):
     run_dir = tmp_path / "run"
     pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
     world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
@@ -134,7 +134,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_message(run_file, tmp_path, vic
     assert "Traceback" not in told
 
 
-def test_what_fails_on_one_rank_is_told_once_and_ends_all_with_its_code(run_file, tmp_path):
+def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_file, tmp_path):
     run_dir = tmp_path / "run"
     broken = [line.replace("slow_", "broken_") for line in SLOW]
     pids = ranks.start(run_file, run_dir, *HALF, *broken)
@@ -146,8 +146,8 @@ def test_what_fails_on_one_rank_is_told_once_and_ends_all_with_its_code(run_file
     assert checkpoint.list_steps(run_dir) == [2]
 
 
-@pytest.mark.parametrize("victim", [slow(0), 1])
-def test_a_signal_to_one_rank_stops_all_where_they_agree(run_file, tmp_path, victim):
+@pytest.mark.parametrize("victim", [with_delays(0), 1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_file, tmp_path, victim):
     run_dir = tmp_path / "run"
     pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
     world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
@@ -180,7 +180,7 @@ def two_ranks(run_file, run_dir):
     return process
 
 
-def test_the_command_starts_its_ranks_and_hands_on_signals_and_the_code(run_file, tmp_path):
+def test_the_command_starts_its_ranks_and_passes_on_signals_and_the_exit_code(run_file, tmp_path):
     process = two_ranks(run_file, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -203,9 +203,9 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it_too(run_file, tmp_path):
+def test_torchrun_can_start_the_command(run_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(ranks.start(run_file, one, *HALF, *SLOW), one)
+    wait_for_success(ranks.start(run_file, one, *HALF, *SLOW), one)
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "toolkit", "train"]
     process = command(*launcher, str(run_file), "--output-dir", str(two), *sets)
@@ -219,7 +219,7 @@ def test_torchrun_starts_it_too(run_file, tmp_path):
 def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
     """As the pods of containers/kubernetes/train-groups.yaml: one command for each node."""
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(ranks.start(run_file, one, *HALF, *SLOW), one)
+    wait_for_success(ranks.start(run_file, one, *HALF, *SLOW), one)
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", str(run_file), "--output-dir", str(two), *sets]
     place = {"PET_NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -234,12 +234,12 @@ def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("steps", [slow(1), slow(6)])
-def test_two_engines_of_vllm_learn_what_one_learns(run_file, tmp_path, steps):
+@pytest.mark.parametrize("steps", [with_delays(1), with_delays(6)])
+def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
     pytest.importorskip("vllm")
     one, two = tmp_path / "one", tmp_path / "two"
     both = ("runtime.engine=vllm", f"grpo.max_steps={steps}", "grpo.num_generations=4")
-    finish(ranks.start(run_file, two, "grpo.per_device_train_batch_size=6", *both), two)
+    wait_for_success(ranks.start(run_file, two, "grpo.per_device_train_batch_size=6", *both), two)
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]
     texts = {row["completion"] for row in world.rows(two, COMPLETIONS)}

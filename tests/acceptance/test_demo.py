@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
     return folder, *run_demo(folder)
 
 
-def test_the_demo_learns_and_shows_where_everything_lies(demo):
+def test_the_demo_learns_and_prints_the_paths_of_its_files(demo):
     folder, done, before, after = demo
     assert before <= 0.6
     assert after >= 0.9
@@ -59,7 +59,7 @@ def test_the_demo_learns_and_shows_where_everything_lies(demo):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not vllm_available(), reason="needs vLLM")  # in a process of its own
-def test_its_world_is_learned_on_vllm_as_on_transformers(demo, tmp_path):
+def test_the_demo_trains_on_vllm_as_on_transformers(demo, tmp_path):
     """The same run file and seed on the engine: other draws, the same rise. The whole of it is
     slow.
     """
@@ -82,14 +82,14 @@ def test_its_world_is_learned_on_vllm_as_on_transformers(demo, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_the_demo_learns_on_vllm_too(tmp_path):
+def test_the_demo_learns_on_vllm(tmp_path):
     pytest.importorskip("vllm")
     _, before, after = run_demo(tmp_path / "demo", "--engine", "vllm")
     assert before <= 0.6
     assert after >= 0.9
 
 
-def test_a_folder_with_something_in_it_is_refused_before_anything_is_made(tmp_path):
+def test_a_folder_that_is_not_empty_is_an_error_before_anything_is_written(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     done = world.toolkit("demo", "--out", tmp_path)
     assert done.returncode == 1

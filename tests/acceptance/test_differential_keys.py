@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def judge(world: Path, lines: list[str]) -> list[str]:
+def find_faults(world: Path, lines: list[str]) -> list[str]:
     """What is wrong with the runs of ``lines``, each after validate has accepted it."""
     accepted: list[tuple[str, set[str]]] = []
     for line in lines:
@@ -68,10 +68,10 @@ def fault(end: Ended, warned: set[str]) -> str | None:
     return f"validate was silent: {end.stderr}"
 
 
-def test_a_sample_of_keys(world: Path) -> None:
-    assert judge(world, random.Random(12).sample(runs(), SAMPLE)) == []
+def test_validate_and_train_agree_on_a_sample_of_keys(world: Path) -> None:
+    assert find_faults(world, random.Random(12).sample(runs(), SAMPLE)) == []
 
 
 @pytest.mark.slow
-def test_every_key(world: Path) -> None:
-    assert judge(world, runs()) == []
+def test_validate_and_train_agree_on_every_key(world: Path) -> None:
+    assert find_faults(world, runs()) == []

@@ -92,31 +92,31 @@ class Case:
         return f"exit {end.returncode}, and validate was silent: {said}"
 
 
-def judge(root: Path, models: dict[str, Path], made: list[Made], lanes: int = 1) -> list[str]:
+def find_faults(root: Path, models: dict[str, Path], made: list[Made], lanes: int = 1) -> list[str]:
     """What is wrong with the runs that validate accepts."""
     cases = [Case(root / str(i), one, models[one.model]) for i, one in enumerate(made)]
     accepted = [case for case in cases if case.accepted]
     return sorted(
         f"{case.folder.name} {case.made.told}\n    {wrong}"
-        for case, end in _ended(accepted, lanes)
+        for case, end in _run_cases(accepted, lanes)
         if (wrong := case.fault(end)) is not None
     )
 
 
-def _ended(cases: list[Case], lanes: int) -> Iterator[tuple[Case, Ended]]:
+def _run_cases(cases: list[Case], lanes: int) -> Iterator[tuple[Case, Ended]]:
     """The commands, run by as many servers as there are lanes; vLLM has servers of its own."""
     for engine in (True, False):
-        wanted = [case for case in cases if _on_vllm(case.made) is engine]
+        wanted = [case for case in cases if _uses_vllm(case.made) is engine]
         chunks: SimpleQueue[list[Case]] = SimpleQueue()
         for start in range(0, len(wanted), CHUNK):
             chunks.put(wanted[start : start + CHUNK])
         modules = ("toolkit.engine.start",) if engine else ()
         with ThreadPoolExecutor(lanes) as pool:
-            for found in pool.map(_lane, range(lanes), [chunks] * lanes, [modules] * lanes):
+            for found in pool.map(_run_lane, range(lanes), [chunks] * lanes, [modules] * lanes):
                 yield from found
 
 
-def _lane(
+def _run_lane(
     lane: int, chunks: SimpleQueue[list[Case]], modules: tuple[str, ...]
 ) -> list[tuple[Case, Ended]]:
     found: list[tuple[Case, Ended]] = []
@@ -129,24 +129,28 @@ def _lane(
         found += zip(cases, serve(commands, *modules, lane=lane), strict=True)
 
 
-def _on_vllm(made: Made) -> bool:
+def _uses_vllm(made: Made) -> bool:
     return made.engine == "vllm" or ("model.fast_inference", True) in made.sets
 
 
-def test_the_files_are_enough() -> None:
+def test_enough_run_files_are_generated() -> None:
     made = generate()
     assert len(made) >= 600
     assert made == generate()
 
 
-def test_a_sample_of_runs(tmp_path: Path, models: dict[str, Path]) -> None:
-    made = [one for one in generate() if not _on_vllm(one)]
-    wrong = judge(tmp_path, models, random.Random(12).sample(made, SAMPLE))
+def test_validate_and_train_agree_on_a_sample_of_runs(
+    tmp_path: Path, models: dict[str, Path]
+) -> None:
+    made = [one for one in generate() if not _uses_vllm(one)]
+    wrong = find_faults(tmp_path, models, random.Random(12).sample(made, SAMPLE))
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_run(tmp_path: Path, models: dict[str, Path], part: int) -> None:
-    wrong = judge(tmp_path, models, generate()[part::PARTS], LANES)
+def test_validate_and_train_agree_on_every_run(
+    tmp_path: Path, models: dict[str, Path], part: int
+) -> None:
+    wrong = find_faults(tmp_path, models, generate()[part::PARTS], LANES)
     assert not wrong, "\n".join(wrong)

@@ -54,7 +54,7 @@ def train(run_file, run_dir, *overrides):
     return out.read_text()
 
 
-def adds_up(run_dir, batch=8):
+def check_counts(run_dir, batch=8):
     """Rows of metrics and completions agree on what was drawn and what was trained on."""
     metrics, completions = world.rows(run_dir), world.rows(run_dir, COMPLETIONS)
     for row in (row for row in metrics if "dynamic_sampling/rounds" in row):
@@ -72,10 +72,10 @@ def adds_up(run_dir, batch=8):
     return metrics
 
 
-def test_the_logs_add_up_and_the_report_shows_it(run_file, tmp_path):
+def test_the_counts_in_the_logs_add_up_and_the_report_shows_them(run_file, tmp_path):
     run_dir = tmp_path / "run"
     said = train(run_file, run_dir, *BOTH, "grpo.max_steps=4")
-    metrics = adds_up(run_dir)
+    metrics = check_counts(run_dir)
     assert len(metrics) == 4
     assert sum(row["dynamic_sampling/rounds"] for row in metrics) > 0
     assert all(row["dynamic_sampling/no_spread_after"] == 0 for row in metrics)
@@ -91,12 +91,12 @@ def test_the_logs_add_up_and_the_report_shows_it(run_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
-def test_killed_and_resumed_it_leaves_the_same_bytes(run_file, tmp_path, engine):
+def test_a_killed_run_resumes_to_the_same_bytes(run_file, tmp_path, engine):
     if engine == "vllm":
         pytest.importorskip("vllm")
     more = (*SLOW, f"runtime.engine={engine}", "grpo.max_steps=8", "grpo.save_steps=1")
     train(run_file, tmp_path / "whole", *more)
-    adds_up(tmp_path / "whole")
+    check_counts(tmp_path / "whole")
     for steps in (2, 4, 6):
         run_dir = tmp_path / f"cut-{steps}"
         place = f'runtime.output_dir="{run_dir}"'
@@ -110,13 +110,13 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(run_file, tmp_path, engine)
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws_and_resume_to_the_same_bytes(run_file, tmp_path):
+def test_two_ranks_sample_as_one_does_and_resume_to_the_same_bytes(run_file, tmp_path):
     one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
     train(run_file, one, *BOTH)
-    finish(ranks.start(run_file, two, *HALF, *SLOW), two)
+    wait_for_success(ranks.start(run_file, two, *HALF, *SLOW), two)
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]  # metrics and adapter, on both
-    adds_up(two)
+    check_counts(two)
     texts = [
         [(row["step"], row["prompt"], row["completion"], row["extra"]) for row in drawn]
         for drawn in (world.rows(d, COMPLETIONS) for d in (one, two))
@@ -132,11 +132,11 @@ def test_two_ranks_draw_what_one_draws_and_resume_to_the_same_bytes(run_file, tm
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert [world.wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
-    finish(ranks.start(run_file, cut, *HALF, *SLOW), cut)
+    wait_for_success(ranks.start(run_file, cut, *HALF, *SLOW), cut)
     assert world.digests(cut) == world.digests(two)
 
 
-def finish(pids, run_dir):
+def wait_for_success(pids, run_dir):
     codes = [world.wait(pid) for pid in pids]
     assert codes == [0] * len(pids), ranks.told(run_dir, len(pids))
 
@@ -146,12 +146,12 @@ def test_three_ranks_with_groups_on_two_of_them_agree(run_file, tmp_path):
     """12 completions are 3 groups: a whole one on each of 3 ranks, one cut in two on 2 ranks."""
     one, two = tmp_path / "one", tmp_path / "two"
     train(run_file, one, *BOTH, "grpo.per_device_train_batch_size=12")
-    adds_up(one, batch=12)
-    finish(ranks.start(run_file, two, *BOTH, "grpo.per_device_train_batch_size=6"), two)
+    check_counts(one, batch=12)
+    wait_for_success(ranks.start(run_file, two, *BOTH, "grpo.per_device_train_batch_size=6"), two)
     three = tmp_path / "three"
-    finish(ranks.start(run_file, three, *BOTH, *HALF, size=3), three)
+    wait_for_success(ranks.start(run_file, three, *BOTH, *HALF, size=3), three)
     for run_dir in (two, three):
-        adds_up(run_dir, batch=12)
+        check_counts(run_dir, batch=12)
         # A round of 3 ranks has a multiple of 3 groups, so it may draw more prompts than one needs.
         rows = [world.rows(d, COMPLETIONS) for d in (one, run_dir)]
         first = [[(r["prompt"], r["completion"]) for r in found[:12]] for found in rows]
@@ -162,7 +162,7 @@ def test_three_ranks_with_groups_on_two_of_them_agree(run_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_curriculum_that_is_switched_on_later_begins_without_records(run_file, tmp_path):
+def test_a_curriculum_that_is_enabled_later_begins_without_records(run_file, tmp_path):
     run_dir = tmp_path / "run"
     off = (*BOTH, "grpo.curriculum=false", "grpo.dynamic_sampling=false", "grpo.save_steps=1")
     train(run_file, run_dir, *off, "grpo.max_steps=2")

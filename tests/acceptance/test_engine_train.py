@@ -70,7 +70,7 @@ def fault(when: str, error: str) -> Callable[[Path], Any]:
     return spoil
 
 
-def own_model(folder: Path) -> Path:
+def copy_model(folder: Path) -> Path:
     """The world's model, as a copy that may be spoiled."""
     shared = (folder / "model").resolve()
     (folder / "model").unlink()
@@ -79,7 +79,7 @@ def own_model(folder: Path) -> Path:
 
 
 def architecture(folder: Path) -> None:
-    path = own_model(folder) / "config.json"
+    path = copy_model(folder) / "config.json"
     path.write_text(path.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
 
 
@@ -87,7 +87,7 @@ def tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
 
-        path = own_model(folder) / "model.safetensors"
+        path = copy_model(folder) / "model.safetensors"
         found = {name: tensor.clone() for name, tensor in load_file(path).items()}
         change(found)
         save_file(found, path, metadata={"format": "pt"})
@@ -182,12 +182,12 @@ def run(cases: dict[str, Case], root: Path, model: Path) -> dict[str, Ended]:
 
 
 @pytest.fixture(scope="module")
-def quick(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def quick_results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return run(QUICK, tmp_path_factory.mktemp("quick"), model)
 
 
 @pytest.fixture(scope="module")
-def slow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def slow_results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return run(SLOW, tmp_path_factory.mktemp("slow"), model)
 
 
@@ -209,22 +209,24 @@ def check_stopped(ended: Ended) -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_run_on_the_engine(quick: dict[str, Ended], name: str) -> None:
-    check(QUICK[name], quick[name])
+def test_a_run_on_the_engine(quick_results: dict[str, Ended], name: str) -> None:
+    check(QUICK[name], quick_results[name])
     if name in STOPPED:
-        check_stopped(quick[name])
+        check_stopped(quick_results[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_a_run_on_the_engine_that_starts_or_stops_badly(slow: dict[str, Ended], name: str) -> None:
-    check(SLOW[name], slow[name])
+def test_a_run_whose_engine_fails_at_start_or_stop(
+    slow_results: dict[str, Ended], name: str
+) -> None:
+    check(SLOW[name], slow_results[name])
     if name in STOPPED:
-        check_stopped(slow[name])
+        check_stopped(slow_results[name])
 
 
-def test_what_the_options_leave(quick: dict[str, Ended]) -> None:
-    run = quick["options"]
+def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, Ended]) -> None:
+    run = quick_results["options"]
     said = run.rows("completions.jsonl")
     assert len(said) == 32
     assert all(re.fullmatch(REGEX, row["completion"]) for row in said), said[:3]
@@ -239,7 +241,7 @@ def test_what_the_options_leave(quick: dict[str, Ended]) -> None:
 
 
 @pytest.mark.slow
-def test_one_run_file_is_one_run_in_any_process(model: Path, tmp_path: Path) -> None:
+def test_a_run_file_gives_the_same_run_in_every_process(model: Path, tmp_path: Path) -> None:
     """Two starts of the command, with other hashes of strings and other threads' luck."""
     found = []
     for name in ("1", "2"):
@@ -252,8 +254,10 @@ def test_one_run_file_is_one_run_in_any_process(model: Path, tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
-def test_memory_that_was_short_cost_no_completion(quick: dict[str, Ended]) -> None:
-    run = quick["memory for four"]
+def test_running_out_of_memory_in_a_rollout_loses_no_completion(
+    quick_results: dict[str, Ended],
+) -> None:
+    run = quick_results["memory for four"]
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
     assert len(run.rows("completions.jsonl")) == 32
     assert run.stderr.count("rollout: out of memory") == 1

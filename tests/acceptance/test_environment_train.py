@@ -76,7 +76,7 @@ def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
     assert evaluation["after"]
 
 
-def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
+def test_a_missing_package_is_an_error_before_the_start(tmp_path: Path) -> None:
     """By check and by train, with the line that installs it; ENV005 is validate's finding."""
     from spoiled_world import ENVCHECK
 
@@ -111,7 +111,7 @@ def test_a_missing_package_is_found_before_the_start(tmp_path: Path) -> None:
         ("reasoning_gym", "leg_counting", "does not contain 1 tensors"),
     ],
 )
-def test_a_missing_task_is_refused_before_the_model_is_loaded(
+def test_a_missing_task_is_an_error_before_the_model_is_loaded(
     tmp_path: Path, adapter: str, task: str, said: str
 ) -> None:
     """A tensor has another name, so that a run with a good task fails where the model is loaded."""

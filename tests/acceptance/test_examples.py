@@ -49,10 +49,10 @@ def test_each_run_file_validates(copy: Path) -> None:
         assert "in run.yaml" in done.stdout  # the line that counts findings
         assert "error[" not in done.stdout
         # The model is not on this machine; everything else about the file is checked.
-        assert set(found_rules(done.stdout)) <= {"MODEL001"}, done.stdout
+        assert set(rules_in_output(done.stdout)) <= {"MODEL001"}, done.stdout
 
 
-def found_rules(output: str) -> list[str]:
+def rules_in_output(output: str) -> list[str]:
     """Ids of the findings in a report."""
     return [line.split("[")[1].split("]")[0] for line in output.split("\n") if "warning[" in line]
 
@@ -66,7 +66,7 @@ def test_every_folder_has_a_short_readme() -> None:
         assert f"({folder.name}/)" in listed
 
 
-def test_the_container_example_names_what_exists(copy: Path) -> None:
+def test_the_container_example_names_existing_files(copy: Path) -> None:
     """The Slurm script is there, is valid, and reads the variables of the example; the command in
     the container takes the run file of the other example.
     """

@@ -19,7 +19,7 @@ SECRET = "root:$6$S3CR3T/hash:19000:0:99999:7:::\ndaemon:*:19000:0\n"
 FORMS = ("text", "json", "sarif", "github")
 
 
-def told(run_file: Path, form: str = "text", **more: str) -> tuple[int, str]:
+def validate_output(run_file: Path, form: str = "text", **more: str) -> tuple[int, str]:
     done = CliRunner().invoke(
         validate, [str(run_file), "--format", form], env={"TOOLKIT_EXTENDS_FROM": "", **more}
     )
@@ -29,7 +29,7 @@ def told(run_file: Path, form: str = "text", **more: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", ["outside", "link", "inside", "yaml inside", "mapping inside"])
-def test_no_line_of_another_file_is_shown(tmp_path: Path, way: str, form: str) -> None:
+def test_no_line_of_a_file_outside_the_folder_is_shown(tmp_path: Path, way: str, form: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     content = "password: S3CR3T\n" if way == "mapping inside" else SECRET
@@ -40,36 +40,36 @@ def test_no_line_of_another_file_is_shown(tmp_path: Path, way: str, form: str) -
         (folder / name).symlink_to(place)
     run_file = folder / "run.yaml"
     run_file.write_text(f"extends: {name}\n{GOOD}")
-    code, text = told(run_file, form)
+    code, text = validate_output(run_file, form)
     assert code == 1
     assert "S3CR3T" not in text
     rule = "DOC016" if way in ("outside", "link") else "DOC017"
     assert rule in text
 
 
-def test_it_is_not_told_whether_a_file_outside_exists(tmp_path: Path) -> None:
+def test_the_message_does_not_tell_whether_a_file_outside_exists(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"extends: /nowhere/base.yaml\n{GOOD}")
-    assert "DOC016" in told(tmp_path / "run.yaml")[1]
+    assert "DOC016" in validate_output(tmp_path / "run.yaml")[1]
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_folder_that_is_allowed(tmp_path: Path, deep: bool) -> None:
+def test_a_base_in_an_allowed_folder_is_read(tmp_path: Path, deep: bool) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
     (tmp_path / "base.yaml").write_text(GOOD)
     (folder / "middle.yaml").write_text("extends: ../base.yaml\n")
     run_file = folder / "run.yaml"
     run_file.write_text(f"extends: {'middle.yaml' if deep else '../base.yaml'}\n")
-    code, text = told(run_file)
+    code, text = validate_output(run_file)
     assert (code, "DOC016" in text) == (1, True)
     assert f"TOOLKIT_EXTENDS_FROM={tmp_path}" in text
-    assert told(run_file, TOOLKIT_EXTENDS_FROM=f"/nowhere{os.pathsep}{tmp_path}")[0] == 0
+    assert validate_output(run_file, TOOLKIT_EXTENDS_FROM=f"/nowhere{os.pathsep}{tmp_path}")[0] == 0
 
 
-def test_a_base_that_is_a_pipe(tmp_path: Path) -> None:
+def test_a_base_that_is_a_pipe_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "base.yaml")
     (tmp_path / "run.yaml").write_text(f"extends: base.yaml\n{GOOD}")
-    code, text = told(tmp_path / "run.yaml")
+    code, text = validate_output(tmp_path / "run.yaml")
     assert (code, "base.yaml is a pipe, not a regular file" in text) == (1, True)
 
 
@@ -78,7 +78,7 @@ NUMBERS = ["9223372036854775808", "-9223372036854775809", "9" * 30, "9" * 500, "
 
 @pytest.mark.parametrize("number", NUMBERS, ids=len)
 @pytest.mark.parametrize("form", ["yaml", "json", "toml", "set"])
-def test_an_integer_beyond_64_bits(tmp_path: Path, number: str, form: str) -> None:
+def test_an_integer_beyond_64_bits_is_an_error(tmp_path: Path, number: str, form: str) -> None:
     path = tmp_path / f"run.{'yaml' if form == 'set' else form}"
     texts = {
         "yaml": f"{GOOD}grpo:\n  max_steps: {number}\n",
@@ -108,4 +108,4 @@ def test_the_largest_integers_are_read(tmp_path: Path) -> None:
         'model.model_name = "x"\nreward.functions = [{name = "exact_match"}]\n'
         "grpo.seed = 9223372036854775807\n"
     )
-    assert "DOC015" not in told(tmp_path / "run.toml")[1]
+    assert "DOC015" not in validate_output(tmp_path / "run.toml")[1]

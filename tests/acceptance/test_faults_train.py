@@ -95,7 +95,7 @@ CASES: dict[str, str] = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Every case, run."""
     root = tmp_path_factory.mktemp("faults")
     model, cases = make_model(root), []
@@ -126,7 +126,7 @@ def adapter(folder: Path) -> dict[str, Any]:
     return load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
 
 
-def refused(run: Ended, *words: str) -> None:
+def check_refused(run: Ended, *words: str) -> None:
     """One block on stderr with exit code 1; the checkpoints before stay."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stdout + run.stderr
@@ -136,8 +136,8 @@ def refused(run: Ended, *words: str) -> None:
         assert word in run.stderr
 
 
-def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
-    run, whole = ended["small card"], ended["undisturbed"]
+def test_out_of_memory_in_a_step_loses_no_step(results) -> None:
+    run, whole = results["small card"], results["undisturbed"]
     assert run.returncode == whole.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
         "warning: training step: out of memory, the micro-batch is split into 2 parts from now on"
@@ -150,14 +150,14 @@ def test_memory_that_runs_out_in_a_step_costs_no_step(ended) -> None:
         assert value == pytest.approx(expected[name], abs=2e-4), name  # rounding, through Adam
 
 
-def test_memory_that_is_too_small_for_a_sequence(ended) -> None:
+def test_memory_that_is_too_small_for_a_sequence_is_an_error(results) -> None:
     what = "out of memory, even with the micro-batch split into the smallest parts"
-    refused(ended["tiny card"], what, "per_device_train_batch")
-    assert checkpoints(ended["tiny card"]) == []
+    check_refused(results["tiny card"], what, "per_device_train_batch")
+    assert checkpoints(results["tiny card"]) == []
 
 
-def test_memory_that_runs_out_in_a_rollout_costs_no_completion(ended) -> None:
-    run = ended["small card in the rollout"]
+def test_out_of_memory_in_a_rollout_loses_no_completion(results) -> None:
+    run = results["small card in the rollout"]
     assert run.returncode == 0, run.stderr
     told = [line.partition(" (")[0] for line in run.stderr.splitlines()]
     assert told == [  # once, and not in each step
@@ -165,11 +165,11 @@ def test_memory_that_runs_out_in_a_rollout_costs_no_completion(ended) -> None:
         "warning: rollout: out of memory with 2 sequences. From now on at most 1 run at a time",
     ]
     assert [len(rows(run)), len(rows(run, "completions.jsonl"))] == [4, 16]
-    refused(ended["tiny card in the rollout"], "out of memory")
+    check_refused(results["tiny card in the rollout"], "out of memory")
 
 
-def test_a_step_that_is_no_number_is_skipped_and_counted(ended) -> None:
-    run = ended["one bad step"]
+def test_a_step_with_a_nan_loss_is_skipped_and_counted(results) -> None:
+    run = results["one bad step"]
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines() == [
         "warning: step 2 skipped: loss or gradient is not finite (1 in a row)"
@@ -179,10 +179,12 @@ def test_a_step_that_is_no_number_is_skipped_and_counted(ended) -> None:
     assert sum("skipped: not finite" in line for line in run.stdout.splitlines()) == 1
 
 
-def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) -> None:
-    run = ended["bad steps"]
+def test_several_steps_with_a_nan_loss_stop_the_run_and_save_the_batch(results) -> None:
+    run = results["bad steps"]
     saved = run.folder / "out" / "bad-step-4-rank-0.safetensors"
-    refused(run, "not finite for 3 steps in a row, up to step 4", str(saved), "weights from before")
+    check_refused(
+        run, "not finite for 3 steps in a row, up to step 4", str(saved), "weights from before"
+    )
     assert load_file(saved)
     assert checkpoints(run) == ["checkpoint-2", "checkpoint-3"]
     first, last = (run.folder / "out" / name / ADAPTER_FILE for name in checkpoints(run))
@@ -197,16 +199,16 @@ def test_steps_that_are_no_numbers_stop_the_run_with_their_batch_saved(ended) ->
         ("returns a text", ("reward score returned a str", "fix the function, or")),
     ],
 )
-def test_a_reward_that_misbehaves_ends_the_run_with_its_sample_saved(ended, name, words) -> None:
-    run = ended[name]
-    refused(run, *words, "bad_rewards.jsonl", "reward.on_error: none")
+def test_a_failing_reward_ends_the_run_and_saves_its_sample(results, name, words) -> None:
+    run = results[name]
+    check_refused(run, *words, "bad_rewards.jsonl", "reward.on_error: none")
     (record,) = rows(run, "bad_rewards.jsonl")
     assert record["reward"] == "score"
     assert checkpoints(run) == ["checkpoint-1"]
 
 
-def test_a_defect_ends_with_70_and_a_report_to_send(ended) -> None:
-    run = ended["defect"]
+def test_a_defect_ends_with_70_and_a_report_to_send(results) -> None:
+    run = results["defect"]
     assert run.returncode == 70
     assert "Traceback" not in run.stdout + run.stderr
     (report,) = (run.folder / "out").glob("toolkit-defect-*.txt")

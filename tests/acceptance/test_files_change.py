@@ -33,7 +33,7 @@ def undisturbed(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_has_what_it_needs_in_memory(undisturbed, tmp_path, change):
+def test_a_run_is_unaffected_when_its_input_files_change(undisturbed, tmp_path, change):
     run_file, expected = undisturbed
     folder, run_dir = tmp_path / "world", tmp_path / "run"
     shutil.copytree(run_file.parent, folder, ignore=shutil.ignore_patterns("run", "*.txt"))

@@ -20,7 +20,7 @@ KINDS = {
 }
 
 
-def put(path: Path, kind: str) -> Path:
+def make_special_file(path: Path, kind: str) -> Path:
     """Something at ``path`` that no reader would come to the end of."""
     path.unlink(missing_ok=True)
     if kind == "pipe":
@@ -30,7 +30,7 @@ def put(path: Path, kind: str) -> Path:
     return path
 
 
-def make(folder: Path) -> Path:
+def make_run_file(folder: Path) -> Path:
     """A run file over a model's folder and a data set of its own."""
     (folder / "model").mkdir()
     for file in (PARTS / "model").iterdir():
@@ -41,7 +41,7 @@ def make(folder: Path) -> Path:
     return run_file
 
 
-def commands(run_file: Path) -> list[subprocess.CompletedProcess[str]]:
+def run_all_commands(run_file: Path) -> list[subprocess.CompletedProcess[str]]:
     """Each command that reads a run file, with the seconds bounded."""
     found = [
         envcheck("validate", run_file),
@@ -59,10 +59,10 @@ def commands(run_file: Path) -> list[subprocess.CompletedProcess[str]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_file_of_the_model(tmp_path: Path, kind: str, name: str) -> None:
-    run_file = make(tmp_path)
-    put(tmp_path / "model" / name, kind)
-    for done in commands(run_file):
+def test_a_special_file_in_the_model_is_an_error(tmp_path: Path, kind: str, name: str) -> None:
+    run_file = make_run_file(tmp_path)
+    make_special_file(tmp_path / "model" / name, kind)
+    for done in run_all_commands(run_file):
         told = done.stdout + done.stderr
         assert (done.returncode, "Traceback" in told) == (1, False), told
         assert f"{name} " in told
@@ -70,9 +70,9 @@ def test_a_file_of_the_model(tmp_path: Path, kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_data_set(tmp_path: Path, kind: str) -> None:
-    run_file = make(tmp_path)
-    put(tmp_path / "train.jsonl", kind)
+def test_a_special_file_as_the_data_is_an_error(tmp_path: Path, kind: str) -> None:
+    run_file = make_run_file(tmp_path)
+    make_special_file(tmp_path / "train.jsonl", kind)
     done = envcheck("validate", run_file, "--format", "json")
     assert done.returncode == 1
     (found,) = json.loads(done.stdout)["findings"]
@@ -81,37 +81,37 @@ def test_the_data_set(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "huge"])
-def test_the_weights(tmp_path: Path, kind: str) -> None:
-    run_file = make(tmp_path)
+def test_special_files_as_the_weights_are_errors(tmp_path: Path, kind: str) -> None:
+    run_file = make_run_file(tmp_path)
     (tmp_path / "model" / "model.safetensors.index.json").unlink()
     path = tmp_path / "model" / "model.safetensors"
     if kind == "huge":
         path.write_bytes((1 << 40).to_bytes(8, "little"))
         os.truncate(path, 1 << 41)
     else:
-        put(path, kind)
+        make_special_file(path, kind)
     for done in (envcheck("validate", run_file), envcheck("size", run_file)):
         assert "Traceback" not in done.stdout + done.stderr
         assert done.returncode in (0, 1, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_run_file_itself(tmp_path: Path, kind: str) -> None:
-    done = envcheck("validate", put(tmp_path / "run.yaml", kind))
+def test_a_special_file_as_the_run_file_is_an_error(tmp_path: Path, kind: str) -> None:
+    done = envcheck("validate", make_special_file(tmp_path / "run.yaml", kind))
     assert done.returncode == 2
     assert "DOC014" in done.stdout
 
 
-def test_a_config_of_gigabytes(tmp_path: Path) -> None:
-    run_file = make(tmp_path)
+def test_a_config_of_several_gigabytes_is_an_error(tmp_path: Path) -> None:
+    run_file = make_run_file(tmp_path)
     os.truncate(tmp_path / "model" / "config.json", 4 << 30)
     for done in (envcheck("validate", run_file), envcheck("size", run_file)):
         assert done.returncode in (1, 2), done.stdout + done.stderr
         assert "config.json" in done.stdout + done.stderr
 
 
-def test_a_recording_and_a_lock(tmp_path: Path) -> None:
-    pipe = put(tmp_path / "pipe", "pipe")
+def test_a_special_file_as_recording_or_lock_is_an_error(tmp_path: Path) -> None:
+    pipe = make_special_file(tmp_path / "pipe", "pipe")
     for arguments in (("replay", pipe), ("check", "--lock", pipe)):
         done = envcheck(*arguments)
         assert done.returncode == 2, done.stdout + done.stderr
@@ -119,7 +119,7 @@ def test_a_recording_and_a_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("envcheck", "validate", "x.yaml"), ("toolkit", "import", "x")])
-def test_a_working_folder_that_was_removed(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_a_removed_working_folder_is_an_error(tmp_path: Path, words: tuple[str, ...]) -> None:
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
     done = subprocess.run(

@@ -26,7 +26,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def small(tmp_path):
+def mount_small(tmp_path):
     """A function that mounts a file system of some size, or with other options, at its path."""
     place = tmp_path / "small"
     place.mkdir()
@@ -41,37 +41,39 @@ def small(tmp_path):
     subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
 
 
-def go(run_file, run_dir, out, before=None):
+def run_forked(run_file, run_dir, out, before=None):
     place = f'runtime.output_dir="{run_dir}"'
     code = world.wait(world.forked(run_file, out, place, before=before, evaluate=True))
     return code, out.read_text()
 
 
-def told(said):
+def error_lines(said):
     return sum(line.startswith("error: ") for line in said.splitlines())
 
 
-def is_whole(run_dir):
+def check_checkpoints(run_dir):
     """Nothing half written under a name that is read."""
     assert list(run_dir.glob(".checkpoint-*")) == []
     assert all(checkpoint.find_faults(one) == [] for one in run_dir.glob("checkpoint-*"))
     assert not [one for one in run_dir.glob(".*.[0-9]*") if one.is_file()]
 
 
-def test_a_small_file_system_is_refused_first(undisturbed, small, tmp_path):
+def test_a_file_system_that_is_too_small_is_an_error_before_the_run(
+    undisturbed, mount_small, tmp_path
+):
     run_file, _ = undisturbed
-    run_dir = small("size=64k") / "run"
-    code, said = go(run_file, run_dir, tmp_path / "out.txt")
+    run_dir = mount_small("size=64k") / "run"
+    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt")
     assert code == 1, said
     assert "check host.disk: output_dir" in said
     assert "64.0 KiB free" in said
 
 
 @pytest.mark.parametrize("kib", [0, 4, 8, 16, 32, 64, 128, 256])
-def test_a_file_system_that_fills_up(undisturbed, small, tmp_path, kib):
+def test_a_full_file_system_keeps_the_last_checkpoint(undisturbed, mount_small, tmp_path, kib):
     """At step 3 no more than so much is left."""
     run_file, expected = undisturbed
-    run_dir = small("size=64g") / "run"  # of which only what is written is taken
+    run_dir = mount_small("size=64g") / "run"  # of which only what is written is taken
 
     def resize(size_bytes):
         how = ["mount", "-o", f"remount,size={size_bytes}", str(run_dir.parent)]
@@ -80,32 +82,32 @@ def test_a_file_system_that_fills_up(undisturbed, small, tmp_path, kib):
     def fill():
         resize(shutil.disk_usage(run_dir).used + kib * 1024)
 
-    code, said = go(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, fill))
+    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, fill))
     if code:
         assert code == 1, said
-        assert told(said) == 1, said
+        assert error_lines(said) == 1, said
         assert "Traceback" not in said
         assert "the disk is full (No space left on device)" in said
         assert "checkpoint-2" in {one.name for one in run_dir.glob("checkpoint-*")}
-        is_whole(run_dir)
+        check_checkpoints(run_dir)
     resize("64g")
-    code, said = go(run_file, run_dir, tmp_path / "again.txt")
+    code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
     assert code == 0, said
     assert world.digests(run_dir) == expected
-    is_whole(run_dir)
+    check_checkpoints(run_dir)
 
 
-def test_a_file_system_that_is_read_only(undisturbed, small, tmp_path):
+def test_a_read_only_file_system_is_an_error(undisturbed, mount_small, tmp_path):
     run_file, _ = undisturbed
-    run_dir = small("ro") / "run"
-    code, said = go(run_file, run_dir, tmp_path / "out.txt")
+    run_dir = mount_small("ro") / "run"
+    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt")
     assert code == 1, said
     assert "the output folder cannot be written: Read-only file system" in said
     assert "another runtime.output_dir" in said
 
 
 @pytest.mark.parametrize("limit", [2000, 20_000])
-def test_a_limit_of_the_file_size(undisturbed, tmp_path, limit):
+def test_a_file_size_limit_keeps_the_last_checkpoint(undisturbed, tmp_path, limit):
     """``ulimit -f``, from step 3 on."""
     run_file, expected = undisturbed
     run_dir = tmp_path / "run"
@@ -114,15 +116,15 @@ def test_a_limit_of_the_file_size(undisturbed, tmp_path, limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    code, said = go(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
+    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
     assert code == 1, said
-    assert told(said) == 1, said
+    assert error_lines(said) == 1, said
     assert "would be larger than the limit of this process" in said
     assert "(File too large)" in said
     assert "ulimit -f" in said
     assert "Traceback" not in said
-    is_whole(run_dir)
-    code, said = go(run_file, run_dir, tmp_path / "again.txt")
+    check_checkpoints(run_dir)
+    code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
     assert code == 0, said
     assert world.digests(run_dir) == expected
     shutil.rmtree(run_dir)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLKIT = Path(sys.executable).parent / "toolkit"
 
 
-class Inside:
+class CommandInProcess:
     """Calls the command's entry point here: ``inside("generate", ...)`` is like ``call``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -44,8 +44,10 @@ class Inside:
 
 
 @pytest.fixture
-def inside(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Inside:
-    return Inside(monkeypatch, capfd)
+def run_in_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> CommandInProcess:
+    return CommandInProcess(monkeypatch, capfd)
 
 
 def call(*arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -127,26 +129,33 @@ def greedy(folder: Path, text: str = "12+3=", adapter: Path | None = None) -> st
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_generate_answers_as_plain_peft_does(world: Path) -> None:
+def test_generate_gives_the_answer_of_plain_peft(world: Path) -> None:
     done = call("generate", world / "run", "12+3=", "--max-tokens", 12)
     assert done.returncode == 0, done.stderr
     assert done.stdout == greedy(world / "model", adapter=world / "run" / "adapter") + "\n"
     assert done.stderr == ""
 
 
-def test_generate_many_as_json(inside: Inside, world: Path) -> None:
+def test_generate_prints_several_answers_as_json(
+    run_in_process: CommandInProcess, world: Path
+) -> None:
     arguments = ("generate", world / "run", "-", "--max-tokens", 6, "-n", 2, "--temperature", 1.0)
-    done = inside(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n")
+    done = run_in_process(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["1+1=", "2+2="]
     assert all(len(row["completions"]) == 2 for row in rows)
-    assert inside(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n").stdout == done.stdout
+    assert (
+        run_in_process(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n").stdout
+        == done.stdout
+    )
 
 
-def test_generate_from_the_base_a_checkpoint_and_a_chat(inside: Inside, world: Path) -> None:
+def test_generate_from_the_base_a_checkpoint_and_a_chat(
+    run_in_process: CommandInProcess, world: Path
+) -> None:
     found = {
-        name: inside("generate", world / "run", "12+3=", "--max-tokens", 12, *extra)
+        name: run_in_process("generate", world / "run", "12+3=", "--max-tokens", 12, *extra)
         for name, extra in {
             "end": (),
             "base": ("--base",),
@@ -160,10 +169,10 @@ def test_generate_from_the_base_a_checkpoint_and_a_chat(inside: Inside, world: P
 
 
 def test_export_an_adapter_that_plain_peft_reads(
-    inside: Inside, world: Path, tmp_path: Path
+    run_in_process: CommandInProcess, world: Path, tmp_path: Path
 ) -> None:
     to = tmp_path / "out" / "adapter"
-    done = inside("export", world / "run", "--to", to)
+    done = run_in_process("export", world / "run", "--to", to)
     assert done.returncode == 0, done.stderr
     wrote, served = done.stdout.splitlines()
     assert wrote == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}"
@@ -194,14 +203,16 @@ def test_export_merged_weights_that_plain_transformers_loads(world: Path, tmp_pa
 
 
 def test_export_from_a_checkpoint_of_an_unfinished_run(
-    inside: Inside, world: Path, tmp_path: Path
+    run_in_process: CommandInProcess, world: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    done = inside("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    done = run_in_process("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
     assert done.returncode == 0, done.stderr
     assert "checkpoint-7" in done.stdout
-    by_hand = inside("generate", world / "run", "12+3=", "--max-tokens", 12, "--checkpoint", 7)
+    by_hand = run_in_process(
+        "generate", world / "run", "12+3=", "--max-tokens", 12, "--checkpoint", 7
+    )
     assert greedy(tmp_path / "merged") + "\n" == by_hand.stdout
 
 
@@ -223,25 +234,32 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
         (("export", "RUN", "--to", "OUT", "--dtype", "bfloat16"), 2, "--dtype needs --merge"),
     ],
 )
-def test_refused_in_a_line_or_two(
-    inside: Inside, world: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str
+def test_wrong_arguments_are_short_errors(
+    run_in_process: CommandInProcess,
+    world: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     places = {"RUN": str(world / "run"), "OUT": str(tmp_path / "out")}
     places |= {"PIPE": str(tmp_path / "pipe"), "LINK": str(tmp_path / "link")}
-    done = inside(*(places.get(argument, argument) for argument in arguments))
+    done = run_in_process(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_torn_adapter_is_named(inside: Inside, world: Path, tmp_path: Path) -> None:
+def test_a_truncated_adapter_is_an_error_with_its_path(
+    run_in_process: CommandInProcess, world: Path, tmp_path: Path
+) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    done = inside("generate", tmp_path / "run", "hi")
+    done = run_in_process("generate", tmp_path / "run", "hi")
     assert done.returncode == 2
     assert "adapter_model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
@@ -260,8 +278,8 @@ class Mine(LlamaConfig):
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])
-def test_a_run_folder_from_elsewhere_runs_no_code(
-    inside: Inside, world: Path, tmp_path: Path, command: str
+def test_code_in_a_foreign_run_folder_is_not_run(
+    run_in_process: CommandInProcess, world: Path, tmp_path: Path, command: str
 ) -> None:
     model, run = tmp_path / "model", tmp_path / "run"
     shutil.copytree(world / "model", model)
@@ -274,10 +292,10 @@ def test_a_run_folder_from_elsewhere_runs_no_code(
     written["model"] |= {"model_name": str(model), "trust_remote_code": True}
     (run / "config.json").write_text(json.dumps(written))
     more = ("hi",) if command == "generate" else ("--to", tmp_path / "to", "--merge")
-    done = inside(command, run, *more)
+    done = run_in_process(command, run, *more)
     assert done.returncode == 1, done.stderr
     assert "runs code that comes with" in done.stderr
     assert "--trust-remote-code" in done.stderr
     assert not (tmp_path / "was-run").exists()
-    inside(command, run, *more, "--trust-remote-code")
+    run_in_process(command, run, *more, "--trust-remote-code")
     assert (tmp_path / "was-run").exists()

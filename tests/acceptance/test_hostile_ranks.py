@@ -36,7 +36,7 @@ def expected(run_file):
     return world.digests(run_dir)
 
 
-def resumed(run_file, run_dir):
+def resume_and_digest(run_file, run_dir):
     pids = ranks.start(run_file, run_dir, HALF)
     assert [world.wait(pid) for pid in pids] == [0, 0], ranks.told(run_dir)
     return world.digests(run_dir)
@@ -61,12 +61,12 @@ def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_
     assert "raise grpo.ddp_timeout" in said
     assert "Traceback" not in said
     assert took < 60
-    assert resumed(run_file, run_dir) == expected
+    assert resume_and_digest(run_file, run_dir) == expected
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("phase", ["load_policy", "_evaluate"])
-def test_a_rank_that_is_stopped_before_the_first_step_is_not_waited_for(
+def test_ranks_do_not_wait_for_a_rank_that_is_stopped_before_the_first_step(
     run_file, tmp_path, victim, phase
 ):
     run_dir = tmp_path / "run"
@@ -89,7 +89,7 @@ def test_a_rank_that_is_stopped_before_the_first_step_is_not_waited_for(
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_replica_that_runs_out_of_memory_is_told_once(run_file, expected, tmp_path, victim):
+def test_a_replica_that_runs_out_of_memory_is_reported_once(run_file, expected, tmp_path, victim):
     """The others wait for it in a collective, so the step is not repeated, and nothing is lost."""
     run_dir = tmp_path / "run"
 
@@ -119,11 +119,11 @@ def test_a_replica_that_runs_out_of_memory_is_told_once(run_file, expected, tmp_
     assert "Tried to allocate 2.00 GiB" in said
     assert "resumes from the last checkpoint" in said
     assert "Traceback" not in said
-    assert resumed(run_file, run_dir) == expected
+    assert resume_and_digest(run_file, run_dir) == expected
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, victim):
+def test_a_rank_whose_disk_is_full_is_reported_once(run_file, expected, tmp_path, victim):
     """The files of one rank in checkpoint-4 may not have more than a few bytes."""
     run_dir = tmp_path / "run"
 
@@ -158,10 +158,10 @@ def test_a_rank_whose_disk_is_full_is_told_once(run_file, expected, tmp_path, vi
     assert "Traceback" not in said
     assert "checkpoint-2" in {path.name for path in run_dir.glob("checkpoint-*")}
     assert branch.valid_steps(run_dir) == [2]
-    assert resumed(run_file, run_dir) == expected
+    assert resume_and_digest(run_file, run_dir) == expected
 
 
-def test_a_launched_rank_that_is_stopped_is_ended_by_the_launcher(run_file, tmp_path):
+def test_the_launcher_ends_a_stopped_rank(run_file, tmp_path):
     run_dir = tmp_path / "run"
     words = [world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir]
     words += ["--set", HALF, "--set", "grpo.ddp_timeout=5", "--nproc-per-node", "2"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_generate_export import Inside, inside, world  # noqa: F401, TC002 - fixtures
+from test_generate_export import CommandInProcess, run_in_process, world  # noqa: F401, TC002 - fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,7 +139,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_hostile_folders_end_in_one_message(
-    inside: Inside,  # noqa: F811
+    run_in_process: CommandInProcess,  # noqa: F811
     world: Path,  # noqa: F811
     tmp_path: Path,
     name: str,
@@ -149,7 +149,7 @@ def test_hostile_folders_end_in_one_message(
         shutil.copytree(world / "run", run)
         CASES[name](run)
         words = [str(to) if word == "TO" else word for word in more]
-        done = inside("generate" if command == "generate" else "export", run, *words)
+        done = run_in_process("generate" if command == "generate" else "export", run, *words)
         print(command, done.returncode, done.stderr[:300])
         assert done.returncode in (0, 1, 2), (command, done.stderr)
         assert "Traceback" not in done.stderr, command

@@ -74,7 +74,7 @@ def run(folder, *words):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_from_a_foe_with_every_command(chats, tmp_path, name):
+def test_a_hostile_chat_template_with_every_command(chats, tmp_path, name):
     folder = tmp_path / "world"
     shutil.copytree(chats, folder)
     done = folder / "done" / "config.json"

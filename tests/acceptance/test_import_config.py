@@ -85,7 +85,7 @@ def run(*arguments: object) -> Any:
     return outcome
 
 
-def test_every_file_has_its_outcome() -> None:
+def test_every_fixture_has_an_expected_outcome() -> None:
     assert {path.name for path in FILES} == set(OUTCOMES)
     assert len(FILES) >= 40
     assert {form for form, _, _ in OUTCOMES.values()} == {
@@ -135,7 +135,7 @@ def test_validate_names_the_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", UNREADABLE, ids=lambda path: path.name)
-def test_what_cannot_be_read_ends_with_2(path: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_ends_with_exit_code_2(path: Path, tmp_path: Path) -> None:
     to = tmp_path / "run.yaml"
     outcome = CliRunner().invoke(import_config, [str(path), "--to", str(to)])
     assert getattr(outcome.exception, "exit_code", None) == 2, outcome.output
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_ends_with_2(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", UNREADABLE, ids=lambda path: path.name)
-def test_validate_does_not_take_them_for_another_tools(path: Path) -> None:
+def test_validate_does_not_mistake_run_files_for_files_of_another_tool(path: Path) -> None:
     outcome = CliRunner().invoke(validate, [str(path)])
     if path.name not in ("tab.yaml", "syntax.py", "broken.ipynb"):
         assert "IMPORT001" not in outcome.stdout
@@ -169,7 +169,7 @@ def test_a_script_is_never_executed(tmp_path: Path) -> None:
     assert "num_generations: 8" in done.stdout
 
 
-def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     source = Path(shutil.copy(FOREIGN / "trl-cli.yaml", tmp_path))
     assert run(source).exit_code == 0
     written = tmp_path / "trl-cli-run.yaml"
@@ -182,7 +182,7 @@ def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
     assert written.read_text() != "mine"
 
 
-def test_standard_output_and_strict() -> None:
+def test_the_result_can_be_printed_and_checked_with_strict() -> None:
     valid = run(FOREIGN / "trl-cli.yaml", "--to", "-")
     assert (valid.exit_code, valid.stdout.splitlines()[0]) == (
         0, "# Made from trl-cli.yaml (TRL) by toolkit import.",
@@ -222,7 +222,7 @@ def test_a_hostile_name_stays_in_its_comment(form: str, tmp_path: Path) -> None:
     assert document.node(("runtime", "output_dir")) is not None
 
 
-def test_from_says_what_is_not_clear(tmp_path: Path) -> None:
+def test_from_selects_the_format_of_an_ambiguous_file(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("actor: 1\nnum_generations: 8\n")
     assert getattr(CliRunner().invoke(import_config, [str(path)]).exception, "exit_code", 0) == 2

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_cpu() -> Iterator[None]:
+def _cpu_without_warnings() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with warnings.catch_warnings():
@@ -270,7 +270,7 @@ def test_advanced_grpo_with_an_sft_start(folder: Path, tmp_path: Path) -> None:
     assert trainer.min_p == 0.1
 
 
-def test_a_vision_notebook_is_refused_in_one_line(folder: Path) -> None:
+def test_a_vision_notebook_is_an_error_of_one_line(folder: Path) -> None:
     from toolkit import FastVisionModel
 
     with pytest.raises(UnsupportedError) as caught:
@@ -290,7 +290,7 @@ def function_in(text: str) -> str | None:
     return found[1] if found else None
 
 
-def works(source: str | None, tests: list[tuple[int, int, int]]) -> float:
+def share_of_passed_tests(source: str | None, tests: list[tuple[int, int, int]]) -> float:
     if source is None:
         return -2.0
     scope: dict[str, Any] = {}
@@ -320,12 +320,12 @@ def test_code_rewards_as_gpt_oss_writes_kernels(folder: Path, tmp_path: Path) ->
     tests = [(1, 2, 3), (0, 5, 5)]
 
     def function_works(completions: Any, **kwargs: Any) -> list[float]:
-        return [works(function_in(c[0]["content"]), tests) for c in completions]
+        return [share_of_passed_tests(function_in(c[0]["content"]), tests) for c in completions]
 
     def no_cheating(completions: Any, **kwargs: Any) -> list[float]:
         return [-20.0 if "import" in c[0]["content"] else 1.0 for c in completions]
 
-    assert works(function_in(f"so:\n```python\n{STRATEGY}```"), tests) == 1.0
+    assert share_of_passed_tests(function_in(f"so:\n```python\n{STRATEGY}```"), tests) == 1.0
     args = config(
         tmp_path, temperature=1.0, learning_rate=5e-5, weight_decay=0.01, warmup_ratio=0.1,
         per_device_train_batch_size=2, gradient_accumulation_steps=1, num_generations=2,
@@ -350,7 +350,7 @@ def hint(guess: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_game_of_turns_by_rollout_func(folder: Path, tmp_path: Path) -> None:
+def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) -> None:
     """Wordle as the environment notebooks play it: two guesses, a hint between them that is
     masked, and the reward from what the game says.
     """
@@ -394,7 +394,7 @@ def test_a_game_of_turns_by_rollout_func(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_held_out_rows_while_training(folder: Path, tmp_path: Path) -> None:
+def test_held_out_rows_are_evaluated_during_training(folder: Path, tmp_path: Path) -> None:
     """Llama 3.2 with evaluation: half of the rows held out, judged at each step; then a second
     training of the saved adapter.
     """

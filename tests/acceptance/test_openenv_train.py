@@ -52,7 +52,7 @@ class Letters(Environment[Say, Heard, State]):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A run of two steps; the model's whole answer is the argument of each call."""
     checkpoint = make_tiny(tmp_path_factory.mktemp("model"))
     tokenizer = make_tokenizer()
@@ -82,24 +82,24 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     return done
 
 
-def test_a_run_in_an_environment_of_openenv(ended: Ended) -> None:
-    assert ended.returncode == 0, ended.stderr
-    assert "from openenv:letters:Letters" in ended.stdout
-    rows = [row for row in ended.rows() if "rewards/openenv/mean" in row]
+def test_a_run_in_an_environment_of_openenv(finished: Ended) -> None:
+    assert finished.returncode == 0, finished.stderr
+    assert "from openenv:letters:Letters" in finished.stdout
+    rows = [row for row in finished.rows() if "rewards/openenv/mean" in row]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["tools/failure_frequency"] == 0 for row in rows)
     assert any(row["grad_norm"] > 0 for row in rows), "the rewards did not change the weights"
-    assert (ended.folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (finished.folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_score_of_a_rollout_is_that_of_its_steps(ended: Ended) -> None:
+def test_the_score_of_a_rollout_is_the_sum_of_its_steps(finished: Ended) -> None:
     expected: dict[tuple[int, int], float] = defaultdict(float)
-    for call in ended.rows("tool_calls.jsonl"):
+    for call in finished.rows("tool_calls.jsonl"):
         assert call["tool"] == "step"
         expected[call["step"], call["completion"]] += len(set(call["arguments"]["text"])) / 8
         assert call["result"].startswith("ok")
-    assert {call["turn"] for call in ended.rows("tool_calls.jsonl")} == {1, 2}
-    completions = ended.rows("completions.jsonl")
+    assert {call["turn"] for call in finished.rows("tool_calls.jsonl")} == {1, 2}
+    completions = finished.rows("completions.jsonl")
     assert len(completions) == 8
     place: dict[int, int] = defaultdict(int)
     for one in completions:
@@ -109,11 +109,11 @@ def test_the_score_of_a_rollout_is_that_of_its_steps(ended: Ended) -> None:
         assert one["rewards"]["openenv"] == pytest.approx(expected[key])
 
 
-def test_a_resumed_run_acts_as_the_first(ended: Ended) -> None:
-    out = ended.folder / "out"
+def test_a_resumed_run_repeats_the_steps_of_the_first(finished: Ended) -> None:
+    out = finished.folder / "out"
     logs = ("tool_calls.jsonl", "completions.jsonl", "metrics.jsonl")
     before = {name: (out / name).read_bytes() for name in logs}
     arguments = ["train", "run.yaml", "--set", "runtime.resume=out/checkpoint-1"]
-    (again,) = serve([{"folder": ended.folder, "arguments": arguments, "limit_s": 240}])
+    (again,) = serve([{"folder": finished.folder, "arguments": arguments, "limit_s": 240}])
     assert again.returncode == 0, again.stderr
     assert {name: (out / name).read_bytes() for name in logs} == before

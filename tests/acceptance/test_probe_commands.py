@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 import cases
 
 
-def test_a_lost_card_spoils_its_row_and_not_the_table(tmp_path: Path) -> None:
+def test_a_lost_gpu_affects_only_its_own_row(tmp_path: Path) -> None:
     result = cases.load("h100x8-lost").envcheck(tmp_path, "probe")
     assert result.returncode == 0
     rows = result.stdout.splitlines()[2:]
@@ -29,7 +29,7 @@ def test_a_lost_card_spoils_its_row_and_not_the_table(tmp_path: Path) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
-def test_each_reason_for_no_gpu_has_words_of_its_own(tmp_path: Path) -> None:
+def test_each_reason_for_no_gpu_has_its_own_message(tmp_path: Path) -> None:
     reasons = {
         "cpu": "no NVIDIA GPU on this node",
         "no-driver": "libnvidia-ml.so.1 is not installed",
@@ -50,14 +50,14 @@ def test_each_reason_for_no_gpu_has_words_of_its_own(tmp_path: Path) -> None:
     assert len(set(said.values())) == len(reasons)
 
 
-def test_this_machine_is_told_as_it_is(tmp_path: Path) -> None:
+def test_probe_describes_this_machine(tmp_path: Path) -> None:
     """No fake: whatever is here, the exit code says whether it is a GPU."""
     result = cases.load("cpu").envcheck(tmp_path, "probe", "--json", fake=False)
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["gpus"] else 3)
 
 
-def test_watch_looks_again(tmp_path: Path) -> None:
+def test_watch_repeats_the_probe(tmp_path: Path) -> None:
     result = cases.load("h200-healthy").envcheck(
         tmp_path, "probe", "--watch", "--interval", "0.1", "--count", "3"
     )
@@ -69,7 +69,7 @@ def test_watch_looks_again(tmp_path: Path) -> None:
     assert [json.loads(line)["kind"] for line in stream.stdout.splitlines()] == ["probe"] * 2
 
 
-def test_ctrl_c_is_how_a_watch_ends(tmp_path: Path) -> None:
+def test_ctrl_c_ends_watch_without_an_error(tmp_path: Path) -> None:
     process = cases.load("h200-healthy").start(tmp_path, "probe", "--watch", "--interval", "30")
     assert process.stdout is not None
     assert process.stdout.readline().startswith("driver 580")
@@ -79,7 +79,7 @@ def test_ctrl_c_is_how_a_watch_ends(tmp_path: Path) -> None:
     assert (process.returncode, told) == (0, "")
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     process = cases.load("h200-healthy").start(
         tmp_path, "probe", "--watch", "--interval", "0.1", "--count", "100"
     )
@@ -92,7 +92,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     process.stderr.close()
 
 
-def test_metrics_are_written_in_one_step_and_readable(tmp_path: Path) -> None:
+def test_metrics_are_written_atomically_and_are_readable(tmp_path: Path) -> None:
     metrics = tmp_path / "envcheck.prom"
     result = cases.load("a100-remap-pending").envcheck(
         tmp_path, "check", "--prometheus", str(metrics)
@@ -105,7 +105,7 @@ def test_metrics_are_written_in_one_step_and_readable(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
+def test_only_and_skip_select_checks(tmp_path: Path) -> None:
     case = cases.load("a100-remap-pending")
     only = case.envcheck(tmp_path, "check", "--json", "--only", "host", "--only", "health.ecc")
     ids = [row["id"] for row in json.loads(only.stdout)["checks"]]
@@ -132,7 +132,7 @@ def test_one_family_or_one_check_and_all_but_one(tmp_path: Path) -> None:
         (["probe", "--interval", "0"], "--interval"),
     ],
 )
-def test_usage_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_a_usage_error_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     result = cases.load("cpu").envcheck(tmp_path, *arguments)
     assert result.returncode == 2
@@ -140,7 +140,7 @@ def test_usage_is_exit_code_2(arguments: list[str], words: str, tmp_path: Path) 
     assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_card_is_a_request_to_change(tmp_path: Path) -> None:
+def test_an_unknown_gpu_is_an_error_of_the_user(tmp_path: Path) -> None:
     result = cases.load("h200-healthy").envcheck(tmp_path, "check", "--require", "h300")
     assert result.returncode == 1
     assert "h200" in result.stderr
@@ -149,7 +149,9 @@ def test_an_unknown_card_is_a_request_to_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["h200-mig", "h100x8-lost-required", "h200-tenant", "cpu-four-bit"]
 )
-def test_a_recording_is_redacted_and_judged_alike_elsewhere(name: str, tmp_path: Path) -> None:
+def test_a_recording_is_redacted_and_has_the_same_results_elsewhere(
+    name: str, tmp_path: Path
+) -> None:
     case = cases.load(name)
     config = case.run_file(tmp_path)
     chosen = (*case.arguments, *(("--config", str(config)) if config else ()))
@@ -205,7 +207,7 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
 RECORDED = Path(__file__).parents[1] / "fixtures/recordings/h100.json"
 
 
-def test_a_recording_of_a_real_h100_is_judged_as_it_was_there(tmp_path: Path) -> None:
+def test_the_recording_of_a_real_h100_has_the_results_of_that_node(tmp_path: Path) -> None:
     case = cases.load("cpu")
     result = case.envcheck(tmp_path, "replay", str(RECORDED), "--json", fake=False)
     assert result.returncode == 0, result.stderr

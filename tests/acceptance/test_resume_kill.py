@@ -64,7 +64,7 @@ def undisturbed(request, tmp_path_factory):
     return Undisturbed(run_file, request.param, world.digests(run_file.parent / "run"), spans)
 
 
-def strike(undisturbed, run_dir, out, generator, phase, *overrides):
+def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
     """Kill the run in ``phase``, or where it is when that did not come; say where it was."""
     times = undisturbed.spans[phase]
     which = generator.randrange(len(times))
@@ -95,11 +95,11 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
     hits, same, killed = set(), 0, 0
     for point, phase in enumerate(order[:points]):
         run_dir, out = tmp_path / f"run-{point}", tmp_path / f"out-{point}.txt"
-        died, hit, aim = strike(undisturbed, run_dir, out, generator, phase)
+        died, hit, aim = kill_in_phase(undisturbed, run_dir, out, generator, phase)
         again = ""
         if generator.random() < KILLED_TWICE:
             second = generator.choice(phases.PHASES)
-            _, then, aimed = strike(undisturbed, run_dir, out, generator, second)
+            _, then, aimed = kill_in_phase(undisturbed, run_dir, out, generator, second)
             again = f"; resumed and killed in {', '.join(then)} ({aimed})"
         override = f'runtime.output_dir="{run_dir}"'
         code = world.wait(world.forked(undisturbed.run_file, out, override, evaluate=True))
@@ -116,12 +116,12 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
     assert len(hits) >= min(points, len(phases.PHASES)) // 2
 
 
-def test_killed_and_resumed(undisturbed, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path):
     kill_and_resume(undisturbed, tmp_path, 4 if undisturbed.engine == "transformers" else 1)
 
 
 @pytest.mark.slow
-def test_killed_at_25_points_and_resumed(undisturbed, tmp_path):
+def test_a_run_killed_at_25_points_resumes_to_the_same_bytes(undisturbed, tmp_path):
     kill_and_resume(undisturbed, tmp_path, 25)
 
 
@@ -130,7 +130,7 @@ BACK = 4
 
 
 @pytest.fixture(scope="module")
-def gone_back(undisturbed):
+def rolled_back(undisturbed):
     """A whole run that kept its checkpoints; and the bytes of one that went back to the fourth and
     on from there, with another temperature.
     """
@@ -150,10 +150,8 @@ def gone_back(undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_at_10_points_while_resuming_from_a_rolled_back_checkpoint(
-    undisturbed, gone_back, tmp_path
-):
-    whole, expected = gone_back
+def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolled_back, tmp_path):
+    whole, expected = rolled_back
     generator = random.Random(f"{SEED} back {undisturbed.engine}")
     order = generator.sample(phases.PHASES, 10)
     moved = 0
@@ -162,7 +160,7 @@ def test_killed_at_10_points_while_resuming_from_a_rolled_back_checkpoint(
         shutil.copytree(whole, run_dir)
         more = ("runtime.keep_last=9", *CHANGED)
         source = f'runtime.resume="{run_dir}/checkpoint-{BACK}"'
-        _, hit, aim = strike(undisturbed, run_dir, out, generator, phase, source, *more)
+        _, hit, aim = kill_in_phase(undisturbed, run_dir, out, generator, phase, source, *more)
         # What has gone back goes on by itself; what had not is told to again.
         settled = any(run_dir.glob("abandoned-*"))
         moved += settled

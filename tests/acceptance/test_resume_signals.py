@@ -28,7 +28,7 @@ def undisturbed(tmp_path_factory):
     return run_file, world.digests(run_file.parent / "run")
 
 
-def slow(phase: str):
+def slow_phase(phase: str):
     """Make a phase of the run slow enough to be hit, from the second step on."""
 
     def install():
@@ -68,7 +68,7 @@ def test_a_step_that_is_too_long_is_abandoned(undisturbed, tmp_path, phase, numb
     run_file, expected = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
     override = f'runtime.output_dir="{run_dir}"'
-    pid = world.forked(run_file, out, override, before=slow(phase))
+    pid = world.forked(run_file, out, override, before=slow_phase(phase))
     world.wait_for(lambda: out.exists() and f"in {phase}" in out.read_text())
     sent = time.monotonic()
     os.kill(pid, number)
@@ -104,7 +104,7 @@ def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
     override = f'runtime.output_dir="{run_dir}"'
 
     def stubborn():
-        slow("rollout")()
+        slow_phase("rollout")()
         from toolkit.train.checkpointing import stop_signals
 
         stop_signals.GRACE_S = 60
@@ -120,7 +120,7 @@ def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
     assert checkpoint.find_faults(run_dir / "checkpoint-2") == []
 
 
-def test_while_loading_there_is_nothing_to_wait_for(undisturbed, tmp_path):
+def test_a_signal_during_loading_ends_the_run_at_once(undisturbed, tmp_path):
     run_file, _ = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
 
@@ -189,7 +189,9 @@ def slow_outside_of_steps(phase: str):
         ("end", signal.SIGTERM, 8),
     ],
 )
-def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
+def test_a_signal_outside_of_steps_saves_what_was_trained(
+    undisturbed, tmp_path, phase, number, saved
+):
     """What was to be lost is saved; a checkpoint that is being written is finished first."""
     run_file, expected = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
@@ -215,7 +217,7 @@ def test_a_signal_outside_of_steps(undisturbed, tmp_path, phase, number, saved):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_before_the_command_line_is_read(tmp_path, number):
+def test_a_signal_before_the_command_line_is_read_ends_with_its_exit_code(tmp_path, number):
     """As soon as a handler is there. The run file is a pipe that nobody writes to, so that the
     command does not end by itself before.
     """
@@ -243,7 +245,7 @@ def catches(status: str, number: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_while_the_libraries_are_imported(undisturbed, tmp_path, number):
+def test_a_signal_during_the_imports_ends_with_its_exit_code(undisturbed, tmp_path, number):
     run_file, _ = undisturbed
     run_dir = tmp_path / "run"
     process = subprocess.Popen(

@@ -43,7 +43,7 @@ def texts(completions, log_metric, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     root = tmp_path_factory.mktemp("rewards")
     model = make_model(root)
     folder = make_world(
@@ -80,8 +80,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return dict(zip(("none", "chat"), serve(cases), strict=True))
 
 
-def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[str, Ended]) -> None:
-    run = ended["none"]
+def test_a_failing_reward_is_scored_none_and_the_run_completes(results: dict[str, Ended]) -> None:
+    run = results["none"]
     assert run.returncode == 0, run.stderr
     rows = run.rows()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -93,9 +93,9 @@ def test_a_reward_that_misbehaves_is_scored_none_and_the_run_ends(ended: dict[st
     assert "returned 3 rewards for 4 completions" in problems
 
 
-def test_the_reward_is_the_weighted_sum_of_what_was_scored(ended: dict[str, Ended]) -> None:
+def test_the_reward_is_the_weighted_sum_of_the_scores(results: dict[str, Ended]) -> None:
     weights = {"nothing": 2.0, "later": 1.0, "numeric_match": 0.5, "length_penalty": 1.0}
-    rows = ended["none"].rows("completions.jsonl")
+    rows = results["none"].rows("completions.jsonl")
     assert len(rows) == 24
     assert any(row["rewards"]["nothing"] is None for row in rows)
     for row in rows:
@@ -104,22 +104,24 @@ def test_the_reward_is_the_weighted_sum_of_what_was_scored(ended: dict[str, Ende
         assert set(row["rewards"]) == set(weights)
 
 
-def test_what_a_reward_logs_stands_beside_its_completion(ended: dict[str, Ended]) -> None:
+def test_values_that_a_reward_logs_are_in_the_row_of_its_completion(
+    results: dict[str, Ended],
+) -> None:
     """log_extra: only in the steps in which it was called."""
-    rows = ended["none"].rows("completions.jsonl")
+    rows = results["none"].rows("completions.jsonl")
     assert {row["step"]: row.get("extra") for row in rows} == {
         1: {"seen": 0}, 2: None, 3: {"seen": 2}, 4: None, 5: None, 6: None
     }  # fmt: skip
 
 
-def test_the_report_tells_of_it(ended: dict[str, Ended]) -> None:
-    report = (ended["none"].folder / "out" / "report.html").read_text()
+def test_the_report_shows_the_failed_rewards(results: dict[str, Ended]) -> None:
+    report = (results["none"].folder / "out" / "report.html").read_text()
     assert "samples on which a reward failed" in report
     assert "length_penalty" in report
 
 
-def test_chat_completions_come_as_messages(ended: dict[str, Ended]) -> None:
-    run = ended["chat"]
+def test_rewards_get_chat_completions_as_messages(results: dict[str, Ended]) -> None:
+    run = results["chat"]
     assert run.returncode == 0, run.stderr
     (row,) = run.rows()
     assert row["chat"] == 1.0

@@ -21,13 +21,13 @@ def run_file(tmp_path_factory):
     return world.make(tmp_path_factory.mktemp("w"))
 
 
-def go(run_file, run_dir, *overrides, before=None):
+def run_forked(run_file, run_dir, *overrides, before=None):
     out = run_dir.with_suffix(".txt")
     pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before)
     return world.wait(pid), out.read_text()
 
 
-def sound(run_dir):
+def loadable_checkpoints(run_dir):
     folders = run_dir.glob("checkpoint-*")
     return {folder.name for folder in folders if checkpoint.find_faults(folder) == []}
 
@@ -50,40 +50,44 @@ def stop_at(step):
     return install
 
 
-def test_what_was_written_and_gone_back_to_stays(run_file, tmp_path):
+def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     run_dir = tmp_path / "run"
-    assert go(run_file, run_dir, "runtime.keep_last=3")[0] == 0
+    assert run_forked(run_file, run_dir, "runtime.keep_last=3")[0] == 0
     whole = world.digests(run_dir)
-    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
     source = f'runtime.resume="{run_dir}/checkpoint-4"'
-    code, said = go(run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6))
+    code, said = run_forked(
+        run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6)
+    )
     assert code == 75, said
     assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8" in said
     assert "stopped by SIGTERM; checkpoint-6 was saved" in said
     assert "run the command again with --resume auto: it resumes from checkpoint-6, not" in said
-    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6"}
+    assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6"}
     aside = run_dir / "abandoned-1"
-    assert sound(aside) == {"checkpoint-6", "checkpoint-8"}
+    assert loadable_checkpoints(aside) == {"checkpoint-6", "checkpoint-8"}
     assert world.digests(aside) == whole
     assert [row["step"] for row in world.rows(run_dir)] == list(range(1, 7))
     assert world.rows(run_dir)[4:6] != world.rows(aside)[4:6]
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "report.html").exists()
     # Then by itself: from checkpoint-6 of this branch, not from the end of the other.
-    code, said = go(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
+    code, said = run_forked(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
     assert code == 0, said
     assert f"resume   {run_dir}/checkpoint-6" in said
     straight = tmp_path / "straight"
-    assert go(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
+    assert (
+        run_forked(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
+    )
     assert world.digests(straight) == world.digests(run_dir) != whole
     # Where the branch begins, what this process went on from, and the last one.
-    assert sound(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
+    assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
 
 
 @pytest.mark.slow
-def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
+def test_foreign_folders_in_the_run_folder_change_nothing(run_file, tmp_path):
     plain, mixed = tmp_path / "plain", tmp_path / "mixed"
-    assert go(run_file, plain)[0] == 0
+    assert run_forked(run_file, plain)[0] == 0
     mixed.mkdir()
     strange = [
         "checkpoint-99999999999999999999",
@@ -95,7 +99,7 @@ def test_folders_that_are_not_the_runs_change_nothing(run_file, tmp_path):
         (mixed / name).mkdir()
         (mixed / name / "x").write_text("mine")
     (mixed / "checkpoint-80").symlink_to(plain / "checkpoint-8")
-    code, said = go(run_file, mixed)
+    code, said = run_forked(run_file, mixed)
     assert code == 0, said
     assert world.digests(mixed) == world.digests(plain)
     assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6]
@@ -117,7 +121,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
         user_code.load_data = shorter
 
-    code, said = go(run_file, tmp_path / "run", before=unjudged)
+    code, said = run_forked(run_file, tmp_path / "run", before=unjudged)
     assert code == 1, said
     assert "the number of prompts is 1, but one generation needs 2, so no step" in said
     assert "no step would run" in said
@@ -125,7 +129,7 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_run_that_ends_without_its_steps_is_no_success(run_file, tmp_path):
+def test_a_run_that_ends_before_its_last_step_is_an_error(run_file, tmp_path):
     def install():
         from toolkit.train.trainer import GRPOTrainer
 
@@ -137,7 +141,7 @@ def test_a_run_that_ends_without_its_steps_is_no_success(run_file, tmp_path):
 
         GRPOTrainer.training_step = short
 
-    code, said = go(run_file, tmp_path / "run", before=install)
+    code, said = run_forked(run_file, tmp_path / "run", before=install)
     assert code == 70, said
     assert "training ended at step" in said
     assert "of 8 for an unknown reason" in said

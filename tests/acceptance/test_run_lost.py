@@ -73,7 +73,7 @@ def run_with(run_file, run_dir, act, *overrides):
     return code, said
 
 
-def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expected, tmp_path):
+def test_a_moved_run_folder_gets_its_checkpoint_at_the_new_path(run_file, expected, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
     code, said = run_with(run_file, run_dir, lambda: run_dir.rename(moved))
     assert code == 1
@@ -87,7 +87,7 @@ def test_a_folder_that_is_moved_gets_its_checkpoint_where_it_is(run_file, expect
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
+def test_nothing_is_written_to_a_folder_that_replaced_the_run_folder(run_file, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
     def replace():
@@ -103,7 +103,7 @@ def test_a_folder_that_is_replaced_gets_nothing_more(run_file, tmp_path):
     assert checkpoint.find_faults(moved / "checkpoint-4") == []
 
 
-def test_a_folder_that_is_removed_is_not_made_again(run_file, tmp_path):
+def test_a_removed_run_folder_is_not_created_again(run_file, tmp_path):
     run_dir = tmp_path / "run"
     code, said = run_with(run_file, run_dir, lambda: shutil.rmtree(run_dir))
     assert code == 1
@@ -111,7 +111,7 @@ def test_a_folder_that_is_removed_is_not_made_again(run_file, tmp_path):
     assert not run_dir.exists()
 
 
-def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_path):
+def test_a_deleted_log_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     run_dir = tmp_path / "run"
     code, said = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
     assert code == 1
@@ -128,7 +128,7 @@ def test_a_log_that_is_deleted_stops_the_run_with_a_checkpoint(run_file, tmp_pat
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_log_that_is_altered_stops_the_run_with_a_checkpoint(run_file, tmp_path, cut):
+def test_a_changed_log_stops_the_run_with_a_checkpoint(run_file, tmp_path, cut):
     run_dir = tmp_path / "run"
 
     def alter():
@@ -142,7 +142,7 @@ def test_a_log_that_is_altered_stops_the_run_with_a_checkpoint(run_file, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_folder_that_goes_after_the_last_step_is_no_success(run_file, tmp_path):
+def test_a_run_folder_that_is_lost_after_the_last_step_is_an_error(run_file, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
 
     def install():
@@ -178,7 +178,7 @@ def steps_done(run_dir):
     "last",
     [b"model", *(pytest.param(f"step {n}/6".encode(), marks=pytest.mark.slow) for n in (3, 6))],
 )
-def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp_path, last):
+def test_a_closed_output_pipe_does_not_stop_the_run(run_file, expected, tmp_path, last):
     """After the first word, in the middle, and between the last step and the end."""
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir)
@@ -195,7 +195,7 @@ def test_a_reader_that_goes_away_costs_the_display_alone(run_file, expected, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["full", "both gone", "both closed", "stderr gone"])
-def test_streams_that_take_nothing(run_file, expected, tmp_path, streams):
+def test_streams_that_cannot_be_written_do_not_stop_the_run(run_file, expected, tmp_path, streams):
     run_dir = tmp_path / "run"
     words = f"{world.BIN}/toolkit train {run_file} --output-dir {run_dir}"
     redirected = {
@@ -222,7 +222,7 @@ def test_streams_that_take_nothing(run_file, expected, tmp_path, streams):
 
 
 @pytest.mark.slow
-def test_an_error_keeps_its_code_where_nobody_reads_it(tmp_path):
+def test_an_error_keeps_its_exit_code_without_a_reader(tmp_path):
     words = f"{world.BIN}/toolkit train {tmp_path}/none.yaml"
     for streams in (f">{FULL} 2>{FULL}", ">&- 2>&-"):
         shown = subprocess.run(["bash", "-c", f"{words} {streams}"], check=False, timeout=60)
@@ -241,7 +241,7 @@ def stopped(process, run_dir, name):
     assert not list(run_dir.glob(".checkpoint-*"))
 
 
-def test_a_terminal_that_closes_stops_the_run_with_a_checkpoint(run_file, tmp_path):
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     """SIGHUP, and a stdout that fails from then on."""
     run_dir = tmp_path / "run"
     process = world.Command(run_file, "--output-dir", run_dir)
@@ -253,7 +253,7 @@ def test_a_terminal_that_closes_stops_the_run_with_a_checkpoint(run_file, tmp_pa
 
 
 @pytest.mark.slow
-def test_nohup_keeps_a_run_that_its_terminal_left(run_file, expected, tmp_path):
+def test_a_run_with_nohup_continues_after_its_terminal_closed(run_file, expected, tmp_path):
     run_dir = tmp_path / "run"
     for more in ((), ("--nproc-per-node", "1")):
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -327,7 +327,7 @@ def test_several_ranks_without_a_reader_and_with_many_signals(run_file, tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_moved_under_several_ranks(run_file, tmp_path):
+def test_a_run_folder_that_is_moved_during_a_run_with_several_ranks(run_file, tmp_path):
     import rank_world as ranks
 
     run_dir, moved = tmp_path / "run", tmp_path / "moved"

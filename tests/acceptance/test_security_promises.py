@@ -15,7 +15,7 @@ PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mar
 
 
 @pytest.mark.parametrize("named", sorted(set(re.findall(r"`(tests/[^`]+)`", PROMISES))))
-def test_every_test_that_is_named_exists(named: str) -> None:
+def test_every_named_test_exists(named: str) -> None:
     path, _, function = named.partition("::")
     source = (ROOT / path).read_text()
     assert not function or f"\ndef {function}(" in source
@@ -27,7 +27,7 @@ def test_every_promise_names_a_test() -> None:
     assert all("`tests/" in row for row in rows)
 
 
-def _wrong(node: ast.AST) -> str | None:
+def _forbidden_call(node: ast.AST) -> str | None:
     """What a node does that no module of ours may do; None for all others."""
     if isinstance(node, ast.Import):
         found = PICKLING & {alias.name.split(".")[0] for alias in node.names}
@@ -50,9 +50,9 @@ def _wrong(node: ast.AST) -> str | None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_module_can_run_data(path: Path) -> None:
+def test_no_module_executes_data(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    found = [(node.lineno, wrong) for node in ast.walk(tree) if (wrong := _wrong(node))]
+    found = [(node.lineno, wrong) for node in ast.walk(tree) if (wrong := _forbidden_call(node))]
     assert found == []
 
 
@@ -61,5 +61,5 @@ def test_no_module_can_run_data(path: Path) -> None:
     ["import pickle", "from dill import loads", "eval(x)", "torch.load(f)", "run(c, shell=True)",
      "f(trust_remote_code=True)", "np.load(f, allow_pickle=True)", "import a, marshal.x"],
 )  # fmt: skip
-def test_the_scan_finds_what_it_looks_for(source: str) -> None:
-    assert any(_wrong(node) for node in ast.walk(ast.parse(source)))
+def test_the_scan_finds_forbidden_calls(source: str) -> None:
+    assert any(_forbidden_call(node) for node in ast.walk(ast.parse(source)))

@@ -41,7 +41,7 @@ IMPOSTORS = ("json", "torch", "trl", "numpy", "yaml", "sitecustomize", "helper")
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     root = tmp_path_factory.mktemp("security")
     model = make_model(root)
     from tiny_llama import make_tiny
@@ -79,8 +79,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return dict(zip(names, serve(cases), strict=True))
 
 
-def test_no_secret_is_printed_or_written(ended: dict[str, Ended]) -> None:
-    run = ended["leaks"]
+def test_no_secret_is_printed_or_written(results: dict[str, Ended]) -> None:
+    run = results["leaks"]
     assert run.returncode == 0, run.stderr
     assert "printed [redacted: MY_SERVICE_TOKEN] and [redacted: Hugging Face token]" in run.stdout
     assert "to stderr [redacted" in run.stderr
@@ -94,72 +94,76 @@ def test_no_secret_is_printed_or_written(ended: dict[str, Ended]) -> None:
         assert TOKEN not in text
 
 
-def test_nothing_is_open_to_others_even_without_a_umask(ended: dict[str, Ended]) -> None:
-    out = ended["leaks"].folder / "out"
+def test_no_file_is_readable_by_others_even_without_a_umask(results: dict[str, Ended]) -> None:
+    out = results["leaks"].folder / "out"
     for path in (out, *out.rglob("*")):
         allowed = 0o755 if path.is_dir() else 0o644
         assert stat.S_IMODE(path.stat().st_mode) & ~allowed == 0, path
 
 
-def test_nothing_is_pickled(ended: dict[str, Ended]) -> None:
+def test_nothing_is_pickled(results: dict[str, Ended]) -> None:
     suffixes = {
-        path.suffix for path in (ended["leaks"].folder / "out").rglob("*") if path.is_file()
+        path.suffix for path in (results["leaks"].folder / "out").rglob("*") if path.is_file()
     }
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".html", ".md", ""}
 
 
-def test_a_file_beside_the_run_file_is_not_run_under_another_name(ended: dict[str, Ended]) -> None:
-    assert sorted(path.name for path in ended["leaks"].folder.glob("*.was-run")) == []
+def test_a_file_beside_the_run_file_is_not_run_under_another_name(
+    results: dict[str, Ended],
+) -> None:
+    assert sorted(path.name for path in results["leaks"].folder.glob("*.was-run")) == []
 
 
 @pytest.mark.parametrize(
     ("name", "says"), [("written", "hub_token"), ("by-form", "dataset.system")]
 )
-def test_a_secret_in_the_run_file_is_refused_and_not_repeated(ended, name: str, says: str) -> None:
-    run = ended[name]
+def test_a_secret_in_the_run_file_is_an_error_that_does_not_show_it(
+    results, name: str, says: str
+) -> None:
+    run = results[name]
     assert run.returncode == 1, run.stderr
     assert says in run.stderr
     assert TOKEN not in run.stdout + run.stderr
     assert not (run.folder / "out").exists()
 
 
-def test_weights_that_lead_outside_are_refused(ended: dict[str, Ended]) -> None:
-    run = ended["climbs"]
+def test_weights_linked_to_outside_are_refused(results: dict[str, Ended]) -> None:
+    run = results["climbs"]
     assert run.returncode in (1, 2), run.stdout
     assert "../../leaks/model/model.safetensors" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_pickled_weights_are_refused(ended: dict[str, Ended]) -> None:
-    run = ended["pickled"]
+def test_pickled_weights_are_refused(results: dict[str, Ended]) -> None:
+    run = results["pickled"]
     assert run.returncode in (1, 2), run.stdout
     assert "Traceback" not in run.stderr
     assert not (run.folder / "was-run").exists()
 
 
-def test_a_chat_template_that_explodes_is_named(ended: dict[str, Ended]) -> None:
-    run = ended["explodes"]
+def test_an_endless_chat_template_is_an_error_with_its_name(results: dict[str, Ended]) -> None:
+    run = results["explodes"]
     assert run.returncode == 1, run.stdout
     assert "the chat template of this tokenizer needs too much" in run.stderr
     assert str(run.folder / "model") in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_metric_is_named_without_its_secret(ended: dict[str, Ended]) -> None:
-    row = ended["leaks"].rows()[0]
+def test_the_name_of_a_metric_is_shown_without_its_secret(results: dict[str, Ended]) -> None:
+    row = results["leaks"].rows()[0]
     assert [name for name in row if name.startswith("metric of [redacted: MY_SERVICE_TOKEN]")]
 
 
-def test_remote_code_is_off_and_shown(ended: dict[str, Ended]) -> None:
-    config = json.loads((ended["leaks"].folder / "out" / "config.json").read_text())
+def test_remote_code_is_off_and_shown(results: dict[str, Ended]) -> None:
+    config = json.loads((results["leaks"].folder / "out" / "config.json").read_text())
     assert config["model"]["trust_remote_code"] is False
     assert "trust_remote_code" not in RUN["model"]
-    report = (ended["leaks"].folder / "out" / "report.html").read_text()
+    report = (results["leaks"].folder / "out" / "report.html").read_text()
     assert "trust_remote_code" in report
 
 
-def test_the_report_of_a_real_run_asks_for_nothing(ended: dict[str, Ended]) -> None:
-    report = (ended["leaks"].folder / "out" / "report.html").read_text()
+def test_the_report_of_a_real_run_requests_nothing(results: dict[str, Ended]) -> None:
+    report = (results["leaks"].folder / "out" / "report.html").read_text()
     page = Page(report)
     assert page.tags.count("script") == 1
     assert not {"src", "href", "style"} & {name for name, _ in page.attributes}

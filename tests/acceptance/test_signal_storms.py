@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory):
     return run_file, world.digests(run_file.parent / "run")
 
 
-def lasting(phase):
+def long_phase(phase):
     """Have a phase last a second, in pieces, the first time that it comes."""
 
     def install():
@@ -51,7 +51,7 @@ def lasting(phase):
     return install
 
 
-def storm(process, generator, count=200):
+def send_many_signals(process, generator, count=200):
     for _ in range(count):
         process.send_signal(generator.choice(SIGNALS))
         time.sleep(generator.random() * 0.006)
@@ -63,15 +63,15 @@ def storm(process, generator, count=200):
 
 
 @pytest.mark.parametrize("phase", phases.PHASES)
-def test_a_storm_of_signals_in_a_phase(undisturbed, tmp_path, phase):
+def test_many_signals_in_a_phase_leave_a_run_that_resumes(undisturbed, tmp_path, phase):
     run_file, expected = undisturbed
     run_dir = tmp_path / "run"
     generator = random.Random(phase)
     words = (run_file, "--output-dir", run_dir, "--evaluate")
     more = () if phase != "evaluation" else ("--set", "grpo.eval_strategy=steps")
-    process = world.Command(*words, *more, before=lasting(phase))
+    process = world.Command(*words, *more, before=long_phase(phase))
     assert os.read(process.err, 5) == b"here\n"
-    storm(process, generator)
+    send_many_signals(process, generator)
     _, err = process.communicate(timeout=120)
     assert process.returncode in (STOPPED, AT_ONCE), err
     assert err.count("error: ") == (process.returncode == STOPPED), err
@@ -88,7 +88,7 @@ def test_a_storm_of_signals_in_a_phase(undisturbed, tmp_path, phase):
     assert {path.name for path in run_dir.glob(".*")} == {".lock", ".branch.json"}
 
 
-def test_a_storm_while_the_command_is_loaded(undisturbed, tmp_path):
+def test_many_signals_while_the_command_is_loaded(undisturbed, tmp_path):
     """From the first handler on: the imports, the run file, the model."""
     run_file, _ = undisturbed
     for seed in range(3):
@@ -103,7 +103,7 @@ def test_a_storm_while_the_command_is_loaded(undisturbed, tmp_path):
         status = Path(f"/proc/{process.pid}/status")
         world.wait_for(lambda status=status: _catches(status.read_text()))
         time.sleep(seed)
-        storm(process, random.Random(seed))
+        send_many_signals(process, random.Random(seed))
         _, err = process.communicate(timeout=120)
         assert process.returncode in (STOPPED, AT_ONCE), err
         assert err.count("error: ") <= 1, err

@@ -34,55 +34,55 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def chosen(run_file: Path, gpu: str, *more: str) -> dict[str, Any]:
+def size_choice(run_file: Path, gpu: str, *more: str) -> dict[str, Any]:
     found = json.loads(call("size", run_file, "--gpu", gpu, "--json", *more).stdout)
     choice: dict[str, Any] = found["choice"]
     return choice
 
 
-def cut(choice: dict[str, Any]) -> tuple[int, int]:
+def batch_split(choice: dict[str, Any]) -> tuple[int, int]:
     return choice["per_device_train_batch_size"], choice["gradient_accumulation_steps"]
 
 
-def test_a_small_card_accumulates_what_a_large_one_does_at_once(run_file: Path) -> None:
+def test_a_small_gpu_uses_gradient_accumulation_for_the_same_batch(run_file: Path) -> None:
     kept = (
         *("--set", "lora.use_gradient_checkpointing=true"),
         *("--set", "runtime.padding_free=false"),  # packs are cut by tokens instead
         *("--set", "runtime.fused_kernels=false"),
     )
-    small, large = (cut(chosen(run_file, card, *kept)) for card in ("l40s", "h200"))
+    small, large = (batch_split(size_choice(run_file, card, *kept)) for card in ("l40s", "h200"))
     assert large == (64, 1)
     assert 1 <= small[0] < 64
     assert small[0] * small[1] == 64
-    assert cut(chosen(run_file, "h200", "--world-size", "4", *kept)) == (16, 1)
+    assert batch_split(size_choice(run_file, "h200", "--world-size", "4", *kept)) == (16, 1)
 
 
-def test_smaller_and_kept_is_faster_than_larger_and_computed_again(run_file: Path) -> None:
-    roomy, small = chosen(run_file, "h200"), chosen(run_file, "4090")
+def test_a_smaller_batch_without_checkpointing_is_preferred(run_file: Path) -> None:
+    roomy, small = size_choice(run_file, "h200"), size_choice(run_file, "4090")
     assert roomy["gradient_checkpointing"] is False
-    assert cut(roomy) == (16, 4)
+    assert batch_split(roomy) == (16, 4)
     assert small["gradient_checkpointing"] is True
 
 
-def test_write_puts_the_cut_into_the_file(run_file: Path) -> None:
-    micro, accumulation = cut(chosen(run_file, "l40s"))
+def test_write_puts_the_batch_split_into_the_file(run_file: Path) -> None:
+    micro, accumulation = batch_split(size_choice(run_file, "l40s"))
     told = call("size", run_file, "--gpu", "l40s", "--write").stdout
     assert f"run.yaml: per_device_train_batch_size: {micro}" in told
     text = run_file.read_text()
     assert f"  per_device_train_batch_size: {micro}  # sized\n" in text
     assert f"  gradient_accumulation_steps: {accumulation}\n" in text
     assert 'target_modules: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"' in text
-    assert cut(chosen(run_file, "l40s")) == (micro, accumulation)
+    assert batch_split(size_choice(run_file, "l40s")) == (micro, accumulation)
 
 
-def test_the_table_says_where_it_is_from(run_file: Path) -> None:
+def test_the_table_marks_the_chosen_batch_split(run_file: Path) -> None:
     lines = call("size", run_file, "--gpu", "h200").stdout.splitlines()
     row = next(line for line in lines if line.startswith("micro-batch x accumulation"))
     assert "16 x 4" in row
     assert row.endswith("chosen")
 
 
-def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> None:
+def test_the_adapter_of_a_mixture_of_experts_is_on_its_attention(tmp_path: Path) -> None:
     run_file = tmp_path / "run.yaml"
     text = RUN.format(model=make_model(tmp_path, MIXTURE))
     run_file.write_text(text.replace("grpo:", "grpo:\n  router_aux_loss_coef: 0.0"))
@@ -95,7 +95,7 @@ def test_a_mixture_of_experts_is_adapted_at_its_attention(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-def test_what_write_makes_of_a_half_precision_is_accepted(run_file: Path, half: str) -> None:
+def test_a_written_half_precision_format_is_valid(run_file: Path, half: str) -> None:
     """The weights are in the format that the trainer is asked to compute in."""
     text = run_file.read_text().replace("max_seq_length: 1024", "max_seq_length: 1024, dtype: auto")
     run_file.write_text(text.replace("grpo:\n", f"grpo:\n  {half}: true\n"))

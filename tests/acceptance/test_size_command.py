@@ -39,7 +39,7 @@ def run_file(tmp_path, model):
     return path
 
 
-def test_json_names(model):
+def test_json_has_the_documented_keys(model):
     found = json.loads(call("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
     assert found["model"]["parameters"] == 8030261248
     assert found["model"]["weight_bytes"] == 2 * 8030261248
@@ -55,7 +55,7 @@ def test_json_names(model):
     assert found["device"]["here"] is False
 
 
-def test_the_text_is_whole(model):
+def test_the_text_has_all_parts(model):
     text = call("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
     words = " ".join(text.split())  # long lines are wrapped
     assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB per token" in words
@@ -74,23 +74,23 @@ def test_the_text_is_whole(model):
 @pytest.mark.parametrize(
     "name", ["Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b"]
 )
-def test_other_architectures(model, name):
+def test_other_architectures_are_sized(model, name):
     call("size", model(name), "--gpu", "b200", "--json", code=0 if "V3" not in name else 1)
 
 
-def test_a_run_file(run_file):
+def test_a_run_file_is_sized(run_file):
     """A data set that is not here stops nothing."""
     text = call("size", run_file, "--gpu", "h100").stdout
     assert "model.max_lora_rank              32" in text
 
 
-def test_a_run_file_that_does_not_say_how_long_the_run_is(tmp_path, model):
+def test_a_run_file_without_a_number_of_steps_is_sized(tmp_path, model):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {{model_name: {model(EIGHT_B)}}}\nreward: {{functions: []}}\n")
     assert "gpu_memory_utilization from" in call("size", path, "--gpu", "h100").stdout
 
 
-def test_write_replaces_auto_alone(run_file):
+def test_write_replaces_only_auto(run_file):
     before = run_file.read_text()
     run_file.chmod(0o600)
     done = call("size", run_file, "--gpu", "h100", "--write")
@@ -113,7 +113,7 @@ def test_write_replaces_auto_alone(run_file):
     assert 'contains no "auto"' in again
 
 
-def test_write_leaves_what_it_cannot_replace(tmp_path, model):
+def test_write_keeps_values_that_it_cannot_replace(tmp_path, model):
     """An anchor and its alias are one text for two keys, and a block ends with its line."""
     path = tmp_path / "run.yaml"
     before = (
@@ -129,7 +129,7 @@ def test_write_leaves_what_it_cannot_replace(tmp_path, model):
     assert told.count('(this "auto" is a YAML alias, anchor or block)') == 3
 
 
-def test_write_json_and_toml(tmp_path, model):
+def test_write_works_for_json_and_toml(tmp_path, model):
     import tomllib
 
     folder = model(ONE_B)
@@ -154,13 +154,13 @@ def test_write_json_and_toml(tmp_path, model):
     assert "# keep" in as_toml.read_text()
 
 
-def test_nothing_is_written_unasked(run_file, tmp_path):
+def test_without_write_nothing_is_written(run_file, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     call("size", run_file, "--gpu", "h100", "--json")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_an_empty_interval_is_priced(run_file):
+def test_an_empty_interval_lists_changes_with_their_memory(run_file):
     done = call("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
     assert "no value is possible" in done.stdout
     enough = "(enough)" in done.stdout
@@ -173,7 +173,7 @@ def test_an_empty_interval_is_priced(run_file):
     assert "frees" in found.stderr
 
 
-def test_a_written_utilization_above_the_most(run_file):
+def test_a_utilization_above_the_maximum_is_an_error(run_file):
     override = ["--set", "model.gpu_memory_utilization=0.97"]
     awake = ["--set", "model.enable_sleep_mode=false"]
     done = call("size", run_file, "--gpu", "h100", *override, *awake, code=1)
@@ -183,7 +183,7 @@ def test_a_written_utilization_above_the_most(run_file):
     assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True  # auto gives way
 
 
-def test_both_topologies(model):
+def test_both_topologies_are_sized(model):
     shared, twice = (
         json.loads(
             call(
@@ -197,14 +197,14 @@ def test_both_topologies(model):
     assert "trainer.weights" in [line["term"] for line in twice["budget"]]
 
 
-def test_the_cpu(model):
+def test_a_run_on_the_cpu_is_sized(model):
     found = json.loads(call("size", model(ONE_B), "--cpu", "--json").stdout)
     assert found["device"] is None
     assert found["interval"]["min"] is None
     assert found["choice"]["dtype"] == "float32"
 
 
-def test_it_is_fast_and_light(model):
+def test_size_is_fast_and_imports_no_heavy_library(model):
     """Under 300 ms of processor time (the wall clock is the machine's), and no heavy package."""
     folder = model(EIGHT_B)
     code = (

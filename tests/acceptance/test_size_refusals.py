@@ -37,12 +37,12 @@ def model(tmp_path):
         (["{model}", "--gpu", "h200", "--set", "lora.r=1000"], 1, "512"),
     ],
 )
-def test_what_is_refused(model, arguments, code, words):
+def test_impossible_arguments_are_errors(model, arguments, code, words):
     filled = [part.format(model=model(ONE_B)) for part in arguments]
     assert words in call("size", *filled, code=code).stderr
 
 
-def test_a_gpu_that_cannot_be_used_is_not_passed_over_in_silence(model, tmp_path):
+def test_an_unusable_gpu_is_reported(model, tmp_path):
     case, folder = cases.load("driver-mismatch"), str(model(ONE_B))
     sized = case.envcheck(tmp_path, "size", folder)
     assert "driver and library do not match" in sized.stderr
@@ -66,7 +66,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files(model, name):
+def test_hostile_model_files_are_errors(model, name):
     folder = model(ONE_B)
     HOSTILE[name](folder)
     start = time.monotonic()
@@ -75,7 +75,7 @@ def test_hostile_files(model, name):
     assert str(folder) in done.stderr
 
 
-def test_calibrate(tmp_path, model):
+def test_calibrate_compares_predicted_and_measured_memory(tmp_path, model):
     sizing = json.loads(call("size", model(ONE_B), "--gpu", "h200", "--json").stdout)
     folder = tmp_path / "run"
     folder.mkdir()

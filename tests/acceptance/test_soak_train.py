@@ -60,7 +60,7 @@ class Sample:
     threads: int
 
 
-def tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """``pid`` and its living descendants."""
     found = [pid]
     for parent in found:
@@ -70,12 +70,12 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def look(pid: int, run_dir: Path) -> Sample | None:
+def take_sample(pid: int, run_dir: Path) -> Sample | None:
     """None while there is no step, or the process is going away."""
     try:
         step = (run_dir / "timings.jsonl").read_bytes().count(b"\n")
         resident = descriptors = threads = 0
-        for one in tree(pid):
+        for one in process_tree(pid):
             lines = Path(f"/proc/{one}/status").read_text().splitlines()
             status = dict(line.split(":", 1) for line in lines)
             resident += int(status["VmRSS"].split()[0]) * 1024
@@ -86,7 +86,7 @@ def look(pid: int, run_dir: Path) -> Sample | None:
     return Sample(step, resident, descriptors, threads) if step else None
 
 
-def soak(run_file: Path) -> list[Sample]:
+def sample_run(run_file: Path) -> list[Sample]:
     """Run the command to its end and return what was seen of it during its steps."""
     out = run_file.parent / "out.txt"
     with out.open("w") as sink:
@@ -98,7 +98,7 @@ def soak(run_file: Path) -> list[Sample]:
         )
     samples = []
     while process.poll() is None:
-        sample = look(process.pid, run_file.parent / "run")
+        sample = take_sample(process.pid, run_file.parent / "run")
         if sample is not None and sample.step < STEPS:  # what follows the last step is the report
             samples.append(sample)
         time.sleep(0.1)
@@ -108,7 +108,7 @@ def soak(run_file: Path) -> list[Sample]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
-def test_500_steps_leave_nothing_behind(tmp_path, engine):
+def test_500_steps_leak_no_memory_files_or_processes(tmp_path, engine):
     if engine == "vllm":
         pytest.importorskip("vllm")
     run_file = world.make(tmp_path, engine=engine, steps=STEPS)
@@ -117,7 +117,7 @@ def test_500_steps_leave_nothing_behind(tmp_path, engine):
     # It counts the objects of the process that trains; its worker's: test_rewards_worker.py.
     run_file.write_text(text.replace("reward: {", "reward: {isolate: false, "))
     (tmp_path / "my_rewards.py").write_text(COUNTS)
-    samples = soak(run_file)
+    samples = sample_run(run_file)
     assert len(world.rows(tmp_path / "run", "timings.jsonl")) == STEPS
     counted = [sample for sample in samples if sample.step > WARM_UP]
     reference = [sample for sample in counted if sample.step <= WARM_UP + REFERENCE]

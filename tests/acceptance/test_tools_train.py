@@ -105,7 +105,7 @@ def world(
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """All runs of this module, in one process that has imported the libraries."""
     cases = {
         "measure": world(tmp_path_factory.mktemp("measure")),
@@ -130,8 +130,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     return dict(zip(cases, serve(list(cases.values())), strict=True))
 
 
-def test_tools_are_called(ended: dict[str, Ended]) -> None:
-    run = ended["measure"]
+def test_tools_are_called(results: dict[str, Ended]) -> None:
+    run = results["measure"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
     assert row["tools/call_frequency"] == 1
@@ -154,9 +154,9 @@ def test_tools_are_called(ended: dict[str, Ended]) -> None:
     assert all(row["time_s"] > 0 for row in times)
 
 
-def test_a_resumed_run_logs_the_same_bytes(ended: dict[str, Ended]) -> None:
+def test_a_resumed_run_logs_the_same_bytes(results: dict[str, Ended]) -> None:
     """From the checkpoint of step 2, as after a kill in step 3."""
-    run = ended["whole"]
+    run = results["whole"]
     assert run.returncode == 0, run.stderr
     out = run.folder / "out"
     logs = ("tool_calls.jsonl", "completions.jsonl", "metrics.jsonl")
@@ -169,15 +169,15 @@ def test_a_resumed_run_logs_the_same_bytes(ended: dict[str, Ended]) -> None:
     assert len(again.rows("tool_timings.jsonl")) == 12
 
 
-def test_a_failing_tool_can_end_the_run(ended: dict[str, Ended]) -> None:
-    run = ended["strict"]
+def test_a_failing_tool_can_end_the_run(results: dict[str, Ended]) -> None:
+    run = results["strict"]
     assert run.returncode == 1
     assert "tool my_tools:slow took longer than 0.2 s" in run.stderr
     assert "tools.on_error: answer" in run.stderr
 
 
-def test_groups_are_drawn_again_with_tools(ended: dict[str, Ended]) -> None:
-    run = ended["again"]
+def test_groups_with_tools_are_sampled_again(results: dict[str, Ended]) -> None:
+    run = results["again"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "dynamic_sampling/rounds" in row]
     assert row["dynamic_sampling/rounds"] > 0
@@ -192,14 +192,16 @@ def test_groups_are_drawn_again_with_tools(ended: dict[str, Ended]) -> None:
         assert one["extra"]["resample_round"] == row["dynamic_sampling/rounds"]
 
 
-def test_a_slow_tool_is_cut_and_counted(ended: dict[str, Ended]) -> None:
-    run = ended["slow"]
+def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, Ended]) -> None:
+    run = results["slow"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
     assert row["tools/failure_frequency"] == 1
 
 
 @pytest.mark.parametrize(("case", "said"), [("bare", "tool my_tools:bare"), ("plain", "a chat")])
-def test_what_cannot_be_called_is_refused(ended: dict[str, Ended], case: str, said: str) -> None:
-    assert ended[case].returncode == 1
-    assert said in ended[case].stderr
+def test_tools_that_cannot_be_called_are_errors(
+    results: dict[str, Ended], case: str, said: str
+) -> None:
+    assert results[case].returncode == 1
+    assert said in results[case].stderr

@@ -60,7 +60,7 @@ print(json.dumps([len(found), run.info.run_name, run.info.status, run.data.param
 
 
 @needs
-def test_wandb_is_offline_and_both_parts_are_one_run(tracked):
+def test_wandb_is_offline_and_resumes_the_same_run(tracked):
     folders = list((tracked[0] / "wandb").glob("offline-run-*"))
     ids = {folder.name.rpartition("-")[2] for folder in folders}
     run_id = json.loads((tracked[0] / "trackers.json").read_text())["run_id"]
@@ -70,7 +70,7 @@ def test_wandb_is_offline_and_both_parts_are_one_run(tracked):
 
 
 @needs
-def test_a_server_that_never_answers_keeps_no_finished_run_alive(tmp_path):
+def test_a_tracker_that_never_answers_does_not_delay_the_end_of_a_run(tmp_path):
     """W&B waits for its server as the interpreter ends, too."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         world = train_world.make(tmp_path, steps=2)

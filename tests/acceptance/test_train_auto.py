@@ -9,8 +9,8 @@ import json
 import pytest
 import train_world as world
 
-WRITTEN = "  per_device_train_batch_size: 8\n"
-CUT = """\
+BATCH_LINE = "  per_device_train_batch_size: 8\n"
+SPLIT_LINES = """\
   per_device_train_batch_size: {}
   gradient_accumulation_steps: {}
   generation_batch_size: 16
@@ -27,7 +27,9 @@ def cut(run_dir):
 def trained(tmp_path_factory):
     """A run file with auto, and what the command did with it."""
     run_file = world.make(tmp_path_factory.mktemp("w"), steps=2)
-    run_file.write_text(run_file.read_text().replace(WRITTEN, CUT.format("auto", "auto")))
+    run_file.write_text(
+        run_file.read_text().replace(BATCH_LINE, SPLIT_LINES.format("auto", "auto"))
+    )
     return run_file, world.toolkit("train", run_file)
 
 
@@ -43,14 +45,14 @@ def test_auto_is_filled_and_recorded(trained):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_as_it_began(trained, tmp_path):
+def test_a_resumed_run_keeps_its_batch_split(trained, tmp_path):
     """As if a smaller card had begun it: here sizing takes all 16 at once."""
     run_file = world.make(tmp_path, steps=2)
     began = run_file.read_text()
-    run_file.write_text(began.replace(WRITTEN, CUT.format(4, 4)))
+    run_file.write_text(began.replace(BATCH_LINE, SPLIT_LINES.format(4, 4)))
     done = world.toolkit("train", run_file)
     assert done.returncode == 0, done.stderr
-    left_open = began.replace(WRITTEN, CUT.format("auto", "auto"))
+    left_open = began.replace(BATCH_LINE, SPLIT_LINES.format("auto", "auto"))
     run_file.write_text(left_open.replace("max_steps: 2", "max_steps: 4"))
     allowed = 'runtime.allow_changed=["grpo.max_steps"]'
     done = world.toolkit("train", run_file, "--set", allowed)
@@ -65,10 +67,10 @@ def test_a_run_goes_on_as_it_began(trained, tmp_path):
     assert at_once["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4)
 
 
-def test_an_auto_that_cannot_be_is_refused(tmp_path):
+def test_an_impossible_auto_is_an_error(tmp_path):
     run_file = world.make(tmp_path)
     run_file.write_text(
-        run_file.read_text().replace(WRITTEN, "  per_device_train_batch_size: auto\n")
+        run_file.read_text().replace(BATCH_LINE, "  per_device_train_batch_size: auto\n")
     )
     done = world.toolkit("train", run_file)
     assert done.returncode == 1

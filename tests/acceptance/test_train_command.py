@@ -13,7 +13,7 @@ from toolkit.config.explain import explain
 from toolkit.config.validate import check_instance
 
 
-def again(folder, *arguments):
+def train_again(folder, *arguments):
     """The command in ``folder``, in a fork of a process that has imported everything."""
     return serve([{"folder": folder, "arguments": ["train", "run.yaml", *map(str, arguments)]}])[0]
 
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     return run_file, world.toolkit(*arguments)
 
 
-def test_it_trains_and_leaves_the_run_folder(trained):
+def test_a_run_trains_and_writes_its_run_folder(trained):
     run_file, done = trained
     run_dir = run_file.parent / "run"
     assert done.returncode == 0, done.stderr
@@ -58,14 +58,14 @@ def test_it_trains_and_leaves_the_run_folder(trained):
     assert set(completions[0]["rewards"]) == {"ones", "exact_match"}
 
 
-def test_every_name_in_its_logs_is_explained(trained):
+def test_every_metric_in_the_logs_is_documented(trained):
     run_dir = trained[0].parent / "run"
     names = {name for log in ("metrics.jsonl", "timings.jsonl") for row in world.rows(run_dir, log)
              for name in row}  # fmt: skip
     assert [name for name in sorted(names) if explain(name) is None] == []
 
 
-def test_what_it_prints_is_lines(trained):
+def test_the_output_consists_of_lines(trained):
     _, done = trained
     lines = done.stdout.splitlines()
     assert "\r" not in done.stdout
@@ -74,7 +74,7 @@ def test_what_it_prints_is_lines(trained):
     assert lines[-1].startswith("report ")
 
 
-def test_the_manifest_is_by_its_schema_and_holds_no_secret(trained):
+def test_the_manifest_matches_its_schema_and_has_no_secret(trained):
     run_file, _ = trained
     manifest = json.loads((run_file.parent / "run" / "manifest.json").read_text())
     assert check_instance(manifest, "manifest") == []
@@ -83,52 +83,52 @@ def test_the_manifest_is_by_its_schema_and_holds_no_secret(trained):
     assert set(manifest["data_sha256"]) == {"train", "eval"}
 
 
-def test_started_again_it_finds_itself_finished(trained):
+def test_a_finished_run_that_is_started_again_trains_nothing(trained):
     run_file, _ = trained
     before = world.digests(run_file.parent / "run")
-    done = again(run_file.parent)
+    done = train_again(run_file.parent)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-8" in done.stdout
     assert world.digests(run_file.parent / "run") == before
 
 
-def test_with_resume_never_a_folder_with_a_run_is_refused(trained):
+def test_resume_never_rejects_a_folder_with_a_run(trained):
     run_file, _ = trained
     before = world.digests(run_file.parent / "run")
-    done = again(run_file.parent, "--set", "runtime.resume=never")
+    done = train_again(run_file.parent, "--set", "runtime.resume=never")
     assert done.returncode == 1
     assert "RUN001" in done.stderr
     assert "is not empty, but a run with resume: never needs an empty folder" in done.stderr
     assert world.digests(run_file.parent / "run") == before
 
 
-def test_a_run_file_that_changed_is_refused_by_name(trained):
+def test_a_changed_run_file_is_an_error_with_the_key(trained):
     run_file, _ = trained
-    done = again(run_file.parent, "--set", "grpo.learning_rate=0.02")
+    done = train_again(run_file.parent, "--set", "grpo.learning_rate=0.02")
     assert done.returncode == 1
     assert "grpo.learning_rate (0.01 -> 0.02)" in done.stderr
     assert "set runtime.allow_changed to [grpo.learning_rate]" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_data_that_changed_is_refused(trained, tmp_path):
+def test_changed_data_is_an_error(trained, tmp_path):
     run_file, _ = trained
     folder = tmp_path / "copy"
     shutil.copytree(run_file.parent, folder)
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"question": "1+1=", "answer": "2"}\n')
     model = f'model.model_name="{run_file.parent / "model"}"'
-    done = again(folder, "--set", model)
+    done = train_again(folder, "--set", model)
     assert done.returncode == 1
     assert "data.train" in done.stderr
 
 
-def test_full_fine_tuning_leaves_a_model(tmp_path):
+def test_full_fine_tuning_writes_a_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
     run_file = world.make(tmp_path, steps=1)
     run_file.write_text(run_file.read_text().replace("dtype:", "full_finetuning: true, dtype:"))
-    done = again(tmp_path)
+    done = train_again(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "adapter  none: every weight is trained" in done.stdout
     assert f"model    {tmp_path / 'run' / 'model'}" in done.stdout
@@ -157,6 +157,6 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = again(tmp_path)
+        done = train_again(tmp_path)
     assert done.returncode == 4
     assert "another run is writing to this folder" in done.stderr

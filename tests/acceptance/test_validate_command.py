@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_the_finding_reads_as_documented(tmp_path: Path) -> None:
+def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
         GOOD + "grpo:\n  num_generations: 8\n  per_device_train_batch_size: 1\n"
@@ -34,7 +34,7 @@ def test_the_finding_reads_as_documented(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_a_rank_above_the_engines_is_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_rank_above_max_lora_rank_is_an_error_with_both_lines(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
         GOOD.replace("max_seq_length: 1024", "max_lora_rank: 64") + "lora:\n  r: 65\n", "utf-8"
@@ -46,7 +46,7 @@ def test_a_rank_above_the_engines_is_refused_with_both_lines(tmp_path: Path) -> 
     assert "fix: max_lora_rank: 128   or   r: 64" in done.stdout
 
 
-def test_faults_in_combination_are_all_told(tmp_path: Path) -> None:
+def test_all_faults_of_a_run_file_are_listed(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
         f"model: {{model_name: {PARTS}/model, max_lora_rank: 24, max_seq_length: 99999}}\n"
@@ -112,7 +112,7 @@ def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
     assert envcheck("validate", "empty", cwd=tmp_path).returncode == 2
 
 
-def test_overrides_are_judged_and_named(tmp_path: Path) -> None:
+def test_overrides_are_checked_and_named(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(GOOD, "utf-8")
     done = envcheck("validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high")
@@ -125,7 +125,7 @@ def test_overrides_are_judged_and_named(tmp_path: Path) -> None:
     assert (mended.returncode, mended.stdout) == (0, f"no findings in {run}\n")
 
 
-def test_layers_keep_places_and_end_in_no_circle(tmp_path: Path) -> None:
+def test_extended_files_keep_their_positions_and_cycles_are_errors(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "one.yaml").write_text(GOOD + "lora:\n  r: 0\n", "utf-8")
     (tmp_path / "two.yaml").write_text("extends: base/one.yaml\ngrpo: {beta: 0.1}\n", "utf-8")
@@ -140,7 +140,7 @@ def test_layers_keep_places_and_end_in_no_circle(tmp_path: Path) -> None:
     assert "run.yaml -> two.yaml -> run.yaml" in done.stdout
 
 
-def test_what_if_world_size_and_card(tmp_path: Path) -> None:
+def test_world_size_and_gpu_options_are_applied(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(GOOD + "grpo: {num_generations: 6, per_device_train_batch_size: 2}\n", "utf-8")
     assert envcheck("validate", run).returncode == 1
@@ -153,7 +153,7 @@ def test_what_if_world_size_and_card(tmp_path: Path) -> None:
     assert (done.returncode, "unknown card" in done.stderr) == (1, True)
 
 
-def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Path) -> None:
+def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) -> None:
     run, model = tmp_path / "run.yaml", tmp_path / "model"
     model.mkdir()
     config = json.loads((PARTS / "model" / "config.json").read_text("utf-8"))
@@ -171,7 +171,7 @@ def test_a_share_outside_the_sized_interval_is_refused_for_the_card(tmp_path: Pa
     assert envcheck("validate", run, "--gpu", "h100").returncode == 0
 
 
-def test_it_is_light(tmp_path: Path) -> None:
+def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
     """Nothing heavy is imported, and not jsonschema either, which may cost a second."""
     run = tmp_path / "run.yaml"
     run.write_text(GOOD + "lora: {r: 0}\n", "utf-8")
@@ -193,7 +193,7 @@ def test_it_is_light(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_an_override_that_is_no_utf_8(tmp_path: Path) -> None:
+def test_an_override_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(GOOD)
     command = [f"{sys.exec_prefix}/bin/envcheck", "validate", "run.yaml", "--set"]
     done = subprocess.run(

@@ -179,7 +179,9 @@ def labels(answer: Any) -> list[str]:
     return [str(item["label"]) for item in items]
 
 
-def test_an_editor_completes_explains_and_refuses(editor: tuple[Client, dict[str, str]]) -> None:
+def test_an_editor_completes_explains_and_marks_errors(
+    editor: tuple[Client, dict[str, str]],
+) -> None:
     client, document = editor
     told: list[dict[str, Any]] = []
     while not told:

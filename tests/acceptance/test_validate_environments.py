@@ -68,7 +68,7 @@ def findings(folder: Path, *options: str, **environment: str) -> tuple[int, list
         ("openenv", "nowhere:Game", "warning", "module nowhere is neither next to the run file"),
     ],
 )
-def test_a_task_that_does_not_exist(
+def test_a_task_that_does_not_exist_is_an_error(
     tmp_path: Path, adapter: str, task: str, severity: str | None, said: str
 ) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('read only')\nclass Game: ...\n")
@@ -83,7 +83,7 @@ def test_a_task_that_does_not_exist(
         assert findings(tmp_path, "--strict", adapter=adapter, task=task, python=python)[0] == 5
 
 
-def test_a_taskset_that_verifiers_brings(tmp_path: Path) -> None:
+def test_a_taskset_of_verifiers_is_valid(tmp_path: Path) -> None:
     python = str(interpreter(tmp_path))
     run = {
         "model": {"model_name": "m/m"},

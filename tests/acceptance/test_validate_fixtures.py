@@ -38,7 +38,7 @@ def comment(path: Path, name: str) -> str:
     return found[1].strip() if found else ""
 
 
-def judge(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
+def validate_findings(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit code and the findings of a fixture, through the command in this process."""
     more = comment(path, "options").split()
     outcome = CliRunner().invoke(validate, [str(path), "--format", "json", *more, *options])
@@ -46,7 +46,7 @@ def judge(path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
     return outcome.exit_code, json.loads(outcome.stdout)["findings"]
 
 
-def stated(path: Path) -> tuple[str, str, int | None, int | None]:
+def expected_finding(path: Path) -> tuple[str, str, int | None, int | None]:
     """The finding that an invalid fixture states; without a place, it is about the whole file."""
     if path.name in JSON_FACTS:
         return JSON_FACTS[path.name]
@@ -57,8 +57,8 @@ def stated(path: Path) -> tuple[str, str, int | None, int | None]:
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
 def test_an_invalid_file_gives_exactly_its_finding(path: Path) -> None:
-    code, findings = judge(path)
-    rule, severity, line, column = stated(path)
+    code, findings = validate_findings(path)
+    rule, severity, line, column = expected_finding(path)
     told = [(f["rule"], f["severity"], f["line"], f["column"]) for f in findings]
     assert told == [(rule, severity, line, column)]
     unreadable = 2 if rule == "DOC014" else 1
@@ -66,18 +66,18 @@ def test_an_invalid_file_gives_exactly_its_finding(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.name)
-def test_a_valid_file_gives_none(path: Path) -> None:
-    assert judge(path, "--strict") == (0, [])
+def test_a_valid_file_gives_no_finding(path: Path) -> None:
+    assert validate_findings(path, "--strict") == (0, [])
 
 
-def test_every_rule_has_both() -> None:
+def test_every_rule_has_a_valid_and_an_invalid_file() -> None:
     rules = set(all_rules())
-    assert rules == {stated(path)[0] for path in INVALID}
+    assert rules == {expected_finding(path)[0] for path in INVALID}
     covered = {path.name.partition(".")[0].partition("-")[0] for path in VALID}
     assert not rules - covered
 
 
-def beside(path: Path, folder: Path) -> Path:
+def copy_with_inputs(path: Path, folder: Path) -> Path:
     """A copy of a fixture that finds all that the fixture finds."""
     (folder / "parts").symlink_to(FIXTURES / "parts")
     (folder / "invalid").mkdir()
@@ -86,18 +86,18 @@ def beside(path: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
-def test_a_fix_makes_the_finding_go_away(path: Path, tmp_path: Path) -> None:
+def test_a_fix_removes_the_finding(path: Path, tmp_path: Path) -> None:
     """For every finding with one way out that rewrites the text: --fix leaves the file without it,
     and the rest as it was. A choice between several is left to a person.
     """
-    code, findings = judge(path)
+    code, findings = validate_findings(path)
     fixes = [fix for found in findings for fix in found["fixes"]]
     if not any(fix["edits"] for fix in fixes):
-        assert stated(path)[0] not in FIXABLE, "this rule lost its fix"
+        assert expected_finding(path)[0] not in FIXABLE, "this rule lost its fix"
         return
-    copy = beside(path, tmp_path)
+    copy = copy_with_inputs(path, tmp_path)
     before = copy.read_text(encoding="utf-8")
-    after_code, after = judge(copy, "--fix")
+    after_code, after = validate_findings(copy, "--fix")
     text = copy.read_text(encoding="utf-8")
     if len(fixes) > 1:
         assert text == before
@@ -113,13 +113,13 @@ ADVICE = re.compile(r"((?:model|lora|dataset|grpo|runtime)\.\w+): (\S+)")
 
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
-def test_no_way_out_leads_into_another_error(path: Path, tmp_path: Path) -> None:
+def test_no_fix_leads_to_another_error(path: Path, tmp_path: Path) -> None:
     """Each fix alone, as an edit or as the override that it names: no error that was not there, and
     the finding is gone.
     """
-    _, findings = judge(path)
+    _, findings = validate_findings(path)
     before = {(f["rule"], f["key"]) for f in findings}
-    copy = beside(path, tmp_path)
+    copy = copy_with_inputs(path, tmp_path)
     original = copy.read_bytes()
     text = original.decode("utf-8-sig", "replace")
     for found in findings:
@@ -138,7 +138,7 @@ def test_no_way_out_leads_into_another_error(path: Path, tmp_path: Path) -> None
                 options = ["--set", f"{advice[1]}={advice[2]}"]
             else:
                 continue
-            _, after = judge(copy, *options)
+            _, after = validate_findings(copy, *options)
             errors = {(f["rule"], f["key"]) for f in after if f["severity"] == "error"}
             assert errors <= before, fix
             kept = [(f["rule"], f["key"], f["message"]) for f in after]
@@ -149,8 +149,8 @@ KEY_NAMES = re.compile(r"\b(?:model|lora|dataset|reward|grpo|runtime)\.\w+")
 
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.name)
-def test_advice_names_no_key_that_is_refused(path: Path) -> None:
-    _, findings = judge(path)
+def test_advice_names_only_valid_keys(path: Path) -> None:
+    _, findings = validate_findings(path)
     for found in findings:
         for fix in found["fixes"]:
             for name in KEY_NAMES.findall(fix["text"]):
@@ -171,7 +171,9 @@ def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "invalid"
     shutil.copytree(FIXTURES / "parts", tmp_path / "parts")
     chosen = [
-        path for path in INVALID if not comment(path, "options") and stated(path)[0] != "DOC014"
+        path
+        for path in INVALID
+        if not comment(path, "options") and expected_finding(path)[0] != "DOC014"
     ]
     folder.mkdir()
     for path in [*chosen, FIXTURES / "invalid" / "fixture_rewards.py"]:
@@ -187,4 +189,4 @@ def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (1, "")
     found = {Path(f["file"]).name: f["rule"] for f in json.loads(done.stdout)["findings"]}
-    assert found == {p.name: stated(p)[0] for p in chosen if p.suffix != ".json"}
+    assert found == {p.name: expected_finding(p)[0] for p in chosen if p.suffix != ".json"}

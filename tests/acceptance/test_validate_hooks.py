@@ -38,7 +38,7 @@ def test_a_hook_runs_as_pre_commit_runs_it(hook: dict[str, str], tmp_path: Path)
     assert not re.search(hook["files"], "compose.yaml")
 
 
-def test_every_example_has_the_modeline_and_it_leads_to_the_schema() -> None:
+def test_the_modeline_of_every_example_names_the_schema() -> None:
     examples = sorted(VALID.glob("*.yaml"))
     assert len(examples) > 60
     for path in examples:

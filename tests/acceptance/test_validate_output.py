@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_json_is_what_its_schema_says(tmp_path: Path) -> None:
+def test_json_matches_its_schema(tmp_path: Path) -> None:
     done = envcheck("validate", FIXTURES / "invalid", "--format", "json", "--set", "lora.r=x")
     assert check_instance(json.loads(done.stdout), "findings") == []
     assert len(json.loads(done.stdout)["findings"]) > 100
 
 
-def test_sarif_names_rules_places_and_replacements(tmp_path: Path) -> None:
+def test_sarif_has_rules_positions_and_replacements(tmp_path: Path) -> None:
     run = tmp_path / "run file.yaml"
     run.write_text(GOOD + "lora:\n  r: 8.0\n", "utf-8")
     log = json.loads(envcheck("validate", run.name, "--format", "sarif", cwd=tmp_path).stdout)
@@ -92,7 +92,7 @@ def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
     assert "tr0ub4dor" not in done.stdout + done.stderr
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
     """Folders, pipes without a writer, endless devices, other encodings: a finding, soon."""
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
@@ -126,7 +126,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         (["size"], "error: none.yaml: cannot be read: No such file or directory"),
     ],
 )
-def test_no_line_is_blamed_for_a_file_that_is_not_read(
+def test_a_file_that_cannot_be_read_is_reported_without_a_line(
     tmp_path: Path, arguments: list[str], told: str
 ) -> None:
     done = envcheck(*arguments, "none.yaml", cwd=tmp_path)
@@ -135,7 +135,7 @@ def test_no_line_is_blamed_for_a_file_that_is_not_read(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_without_permission(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(GOOD, "utf-8")
     run.chmod(0)

@@ -47,7 +47,7 @@ def digests(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_two_builds_from_clean_stores_have_one_digest(
+def test_two_builds_from_clean_stores_have_the_same_digest(
     digests: tuple[dict[str, str], dict[str, str]], target: str
 ) -> None:
     first, second = digests

@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_it_runs_as_anyone_on_a_read_only_root(
+def test_the_image_runs_as_any_user_on_a_read_only_root(
     store: Store, envcheck_image: str, user: str
 ) -> None:
     result = store.run(envcheck_image, user, "envcheck", "check")
@@ -26,7 +26,7 @@ def test_it_runs_as_anyone_on_a_read_only_root(
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_everyone_has_a_name_a_home_and_a_working_folder(
+def test_any_user_has_a_name_a_home_and_a_working_folder(
     store: Store, envcheck_image: str, user: str
 ) -> None:
     program = (
@@ -46,7 +46,7 @@ def test_the_default_user_is_not_root(store: Store, envcheck_image: str) -> None
     assert config["WorkingDir"] == "/work"
 
 
-def test_it_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str) -> None:
+def test_the_image_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str) -> None:
     layers = store.inspect(envcheck_image)["OCIv1"]["rootfs"]["diff_ids"]
     added = 0
     for archive in our_layers(store, envcheck_image):
@@ -56,16 +56,16 @@ def test_it_adds_less_than_200_mb_to_its_base(store: Store, envcheck_image: str)
     print(f"envcheck adds {added / MIB:.1f} MiB to its base")
 
 
-def test_no_layer_holds_anything_of_the_build(store: Store, envcheck_image: str) -> None:
+def test_no_layer_contains_build_files(store: Store, envcheck_image: str) -> None:
     assert_nothing_of_the_build(store, envcheck_image)
 
 
-def test_pip_does_not_ship(store: Store, envcheck_image: str) -> None:
+def test_the_image_has_no_pip(store: Store, envcheck_image: str) -> None:
     result = store.run(envcheck_image, "1000:1000", "/opt/toolkit/bin/python", "-m", "pip", "-V")
     assert "No module named pip" in result.stderr
 
 
-def test_its_manifest_and_labels_name_the_lock(store: Store, envcheck_image: str) -> None:
+def test_manifest_and_labels_name_the_lock(store: Store, envcheck_image: str) -> None:
     digest = hashlib.sha256((REPO / "locks/light.txt").read_bytes()).hexdigest()
     result = store.run(envcheck_image, "1000:1000", "cat", "/usr/share/toolkit/image.json")
     manifest = json.loads(result.stdout)
@@ -79,7 +79,7 @@ def test_its_manifest_and_labels_name_the_lock(store: Store, envcheck_image: str
     assert re.match(r"[0-9a-f]{40}", manifest["revision"])
 
 
-def test_its_health_check_is_in_the_image(store: Store, envcheck_image: str) -> None:
+def test_the_image_has_a_health_check(store: Store, envcheck_image: str) -> None:
     """OCI's format has no place for one, so the build uses the other, without its random names."""
     found = store.inspect(envcheck_image)
     config = json.loads(str(found["Config"]))
@@ -92,7 +92,7 @@ def test_its_health_check_is_in_the_image(store: Store, envcheck_image: str) -> 
     assert answer.stdout == "[CMD toolkit-health]\n"
 
 
-def test_its_health_check_notices_a_stall(store: Store, envcheck_image: str) -> None:
+def test_the_health_check_detects_a_stalled_run(store: Store, envcheck_image: str) -> None:
     script = (
         "toolkit-health && mkdir /cache/run && touch /cache/run/timings.jsonl && toolkit-health"
         " && touch -d '1 hour ago' /cache/run/timings.jsonl && toolkit-health"
@@ -105,7 +105,9 @@ def test_its_health_check_notices_a_stall(store: Store, envcheck_image: str) -> 
     )
 
 
-def test_no_writable_place_is_told(store: Store, envcheck_image: str) -> None:
+def test_a_container_without_a_writable_folder_gets_a_message(
+    store: Store, envcheck_image: str
+) -> None:
     # /dev/shm is the last resort; here it is read-only as well.
     options = ("--shm-size", "0", "--mount", "type=tmpfs,destination=/dev/shm,ro=true")
     result = store.run(envcheck_image, "4242:0", "envcheck", "check", options=options)
@@ -115,7 +117,9 @@ def test_no_writable_place_is_told(store: Store, envcheck_image: str) -> None:
     assert "--tmpfs /cache" in result.stderr
 
 
-def test_compiled_kernels_go_where_they_can_be_loaded(store: Store, envcheck_image: str) -> None:
+def test_compiled_kernels_are_written_to_an_executable_folder(
+    store: Store, envcheck_image: str
+) -> None:
     """A tmpfs is noexec by default, and a compiled kernel there cannot be mapped."""
     closed = ("--tmpfs", "/cache:rw,noexec,mode=1777")
     show = ("4242:0", "sh", "-c", "echo $HF_HOME $TRITON_CACHE_DIR")

@@ -55,7 +55,9 @@ def registry(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     server.server_close()
 
 
-def test_a_digest_that_the_registry_does_not_have(store: Store, registry: tuple[str, Path]) -> None:
+def test_a_digest_that_the_registry_does_not_have_is_an_error(
+    store: Store, registry: tuple[str, Path]
+) -> None:
     address, home = registry
     code, output = store.script(
         "build",
@@ -68,7 +70,7 @@ def test_a_digest_that_the_registry_does_not_have(store: Store, registry: tuple[
     assert "correct the digest" in output
 
 
-def test_a_registry_that_is_not_reached(store: Store) -> None:
+def test_an_unreachable_registry_is_an_error(store: Store) -> None:
     code, output = store.script(
         "build",
         *("envcheck", "--engine", "buildah"),
@@ -79,7 +81,7 @@ def test_a_registry_that_is_not_reached(store: Store) -> None:
     assert "--stand-in" in output
 
 
-def test_a_base_without_a_digest(store: Store) -> None:
+def test_a_base_without_a_digest_is_an_error(store: Store) -> None:
     code, output = store.script(
         "build",
         "envcheck",
@@ -91,7 +93,7 @@ def test_a_base_without_a_digest(store: Store) -> None:
     assert "is not pinned by digest" in output
 
 
-def test_a_base_that_the_local_store_does_not_have(store: Store) -> None:
+def test_a_base_that_is_missing_in_the_local_store_is_an_error(store: Store) -> None:
     code, output = store.script(
         "build",
         *("envcheck", "--engine", "buildah"),
@@ -101,7 +103,7 @@ def test_a_base_that_the_local_store_does_not_have(store: Store) -> None:
     assert "is not in the local store" in output
 
 
-def test_a_target_that_does_not_exist(store: Store) -> None:
+def test_a_target_that_does_not_exist_is_an_error(store: Store) -> None:
     code, output = store.script("build", "training")
     assert code == 2, output
     assert "invalid choice: 'training'" in output
@@ -127,7 +129,7 @@ def test_a_lock_that_does_not_match_pyproject_stops_the_script(
     assert "uv.lock does not match pyproject.toml" in output
 
 
-def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build_too(
+def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build(
     store: Store, envcheck_image: str, base_options: tuple[str, ...], tmp_path: Path
 ) -> None:
     """`docker build` asks no script of ours, so the check of the last step has to see it."""
@@ -146,7 +148,7 @@ def test_a_lock_that_does_not_match_pyproject_stops_a_plain_build_too(
     assert "requires click>=99, but the lock has click==" in output
 
 
-def test_a_cache_that_cannot_be_written_is_told(store: Store, envcheck_image: str) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(store: Store, envcheck_image: str) -> None:
     options = ("--tmpfs", "/cache:rw,mode=1777", "--env", "TOOLKIT_CACHE=/usr/share/toolkit")
     result = store.run(envcheck_image, "54321:54321", "envcheck", "check", options=options)
     assert result.returncode == 1
@@ -185,7 +187,7 @@ def with_driver(folder: Path, driver: str, cuda: int, cards: int) -> tuple[str, 
     return ("--volume", f"{library}:/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1:ro")
 
 
-def test_a_driver_that_is_too_old_is_told(
+def test_a_driver_that_is_too_old_is_reported(
     store: Store, envcheck_image: str, tmp_path: Path
 ) -> None:
     driver = with_driver(tmp_path, "470.57.02", 11040, 1)
@@ -206,7 +208,9 @@ reward: {functions: [{name: numeric_match}]}
 """
 
 
-def test_64_mb_of_shared_memory_are_told(store: Store, envcheck_image: str, tmp_path: Path) -> None:
+def test_64_mb_of_shared_memory_are_reported(
+    store: Store, envcheck_image: str, tmp_path: Path
+) -> None:
     """Docker's default stops a job over two cards; a job over one does not use it."""
     tmp_path.chmod(0o755)
     (tmp_path / "run.yaml").write_text(RUN_FILE)

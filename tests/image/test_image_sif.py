@@ -91,7 +91,7 @@ def answers(sif: Path, world: Path) -> tuple[subprocess.CompletedProcess[str], .
         return tuple(pool.map(lambda arguments: apptainer(*arguments), asked))
 
 
-def test_its_own_test_passes(answers: tuple[subprocess.CompletedProcess[str], ...]) -> None:
+def test_apptainer_test_passes(answers: tuple[subprocess.CompletedProcess[str], ...]) -> None:
     """%test: the commands start, the manifest is there, the pre-flight answers, the demo trains."""
     result = answers[0]
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -100,7 +100,7 @@ def test_its_own_test_passes(answers: tuple[subprocess.CompletedProcess[str], ..
     assert "exact match 0." in result.stdout
 
 
-def test_an_ordinary_user_makes_the_demo_contained_and_read_only(
+def test_an_ordinary_user_runs_the_demo_in_a_read_only_container(
     answers: tuple[subprocess.CompletedProcess[str], ...], world: Path
 ) -> None:
     result = answers[1]
@@ -111,7 +111,7 @@ def test_an_ordinary_user_makes_the_demo_contained_and_read_only(
     assert {path.lstat().st_uid for path in world.rglob("*")} == {USER}
 
 
-def test_sigterm_to_the_sif_writes_a_checkpoint_and_ends_with_75(
+def test_sigterm_to_the_sif_writes_a_checkpoint_and_exits_with_75(
     answers: tuple[subprocess.CompletedProcess[str], ...], sif: Path, world: Path
 ) -> None:
     assert answers[1].returncode == 0
@@ -137,26 +137,26 @@ def test_sigterm_to_the_sif_writes_a_checkpoint_and_ends_with_75(
     log.unlink()
 
 
-def test_what_the_host_has_set_wins(sif: Path) -> None:
+def test_variables_of_the_host_take_precedence(sif: Path) -> None:
     result = apptainer("run", str(sif), "env", HF_HOME="/tmp/models", APPTAINERENV_X="1")
     assert result.returncode == 0, result.stderr
     assert "HF_HOME=/tmp/models" in result.stdout.splitlines()
     assert "PYTHONNOUSERSITE=1" in result.stdout.splitlines()
 
 
-def test_the_exit_code_of_the_preflight_is_the_sifs(sif: Path, folder: Path) -> None:
+def test_the_sif_exits_with_the_code_of_the_preflight(sif: Path, folder: Path) -> None:
     result = apptainer("run", "--bind", str(folder), str(sif), "toolkit", "train", "absent.yaml")
     assert result.returncode == 2, result.stdout + result.stderr
     assert "not started" in result.stderr
 
 
-def test_labels_and_help_are_the_definitions(sif: Path) -> None:
+def test_labels_and_help_come_from_the_definition(sif: Path) -> None:
     labels = apptainer("inspect", "--labels", str(sif)).stdout
     assert "org.opencontainers.image.title: toolkit train-cpu" in labels
     assert "apptainer run --nv" in apptainer("run-help", str(sif)).stdout
 
 
-def test_a_misspelt_section_is_refused(tmp_path: Path) -> None:
+def test_a_misspelt_section_is_an_error(tmp_path: Path) -> None:
     """The definition's syntax is judged by the program that reads it."""
     spoiled = tmp_path / "toolkit.def"
     text = (CONTAINERS / "toolkit.def").read_text()
@@ -180,7 +180,7 @@ def test_a_sif_also_builds_straight_from_the_image(
     assert result.stdout.startswith("envcheck, version")
 
 
-def test_the_definition_builds_from_a_base_too(
+def test_the_definition_also_builds_from_a_base(
     store: Store, base_options: tuple[str, ...], folder: Path
 ) -> None:
     """Without any image of ours: %post installs by the same lock, as a cluster would."""

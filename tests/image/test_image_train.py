@@ -70,7 +70,7 @@ def demo(demos: dict[str, tuple[Path, subprocess.CompletedProcess[str]]]) -> Pat
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_anyone_makes_the_whole_demo(
+def test_any_user_runs_the_whole_demo(
     demos: dict[str, tuple[Path, subprocess.CompletedProcess[str]]], user: str
 ) -> None:
     folder, result = demos[user]
@@ -95,7 +95,7 @@ def test_the_run_records_its_image(store: Store, train_cpu_image: str, demo: Pat
     assert recorded["revision"] == image["revision"]
 
 
-def test_vllm_samples_in_the_image_too(store: Store, train_cpu_image: str, demo: Path) -> None:
+def test_vllm_samples_in_the_image(store: Store, train_cpu_image: str, demo: Path) -> None:
     """As a user without a name, with the 64 MB of shared memory that containers get."""
     options = (
         *(*TMPFS, *ENVIRONMENT, "--volume", f"{demo}:/demo:ro", "--shm-size", "64m"),
@@ -111,7 +111,7 @@ def test_vllm_samples_in_the_image_too(store: Store, train_cpu_image: str, demo:
     assert "checks:" in result.stderr, "the pre-flight comes first"
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_with_75(
+def test_sigterm_writes_a_checkpoint_and_exits_with_75(
     store: Store, train_cpu_image: str, demo: Path
 ) -> None:
     name = f"toolkit-sigterm-{os.getpid()}"
@@ -143,7 +143,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_75(
     log.unlink()
 
 
-def test_the_image_holds_what_its_lock_names(store: Store, train_cpu_image: str) -> None:
+def test_the_image_has_the_packages_of_its_lock(store: Store, train_cpu_image: str) -> None:
     shown = store.run(train_cpu_image, "1000:1000", "cat", "/usr/share/toolkit/image.json")
     packages = json.loads(shown.stdout)["packages"]
     lock = (REPO / "locks/cpu.txt").read_text()
@@ -152,5 +152,5 @@ def test_the_image_holds_what_its_lock_names(store: Store, train_cpu_image: str)
         assert f"{name}=={packages[name]} " in lock, name
 
 
-def test_no_layer_holds_anything_of_the_build(store: Store, train_cpu_image: str) -> None:
+def test_no_layer_contains_build_files(store: Store, train_cpu_image: str) -> None:
     assert_nothing_of_the_build(store, train_cpu_image)

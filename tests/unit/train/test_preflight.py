@@ -119,7 +119,7 @@ def gpu_fields(
         "context_bytes": 682 << 20,
         "compute_capability": [9, 0],
         "reserved_bytes": None,
-        "here": True,
+        "is_local": True,
     }
 
 
