@@ -32,34 +32,38 @@ def activation_parts(spec: ModelSpec, work: Workload, step: StepPlan) -> tuple[i
     - what one layer keeps while it is recomputed (0 without gradient checkpointing),
     - the temporary tensors in the backward pass of one layer.
     """
-    one = largest_pass(work, step)
-    tokens = one.tokens
+    pass_size = largest_pass(work, step)
+    tokens = pass_size.tokens
 
-    def saved(block: Block) -> int:
-        keys = _saved_key_bytes(block, spec, one, step)
+    def saved_bytes_of(block: Block) -> int:
+        keys = _saved_key_bytes(block, spec, pass_size, step)
         return tokens * _saved_bytes_per_token(block, spec, work, step) + keys
 
-    moving = max(
+    temporary = max(
         max(
             tokens * _temporary_bytes_per_token(block, spec, work, step),
-            _temporary_key_bytes(block, spec, one, step),
+            _temporary_key_bytes(block, spec, pass_size, step),
         )
         for block in spec.blocks
     )
     if step.checkpointing:
-        kept = 0 if step.checkpointing == "unsloth" else spec.layers
-        widest = max(saved(block) for block in spec.blocks)
-        return tokens * spec.hidden_size * step.compute_bytes * kept, widest, moving
-    kept_bytes = sum(block.count * saved(block) for block in spec.blocks)
+        checkpointed_layers = 0 if step.checkpointing == "unsloth" else spec.layers
+        widest_layer = max(saved_bytes_of(block) for block in spec.blocks)
+        return (
+            tokens * spec.hidden_size * step.compute_bytes * checkpointed_layers,
+            widest_layer,
+            temporary,
+        )
+    saved_bytes = sum(block.count * saved_bytes_of(block) for block in spec.blocks)
     adapter = work.adapter_parameters(spec)
-    casts = adapter * step.compute_bytes if _makes_cast_copies(work, step) else 0
-    return kept_bytes + casts, 0, moving
+    cast_bytes = adapter * step.compute_bytes if _makes_cast_copies(work, step) else 0
+    return saved_bytes + cast_bytes, 0, temporary
 
 
 def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     """The bytes that autograd saves for one token in one layer."""
     width = step.compute_bytes
-    casts = _makes_cast_copies(work, step)
+    makes_copies = _makes_cast_copies(work, step)
     hidden = spec.hidden_size
     norms = block.vectors // hidden
     # A fused norm keeps its input in the input's dtype and one number per token.
@@ -67,7 +71,7 @@ def _saved_bytes_per_token(block: Block, spec: ModelSpec, work: Workload, step: 
     groups: set[tuple[str, int]] = set()
     for linear in lora_bytes.adapted_linears(spec, block, work.targets):
         total += width * work.rank
-        if casts:
+        if makes_copies:
             total += width * linear.in_features
         elif linear.leaf not in ("o_proj", "out_proj"):
             groups.add((linear.name.split(".")[0], linear.in_features))
@@ -96,7 +100,7 @@ def _uses_varlen_kernel(spec: ModelSpec, step: StepPlan) -> bool:
     return step.pack_tokens is not None and half and spec.scores == "fused" and step.on_gpu
 
 
-def _saved_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: StepPlan) -> int:
+def _saved_key_bytes(block: Block, spec: ModelSpec, pass_size: PassSize, step: StepPlan) -> int:
     """The bytes of the keys and values that a layer keeps for attention within a pack (several
     completions joined into one sequence); 0 without packs.
 
@@ -108,13 +112,13 @@ def _saved_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: StepPla
         return 0
     elements = block.cache.key_elements + block.cache.value_elements
     if _uses_varlen_kernel(spec, step):
-        return one.keys * elements * step.compute_bytes
+        return pass_size.keys * elements * step.compute_bytes
     repeated = 2 * spec.heads * spec.head_dim
     # ``_saved_attention_bytes`` counts each token's own keys and values.
-    return int(1.25 * (one.keys - one.tokens) * repeated) * step.compute_bytes
+    return int(1.25 * (pass_size.keys - pass_size.tokens) * repeated) * step.compute_bytes
 
 
-def _temporary_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: StepPlan) -> int:
+def _temporary_key_bytes(block: Block, spec: ModelSpec, pass_size: PassSize, step: StepPlan) -> int:
     """The bytes of the temporary tensors in attention's backward pass for a pack, minus the bytes
     of the MLP's activations; 0 without packs.
 
@@ -126,9 +130,9 @@ def _temporary_key_bytes(block: Block, spec: ModelSpec, one: PassSize, step: Ste
         return 0
     elements = block.cache.key_elements + block.cache.value_elements
     query = spec.heads * spec.head_dim
-    gradients = one.keys * elements * step.compute_bytes
-    sums = one.tokens * (MASTER_BYTES * block.cache.key_elements + step.compute_bytes * query)
-    return gradients + sums - one.tokens * _saved_mlp_bytes(block, spec, step)
+    gradients = pass_size.keys * elements * step.compute_bytes
+    sums = pass_size.tokens * (MASTER_BYTES * block.cache.key_elements + step.compute_bytes * query)
+    return gradients + sums - pass_size.tokens * _saved_mlp_bytes(block, spec, step)
 
 
 def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequence: int) -> int:
@@ -140,19 +144,21 @@ def _saved_attention_bytes(block: Block, spec: ModelSpec, step: StepPlan, sequen
     if block.cache.kind == "linear":
         return 12 * width * spec.hidden_size
     query = spec.heads * spec.head_dim
-    out = next((linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query)
+    output = next(
+        (linear.in_features for linear in block.linears if linear.leaf == "o_proj"), query
+    )
     norms = block.vectors % spec.hidden_size
     norm_bytes = width if step.uses_fused_kernels else 4
     head_norms = norm_bytes * (query + block.cache.key_elements) if norms else 0
     if _uses_varlen_kernel(
         spec, step
     ):  # ``_saved_key_bytes`` counts keys and values, and there is no mask
-        return width * (query + out) + 4 * spec.heads + head_norms
+        return width * (query + output) + 4 * spec.heads + head_norms
     # One KV head is broadcast without a copy. Several KV heads are repeated for their queries.
-    keys, values = query, out
+    keys, values = query, output
     if block.cache.kind != "mla" and block.cache.key_elements == spec.head_dim:
         keys = values = spec.head_dim
-    tensors = query + keys + values + out
+    tensors = query + keys + values + output
     return width * (tensors + sequence) + 4 * spec.heads + head_norms
 
 
@@ -177,8 +183,8 @@ def _saved_mlp_bytes(block: Block, spec: ModelSpec, step: StepPlan) -> int:
     for linear in block.linears:
         if linear.leaf == "down_proj":
             copies = block.active_copies(linear)
-            tensors = 2 if _has_fused_mlp(block, step) else 3
-            total += tensors * width * linear.in_features * copies
+            tensors_per_copy = 2 if _has_fused_mlp(block, step) else 3
+            total += tensors_per_copy * width * linear.in_features * copies
             if linear.copies > 1:
                 total += 2 * width * spec.hidden_size * copies
     return total
@@ -201,20 +207,22 @@ def _temporary_bytes_per_token(
     inner = 4 * spec.hidden_size
     if down is not None:
         inner = down.in_features * block.active_copies(down)
-    targeted = down is not None and lora_bytes.is_targeted(down, work.targets)
+    is_adapted = down is not None and lora_bytes.is_targeted(down, work.targets)
     # A fused MLP overwrites two of its saved tensors with their gradients.
-    less = 1 if _has_fused_mlp(block, step) else 0
+    reused_tensors = 1 if _has_fused_mlp(block, step) else 0
     if step.is_quantized:
         # PEFT's 4-bit layers also copy each output (peft/tuners/lora/bnb.py).
-        mlp = (3 - less) * step.compute_bytes * inner
+        mlp_bytes = (3 - reused_tensors) * step.compute_bytes * inner
     elif step.compute_bytes == MASTER_BYTES:
-        mlp = 2 * step.compute_bytes * inner
+        mlp_bytes = 2 * step.compute_bytes * inner
     else:
         # There are three gradients. An adapted down projection frees its saved input before the
         # third gradient exists.
-        copies = ((4 if _makes_cast_copies(work, step) else 2) if targeted else 3) - less
-        mlp = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
-    return max(mlp, _temporary_score_bytes(block, spec, work, step))
+        copies = (
+            (4 if _makes_cast_copies(work, step) else 2) if is_adapted else 3
+        ) - reused_tensors
+        mlp_bytes = copies * step.compute_bytes * inner + MASTER_BYTES * spec.hidden_size
+    return max(mlp_bytes, _temporary_score_bytes(block, spec, work, step))
 
 
 def _temporary_score_bytes(block: Block, spec: ModelSpec, work: Workload, step: StepPlan) -> int:

@@ -45,13 +45,13 @@ def build_result(
     candidate: Candidate,
     fit: Fit,
     *,
-    largest: int,
+    largest_micro_batch: int,
     remedies: tuple[Remedy, ...] = (),
-    longest: int | None = None,
+    longest_sequence: int | None = None,
 ) -> SizingResult:
-    """Return the result for ``candidate``. ``largest`` is the largest micro-batch that fits.
-    ``longest`` is the longest sequence that fits, as returned by
-    ``longest.longest_fitting_sequence``.
+    """Return the result for ``candidate``. ``largest_micro_batch`` is the largest micro-batch that
+    fits. ``longest_sequence`` is the longest sequence that fits, as returned by
+    ``longest_sequence.longest_fitting_sequence``.
     """
     interval, utilization = _interval(candidate, fit)
     kv_bytes = _kv_bytes(candidate, fit, utilization)
@@ -59,8 +59,10 @@ def build_result(
     if candidate.work.uses_engine:
         sequences = kv_bytes // fit.kv_sequence_bytes if fit.kv_sequence_bytes else 0
         source = f"{sequences:,} sequences of {candidate.plan.max_model_len} tokens"
-        at = next(index for index, term in enumerate(terms) if not term.name.startswith("engine."))
-        terms.insert(at, Term("engine.kv", kv_bytes, source))
+        first_other = next(
+            index for index, term in enumerate(terms) if not term.name.startswith("engine.")
+        )
+        terms.insert(first_other, Term("engine.kv", kv_bytes, source))
     if candidate.device is not None:
         terms.insert(
             0, Term("context", candidate.device.context_bytes, "CUDA context of the process")
@@ -72,11 +74,11 @@ def build_result(
         trainer=_trainer(candidate, fit),
         peaks=_peaks(candidate, fit, kv_bytes),
         interval=interval,
-        choice=_choice(candidate, fit, utilization, largest),
+        choice=_choice(candidate, fit, utilization, largest_micro_batch),
         terms=tuple(terms),
         remedies=remedies,
         short_bytes=fit.short_bytes,
-        longest_sequence=longest,
+        longest_sequence=longest_sequence,
     )
 
 
@@ -91,24 +93,24 @@ def _interval(candidate: Candidate, fit: Fit) -> tuple[Interval, float | None]:
         return Interval(
             min=None, max=None, binding_min=fit.binding_min, binding_max=fit.binding_max
         ), None
-    card = candidate.device.cuda_total_bytes
+    total = candidate.device.cuda_total_bytes
     steps = STEPS_PER_UNIT
-    if fit.fits and _rounded_up(fit.min_bytes, card, steps) > _rounded_down(
-        fit.max_bytes, card, steps
+    if fit.fits and _rounded_up(fit.min_bytes, total, steps) > _rounded_down(
+        fit.max_bytes, total, steps
     ):
         steps = FINE_STEPS_PER_UNIT
-    low, high = _rounded_up(fit.min_bytes, card, steps), _rounded_down(fit.max_bytes, card, steps)
+    low, high = _rounded_up(fit.min_bytes, total, steps), _rounded_down(fit.max_bytes, total, steps)
     interval = Interval(
         min=low,
         max=high,
         binding_min=fit.binding_min,
         binding_max=fit.binding_max,
-        min_without_margin=_rounded_up(fit.min_bytes - fit.min_margin_bytes, card, steps),
-        max_without_margin=_rounded_down(fit.max_bytes + fit.max_margin_bytes, card, steps),
+        min_without_margin=_rounded_up(fit.min_bytes - fit.min_margin_bytes, total, steps),
+        max_without_margin=_rounded_down(fit.max_bytes + fit.max_margin_bytes, total, steps),
     )
-    written = candidate.config.model.gpu_memory_utilization
-    if written != "auto":
-        return interval, float(written)
+    configured = candidate.config.model.gpu_memory_utilization
+    if configured != "auto":
+        return interval, float(configured)
     return interval, high if fit.fits else None
 
 
@@ -127,8 +129,8 @@ def _kv_bytes(candidate: Candidate, fit: Fit, utilization: float | None) -> int:
         return fit.kv_bytes
     if candidate.device is None or utilization is None:
         return 0
-    taken = int(utilization * candidate.device.cuda_total_bytes)
-    return max(0, taken - (fit.min_bytes - fit.kv_sequence_bytes))
+    engine_bytes = int(utilization * candidate.device.cuda_total_bytes)
+    return max(0, engine_bytes - (fit.min_bytes - fit.kv_sequence_bytes))
 
 
 def _device_json(device: Device | None) -> dict[str, object] | None:
@@ -149,17 +151,17 @@ def _peaks(candidate: Candidate, fit: Fit, kv_bytes: int) -> Peaks:
     """The predicted peak of torch's allocator in each phase, without margins. The CUDA context and
     the engine's runtime are not included.
     """
-    counted = [
+    allocator_terms = [
         term
         for term in fit.terms
         if not term.name.startswith("margin.") and term.name != "engine.runtime"
     ]
-    always = total_bytes(counted, "always")
+    always = total_bytes(allocator_terms, "always")
     asleep = kv_bytes if candidate.plan.sleep else 0
-    rollout = always + kv_bytes + total_bytes(counted, "rollout")
-    training = always + kv_bytes - asleep + total_bytes(counted, "training")
+    rollout = always + kv_bytes + total_bytes(allocator_terms, "rollout")
+    training = always + kv_bytes - asleep + total_bytes(allocator_terms, "training")
     margin = sum(term.nbytes for term in fit.terms if term.name.startswith("margin."))
-    activations = total_bytes(counted, "rollout") - candidate.plan.copies_bytes
+    activations = total_bytes(allocator_terms, "rollout") - candidate.plan.copies_bytes
     margin += int(activations * (1 - REUSABLE_SHARE))
     return Peaks(
         rollout_bytes=rollout,
@@ -181,7 +183,9 @@ def _model(candidate: Candidate, fit: Fit) -> ModelPart:
         kv_bytes_per_token=kv_bytes.bytes_per_token(spec, engines.kv_element_bytes(plan)),
         layers=spec.layers,
         dtype=plan.dtype,
-        quantization=how if (how := _weight_format(candidate)) != plan.dtype else None,
+        quantization=weight_format
+        if (weight_format := _weight_format(candidate)) != plan.dtype
+        else None,
         margin=spec.margin,
         notes=(*spec.notes, *_notes(candidate, fit)),
     )
@@ -201,17 +205,19 @@ def _copies_note(candidate: Candidate, fit: Fit) -> str | None:
     or of none. Return None if it copies all of them, or if model.dequantized_rollouts is not
     "auto".
     """
-    copies, whole = candidate.plan.copies_bytes, all_copies_bytes(candidate.spec, candidate.plan)
-    left_open = candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
-    if not left_open or copies >= whole:
+    copies, needed = candidate.plan.copies_bytes, all_copies_bytes(candidate.spec, candidate.plan)
+    chosen_here = (
+        candidate.config.model.dequantized_rollouts == "auto" and candidate.work.uses_engine
+    )
+    if not chosen_here or copies >= needed:
         return None
-    left = available_copy_bytes(candidate, fit) + copies
-    if left >= whole:
+    available = available_copy_bytes(candidate, fit) + copies
+    if available >= needed:
         return None  # the run does not fit at the utilization in the run file, which is reported
-    made = f"copies of {format_bytes(copies)} are made" if copies else "no copies are made"
+    outcome = f"copies of {format_bytes(copies)} are made" if copies else "no copies are made"
     return (
-        f"16-bit copies of all 4-bit weights for rollouts would need {format_bytes(whole)}, but "
-        f"only {format_bytes(max(left, 0))} are free beside the KV cache, so {made}"
+        f"16-bit copies of all 4-bit weights for rollouts would need {format_bytes(needed)}, but "
+        f"only {format_bytes(max(available, 0))} are free beside the KV cache, so {outcome}"
     )
 
 
@@ -238,11 +244,13 @@ def _notes(candidate: Candidate, fit: Fit) -> list[str]:
 def _engine(candidate: Candidate, fit: Fit, kv_bytes: int) -> EnginePart:
     sizes = {term.name: term.nbytes for term in fit.terms}
     plan = candidate.plan
-    everywhere = lora_bytes.engine_lora_elements(candidate.spec, plan.max_lora_rank, plan.max_loras)
-    uses = candidate.work.uses_engine
-    ranks = LEGAL_RANKS if uses else ()
+    default_elements = lora_bytes.engine_lora_elements(
+        candidate.spec, plan.max_lora_rank, plan.max_loras
+    )
+    uses_engine = candidate.work.uses_engine
+    ranks = LEGAL_RANKS if uses_engine else ()
     return EnginePart(
-        lora_bytes=everywhere * compute_bytes(plan.dtype) if uses else 0,
+        lora_bytes=default_elements * compute_bytes(plan.dtype) if uses_engine else 0,
         lora_slots_bytes=sizes.get("engine.lora", 0),
         activation_bytes=sizes.get("engine.activations", 0),
         graph_bytes=sizes.get("engine.cuda_graphs", 0),
@@ -289,7 +297,9 @@ def _dequantized_rollouts(candidate: Candidate) -> bool | int:
     return copies if 0 < copies < all_copies_bytes(candidate.spec, candidate.plan) else copies > 0
 
 
-def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: int) -> Choice:
+def _choice(
+    candidate: Candidate, fit: Fit, utilization: float | None, largest_micro_batch: int
+) -> Choice:
     return Choice(
         gpu_memory_utilization=utilization,
         max_lora_rank=candidate.plan.max_lora_rank,
@@ -298,7 +308,7 @@ def _choice(candidate: Candidate, fit: Fit, utilization: float | None, largest: 
         gradient_checkpointing=candidate.step.checkpointing,
         per_device_train_batch_size=candidate.step.micro_batch,
         gradient_accumulation_steps=candidate.step.accumulation,
-        largest_micro_batch=largest,
+        largest_micro_batch=largest_micro_batch,
         enable_sleep_mode=candidate.plan.sleep,
         dtype=candidate.plan.dtype,
         fast_inference=candidate.work.uses_engine,

@@ -111,8 +111,8 @@ def calibrate(run_dir: Path) -> Calibration:
             where=str(run_dir),
             fix="use the run folder, which is the value of runtime.output_dir in a run file",
         )
-    written = read_json(run_dir / "preflight.json")
-    sizing = written.get("sizing") if isinstance(written, dict) else None
+    preflight = read_json(run_dir / "preflight.json")
+    sizing = preflight.get("sizing") if isinstance(preflight, dict) else None
     if not isinstance(sizing, dict):
         raise InputError(
             "the file contains no sizing",
@@ -121,8 +121,8 @@ def calibrate(run_dir: Path) -> Calibration:
         )
     measured: dict[str, Any] = {}
     if (run_dir / "memory.json").is_file():
-        found = read_json(run_dir / "memory.json")
-        measured = found if isinstance(found, dict) else {}
+        memory = read_json(run_dir / "memory.json")
+        measured = memory if isinstance(memory, dict) else {}
     # On the CPU the timings contain the process's resident memory, which has no prediction.
     if sizing.get("device") and (peak := _torch_peak(run_dir / "timings.jsonl")):
         measured.setdefault("peak.torch", peak)

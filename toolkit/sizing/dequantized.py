@@ -30,14 +30,19 @@ def all_copies_bytes(spec: ModelSpec, plan: EnginePlan) -> int:
     """The bytes that 16-bit copies of all 4-bit linear layers in the engine need; 0 if the engine
     has no such layers. Routed experts are never copied, because they have their own kernels.
     """
-    how = plan.quantization
-    if not plan.on_gpu or plan.tensor_parallel > 1 or how is None or how.method != "bnb-nf4":
+    quantization = plan.quantization
+    if (
+        not plan.on_gpu
+        or plan.tensor_parallel > 1
+        or quantization is None
+        or quantization.method != "bnb-nf4"
+    ):
         return 0
     return BYTES_PER_WEIGHT * sum(
         block.count * linear.weights
         for block in spec.blocks
         for linear in block.linears
-        if linear.copies == 1 and not stays_unquantized(linear, how)
+        if linear.copies == 1 and not stays_unquantized(linear, quantization)
     )
 
 
@@ -45,21 +50,26 @@ def requested_copy_bytes(config: RunConfig, spec: ModelSpec, plan: EnginePlan) -
     """The bytes of copies that the run file requests with model.dequantized_rollouts; 0 if this key
     is "auto" or false.
     """
-    wanted, whole = config.model.dequantized_rollouts, all_copies_bytes(spec, plan)
-    if wanted == "auto" or wanted is False:
+    requested, all_bytes = config.model.dequantized_rollouts, all_copies_bytes(spec, plan)
+    if requested == "auto" or requested is False:
         return 0
-    return whole if wanted is True else min(whole, int(wanted))
+    return all_bytes if requested is True else min(all_bytes, int(requested))
 
 
 def available_copy_bytes(candidate: Candidate, fit: Fit) -> int:
     """The bytes of 16-bit copies that fit beside a KV cache for all sequences of a rollout."""
-    most, spare = fit.max_sampling_bytes, 0
-    written = candidate.config.model.gpu_memory_utilization
+    max_bytes, unused_bytes = fit.max_sampling_bytes, 0
+    configured = candidate.config.model.gpu_memory_utilization
     if candidate.device is not None:
-        spare = int(UNUSED_SHARE * candidate.device.cuda_total_bytes)
-        if written != "auto":
-            most = min(most, int(written * candidate.device.cuda_total_bytes))
-    return most - spare - fit.min_bytes - max(fit.kv_wanted_bytes - fit.kv_sequence_bytes, 0)
+        unused_bytes = int(UNUSED_SHARE * candidate.device.cuda_total_bytes)
+        if configured != "auto":
+            max_bytes = min(max_bytes, int(configured * candidate.device.cuda_total_bytes))
+    return (
+        max_bytes
+        - unused_bytes
+        - fit.min_bytes
+        - max(fit.kv_wanted_bytes - fit.kv_sequence_bytes, 0)
+    )
 
 
 def best_copy_bytes(candidate: Candidate, fit: Fit) -> int:
@@ -70,6 +80,6 @@ def best_copy_bytes(candidate: Candidate, fit: Fit) -> int:
     memory, and the engine copies the largest layers first. If the free memory is less than a tenth
     of the size of all copies, the result is 0.
     """
-    whole = all_copies_bytes(candidate.spec, candidate.plan)
-    fitting = min(whole, available_copy_bytes(candidate, fit))
-    return fitting if fitting >= max(whole * MIN_COPY_SHARE, 1) else 0
+    all_bytes = all_copies_bytes(candidate.spec, candidate.plan)
+    fitting_bytes = min(all_bytes, available_copy_bytes(candidate, fit))
+    return fitting_bytes if fitting_bytes >= max(all_bytes * MIN_COPY_SHARE, 1) else 0

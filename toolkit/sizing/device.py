@@ -110,13 +110,13 @@ def device_situation(device: Device | None, world_size: int = 1) -> Situation:
     processes of the run, and the installed vLLM. If ``device`` belongs to another node, vLLM is
     assumed to be installed there.
     """
-    here = device is None or device.is_local
+    is_local = device is None or device.is_local
     facts = DeviceFacts("no GPU", None)
     if device is not None:
         machine = None if device.is_local else device.machine
         facts = DeviceFacts(device.name, device.compute_capability, machine)
     return Situation(
-        world_size=world_size, device=facts, vllm=is_vllm_installed() if here else None
+        world_size=world_size, device=facts, vllm=is_vllm_installed() if is_local else None
     )
 
 
@@ -129,28 +129,28 @@ def local_situation(
     The card is the GPU with the CUDA index ``gpu_index``. If ``gpu_index`` is None or too large,
     the card is the first GPU. Without a GPU, the run uses the CPU.
     """
-    seen = visible_devices(snapshot).devices
+    gpus = visible_devices(snapshot).devices
     facts = DeviceFacts("no GPU", None)
-    if seen:
-        gpu = seen[gpu_index if gpu_index is not None and gpu_index < len(seen) else 0]
+    if gpus:
+        gpu = gpus[gpu_index if gpu_index is not None and gpu_index < len(gpus) else 0]
         facts = DeviceFacts(gpu.name.value or gpu.label, gpu.capability or (0, 0))
     return Situation(world_size=world_size, device=facts, vllm=is_vllm_installed())
 
 
-def device_with_least_free_memory(found: Sequence[Device | None]) -> Device | None:
+def device_with_least_free_memory(devices: Sequence[Device | None]) -> Device | None:
     """Return the device with the least free memory among the devices of all processes of a run;
     None if all processes run on the CPU.
 
     Raises:
         ConfigError: some processes have a GPU and others do not.
     """
-    cards = [device for device in found if device is not None]
-    if cards and len(cards) < len(found):
-        without = [str(number) for number, device in enumerate(found) if device is None]
+    cards = [device for device in devices if device is not None]
+    if cards and len(cards) < len(devices):
+        ranks_without_gpu = [str(number) for number, device in enumerate(devices) if device is None]
         raise ConfigError(
             (
-                f"{len(cards)} of {len(found)} processes have a GPU; process {', '.join(without)} "
-                "has none"
+                f"{len(cards)} of {len(devices)} processes have a GPU; process "
+                f"{', '.join(ranks_without_gpu)} has none"
             ),
             where="pre-flight",
             fix=(

@@ -46,11 +46,11 @@ def engine_terms(spec: ModelSpec, plan: EnginePlan) -> list[Term]:
     """
     width = DTYPE_BYTES[plan.dtype]
     weights = weight_bytes(spec, plan.dtype, plan.quantization, engine=True)
-    how = plan.quantization.method if plan.quantization else plan.dtype
-    how = "as stored" if spec.sized_by_headers else how
+    weight_format = plan.quantization.method if plan.quantization else plan.dtype
+    weight_format = "as stored" if spec.sized_by_headers else weight_format
     adapters = plural(plan.max_loras, "adapter")
     terms = [
-        Term("engine.weights", weights, f"{spec.parameters:,} parameters, {how}"),
+        Term("engine.weights", weights, f"{spec.parameters:,} parameters, {weight_format}"),
         Term(
             "engine.lora",
             slot_bytes(spec, plan, plan.max_lora_rank),
@@ -133,10 +133,12 @@ def _unpacked_weight_bytes(spec: ModelSpec, quantization: Quantization | None) -
         return 0
     largest = 0
     for block in spec.blocks:
-        pair = [linear for linear in block.linears if linear.leaf in ("gate_proj", "up_proj")]
+        gate_and_up = [
+            linear for linear in block.linears if linear.leaf in ("gate_proj", "up_proj")
+        ]
         largest = max(
             largest,
-            sum(linear.out_features * linear.in_features for linear in pair),
+            sum(linear.out_features * linear.in_features for linear in gate_and_up),
             *(linear.out_features * linear.in_features for linear in block.linears),
         )
     return 2 * largest

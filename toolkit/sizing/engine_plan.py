@@ -65,20 +65,24 @@ def plan_engine(
     """
     model = config.model
     if model.max_num_seqs == "auto":
-        evaluated = config.grpo.get("per_device_eval_batch_size", 1)
-        wanted = max(work.rollouts, evaluated if isinstance(evaluated, int) else 1)
-        sequences = min(wanted, MAX_SEQUENCES)
+        eval_batch_size = config.grpo.get("per_device_eval_batch_size", 1)
+        needed_sequences = max(
+            work.rollouts, eval_batch_size if isinstance(eval_batch_size, int) else 1
+        )
+        sequences = min(needed_sequences, MAX_SEQUENCES)
     else:
         sequences = model.max_num_seqs
     if model.max_num_batched_tokens == "auto":
         # A scheduler step never needs more tokens than all prompts and completions have together,
         # but it needs at least one token of each sequence. Without chunked prefill a whole prompt
         # must fit.
-        needed = max(sequences * work.sequence_tokens, model.max_seq_length, 256)
-        least = sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
-        batched = max(min(BATCHED_TOKENS, needed), least)
+        needed_tokens = max(sequences * work.sequence_tokens, model.max_seq_length, 256)
+        min_tokens = (
+            sequences if model.enable_chunked_prefill else max(sequences, model.max_seq_length)
+        )
+        batched_tokens = max(min(BATCHED_TOKENS, needed_tokens), min_tokens)
     else:
-        batched = model.max_num_batched_tokens
+        batched_tokens = model.max_num_batched_tokens
     rank = model.max_lora_rank
     if rank == "auto":
         # Without an engine, any rank can be trained.
@@ -92,7 +96,7 @@ def plan_engine(
         max_lora_rank=rank,
         max_loras=model.max_loras,
         max_num_seqs=sequences,
-        max_num_batched_tokens=batched,
+        max_num_batched_tokens=batched_tokens,
         max_model_len=model.max_seq_length,
         enforce_eager=model.enforce_eager or device is None,
         float8_kv_cache=model.float8_kv_cache,

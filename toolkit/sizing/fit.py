@@ -42,13 +42,13 @@ DEFAULT_HOST_BYTES = 4 << 30  # assumed if the host does not report its memory
 def available_host_bytes() -> int:
     """The bytes of host memory that this process can still allocate."""
     memory = read_memory().value
-    found = DEFAULT_HOST_BYTES if memory is None else memory["available"]
+    available = DEFAULT_HOST_BYTES if memory is None else memory["available"]
     try:
-        group = read_cgroup(ROOT)
+        cgroup = read_cgroup(ROOT)
     except (OSError, ValueError):
-        return found  # the host has no control groups
-    limit, used = group["memory_limit"], group["memory_used"]
-    return found if limit is None else min(found, max(int(limit) - int(used or 0), 0))
+        return available  # the host has no control groups
+    limit, used = cgroup["memory_limit"], cgroup["memory_used"]
+    return available if limit is None else min(available, max(int(limit) - int(used or 0), 0))
 
 
 # Bytes per logit of the tensors that ``_sample`` (generation/utils.py) makes for one position, all
@@ -62,14 +62,14 @@ def transformers_terms(spec: ModelSpec, plan: EnginePlan, work: Workload) -> lis
     which needs two more copies of the cache of one layer.
     """
     width = DTYPE_BYTES[plan.dtype]
-    sequence = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
-    growing = (
+    sequence_bytes = kv_bytes.sequence_bytes(spec, work.sequence_tokens, width, block_tokens=1)
+    growth_bytes = (
         2 * kv_bytes.bytes_per_token(spec, width) * work.sequence_tokens // max(spec.layers, 1)
     )
     return [
         Term(
             "rollout.kv",
-            work.rollouts * (sequence + growing),
+            work.rollouts * (sequence_bytes + growth_bytes),
             f"transformers' cache for {work.rollouts} sequences of {work.sequence_tokens} tokens",
             "rollout",
         ),
@@ -170,28 +170,33 @@ def evaluate(candidate: Candidate) -> Fit:
 
 
 def _margin_terms(candidate: Candidate, engine: list[Term], trainer: list[Term]) -> list[Term]:
-    unknown = candidate.spec.margin
-    estimated = sum(term.nbytes for term in engine if term.name in ESTIMATED_TERMS)
-    weights = sum(term.nbytes for term in (*engine, *trainer) if term.name.endswith(".weights"))
+    unknown_share = candidate.spec.margin
+    estimated_bytes = sum(term.nbytes for term in engine if term.name in ESTIMATED_TERMS)
+    weight_bytes = sum(
+        term.nbytes for term in (*engine, *trainer) if term.name.endswith(".weights")
+    )
     margins = []
-    if engine or unknown:
+    if engine or unknown_share:
         margins.append(
             Term(
                 "margin.engine",
-                int(estimated * (ENGINE_MARGIN_SHARE + unknown) + weights * unknown),
-                f"{ENGINE_MARGIN_SHARE + unknown:.0%} of the estimated terms"
-                + (f", {unknown:.0%} of the weights" if unknown else ""),
+                int(
+                    estimated_bytes * (ENGINE_MARGIN_SHARE + unknown_share)
+                    + weight_bytes * unknown_share
+                ),
+                f"{ENGINE_MARGIN_SHARE + unknown_share:.0%} of the estimated terms"
+                + (f", {unknown_share:.0%} of the weights" if unknown_share else ""),
             )
         )
-    fixed = STEP_MARGIN_BYTES if candidate.device else 0
-    share = STEP_MARGIN_SHARE + unknown
+    fixed_bytes = STEP_MARGIN_BYTES if candidate.device else 0
+    share = STEP_MARGIN_SHARE + unknown_share
     if any(block.active_experts for block in candidate.spec.blocks):
         share += EXPERT_MARGIN_SHARE
     margins.append(
         Term(
             "margin.fragmentation",
-            int(total_bytes(trainer, "training") * share) + fixed,
-            f"{share:.0%} of a step" + (f", and {fixed // MIB} MiB" if fixed else ""),
+            int(total_bytes(trainer, "training") * share) + fixed_bytes,
+            f"{share:.0%} of a step" + (f", and {fixed_bytes // MIB} MiB" if fixed_bytes else ""),
             "training",
         )
     )
@@ -207,49 +212,52 @@ def _fit_on_card(candidate: Candidate, terms: list[Term]) -> Fit:
     assert device is not None
     engine = [term for term in terms if _is_engine_term(term)]
     others = [term for term in terms if not _is_engine_term(term)]
-    one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
-    fixed, given_back = total_bytes(engine), total_bytes(engine, "rollout")
-    copies = candidate.plan.copies_bytes
-    kept, step = total_bytes(others, "always"), total_bytes(others, "training")
-    room = device.free_bytes - device.context_bytes
-    ends = {
-        "free memory - context - what the trainer keeps (rollout phase)": room - kept,
+    sequence_kv_bytes = engines.kv_sequence_bytes(
+        candidate.spec, candidate.plan, candidate.plan.max_model_len
+    )
+    engine_bytes, freed_bytes = total_bytes(engine), total_bytes(engine, "rollout")
+    copies_bytes = candidate.plan.copies_bytes
+    resident_bytes, step_bytes = total_bytes(others, "always"), total_bytes(others, "training")
+    available = device.free_bytes - device.context_bytes
+    limits = {
+        "free memory - context - what the trainer keeps (rollout phase)": available
+        - resident_bytes,
         "the card": device.cuda_total_bytes,
     }
     # After a training step the KV cache is mapped again while torch still reserves memory of the
     # step.
-    pieces = sum(term.nbytes for term in others if term.name == "margin.fragmentation")
-    beside_pieces = room - kept - pieces
-    most_sampling = min(*ends.values(), beside_pieces)
-    if candidate.plan.sleep or copies:
+    fragments = sum(term.nbytes for term in others if term.name == "margin.fragmentation")
+    max_beside_fragments = available - resident_bytes - fragments
+    max_sampling = min(*limits.values(), max_beside_fragments)
+    if candidate.plan.sleep or copies_bytes:
         name = (
             "free memory - context - what the trainer keeps and torch still reserves "
             "(rollout phase)"
         )
-        ends[name] = beside_pieces
-    least = fixed + one
-    missing = least - room  # without KV sleep, at most the bytes missing for u_min
+        limits[name] = max_beside_fragments
+    min_bytes = engine_bytes + sequence_kv_bytes
+    missing = min_bytes - available  # without KV sleep, at most the bytes missing for u_min
     if candidate.plan.sleep:
         # Memory that is missing while the KV cache sleeps is missing at every u, so the interval is
         # empty by that amount.
-        missing = fixed - given_back + kept + step - room
+        missing = engine_bytes - freed_bytes + resident_bytes + step_bytes - available
         name = f"a training step while the KV cache sleeps ({_largest_term(others, 'training')})"
-        ends |= {name: least - missing} if missing > 0 else {}
+        limits |= {name: min_bytes - missing} if missing > 0 else {}
     else:
         name = f"free memory - context - a training step ({_largest_term(others, 'training')})"
-        returned = int((given_back - copies) * REUSABLE_SHARE) + copies
-        ends[name] = room - kept - step + returned
-    binding = min(ends, key=lambda name: ends[name])
+        reusable = int((freed_bytes - copies_bytes) * REUSABLE_SHARE) + copies_bytes
+        limits[name] = available - resident_bytes - step_bytes + reusable
+    binding = min(limits, key=lambda name: limits[name])
     return Fit(
         terms=tuple(terms),
-        min_bytes=least,
-        max_bytes=ends[binding],
+        min_bytes=min_bytes,
+        max_bytes=limits[binding],
         binding_min=f"{_largest_term(engine, 'always', 'rollout')} + KV of one sequence",
         binding_max=binding,
-        short_bytes=max(missing, least - ends[binding]),
-        kv_sequence_bytes=one,
+        short_bytes=max(missing, min_bytes - limits[binding]),
+        kv_sequence_bytes=sequence_kv_bytes,
         kv_wanted_bytes=_rollout_kv_bytes(candidate),
-        max_sampling_bytes=most_sampling,
+        max_sampling_bytes=max_sampling,
         min_margin_bytes=sum(term.nbytes for term in engine if term.name == "margin.engine"),
         max_margin_bytes=sum(term.nbytes for term in others if term.name.startswith("margin.")),
     )
@@ -259,23 +267,25 @@ def _fit_on_host(candidate: Candidate, terms: list[Term]) -> Fit:
     """The fit for an engine on the CPU. Its KV cache has a fixed size and is not a fraction of the
     memory of a card.
     """
-    one = engines.kv_sequence_bytes(candidate.spec, candidate.plan, candidate.plan.max_model_len)
-    wanted = _rollout_kv_bytes(candidate)
-    cache = max(one, min(2 * wanted, MAX_CPU_KV_BYTES), MIN_CPU_KV_BYTES)
+    sequence_kv_bytes = engines.kv_sequence_bytes(
+        candidate.spec, candidate.plan, candidate.plan.max_model_len
+    )
+    rollout_kv_bytes = _rollout_kv_bytes(candidate)
+    cache = max(sequence_kv_bytes, min(2 * rollout_kv_bytes, MAX_CPU_KV_BYTES), MIN_CPU_KV_BYTES)
     engine = [term for term in terms if _is_engine_term(term)]
     others = [term for term in terms if not _is_engine_term(term)]
     always = total_bytes(terms, "always") + cache
-    need = always + max(total_bytes(engine, "rollout"), total_bytes(others, "training"))
-    room = int(available_host_bytes() * USABLE_HOST_SHARE)
+    needed = always + max(total_bytes(engine, "rollout"), total_bytes(others, "training"))
+    available = int(available_host_bytes() * USABLE_HOST_SHARE)
     return Fit(
         terms=tuple(terms),
-        min_bytes=need,
-        max_bytes=room,
+        min_bytes=needed,
+        max_bytes=available,
         binding_min=_largest_term(terms, "always", "training"),
         binding_max=f"{USABLE_HOST_SHARE:.0%} of the available host memory",
-        short_bytes=need - room,
-        kv_sequence_bytes=one,
-        kv_wanted_bytes=one,
+        short_bytes=needed - available,
+        kv_sequence_bytes=sequence_kv_bytes,
+        kv_wanted_bytes=sequence_kv_bytes,
         kv_bytes=cache,
     )
 
@@ -285,23 +295,23 @@ def _fit_without_engine(candidate: Candidate, terms: list[Term]) -> Fit:
     the method ``generate`` of transformers.
     """
     device = candidate.device
-    need = total_bytes(terms, "always") + max(
+    needed = total_bytes(terms, "always") + max(
         total_bytes(terms, "rollout"), total_bytes(terms, "training")
     )
     if device is not None:
-        room, of = device.free_bytes - device.context_bytes, "free memory - context"
+        available, limit_name = device.free_bytes - device.context_bytes, "free memory - context"
     else:
-        room, of = (
+        available, limit_name = (
             int(available_host_bytes() * USABLE_HOST_SHARE),
             f"{USABLE_HOST_SHARE:.0%} of the available host memory",
         )
     return Fit(
         terms=tuple(terms),
-        min_bytes=need,
-        max_bytes=room,
+        min_bytes=needed,
+        max_bytes=available,
         binding_min=_largest_term(terms, "always", "rollout", "training"),
-        binding_max=of,
-        short_bytes=need - room,
+        binding_max=limit_name,
+        short_bytes=needed - available,
         kv_sequence_bytes=0,
         kv_wanted_bytes=0,
     )
@@ -314,14 +324,16 @@ def _rollout_kv_bytes(candidate: Candidate) -> int:
     plan, work = candidate.plan, candidate.work
     sequences = min(plan.max_num_seqs, work.rollouts)
     length = min(work.sequence_tokens, plan.max_model_len)
-    wanted = sequences * engines.kv_sequence_bytes(candidate.spec, plan, length)
+    unshared_bytes = sequences * engines.kv_sequence_bytes(candidate.spec, plan, length)
     if not candidate.config.model.enable_prefix_caching or work.rollouts % work.generations:
-        return wanted
+        return unshared_bytes
     groups = min(work.rollouts // work.generations, sequences)
     prompt = min(work.prompt_tokens, length - 1)
-    return wanted - (sequences - groups) * engines.kv_shared_bytes(candidate.spec, plan, prompt)
+    return unshared_bytes - (sequences - groups) * engines.kv_shared_bytes(
+        candidate.spec, plan, prompt
+    )
 
 
 def _largest_term(terms: list[Term], *phases: str) -> str:
-    found = max((term for term in terms if term.phase in phases), key=lambda term: term.nbytes)
-    return found.name
+    largest = max((term for term in terms if term.phase in phases), key=lambda term: term.nbytes)
+    return largest.name

@@ -97,11 +97,11 @@ def _parse_entries(header: dict[str, Any], data_bytes: int, path: Path) -> dict[
         tensors[name] = tensor
         spans.append((begin, end, name))
     spans.sort()
-    at = 0
+    previous_end = 0
     for begin, end, name in spans:
-        if begin < at:
+        if begin < previous_end:
             raise _format_error(path, f"has overlapping data offsets at {name[:80]!r}")
-        at = end
+        previous_end = end
     return tensors
 
 
@@ -139,12 +139,12 @@ def read_stored_weights(folder: Path) -> StoredWeights | None:
         return None
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        found = read_header(file)
-        if twice := next((name for name in found if name in tensors), None):
+        shard_tensors = read_header(file)
+        if duplicate := next((name for name in shard_tensors if name in tensors), None):
             raise _format_error(
-                file, f"contains the tensor {twice[:80]!r}, which is also in another shard"
+                file, f"contains the tensor {duplicate[:80]!r}, which is also in another shard"
             )
-        tensors.update(found)
+        tensors.update(shard_tensors)
     return StoredWeights(
         files=len(files),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),

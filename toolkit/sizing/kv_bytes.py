@@ -71,8 +71,8 @@ def padded_layer_counts(spec: ModelSpec) -> dict[Cache, int]:
     for block in spec.blocks:
         counts[block.cache] += block.count
     least, most = min(counts.values()), max(counts.values())
-    size = most if most < 1.5 * least else least
-    return {cache: -(-count // size) * size for cache, count in counts.items()}
+    group_size = most if most < 1.5 * least else least
+    return {cache: -(-count // group_size) * group_size for cache, count in counts.items()}
 
 
 def _token_bytes(cache: Cache, element_bytes: int) -> int:
@@ -88,6 +88,6 @@ def _layer_bytes(
         return STATES_PER_SEQUENCE * cache.state_elements * max(element_bytes, 2)
     page = _token_bytes(cache, element_bytes) * block_tokens
     if cache.window is not None:
-        kept = min(cache.window - 1 + batched_tokens, tokens)
-        return (-(-kept // block_tokens) + 1) * page
+        kept_tokens = min(cache.window - 1 + batched_tokens, tokens)
+        return (-(-kept_tokens // block_tokens) + 1) * page
     return -(-tokens // block_tokens) * page

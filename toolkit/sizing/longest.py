@@ -29,16 +29,16 @@ def longest_fitting_sequence(
     Return None if shorter sequences are not needed or not possible: the run fits with one sequence
     per pass, or its sequences already have at most ``MIN_SEQUENCE_TOKENS`` tokens.
     """
-    whole = candidate.work.sequence_tokens
+    full_length = candidate.work.sequence_tokens
 
     def fits(length: int) -> bool:
         return attempt(_with_sequence_length(config, candidate, length)).fits
 
-    if whole <= MIN_SEQUENCE_TOKENS or fits(whole):
+    if full_length <= MIN_SEQUENCE_TOKENS or fits(full_length):
         return None
     if not fits(MIN_SEQUENCE_TOKENS):
         return 0
-    low, high = MIN_SEQUENCE_TOKENS, whole
+    low, high = MIN_SEQUENCE_TOKENS, full_length
     while high - low > max(16, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -46,7 +46,7 @@ def legal_rank(rank: int) -> int:
 
 
 def engine_lora_elements(
-    spec: ModelSpec, rank: int, slots: int, modules: Collection[str] | None = None
+    spec: ModelSpec, rank: int, slot_count: int, modules: Collection[str] | None = None
 ) -> int:
     """The number of elements of the engine's LoRA buffers.
 
@@ -65,7 +65,7 @@ def engine_lora_elements(
     # LogitsProcessorWithLoRA: A (r, hidden), B (vocab, r).
     tables = len(spec.lora_tables) if modules is None else 0
     total += tables * rank * (spec.vocab_size + spec.hidden_size)
-    return slots * total
+    return slot_count * total
 
 
 def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
@@ -74,7 +74,7 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
 
     A shape has two parts: a tuple with the number of rows of each slice, and the number of columns.
     """
-    found = set()
+    shapes = set()
     for block in spec.blocks:
         groups: dict[tuple[str, ...], list[Linear]] = {}
         for linear in block.linears:
@@ -83,8 +83,8 @@ def fused_shapes(spec: ModelSpec) -> set[tuple[tuple[int, ...], int]]:
                 fused = next((one for one in FUSED_LAYERS if linear.leaf in one), (linear.leaf,))
                 groups.setdefault((parent, *fused), []).append(linear)
         for parts in groups.values():
-            found.add((tuple(one.out_features for one in parts), parts[0].in_features))
-    return found
+            shapes.add((tuple(one.out_features for one in parts), parts[0].in_features))
+    return shapes
 
 
 def slot_modules(targets: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -135,11 +135,11 @@ def is_targeted(linear: Linear, targets: tuple[str, ...] | str) -> bool:
 
 def adapted_linears(spec: ModelSpec, block: Block, targets: tuple[str, ...] | str) -> list[Linear]:
     """The modules of ``block`` that have an adapter."""
-    moved = expert_targets(spec, targets)
+    expert_names = expert_targets(spec, targets)
     return [
         linear
         for linear in block.linears
-        if is_targeted(linear, targets) and linear.leaf not in moved
+        if is_targeted(linear, targets) and linear.leaf not in expert_names
     ]
 
 
@@ -187,8 +187,8 @@ def _sum_of_ranks(
     """
     if layout.is_uniform:
         return block.count * rank
-    found = ranks_by_layer(layout, linear.name, spec.layers, rank)
-    return sum(found) if len(spec.blocks) == 1 else block.count * max(found)
+    ranks = ranks_by_layer(layout, linear.name, spec.layers, rank)
+    return sum(ranks) if len(spec.blocks) == 1 else block.count * max(ranks)
 
 
 def adapter_parameters(
@@ -200,7 +200,7 @@ def adapter_parameters(
     With E experts, the LoRA matrix A has the shape (E r, in), and B has the shape (out, E r). The
     fused gate and up projection has twice the rank.
     """
-    moved = expert_targets(spec, targets)
+    expert_names = expert_targets(spec, targets)
     total = 0
     for block in spec.blocks:
         total += sum(
@@ -208,16 +208,18 @@ def adapter_parameters(
             * (linear.in_features + linear.out_features)
             for linear in adapted_linears(spec, block, targets)
         )
-        one = 0
+        expert_parameters = 0
         for linear in block.linears:
-            if linear.copies == 1 or linear.leaf not in moved:
+            if linear.copies == 1 or linear.leaf not in expert_names:
                 continue
             if linear.leaf == "down_proj":
-                one += linear.copies * rank * (linear.in_features + linear.out_features)
+                expert_parameters += (
+                    linear.copies * rank * (linear.in_features + linear.out_features)
+                )
             elif linear.leaf == "up_proj":
                 fused = linear.in_features + 2 * linear.out_features
-                one += linear.copies * 2 * rank * fused
-        total += block.count * one
+                expert_parameters += linear.copies * 2 * rank * fused
+        total += block.count * expert_parameters
     return total
 
 
@@ -225,10 +227,12 @@ def expert_delta_elements(spec: ModelSpec, targets: tuple[str, ...] | str) -> in
     """The number of elements of the updates (B x A) that PEFT computes for the adapted expert
     weights of one layer. PEFT computes the updates of all experts at the same time.
     """
-    moved = expert_targets(spec, targets)
+    expert_names = expert_targets(spec, targets)
     return max(
         sum(
-            linear.weights for linear in block.linears if linear.copies > 1 and linear.leaf in moved
+            linear.weights
+            for linear in block.linears
+            if linear.copies > 1 and linear.leaf in expert_names
         )
         for block in spec.blocks
     )

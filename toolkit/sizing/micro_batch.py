@@ -42,13 +42,13 @@ def is_auto(grpo: Mapping[str, Any]) -> bool:
     without a generation_batch_size.
     """
     keys = (MICRO_BATCH, ACCUMULATION)
-    autos = [key for key in keys if grpo.get(key) == "auto"]
-    if not autos:
+    auto_keys = [key for key in keys if grpo.get(key) == "auto"]
+    if not auto_keys:
         return False
-    if len(autos) == 1:
-        other = next(key for key in keys if key not in autos)
+    if len(auto_keys) == 1:
+        other = next(key for key in keys if key not in auto_keys)
         raise ConfigError(
-            f"{autos[0]} is auto, but {other} is not",
+            f"{auto_keys[0]} is auto, but {other} is not",
             where=f"grpo.{other}",
             fix=f"set {other}: auto",
         )
@@ -73,33 +73,40 @@ def read_batch(
     ``sequence`` is the number of tokens of a prompt with its completion. Raises ConfigError if the
     numbers in the run file do not fit together.
     """
-    world = max(world_size, 1)
+    processes = max(world_size, 1)
     if not is_auto(grpo):
-        micro, accumulation = read_count(grpo, MICRO_BATCH), read_count(grpo, ACCUMULATION)
+        micro_batch, accumulation = read_count(grpo, MICRO_BATCH), read_count(grpo, ACCUMULATION)
         generation = grpo.get(GENERATION_BATCH)
         if isinstance(generation, int) and generation > 0:
-            return (micro,), accumulation, max(micro, generation // world)
+            return (micro_batch,), accumulation, max(micro_batch, generation // processes)
         steps = grpo.get("steps_per_generation")
         steps = steps if isinstance(steps, int) and steps > 0 else accumulation
-        return (micro,), accumulation, micro * steps
-    whole = read_count(grpo, GENERATION_BATCH)
-    if whole % world:
+        return (micro_batch,), accumulation, micro_batch * steps
+    generation_batch = read_count(grpo, GENERATION_BATCH)
+    if generation_batch % processes:
         raise ConfigError(
-            f"{whole} completions per rollout cannot be divided evenly among {world} processes",
+            f"{generation_batch} completions per rollout cannot be divided evenly among "
+            f"{processes} processes",
             where=f"grpo.{GENERATION_BATCH}",
-            fix=f"set {GENERATION_BATCH} to {-(-whole // world) * world}",
+            fix=f"set {GENERATION_BATCH} to {-(-generation_batch // processes) * processes}",
         )
-    own = whole // world
-    micros = divisors(own)
+    own_completions = generation_batch // processes
+    micro_batches = divisors(own_completions)
     if on_cpu:
-        micros = tuple(one for one in micros if one == 1 or one * sequence <= MAX_CPU_TOKENS)[:1]
-    return micros, own // micros[0], own
+        micro_batches = tuple(
+            size for size in micro_batches if size == 1 or size * sequence <= MAX_CPU_TOKENS
+        )[:1]
+    return micro_batches, own_completions // micro_batches[0], own_completions
 
 
 def divisors(number: int) -> tuple[int, ...]:
     """The divisors of ``number`` (above 0), in descending order."""
-    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
-    return tuple(sorted({*small, *(number // one for one in small)}, reverse=True))
+    small_divisors = [
+        divisor for divisor in range(1, int(number**0.5) + 1) if number % divisor == 0
+    ]
+    return tuple(
+        sorted({*small_divisors, *(number // divisor for divisor in small_divisors)}, reverse=True)
+    )
 
 
 def read_count(grpo: Mapping[str, Any], key: str) -> int:

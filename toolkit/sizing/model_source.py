@@ -69,12 +69,14 @@ def _in_folder(folder: Path, revision: str | None) -> ModelFiles:
                 where=str(folder / "adapter_config.json"),
                 fix="size the base model instead",
             )
-        found = find_model(base)
-        if (found.config.parent / "adapter_config.json").is_file() and not found.config.is_file():
+        base_files = find_model(base)
+        if (
+            base_files.config.parent / "adapter_config.json"
+        ).is_file() and not base_files.config.is_file():
             raise InputError(
                 "the base model of this adapter is itself an adapter", where=str(folder)
             )
-        return found
+        return base_files
     if not config.exists():
         raise InputError(
             "config.json does not exist", where=str(folder), fix="give the model's own folder"

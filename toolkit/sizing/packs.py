@@ -96,19 +96,19 @@ def token_budgets(config: RunConfig, work: Workload, *, on_cpu: bool) -> tuple[i
     Return None if the run file sets the micro-batch but not ``runtime.pack_tokens``. A pass is then
     limited by rows, and not by tokens.
     """
-    whole, one = all_rows_tokens(work), work.sequence_tokens
-    written = config.runtime.pack_tokens
-    if isinstance(written, int):
-        return (max(one, min(written, whole)),)
+    all_tokens, sequence = all_rows_tokens(work), work.sequence_tokens
+    configured = config.runtime.pack_tokens
+    if isinstance(configured, int):
+        return (max(sequence, min(configured, all_tokens)),)
     if not is_auto(config.grpo):
         return None
-    if whole <= one:
-        return (one,)
+    if all_tokens <= sequence:
+        return (sequence,)
     if on_cpu:  # the choice must not depend on the free memory
-        return (max(one, min(whole, MAX_CPU_TOKENS)),)
-    step = max(_BUDGET_STEP, whole // _MAX_BUDGETS // _BUDGET_STEP * _BUDGET_STEP)
-    between = range((whole - 1) // step * step, one, -step)
-    return (whole, *between, one)
+        return (max(sequence, min(all_tokens, MAX_CPU_TOKENS)),)
+    spacing = max(_BUDGET_STEP, all_tokens // _MAX_BUDGETS // _BUDGET_STEP * _BUDGET_STEP)
+    between = range((all_tokens - 1) // spacing * spacing, sequence, -spacing)
+    return (all_tokens, *between, sequence)
 
 
 def largest_pass(work: Workload, step: StepPlan) -> PassSize:
@@ -131,12 +131,12 @@ def passes_per_step(work: Workload, tokens: int, share: float = 1.0) -> int:
     prompt, longest = longest_prompt_and_completion(work)
     completion = max(1, round(longest * share))
     groups = max_groups(work)
-    members = -(-work.rollouts // groups)
-    together = tokens // (prompt + members * completion)
-    if together:
-        return -(-groups // together)
+    group_rows = -(-work.rollouts // groups)
+    groups_per_pass = tokens // (prompt + group_rows * completion)
+    if groups_per_pass:
+        return -(-groups // groups_per_pass)
     rows = max(1, (tokens - prompt) // completion)
-    return groups * -(-members // rows)
+    return groups * -(-group_rows // rows)
 
 
 def tokens_per_step(work: Workload, tokens: int) -> int:
@@ -145,5 +145,5 @@ def tokens_per_step(work: Workload, tokens: int) -> int:
     are divided over several packs, each of these packs contains the prompt.
     """
     prompt, _ = longest_prompt_and_completion(work)
-    number, groups = passes_per_step(work, tokens), max_groups(work)
-    return all_rows_tokens(work) + max(0, number - groups) * prompt
+    pass_count, groups = passes_per_step(work, tokens), max_groups(work)
+    return all_rows_tokens(work) + max(0, pass_count - groups) * prompt

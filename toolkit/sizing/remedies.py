@@ -80,38 +80,40 @@ class _Change:
 
 
 def find_remedies(
-    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+    config: RunConfig, candidate: Candidate, missing: int, attempt: Attempt
 ) -> tuple[Remedy, ...]:
     """Return the changes of ``config`` that free memory. First come the changes that make the run
     fit, then those that are not enough. In both parts, the changes are sorted by harm. Changes with
     equal harm are sorted by the bytes that they free.
 
     ``candidate`` has the engine plan and the step plan that the sizer chose for ``config``.
-    ``short`` is the number of missing bytes. ``attempt`` is a function that chooses the best
-    candidate for a changed run.
+    ``missing`` is the number of missing bytes. ``attempt`` is a function that chooses the
+    best candidate for a changed run.
     """
-    found = []
+    remedies = []
     for change in _possible_changes(candidate):
-        left = attempt(change.apply_to(config))[1].short_bytes
-        if left < short:
-            found.append(_to_remedy(change, short, left))
-    found += _second_card(config, candidate, short, attempt)
-    found += _split_model(config, candidate, short, attempt)
-    found += _larger_card(config, candidate, short, attempt)
-    if not any(one.enough and one.harm <= ADAPTER for one in found):
-        together = _combine_changes(config, attempt)
-        if together is not None:
-            found.append(
-                _to_remedy(together, short, attempt(together.apply_to(config))[1].short_bytes)
+        still_missing = attempt(change.apply_to(config))[1].short_bytes
+        if still_missing < missing:
+            remedies.append(_to_remedy(change, missing, still_missing))
+    remedies += _second_card(config, candidate, missing, attempt)
+    remedies += _split_model(config, candidate, missing, attempt)
+    remedies += _larger_card(config, candidate, missing, attempt)
+    if not any(remedy.enough and remedy.harm <= ADAPTER for remedy in remedies):
+        combined = _combine_changes(config, attempt)
+        if combined is not None:
+            remedies.append(
+                _to_remedy(combined, missing, attempt(combined.apply_to(config))[1].short_bytes)
             )
-    return tuple(sorted(found, key=lambda one: (not one.enough, one.harm, -one.frees_bytes)))
+    return tuple(
+        sorted(remedies, key=lambda remedy: (not remedy.enough, remedy.harm, -remedy.frees_bytes))
+    )
 
 
-def _to_remedy(change: _Change, short: int, left: int) -> Remedy:
+def _to_remedy(change: _Change, missing: int, still_missing: int) -> Remedy:
     return Remedy(
         change=change.text,
-        frees_bytes=short - left,
-        enough=left <= 0,
+        frees_bytes=missing - still_missing,
+        enough=still_missing <= 0,
         harm=change.harm,
         costs=HARM_TEXTS[change.harm],
         settings=tuple(change.settings.items()),
@@ -125,33 +127,33 @@ def _combine_changes(config: RunConfig, attempt: Attempt) -> _Change | None:
 
     Return None if all changes together are not enough, or if the run fits without changes.
     """
-    taken: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     changed, harms = config, dict[str, int]()
-    current, fit = attempt(changed)
+    candidate, fit = attempt(changed)
     for _ in range(_MAX_COMBINED_CHANGES):
         if fit.fits:
             break
-        step = _least_harmful_change(changed, current, fit, attempt)
+        step = _least_harmful_change(changed, candidate, fit, attempt)
         if step is None:
             return None
-        taken |= step.settings
+        settings |= step.settings
         harms |= dict.fromkeys(step.settings, step.harm)
         changed = step.apply_to(changed)
-        current, fit = attempt(changed)
+        candidate, fit = attempt(changed)
     else:
         return None
-    for group in _undo_groups(taken):
-        kept = {key: value for key, value in taken.items() if key not in group}
-        if kept and attempt(_Change(NOTHING, "", kept).apply_to(config))[1].fits:
-            taken = kept
+    for group in _undo_groups(settings):
+        remaining = {key: value for key, value in settings.items() if key not in group}
+        if remaining and attempt(_Change(NOTHING, "", remaining).apply_to(config))[1].fits:
+            settings = remaining
     text = " and ".join(
         f"{key.rpartition('.')[2]}: {str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in taken.items()
+        for key, value in settings.items()
     )
-    return _Change(max(harms[key] for key in taken), text, taken) if taken else None
+    return _Change(max(harms[key] for key in settings), text, settings) if settings else None
 
 
-def _undo_groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
+def _undo_groups(settings: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return groups of keys, in the order in which ``_combine_changes`` tries to undo their
     changes. The first groups have one key each, beginning with the last change. The groups after
     them have keys that must be changed together, such as the micro-batch and the accumulation.
@@ -159,9 +161,11 @@ def _undo_groups(taken: dict[str, Any]) -> list[tuple[str, ...]]:
     batch = (f"grpo.{MICRO_BATCH}", f"grpo.{ACCUMULATION}")
     rank = ("lora.r", "model.max_lora_rank")
     lengths = ("model.max_seq_length", "grpo.max_completion_length", "grpo.max_prompt_length")
-    joint = [group for group in (batch, rank, lengths) if any(key in taken for key in group)]
-    alone = [(key,) for key in taken if not any(key in group for group in joint)]
-    return [*reversed(alone), *joint]
+    joint_groups = [
+        group for group in (batch, rank, lengths) if any(key in settings for key in group)
+    ]
+    single_keys = [(key,) for key in settings if not any(key in group for group in joint_groups)]
+    return [*reversed(single_keys), *joint_groups]
 
 
 def _least_harmful_change(
@@ -174,9 +178,12 @@ def _least_harmful_change(
     for change in _possible_changes(candidate):
         by_harm.setdefault(change.harm, []).append(change)
     for harm in sorted(by_harm):
-        tried = [(attempt(one.apply_to(config))[1].short_bytes, one) for one in by_harm[harm]]
-        left, best = min(tried, key=lambda pair: pair[0])
-        if left < fit.short_bytes:
+        tried = [
+            (attempt(candidate_change.apply_to(config))[1].short_bytes, candidate_change)
+            for candidate_change in by_harm[harm]
+        ]
+        still_missing, best = min(tried, key=lambda pair: pair[0])
+        if still_missing < fit.short_bytes:
             return best
     return None
 
@@ -194,17 +201,17 @@ def _length_changes(candidate: Candidate) -> Iterator[_Change]:
     config, work = candidate.config, candidate.work
     length = config.model.max_seq_length
     prompt = config.grpo.get("max_prompt_length")
-    stated = isinstance(prompt, int) and prompt > 0
-    need = (
+    has_prompt_length = isinstance(prompt, int) and prompt > 0
+    needed = (
         work.prompt_tokens + work.completion_tokens
-        if stated
+        if has_prompt_length
         else work.completion_tokens + _ASSUMED_PROMPT_TOKENS
     )
-    if need < length:
-        cut = "" if stated else f" (prompts of up to {_ASSUMED_PROMPT_TOKENS})"
-        harm = NOTHING if stated else LENGTH
-        text = f"max_seq_length {length} -> {need}{cut}"
-        yield _Change(harm, text, {"model.max_seq_length": need})
+    if needed < length:
+        assumption = "" if has_prompt_length else f" (prompts of up to {_ASSUMED_PROMPT_TOKENS})"
+        harm = NOTHING if has_prompt_length else LENGTH
+        text = f"max_seq_length {length} -> {needed}{assumption}"
+        yield _Change(harm, text, {"model.max_seq_length": needed})
     if work.completion_tokens >= 2 * _MIN_TEXT_TOKENS:
         half = work.completion_tokens // 2
         shorter = min(length, max(length - (work.completion_tokens - half), 64))
@@ -213,7 +220,7 @@ def _length_changes(candidate: Candidate) -> Iterator[_Change]:
             f"max_completion_length {work.completion_tokens} -> {half} (max_seq_length {shorter})",
             {"grpo.max_completion_length": half, "model.max_seq_length": shorter},
         )
-    if stated and isinstance(prompt, int) and prompt >= 2 * _MIN_TEXT_TOKENS:
+    if has_prompt_length and isinstance(prompt, int) and prompt >= 2 * _MIN_TEXT_TOKENS:
         half = prompt // 2
         shorter = max(min(length, half + work.completion_tokens), 64)
         yield _Change(
@@ -226,12 +233,13 @@ def _length_changes(candidate: Candidate) -> Iterator[_Change]:
 def _step_changes(candidate: Candidate) -> Iterator[_Change]:
     micro, accumulation = candidate.step.micro_batch, candidate.step.accumulation
     if micro > 1:
-        smaller = next(one for one in divisors(micro) if one <= micro // 2)
-        more = accumulation * micro // smaller
+        smaller = next(divisor for divisor in divisors(micro) if divisor <= micro // 2)
+        accumulation_steps = accumulation * micro // smaller
         yield _Change(
             TIME,
-            f"{MICRO_BATCH} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> {more})",
-            {f"grpo.{MICRO_BATCH}": smaller, f"grpo.{ACCUMULATION}": more},
+            f"{MICRO_BATCH} {micro} -> {smaller} ({ACCUMULATION} {accumulation} -> "
+            f"{accumulation_steps})",
+            {f"grpo.{MICRO_BATCH}": smaller, f"grpo.{ACCUMULATION}": accumulation_steps},
         )
     if not candidate.step.checkpointing:
         text = "use_gradient_checkpointing: true"
@@ -240,10 +248,10 @@ def _step_changes(candidate: Candidate) -> Iterator[_Change]:
 
 def _rank_changes(candidate: Candidate) -> Iterator[_Change]:
     lora = candidate.config.lora
-    most = candidate.plan.max_lora_rank
-    if candidate.work.uses_engine and most > legal_rank(lora.largest_rank):
+    max_rank = candidate.plan.max_lora_rank
+    if candidate.work.uses_engine and max_rank > legal_rank(lora.largest_rank):
         rank = legal_rank(lora.largest_rank)
-        text = f"max_lora_rank {most} -> {rank}"
+        text = f"max_lora_rank {max_rank} -> {rank}"
         yield _Change(NOTHING, text, {"model.max_lora_rank": rank})
     lower = [rank for rank in LEGAL_RANKS if rank < lora.r]
     if lower and not lora.rank_pattern:
@@ -259,7 +267,7 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
         (not plan.sleep, TIME, "enable_sleep_mode"),
         (not plan.enforce_eager, TIME, "enforce_eager"),
         (
-            not plan.float8_kv_cache and _has_capability(candidate, FLOAT8_NATIVE),
+            not plan.float8_kv_cache and _supports(candidate, FLOAT8_NATIVE),
             PRECISION,
             "float8_kv_cache",
         ),
@@ -280,19 +288,19 @@ def _engine_changes(candidate: Candidate) -> Iterator[_Change]:
 
 
 def _format_changes(candidate: Candidate) -> Iterator[_Change]:
-    split = (
+    is_split = (
         parallel.parallel_size(candidate.config.model.tensor_parallel_size) > 1
     )  # a split model cannot have 4-bit weights
-    if candidate.plan.quantization is None and not split and _has_capability(candidate, FOUR_BIT):
+    if candidate.plan.quantization is None and not is_split and _supports(candidate, FOUR_BIT):
         yield _Change(PRECISION, "load_in_4bit: true", {"model.load_in_4bit": True})
 
 
-def _has_capability(candidate: Candidate, needed: tuple[int, int]) -> bool:
+def _supports(candidate: Candidate, needed: tuple[int, int]) -> bool:
     return candidate.device is not None and candidate.device.compute_capability >= needed
 
 
 def _second_card(
-    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+    config: RunConfig, candidate: Candidate, missing: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to use two cards of this kind, if it frees memory. Each card gets half of
     the micro-batch, so an optimizer step has the same completions as before.
@@ -305,57 +313,60 @@ def _second_card(
         f"add a second card of this kind (--world-size 2), and set {MICRO_BATCH}: {micro // 2}",
         {f"grpo.{MICRO_BATCH}": micro // 2, f"grpo.{ACCUMULATION}": accumulation},
     )
-    left = attempt(change.apply_to(config), 2)[1].short_bytes
-    if left >= short:
+    still_missing = attempt(change.apply_to(config), 2)[1].short_bytes
+    if still_missing >= missing:
         return []
-    return [replace(_to_remedy(change, short, left), world_size=2)]
+    return [replace(_to_remedy(change, missing, still_missing), world_size=2)]
 
 
 def _split_model(
-    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+    config: RunConfig, candidate: Candidate, missing: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to set tensor_parallel_size to the smallest value with which the run fits.
 
     Values that need no further cards are tried first. If the run fits with none of them, the remedy
     is to add cards of the same kind. An optimizer step has the same completions as before.
     """
-    splits = (
+    can_split = (
         candidate.work.uses_engine
         and candidate.plan.share_weights
         and candidate.plan.quantization is None
     )
-    if candidate.device is None or not splits:
+    if candidate.device is None or not can_split:
         return []
-    world, own = candidate.step.world_size, candidate.plan.tensor_parallel
+    world, current = candidate.step.world_size, candidate.plan.tensor_parallel
     sizes = [
         n
         for n in parallel.possible_sizes(split_facts(candidate.unsplit_spec), MAX_CARDS)
         if not n & (n - 1)
     ]
-    for size in (n for n in sizes if n > own and world % n == 0):
-        micro, more = candidate.step.micro_batch, candidate.step.accumulation * (size // own)
+    for size in (n for n in sizes if n > current and world % n == 0):
+        micro, steps = candidate.step.micro_batch, candidate.step.accumulation * (size // current)
         settings = {
             "model.tensor_parallel_size": size,
             f"grpo.{MICRO_BATCH}": micro,
-            f"grpo.{ACCUMULATION}": more,
+            f"grpo.{ACCUMULATION}": steps,
         }
-        text = f"tensor_parallel_size {own} -> {size} on the {world} cards ({ACCUMULATION} {more})"
+        text = (
+            f"tensor_parallel_size {current} -> {size} on the {world} cards "
+            f"({ACCUMULATION} {steps})"
+        )
         change = _Change(TIME, text, settings)
-        left = attempt(change.apply_to(config))[1].short_bytes
-        if left <= 0:
-            return [_to_remedy(change, short, left)]
-    for size in (n for n in sizes if n > own):
-        cards = size * (world // own)
+        still_missing = attempt(change.apply_to(config))[1].short_bytes
+        if still_missing <= 0:
+            return [_to_remedy(change, missing, still_missing)]
+    for size in (n for n in sizes if n > current):
+        cards = size * (world // current)
         text = f"{cards} cards (--world-size {cards}) with tensor_parallel_size {size}"
         change = _Change(HARDWARE, text, {"model.tensor_parallel_size": size})
-        left = attempt(change.apply_to(config), cards)[1].short_bytes
-        if left <= 0:
-            return [replace(_to_remedy(change, short, left), world_size=cards)]
+        still_missing = attempt(change.apply_to(config), cards)[1].short_bytes
+        if still_missing <= 0:
+            return [replace(_to_remedy(change, missing, still_missing), world_size=cards)]
     return []
 
 
 def _larger_card(
-    config: RunConfig, candidate: Candidate, short: int, attempt: Attempt
+    config: RunConfig, candidate: Candidate, missing: int, attempt: Attempt
 ) -> list[Remedy]:
     """Return the remedy to use a card with more memory: the smallest card in the table of known
     cards on which the unchanged run fits.
@@ -373,13 +384,13 @@ def _larger_card(
         ),
         key=lambda card: (card.cuda_bytes, card.aliases[0]),
     )
-    place = bisect_left(
+    index = bisect_left(
         larger, True, key=lambda card: attempt(config, device=Device.from_card(card))[1].fits
     )
-    if place >= len(larger):
+    if index >= len(larger):
         return []
-    card = larger[place]
-    left = attempt(config, device=Device.from_card(card))[1].short_bytes
+    card = larger[index]
+    still_missing = attempt(config, device=Device.from_card(card))[1].short_bytes
     size = format_bytes(card.cuda_bytes)
     change = _Change(HARDWARE, f"a larger card: {card.aliases[0]} ({size}) or one with more memory")
-    return [replace(_to_remedy(change, short, left), card=card.aliases[0])]
+    return [replace(_to_remedy(change, missing, still_missing), card=card.aliases[0])]

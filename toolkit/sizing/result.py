@@ -231,13 +231,13 @@ class SizingResult:
         list of changes.
         """
         name = self.device["name"] if self.device else "this host"
-        listed = "\n       ".join(str(remedy) for remedy in self.remedies)
+        remedy_lines = "\n       ".join(str(remedy) for remedy in self.remedies)
         return ConfigError(
             f"the run does not fit on {name}: {format_bytes(self.short_bytes)} are missing "
             f"(largest need: {self.interval.binding_min}; limit: {self.interval.binding_max})"
             + self.length_advice,
             where="gpu_memory_utilization",
-            fix=listed or "use a card with more memory",
+            fix=remedy_lines or "use a card with more memory",
         )
 
     @property
@@ -258,17 +258,17 @@ class SizingResult:
         """Return an error if gpu_memory_utilization in the run file is too low or too high for this
         run, even without the safety margins. Otherwise return None.
         """
-        written, interval = config.model.gpu_memory_utilization, self.interval
+        configured, interval = config.model.gpu_memory_utilization, self.interval
         low, high = interval.min_without_margin, interval.max_without_margin
-        if written == "auto" or low is None or high is None or low <= written <= high:
+        if configured == "auto" or low is None or high is None or low <= configured <= high:
             return None
-        bound, why = (
+        bound, limiting_term = (
             (f"below {low}, the minimum", interval.binding_min)
-            if written < low
+            if configured < low
             else (f"above {high}, the maximum", interval.binding_max)
         )
         return ConfigError(
-            f"{written} is {bound} for this run on this device (limited by: {why})",
+            f"{configured} is {bound} for this run on this device (limited by: {limiting_term})",
             where="model.gpu_memory_utilization",
             fix=f"set gpu_memory_utilization to a value from {interval.min} to {interval.max}, "
             "or to auto",
@@ -285,13 +285,13 @@ class SizingResult:
             raise problem
         choice = self.choice
         model = config.model
-        filled: dict[str, Any] = {
+        model_values: dict[str, Any] = {
             name: getattr(choice, name)
             for name in (*SIZED_OPTIONS, "fast_inference", "dtype")
             if getattr(model, name) == "auto" and getattr(choice, name) is not None
         }
         if model.kv_cache_bytes == "auto":
-            filled["kv_cache_bytes"] = choice.kv_cache_bytes
+            model_values["kv_cache_bytes"] = choice.kv_cache_bytes
         lora = config.lora
         if lora.use_gradient_checkpointing == "auto":
             lora = replace(lora, use_gradient_checkpointing=choice.gradient_checkpointing)
@@ -306,7 +306,7 @@ class SizingResult:
         }
         return replace(
             config,
-            model=replace(model, **filled),
+            model=replace(model, **model_values),
             lora=lora,
             grpo=MappingProxyType(grpo),
             runtime=runtime,

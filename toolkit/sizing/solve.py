@@ -52,7 +52,7 @@ def solve(
     """
     candidate, fit = best_candidate(config, spec, device, world_size)
     if fit.fits:
-        return build_result(candidate, fit, largest=_largest_micro_batch(candidate))
+        return build_result(candidate, fit, largest_micro_batch=_largest_micro_batch(candidate))
 
     def attempt(
         config: RunConfig, world_size: int = world_size, device: Device | None = device
@@ -60,9 +60,15 @@ def solve(
         return best_candidate(config, spec, device, world_size)
 
     remedies = find_remedies(config, candidate, fit.short_bytes, attempt)
-    longest = longest_fitting_sequence(config, candidate, lambda one: attempt(one)[1])
-    largest = _largest_micro_batch(candidate)
-    return build_result(candidate, fit, largest=largest, remedies=remedies, longest=longest)
+    longest_sequence = longest_fitting_sequence(config, candidate, lambda one: attempt(one)[1])
+    largest_micro_batch = _largest_micro_batch(candidate)
+    return build_result(
+        candidate,
+        fit,
+        largest_micro_batch=largest_micro_batch,
+        remedies=remedies,
+        longest_sequence=longest_sequence,
+    )
 
 
 def resolve(
@@ -114,14 +120,14 @@ def best_candidate(
     With tensor_parallel_size "auto", the model is split over the smallest number of cards with
     which the run fits.
     """
-    numbers = _possible_splits(config, spec, device, world_size)
-    tried: list[tuple[Candidate, Fit]] = []
-    for number in numbers:
-        model = replace(config.model, tensor_parallel_size=number)
-        tried.append(_best_for_split(replace(config, model=model), spec, device, world_size))
-        if tried[-1][1].fits:
-            return tried[-1]
-    return min(tried, key=lambda pair: pair[1].short_bytes)
+    split_sizes = _possible_splits(config, spec, device, world_size)
+    results: list[tuple[Candidate, Fit]] = []
+    for split_size in split_sizes:
+        model = replace(config.model, tensor_parallel_size=split_size)
+        results.append(_best_for_split(replace(config, model=model), spec, device, world_size))
+        if results[-1][1].fits:
+            return results[-1]
+    return min(results, key=lambda pair: pair[1].short_bytes)
 
 
 def _possible_splits(
@@ -131,14 +137,14 @@ def _possible_splits(
     number is the only value. For "auto", a value is possible if the completions of a rollout divide
     evenly over the replicas of the model.
     """
-    written = config.model.tensor_parallel_size
-    if written != "auto":
-        return [written]
+    configured = config.model.tensor_parallel_size
+    if configured != "auto":
+        return [configured]
     run = resolve_run(config, device_situation(device, world_size), targets=spec.targets)
     if run.engine == "transformers" or not config.model.share_weights:
         return [1]
-    numbers = parallel.possible_sizes(split_facts(spec), world_size)
-    return [one for one in numbers if _deals_evenly(config, world_size // one)] or [1]
+    sizes = parallel.possible_sizes(split_facts(spec), world_size)
+    return [size for size in sizes if _deals_evenly(config, world_size // size)] or [1]
 
 
 def _deals_evenly(config: RunConfig, replicas: int) -> bool:
@@ -146,8 +152,8 @@ def _deals_evenly(config: RunConfig, replicas: int) -> bool:
     consist of complete groups (a group is all completions of one prompt).
     """
     try:
-        _, _, own = read_batch(config.grpo, 1, on_cpu=False, world_size=replicas)
-        return own * replicas % read_count(config.grpo, "num_generations") == 0
+        _, _, own_completions = read_batch(config.grpo, 1, on_cpu=False, world_size=replicas)
+        return own_completions * replicas % read_count(config.grpo, "num_generations") == 0
     except ConfigError:
         return False
 
@@ -169,41 +175,43 @@ def _best_for_split(
     _check_kv_cache_size(config, spec, work, plan)
 
     packed = uses_packs(config, spec)
-    tokens = token_budgets(config, work, on_cpu=device is None) if packed else None
-    fused = will_use_fused_kernels(config, device)
+    budgets = token_budgets(config, work, on_cpu=device is None) if packed else None
+    uses_fused = will_use_fused_kernels(config, device)
 
-    def judge(chosen: EnginePlan, mode: Checkpointing, size: int) -> tuple[Candidate, Fit]:
-        micro, most = size, size * work.sequence_tokens
-        if tokens is not None:  # ``size`` is a number of tokens
+    def evaluate_variant(
+        variant_plan: EnginePlan, checkpointing: Checkpointing, size: int
+    ) -> tuple[Candidate, Fit]:
+        micro_batch, pack_tokens = size, size * work.sequence_tokens
+        if budgets is not None:  # ``size`` is a number of tokens
             fitting = [one for one in work.micro_batches if one * work.sequence_tokens <= size]
-            micro, most = fitting[0] if fitting else work.micro_batches[-1], size
-        step = _plan_step(work, chosen, mode, micro, world_size)
+            micro_batch, pack_tokens = fitting[0] if fitting else work.micro_batches[-1], size
+        step = _plan_step(work, variant_plan, checkpointing, micro_batch, world_size)
         if packed:
-            most = min(most, max(all_rows_tokens(work), work.sequence_tokens))
-            step = replace(step, pack_tokens=most, passes=passes_per_step(work, most))
-        step = replace(step, uses_fused_kernels=fused, on_gpu=device is not None)
+            pack_tokens = min(pack_tokens, max(all_rows_tokens(work), work.sequence_tokens))
+            step = replace(step, pack_tokens=pack_tokens, passes=passes_per_step(work, pack_tokens))
+        step = replace(step, uses_fused_kernels=uses_fused, on_gpu=device is not None)
         candidate = Candidate(
             config=config,
             spec=spec,
             unsplit_spec=unsplit,
             device=device,
             work=work,
-            plan=chosen,
+            plan=variant_plan,
             step=step,
         )
         return candidate, evaluate(candidate)
 
-    ways = [
-        partial(judge, *way)
-        for way in product(_sleep_variants(config, plan, work), _checkpointing_modes(config))
+    variants = [
+        partial(evaluate_variant, *variant)
+        for variant in product(_sleep_variants(config, plan, work), _checkpointing_modes(config))
     ]
-    sizes = work.micro_batches if tokens is None else tokens
-    found = [_largest_suitable(way, sizes) for way in ways]
-    if suiting := [_with_copies(*pair) for pair in found if pair is not None]:
+    sizes = work.micro_batches if budgets is None else budgets
+    largest = [_largest_suitable(variant, sizes) for variant in variants]
+    if suitable := [_with_copies(*pair) for pair in largest if pair is not None]:
         return min(
-            suiting, key=lambda pair: training_seconds(pair[0]) + dequantize_seconds(pair[0])
+            suitable, key=lambda pair: training_seconds(pair[0]) + dequantize_seconds(pair[0])
         )
-    smallest = [way(sizes[-1]) for way in ways]
+    smallest = [variant(sizes[-1]) for variant in variants]
     if fitting := [pair for pair in smallest if pair[1].fits]:
         return max(fitting, key=lambda pair: pair[1].max_bytes - pair[1].min_bytes)
     return min(smallest, key=lambda pair: pair[1].short_bytes)
@@ -227,9 +235,9 @@ def _with_copies(candidate: Candidate, fit: Fit) -> tuple[Candidate, Fit]:
     copies = best_copy_bytes(candidate, fit)
     if not copies:
         return candidate, fit
-    tried = replace(candidate, plan=candidate.plan.with_copies(copies))
-    new = evaluate(tried)
-    return (tried, new) if _is_suitable(tried, new) else (candidate, fit)
+    with_copies = replace(candidate, plan=candidate.plan.with_copies(copies))
+    new_fit = evaluate(with_copies)
+    return (with_copies, new_fit) if _is_suitable(with_copies, new_fit) else (candidate, fit)
 
 
 def _check_kv_cache_size(
@@ -238,51 +246,51 @@ def _check_kv_cache_size(
     """Raise ConfigError if model.kv_cache_bytes in the run file is too small for one sequence,
     because vLLM would not start.
     """
-    written = config.model.kv_cache_bytes
-    if not work.uses_engine or not isinstance(written, int):
+    configured = config.model.kv_cache_bytes
+    if not work.uses_engine or not isinstance(configured, int):
         return
     # vLLM reserves one empty block (the null block of BlockPool).
     lengths = (plan.max_model_len, 1)
-    least = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
-    if written < least:
+    min_bytes = sum(kv_sequence_bytes(spec, plan, tokens) for tokens in lengths)
+    if configured < min_bytes:
         raise ConfigError(
-            f"a KV cache of {written} bytes is too small: {least} bytes are needed for one sequence"
-            f" of {plan.max_model_len} tokens (model.max_seq_length) and an empty block",
+            f"a KV cache of {configured} bytes is too small: {min_bytes} bytes are needed for one "
+            f"sequence of {plan.max_model_len} tokens (model.max_seq_length) and an empty block",
             where="model.kv_cache_bytes",
-            fix=f"set model.kv_cache_bytes to auto or to at least {least}, or set a smaller "
+            fix=f"set model.kv_cache_bytes to auto or to at least {min_bytes}, or set a smaller "
             "model.max_seq_length",
         )
 
 
 def _largest_suitable(
-    way: Callable[[int], tuple[Candidate, Fit]], micros: tuple[int, ...]
+    evaluate_size: Callable[[int], tuple[Candidate, Fit]], sizes: tuple[int, ...]
 ) -> tuple[Candidate, Fit] | None:
     """Return the candidate with the largest suitable micro-batch; None if none is suitable.
-    ``micros`` are the possible micro-batches (for packs: numbers of tokens per pass), in descending
+    ``sizes`` are the possible micro-batches (for packs: numbers of tokens per pass), in descending
     order.
     """
     pairs: dict[int, tuple[Candidate, Fit]] = {}
 
-    def suits(micro: int) -> bool:
-        pairs[micro] = way(micro)
-        return _is_suitable(*pairs[micro])
+    def is_suitable(size: int) -> bool:
+        pairs[size] = evaluate_size(size)
+        return _is_suitable(*pairs[size])
 
-    if suits(micros[0]):
-        return pairs[micros[0]]
+    if is_suitable(sizes[0]):
+        return pairs[sizes[0]]
     # After the first number, a smaller micro-batch never needs more memory. The first number needs
     # no accumulation, so it may need less memory than the next one.
-    place = bisect_left(micros, True, lo=1, key=suits)
-    return pairs[micros[place]] if place < len(micros) else None
+    index = bisect_left(sizes, True, lo=1, key=is_suitable)
+    return pairs[sizes[index]] if index < len(sizes) else None
 
 
 def _is_suitable(candidate: Candidate, fit: Fit) -> bool:
     """Whether the run fits at the utilization that the run file sets, with a KV cache for all
     sequences of a rollout.
     """
-    written = candidate.config.model.gpu_memory_utilization
-    if written == "auto" or candidate.device is None or not candidate.work.uses_engine:
+    configured = candidate.config.model.gpu_memory_utilization
+    if configured == "auto" or candidate.device is None or not candidate.work.uses_engine:
         return fit.holds_rollout
-    return fit.holds_rollout and written * candidate.device.cuda_total_bytes <= fit.max_bytes
+    return fit.holds_rollout and configured * candidate.device.cuda_total_bytes <= fit.max_bytes
 
 
 def _sleep_variants(config: RunConfig, plan: EnginePlan, work: Workload) -> list[EnginePlan]:
@@ -292,17 +300,21 @@ def _sleep_variants(config: RunConfig, plan: EnginePlan, work: Workload) -> list
 
 
 def _checkpointing_modes(config: RunConfig) -> list[Checkpointing]:
-    written = config.lora.use_gradient_checkpointing
-    return [False, True] if written == "auto" else [written]
+    configured = config.lora.use_gradient_checkpointing
+    return [False, True] if configured == "auto" else [configured]
 
 
 def _plan_step(
-    work: Workload, plan: EnginePlan, mode: Checkpointing, micro: int, world_size: int
+    work: Workload,
+    plan: EnginePlan,
+    checkpointing: Checkpointing,
+    micro_batch: int,
+    world_size: int,
 ) -> StepPlan:
     return StepPlan(
-        micro_batch=micro,
-        accumulation=work.accumulation * work.micro_batch // micro,
-        checkpointing=mode,
+        micro_batch=micro_batch,
+        accumulation=work.accumulation * work.micro_batch // micro_batch,
+        checkpointing=checkpointing,
         compute_bytes=compute_bytes(plan.dtype),
         has_own_weights=not work.uses_engine or not plan.share_weights,
         is_quantized=is_bitsandbytes(plan.quantization),
@@ -317,17 +329,21 @@ def _largest_micro_batch(candidate: Candidate) -> int:
     As in ``best_candidate``, the KV cache must hold all sequences of a rollout.
     """
 
-    def fits(micro: int) -> bool:
-        accumulation = max(candidate.work.accumulation * candidate.work.micro_batch // micro, 1)
-        step = replace(candidate.step, micro_batch=micro, accumulation=accumulation)
+    def fits(micro_batch: int) -> bool:
+        accumulation = max(
+            candidate.work.accumulation * candidate.work.micro_batch // micro_batch, 1
+        )
+        step = replace(candidate.step, micro_batch=micro_batch, accumulation=accumulation)
         if step.pack_tokens is not None:
-            most = min(
-                micro * candidate.work.sequence_tokens,
+            pack_tokens = min(
+                micro_batch * candidate.work.sequence_tokens,
                 max(all_rows_tokens(candidate.work), candidate.work.sequence_tokens),
             )
-            step = replace(step, pack_tokens=most, passes=passes_per_step(candidate.work, most))
+            step = replace(
+                step, pack_tokens=pack_tokens, passes=passes_per_step(candidate.work, pack_tokens)
+            )
         return evaluate(replace(candidate, step=step)).holds_rollout
 
-    micros = divisors(candidate.work.rollouts)
-    place = bisect_left(micros, True, key=fits)
-    return micros[place] if place < len(micros) else 0
+    micro_batches = divisors(candidate.work.rollouts)
+    index = bisect_left(micro_batches, True, key=fits)
+    return micro_batches[index] if index < len(micro_batches) else 0

@@ -59,8 +59,10 @@ def spec_from_values(
     model_type = fields.text("model_type") or ""
     architectures = fields.items("architectures", str) or ()
     family = FAMILIES.get(model_type)
-    nested = fields.section("quantization_config")
-    quantization = parse_quantization(nested.values if nested else None, where)
+    quantization_section = fields.section("quantization_config")
+    quantization = parse_quantization(
+        quantization_section.values if quantization_section else None, where
+    )
     notes: list[str] = []
     margin = 0.0
     if isinstance(quantization, str):
@@ -126,24 +128,24 @@ def _unknown_shape(
     fields: Fields, stored: StoredWeights | None, model_type: str, architectures: tuple[str, ...]
 ) -> Shape:
     if stored is None:
-        known = ", ".join(sorted(FAMILIES))
+        known_types = ", ".join(sorted(FAMILIES))
         raise UnsupportedError(
             f"architecture {model_type or (architectures or ('unnamed',))[0]!r} is not known "
             "to the sizer, and there are no safetensors headers to size it from",
             where=fields.where,
             fix="use a folder that also contains the safetensors files, or a model of one of these "
-            f"types: {known}",
+            f"types: {known_types}",
         )
-    inner = fields.section("text_config")
-    return shape_from_headers(inner or fields, stored)
+    text_config = fields.section("text_config")
+    return shape_from_headers(text_config or fields, stored)
 
 
 def _dtype(fields: Fields) -> str:
-    inner = fields.section("text_config")
-    written = fields.text("dtype") or fields.text("torch_dtype")
-    if written is None and inner is not None:
-        written = inner.text("dtype") or inner.text("torch_dtype")
-    name = (written or "float32").removeprefix("torch.")
+    text_config = fields.section("text_config")
+    dtype = fields.text("dtype") or fields.text("torch_dtype")
+    if dtype is None and text_config is not None:
+        dtype = text_config.text("dtype") or text_config.text("torch_dtype")
+    name = (dtype or "float32").removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise InputError(f"unknown dtype {name!r}", where=fields.where)
     return name

@@ -64,7 +64,7 @@ def split_facts(spec: ModelSpec) -> Mapping[str, Any]:
     block = spec.blocks[0]
     down = [linear for linear in block.linears if linear.leaf == "down_proj"]
     experts = max((linear.copies for linear in block.linears), default=1)
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "model_type": spec.family,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": max(block.cache.key_elements // max(spec.head_dim, 1), 1),
@@ -73,7 +73,7 @@ def split_facts(spec: ModelSpec) -> Mapping[str, Any]:
         "num_experts": experts if experts > 1 else None,
         "quantization_config": {"method": "stored"} if spec.quantization is not None else None,
     }
-    return known
+    return facts
 
 
 def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
@@ -82,8 +82,8 @@ def communication_terms(size: int, *, on_gpu: bool) -> list[Term]:
     """
     if size == 1 or not on_gpu:
         return []
-    what = f"NCCL and all-reduce buffers of a group of {size} cards, estimated"
-    return [Term("engine.communication", COMMUNICATION_BYTES, what)]
+    source = f"NCCL and all-reduce buffers of a group of {size} cards, estimated"
+    return [Term("engine.communication", COMMUNICATION_BYTES, source)]
 
 
 def _split_block(block: Block, spec: ModelSpec, size: int) -> Block:

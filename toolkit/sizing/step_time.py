@@ -50,8 +50,8 @@ def dequantize_seconds(candidate: Candidate) -> float:
     """
     copies = candidate.plan.copies_bytes
     weights = (all_copies_bytes(candidate.spec, candidate.plan) - copies) // BYTES_PER_WEIGHT
-    waves = -(-candidate.work.rollouts // max(candidate.plan.max_num_seqs, 1))
-    seconds = weights * DEQUANTIZE_S_PER_WEIGHT * waves * candidate.work.completion_tokens
+    rollout_waves = -(-candidate.work.rollouts // max(candidate.plan.max_num_seqs, 1))
+    seconds = weights * DEQUANTIZE_S_PER_WEIGHT * rollout_waves * candidate.work.completion_tokens
     return seconds + (SLEEP_S if copies and not candidate.plan.sleep else 0)
 
 
@@ -60,16 +60,18 @@ def training_seconds(candidate: Candidate) -> float:
     KV cache and to map it again is included.
     """
     step = candidate.step
-    again = bool(step.checkpointing)
-    host = candidate.spec.layers * HOST_S_PER_LAYER * (RECOMPUTE_FACTOR if again else 1)
+    recomputes = bool(step.checkpointing)
+    host_seconds = (
+        candidate.spec.layers * HOST_S_PER_LAYER * (RECOMPUTE_FACTOR if recomputes else 1)
+    )
     # Per parameter and token, the forward pass takes 2 operations, and the backward pass to the
     # activations takes 2 more. Checkpointing adds a second forward pass.
-    operations = (6 if again else 4) * active_parameters(candidate.spec)
+    operations = (6 if recomputes else 4) * active_parameters(candidate.spec)
     tokens = float(step.micro_batch * candidate.work.sequence_tokens)
     if step.pack_tokens is not None:
         tokens = tokens_per_step(candidate.work, step.pack_tokens) / step.pass_count
-    device = operations * tokens / OPERATIONS_PER_S
-    return step.pass_count * max(host, device) + SLEEP_S * candidate.plan.sleep
+    device_seconds = operations * tokens / OPERATIONS_PER_S
+    return step.pass_count * max(host_seconds, device_seconds) + SLEEP_S * candidate.plan.sleep
 
 
 def active_parameters(spec: ModelSpec) -> int:
@@ -79,6 +81,6 @@ def active_parameters(spec: ModelSpec) -> int:
     total = spec.hidden_size * spec.vocab_size
     for block in spec.blocks:
         for linear in block.linears:
-            one = linear.in_features * linear.out_features
-            total += block.count * block.active_copies(linear) * one
+            matrix_parameters = linear.in_features * linear.out_features
+            total += block.count * block.active_copies(linear) * matrix_parameters
     return total

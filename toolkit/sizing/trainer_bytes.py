@@ -29,53 +29,57 @@ HEAD_COLUMNS = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
 
 def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepPlan) -> list[Term]:
     """Return all memory terms of the trainer. Terms of phase "always" exist in rollouts too."""
-    count = work.adapter_parameters(spec)
-    states = work.optimizer_bytes
+    parameters = work.adapter_parameters(spec)
+    state_bytes = work.optimizer_bytes
     terms = []
     if step.has_own_weights:
-        own = weight_bytes(spec, plan.dtype, plan.quantization)
-        terms.append(Term("trainer.weights", own, "the trainer's separate model"))
+        own_weights = weight_bytes(spec, plan.dtype, plan.quantization)
+        terms.append(Term("trainer.weights", own_weights, "the trainer's separate model"))
     terms += [
         Term(
             "trainer.adapter",
-            count * MASTER_BYTES,
-            f"{count:,} parameters of {MASTER_BYTES} bytes, r = {work.rank}",
+            parameters * MASTER_BYTES,
+            f"{parameters:,} parameters of {MASTER_BYTES} bytes, r = {work.rank}",
         ),
-        Term("trainer.optimizer", int(count * states), f"{states:g} bytes per parameter"),
+        Term(
+            "trainer.optimizer",
+            int(parameters * state_bytes),
+            f"{state_bytes:g} bytes per parameter",
+        ),
     ]
     if work.has_reference:
-        copy = count * MASTER_BYTES
+        copy = parameters * MASTER_BYTES
         terms.append(Term("trainer.reference", copy, "the starting adapter, for the KL term"))
-    saved, layer, moving = activation_parts(spec, work, step)
+    saved, layer, temporary = activation_parts(spec, work, step)
     head = head_bytes(spec, work, step)
-    gradients, beyond = count * MASTER_BYTES, ""
+    gradients, explanation = parameters * MASTER_BYTES, ""
     if step.pass_count == 1:
         # Gradients are created layer by layer while the saved tensors of those layers are freed.
-        gradients, beyond = (
+        gradients, explanation = (
             max(0, gradients - saved),
             ", minus the activations that are freed meanwhile",
         )
     if step.world_size > 1:
-        gradients += count * MASTER_BYTES  # buckets of DistributedDataParallel
+        gradients += parameters * MASTER_BYTES  # buckets of DistributedDataParallel
     names = {True: "checkpointing", False: "no checkpointing", "unsloth": "offloaded checkpoints"}
     mode = names[step.checkpointing]
-    one = largest_pass(work, step)
+    pass_size = largest_pass(work, step)
     size = f"{step.micro_batch} x {work.sequence_tokens} tokens"
     if step.pack_tokens is not None:
-        size = f"packs of {one.tokens:,} tokens that read {one.keys:,} keys"
+        size = f"packs of {pass_size.tokens:,} tokens that read {pass_size.keys:,} keys"
     shape = f"{size}, {mode}" + (", fused kernels" if step.uses_fused_kernels else "")
     terms += [
         Term(
             "trainer.gradients",
             gradients,
-            f"{MASTER_BYTES} bytes per parameter{beyond}",
+            f"{MASTER_BYTES} bytes per parameter{explanation}",
             "training",
         ),
-        Term("trainer.activations", saved + layer + moving, shape, "training"),
+        Term("trainer.activations", saved + layer + temporary, shape, "training"),
         Term(
             "trainer.head",
-            max(0, head - layer - moving if step.checkpointing else head - moving),
-            f"fused head for {one.scored_tokens:,} tokens: only the bytes beyond a layer's "
+            max(0, head - layer - temporary if step.checkpointing else head - temporary),
+            f"fused head for {pass_size.scored_tokens:,} tokens: only the bytes beyond a layer's "
             "temporary tensors",
             "training",
         ),
@@ -99,7 +103,7 @@ def trainer_terms(spec: ModelSpec, plan: EnginePlan, work: Workload, step: StepP
             )
         )
         if step.compute_bytes < MASTER_BYTES:
-            copies = count * step.compute_bytes
+            copies = parameters * step.compute_bytes
             what = f"autocast's copy of the adapter, {step.compute_bytes} bytes per parameter"
             terms.append(Term("trainer.adapter_copies", copies, what, "training"))
     return terms
@@ -112,12 +116,14 @@ def head_bytes(spec: ModelSpec, work: Workload, step: StepPlan) -> int:
     states of the scored tokens, the float32 gradient of these hidden states, the copy of this
     gradient in the compute dtype, and the tensors of the final norm.
     """
-    one = largest_pass(work, step)
-    rows = one.scored_tokens
+    pass_size = largest_pass(work, step)
+    rows = pass_size.scored_tokens
     width = step.compute_bytes
     tile = min(rows, HEAD_TOKENS) * HEAD_COLUMNS * width
     hidden = rows * spec.hidden_size * (width + 4 + width)
-    final_norm = one.tokens * spec.hidden_size * ((width if step.uses_fused_kernels else 4) + width)
+    final_norm = (
+        pass_size.tokens * spec.hidden_size * ((width if step.uses_fused_kernels else 4) + width)
+    )
     return tile + hidden + final_norm
 
 

@@ -39,7 +39,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
         )
     heads = read_heads(fields)
     layers: dict[int, dict[str, StoredTensor]] = defaultdict(dict)
-    outside = 0
+    other_elements = 0
     embedding = head = None
     for name, tensor in stored.tensors.items():
         if match := _LAYER.match(name):
@@ -49,7 +49,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
         elif _HEAD.search(name):
             head = tensor
         else:
-            outside += tensor.elements
+            other_elements += tensor.elements
     hidden = heads.hidden
     vocab = fields.integer("vocab_size")
     if embedding is not None and len(embedding.shape) == 2:
@@ -68,7 +68,7 @@ def shape_from_headers(fields: Fields, stored: StoredWeights) -> Shape:
         max_position=max_position,
         tied=head is None or fields.flag("tie_word_embeddings", False),
         blocks=blocks,
-        final_vectors=outside,
+        final_vectors=other_elements,
         rope_tables=rope_tables(fields, heads.head_dim, max_position),
     )
 
@@ -77,12 +77,12 @@ def _group_equal_layers(
     layers: dict[int, dict[str, StoredTensor]],
 ) -> list[tuple[dict[str, StoredTensor], int]]:
     """Group the layers with equal tensors; return (tensors, number of layers) of each group."""
-    found: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[dict[str, StoredTensor], int]] = {}
+    groups: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[dict[str, StoredTensor], int]] = {}
     for tensors in layers.values():
         key = tuple(sorted((name, tensor.shape) for name, tensor in tensors.items()))
-        first, count = found.get(key, (tensors, 0))
-        found[key] = (first, count + 1)
-    return list(found.values())
+        first, count = groups.get(key, (tensors, 0))
+        groups[key] = (first, count + 1)
+    return list(groups.values())
 
 
 def _block(tensors: dict[str, StoredTensor], count: int, cache: Cache) -> Block:

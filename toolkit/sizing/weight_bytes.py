@@ -53,9 +53,9 @@ def weight_bytes(
     width = DTYPE_BYTES[dtype]
     vocab = padded_vocab(spec.vocab_size) if engine else spec.vocab_size
     tables = (1 if spec.tied else 2) * vocab * spec.hidden_size
-    plain = tables + spec.final_vectors + spec.extra_parameters
-    plain += vocab if spec.head_bias else 0
-    total = plain * width
+    unquantized = tables + spec.final_vectors + spec.extra_parameters
+    unquantized += vocab if spec.head_bias else 0
+    total = unquantized * width
     for block in spec.blocks:
         total += block.count * _block_bytes(block, width, quantization)
         if engine and quantization is not None:
@@ -86,8 +86,8 @@ def _linear_bytes(linear: Linear, width: int, quantization: Quantization | None)
     biases = linear.copies * linear.out_features * width if linear.bias else 0
     if quantization is None or stays_unquantized(linear, quantization):
         return linear.weights * width + biases
-    one = quantization.weight_bytes(linear.out_features, linear.in_features)
-    return linear.copies * one + biases
+    matrix_bytes = quantization.weight_bytes(linear.out_features, linear.in_features)
+    return linear.copies * matrix_bytes + biases
 
 
 def stays_unquantized(linear: Linear, quantization: Quantization) -> bool:

@@ -48,10 +48,10 @@ class Quantization:
 
     def skips(self, name: str) -> bool:
         """Whether the module with this dotted name stays in 16 bits."""
-        pieces = name.split(".")
+        parts = name.split(".")
         return any(
             fragment == name
-            or fragment in pieces
+            or fragment in parts
             or name.startswith(fragment + ".")
             or f".{fragment}." in f".{name}."
             for fragment in self.skipped_modules
@@ -154,9 +154,9 @@ def _parse_compressed(fields: Fields, skipped: tuple[str, ...]) -> Quantization 
 
 
 def _skipped_modules(fields: Fields) -> tuple[str, ...]:
-    named: list[str] = []
+    names: list[str] = []
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers"):
-        named += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
+        names += [name for name in fields.items(key, str) or () if not name.startswith("re:")]
     # In all these formats, head and embeddings are not quantized unless a checkpoint sets it.
-    named += ["lm_head", "embed_tokens"]
-    return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in named))
+    names += ["lm_head", "embed_tokens"]
+    return tuple(dict.fromkeys(name.replace("model.layers.*.", "") for name in names))

@@ -147,7 +147,7 @@ def optimizer_bytes(name: str) -> float:
     with the name of a known optimizer counts as this optimizer. For an unknown optimizer, return 8,
     the bytes of AdamW.
     """
-    known = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
-    if "8bit" in name and not any("8bit" in key for key in known):
+    matching = [key for key in OPTIMIZER_BYTES if name == key or name.startswith(key + "_")]
+    if "8bit" in name and not any("8bit" in key for key in matching):
         return 2.1
-    return OPTIMIZER_BYTES[max(known, key=len)] if known else 8.0
+    return OPTIMIZER_BYTES[max(matching, key=len)] if matching else 8.0

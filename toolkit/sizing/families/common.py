@@ -112,16 +112,16 @@ def layer_kinds(fields: Fields, default: Callable[[int], str]) -> tuple[str, ...
     length.
     """
     count = layer_count(fields)
-    written = fields.items("layer_types", str)
-    if written is None:
+    layer_types = fields.items("layer_types", str)
+    if layer_types is None:
         return tuple(default(index) for index in range(count))
-    if len(written) < count:
+    if len(layer_types) < count:
         raise InputError(
-            f"layer_types has {len(written)} entries for {count} layers",
+            f"layer_types has {len(layer_types)} entries for {count} layers",
             where=fields.where,
             fix="use the model's own config.json",
         )
-    return written[:count]
+    return layer_types[:count]
 
 
 def kv_cache(heads: Heads, window: int | None = None) -> Cache:
@@ -136,9 +136,11 @@ def kv_cache(heads: Heads, window: int | None = None) -> Cache:
     )
 
 
-def build_blocks(kinds: Sequence[str], make: Callable[[str, int], Block]) -> tuple[Block, ...]:
+def build_blocks(
+    kinds: Sequence[str], build_block: Callable[[str, int], Block]
+) -> tuple[Block, ...]:
     """Return one Block for each kind of layer. ``count`` is the number of layers of this kind."""
-    return tuple(make(kind, count) for kind, count in Counter(kinds).items())
+    return tuple(build_block(kind, count) for kind, count in Counter(kinds).items())
 
 
 def decoder(

@@ -94,18 +94,21 @@ def _qwen_blocks(
     fields: Fields, heads: Heads, linears: list[Linear], vectors: int
 ) -> tuple[Block, ...]:
     window = _qwen_window(fields)
-    first = fields.integer("max_window_layers", default=28, low=0)
+    first_windowed = fields.integer("max_window_layers", default=28, low=0)
 
-    def default(index: int) -> str:
-        return "sliding_attention" if window and index >= first else "full_attention"
+    def default_kind(index: int) -> str:
+        return "sliding_attention" if window and index >= first_windowed else "full_attention"
 
-    def make(kind: str, count: int) -> Block:
-        used = window if kind == "sliding_attention" else None
+    def build_block(kind: str, count: int) -> Block:
+        layer_window = window if kind == "sliding_attention" else None
         return Block(
-            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+            count=count,
+            linears=tuple(linears),
+            vectors=vectors,
+            cache=kv_cache(heads, layer_window),
         )
 
-    return build_blocks(layer_kinds(fields, default), make)
+    return build_blocks(layer_kinds(fields, default_kind), build_block)
 
 
 def qwen2(fields: Fields) -> Shape:
@@ -156,16 +159,19 @@ def olmo3(fields: Fields) -> Shape:
     vectors = 2 * heads.hidden + heads.query + heads.key
     window = fields.integer("sliding_window", default=4096)
 
-    def default(index: int) -> str:
+    def default_kind(index: int) -> str:
         return "sliding_attention" if (index + 1) % 4 else "full_attention"
 
-    def make(kind: str, count: int) -> Block:
-        used = window if kind == "sliding_attention" else None
+    def build_block(kind: str, count: int) -> Block:
+        layer_window = window if kind == "sliding_attention" else None
         return Block(
-            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+            count=count,
+            linears=tuple(linears),
+            vectors=vectors,
+            cache=kv_cache(heads, layer_window),
         )
 
-    blocks = build_blocks(layer_kinds(fields, default), make)
+    blocks = build_blocks(layer_kinds(fields, default_kind), build_block)
     return decoder(fields, heads, blocks, lora_tables=("embedding",))
 
 

@@ -45,8 +45,8 @@ GEMMA2_DEFAULTS: Mapping[str, object] = {
 
 
 def _with_defaults(fields: Fields, defaults: Mapping[str, object]) -> Fields:
-    written = {key: value for key, value in fields.values.items() if value is not None}
-    return Fields({**defaults, **written}, fields.where)
+    set_values = {key: value for key, value in fields.values.items() if value is not None}
+    return Fields({**defaults, **set_values}, fields.where)
 
 
 def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = False) -> Shape:
@@ -57,13 +57,16 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
     vectors = 4 * heads.hidden + (2 * heads.head_dim if head_norms else 0)
     window = fields.integer("sliding_window")
 
-    def default(index: int) -> str:
+    def default_kind(index: int) -> str:
         return "sliding_attention" if (index + 1) % pattern else "full_attention"
 
-    def make(kind: str, count: int) -> Block:
-        used = window if kind == "sliding_attention" else None
+    def build_block(kind: str, count: int) -> Block:
+        layer_window = window if kind == "sliding_attention" else None
         return Block(
-            count=count, linears=tuple(linears), vectors=vectors, cache=kv_cache(heads, used)
+            count=count,
+            linears=tuple(linears),
+            vectors=vectors,
+            cache=kv_cache(heads, layer_window),
         )
 
     max_position = fields.integer("max_position_embeddings")
@@ -74,7 +77,7 @@ def _gemma(fields: Fields, *, pattern: int, head_norms: bool, capped: bool = Fal
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", True),
-        blocks=build_blocks(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default_kind), build_block),
         final_vectors=heads.hidden,
         rope_tables=rope_tables(fields, heads.head_dim, max_position, local=head_norms),
         scores="capped" if capped else "fused",
@@ -85,18 +88,18 @@ def gemma2(fields: Fields) -> Shape:
     """The shape of Gemma 2. Every other layer uses a sliding window. The attention scores are
     soft-capped unless attn_logit_softcapping is null in config.json.
     """
-    full = _with_defaults(fields, GEMMA2_DEFAULTS)
+    complete = _with_defaults(fields, GEMMA2_DEFAULTS)
     capped = fields.values.get("attn_logit_softcapping", 50.0) is not None
-    return _gemma(full, pattern=2, head_norms=False, capped=capped)
+    return _gemma(complete, pattern=2, head_norms=False, capped=capped)
 
 
 def gemma3_text(fields: Fields) -> Shape:
     """The shape of the text-only Gemma 3. It has five sliding-window layers for each full-attention
     layer, and a norm on each query and key head.
     """
-    full = _with_defaults(fields, GEMMA3_DEFAULTS)
-    pattern = full.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
-    return _gemma(full, pattern=pattern, head_norms=True)
+    complete = _with_defaults(fields, GEMMA3_DEFAULTS)
+    pattern = complete.integer("sliding_window_pattern", "_sliding_window_pattern", high=64)
+    return _gemma(complete, pattern=pattern, head_norms=True)
 
 
 def gemma3(fields: Fields) -> Shape:

@@ -86,10 +86,10 @@ def _hybrid_shape(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool)
     interval = fields.integer("full_attention_interval", default=4)
     linears_of_mlp, active = mlp
 
-    def default(index: int) -> str:
+    def default_kind(index: int) -> str:
         return "linear_attention" if (index + 1) % interval else "full_attention"
 
-    def make(kind: str, layers: int) -> Block:
+    def build_block(kind: str, layers: int) -> Block:
         if kind == "full_attention":
             linears, vectors, cache = _full_attention(fields, heads)
         else:
@@ -111,7 +111,7 @@ def _hybrid_shape(fields: Fields, mlp: tuple[list[Linear], int], *, fused: bool)
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=build_blocks(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default_kind), build_block),
         final_vectors=heads.hidden,
         rope_tables=rope_tables(fields, columns, max_position),
         notes=(STATES_NOTE,),

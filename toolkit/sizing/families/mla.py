@@ -34,12 +34,12 @@ def deepseek(fields: Fields) -> Shape:
     inner = fields.integer("moe_intermediate_size", default=1407)
     shared = fields.integer("n_shared_experts", default=0, low=0, high=MAX_EXPERTS)
     first_dense = fields.integer("first_k_dense_replace", default=0, low=0, high=MAX_LAYERS)
-    step = fields.integer("moe_layer_freq", default=1)
+    sparse_step = fields.integer("moe_layer_freq", default=1)
     # Per token one latent vector and one rotary key are cached, for any number of heads. Values are
     # not cached.
     cache = Cache(kind="mla", key_elements=latent + rope)
 
-    def make(kind: str, count: int) -> Block:
+    def build_block(kind: str, count: int) -> Block:
         if kind == "dense":
             mlp = gated_mlp(hidden, fields.integer("intermediate_size"))
             return Block(count=count, linears=(*linears, *mlp), vectors=vectors, cache=cache)
@@ -55,7 +55,7 @@ def deepseek(fields: Fields) -> Shape:
         )
 
     kinds = [
-        "dense" if index < first_dense or not routed or index % step else "sparse"
+        "dense" if index < first_dense or not routed or index % sparse_step else "sparse"
         for index in range(layer_count(fields))
     ]
     max_position = fields.integer("max_position_embeddings", default=2048)
@@ -66,7 +66,7 @@ def deepseek(fields: Fields) -> Shape:
         head_dim=nope + rope,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=build_blocks(kinds, make),
+        blocks=build_blocks(kinds, build_block),
         final_vectors=hidden,
         rope_tables=rope_tables(fields, rope, max_position),
     )

@@ -61,19 +61,19 @@ def qwen3_moe(fields: Fields) -> Shape:
     count = fields.integer("num_experts", "num_local_experts", default=128, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=768)
     dense_inner = fields.integer("intermediate_size", default=6144)
-    step = fields.integer("decoder_sparse_step", default=1)
-    only_dense = set(fields.items("mlp_only_layers", int) or ())
-    attending = attention(heads, qkv_bias=bias, out_bias=bias)
+    sparse_step = fields.integer("decoder_sparse_step", default=1)
+    dense_layers = set(fields.items("mlp_only_layers", int) or ())
+    attention_linears = attention(heads, qkv_bias=bias, out_bias=bias)
     vectors = 2 * heads.hidden + 2 * heads.head_dim
 
-    def make(kind: str, layers: int) -> Block:
+    def build_block(kind: str, layers: int) -> Block:
         if kind == "sparse":
             mlp = [Linear("mlp.gate", count, heads.hidden), *experts(heads.hidden, inner, count)]
         else:
             mlp = gated_mlp(heads.hidden, dense_inner)
         return Block(
             count=layers,
-            linears=(*attending, *mlp),
+            linears=(*attention_linears, *mlp),
             vectors=vectors,
             cache=kv_cache(heads),
             active_experts=fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS)
@@ -82,10 +82,10 @@ def qwen3_moe(fields: Fields) -> Shape:
         )
 
     kinds = [
-        "dense" if index in only_dense or (index + 1) % step else "sparse"
+        "dense" if index in dense_layers or (index + 1) % sparse_step else "sparse"
         for index in range(layer_count(fields))
     ]
-    blocks = build_blocks(kinds, make)
+    blocks = build_blocks(kinds, build_block)
     return decoder(fields, heads, blocks, lora_tables=BOTH_TABLES, max_position=32768)
 
 
@@ -98,11 +98,11 @@ def glm4_moe(fields: Fields) -> Shape:
     count = fields.integer("n_routed_experts", default=128, high=MAX_EXPERTS)
     inner = fields.integer("moe_intermediate_size", default=1408)
     shared = inner * fields.integer("n_shared_experts", default=1)
-    first = fields.integer("first_k_dense_replace", default=1, low=0)
+    dense_count = fields.integer("first_k_dense_replace", default=1, low=0)
     norms = 2 * heads.head_dim if fields.flag("use_qk_norm", False) else 0
     active = fields.integer("num_experts_per_tok", default=8, high=MAX_EXPERTS)
 
-    def make(kind: str, layers: int) -> Block:
+    def build_block(kind: str, layers: int) -> Block:
         if kind == "dense":
             mlp = gated_mlp(heads.hidden, fields.integer("intermediate_size", default=10944))
         else:
@@ -116,10 +116,10 @@ def glm4_moe(fields: Fields) -> Shape:
             active_experts=0 if kind == "dense" else active,
         )
 
-    kinds = ["dense" if index < first else "sparse" for index in range(layer_count(fields))]
-    shape = decoder(fields, heads, build_blocks(kinds, make), max_position=131072)
-    part = fields.number("partial_rotary_factor", default=0.5, low=0, high=1)
-    columns = rotary_columns(fields, heads.head_dim, default=part)
+    kinds = ["dense" if index < dense_count else "sparse" for index in range(layer_count(fields))]
+    shape = decoder(fields, heads, build_blocks(kinds, build_block), max_position=131072)
+    rotary_share = fields.number("partial_rotary_factor", default=0.5, low=0, high=1)
+    columns = rotary_columns(fields, heads.head_dim, default=rotary_share)
     return replace(shape, rope_tables=rope_tables(fields, columns, shape.max_position))
 
 
@@ -140,20 +140,20 @@ def gpt_oss(fields: Fields) -> Shape:
     ]
     active = fields.integer("num_experts_per_tok", "experts_per_token", default=4, high=MAX_EXPERTS)
 
-    def default(index: int) -> str:
+    def default_kind(index: int) -> str:
         return "sliding_attention" if (index + 1) % 2 else "full_attention"
 
-    def make(kind: str, layers: int) -> Block:
-        used = window if kind == "sliding_attention" else None
+    def build_block(kind: str, layers: int) -> Block:
+        layer_window = window if kind == "sliding_attention" else None
         return Block(
             count=layers,
             linears=tuple(linears),
             vectors=2 * heads.hidden + heads.heads,
-            cache=kv_cache(heads, used),
+            cache=kv_cache(heads, layer_window),
             active_experts=active,
         )
 
-    blocks = build_blocks(layer_kinds(fields, default), make)
+    blocks = build_blocks(layer_kinds(fields, default_kind), build_block)
     # transformers has no fused attention kernel that supports sinks.
     shape = decoder(fields, heads, blocks, max_position=32768)
     tables = tuple(replace(table, float32=True) for table in shape.rope_tables)

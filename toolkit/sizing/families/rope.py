@@ -29,10 +29,10 @@ def rope_tables(
     table.
     """
     scaling = _scaling(fields)
-    by_layer = [part for name in LAYER_TYPES if scaling and (part := scaling.section(name))]
-    if by_layer:
+    sections = [section for name in LAYER_TYPES if scaling and (section := scaling.section(name))]
+    if sections:
         return tuple(
-            RopeTable(_table_rows(part, fields, max_position), columns) for part in by_layer
+            RopeTable(_table_rows(section, fields, max_position), columns) for section in sections
         )
     tables = (RopeTable(_table_rows(scaling, fields, max_position), columns),)
     return (*tables, RopeTable(max_position, columns)) if local else tables
@@ -43,12 +43,14 @@ def rotary_columns(fields: Fields, head_dim: int, *, default: float = 1.0) -> in
     head that are rotated.
     """
     scaling = _scaling(fields)
-    inner = (
+    rotary_share = (
         scaling.number("partial_rotary_factor", default=default, low=0, high=1)
         if scaling
         else default
     )
-    return int(head_dim * fields.number("partial_rotary_factor", default=inner, low=0, high=1))
+    return int(
+        head_dim * fields.number("partial_rotary_factor", default=rotary_share, low=0, high=1)
+    )
 
 
 def _scaling(fields: Fields) -> Fields | None:

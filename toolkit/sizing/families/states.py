@@ -48,10 +48,10 @@ def lfm2(fields: Fields) -> Shape:
     ]
     indices = fields.items("full_attn_idxs", int)
 
-    def default(index: int) -> str:
+    def default_kind(index: int) -> str:
         return "full_attention" if indices is None or index in indices else "conv"
 
-    def make(kind: str, layers: int) -> Block:
+    def build_block(kind: str, layers: int) -> Block:
         if kind == "full_attention":
             linears = [
                 *attention(heads)[:3],
@@ -78,7 +78,7 @@ def lfm2(fields: Fields) -> Shape:
         head_dim=heads.head_dim,
         max_position=max_position,
         tied=fields.flag("tie_word_embeddings", True),
-        blocks=build_blocks(layer_kinds(fields, default), make),
+        blocks=build_blocks(layer_kinds(fields, default_kind), build_block),
         final_vectors=hidden,
         rope_tables=rope_tables(fields, rotary_columns(fields, heads.head_dim), max_position),
         notes=(STATES_NOTE,),
@@ -91,7 +91,7 @@ def nemotron_h(fields: Fields) -> Shape:
     """
     heads = read_heads(fields, default_head_dim=128)
 
-    def make(kind: str, layers: int) -> Block:
+    def build_block(kind: str, layers: int) -> Block:
         linears, vectors, cache, active = _mixer(fields, heads, kind)
         return Block(
             count=layers,
@@ -108,7 +108,7 @@ def nemotron_h(fields: Fields) -> Shape:
         head_dim=heads.head_dim,
         max_position=fields.integer("max_position_embeddings", default=4096),
         tied=fields.flag("tie_word_embeddings", False),
-        blocks=build_blocks(_layer_kinds(fields), make),
+        blocks=build_blocks(_layer_kinds(fields), build_block),
         final_vectors=heads.hidden,
         notes=(STATES_NOTE,),
     )
@@ -118,16 +118,16 @@ def _layer_kinds(fields: Fields) -> tuple[str, ...]:
     """Return the kinds of the layers, from ``layers_block_type`` or from the letters M, *, - and E
     of ``hybrid_override_pattern``.
     """
-    written = fields.items("layers_block_type", str)
-    if written is None:
+    names = fields.items("layers_block_type", str)
+    if names is None:
         pattern = fields.text("hybrid_override_pattern") or ""
-        written = tuple(_KIND_OF_LETTER.get(letter, letter) for letter in pattern)
-    kinds = tuple(_KIND_OF_NAME.get(kind, kind) for kind in written)
-    wrong = sorted(set(kinds) - set(_KIND_OF_LETTER.values()))
-    if not kinds or wrong or len(kinds) > MAX_LAYERS:
+        names = tuple(_KIND_OF_LETTER.get(letter, letter) for letter in pattern)
+    kinds = tuple(_KIND_OF_NAME.get(kind, kind) for kind in names)
+    unknown = sorted(set(kinds) - set(_KIND_OF_LETTER.values()))
+    if not kinds or unknown or len(kinds) > MAX_LAYERS:
         raise InputError(
-            f"unknown kinds of layers: {', '.join(wrong)}"
-            if wrong
+            f"unknown kinds of layers: {', '.join(unknown)}"
+            if unknown
             else f"config.json must list 1 to {MAX_LAYERS} layers",
             where=fields.where,
             fix="set layers_block_type in config.json, or hybrid_override_pattern with the letters "
@@ -140,7 +140,7 @@ def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, 
     """Return four values for one kind of layer: the linear maps, the number of parameters outside
     linear maps, the cache, and the number of active experts.
     """
-    none = Cache(kind="none")
+    no_cache = Cache(kind="none")
     if kind == "attention":
         bias = fields.flag("attention_bias", False)
         linears = [
@@ -152,9 +152,9 @@ def _mixer(fields: Fields, heads: Heads, kind: str) -> tuple[list[Linear], int, 
         return linears, 0, kv_cache(heads), 0
     if kind == "mlp":
         inner, bias = fields.integer("intermediate_size"), fields.flag("mlp_bias", False)
-        return _ungated_mlp("mixer", heads.hidden, inner, bias), 0, none, 0
+        return _ungated_mlp("mixer", heads.hidden, inner, bias), 0, no_cache, 0
     if kind == "moe":
-        return *_experts(fields, heads.hidden), none, _active_experts(fields)
+        return *_experts(fields, heads.hidden), no_cache, _active_experts(fields)
     return *_mamba(fields, heads.hidden), 0
 
 
