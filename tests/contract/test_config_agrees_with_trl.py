@@ -1,4 +1,4 @@
-"""A grpo section that validates, TRL's GRPOConfig takes; what TRL refuses, a rule refuses."""
+"""TRL's GRPOConfig accepts every grpo section that validates. A rule refuses what TRL refuses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GRPO: dict[str, dict[str, Any]] = {
     for name, schema in find_schema("run")["properties"]["grpo"]["properties"].items()
     if "x-refused" not in schema
 }
-# Their values name a package or a service that is not on this machine, or a kernel that is not.
+# Keys whose values need a package, a service or a kernel that this machine may not have.
 MACHINE_DEPENDENT = {
     "report_to", "debug", "tf32", "torch_compile_backend", "torch_compile_mode",
     "torch_compile", "optim", "ddp_backend", "accelerator_config", "use_liger_kernel",
@@ -40,7 +40,7 @@ TESTED_KEYS = sorted(set(GRPO) - MACHINE_DEPENDENT)
 
 
 def example_values(name: str) -> st.SearchStrategy[Any]:
-    """Values that a key may have, and some near them."""
+    """Legal values of a key, and values close to them."""
     schema = GRPO[name]
     candidates = [*schema.get("examples", ()), *schema.get("enum", ())]
     if isinstance(schema.get("default"), bool):
@@ -51,7 +51,7 @@ def example_values(name: str) -> st.SearchStrategy[Any]:
 
 
 def validate_grpo(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None, list[str]]:
-    """The config, and the rules that refuse it."""
+    """The config of a run with this grpo section, and the ids of the rules that refuse it."""
     run = {
         "model": {"model_name": "nobody/nothing"},
         "dataset": {"path": "a/b", "eval_split": "test"},
@@ -66,14 +66,14 @@ def validate_grpo(grpo: dict[str, Any], folder: Path) -> tuple[RunConfig | None,
 
 
 def build_trl_config(config: RunConfig, folder: Path) -> None:
-    """TRL's config as training makes it, with the fields that ours adds."""
+    """The GRPOConfig that training creates, with the toolkit's own fields."""
     from toolkit.train.grpo_config import GRPOConfig
     from toolkit.train.trl_arguments import grpo_config
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         grpo = dict(config.grpo)
-        if grpo.get("per_device_train_batch_size") == "auto":  # as sizing fills it
+        if grpo.get("per_device_train_batch_size") == "auto":  # the sizer sets both keys
             grpo |= {
                 "per_device_train_batch_size": grpo["generation_batch_size"],
                 "gradient_accumulation_steps": 1,

@@ -1,4 +1,4 @@
-"""What the validator says about TRL, vLLM and PEFT is what the installed ones say."""
+"""What the validator records about TRL, vLLM and PEFT agrees with the installed packages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_recorded_values_are_the_installed_ones(which: str) -> None:
 
 
 def test_the_ranks_are_those_that_vllm_accepts() -> None:
-    """The text that we read is the type that vLLM checks against (read as source, too)."""
+    """The source text from which we read the ranks is the type of vLLM's max_lora_rank."""
     folder = package_folder("vllm")
     if folder is None:
         pytest.skip("vLLM is not installed")
@@ -75,7 +75,7 @@ def test_the_ranks_are_those_that_vllm_accepts() -> None:
 
 
 def test_the_loss_types_are_those_that_the_loss_knows() -> None:
-    """Every name is compared with in TRL's loss, and no other."""
+    """TRL's loss compares loss_type with each of the names, and with no other name."""
     folder = package_folder("trl")
     assert folder is not None
     tree = ast.parse((folder / "trainer" / "grpo_trainer.py").read_text(encoding="utf-8"))
@@ -119,10 +119,10 @@ def test_moved_keys_are_not_in_the_schema_and_their_replacements_are() -> None:
 def test_common_names_are_no_keys_and_name_a_key() -> None:
     sections = find_schema("run")["properties"]
     assert len(COMMON_NAMES) > 100
-    for other, key in COMMON_NAMES.items():
-        section, _, name = other.partition(".")
-        assert name not in sections[section]["properties"], f"{other} is a key"
-        assert other not in MOVED_KEYS, f"{other} is in MOVED"
+    for common_name, key in COMMON_NAMES.items():
+        section, _, name = common_name.partition(".")
+        assert name not in sections[section]["properties"], f"{common_name} is a key"
+        assert common_name not in MOVED_KEYS, f"{common_name} is in MOVED_KEYS"
         assert key.partition(".")[2] in sections[section]["properties"], f"{key} is not a key"
 
 
@@ -131,15 +131,16 @@ def test_the_reward_table_has_the_rewards_of_training() -> None:
 
     training_rewards = {
         name: {
-            field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)
+            field.name: field.default is dataclasses.MISSING
+            for field in dataclasses.fields(reward_class)
         }
-        for name, kind in BUILTINS.items()
+        for name, reward_class in BUILTINS.items()
     }
     assert training_rewards == BUILTIN_OPTIONS
 
 
 def test_keys_that_the_trainer_overrides_have_a_finding(tmp_path: Path) -> None:
-    """A grpo key that the trainer would overrule has a finding: refused, or without effect."""
+    """A grpo key that the trainer would override is refused, or reported as without effect."""
     from toolkit.train.trl_arguments import grpo_config
 
     run_file = tmp_path / "run.json"

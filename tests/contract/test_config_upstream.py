@@ -1,4 +1,4 @@
-"""config/trl_names records what the installed transformers, accelerate and torch take."""
+"""config/trl_names records what the installed transformers, accelerate and torch accept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
 
 
 def test_schedules_that_ignore_keywords() -> None:
-    """``constant`` and ``constant_with_warmup`` return before the keywords are looked at."""
+    """``constant`` and ``constant_with_warmup`` return before they read the keywords."""
     import torch
     from transformers import get_scheduler
 
@@ -106,8 +106,8 @@ def optimizer_handlers() -> dict[str, ast.FunctionDef]:
 
 
 def option_names(function: ast.AST) -> set[str]:
-    """Names that a handler takes from ``ctx.optim_args``: by get and pop, by ``in``, and by a loop
-    over names.
+    """The names of the options that a handler reads from ``ctx.optim_args``: with get and pop, with
+    ``in``, and in a loop over names.
     """
     names: set[str] = set()
     for node in ast.walk(function):

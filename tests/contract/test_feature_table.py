@@ -1,4 +1,4 @@
-"""The table of supported features says of upstream what upstream says of itself."""
+"""The table of supported features agrees with the installed transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_attention_functions_of_transformers() -> None:
         *ATTENTION_FUNCTIONS,
         *(f"paged|{name}" for name in ATTENTION_FUNCTIONS if name != "flex_attention"),
     }
-    # vLLM and packed attention register theirs in a process that they have been in.
+    # vLLM and packed attention also register functions, if this process has used them.
     not_from_transformers = ("packed_", "vllm")
     registered = {n for n in ALL_ATTENTION_FUNCTIONS if not n.startswith(not_from_transformers)}
     assert {*registered, "eager"} == recorded
@@ -37,7 +37,7 @@ def test_the_multimodal_types_have_a_separate_text_config() -> None:
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         assert model_type(name).is_causal, name
         if name.startswith("musicgen"):
-            continue  # cannot be made without its parts
+            continue  # cannot be created without the configs of its parts
         config = CONFIG_MAPPING[name]()
         if config.get_text_config() is not config:
             multimodal.add(name)

@@ -1,4 +1,4 @@
-"""liger-kernel's functions, and the name in transformers under which a rotary kernel is put."""
+"""liger-kernel's functions, and the name under which transformers calls its rotary function."""
 
 import inspect
 

@@ -1,5 +1,5 @@
-"""PEFT 0.21.2: what toolkit.policy leans on. Each test names the seam that has moved when it
-fails.
+"""The behaviour of PEFT 0.21.2 that toolkit.policy depends on. The name of a failed test says what
+has changed in PEFT.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def test_adapters_on_a_bfloat16_model_are_float32(base: Any) -> None:
 
 
 def test_lora_a_is_drawn_only_from_the_cpu_generator(checkpoint_folder: Path) -> None:
-    """The same seed, the same bytes: no other generator, no time, no hash order."""
+    """The same seed gives the same bytes. Other generators and the hash order do not matter."""
     from transformers import AutoModelForCausalLM
 
-    drawn = []
+    lora_a_tensors = []
     for targets in (TARGETS, TARGETS[::-1]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(1)
@@ -81,9 +81,13 @@ def test_lora_a_is_drawn_only_from_the_cpu_generator(checkpoint_folder: Path) ->
                 AutoModelForCausalLM.from_pretrained(checkpoint_folder),
                 peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets),
             )
-        drawn.append({name: value for name, value in model.named_parameters() if "lora_A" in name})
-    assert drawn[0].keys() == drawn[1].keys()
-    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+        lora_a_tensors.append(
+            {name: value for name, value in model.named_parameters() if "lora_A" in name}
+        )
+    assert lora_a_tensors[0].keys() == lora_a_tensors[1].keys()
+    assert all(
+        torch.equal(lora_a_tensors[0][name], lora_a_tensors[1][name]) for name in lora_a_tensors[0]
+    )
 
 
 def test_tensor_names_in_the_adapter_file(model: Any, tmp_path: Path) -> None:
@@ -158,7 +162,7 @@ def test_disable_adapter_gives_the_outputs_of_the_base(base: Any) -> None:
 
 
 def test_loading_does_not_report_a_missing_tensor(model: Any) -> None:
-    """set_peft_model_state_dict takes a file with a tensor missing: our own check must come
+    """set_peft_model_state_dict accepts a file without one of the tensors, so we check the file
     first.
     """
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -172,7 +176,9 @@ def test_a_peft_model_has_the_attributes_of_its_base(base: Any) -> None:
 
 
 def test_the_fields_of_an_adapters_config_are_the_recorded_ones() -> None:
-    """What PEFT writes unasked, and which fields shape an adapter (config.adapter_facts)."""
+    """The fields that PEFT always writes, and the fields that define an adapter
+    (config.adapter_facts).
+    """
     from toolkit.config.adapter_facts import BOOKKEEPING, PEFT_DEFAULTS, SUPPORTED
     from toolkit.policy.lora_settings import LoraSettings
 

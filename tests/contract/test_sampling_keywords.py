@@ -32,7 +32,7 @@ def test_the_table_has_every_field_of_vllms_sampling_params() -> None:
     }
     public = {name for name in field_names if not name.startswith("_")}
     assert len(public) > 20
-    # vLLM 0.25.1 has not all fields of 0.31.
+    # vLLM 0.25.1 does not have all fields of 0.31.
     assert public <= set(KEYWORDS["vllm"]), "vLLM has a sampling keyword that nobody judged"
     newer = {"prompt_logprob_token_ids", "prompt_logprob_start", "watermarking"}
     assert set(KEYWORDS["vllm"]) - public <= newer
@@ -48,7 +48,7 @@ def test_the_fields_with_the_meaning_of_a_keyword_are_trls() -> None:
     for table in KEYWORDS.values():
         for keyword in table.values():
             assert keyword.field is None or keyword.field in field_names
-            # What is reproduced is read by train/rollout/sampler.sampled_distribution.
+            # train/rollout/sampler.sampled_distribution applies the keywords with REPRODUCED.
             assert keyword.effect is not Effect.REPRODUCED or (
                 keyword.field is not None or keyword.name.endswith("_penalty")
             )

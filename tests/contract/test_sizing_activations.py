@@ -1,8 +1,8 @@
-"""What autograd saves, and the peak of a backward pass, by transformers and PEFT themselves.
+"""The sizer's activation memory and the peak of a backward pass agree with transformers and PEFT.
 
-The models run on fake tensors (no memory, no arithmetic, real shapes), and every storage that
-comes into being is counted until it is gone. The sizer's count must be within 5 % of that, with
-checkpointing and without.
+The models run on fake tensors, which have real shapes but no memory and no arithmetic. The test
+counts every storage from its creation until it is freed. The sizer's result must be within 5 % of
+this count, with and without checkpointing.
 """
 
 import gc
@@ -40,7 +40,7 @@ BATCH, LENGTH = 4, 1024
 
 
 class _StorageCounter:
-    """Bytes of live storages: now, and at most."""
+    """Bytes of live storages: the current sum and its maximum."""
 
     def __init__(self, storages):
         self.live = dict.fromkeys(storages, 0)
@@ -119,7 +119,7 @@ def _make_parameters_fake(model, adapter_dtype):
 def _measured_peak(
     values, targets, checkpointing, *, is_half, shape=(BATCH, LENGTH), dropout=False
 ):
-    """Bytes of the largest moment of one forward and backward pass."""
+    """Peak bytes of one forward and backward pass."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -172,7 +172,7 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
+@pytest.mark.filterwarnings("ignore")  # warnings of torch about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     ("name", "targets", "is_half"),
@@ -186,7 +186,7 @@ def test_predicted_peak_is_that_of_autograd(name, targets, is_half, checkpointin
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
+@pytest.mark.filterwarnings("ignore")  # warnings of torch about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("is_half", [True, False], ids=["16", "32"])
 def test_attention_scores_of_a_long_sequence(checkpointing, is_half):
@@ -204,10 +204,12 @@ def test_attention_scores_of_a_long_sequence(checkpointing, is_half):
     assert predicted_without_softcap < 0.6 * predicted
 
 
-@pytest.mark.filterwarnings("ignore")  # upstream's, about fake and meta tensors
+@pytest.mark.filterwarnings("ignore")  # warnings of torch about fake and meta tensors
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_dropout_saves_a_copy_for_each_module(checkpointing):
-    """PEFT's own forward runs then. A mask is one byte on a GPU and four here, hence the width."""
+    """With dropout, PEFT's own forward pass runs. A mask has 1 byte per value on a GPU and 4 bytes
+    on a CPU, so the tolerance is larger.
+    """
     keywords = {"is_half": True, "dropout": True}
     measured = _measured_peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)
     predicted = _predicted_peak(LLAMA, SEVEN_PROJECTIONS, checkpointing, **keywords)

@@ -1,4 +1,4 @@
-"""Trainable parameters of an adapter are PEFT's own, for every architecture."""
+"""The sizer and PEFT count the same trainable parameters of an adapter, for every architecture."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TARGETS = {
 }
 
 
-# PEFT's, about the rank that it doubles for fused experts itself.
+# PEFT itself doubles the rank for fused experts, and warns about it.
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -38,7 +38,7 @@ def test_adapter_parameters_are_those_of_peft(name, targets):
         spec_from_values(values, name=name), 8, target_modules
     )
     settings = LoraConfig(r=8, target_modules=peft_targets, task_type="CAUSAL_LM")
-    if predicted == 0:  # names that the model has not (Phi-3 has fused projections)
+    if predicted == 0:  # the model has no such modules (Phi-3 has fused projections)
         with pytest.raises(ValueError, match="not found in the base model"):
             get_peft_model(model, settings, low_cpu_mem_usage=True)
         return

@@ -1,8 +1,9 @@
-"""KV bytes, weights, rotary tables and LoRA buffers are the real engine's own, for every
-architecture, on the CPU.
+"""The sizer's bytes of KV cache, weights, rotary tables and LoRA buffers are those of vLLM on a
+CPU, for every architecture.
 
-The model is built by vLLM (no weights are loaded, no engine is started); what it says its KV cache
-needs, what it holds and what its LoRA manager allocates are compared with the sizer's arithmetic.
+vLLM builds the model without loading weights or starting an engine. The test compares the sizer's
+results with the size of the KV cache that vLLM computes, with the parameters of the model, and with
+the buffers that vLLM's LoRA manager allocates.
 """
 
 import json
@@ -27,7 +28,7 @@ RANKS = (8, 64, 256)
 
 @pytest.fixture(scope="module")
 def process_groups(tmp_path_factory):
-    """vLLM's process groups of one process, made once."""
+    """vLLM's process groups for one process, created once."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     pytest.importorskip("vllm")
@@ -41,7 +42,7 @@ def process_groups(tmp_path_factory):
 
     torch.set_num_threads(1)
     if torch.distributed.is_initialized():
-        cleanup_dist_env_and_memory()  # left by another file's engine
+        cleanup_dist_env_and_memory()  # the groups of an engine in another test file
     store = tmp_path_factory.mktemp("groups") / "store"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
@@ -55,9 +56,7 @@ def _config_values(name):
 
 @pytest.fixture
 def tiny_model(process_groups, request, tmp_path):
-    """(vLLM's config, a function that builds the model anew, its KV cache specs) of one tiny
-    shape.
-    """
+    """The name of a tiny model, vLLM's config for it, and a function that builds the model."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel
@@ -117,7 +116,7 @@ def test_kv_cache_bytes_are_those_of_the_engine(tiny_model):
         }
         cache_groups = kv_cache_utils._get_kv_cache_groups_uniform_page_size(specs_by_layer)
         sequence = kv_cache_utils._max_memory_usage_bytes_from_groups(config, cache_groups)
-    else:  # states and pages have sizes of their own until an engine has aligned them
+    else:  # states and pages have different sizes until an engine aligns them
         sequence = sum(layer_spec.max_memory_usage_bytes(config) for layer_spec in specs)
     computed = kv_bytes.sequence_bytes(
         spec, LENGTH, ELEMENT_BYTES, block_tokens=block_tokens, batched_tokens=LENGTH
@@ -130,7 +129,7 @@ def test_weight_and_rotary_table_bytes_are_those_of_the_engine(tiny_model):
     name, _, build = tiny_model
     model = build()
     spec = spec_from_values(_config_values(name), name=name)
-    # DeepSeek's correction bias, one number an expert, is a buffer in transformers.
+    # DeepSeek's correction bias (one number for each expert) is a buffer in transformers.
     parameters = [
         parameter
         for key, parameter in model.named_parameters()
@@ -145,7 +144,9 @@ def test_weight_and_rotary_table_bytes_are_those_of_the_engine(tiny_model):
         for key, table in module.named_buffers(recurse=False)
         if key.endswith("cos_sin_cache")
     }
-    if type(model).__name__.startswith("Transformers"):  # this backend computes them each time
+    if type(model).__name__.startswith(
+        "Transformers"
+    ):  # this backend computes the tables in each pass
         assert not tables
     else:
         assert sum(table.nbytes(ELEMENT_BYTES) for table in spec.rope_tables) == sum(
@@ -184,7 +185,7 @@ def test_lora_buffers_are_those_of_the_engine(tiny_model, monkeypatch):
 
 @ALL_MODELS
 def test_slots_on_the_projections_are_those_of_the_engine(tiny_model):
-    """As this toolkit opens it: nothing for experts, embeddings and head."""
+    """The slots that the toolkit asks for: none for experts, embeddings and lm_head."""
     name, _, _ = tiny_model
     spec = spec_from_values(_config_values(name), name=name)
     for rank in RANKS:
@@ -197,7 +198,7 @@ def test_slots_on_the_projections_are_those_of_the_engine(tiny_model):
 @pytest.mark.parametrize("tiny_model", ["deepseek_v3"], indirect=True)
 @pytest.mark.parametrize("target", ["kv_a_proj_with_mqa", "q_a_proj", "kv_b_proj"])
 def test_slots_of_latent_attention_are_those_of_the_engine(tiny_model, target):
-    """One name of a fused layer gives slots to the whole of it."""
+    """One name of a fused layer gives slots to the whole fused layer."""
     name, _, _ = tiny_model
     spec = spec_from_values(_config_values(name), name=name)
     assert lora_bytes.engine_lora_elements(
@@ -251,7 +252,9 @@ MODELS_WITH_EXPERTS = [
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("name", MODELS_WITH_EXPERTS)
 def test_expert_buffers_are_those_of_the_engine(process_groups, name, rank):
-    """The two allocating methods of FusedMoEWithLoRA (or its 3D form) on the shape."""
+    """The two methods of FusedMoEWithLoRA (or of its 3D form) that allocate buffers, called with
+    the sizes of the model.
+    """
     from types import SimpleNamespace
 
     import torch

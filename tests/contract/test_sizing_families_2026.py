@@ -1,4 +1,6 @@
-"""The families of 2026: parameters and adapted layers are transformers' own, and they are sized."""
+"""For the model families of 2026, the sizer has the parameters and the linear layers that
+transformers creates.
+"""
 
 from __future__ import annotations
 

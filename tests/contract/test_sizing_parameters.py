@@ -1,4 +1,4 @@
-"""Parameter counts are transformers' own, to the parameter, for every shape of the table."""
+"""The sizer's parameter counts are exactly those of transformers for the models of shapes.json."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_parameter_counts_are_those_of_the_meta_model(shape):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    # What a quantized checkpoint stores is the same model: its count is that of the plain one.
+    # A quantized checkpoint has the parameter count of the model that is not quantized.
     values = {key: value for key, value in shape["config"].items() if key != "quantization_config"}
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     auto = AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
@@ -28,8 +28,8 @@ def test_parameter_counts_are_those_of_the_meta_model(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape["id"] for shape in SHAPES])
 def test_linears_are_modules_of_the_model(shape):
-    """Every adapted module of the table exists under its name, with its sizes: LoRA counts rest on
-    it.
+    """Every adapted module of the table exists under its name with its sizes. The LoRA counts
+    depend on this.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

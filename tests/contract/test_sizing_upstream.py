@@ -1,4 +1,6 @@
-"""What the sizer took from TRL and vLLM by reading them, held to the installed versions."""
+"""The constants that the sizer has from the sources of TRL and vLLM are those of the installed
+versions.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""The texts that toolkit.base.symptoms looks for still stand in the installed vLLM and torch."""
+"""The texts that toolkit.base.symptoms searches for are in the source of the installed vLLM and
+torch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def test_the_text_is_still_in_the_upstream_source(symptom: str) -> None:
     source = (Path(spec.origin).parent / file).read_text(encoding="utf-8")
     match_in_source = re.search(pattern, source)
     assert match_in_source, f"{package}/{file} no longer says {pattern!r}"
-    # The message as it is printed: adjacent literals joined, a number for every placeholder.
+    # The printed message: adjacent literals are joined, and placeholders become numbers.
     excerpt = source[max(0, match_in_source.start() - 200) : match_in_source.start() + 600]
     printed = re.sub(r"\"\s*\n\s*f?\"", "", excerpt)
     printed = re.sub(r"\{[^{}]*\}", "32", printed)

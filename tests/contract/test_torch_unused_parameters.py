@@ -1,5 +1,5 @@
-"""What torch says where ranks train a parameter that has no part in the loss: the run tells how to
-have such parameters looked for.
+"""torch's error if several processes train a parameter that does not affect the loss. The error of
+the run names the key that makes torch search for such parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.contract
 
 
 class ModelWithUnusedLayer(nn.Module):
-    """Of its two layers one is used."""
+    """A model that uses only one of its two layers."""
 
     def __init__(self) -> None:
         super().__init__()

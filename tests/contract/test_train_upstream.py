@@ -18,7 +18,7 @@ GRPO = find_schema("run")["properties"]["grpo"]["properties"]
 
 @cache
 def function_names(package: str, file: str) -> set[str] | None:
-    """The names of all functions in a file; None where there is no such file."""
+    """The names of all functions in a file; None if there is no such file."""
     folder = package_folder(package)
     assert folder is not None
     path = folder / file

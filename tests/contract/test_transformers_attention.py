@@ -1,4 +1,4 @@
-"""transformers 5.17: which attention functions keep a soft cap (toolkit.policy.attention)."""
+"""transformers 5.17: which attention functions apply a softcap (toolkit.policy.attention)."""
 
 from __future__ import annotations
 

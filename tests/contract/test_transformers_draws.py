@@ -1,4 +1,6 @@
-"""The seam of transformers that draws of a row's own seed go through (engine/hf_sampling)."""
+"""The interface of transformers through which engine/hf_sampling samples each row with its own
+seed.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ def test_generate_accepts_a_decoding_function() -> None:
 
 
 def test_the_decoding_function_has_the_parameters_of_sample() -> None:
-    ours = list(inspect.signature(RowSampler.decode).parameters)[2:6]
-    theirs = list(inspect.signature(GenerationMixin._sample).parameters)[1:5]
-    assert ours == theirs, "GenerationMixin._sample has other arguments"
+    our_parameters = list(inspect.signature(RowSampler.decode).parameters)[2:6]
+    upstream_parameters = list(inspect.signature(GenerationMixin._sample).parameters)[1:5]
+    assert our_parameters == upstream_parameters, "GenerationMixin._sample has other arguments"
 
 
 def test_logits_processors_run_before_the_draw() -> None:

@@ -1,5 +1,5 @@
-"""How transformers' configs say that a model is a mixture of experts: the engine and the loader
-ask a loaded config by ``config.targets``' names, which are those of config.json.
+"""A loaded config of transformers has the names by which config.lora_targets finds out whether a
+model is a mixture of experts. They are the names in config.json.
 """
 
 from __future__ import annotations

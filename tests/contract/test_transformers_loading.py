@@ -1,5 +1,5 @@
-"""transformers 5.17 and TRL 1.16: what toolkit.policy leans on in loading, checkpointing,
-generation.
+"""The behaviour of transformers 5.17 and TRL 1.16 in loading, gradient checkpointing and generation
+that toolkit.policy depends on.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def test_enabling_twice_adds_a_second_hook_unless_the_first_is_removed(model: An
     assert len(embeddings._forward_hooks) == 2
     from toolkit.policy.gradient_checkpointing import apply_checkpointing
 
-    other = type(model)(model.config)
-    apply_checkpointing(other, True, max_seq_length=8)
+    second_model = type(model)(model.config)
+    apply_checkpointing(second_model, True, max_seq_length=8)
     for _ in range(3):
-        other.gradient_checkpointing_enable()
-    assert len(other.get_input_embeddings()._forward_hooks) == 1
+        second_model.gradient_checkpointing_enable()
+    assert len(second_model.get_input_embeddings()._forward_hooks) == 1
 
 
 def test_trl_enables_checkpointing_again_only_with_its_own_kwargs(model: Any) -> None:
-    """trl.models.utils.disable_gradient_checkpointing knows no offload: hence _override_enable."""
+    """TRL's disable_gradient_checkpointing has no offload, so _override_enable is needed."""
     from trl.models.utils import disable_gradient_checkpointing
 
     calls: list[tuple[Any, ...]] = []
@@ -78,7 +78,7 @@ def test_trl_enables_checkpointing_again_only_with_its_own_kwargs(model: Any) ->
 
 
 def test_checkpointing_is_off_in_evaluation_mode(model: Any) -> None:
-    """TransformersEngine only switches to evaluation mode: the cache must then be used."""
+    """TransformersEngine only switches to evaluation mode, and then needs the cache."""
     model.gradient_checkpointing_enable()
     model.eval()
     assert model(torch.tensor([[4, 5]]), use_cache=True).past_key_values is not None
@@ -105,12 +105,14 @@ def test_positions_are_in_rope_parameters(model: Any) -> None:
 
 
 def test_unset_generation_settings_are_those_of_the_checkpoint(model: Any) -> None:
-    """So TransformersEngine writes every one that matters."""
+    """So TransformersEngine sets every generation setting that it needs."""
     model.generation_config = GenerationConfig(top_k=7, repetition_penalty=1.5)
     filled, _ = model._prepare_generation_config(GenerationConfig(max_new_tokens=2))
     assert (filled.top_k, filled.repetition_penalty) == (7, 1.5)
-    kept, _ = model._prepare_generation_config(GenerationConfig(top_k=0, repetition_penalty=1.0))
-    assert (kept.top_k, kept.repetition_penalty) == (0, 1.0)
+    explicit, _ = model._prepare_generation_config(
+        GenerationConfig(top_k=0, repetition_penalty=1.0)
+    )
+    assert (explicit.top_k, explicit.repetition_penalty) == (0, 1.0)
 
 
 def test_scores_are_the_processed_logits(model: Any) -> None:

@@ -1,5 +1,5 @@
-"""Our head in the place of TRL's: the same numbers where nothing is dropped, for every way in which
-a model scales or caps its logits; and what TRL asks of it.
+"""The toolkit's LM head in the place of TRL's fused head. If no token is dropped, both give the
+same outputs, for every way in which a model scales or caps its logits.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def outputs_and_gradient(model: Any, loss: bool = True) -> tuple[Any, torch.Tens
     return out, gradient
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_our_head_gives_the_outputs_of_trls(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", KINDS)
+def test_our_head_gives_the_outputs_of_trls(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **KINDS[kind]})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **KINDS[family]})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     original_forward = model.forward
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     trl_outputs, trl_gradient = outputs_and_gradient(model)
     monkeypatch.setattr(kept_set, "CHUNK_ELEMENTS", 150)  # three tokens at a time
-    # A top-p of all but nothing: our head, and no token dropped.
+    # With a top-p slightly below 1 our head runs, but drops no token.
     with sampled_head_installed(fake_trainer(model, temperature=0.7, top_p=1 - 1e-9), model):
         our_outputs, our_gradient = outputs_and_gradient(model)
     for name in OUTPUT_NAMES:
@@ -77,7 +77,7 @@ def test_our_head_gives_the_outputs_of_trls(kind: str, monkeypatch: pytest.Monke
         if our_output is not None:
             torch.testing.assert_close(our_output, trl_output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(our_gradient, trl_gradient, atol=1e-5, rtol=1e-4)
-    assert model.forward != original_forward  # TRL's is in its place again
+    assert model.forward != original_forward  # TRL's forward is restored
     assert isinstance(outputs_and_gradient(model)[0], FusedCausalLMOutput)
 
 
@@ -101,8 +101,8 @@ def test_without_tokens_to_score_the_output_is_zero_with_a_gradient() -> None:
         )
         assert out.log_probs.tolist() == [[0.0] * 3]
         out.log_probs.sum().backward()
-        plain = model(input_ids=ids)  # any other call is the model's own
-    assert plain.logits.shape == (1, 4, 50)
+        model_output = model(input_ids=ids)  # any other call uses the model's own forward
+    assert model_output.logits.shape == (1, 4, 50)
 
 
 def test_trl_still_calls_the_fused_head_like_this() -> None:

@@ -1,4 +1,6 @@
-"""What the rewards lean on in TRL: how it calls them, names them, and tells async ones apart."""
+"""The behaviour of TRL that the rewards depend on: how it calls rewards, names them, and detects
+async functions.
+"""
 
 from __future__ import annotations
 

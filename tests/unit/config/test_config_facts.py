@@ -1,4 +1,6 @@
-"""What rules read beside the run file: models, data sets, modules; hostile ones too."""
+"""Facts about models and data sets that rules read besides the run file. Some of the files are
+hostile.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def parse_run_file(folder: Path, text: str) -> Document:
-    """A run file in ``folder``."""
+    """The document of a run file in ``folder``."""
     return parse_source(Source("run.yaml", text, folder, folder / "run.yaml"))
 
 
@@ -150,7 +152,7 @@ def test_a_saved_folder_and_its_splits(tmp_path: Path) -> None:
 
 
 def model_of(config: dict[str, Any], folder: Path = Path("/")) -> ModelFacts:
-    """A model by its config."""
+    """The facts of a model with this config.json."""
     return ModelFacts(folder, config)
 
 

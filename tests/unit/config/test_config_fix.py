@@ -1,4 +1,4 @@
-"""--fix: what it may do alone, what it says, and what it leaves to a person."""
+"""--fix: what it changes, what it reports, and what it leaves to the user."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_keys_move_in_every_format(form: str, before: str, after: str) -> None:
     [
         "loss_tipe: 3",  # no value of loss_type
         "num_generation: many",
-        "num_generation: 8\n  num_generations: 8",  # written already
+        "num_generation: 8\n  num_generations: 8",  # the current key is set too
         "use_vllm: maybe",
         "vllm_mode: server",  # its meaning cannot be kept
         "vllm_gpu_memory_utilization: 30",

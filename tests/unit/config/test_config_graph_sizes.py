@@ -1,4 +1,4 @@
-"""For which batches CUDA graphs are captured."""
+"""The batch sizes for which CUDA graphs are captured."""
 
 from __future__ import annotations
 

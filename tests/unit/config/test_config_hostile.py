@@ -1,4 +1,4 @@
-"""No input crashes the validator: a short draw of what the fuzz script draws at length."""
+"""No input crashes the validator. The fuzz script tests more inputs of the same kind."""
 
 from __future__ import annotations
 

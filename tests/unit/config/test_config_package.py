@@ -1,4 +1,4 @@
-"""Every name that the packages with imports on first use offer can be imported."""
+"""Every name in the __all__ of a package with lazy imports can be imported."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""YAML, JSON and TOML to nodes: the values of a trusted reader, and places that point at what
-they name.
+"""The readers of YAML, JSON and TOML give the values that a trusted reader gives, and every node
+has the position of its value in the file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read(text: str, form: str) -> Document:
 
 
 def assert_positions_are_correct(root: Node) -> None:
-    """Each scalar's span is its spelling, each key's span the key, and lines agree with offsets."""
+    """Each node has the line and column of its offset, and the span of a key contains the key."""
     text = root.source.text
     for path, node in root.walk():
         start = node.position.start
@@ -49,7 +49,7 @@ def assert_positions_are_correct(root: Node) -> None:
         assert node.position.column == start - (text.rfind("\n", 0, start) + 1) + 1
         if (
             node.key_position is not None and root.source.format != "toml"
-        ):  # a dotted key has one place
+        ):  # the parts of a dotted key share one position
             assert str(path[-1]) in text[node.key_position.start : node.key_position.end]
 
 
@@ -70,7 +70,9 @@ def test_json_values_equal_those_of_the_standard_library(
 @NO_DEADLINE
 @given(MAPPINGS)
 def test_the_yaml_reader_reads_json(tree: Any) -> None:
-    """YAML 1.2 is a superset of JSON; ASCII escapes aside, which libyaml reads as code units."""
+    """YAML 1.2 is a superset of JSON. ASCII escapes are left out, because libyaml reads them as
+    code units.
+    """
     text = json.dumps(tree, ensure_ascii=False)
     if any(not character.isprintable() for character in text):
         return

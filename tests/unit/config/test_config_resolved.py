@@ -1,4 +1,4 @@
-"""One resolved run: engine, dtype and what is asked of the node, from the file and the machine."""
+"""A resolved run: engine, dtype and the needs of the run, from the run file and the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rows against the prompts of a generation batch, where the fixtures do not reach."""
+"""GRPO043 compares rows with the prompts of a generation batch. Cases that the fixtures do not
+have.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 def row_findings(
     folder: Path, world_size: int = 1, rows: int | None = 12, **changes: Any
 ) -> list[Finding]:
-    """What GRPO043 says of a run with ``rows`` rows; None is a data set that is elsewhere."""
+    """The findings of GRPO043 on a run with ``rows`` rows. None means that the data set is not on
+    this machine.
+    """
     if rows is not None:
         lines = [json.dumps({"question": str(n), "answer": str(n)}) for n in range(rows)]
         (folder / "train.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""From a run file to the frozen config: values, paths, layers; and errors as callers meet them."""
+"""From a run file to the frozen config: values, paths, overrides, and the errors of load_run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ lora: {target_modules: [q_proj, v_proj], lora_dropout: 0}
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    """A run file two folders down."""
+    """A run file two folders below the test folder."""
     path = tmp_path / "a" / "b" / "run.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(RUN, "utf-8")
@@ -54,7 +54,7 @@ def test_the_config_is_frozen_all_the_way_down(run_file: Path) -> None:
         config.grpo["beta"] = 1  # type: ignore[index]  # the point of the test
     with pytest.raises(TypeError):
         config.reward.functions[0].options["tag"] = "x"  # type: ignore[index]  # the same
-    assert "num_generations" not in config.grpo  # only what is written
+    assert "num_generations" not in config.grpo  # only keys that the run file sets
 
 
 def test_thawing_undoes_freezing() -> None:
@@ -68,8 +68,8 @@ def test_paths_are_relative_to_the_file_that_they_are_written_in(run_file: Path)
     config = load_run(run_file)
     folder = run_file.parent
     assert config.source == str(run_file)
-    assert config.model.model_name == "org/name"  # nothing is there: a hub id
-    assert config.dataset.path == str(folder / "data" / "train.jsonl")  # can be nothing but a path
+    assert config.model.model_name == "org/name"  # no such folder, so it is a hub id
+    assert config.dataset.path == str(folder / "data" / "train.jsonl")  # can only be a path
     assert config.dataset.eval_path == "org/data"
     assert config.runtime.output_dir == str(folder.parent / "out")
     assert config.runtime.resume == "auto"

@@ -55,13 +55,13 @@ def auto_needs_batch_size(run: Run) -> Iterator[RuleViolation]:
         return
     if len(auto_keys) == 1:
         other_key = ACCUMULATION_STEPS if auto_keys == [MICRO_BATCH_SIZE] else MICRO_BATCH_SIZE
-        name, written = auto_keys[0].rpartition(".")[2], run.is_set(other_key)
+        name, is_other_set = auto_keys[0].rpartition(".")[2], run.is_set(other_key)
         yield RuleViolation(
-            other_key if written else auto_keys[0],
+            other_key if is_other_set else auto_keys[0],
             f"must be auto because {name} is auto, got {run.value(other_key)}"
-            if written
+            if is_other_set
             else f"is auto, but {other_key.rpartition('.')[2]} is not: both must be auto",
-            notes=(run.describe(auto_keys[0] if written else other_key),),
+            notes=(run.describe(auto_keys[0] if is_other_set else other_key),),
             fixes=(run.set_fix(other_key, "auto"),),
             related=(auto_keys[0],),
         )

@@ -67,22 +67,22 @@ def best_metric_exists(run: Run) -> Iterator[RuleViolation]:
         return
     name = metric.removeprefix("eval_")
     rewards, only_builtins = _reward_metric_names(run)
-    known = (
+    metrics = (
         *METRICS,
-        *(f"rewards/{reward}/{part}" for reward in rewards for part in ("mean", "std")),
+        *(f"rewards/{reward}/{statistic}" for reward in rewards for statistic in ("mean", "std")),
     )
-    if name in known or name in CONDITIONAL_METRICS:
+    if name in metrics or name in CONDITIONAL_METRICS:
         return
     bare_name = name.removeprefix("eval/")
     suggestion = (
         _TRAINER_METRIC_NAMES.get(bare_name)
-        or (bare_name if bare_name in known else nearest(bare_name, known))
+        or (bare_name if bare_name in metrics else nearest(bare_name, metrics))
         or "reward"
     )
     yield RuleViolation(
         METRIC,
         f"the evaluation has no metric {metric}",
-        notes=(f"its metrics: {', '.join((*known[:4], *known[len(METRICS) :]))} and others",),
+        notes=(f"its metrics: {', '.join((*metrics[:4], *metrics[len(METRICS) :]))} and others",),
         fixes=(run.set_fix(METRIC, suggestion),),
         # A name from metrics.jsonl (eval/reward) is never a metric of the trainer, even if reward
         # functions log metrics.

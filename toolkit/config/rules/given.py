@@ -32,11 +32,11 @@ def columns_reach_the_rewards(run: Run) -> Iterator[RuleViolation]:
     The trainer drops such a column, so rewards do not receive it. dataset.prompt and dataset.answer
     may name such a column, because rewards receive it as the prompt or the answer.
     """
-    used = {run.value("dataset.prompt"), run.value("dataset.answer")}
+    prompt_and_answer = {run.value("dataset.prompt"), run.value("dataset.answer")}
     for path_key in _PATH_KEYS:
         data = read_data_facts(run.document, path_key)
         for name in (data.columns or ()) if data is not None else ():
-            if name in WITHHELD_COLUMNS and name not in used:
+            if name in WITHHELD_COLUMNS and name not in prompt_and_answer:
                 assert data is not None
                 reason = WITHHELD_COLUMNS[name].format(name=name)
                 yield RuleViolation(

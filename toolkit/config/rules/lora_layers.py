@@ -47,13 +47,15 @@ def layers_exist(run: Run) -> Iterator[RuleViolation]:
     assert layer_count is not None
     assert run.model is not None
     layer_list = [layers] if isinstance(layers, int) else list(layers)
-    kept = [layer for layer in layer_list if layer not in missing_layers]
+    existing_layers = [layer for layer in layer_list if layer not in missing_layers]
     yield RuleViolation(
         _LAYERS,
         f"the model has no layer {', '.join(map(str, missing_layers))}: it has {layer_count} "
         f"layers (0 to {layer_count - 1})",
         notes=(f"num_hidden_layers in {run.model.source}",),
-        fixes=(Fix(f"layers_to_transform: {kept}"),) if kept else (run.set_fix(_LAYERS, None),),
+        fixes=(Fix(f"layers_to_transform: {existing_layers}"),)
+        if existing_layers
+        else (run.set_fix(_LAYERS, None),),
     )
 
 

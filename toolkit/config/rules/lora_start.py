@@ -66,7 +66,7 @@ def adapter_matches_lora_keys(run: Run) -> Iterator[RuleViolation]:
             severity=Severity.WARNING,
         )
     for name in INHERITED:
-        key, adapter_value = f"lora.{name}", run.adapter.get(name)
+        key, adapter_value = f"lora.{name}", run.adapter_settings.get(name)
         if not run.is_set(key):
             continue
         if name in ("rank_pattern", "alpha_pattern"):

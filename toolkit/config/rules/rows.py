@@ -70,16 +70,16 @@ def rows_fill_a_generation(run: Run) -> Iterator[RuleViolation]:
     needed_rows = batch // group
     if rows >= needed_rows:
         return
-    limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
+    is_limited = run.node(_LIMIT) is not None and rows == run.get(_LIMIT)
     yield RuleViolation(
-        _LIMIT if limited else _PATH,
+        _LIMIT if is_limited else _PATH,
         f"{rows} rows do not fill one generation batch of {needed_rows} prompts: nothing is "
         "trained",
         notes=(
             f"prompts = {batch} completions / {run.describe(GROUP_SIZE)}; completions = {formula}",
             f"rows = {origin}",
         ),
-        fixes=_row_fixes(run, rows, needed_rows, key_to_fix, limited=limited),
+        fixes=_row_fixes(run, rows, needed_rows, key_to_fix, is_limited=is_limited),
         related=(key_to_fix, GROUP_SIZE),
     )
 
@@ -99,7 +99,7 @@ def _row_count(run: Run) -> tuple[int | None, str]:
 
 
 def _row_fixes(
-    run: Run, rows: int, needed_rows: int, key_to_fix: str, *, limited: bool
+    run: Run, rows: int, needed_rows: int, key_to_fix: str, *, is_limited: bool
 ) -> tuple[Fix, ...]:
     """The possible fixes: a smaller generation batch that the rows fill, and a higher dataset.limit
     if the data may have enough rows.
@@ -107,17 +107,17 @@ def _row_fixes(
     fixes = []
     group = run.value(GROUP_SIZE)
     if key_to_fix == GENERATION_BATCH_SIZE:
-        auto = "auto" in (run.get(MICRO_BATCH_SIZE), run.get(ACCUMULATION_STEPS))
-        step = run.replicas if auto else micro_batch_size(run) * run.replicas
-        size = _largest_multiple(step, rows * group, group)
+        is_auto = "auto" in (run.get(MICRO_BATCH_SIZE), run.get(ACCUMULATION_STEPS))
+        size_multiple = run.replicas if is_auto else micro_batch_size(run) * run.replicas
+        size = _largest_multiple(size_multiple, rows * group, group)
         if size:
             fixes.append(run.set_fix(GENERATION_BATCH_SIZE, size))
     else:
-        step = micro_batch_size(run) * run.replicas
-        size = _largest_multiple(step, rows * group, group)
+        size_multiple = micro_batch_size(run) * run.replicas
+        size = _largest_multiple(size_multiple, rows * group, group)
         if size:
-            fixes.append(run.set_fix(key_to_fix, size // step))
-    if limited:
+            fixes.append(run.set_fix(key_to_fix, size // size_multiple))
+    if is_limited:
         data = read_data_facts(run.document, "path")
         may_have_enough_rows = (
             data is None

@@ -32,8 +32,8 @@ class SkipRule(Exception):
 def default_value(path: str) -> Any:
     """The default of a dotted key in the schema; None if it has no default."""
     schema = find_schema("run")
-    for part in path.split("."):
-        schema = schema["properties"][part]
+    for name in path.split("."):
+        schema = schema["properties"][name]
     return schema.get("default")
 
 
@@ -93,7 +93,9 @@ class Run:
         if not self.is_set(path):
             name = path.removeprefix("lora.")
             return (
-                self.adapter[name] if path != name and name in self.adapter else default_value(path)
+                self.adapter_settings[name]
+                if path != name and name in self.adapter_settings
+                else default_value(path)
             )
         node = self.node(path)
         assert node is not None
@@ -177,11 +179,11 @@ class Run:
         """The engine that generates: ``vllm``, ``transformers`` or ``maybe``. ``maybe`` means vLLM
         where it is installed, else transformers.
         """
-        engine, fast = self.get("runtime.engine"), self.get("model.fast_inference")
-        return resolve_engine(engine, fast, self.situation)
+        engine, fast_inference = self.get("runtime.engine"), self.get("model.fast_inference")
+        return resolve_engine(engine, fast_inference, self.situation)
 
     @cached_property
-    def adapter(self) -> dict[str, Any]:
+    def adapter_settings(self) -> dict[str, Any]:
         """The lora settings of the adapter at ``lora.adapter_path``; {} if this key is not set."""
         from toolkit.config.adapter_facts import inherited_settings  # noqa: PLC0415 - only if a rule needs it
 

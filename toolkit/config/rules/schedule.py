@@ -125,11 +125,11 @@ def plateau_needs_evaluation(run: Run) -> Iterator[RuleViolation]:
     These schedules change the learning rate according to an evaluation metric, so they need
     evaluations.
     """
-    kind = run.value(_SCHEDULER)
-    if kind in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
+    schedule = run.value(_SCHEDULER)
+    if schedule in ("reduce_lr_on_plateau", "greedy") and run.value(_EVAL) == "no":
         yield RuleViolation(
             _SCHEDULER,
-            f"the schedule {kind} needs evaluations, but there are none",
+            f"the schedule {schedule} needs evaluations, but there are none",
             notes=(run.describe(_EVAL),),
             fixes=(run.set_fix(_SCHEDULER, "linear"),),
             related=(_EVAL,),

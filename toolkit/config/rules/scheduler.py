@@ -159,8 +159,8 @@ def _legal_values(name: str, node: Node) -> str | None:
         return None if isinstance(value, bool) else f"true or false for {name}"
     if name in SCHEDULE_INTEGERS:
         minimum = 1 if name in ("timescale", "window_size") else 0
-        fits = type(value) is int and value >= minimum
-        return None if fits else f"a whole number of at least {minimum} for {name}"
+        is_valid = type(value) is int and value >= minimum
+        return None if is_valid else f"a whole number of at least {minimum} for {name}"
     if name in ("min_lr", "max_lr") and isinstance(value, list):
         return None  # one value for each parameter group
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -196,14 +196,14 @@ def compiler_is_known(run: Run) -> Iterator[RuleViolation]:
 
     Each of the two keys turns torch_compile on. Only the backend inductor has modes.
     """
-    for key, known in ((_BACKEND, COMPILE_BACKENDS), (_MODE, COMPILE_MODES)):
+    for key, legal_names in ((_BACKEND, COMPILE_BACKENDS), (_MODE, COMPILE_MODES)):
         name = run.get(key)
-        if name is None or str(name).lower() in known:
+        if name is None or str(name).lower() in legal_names:
             continue
         yield RuleViolation(
             key,
-            f"{name} is not one of {', '.join(known)}",
-            fixes=(run.set_fix(key, nearest(str(name), known)),),
+            f"{name} is not one of {', '.join(legal_names)}",
+            fixes=(run.set_fix(key, nearest(str(name), legal_names)),),
         )
     backend = run.get(_BACKEND)
     if run.get(_MODE) is not None and backend is not None and backend != "inductor":

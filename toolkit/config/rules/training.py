@@ -213,9 +213,9 @@ def plausible_learning_rate(run: Run) -> Iterator[RuleViolation]:
     """
     rate = run.value("grpo.learning_rate")
     if not MIN_PLAUSIBLE_RATE <= rate <= MAX_PLAUSIBLE_RATE:
-        fault = "below 1e-7" if rate < MIN_PLAUSIBLE_RATE else "above 1"
+        comparison = "below 1e-7" if rate < MIN_PLAUSIBLE_RATE else "above 1"
         yield RuleViolation(
             "grpo.learning_rate",
-            f"the rate {rate} is {fault}, probably because the exponent is wrong",
+            f"the rate {rate} is {comparison}, probably because the exponent is wrong",
             fixes=(run.set_fix("grpo.learning_rate", 1e-6),),
         )
