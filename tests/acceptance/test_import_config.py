@@ -218,8 +218,8 @@ def test_a_hostile_name_stays_in_its_comment(form: str, tmp_path: Path) -> None:
     run(path, "--from", form, "--to", tmp_path / "run.yaml")
     document = load_document(tmp_path / "run.yaml")
     assert document.findings == []
-    assert document.node(("runtime", "allow_code")) is None
-    assert document.node(("runtime", "output_dir")) is not None
+    assert document.find_node(("runtime", "allow_code")) is None
+    assert document.find_node(("runtime", "output_dir")) is not None
 
 
 def test_from_selects_the_format_of_an_ambiguous_file(tmp_path: Path) -> None:

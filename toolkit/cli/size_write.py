@@ -42,7 +42,7 @@ def write_chosen_values(document: Document, resolved: RunConfig) -> str:
     expected = parse_source(source).root.to_plain()
     for section, names in WRITABLE_KEYS.items():
         for name in names:
-            node = document.node((section, name))
+            node = document.find_node((section, name))
             if node is None or node.value != "auto":
                 continue
             section_values = getattr(resolved, section)

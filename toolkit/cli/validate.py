@@ -155,7 +155,7 @@ def _interval_findings(
     """Yield a LOAD008 finding if gpu_memory_utilization in the run file is outside the interval
     that the sizer computes for the card that ``--gpu`` names.
     """
-    node = document.node(("model", "gpu_memory_utilization"))
+    node = document.find_node(("model", "gpu_memory_utilization"))
     if outcome.config is None or node is None or not isinstance(node.value, float):
         return
     from toolkit.base.errors import ToolkitError  # noqa: PLC0415

@@ -57,13 +57,13 @@ def inherited_settings(node: Node | None) -> dict[str, Any]:
     if node is None or not isinstance(node.value, str):
         return {}
     values = read_adapter(resolve_path(node.value, node)) or {}
-    found = {name: values[name] for name in INHERITED if values.get(name) is not None}
-    alpha = found.get("lora_alpha")
+    settings = {name: values[name] for name in INHERITED if values.get(name) is not None}
+    alpha = settings.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
-        found["lora_alpha"] = int(alpha)
-    if isinstance(found.get("target_modules"), list):
-        found["target_modules"] = sorted(map(str, found["target_modules"]))
-    return found
+        settings["lora_alpha"] = int(alpha)
+    if isinstance(settings.get("target_modules"), list):
+        settings["target_modules"] = sorted(map(str, settings["target_modules"]))
+    return settings
 
 
 def unsupported_fields(values: Mapping[str, Any]) -> list[str]:

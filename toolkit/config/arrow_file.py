@@ -34,19 +34,19 @@ def arrow_fault(file: IO[bytes]) -> str | None:
             return "the file is cut short: it does not end with Arrow's magic number"
         start, size = 8, size - len(MAGIC) - 4
     try:
-        return _walk(file, start, size)
+        return _find_message_fault(file, start, size)
     except (struct.error, IndexError, OverflowError):
         return "the metadata of a message cannot be read"
 
 
-def _walk(file: IO[bytes], at: int, end: int) -> str | None:
+def _find_message_fault(file: IO[bytes], offset: int, end: int) -> str | None:
     for number in range(MAX_MESSAGES):
-        file.seek(at)
-        head = file.read(8)
-        if len(head) < 8:
+        file.seek(offset)
+        header = file.read(8)
+        if len(header) < 8:
             # a stream may end without an end mark
             return "the file contains no schema" if number == 0 else None
-        mark, length = struct.unpack("<II", head)
+        mark, length = struct.unpack("<II", header)
         if mark != CONTINUATION:
             return (
                 "the file does not begin like an Arrow file or stream"
@@ -55,10 +55,10 @@ def _walk(file: IO[bytes], at: int, end: int) -> str | None:
             )
         if length == 0:
             return "the file contains no schema" if number == 0 else None
-        if length > min(MAX_METADATA_BYTES, end - at):
+        if length > min(MAX_METADATA_BYTES, end - offset):
             return f"message {number + 1} is longer than the file"
-        at += 8 + length + _body_length(file.read(length))
-        if at > end:
+        offset += 8 + length + _body_length(file.read(length))
+        if offset > end:
             return f"the file is cut short inside message {number + 1}"
     return None
 
@@ -71,12 +71,12 @@ def _body_length(metadata: bytes) -> int:
     the offset of each field.
     """
     (table,) = struct.unpack_from("<I", metadata, 0)
-    (back,) = struct.unpack_from("<i", metadata, table)
-    (size,) = struct.unpack_from("<H", metadata, table - back)
-    place = 4 + 2 * _BODY_LENGTH
-    if place + 2 > size:
+    (vtable_distance,) = struct.unpack_from("<i", metadata, table)
+    (vtable_size,) = struct.unpack_from("<H", metadata, table - vtable_distance)
+    field_offset = 4 + 2 * _BODY_LENGTH
+    if field_offset + 2 > vtable_size:
         return 0  # a missing field has its default value
-    (offset,) = struct.unpack_from("<H", metadata, table - back + place)
+    (offset,) = struct.unpack_from("<H", metadata, table - vtable_distance + field_offset)
     if offset == 0:
         return 0
     (length,) = struct.unpack_from("<q", metadata, table + offset)

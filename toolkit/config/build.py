@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
     from toolkit.config.document import Document, Node
 
-_FLOATS = ("lora_dropout", "timeout_s")
+_FLOAT_KEYS = ("lora_dropout", "timeout_s")
 # Keys whose value may be a file or a folder. run_paths.local_path decides whether a value is a path
 # or a hub id.
-_PATHS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path", "python")
+_PATH_KEYS = ("model_name", "path", "eval_path", "output_dir", "resume", "adapter_path", "python")
 
 
 def build_config(document: Document) -> RunConfig:
     """Return the frozen RunConfig of ``document``, which must not have errors."""
     root = document.root
     sections = {
-        name: _section(root.value.get(name))
+        name: _section_values(root.value.get(name))
         for name in ("model", "lora", "dataset", "runtime", "reward")
     }
-    for name, value in inherited_settings(document.node(("lora", "adapter_path"))).items():
+    for name, value in inherited_settings(document.find_node(("lora", "adapter_path"))).items():
         sections["lora"].setdefault(name, freeze(value))
-    grpo = dict(_section(root.value.get("grpo")))
+    grpo = dict(_section_values(root.value.get("grpo")))
     functions = list(sections["reward"].pop("functions", ()))
     weights = grpo.pop("reward_weights", None) or [None] * len(functions)
     rewards = tuple(
@@ -52,45 +52,47 @@ def build_config(document: Document) -> RunConfig:
         )
         for function, weight in zip(functions, weights, strict=True)
     )
-    written = _section(root.value.get("environment"))
-    environment = EnvironmentSection(**written) if written else None
-    tools = _section(root.value.get("tools"))
+    environment_values = _section_values(root.value.get("environment"))
+    environment = EnvironmentSection(**environment_values) if environment_values else None
+    tool_values = _section_values(root.value.get("tools"))
     return RunConfig(
         model=ModelSection(**sections["model"]),
         lora=LoraSection(**sections["lora"]),
         dataset=DatasetSection(**sections["dataset"]),
-        reward=RewardSection(functions=_with_scorer(rewards, environment), **sections["reward"]),
+        reward=RewardSection(
+            functions=_with_environment_reward(rewards, environment), **sections["reward"]
+        ),
         grpo=MappingProxyType(grpo),
         runtime=RuntimeSection(**sections["runtime"]),
         environment=environment,
-        tools=ToolsSection(**tools) if tools else None,
+        tools=ToolsSection(**tool_values) if tool_values else None,
         source=str(document.source.path) if document.source.path else None,
     )
 
 
-def _with_scorer(
+def _with_environment_reward(
     rewards: tuple[RewardFunction, ...], environment: EnvironmentSection | None
 ) -> tuple[RewardFunction, ...]:
     """Return ``rewards`` with the environment's own reward appended. Return ``rewards`` unchanged
     if it already contains the environment's reward. This is the case if the run file sets the
     weight of that reward, or if the run file is the config.json of an earlier run.
     """
-    if environment is None or any(one.name == environment.adapter for one in rewards):
+    if environment is None or any(reward.name == environment.adapter for reward in rewards):
         return rewards
     options = MappingProxyType({"task": environment.task, "settings": environment.options})
     return (*rewards, RewardFunction(name=environment.adapter, options=options))
 
 
-def _section(node: Node | None) -> dict[str, Any]:
+def _section_values(node: Node | None) -> dict[str, Any]:
     if node is None:
         return {}
-    return {key: _value(key, child) for key, child in node.value.items()}
+    return {key: _field_value(key, child) for key, child in node.value.items()}
 
 
-def _value(key: str, node: Node) -> Any:
-    if key in _PATHS and isinstance(node.value, str):
+def _field_value(key: str, node: Node) -> Any:
+    if key in _PATH_KEYS and isinstance(node.value, str):
         return local_path(key, node)
-    if key in _FLOATS and type(node.value) is int:
+    if key in _FLOAT_KEYS and type(node.value) is int:
         return float(node.value)
     return freeze(node.to_plain())
 
@@ -101,11 +103,11 @@ def freeze(value: Any) -> Any:
     """
     if isinstance(value, dict):
         frozen: Mapping[str, Any] = MappingProxyType(
-            {key: freeze(below) for key, below in value.items()}
+            {key: freeze(item) for key, item in value.items()}
         )
         return frozen
     if isinstance(value, list):
-        return tuple(freeze(below) for below in value)
+        return tuple(freeze(item) for item in value)
     return value
 
 
@@ -114,7 +116,7 @@ def thaw(value: Any) -> Any:
     libraries require these types.
     """
     if isinstance(value, (dict, MappingProxyType)):
-        return {key: thaw(below) for key, below in value.items()}
+        return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [thaw(below) for below in value]
+        return [thaw(item) for item in value]
     return value

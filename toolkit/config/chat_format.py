@@ -46,8 +46,10 @@ def is_usable_template(template: Any) -> bool:
     if isinstance(template, dict):
         return bool(template.get("default"))
     if isinstance(template, (list, tuple)):
-        named = [one for one in template if isinstance(one, dict)]
-        return any(one.get("name") == "default" and bool(one.get("template")) for one in named)
+        templates = [item for item in template if isinstance(item, dict)]
+        return any(
+            item.get("name") == "default" and bool(item.get("template")) for item in templates
+        )
     return False
 
 
@@ -57,19 +59,21 @@ def folder_has_template(folder: Path) -> bool | None:
     """
     from toolkit.config.model_facts import read_json  # noqa: PLC0415 - only when a rule asks
 
-    named = {
-        path.stem: path for path in _files(folder / ADDITIONAL_TEMPLATES) if path.suffix == ".jinja"
+    templates = {
+        path.stem: path
+        for path in _list_files(folder / ADDITIONAL_TEMPLATES)
+        if path.suffix == ".jinja"
     }
     main = folder / TEMPLATE_FILE
     if main.is_file():
-        named.setdefault("default", main)
-    if named:  # template files replace the template in tokenizer_config.json
-        return "default" in named and _has_text(named["default"])
+        templates.setdefault("default", main)
+    if templates:  # template files replace the template in tokenizer_config.json
+        return "default" in templates and _is_nonempty_file(templates["default"])
     config = read_json(folder / TOKENIZER_CONFIG)
     if isinstance(config, dict):
         return is_usable_template(config.get("chat_template"))
-    here = any((folder / name).is_file() for name in _OTHER_TOKENIZER_FILES)
-    return False if here else None
+    has_tokenizer = any((folder / name).is_file() for name in _OTHER_TOKENIZER_FILES)
+    return False if has_tokenizer else None
 
 
 def model_has_template(model_name: str, revision: str | None = None) -> bool | None:
@@ -86,18 +90,19 @@ def model_has_template(model_name: str, revision: str | None = None) -> bool | N
     return folder_has_template(folder)
 
 
-def resolve_chat(chat: bool | str, template: bool | None) -> bool | None:
-    """Return ``chat``, the value of ``dataset.chat``. If it is "auto", return ``template`` instead.
+def resolve_chat(chat: bool | str, has_template: bool | None) -> bool | None:
+    """Return ``chat``, the value of ``dataset.chat``. If it is "auto", return ``has_template``
+    instead.
 
-    ``template`` says whether the tokenizer has a chat template. It is None if the tokenizer is not
-    available.
+    ``has_template`` says whether the tokenizer has a chat template. It is None if the tokenizer is
+    not available.
     """
-    return chat if isinstance(chat, bool) else template
+    return chat if isinstance(chat, bool) else has_template
 
 
-def check_chat_template(config: RunConfig, template: bool | None) -> None:
+def check_chat_template(config: RunConfig, has_template: bool | None) -> None:
     """Raise ConfigError if ``dataset.chat`` is true and the tokenizer has no chat template."""
-    if config.dataset.chat is True and template is False:
+    if config.dataset.chat is True and has_template is False:
         raise ConfigError(
             NO_TEMPLATE.format(model=config.model.model_name),
             where=config.source or "dataset.chat",
@@ -105,14 +110,14 @@ def check_chat_template(config: RunConfig, template: bool | None) -> None:
         )
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if path.is_file()]
     except OSError:
         return []
 
 
-def _has_text(path: Path) -> bool:
+def _is_nonempty_file(path: Path) -> bool:
     """Whether a file exists and is not empty. The file is not opened."""
     try:
         return path.is_file() and path.stat().st_size > 0

@@ -51,8 +51,10 @@ def find_function(module: str, name: str, folder: Path) -> FunctionFacts:
     """Return what the source code of ``module`` says about the function ``name``. The module is
     searched for in ``folder`` (the folder of the run file), then on the Python path.
     """
-    read = _parsed(module, name, folder)
-    return read if isinstance(read, FunctionFacts) else _in_tree(read[0], name, read[1])
+    parsed = _parse_module(module, name, folder)
+    return (
+        parsed if isinstance(parsed, FunctionFacts) else _function_facts(parsed[0], name, parsed[1])
+    )
 
 
 def find_name(
@@ -63,20 +65,20 @@ def find_name(
     name was not found; None if it was found. ``path`` is the Python path to search; None means that
     of this interpreter.
     """
-    read = _parsed(module, name, folder, path)
-    if isinstance(read, FunctionFacts):
-        return read
-    tree, file = read
-    functions, others = _names(tree)
+    parsed = _parse_module(module, name, folder, path)
+    if isinstance(parsed, FunctionFacts):
+        return parsed
+    tree, file = parsed
+    functions, others = _defined_names(tree)
     names = {*functions, *others}
     if {name, "*"} & names:
         return FunctionFacts(name)
-    close = nearest(name, names)
-    meant = f" (did you mean {close}?)" if close else ""
-    return FunctionFacts(name, f"{file} does not define {name}{meant}")
+    suggestion = nearest(name, names)
+    hint = f" (did you mean {suggestion}?)" if suggestion else ""
+    return FunctionFacts(name, f"{file} does not define {name}{hint}")
 
 
-def _parsed(
+def _parse_module(
     module: str, name: str, folder: Path, path: Sequence[str] | None = None
 ) -> FunctionFacts | tuple[ast.Module, Path]:
     """Return the syntax tree of ``module`` and the path of its file. If there is no syntax tree,
@@ -106,19 +108,21 @@ def module_file(module: str, folder: Path, path: Sequence[str] | None = None) ->
     is imported. ``path`` is the Python path to search; None means that of this interpreter.
     """
     parts = module.split(".")
-    beside = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
-    places = [*beside, *(sys.path if path is None else path)]
+    run_folder = [] if parts[0] in sys.stdlib_module_names else [str(folder)]
+    search_path = [*run_folder, *(sys.path if path is None else path)]
     file: Path | None = None
     for depth, part in enumerate(parts):
-        spec = PathFinder.find_spec(part if depth == 0 else ".".join(parts[: depth + 1]), places)
+        spec = PathFinder.find_spec(
+            part if depth == 0 else ".".join(parts[: depth + 1]), search_path
+        )
         if spec is None:
             return None
         file = Path(spec.origin) if spec.origin and spec.has_location else None
-        places = list(spec.submodule_search_locations or [])
+        search_path = list(spec.submodule_search_locations or [])
     return file
 
 
-def _names(
+def _defined_names(
     tree: ast.Module,
 ) -> tuple[dict[str, ast.FunctionDef | ast.AsyncFunctionDef], set[str]]:
     """Return the functions at the top level of a module by name, and the set of all other names
@@ -133,14 +137,14 @@ def _names(
         elif isinstance(statement, ast.ClassDef):
             others.add(statement.name)
         elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-            others |= {one.asname or one.name.partition(".")[0] for one in statement.names}
+            others |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
         elif isinstance(statement, ast.Name) and isinstance(statement.ctx, ast.Store):
             others.add(statement.id)
     return functions, others
 
 
-def _in_tree(tree: ast.Module, name: str, file: Path) -> FunctionFacts:
-    functions, others = _names(tree)
+def _function_facts(tree: ast.Module, name: str, file: Path) -> FunctionFacts:
+    functions, others = _defined_names(tree)
     function = functions.get(name)
     if function is None:
         if name in others or "*" in others:
@@ -148,22 +152,24 @@ def _in_tree(tree: ast.Module, name: str, file: Path) -> FunctionFacts:
         return FunctionFacts(name, f"{file} has no function {name}")
     if function.decorator_list:
         return FunctionFacts(name)  # the effect of a decorator cannot be read from the source
-    return _signature(function)
+    return _signature_facts(function)
 
 
-def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionFacts:
+def _signature_facts(function: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionFacts:
     arguments = function.args
-    plain = [one.arg for one in (*arguments.posonlyargs, *arguments.args)]
-    keyword = [one.arg for one in arguments.kwonlyargs]
-    required = plain[: len(plain) - len(arguments.defaults)]
+    positional = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    keyword = [argument.arg for argument in arguments.kwonlyargs]
+    required = positional[: len(positional) - len(arguments.defaults)]
     required += [
-        one for one, value in zip(keyword, arguments.kw_defaults, strict=True) if value is None
+        argument
+        for argument, value in zip(keyword, arguments.kw_defaults, strict=True)
+        if value is None
     ]
     star = [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     stars = [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
     return FunctionFacts(
         function.name,
-        parameters=(*plain, *star, *keyword, *stars),
+        parameters=(*positional, *star, *keyword, *stars),
         required=tuple(required),
         accepts_any_keyword=arguments.kwarg is not None and not arguments.posonlyargs,
     )

@@ -33,7 +33,7 @@ __all__ = ["NO_DATA", "DataFacts", "read_data_facts"]
 if TYPE_CHECKING:
     from toolkit.config.document import Document
 
-LOOK_BYTES = 64 << 20
+MAX_LISTING_BYTES = 64 << 20
 """The maximum number of bytes that are unpacked to list the files in an archive."""
 NO_DATA = "the run file names no data set, so there are no prompts to train on"
 
@@ -43,30 +43,30 @@ def read_data_facts(document: Document, key: str) -> DataFacts | None:
     ``dataset.eval_path`` (``key`` is "eval_path"). Return None if the key is not set or its path
     does not exist.
     """
-    node = document.node(("dataset", key))
+    node = document.find_node(("dataset", key))
     if node is None or not isinstance(node.value, str):
         return None
     path = resolve_path(node.value, node)
-    if not os.path.lexists(path) or (path.is_symlink() and _leads_nowhere(path)):
+    if not os.path.lexists(path) or (path.is_symlink() and _is_dangling_link(path)):
         return None
     if fault := path_fault(path):
         return DataFacts(path, problem=fault)
-    wanted = DataSelection(
-        prompt=_text(document, "prompt") or "prompt",
-        answer=_text(document, "answer"),
-        limit=_limit(document, "limit" if key == "path" else "eval_limit"),
+    selection = DataSelection(
+        prompt=_text_setting(document, "prompt") or "prompt",
+        answer=_text_setting(document, "answer"),
+        limit=_row_limit(document, "limit" if key == "path" else "eval_limit"),
     )
-    stamp = path.stat()
-    split = _text(document, "split") or "train"
-    return _read(path, wanted, split, (stamp.st_mtime_ns, stamp.st_size))
+    status = path.stat()
+    split = _text_setting(document, "split") or "train"
+    return _read(path, selection, split, (status.st_mtime_ns, status.st_size))
 
 
-def _limit(document: Document, key: str) -> int | None:
-    node = document.node(("dataset", key))
+def _row_limit(document: Document, key: str) -> int | None:
+    node = document.find_node(("dataset", key))
     return node.value if node is not None and type(node.value) is int else None
 
 
-def _leads_nowhere(path: Path) -> bool:
+def _is_dangling_link(path: Path) -> bool:
     """Whether a path is a symbolic link whose target does not exist on this machine. Such a link is
     not an error, because its target may exist on the machine that trains.
     """
@@ -79,19 +79,19 @@ def _leads_nowhere(path: Path) -> bool:
     return False
 
 
-def _text(document: Document, key: str) -> str | None:
-    node = document.node(("dataset", key))
+def _text_setting(document: Document, key: str) -> str | None:
+    node = document.find_node(("dataset", key))
     return node.value if node is not None and isinstance(node.value, str) else None
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, wanted: DataSelection, split: str, _stamp: tuple[int, int]) -> DataFacts:
+def _read(path: Path, selection: DataSelection, split: str, _stamp: tuple[int, int]) -> DataFacts:
     """Return the facts of the data file or saved folder at ``path``. The result is cached.
     ``_stamp`` is the time of the last change and the size of the file. It is part of the cache key,
     so that a changed file is read again.
     """
     try:
-        return _facts(path, wanted, split)
+        return _read_facts(path, selection, split)
     except Unscanned:
         return DataFacts(path, is_complete=False)
     except ToolkitError as error:
@@ -106,11 +106,11 @@ def _read(path: Path, wanted: DataSelection, split: str, _stamp: tuple[int, int]
         return DataFacts(path, problem=first_line(error))
 
 
-def _facts(path: Path, wanted: DataSelection, split: str) -> DataFacts:
+def _read_facts(path: Path, selection: DataSelection, split: str) -> DataFacts:
     if path.is_dir():
         return DataFacts(path, _folder_columns(path, split), is_complete=False)
     if path.name.lower().endswith(ARCHIVES):
-        return _archive(path)
+        return _archive_facts(path)
     kind = data_file_type(path)
     if kind is None:
         return DataFacts(path, problem=unsupported_file_message(path)[0])
@@ -119,47 +119,53 @@ def _facts(path: Path, wanted: DataSelection, split: str) -> DataFacts:
             from toolkit.config.arrow_file import arrow_fault  # noqa: PLC0415 - only Arrow files need it
 
             fault = arrow_fault(file)
-            told = fault and unreadable_table_message("Arrow", fault)
-            return DataFacts(path, is_complete=False, problem=told)
+            problem = fault and unreadable_table_message("Arrow", fault)
+            return DataFacts(path, is_complete=False, problem=problem)
         if kind.suffix == ".parquet":
-            return _parquet(file, path, wanted)
-        found = scan(path, wanted, read_rows(file, path, kind.suffix))
-        if kind.packed and not found.is_complete:
-            _unpack_on(file)
-        return found
+            return _parquet_facts(file, path, selection)
+        facts = scan(path, selection, read_rows(file, path, kind.suffix))
+        if kind.packed and not facts.is_complete:
+            _check_decompression_bomb(file)
+        return facts
 
 
-def _parquet(file: IO[bytes], path: Path, wanted: DataSelection) -> DataFacts:
-    from toolkit.config.parquet import number_column, parquet_columns, parquet_fault  # noqa: PLC0415 - only Parquet files need it
+def _parquet_facts(file: IO[bytes], path: Path, selection: DataSelection) -> DataFacts:
+    from toolkit.config.parquet import number_type, parquet_columns, parquet_fault  # noqa: PLC0415 - only Parquet files need it
 
     if fault := parquet_fault(file):
         return DataFacts(path, problem=unreadable_table_message("Parquet", fault))
     names = parquet_columns(file)
-    kind = number_column(file, wanted.prompt)
-    wrong = kind and f"column {wanted.prompt!r} {prompt_type_message(kind)}"
+    prompt_type = number_type(file, selection.prompt)
+    prompt_problem = (
+        prompt_type and f"column {selection.prompt!r} {prompt_type_message(prompt_type)}"
+    )
     return DataFacts(
-        path, names, is_complete=False, problem=column_names_fault(names or ()), refused_row=wrong
+        path,
+        names,
+        is_complete=False,
+        problem=column_names_fault(names or ()),
+        refused_row=prompt_problem,
     )
 
 
-def _archive(path: Path) -> DataFacts:
+def _archive_facts(path: Path) -> DataFacts:
     from toolkit.base.archives import list_files  # noqa: PLC0415 - only archives need it
 
-    names = list_files(path, max_bytes_read=LOOK_BYTES)
+    names = list_files(path, max_bytes_read=MAX_LISTING_BYTES)
     count = 1 if names is None else sum(data_file_type(Path(name)) is not None for name in names)
     return DataFacts(
         path, is_complete=False, problem=None if count == 1 else file_count_message(count)
     )
 
 
-def _unpack_on(file: IO[bytes]) -> None:
+def _check_decompression_bomb(file: IO[bytes]) -> None:
     """Unpack more of a compressed file, to find out whether it is a decompression bomb. The check
     for decompression bombs starts only after a minimum number of unpacked bytes, so this function
     reads beyond that number. Raises InputError if the file is a decompression bomb.
     """
-    left = RATIO_FREE_BYTES + 2 * READ_BYTES
-    while left > 0 and (chunk := file.read(READ_BYTES)):
-        left -= len(chunk)
+    remaining_bytes = RATIO_FREE_BYTES + 2 * READ_BYTES
+    while remaining_bytes > 0 and (chunk := file.read(READ_BYTES)):
+        remaining_bytes -= len(chunk)
 
 
 def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
@@ -170,8 +176,8 @@ def _folder_columns(folder: Path, split: str) -> tuple[str, ...] | None:
 
     if (folder / "dataset_dict.json").is_file():
         name = split.partition("[")[0]
-        told = read_json(folder / "dataset_dict.json")
-        splits = told.get("splits") if isinstance(told, dict) else None
+        dataset_dict = read_json(folder / "dataset_dict.json")
+        splits = dataset_dict.get("splits") if isinstance(dataset_dict, dict) else None
         if not isinstance(splits, list) or name not in splits:
             return None
         folder = folder / name

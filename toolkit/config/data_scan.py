@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 50_000
 MAX_SCAN_BYTES = 4 << 20
-_HALF = "\\ud"
-_NUL = "\\u0000"
+_SURROGATE_ESCAPE = "\\ud"
+_NUL_ESCAPE = "\\u0000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,101 +83,103 @@ Row = tuple[str, dict[str, Any]]
 """A row: its position in the file as text ("line 3"), and its values by column."""
 
 
-class _Types:
+class _RowChecker:
     """Finds the first row that has an invalid prompt, or a value of another type than the earlier
     values in its column.
     """
 
-    def __init__(self, wanted: DataSelection) -> None:
-        self.wanted, self.left = wanted, wanted.limit
-        self.kinds: dict[str, ColumnType] = {}
-        self.firsts: dict[str, Any] = {}
+    def __init__(self, selection: DataSelection) -> None:
+        self.selection, self.remaining_rows = selection, selection.limit
+        self.column_types: dict[str, ColumnType] = {}
+        self.first_values: dict[str, Any] = {}
         # The first fault, depending on how the prompts are used: as plain text, or as chats that
         # are parsed from JSON text.
-        self.plain: str | None = None
-        self.parsed: str | None = None
-        self.lists: bool | None = None
+        self.text_fault: str | None = None
+        self.chat_fault: str | None = None
+        self.prompts_are_lists: bool | None = None
 
-    def take(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
+    def check(self, place: str, row: dict[str, Any], chat: list[Any] | None) -> None:
         """Check one row. Record its fault if no earlier row has a fault. ``chat`` is the parsed
         chat if the row's prompt is a chat written as JSON text, else None.
         """
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
+        if self.remaining_rows is not None:
+            self.remaining_rows -= 1
+            if self.remaining_rows < 0:
                 return
-        told = self._misfit(row) or self._wrong(row)
-        if told is not None:
-            self.plain = self.plain or f"{place}: {told}"
-        wrong = None if chat is None else chat_fault(chat)
-        if wrong is not None:
-            self.parsed = self.parsed or f"{place}: column {self.wanted.prompt!r} {wrong}"
+        fault = self._type_fault(row) or self._prompt_fault(row)
+        if fault is not None:
+            self.text_fault = self.text_fault or f"{place}: {fault}"
+        problem = None if chat is None else chat_fault(chat)
+        if problem is not None:
+            self.chat_fault = (
+                self.chat_fault or f"{place}: column {self.selection.prompt!r} {problem}"
+            )
 
-    def _misfit(self, row: dict[str, Any]) -> str | None:
+    def _type_fault(self, row: dict[str, Any]) -> str | None:
         for name, value in row.items():
             kind = type(value)
             if value is None:
                 continue
-            first = self.firsts.setdefault(name, value)
+            first = self.first_values.setdefault(name, value)
             if kind is type(first) and (
                 kind is str or (kind is int and value in EXACT_FLOAT_INTEGERS)
             ):
                 continue  # fits; a full check of every value would be slow
             try:
-                self._kind(name, first).add(value)
+                self._column_type(name, first).add(value)
             except TooDeep:
                 return too_deep_message(name)
             except TypeMismatch:
                 return type_mismatch_message(name, value, first)
         return None
 
-    def _kind(self, name: str, first: Any) -> ColumnType:
-        if name not in self.kinds:
-            self.kinds[name] = ColumnType()
-            self.kinds[name].add(first)
-        return self.kinds[name]
+    def _column_type(self, name: str, first: Any) -> ColumnType:
+        if name not in self.column_types:
+            self.column_types[name] = ColumnType()
+            self.column_types[name].add(first)
+        return self.column_types[name]
 
-    def _wrong(self, row: dict[str, Any]) -> str | None:
-        prompt = row.get(self.wanted.prompt)
+    def _prompt_fault(self, row: dict[str, Any]) -> str | None:
+        prompt = row.get(self.selection.prompt)
         if prompt is None:
             return None
-        if self.lists is None:
-            self.lists = isinstance(prompt, list)
-        wrong = prompt_fault(prompt, chats=self.lists)
-        return None if wrong is None else f"column {self.wanted.prompt!r} {wrong}"
+        if self.prompts_are_lists is None:
+            self.prompts_are_lists = isinstance(prompt, list)
+        problem = prompt_fault(prompt, chats=self.prompts_are_lists)
+        return None if problem is None else f"column {self.selection.prompt!r} {problem}"
 
 
-def scan(path: Path, wanted: DataSelection, rows: Iterator[Row | None]) -> DataFacts:
+def scan(path: Path, selection: DataSelection, rows: Iterator[Row | None]) -> DataFacts:
     """Read ``rows`` and return their facts. A None in ``rows`` means that the file has further
     rows, which are not read.
     """
     columns: dict[str, None] = {}
-    seen: set[int] = set()
+    seen_prompts: set[int] = set()
     count = empty = repeated = unanswered = chats = 0
-    whole, types = True, _Types(wanted)
-    messages: bool | None = None
-    for found in rows:
-        if found is None or count == MAX_ROWS:
-            whole = False
+    is_complete, checker = True, _RowChecker(selection)
+    has_message_lists: bool | None = None
+    for item in rows:
+        if item is None or count == MAX_ROWS:
+            is_complete = False
             break
-        place, row = found
+        place, row = item
         count += 1
         columns |= dict.fromkeys(row)
-        unanswered += wanted.answer is not None and row.get(wanted.answer) is None
-        prompt = row.get(wanted.prompt)
+        unanswered += selection.answer is not None and row.get(selection.answer) is None
+        prompt = row.get(selection.prompt)
         chat = parse_chat(prompt) if isinstance(prompt, str) else None
-        types.take(place, row, chat)
+        checker.check(place, row, chat)
         if prompt is None or (isinstance(prompt, (str, list)) and not _has_text(prompt)):
-            empty += wanted.prompt in row
+            empty += selection.prompt in row
             continue
-        if messages is None:
-            messages = isinstance(prompt, list)
+        if has_message_lists is None:
+            has_message_lists = isinstance(prompt, list)
         chats += chat is not None
         key = hash(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
-        repeated += key in seen
-        seen.add(key)
+        repeated += key in seen_prompts
+        seen_prompts.add(key)
     if count == 0:
-        if not whole:
+        if not is_complete:
             raise Unscanned
         return DataFacts(path, problem="has no rows")
     if fault := column_names_fault(columns):
@@ -189,11 +191,11 @@ def scan(path: Path, wanted: DataSelection, rows: Iterator[Row | None]) -> DataF
         count,
         empty,
         repeated,
-        unanswered if wanted.answer in columns else 0,
+        unanswered if selection.answer in columns else 0,
         chats,
-        whole,
-        has_message_lists=True if all_chats else messages,
-        refused_row=types.plain or (types.parsed if all_chats else None),
+        is_complete,
+        has_message_lists=True if all_chats else has_message_lists,
+        refused_row=checker.text_fault or (checker.chat_fault if all_chats else None),
     )
 
 
@@ -214,11 +216,11 @@ def read_rows(file: IO[bytes], path: Path, suffix: str) -> Iterator[Row | None]:
 
 
 def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[Row | None]:
-    taken = number = 0
+    bytes_read = number = 0
     while raw := file.readline(MAX_SCAN_BYTES + 1):
         number += 1
-        taken += len(raw)
-        if taken > MAX_SCAN_BYTES:
+        bytes_read += len(raw)
+        if bytes_read > MAX_SCAN_BYTES:
             yield None
             return
         text = decode_utf8(
@@ -229,17 +231,17 @@ def _jsonl_rows(file: IO[bytes], path: Path) -> Iterator[Row | None]:
         try:
             row = parse_json_value(text)
         except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {_reason(error)}") from None
+            raise ValueError(f"line {number} is not JSON: {_error_message(error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        if _HALF in text.lower() and not is_valid_unicode(row):
+        if _SURROGATE_ESCAPE in text.lower() and not is_valid_unicode(row):
             raise ValueError(f"line {number} contains half of a character (a lone surrogate)")
-        if _NUL in text and (key := find_nul_key(list(row.values()))) is not None:
+        if _NUL_ESCAPE in text and (key := find_nul_key(list(row.values()))) is not None:
             raise ValueError(f"line {number}: the key {key!r} contains a NUL character")
         yield f"line {number}", row
 
 
-def _reason(error: ValueError) -> str:
+def _error_message(error: ValueError) -> str:
     return getattr(error, "msg", str(error))
 
 
@@ -257,44 +259,44 @@ def _json_rows(file: IO[bytes]) -> Iterator[Row | None]:
         )
     if not is_valid_unicode(rows):
         raise ValueError("contains half of a character (a lone surrogate)")
-    inner = [list(row.values()) for row in rows] if _NUL in text else []
-    if (key := find_nul_key(inner)) is not None:
+    values = [list(row.values()) for row in rows] if _NUL_ESCAPE in text else []
+    if (key := find_nul_key(values)) is not None:
         raise ValueError(f"the key {key!r} contains a NUL character")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[Row | None]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    cut: list[bool] = []
+    cut_marks: list[bool] = []
     # Raise the csv module's limit of 128 KiB per field, because training accepts much longer
     # fields.
     old_limit = csv.field_size_limit(MAX_SCAN_BYTES)
-    reader = csv.reader(_bounded(text, cut), delimiter=delimiter, strict=True)
+    reader = csv.reader(_limited_lines(text, cut_marks), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if fault := column_names_fault(header):
             raise ValueError(fault)
         for fields in reader:
-            if fields and len(fields) != len(header) and not cut:
-                what = f"has {len(fields)} fields, but the header has {len(header)}"
-                raise ValueError(f"line {reader.line_num} {what}")
+            if fields and len(fields) != len(header) and not cut_marks:
+                problem = f"has {len(fields)} fields, but the header has {len(header)}"
+                raise ValueError(f"line {reader.line_num} {problem}")
             if fields:
                 yield f"line {reader.line_num}", dict(zip(header, fields, strict=False))
     except csv.Error as error:
-        if not cut:
+        if not cut_marks:
             raise ValueError(f"line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(old_limit)
         text.detach()
-    if cut:
+    if cut_marks:
         yield None
 
 
-def _bounded(text: io.TextIOWrapper, cut: list[bool]) -> Iterator[str]:
-    taken = 0
+def _limited_lines(text: io.TextIOWrapper, cut_marks: list[bool]) -> Iterator[str]:
+    bytes_read = 0
     while line := text.readline(MAX_SCAN_BYTES + 1):
-        taken += len(line)
-        if taken > MAX_SCAN_BYTES:
-            cut.append(True)
+        bytes_read += len(line)
+        if bytes_read > MAX_SCAN_BYTES:
+            cut_marks.append(True)
             return
         yield line

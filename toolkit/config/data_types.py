@@ -20,7 +20,7 @@ MAX_DEPTH = 32
 """The maximum number of levels of lists and objects in a column. datasets 5.0 fails at about 40
 levels.
 """
-_WORDS = {
+_TYPE_NAMES = {
     dict: "an object",
     list: "a list",
     str: "a text",
@@ -31,18 +31,18 @@ _WORDS = {
 
 def type_name(value: Any) -> str:
     """Return the name of the type of a JSON value, for messages."""
-    return "null" if value is None else _WORDS.get(type(value), "a number")
+    return "null" if value is None else _TYPE_NAMES.get(type(value), "a number")
 
 
 def type_mismatch_message(name: str, value: Any, first: Any) -> str:
     """Return the message for a column with values of different types. ``name`` is the name of the
     column, ``value`` is the wrong value, and ``first`` is an earlier value of the column.
     """
-    before = (
+    earlier = (
         f" and {type_name(first)} in earlier rows" if type_name(first) != type_name(value) else ""
     )
-    held = f"column {name!r} has {type_name(value)} in this row{before}"
-    return f"{held}, and a column can have only one type"
+    problem = f"column {name!r} has {type_name(value)} in this row{earlier}"
+    return f"{problem}, and a column can have only one type"
 
 
 TYPE_MISMATCH_FIX = "give every row of the column the same type"
@@ -69,11 +69,11 @@ class ColumnType:
     are in the same list, or both are values of the column itself (not nested).
     """
 
-    __slots__ = ("fields", "floats", "item", "type", "wide")
+    __slots__ = ("fields", "has_floats", "has_wide_integers", "item", "type")
 
     def __init__(self) -> None:
         self.type: type | None = None
-        self.floats = self.wide = False
+        self.has_floats = self.has_wide_integers = False
         self.item: ColumnType | None = None
         self.fields: dict[str, ColumnType] = {}
 
@@ -84,7 +84,7 @@ class ColumnType:
         # integers and floats count as one type
         kind: type = float if type(value) is int else type(value)
         if self.type is not kind:
-            if kind is bool and self.floats:
+            if kind is bool and self.has_floats:
                 return  # Arrow converts true and false to 1.0 and 0.0
             if depth > MAX_DEPTH:
                 raise TooDeep
@@ -92,7 +92,7 @@ class ColumnType:
                 raise TypeMismatch
             self.type = kind
         if kind is float:
-            self._number(value)
+            self._add_number(value)
         elif kind is list:
             self.item = self.item or ColumnType()
             for item in value:
@@ -101,14 +101,14 @@ class ColumnType:
             for name, item in value.items():
                 self.fields.setdefault(name, ColumnType()).add(item, depth + 1)
 
-    def _number(self, value: float) -> None:
+    def _add_number(self, value: float) -> None:
         if type(value) is float:
-            self.floats = True
+            self.has_floats = True
         else:
             if value not in INT64:
                 raise TypeMismatch
-            self.wide = self.wide or value not in EXACT_FLOAT_INTEGERS
-        if self.floats and self.wide:
+            self.has_wide_integers = self.has_wide_integers or value not in EXACT_FLOAT_INTEGERS
+        if self.has_floats and self.has_wide_integers:
             raise TypeMismatch
 
 

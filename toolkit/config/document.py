@@ -80,7 +80,7 @@ class Document:
     # False: reading stopped early, so that a missing key may be in the unread part.
     is_complete: bool = True
 
-    def node(self, path: KeyPath) -> Node | None:
+    def find_node(self, path: KeyPath) -> Node | None:
         """Return the node at ``path``; None if the run file does not set that key."""
         node: Node | None = self.root
         for part in path:

@@ -65,8 +65,8 @@ class Option(NamedTuple):
     is_sized: bool = False
 
 
-def _option(default: Any, kind: Kind, **facts: Any) -> Any:
-    return field(default=default, metadata={"option": Option(kind, **facts)})
+def _option(default: Any, kind: Kind, **properties: Any) -> Any:
+    return field(default=default, metadata={"option": Option(kind, **properties)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +263,8 @@ class ApiEngineSettings(EngineSettings):
 
 
 def _options_of(settings: type[EngineSettings]) -> Mapping[str, Option]:
-    found = {item.name: item.metadata["option"] for item in fields(settings)}
-    return MappingProxyType(found)
+    options = {item.name: item.metadata["option"] for item in fields(settings)}
+    return MappingProxyType(options)
 
 
 OPTIONS = _options_of(EngineSettings)
@@ -300,7 +300,7 @@ def _legal_values(option: Option) -> dict[str, Any]:
     if option.kind == "rank":
         texts = (
             option.auto_description,
-            *(f"for adapters of rank {one} or less" for one in LEGAL_RANKS),
+            *(f"for adapters of rank {rank} or less" for rank in LEGAL_RANKS),
         )
         return {"enum": ["auto", *LEGAL_RANKS], "enumDescriptions": list(texts)}
     shapes: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ from toolkit.config.libraries import package_folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_BUILT_IN = "verifiers.v1.tasksets"
+_BUILT_IN_PACKAGE = "verifiers.v1.tasksets"
 """The package in which verifiers 0.4 looks for a taskset before it looks on the Python path."""
-_NAME = re.compile(
+_TASK_NAME = re.compile(
     r"""^(?:DATASET_NAME\s*=|register_dataset\()\s*["']([^"'\n]+)["']""", re.MULTILINE
 )
 """How modules of reasoning-gym 0.1.25 write the name of the task that they register."""
@@ -46,29 +46,31 @@ def find_task_problem(
     """
     path = None if python is None else [str(place) for place in site_packages(python)]
     if adapter == "reasoning_gym":
-        return _missing_problem(task, path)
+        return _reasoning_gym_problem(task, path)
     module = task_module(adapter, task) or ""
     if adapter == "verifiers":
-        if module_file(f"{_BUILT_IN}.{module}", folder, path) is not None:
+        if module_file(f"{_BUILT_IN_PACKAGE}.{module}", folder, path) is not None:
             return None
-        found = find_name(module, "__all__", folder, path)
-        why = ", by which verifiers finds the Taskset class of a module"
+        facts = find_name(module, "__all__", folder, path)
+        note = ", by which verifiers finds the Taskset class of a module"
     else:
-        found, why = find_name(module, task.partition(":")[2], folder, path), ""
-    return _told(found, module, python, why)
+        facts, note = find_name(module, task.partition(":")[2], folder, path), ""
+    return _module_problem(facts, module, python, note)
 
 
-def _told(found: FunctionFacts, module: str, python: str | None, why: str) -> TaskProblem | None:
-    if found.problem is None:
+def _module_problem(
+    facts: FunctionFacts, module: str, python: str | None, note: str
+) -> TaskProblem | None:
+    if facts.problem is None:
         return None
-    if found.unknown and python is not None:
+    if facts.unknown and python is not None:
         return TaskProblem(
             f"module {module} is neither next to the run file nor installed for {python}", True
         )
-    return TaskProblem(found.problem + ("" if found.unknown else why), found.unknown)
+    return TaskProblem(facts.problem + ("" if facts.unknown else note), facts.unknown)
 
 
-def _missing_problem(task: str, path: Sequence[str] | None) -> TaskProblem | None:
+def _reasoning_gym_problem(task: str, path: Sequence[str] | None) -> TaskProblem | None:
     names = task_names(path)
     if not names or task in names:
         return None
@@ -83,11 +85,13 @@ def task_names(path: Sequence[str] | None = None) -> set[str]:
     which the package is searched for; None means the Python path of this interpreter.
     """
     package = ADAPTERS["reasoning_gym"].modules[0]
-    folders = [package_folder(package)] if path is None else [Path(one) / package for one in path]
+    folders = (
+        [package_folder(package)] if path is None else [Path(entry) / package for entry in path]
+    )
     return {
         name
         for folder in folders
         if folder is not None
         for file in folder.rglob("*.py")
-        for name in _NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
+        for name in _TASK_NAME.findall(file.read_text(encoding="utf-8", errors="replace"))
     }

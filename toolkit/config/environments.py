@@ -47,8 +47,10 @@ def missing_package(adapter: str, python: str | None) -> Package | None:
     if python is None:
         return None if is_installed(package) else package
     folders = site_packages(python)
-    there = any((folder / module).exists() for folder in folders for module in package.modules)
-    return package if folders and not there else None
+    is_installed_there = any(
+        (folder / module).exists() for folder in folders for module in package.modules
+    )
+    return package if folders and not is_installed_there else None
 
 
 def site_packages(python: str) -> list[Path]:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 SECTIONS = ("model", "lora", "dataset", "environment", "tools", "reward", "grpo", "runtime")
 
 
-def explain(asked: str) -> str | None:
-    """Return the explanation of ``asked`` as text; None if there is no such explanation.
+def explain(topic: str) -> str | None:
+    """Return the explanation of ``topic`` as text; None if there is no such explanation.
 
-    ``asked`` is the id of a rule, the name of a key or metric, or one of the topics ``exit-codes``,
+    ``topic`` is the id of a rule, the name of a key or metric, or one of the topics ``exit-codes``,
     ``rules`` and ``metrics``. For a key or metric, the last part of the name is enough.
     """
-    word = asked.strip()
+    word = topic.strip()
     if word == "exit-codes":
         return exit_codes()
     if word == "rules":
@@ -37,21 +37,25 @@ def explain(asked: str) -> str | None:
     rule = all_rules().get(word.upper())
     if rule is not None:
         return explain_rule(rule)
-    found = (explain_keys(word), metrics.explain_metric(word))
-    return "\n\n".join(text for text in found if text is not None) or None
+    texts = (explain_keys(word), metrics.explain_metric(word))
+    return "\n\n".join(text for text in texts if text is not None) or None
 
 
-def unknown_topic_error(asked: str, more: Sequence[str] = ()) -> InputError:
-    """Return the error for the word ``asked``, which has no explanation. The fix of the error
-    suggests the most similar word that has an explanation. ``more`` are additional words that may
-    be suggested.
+def unknown_topic_error(topic: str, extra_names: Sequence[str] = ()) -> InputError:
+    """Return the error for the word ``topic``, which has no explanation. The fix of the error
+    suggests the most similar word that has an explanation. ``extra_names`` are additional words
+    that may be suggested.
     """
-    names = [*all_rules(), *(name for name, _ in all_keys()), *more, *metrics.names()]
+    names = [*all_rules(), *(name for name, _ in all_keys()), *extra_names, *metrics.names()]
     names += [name.rpartition(".")[2] for name, _ in all_keys()]
     names += ["exit-codes", "rules", "metrics"]
-    close = nearest(asked, names)
-    fix = f"did you mean {close}?" if close else "list the rules with `envcheck explain rules`"
-    return InputError(f"there is no rule, key, metric or topic named {asked!r}", fix=fix)
+    suggestion = nearest(topic, names)
+    fix = (
+        f"did you mean {suggestion}?"
+        if suggestion
+        else "list the rules with `envcheck explain rules`"
+    )
+    return InputError(f"there is no rule, key, metric or topic named {topic!r}", fix=fix)
 
 
 def exit_codes() -> str:
@@ -103,14 +107,14 @@ def all_keys() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"reward.functions[].{name}", schema
 
 
-def explain_keys(asked: str) -> str | None:
-    """Return the explanation of the key ``asked`` as text; None if there is no such key. If
-    ``asked`` is not a full name, all keys whose last part is ``asked`` are explained.
+def explain_keys(key: str) -> str | None:
+    """Return the explanation of the key ``key`` as text; None if there is no such key. If
+    ``key`` is not a full name, all keys whose last part is ``key`` are explained.
     """
-    found = [(name, schema) for name, schema in all_keys() if name == asked]
-    if not found:
-        found = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == asked]
-    return "\n\n".join(explain_key(name, schema) for name, schema in found) or None
+    matches = [(name, schema) for name, schema in all_keys() if name == key]
+    if not matches:
+        matches = [(name, schema) for name, schema in all_keys() if name.rpartition(".")[2] == key]
+    return "\n\n".join(explain_key(name, schema) for name, schema in matches) or None
 
 
 def explain_key(name: str, schema: dict[str, Any]) -> str:
@@ -121,9 +125,9 @@ def explain_key(name: str, schema: dict[str, Any]) -> str:
     if "x-refused" in schema:
         return "\n".join(lines)
     if "properties" in schema:
-        lines += ["", "Keys:", *wrap_text(", ".join(_open_keys(schema)), indent="    ")]
+        lines += ["", "Keys:", *wrap_text(", ".join(_settable_keys(schema)), indent="    ")]
     else:
-        lines += ["", f"  type:     {_type(schema)}"]
+        lines += ["", f"  type:     {_describe_type(schema)}"]
         if "default" in schema:
             lines.append(f"  default:  {show_value(schema['default'])}")
         else:
@@ -132,18 +136,20 @@ def explain_key(name: str, schema: dict[str, Any]) -> str:
             lines.append(f"  unit:     {schema['x-unit']}")
         if schema.get("examples"):
             lines.append(f"  examples: {', '.join(map(show_value, schema['examples']))}")
-        lines += _choices(schema)
+        lines += _describe_choices(schema)
     rules = [rule for rule in all_rules().values() if name in rule.keys]
     if rules:
         lines += ["", "Rules:", *(f"    {rule.id}  {rule.summary}" for rule in rules)]
     return "\n".join(lines)
 
 
-def _open_keys(schema: dict[str, Any]) -> list[str]:
-    return [name for name, below in schema["properties"].items() if "x-refused" not in below]
+def _settable_keys(schema: dict[str, Any]) -> list[str]:
+    return [
+        name for name, key_schema in schema["properties"].items() if "x-refused" not in key_schema
+    ]
 
 
-def _type(schema: dict[str, Any]) -> str:
+def _describe_type(schema: dict[str, Any]) -> str:
     branches = schema.get("anyOf", [schema])
     words = [describe_schema(branch) or "anything" for branch in branches]
     limits = [
@@ -163,7 +169,7 @@ def _type(schema: dict[str, Any]) -> str:
     return ", ".join([text, *limits]) + (" (or null)" if nullable else "")
 
 
-def _choices(schema: dict[str, Any]) -> list[str]:
+def _describe_choices(schema: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for branch in (schema, *schema.get("anyOf", ())):
         for value, text in zip(

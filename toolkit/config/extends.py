@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from toolkit.config.document import Document, Node
 
-VARIABLE = "TOOLKIT_EXTENDS_FROM"
+FOLDERS_VARIABLE = "TOOLKIT_EXTENDS_FROM"
 SECTIONS = (
     "model",
     "lora",
@@ -49,7 +49,7 @@ def allowed_folders(root: Path) -> list[Path]:
     """Return the folders that may contain base files. These are the folder of the run file
     (``root``), and the folders that the environment variable TOOLKIT_EXTENDS_FROM lists.
     """
-    texts = os.environ.get(VARIABLE, "").split(os.pathsep)
+    texts = os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep)
     return [root.resolve(), *(Path(text).expanduser().resolve() for text in texts if text)]
 
 
@@ -64,8 +64,8 @@ def location_fault(path: Path, node: Node, root: Path) -> Finding | None:
             node,
             f"extends: {node.value} is outside the run file's folder {root.resolve()}",
             Fix(
-                f"move the base file into that folder, or set {VARIABLE}={path.parent} to allow "
-                "its current folder"
+                f"move the base file into that folder, or set {FOLDERS_VARIABLE}={path.parent} to "
+                "allow its current folder"
             ),
         )
     if path.suffix.lower() not in FORMATS:
@@ -89,19 +89,19 @@ def content_fault(base: Document, node: Node) -> Finding | None:
     """Return a finding if the base file is not a run file; None if it is. ``base`` is the document
     of the base file. The finding does not contain any text of the base file.
     """
-    broken = [found for found in base.findings if found.severity is Severity.ERROR]
+    errors = [finding for finding in base.findings if finding.severity is Severity.ERROR]
     if not base.is_complete:
-        mark = broken[0].position if broken else None
-        where = f" (line {mark.line}, column {mark.column})" if mark else ""
-        what = f"cannot be read as a mapping of keys{where}"
+        mark = errors[0].position if errors else None
+        location = f" (line {mark.line}, column {mark.column})" if mark else ""
+        problem = f"cannot be read as a mapping of keys{location}"
     elif base.root.value and not any(section in base.root.value for section in SECTIONS):
-        what = f"has none of the sections of a run file ({', '.join(SECTIONS[:-2])})"
+        problem = f"has none of the sections of a run file ({', '.join(SECTIONS[:-2])})"
     else:
         return None
     return finding_at(
         "DOC017",
         node,
-        f"extends: {node.value} is not a run file: it {what}",
+        f"extends: {node.value} is not a run file: it {problem}",
         Fix(
             "set `extends` to a run file, or run `envcheck validate` on the base file and "
             "correct its errors"
@@ -109,7 +109,7 @@ def content_fault(base: Document, node: Node) -> Finding | None:
     )
 
 
-def real_path(node: Node) -> Path | None:
+def resolve_base_path(node: Node) -> Path | None:
     """Return the path that ``extends`` names, with symbolic links resolved; None if the symbolic
     links form a loop.
     """
@@ -119,12 +119,12 @@ def real_path(node: Node) -> Path | None:
         return None
 
 
-def chain_fault(path: Path, chain: Sequence[Path], most: int) -> str | None:
+def chain_fault(path: Path, chain: Sequence[Path], max_length: int) -> str | None:
     """Check whether the base file ``path`` may be loaded. ``chain`` lists the files that were
     loaded so far: each file is the base file of the previous one. Return None if ``path`` may be
     loaded. Return the names of the files as text if ``path`` is already in ``chain``, or if
-    ``chain`` has ``most`` or more files.
+    ``chain`` has ``max_length`` or more files.
     """
-    if path in [seen.resolve() for seen in chain] or len(chain) >= most:
-        return " -> ".join(seen.name for seen in [*chain, path])
+    if path in [loaded.resolve() for loaded in chain] or len(chain) >= max_length:
+        return " -> ".join(loaded.name for loaded in [*chain, path])
     return None

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # The limit of characters that are validated again while trying fixes. It allows hundreds of tries
 # for a usual run file and a few for a huge one, within one or two seconds.
-MAX_JUDGED = 600_000
+MAX_VALIDATED_CHARACTERS = 600_000
 _KEY = re.compile(r"""["'\w.-]+[ \t]*[:=][ \t]*$""")
-OVERHEAD = 500  # the fixed cost of one validation, as a number of characters
+VALIDATION_OVERHEAD = 500  # the fixed cost of one validation, as a number of characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,71 +60,75 @@ def fix_source(source: Source, overrides: Sequence[str], situation: Situation) -
 class _Fixer:
     def __init__(self, overrides: Sequence[str], situation: Situation) -> None:
         self.overrides, self.situation = overrides, situation
-        self.left = MAX_JUDGED
+        self.remaining_characters = MAX_VALIDATED_CHARACTERS
 
     def run(self, source: Source) -> Repair:
         applied: list[Applied] = []
         # lines[i] is the line number in the original text of the current line i + 1
         lines = list(range(1, len(source.lines) + 1))
-        now = self.judge(source)
+        validation = self.validate(source)
         while True:
-            for found in now.findings:
-                step = self.improved(source, found, now)
-                if step is not None:
-                    applied += _told(found, lines)
-                    lines = _renumbered(source.text, found.fixes[0].edits, lines)
-                    source, now = step
+            for finding in validation.findings:
+                improvement = self.try_fix(source, finding, validation)
+                if improvement is not None:
+                    applied += _describe_applied(finding, lines)
+                    lines = _renumber_lines(source.text, finding.fixes[0].edits, lines)
+                    source, validation = improvement
                     break
             else:
-                return Repair(source, tuple(applied), _choices(source, now))
+                return Repair(source, tuple(applied), _findings_with_choices(source, validation))
 
-    def judge(self, source: Source) -> Validation:
-        self.left -= len(source.text) + OVERHEAD
+    def validate(self, source: Source) -> Validation:
+        self.remaining_characters -= len(source.text) + VALIDATION_OVERHEAD
         return validate(assemble(source, self.overrides), self.situation)
 
-    def improved(
-        self, source: Source, found: Finding, now: Validation
+    def try_fix(
+        self, source: Source, finding: Finding, validation: Validation
     ) -> tuple[Source, Validation] | None:
-        """Apply the fix of the finding ``found``. Return the new text and its validation. Return
+        """Apply the fix of the finding ``finding``. Return the new text and its validation. Return
         None if the finding does not have exactly one fix, or if the fix does not reduce the number
         of findings. For a KEY rule, the number of findings may stay the same.
         """
-        if len(found.fixes) != 1 or self.left < 0:
+        if len(finding.fixes) != 1 or self.remaining_characters < 0:
             return None
-        edits = found.fixes[0].edits
+        edits = finding.fixes[0].edits
         if not edits or any(edit.source is not source for edit in edits):
             return None
-        candidate = replace(source, text=apply(source.text, edits), secret_positions=[])
-        after = self.judge(candidate)
+        candidate = replace(source, text=apply_edits(source.text, edits), secret_positions=[])
+        new_validation = self.validate(candidate)
         # An unknown or invalid key (KEY rules) was not checked by other rules. After the fix it is
         # checked, so one new finding is allowed.
-        allowed = len(now.findings) - (0 if found.rule.startswith("KEY") else 1)
-        if len(after.findings) <= allowed and not _same(found, after):
-            return candidate, after
+        max_findings = len(validation.findings) - (0 if finding.rule.startswith("KEY") else 1)
+        if len(new_validation.findings) <= max_findings and not _is_still_reported(
+            finding, new_validation
+        ):
+            return candidate, new_validation
         return None
 
 
-def _same(found: Finding, after: Validation) -> bool:
+def _is_still_reported(finding: Finding, validation: Validation) -> bool:
     return any(
-        other.rule == found.rule and other.path == found.path and other.message == found.message
-        for other in after.findings
+        other.rule == finding.rule
+        and other.path == finding.path
+        and other.message == finding.message
+        for other in validation.findings
     )
 
 
-def _choices(source: Source, now: Validation) -> tuple[Finding, ...]:
+def _findings_with_choices(source: Source, validation: Validation) -> tuple[Finding, ...]:
     """Return the findings with several possible fixes, if at least one of these fixes changes the
     text ``source``.
     """
     return tuple(
-        found
-        for found in now.findings
-        if len(found.fixes) > 1
-        and any(edit.source is source for fix in found.fixes for edit in fix.edits)
+        finding
+        for finding in validation.findings
+        if len(finding.fixes) > 1
+        and any(edit.source is source for fix in finding.fixes for edit in fix.edits)
     )
 
 
-def _told(found: Finding, lines: list[int]) -> list[Applied]:
-    fix: Fix = found.fixes[0]
+def _describe_applied(finding: Finding, lines: list[int]) -> list[Applied]:
+    fix: Fix = finding.fixes[0]
     text = fix.edits[0].source.text
 
     def line(edit: Edit) -> int:
@@ -132,8 +136,8 @@ def _told(found: Finding, lines: list[int]) -> list[Applied]:
 
     if fix.printed_change is not None:
         first = fix.edits[0]
-        return [Applied(found.rule, line(first), *fix.printed_change)]
-    return [Applied(found.rule, line(edit), *_old_and_new(text, edit)) for edit in fix.edits]
+        return [Applied(finding.rule, line(first), *fix.printed_change)]
+    return [Applied(finding.rule, line(edit), *_old_and_new(text, edit)) for edit in fix.edits]
 
 
 def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
@@ -146,22 +150,22 @@ def _old_and_new(text: str, edit: Edit) -> tuple[str, str]:
     return f"{name}{text[edit.start : edit.end]}".strip(), f"{name}{edit.text}".strip()
 
 
-def _renumbered(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
+def _renumber_lines(text: str, edits: Sequence[Edit], lines: list[int]) -> list[int]:
     """Return, for each line of the edited text, its line number in the original text ``text``. An
     inserted line gets the number of the line at which it was inserted.
     """
-    after = list(lines)
-    for edit in sorted(edits, key=lambda one: one.start, reverse=True):
-        at = min(text.count("\n", 0, edit.start), len(after) - 1)
-        gone, added = text.count("\n", edit.start, edit.end), edit.text.count("\n")
-        after[at : at + gone] = [after[at]] * added
-    return after
+    new_lines = list(lines)
+    for edit in sorted(edits, key=lambda item: item.start, reverse=True):
+        index = min(text.count("\n", 0, edit.start), len(new_lines) - 1)
+        removed, added = text.count("\n", edit.start, edit.end), edit.text.count("\n")
+        new_lines[index : index + removed] = [new_lines[index]] * added
+    return new_lines
 
 
-def apply(text: str, edits: Sequence[Edit]) -> str:
+def apply_edits(text: str, edits: Sequence[Edit]) -> str:
     """Return ``text`` with ``edits`` applied. The last edit in the text is applied first, so that
     the offsets of the other edits stay valid.
     """
-    for edit in sorted(edits, key=lambda one: one.start, reverse=True):
+    for edit in sorted(edits, key=lambda item: item.start, reverse=True):
         text = text[: edit.start] + edit.text + text[edit.end :]
     return text

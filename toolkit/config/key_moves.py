@@ -34,8 +34,8 @@ def key_schema(path: KeyPath) -> dict[str, Any] | None:
 
 def is_valid(node: Node, schema: dict[str, Any]) -> bool:
     """Whether ``schema``, the schema of a key, accepts the value of ``node``."""
-    outcome = check_structure(node, schema)
-    return not outcome.invalid_paths and all(found.rule == "DOC007" for found in outcome.findings)
+    check = check_structure(node, schema)
+    return not check.invalid_paths and all(finding.rule == "DOC007" for finding in check.findings)
 
 
 def find_node(root: Node, path: KeyPath) -> Node | None:
@@ -46,134 +46,145 @@ def find_node(root: Node, path: KeyPath) -> Node | None:
     return node
 
 
-def removal_fix(root: Node, old: KeyPath) -> Fix:
-    """Return the fix that removes the key at the path ``old``."""
-    node = find_node(root, old)
-    edit = None if node is None else _removal(root, old, node)
+def removal_fix(root: Node, old_path: KeyPath) -> Fix:
+    """Return the fix that removes the key at the path ``old_path``."""
+    node = find_node(root, old_path)
+    edit = None if node is None else _removal_edit(root, old_path, node)
     if node is None or edit is None:
         return Fix("remove the key")
-    return Fix("remove the key", (edit,), _moved(node, old, "(removed)"))
+    return Fix("remove the key", (edit,), _printed_change(node, old_path, "(removed)"))
 
 
-def move_fix(root: Node, old: KeyPath, to: str, value: Any) -> Fix:
-    """Return the fix that replaces the key at the path ``old`` by the dotted key ``to`` with
-    ``value``.
+def move_fix(root: Node, old_path: KeyPath, new_key: str, value: Any) -> Fix:
+    """Return the fix that replaces the key at the path ``old_path`` by the dotted key ``new_key``
+    with ``value``.
 
-    If the run file already sets ``to`` to the same value, the fix only removes the old key. The fix
-    has no edits if ``to`` has another value, or if ``value`` is not valid for ``to``.
+    If the run file already sets ``new_key`` to the same value, the fix only removes the old key.
+    The fix has no edits if ``new_key`` has another value, or if ``value`` is not valid for
+    ``new_key``.
     """
-    node, new = find_node(root, old), tuple(to.split("."))
+    node, new_path = find_node(root, old_path), tuple(new_key.split("."))
     spelling = spell_value(value, "yaml")
-    text = f"use {to}: {spelling}"
-    schema, there = key_schema(new), find_node(root, new)
+    text = f"use {new_key}: {spelling}"
+    schema, existing = key_schema(new_path), find_node(root, new_path)
     if node is None or schema is None or isinstance(value, (dict, list)):
-        return Fix(f"use {to}")
+        return Fix(f"use {new_key}")
     probe = type(node)(value, node.position, node.source)
     if not is_valid(probe, schema):
-        return Fix(f"use {to}")
-    if there is not None:
-        same = type(there.value) is type(value) and there.value == value
-        edit = _removal(root, old, node) if same else None
+        return Fix(f"use {new_key}")
+    if existing is not None:
+        has_same_value = type(existing.value) is type(value) and existing.value == value
+        edit = _removal_edit(root, old_path, node) if has_same_value else None
         if edit is None:
-            text = "remove the key" if same else f"remove the key, because {to} is already set"
+            text = (
+                "remove the key"
+                if has_same_value
+                else f"remove the key, because {new_key} is already set"
+            )
             return Fix(text)
-        return Fix("remove the key", (edit,), _moved(node, old, f"(removed: {to} has this value)"))
-    if old[:-1] == new[:-1]:
-        edits = _in_place(node, new, value)
+        return Fix(
+            "remove the key",
+            (edit,),
+            _printed_change(node, old_path, f"(removed: {new_key} has this value)"),
+        )
+    if old_path[:-1] == new_path[:-1]:
+        edits = _rename_edits(node, new_path, value)
     else:
-        removal = _removal(root, old, node)
-        edits = _insertion(root, node, new, value)
+        removal = _removal_edit(root, old_path, node)
+        edits = _insertion_edits(root, node, new_path, value)
         edits = (removal, *edits) if removal is not None and edits else ()
-    return Fix(text, edits, _moved(node, old, f"{to}: {spelling}") if edits else None)
+    return Fix(
+        text, edits, _printed_change(node, old_path, f"{new_key}: {spelling}") if edits else None
+    )
 
 
-def _moved(node: Node, old: KeyPath, now: str) -> tuple[str, str]:
-    written = node.source.text[node.position.start : node.position.end]
-    return f"{dotted(old)}: {written}", now
+def _printed_change(node: Node, old_path: KeyPath, new_text: str) -> tuple[str, str]:
+    value_text = node.source.text[node.position.start : node.position.end]
+    return f"{dotted(old_path)}: {value_text}", new_text
 
 
-def _in_place(node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Return the edits that rename the key of ``node`` to the last part of ``new``, and that change
-    its value to ``value``. Return no edits if the key comes from a ``--set`` override.
+def _rename_edits(node: Node, new_path: KeyPath, value: Any) -> tuple[Edit, ...]:
+    """Return the edits that rename the key of ``node`` to the last part of ``new_path``, and that
+    change its value to ``value``. Return no edits if the key comes from a ``--set`` override.
     """
     if node.key_position is None or node.source.is_override:
         return ()
-    edits = [rename_key(node.source, node.key_position, str(new[-1]))]
+    edits = [rename_key(node.source, node.key_position, str(new_path[-1]))]
     if type(value) is not type(node.value) or value != node.value:
         spelling = spell_value(value, node.source.format)
         edits.append(Edit(node.source, node.position.start, node.position.end, spelling))
     return tuple(edits)
 
 
-def _removal(root: Node, path: KeyPath, node: Node) -> Edit | None:
+def _removal_edit(root: Node, path: KeyPath, node: Node) -> Edit | None:
     """Return the edit that removes a key and its scalar value; None if this is not possible."""
     source, key, parent = node.source, node.key_position, find_node(root, path[:-1])
-    one_line = key is not None and key.line == node.position.line and "\n" not in _written(node)
+    one_line = key is not None and key.line == node.position.line and "\n" not in _value_text(node)
     if source.is_override or key is None or parent is None or not one_line:
         return None
-    if isinstance(node.value, (dict, list)) or len(_own(parent, source)) < 2:
+    if isinstance(node.value, (dict, list)) or len(_entries_from(parent, source)) < 2:
         return None  # removing the key would leave an empty section
     if _is_flow(parent):
-        return _flow_removal(node)
-    start, end, before, after = _line(source.text, key.start, node.position.end)
+        return _flow_removal_edit(node)
+    start, end, before, after = _surrounding_line(source.text, key.start, node.position.end)
     if before.strip() or not _COMMENT.fullmatch(after.rstrip("\r")):
         return None
     return Edit(source, start, end, "")
 
 
-def _flow_removal(node: Node) -> Edit | None:
+def _flow_removal_edit(node: Node) -> Edit | None:
     """Return the edit that removes a key and an adjacent comma from a mapping such as {a: 1,
     b: 2}.
     """
     assert node.key_position is not None
     text, start, end = node.source.text, node.key_position.start, node.position.end
-    behind = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
-    if behind is not None:
-        return Edit(node.source, start, behind.end(), "")
-    ahead = re.search(r",\s*$", text[:start])
-    if ahead is not None:
-        return Edit(node.source, ahead.start(), end, "")
+    comma_after = re.compile(r"\s*,[ \t]*(\r?\n[ \t]*)?").match(text, end)
+    if comma_after is not None:
+        return Edit(node.source, start, comma_after.end(), "")
+    comma_before = re.search(r",\s*$", text[:start])
+    if comma_before is not None:
+        return Edit(node.source, comma_before.start(), end, "")
     return None
 
 
-def _insertion(root: Node, node: Node, new: KeyPath, value: Any) -> tuple[Edit, ...]:
-    """Return the edits that insert the key ``new`` into its section, and that create the section if
-    it does not exist. Return no edits if this is not possible.
+def _insertion_edits(root: Node, node: Node, new_path: KeyPath, value: Any) -> tuple[Edit, ...]:
+    """Return the edits that insert the key ``new_path`` into its section, and that create the
+    section if it does not exist. Return no edits if this is not possible.
     """
     source = node.source
-    section, name = find_node(root, new[:-1]), str(new[-1])
-    if source.is_override or len(new) != 2:
+    section, name = find_node(root, new_path[:-1]), str(new_path[-1])
+    if source.is_override or len(new_path) != 2:
         return ()
     key = f'"{name}"' if source.format == "json" else name
-    equals = " = " if source.format == "toml" else ": "
-    pair = f"{key}{equals}{spell_value(value, source.format)}"
-    line = pair + _comment(node)
-    own = [] if section is None else _own(section, source)
-    if section is not None and own:
+    separator = " = " if source.format == "toml" else ": "
+    pair = f"{key}{separator}{spell_value(value, source.format)}"
+    line = pair + _line_comment(node)
+    entries = [] if section is None else _entries_from(section, source)
+    if section is not None and entries:
         if _is_flow(section):
             return (
                 Edit(source, section.position.start + 1, section.position.start + 1, f"{pair}, "),
             )
-        first = own[0].key_position
+        first = entries[0].key_position
         assert first is not None
-        start, _, before, _ = _line(source.text, first.start, first.end)
+        start, _, before, _ = _surrounding_line(source.text, first.start, first.end)
         newline = _newline(source)
         if before.strip():
             return ()
         return (Edit(source, start, start, f"{before}{line}{newline}"),)
     if section is not None and section.source is source:
         return ()  # the section is empty or not a mapping
-    return _new_section(root, source, str(new[0]), pair, line)
+    return _new_section_edits(root, source, str(new_path[0]), pair, line)
 
 
-def _new_section(
+def _new_section_edits(
     root: Node, source: Source, section: str, pair: str, line: str
 ) -> tuple[Edit, ...]:
     text, newline = source.text, _newline(source)
-    tops = _own(root, source)
-    if not tops:
+    entries = _entries_from(root, source)
+    if not entries:
         return ()
-    first = tops[0].key_position
+    first = entries[0].key_position
     assert first is not None
     if source.format == "json" or text[: first.start].rstrip().endswith("{"):
         brace = text.rfind("{", 0, first.start)
@@ -181,32 +192,36 @@ def _new_section(
         return (Edit(source, brace + 1, brace + 1, f"{name}: {{{pair}}}, "),) if brace >= 0 else ()
     if source.format == "yaml" and (first.column != 1 or re.search(r"^(---|\.\.\.)", text, re.M)):
         return ()
-    head = f"[{section}]" if source.format == "toml" else f"{section}:"
+    header = f"[{section}]" if source.format == "toml" else f"{section}:"
     indent = "" if source.format == "toml" else "  "
     gap = "" if text.endswith("\n") else newline
     end = len(text)
-    return (Edit(source, end, end, f"{gap}{head}{newline}{indent}{line}{newline}"),)
+    return (Edit(source, end, end, f"{gap}{header}{newline}{indent}{line}{newline}"),)
 
 
-def _comment(node: Node) -> str:
+def _line_comment(node: Node) -> str:
     """Return the comment at the end of the line of ``node``. The comment moves together with the
     key. Return an empty text if there is no comment, or if other text precedes the key on its line.
     """
     if node.key_position is None:
         return ""
-    _, _, before, after = _line(node.source.text, node.key_position.start, node.position.end)
+    _, _, before, after = _surrounding_line(
+        node.source.text, node.key_position.start, node.position.end
+    )
     after = after.rstrip("\r")
     return after if not before.strip() and _COMMENT.fullmatch(after) else ""
 
 
-def _own(mapping: Node, source: Source) -> list[Node]:
+def _entries_from(mapping: Node, source: Source) -> list[Node]:
     """Return the entries of a mapping that come from the text ``source``, in the order of the text.
     The other entries come from base files and ``--set`` overrides.
     """
     if not isinstance(mapping.value, dict):
         return []
-    entries = [one for one in mapping.value.values() if one.source is source and one.key_position]
-    return sorted(entries, key=lambda one: one.key_position.start if one.key_position else 0)
+    entries = [
+        entry for entry in mapping.value.values() if entry.source is source and entry.key_position
+    ]
+    return sorted(entries, key=lambda entry: entry.key_position.start if entry.key_position else 0)
 
 
 def _is_flow(mapping: Node) -> bool:
@@ -214,7 +229,7 @@ def _is_flow(mapping: Node) -> bool:
     return mapping.source.format != "toml" and mapping.source.text[start : start + 1] == "{"
 
 
-def _written(node: Node) -> str:
+def _value_text(node: Node) -> str:
     return node.source.text[node.position.start : node.position.end]
 
 
@@ -222,7 +237,7 @@ def _newline(source: Source) -> str:
     return "\r\n" if "\r\n" in source.text else "\n"
 
 
-def _line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
+def _surrounding_line(text: str, start: int, end: int) -> tuple[int, int, str, str]:
     """Return four values that describe the line with the characters from ``start`` to ``end``: the
     offset at which the line begins, the offset at which the next line begins, the part of the line
     before ``start``, and the part after ``end``.

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.config.document import Document, Node
-from toolkit.config.extends import chain_fault, content_fault, finding_at, location_fault, real_path
+from toolkit.config.extends import (
+    chain_fault,
+    content_fault,
+    finding_at,
+    location_fault,
+    resolve_base_path,
+)
 from toolkit.config.finding import Finding, Severity
 from toolkit.config.source import MAX_LAYERS, Position, Source
 from toolkit.config.text_reader import UnreadableText, failed_document, read_source
@@ -34,9 +40,9 @@ def assemble(source: Source, overrides: Sequence[str] = ()) -> Document:
     overrides applied.
     """
     document = parse_source(source)
-    _extend(document, [source.path] if source.path else [], source.folder)
+    _merge_base(document, [source.path] if source.path else [], source.folder)
     for text in overrides:
-        _override(document, text)
+        _apply_override(document, text)
     return document
 
 
@@ -61,7 +67,7 @@ def parse_source(source: Source) -> Document:
     return document
 
 
-def _extend(document: Document, chain: list[Path], root: Path) -> None:
+def _merge_base(document: Document, chain: list[Path], root: Path) -> None:
     """Merge ``document`` over its base file, the file that its key ``extends`` names. A base file
     is first merged over its own base file, if it has one. All base files must be in or below the
     folder ``root``, or a folder that TOOLKIT_EXTENDS_FROM lists. ``chain`` lists the files that
@@ -70,42 +76,42 @@ def _extend(document: Document, chain: list[Path], root: Path) -> None:
     node = document.root.value.pop("extends", None)
     if node is None:
         return
-    base = _base(node, chain, root)
+    base = _load_base(node, chain, root)
     if isinstance(base, Finding):
         document.findings.append(base)
         document.is_complete = False
         return
-    _extend(base, [*chain, Path(node.source.folder, node.value).resolve()], root)
+    _merge_base(base, [*chain, Path(node.source.folder, node.value).resolve()], root)
     document.findings += base.findings
     document.is_complete &= base.is_complete
-    document.root = merge(base.root, document.root)
+    document.root = merge_nodes(base.root, document.root)
 
 
-def _base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
+def _load_base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     """Return the document of a base file. Return a finding if the base file cannot be used.
     ``node`` is the value of ``extends``.
     """
     if not isinstance(node.value, str) or not node.value or "\0" in node.value:
         return finding_at("DOC011", node, "extends: the value must be the path of one run file")
-    path = real_path(node)
+    path = resolve_base_path(node)
     if path is None:
         return finding_at(
             "DOC011",
             node,
             f"extends: {node.value} cannot be opened: the symbolic links of its path form a loop",
         )
-    if around := chain_fault(path, chain, MAX_LAYERS):
-        return finding_at("DOC011", node, f"extends forms a loop: {around}")
+    if cycle := chain_fault(path, chain, MAX_LAYERS):
+        return finding_at("DOC011", node, f"extends forms a loop: {cycle}")
     if fault := location_fault(path, node, root):
         return fault
     try:
-        base = parse_source(read_source(_shown(path, node), real=path))
+        base = parse_source(read_source(_display_path(path, node), real=path))
     except UnreadableText as error:
         return finding_at("DOC011", node, f"extends: {node.value} {error.finding.message}")
     return content_fault(base, node) or base
 
 
-def _shown(path: Path, node: Node) -> Path:
+def _display_path(path: Path, node: Node) -> Path:
     """Return the path of a base file as messages show it. ``node`` is the value of ``extends``.
 
     The path begins with the folder of the file that contains ``extends``, as the user wrote this
@@ -114,30 +120,30 @@ def _shown(path: Path, node: Node) -> Path:
     return Path(node.source.name).parent / node.value if node.source.path else path
 
 
-def merge(below: Node, above: Node) -> Node:
-    """Return ``above`` merged over ``below``. Two mappings are merged key by key. Any other value
-    of ``above`` replaces the value of ``below``. Nodes keep their positions.
+def merge_nodes(base: Node, override: Node) -> Node:
+    """Return ``override`` merged over ``base``. Two mappings are merged key by key. Any other value
+    of ``override`` replaces the value of ``base``. Nodes keep their positions.
     """
-    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
-        return above
-    merged = Node(dict(below.value), above.position, above.source)
-    merged.key_position = above.key_position
-    for key, child in above.value.items():
-        merged.value[key] = merge(below.value[key], child) if key in below.value else child
+    if not (isinstance(base.value, dict) and isinstance(override.value, dict)):
+        return override
+    merged = Node(dict(base.value), override.position, override.source)
+    merged.key_position = override.key_position
+    for key, child in override.value.items():
+        merged.value[key] = merge_nodes(base.value[key], child) if key in base.value else child
     return merged
 
 
-def _override(document: Document, text: str) -> None:
+def _apply_override(document: Document, text: str) -> None:
     """Apply one ``--set`` override, which has the form ``key.path=value``."""
-    name, equals, written = text.partition("=")
-    source = Source(f"--set {text}", written, Path.cwd(), None, "set")
-    at = Node(None, Position(1, 1, 0, len(written)), source)
+    name, equals, value_text = text.partition("=")
+    source = Source(f"--set {text}", value_text, Path.cwd(), None, "set")
+    argument = Node(None, Position(1, 1, 0, len(value_text)), source)
     keys = name.strip().split(".")
     if not equals or not all(keys):
         document.findings.append(
             finding_at(
                 "DOC012",
-                at,
+                argument,
                 "an override must have the form key=value, for example grpo.max_steps=10",
             )
         )
@@ -145,41 +151,43 @@ def _override(document: Document, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
-        document.findings.append(finding_at("DOC012", at, "an override must be UTF-8 text"))
+        document.findings.append(finding_at("DOC012", argument, "an override must be UTF-8 text"))
         return
     parsed = parse_yaml(source)
-    if any(found.severity is Severity.ERROR for found in parsed.findings):
+    if any(finding.severity is Severity.ERROR for finding in parsed.findings):
         document.findings += parsed.findings
         return
-    value = parsed.root if written.strip() else Node(None, at.position, source)
-    value.key_position = at.position
-    problem = _put(document.root, keys, value)
+    value = parsed.root if value_text.strip() else Node(None, argument.position, source)
+    value.key_position = argument.position
+    problem = _set_key(document.root, keys, value)
     if problem:
-        document.findings.append(finding_at("DOC012", at, problem))
+        document.findings.append(finding_at("DOC012", argument, problem))
 
 
-def _put(root: Node, keys: list[str], value: Node) -> str | None:
+def _set_key(root: Node, keys: list[str], value: Node) -> str | None:
     """Set the key at the path ``keys`` to ``value``. Missing mappings on the path are created.
     Return an error text if a value on the path cannot contain the next key: it is a scalar, or a
     list without that item.
     """
     node = root
     for depth, key in enumerate(keys):
-        holder: Any = node.value
-        last = depth == len(keys) - 1
-        if isinstance(holder, list):
-            if not key.isdigit() or int(key) >= len(holder):
-                return f"{'.'.join(keys[: depth + 1])}: the list has items 0 to {len(holder) - 1}"
+        container: Any = node.value
+        is_last = depth == len(keys) - 1
+        if isinstance(container, list):
+            if not key.isdigit() or int(key) >= len(container):
+                return (
+                    f"{'.'.join(keys[: depth + 1])}: the list has items 0 to {len(container) - 1}"
+                )
             index: Any = int(key)
-        elif isinstance(holder, dict):
+        elif isinstance(container, dict):
             index = key
-            if not last and key not in holder:
-                holder[key] = Node({}, value.position, value.source)
-                holder[key].key_position = value.position
+            if not is_last and key not in container:
+                container[key] = Node({}, value.position, value.source)
+                container[key].key_position = value.position
         else:
             return f"{'.'.join(keys[:depth])} is not a mapping, so it has no key {key}"
-        if last:
-            holder[index] = value
+        if is_last:
+            container[index] = value
         else:
-            node = holder[index]
+            node = container[index]
     return None

@@ -45,7 +45,7 @@ RECORDED: dict[str, AllowedValues] = {
 
 # For each setting: the package, the file in the package, the name of the package in messages, and
 # the pattern that finds the values in the text of the file.
-_SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
+_SOURCE_FILES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
     "lora_ranks": (
         "vllm",
         "config/lora.py",
@@ -70,32 +70,32 @@ _SOURCES: dict[str, tuple[str, str, str, re.Pattern[str]]] = {
 
 
 @cache
-def allowed_values(which: str) -> AllowedValues:
-    """Return the allowed values of the setting ``which``: ``lora_ranks``, ``loss_types`` or
+def allowed_values(setting: str) -> AllowedValues:
+    """Return the allowed values of the setting ``setting``: ``lora_ranks``, ``loss_types`` or
     ``lora_inits``.
     """
-    return installed_values(which) or RECORDED[which]
+    return installed_values(setting) or RECORDED[setting]
 
 
-def installed_values(which: str) -> AllowedValues | None:
-    """Return the allowed values of the setting ``which`` from the installed library's source code.
-    Return None if the library is not installed, or if its source code has an unexpected form.
+def installed_values(setting: str) -> AllowedValues | None:
+    """Return the allowed values of the setting ``setting`` from the installed library's source
+    code. Return None if the library is not installed, or if its source code has an unexpected form.
     """
-    package, file, name, pattern = _SOURCES[which]
+    package, file, name, pattern = _SOURCE_FILES[setting]
     folder = package_folder(package)
     if folder is None:
         return None
     try:
-        found = pattern.search((folder / file).read_text(encoding="utf-8"))
+        match = pattern.search((folder / file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return None
-    if found is None:
+    if match is None:
         return None
-    if "bullets" in found.groupdict():
-        values = tuple(re.findall(r'^ +- `"(\w+)"`', found["bullets"], re.MULTILINE))
+    if "bullets" in match.groupdict():
+        values = tuple(re.findall(r'^ +- `"(\w+)"`', match["bullets"], re.MULTILINE))
     else:
-        values = tuple(ast.literal_eval(found[1]))
-    if which == "lora_inits" and "lora_ga" not in values:
+        values = tuple(ast.literal_eval(match[1]))
+    if setting == "lora_inits" and "lora_ga" not in values:
         values = (
             *values,
             "lora_ga",
@@ -126,26 +126,26 @@ def model_type(name: str) -> ModelType:
         assert folder is not None
         auto = folder / "models" / "auto"
         types = (auto / "auto_mappings.py").read_text(encoding="utf-8")
-        more = (auto / "configuration_auto.py").read_text(encoding="utf-8")
-        heads = (auto / "modeling_auto.py").read_text(encoding="utf-8")
-        _, _, causal = heads.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(")
+        more_types = (auto / "configuration_auto.py").read_text(encoding="utf-8")
+        model_classes = (auto / "modeling_auto.py").read_text(encoding="utf-8")
+        _, _, causal = model_classes.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict(")
         assert causal
     except (OSError, UnicodeDecodeError, AssertionError):
         return ModelType()
-    known = f'"{name}"' in types or f'"{name}"' in more
+    known = f'"{name}"' in types or f'"{name}"' in more_types
     return ModelType(
-        known, f'("{name}", ' in causal.partition("\n)")[0], _attention(folder, name, types)
+        known, f'("{name}", ' in causal.partition("\n)")[0], _attention_support(folder, name, types)
     )
 
 
-def _attention(folder: Path, name: str, types: str) -> dict[str, bool]:
+def _attention_support(folder: Path, name: str, types: str) -> dict[str, bool]:
     """Return a dict that says for each of the attention functions "sdpa", "flash" and "flex"
     whether transformers supports it for the model_type ``name``. The dict is empty if transformers
     has no module for this model_type. ``types`` is the text of auto_mappings.py.
     """
-    special = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
-    moved = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special)
-    module = moved[1] if moved else name.replace("-", "_")
+    special_types = types.partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
+    match = re.search(rf'\("{re.escape(name)}",\s*"(\w+)"\)', special_types)
+    module = match[1] if match else name.replace("-", "_")
     files = (folder / "models" / module).glob("modeling_*.py") if module.isidentifier() else ()
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     kinds = {
@@ -164,8 +164,8 @@ def package_folder(package: str) -> Path | None:
         spec = find_spec(package)
     except (ImportError, ValueError):
         return None
-    places = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(places))) if places else None
+    folders = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(folders))) if folders else None
 
 
 LEGAL_RANKS: tuple[int, ...] = RECORDED["lora_ranks"].values
@@ -176,4 +176,4 @@ def smallest_rank(rank: int, legal: Iterable[int] = LEGAL_RANKS) -> int | None:
     """Return the smallest rank in ``legal`` that is at least ``rank``; None if every rank in
     ``legal`` is smaller.
     """
-    return min((one for one in legal if one >= rank), default=None)
+    return min((candidate for candidate in legal if candidate >= rank), default=None)

@@ -26,12 +26,12 @@ MLP_PROJECTIONS = SEVEN_PROJECTIONS[4:]
 SLOT_LAYERS = (*SEVEN_PROJECTIONS, "qkv_proj", "gate_up_proj", "q_b_proj")
 # Model types whose checkpoints store fused layers, and the names of their layers (transformers
 # 5.17).
-FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
-LONGEST_PATTERN, MOST_GROUPS = 1000, 10
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+FUSED_LAYERS = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+MAX_PATTERN_LENGTH, MAX_PATTERN_GROUPS = 1000, 10
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Model types for which PEFT applies the names gate_proj, up_proj and down_proj to the experts
 # (transformers' conversion "qwen2_moe"; PEFT 0.21.2, utils/transformers_weight_conversion.py).
-EXPERT_CONVERTED = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
+STACKED_EXPERT_TYPES = ("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3")
 # The layers of an expert that transformers stores as one parameter. PEFT adapts both or neither.
 FUSED_EXPERT_LAYERS = ("gate_proj", "up_proj")
 
@@ -52,10 +52,10 @@ def has_experts(config: Mapping[str, Any]) -> bool:
     (Hunyuan, Jamba). Some configs list the number for each layer.
     """
     text = get_text_config(config)
-    return any(_most(text.get(name)) > 1 for name in EXPERTS)
+    return any(_largest_count(text.get(name)) > 1 for name in EXPERT_COUNT_KEYS)
 
 
-def _most(counts: Any) -> int:
+def _largest_count(counts: Any) -> int:
     """Return the largest integer in ``counts``; 0 if there is none. ``counts`` is an integer or a
     list of integers.
     """
@@ -74,7 +74,7 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     text = get_text_config(config)
     if not has_experts(text):
-        return FUSED.get(str(text.get("model_type")), SEVEN_PROJECTIONS)
+        return FUSED_LAYERS.get(str(text.get("model_type")), SEVEN_PROJECTIONS)
     if text.get("kv_lora_rank"):
         return ("q_b_proj" if text.get("q_lora_rank") else "q_proj", "o_proj")
     return ATTENTION_PROJECTIONS
@@ -82,13 +82,13 @@ def default_targets(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def pattern_fault(text: str) -> str | None:
     """Return the reason why ``text`` cannot be used as a regular expression; None if it can."""
-    if len(text) > LONGEST_PATTERN:
-        return f"the pattern is longer than {LONGEST_PATTERN} characters"
+    if len(text) > MAX_PATTERN_LENGTH:
+        return f"the pattern is longer than {MAX_PATTERN_LENGTH} characters"
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         return f"not a regular expression: {error}"
-    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MOST_GROUPS:
+    if re.search(r"[*+}]\)*[*+{]", text) or text.count("(") >= MAX_PATTERN_GROUPS:
         return (
             "the pattern has a repetition inside a repetition or too many groups, so that matching "
             "could take very long"
@@ -125,7 +125,7 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
     layers and shared experts. The set is empty if PEFT does not stack the experts of this
     ``model_type``.
     """
-    if model_type not in EXPERT_CONVERTED:
+    if model_type not in STACKED_EXPERT_TYPES:
         return frozenset()
     if isinstance(targets, str):
         if targets == "all-linear":
@@ -134,8 +134,8 @@ def expert_targets(model_type: str, targets: Iterable[str] | str) -> frozenset[s
             return frozenset()
         path = "model.layers.0.mlp.experts."
         return frozenset(name for name in MLP_PROJECTIONS if re.fullmatch(targets, path + name))
-    ends = {target.rpartition(".")[2] for target in targets}
-    return frozenset(name for name in MLP_PROJECTIONS if name in ends)
+    last_parts = {target.rpartition(".")[2] for target in targets}
+    return frozenset(name for name in MLP_PROJECTIONS if name in last_parts)
 
 
 def layers_beyond(layers: Any, count: int | None) -> tuple[int, ...]:

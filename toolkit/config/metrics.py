@@ -111,18 +111,18 @@ TIMINGS = {
     "memory.",
 }
 """timings.jsonl: name -> what it means."""
-_ANY = "NAME"
+_PLACEHOLDER = "NAME"
 
 
-def explain_metric(asked: str) -> str | None:
-    """Return the explanation of the metric ``asked`` as text; None if there is no such metric.
-    ``asked`` is the full name of a metric or the last part of its name.
+def explain_metric(topic: str) -> str | None:
+    """Return the explanation of the metric ``topic`` as text; None if there is no such metric.
+    ``topic`` is the full name of a metric or the last part of its name.
     """
-    wanted = asked.removeprefix("eval/").removeprefix("timing/")
-    found = [name for name in names() if _is_named(name, wanted)]
-    if not found and "/" not in wanted:
-        found = [name for name in names() if name.rpartition("/")[2] == wanted]
-    return "\n\n".join(_told(name) for name in found) or None
+    metric = topic.removeprefix("eval/").removeprefix("timing/")
+    matches = [name for name in names() if _matches(name, metric)]
+    if not matches and "/" not in metric:
+        matches = [name for name in names() if name.rpartition("/")[2] == metric]
+    return "\n\n".join(_explanation(name) for name in matches) or None
 
 
 def names() -> list[str]:
@@ -134,18 +134,18 @@ def names() -> list[str]:
 
 def explain_all() -> str:
     """Return the explanations of all metrics as text."""
-    return "\n\n".join(map(_told, names()))
+    return "\n\n".join(map(_explanation, names()))
 
 
-def _is_named(name: str, wanted: str) -> bool:
-    before, any_name, after = name.partition(_ANY)
-    if not any_name:
-        return name == wanted
-    inner = wanted.removeprefix(before).removesuffix(after)
-    return wanted == f"{before}{inner}{after}" and bool(inner)
+def _matches(name: str, metric: str) -> bool:
+    before, placeholder, after = name.partition(_PLACEHOLDER)
+    if not placeholder:
+        return name == metric
+    reward_name = metric.removeprefix(before).removesuffix(after)
+    return metric == f"{before}{reward_name}{after}" and bool(reward_name)
 
 
-def _told(name: str) -> str:
+def _explanation(name: str) -> str:
     file = "metrics.jsonl" if name in METRICS else "timings.jsonl"
     text = METRICS.get(name) or TIMINGS[name]
     return "\n".join([f"{name} (a value in {file} of a run folder)", *wrap_text(text)])

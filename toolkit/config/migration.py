@@ -184,25 +184,28 @@ its value.
 """
 
 
-def convert_key(old: str, value: Any) -> tuple[str | None, Any] | None:
-    """Convert the old key ``old``, which has the value ``value`` in a run file. Return the new key
-    and the new value. Return (None, None) if the old key can be removed. Return None if the user
-    must decide.
+def convert_key(old_key: str, value: Any) -> tuple[str | None, Any] | None:
+    """Convert the old key ``old_key``, which has the value ``value`` in a run file. Return the new
+    key and the new value. Return (None, None) if the old key can be removed. Return None if the
+    user must decide.
     """
-    conversion = CONVERSIONS.get(old)
+    conversion = CONVERSIONS.get(old_key)
     if conversion is None:
-        to = MOVED_KEYS[old].new_key if old in MOVED_KEYS else None
-        if old == "grpo.warmup_ratio" and not (_is_number(value) and value < 1):
+        new_key = MOVED_KEYS[old_key].new_key if old_key in MOVED_KEYS else None
+        if old_key == "grpo.warmup_ratio" and not (_is_number(value) and value < 1):
             return None  # a warmup_steps of 1 would mean one step, not the whole run
-        return (to, value) if to is not None and "." in to else None
-    if any(type(one) is type(value) and one == value for one in conversion.removable_values):
+        return (new_key, value) if new_key is not None and "." in new_key else None
+    if any(
+        type(removable) is type(value) and removable == value
+        for removable in conversion.removable_values
+    ):
         return None, None
     if conversion.new_key is None:
         return None
     if conversion.values is None:
         return conversion.new_key, value
-    known = isinstance(value, (bool, str)) and value in conversion.values
-    return (conversion.new_key, conversion.values[value]) if known else None
+    is_convertible = isinstance(value, (bool, str)) and value in conversion.values
+    return (conversion.new_key, conversion.values[value]) if is_convertible else None
 
 
 def _is_number(value: Any) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from toolkit.config.document import Node
 
 ADAPTER_CONFIG = "adapter_config.json"
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelFacts:
         """The maximum length of a sequence in tokens, with the rope scaling of config.json applied;
         None if it is unknown.
         """
-        length = self.positive_integer(*_LENGTHS)
+        length = self.positive_integer(*_LENGTH_KEYS)
         scaling = self.text_config.get("rope_scaling") or self.text_config.get("rope_parameters")
         if length is None or not isinstance(scaling, dict):
             return length
@@ -92,7 +92,8 @@ class ModelFacts:
     def max_length_key(self) -> str:
         """The name of the key in config.json from which ``max_length`` is computed."""
         return next(
-            (name for name in _LENGTHS if type(self.text_config.get(name)) is int), _LENGTHS[0]
+            (name for name in _LENGTH_KEYS if type(self.text_config.get(name)) is int),
+            _LENGTH_KEYS[0],
         )
 
     @property
@@ -110,9 +111,11 @@ class ModelFacts:
         """Whether lm_head and the embedding share one weight; None if neither config.json nor the
         names of the weights show this.
         """
-        said = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
-        if isinstance(said, bool):
-            return said
+        setting = self.config.get(
+            "tie_word_embeddings", self.text_config.get("tie_word_embeddings")
+        )
+        if isinstance(setting, bool):
+            return setting
         return None if self.weight_modules is None else "lm_head" not in self.weight_modules
 
     @cached_property
@@ -186,7 +189,7 @@ def _weight_names(folder: Path) -> list[str] | None:
 
 GPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS = 16, 128  # tokens per KV block (vllm/platforms/{cuda,cpu}.py)
 ATTENTION_LAYERS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
-OTHER_CACHES = (
+OTHER_CACHE_PREFIXES = (
     "mamba", "linear_", "conv_L_cache", "ssm", "hybrid_override", "full_attn_idxs",
     "attn_type_list", "cla_", "multi_query", "num_kv_heads",
 )  # fmt: skip
@@ -209,21 +212,25 @@ def min_cache_bytes(
     counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
     if not all(type(count) is int and count > 0 for count in counts):
         return None
-    kinds = text.get("layer_types") or ()
-    if set(kinds) - ATTENTION_LAYERS or text.get("num_kv_shared_layers") or _has_others(text):
+    layer_types = text.get("layer_types") or ()
+    if (
+        set(layer_types) - ATTENTION_LAYERS
+        or text.get("num_kv_shared_layers")
+        or _has_other_caches(text)
+    ):
         return None
     window = text.get("sliding_window")
-    kept = min(tokens, window) if type(window) is int and window > 0 else tokens
-    blocks = -(-kept // block_tokens) + 1
+    cached_tokens = min(tokens, window) if type(window) is int and window > 0 else tokens
+    blocks = -(-cached_tokens // block_tokens) + 1
     layers, kv_heads, size = (count for count in counts if count is not None)
-    values = 2 * layers * -(-kv_heads // gpus) * size
-    return values * element_bytes * block_tokens * blocks
+    elements_per_token = 2 * layers * -(-kv_heads // gpus) * size
+    return elements_per_token * element_bytes * block_tokens * blocks
 
 
-def _has_others(text: Mapping[str, Any]) -> bool:
+def _has_other_caches(text: Mapping[str, Any]) -> bool:
     """Whether a key in ``text``, the settings of the language model, shows that the formula of
     ``min_cache_bytes`` does not apply. Such a key means one of three things: layers store other
     state (Mamba, linear attention), layers share a cache, or the number of KV heads has another
     name.
     """
-    return any(name.startswith(OTHER_CACHES) for name in text)
+    return any(name.startswith(OTHER_CACHE_PREFIXES) for name in text)

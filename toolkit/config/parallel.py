@@ -59,15 +59,18 @@ def shape_problem(config: Mapping[str, Any], size: int) -> str | None:
     is the content of the model's config.json.
     """
     text = get_text_config(config)
-    heads = _whole(text, "num_attention_heads")
-    kv_heads = _whole(text, "num_key_value_heads") or heads
-    inner, vocabulary = _whole(text, "intermediate_size"), _whole(text, "vocab_size")
+    heads = _positive_integer(text, "num_attention_heads")
+    kv_heads = _positive_integer(text, "num_key_value_heads") or heads
+    intermediate_size, vocabulary = (
+        _positive_integer(text, "intermediate_size"),
+        _positive_integer(text, "vocab_size"),
+    )
     if heads is not None and heads % size:
         return f"{size} does not divide the model's {heads} attention heads"
     if kv_heads is not None and kv_heads % size and size % kv_heads:
         return f"{size} neither divides the model's {kv_heads} KV heads nor is a multiple of them"
-    if inner is not None and inner % size:
-        return f"{size} does not divide the model's intermediate_size {inner}"
+    if intermediate_size is not None and intermediate_size % size:
+        return f"{size} does not divide the model's intermediate_size {intermediate_size}"
     if vocabulary is not None:
         padded = -(-vocabulary // VOCABULARY_PADDING) * VOCABULARY_PADDING
         if padded % size:
@@ -85,12 +88,12 @@ def model_problem(config: Mapping[str, Any]) -> str | None:
     ``config`` is the content of the model's config.json.
     """
     text = get_text_config(config)
-    kind = str(text.get("model_type") or config.get("model_type") or "")
+    model_type = str(text.get("model_type") or config.get("model_type") or "")
     if has_experts(dict(text)):
         return "the trainer cannot split a mixture of experts in the way in which vLLM splits it"
-    if kind not in SPLIT_MODELS:
-        known = ", ".join(sorted(SPLIT_MODELS))
-        return f"the trainer cannot split the model type {kind!r}, only {known}"
+    if model_type not in SPLIT_MODELS:
+        supported = ", ".join(sorted(SPLIT_MODELS))
+        return f"the trainer cannot split the model type {model_type!r}, only {supported}"
     if config.get("quantization_config"):
         return "the checkpoint has quantized weights, which the trainer cannot split"
     return None
@@ -100,14 +103,14 @@ def possible_sizes(config: Mapping[str, Any] | None, world_size: int) -> list[in
     """Return the values that tensor_parallel_size "auto" can have, in ascending order. ``config``
     is the content of the model's config.json, or None if the model is not on this machine.
     """
-    found = [number for number in range(1, world_size + 1) if world_size % number == 0]
+    divisors = [number for number in range(1, world_size + 1) if world_size % number == 0]
     if config is None:
-        return found
+        return divisors
     if model_problem(config) is not None:
         return [1]
-    return [number for number in found if number == 1 or shape_problem(config, number) is None]
+    return [number for number in divisors if number == 1 or shape_problem(config, number) is None]
 
 
-def _whole(text: Mapping[str, Any], name: str) -> int | None:
+def _positive_integer(text: Mapping[str, Any], name: str) -> int | None:
     value = text.get(name)
     return value if type(value) is int and value > 0 else None

@@ -10,18 +10,18 @@ from typing import IO, Any
 
 MAGIC = b"PAR1"
 MAX_FOOTER_BYTES = 16 << 20
-_BOOLS = (1, 2)
+_BOOL_TYPES = (1, 2)
 _BINARY, _LIST, _SET, _STRUCT = 8, 9, 10, 12
 _SCHEMA, _NAME, _CHILDREN = 2, 4, 5  # field numbers of FileMetaData and SchemaElement
-_DEEPEST = 32
+_MAX_NESTING = 32
 _TYPE, _REPETITION, _CONVERTED, _LOGICAL = 1, 3, 6, 10  # field numbers of SchemaElement
 _REPEATED = 2
-_NUMBERS = {0: "bool", 1: "int", 2: "int", 4: "float", 5: "float"}
+_NUMBER_TYPES = {0: "bool", 1: "int", 2: "int", 4: "float", 5: "float"}
 # field numbers of FileMetaData, RowGroup and ColumnChunk
 _GROUPS, _COLUMNS, _COLUMN_METADATA = 4, 1, 3
 _PATH, _CHUNK_BYTES, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11  # field numbers of ColumnMetaData
 _PAGE_BYTES = 3  # field number of PageHeader
-_PAGE_HEAD_BYTES = 1 << 16
+_MAX_PAGE_HEADER_BYTES = 1 << 16
 MAX_CHUNKS, MAX_PAGES = 2_000, 1_000
 _UNREADABLE = (OSError, struct.error, IndexError, KeyError, TypeError, ValueError, AttributeError)
 
@@ -29,27 +29,27 @@ _UNREADABLE = (OSError, struct.error, IndexError, KeyError, TypeError, ValueErro
 def parquet_columns(file: IO[bytes]) -> tuple[str, ...] | None:
     """Return the names of the top-level columns; None if the file is not a Parquet file."""
     try:
-        metadata, _ = _footer(file)
-        return _top_level(metadata[_SCHEMA])
+        metadata, _ = _read_footer(file)
+        return _top_level_names(metadata[_SCHEMA])
     except _UNREADABLE:
         return None
 
 
-def number_column(file: IO[bytes], name: str) -> str | None:
+def number_type(file: IO[bytes], name: str) -> str | None:
     """Return "bool", "int" or "float" if the column ``name`` contains booleans or plain numbers.
     Return None if the column contains other values, or if its type is unknown.
     """
     try:
-        metadata, _ = _footer(file)
+        metadata, _ = _read_footer(file)
         elements = metadata[_SCHEMA]
-        found = [one for one in elements[1:] if one[_NAME] == name.encode()]
-        if len(found) != 1 or name not in _top_level(elements):
+        matches = [element for element in elements[1:] if element[_NAME] == name.encode()]
+        if len(matches) != 1 or name not in _top_level_names(elements):
             return None
     except _UNREADABLE:
         return None
-    is_plain = not {_CHILDREN, _CONVERTED, _LOGICAL} & set(found[0])
-    once = found[0].get(_REPETITION) != _REPEATED
-    return _NUMBERS.get(found[0].get(_TYPE, -1)) if is_plain and once else None
+    is_plain = not {_CHILDREN, _CONVERTED, _LOGICAL} & set(matches[0])
+    is_single_value = matches[0].get(_REPETITION) != _REPEATED
+    return _NUMBER_TYPES.get(matches[0].get(_TYPE, -1)) if is_plain and is_single_value else None
 
 
 def parquet_fault(file: IO[bytes]) -> str | None:
@@ -68,19 +68,19 @@ def parquet_fault(file: IO[bytes]) -> str | None:
     if length > MAX_FOOTER_BYTES:
         return None  # a file with such a large footer is not checked further
     try:
-        metadata, end = _footer(file)
-        _top_level(metadata[_SCHEMA])
+        metadata, end = _read_footer(file)
+        _top_level_names(metadata[_SCHEMA])
         columns = [column for group in metadata[_GROUPS] for column in group[_COLUMNS]]
     except _UNREADABLE:
         return "the footer cannot be read"
     for column in columns[:MAX_CHUNKS]:
-        told = column.get(_COLUMN_METADATA)
-        if told is not None and (fault := _chunk_fault(file, told, end)):
+        chunk_metadata = column.get(_COLUMN_METADATA)
+        if chunk_metadata is not None and (fault := _chunk_fault(file, chunk_metadata, end)):
             return fault
     return None
 
 
-def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
+def _read_footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
     """Return the metadata in the footer, and the offset in the file at which the footer begins.
     Raises ValueError if the file is not a Parquet file.
     """
@@ -90,38 +90,42 @@ def _footer(file: IO[bytes]) -> tuple[dict[int, Any], int]:
     if magic != MAGIC or length > min(size, MAX_FOOTER_BYTES):
         raise ValueError("not a Parquet file")
     file.seek(size - 8 - length)
-    return _Thrift(file.read(length)).struct(0), size - 8 - length
+    return _ThriftReader(file.read(length)).read_struct(0), size - 8 - length
 
 
-def _chunk_fault(file: IO[bytes], told: dict[int, Any], end: int) -> str | None:
+def _chunk_fault(file: IO[bytes], metadata: dict[int, Any], footer_start: int) -> str | None:
     """Return a text that says what is wrong with the pages of one column chunk; None if no fault
-    was found. ``told`` is the metadata of the column chunk, and ``end`` is the offset at which the
-    footer begins.
+    was found. ``metadata`` is the metadata of the column chunk, and ``footer_start`` is the offset
+    at which the footer begins.
     """
     try:
-        name = b".".join(told[_PATH]).decode("utf-8", "replace")
+        name = b".".join(metadata[_PATH]).decode("utf-8", "replace")
     except _UNREADABLE:
         return "the footer cannot be read"
     try:
-        starts = [told[place] for place in (_DATA_PAGE, _DICTIONARY_PAGE) if told.get(place)]
-        at, stop = min(starts), min(starts) + told[_CHUNK_BYTES]
-        if at < 4 or stop > end:
+        starts = [
+            metadata[field_number]
+            for field_number in (_DATA_PAGE, _DICTIONARY_PAGE)
+            if metadata.get(field_number)
+        ]
+        offset, chunk_end = min(starts), min(starts) + metadata[_CHUNK_BYTES]
+        if offset < 4 or chunk_end > footer_start:
             return f"the footer states a position of column {name!r} that is outside the file"
         for _ in range(MAX_PAGES):
-            if at >= stop:
+            if offset >= chunk_end:
                 break
-            file.seek(at)
-            head = _Thrift(file.read(min(_PAGE_HEAD_BYTES, stop - at)))
-            bytes_of_page = head.struct(0)[_PAGE_BYTES]
-            if bytes_of_page < 0 or at + head.at + bytes_of_page > stop:
+            file.seek(offset)
+            reader = _ThriftReader(file.read(min(_MAX_PAGE_HEADER_BYTES, chunk_end - offset)))
+            page_bytes = reader.read_struct(0)[_PAGE_BYTES]
+            if page_bytes < 0 or offset + reader.offset + page_bytes > chunk_end:
                 raise ValueError("longer than its column")
-            at += head.at + bytes_of_page
+            offset += reader.offset + page_bytes
     except _UNREADABLE:
         return f"a page of column {name!r} cannot be read"
     return None
 
 
-def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
+def _top_level_names(elements: list[dict[int, Any]]) -> tuple[str, ...]:
     """Return the names of the top-level columns. ``elements`` lists the nodes of the schema tree in
     pre-order, beginning with the root.
     """
@@ -129,28 +133,28 @@ def _top_level(elements: list[dict[int, Any]]) -> tuple[str, ...]:
     index = 1
     for _ in range(elements[0][_CHILDREN]):
         names.append(elements[index][_NAME].decode("utf-8"))
-        below = 1
-        while below:
-            below += elements[index].get(_CHILDREN, 0) - 1
+        remaining_nodes = 1
+        while remaining_nodes:
+            remaining_nodes += elements[index].get(_CHILDREN, 0) - 1
             index += 1
     return tuple(names)
 
 
-class _Thrift:
+class _ThriftReader:
     """Reads the part of Thrift's compact protocol that occurs in a footer."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.at = 0
+        self.offset = 0
 
-    def byte(self) -> int:
-        self.at += 1
-        return self.data[self.at - 1]
+    def read_byte(self) -> int:
+        self.offset += 1
+        return self.data[self.offset - 1]
 
-    def varint(self) -> int:
+    def read_varint(self) -> int:
         value = shift = 0
         while True:
-            byte = self.byte()
+            byte = self.read_byte()
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
@@ -158,43 +162,43 @@ class _Thrift:
             if shift > 63:
                 raise ValueError("a varint of more than 64 bits")
 
-    def struct(self, depth: int) -> dict[int, Any]:
-        if depth > _DEEPEST:
+    def read_struct(self, depth: int) -> dict[int, Any]:
+        if depth > _MAX_NESTING:
             raise ValueError("nested too deep")
         fields: dict[int, Any] = {}
         number = 0
-        while (head := self.byte()) != 0:
-            delta, kind = head >> 4, head & 0x0F
-            number = number + delta if delta else _zigzag(self.varint())
-            fields[number] = kind == 1 if kind in _BOOLS else self.value(kind, depth + 1)
+        while (header := self.read_byte()) != 0:
+            delta, kind = header >> 4, header & 0x0F
+            number = number + delta if delta else _zigzag(self.read_varint())
+            fields[number] = kind == 1 if kind in _BOOL_TYPES else self.read_value(kind, depth + 1)
         return fields
 
-    def value(self, kind: int, depth: int) -> Any:
-        if kind in _BOOLS or kind == 3:
-            return self.byte()
+    def read_value(self, kind: int, depth: int) -> Any:
+        if kind in _BOOL_TYPES or kind == 3:
+            return self.read_byte()
         if kind in (4, 5, 6):
-            return _zigzag(self.varint())
+            return _zigzag(self.read_varint())
         if kind == 7:
-            self.at += 8
+            self.offset += 8
             return None
         if kind == _BINARY:
-            length = self.varint()
-            self.at += length
-            return self.data[self.at - length : self.at]
+            length = self.read_varint()
+            self.offset += length
+            return self.data[self.offset - length : self.offset]
         if kind in (_LIST, _SET):
-            return self.items(depth)
+            return self.read_list(depth)
         if kind == _STRUCT:
-            return self.struct(depth)
+            return self.read_struct(depth)
         raise ValueError(f"a value of kind {kind}")  # a map, which a footer does not contain
 
-    def items(self, depth: int) -> list[Any]:
-        head = self.byte()
-        count, kind = head >> 4, head & 0x0F
+    def read_list(self, depth: int) -> list[Any]:
+        header = self.read_byte()
+        count, kind = header >> 4, header & 0x0F
         if count == 15:
-            count = self.varint()
+            count = self.read_varint()
         if count > len(self.data):
             raise ValueError("a list that is longer than the footer")
-        return [self.value(kind, depth + 1) for _ in range(count)]
+        return [self.read_value(kind, depth + 1) for _ in range(count)]
 
 
 def _zigzag(value: int) -> int:

@@ -97,7 +97,7 @@ class ResolvedRun:
         """
         model = self.config.model
         vllm = self.engine != "transformers"
-        share = model.gpu_memory_utilization
+        memory_share = model.gpu_memory_utilization
         return {
             "configured": True,
             "engine": "auto" if self.engine == "maybe" else self.engine,
@@ -105,7 +105,9 @@ class ResolvedRun:
             "load_in_8bit": model.load_in_8bit,
             "float8_kv_cache": vllm and model.float8_kv_cache,
             "dtype": self.requested_dtype,
-            "gpu_memory_utilization": float(share) if vllm and share != "auto" else None,
+            "gpu_memory_utilization": float(memory_share)
+            if vllm and memory_share != "auto"
+            else None,
             "tensor_parallel_size": parallel_size(model.tensor_parallel_size) if vllm else 1,
             "model": model.model_name,
             "revision": model.revision,
@@ -117,32 +119,32 @@ def resolve_run(
     situation: Situation,
     *,
     targets: tuple[str, ...] | None = None,
-    template: bool | None = None,
+    has_template: bool | None = None,
 ) -> ResolvedRun:
     """Decide the values that ``config`` leaves open. ``targets`` are the model's default layers for
     the adapter (``config.lora_targets.default_targets``); None if the model is not available.
-    ``template`` says whether the model's tokenizer has a chat template; None means unknown.
+    ``has_template`` says whether the model's tokenizer has a chat template; None means unknown.
 
     Raises:
         ConfigError: ``dataset.chat`` is true, and the tokenizer has no chat template.
     """
-    check_chat_template(config, template)
+    check_chat_template(config, has_template)
     model, grpo = config.model, config.grpo
     engine = resolve_engine(config.runtime.engine, model.fast_inference, situation)
     dtype = resolve_dtype(model.dtype, situation, grpo=grpo, load_in_16bit=model.load_in_16bit)
     layers = config.lora.target_modules
     if layers == "auto" and targets is not None:
         layers = targets
-    chat = resolve_chat(config.dataset.chat, template)
-    fast = model.fast_inference if engine == "maybe" else engine == "vllm"
-    filled = replace(
+    chat = resolve_chat(config.dataset.chat, has_template)
+    fast_inference = model.fast_inference if engine == "maybe" else engine == "vllm"
+    resolved_config = replace(
         config,
-        model=replace(model, fast_inference=fast, dtype=cast("Dtype", dtype)),
+        model=replace(model, fast_inference=fast_inference, dtype=cast("Dtype", dtype)),
         lora=replace(config.lora, target_modules=layers),
         dataset=replace(config.dataset, chat="auto" if chat is None else chat),
     )
     return ResolvedRun(
-        config=filled,
+        config=resolved_config,
         engine=engine,
         dtype=dtype,
         requested_dtype="bfloat16" if grpo.get("bf16") and model.dtype == "auto" else model.dtype,
@@ -191,15 +193,15 @@ def resolve_dtype(
     """
     if dtype != "auto":
         return dtype
-    asked = grpo or {}
+    settings = grpo or {}
     if situation.device is None:
         return "auto"
     capability = situation.device.compute_capability
-    if asked.get("bf16"):
+    if settings.get("bf16"):
         return "bfloat16"
     if capability is None:
         return "bfloat16" if load_in_16bit else "float32"
-    if asked.get("fp16"):
+    if settings.get("fp16"):
         return "float16"
     # (0, 0) means that the card does not report its capability. Assume bfloat16, because cards
     # without it are rare.

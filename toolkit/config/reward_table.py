@@ -43,10 +43,12 @@ def reward_metric_names(names: list[str]) -> list[str]:
     the function's name without its module. If several functions have the same name, the module or a
     number is added.
     """
-    short = [name.rpartition(":")[2] for name in names]
-    if len(set(short)) < len(short):
-        short = [n if short.count(s) > 1 else s for n, s in zip(names, short, strict=True)]
+    short_names = [name.rpartition(":")[2] for name in names]
+    if len(set(short_names)) < len(short_names):
+        short_names = [
+            n if short_names.count(s) > 1 else s for n, s in zip(names, short_names, strict=True)
+        ]
     return [
-        name if short.count(name) == 1 else f"{name}_{short[: index + 1].count(name)}"
-        for index, name in enumerate(short)
+        name if short_names.count(name) == 1 else f"{name}_{short_names[: index + 1].count(name)}"
+        for index, name in enumerate(short_names)
     ]

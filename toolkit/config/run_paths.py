@@ -26,20 +26,20 @@ DATA_SUFFIXES = (*FILE_SUFFIXES, *ARCHIVES, *UNPACK_COMMANDS)
 LOCK_FILE = ".lock"
 """The name of the lock file in a run folder. A run keeps it locked while it writes to the folder.
 """
-_WORDS = {"resume": ("auto", "never", "must")}
-_ALWAYS = ("output_dir", "resume", "adapter_path", "python")
+_KEYWORD_VALUES = {"resume": ("auto", "never", "must")}
+_PATH_ONLY_KEYS = ("output_dir", "resume", "adapter_path", "python")
 
 
 def resolve_path(text: str, node: Node) -> Path:
     """Return ``text`` as an absolute path. A relative path is relative to the folder of the file
     that contains ``node``.
     """
-    return Path(_absolute(text, node))
+    return Path(_absolute_path(text, node))
 
 
-def _absolute(text: str, node: Node) -> str:
-    home = os.path.expanduser(text) if text.startswith("~") else text
-    return os.path.normpath(os.path.join(node.source.folder, home))
+def _absolute_path(text: str, node: Node) -> str:
+    expanded = os.path.expanduser(text) if text.startswith("~") else text
+    return os.path.normpath(os.path.join(node.source.folder, expanded))
 
 
 def path_exists(path: Path | str) -> bool:
@@ -66,9 +66,9 @@ def local_path(key: str, node: Node) -> str:
     path. A hub id, or a word such as "auto" for ``resume``, is returned unchanged.
     """
     text = str(node.value)
-    if text in _WORDS.get(key, ()):
+    if text in _KEYWORD_VALUES.get(key, ()):
         return text
-    path = _absolute(text, node)
-    if key in _ALWAYS or is_path_only(text) or path_exists(path):
+    path = _absolute_path(text, node)
+    if key in _PATH_ONLY_KEYS or is_path_only(text) or path_exists(path):
         return path
     return text

@@ -17,7 +17,7 @@ from typing import Any
 
 from toolkit.config.document import Document, Node, StopReading, empty_root
 from toolkit.config.finding import Finding, Fix, error_finding
-from toolkit.config.json_reader import Places
+from toolkit.config.json_reader import PositionFinder
 from toolkit.config.scalars import beyond_64_bits, too_large_message
 from toolkit.config.source import MAX_DEPTH, MAX_NODES, KeyPath, Position, Source
 from toolkit.config.toml_scan import scan_positions
@@ -59,9 +59,9 @@ def _read(source: Source, document: Document) -> Node:
         raise
     except ValueError:  # int() raises ValueError for thousands of digits
         raise _long_integer(source) from None
-    places = Places(source.text)
+    places = PositionFinder(source.text)
     marks = {
-        path: (places.mark(*key), places.mark(*value))
+        path: (places.position(*key), places.position(*value))
         for path, key, value in scan_positions(source.text)
     }
     return _Builder(source, document, marks).node(values, ())
@@ -83,7 +83,7 @@ def _long_integer(source: Source) -> StopReading:
     """
     found = _DIGITS.search(source.text)
     span = found.span() if found else (0, 0)
-    return StopReading(_too_large(source, Places(source.text).mark(*span)))
+    return StopReading(_too_large(source, PositionFinder(source.text).position(*span)))
 
 
 def _too_large(source: Source, mark: Position) -> Finding:

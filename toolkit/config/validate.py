@@ -83,7 +83,7 @@ def _other_tool(document: Document) -> Finding | None:
     """Return the finding IMPORT001 if the document is a config of another tool, else None. This one
     finding is then reported instead of a finding for each unknown key.
     """
-    model = document.node(("model", "model_name"))
+    model = document.find_node(("model", "model_name"))
     if model is not None or not document.is_readable:
         return None
     from toolkit.config.importers.formats import found_foreign  # noqa: PLC0415 - only for a file that is not a run file

@@ -101,7 +101,7 @@ def preflight(
     )
     situation = local_situation(snapshot, gpu_index=local_rank(), world_size=world_size)
     template = chat_format.model_has_template(config.model.model_name, config.model.revision)
-    run = resolve_run(config, situation, template=template)
+    run = resolve_run(config, situation, has_template=template)
     checks = tuple(run_checks(snapshot, check_context(run, snapshot)))
     if raise_on_failure:
         refuse_failed_checks(checks)

@@ -177,7 +177,7 @@ def prepare_run(
         checked.write(run_dir)
     tokenizer = load_policy_tokenizer(resolved)
     template = chat_format.is_usable_template(tokenizer.chat_template)
-    resolved = resolve_run(resolved, detect_machine(), template=template).config
+    resolved = resolve_run(resolved, detect_machine(), has_template=template).config
     if is_first_rank():
         run_directory.write_config(run_dir, resolved)
     # Errors in data, rewards and tools are found before the engine starts.

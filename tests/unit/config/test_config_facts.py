@@ -201,7 +201,9 @@ def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (folder / "snapshots" / commit / "config.json").write_text(
         '{"num_attention_heads": 12}', "utf-8"
     )
-    node = parse_run_file(tmp_path, "model: {model_name: org/name}").node(("model", "model_name"))
+    node = parse_run_file(tmp_path, "model: {model_name: org/name}").find_node(
+        ("model", "model_name")
+    )
     assert node is not None
     for revision in (None, "main", commit):
         facts = read_model(node, revision)

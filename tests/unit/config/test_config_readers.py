@@ -165,7 +165,7 @@ def test_toml_scalars_have_positions(values: dict[str, Any], table: str) -> None
     document = read(text, "toml")
     assert document.root.to_plain() == expected
     for key, value in values.items():
-        node = document.node((table, key))
+        node = document.find_node((table, key))
         assert node is not None
         assert text[node.position.start : node.position.end] == json.dumps(value)
 
@@ -189,7 +189,7 @@ def test_invalid_yaml_is_a_finding(text: str, expected: tuple[str, int]) -> None
 def test_an_alias_has_the_value_of_its_anchor_and_its_own_position() -> None:
     document = read("a: &x {k: 1}\nb: *x\nc: *x\n", "yaml")
     assert document.root.to_plain() == {"a": {"k": 1}, "b": {"k": 1}, "c": {"k": 1}}
-    first, second = document.node(("a",)), document.node(("b",))
+    first, second = document.find_node(("a",)), document.find_node(("b",))
     assert first is not None
     assert second is not None
     assert first is not second

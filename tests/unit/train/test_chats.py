@@ -58,7 +58,7 @@ def test_a_checkpoint_is_resumed_in_its_format(
 
 
 def resolve(made: RunConfig, template: bool | None) -> RunConfig:
-    return resolve_run(made, Situation(), template=template).config
+    return resolve_run(made, Situation(), has_template=template).config
 
 
 def test_what_is_recorded_is_the_resolved_format() -> None:

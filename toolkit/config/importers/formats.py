@@ -98,10 +98,10 @@ def found_foreign(document: Document) -> Finding | None:
     form, signs = found
     message = f"this looks like {TITLES[form]} ({', '.join(signs)}), not a run file of this toolkit"
     first = document.root.value.get(signs[0]) if isinstance(document.root.value, dict) else None
-    mark = None if first is None else first.key
+    position = None if first is None else first.key_position
     name = document.source.name if document.source.path else "FILE"
     fix = Fix(f"convert the file to a run file with `toolkit import {name}`")
-    return error_finding("IMPORT001", message, document.source, mark, fix)
+    return error_finding("IMPORT001", message, document.source, position, fix)
 
 
 def _by_keys(root: dict[str, Any]) -> tuple[str, tuple[str, ...]] | None:

@@ -245,7 +245,7 @@ def _migration_fix(run: Run, old: str, replacement: str | None) -> Fix:
     Otherwise the fix is only a text.
     """
     path = tuple(old.split("."))
-    node = run.document.node(path)
+    node = run.document.find_node(path)
     assert node is not None
     new_setting = convert_key(old, node.value)
     if new_setting is None:

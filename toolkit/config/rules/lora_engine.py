@@ -97,12 +97,12 @@ def _ranks(run: Run) -> Iterator[tuple[KeyPath, str, int]]:
     yield ("lora", "r"), run.describe(_RANK), run.value(_RANK)
     for key, rank in run.mapping("lora.rank_pattern").items():
         path = ("lora", "rank_pattern", key)
-        yield path, f"rank of {key} {rank} ({run.origin(run.document.node(path))})", rank
+        yield path, f"rank of {key} {rank} ({run.origin(run.document.find_node(path))})", rank
 
 
 def _lower_rank_fix(run: Run, path: KeyPath, rank: int) -> Fix:
     """The fix that sets the key ``path`` to a lower rank."""
-    node = run.document.node(path)
+    node = run.document.find_node(path)
     if len(path) == 2 or node is None or node.source.is_override:
         return run.set_fix(_RANK, rank) if len(path) == 2 else Fix(f"{path[-1]}: {rank}")
     return Fix(f"{path[-1]}: {rank}", run.replace_fix(node, rank).edits)

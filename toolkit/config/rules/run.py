@@ -72,7 +72,7 @@ class Run:
     def node(self, path: str) -> Node | None:
         """The document node at a key; None if the run file does not set the key."""
         if path not in self._nodes:
-            self._nodes[path] = self.document.node(key_path(path))
+            self._nodes[path] = self.document.find_node(key_path(path))
         return self._nodes[path]
 
     def is_set(self, path: str) -> bool:

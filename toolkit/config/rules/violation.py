@@ -92,7 +92,7 @@ def _reported_node(run: Run, path: KeyPath, related: tuple[str, ...]) -> Node:
     a related key that the run file sets, the section of the key, or the whole file.
     """
     for candidate in (path, *(key_path(related_path) for related_path in related), path[:1]):
-        node = run.document.node(candidate)
+        node = run.document.find_node(candidate)
         if node is not None:
             return node
     return run.document.root
