@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from toolkit.base.errors import EXIT_CODES
 from toolkit.base.symptoms import SYMPTOMS, TEXTS
-from toolkit.config.explain import SECTIONS, about_key, all_keys
+from toolkit.config.explain import SECTIONS, all_keys, explain_key
 from toolkit.config.importers.formats import TABLES, table
 from toolkit.config.importers.write import markdown
 from toolkit.config.metrics import METRICS, TIMINGS
@@ -137,7 +137,7 @@ def _list_of_checks(checks: list[Check]) -> str:
 
 
 def _key(name: str, schema: dict[str, Any]) -> str:
-    lines = about_key(name, schema).split("\n")
+    lines = explain_key(name, schema).split("\n")
     rules = [rule for rule in all_rules().values() if name in rule.keys]
     body = "\n".join(lines[1:])
     body = body.split("\n\nRules:\n")[0].rstrip()

@@ -15,9 +15,9 @@ from datasets import Dataset
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fixtures"))
 
 SYSTEM = "think, then answer."
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMALL = {"load_in_4bit": False, "fast_inference": False, "max_seq_length": 96}
-SHORT = {
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SMALL_MODEL = {"load_in_4bit": False, "fast_inference": False, "max_seq_length": 96}
+SHORT_RUN = {
     "max_steps": 2,
     "max_prompt_length": 60,
     "max_completion_length": 8,
@@ -60,17 +60,17 @@ def chats(count: int = 12) -> Dataset:
     )
 
 
-def tagged(text: str) -> str:
+def tag_content(text: str) -> str:
     return text.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
 def correct(prompts: Any, completions: Any, answer: list[str], **kwargs: Any) -> list[float]:
-    said = [tagged(completion[0]["content"]) for completion in completions]
+    said = [tag_content(completion[0]["content"]) for completion in completions]
     return [2.0 if one == right else 0.0 for one, right in zip(said, answer, strict=True)]
 
 
 def is_number(completions: Any, **kwargs: Any) -> list[float]:
-    return [0.5 if tagged(c[0]["content"]).isdigit() else 0.0 for c in completions]
+    return [0.5 if tag_content(c[0]["content"]).isdigit() else 0.0 for c in completions]
 
 
 def strict_format(completions: Any, **kwargs: Any) -> list[float]:
@@ -88,6 +88,6 @@ def varies(completions: Any, **kwargs: Any) -> list[float]:
     return [sum(map(ord, text)) % 97 / 97 for text in texts]
 
 
-def trained(model: Any) -> set[str]:
+def trained_layers(model: Any) -> set[str]:
     """The adapter's B matrices that a training changed: they begin at zero."""
     return {n for n, p in model.named_parameters() if "lora_B" in n and bool(p.detach().any())}

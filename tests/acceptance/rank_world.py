@@ -22,7 +22,7 @@ def ones(completions, **_):
     time.sleep(0.1)
     return [c.count("1") / max(1, len(c)) for c in completions]
 """
-MENDABLE_REWARDS = """\
+FAILING_REWARDS = """\
 import os
 
 def ones(completions, trainer_state=None, **_):
@@ -32,7 +32,9 @@ def ones(completions, trainer_state=None, **_):
 """
 
 
-def start(run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=None) -> list[int]:
+def start_ranks(
+    run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=None
+) -> list[int]:
     """The ranks of a run, forked; their pids. What they print lies in ``run_dir``-RANK.txt."""
     port = free_port()
 
@@ -50,18 +52,18 @@ def start(run_file: Path, run_dir: Path, *overrides: str, size: int = 2, before=
 
     place = f'runtime.output_dir="{run_dir}"'
     return [
-        world.forked(run_file, output(run_dir, n), place, *overrides, before=rank(n))
+        world.fork_run(run_file, output_path(run_dir, n), place, *overrides, before=rank(n))
         for n in range(size)
     ]
 
 
-def output(run_dir: Path, number: int) -> Path:
+def output_path(run_dir: Path, number: int) -> Path:
     return run_dir.with_name(f"{run_dir.name}-{number}.txt")
 
 
-def told(run_dir: Path, size: int = 2) -> str:
+def printed_by_ranks(run_dir: Path, size: int = 2) -> str:
     """All that the ranks printed."""
-    paths = [output(run_dir, number) for number in range(size)]
+    paths = [output_path(run_dir, number) for number in range(size)]
     return "".join(path.read_text() for path in paths if path.exists())
 
 
@@ -96,14 +98,14 @@ def record_logs(path: Path) -> None:
     Trainer.log, Trainer.train = logged, trained
 
 
-def distance(one: Path, other: Path) -> float:
+def adapter_distance(one: Path, other: Path) -> float:
     """The largest difference of two adapters, in an element."""
     mine, theirs = (load_file(d / "adapter/adapter_model.safetensors") for d in (one, other))
     assert set(mine) == set(theirs)
     return max((mine[name] - theirs[name]).abs().max().item() for name in mine)
 
 
-def size_of(run_dir: Path) -> float:
+def largest_weight(run_dir: Path) -> float:
     """The largest element of an adapter: what the differences are to be measured by."""
     tensors = load_file(run_dir / "adapter/adapter_model.safetensors").values()
     return max(torch.max(tensor.abs()).item() for tensor in tensors)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-LIVE = ("dense", "tied", "experts", "softcap")
+MODELS_WITH_WEIGHTS = ("dense", "tied", "experts", "softcap")
 """Models with weights: all runs are possible."""
 
-STORED: dict[str, dict[str, Any]] = {
+QUANTIZED_MODELS: dict[str, dict[str, Any]] = {
     "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
@@ -33,7 +33,7 @@ STORED: dict[str, dict[str, Any]] = {
 }
 """Folders with a config.json and no weights: formats that weights are stored in."""
 
-OTHER: dict[str, dict[str, Any]] = {
+UNUSUAL_MODELS: dict[str, dict[str, Any]] = {
     "multimodal": {
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -50,7 +50,7 @@ OTHER: dict[str, dict[str, Any]] = {
 """Folders with a config.json and no weights: architectures."""
 
 # Values that the schema cannot list, and those that its types would not reach.
-OWN: dict[str, Sequence[Any]] = {
+EXTRA_VALUES: dict[str, Sequence[Any]] = {
     "model.attn_implementation": (
         "eager", "sdpa", "flex_attention", "flash_attention_2", "paged|sdpa", "paged|eager", "x",
         "org/kernel",
@@ -126,7 +126,7 @@ OWN: dict[str, Sequence[Any]] = {
     "grpo.use_cpu": (True, False),
 }  # fmt: skip
 
-SHORT: dict[str, dict[str, Sequence[Any]]] = {
+KEY_GROUPS: dict[str, dict[str, Sequence[Any]]] = {
     "formats": {
         "model.load_in_4bit": (True, False),
         "model.load_in_8bit": (True, False),
@@ -145,14 +145,14 @@ SHORT: dict[str, dict[str, Sequence[Any]]] = {
     },
     "adapter": {
         "lora.r": (1, 4, 16),
-        "lora.target_modules": OWN["lora.target_modules"],
-        "lora.layers_to_transform": OWN["lora.layers_to_transform"],
-        "lora.layers_pattern": OWN["lora.layers_pattern"],
-        "lora.exclude_modules": OWN["lora.exclude_modules"],
-        "lora.rank_pattern": OWN["lora.rank_pattern"],
-        "lora.alpha_pattern": OWN["lora.alpha_pattern"],
-        "lora.modules_to_save": OWN["lora.modules_to_save"],
-        "lora.init_lora_weights": OWN["lora.init_lora_weights"],
+        "lora.target_modules": EXTRA_VALUES["lora.target_modules"],
+        "lora.layers_to_transform": EXTRA_VALUES["lora.layers_to_transform"],
+        "lora.layers_pattern": EXTRA_VALUES["lora.layers_pattern"],
+        "lora.exclude_modules": EXTRA_VALUES["lora.exclude_modules"],
+        "lora.rank_pattern": EXTRA_VALUES["lora.rank_pattern"],
+        "lora.alpha_pattern": EXTRA_VALUES["lora.alpha_pattern"],
+        "lora.modules_to_save": EXTRA_VALUES["lora.modules_to_save"],
+        "lora.init_lora_weights": EXTRA_VALUES["lora.init_lora_weights"],
         "lora.use_dora": (True,),
         "lora.use_rslora": (True,),
         "lora.bias": ("all", "lora_only"),
@@ -189,8 +189,8 @@ SHORT: dict[str, dict[str, Sequence[Any]]] = {
         "grpo.top_k": (-1, 0, 1, 1000),
         "grpo.min_p": (0, 0.1, 1),
         "grpo.repetition_penalty": (0.5, 1.0, 2.0),
-        "grpo.generation_kwargs": OWN["grpo.generation_kwargs"],
-        "grpo.vllm_structured_outputs_regex": OWN["grpo.vllm_structured_outputs_regex"],
+        "grpo.generation_kwargs": EXTRA_VALUES["grpo.generation_kwargs"],
+        "grpo.vllm_structured_outputs_regex": EXTRA_VALUES["grpo.vllm_structured_outputs_regex"],
         "grpo.vllm_importance_sampling_correction": (True, False),
         "grpo.vllm_importance_sampling_mode": ("token_truncate", "sequence_mask"),
         "grpo.cache_implementation": ("static", "dynamic"),
@@ -245,17 +245,24 @@ SHORT: dict[str, dict[str, Sequence[Any]]] = {
 }
 """Groups of keys that interact; a run takes two or three keys of one."""
 
-PER_GROUP = {"formats": 50, "adapter": 70, "batch": 40, "lengths": 30, "sampling": 40, "loss": 40}
-PER_GROUP_OTHER = 30
-ENGINE_GROUPS = {"formats": 15, "adapter": 20, "lengths": 8, "sampling": 20, "engine": 20}
+RUNS_PER_GROUP = {
+    "formats": 50,
+    "adapter": 70,
+    "batch": 40,
+    "lengths": 30,
+    "sampling": 40,
+    "loss": 40,
+}
+RUNS_PER_OTHER_GROUP = 30
+ENGINE_RUNS_PER_GROUP = {"formats": 15, "adapter": 20, "lengths": 8, "sampling": 20, "engine": 20}
 ENGINE_SECTIONS = ("model", "lora")
-MOST_VALUES = 4
+MAX_VALUES = 4
 """Of a key whose values the schema lists; differential_keys has more of the long lists."""
-MOST_ENGINE_VALUES = 6
+MAX_ENGINE_VALUES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class GeneratedRun:
     """A run file: the model it is about, who generates, and what it sets."""
 
     model: str
@@ -263,7 +270,7 @@ class Made:
     sets: tuple[tuple[str, Any], ...]
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """In a line."""
         sets = " ".join(f"{key}={json.dumps(value)}" for key, value in self.sets)
         return f"{self.model}, {self.engine}: {sets}"
@@ -282,19 +289,21 @@ class Made:
         return json.dumps(run, indent=1)
 
 
-def values(key: str, schema: dict[str, Any]) -> list[Any]:
-    """Legal values of a key: those of OWN, else of its schema, with its bounds; no default."""
-    if key in OWN:
-        return list(OWN[key])
-    found = [*_legal(schema), *schema.get("examples", ())]
+def key_values(key: str, schema: dict[str, Any]) -> list[Any]:
+    """Legal values of a key: those of EXTRA_VALUES, else of its schema, with its bounds; no
+    default.
+    """
+    if key in EXTRA_VALUES:
+        return list(EXTRA_VALUES[key])
+    found = [*_schema_values(schema), *schema.get("examples", ())]
     unique = {json.dumps(value): value for value in found}
     unique.pop(json.dumps(schema.get("default")), None)
-    return list(unique.values())[:MOST_VALUES]
+    return list(unique.values())[:MAX_VALUES]
 
 
-def _legal(schema: dict[str, Any]) -> Iterator[Any]:
+def _schema_values(schema: dict[str, Any]) -> Iterator[Any]:
     for part in schema.get("anyOf", ()):
-        yield from _legal(part)
+        yield from _schema_values(part)
     yield from schema.get("enum", ())
     if "const" in schema:
         yield schema["const"]
@@ -315,46 +324,51 @@ def _legal(schema: dict[str, Any]) -> Iterator[Any]:
         yield {}
 
 
-def keys() -> dict[str, list[Any]]:
+def all_keys() -> dict[str, list[Any]]:
     """Every key of a run file that is no renamed or refused one, with its values."""
     found = {}
     for section in RUN:
         for name, schema in find_schema("run")["properties"][section]["properties"].items():
             key = f"{section}.{name}"
             if not schema.get("deprecated") and key not in ("model.model_name", "runtime.engine"):
-                found[key] = values(key, schema)
+                found[key] = key_values(key, schema)
     return found
 
 
-def pairs(group: str, count: int, chance: random.Random) -> Iterator[tuple[tuple[str, Any], ...]]:
+def sample_settings(
+    group: str, count: int, chance: random.Random
+) -> Iterator[tuple[tuple[str, Any], ...]]:
     """``count`` choices of two or three keys of a group, with a value each."""
-    options = SHORT[group]
+    options = KEY_GROUPS[group]
     for _ in range(count):
         chosen = chance.sample(sorted(options), chance.choice((2, 2, 3)))
         yield tuple((key, chance.choice(list(options[key]))) for key in chosen)
 
 
-def generate(seed: int = 12) -> list[Made]:
+def generate(seed: int = 12) -> list[GeneratedRun]:
     """All run files, each once."""
-    chance, models = random.Random(seed), cycle(LIVE)
+    chance, models = random.Random(seed), cycle(MODELS_WITH_WEIGHTS)
     made = []
-    for key, legal in keys().items():
-        made += [Made(next(models), "transformers", ((key, value),)) for value in legal]
+    for key, legal in all_keys().items():
+        made += [GeneratedRun(next(models), "transformers", ((key, value),)) for value in legal]
         if key.partition(".")[0] in ENGINE_SECTIONS:
-            some = legal[:MOST_ENGINE_VALUES]
-            made += [Made(next(models), "vllm", ((key, value),)) for value in some]
-    for group in SHORT:
-        for sets in pairs(group, PER_GROUP.get(group, PER_GROUP_OTHER), chance):
-            made.append(Made(next(models), "transformers", sets))
-    for group, count in ENGINE_GROUPS.items():
-        made += [Made(next(models), "vllm", sets) for sets in pairs(group, count, chance)]
-    for model in (*STORED, *OTHER):
+            some = legal[:MAX_ENGINE_VALUES]
+            made += [GeneratedRun(next(models), "vllm", ((key, value),)) for value in some]
+    for group in KEY_GROUPS:
+        for sets in sample_settings(group, RUNS_PER_GROUP.get(group, RUNS_PER_OTHER_GROUP), chance):
+            made.append(GeneratedRun(next(models), "transformers", sets))
+    for group, count in ENGINE_RUNS_PER_GROUP.items():
+        made += [
+            GeneratedRun(next(models), "vllm", sets)
+            for sets in sample_settings(group, count, chance)
+        ]
+    for model in (*QUANTIZED_MODELS, *UNUSUAL_MODELS):
         for engine in ("transformers", "vllm", "auto"):
-            made.append(Made(model, engine, ()))
+            made.append(GeneratedRun(model, engine, ()))
             flags = (("model.load_in_4bit", True), ("model.load_in_8bit", True))
-            made += [Made(model, engine, (flag,)) for flag in flags]
-            made.append(Made(model, engine, (("model.trust_remote_code", True),)))
-    return list({one.told: one for one in made}.values())
+            made += [GeneratedRun(model, engine, (flag,)) for flag in flags]
+            made.append(GeneratedRun(model, engine, (("model.trust_remote_code", True),)))
+    return list({one.description: one for one in made}.values())
 
 
 def make_models(root: Path) -> dict[str, Path]:
@@ -369,8 +383,8 @@ def make_models(root: Path) -> dict[str, Path]:
         "softcap": engine_checkpoints.make(root / "softcap", "gemma2"),
     }
     plain = json.loads((found["dense"] / "config.json").read_text())
-    configs = {name: plain | {"quantization_config": how} for name, how in STORED.items()}
-    for name, how in OTHER.items():
+    configs = {name: plain | {"quantization_config": how} for name, how in QUANTIZED_MODELS.items()}
+    for name, how in UNUSUAL_MODELS.items():
         configs[name] = how if "model_type" in how else plain | how
     for name, config in configs.items():
         found[name] = root / name

@@ -1,7 +1,7 @@
 """A run that tells which phase it is in, for tests that strike in a phase.
 
-``tell(handle)`` wraps the functions that make up a run, in the forked process alone; each writes a
-line when it is entered and one when it is left.
+``report_phases(handle)`` wraps the functions that make up a run, in the forked process alone; each
+writes a line when it is entered and one when it is left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PHASES = (
 )
 
 
-def places() -> dict[str, tuple[object, str]]:
+def phase_functions() -> dict[str, tuple[object, str]]:
     """The function that is each phase: (where it is looked up, its name)."""
     from toolkit.train import run
     from toolkit.train.checkpointing import trainer_state
@@ -52,9 +52,9 @@ def places() -> dict[str, tuple[object, str]]:
     }
 
 
-def wrap(phase: str, around: Callable[[str, Callable[[], object]], object]) -> None:
+def wrap_phase(phase: str, around: Callable[[str, Callable[[], object]], object]) -> None:
     """From here on ``phase`` goes through ``around(name, call)``, which is to return ``call()``."""
-    owner, name = places()[phase]
+    owner, name = phase_functions()[phase]
     original = getattr(owner, name)
 
     def wrapped(*args: object, **kwargs: object) -> object:
@@ -66,7 +66,7 @@ def wrap(phase: str, around: Callable[[str, Callable[[], object]], object]) -> N
     setattr(owner, name, wrapped)
 
 
-def tell(handle: int) -> None:
+def report_phases(handle: int) -> None:
     """Write ``> phase`` and ``< phase`` to ``handle`` whenever one begins and ends."""
 
     def around(said: str, call: Callable[[], object]) -> object:
@@ -76,14 +76,18 @@ def tell(handle: int) -> None:
         finally:
             os.write(handle, f"< {said}\n".encode())
 
-    for phase in places():
-        wrap(phase, around)
+    for phase in phase_functions():
+        wrap_phase(phase, around)
 
 
-def start(run_file: Path, out: Path, *overrides: str) -> tuple[int, Iterator[tuple[float, str]]]:
+def start_reporting_run(
+    run_file: Path, out: Path, *overrides: str
+) -> tuple[int, Iterator[tuple[float, str]]]:
     """A forked run that tells: its pid, and (seconds since its start, line) as they come."""
     reading, writing = os.pipe()
-    pid = world.forked(run_file, out, *overrides, before=lambda: tell(writing), evaluate=True)
+    pid = world.fork_run(
+        run_file, out, *overrides, before=lambda: report_phases(writing), evaluate=True
+    )
     os.close(writing)
     return pid, _lines(reading, time.monotonic())
 
@@ -94,7 +98,7 @@ def _lines(handle: int, begin: float) -> Iterator[tuple[float, str]]:
             yield time.monotonic() - begin, line.decode().rstrip()
 
 
-def spans(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
+def phase_durations(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
     """How long each phase took each time."""
     found: dict[str, list[float]] = {phase: [] for phase in PHASES}
     begun: dict[str, float] = {}
@@ -107,7 +111,7 @@ def spans(lines: list[tuple[float, str]]) -> dict[str, list[float]]:
     return found
 
 
-def under_way(lines: list[str]) -> list[str]:
+def open_phases(lines: list[str]) -> list[str]:
     """The phases that ``lines`` leave open, the innermost last; or where between two they end."""
     open_: list[str] = []
     for line in lines:

@@ -18,7 +18,7 @@ SHAPES = {
 EIGHT_B, ONE_B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B-Instruct"
 
 
-def call(
+def run_envcheck(
     *arguments: object,
     code: int = 0,
     cwd: Path | None = None,

@@ -57,12 +57,12 @@ def make_world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Pat
     return folder
 
 
-def environment(**extra: str) -> dict[str, str]:
+def command_environment(**extra: str) -> dict[str, str]:
     """One thread, no hub."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
-def call(
+def run_toolkit(
     folder: Path, *arguments: str, before: tuple[str, ...] = (), **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run ``toolkit`` in ``folder``; ``before`` is put in front of the command (setpriv ...)."""
@@ -73,13 +73,13 @@ def call(
         text=True,
         timeout=300,
         check=False,
-        env=environment(**options.pop("env", {})),
+        env=command_environment(**options.pop("env", {})),
         **options,
     )
 
 
 @dataclass
-class Ended:
+class FinishedCommand:
     """A command that ran in ``folder``."""
 
     folder: Path
@@ -92,13 +92,13 @@ class Ended:
         return [json.loads(line) for line in (self.folder / "out" / name).read_text().splitlines()]
 
 
-def serve(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list[Ended]:
+def run_commands(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list[FinishedCommand]:
     """Run each case ({folder, arguments, env}) with ``toolkit``'s entry point, in a fork of one
     process that has imported the heavy libraries, and ``more`` modules. Each ``lane`` is a process
     of its own, for a thread of its own. A case with a ``limit_s`` is killed after that.
     """
     wanted = [
-        {**case, "folder": str(case["folder"]), "env": environment(**case.get("env", {}))}
+        {**case, "folder": str(case["folder"]), "env": command_environment(**case.get("env", {}))}
         for case in cases
     ]
     server = _server(*more, lane=lane)
@@ -110,7 +110,7 @@ def serve(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list[Ended]
     ended = []
     for case, code in zip(cases, codes, strict=True):
         texts = ((case["folder"] / name).read_text() for name in ("stdout", "stderr"))
-        ended.append(Ended(case["folder"], code, *texts))
+        ended.append(FinishedCommand(case["folder"], code, *texts))
     return ended
 
 
@@ -123,7 +123,7 @@ def _server(*more: str, lane: int) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=command_environment(),
     )
 
     def end() -> None:
@@ -133,7 +133,7 @@ def _server(*more: str, lane: int) -> subprocess.Popen[str]:
     return server
 
 
-def without_override() -> tuple[str, ...] | None:
+def unprivileged_prefix() -> tuple[str, ...] | None:
     """The prefix under which file permissions bind root too; () if we are not root; None if they
     cannot be made to.
     """

@@ -21,13 +21,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from spoiled_world import (
     TOOLKIT,
-    Ended,
-    call,
-    environment,
+    FinishedCommand,
+    command_environment,
     make_model,
     make_world,
-    serve,
-    without_override,
+    run_commands,
+    run_toolkit,
+    unprivileged_prefix,
 )
 
 from toolkit.train.checkpointing import checkpoint
@@ -156,7 +156,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
     """Every case that needs no permissions of its own, run."""
     root = tmp_path_factory.mktemp("cases")
     names = [name for name, case in CASES.items() if not case.permissions]
@@ -167,11 +167,13 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         case.spoil(folder)
         arguments = list(case.arguments)
         cases.append({"folder": folder, "arguments": arguments, "env": {"MY_API_KEY": CANARY}})
-    return dict(zip(names, serve(cases), strict=True))
+    return dict(zip(names, run_commands(cases), strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].permissions])
-def test_bad_input_ends_with_an_error_message(results: dict[str, Ended], name: str) -> None:
+def test_bad_input_ends_with_an_error_message(
+    results: dict[str, FinishedCommand], name: str
+) -> None:
     _check(CASES[name], results[name])
 
 
@@ -179,15 +181,15 @@ def test_bad_input_ends_with_an_error_message(results: dict[str, Ended], name: s
 def test_missing_permissions_end_with_an_error_message(
     model: Path, tmp_path: Path, name: str
 ) -> None:
-    prefix = without_override()
+    prefix = unprivileged_prefix()
     if prefix is None:
         pytest.skip("root, and its override of permissions cannot be dropped here")
     folder = make_world(tmp_path / "w", model, **CASES[name].changes)
     CASES[name].spoil(folder)
-    _check(CASES[name], call(folder, *CASES[name].arguments, before=prefix))
+    _check(CASES[name], run_toolkit(folder, *CASES[name].arguments, before=prefix))
 
 
-def _check(case: Case, shown: Ended | subprocess.CompletedProcess[str]) -> None:
+def _check(case: Case, shown: FinishedCommand | subprocess.CompletedProcess[str]) -> None:
     assert shown.returncode == case.code, shown.stderr
     for words in case.says:
         assert words in shown.stderr
@@ -217,7 +219,7 @@ def test_ctrl_c_saves_a_checkpoint(model: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(PYTHONUNBUFFERED="1"),
+        env=command_environment(PYTHONUNBUFFERED="1"),
     )
     metrics = folder / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 240
@@ -272,7 +274,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         runtime={"output_dir": str(small_disk / "out")},
     )
     (folder / "mine.py").write_text(FILLS)
-    shown = call(folder, "train", "run.yaml", env={"SMALL": str(small_disk)})
+    shown = run_toolkit(folder, "train", "run.yaml", env={"SMALL": str(small_disk)})
     assert shown.returncode == 1, shown.stderr
     assert "the disk is full" in shown.stderr
     assert "Traceback" not in shown.stdout + shown.stderr

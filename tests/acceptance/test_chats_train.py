@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from spoiled_world import FIXTURES, Ended, make_world, serve
+from spoiled_world import FIXTURES, FinishedCommand, make_world, run_commands
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,16 +40,16 @@ def world(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(instruct: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def trained(instruct: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedCommand:
     folder = world(
         tmp_path_factory.mktemp("chats"), instruct,
         dataset={"eval_path": "eval.jsonl", "system": "say it"},
         grpo={"max_prompt_length": 48, "save_steps": 1},
     )  # fmt: skip
-    return serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
+    return run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
 
 
-def test_texts_become_user_messages_and_the_run_prints_it(trained: Ended) -> None:
+def test_texts_become_user_messages_and_the_run_prints_it(trained: FinishedCommand) -> None:
     assert trained.returncode == 0, trained.stderr
     assert "16 chats from " in trained.stdout
     assert "each text becomes a user message of the chat template (dataset.chat)" in trained.stdout
@@ -60,37 +60,39 @@ def test_texts_become_user_messages_and_the_run_prints_it(trained: Ended) -> Non
     assert {prompt[1]["role"] for prompt in prompts} == {"user"}
 
 
-def test_held_out_data_is_used_without_an_eval_strategy(trained: Ended) -> None:
+def test_held_out_data_is_used_without_an_eval_strategy(trained: FinishedCommand) -> None:
     """evaluation.json is there, and the first lines said that it would be."""
     assert "held out evaluated before the first step and after the last" in trained.stdout
     evaluation = json.loads((trained.folder / "out" / "evaluation.json").read_text())
     assert {name: part["count"] for name, part in evaluation.items()} == {"before": 3, "after": 3}
 
 
-def test_generate_uses_the_chat_format_of_the_run(trained: Ended) -> None:
+def test_generate_uses_the_chat_format_of_the_run(trained: FinishedCommand) -> None:
     asked = ["generate", "out", "1+2=", "--max-tokens", "6"]
     cases = [{"folder": trained.folder, "arguments": [*asked, *more]} for more in ([], ["--chat"])]
-    answers = [serve([case])[0] for case in cases]
+    answers = [run_commands([case])[0] for case in cases]
     assert [one.returncode for one in answers] == [0, 0], answers[0].stderr
     assert answers[0].stdout == answers[1].stdout
 
 
-def test_a_resumed_run_keeps_its_format(trained: Ended) -> None:
+def test_a_resumed_run_keeps_its_format(trained: FinishedCommand) -> None:
     more = ["--set", "grpo.max_steps=3", "--set", "runtime.allow_changed=[grpo.max_steps]"]
-    changed = serve([{
+    changed = run_commands([{
         "folder": trained.folder,
         "arguments": ["train", "run.yaml", *more, "--set", "dataset.chat=false"],
     }])[0]  # fmt: skip
     assert changed.returncode == 1
     assert "dataset.chat (True -> False)" in changed.stderr
-    resumed = serve([{"folder": trained.folder, "arguments": ["train", "run.yaml", *more]}])[0]
+    resumed = run_commands([{"folder": trained.folder, "arguments": ["train", "run.yaml", *more]}])[
+        0
+    ]
     assert resumed.returncode == 0, resumed.stderr
     assert len(resumed.rows()) == 3
 
 
 def test_rewards_that_are_all_none_give_one_warning(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, reward={"functions": [{"name": "mine:nothing"}]})
-    done = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
+    done = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: step 1: every reward is None or NaN") == 1
     assert [row["steps_without_signal"] for row in done.rows()] == [1, 2]
@@ -98,6 +100,6 @@ def test_rewards_that_are_all_none_give_one_warning(instruct: Path, tmp_path: Pa
 
 def test_impossible_chat_settings_are_errors(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
-    (done,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (done,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert done.returncode == 1
     assert "the run file names no data set, so there are no prompts to train on" in done.stderr

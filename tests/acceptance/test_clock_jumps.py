@@ -15,10 +15,10 @@ YEARS = 30 * 365 * 86400.0
 def test_a_changed_clock_changes_no_byte_of_the_results(tmp_path):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    run_file = world.make(tmp_path / "w", steps=3)
-    plain = world.forked(run_file, tmp_path / "plain.txt")
-    assert world.wait(plain) == 0
-    expected = world.digests(run_file.parent / "run")
+    run_file = world.make_run_files(tmp_path / "w", steps=3)
+    plain = world.fork_run(run_file, tmp_path / "plain.txt")
+    assert world.wait_for_exit(plain) == 0
+    expected = world.result_digests(run_file.parent / "run")
     run_dir, clock = tmp_path / "run", time.time
 
     def jump():
@@ -26,9 +26,9 @@ def test_a_changed_clock_changes_no_byte_of_the_results(tmp_path):
         time.time = lambda: clock() + next(jumps)
 
     out = tmp_path / "out.txt"
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=at_step(1, jump))
-    assert world.wait(pid) == 0, out.read_text()
-    assert world.digests(run_dir) == expected
-    timings = world.rows(run_dir, "timings.jsonl")
+    pid = world.fork_run(run_file, out, f'runtime.output_dir="{run_dir}"', before=at_step(1, jump))
+    assert world.wait_for_exit(pid) == 0, out.read_text()
+    assert world.result_digests(run_dir) == expected
+    timings = world.read_rows(run_dir, "timings.jsonl")
     assert all(0 <= row["step_s"] < 3600 for row in timings), timings
     assert "-" not in out.read_text().split("s left")[0].rsplit("tok/s", 1)[-1]

@@ -27,15 +27,15 @@ HALF = ("grpo.per_device_train_batch_size=4",)
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "slow_rewards.py").write_text(ranks.SLOW_REWARDS)
-    (made.parent / "broken_rewards.py").write_text(ranks.MENDABLE_REWARDS)
+    (made.parent / "broken_rewards.py").write_text(ranks.FAILING_REWARDS)
     return made
 
 
 def wait_for_success(pids, run_dir):
-    codes = [world.wait(pid) for pid in pids]
-    assert codes == [0] * len(pids), ranks.told(run_dir, len(pids))
+    codes = [world.wait_for_exit(pid) for pid in pids]
+    assert codes == [0] * len(pids), ranks.printed_by_ranks(run_dir, len(pids))
 
 
 def with_delays(*values):
@@ -73,18 +73,18 @@ SPLITS = [
 def test_two_ranks_train_as_one_rank_does(run_file, tmp_path, alone, together, both):
     steps = "grpo.max_steps=4"
     one, two = tmp_path / "one", tmp_path / "two"
-    pid = world.forked(
+    pid = world.fork_run(
         run_file, tmp_path / "one.txt", f'runtime.output_dir="{one}"', steps, *alone, *both
     )
-    wait_for_success(ranks.start(run_file, two, steps, *together, *both), two)
-    assert world.wait(pid) == 0, (tmp_path / "one.txt").read_text()
+    wait_for_success(ranks.start_ranks(run_file, two, steps, *together, *both), two)
+    assert world.wait_for_exit(pid) == 0, (tmp_path / "one.txt").read_text()
     texts = [
-        [(row["step"], row["prompt"], row["completion"]) for row in world.rows(d, COMPLETIONS)]
+        [(row["step"], row["prompt"], row["completion"]) for row in world.read_rows(d, COMPLETIONS)]
         for d in (one, two)
     ]
     assert texts[0] == texts[1]  # the same prompts, and the same draws
-    assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
-    for mine, theirs in zip(world.rows(one), world.rows(two), strict=True):
+    assert ranks.adapter_distance(one, two) < 1e-4 < 0.02 < ranks.largest_weight(one)
+    for mine, theirs in zip(world.read_rows(one), world.read_rows(two), strict=True):
         evaluation = "eval/loss" in mine
         for name in EVALUATED if evaluation else TRAINED:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
@@ -97,37 +97,37 @@ EVALUATED = ("eval/loss", "eval/reward", "eval/entropy", "eval/completion_length
 
 def test_two_killed_ranks_resume_to_the_same_bytes(run_file, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    wait_for_success(ranks.start(run_file, whole, *HALF, *SLOW), whole)
+    wait_for_success(ranks.start_ranks(run_file, whole, *HALF, *SLOW), whole)
     logs = [(tmp_path / f"whole-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]  # metrics and adapter, on both
     assert len(logs[0].splitlines()) >= 7
-    pids = ranks.start(run_file, cut, *HALF, *SLOW)
-    world.wait_for(lambda: len(world.rows_or_none(cut)) >= 3)
+    pids = ranks.start_ranks(run_file, cut, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.raw_rows(cut)) >= 3)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert [world.wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
+    assert [world.wait_for_exit(pid) for pid in pids] == [-signal.SIGKILL] * 2
     assert 0 < checkpoint.list_steps(cut)[0] < 6
     # As many processes as then, or none begins.
-    pid = world.forked(run_file, tmp_path / "alone.txt", f'runtime.output_dir="{cut}"', *SLOW)
-    assert world.wait(pid) == 1
+    pid = world.fork_run(run_file, tmp_path / "alone.txt", f'runtime.output_dir="{cut}"', *SLOW)
+    assert world.wait_for_exit(pid) == 1
     refused = (tmp_path / "alone.txt").read_text()
     assert "written by 2 processes, but this run has 1" in refused
     assert "--nproc-per-node 2" in refused
-    wait_for_success(ranks.start(run_file, cut, *HALF, *SLOW), cut)
-    assert world.digests(cut) == world.digests(whole)
+    wait_for_success(ranks.start_ranks(run_file, cut, *HALF, *SLOW), cut)
+    assert world.result_digests(cut) == world.result_digests(whole)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_all_ranks_with_one_message(run_file, tmp_path, victim):
     run_dir = tmp_path / "run"
-    pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    pids = ranks.start_ranks(run_file, run_dir, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 2)
     os.kill(pids[victim], signal.SIGKILL)
     sent = time.monotonic()
-    assert world.wait(pids[victim]) == -signal.SIGKILL
-    assert world.wait(pids[1 - victim]) == 4
+    assert world.wait_for_exit(pids[victim]) == -signal.SIGKILL
+    assert world.wait_for_exit(pids[1 - victim]) == 4
     assert time.monotonic() - sent < 20
-    told = ranks.told(run_dir)
+    told = ranks.printed_by_ranks(run_dir)
     assert told.count("\nerror:") == 1, told
     assert f"process {victim} of this run has ended unexpectedly" in told
     assert "to resume from the last checkpoint" in told
@@ -137,9 +137,9 @@ def test_a_killed_rank_ends_all_ranks_with_one_message(run_file, tmp_path, victi
 def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_file, tmp_path):
     run_dir = tmp_path / "run"
     broken = [line.replace("slow_", "broken_") for line in SLOW]
-    pids = ranks.start(run_file, run_dir, *HALF, *broken)
-    assert [world.wait(pid) for pid in pids] == [1, 1]
-    told = ranks.told(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, *HALF, *broken)
+    assert [world.wait_for_exit(pid) for pid in pids] == [1, 1]
+    told = ranks.printed_by_ranks(run_dir)
     assert told.count("\nerror:") == 1, told
     assert "ValueError: the reward of process 1" in told
     assert (run_dir / "bad_rewards.jsonl").exists()
@@ -149,16 +149,16 @@ def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_fi
 @pytest.mark.parametrize("victim", [with_delays(0), 1])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_file, tmp_path, victim):
     run_dir = tmp_path / "run"
-    pids = ranks.start(run_file, run_dir, *HALF, *SLOW)
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    pids = ranks.start_ranks(run_file, run_dir, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 2)
     os.kill(pids[victim], signal.SIGUSR1)
-    assert [world.wait(pid) for pid in pids] == [75, 75], ranks.told(run_dir)
-    told = ranks.told(run_dir)
+    assert [world.wait_for_exit(pid) for pid in pids] == [75, 75], ranks.printed_by_ranks(run_dir)
+    told = ranks.printed_by_ranks(run_dir)
     latest = checkpoint.list_steps(run_dir)[0]
     assert told.count("\nerror:") == 1, told
     assert f"stopped by SIGUSR1; checkpoint-{latest} was saved" in told
     assert checkpoint.find_faults(run_dir / f"checkpoint-{latest}") == []
-    assert len(world.rows(run_dir)) == latest
+    assert len(world.read_rows(run_dir)) == latest
 
 
 def command(*words, **more):
@@ -167,7 +167,7 @@ def command(*words, **more):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=world.environment(**more),
+        env=world.command_environment(**more),
     )
 
 
@@ -176,7 +176,7 @@ def two_ranks(run_file, run_dir):
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", run_file, "--nproc-per-node", "2", "--output-dir", run_dir]
     process = command(*map(str, words), *sets)
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2)
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 2)
     return process
 
 
@@ -205,21 +205,21 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_rank(run_file, tmp
 @pytest.mark.slow
 def test_torchrun_can_start_the_command(run_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    wait_for_success(ranks.start(run_file, one, *HALF, *SLOW), one)
+    wait_for_success(ranks.start_ranks(run_file, one, *HALF, *SLOW), one)
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "toolkit", "train"]
     process = command(*launcher, str(run_file), "--output-dir", str(two), *sets)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "2 processes" in out
-    assert world.digests(one) == world.digests(two)
+    assert world.result_digests(one) == world.result_digests(two)
 
 
 @pytest.mark.slow
 def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
     """As the pods of containers/kubernetes/train-groups.yaml: one command for each node."""
     one, two = tmp_path / "one", tmp_path / "two"
-    wait_for_success(ranks.start(run_file, one, *HALF, *SLOW), one)
+    wait_for_success(ranks.start_ranks(run_file, one, *HALF, *SLOW), one)
     sets = [word for text in (*HALF, *SLOW) for word in ("--set", text)]
     words = ["toolkit", "train", str(run_file), "--output-dir", str(two), *sets]
     place = {"PET_NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -230,7 +230,7 @@ def test_a_launcher_on_each_of_two_nodes_starts_one_run(run_file, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], told
     assert "2 processes" in told[0][0]
     assert told[1][0] == ""
-    assert world.digests(one) == world.digests(two)
+    assert world.result_digests(one) == world.result_digests(two)
 
 
 @pytest.mark.engine
@@ -239,17 +239,19 @@ def test_two_vllm_engines_train_as_one_engine_does(run_file, tmp_path, steps):
     pytest.importorskip("vllm")
     one, two = tmp_path / "one", tmp_path / "two"
     both = ("runtime.engine=vllm", f"grpo.max_steps={steps}", "grpo.num_generations=4")
-    wait_for_success(ranks.start(run_file, two, "grpo.per_device_train_batch_size=6", *both), two)
+    wait_for_success(
+        ranks.start_ranks(run_file, two, "grpo.per_device_train_batch_size=6", *both), two
+    )
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]
-    texts = {row["completion"] for row in world.rows(two, COMPLETIONS)}
+    texts = {row["completion"] for row in world.read_rows(two, COMPLETIONS)}
     assert len(texts) > 6  # two ranks, two draws
     if steps == 1:
         return
     place = f'runtime.output_dir="{one}"'
     whole = "grpo.per_device_train_batch_size=12"
-    pid = world.forked(run_file, tmp_path / "one.txt", place, whole, *both)
-    assert world.wait(pid) == 0, (tmp_path / "one.txt").read_text()
-    rows = [[row["completion"] for row in world.rows(d, COMPLETIONS)] for d in (one, two)]
+    pid = world.fork_run(run_file, tmp_path / "one.txt", place, whole, *both)
+    assert world.wait_for_exit(pid) == 0, (tmp_path / "one.txt").read_text()
+    rows = [[row["completion"] for row in world.read_rows(d, COMPLETIONS)] for d in (one, two)]
     assert rows[0] == rows[1]
-    assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
+    assert ranks.adapter_distance(one, two) < 1e-4 < 0.02 < ranks.largest_weight(one)

@@ -17,7 +17,7 @@ LAST = re.compile(r"exact match (\d\.\d\d) -> (\d\.\d\d) on 500 held-out problem
 
 
 def run_demo(folder, *arguments):
-    done = world.toolkit("demo", "--out", folder, *arguments, timeout=900)
+    done = world.run_toolkit("demo", "--out", folder, *arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     found = LAST.fullmatch(done.stdout.splitlines()[-1])
     assert found, done.stdout
@@ -49,10 +49,10 @@ def test_the_demo_learns_and_prints_the_paths_of_its_files(demo):
         "run/report.html",
     ):
         assert (folder / name).exists(), name
-    peak = max(row["peak_memory_bytes"] for row in world.rows(folder / "run", "timings.jsonl"))
+    peak = max(row["peak_memory_bytes"] for row in world.read_rows(folder / "run", "timings.jsonl"))
     assert peak < 2e9
-    asked = {row["question"] for row in world.rows(folder, "train.jsonl")}
-    held_out = {row["question"] for row in world.rows(folder, "eval.jsonl")}
+    asked = {row["question"] for row in world.read_rows(folder, "train.jsonl")}
+    held_out = {row["question"] for row in world.read_rows(folder, "eval.jsonl")}
     assert len(held_out) == 500
     assert not asked & held_out
 
@@ -67,10 +67,12 @@ def test_the_demo_trains_on_vllm_as_on_transformers(demo, tmp_path):
     steps = 16
     changed = {"runtime.engine": "vllm", "runtime.output_dir": tmp_path / "run"}
     changes = [f"--set={key}={value}" for key, value in changed.items()]
-    done = world.toolkit("train", folder / "run.yaml", *changes, f"--set=grpo.max_steps={steps}")
+    done = world.run_toolkit(
+        "train", folder / "run.yaml", *changes, f"--set=grpo.max_steps={steps}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     theirs, ours = (
-        [row["reward"] for row in world.rows(run, "metrics.jsonl") if "reward" in row]
+        [row["reward"] for row in world.read_rows(run, "metrics.jsonl") if "reward" in row]
         for run in (folder / "run", tmp_path / "run")
     )
     assert len(ours) == steps
@@ -91,7 +93,7 @@ def test_the_demo_learns_on_vllm(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_an_error_before_anything_is_written(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    done = world.toolkit("demo", "--out", tmp_path)
+    done = world.run_toolkit("demo", "--out", tmp_path)
     assert done.returncode == 1
     assert "is not an empty folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

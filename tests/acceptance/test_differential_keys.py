@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from differential_keys import overrides, runs
-from spoiled_world import Ended, make_model, make_world, serve
+from spoiled_world import FinishedCommand, make_model, make_world, run_commands
 
 from toolkit.config.layers import load_document
 from toolkit.config.source import dotted
@@ -52,12 +52,12 @@ def find_faults(world: Path, lines: list[str]) -> list[str]:
         cases.append({"folder": folder, "arguments": ["train", "run.yaml", *sets]})
     ended = [
         (line, fault(end, warned))
-        for (line, warned), end in zip(accepted, serve(cases), strict=True)
+        for (line, warned), end in zip(accepted, run_commands(cases), strict=True)
     ]
     return [f"{line}: {wrong}" for line, wrong in ended if wrong is not None]
 
 
-def fault(end: Ended, warned: set[str]) -> str | None:
+def fault(end: FinishedCommand, warned: set[str]) -> str | None:
     """What is wrong with how a run ended; ``warned`` are the keys of validate's warnings."""
     if end.returncode == 0:
         return None if any("loss" in row for row in end.rows()) else "ended well without a step"

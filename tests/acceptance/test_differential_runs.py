@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from spoiled_world import Ended, make_world, serve
+from spoiled_world import FinishedCommand, make_world, run_commands
 
 from toolkit.config.layers import load_document
 from toolkit.config.resolved import DeviceFacts, Situation
@@ -24,7 +24,7 @@ from toolkit.config.validate import validate
 
 for beside in ("fixtures", "engine"):
     sys.path.append(str(Path(__file__).resolve().parents[1] / beside))
-from run_generator import Made, generate, keys, make_models  # noqa: E402 - finds the two above
+from run_generator import GeneratedRun, all_keys, generate, make_models  # noqa: E402 - finds the two above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ LANES = 2
 CHUNK = 6
 LIMIT_S = 300
 PARTS = 16
-KEYS = (*keys(), "model.model_name", "runtime.engine")
+KEYS = (*all_keys(), "model.model_name", "runtime.engine")
 # The model's and the adapter's keys are also arguments of the drop-in API, under the bare name.
 NAMES = [key.partition(".")[2] for key in KEYS if re.match("(model|lora).*_", key)]
 KEY = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in (*KEYS, *NAMES)))
@@ -65,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Case:
     """A run file in a folder of its own, and what validate says of it."""
 
-    def __init__(self, folder: Path, made: Made, model: Path) -> None:
+    def __init__(self, folder: Path, made: GeneratedRun, model: Path) -> None:
         self.made, self.folder = made, make_world(folder, model)
         rows = (folder / "train.jsonl").read_text()
         (folder / "eval.jsonl").write_text(rows)
@@ -74,36 +74,40 @@ class Case:
         document = load_document(folder / "run.yaml")
         plain, here = validate(document), validate(document, WITHOUT_A_GPU)
         self.accepted = plain.ok
-        self.told = {dotted(one.path) for one in (*plain.findings, *here.findings)}
+        self.reported_keys = {dotted(one.path) for one in (*plain.findings, *here.findings)}
 
     def as_command(self) -> dict[str, Any]:
         return {"folder": self.folder, "arguments": ["train", "run.yaml"], "limit_s": LIMIT_S}
 
-    def fault(self, end: Ended) -> str | None:
+    def fault(self, end: FinishedCommand) -> str | None:
         """What is wrong with how the run ended."""
         said = end.stderr.strip()[-900:]
         if end.returncode == 0:
             return None if any("loss" in row for row in end.rows()) else "ended without a step"
         if end.returncode in (70, 3) or end.returncode < 0 or not KEY.search(end.stderr):
             return f"exit {end.returncode}: {said}"
-        bare = {key.partition(".")[2] for key in self.told if re.match("(model|lora).*_", key)}
-        if any(told in end.stderr for told in (*self.told, *bare, *EXCEPTIONS)):
+        bare = {
+            key.partition(".")[2] for key in self.reported_keys if re.match("(model|lora).*_", key)
+        }
+        if any(told in end.stderr for told in (*self.reported_keys, *bare, *EXCEPTIONS)):
             return None
         return f"exit {end.returncode}, and validate was silent: {said}"
 
 
-def find_faults(root: Path, models: dict[str, Path], made: list[Made], lanes: int = 1) -> list[str]:
+def find_faults(
+    root: Path, models: dict[str, Path], made: list[GeneratedRun], lanes: int = 1
+) -> list[str]:
     """What is wrong with the runs that validate accepts."""
     cases = [Case(root / str(i), one, models[one.model]) for i, one in enumerate(made)]
     accepted = [case for case in cases if case.accepted]
     return sorted(
-        f"{case.folder.name} {case.made.told}\n    {wrong}"
+        f"{case.folder.name} {case.made.description}\n    {wrong}"
         for case, end in _run_cases(accepted, lanes)
         if (wrong := case.fault(end)) is not None
     )
 
 
-def _run_cases(cases: list[Case], lanes: int) -> Iterator[tuple[Case, Ended]]:
+def _run_cases(cases: list[Case], lanes: int) -> Iterator[tuple[Case, FinishedCommand]]:
     """The commands, run by as many servers as there are lanes; vLLM has servers of its own."""
     for engine in (True, False):
         wanted = [case for case in cases if _uses_vllm(case.made) is engine]
@@ -118,18 +122,18 @@ def _run_cases(cases: list[Case], lanes: int) -> Iterator[tuple[Case, Ended]]:
 
 def _run_lane(
     lane: int, chunks: SimpleQueue[list[Case]], modules: tuple[str, ...]
-) -> list[tuple[Case, Ended]]:
-    found: list[tuple[Case, Ended]] = []
+) -> list[tuple[Case, FinishedCommand]]:
+    found: list[tuple[Case, FinishedCommand]] = []
     while True:
         try:
             cases = chunks.get_nowait()
         except Empty:
             return found
         commands = [case.as_command() for case in cases]
-        found += zip(cases, serve(commands, *modules, lane=lane), strict=True)
+        found += zip(cases, run_commands(commands, *modules, lane=lane), strict=True)
 
 
-def _uses_vllm(made: Made) -> bool:
+def _uses_vllm(made: GeneratedRun) -> bool:
     return made.engine == "vllm" or ("model.fast_inference", True) in made.sets
 
 

@@ -42,21 +42,21 @@ COMPLETIONS = "completions.jsonl"
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "hard_rewards.py").write_text(REWARDS)
     return made
 
 
 def train(run_file, run_dir, *overrides):
     out = run_dir.with_suffix(".txt")
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides)
-    assert world.wait(pid) == 0, out.read_text()
+    pid = world.fork_run(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides)
+    assert world.wait_for_exit(pid) == 0, out.read_text()
     return out.read_text()
 
 
 def check_counts(run_dir, batch=8):
     """Rows of metrics and completions agree on what was drawn and what was trained on."""
-    metrics, completions = world.rows(run_dir), world.rows(run_dir, COMPLETIONS)
+    metrics, completions = world.read_rows(run_dir), world.read_rows(run_dir, COMPLETIONS)
     for row in (row for row in metrics if "dynamic_sampling/rounds" in row):
         mine = [one for one in completions if one["step"] == row["step"]]
         sampled, discarded = (
@@ -100,45 +100,45 @@ def test_a_killed_run_resumes_to_the_same_bytes(run_file, tmp_path, engine):
     for steps in (2, 4, 6):
         run_dir = tmp_path / f"cut-{steps}"
         place = f'runtime.output_dir="{run_dir}"'
-        pid = world.forked(run_file, tmp_path / "cut.txt", place, *more)
-        world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= steps)  # noqa: B023
+        pid = world.fork_run(run_file, tmp_path / "cut.txt", place, *more)
+        world.wait_for(lambda: len(world.raw_rows(run_dir)) >= steps)  # noqa: B023
         os.kill(pid, signal.SIGKILL)
-        assert world.wait(pid) == -signal.SIGKILL
+        assert world.wait_for_exit(pid) == -signal.SIGKILL
         assert 0 < checkpoint.list_steps(run_dir)[0] < 8
         train(run_file, run_dir, *more)
-        assert world.digests(run_dir) == world.digests(tmp_path / "whole")
+        assert world.result_digests(run_dir) == world.result_digests(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_ranks_sample_as_one_does_and_resume_to_the_same_bytes(run_file, tmp_path):
     one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
     train(run_file, one, *BOTH)
-    wait_for_success(ranks.start(run_file, two, *HALF, *SLOW), two)
+    wait_for_success(ranks.start_ranks(run_file, two, *HALF, *SLOW), two)
     logs = [(tmp_path / f"two-{n}.jsonl").read_text() for n in (0, 1)]
     assert logs[0] == logs[1]  # metrics and adapter, on both
     check_counts(two)
     texts = [
         [(row["step"], row["prompt"], row["completion"], row["extra"]) for row in drawn]
-        for drawn in (world.rows(d, COMPLETIONS) for d in (one, two))
+        for drawn in (world.read_rows(d, COMPLETIONS) for d in (one, two))
     ]
     assert texts[0] == texts[1]
-    assert ranks.distance(one, two) < 1e-4 < 0.02 < ranks.size_of(one)
-    for mine, theirs in zip(world.rows(one), world.rows(two), strict=True):
+    assert ranks.adapter_distance(one, two) < 1e-4 < 0.02 < ranks.largest_weight(one)
+    for mine, theirs in zip(world.read_rows(one), world.read_rows(two), strict=True):
         names = [name for name in mine if name.startswith(("dynamic_sampling/", "curriculum/"))]
         assert len(names) >= 8
         assert [mine[name] for name in names] == pytest.approx([theirs[name] for name in names])
-    pids = ranks.start(run_file, cut, *HALF, *SLOW)
-    world.wait_for(lambda: len(world.rows_or_none(cut)) >= 3)
+    pids = ranks.start_ranks(run_file, cut, *HALF, *SLOW)
+    world.wait_for(lambda: len(world.raw_rows(cut)) >= 3)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert [world.wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
-    wait_for_success(ranks.start(run_file, cut, *HALF, *SLOW), cut)
-    assert world.digests(cut) == world.digests(two)
+    assert [world.wait_for_exit(pid) for pid in pids] == [-signal.SIGKILL] * 2
+    wait_for_success(ranks.start_ranks(run_file, cut, *HALF, *SLOW), cut)
+    assert world.result_digests(cut) == world.result_digests(two)
 
 
 def wait_for_success(pids, run_dir):
-    codes = [world.wait(pid) for pid in pids]
-    assert codes == [0] * len(pids), ranks.told(run_dir, len(pids))
+    codes = [world.wait_for_exit(pid) for pid in pids]
+    assert codes == [0] * len(pids), ranks.printed_by_ranks(run_dir, len(pids))
 
 
 @pytest.mark.slow
@@ -147,18 +147,20 @@ def test_three_ranks_with_groups_on_two_of_them_agree(run_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(run_file, one, *BOTH, "grpo.per_device_train_batch_size=12")
     check_counts(one, batch=12)
-    wait_for_success(ranks.start(run_file, two, *BOTH, "grpo.per_device_train_batch_size=6"), two)
+    wait_for_success(
+        ranks.start_ranks(run_file, two, *BOTH, "grpo.per_device_train_batch_size=6"), two
+    )
     three = tmp_path / "three"
-    wait_for_success(ranks.start(run_file, three, *BOTH, *HALF, size=3), three)
+    wait_for_success(ranks.start_ranks(run_file, three, *BOTH, *HALF, size=3), three)
     for run_dir in (two, three):
         check_counts(run_dir, batch=12)
         # A round of 3 ranks has a multiple of 3 groups, so it may draw more prompts than one needs.
-        rows = [world.rows(d, COMPLETIONS) for d in (one, run_dir)]
+        rows = [world.read_rows(d, COMPLETIONS) for d in (one, run_dir)]
         first = [[(r["prompt"], r["completion"]) for r in found[:12]] for found in rows]
         kept = [pair for pair, r in zip(first[0], rows[0], strict=False)
                 if not r["extra"]["resample_round"]]  # fmt: skip
         assert set(kept) <= set(first[1])
-        assert all(row["dynamic_sampling/no_spread_after"] == 0 for row in world.rows(run_dir))
+        assert all(row["dynamic_sampling/no_spread_after"] == 0 for row in world.read_rows(run_dir))
 
 
 @pytest.mark.slow
@@ -169,5 +171,5 @@ def test_a_curriculum_that_is_enabled_later_begins_without_records(run_file, tmp
     on = (*BOTH, "grpo.max_steps=4")
     changed = "[grpo.curriculum, grpo.dynamic_sampling, grpo.max_steps]"
     train(run_file, run_dir, *on, f"runtime.allow_changed={changed}")
-    rows = world.rows(run_dir)
+    rows = world.read_rows(run_dir)
     assert [row.get("curriculum/repeated_share") for row in rows] == [None, None, 0, 0.5]

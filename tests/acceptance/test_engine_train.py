@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from spoiled_world import Ended, call, make_model, make_world, serve
+from spoiled_world import FinishedCommand, make_model, make_world, run_commands, run_toolkit
 
 from toolkit.train.checkpointing import checkpoint
 
@@ -171,27 +171,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def run(cases: dict[str, Case], root: Path, model: Path) -> dict[str, Ended]:
+def run(cases: dict[str, Case], root: Path, model: Path) -> dict[str, FinishedCommand]:
     wanted = []
     for name, case in cases.items():
         changes = {**case.changes, "runtime": ENGINE}
         folder = make_world(root / name.replace(" ", "-"), model, **changes)
         case.spoil(folder)
         wanted.append({"folder": folder, "arguments": ["train", "run.yaml"]})
-    return dict(zip(cases, serve(wanted, "toolkit.engine.start"), strict=True))
+    return dict(zip(cases, run_commands(wanted, "toolkit.engine.start"), strict=True))
 
 
 @pytest.fixture(scope="module")
-def quick_results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def quick_results(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FinishedCommand]:
     return run(QUICK, tmp_path_factory.mktemp("quick"), model)
 
 
 @pytest.fixture(scope="module")
-def slow_results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def slow_results(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FinishedCommand]:
     return run(SLOW, tmp_path_factory.mktemp("slow"), model)
 
 
-def check(case: Case, shown: Ended) -> None:
+def check(case: Case, shown: FinishedCommand) -> None:
     assert shown.returncode == case.code, shown.stdout + shown.stderr
     for words in case.says:
         assert words in shown.stderr, shown.stderr
@@ -201,7 +205,7 @@ def check(case: Case, shown: Ended) -> None:
         assert "fix: " in shown.stderr
 
 
-def check_stopped(ended: Ended) -> None:
+def check_stopped(ended: FinishedCommand) -> None:
     """Two steps were done, and are whole."""
     assert [row["step"] for row in ended.rows()] == [1, 2]
     assert checkpoint.find_faults(ended.folder / "out" / "checkpoint-2") == []
@@ -209,7 +213,7 @@ def check_stopped(ended: Ended) -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_run_on_the_engine(quick_results: dict[str, Ended], name: str) -> None:
+def test_a_run_on_the_engine(quick_results: dict[str, FinishedCommand], name: str) -> None:
     check(QUICK[name], quick_results[name])
     if name in STOPPED:
         check_stopped(quick_results[name])
@@ -218,14 +222,14 @@ def test_a_run_on_the_engine(quick_results: dict[str, Ended], name: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_a_run_whose_engine_fails_at_start_or_stop(
-    slow_results: dict[str, Ended], name: str
+    slow_results: dict[str, FinishedCommand], name: str
 ) -> None:
     check(SLOW[name], slow_results[name])
     if name in STOPPED:
         check_stopped(slow_results[name])
 
 
-def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, Ended]) -> None:
+def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, FinishedCommand]) -> None:
     run = quick_results["options"]
     said = run.rows("completions.jsonl")
     assert len(said) == 32
@@ -246,7 +250,7 @@ def test_a_run_file_gives_the_same_run_in_every_process(model: Path, tmp_path: P
     found = []
     for name in ("1", "2"):
         folder = make_world(tmp_path / name, model, grpo=SHORT, runtime=ENGINE)
-        done = call(folder, "train", "run.yaml", env={"PYTHONHASHSEED": name})
+        done = run_toolkit(folder, "train", "run.yaml", env={"PYTHONHASHSEED": name})
         assert done.returncode == 0, done.stderr
         out = folder / "out"
         files = ("metrics.jsonl", "completions.jsonl", "adapter/adapter_model.safetensors")
@@ -255,7 +259,7 @@ def test_a_run_file_gives_the_same_run_in_every_process(model: Path, tmp_path: P
 
 
 def test_running_out_of_memory_in_a_rollout_loses_no_completion(
-    quick_results: dict[str, Ended],
+    quick_results: dict[str, FinishedCommand],
 ) -> None:
     run = quick_results["memory for four"]
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from spoiled_world import make_model, make_world, serve
+from spoiled_world import make_model, make_world, run_commands
 
 pytest.importorskip("reasoning_gym")
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_a_run_in_an_environment(tmp_path: Path) -> None:
     run_file.write_text(json.dumps(run))
     (folder / "train.jsonl").unlink()
 
-    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (ended,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert ended.returncode == 0, ended.stderr
     assert "12 plain prompts from reasoning_gym:leg_counting" in ended.stdout
     rows = ended.rows()
@@ -43,7 +43,7 @@ def test_a_run_in_an_environment(tmp_path: Path) -> None:
     run["environment"] = {**ENVIRONMENT, "seed": 1}
     run_file.write_text(json.dumps(run))
     run["grpo"]["max_steps"] = 3
-    (refused,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (refused,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert refused.returncode == 1
     assert "environment.seed" in refused.stderr
 
@@ -67,7 +67,7 @@ def test_a_run_on_the_tasks_of_verifiers(tmp_path: Path) -> None:
         "options": options,
     }  # fmt: skip
     run_file.write_text(json.dumps(run))
-    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (ended,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert ended.returncode == 0, ended.stderr
     assert "8 plain prompts from verifiers:sums-taskset" in ended.stdout
     rows = [row for row in ended.rows() if "rewards/verifiers/mean" in row]
@@ -96,7 +96,7 @@ def test_a_missing_package_is_an_error_before_the_start(tmp_path: Path) -> None:
     checked = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert checked.returncode == 1, checked.stdout
     assert line in checked.stdout
-    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (ended,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert ended.returncode == 1
     assert line in ended.stderr
     assert "environment.adapter" in ended.stderr
@@ -126,7 +126,7 @@ def test_a_missing_task_is_an_error_before_the_model_is_loaded(
     run_file.write_text(json.dumps(run))
     for weights in model.glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes().replace(b"model.norm.", b"model.nrom."))
-    (ended,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    (ended,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
     assert said in ended.stderr
     good = task == "leg_counting"
     assert ended.returncode == (2 if good else 1), ended.stderr

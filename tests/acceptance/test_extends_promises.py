@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
-from validate_world import GOOD
+from validate_world import VALID_RUN_FILE
 
 from toolkit.cli.validate import validate
 
@@ -39,7 +39,7 @@ def test_no_line_of_a_file_outside_the_folder_is_shown(tmp_path: Path, way: str,
     if way == "link":
         (folder / name).symlink_to(place)
     run_file = folder / "run.yaml"
-    run_file.write_text(f"extends: {name}\n{GOOD}")
+    run_file.write_text(f"extends: {name}\n{VALID_RUN_FILE}")
     code, text = validate_output(run_file, form)
     assert code == 1
     assert "S3CR3T" not in text
@@ -48,7 +48,7 @@ def test_no_line_of_a_file_outside_the_folder_is_shown(tmp_path: Path, way: str,
 
 
 def test_the_message_does_not_tell_whether_a_file_outside_exists(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"extends: /nowhere/base.yaml\n{GOOD}")
+    (tmp_path / "run.yaml").write_text(f"extends: /nowhere/base.yaml\n{VALID_RUN_FILE}")
     assert "DOC016" in validate_output(tmp_path / "run.yaml")[1]
 
 
@@ -56,7 +56,7 @@ def test_the_message_does_not_tell_whether_a_file_outside_exists(tmp_path: Path)
 def test_a_base_in_an_allowed_folder_is_read(tmp_path: Path, deep: bool) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    (tmp_path / "base.yaml").write_text(GOOD)
+    (tmp_path / "base.yaml").write_text(VALID_RUN_FILE)
     (folder / "middle.yaml").write_text("extends: ../base.yaml\n")
     run_file = folder / "run.yaml"
     run_file.write_text(f"extends: {'middle.yaml' if deep else '../base.yaml'}\n")
@@ -68,7 +68,7 @@ def test_a_base_in_an_allowed_folder_is_read(tmp_path: Path, deep: bool) -> None
 
 def test_a_base_that_is_a_pipe_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "base.yaml")
-    (tmp_path / "run.yaml").write_text(f"extends: base.yaml\n{GOOD}")
+    (tmp_path / "run.yaml").write_text(f"extends: base.yaml\n{VALID_RUN_FILE}")
     code, text = validate_output(tmp_path / "run.yaml")
     assert (code, "base.yaml is a pipe, not a regular file" in text) == (1, True)
 
@@ -81,14 +81,14 @@ NUMBERS = ["9223372036854775808", "-9223372036854775809", "9" * 30, "9" * 500, "
 def test_an_integer_beyond_64_bits_is_an_error(tmp_path: Path, number: str, form: str) -> None:
     path = tmp_path / f"run.{'yaml' if form == 'set' else form}"
     texts = {
-        "yaml": f"{GOOD}grpo:\n  max_steps: {number}\n",
+        "yaml": f"{VALID_RUN_FILE}grpo:\n  max_steps: {number}\n",
         "json": '{"model": {"model_name": "x"}, "dataset": {"path": "x/y"},\n'
         ' "reward": {"functions": [{"name": "format"}]},'
         f' "grpo": {{"max_steps": {number}}}}}',
         "toml": 'dataset.path = "x/y"\nmodel.model_name = "x"\n'
         'reward.functions = [{name = "exact_match"}]\n'
         f"[grpo]\nmax_steps = {number}\n",
-        "set": GOOD,
+        "set": VALID_RUN_FILE,
     }
     path.write_text(texts[form])
     options = ["--set", f"grpo.max_steps={number}"] if form == "set" else []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.numpy import load_file
-from spoiled_world import Ended, make_model, make_world, serve
+from spoiled_world import FinishedCommand, make_model, make_world, run_commands
 
 from toolkit.train.checkpointing.trainer_state import ADAPTER_FILE
 
@@ -95,7 +95,7 @@ CASES: dict[str, str] = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
     """Every case, run."""
     root = tmp_path_factory.mktemp("faults")
     model, cases = make_model(root), []
@@ -111,14 +111,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         env = {"WANDB_API_KEY": SECRET}
         arguments = ["train", "run.yaml", "--set", f"grpo.run_name={SECRET}"]
         cases.append({"folder": folder, "arguments": arguments, "env": env})
-    return dict(zip(CASES, serve(cases), strict=True))
+    return dict(zip(CASES, run_commands(cases), strict=True))
 
 
-def rows(run: Ended, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+def rows(run: FinishedCommand, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder / "out" / name).read_text().splitlines()]
 
 
-def checkpoints(run: Ended) -> list[str]:
+def checkpoints(run: FinishedCommand) -> list[str]:
     return sorted(path.name for path in (run.folder / "out").glob("checkpoint-*"))
 
 
@@ -126,7 +126,7 @@ def adapter(folder: Path) -> dict[str, Any]:
     return load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
 
 
-def check_refused(run: Ended, *words: str) -> None:
+def check_refused(run: FinishedCommand, *words: str) -> None:
     """One block on stderr with exit code 1; the checkpoints before stay."""
     assert run.returncode == 1, run.stderr
     assert "Traceback" not in run.stdout + run.stderr

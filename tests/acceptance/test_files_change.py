@@ -26,10 +26,10 @@ def undisturbed(request, tmp_path_factory):
     if request.param == "vllm":
         pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("w") / "world"
-    run_file = world.make(folder, steps=5, engine=request.param)
+    run_file = world.make_run_files(folder, steps=5, engine=request.param)
     out = folder / "out.txt"
-    assert world.wait(world.forked(run_file, out, evaluate=True)) == 0, out.read_text()
-    return run_file, world.digests(folder / "run")
+    assert world.wait_for_exit(world.fork_run(run_file, out, evaluate=True)) == 0, out.read_text()
+    return run_file, world.result_digests(folder / "run")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -44,17 +44,17 @@ def test_a_run_is_unaffected_when_its_input_files_change(undisturbed, tmp_path, 
             CHANGES[change](file)
 
     out = tmp_path / "out.txt"
-    pid = world.forked(
+    pid = world.fork_run(
         folder / "run.yaml",
         out,
         f'runtime.output_dir="{run_dir}"',
         before=at_step(3, spoil),
         evaluate=True,
     )
-    code = world.wait(pid)
+    code = world.wait_for_exit(pid)
     said = out.read_text()
     assert code in (0, 2), said
     assert said.count("error: ") == (code != 0), said
     assert "Traceback" not in said
     if code == 0:
-        assert world.digests(run_dir) == expected
+        assert world.result_digests(run_dir) == expected

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from validate_world import GOOD, PARTS, envcheck
+from validate_world import PARTS, VALID_RUN_FILE, envcheck
 
 TOOLKIT = Path(sys.executable).with_name("toolkit")
 KINDS = {
@@ -37,7 +37,7 @@ def make_run_file(folder: Path) -> Path:
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     (folder / "train.jsonl").write_bytes((PARTS / "train.jsonl").read_bytes())
     run_file = folder / "run.yaml"
-    run_file.write_text(GOOD.replace(f"{PARTS}/", ""))
+    run_file.write_text(VALID_RUN_FILE.replace(f"{PARTS}/", ""))
     return run_file
 
 

@@ -20,9 +20,12 @@ pytestmark = pytest.mark.slow
 def undisturbed(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    run_file = world.make(tmp_path_factory.mktemp("w"), steps=6)
-    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
-    return run_file, world.digests(run_file.parent / "run")
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
+    assert (
+        world.wait_for_exit(world.fork_run(run_file, run_file.parent / "out.txt", evaluate=True))
+        == 0
+    )
+    return run_file, world.result_digests(run_file.parent / "run")
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def mount_small(tmp_path):
 
 def run_forked(run_file, run_dir, out, before=None):
     place = f'runtime.output_dir="{run_dir}"'
-    code = world.wait(world.forked(run_file, out, place, before=before, evaluate=True))
+    code = world.wait_for_exit(world.fork_run(run_file, out, place, before=before, evaluate=True))
     return code, out.read_text()
 
 
@@ -93,7 +96,7 @@ def test_a_full_file_system_keeps_the_last_checkpoint(undisturbed, mount_small, 
     resize("64g")
     code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
     assert code == 0, said
-    assert world.digests(run_dir) == expected
+    assert world.result_digests(run_dir) == expected
     check_checkpoints(run_dir)
 
 
@@ -126,5 +129,5 @@ def test_a_file_size_limit_keeps_the_last_checkpoint(undisturbed, tmp_path, limi
     check_checkpoints(run_dir)
     code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
     assert code == 0, said
-    assert world.digests(run_dir) == expected
+    assert world.result_digests(run_dir) == expected
     shutil.rmtree(run_dir)

@@ -23,7 +23,7 @@ HALF = "grpo.per_device_train_batch_size=4"
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "my_rewards.py").write_text(ranks.SLOW_REWARDS)
     return made
 
@@ -31,30 +31,30 @@ def run_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run_file):
     run_dir = run_file.parent / "whole"
-    pids = ranks.start(run_file, run_dir, HALF)
-    assert [world.wait(pid) for pid in pids] == [0, 0], ranks.told(run_dir)
-    return world.digests(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, HALF)
+    assert [world.wait_for_exit(pid) for pid in pids] == [0, 0], ranks.printed_by_ranks(run_dir)
+    return world.result_digests(run_dir)
 
 
 def resume_and_digest(run_file, run_dir):
-    pids = ranks.start(run_file, run_dir, HALF)
-    assert [world.wait(pid) for pid in pids] == [0, 0], ranks.told(run_dir)
-    return world.digests(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, HALF)
+    assert [world.wait_for_exit(pid) for pid in pids] == [0, 0], ranks.printed_by_ranks(run_dir)
+    return world.result_digests(run_dir)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_path, victim):
     """SIGSTOP, as a debugger or a frozen node does: the collective times out."""
     run_dir = tmp_path / "run"
-    pids = ranks.start(run_file, run_dir, HALF, "grpo.ddp_timeout=5")
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 3)
+    pids = ranks.start_ranks(run_file, run_dir, HALF, "grpo.ddp_timeout=5")
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 3)
     os.kill(pids[victim], signal.SIGSTOP)
     begin = time.monotonic()
-    code = world.wait(pids[1 - victim], timeout=90)
+    code = world.wait_for_exit(pids[1 - victim], timeout=90)
     took = time.monotonic() - begin
-    said = ranks.output(run_dir, 1 - victim).read_text()
+    said = ranks.output_path(run_dir, 1 - victim).read_text()
     os.kill(pids[victim], signal.SIGKILL)
-    world.wait(pids[victim])
+    world.wait_for_exit(pids[victim])
     assert code == 4, said
     assert said.count("error: ") == 1, said
     assert "of this run has ended unexpectedly" in said
@@ -77,11 +77,11 @@ def test_ranks_do_not_wait_for_a_rank_that_is_stopped_before_the_first_step(
 
             setattr(run, phase, lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
 
-    pids = ranks.start(run_file, run_dir, HALF, "grpo.ddp_timeout=8", before=before)
-    code = world.wait(pids[1 - victim], timeout=120)
-    said = ranks.output(run_dir, 1 - victim).read_text()
+    pids = ranks.start_ranks(run_file, run_dir, HALF, "grpo.ddp_timeout=8", before=before)
+    code = world.wait_for_exit(pids[1 - victim], timeout=120)
+    said = ranks.output_path(run_dir, 1 - victim).read_text()
     os.kill(pids[victim], signal.SIGKILL)
-    world.wait(pids[victim])
+    world.wait_for_exit(pids[victim])
     assert code == 4, said
     assert said.count("error: ") == 1, said
     assert f"process {victim} of this run has ended unexpectedly" in said
@@ -109,9 +109,9 @@ def test_a_replica_that_runs_out_of_memory_is_reported_once(run_file, expected, 
 
         GRPOTrainer._compute_loss = narrow
 
-    pids = ranks.start(run_file, run_dir, HALF, before=before)
-    codes = [world.wait(pid) for pid in pids]
-    said = ranks.told(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, HALF, before=before)
+    codes = [world.wait_for_exit(pid) for pid in pids]
+    said = ranks.printed_by_ranks(run_dir)
     assert codes == [1, 1], said
     assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
     assert f"process {victim} ran out of memory. The process cannot repeat the step" in said
@@ -147,9 +147,9 @@ def test_a_rank_whose_disk_is_full_is_reported_once(run_file, expected, tmp_path
 
         trainer_state._save_rank = full
 
-    pids = ranks.start(run_file, run_dir, HALF, before=before)
-    codes = [world.wait(pid) for pid in pids]
-    said = ranks.told(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, HALF, before=before)
+    codes = [world.wait_for_exit(pid) for pid in pids]
+    said = ranks.printed_by_ranks(run_dir)
     assert codes == [codes[0]] * 2, said
     assert codes[0] == 1, said
     assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
@@ -166,9 +166,13 @@ def test_the_launcher_ends_a_stopped_rank(run_file, tmp_path):
     words = [world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir]
     words += ["--set", HALF, "--set", "grpo.ddp_timeout=5", "--nproc-per-node", "2"]
     process = subprocess.Popen(
-        words, env=world.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words,
+        env=world.command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 2, timeout=300)
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 2, timeout=300)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     ).stdout.split()

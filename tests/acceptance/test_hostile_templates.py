@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from spoiled_world import ENVCHECK, environment, make_model, make_world, serve
+from spoiled_world import ENVCHECK, command_environment, make_model, make_world, run_commands
 
 pytestmark = pytest.mark.slow
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -61,11 +61,11 @@ def chats(tmp_path_factory):
 def run(folder, *words):
     """A command; ``toolkit`` without the price of a start."""
     if words[0] == "toolkit":
-        return serve([{"folder": folder, "arguments": list(words[1:]), "limit_s": 120}])[0]
+        return run_commands([{"folder": folder, "arguments": list(words[1:]), "limit_s": 120}])[0]
     return subprocess.run(
         [ENVCHECK, *words[1:]],
         cwd=folder,
-        env=environment(),
+        env=command_environment(),
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from notebook_world import (
-    SEVEN,
-    SHORT,
-    SMALL,
+    SHORT_RUN,
+    SMALL_MODEL,
     SYSTEM,
+    TARGETS,
     chats,
     correct,
     counted_tags,
@@ -24,7 +24,7 @@ from notebook_world import (
     make_folder,
     questions,
     strict_format,
-    trained,
+    trained_layers,
     varies,
 )
 
@@ -52,17 +52,17 @@ def _cpu_without_warnings() -> Iterator[None]:
 
 
 def config(tmp_path: Path, **notebook: Any) -> GRPOConfig:
-    values = {"report_to": "none", "output_dir": str(tmp_path / "outputs"), **notebook, **SHORT}
+    values = {"report_to": "none", "output_dir": str(tmp_path / "outputs"), **notebook, **SHORT_RUN}
     return GRPOConfig(**values)
 
 
 def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
     """Llama 3.1 8B: five rewards, batch 1 with six generations, an adapter saved and asked."""
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=str(folder), max_lora_rank=32, gpu_memory_utilization=0.6, **SMALL
+        model_name=str(folder), max_lora_rank=32, gpu_memory_utilization=0.6, **SMALL_MODEL
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=32, target_modules=SEVEN, lora_alpha=32,
+        model, r=32, target_modules=TARGETS, lora_alpha=32,
         use_gradient_checkpointing="unsloth", random_state=3407,
     )  # fmt: skip
     notebook: dict[str, Any] = {
@@ -83,7 +83,7 @@ def test_gsm8k_with_llama(folder: Path, tmp_path: Path) -> None:
         train_dataset=chats(),
     )
     trainer.train()
-    assert trained(model)
+    assert trained_layers(model)
 
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "how many r"}], tokenize=False, add_generation_prompt=True
@@ -127,9 +127,9 @@ def test_gsm8k_with_qwen_and_half_precision_flags(folder: Path, tmp_path: Path) 
     PatchFastRL("GRPO", FastLanguageModel)
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(folder), dtype=torch.bfloat16, max_lora_rank=64,
-        gpu_memory_utilization=0.5, **SMALL,
+        gpu_memory_utilization=0.5, **SMALL_MODEL,
     )  # fmt: skip
-    model = FastLanguageModel.get_peft_model(model, r=64, target_modules=SEVEN, lora_alpha=64)
+    model = FastLanguageModel.get_peft_model(model, r=64, target_modules=TARGETS, lora_alpha=64)
     args = config(
         tmp_path, learning_rate=5e-6, warmup_ratio=0.1, num_generations=8,
         per_device_train_batch_size=8, bf16=is_bfloat16_supported(),
@@ -140,7 +140,7 @@ def test_gsm8k_with_qwen_and_half_precision_flags(folder: Path, tmp_path: Path) 
         train_dataset=chats(),
     )  # fmt: skip
     trainer.train()
-    assert trained(model)
+    assert trained_layers(model)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_gemma_with_fast_model(folder: Path, tmp_path: Path) -> None:
     from toolkit.chat_templates import get_chat_template
 
     model, tokenizer = FastModel.from_pretrained(
-        model_name=str(folder), load_in_8bit=False, full_finetuning=False, **SMALL
+        model_name=str(folder), load_in_8bit=False, full_finetuning=False, **SMALL_MODEL
     )
     with pytest.raises(UnsupportedError, match="finetune_vision_layers=True"):
         FastModel.get_peft_model(model, finetune_vision_layers=True, r=8)
@@ -184,14 +184,14 @@ def test_gemma_with_fast_model(folder: Path, tmp_path: Path) -> None:
     said = model.generate(**inputs, max_new_tokens=6, temperature=1.0, top_p=0.95, top_k=64)
     assert said.shape[1] > inputs["input_ids"].shape[1]
     names = {n.split(".")[-4] for n, p in model.named_parameters() if p.requires_grad}
-    assert names == set(SEVEN)
+    assert names == set(TARGETS)
 
 
 @pytest.mark.slow
 def test_phi_with_three_targets(folder: Path, tmp_path: Path) -> None:
     """Phi-4: rank 16 on the MLP, Dr. GRPO's loss, the prompt length computed from the rest."""
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=str(folder), max_lora_rank=16, gpu_memory_utilization=0.7, **SMALL
+        model_name=str(folder), max_lora_rank=16, gpu_memory_utilization=0.7, **SMALL_MODEL
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, target_modules=["gate_proj", "up_proj", "down_proj"], lora_alpha=16
@@ -213,10 +213,10 @@ def test_advanced_grpo_with_an_sft_start(folder: Path, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=str(folder), max_lora_rank=32, gpu_memory_utilization=0.9, **SMALL
+        model_name=str(folder), max_lora_rank=32, gpu_memory_utilization=0.9, **SMALL_MODEL
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=32, target_modules=SEVEN, lora_alpha=64, use_gradient_checkpointing="unsloth"
+        model, r=32, target_modules=TARGETS, lora_alpha=64, use_gradient_checkpointing="unsloth"
     )
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + eos_token }}"
@@ -247,7 +247,7 @@ def test_advanced_grpo_with_an_sft_start(folder: Path, tmp_path: Path) -> None:
         ),
     )  # fmt: skip
     sft.train()
-    started = trained(model)
+    started = trained_layers(model)
     assert started
     inputs = tokenizer(texts[0]["text"], return_tensors="pt")
     inputs.pop("token_type_ids", None)
@@ -310,10 +310,10 @@ def test_code_rewards_as_gpt_oss_writes_kernels(folder: Path, tmp_path: Path) ->
     from transformers import TextStreamer
 
     with pytest.raises(UnsupportedError, match="offload_embedding=True"):
-        FastLanguageModel.from_pretrained(str(folder), offload_embedding=True, **SMALL)
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL)
+        FastLanguageModel.from_pretrained(str(folder), offload_embedding=True, **SMALL_MODEL)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL_MODEL)
     model = FastLanguageModel.get_peft_model(
-        model, r=4, target_modules=SEVEN, lora_alpha=8, use_gradient_checkpointing="unsloth"
+        model, r=4, target_modules=TARGETS, lora_alpha=8, use_gradient_checkpointing="unsloth"
     )
     prompt = [{"role": "user", "content": "write add(a, b)."}]
     rows = Dataset.from_list([{"prompt": prompt, "answer": 0, "reasoning_effort": "low"}] * 20)
@@ -354,8 +354,8 @@ def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) ->
     """Wordle as the environment notebooks play it: two guesses, a hint between them that is
     masked, and the reward from what the game says.
     """
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL)
-    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=SEVEN, lora_alpha=8)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL_MODEL)
+    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS, lora_alpha=8)
 
     def play(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {
@@ -390,7 +390,7 @@ def test_a_game_with_turns_through_rollout_func(folder: Path, tmp_path: Path) ->
         train_dataset=chats(), rollout_func=play,
     )  # fmt: skip
     trainer.train()
-    assert trained(model)
+    assert trained_layers(model)
 
 
 @pytest.mark.slow
@@ -398,8 +398,8 @@ def test_held_out_rows_are_evaluated_during_training(folder: Path, tmp_path: Pat
     """Llama 3.2 with evaluation: half of the rows held out, judged at each step; then a second
     training of the saved adapter.
     """
-    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL)
-    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=SEVEN, lora_alpha=8)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **SMALL_MODEL)
+    model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS, lora_alpha=8)
     both = chats().train_test_split(test_size=0.5, seed=1)
     args = config(
         tmp_path, num_generations=4, per_device_train_batch_size=4, per_device_eval_batch_size=4,
@@ -412,7 +412,7 @@ def test_held_out_rows_are_evaluated_during_training(folder: Path, tmp_path: Pat
     trainer.train()
     assert any("eval_reward" in row for row in trainer.state.log_history)
     saved = model.save_lora(tmp_path / "saved")
-    again, tokenizer = FastLanguageModel.from_pretrained(str(saved), **SMALL)
+    again, tokenizer = FastLanguageModel.from_pretrained(str(saved), **SMALL_MODEL)
     GRPOTrainer(
         model=again, processing_class=tokenizer, reward_funcs=[varies],
         args=config(tmp_path, num_generations=4, per_device_train_batch_size=4),

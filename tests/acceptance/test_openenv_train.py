@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 
 import pytest
-from spoiled_world import FIXTURES, Ended, make_world, serve
+from spoiled_world import FIXTURES, FinishedCommand, make_world, run_commands
 from test_tools_train import CHAT, template
 
 sys.path.append(str(FIXTURES))
@@ -52,7 +52,7 @@ class Letters(Environment[Say, Heard, State]):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedCommand:
     """A run of two steps; the model's whole answer is the argument of each call."""
     checkpoint = make_tiny(tmp_path_factory.mktemp("model"))
     tokenizer = make_tokenizer()
@@ -78,11 +78,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     (folder / "run.yaml").write_text(json.dumps(run))
     (folder / "letters.py").write_text(GAME)
     (folder / "train.jsonl").unlink()
-    (done,) = serve([{"folder": folder, "arguments": ["train", "run.yaml"], "limit_s": 240}])
+    (done,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"], "limit_s": 240}])
     return done
 
 
-def test_a_run_in_an_environment_of_openenv(finished: Ended) -> None:
+def test_a_run_in_an_environment_of_openenv(finished: FinishedCommand) -> None:
     assert finished.returncode == 0, finished.stderr
     assert "from openenv:letters:Letters" in finished.stdout
     rows = [row for row in finished.rows() if "rewards/openenv/mean" in row]
@@ -92,7 +92,7 @@ def test_a_run_in_an_environment_of_openenv(finished: Ended) -> None:
     assert (finished.folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_score_of_a_rollout_is_the_sum_of_its_steps(finished: Ended) -> None:
+def test_the_score_of_a_rollout_is_the_sum_of_its_steps(finished: FinishedCommand) -> None:
     expected: dict[tuple[int, int], float] = defaultdict(float)
     for call in finished.rows("tool_calls.jsonl"):
         assert call["tool"] == "step"
@@ -109,11 +109,11 @@ def test_the_score_of_a_rollout_is_the_sum_of_its_steps(finished: Ended) -> None
         assert one["rewards"]["openenv"] == pytest.approx(expected[key])
 
 
-def test_a_resumed_run_repeats_the_steps_of_the_first(finished: Ended) -> None:
+def test_a_resumed_run_repeats_the_steps_of_the_first(finished: FinishedCommand) -> None:
     out = finished.folder / "out"
     logs = ("tool_calls.jsonl", "completions.jsonl", "metrics.jsonl")
     before = {name: (out / name).read_bytes() for name in logs}
     arguments = ["train", "run.yaml", "--set", "runtime.resume=out/checkpoint-1"]
-    (again,) = serve([{"folder": finished.folder, "arguments": arguments, "limit_s": 240}])
+    (again,) = run_commands([{"folder": finished.folder, "arguments": arguments, "limit_s": 240}])
     assert again.returncode == 0, again.stderr
     assert {name: (out / name).read_bytes() for name in logs} == before

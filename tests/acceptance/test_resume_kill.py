@@ -51,17 +51,19 @@ def undisturbed(request, tmp_path_factory):
 
     if request.param == "vllm":
         pytest.importorskip("vllm")
-    run_file = world.make(tmp_path_factory.mktemp("w"), engine=request.param, steps=STEPS)
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"), engine=request.param, steps=STEPS)
     text = run_file.read_text()
     text = text.replace("save_steps: 2", "save_steps: 2\n  eval_strategy: steps\n  eval_steps: 3")
     run_file.write_text(text)
     out = run_file.parent / "whole.txt"
-    pid, lines = phases.start(run_file, out)
+    pid, lines = phases.start_reporting_run(run_file, out)
     told = list(lines)
-    assert world.wait(pid) == 0, out.read_text()
-    spans = phases.spans(told)
+    assert world.wait_for_exit(pid) == 0, out.read_text()
+    spans = phases.phase_durations(told)
     assert all(spans.values()), spans
-    return Undisturbed(run_file, request.param, world.digests(run_file.parent / "run"), spans)
+    return Undisturbed(
+        run_file, request.param, world.result_digests(run_file.parent / "run"), spans
+    )
 
 
 def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
@@ -70,7 +72,7 @@ def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
     which = generator.randrange(len(times))
     share = generator.random()
     place = f'runtime.output_dir="{run_dir}"'
-    pid, lines = phases.start(undisturbed.run_file, out, place, *overrides)
+    pid, lines = phases.start_reporting_run(undisturbed.run_file, out, place, *overrides)
     seen, left = [], which
     for _, line in lines:
         seen.append(line)
@@ -80,9 +82,9 @@ def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
                 break
             left -= 1
     os.kill(pid, signal.SIGKILL)
-    code = world.wait(pid)
+    code = world.wait_for_exit(pid)
     seen += [line for _, line in lines]
-    hit = phases.under_way(seen)
+    hit = phases.open_phases(seen)
     aim = f"{phase} {which + 1} of {len(times)}, {share:.0%} of {times[which] * 1e3:.0f} ms"
     return code == -signal.SIGKILL, hit, aim
 
@@ -102,8 +104,10 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
             _, then, aimed = kill_in_phase(undisturbed, run_dir, out, generator, second)
             again = f"; resumed and killed in {', '.join(then)} ({aimed})"
         override = f'runtime.output_dir="{run_dir}"'
-        code = world.wait(world.forked(undisturbed.run_file, out, override, evaluate=True))
-        found = world.digests(run_dir) if code == 0 else {}
+        code = world.wait_for_exit(
+            world.fork_run(undisturbed.run_file, out, override, evaluate=True)
+        )
+        found = world.result_digests(run_dir) if code == 0 else {}
         ok = found == undisturbed.digests
         same, killed, hits = same + ok, killed + died, hits | {*hit}
         verdict = "same bytes" if ok else f"NOT the same bytes (exit code {code})"
@@ -143,10 +147,10 @@ def rolled_back(undisturbed):
             more = (f'runtime.resume="{other}/checkpoint-{BACK}"', *more)
         out = folder / f"{run_dir.name}.txt"
         place = f'runtime.output_dir="{run_dir}"'
-        pid = world.forked(undisturbed.run_file, out, place, keep, *more, evaluate=True)
-        assert world.wait(pid) == 0, out.read_text()
-    assert world.digests(whole) == undisturbed.digests != world.digests(other)
-    return whole, world.digests(other)
+        pid = world.fork_run(undisturbed.run_file, out, place, keep, *more, evaluate=True)
+        assert world.wait_for_exit(pid) == 0, out.read_text()
+    assert world.result_digests(whole) == undisturbed.digests != world.result_digests(other)
+    return whole, world.result_digests(other)
 
 
 @pytest.mark.slow
@@ -166,8 +170,10 @@ def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolle
         moved += settled
         again = more if settled else (source, *more)
         place = f'runtime.output_dir="{run_dir}"'
-        code = world.wait(world.forked(undisturbed.run_file, out, place, *again, evaluate=True))
-        found = world.digests(run_dir) if code == 0 else {}
+        code = world.wait_for_exit(
+            world.fork_run(undisturbed.run_file, out, place, *again, evaluate=True)
+        )
+        found = world.result_digests(run_dir) if code == 0 else {}
         print(
             f"{undisturbed.engine} back {point + 1:2}: killed in {', '.join(hit)} ({aim}):"
             f" {'same bytes' if found == expected else f'NOT the same bytes ({code})'}"
@@ -175,7 +181,7 @@ def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolle
         assert found == expected, out.read_text()
         asides = sorted(run_dir.glob("abandoned-*"))
         # The branch that was left lies aside, whole.
-        assert world.digests(asides[0]) == undisturbed.digests
+        assert world.result_digests(asides[0]) == undisturbed.digests
         later = {f"checkpoint-{step}" for step in checkpoint.list_steps(whole) if step > BACK}
         assert later <= {folder.name for aside in asides for folder in aside.glob("checkpoint-*")}
         assert all(checkpoint.find_faults(f) == [] for f in run_dir.glob("checkpoint-*"))

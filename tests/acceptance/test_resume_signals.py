@@ -21,11 +21,14 @@ pytestmark = pytest.mark.thorough
 def undisturbed(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    run_file = world.make(tmp_path_factory.mktemp("w"))
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"))
     often = "save_steps: 2\n  eval_strategy: steps\n  eval_steps: 3"
     run_file.write_text(run_file.read_text().replace("save_steps: 2", often))
-    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
-    return run_file, world.digests(run_file.parent / "run")
+    assert (
+        world.wait_for_exit(world.fork_run(run_file, run_file.parent / "out.txt", evaluate=True))
+        == 0
+    )
+    return run_file, world.result_digests(run_file.parent / "run")
 
 
 def slow_phase(phase: str):
@@ -68,34 +71,34 @@ def test_a_step_that_is_too_long_is_abandoned(undisturbed, tmp_path, phase, numb
     run_file, expected = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
     override = f'runtime.output_dir="{run_dir}"'
-    pid = world.forked(run_file, out, override, before=slow_phase(phase))
+    pid = world.fork_run(run_file, out, override, before=slow_phase(phase))
     world.wait_for(lambda: out.exists() and f"in {phase}" in out.read_text())
     sent = time.monotonic()
     os.kill(pid, number)
-    assert world.wait(pid) == 75, out.read_text()
+    assert world.wait_for_exit(pid) == 75, out.read_text()
     assert time.monotonic() - sent < 20
     assert f"stopped by {number.name}; checkpoint-2 was saved" in out.read_text()
     assert checkpoint.list_steps(run_dir) == [2]
     assert checkpoint.find_faults(run_dir / "checkpoint-2") == []
-    assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
-    assert world.digests(run_dir) == expected
+    assert world.wait_for_exit(world.fork_run(run_file, out, override)) == 0, out.read_text()
+    assert world.result_digests(run_dir) == expected
 
 
 def test_a_signal_between_steps_saves_at_the_end_of_the_step(undisturbed, tmp_path):
     run_file, expected = undisturbed
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
     override = f'runtime.output_dir="{run_dir}"'
-    pid = world.forked(run_file, out, override)
-    world.wait_for(lambda: len(world.rows_or_none(run_dir)) >= 3)
+    pid = world.fork_run(run_file, out, override)
+    world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 3)
     os.kill(pid, signal.SIGTERM)
-    code = world.wait(pid)
+    code = world.wait_for_exit(pid)
     if code == 75:
         steps = checkpoint.list_steps(run_dir)
         assert checkpoint.find_faults(run_dir / f"checkpoint-{steps[0]}") == []
         assert f"checkpoint-{steps[0]} was saved" in out.read_text()
-        assert sum("loss" in row for row in world.rows(run_dir)) == steps[0]
-        assert world.wait(world.forked(run_file, out, override)) == 0, out.read_text()
-    assert world.digests(run_dir) == expected
+        assert sum("loss" in row for row in world.read_rows(run_dir)) == steps[0]
+        assert world.wait_for_exit(world.fork_run(run_file, out, override)) == 0, out.read_text()
+    assert world.result_digests(run_dir) == expected
 
 
 def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
@@ -109,13 +112,13 @@ def test_a_second_interrupt_stops_at_once(undisturbed, tmp_path):
 
         stop_signals.GRACE_S = 60
 
-    pid = world.forked(run_file, out, override, before=stubborn)
+    pid = world.fork_run(run_file, out, override, before=stubborn)
     world.wait_for(lambda: out.exists() and "in rollout" in out.read_text())
     os.kill(pid, signal.SIGINT)
     time.sleep(0.3)
     sent = time.monotonic()
     os.kill(pid, signal.SIGINT)
-    assert world.wait(pid) == 130
+    assert world.wait_for_exit(pid) == 130
     assert time.monotonic() - sent < 10
     assert checkpoint.find_faults(run_dir / "checkpoint-2") == []
 
@@ -133,10 +136,10 @@ def test_a_signal_during_loading_ends_the_run_at_once(undisturbed, tmp_path):
 
         run.load_policy = forever
 
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=loading)
+    pid = world.fork_run(run_file, out, f'runtime.output_dir="{run_dir}"', before=loading)
     world.wait_for(lambda: out.exists() and "loading" in out.read_text())
     os.kill(pid, signal.SIGTERM)
-    assert world.wait(pid) == 75
+    assert world.wait_for_exit(pid) == 75
     assert "no step was completed yet" in out.read_text()
 
 
@@ -158,7 +161,7 @@ def slow_outside_of_steps(phase: str):
             return call()
 
         name = "held out" if phase.startswith("evaluation ") else phase
-        phases.wrap(name, around)
+        phases.wrap_phase(name, around)
 
     def install_evaluation():
         from toolkit.train.checkpointing import stop_signals
@@ -197,11 +200,11 @@ def test_a_signal_outside_of_steps_saves_what_was_trained(
     run_dir, out = tmp_path / "run", tmp_path / "out.txt"
     override = f'runtime.output_dir="{run_dir}"'
     slowly = slow_outside_of_steps(phase)
-    pid = world.forked(run_file, out, override, before=slowly, evaluate=True)
+    pid = world.fork_run(run_file, out, override, before=slowly, evaluate=True)
     world.wait_for(lambda: out.exists() and f"in {phase}" in out.read_text())
     sent = time.monotonic()
     os.kill(pid, number)
-    assert world.wait(pid) == 75, out.read_text()
+    assert world.wait_for_exit(pid) == 75, out.read_text()
     assert time.monotonic() - sent < 20
     steps = checkpoint.list_steps(run_dir)
     if phase == "checkpoint" and steps[:1] == [2]:
@@ -211,8 +214,10 @@ def test_a_signal_outside_of_steps_saves_what_was_trained(
     assert steps[:1] == ([] if saved is None else [saved])
     assert all(checkpoint.find_faults(run_dir / f"checkpoint-{step}") == [] for step in steps)
     assert list(run_dir.glob(".checkpoint-*")) == []
-    assert world.wait(world.forked(run_file, out, override, evaluate=True)) == 0, out.read_text()
-    assert world.digests(run_dir) == expected
+    assert world.wait_for_exit(world.fork_run(run_file, out, override, evaluate=True)) == 0, (
+        out.read_text()
+    )
+    assert world.result_digests(run_dir) == expected
     assert (run_dir / "report.html").is_file()
 
 
@@ -228,7 +233,7 @@ def test_a_signal_before_the_command_line_is_read_ends_with_its_exit_code(tmp_pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=world.environment(),
+        env=world.command_environment(),
     )
     status = Path(f"/proc/{process.pid}/status")
     world.wait_for(lambda: catches(status.read_text(), number))
@@ -253,7 +258,7 @@ def test_a_signal_during_the_imports_ends_with_its_exit_code(undisturbed, tmp_pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=world.environment(),
+        env=world.command_environment(),
     )
     maps = Path(f"/proc/{process.pid}/maps")
     world.wait_for(lambda: "libtorch_cpu" in maps.read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from spoiled_world import Ended, make_model, make_world, serve
+from spoiled_world import FinishedCommand, make_model, make_world, run_commands
 
 pytestmark = pytest.mark.thorough
 
@@ -43,7 +43,7 @@ def texts(completions, log_metric, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
     root = tmp_path_factory.mktemp("rewards")
     model = make_model(root)
     folder = make_world(
@@ -77,10 +77,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     row = {"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}
     (chat / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     cases = [{"folder": where, "arguments": ["train", "run.yaml"]} for where in (folder, chat)]
-    return dict(zip(("none", "chat"), serve(cases), strict=True))
+    return dict(zip(("none", "chat"), run_commands(cases), strict=True))
 
 
-def test_a_failing_reward_is_scored_none_and_the_run_completes(results: dict[str, Ended]) -> None:
+def test_a_failing_reward_is_scored_none_and_the_run_completes(
+    results: dict[str, FinishedCommand],
+) -> None:
     run = results["none"]
     assert run.returncode == 0, run.stderr
     rows = run.rows()
@@ -93,7 +95,7 @@ def test_a_failing_reward_is_scored_none_and_the_run_completes(results: dict[str
     assert "returned 3 rewards for 4 completions" in problems
 
 
-def test_the_reward_is_the_weighted_sum_of_the_scores(results: dict[str, Ended]) -> None:
+def test_the_reward_is_the_weighted_sum_of_the_scores(results: dict[str, FinishedCommand]) -> None:
     weights = {"nothing": 2.0, "later": 1.0, "numeric_match": 0.5, "length_penalty": 1.0}
     rows = results["none"].rows("completions.jsonl")
     assert len(rows) == 24
@@ -105,7 +107,7 @@ def test_the_reward_is_the_weighted_sum_of_the_scores(results: dict[str, Ended])
 
 
 def test_values_that_a_reward_logs_are_in_the_row_of_its_completion(
-    results: dict[str, Ended],
+    results: dict[str, FinishedCommand],
 ) -> None:
     """log_extra: only in the steps in which it was called."""
     rows = results["none"].rows("completions.jsonl")
@@ -114,13 +116,13 @@ def test_values_that_a_reward_logs_are_in_the_row_of_its_completion(
     }  # fmt: skip
 
 
-def test_the_report_shows_the_failed_rewards(results: dict[str, Ended]) -> None:
+def test_the_report_shows_the_failed_rewards(results: dict[str, FinishedCommand]) -> None:
     report = (results["none"].folder / "out" / "report.html").read_text()
     assert "samples on which a reward failed" in report
     assert "length_penalty" in report
 
 
-def test_rewards_get_chat_completions_as_messages(results: dict[str, Ended]) -> None:
+def test_rewards_get_chat_completions_as_messages(results: dict[str, FinishedCommand]) -> None:
     run = results["chat"]
     assert run.returncode == 0, run.stderr
     (row,) = run.rows()

@@ -18,13 +18,15 @@ CHANGED = ("grpo.temperature=0.7", "runtime.allow_changed=[grpo.temperature]")
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    return world.make(tmp_path_factory.mktemp("w"))
+    return world.make_run_files(tmp_path_factory.mktemp("w"))
 
 
 def run_forked(run_file, run_dir, *overrides, before=None):
     out = run_dir.with_suffix(".txt")
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before)
-    return world.wait(pid), out.read_text()
+    pid = world.fork_run(
+        run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before
+    )
+    return world.wait_for_exit(pid), out.read_text()
 
 
 def loadable_checkpoints(run_dir):
@@ -53,7 +55,7 @@ def stop_at(step):
 def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     run_dir = tmp_path / "run"
     assert run_forked(run_file, run_dir, "runtime.keep_last=3")[0] == 0
-    whole = world.digests(run_dir)
+    whole = world.result_digests(run_dir)
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
     source = f'runtime.resume="{run_dir}/checkpoint-4"'
     code, said = run_forked(
@@ -66,9 +68,9 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6"}
     aside = run_dir / "abandoned-1"
     assert loadable_checkpoints(aside) == {"checkpoint-6", "checkpoint-8"}
-    assert world.digests(aside) == whole
-    assert [row["step"] for row in world.rows(run_dir)] == list(range(1, 7))
-    assert world.rows(run_dir)[4:6] != world.rows(aside)[4:6]
+    assert world.result_digests(aside) == whole
+    assert [row["step"] for row in world.read_rows(run_dir)] == list(range(1, 7))
+    assert world.read_rows(run_dir)[4:6] != world.read_rows(aside)[4:6]
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "report.html").exists()
     # Then by itself: from checkpoint-6 of this branch, not from the end of the other.
@@ -79,7 +81,7 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     assert (
         run_forked(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
     )
-    assert world.digests(straight) == world.digests(run_dir) != whole
+    assert world.result_digests(straight) == world.result_digests(run_dir) != whole
     # Where the branch begins, what this process went on from, and the last one.
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
 
@@ -101,7 +103,7 @@ def test_foreign_folders_in_the_run_folder_change_nothing(run_file, tmp_path):
     (mixed / "checkpoint-80").symlink_to(plain / "checkpoint-8")
     code, said = run_forked(run_file, mixed)
     assert code == 0, said
-    assert world.digests(mixed) == world.digests(plain)
+    assert world.result_digests(mixed) == world.result_digests(plain)
     assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6]
     assert all((mixed / name / "x").read_text() == "mine" for name in strange)
     assert (mixed / "checkpoint-80").is_symlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import train_world as world
-from train_world import hears_a_hang_up  # noqa: F401 - a fixture
+from train_world import default_hang_up_handler  # noqa: F401 - a fixture
 
 from toolkit.train.checkpointing import branch, checkpoint
 
@@ -31,7 +31,7 @@ FULL = Path("/dev/full")
 def run_file(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    made = world.make(tmp_path_factory.mktemp("w"), steps=6)
+    made = world.make_run_files(tmp_path_factory.mktemp("w"), steps=6)
     (made.parent / "my_rewards.py").write_text(SLOW)
     return made
 
@@ -39,9 +39,9 @@ def run_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run_file):
     """The bytes of a run that nothing happened to."""
-    pid = world.forked(run_file, run_file.parent / "out.txt")
-    assert world.wait(pid) == 0
-    return world.digests(run_file.parent / "run")
+    pid = world.fork_run(run_file, run_file.parent / "out.txt")
+    assert world.wait_for_exit(pid) == 0
+    return world.result_digests(run_file.parent / "run")
 
 
 def at_step(step, act):
@@ -65,8 +65,10 @@ def at_step(step, act):
 def run_with(run_file, run_dir, act, *overrides):
     out = run_dir.with_suffix(".txt")
     before = at_step(3, act)
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before)
-    code = world.wait(pid)
+    pid = world.fork_run(
+        run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before
+    )
+    code = world.wait_for_exit(pid)
     said = out.read_text()
     assert said.count("error: ") == (code != 0), said
     assert "Traceback" not in said
@@ -81,9 +83,9 @@ def test_a_moved_run_folder_gets_its_checkpoint_at_the_new_path(run_file, expect
     assert "checkpoint-4 was saved" in said
     assert not run_dir.exists()
     assert checkpoint.find_faults(moved / "checkpoint-4") == []
-    again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
-    assert world.wait(again) == 0
-    assert world.digests(moved) == expected
+    again = world.fork_run(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
+    assert world.wait_for_exit(again) == 0
+    assert world.result_digests(moved) == expected
 
 
 @pytest.mark.slow
@@ -121,10 +123,12 @@ def test_a_deleted_log_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     assert "checkpoint-4 was saved" in said
     assert branch.valid_steps(run_dir) == [4, 2]
     out = tmp_path / "again.txt"
-    assert world.wait(world.forked(run_file, out, f'runtime.output_dir="{run_dir}"')) == 0
+    assert (
+        world.wait_for_exit(world.fork_run(run_file, out, f'runtime.output_dir="{run_dir}"')) == 0
+    )
     assert "metrics.jsonl is not the file that" in out.read_text()
-    assert [row["step"] for row in world.rows(run_dir)] == [5, 6]
-    assert len(world.rows(run_dir, "completions.jsonl")) == 6 * 8
+    assert [row["step"] for row in world.read_rows(run_dir)] == [5, 6]
+    assert len(world.read_rows(run_dir, "completions.jsonl")) == 6 * 8
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -158,8 +162,8 @@ def test_a_run_folder_that_is_lost_after_the_last_step_is_an_error(run_file, tmp
         ResumableTrainer.save_snapshot = then_moved
 
     out = tmp_path / "out.txt"
-    pid = world.forked(run_file, out, f'runtime.output_dir="{run_dir}"', before=install)
-    assert world.wait(pid) == 1
+    pid = world.fork_run(run_file, out, f'runtime.output_dir="{run_dir}"', before=install)
+    assert world.wait_for_exit(pid) == 1
     assert f"is now {moved}; checkpoint-6 was saved" in out.read_text()
     assert not run_dir.exists()
 
@@ -167,11 +171,11 @@ def test_a_run_folder_that_is_lost_after_the_last_step_is_an_error(run_file, tmp
 def start(run_file, run_dir, *more, **options):
     """The installed command."""
     words = [world.BIN / "toolkit", "train", str(run_file), "--output-dir", str(run_dir), *more]
-    return subprocess.Popen(words, env=world.environment(), **options)
+    return subprocess.Popen(words, env=world.command_environment(), **options)
 
 
 def steps_done(run_dir):
-    return len(world.rows_or_none(run_dir))
+    return len(world.raw_rows(run_dir))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_a_closed_output_pipe_does_not_stop_the_run(run_file, expected, tmp_path
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert err == "warning: stdout is lost (Broken pipe); the run continues without it\n"
-    assert world.digests(run_dir) == expected
+    assert world.result_digests(run_dir) == expected
 
 
 @pytest.mark.slow
@@ -205,7 +209,7 @@ def test_streams_that_cannot_be_written_do_not_stop_the_run(run_file, expected, 
         "stderr gone": f"{words} >{tmp_path}/out.txt 2>{FULL}",
     }[streams]
     shown = subprocess.run(
-        ["bash", "-c", redirected], env=world.environment(), timeout=200, check=False
+        ["bash", "-c", redirected], env=world.command_environment(), timeout=200, check=False
     )
     if streams == "both gone":
         world.wait_for(lambda: (tmp_path / "code").exists() and (tmp_path / "code").read_text())
@@ -218,7 +222,7 @@ def test_streams_that_cannot_be_written_do_not_stop_the_run(run_file, expected, 
             said
             == "warning: stdout is lost (No space left on device); the run continues without it\n"
         )
-    assert world.digests(run_dir) == expected
+    assert world.result_digests(run_dir) == expected
 
 
 @pytest.mark.slow
@@ -259,7 +263,7 @@ def test_a_run_with_nohup_continues_after_its_terminal_closed(run_file, expected
         shutil.rmtree(run_dir, ignore_errors=True)
         process = subprocess.Popen(
             ["nohup", world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir, *more],
-            env=world.environment(),
+            env=world.command_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -268,7 +272,7 @@ def test_a_run_with_nohup_continues_after_its_terminal_closed(run_file, expected
         process.send_signal(signal.SIGHUP)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0, out
-        assert world.digests(run_dir) == expected
+        assert world.result_digests(run_dir) == expected
 
 
 def slow_checkpoint():
@@ -301,9 +305,9 @@ def test_200_signals_while_a_checkpoint_is_written(run_file, expected, tmp_path,
         time.sleep(0.01)
     stopped(process, run_dir, "SIGINT" if kind == "SIGINT" else "SIGTERM")
     assert branch.valid_steps(run_dir)[0] == 4
-    again = world.forked(run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"')
-    assert world.wait(again) == 0
-    assert world.digests(run_dir) == expected
+    again = world.fork_run(run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"')
+    assert world.wait_for_exit(again) == 0
+    assert world.result_digests(run_dir) == expected
 
 
 @pytest.mark.slow
@@ -336,9 +340,9 @@ def test_a_run_folder_that_is_moved_during_a_run_with_several_ranks(run_file, tm
         if number == 0:
             at_step(3, lambda: run_dir.rename(moved))()
 
-    pids = ranks.start(run_file, run_dir, "grpo.per_device_train_batch_size=4", before=before)
-    assert [world.wait(pid) for pid in pids] == [1, 1], ranks.told(run_dir)
-    told = ranks.told(run_dir)
+    pids = ranks.start_ranks(run_file, run_dir, "grpo.per_device_train_batch_size=4", before=before)
+    assert [world.wait_for_exit(pid) for pid in pids] == [1, 1], ranks.printed_by_ranks(run_dir)
+    told = ranks.printed_by_ranks(run_dir)
     assert told.count("error: ") == 1, told
     assert f"is now {moved}; checkpoint-4 was saved" in told
     assert checkpoint.find_faults(moved / "checkpoint-4") == []

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from spoiled_world import RUN, Ended, make_model, make_world, serve
+from spoiled_world import RUN, FinishedCommand, make_model, make_world, run_commands
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit" / "train"))
 from test_report_page import Page
@@ -41,7 +41,7 @@ IMPOSTORS = ("json", "torch", "trl", "numpy", "yaml", "sitecustomize", "helper")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
     root = tmp_path_factory.mktemp("security")
     model = make_model(root)
     from tiny_llama import make_tiny
@@ -76,10 +76,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         {"folder": root / name, "arguments": ["train", "run.yaml"], "env": env, "umask": 0}
         for name in names
     ]
-    return dict(zip(names, serve(cases), strict=True))
+    return dict(zip(names, run_commands(cases), strict=True))
 
 
-def test_no_secret_is_printed_or_written(results: dict[str, Ended]) -> None:
+def test_no_secret_is_printed_or_written(results: dict[str, FinishedCommand]) -> None:
     run = results["leaks"]
     assert run.returncode == 0, run.stderr
     assert "printed [redacted: MY_SERVICE_TOKEN] and [redacted: Hugging Face token]" in run.stdout
@@ -94,14 +94,16 @@ def test_no_secret_is_printed_or_written(results: dict[str, Ended]) -> None:
         assert TOKEN not in text
 
 
-def test_no_file_is_readable_by_others_even_without_a_umask(results: dict[str, Ended]) -> None:
+def test_no_file_is_readable_by_others_even_without_a_umask(
+    results: dict[str, FinishedCommand],
+) -> None:
     out = results["leaks"].folder / "out"
     for path in (out, *out.rglob("*")):
         allowed = 0o755 if path.is_dir() else 0o644
         assert stat.S_IMODE(path.stat().st_mode) & ~allowed == 0, path
 
 
-def test_nothing_is_pickled(results: dict[str, Ended]) -> None:
+def test_nothing_is_pickled(results: dict[str, FinishedCommand]) -> None:
     suffixes = {
         path.suffix for path in (results["leaks"].folder / "out").rglob("*") if path.is_file()
     }
@@ -109,7 +111,7 @@ def test_nothing_is_pickled(results: dict[str, Ended]) -> None:
 
 
 def test_a_file_beside_the_run_file_is_not_run_under_another_name(
-    results: dict[str, Ended],
+    results: dict[str, FinishedCommand],
 ) -> None:
     assert sorted(path.name for path in results["leaks"].folder.glob("*.was-run")) == []
 
@@ -127,21 +129,23 @@ def test_a_secret_in_the_run_file_is_an_error_that_does_not_show_it(
     assert not (run.folder / "out").exists()
 
 
-def test_weights_linked_to_outside_are_refused(results: dict[str, Ended]) -> None:
+def test_weights_linked_to_outside_are_refused(results: dict[str, FinishedCommand]) -> None:
     run = results["climbs"]
     assert run.returncode in (1, 2), run.stdout
     assert "../../leaks/model/model.safetensors" in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_pickled_weights_are_refused(results: dict[str, Ended]) -> None:
+def test_pickled_weights_are_refused(results: dict[str, FinishedCommand]) -> None:
     run = results["pickled"]
     assert run.returncode in (1, 2), run.stdout
     assert "Traceback" not in run.stderr
     assert not (run.folder / "was-run").exists()
 
 
-def test_an_endless_chat_template_is_an_error_with_its_name(results: dict[str, Ended]) -> None:
+def test_an_endless_chat_template_is_an_error_with_its_name(
+    results: dict[str, FinishedCommand],
+) -> None:
     run = results["explodes"]
     assert run.returncode == 1, run.stdout
     assert "the chat template of this tokenizer needs too much" in run.stderr
@@ -149,12 +153,14 @@ def test_an_endless_chat_template_is_an_error_with_its_name(results: dict[str, E
     assert "Traceback" not in run.stderr
 
 
-def test_the_name_of_a_metric_is_shown_without_its_secret(results: dict[str, Ended]) -> None:
+def test_the_name_of_a_metric_is_shown_without_its_secret(
+    results: dict[str, FinishedCommand],
+) -> None:
     row = results["leaks"].rows()[0]
     assert [name for name in row if name.startswith("metric of [redacted: MY_SERVICE_TOKEN]")]
 
 
-def test_remote_code_is_off_and_shown(results: dict[str, Ended]) -> None:
+def test_remote_code_is_off_and_shown(results: dict[str, FinishedCommand]) -> None:
     config = json.loads((results["leaks"].folder / "out" / "config.json").read_text())
     assert config["model"]["trust_remote_code"] is False
     assert "trust_remote_code" not in RUN["model"]
@@ -162,7 +168,7 @@ def test_remote_code_is_off_and_shown(results: dict[str, Ended]) -> None:
     assert "trust_remote_code" in report
 
 
-def test_the_report_of_a_real_run_requests_nothing(results: dict[str, Ended]) -> None:
+def test_the_report_of_a_real_run_requests_nothing(results: dict[str, FinishedCommand]) -> None:
     report = (results["leaks"].folder / "out" / "report.html").read_text()
     page = Page(report)
     assert page.tags.count("script") == 1

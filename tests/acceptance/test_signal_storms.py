@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import run_phases as phases
 import train_world as world
-from train_world import hears_a_hang_up  # noqa: F401 - a fixture
+from train_world import default_hang_up_handler  # noqa: F401 - a fixture
 
 from toolkit.train.checkpointing import checkpoint
 
@@ -27,9 +27,12 @@ STOPPED, AT_ONCE = 75, 130
 def undisturbed(tmp_path_factory):
     import toolkit.train.run  # noqa: F401 - before the forks
 
-    run_file = world.make(tmp_path_factory.mktemp("w"), steps=4)
-    assert world.wait(world.forked(run_file, run_file.parent / "out.txt", evaluate=True)) == 0
-    return run_file, world.digests(run_file.parent / "run")
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"), steps=4)
+    assert (
+        world.wait_for_exit(world.fork_run(run_file, run_file.parent / "out.txt", evaluate=True))
+        == 0
+    )
+    return run_file, world.result_digests(run_file.parent / "run")
 
 
 def long_phase(phase):
@@ -46,7 +49,7 @@ def long_phase(phase):
                     time.sleep(0.02)
             return call()
 
-        phases.wrap("held out" if phase.startswith("evaluation ") else phase, around)
+        phases.wrap_phase("held out" if phase.startswith("evaluation ") else phase, around)
 
     return install
 
@@ -80,11 +83,11 @@ def test_many_signals_in_a_phase_leave_a_run_that_resumes(undisturbed, tmp_path,
     assert all(checkpoint.find_faults(folder) == [] for folder in run_dir.glob("checkpoint-*"))
     if phase == "evaluation":
         return
-    again = world.forked(
+    again = world.fork_run(
         run_file, tmp_path / "again.txt", f'runtime.output_dir="{run_dir}"', evaluate=True
     )
-    assert world.wait(again) == 0, (tmp_path / "again.txt").read_text()
-    assert world.digests(run_dir) == expected
+    assert world.wait_for_exit(again) == 0, (tmp_path / "again.txt").read_text()
+    assert world.result_digests(run_dir) == expected
     assert {path.name for path in run_dir.glob(".*")} == {".lock", ".branch.json"}
 
 
@@ -95,7 +98,7 @@ def test_many_signals_while_the_command_is_loaded(undisturbed, tmp_path):
         run_dir = tmp_path / f"run-{seed}"
         process = subprocess.Popen(
             [world.BIN / "toolkit", "train", run_file, "--output-dir", run_dir],
-            env=world.environment(),
+            env=world.command_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from size_world import EIGHT_B, call, make_model
+from size_world import EIGHT_B, make_model, run_envcheck
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def size_choice(run_file: Path, gpu: str, *more: str) -> dict[str, Any]:
-    found = json.loads(call("size", run_file, "--gpu", gpu, "--json", *more).stdout)
+    found = json.loads(run_envcheck("size", run_file, "--gpu", gpu, "--json", *more).stdout)
     choice: dict[str, Any] = found["choice"]
     return choice
 
@@ -66,7 +66,7 @@ def test_a_smaller_batch_without_checkpointing_is_preferred(run_file: Path) -> N
 
 def test_write_puts_the_batch_split_into_the_file(run_file: Path) -> None:
     micro, accumulation = batch_split(size_choice(run_file, "l40s"))
-    told = call("size", run_file, "--gpu", "l40s", "--write").stdout
+    told = run_envcheck("size", run_file, "--gpu", "l40s", "--write").stdout
     assert f"run.yaml: per_device_train_batch_size: {micro}" in told
     text = run_file.read_text()
     assert f"  per_device_train_batch_size: {micro}  # sized\n" in text
@@ -76,7 +76,7 @@ def test_write_puts_the_batch_split_into_the_file(run_file: Path) -> None:
 
 
 def test_the_table_marks_the_chosen_batch_split(run_file: Path) -> None:
-    lines = call("size", run_file, "--gpu", "h200").stdout.splitlines()
+    lines = run_envcheck("size", run_file, "--gpu", "h200").stdout.splitlines()
     row = next(line for line in lines if line.startswith("micro-batch x accumulation"))
     assert "16 x 4" in row
     assert row.endswith("chosen")
@@ -86,11 +86,11 @@ def test_the_adapter_of_a_mixture_of_experts_is_on_its_attention(tmp_path: Path)
     run_file = tmp_path / "run.yaml"
     text = RUN.format(model=make_model(tmp_path, MIXTURE))
     run_file.write_text(text.replace("grpo:", "grpo:\n  router_aux_loss_coef: 0.0"))
-    told = call("size", run_file, "--gpu", "h200").stdout
+    told = run_envcheck("size", run_file, "--gpu", "h200").stdout
     assert "q_proj, k_proj, v_proj, o_proj" in told
     assert "note: in this mixture of experts the adapter is on" in " ".join(told.split())
     named = ["--set", "lora.target_modules=[q_proj, up_proj]"]
-    refused = call("size", run_file, "--gpu", "h200", *named, code=1)
+    refused = run_envcheck("size", run_file, "--gpu", "h200", *named, code=1)
     assert "LORA013" in refused.stdout + refused.stderr
 
 
@@ -99,7 +99,7 @@ def test_a_written_half_precision_format_is_valid(run_file: Path, half: str) -> 
     """The weights are in the format that the trainer is asked to compute in."""
     text = run_file.read_text().replace("max_seq_length: 1024", "max_seq_length: 1024, dtype: auto")
     run_file.write_text(text.replace("grpo:\n", f"grpo:\n  {half}: true\n"))
-    call("size", run_file, "--gpu", "h200", "--write")
+    run_envcheck("size", run_file, "--gpu", "h200", "--write")
     assert f"dtype: {'float16' if half == 'fp16' else 'bfloat16'}" in run_file.read_text()
     (run_file.parent / "missing.jsonl").write_text(8 * '{"prompt": "a"}\n')
-    call("validate", run_file, "--set", "reward.functions=[{name: exact_match}]")
+    run_envcheck("validate", run_file, "--set", "reward.functions=[{name: exact_match}]")

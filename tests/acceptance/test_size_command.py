@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 import pytest
-from size_world import EIGHT_B, ONE_B, call, make_model
+from size_world import EIGHT_B, ONE_B, make_model, run_envcheck
 
 RUN = """\
 # my run
@@ -40,7 +40,7 @@ def run_file(tmp_path, model):
 
 
 def test_json_has_the_documented_keys(model):
-    found = json.loads(call("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
+    found = json.loads(run_envcheck("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
     assert found["model"]["parameters"] == 8030261248
     assert found["model"]["weight_bytes"] == 2 * 8030261248
     assert found["model"]["kv_bytes_per_token"] == 131072
@@ -56,7 +56,7 @@ def test_json_has_the_documented_keys(model):
 
 
 def test_the_text_has_all_parts(model):
-    text = call("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
+    text = run_envcheck("size", model(EIGHT_B), "--gpu", "h100", "--set", "lora.r=64").stdout
     words = " ".join(text.split())  # long lines are wrapped
     assert "8.030 B parameters, bfloat16 14.96 GiB, KV 128.0 KiB per token" in words
     assert "gpu_memory_utilization from 0." in text
@@ -75,25 +75,25 @@ def test_the_text_has_all_parts(model):
     "name", ["Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3", "openai/gpt-oss-20b"]
 )
 def test_other_architectures_are_sized(model, name):
-    call("size", model(name), "--gpu", "b200", "--json", code=0 if "V3" not in name else 1)
+    run_envcheck("size", model(name), "--gpu", "b200", "--json", code=0 if "V3" not in name else 1)
 
 
 def test_a_run_file_is_sized(run_file):
     """A data set that is not here stops nothing."""
-    text = call("size", run_file, "--gpu", "h100").stdout
+    text = run_envcheck("size", run_file, "--gpu", "h100").stdout
     assert "model.max_lora_rank              32" in text
 
 
 def test_a_run_file_without_a_number_of_steps_is_sized(tmp_path, model):
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {{model_name: {model(EIGHT_B)}}}\nreward: {{functions: []}}\n")
-    assert "gpu_memory_utilization from" in call("size", path, "--gpu", "h100").stdout
+    assert "gpu_memory_utilization from" in run_envcheck("size", path, "--gpu", "h100").stdout
 
 
 def test_write_replaces_only_auto(run_file):
     before = run_file.read_text()
     run_file.chmod(0o600)
-    done = call("size", run_file, "--gpu", "h100", "--write")
+    done = run_envcheck("size", run_file, "--gpu", "h100", "--write")
     after = run_file.read_text()
     assert stat.S_IMODE(run_file.stat().st_mode) == 0o600
     assert "max_lora_rank: 32  # sized" in after
@@ -109,7 +109,7 @@ def test_write_replaces_only_auto(run_file):
     names = ("max_lora_rank: 32", "use_gradient_checkpointing: ", "gpu_memory_utilization: 0.")
     for name in names:
         assert name in done.stdout
-    again = call("size", run_file, "--gpu", "h100", "--write").stdout
+    again = run_envcheck("size", run_file, "--gpu", "h100", "--write").stdout
     assert 'contains no "auto"' in again
 
 
@@ -122,7 +122,7 @@ def test_write_keeps_values_that_it_cannot_replace(tmp_path, model):
         "reward: {functions: [{name: length}]}\ngrpo: {max_steps: 1}\n"
     )
     path.write_text(before)
-    told = call("size", path, "--gpu", "h100", "--write").stdout
+    told = run_envcheck("size", path, "--gpu", "h100", "--write").stdout
     assert path.read_text() == before.replace("'auto'", "bfloat16")
     for name in ("max_lora_rank: 16", "gpu_memory_utilization: 0.", "max_num_seqs: 8"):
         assert f"not written: model.{name}" in told
@@ -141,7 +141,7 @@ def test_write_works_for_json_and_toml(tmp_path, model):
     }
     as_json = tmp_path / "run.json"
     as_json.write_text(json.dumps(values, indent=1))
-    call("size", as_json, "--gpu", "l4", "--write")
+    run_envcheck("size", as_json, "--gpu", "l4", "--write")
     assert json.loads(as_json.read_text())["model"]["max_lora_rank"] == 16
     as_toml = tmp_path / "run.toml"
     as_toml.write_text(
@@ -149,26 +149,26 @@ def test_write_works_for_json_and_toml(tmp_path, model):
         '[[reward.functions]]\nname = "length"\n[grpo]\nmax_steps = 1\n'
         'max_completion_length = 128\n[runtime]\nengine = "vllm"\n'
     )
-    call("size", as_toml, "--gpu", "l4", "--write")
+    run_envcheck("size", as_toml, "--gpu", "l4", "--write")
     assert tomllib.loads(as_toml.read_text())["model"]["max_lora_rank"] == 16
     assert "# keep" in as_toml.read_text()
 
 
 def test_without_write_nothing_is_written(run_file, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    call("size", run_file, "--gpu", "h100", "--json")
+    run_envcheck("size", run_file, "--gpu", "h100", "--json")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_empty_interval_lists_changes_with_their_memory(run_file):
-    done = call("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
+    done = run_envcheck("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
     assert "no value is possible" in done.stdout
     enough = "(enough)" in done.stdout
     first = "changes that are enough alone come first, then"
     order = first if enough else "no single change is enough;"
     assert f"what each change would free ({order} the least harmful come first):" in done.stdout
     assert "load_in_4bit: true frees" in done.stdout
-    found = call("size", run_file, "--gpu", "t4", "--json", code=1)
+    found = run_envcheck("size", run_file, "--gpu", "t4", "--json", code=1)
     assert json.loads(found.stdout)["feasible"] is False
     assert "frees" in found.stderr
 
@@ -176,17 +176,17 @@ def test_an_empty_interval_lists_changes_with_their_memory(run_file):
 def test_a_utilization_above_the_maximum_is_an_error(run_file):
     override = ["--set", "model.gpu_memory_utilization=0.97"]
     awake = ["--set", "model.enable_sleep_mode=false"]
-    done = call("size", run_file, "--gpu", "h100", *override, *awake, code=1)
+    done = run_envcheck("size", run_file, "--gpu", "h100", *override, *awake, code=1)
     assert "0.97 is above" in done.stderr
     assert "fix:" in done.stderr
-    left_open = call("size", run_file, "--gpu", "h100", *override, "--json")
+    left_open = run_envcheck("size", run_file, "--gpu", "h100", *override, "--json")
     assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True  # auto gives way
 
 
 def test_both_topologies_are_sized(model):
     shared, twice = (
         json.loads(
-            call(
+            run_envcheck(
                 "size", model(EIGHT_B), "--gpu", "h200", "--json",
                 "--set", f"model.share_weights={word}", "--set", "runtime.engine=vllm",
             ).stdout
@@ -198,7 +198,7 @@ def test_both_topologies_are_sized(model):
 
 
 def test_a_run_on_the_cpu_is_sized(model):
-    found = json.loads(call("size", model(ONE_B), "--cpu", "--json").stdout)
+    found = json.loads(run_envcheck("size", model(ONE_B), "--cpu", "--json").stdout)
     assert found["device"] is None
     assert found["interval"]["min"] is None
     assert found["choice"]["dtype"] == "float32"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from size_world import ONE_B, SHAPES, call, make_model
+from size_world import ONE_B, SHAPES, make_model, run_envcheck
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
@@ -39,7 +39,7 @@ def model(tmp_path):
 )
 def test_impossible_arguments_are_errors(model, arguments, code, words):
     filled = [part.format(model=model(ONE_B)) for part in arguments]
-    assert words in call("size", *filled, code=code).stderr
+    assert words in run_envcheck("size", *filled, code=code).stderr
 
 
 def test_an_unusable_gpu_is_reported(model, tmp_path):
@@ -70,25 +70,25 @@ def test_hostile_model_files_are_errors(model, name):
     folder = model(ONE_B)
     HOSTILE[name](folder)
     start = time.monotonic()
-    done = call("size", folder, "--gpu", "h200", code=2)
+    done = run_envcheck("size", folder, "--gpu", "h200", code=2)
     assert time.monotonic() - start < 5
     assert str(folder) in done.stderr
 
 
 def test_calibrate_compares_predicted_and_measured_memory(tmp_path, model):
-    sizing = json.loads(call("size", model(ONE_B), "--gpu", "h200", "--json").stdout)
+    sizing = json.loads(run_envcheck("size", model(ONE_B), "--gpu", "h200", "--json").stdout)
     folder = tmp_path / "run"
     folder.mkdir()
-    call("calibrate", folder, code=2)
+    run_envcheck("calibrate", folder, code=2)
     (folder / "preflight.json").write_text(json.dumps({"sizing": sizing}))
-    assert "not measured: the run was not on a GPU" in call("calibrate", folder).stdout
+    assert "not measured: the run was not on a GPU" in run_envcheck("calibrate", folder).stdout
     peak = sizing["peaks"]["torch_bytes"]
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": peak}))
-    text = call("calibrate", folder).stdout
+    text = run_envcheck("calibrate", folder).stdout
     assert "+0.0%" in text
     assert "within the predicted bound" in text
     above = sizing["peaks"]["bound_bytes"] + 1
     (folder / "timings.jsonl").write_text(json.dumps({"step": 1, "peak_memory_bytes": above}))
-    assert "above the predicted bound" in call("calibrate", folder, code=1).stdout
-    rows = json.loads(call("calibrate", folder, "--json", code=1).stdout)["rows"]
+    assert "above the predicted bound" in run_envcheck("calibrate", folder, code=1).stdout
+    rows = json.loads(run_envcheck("calibrate", folder, "--json", code=1).stdout)["rows"]
     assert {"peak.torch", "engine.kv"} <= {row["term"] for row in rows}

@@ -94,7 +94,7 @@ def sample_run(run_file: Path) -> list[Sample]:
             [world.BIN / "toolkit", "train", str(run_file)],
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=world.environment(),
+            env=world.command_environment(),
         )
     samples = []
     while process.poll() is None:
@@ -111,14 +111,14 @@ def sample_run(run_file: Path) -> list[Sample]:
 def test_500_steps_leak_no_memory_files_or_processes(tmp_path, engine):
     if engine == "vllm":
         pytest.importorskip("vllm")
-    run_file = world.make(tmp_path, engine=engine, steps=STEPS)
+    run_file = world.make_run_files(tmp_path, engine=engine, steps=STEPS)
     often = "save_steps: 25\n  eval_strategy: steps\n  eval_steps: 50"
     text = run_file.read_text().replace("save_steps: 2", often)
     # It counts the objects of the process that trains; its worker's: test_rewards_worker.py.
     run_file.write_text(text.replace("reward: {", "reward: {isolate: false, "))
     (tmp_path / "my_rewards.py").write_text(COUNTS)
     samples = sample_run(run_file)
-    assert len(world.rows(tmp_path / "run", "timings.jsonl")) == STEPS
+    assert len(world.read_rows(tmp_path / "run", "timings.jsonl")) == STEPS
     counted = [sample for sample in samples if sample.step > WARM_UP]
     reference = [sample for sample in counted if sample.step <= WARM_UP + REFERENCE]
     assert len({sample.step for sample in counted}) > STEPS // 10, "too few steps were seen"

@@ -8,7 +8,7 @@ from pathlib import Path  # noqa: TC003 - pytest reads it
 from typing import Any
 
 import pytest
-from spoiled_world import FIXTURES, Ended, make_world, serve
+from spoiled_world import FIXTURES, FinishedCommand, make_world, run_commands
 
 pytestmark = pytest.mark.slow
 TOOLS = '''\
@@ -105,7 +105,7 @@ def world(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FinishedCommand]:
     """All runs of this module, in one process that has imported the libraries."""
     cases = {
         "measure": world(tmp_path_factory.mktemp("measure")),
@@ -127,10 +127,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     tokenizer.write_text(json.dumps(values))
     (plain["folder"] / "model" / "chat_template.jinja").unlink(missing_ok=True)
     cases["plain"] = plain
-    return dict(zip(cases, serve(list(cases.values())), strict=True))
+    return dict(zip(cases, run_commands(list(cases.values())), strict=True))
 
 
-def test_tools_are_called(results: dict[str, Ended]) -> None:
+def test_tools_are_called(results: dict[str, FinishedCommand]) -> None:
     run = results["measure"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
@@ -154,7 +154,7 @@ def test_tools_are_called(results: dict[str, Ended]) -> None:
     assert all(row["time_s"] > 0 for row in times)
 
 
-def test_a_resumed_run_logs_the_same_bytes(results: dict[str, Ended]) -> None:
+def test_a_resumed_run_logs_the_same_bytes(results: dict[str, FinishedCommand]) -> None:
     """From the checkpoint of step 2, as after a kill in step 3."""
     run = results["whole"]
     assert run.returncode == 0, run.stderr
@@ -163,20 +163,20 @@ def test_a_resumed_run_logs_the_same_bytes(results: dict[str, Ended]) -> None:
     before = {name: (out / name).read_bytes() for name in logs}
     assert {row["step"] for row in run.rows("tool_calls.jsonl")} == {1, 2, 3}
     arguments = ["train", "run.yaml", "--set", "runtime.resume=out/checkpoint-2"]
-    (again,) = serve([{"folder": run.folder, "arguments": arguments, "limit_s": 240}])
+    (again,) = run_commands([{"folder": run.folder, "arguments": arguments, "limit_s": 240}])
     assert again.returncode == 0, again.stderr
     assert {name: (out / name).read_bytes() for name in logs} == before
     assert len(again.rows("tool_timings.jsonl")) == 12
 
 
-def test_a_failing_tool_can_end_the_run(results: dict[str, Ended]) -> None:
+def test_a_failing_tool_can_end_the_run(results: dict[str, FinishedCommand]) -> None:
     run = results["strict"]
     assert run.returncode == 1
     assert "tool my_tools:slow took longer than 0.2 s" in run.stderr
     assert "tools.on_error: answer" in run.stderr
 
 
-def test_groups_with_tools_are_sampled_again(results: dict[str, Ended]) -> None:
+def test_groups_with_tools_are_sampled_again(results: dict[str, FinishedCommand]) -> None:
     run = results["again"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "dynamic_sampling/rounds" in row]
@@ -192,7 +192,7 @@ def test_groups_with_tools_are_sampled_again(results: dict[str, Ended]) -> None:
         assert one["extra"]["resample_round"] == row["dynamic_sampling/rounds"]
 
 
-def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, Ended]) -> None:
+def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, FinishedCommand]) -> None:
     run = results["slow"]
     assert run.returncode == 0, run.stderr
     (row,) = [row for row in run.rows() if "tools/call_frequency" in row]
@@ -201,7 +201,7 @@ def test_a_slow_tool_is_interrupted_and_counted(results: dict[str, Ended]) -> No
 
 @pytest.mark.parametrize(("case", "said"), [("bare", "tool my_tools:bare"), ("plain", "a chat")])
 def test_tools_that_cannot_be_called_are_errors(
-    results: dict[str, Ended], case: str, said: str
+    results: dict[str, FinishedCommand], case: str, said: str
 ) -> None:
     assert results[case].returncode == 1
     assert said in results[case].stderr

@@ -23,15 +23,15 @@ needs = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(mis
 def tracked(tmp_path_factory):
     """(run folder, trackio's folder, output) of a run with all three, resumed from its middle."""
     folder = tmp_path_factory.mktemp("trackers")
-    world = train_world.make(folder, steps=4)
+    world = train_world.make_run_files(folder, steps=4)
     arguments = (
         "train", world, "--no-evaluate", "--set", "grpo.report_to=[wandb, trackio, mlflow]",
         "--set", "grpo.project=sums", "--set", "grpo.run_name=first",
     )  # fmt: skip
     more = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_API_KEY": "", "HOME": str(folder)}
-    done = train_world.toolkit(*arguments, **more)
+    done = train_world.run_toolkit(*arguments, **more)
     assert done.returncode == 0, done.stderr
-    again = train_world.toolkit(*arguments, "--resume", folder / "run/checkpoint-2", **more)
+    again = train_world.run_toolkit(*arguments, "--resume", folder / "run/checkpoint-2", **more)
     assert again.returncode == 0, again.stderr
     return folder / "run", folder / "trackio", done.stdout + done.stderr
 
@@ -73,15 +73,15 @@ def test_wandb_is_offline_and_resumes_the_same_run(tracked):
 def test_a_tracker_that_never_answers_does_not_delay_the_end_of_a_run(tmp_path):
     """W&B waits for its server as the interpreter ends, too."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        world = train_world.make(tmp_path, steps=2)
-        done = train_world.toolkit(
+        world = train_world.make_run_files(tmp_path, steps=2)
+        done = train_world.run_toolkit(
             "train", world, "--no-evaluate", "--set", "grpo.report_to=wandb", timeout=400,
             WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
             WANDB_API_KEY="a" * 40,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tracker wandb: did not finish in time" in done.stdout
-    assert len(train_world.rows(tmp_path / "run")) == 2
+    assert len(train_world.read_rows(tmp_path / "run")) == 2
 
 
 @needs

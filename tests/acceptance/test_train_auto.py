@@ -26,11 +26,11 @@ def cut(run_dir):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run file with auto, and what the command did with it."""
-    run_file = world.make(tmp_path_factory.mktemp("w"), steps=2)
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"), steps=2)
     run_file.write_text(
         run_file.read_text().replace(BATCH_LINE, SPLIT_LINES.format("auto", "auto"))
     )
-    return run_file, world.toolkit("train", run_file)
+    return run_file, world.run_toolkit("train", run_file)
 
 
 def test_auto_is_filled_and_recorded(trained):
@@ -47,32 +47,32 @@ def test_auto_is_filled_and_recorded(trained):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_batch_split(trained, tmp_path):
     """As if a smaller card had begun it: here sizing takes all 16 at once."""
-    run_file = world.make(tmp_path, steps=2)
+    run_file = world.make_run_files(tmp_path, steps=2)
     began = run_file.read_text()
     run_file.write_text(began.replace(BATCH_LINE, SPLIT_LINES.format(4, 4)))
-    done = world.toolkit("train", run_file)
+    done = world.run_toolkit("train", run_file)
     assert done.returncode == 0, done.stderr
     left_open = began.replace(BATCH_LINE, SPLIT_LINES.format("auto", "auto"))
     run_file.write_text(left_open.replace("max_steps: 2", "max_steps: 4"))
     allowed = 'runtime.allow_changed=["grpo.max_steps"]'
-    done = world.toolkit("train", run_file, "--set", allowed)
+    done = world.run_toolkit("train", run_file, "--set", allowed)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-2" in done.stdout
-    rows = world.rows(tmp_path / "run")
+    rows = world.read_rows(tmp_path / "run")
     assert rows[-1]["step"] == 4
     assert cut(tmp_path / "run") == (4, 4)
     # Cut in four or not at all: the same completions, and the same step but for rounding.
-    at_once = world.rows(trained[0].parent / "run")[0]
+    at_once = world.read_rows(trained[0].parent / "run")[0]
     assert at_once["reward"] == rows[0]["reward"]
     assert at_once["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4)
 
 
 def test_an_impossible_auto_is_an_error(tmp_path):
-    run_file = world.make(tmp_path)
+    run_file = world.make_run_files(tmp_path)
     run_file.write_text(
         run_file.read_text().replace(BATCH_LINE, "  per_device_train_batch_size: auto\n")
     )
-    done = world.toolkit("train", run_file)
+    done = world.run_toolkit("train", run_file)
     assert done.returncode == 1
     assert "GRPO028" in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import train_world as world
-from spoiled_world import serve
+from spoiled_world import run_commands
 
 from toolkit.config.explain import explain
 from toolkit.config.validate import check_instance
@@ -15,15 +15,17 @@ from toolkit.config.validate import check_instance
 
 def train_again(folder, *arguments):
     """The command in ``folder``, in a fork of a process that has imported everything."""
-    return serve([{"folder": folder, "arguments": ["train", "run.yaml", *map(str, arguments)]}])[0]
+    return run_commands(
+        [{"folder": folder, "arguments": ["train", "run.yaml", *map(str, arguments)]}]
+    )[0]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    run_file = world.make(tmp_path_factory.mktemp("w"))
+    run_file = world.make_run_files(tmp_path_factory.mktemp("w"))
     # A folder that is empty: the lock, which the run itself puts there, does not count.
     arguments = ("train", run_file, "--evaluate", "--set", "runtime.resume=never")
-    return run_file, world.toolkit(*arguments)
+    return run_file, world.run_toolkit(*arguments)
 
 
 def test_a_run_trains_and_writes_its_run_folder(trained):
@@ -45,23 +47,23 @@ def test_a_run_trains_and_writes_its_run_folder(trained):
         "report.html",
         "timings.jsonl",
     }
-    rows = world.rows(run_dir)
+    rows = world.read_rows(run_dir)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert {"reward", "reward_std", "loss", "entropy", "completion_length", "grad_norm"} <= set(
         rows[0]
     )
     assert {"rewards/ones/mean", "rewards/exact_match/mean"} <= set(rows[0])
-    timings = world.rows(run_dir, "timings.jsonl")
+    timings = world.read_rows(run_dir, "timings.jsonl")
     assert all(row["step_s"] > 0 and row["peak_memory_bytes"] > 0 for row in timings)
-    completions = world.rows(run_dir, "completions.jsonl")
+    completions = world.read_rows(run_dir, "completions.jsonl")
     assert len(completions) == 8 * 8
     assert set(completions[0]["rewards"]) == {"ones", "exact_match"}
 
 
 def test_every_metric_in_the_logs_is_documented(trained):
     run_dir = trained[0].parent / "run"
-    names = {name for log in ("metrics.jsonl", "timings.jsonl") for row in world.rows(run_dir, log)
-             for name in row}  # fmt: skip
+    logs = ("metrics.jsonl", "timings.jsonl")
+    names = {name for log in logs for row in world.read_rows(run_dir, log) for name in row}
     assert [name for name in sorted(names) if explain(name) is None] == []
 
 
@@ -85,21 +87,21 @@ def test_the_manifest_matches_its_schema_and_has_no_secret(trained):
 
 def test_a_finished_run_that_is_started_again_trains_nothing(trained):
     run_file, _ = trained
-    before = world.digests(run_file.parent / "run")
+    before = world.result_digests(run_file.parent / "run")
     done = train_again(run_file.parent)
     assert done.returncode == 0, done.stderr
     assert "checkpoint-8" in done.stdout
-    assert world.digests(run_file.parent / "run") == before
+    assert world.result_digests(run_file.parent / "run") == before
 
 
 def test_resume_never_rejects_a_folder_with_a_run(trained):
     run_file, _ = trained
-    before = world.digests(run_file.parent / "run")
+    before = world.result_digests(run_file.parent / "run")
     done = train_again(run_file.parent, "--set", "runtime.resume=never")
     assert done.returncode == 1
     assert "RUN001" in done.stderr
     assert "is not empty, but a run with resume: never needs an empty folder" in done.stderr
-    assert world.digests(run_file.parent / "run") == before
+    assert world.result_digests(run_file.parent / "run") == before
 
 
 def test_a_changed_run_file_is_an_error_with_the_key(trained):
@@ -126,7 +128,7 @@ def test_changed_data_is_an_error(trained, tmp_path):
 def test_full_fine_tuning_writes_a_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    run_file = world.make(tmp_path, steps=1)
+    run_file = world.make_run_files(tmp_path, steps=1)
     run_file.write_text(run_file.read_text().replace("dtype:", "full_finetuning: true, dtype:"))
     done = train_again(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -141,8 +143,8 @@ def test_full_fine_tuning_writes_a_model(tmp_path):
 
 
 def test_dry_run_shows_the_resolved_run_and_writes_nothing(tmp_path):
-    run_file = world.make(tmp_path)
-    done = world.toolkit("train", run_file, "--dry-run", "--max-steps", "3")
+    run_file = world.make_run_files(tmp_path)
+    done = world.run_toolkit("train", run_file, "--dry-run", "--max-steps", "3")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["grpo"]["max_steps"] == 3
@@ -153,7 +155,7 @@ def test_dry_run_shows_the_resolved_run_and_writes_nothing(tmp_path):
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     import fcntl
 
-    world.make(tmp_path)
+    world.make_run_files(tmp_path)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from validate_world import GOOD, PARTS, envcheck
+from validate_world import PARTS, VALID_RUN_FILE, envcheck
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
-        GOOD + "grpo:\n  num_generations: 8\n  per_device_train_batch_size: 1\n"
+        VALID_RUN_FILE + "grpo:\n  num_generations: 8\n  per_device_train_batch_size: 1\n"
         "  gradient_accumulation_steps: 4\n",
         encoding="utf-8",
     )
@@ -37,7 +37,8 @@ def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
 def test_a_rank_above_max_lora_rank_is_an_error_with_both_lines(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
-        GOOD.replace("max_seq_length: 1024", "max_lora_rank: 64") + "lora:\n  r: 65\n", "utf-8"
+        VALID_RUN_FILE.replace("max_seq_length: 1024", "max_lora_rank: 64") + "lora:\n  r: 65\n",
+        "utf-8",
     )
     done = envcheck("validate", run)
     assert done.returncode == 1
@@ -70,11 +71,11 @@ def test_all_faults_of_a_run_file_are_listed(tmp_path: Path) -> None:
 
 def test_exit_codes(tmp_path: Path) -> None:
     good, bad, warned = (tmp_path / name for name in ("good.yaml", "bad.yaml", "warned.yaml"))
-    good.write_text(GOOD, "utf-8")
-    bad.write_text(GOOD + "lora: {r: 0}\n", "utf-8")
-    warned.write_text(GOOD + "lora: {lora_dropout: 0.1}\n", "utf-8")
+    good.write_text(VALID_RUN_FILE, "utf-8")
+    bad.write_text(VALID_RUN_FILE + "lora: {r: 0}\n", "utf-8")
+    warned.write_text(VALID_RUN_FILE + "lora: {lora_dropout: 0.1}\n", "utf-8")
     hub = tmp_path / "hub.yaml"
-    hub.write_text(GOOD.replace(f"{PARTS}/model", "nobody/has-this"), "utf-8")
+    hub.write_text(VALID_RUN_FILE.replace(f"{PARTS}/model", "nobody/has-this"), "utf-8")
     assert envcheck("validate", good).returncode == 0
     assert envcheck("validate", bad).returncode == 1
     assert envcheck("validate", warned).returncode == 0
@@ -90,13 +91,13 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
-    done = envcheck("validate", "-", stdin=GOOD + "lora: {r: 0}\n", cwd=tmp_path)
+    done = envcheck("validate", "-", stdin=VALID_RUN_FILE + "lora: {r: 0}\n", cwd=tmp_path)
     assert (done.returncode, done.stdout.split(":")[0]) == (1, "<stdin>")
     as_json = json.dumps({"model": {"model_name": f"{PARTS}/model"}, "lora": {"r": 0}})
     assert "<stdin>:1:" in envcheck("validate", "-", stdin=as_json).stdout
     nested = tmp_path / "runs" / "deep"
     nested.mkdir(parents=True)
-    (nested / "a.yaml").write_text(GOOD, "utf-8")
+    (nested / "a.yaml").write_text(VALID_RUN_FILE, "utf-8")
     (tmp_path / "runs" / "b.toml").write_text('[lora]\nr = 0\n[model]\nmodel_name = "x"\n', "utf-8")
     (tmp_path / "runs" / "data.json").write_text('{"rows": []}', "utf-8")
     (tmp_path / "runs" / ".hidden").mkdir()
@@ -114,7 +115,7 @@ def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
 
 def test_overrides_are_checked_and_named(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
-    run.write_text(GOOD, "utf-8")
+    run.write_text(VALID_RUN_FILE, "utf-8")
     done = envcheck("validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high")
     assert done.returncode == 1
     assert "--set lora.r=0: error[LORA001] lora.r: 0 is not a valid rank" in done.stdout
@@ -127,7 +128,7 @@ def test_overrides_are_checked_and_named(tmp_path: Path) -> None:
 
 def test_extended_files_keep_their_positions_and_cycles_are_errors(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "one.yaml").write_text(GOOD + "lora:\n  r: 0\n", "utf-8")
+    (tmp_path / "base" / "one.yaml").write_text(VALID_RUN_FILE + "lora:\n  r: 0\n", "utf-8")
     (tmp_path / "two.yaml").write_text("extends: base/one.yaml\ngrpo: {beta: 0.1}\n", "utf-8")
     run = tmp_path / "run.yaml"
     run.write_text("extends: two.yaml\nmodel: {max_seq_length: 99999}\n", "utf-8")
@@ -142,10 +143,12 @@ def test_extended_files_keep_their_positions_and_cycles_are_errors(tmp_path: Pat
 
 def test_world_size_and_gpu_options_are_applied(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
-    run.write_text(GOOD + "grpo: {num_generations: 6, per_device_train_batch_size: 2}\n", "utf-8")
+    run.write_text(
+        VALID_RUN_FILE + "grpo: {num_generations: 6, per_device_train_batch_size: 2}\n", "utf-8"
+    )
     assert envcheck("validate", run).returncode == 1
     assert envcheck("validate", run, "--world-size", "3").returncode == 0
-    run.write_text(GOOD.replace("max_seq", "load_in_4bit: true, max_seq"), "utf-8")
+    run.write_text(VALID_RUN_FILE.replace("max_seq", "load_in_4bit: true, max_seq"), "utf-8")
     assert envcheck("validate", run).returncode == 0
     done = envcheck("validate", run, "--gpu", "none")
     assert (done.returncode, "there is no GPU" in done.stdout) == (1, True)
@@ -160,7 +163,7 @@ def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) ->
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     (model / "config.json").write_text(json.dumps(config | wide | heads), "utf-8")
-    text = GOOD.replace(f"{PARTS}/model", "./model").replace(
+    text = VALID_RUN_FILE.replace(f"{PARTS}/model", "./model").replace(
         "max_seq", "gpu_memory_utilization: 0.98, fast_inference: true, max_seq"
     )
     run.write_text(text, "utf-8")
@@ -174,7 +177,7 @@ def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) ->
 def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
     """Nothing heavy is imported, and not jsonschema either, which may cost a second."""
     run = tmp_path / "run.yaml"
-    run.write_text(GOOD + "lora: {r: 0}\n", "utf-8")
+    run.write_text(VALID_RUN_FILE + "lora: {r: 0}\n", "utf-8")
     script = (
         "import sys\n"
         f"sys.argv = ['envcheck', 'validate', {str(run)!r}]\n"
@@ -194,7 +197,7 @@ def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
 
 
 def test_an_override_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(GOOD)
+    (tmp_path / "run.yaml").write_text(VALID_RUN_FILE)
     command = [f"{sys.exec_prefix}/bin/envcheck", "validate", "run.yaml", "--set"]
     done = subprocess.run(
         [*command, b"grpo.run_name=\xff"], cwd=tmp_path, capture_output=True, check=False

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from validate_world import ENVCHECK, FIXTURES, GOOD, envcheck
+from validate_world import ENVCHECK, FIXTURES, VALID_RUN_FILE, envcheck
 
 from toolkit.config.validate import check_instance
 
@@ -25,7 +25,7 @@ def test_json_matches_its_schema(tmp_path: Path) -> None:
 
 def test_sarif_has_rules_positions_and_replacements(tmp_path: Path) -> None:
     run = tmp_path / "run file.yaml"
-    run.write_text(GOOD + "lora:\n  r: 8.0\n", "utf-8")
+    run.write_text(VALID_RUN_FILE + "lora:\n  r: 8.0\n", "utf-8")
     log = json.loads(envcheck("validate", run.name, "--format", "sarif", cwd=tmp_path).stdout)
     assert (log["version"], len(log["runs"])) == ("2.1.0", 1)
     (found,) = log["runs"][0]["results"]
@@ -43,7 +43,7 @@ def test_sarif_has_rules_positions_and_replacements(tmp_path: Path) -> None:
 
 def test_github_annotations_are_one_line_each(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
-    run.write_text(GOOD + "lora:\n  r: 65\n  bias: '100%,\n\n    a'\n", "utf-8")
+    run.write_text(VALID_RUN_FILE + "lora:\n  r: 65\n  bias: '100%,\n\n    a'\n", "utf-8")
     done = envcheck("validate", "run.yaml", "--format", "github", "--set", "model.max_lora_rank=64",
                     cwd=tmp_path)  # fmt: skip
     lines = done.stdout.splitlines()
@@ -59,7 +59,9 @@ def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_bytes(
         (
-            "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+            "\ufeff# the run\r\n"
+            + VALID_RUN_FILE.replace("\n", "\r\n")
+            + "lora:   # the adapter\r\n"
             "    r:    8.0      # a rank\r\n    lora_alfa: 16 # scale\r\n"
             "grpo: {learning_rate: 5e-6,   loss_type: 'DAPO'}  # small\r\n"
         ).encode()
@@ -69,12 +71,12 @@ def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"no findings in {run}\n")
     assert "4 edits made" in done.stderr
     assert run.read_bytes().decode() == (
-        "\ufeff# the run\r\n" + GOOD.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
+        "\ufeff# the run\r\n" + VALID_RUN_FILE.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
         "    r:    8      # a rank\r\n    lora_alpha: 16 # scale\r\n"
         "grpo: {learning_rate: 5.0e-6,   loss_type: dapo}  # small\r\n"
     )
     assert run.stat().st_mode & 0o777 == 0o640
-    assert envcheck("validate", "-", "--fix", stdin=GOOD).returncode == 2
+    assert envcheck("validate", "-", "--fix", stdin=VALID_RUN_FILE).returncode == 2
 
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "github"])
@@ -82,7 +84,8 @@ def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
     canary = "hf_canarycanarycanarycanarycanary12"
     run = tmp_path / "run.yaml"
     run.write_text(
-        GOOD + f"lora: {{r: {canary}}}\nruntime: {{password: tr0ub4dor, output_dir: {canary}}}\n",
+        VALID_RUN_FILE
+        + f"lora: {{r: {canary}}}\nruntime: {{password: tr0ub4dor, output_dir: {canary}}}\n",
         "utf-8",
     )
     done = envcheck("validate", run, "--format", form, "--set", f"model.revision={canary}")
@@ -99,7 +102,7 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
     big = tmp_path / "big.yaml"
     big.write_bytes(b"a: " + b"x" * (3 << 20))
     utf16 = tmp_path / "utf16.yaml"
-    utf16.write_text(GOOD, encoding="utf-16")
+    utf16.write_text(VALID_RUN_FILE, encoding="utf-16")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(bytes(range(256)))
     loop = tmp_path / "loop.yaml"
@@ -109,7 +112,7 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
         done = envcheck("validate", path)
         assert (done.returncode, "DOC014" in done.stdout) == (2, True), done
         assert time.monotonic() - start < 10  # seconds of a loaded machine; the bound itself is 2
-    done = envcheck("validate", f"/dev/fd/{0}", stdin=GOOD)
+    done = envcheck("validate", f"/dev/fd/{0}", stdin=VALID_RUN_FILE)
     assert done.returncode == 0
     with open(os.devnull, "rb") as nothing:
         empty = subprocess.run(
@@ -137,7 +140,7 @@ def test_a_file_that_cannot_be_read_is_reported_without_a_line(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
-    run.write_text(GOOD, "utf-8")
+    run.write_text(VALID_RUN_FILE, "utf-8")
     run.chmod(0)
     assert envcheck("validate", run).returncode == 2
 
@@ -148,7 +151,9 @@ def test_a_reward_module_is_read_and_not_run(tmp_path: Path) -> None:
     )
     run = tmp_path / "run.yaml"
     run.write_text(
-        GOOD.replace("exact_match", "'scores:tone'") + "runtime: {allow_code: [scores]}\n", "utf-8"
+        VALID_RUN_FILE.replace("exact_match", "'scores:tone'")
+        + "runtime: {allow_code: [scores]}\n",
+        "utf-8",
     )
     assert envcheck("validate", run, "--strict", cwd=tmp_path).returncode == 0
     assert not (tmp_path / "ran").exists()

@@ -36,7 +36,7 @@ def ones(completions, **_):
 BIN = Path(sys.executable).parent
 
 
-def make(folder: Path, *, engine: str = "transformers", steps: int = 8) -> Path:
+def make_run_files(folder: Path, *, engine: str = "transformers", steps: int = 8) -> Path:
     """Write the world and return its run file."""
     from toolkit.train.demo import make_model, make_tokenizer
 
@@ -53,34 +53,36 @@ def make(folder: Path, *, engine: str = "transformers", steps: int = 8) -> Path:
     return run_file
 
 
-def environment(**more: str) -> dict[str, str]:
+def command_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1", **more}
 
 
-def toolkit(*arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+def run_toolkit(
+    *arguments: str, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
     """The installed command, as a user types it."""
     return subprocess.run(
         [BIN / "toolkit", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment(**more),
+        env=command_environment(**more),
         check=False,
     )
 
 
-def digests(run_dir: Path) -> dict[str, str]:
+def result_digests(run_dir: Path) -> dict[str, str]:
     """What must be equal between a run that was disturbed and one that was not."""
     names = ("adapter/adapter_model.safetensors", "metrics.jsonl", "completions.jsonl")
     return {n: hashlib.sha256((run_dir / n).read_bytes()).hexdigest() for n in names}
 
 
-def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     path = run_dir / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def forked(run_file: Path, out: Path, *overrides: str, before=None, evaluate=False) -> int:
+def fork_run(run_file: Path, out: Path, *overrides: str, before=None, evaluate=False) -> int:
     """Start the run in a forked process, which has imported everything already; return its pid."""
     sys.stdout.flush()
     pid = os.fork()
@@ -99,7 +101,7 @@ def forked(run_file: Path, out: Path, *overrides: str, before=None, evaluate=Fal
         os._exit(code)
 
 
-def forked_command(*words: object, stdout: int, stderr: int, before=None) -> int:
+def fork_command(*words: object, stdout: int, stderr: int, before=None) -> int:
     """Start ``toolkit`` as it is installed, in a forked process that has imported everything
     already; return its pid. The file descriptors are closed here.
     """
@@ -115,7 +117,7 @@ def forked_command(*words: object, stdout: int, stderr: int, before=None) -> int
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         os.closerange(3, 64)
-        os.environ.update(environment())
+        os.environ.update(command_environment())
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _command([str(word) for word in words], before)
     finally:
@@ -169,7 +171,7 @@ def _run(run_file: Path, overrides: tuple[str, ...], evaluate: bool) -> int:
     return 0
 
 
-def wait(pid: int, timeout: float = 240) -> int:
+def wait_for_exit(pid: int, timeout: float = 240) -> int:
     """The exit code of a forked run; negative for a signal."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -189,7 +191,7 @@ def wait_for(condition, timeout: float = 120) -> None:
         time.sleep(0.01)
 
 
-def rows_or_none(run_dir: Path) -> list[str]:
+def raw_rows(run_dir: Path) -> list[str]:
     """Rows of metrics.jsonl so far, unparsed; none while there is no file."""
     path = run_dir / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
@@ -203,7 +205,7 @@ class Command:
         self.err, err = os.pipe()
         for handle in (self.out, self.err):
             os.set_inheritable(handle, False)
-        self.pid = forked_command("train", *words, stdout=out, stderr=err, before=before)
+        self.pid = fork_command("train", *words, stdout=out, stderr=err, before=before)
         self.returncode = None
 
     def send_signal(self, number):
@@ -226,7 +228,7 @@ class Command:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hears_a_hang_up():
+def default_hang_up_handler():
     """SIGHUP has its default action in what the tests of a module start, also under nohup. A module
     that imports this fixture uses it.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ENVCHECK = Path(sys.executable).with_name("envcheck")
 PARTS = FIXTURES / "parts"
-GOOD = f"""\
+VALID_RUN_FILE = f"""\
 model: {{model_name: {PARTS}/model, max_seq_length: 1024}}
 dataset: {{path: {PARTS}/train.jsonl, prompt: question, answer: answer}}
 reward: {{functions: [{{name: exact_match}}]}}

@@ -19,7 +19,7 @@ from toolkit.policy.fingerprint import checkpoint_digest
 from toolkit.train.checkpointing.trained_run import export_run, generate_completions, open_run
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
-from train_world import toolkit
+from train_world import run_toolkit
 
 pytestmark = pytest.mark.engine
 
@@ -110,7 +110,7 @@ def test_train_generate_export_and_plain_transformers(
     tmp_path: Path, family: str, tied: bool, engine: str
 ) -> None:
     run_file = world(tmp_path, family, tied, engine)
-    done = toolkit("train", str(run_file))
+    done = run_toolkit("train", str(run_file))
     if (family, tied, engine) == ("gemma2", False, "vllm"):
         # vLLM has no separate head for Gemma 2, and no published model has one.
         assert (done.returncode, "LOAD028" in done.stderr) == (1, True), done.stderr[-3000:]
@@ -132,5 +132,5 @@ def test_train_generate_export_and_plain_transformers(
     assert plain(tmp_path / "model") != answer
     if engine == "vllm" and family != "qwen3":
         options = ("--engine", "vllm", "--temperature", "0", "--max-tokens", "8")
-        again = toolkit("generate", str(folder), PROMPT, *options)
+        again = run_toolkit("generate", str(folder), PROMPT, *options)
         assert again.stdout.strip() == answer, again.stderr[-3000:]

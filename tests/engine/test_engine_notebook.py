@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
 
-from notebook_world import SEVEN, SHORT, chats, correct, make_folder, trained, varies
+from notebook_world import SHORT_RUN, TARGETS, chats, correct, make_folder, trained_layers, varies
 
 from toolkit.base.errors import ToolkitWarning
 
@@ -35,7 +35,7 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
     with model.toolkit_engine as engine:
         assert engine.options.enable_sleep_mode
         model = FastLanguageModel.get_peft_model(
-            model, r=8, target_modules=SEVEN, lora_alpha=16, use_gradient_checkpointing="unsloth",
+            model, r=8, target_modules=TARGETS, lora_alpha=16, use_gradient_checkpointing="unsloth",
             random_state=3407,
         )  # fmt: skip
         params = SamplingParams(
@@ -46,7 +46,7 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
             args = GRPOConfig(
                 vllm_sampling_params=params, temperature=1.0, learning_rate=5e-3, num_generations=4,
                 per_device_train_batch_size=4, gradient_accumulation_steps=1, logging_steps=1,
-                report_to="none", output_dir=str(tmp_path / "outputs"), **SHORT,
+                report_to="none", output_dir=str(tmp_path / "outputs"), **SHORT_RUN,
             )  # fmt: skip
         assert (args.min_p, args.top_p, args.top_k) == (0.1, 0.95, 20)
         trainer = GRPOTrainer(
@@ -56,7 +56,7 @@ def test_qwen_on_the_engine(tmp_path: Path, monkeypatch: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train()
-        assert trained(model)
+        assert trained_layers(model)
         drawn = trainer.vllm_generation.sampling_options(4)
         assert (drawn.min_p, drawn.extra["stop"]) == (0.1, [tokenizer.eos_token])
 

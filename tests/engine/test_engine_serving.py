@@ -38,16 +38,16 @@ def served_arguments(line: str) -> Any:
 
 def test_plain_vllm_serves_the_exported_adapter(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    world = train_world.make(tmp_path, steps=4)
+    world = train_world.make_run_files(tmp_path, steps=4)
     train = ("train", world, "--no-evaluate", "--set", "grpo.learning_rate=0.05")
-    done = train_world.toolkit(*train)
+    done = train_world.run_toolkit(*train)
     assert done.returncode == 0, done.stderr
-    exported = train_world.toolkit("export", tmp_path / "run", "--to", tmp_path / "sums")
+    exported = train_world.run_toolkit("export", tmp_path / "run", "--to", tmp_path / "sums")
     assert exported.returncode == 0, exported.stderr
     line = exported.stdout.splitlines()[-1].removeprefix("serve it: ")
 
     greedily = ("--max-tokens", MORE, "--temperature", 0, "--json")
-    own = train_world.toolkit("generate", tmp_path / "run", *PROMPTS, *greedily)
+    own = train_world.run_toolkit("generate", tmp_path / "run", *PROMPTS, *greedily)
     assert own.returncode == 0, own.stderr
 
     from vllm import LLM, SamplingParams

@@ -23,11 +23,11 @@ def test_a_run_with_several_visible_gpus(
     tmp_path: Path, engine: str, processes: str | None
 ) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1] / "acceptance"))
-    from train_world import make, toolkit
+    from train_world import make_run_files, run_toolkit
 
-    run_file = make(tmp_path, engine=engine, steps=2)
+    run_file = make_run_files(tmp_path, engine=engine, steps=2)
     more = [] if processes is None else ["--nproc-per-node", processes]
-    done = toolkit("train", str(run_file), *more, timeout=500)
+    done = run_toolkit("train", str(run_file), *more, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     count = torch.cuda.device_count()
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

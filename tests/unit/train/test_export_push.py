@@ -31,7 +31,7 @@ from toolkit.train.run_context import Options
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("push")
-    world = train_world.make(folder, steps=2)
+    world = train_world.make_run_files(folder, steps=2)
     config = load_run(str(world), ["reward.isolate=false", f"runtime.output_dir={folder / 'run'}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -33,7 +33,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return train_world.make(tmp_path_factory.mktemp("tracking"), steps=STEPS)
+    return train_world.make_run_files(tmp_path_factory.mktemp("tracking"), steps=STEPS)
 
 
 def trained(world, out, *more):
@@ -67,7 +67,7 @@ def scalars(folder):
 
 def test_tensorboard_has_every_metric_under_its_name(tensorboard):
     folder, said = tensorboard
-    rows = train_world.rows(folder)
+    rows = train_world.read_rows(folder)
     found, texts, events = scalars(folder)
     assert found["reward"] == [(r["step"], pytest.approx(r["reward"])) for r in rows]
     named_in_rows = {k for row in rows for k, v in row.items() if isinstance(v, (int, float))}
@@ -84,7 +84,7 @@ def test_tensorboard_has_every_metric_under_its_name(tensorboard):
 @pytest.mark.slow
 def test_trackers_change_nothing_in_the_run(tensorboard, world, tmp_path):
     plain, _ = trained(world, tmp_path / "plain")
-    assert train_world.digests(plain) == train_world.digests(tensorboard[0])
+    assert train_world.result_digests(plain) == train_world.result_digests(tensorboard[0])
 
 
 def test_a_resumed_run_continues_the_same_tracked_run(tensorboard, world):
@@ -153,7 +153,7 @@ def test_a_tracker_that_is_down_or_hangs_stops_no_run(world, tmp_path, monkeypat
         Hangs.let_go.set()
     assert told in said
     assert "metrics.jsonl contains every row" in said
-    assert len(train_world.rows(folder)) == STEPS
+    assert len(train_world.read_rows(folder)) == STEPS
     assert (folder / "adapter/adapter_model.safetensors").is_file()
 
 
