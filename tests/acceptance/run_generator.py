@@ -295,8 +295,8 @@ def key_values(key: str, schema: dict[str, Any]) -> list[Any]:
     """
     if key in EXTRA_VALUES:
         return list(EXTRA_VALUES[key])
-    found = [*_schema_values(schema), *schema.get("examples", ())]
-    unique = {json.dumps(value): value for value in found}
+    legal_values = [*_schema_values(schema), *schema.get("examples", ())]
+    unique = {json.dumps(value): value for value in legal_values}
     unique.pop(json.dumps(schema.get("default")), None)
     return list(unique.values())[:MAX_VALUES]
 
@@ -326,13 +326,13 @@ def _schema_values(schema: dict[str, Any]) -> Iterator[Any]:
 
 def all_keys() -> dict[str, list[Any]]:
     """Every key of a run file that is no renamed or refused one, with its values."""
-    found = {}
+    values_by_key = {}
     for section in RUN:
         for name, schema in find_schema("run")["properties"][section]["properties"].items():
             key = f"{section}.{name}"
             if not schema.get("deprecated") and key not in ("model.model_name", "runtime.engine"):
-                found[key] = key_values(key, schema)
-    return found
+                values_by_key[key] = key_values(key, schema)
+    return values_by_key
 
 
 def sample_settings(
@@ -348,27 +348,27 @@ def sample_settings(
 def generate(seed: int = 12) -> list[GeneratedRun]:
     """All run files, each once."""
     chance, models = random.Random(seed), cycle(MODELS_WITH_WEIGHTS)
-    made = []
+    runs = []
     for key, legal in all_keys().items():
-        made += [GeneratedRun(next(models), "transformers", ((key, value),)) for value in legal]
+        runs += [GeneratedRun(next(models), "transformers", ((key, value),)) for value in legal]
         if key.partition(".")[0] in ENGINE_SECTIONS:
             some = legal[:MAX_ENGINE_VALUES]
-            made += [GeneratedRun(next(models), "vllm", ((key, value),)) for value in some]
+            runs += [GeneratedRun(next(models), "vllm", ((key, value),)) for value in some]
     for group in KEY_GROUPS:
         for sets in sample_settings(group, RUNS_PER_GROUP.get(group, RUNS_PER_OTHER_GROUP), chance):
-            made.append(GeneratedRun(next(models), "transformers", sets))
+            runs.append(GeneratedRun(next(models), "transformers", sets))
     for group, count in ENGINE_RUNS_PER_GROUP.items():
-        made += [
+        runs += [
             GeneratedRun(next(models), "vllm", sets)
             for sets in sample_settings(group, count, chance)
         ]
     for model in (*QUANTIZED_MODELS, *UNUSUAL_MODELS):
         for engine in ("transformers", "vllm", "auto"):
-            made.append(GeneratedRun(model, engine, ()))
+            runs.append(GeneratedRun(model, engine, ()))
             flags = (("model.load_in_4bit", True), ("model.load_in_8bit", True))
-            made += [GeneratedRun(model, engine, (flag,)) for flag in flags]
-            made.append(GeneratedRun(model, engine, (("model.trust_remote_code", True),)))
-    return list({one.description: one for one in made}.values())
+            runs += [GeneratedRun(model, engine, (flag,)) for flag in flags]
+            runs.append(GeneratedRun(model, engine, (("model.trust_remote_code", True),)))
+    return list({one.description: one for one in runs}.values())
 
 
 def make_models(root: Path) -> dict[str, Path]:
@@ -376,19 +376,19 @@ def make_models(root: Path) -> dict[str, Path]:
     import engine_checkpoints
     from tiny_llama import make_tiny, make_tokenizer
 
-    found = {
+    folders = {
         "dense": make_tiny(root / "dense"),
         "tied": make_tiny(root / "tied", tie_word_embeddings=True, chat=True),
         "experts": engine_checkpoints.make(root / "experts", "qwen3_moe"),
         "softcap": engine_checkpoints.make(root / "softcap", "gemma2"),
     }
-    plain = json.loads((found["dense"] / "config.json").read_text())
+    plain = json.loads((folders["dense"] / "config.json").read_text())
     configs = {name: plain | {"quantization_config": how} for name, how in QUANTIZED_MODELS.items()}
     for name, how in UNUSUAL_MODELS.items():
         configs[name] = how if "model_type" in how else plain | how
     for name, config in configs.items():
-        found[name] = root / name
-        found[name].mkdir()
-        (found[name] / "config.json").write_text(json.dumps(config))
-        make_tokenizer().save_pretrained(found[name])
-    return found
+        folders[name] = root / name
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps(config))
+        make_tokenizer().save_pretrained(folders[name])
+    return folders

@@ -26,7 +26,7 @@ def run_envcheck(
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command; its exit code is asserted."""
-    done = subprocess.run(
+    result = subprocess.run(
         [str(ENVCHECK), *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -35,9 +35,9 @@ def run_envcheck(
         input=stdin,
         env={**os.environ, "COLUMNS": "110", "NO_COLOR": "1", **environment},
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
 
 
 def make_model(parent: Path, name: str) -> Path:

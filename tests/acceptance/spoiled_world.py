@@ -97,21 +97,21 @@ def run_commands(cases: list[dict[str, Any]], *more: str, lane: int = 0) -> list
     process that has imported the heavy libraries, and ``more`` modules. Each ``lane`` is a process
     of its own, for a thread of its own. A case with a ``limit_s`` is killed after that.
     """
-    wanted = [
+    requests = [
         {**case, "folder": str(case["folder"]), "env": command_environment(**case.get("env", {}))}
         for case in cases
     ]
     server = _server(*more, lane=lane)
     assert server.stdin is not None
     assert server.stdout is not None
-    server.stdin.write(json.dumps(wanted) + "\n")
+    server.stdin.write(json.dumps(requests) + "\n")
     server.stdin.flush()
     codes = json.loads(server.stdout.readline())
-    ended = []
+    finished = []
     for case, code in zip(cases, codes, strict=True):
         texts = ((case["folder"] / name).read_text() for name in ("stdout", "stderr"))
-        ended.append(FinishedCommand(case["folder"], code, *texts))
-    return ended
+        finished.append(FinishedCommand(case["folder"], code, *texts))
+    return finished
 
 
 @cache

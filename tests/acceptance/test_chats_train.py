@@ -92,14 +92,14 @@ def test_a_resumed_run_keeps_its_format(trained: FinishedCommand) -> None:
 
 def test_rewards_that_are_all_none_give_one_warning(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, reward={"functions": [{"name": "mine:nothing"}]})
-    done = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("warning: step 1: every reward is None or NaN") == 1
-    assert [row["steps_without_signal"] for row in done.rows()] == [1, 2]
+    result = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])[0]
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("warning: step 1: every reward is None or NaN") == 1
+    assert [row["steps_without_signal"] for row in result.rows()] == [1, 2]
 
 
 def test_impossible_chat_settings_are_errors(instruct: Path, tmp_path: Path) -> None:
     folder = world(tmp_path / "w", instruct, dataset={"path": None})
-    (done,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
-    assert done.returncode == 1
-    assert "the run file names no data set, so there are no prompts to train on" in done.stderr
+    (result,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"]}])
+    assert result.returncode == 1
+    assert "the run file names no data set, so there are no prompts to train on" in result.stderr

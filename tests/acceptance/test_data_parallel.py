@@ -127,11 +127,11 @@ def test_a_killed_rank_ends_all_ranks_with_one_message(run_file, tmp_path, victi
     assert world.wait_for_exit(pids[victim]) == -signal.SIGKILL
     assert world.wait_for_exit(pids[1 - victim]) == 4
     assert time.monotonic() - sent < 20
-    told = ranks.printed_by_ranks(run_dir)
-    assert told.count("\nerror:") == 1, told
-    assert f"process {victim} of this run has ended unexpectedly" in told
-    assert "to resume from the last checkpoint" in told
-    assert "Traceback" not in told
+    output = ranks.printed_by_ranks(run_dir)
+    assert output.count("\nerror:") == 1, output
+    assert f"process {victim} of this run has ended unexpectedly" in output
+    assert "to resume from the last checkpoint" in output
+    assert "Traceback" not in output
 
 
 def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_file, tmp_path):
@@ -139,9 +139,9 @@ def test_an_error_on_one_rank_is_reported_once_and_ends_all_with_its_code(run_fi
     broken = [line.replace("slow_", "broken_") for line in SLOW]
     pids = ranks.start_ranks(run_file, run_dir, *HALF, *broken)
     assert [world.wait_for_exit(pid) for pid in pids] == [1, 1]
-    told = ranks.printed_by_ranks(run_dir)
-    assert told.count("\nerror:") == 1, told
-    assert "ValueError: the reward of process 1" in told
+    output = ranks.printed_by_ranks(run_dir)
+    assert output.count("\nerror:") == 1, output
+    assert "ValueError: the reward of process 1" in output
     assert (run_dir / "bad_rewards.jsonl").exists()
     assert checkpoint.list_steps(run_dir) == [2]
 
@@ -153,10 +153,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(run_file, tmp_path, vic
     world.wait_for(lambda: len(world.raw_rows(run_dir)) >= 2)
     os.kill(pids[victim], signal.SIGUSR1)
     assert [world.wait_for_exit(pid) for pid in pids] == [75, 75], ranks.printed_by_ranks(run_dir)
-    told = ranks.printed_by_ranks(run_dir)
+    output = ranks.printed_by_ranks(run_dir)
     latest = checkpoint.list_steps(run_dir)[0]
-    assert told.count("\nerror:") == 1, told
-    assert f"stopped by SIGUSR1; checkpoint-{latest} was saved" in told
+    assert output.count("\nerror:") == 1, output
+    assert f"stopped by SIGUSR1; checkpoint-{latest} was saved" in output
     assert checkpoint.find_faults(run_dir / f"checkpoint-{latest}") == []
     assert len(world.read_rows(run_dir)) == latest
 

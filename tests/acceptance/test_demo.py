@@ -17,11 +17,11 @@ LAST = re.compile(r"exact match (\d\.\d\d) -> (\d\.\d\d) on 500 held-out problem
 
 
 def run_demo(folder, *arguments):
-    done = world.run_toolkit("demo", "--out", folder, *arguments, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = LAST.fullmatch(done.stdout.splitlines()[-1])
-    assert found, done.stdout
-    return done, float(found[1]), float(found[2])
+    result = world.run_toolkit("demo", "--out", folder, *arguments, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    last_line = LAST.fullmatch(result.stdout.splitlines()[-1])
+    assert last_line, result.stdout
+    return result, float(last_line[1]), float(last_line[2])
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def demo(tmp_path_factory):
 
 
 def test_the_demo_learns_and_prints_the_paths_of_its_files(demo):
-    folder, done, before, after = demo
+    folder, result, before, after = demo
     assert before <= 0.6
     assert after >= 0.9
-    said = json.loads((folder / "run" / "evaluation.json").read_text())
-    assert said["before"]["count"] == said["after"]["count"] == 500
-    assert f"{said['after']['rewards']['exact_match']:.2f}" == f"{after:.2f}"
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert evaluation["before"]["count"] == evaluation["after"]["count"] == 500
+    assert f"{evaluation['after']['rewards']['exact_match']:.2f}" == f"{after:.2f}"
     for command in ("check --config", "size", "validate"):
-        assert f"$ envcheck {command} {folder / 'run.yaml'}" in done.stdout
-    assert f"$ toolkit train {folder / 'run.yaml'} --evaluate" in done.stdout
+        assert f"$ envcheck {command} {folder / 'run.yaml'}" in result.stdout
+    assert f"$ toolkit train {folder / 'run.yaml'} --evaluate" in result.stdout
     for name in (
         "model/config.json",
         "train.jsonl",
@@ -67,10 +67,10 @@ def test_the_demo_trains_on_vllm_as_on_transformers(demo, tmp_path):
     steps = 16
     changed = {"runtime.engine": "vllm", "runtime.output_dir": tmp_path / "run"}
     changes = [f"--set={key}={value}" for key, value in changed.items()]
-    done = world.run_toolkit(
+    result = world.run_toolkit(
         "train", folder / "run.yaml", *changes, f"--set=grpo.max_steps={steps}"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     theirs, ours = (
         [row["reward"] for row in world.read_rows(run, "metrics.jsonl") if "reward" in row]
         for run in (folder / "run", tmp_path / "run")
@@ -93,7 +93,7 @@ def test_the_demo_learns_on_vllm(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_an_error_before_anything_is_written(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    done = world.run_toolkit("demo", "--out", tmp_path)
-    assert done.returncode == 1
-    assert "is not an empty folder" in done.stderr
+    result = world.run_toolkit("demo", "--out", tmp_path)
+    assert result.returncode == 1
+    assert "is not an empty folder" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -50,11 +50,11 @@ def find_faults(world: Path, lines: list[str]) -> list[str]:
             (folder / name).write_text((world / name).read_text())
         sets = [part for one in overrides(line) for part in ("--set", one)]
         cases.append({"folder": folder, "arguments": ["train", "run.yaml", *sets]})
-    ended = [
+    faults = [
         (line, fault(end, warned))
         for (line, warned), end in zip(accepted, run_commands(cases), strict=True)
     ]
-    return [f"{line}: {wrong}" for line, wrong in ended if wrong is not None]
+    return [f"{line}: {wrong}" for line, wrong in faults if wrong is not None]
 
 
 def fault(end: FinishedCommand, warned: set[str]) -> str | None:

@@ -81,17 +81,17 @@ class Case:
 
     def fault(self, end: FinishedCommand) -> str | None:
         """What is wrong with how the run ended."""
-        said = end.stderr.strip()[-900:]
+        stderr_end = end.stderr.strip()[-900:]
         if end.returncode == 0:
             return None if any("loss" in row for row in end.rows()) else "ended without a step"
         if end.returncode in (70, 3) or end.returncode < 0 or not KEY.search(end.stderr):
-            return f"exit {end.returncode}: {said}"
+            return f"exit {end.returncode}: {stderr_end}"
         bare = {
             key.partition(".")[2] for key in self.reported_keys if re.match("(model|lora).*_", key)
         }
         if any(told in end.stderr for told in (*self.reported_keys, *bare, *EXCEPTIONS)):
             return None
-        return f"exit {end.returncode}, and validate was silent: {said}"
+        return f"exit {end.returncode}, and validate was silent: {stderr_end}"
 
 
 def find_faults(

@@ -94,32 +94,32 @@ def _run(text: str, tmp_path: Path, **values: object) -> subprocess.CompletedPro
 
 def test_the_first_example_trains(folder: Path, tmp_path: Path) -> None:
     values = {"folder": str(folder), "bits": False, "fast": False, "share": 0.5}
-    done = _run(LOAD + FIRST + TRAIN + END, tmp_path, **values)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 64"
+    result = _run(LOAD + FIRST + TRAIN + END, tmp_path, **values)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "True 64"
 
 
 def test_the_second_example_with_a_lower_rank(folder: Path, tmp_path: Path) -> None:
     """On a machine without vLLM, too."""
     values = {"folder": str(folder), "bits": False, "fast": False, "share": 0.6}
-    done = _run(HIDE_VLLM + LOAD + SECOND + END, tmp_path, **values)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 32"
-    assert "because there is no engine: gpu_memory_utilization" in done.stderr
+    result = _run(HIDE_VLLM + LOAD + SECOND + END, tmp_path, **values)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "True 32"
+    assert "because there is no engine: gpu_memory_utilization" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 def test_4_bit_loading_without_a_gpu_is_an_error(folder: Path, tmp_path: Path) -> None:
     values = {"folder": str(folder), "bits": True, "fast": False, "share": 0.5}
-    done = _run(LOAD + FIRST + END, tmp_path, **values)
-    assert done.returncode == 1
-    assert "load_in_4bit=True needs an NVIDIA GPU" in done.stderr
-    assert "fix: pass load_in_4bit=False" in done.stderr
+    result = _run(LOAD + FIRST + END, tmp_path, **values)
+    assert result.returncode == 1
+    assert "load_in_4bit=True needs an NVIDIA GPU" in result.stderr
+    assert "fix: pass load_in_4bit=False" in result.stderr
 
 
 def test_without_vllm_the_error_names_the_extra(folder: Path, tmp_path: Path) -> None:
     values = {"folder": str(folder), "bits": False, "fast": True, "share": 0.5}
-    done = _run(HIDE_VLLM + LOAD + FIRST + END, tmp_path, **values)
-    assert done.returncode == 1
-    assert "MissingExtraError" in done.stderr
-    assert "pip install 'grpo-toolkit[vllm]'" in done.stderr
+    result = _run(HIDE_VLLM + LOAD + FIRST + END, tmp_path, **values)
+    assert result.returncode == 1
+    assert "MissingExtraError" in result.stderr
+    assert "pip install 'grpo-toolkit[vllm]'" in result.stderr

@@ -74,13 +74,13 @@ def check_counts(run_dir, batch=8):
 
 def test_the_counts_in_the_logs_add_up_and_the_report_shows_them(run_file, tmp_path):
     run_dir = tmp_path / "run"
-    said = train(run_file, run_dir, *BOTH, "grpo.max_steps=4")
+    output = train(run_file, run_dir, *BOTH, "grpo.max_steps=4")
     metrics = check_counts(run_dir)
     assert len(metrics) == 4
     assert sum(row["dynamic_sampling/rounds"] for row in metrics) > 0
     assert all(row["dynamic_sampling/no_spread_after"] == 0 for row in metrics)
     assert metrics[-1]["curriculum/measured_share"] > metrics[0]["curriculum/measured_share"] > 0
-    assert "-> 0%" in said
+    assert "-> 0%" in output
     page = (run_dir / "report.html").read_text()
     for words in ("Dynamic sampling", "were not trained on", "Curriculum", "at most 8 rounds"):
         assert words in page

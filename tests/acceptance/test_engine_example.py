@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 def test_the_first_example_with_an_engine(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     values = {"folder": str(folder), "bits": False, "fast": True, "share": 0.5}
-    done = _run(LOAD + FIRST + TRAIN + END, tmp_path, **values)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 64"
-    assert "Traceback" not in done.stderr
+    result = _run(LOAD + FIRST + TRAIN + END, tmp_path, **values)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "True 64"
+    assert "Traceback" not in result.stderr

@@ -88,9 +88,9 @@ def tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         from safetensors.torch import load_file, save_file
 
         path = copy_model(folder) / "model.safetensors"
-        found = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        change(found)
-        save_file(found, path, metadata={"format": "pt"})
+        weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
 
     return spoil
 
@@ -172,13 +172,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cases: dict[str, Case], root: Path, model: Path) -> dict[str, FinishedCommand]:
-    wanted = []
+    requests = []
     for name, case in cases.items():
         changes = {**case.changes, "runtime": ENGINE}
         folder = make_world(root / name.replace(" ", "-"), model, **changes)
         case.spoil(folder)
-        wanted.append({"folder": folder, "arguments": ["train", "run.yaml"]})
-    return dict(zip(cases, run_commands(wanted, "toolkit.engine.start"), strict=True))
+        requests.append({"folder": folder, "arguments": ["train", "run.yaml"]})
+    return dict(zip(cases, run_commands(requests, "toolkit.engine.start"), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +231,10 @@ def test_a_run_whose_engine_fails_at_start_or_stop(
 
 def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, FinishedCommand]) -> None:
     run = quick_results["options"]
-    said = run.rows("completions.jsonl")
-    assert len(said) == 32
-    assert all(re.fullmatch(REGEX, row["completion"]) for row in said), said[:3]
-    for row in said:
+    completions = run.rows("completions.jsonl")
+    assert len(completions) == 32
+    assert all(re.fullmatch(REGEX, row["completion"]) for row in completions), completions[:3]
+    for row in completions:
         parts = row["rewards"]
         assert row["reward"] == pytest.approx(0.5 * parts["score"] + parts["exact_match"])
     metrics = run.rows()
@@ -247,15 +247,15 @@ def test_the_logs_of_a_run_with_engine_options(quick_results: dict[str, Finished
 @pytest.mark.slow
 def test_a_run_file_gives_the_same_run_in_every_process(model: Path, tmp_path: Path) -> None:
     """Two starts of the command, with other hashes of strings and other threads' luck."""
-    found = []
+    digests = []
     for name in ("1", "2"):
         folder = make_world(tmp_path / name, model, grpo=SHORT, runtime=ENGINE)
-        done = run_toolkit(folder, "train", "run.yaml", env={"PYTHONHASHSEED": name})
-        assert done.returncode == 0, done.stderr
+        result = run_toolkit(folder, "train", "run.yaml", env={"PYTHONHASHSEED": name})
+        assert result.returncode == 0, result.stderr
         out = folder / "out"
         files = ("metrics.jsonl", "completions.jsonl", "adapter/adapter_model.safetensors")
-        found.append([(out / file).read_bytes() for file in files])
-    assert found[0] == found[1]
+        digests.append([(out / file).read_bytes() for file in files])
+    assert digests[0] == digests[1]
 
 
 def test_running_out_of_memory_in_a_rollout_loses_no_completion(

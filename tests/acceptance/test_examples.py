@@ -44,12 +44,12 @@ def test_each_run_file_validates(copy: Path) -> None:
         folder = copy / file.parent.relative_to(EXAMPLES)
         cards = {"several-gpus": "4", "70b-on-eight-gpus": "8"}.get(folder.name, "1")
         size = ("--world-size", cards)
-        done = command("envcheck", "validate", *size, "run.yaml", cwd=folder)
-        assert done.returncode == 0, done.stdout
-        assert "in run.yaml" in done.stdout  # the line that counts findings
-        assert "error[" not in done.stdout
+        result = command("envcheck", "validate", *size, "run.yaml", cwd=folder)
+        assert result.returncode == 0, result.stdout
+        assert "in run.yaml" in result.stdout  # the line that counts findings
+        assert "error[" not in result.stdout
         # The model is not on this machine; everything else about the file is checked.
-        assert set(rules_in_output(done.stdout)) <= {"MODEL001"}, done.stdout
+        assert set(rules_in_output(result.stdout)) <= {"MODEL001"}, result.stdout
 
 
 def rules_in_output(output: str) -> list[str]:
@@ -83,8 +83,8 @@ def test_the_container_example_names_existing_files(copy: Path) -> None:
     started = text[text.index(image) :].split("\n")[0].split()[1:]
     assert started == ["toolkit", "train", batch[-1]]
     run = copy / "math-word-problems"
-    done = command("envcheck", "validate", started[-1], cwd=run)
-    assert done.returncode == 0, done.stdout
+    result = command("envcheck", "validate", started[-1], cwd=run)
+    assert result.returncode == 0, result.stdout
 
 
 def test_the_several_gpus_example_gives_each_gpu_64_completions(copy: Path, tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_the_several_gpus_example_gives_each_gpu_64_completions(copy: Path, tmp_
     shapes = json.loads((ROOT / "tests/fixtures/sizing/shapes.json").read_text(encoding="utf-8"))
     shape = next(one for one in shapes if one["id"] == "Qwen/Qwen2.5-1.5B-Instruct")
     (tmp_path / "config.json").write_text(json.dumps(shape["config"]))
-    done = command(
+    result = command(
         "envcheck", "size", "run.yaml", "--world-size", "4", "--gpu", "4090", "--json",
         "--set", f"model.model_name={tmp_path}", cwd=copy / "several-gpus",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    chosen = json.loads(done.stdout)["choice"]
+    assert result.returncode == 0, result.stdout + result.stderr
+    chosen = json.loads(result.stdout)["choice"]
     each = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
     assert (each, chosen["tensor_parallel_size"]) == (64, 1)
     readme = (EXAMPLES / "several-gpus" / "README.md").read_text(encoding="utf-8")
@@ -109,8 +109,8 @@ def test_the_own_reward_trains_on_a_small_model(copy: Path, tmp_path: Path) -> N
     model = make_tiny(tmp_path / "model")
     changes = (f"model.model_name={model}", "runtime.engine=transformers", *SMALL)
     sets = [word for change in changes for word in ("--set", change)]
-    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "own-reward")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "own-reward")
+    assert result.returncode == 0, result.stdout + result.stderr
     run = copy / "own-reward" / "runs" / "own-reward"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert '"share"' in (run / "completions.jsonl").read_text(encoding="utf-8")
@@ -119,10 +119,10 @@ def test_the_own_reward_trains_on_a_small_model(copy: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_script_trains_and_samples(copy: Path, tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "model")
-    done = command(
+    result = command(
         "python", "train.py", str(model), "--steps", "1", "--no-engine", cwd=copy / "drop-in-script"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     saved = copy / "drop-in-script" / "runs" / "script" / "adapter" / "adapter_config.json"
     assert saved.is_file()
 
@@ -152,7 +152,7 @@ def test_the_tools_train_on_a_small_model(copy: Path, tmp_path: Path) -> None:
     lengths = ("model.max_seq_length=256", "grpo.max_prompt_length=120")
     changes += (*lengths, "grpo.max_completion_length=128")
     sets = [word for change in changes for word in ("--set", change)]
-    done = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = command("toolkit", "train", "run.yaml", *sets, cwd=copy / "tools")
+    assert result.returncode == 0, result.stdout + result.stderr
     log = copy / "tools" / "runs" / "tools" / "tool_calls.jsonl"
     assert "missing a required argument" in log.read_text(encoding="utf-8")

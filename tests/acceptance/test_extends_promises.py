@@ -20,11 +20,11 @@ FORMS = ("text", "json", "sarif", "github")
 
 
 def validate_output(run_file: Path, form: str = "text", **more: str) -> tuple[int, str]:
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         validate, [str(run_file), "--format", form], env={"TOOLKIT_EXTENDS_FROM": "", **more}
     )
-    assert isinstance(done.exception, SystemExit | None), done.exc_info
-    return done.exit_code, done.output
+    assert isinstance(result.exception, SystemExit | None), result.exc_info
+    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,15 +92,15 @@ def test_an_integer_beyond_64_bits_is_an_error(tmp_path: Path, number: str, form
     }
     path.write_text(texts[form])
     options = ["--set", f"grpo.max_steps={number}"] if form == "set" else []
-    done = CliRunner().invoke(validate, [str(path), "--format", "json", *options])
-    assert done.exit_code == 1
-    found = [one for one in json.loads(done.stdout)["findings"] if one["severity"] == "error"]
-    assert [one["rule"] for one in found] == ["DOC015"]
-    assert "does not fit into 64 bits" in found[0]["message"]
-    assert f"({len(number)} characters)" in found[0]["message"]
-    assert len(found[0]["message"]) < 200
+    result = CliRunner().invoke(validate, [str(path), "--format", "json", *options])
+    assert result.exit_code == 1
+    errors = [one for one in json.loads(result.stdout)["findings"] if one["severity"] == "error"]
+    assert [one["rule"] for one in errors] == ["DOC015"]
+    assert "does not fit into 64 bits" in errors[0]["message"]
+    assert f"({len(number)} characters)" in errors[0]["message"]
+    assert len(errors[0]["message"]) < 200
     line = {"yaml": 5, "json": 2, "toml": 5, "set": 1}[form]
-    assert found[0]["line"] == line
+    assert errors[0]["line"] == line
 
 
 def test_the_largest_integers_are_read(tmp_path: Path) -> None:

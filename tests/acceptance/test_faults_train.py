@@ -159,8 +159,8 @@ def test_memory_that_is_too_small_for_a_sequence_is_an_error(results) -> None:
 def test_out_of_memory_in_a_rollout_loses_no_completion(results) -> None:
     run = results["small card in the rollout"]
     assert run.returncode == 0, run.stderr
-    told = [line.partition(" (")[0] for line in run.stderr.splitlines()]
-    assert told == [  # once, and not in each step
+    messages = [line.partition(" (")[0] for line in run.stderr.splitlines()]
+    assert messages == [  # once, and not in each step
         "warning: rollout: out of memory with 4 sequences. From now on at most 2 run at a time",
         "warning: rollout: out of memory with 2 sequences. From now on at most 1 run at a time",
     ]
@@ -212,10 +212,10 @@ def test_a_defect_ends_with_70_and_a_report_to_send(results) -> None:
     assert run.returncode == 70
     assert "Traceback" not in run.stdout + run.stderr
     (report,) = (run.folder / "out").glob("toolkit-defect-*.txt")
-    told = run.stderr.splitlines()
-    assert told[-3].startswith("internal error: KeyError: ")
-    assert told[-2] == f"  this is a defect of the toolkit; the report is in {report}"
-    assert "attach that file to an issue" in told[-1]
+    lines = run.stderr.splitlines()
+    assert lines[-3].startswith("internal error: KeyError: ")
+    assert lines[-2] == f"  this is a defect of the toolkit; the report is in {report}"
+    assert "attach that file to an issue" in lines[-1]
     text = report.read_text()
     for words in ("Traceback", "_compute_loss", "transformers 5.", "torch ", '"max_steps": 4'):
         assert words in text

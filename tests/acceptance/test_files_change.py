@@ -52,9 +52,9 @@ def test_a_run_is_unaffected_when_its_input_files_change(undisturbed, tmp_path, 
         evaluate=True,
     )
     code = world.wait_for_exit(pid)
-    said = out.read_text()
-    assert code in (0, 2), said
-    assert said.count("error: ") == (code != 0), said
-    assert "Traceback" not in said
+    output = out.read_text()
+    assert code in (0, 2), output
+    assert output.count("error: ") == (code != 0), output
+    assert "Traceback" not in output
     if code == 0:
         assert world.result_digests(run_dir) == expected

@@ -43,18 +43,18 @@ def make_run_file(folder: Path) -> Path:
 
 def run_all_commands(run_file: Path) -> list[subprocess.CompletedProcess[str]]:
     """Each command that reads a run file, with the seconds bounded."""
-    found = [
+    results = [
         envcheck("validate", run_file),
         envcheck("check", "--config", run_file),
         envcheck("size", run_file),
     ]
     begin = time.monotonic()
-    done = subprocess.run(
+    result = subprocess.run(
         [TOOLKIT, "train", run_file], capture_output=True, text=True, check=False, timeout=60
     )
     assert time.monotonic() - begin < 30
     assert not (run_file.parent / "outputs").exists()
-    return [*found, done]
+    return [*results, result]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,21 +63,21 @@ def test_a_special_file_in_the_model_is_an_error(tmp_path: Path, kind: str, name
     run_file = make_run_file(tmp_path)
     make_special_file(tmp_path / "model" / name, kind)
     for done in run_all_commands(run_file):
-        told = done.stdout + done.stderr
-        assert (done.returncode, "Traceback" in told) == (1, False), told
-        assert f"{name} " in told
-        assert KINDS[kind] in told
+        output = done.stdout + done.stderr
+        assert (done.returncode, "Traceback" in output) == (1, False), output
+        assert f"{name} " in output
+        assert KINDS[kind] in output
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_special_file_as_the_data_is_an_error(tmp_path: Path, kind: str) -> None:
     run_file = make_run_file(tmp_path)
     make_special_file(tmp_path / "train.jsonl", kind)
-    done = envcheck("validate", run_file, "--format", "json")
-    assert done.returncode == 1
-    (found,) = json.loads(done.stdout)["findings"]
-    assert (found["rule"], found["line"], found["key"]) == ("DATA003", 2, "dataset.path")
-    assert KINDS[kind] in found["message"]
+    result = envcheck("validate", run_file, "--format", "json")
+    assert result.returncode == 1
+    (finding,) = json.loads(result.stdout)["findings"]
+    assert (finding["rule"], finding["line"], finding["key"]) == ("DATA003", 2, "dataset.path")
+    assert KINDS[kind] in finding["message"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "huge"])
@@ -97,9 +97,9 @@ def test_special_files_as_the_weights_are_errors(tmp_path: Path, kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_special_file_as_the_run_file_is_an_error(tmp_path: Path, kind: str) -> None:
-    done = envcheck("validate", make_special_file(tmp_path / "run.yaml", kind))
-    assert done.returncode == 2
-    assert "DOC014" in done.stdout
+    result = envcheck("validate", make_special_file(tmp_path / "run.yaml", kind))
+    assert result.returncode == 2
+    assert "DOC014" in result.stdout
 
 
 def test_a_config_of_several_gigabytes_is_an_error(tmp_path: Path) -> None:
@@ -113,21 +113,23 @@ def test_a_config_of_several_gigabytes_is_an_error(tmp_path: Path) -> None:
 def test_a_special_file_as_recording_or_lock_is_an_error(tmp_path: Path) -> None:
     pipe = make_special_file(tmp_path / "pipe", "pipe")
     for arguments in (("replay", pipe), ("check", "--lock", pipe)):
-        done = envcheck(*arguments)
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert KINDS["pipe"] in done.stderr
+        result = envcheck(*arguments)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert KINDS["pipe"] in result.stderr
 
 
 @pytest.mark.parametrize("words", [("envcheck", "validate", "x.yaml"), ("toolkit", "import", "x")])
 def test_a_removed_working_folder_is_an_error(tmp_path: Path, words: tuple[str, ...]) -> None:
     script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
     command = [str(Path(sys.executable).parent / words[0]), *words[1:]]
-    done = subprocess.run(
+    result = subprocess.run(
         ["sh", "-c", script, "sh", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: the folder in which the command was started was removed")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(
+        "error: the folder in which the command was started was removed"
+    )

@@ -66,10 +66,10 @@ def test_a_file_system_that_is_too_small_is_an_error_before_the_run(
 ):
     run_file, _ = undisturbed
     run_dir = mount_small("size=64k") / "run"
-    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt")
-    assert code == 1, said
-    assert "check host.disk: output_dir" in said
-    assert "64.0 KiB free" in said
+    code, output = run_forked(run_file, run_dir, tmp_path / "out.txt")
+    assert code == 1, output
+    assert "check host.disk: output_dir" in output
+    assert "64.0 KiB free" in output
 
 
 @pytest.mark.parametrize("kib", [0, 4, 8, 16, 32, 64, 128, 256])
@@ -85,17 +85,17 @@ def test_a_full_file_system_keeps_the_last_checkpoint(undisturbed, mount_small, 
     def fill():
         resize(shutil.disk_usage(run_dir).used + kib * 1024)
 
-    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, fill))
+    code, output = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, fill))
     if code:
-        assert code == 1, said
-        assert error_lines(said) == 1, said
-        assert "Traceback" not in said
-        assert "the disk is full (No space left on device)" in said
+        assert code == 1, output
+        assert error_lines(output) == 1, output
+        assert "Traceback" not in output
+        assert "the disk is full (No space left on device)" in output
         assert "checkpoint-2" in {one.name for one in run_dir.glob("checkpoint-*")}
         check_checkpoints(run_dir)
     resize("64g")
-    code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
-    assert code == 0, said
+    code, output = run_forked(run_file, run_dir, tmp_path / "again.txt")
+    assert code == 0, output
     assert world.result_digests(run_dir) == expected
     check_checkpoints(run_dir)
 
@@ -103,10 +103,10 @@ def test_a_full_file_system_keeps_the_last_checkpoint(undisturbed, mount_small, 
 def test_a_read_only_file_system_is_an_error(undisturbed, mount_small, tmp_path):
     run_file, _ = undisturbed
     run_dir = mount_small("ro") / "run"
-    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt")
-    assert code == 1, said
-    assert "the output folder cannot be written: Read-only file system" in said
-    assert "another runtime.output_dir" in said
+    code, output = run_forked(run_file, run_dir, tmp_path / "out.txt")
+    assert code == 1, output
+    assert "the output folder cannot be written: Read-only file system" in output
+    assert "another runtime.output_dir" in output
 
 
 @pytest.mark.parametrize("limit", [2000, 20_000])
@@ -119,15 +119,15 @@ def test_a_file_size_limit_keeps_the_last_checkpoint(undisturbed, tmp_path, limi
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    code, said = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
-    assert code == 1, said
-    assert error_lines(said) == 1, said
-    assert "would be larger than the limit of this process" in said
-    assert "(File too large)" in said
-    assert "ulimit -f" in said
-    assert "Traceback" not in said
+    code, output = run_forked(run_file, run_dir, tmp_path / "out.txt", before=at_step(3, lower))
+    assert code == 1, output
+    assert error_lines(output) == 1, output
+    assert "would be larger than the limit of this process" in output
+    assert "(File too large)" in output
+    assert "ulimit -f" in output
+    assert "Traceback" not in output
     check_checkpoints(run_dir)
-    code, said = run_forked(run_file, run_dir, tmp_path / "again.txt")
-    assert code == 0, said
+    code, output = run_forked(run_file, run_dir, tmp_path / "again.txt")
+    assert code == 0, output
     assert world.result_digests(run_dir) == expected
     shutil.rmtree(run_dir)

@@ -130,31 +130,31 @@ def greedy(folder: Path, text: str = "12+3=", adapter: Path | None = None) -> st
 
 
 def test_generate_gives_the_answer_of_plain_peft(world: Path) -> None:
-    done = call("generate", world / "run", "12+3=", "--max-tokens", 12)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == greedy(world / "model", adapter=world / "run" / "adapter") + "\n"
-    assert done.stderr == ""
+    result = call("generate", world / "run", "12+3=", "--max-tokens", 12)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == greedy(world / "model", adapter=world / "run" / "adapter") + "\n"
+    assert result.stderr == ""
 
 
 def test_generate_prints_several_answers_as_json(
     run_in_process: CommandInProcess, world: Path
 ) -> None:
     arguments = ("generate", world / "run", "-", "--max-tokens", 6, "-n", 2, "--temperature", 1.0)
-    done = run_in_process(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    result = run_in_process(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["1+1=", "2+2="]
     assert all(len(row["completions"]) == 2 for row in rows)
     assert (
         run_in_process(*arguments, "--seed", 5, "--json", stdin="1+1=\n2+2=\n").stdout
-        == done.stdout
+        == result.stdout
     )
 
 
 def test_generate_from_the_base_a_checkpoint_and_a_chat(
     run_in_process: CommandInProcess, world: Path
 ) -> None:
-    found = {
+    answers = {
         name: run_in_process("generate", world / "run", "12+3=", "--max-tokens", 12, *extra)
         for name, extra in {
             "end": (),
@@ -163,18 +163,18 @@ def test_generate_from_the_base_a_checkpoint_and_a_chat(
             "chat": ("--chat",),
         }.items()
     }
-    assert all(done.returncode == 0 for done in found.values()), found
-    assert found["base"].stdout == greedy(world / "model") + "\n"
-    assert len({done.stdout for done in found.values()}) == 4
+    assert all(done.returncode == 0 for done in answers.values()), answers
+    assert answers["base"].stdout == greedy(world / "model") + "\n"
+    assert len({done.stdout for done in answers.values()}) == 4
 
 
 def test_export_an_adapter_that_plain_peft_reads(
     run_in_process: CommandInProcess, world: Path, tmp_path: Path
 ) -> None:
     to = tmp_path / "out" / "adapter"
-    done = run_in_process("export", world / "run", "--to", to)
-    assert done.returncode == 0, done.stderr
-    wrote, served = done.stdout.splitlines()
+    result = run_in_process("export", world / "run", "--to", to)
+    assert result.returncode == 0, result.stderr
+    wrote, served = result.stdout.splitlines()
     assert wrote == f"wrote the adapter of {world / 'run' / 'adapter'} to {to}"
     assert served.startswith(f"serve it: vllm serve {world / 'model'} --max-model-len 128")
     assert served.endswith(f"--enable-lora --max-lora-rank 8 --lora-modules {to.name}={to}")
@@ -188,18 +188,18 @@ def test_export_merged_weights_that_plain_transformers_loads(world: Path, tmp_pa
     import torch
     from transformers import AutoModelForCausalLM
 
-    done = call("export", world / "run", "--to", tmp_path / "merged", "--merge")
-    assert done.returncode == 0, done.stderr
-    assert "wrote merged weights of" in done.stdout
+    result = call("export", world / "run", "--to", tmp_path / "merged", "--merge")
+    assert result.returncode == 0, result.stderr
+    assert "wrote merged weights of" in result.stdout
     ids = torch.tensor([[4, 5, 13, 6, 16]])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     with torch.no_grad():
-        plain = base(ids).logits
+        base_logits = base(ids).logits
         adapted = peft.PeftModel.from_pretrained(base, world / "run" / "adapter")(ids).logits
-        found = merged(ids).logits
-    assert torch.allclose(found, adapted, atol=1e-5)
-    assert not torch.allclose(found, plain, atol=1e-2)
+        merged_logits = merged(ids).logits
+    assert torch.allclose(merged_logits, adapted, atol=1e-5)
+    assert not torch.allclose(merged_logits, base_logits, atol=1e-2)
 
 
 def test_export_from_a_checkpoint_of_an_unfinished_run(
@@ -207,9 +207,9 @@ def test_export_from_a_checkpoint_of_an_unfinished_run(
 ) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    done = run_in_process("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-7" in done.stdout
+    result = run_in_process("export", tmp_path / "run", "--to", tmp_path / "merged", "--merge")
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint-7" in result.stdout
     by_hand = run_in_process(
         "generate", world / "run", "12+3=", "--max-tokens", 12, "--checkpoint", 7
     )
@@ -246,10 +246,10 @@ def test_wrong_arguments_are_short_errors(
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     places = {"RUN": str(world / "run"), "OUT": str(tmp_path / "out")}
     places |= {"PIPE": str(tmp_path / "pipe"), "LINK": str(tmp_path / "link")}
-    done = run_in_process(*(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    result = run_in_process(*(places.get(argument, argument) for argument in arguments))
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -259,10 +259,10 @@ def test_a_truncated_adapter_is_an_error_with_its_path(
     shutil.copytree(world / "run", tmp_path / "run")
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    done = run_in_process("generate", tmp_path / "run", "hi")
-    assert done.returncode == 2
-    assert "adapter_model.safetensors" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = run_in_process("generate", tmp_path / "run", "hi")
+    assert result.returncode == 2
+    assert "adapter_model.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 EVIL = """
@@ -292,10 +292,10 @@ def test_code_in_a_foreign_run_folder_is_not_run(
     written["model"] |= {"model_name": str(model), "trust_remote_code": True}
     (run / "config.json").write_text(json.dumps(written))
     more = ("hi",) if command == "generate" else ("--to", tmp_path / "to", "--merge")
-    done = run_in_process(command, run, *more)
-    assert done.returncode == 1, done.stderr
-    assert "runs code that comes with" in done.stderr
-    assert "--trust-remote-code" in done.stderr
+    result = run_in_process(command, run, *more)
+    assert result.returncode == 1, result.stderr
+    assert "runs code that comes with" in result.stderr
+    assert "--trust-remote-code" in result.stderr
     assert not (tmp_path / "was-run").exists()
     run_in_process(command, run, *more, "--trust-remote-code")
     assert (tmp_path / "was-run").exists()

@@ -52,14 +52,14 @@ def test_a_rank_that_is_stopped_ends_the_others_in_time(run_file, expected, tmp_
     begin = time.monotonic()
     code = world.wait_for_exit(pids[1 - victim], timeout=90)
     took = time.monotonic() - begin
-    said = ranks.output_path(run_dir, 1 - victim).read_text()
+    output = ranks.output_path(run_dir, 1 - victim).read_text()
     os.kill(pids[victim], signal.SIGKILL)
     world.wait_for_exit(pids[victim])
-    assert code == 4, said
-    assert said.count("error: ") == 1, said
-    assert "of this run has ended unexpectedly" in said
-    assert "raise grpo.ddp_timeout" in said
-    assert "Traceback" not in said
+    assert code == 4, output
+    assert output.count("error: ") == 1, output
+    assert "of this run has ended unexpectedly" in output
+    assert "raise grpo.ddp_timeout" in output
+    assert "Traceback" not in output
     assert took < 60
     assert resume_and_digest(run_file, run_dir) == expected
 
@@ -79,13 +79,13 @@ def test_ranks_do_not_wait_for_a_rank_that_is_stopped_before_the_first_step(
 
     pids = ranks.start_ranks(run_file, run_dir, HALF, "grpo.ddp_timeout=8", before=before)
     code = world.wait_for_exit(pids[1 - victim], timeout=120)
-    said = ranks.output_path(run_dir, 1 - victim).read_text()
+    output = ranks.output_path(run_dir, 1 - victim).read_text()
     os.kill(pids[victim], signal.SIGKILL)
     world.wait_for_exit(pids[victim])
-    assert code == 4, said
-    assert said.count("error: ") == 1, said
-    assert f"process {victim} of this run has ended unexpectedly" in said
-    assert "Traceback" not in said
+    assert code == 4, output
+    assert output.count("error: ") == 1, output
+    assert f"process {victim} of this run has ended unexpectedly" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -111,14 +111,14 @@ def test_a_replica_that_runs_out_of_memory_is_reported_once(run_file, expected, 
 
     pids = ranks.start_ranks(run_file, run_dir, HALF, before=before)
     codes = [world.wait_for_exit(pid) for pid in pids]
-    said = ranks.printed_by_ranks(run_dir)
-    assert codes == [1, 1], said
-    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
-    assert f"process {victim} ran out of memory. The process cannot repeat the step" in said
-    assert "because 2 replicas train together" in said
-    assert "Tried to allocate 2.00 GiB" in said
-    assert "resumes from the last checkpoint" in said
-    assert "Traceback" not in said
+    output = ranks.printed_by_ranks(run_dir)
+    assert codes == [1, 1], output
+    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1, output
+    assert f"process {victim} ran out of memory. The process cannot repeat the step" in output
+    assert "because 2 replicas train together" in output
+    assert "Tried to allocate 2.00 GiB" in output
+    assert "resumes from the last checkpoint" in output
+    assert "Traceback" not in output
     assert resume_and_digest(run_file, run_dir) == expected
 
 
@@ -149,13 +149,13 @@ def test_a_rank_whose_disk_is_full_is_reported_once(run_file, expected, tmp_path
 
     pids = ranks.start_ranks(run_file, run_dir, HALF, before=before)
     codes = [world.wait_for_exit(pid) for pid in pids]
-    said = ranks.printed_by_ranks(run_dir)
-    assert codes == [codes[0]] * 2, said
-    assert codes[0] == 1, said
-    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
-    assert "would be larger than the limit of this process" in said
-    assert "(File too large)" in said
-    assert "Traceback" not in said
+    output = ranks.printed_by_ranks(run_dir)
+    assert codes == [codes[0]] * 2, output
+    assert codes[0] == 1, output
+    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1, output
+    assert "would be larger than the limit of this process" in output
+    assert "(File too large)" in output
+    assert "Traceback" not in output
     assert "checkpoint-2" in {path.name for path in run_dir.glob("checkpoint-*")}
     assert branch.valid_steps(run_dir) == [2]
     assert resume_and_digest(run_file, run_dir) == expected

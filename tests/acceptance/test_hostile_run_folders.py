@@ -42,8 +42,8 @@ def adapter_config(**values: Any) -> Callable[[Path], None]:
 
 def tensors(altered: Callable[[Any], Any]) -> Callable[[Path], None]:
     def change(run: Path) -> None:
-        found = load_file(run / WEIGHTS)
-        save_file({name: altered(value) for name, value in found.items()}, run / WEIGHTS)
+        weights = load_file(run / WEIGHTS)
+        save_file({name: altered(value) for name, value in weights.items()}, run / WEIGHTS)
 
     return change
 
@@ -149,11 +149,11 @@ def test_hostile_folders_end_in_one_message(
         shutil.copytree(world / "run", run)
         CASES[name](run)
         words = [str(to) if word == "TO" else word for word in more]
-        done = run_in_process("generate" if command == "generate" else "export", run, *words)
-        print(command, done.returncode, done.stderr[:300])
-        assert done.returncode in (0, 1, 2), (command, done.stderr)
-        assert "Traceback" not in done.stderr, command
-        assert done.stderr.count("error: ") == (done.returncode != 0), (command, done.stderr)
+        result = run_in_process("generate" if command == "generate" else "export", run, *words)
+        print(command, result.returncode, result.stderr[:300])
+        assert result.returncode in (0, 1, 2), (command, result.stderr)
+        assert "Traceback" not in result.stderr, command
+        assert result.stderr.count("error: ") == (result.returncode != 0), (command, result.stderr)
         assert not (tmp_path / "pwned").exists()
-        if done.returncode:
+        if result.returncode:
             assert not to.exists() or not any(to.iterdir()), command

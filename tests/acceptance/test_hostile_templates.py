@@ -53,8 +53,8 @@ def chats(tmp_path_factory):
     row = {"messages": [{"role": "user", "content": "1+2="}], "answer": "3"}
     (folder / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     (folder / "mine.py").write_text(SCORE)
-    done = run(folder, "toolkit", "train", "run.yaml", "--output-dir", "done")
-    assert done.returncode == 0, done.stderr
+    result = run(folder, "toolkit", "train", "run.yaml", "--output-dir", "done")
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -77,8 +77,8 @@ def run(folder, *words):
 def test_a_hostile_chat_template_with_every_command(chats, tmp_path, name):
     folder = tmp_path / "world"
     shutil.copytree(chats, folder)
-    done = folder / "done" / "config.json"
-    done.write_text(done.read_text().replace(str(chats), str(folder)))
+    result = folder / "done" / "config.json"
+    result.write_text(result.read_text().replace(str(chats), str(folder)))
     for place in (folder / "model", folder / "done" / "adapter"):
         (place / "chat_template.jinja").write_text(TEMPLATES[name])
     for command, words in COMMANDS.items():

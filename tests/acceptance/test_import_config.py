@@ -159,27 +159,27 @@ def test_a_script_is_never_executed(tmp_path: Path) -> None:
         "GRPOConfig(num_generations=8, max_steps=__import__('os').system('touch ran'),\n"
         "           learning_rate=2 ** 99999999, seed=[7] * 10 ** 9)\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [Path(sys.executable).with_name("toolkit"), "import", script, "--to", "-"],
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 1
+    assert result.returncode == 1
     assert not (tmp_path / "ran").exists()
-    assert "could not be read" in done.stderr
-    assert "num_generations: 8" in done.stdout
+    assert "could not be read" in result.stderr
+    assert "num_generations: 8" in result.stdout
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     source = Path(shutil.copy(FOREIGN / "trl-cli.yaml", tmp_path))
     assert run(source).exit_code == 0
-    written = tmp_path / "trl-cli-run.yaml"
-    written.write_text("mine")
+    run_file = tmp_path / "trl-cli-run.yaml"
+    run_file.write_text("mine")
     refusal = CliRunner().invoke(import_config, [str(source)])
     assert getattr(refusal.exception, "exit_code", None) == 1
     assert "--force" in str(refusal.exception)
-    assert written.read_text() == "mine"
+    assert run_file.read_text() == "mine"
     assert run(source, "--force").exit_code == 0
-    assert written.read_text() != "mine"
+    assert run_file.read_text() != "mine"
 
 
 def test_the_result_can_be_printed_and_checked_with_strict() -> None:

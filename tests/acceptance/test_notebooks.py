@@ -286,8 +286,8 @@ STRATEGY = "def add(a, b):\n    return a + b\n"
 
 def function_in(text: str) -> str | None:
     """The first fenced block, as gpt-oss's kernel notebooks look for it."""
-    found = re.search(r"```(?:python)?\n(.*?)```", text, flags=re.DOTALL)
-    return found[1] if found else None
+    match = re.search(r"```(?:python)?\n(.*?)```", text, flags=re.DOTALL)
+    return match[1] if match else None
 
 
 def share_of_passed_tests(source: str | None, tests: list[tuple[int, int, int]]) -> float:

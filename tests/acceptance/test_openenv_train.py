@@ -78,8 +78,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedCommand:
     (folder / "run.yaml").write_text(json.dumps(run))
     (folder / "letters.py").write_text(GAME)
     (folder / "train.jsonl").unlink()
-    (done,) = run_commands([{"folder": folder, "arguments": ["train", "run.yaml"], "limit_s": 240}])
-    return done
+    (result,) = run_commands(
+        [{"folder": folder, "arguments": ["train", "run.yaml"], "limit_s": 240}]
+    )
+    return result
 
 
 def test_a_run_in_an_environment_of_openenv(finished: FinishedCommand) -> None:

@@ -40,14 +40,14 @@ def test_each_reason_for_no_gpu_has_its_own_message(tmp_path: Path) -> None:
         "docker-not-passed-in": "--gpus all",
         "kubernetes-not-passed-in": "nvidia.com/gpu: 1",
     }
-    said = {}
+    messages = {}
     for name, words in reasons.items():
         result = cases.load(name).envcheck(tmp_path, "probe")
         assert result.returncode == 3
         assert words in result.stdout
         assert "fix:" in result.stdout
-        said[name] = result.stdout
-    assert len(set(said.values())) == len(reasons)
+        messages[name] = result.stdout
+    assert len(set(messages.values())) == len(reasons)
 
 
 def test_probe_describes_this_machine(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_ctrl_c_ends_watch_without_an_error(tmp_path: Path) -> None:
     assert process.stdout.readline().startswith("driver 580")
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
-    assert (process.returncode, told) == (0, "")
+    _, output = process.communicate(timeout=20)
+    assert (process.returncode, output) == (0, "")
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_a_recording_is_redacted_and_has_the_same_results_elsewhere(
     assert replayed.returncode == case.expect["exit_code"], replayed.stdout
     assert "as recorded:" in replayed.stdout
     again = case.envcheck(tmp_path, "replay", "node.record.json", "--json", fake=False)
-    found = {row["id"]: row["verdict"] for row in json.loads(again.stdout)["checks"]}
-    assert found.items() >= case.expect["not_ok"].items()
+    verdicts = {row["id"]: row["verdict"] for row in json.loads(again.stdout)["checks"]}
+    assert verdicts.items() >= case.expect["not_ok"].items()
 
 
 def test_a_node_of_eight_is_checked_in_two_seconds(tmp_path: Path) -> None:

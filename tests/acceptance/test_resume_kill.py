@@ -57,9 +57,9 @@ def undisturbed(request, tmp_path_factory):
     run_file.write_text(text)
     out = run_file.parent / "whole.txt"
     pid, lines = phases.start_reporting_run(run_file, out)
-    told = list(lines)
+    phase_lines = list(lines)
     assert world.wait_for_exit(pid) == 0, out.read_text()
-    spans = phases.phase_durations(told)
+    spans = phases.phase_durations(phase_lines)
     assert all(spans.values()), spans
     return Undisturbed(
         run_file, request.param, world.result_digests(run_file.parent / "run"), spans
@@ -69,23 +69,25 @@ def undisturbed(request, tmp_path_factory):
 def kill_in_phase(undisturbed, run_dir, out, generator, phase, *overrides):
     """Kill the run in ``phase``, or where it is when that did not come; say where it was."""
     times = undisturbed.spans[phase]
-    which = generator.randrange(len(times))
+    occurrence = generator.randrange(len(times))
     share = generator.random()
     place = f'runtime.output_dir="{run_dir}"'
     pid, lines = phases.start_reporting_run(undisturbed.run_file, out, place, *overrides)
-    seen, left = [], which
+    seen, remaining = [], occurrence
     for _, line in lines:
         seen.append(line)
         if line == f"> {phase}":
-            if left == 0:
-                time.sleep(share * times[which])
+            if remaining == 0:
+                time.sleep(share * times[occurrence])
                 break
-            left -= 1
+            remaining -= 1
     os.kill(pid, signal.SIGKILL)
     code = world.wait_for_exit(pid)
     seen += [line for _, line in lines]
     hit = phases.open_phases(seen)
-    aim = f"{phase} {which + 1} of {len(times)}, {share:.0%} of {times[which] * 1e3:.0f} ms"
+    aim = (
+        f"{phase} {occurrence + 1} of {len(times)}, {share:.0%} of {times[occurrence] * 1e3:.0f} ms"
+    )
     return code == -signal.SIGKILL, hit, aim
 
 
@@ -98,22 +100,22 @@ def kill_and_resume(undisturbed, tmp_path, points: int) -> None:
     for point, phase in enumerate(order[:points]):
         run_dir, out = tmp_path / f"run-{point}", tmp_path / f"out-{point}.txt"
         died, hit, aim = kill_in_phase(undisturbed, run_dir, out, generator, phase)
-        again = ""
+        second_kill = ""
         if generator.random() < KILLED_TWICE:
             second = generator.choice(phases.PHASES)
             _, then, aimed = kill_in_phase(undisturbed, run_dir, out, generator, second)
-            again = f"; resumed and killed in {', '.join(then)} ({aimed})"
+            second_kill = f"; resumed and killed in {', '.join(then)} ({aimed})"
         override = f'runtime.output_dir="{run_dir}"'
         code = world.wait_for_exit(
             world.fork_run(undisturbed.run_file, out, override, evaluate=True)
         )
-        found = world.result_digests(run_dir) if code == 0 else {}
-        ok = found == undisturbed.digests
+        digests = world.result_digests(run_dir) if code == 0 else {}
+        ok = digests == undisturbed.digests
         same, killed, hits = same + ok, killed + died, hits | {*hit}
         verdict = "same bytes" if ok else f"NOT the same bytes (exit code {code})"
-        where = f"killed in {', '.join(hit)} ({aim}){again}"
+        where = f"killed in {', '.join(hit)} ({aim}){second_kill}"
         print(f"{undisturbed.engine} {point + 1:2}: {where}: {verdict}")
-        assert ok, (found, undisturbed.digests, out.read_text())
+        assert ok, (digests, undisturbed.digests, out.read_text())
     print(f"{undisturbed.engine}: {same} of {points}, seed {SEED}, killed in {sorted(hits)}")
     # Where a kill is meant for the last moments of a run, a busy machine may let it end first.
     assert killed >= points * 0.7
@@ -173,12 +175,12 @@ def test_a_run_killed_at_10_points_while_rolling_back_resumes(undisturbed, rolle
         code = world.wait_for_exit(
             world.fork_run(undisturbed.run_file, out, place, *again, evaluate=True)
         )
-        found = world.result_digests(run_dir) if code == 0 else {}
+        digests = world.result_digests(run_dir) if code == 0 else {}
         print(
             f"{undisturbed.engine} back {point + 1:2}: killed in {', '.join(hit)} ({aim}):"
-            f" {'same bytes' if found == expected else f'NOT the same bytes ({code})'}"
+            f" {'same bytes' if digests == expected else f'NOT the same bytes ({code})'}"
         )
-        assert found == expected, out.read_text()
+        assert digests == expected, out.read_text()
         asides = sorted(run_dir.glob("abandoned-*"))
         # The branch that was left lies aside, whole.
         assert world.result_digests(asides[0]) == undisturbed.digests

@@ -128,5 +128,5 @@ def test_rewards_get_chat_completions_as_messages(results: dict[str, FinishedCom
     (row,) = run.rows()
     assert row["chat"] == 1.0
     assert row["rewards/texts/mean"] > 0
-    said = run.rows("completions.jsonl")[0]
-    assert said["prompt"] == [{"content": "1+2=", "role": "user"}]
+    completion_row = run.rows("completions.jsonl")[0]
+    assert completion_row["prompt"] == [{"content": "1+2=", "role": "user"}]

@@ -58,13 +58,13 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     whole = world.result_digests(run_dir)
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6", "checkpoint-8"}
     source = f'runtime.resume="{run_dir}/checkpoint-4"'
-    code, said = run_forked(
+    code, output = run_forked(
         run_file, run_dir, source, *CHANGED, "runtime.keep_last=1", before=stop_at(6)
     )
-    assert code == 75, said
-    assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8" in said
-    assert "stopped by SIGTERM; checkpoint-6 was saved" in said
-    assert "run the command again with --resume auto: it resumes from checkpoint-6, not" in said
+    assert code == 75, output
+    assert f"moved to {run_dir}/abandoned-1: checkpoint-6, checkpoint-8" in output
+    assert "stopped by SIGTERM; checkpoint-6 was saved" in output
+    assert "run the command again with --resume auto: it resumes from checkpoint-6, not" in output
     assert loadable_checkpoints(run_dir) == {"checkpoint-4", "checkpoint-6"}
     aside = run_dir / "abandoned-1"
     assert loadable_checkpoints(aside) == {"checkpoint-6", "checkpoint-8"}
@@ -74,9 +74,9 @@ def test_a_checkpoint_that_was_rolled_back_to_is_kept(run_file, tmp_path):
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "report.html").exists()
     # Then by itself: from checkpoint-6 of this branch, not from the end of the other.
-    code, said = run_forked(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
-    assert code == 0, said
-    assert f"resume   {run_dir}/checkpoint-6" in said
+    code, output = run_forked(run_file, run_dir, *CHANGED, "runtime.keep_last=1")
+    assert code == 0, output
+    assert f"resume   {run_dir}/checkpoint-6" in output
     straight = tmp_path / "straight"
     assert (
         run_forked(run_file, straight, f'runtime.resume="{run_dir}/checkpoint-4"', *CHANGED)[0] == 0
@@ -101,8 +101,8 @@ def test_foreign_folders_in_the_run_folder_change_nothing(run_file, tmp_path):
         (mixed / name).mkdir()
         (mixed / name / "x").write_text("mine")
     (mixed / "checkpoint-80").symlink_to(plain / "checkpoint-8")
-    code, said = run_forked(run_file, mixed)
-    assert code == 0, said
+    code, output = run_forked(run_file, mixed)
+    assert code == 0, output
     assert world.result_digests(mixed) == world.result_digests(plain)
     assert branch.valid_steps(mixed) == branch.valid_steps(plain) == [8, 6]
     assert all((mixed / name / "x").read_text() == "mine" for name in strange)
@@ -123,10 +123,10 @@ def test_too_few_prompts_for_one_generation_is_an_error(run_file, tmp_path):
 
         user_code.load_data = shorter
 
-    code, said = run_forked(run_file, tmp_path / "run", before=unjudged)
-    assert code == 1, said
-    assert "the number of prompts is 1, but one generation needs 2, so no step" in said
-    assert "no step would run" in said
+    code, output = run_forked(run_file, tmp_path / "run", before=unjudged)
+    assert code == 1, output
+    assert "the number of prompts is 1, but one generation needs 2, so no step" in output
+    assert "no step would run" in output
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -143,8 +143,8 @@ def test_a_run_that_ends_before_its_last_step_is_an_error(run_file, tmp_path):
 
         GRPOTrainer.training_step = short
 
-    code, said = run_forked(run_file, tmp_path / "run", before=install)
-    assert code == 70, said
-    assert "training ended at step" in said
-    assert "of 8 for an unknown reason" in said
+    code, output = run_forked(run_file, tmp_path / "run", before=install)
+    assert code == 70, output
+    assert "training ended at step" in output
+    assert "of 8 for an unknown reason" in output
     assert not (tmp_path / "run" / "adapter").exists()

@@ -69,18 +69,18 @@ def run_with(run_file, run_dir, act, *overrides):
         run_file, out, f'runtime.output_dir="{run_dir}"', *overrides, before=before
     )
     code = world.wait_for_exit(pid)
-    said = out.read_text()
-    assert said.count("error: ") == (code != 0), said
-    assert "Traceback" not in said
-    return code, said
+    output = out.read_text()
+    assert output.count("error: ") == (code != 0), output
+    assert "Traceback" not in output
+    return code, output
 
 
 def test_a_moved_run_folder_gets_its_checkpoint_at_the_new_path(run_file, expected, tmp_path):
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
-    code, said = run_with(run_file, run_dir, lambda: run_dir.rename(moved))
+    code, output = run_with(run_file, run_dir, lambda: run_dir.rename(moved))
     assert code == 1
-    assert f"{run_dir}: the run folder was moved during the run, and is now {moved};" in said
-    assert "checkpoint-4 was saved" in said
+    assert f"{run_dir}: the run folder was moved during the run, and is now {moved};" in output
+    assert "checkpoint-4 was saved" in output
     assert not run_dir.exists()
     assert checkpoint.find_faults(moved / "checkpoint-4") == []
     again = world.fork_run(run_file, tmp_path / "again.txt", f'runtime.output_dir="{moved}"')
@@ -97,30 +97,30 @@ def test_nothing_is_written_to_a_folder_that_replaced_the_run_folder(run_file, t
         run_dir.mkdir()
         (run_dir / "of-another").write_text("mine")
 
-    code, said = run_with(run_file, run_dir, replace)
+    code, output = run_with(run_file, run_dir, replace)
     assert code == 1
-    assert f"was replaced by another folder during the run, and is now {moved}; " in said
-    assert "checkpoint-4 was saved" in said
+    assert f"was replaced by another folder during the run, and is now {moved}; " in output
+    assert "checkpoint-4 was saved" in output
     assert [path.name for path in run_dir.iterdir()] == ["of-another"]
     assert checkpoint.find_faults(moved / "checkpoint-4") == []
 
 
 def test_a_removed_run_folder_is_not_created_again(run_file, tmp_path):
     run_dir = tmp_path / "run"
-    code, said = run_with(run_file, run_dir, lambda: shutil.rmtree(run_dir))
+    code, output = run_with(run_file, run_dir, lambda: shutil.rmtree(run_dir))
     assert code == 1
-    assert "the run folder was removed during the run; nothing was saved" in said
+    assert "the run folder was removed during the run; nothing was saved" in output
     assert not run_dir.exists()
 
 
 def test_a_deleted_log_stops_the_run_with_a_checkpoint(run_file, tmp_path):
     run_dir = tmp_path / "run"
-    code, said = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
+    code, output = run_with(run_file, run_dir, (run_dir / "metrics.jsonl").unlink)
     assert code == 1
     assert (
-        "metrics.jsonl was removed, replaced or changed by another program during the run" in said
+        "metrics.jsonl was removed, replaced or changed by another program during the run" in output
     )
-    assert "checkpoint-4 was saved" in said
+    assert "checkpoint-4 was saved" in output
     assert branch.valid_steps(run_dir) == [4, 2]
     out = tmp_path / "again.txt"
     assert (
@@ -139,10 +139,10 @@ def test_a_changed_log_stops_the_run_with_a_checkpoint(run_file, tmp_path, cut):
         log = run_dir / "metrics.jsonl"
         os.truncate(log, 0) if cut else log.open("ab").write(b"{}\n")
 
-    code, said = run_with(run_file, run_dir, alter)
+    code, output = run_with(run_file, run_dir, alter)
     assert code == 1
-    assert "metrics.jsonl was removed, replaced or changed by another program" in said
-    assert "checkpoint-4 was saved" in said
+    assert "metrics.jsonl was removed, replaced or changed by another program" in output
+    assert "checkpoint-4 was saved" in output
 
 
 @pytest.mark.slow
@@ -217,9 +217,9 @@ def test_streams_that_cannot_be_written_do_not_stop_the_run(run_file, expected, 
     else:
         assert shown.returncode == 0
     if streams == "full":
-        said = (tmp_path / "err.txt").read_text()
+        output = (tmp_path / "err.txt").read_text()
         assert (
-            said
+            output
             == "warning: stdout is lost (No space left on device); the run continues without it\n"
         )
     assert world.result_digests(run_dir) == expected
@@ -342,8 +342,8 @@ def test_a_run_folder_that_is_moved_during_a_run_with_several_ranks(run_file, tm
 
     pids = ranks.start_ranks(run_file, run_dir, "grpo.per_device_train_batch_size=4", before=before)
     assert [world.wait_for_exit(pid) for pid in pids] == [1, 1], ranks.printed_by_ranks(run_dir)
-    told = ranks.printed_by_ranks(run_dir)
-    assert told.count("error: ") == 1, told
-    assert f"is now {moved}; checkpoint-4 was saved" in told
+    output = ranks.printed_by_ranks(run_dir)
+    assert output.count("error: ") == 1, output
+    assert f"is now {moved}; checkpoint-4 was saved" in output
     assert checkpoint.find_faults(moved / "checkpoint-4") == []
     assert {"rank-0.json", "rank-1.json"} <= {p.name for p in (moved / "checkpoint-4").iterdir()}

@@ -30,8 +30,8 @@ def test_every_promise_names_a_test() -> None:
 def _forbidden_call(node: ast.AST) -> str | None:
     """What a node does that no module of ours may do; None for all others."""
     if isinstance(node, ast.Import):
-        found = PICKLING & {alias.name.split(".")[0] for alias in node.names}
-        return f"imports {found}" if found else None
+        pickle_modules = PICKLING & {alias.name.split(".")[0] for alias in node.names}
+        return f"imports {pickle_modules}" if pickle_modules else None
     if isinstance(node, ast.ImportFrom):
         return f"imports {node.module}" if (node.module or "").split(".")[0] in PICKLING else None
     if not isinstance(node, ast.Call):
@@ -52,8 +52,8 @@ def _forbidden_call(node: ast.AST) -> str | None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_executes_data(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    found = [(node.lineno, wrong) for node in ast.walk(tree) if (wrong := _forbidden_call(node))]
-    assert found == []
+    calls = [(node.lineno, wrong) for node in ast.walk(tree) if (wrong := _forbidden_call(node))]
+    assert calls == []
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def size_choice(run_file: Path, gpu: str, *more: str) -> dict[str, Any]:
-    found = json.loads(run_envcheck("size", run_file, "--gpu", gpu, "--json", *more).stdout)
-    choice: dict[str, Any] = found["choice"]
+    report = json.loads(run_envcheck("size", run_file, "--gpu", gpu, "--json", *more).stdout)
+    choice: dict[str, Any] = report["choice"]
     return choice
 
 
@@ -66,8 +66,8 @@ def test_a_smaller_batch_without_checkpointing_is_preferred(run_file: Path) -> N
 
 def test_write_puts_the_batch_split_into_the_file(run_file: Path) -> None:
     micro, accumulation = batch_split(size_choice(run_file, "l40s"))
-    told = run_envcheck("size", run_file, "--gpu", "l40s", "--write").stdout
-    assert f"run.yaml: per_device_train_batch_size: {micro}" in told
+    output = run_envcheck("size", run_file, "--gpu", "l40s", "--write").stdout
+    assert f"run.yaml: per_device_train_batch_size: {micro}" in output
     text = run_file.read_text()
     assert f"  per_device_train_batch_size: {micro}  # sized\n" in text
     assert f"  gradient_accumulation_steps: {accumulation}\n" in text
@@ -86,9 +86,9 @@ def test_the_adapter_of_a_mixture_of_experts_is_on_its_attention(tmp_path: Path)
     run_file = tmp_path / "run.yaml"
     text = RUN.format(model=make_model(tmp_path, MIXTURE))
     run_file.write_text(text.replace("grpo:", "grpo:\n  router_aux_loss_coef: 0.0"))
-    told = run_envcheck("size", run_file, "--gpu", "h200").stdout
-    assert "q_proj, k_proj, v_proj, o_proj" in told
-    assert "note: in this mixture of experts the adapter is on" in " ".join(told.split())
+    output = run_envcheck("size", run_file, "--gpu", "h200").stdout
+    assert "q_proj, k_proj, v_proj, o_proj" in output
+    assert "note: in this mixture of experts the adapter is on" in " ".join(output.split())
     named = ["--set", "lora.target_modules=[q_proj, up_proj]"]
     refused = run_envcheck("size", run_file, "--gpu", "h200", *named, code=1)
     assert "LORA013" in refused.stdout + refused.stderr

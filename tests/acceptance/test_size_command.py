@@ -40,19 +40,19 @@ def run_file(tmp_path, model):
 
 
 def test_json_has_the_documented_keys(model):
-    found = json.loads(run_envcheck("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
-    assert found["model"]["parameters"] == 8030261248
-    assert found["model"]["weight_bytes"] == 2 * 8030261248
-    assert found["model"]["kv_bytes_per_token"] == 131072
+    report = json.loads(run_envcheck("size", model(EIGHT_B), "--gpu", "h200", "--json").stdout)
+    assert report["model"]["parameters"] == 8030261248
+    assert report["model"]["weight_bytes"] == 2 * 8030261248
+    assert report["model"]["kv_bytes_per_token"] == 131072
     # Rank 16 in bf16: 32 layers of seven projections; and, by vLLM itself, embeddings and head.
     projections = 16 * 32 * (2 * 2 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)) * 2
-    assert found["engine"]["lora_slots_bytes"] == projections
-    assert found["engine"]["lora_bytes"] == projections + 2 * 16 * (128256 + 4096) * 2
-    assert 0 < found["interval"]["min"] < found["interval"]["max"] < 1
-    assert found["choice"]["gpu_memory_utilization"] == found["interval"]["max"]
-    assert found["choice"]["max_lora_rank"] == 16
-    assert {"term", "bytes", "source"} <= set(found["budget"][0])
-    assert found["device"]["here"] is False
+    assert report["engine"]["lora_slots_bytes"] == projections
+    assert report["engine"]["lora_bytes"] == projections + 2 * 16 * (128256 + 4096) * 2
+    assert 0 < report["interval"]["min"] < report["interval"]["max"] < 1
+    assert report["choice"]["gpu_memory_utilization"] == report["interval"]["max"]
+    assert report["choice"]["max_lora_rank"] == 16
+    assert {"term", "bytes", "source"} <= set(report["budget"][0])
+    assert report["device"]["here"] is False
 
 
 def test_the_text_has_all_parts(model):
@@ -93,7 +93,7 @@ def test_a_run_file_without_a_number_of_steps_is_sized(tmp_path, model):
 def test_write_replaces_only_auto(run_file):
     before = run_file.read_text()
     run_file.chmod(0o600)
-    done = run_envcheck("size", run_file, "--gpu", "h100", "--write")
+    result = run_envcheck("size", run_file, "--gpu", "h100", "--write")
     after = run_file.read_text()
     assert stat.S_IMODE(run_file.stat().st_mode) == 0o600
     assert "max_lora_rank: 32  # sized" in after
@@ -108,7 +108,7 @@ def test_write_replaces_only_auto(run_file):
     assert len(changed) == 3
     names = ("max_lora_rank: 32", "use_gradient_checkpointing: ", "gpu_memory_utilization: 0.")
     for name in names:
-        assert name in done.stdout
+        assert name in result.stdout
     again = run_envcheck("size", run_file, "--gpu", "h100", "--write").stdout
     assert 'contains no "auto"' in again
 
@@ -122,11 +122,11 @@ def test_write_keeps_values_that_it_cannot_replace(tmp_path, model):
         "reward: {functions: [{name: length}]}\ngrpo: {max_steps: 1}\n"
     )
     path.write_text(before)
-    told = run_envcheck("size", path, "--gpu", "h100", "--write").stdout
+    output = run_envcheck("size", path, "--gpu", "h100", "--write").stdout
     assert path.read_text() == before.replace("'auto'", "bfloat16")
     for name in ("max_lora_rank: 16", "gpu_memory_utilization: 0.", "max_num_seqs: 8"):
-        assert f"not written: model.{name}" in told
-    assert told.count('(this "auto" is a YAML alias, anchor or block)') == 3
+        assert f"not written: model.{name}" in output
+    assert output.count('(this "auto" is a YAML alias, anchor or block)') == 3
 
 
 def test_write_works_for_json_and_toml(tmp_path, model):
@@ -161,24 +161,24 @@ def test_without_write_nothing_is_written(run_file, tmp_path):
 
 
 def test_an_empty_interval_lists_changes_with_their_memory(run_file):
-    done = run_envcheck("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
-    assert "no value is possible" in done.stdout
-    enough = "(enough)" in done.stdout
+    result = run_envcheck("size", run_file, "--gpu", "t4", "--set", "lora.r=64", code=1)
+    assert "no value is possible" in result.stdout
+    enough = "(enough)" in result.stdout
     first = "changes that are enough alone come first, then"
     order = first if enough else "no single change is enough;"
-    assert f"what each change would free ({order} the least harmful come first):" in done.stdout
-    assert "load_in_4bit: true frees" in done.stdout
-    found = run_envcheck("size", run_file, "--gpu", "t4", "--json", code=1)
-    assert json.loads(found.stdout)["feasible"] is False
-    assert "frees" in found.stderr
+    assert f"what each change would free ({order} the least harmful come first):" in result.stdout
+    assert "load_in_4bit: true frees" in result.stdout
+    json_result = run_envcheck("size", run_file, "--gpu", "t4", "--json", code=1)
+    assert json.loads(json_result.stdout)["feasible"] is False
+    assert "frees" in json_result.stderr
 
 
 def test_a_utilization_above_the_maximum_is_an_error(run_file):
     override = ["--set", "model.gpu_memory_utilization=0.97"]
     awake = ["--set", "model.enable_sleep_mode=false"]
-    done = run_envcheck("size", run_file, "--gpu", "h100", *override, *awake, code=1)
-    assert "0.97 is above" in done.stderr
-    assert "fix:" in done.stderr
+    result = run_envcheck("size", run_file, "--gpu", "h100", *override, *awake, code=1)
+    assert "0.97 is above" in result.stderr
+    assert "fix:" in result.stderr
     left_open = run_envcheck("size", run_file, "--gpu", "h100", *override, "--json")
     assert json.loads(left_open.stdout)["choice"]["enable_sleep_mode"] is True  # auto gives way
 
@@ -198,10 +198,10 @@ def test_both_topologies_are_sized(model):
 
 
 def test_a_run_on_the_cpu_is_sized(model):
-    found = json.loads(run_envcheck("size", model(ONE_B), "--cpu", "--json").stdout)
-    assert found["device"] is None
-    assert found["interval"]["min"] is None
-    assert found["choice"]["dtype"] == "float32"
+    report = json.loads(run_envcheck("size", model(ONE_B), "--cpu", "--json").stdout)
+    assert report["device"] is None
+    assert report["interval"]["min"] is None
+    assert report["choice"]["dtype"] == "float32"
 
 
 def test_size_is_fast_and_imports_no_heavy_library(model):
@@ -216,10 +216,10 @@ def test_size_is_fast_and_imports_no_heavy_library(model):
     )
     runs = []
     for _ in range(3):
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        seconds, _, heavy = done.stderr.strip().partition(" ")
+        seconds, _, heavy = result.stderr.strip().partition(" ")
         assert heavy == "[]"
         runs.append(float(seconds))
     assert min(runs) < 0.3

@@ -70,9 +70,9 @@ def test_hostile_model_files_are_errors(model, name):
     folder = model(ONE_B)
     HOSTILE[name](folder)
     start = time.monotonic()
-    done = run_envcheck("size", folder, "--gpu", "h200", code=2)
+    result = run_envcheck("size", folder, "--gpu", "h200", code=2)
     assert time.monotonic() - start < 5
-    assert str(folder) in done.stderr
+    assert str(folder) in result.stderr
 
 
 def test_calibrate_compares_predicted_and_measured_memory(tmp_path, model):

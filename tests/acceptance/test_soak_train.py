@@ -62,12 +62,12 @@ class Sample:
 
 def process_tree(pid: int) -> list[int]:
     """``pid`` and its living descendants."""
-    found = [pid]
-    for parent in found:
+    pids = [pid]
+    for parent in pids:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-    return found
+                pids += map(int, (task / "children").read_text().split())
+    return pids
 
 
 def take_sample(pid: int, run_dir: Path) -> Sample | None:

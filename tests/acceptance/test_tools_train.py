@@ -85,7 +85,7 @@ def world(
     tokenizer = make_tokenizer()
     tokenizer.chat_template, tokenizer.response_template = CHAT, template(function)
     tokenizer.save_pretrained(checkpoint)
-    place = make_world(
+    world_folder = make_world(
         folder / "world",
         checkpoint,
         grpo={
@@ -96,12 +96,12 @@ def world(
         },
         runtime={"allow_code": ["mine", "my_tools"]},
     )
-    (place / "mine.py").write_text(SCORE)
-    (place / "my_tools.py").write_text(TOOLS)
-    run = json.loads((place / "run.yaml").read_text())
+    (world_folder / "mine.py").write_text(SCORE)
+    (world_folder / "my_tools.py").write_text(TOOLS)
+    run = json.loads((world_folder / "run.yaml").read_text())
     run["tools"] = {"functions": [f"my_tools:{function}"], **more}
-    (place / "run.yaml").write_text(json.dumps(run))
-    return {"folder": place, "arguments": ["train", "run.yaml"], "limit_s": 240}
+    (world_folder / "run.yaml").write_text(json.dumps(run))
+    return {"folder": world_folder, "arguments": ["train", "run.yaml"], "limit_s": 240}
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,11 @@ def tracked(tmp_path_factory):
         "--set", "grpo.project=sums", "--set", "grpo.run_name=first",
     )  # fmt: skip
     more = {"TRACKIO_DIR": str(folder / "trackio"), "WANDB_API_KEY": "", "HOME": str(folder)}
-    done = train_world.run_toolkit(*arguments, **more)
-    assert done.returncode == 0, done.stderr
+    result = train_world.run_toolkit(*arguments, **more)
+    assert result.returncode == 0, result.stderr
     again = train_world.run_toolkit(*arguments, "--resume", folder / "run/checkpoint-2", **more)
     assert again.returncode == 0, again.stderr
-    return folder / "run", folder / "trackio", done.stdout + done.stderr
+    return folder / "run", folder / "trackio", result.stdout + result.stderr
 
 
 @needs
@@ -50,10 +50,10 @@ print(json.dumps([len(found), run.info.run_name, run.info.status, run.data.param
     sorted({{m.step for m in history}}),
     [a.path for a in client.list_artifacts(run.info.run_id, "completions")]]))
 """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    count, name, status, rank, steps, tables = json.loads(done.stdout.splitlines()[-1])
+    count, name, status, rank, steps, tables = json.loads(result.stdout.splitlines()[-1])
     assert (count, name, status, rank) == (1, "first", "FINISHED", "4")
     assert steps == [1, 2, 3, 4]
     assert "completions/step-000001.json" in tables
@@ -74,13 +74,13 @@ def test_a_tracker_that_never_answers_does_not_delay_the_end_of_a_run(tmp_path):
     """W&B waits for its server as the interpreter ends, too."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         world = train_world.make_run_files(tmp_path, steps=2)
-        done = train_world.run_toolkit(
+        result = train_world.run_toolkit(
             "train", world, "--no-evaluate", "--set", "grpo.report_to=wandb", timeout=400,
             WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
             WANDB_API_KEY="a" * 40,
         )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "tracker wandb: did not finish in time" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "tracker wandb: did not finish in time" in result.stdout
     assert len(train_world.read_rows(tmp_path / "run")) == 2
 
 

@@ -34,9 +34,9 @@ def trained(tmp_path_factory):
 
 
 def test_auto_is_filled_and_recorded(trained):
-    run_file, done = trained
+    run_file, result = trained
     run_dir = run_file.parent / "run"
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert cut(run_dir) == (16, 1)
     config = json.loads((run_dir / "config.json").read_text())
     assert config["lora"]["target_modules"][0] == "q_proj"  # auto as well
@@ -50,14 +50,14 @@ def test_a_resumed_run_keeps_its_batch_split(trained, tmp_path):
     run_file = world.make_run_files(tmp_path, steps=2)
     began = run_file.read_text()
     run_file.write_text(began.replace(BATCH_LINE, SPLIT_LINES.format(4, 4)))
-    done = world.run_toolkit("train", run_file)
-    assert done.returncode == 0, done.stderr
+    result = world.run_toolkit("train", run_file)
+    assert result.returncode == 0, result.stderr
     left_open = began.replace(BATCH_LINE, SPLIT_LINES.format("auto", "auto"))
     run_file.write_text(left_open.replace("max_steps: 2", "max_steps: 4"))
     allowed = 'runtime.allow_changed=["grpo.max_steps"]'
-    done = world.run_toolkit("train", run_file, "--set", allowed)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-2" in done.stdout
+    result = world.run_toolkit("train", run_file, "--set", allowed)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint-2" in result.stdout
     rows = world.read_rows(tmp_path / "run")
     assert rows[-1]["step"] == 4
     assert cut(tmp_path / "run") == (4, 4)
@@ -72,7 +72,7 @@ def test_an_impossible_auto_is_an_error(tmp_path):
     run_file.write_text(
         run_file.read_text().replace(BATCH_LINE, "  per_device_train_batch_size: auto\n")
     )
-    done = world.run_toolkit("train", run_file)
-    assert done.returncode == 1
-    assert "GRPO028" in done.stdout + done.stderr
+    result = world.run_toolkit("train", run_file)
+    assert result.returncode == 1
+    assert "GRPO028" in result.stdout + result.stderr
     assert not (tmp_path / "run").exists()

@@ -29,10 +29,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_trains_and_writes_its_run_folder(trained):
-    run_file, done = trained
+    run_file, result = trained
     run_dir = run_file.parent / "run"
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     assert {path.name for path in run_dir.iterdir() if path.name != ".lock"} == {
         ".branch.json",
         "adapter",
@@ -68,9 +68,9 @@ def test_every_metric_in_the_logs_is_documented(trained):
 
 
 def test_the_output_consists_of_lines(trained):
-    _, done = trained
-    lines = done.stdout.splitlines()
-    assert "\r" not in done.stdout
+    _, result = trained
+    lines = result.stdout.splitlines()
+    assert "\r" not in result.stdout
     assert sum(line.startswith("step ") for line in lines) == 8
     assert any(line.startswith("held out exact_match ") for line in lines)
     assert lines[-1].startswith("report ")
@@ -88,29 +88,29 @@ def test_the_manifest_matches_its_schema_and_has_no_secret(trained):
 def test_a_finished_run_that_is_started_again_trains_nothing(trained):
     run_file, _ = trained
     before = world.result_digests(run_file.parent / "run")
-    done = train_again(run_file.parent)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-8" in done.stdout
+    result = train_again(run_file.parent)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint-8" in result.stdout
     assert world.result_digests(run_file.parent / "run") == before
 
 
 def test_resume_never_rejects_a_folder_with_a_run(trained):
     run_file, _ = trained
     before = world.result_digests(run_file.parent / "run")
-    done = train_again(run_file.parent, "--set", "runtime.resume=never")
-    assert done.returncode == 1
-    assert "RUN001" in done.stderr
-    assert "is not empty, but a run with resume: never needs an empty folder" in done.stderr
+    result = train_again(run_file.parent, "--set", "runtime.resume=never")
+    assert result.returncode == 1
+    assert "RUN001" in result.stderr
+    assert "is not empty, but a run with resume: never needs an empty folder" in result.stderr
     assert world.result_digests(run_file.parent / "run") == before
 
 
 def test_a_changed_run_file_is_an_error_with_the_key(trained):
     run_file, _ = trained
-    done = train_again(run_file.parent, "--set", "grpo.learning_rate=0.02")
-    assert done.returncode == 1
-    assert "grpo.learning_rate (0.01 -> 0.02)" in done.stderr
-    assert "set runtime.allow_changed to [grpo.learning_rate]" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = train_again(run_file.parent, "--set", "grpo.learning_rate=0.02")
+    assert result.returncode == 1
+    assert "grpo.learning_rate (0.01 -> 0.02)" in result.stderr
+    assert "set runtime.allow_changed to [grpo.learning_rate]" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_changed_data_is_an_error(trained, tmp_path):
@@ -120,9 +120,9 @@ def test_changed_data_is_an_error(trained, tmp_path):
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"question": "1+1=", "answer": "2"}\n')
     model = f'model.model_name="{run_file.parent / "model"}"'
-    done = train_again(folder, "--set", model)
-    assert done.returncode == 1
-    assert "data.train" in done.stderr
+    result = train_again(folder, "--set", model)
+    assert result.returncode == 1
+    assert "data.train" in result.stderr
 
 
 def test_full_fine_tuning_writes_a_model(tmp_path):
@@ -130,10 +130,10 @@ def test_full_fine_tuning_writes_a_model(tmp_path):
 
     run_file = world.make_run_files(tmp_path, steps=1)
     run_file.write_text(run_file.read_text().replace("dtype:", "full_finetuning: true, dtype:"))
-    done = train_again(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "adapter  none: every weight is trained" in done.stdout
-    assert f"model    {tmp_path / 'run' / 'model'}" in done.stdout
+    result = train_again(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "adapter  none: every weight is trained" in result.stdout
+    assert f"model    {tmp_path / 'run' / 'model'}" in result.stdout
     base, trained = (
         AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
         for folder in (tmp_path / "model", tmp_path / "run" / "model")
@@ -144,9 +144,9 @@ def test_full_fine_tuning_writes_a_model(tmp_path):
 
 def test_dry_run_shows_the_resolved_run_and_writes_nothing(tmp_path):
     run_file = world.make_run_files(tmp_path)
-    done = world.run_toolkit("train", run_file, "--dry-run", "--max-steps", "3")
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    result = world.run_toolkit("train", run_file, "--dry-run", "--max-steps", "3")
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
     assert shown["grpo"]["max_steps"] == 3
     assert shown["model"]["max_num_seqs"] != "auto"
     assert not (tmp_path / "run").exists()
@@ -159,6 +159,6 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = train_again(tmp_path)
-    assert done.returncode == 4
-    assert "another run is writing to this folder" in done.stderr
+        result = train_again(tmp_path)
+    assert result.returncode == 4
+    assert "another run is writing to this folder" in result.stderr

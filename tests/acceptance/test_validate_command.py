@@ -20,9 +20,9 @@ def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
         "  gradient_accumulation_steps: 4\n",
         encoding="utf-8",
     )
-    done = envcheck("validate", "run.yaml", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == (
+    result = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == (
         "run.yaml:5:20: error[GRPO001] grpo.num_generations: 8 completions per prompt do not "
         "divide the generation batch of 4 completions\n"
         "    5 |   num_generations: 8\n"
@@ -31,7 +31,7 @@ def test_the_output_of_a_finding_is_as_documented(tmp_path: Path) -> None:
         "  fix: gradient_accumulation_steps: 8   or   num_generations: 2\n"
         "1 error in run.yaml\n"
     )
-    assert done.stderr == ""
+    assert result.stderr == ""
 
 
 def test_a_rank_above_max_lora_rank_is_an_error_with_both_lines(tmp_path: Path) -> None:
@@ -40,11 +40,11 @@ def test_a_rank_above_max_lora_rank_is_an_error_with_both_lines(tmp_path: Path) 
         VALID_RUN_FILE.replace("max_seq_length: 1024", "max_lora_rank: 64") + "lora:\n  r: 65\n",
         "utf-8",
     )
-    done = envcheck("validate", run)
-    assert done.returncode == 1
-    assert "error[LORA003] lora.r: 65 is more than max_lora_rank 64" in done.stdout
-    assert "r 65 (line 5) > max_lora_rank 64 (line 1)" in done.stdout
-    assert "fix: max_lora_rank: 128   or   r: 64" in done.stdout
+    result = envcheck("validate", run)
+    assert result.returncode == 1
+    assert "error[LORA003] lora.r: 65 is more than max_lora_rank 64" in result.stdout
+    assert "r 65 (line 5) > max_lora_rank 64 (line 1)" in result.stdout
+    assert "fix: max_lora_rank: 128   or   r: 64" in result.stdout
 
 
 def test_all_faults_of_a_run_file_are_listed(tmp_path: Path) -> None:
@@ -59,14 +59,14 @@ def test_all_faults_of_a_run_file_are_listed(tmp_path: Path) -> None:
         "runtime: {engine: vlm}\n",
         encoding="utf-8",
     )
-    done = envcheck("validate", run, "--set", "grpo.top_p=2", "--set", "lora", "--format", "json")
-    rules = sorted(found["rule"] for found in json.loads(done.stdout)["findings"])
+    result = envcheck("validate", run, "--set", "grpo.top_p=2", "--set", "lora", "--format", "json")
+    rules = sorted(found["rule"] for found in json.loads(result.stdout)["findings"])
     assert rules == sorted(
         ["LORA002", "LEN002", "DATA001", "REWARD001", "KEY002", "KEY003", "KEY004", "KEY001",
          "KEY006", "DOC002", "DOC007", "GRPO021", "GRPO001", "KEY007", "KEY009", "KEY004",
          "GRPO022", "DOC012"]
     )  # fmt: skip
-    assert done.returncode == 1
+    assert result.returncode == 1
 
 
 def test_exit_codes(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
-    done = envcheck("validate", "-", stdin=VALID_RUN_FILE + "lora: {r: 0}\n", cwd=tmp_path)
-    assert (done.returncode, done.stdout.split(":")[0]) == (1, "<stdin>")
+    result = envcheck("validate", "-", stdin=VALID_RUN_FILE + "lora: {r: 0}\n", cwd=tmp_path)
+    assert (result.returncode, result.stdout.split(":")[0]) == (1, "<stdin>")
     as_json = json.dumps({"model": {"model_name": f"{PARTS}/model"}, "lora": {"r": 0}})
     assert "<stdin>:1:" in envcheck("validate", "-", stdin=as_json).stdout
     nested = tmp_path / "runs" / "deep"
@@ -102,12 +102,12 @@ def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
     (tmp_path / "runs" / "data.json").write_text('{"rows": []}', "utf-8")
     (tmp_path / "runs" / ".hidden").mkdir()
     (tmp_path / "runs" / ".hidden" / "c.yaml").write_text("x: 1", "utf-8")
-    told = json.loads(envcheck("validate", "runs", "--format", "json", cwd=tmp_path).stdout)
-    assert told["files"] == ["runs/b.toml", "runs/deep/a.yaml"]
-    told = json.loads(
+    report = json.loads(envcheck("validate", "runs", "--format", "json", cwd=tmp_path).stdout)
+    assert report["files"] == ["runs/b.toml", "runs/deep/a.yaml"]
+    report = json.loads(
         envcheck("validate", "runs/**/*.yaml", "--format", "json", cwd=tmp_path).stdout
     )
-    assert told["files"] == ["runs/deep/a.yaml"]
+    assert report["files"] == ["runs/deep/a.yaml"]
     assert envcheck("validate", "*.yaml", cwd=tmp_path).returncode == 2
     (tmp_path / "empty").mkdir()
     assert envcheck("validate", "empty", cwd=tmp_path).returncode == 2
@@ -116,10 +116,12 @@ def test_standard_input_folders_and_globs(tmp_path: Path) -> None:
 def test_overrides_are_checked_and_named(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(VALID_RUN_FILE, "utf-8")
-    done = envcheck("validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high")
-    assert done.returncode == 1
-    assert "--set lora.r=0: error[LORA001] lora.r: 0 is not a valid rank" in done.stdout
-    assert "--set reward.functions.0.weight=high: error[KEY003]" in done.stdout
+    result = envcheck(
+        "validate", run, "--set", "lora.r=0", "--set", "reward.functions.0.weight=high"
+    )
+    assert result.returncode == 1
+    assert "--set lora.r=0: error[LORA001] lora.r: 0 is not a valid rank" in result.stdout
+    assert "--set reward.functions.0.weight=high: error[KEY003]" in result.stdout
     assert "(--set)" in envcheck("validate", run, "--set", "grpo.max_completion_length=900",
                                  "--set", "grpo.max_prompt_length=900").stdout  # fmt: skip
     mended = envcheck("validate", run, "--set", "model.max_seq_length=768")
@@ -132,13 +134,13 @@ def test_extended_files_keep_their_positions_and_cycles_are_errors(tmp_path: Pat
     (tmp_path / "two.yaml").write_text("extends: base/one.yaml\ngrpo: {beta: 0.1}\n", "utf-8")
     run = tmp_path / "run.yaml"
     run.write_text("extends: two.yaml\nmodel: {max_seq_length: 99999}\n", "utf-8")
-    done = envcheck("validate", "run.yaml", cwd=tmp_path)
-    assert "base/one.yaml:5:6: error[LORA001]" in done.stdout
-    assert "run.yaml:2:25: error[LEN002]" in done.stdout
+    result = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert "base/one.yaml:5:6: error[LORA001]" in result.stdout
+    assert "run.yaml:2:25: error[LEN002]" in result.stdout
     (tmp_path / "two.yaml").write_text("extends: run.yaml\n", "utf-8")
-    done = envcheck("validate", "run.yaml", cwd=tmp_path)
-    assert "DOC011" in done.stdout
-    assert "run.yaml -> two.yaml -> run.yaml" in done.stdout
+    result = envcheck("validate", "run.yaml", cwd=tmp_path)
+    assert "DOC011" in result.stdout
+    assert "run.yaml -> two.yaml -> run.yaml" in result.stdout
 
 
 def test_world_size_and_gpu_options_are_applied(tmp_path: Path) -> None:
@@ -150,10 +152,10 @@ def test_world_size_and_gpu_options_are_applied(tmp_path: Path) -> None:
     assert envcheck("validate", run, "--world-size", "3").returncode == 0
     run.write_text(VALID_RUN_FILE.replace("max_seq", "load_in_4bit: true, max_seq"), "utf-8")
     assert envcheck("validate", run).returncode == 0
-    done = envcheck("validate", run, "--gpu", "none")
-    assert (done.returncode, "there is no GPU" in done.stdout) == (1, True)
-    done = envcheck("validate", run, "--gpu", "no-such-card")
-    assert (done.returncode, "unknown card" in done.stderr) == (1, True)
+    result = envcheck("validate", run, "--gpu", "none")
+    assert (result.returncode, "there is no GPU" in result.stdout) == (1, True)
+    result = envcheck("validate", run, "--gpu", "no-such-card")
+    assert (result.returncode, "unknown card" in result.stderr) == (1, True)
 
 
 def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) -> None:
@@ -168,8 +170,8 @@ def test_a_utilization_outside_the_sized_interval_is_an_error(tmp_path: Path) ->
     )
     run.write_text(text, "utf-8")
     assert envcheck("validate", run).returncode == 0
-    done = envcheck("validate", run, "--gpu", "h100")
-    assert (done.returncode, "error[LOAD008]" in done.stdout) == (1, True), done
+    result = envcheck("validate", run, "--gpu", "h100")
+    assert (result.returncode, "error[LOAD008]" in result.stdout) == (1, True), result
     run.write_text(text.replace("0.98", "0.5"), "utf-8")
     assert envcheck("validate", run, "--gpu", "h100").returncode == 0
 
@@ -185,10 +187,10 @@ def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
         "try:\n    main()\n"
         "finally:\n    print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    loaded = set(done.stdout.splitlines()[-1].split())
+    loaded = set(result.stdout.splitlines()[-1].split())
     assert "yaml" in loaded
     assert not loaded & {
         "torch", "transformers", "vllm", "trl", "peft", "datasets", "numpy", "pyarrow", "pynvml",
@@ -199,9 +201,9 @@ def test_validate_imports_no_heavy_library(tmp_path: Path) -> None:
 def test_an_override_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(VALID_RUN_FILE)
     command = [f"{sys.exec_prefix}/bin/envcheck", "validate", "run.yaml", "--set"]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, b"grpo.run_name=\xff"], cwd=tmp_path, capture_output=True, check=False
     )
-    assert done.returncode == 1, done.stderr
-    assert b"error[DOC012] an override must be UTF-8 text" in done.stdout
-    assert done.stderr == b""
+    assert result.returncode == 1, result.stderr
+    assert b"error[DOC012] an override must be UTF-8 text" in result.stdout
+    assert result.stderr == b""

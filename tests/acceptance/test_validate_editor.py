@@ -120,13 +120,13 @@ class Client:
     def ask(self, method: str, params: dict[str, Any]) -> Any:
         """Ask, and wait for the answer."""
         self.count += 1
-        asked = self.count
-        self._send({"id": asked, "method": method, "params": params})
+        request_id = self.count
+        self._send({"id": request_id, "method": method, "params": params})
         with self.answered:
-            assert self.answered.wait_for(lambda: asked in self.answers, WAIT_S), (
+            assert self.answered.wait_for(lambda: request_id in self.answers, WAIT_S), (
                 f"no answer: {method}"
             )
-        answer = self.answers.pop(asked)
+        answer = self.answers.pop(request_id)
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -183,10 +183,10 @@ def test_an_editor_completes_explains_and_marks_errors(
     editor: tuple[Client, dict[str, str]],
 ) -> None:
     client, document = editor
-    told: list[dict[str, Any]] = []
-    while not told:
-        told = client.diagnostics.get(timeout=WAIT_S)
-    by_line = {found["range"]["start"]["line"]: found["message"] for found in told}
+    diagnostics: list[dict[str, Any]] = []
+    while not diagnostics:
+        diagnostics = client.diagnostics.get(timeout=WAIT_S)
+    by_line = {one["range"]["start"]["line"]: one["message"] for one in diagnostics}
     assert "loss_tpye is not allowed" in by_line[5]
     assert "number" in by_line[6]
     hover = client.ask("textDocument/hover", place(document, ON_KEY))

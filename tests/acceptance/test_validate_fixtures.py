@@ -180,13 +180,13 @@ def test_the_installed_command_finds_the_same(tmp_path: Path) -> None:
         shutil.copy(path, folder)
     for path in folder.glob("*.json"):
         path.unlink()  # it has no model section of its own, so a folder leaves it out
-    done = subprocess.run(
+    result = subprocess.run(
         [ENVCHECK, "validate", folder, "--format", "json"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "TOOLKIT_EXTENDS_FROM": str(tmp_path)},
     )
-    assert (done.returncode, done.stderr) == (1, "")
-    found = {Path(f["file"]).name: f["rule"] for f in json.loads(done.stdout)["findings"]}
+    assert (result.returncode, result.stderr) == (1, "")
+    found = {Path(f["file"]).name: f["rule"] for f in json.loads(result.stdout)["findings"]}
     assert found == {p.name: expected_finding(p)[0] for p in chosen if p.suffix != ".json"}

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def test_json_matches_its_schema(tmp_path: Path) -> None:
-    done = envcheck("validate", FIXTURES / "invalid", "--format", "json", "--set", "lora.r=x")
-    assert check_instance(json.loads(done.stdout), "findings") == []
-    assert len(json.loads(done.stdout)["findings"]) > 100
+    result = envcheck("validate", FIXTURES / "invalid", "--format", "json", "--set", "lora.r=x")
+    assert check_instance(json.loads(result.stdout), "findings") == []
+    assert len(json.loads(result.stdout)["findings"]) > 100
 
 
 def test_sarif_has_rules_positions_and_replacements(tmp_path: Path) -> None:
@@ -44,9 +44,11 @@ def test_sarif_has_rules_positions_and_replacements(tmp_path: Path) -> None:
 def test_github_annotations_are_one_line_each(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(VALID_RUN_FILE + "lora:\n  r: 65\n  bias: '100%,\n\n    a'\n", "utf-8")
-    done = envcheck("validate", "run.yaml", "--format", "github", "--set", "model.max_lora_rank=64",
-                    cwd=tmp_path)  # fmt: skip
-    lines = done.stdout.splitlines()
+    result = envcheck(
+        "validate", "run.yaml", "--format", "github", "--set", "model.max_lora_rank=64",
+        cwd=tmp_path,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
     assert lines[0].startswith(
         "::error file=run.yaml,line=5,col=6,title=LORA003::lora.r: 65 is more"
     )
@@ -67,9 +69,9 @@ def test_fix_rewrites_scalars_only(tmp_path: Path) -> None:
         ).encode()
     )
     run.chmod(0o640)
-    done = envcheck("validate", run, "--fix")
-    assert (done.returncode, done.stdout) == (0, f"no findings in {run}\n")
-    assert "4 edits made" in done.stderr
+    result = envcheck("validate", run, "--fix")
+    assert (result.returncode, result.stdout) == (0, f"no findings in {run}\n")
+    assert "4 edits made" in result.stderr
     assert run.read_bytes().decode() == (
         "\ufeff# the run\r\n" + VALID_RUN_FILE.replace("\n", "\r\n") + "lora:   # the adapter\r\n"
         "    r:    8      # a rank\r\n    lora_alpha: 16 # scale\r\n"
@@ -88,11 +90,11 @@ def test_a_secret_is_never_shown(tmp_path: Path, form: str) -> None:
         + f"lora: {{r: {canary}}}\nruntime: {{password: tr0ub4dor, output_dir: {canary}}}\n",
         "utf-8",
     )
-    done = envcheck("validate", run, "--format", form, "--set", f"model.revision={canary}")
-    assert done.returncode == 1
-    assert "SAFE001" in done.stdout
-    assert "canary" not in done.stdout + done.stderr
-    assert "tr0ub4dor" not in done.stdout + done.stderr
+    result = envcheck("validate", run, "--format", form, "--set", f"model.revision={canary}")
+    assert result.returncode == 1
+    assert "SAFE001" in result.stdout
+    assert "canary" not in result.stdout + result.stderr
+    assert "tr0ub4dor" not in result.stdout + result.stderr
 
 
 def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
@@ -109,11 +111,11 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     for path in (pipe, big, utf16, binary, loop, "/dev/zero", tmp_path / ("n" * 400)):
         start = time.monotonic()
-        done = envcheck("validate", path)
-        assert (done.returncode, "DOC014" in done.stdout) == (2, True), done
+        result = envcheck("validate", path)
+        assert (result.returncode, "DOC014" in result.stdout) == (2, True), result
         assert time.monotonic() - start < 10  # seconds of a loaded machine; the bound itself is 2
-    done = envcheck("validate", f"/dev/fd/{0}", stdin=VALID_RUN_FILE)
-    assert done.returncode == 0
+    result = envcheck("validate", f"/dev/fd/{0}", stdin=VALID_RUN_FILE)
+    assert result.returncode == 0
     with open(os.devnull, "rb") as nothing:
         empty = subprocess.run(
             [ENVCHECK, "validate", "-"], stdin=nothing, capture_output=True, check=False
@@ -132,9 +134,9 @@ def test_unreadable_input_is_an_error(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_reported_without_a_line(
     tmp_path: Path, arguments: list[str], told: str
 ) -> None:
-    done = envcheck(*arguments, "none.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert (done.stdout + done.stderr).startswith(told)
+    result = envcheck(*arguments, "none.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert (result.stdout + result.stderr).startswith(told)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -21,7 +21,7 @@ def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = Non
              env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """One cold process."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
+    result = subprocess.run(
         [ENVCHECK, *map(str, arguments)],
         input=data,
         capture_output=True,
@@ -30,7 +30,7 @@ def envcheck(*arguments: object, stdin: str | bytes = "", cwd: Path | None = Non
         timeout=60,
         env={**os.environ, "HF_HOME": "/nonexistent", **(env or {})},
     )
-    assert b"Traceback" not in done.stderr + done.stdout
+    assert b"Traceback" not in result.stderr + result.stdout
     return subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+        result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
     )

@@ -227,10 +227,10 @@ def test_64_mb_of_shared_memory_are_reported(
         envcheck_image, "1000:1000", *check, options=(*options, *two_ranks, "--shm-size", "64m")
     )
     assert several.returncode == 1, several.stdout + several.stderr
-    told = " ".join(several.stdout.split())
-    assert "host.shm" in told
-    assert "64.0 MiB free of 64.0 MiB; the processes of a job on 2 cards need" in told
-    assert "--shm-size 8g" in told
+    output = " ".join(several.stdout.split())
+    assert "host.shm" in output
+    assert "64.0 MiB free of 64.0 MiB; the processes of a job on 2 cards need" in output
+    assert "--shm-size 8g" in output
 
     enough = store.run(
         envcheck_image, "1000:1000", *check, options=(*options, *two_ranks, "--shm-size", "8g")
