@@ -32,11 +32,11 @@ def load(tiny: Path) -> Any:
     """``load(**arguments)``: (model, tokenizer) of the tiny checkpoint, in float32, 128 tokens."""
     from toolkit.policy.language_model import FastLanguageModel
 
-    def call(name: Path | str = tiny, **arguments: Any) -> Any:
+    def load_tiny(name: Path | str = tiny, **arguments: Any) -> Any:
         values = {"max_seq_length": 128, "load_in_4bit": False, **arguments}
         return FastLanguageModel.from_pretrained(str(name), **values)
 
-    return call
+    return load_tiny
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def adapted(load: Any) -> Any:
 
     from toolkit.policy.language_model import FastLanguageModel
 
-    def call(**arguments: Any) -> Any:
+    def make_adapted(**arguments: Any) -> Any:
         model, _ = load()
         values = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False, **arguments}
         peft_model = FastLanguageModel.get_peft_model(model, **values)
@@ -57,7 +57,7 @@ def adapted(load: Any) -> Any:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         return peft_model
 
-    return call
+    return make_adapted
 
 
 @pytest.fixture

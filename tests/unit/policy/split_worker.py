@@ -26,14 +26,14 @@ from toolkit.train.step.sampled_head import score_split_vocabulary
 VOCAB, WIDTH = 100, 128  # the vocabulary, padded to a multiple of 64
 
 
-class EvenCuts:
+class EvenSplits:
     """What vLLM does: even parts, and whole KV heads of which two processes may hold the same."""
 
-    def __init__(self, shared: Mesh, head_dim: int) -> None:
-        self.shared, self.head_dim = shared, head_dim
+    def __init__(self, mesh: Mesh, head_dim: int) -> None:
+        self.mesh, self.head_dim = mesh, head_dim
 
     def layer_split(self, name: str, out_features: int) -> WeightSplit:
-        size, rank = self.shared.size, self.shared.rank
+        size, rank = self.mesh.size, self.mesh.rank
         if name.endswith(("o_proj", "down_proj")):
             columns = {"o_proj": 64, "down_proj": 96}[name.rpartition(".")[2]]
             return WeightSplit("columns", rank * (columns // size), columns // size, columns)
@@ -46,28 +46,28 @@ class EvenCuts:
         )
 
     def vocabulary_split(self, name: str) -> tuple[WeightSplit, int]:
-        width = WIDTH // self.shared.size
-        start = self.shared.rank * width
+        width = WIDTH // self.mesh.size
+        start = self.mesh.rank * width
         return WeightSplit("rows", start, min(width, VOCAB - start), VOCAB), width
 
 
-def fill(model: Any, source: Any) -> None:
+def load_local_weights(model: Any, source: Any) -> None:
     """Give ``model`` (split, on the meta device) its part of the weights of ``source``."""
-    theirs = dict(source.named_parameters(remove_duplicate=False))
+    source_parameters = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path, _, leaf = name.rpartition(".")
-        owner, value = model.get_submodule(path), theirs[name].detach()
-        cut = getattr(owner, "split", None)
-        if cut is not None and not (cut.style == "columns" and value.dim() == 1):
-            value = value.narrow(1 if cut.style == "columns" else 0, cut.start, cut.length)
+        owner, value = model.get_submodule(path), source_parameters[name].detach()
+        split = getattr(owner, "split", None)
+        if split is not None and not (split.style == "columns" and value.dim() == 1):
+            value = value.narrow(1 if split.style == "columns" else 0, split.start, split.length)
         setattr(owner, leaf, torch.nn.Parameter(value.clone(), requires_grad=False))
         del parameter
 
 
-def step(model: Any, tokens: torch.Tensor, scores: Any) -> None:
+def forward_and_backward(model: Any, tokens: torch.Tensor, score_tokens_of: Any) -> None:
     """A forward and backward pass of a loss over log-probabilities and entropies."""
     hidden = model.get_base_model().model(tokens).last_hidden_state[:, :-1].reshape(-1, 64)
-    logps, entropy = scores(hidden, tokens[:, 1:].reshape(-1))
+    logps, entropy = score_tokens_of(hidden, tokens[:, 1:].reshape(-1))
     weights = torch.linspace(-1, 1, len(logps))
     ((logps * weights).sum() + 0.3 * (entropy * weights**2).sum()).backward()
 
@@ -78,8 +78,8 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     distributed.init_process_group("gloo")
     size, rank = distributed.get_world_size(), distributed.get_rank()
     world = distributed.group.WORLD
-    shared = Mesh(size, rank, 0, 1, world, world, world)
-    meshes._open_mesh = shared
+    mesh = Mesh(size, rank, 0, 1, world, world, world)
+    meshes._open_mesh = mesh
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=kv_heads, attention_bias=True,
@@ -94,70 +94,76 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.tie_weights()
-    split_model(model, EvenCuts(shared, 16), shared)
-    fill(model, source)
+    split_model(model, EvenSplits(mesh, 16), mesh)
+    load_local_weights(model, source)
     for name, buffer in source.named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.clone())
     model.eval()
     source.eval()
     tokens = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with torch.no_grad():
-        found["logits"] = float((model(tokens).logits - source(tokens).logits).abs().max())
+        results["logits"] = float((model(tokens).logits - source(tokens).logits).abs().max())
 
     settings = LoraSettings(r=4, lora_alpha=8, random_state=5)
-    ours, theirs = add_lora(model, settings), add_lora(source, settings)
-    mine, other = adapter_tensors(ours), adapter_tensors(theirs)
-    found["same start"] = all(torch.equal(mine[name], other[name]) for name in other)
-    drawn = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k))) * 0.1
-             for k, v in other.items()}  # fmt: skip
-    set_adapter_tensors(ours, drawn)
-    set_adapter_tensors(theirs, drawn)
-    found["written"] = all(torch.equal(v, drawn[k]) for k, v in adapter_tensors(ours).items())
+    split_policy, full_policy = add_lora(model, settings), add_lora(source, settings)
+    split_tensors, full_tensors = adapter_tensors(split_policy), adapter_tensors(full_policy)
+    results["same start"] = all(
+        torch.equal(split_tensors[name], full_tensors[name]) for name in full_tensors
+    )
+    random_tensors = {k: torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k))) * 0.1
+             for k, v in full_tensors.items()}  # fmt: skip
+    set_adapter_tensors(split_policy, random_tensors)
+    set_adapter_tensors(full_policy, random_tensors)
+    results["written"] = all(
+        torch.equal(v, random_tensors[k]) for k, v in adapter_tensors(split_policy).items()
+    )
     if checkpointing:
-        for one in (ours, theirs):
-            one.gradient_checkpointing_enable({"use_reentrant": False})
-            one.enable_input_require_grads()
-            one.train()
+        for peft_model in (split_policy, full_policy):
+            peft_model.gradient_checkpointing_enable({"use_reentrant": False})
+            peft_model.enable_input_require_grads()
+            peft_model.train()
     distribution = Distribution(temperature=0.7)
-    head, whole_head = model.get_output_embeddings(), source.get_output_embeddings()
+    head, full_head = model.get_output_embeddings(), source.get_output_embeddings()
     optimizers = []
     for policy, scores in (
-        (ours, lambda h, t: score_split_vocabulary(head.local_logits(h), t, 0.7, head)),
-        (theirs, lambda h, t: score_tokens(whole_head(h), t, distribution, None)),
+        (split_policy, lambda h, t: score_split_vocabulary(head.local_logits(h), t, 0.7, head)),
+        (full_policy, lambda h, t: score_tokens(full_head(h), t, distribution, None)),
     ):
         trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         optimizers.append(optimizer)
         for number in range(4):
             optimizer.zero_grad()
-            step(policy, tokens, scores)
+            forward_and_backward(policy, tokens, scores)
             if number == 0:
                 gradients = {
                     n: gather_full_tensor(p.grad, p).clone()
                     for n, p in policy.named_parameters()
                     if p.requires_grad
                 }
-                found.setdefault("gradients", []).append(gradients)
-            if policy is ours:
+                results.setdefault("gradients", []).append(gradients)
+            if policy is split_policy:
                 norm = clip_split_grad_norm(trained, 0.5)
             else:
                 norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
-            found.setdefault("norms", []).append(float(norm))
+            results.setdefault("norms", []).append(float(norm))
             optimizer.step()
-    first, second = found.pop("gradients")
-    found["gradient"] = max(float((first[n] - second[n]).abs().max()) for n in second)
-    found["largest gradient"] = max(float(g.abs().max()) for g in second.values())
-    mine, other = adapter_tensors(ours), adapter_tensors(theirs)
-    found["adapter"] = max(float((mine[n] - other[n]).abs().max()) for n in other)
-    norms = found.pop("norms")
-    found["norm"] = max(abs(a - b) / b for a, b in zip(norms[:4], norms[4:], strict=True))
-    found["cut"] = sum(shard_of(p) is not None for p in ours.parameters())
+    first, second = results.pop("gradients")
+    results["gradient"] = max(float((first[n] - second[n]).abs().max()) for n in second)
+    results["largest gradient"] = max(float(g.abs().max()) for g in second.values())
+    split_tensors, full_tensors = adapter_tensors(split_policy), adapter_tensors(full_policy)
+    results["adapter"] = max(
+        float((split_tensors[n] - full_tensors[n]).abs().max()) for n in full_tensors
+    )
+    norms = results.pop("norms")
+    results["norm"] = max(abs(a - b) / b for a, b in zip(norms[:4], norms[4:], strict=True))
+    results["cut"] = sum(shard_of(p) is not None for p in split_policy.parameters())
 
     state = optimizer_state(optimizers[0])
     expected = optimizers[1].state_dict()["state"]
-    found["state"] = max(
+    results["state"] = max(
         float((value[key].float() - expected[number][key].float()).abs().max())
         for number, value in state["state"].items()
         for key in value
@@ -165,20 +171,20 @@ def main(  # noqa: PLR0915 - one process after the other, in one place
     before = optimizers[0].state_dict()["state"]
     load_optimizer(optimizers[0], state)
     after = optimizers[0].state_dict()["state"]
-    found["state read back"] = all(
+    results["state read back"] = all(
         torch.equal(after[number][name], value) and after[number][name].is_contiguous()
-        for number, held in before.items()
-        for name, value in held.items()
+        for number, parameter_state in before.items()
+        for name, value in parameter_state.items()
     )
-    parameter = next(p for p in ours.parameters() if shard_of(p) is not None)
-    found["parts"] = torch.equal(local_shard(gather_full_tensor(parameter), parameter), parameter)
-    replicated = torch.cat([p.detach().flatten() for p in ours.parameters()
+    parameter = next(p for p in split_policy.parameters() if shard_of(p) is not None)
+    results["parts"] = torch.equal(local_shard(gather_full_tensor(parameter), parameter), parameter)
+    replicated = torch.cat([p.detach().flatten() for p in split_policy.parameters()
                             if p.requires_grad and shard_of(p) is None])  # fmt: skip
-    found["replicas equal"] = all(
-        torch.equal(replicated, one) for one in shared.all_gather(replicated)
+    results["replicas equal"] = all(
+        torch.equal(replicated, one) for one in mesh.all_gather(replicated)
     )
     distributed.destroy_process_group()
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from toolkit.policy.packed_attention import PackedLayout, Segment, gather_keys
 
 
-def layout_of(prompt: int, completions: list[int]) -> PackedLayout:
+def make_layout(prompt: int, completions: list[int]) -> PackedLayout:
     """A pack with one prompt and completions of these lengths, in tokens."""
     segments, start = [Segment(0, prompt)], prompt
     for length in completions:
@@ -25,11 +25,11 @@ def layout_of(prompt: int, completions: list[int]) -> PackedLayout:
         (8192, [1] * 8),  # the sums are made for a part of the heads at a time
     ],
 )
-def test_the_gradient_of_a_shared_token_is_the_sum_of_its_uses(
+def test_the_gradient_of_a_shared_token_is_summed_over_the_segments(
     prompt: int, completions: list[int], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    layout = layout_of(prompt, completions)
+    layout = make_layout(prompt, completions)
     x = torch.randn(layout.tokens, 4, 64).to(dtype).requires_grad_()
     keys = gather_keys(x, layout)
     assert torch.equal(keys, x[layout.key_index])
@@ -42,7 +42,7 @@ def test_the_gradient_of_a_shared_token_is_the_sum_of_its_uses(
     torch.testing.assert_close(
         x.grad, expected.to(dtype), rtol=1e-5 if dtype.itemsize == 4 else 0.01, atol=1e-5
     )
-    first = x.grad.clone()
+    first_gradient = x.grad.clone()
     x.grad = None
     gather_keys(x, layout).backward(gradient)
-    assert torch.equal(x.grad, first)
+    assert torch.equal(x.grad, first_gradient)

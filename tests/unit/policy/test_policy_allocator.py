@@ -15,87 +15,89 @@ from toolkit.base.process_environment import ALLOCATOR_VARIABLES, EXPANDABLE_SEG
 from toolkit.policy.cuda_allocator import VIRTUAL_MEMORY_ATTRIBUTE, use_expandable_segments
 
 
-class Driver:
+class FakeCudaDriver:
     """libcuda's functions that are called, with a code for each that is to fail."""
 
-    def __init__(self, cards: int = 1, able: int = 1, **failing: int) -> None:
-        self.cards, self.able, self.failing = cards, able, failing
+    def __init__(self, gpu_count: int = 1, supported: int = 1, **error_codes: int) -> None:
+        self.gpu_count, self.supported, self.error_codes = gpu_count, supported, error_codes
 
     def cuInit(self, flags: int) -> int:
         assert flags == 0
-        return self.failing.get("init", 0)
+        return self.error_codes.get("init", 0)
 
     def cuDeviceGetCount(self, count: Any) -> int:
-        count._obj.value = self.cards
-        return self.failing.get("count", 0)
+        count._obj.value = self.gpu_count
+        return self.error_codes.get("count", 0)
 
     def cuDeviceGet(self, device: Any, ordinal: int) -> int:
         device._obj.value = ordinal
-        return self.failing.get("device", 0)
+        return self.error_codes.get("device", 0)
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
         assert attribute == VIRTUAL_MEMORY_ATTRIBUTE
-        value._obj.value = self.able if device.value == self.cards - 1 else 1
-        return self.failing.get("attribute", 0)
+        value._obj.value = self.supported if device.value == self.gpu_count - 1 else 1
+        return self.error_codes.get("attribute", 0)
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def unset_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ALLOCATOR_VARIABLES:
         monkeypatch.setenv(name, "")  # put back afterwards
 
 
-def settings() -> list[str | None]:
+def allocator_settings() -> list[str | None]:
     return [os.environ.get(name) for name in ALLOCATOR_VARIABLES]
 
 
-def test_a_card_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(cards=2))
+def test_supported_gpus_get_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeCudaDriver(gpu_count=2))
     use_expandable_segments()
-    assert settings() == [EXPANDABLE_SEGMENTS, EXPANDABLE_SEGMENTS]
+    assert allocator_settings() == [EXPANDABLE_SEGMENTS, EXPANDABLE_SEGMENTS]
 
 
-def test_an_allocator_at_work_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+def test_an_allocator_in_use_is_configured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    configured: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeCudaDriver())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", configured.append)
     use_expandable_segments()
-    assert told == [EXPANDABLE_SEGMENTS]
+    assert configured == [EXPANDABLE_SEGMENTS]
 
 
 @pytest.mark.parametrize(
     "driver",
     [
-        Driver(cards=2, able=0),
-        Driver(cards=0),
-        Driver(init=100),
-        Driver(count=3),
-        Driver(device=101),
-        Driver(attribute=1),
+        FakeCudaDriver(gpu_count=2, supported=0),
+        FakeCudaDriver(gpu_count=0),
+        FakeCudaDriver(init=100),
+        FakeCudaDriver(count=3),
+        FakeCudaDriver(device=101),
+        FakeCudaDriver(attribute=1),
     ],
     ids=["one of two cannot", "no card", "init", "count", "device", "attribute"],
 )
-def test_a_card_that_cannot(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+def test_without_support_nothing_is_set(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeCudaDriver
+) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     use_expandable_segments()
-    assert settings() == ["", ""]
+    assert allocator_settings() == ["", ""]
 
 
-def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
+def test_without_a_driver_nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_not_found(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(ctypes, "CDLL", absent)
+    monkeypatch.setattr(ctypes, "CDLL", raise_not_found)
     use_expandable_segments()
-    assert settings() == ["", ""]
+    assert allocator_settings() == ["", ""]
 
 
 @pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
-def test_the_users_own_stays_and_is_told_under_both_names(
+def test_the_users_setting_is_kept_and_copied_to_both_variables(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FakeCudaDriver())
     monkeypatch.setenv(name, "max_split_size_mb:512")
     use_expandable_segments()
-    assert settings() == ["max_split_size_mb:512"] * 2
+    assert allocator_settings() == ["max_split_size_mb:512"] * 2

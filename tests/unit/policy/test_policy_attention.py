@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def config(cap: float | None) -> Any:
+def config_with_cap(cap: float | None) -> Any:
     text = SimpleNamespace(attn_logit_softcapping=cap)
     return SimpleNamespace(get_text_config=lambda: text)
 
@@ -27,15 +27,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("asked", [None, "sdpa", "eager", "flex_attention"])
-def test_without_a_cap_it_is_what_was_asked_for(asked: str | None) -> None:
-    assert choose_attention(config(None), asked, "here") == asked
-    plain = SimpleNamespace(get_text_config=SimpleNamespace)
-    assert choose_attention(plain, asked, "here") == asked
+@pytest.mark.parametrize("requested", [None, "sdpa", "eager", "flex_attention"])
+def test_without_a_cap_the_requested_attention_is_used(requested: str | None) -> None:
+    assert choose_attention(config_with_cap(None), requested, "here") == requested
+    config = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert choose_attention(config, requested, "here") == requested
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "why"),
+    ("requested", "family", "message"),
     [
         ("flashattn", "llama", "is not one of eager, sdpa"),
         ("SDPA", "llama", "is not one of eager, sdpa"),
@@ -46,23 +46,25 @@ def test_without_a_cap_it_is_what_was_asked_for(asked: str | None) -> None:
         ("flex_attention", "falcon", "has no flex_attention"),
     ],
 )
-def test_what_the_model_or_the_machine_has_not(asked: str, kind: str, why: str) -> None:
-    text = SimpleNamespace(attn_logit_softcapping=None, model_type=kind)
-    with pytest.raises(ConfigValueError, match=why):
-        choose_attention(SimpleNamespace(get_text_config=lambda: text), asked, "here")
+def test_attention_that_model_or_machine_lacks_is_refused(
+    requested: str, family: str, message: str
+) -> None:
+    text = SimpleNamespace(attn_logit_softcapping=None, model_type=family)
+    with pytest.raises(ConfigValueError, match=message):
+        choose_attention(SimpleNamespace(get_text_config=lambda: text), requested, "here")
 
 
 @pytest.mark.usefixtures("gpu")
-def test_with_a_cap_it_is_one_that_keeps_it() -> None:
-    assert choose_attention(config(50.0), None, "here") == "eager"
-    assert choose_attention(config(50.0), "flex_attention", "here") == "flex_attention"
+def test_with_a_cap_only_attention_that_applies_it_is_used() -> None:
+    assert choose_attention(config_with_cap(50.0), None, "here") == "eager"
+    assert choose_attention(config_with_cap(50.0), "flex_attention", "here") == "flex_attention"
     with pytest.raises(ConfigValueError, match=r"'sdpa' ignores .*softcapping \(50\)") as caught:
-        choose_attention(config(50.0), "sdpa", "here")
+        choose_attention(config_with_cap(50.0), "sdpa", "here")
     assert "eager" in str(caught.value.fix)
 
 
 @pytest.fixture(scope="module")
-def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def capped_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Gemma 2, whose scores are far above its cap."""
     from tiny_llama import make_tiny
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -90,17 +92,19 @@ def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_loaded_model_computes_with_its_cap(capped: Path, load: Any, ids: Any) -> None:
+def test_the_loaded_model_computes_with_its_cap(
+    capped_model_folder: Path, load: Any, ids: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, _ = load(capped)
+    model, _ = load(capped_model_folder)
     eager, sdpa = (
-        AutoModelForCausalLM.from_pretrained(capped, attn_implementation=name)
+        AutoModelForCausalLM.from_pretrained(capped_model_folder, attn_implementation=name)
         for name in ("eager", "sdpa")
     )
     with torch.no_grad():
-        ours = model(ids).logits
-        assert torch.equal(ours, eager(ids).logits)
-        assert (ours - sdpa(ids).logits).abs().max() > 1e-3
+        logits = model(ids).logits
+        assert torch.equal(logits, eager(ids).logits)
+        assert (logits - sdpa(ids).logits).abs().max() > 1e-3
     with pytest.raises(ConfigValueError, match="ignores"):
-        load(capped, attn_implementation="sdpa")
+        load(capped_model_folder, attn_implementation="sdpa")

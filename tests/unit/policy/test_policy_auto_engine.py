@@ -35,7 +35,7 @@ AUTO = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto"}
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder, on a node with a GPU."""
     node = node_from_json(cases.load("h100x8-healthy").node)
     monkeypatch.setattr(auto_engine, "take_snapshot", lambda: node)
@@ -48,58 +48,70 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def opened(model: Path, adapter: Any = None, **arguments: Any) -> Any:
-    given = {"model_name": str(model), "fast_inference": True, **AUTO, **arguments}
-    return engine_options(find_checkpoint(str(model)), check_request(given), adapter)
+def options_for(model_folder: Path, adapter: Any = None, **arguments: Any) -> Any:
+    arguments_with_auto = {
+        "model_name": str(model_folder),
+        "fast_inference": True,
+        **AUTO,
+        **arguments,
+    }
+    return engine_options(
+        find_checkpoint(str(model_folder)), check_request(arguments_with_auto), adapter
+    )
 
 
-def of_a_run_file(model: Path, lora: str, *, world_size: int = 1, **keys: Any) -> Any:
+def sized_run_file(model_folder: Path, lora: str, *, world_size: int = 1, **keys: Any) -> Any:
     """The sizer's choice for a run file on the same GPU."""
-    values = {"max_seq_length": 2048, "enable_sleep_mode": False, **keys, "model_name": str(model)}
+    values = {
+        "max_seq_length": 2048,
+        "enable_sleep_mode": False,
+        **keys,
+        "model_name": str(model_folder),
+    }
     run = {"model": values, "dataset": {"path": "t.jsonl"}, "runtime": {"engine": "vllm"}}
     run["reward"] = {"functions": [{"name": "exact_match", "weight": 1.0}]}
     text = json.dumps(run)[:-1] + f', "lora": {lora}}}'
-    (model.parent / "run.json").write_text(text)
+    (model_folder.parent / "run.json").write_text(text)
     node = auto_engine.take_snapshot()
     gpu = devices.select_device(node, 0)
     assert gpu is not None
-    config, device = load_run(model.parent / "run.json"), Device.from_node(node, gpu)
+    config, device = load_run(model_folder.parent / "run.json"), Device.from_node(node, gpu)
     return resolve(config, device, world_size=world_size)[0].model
 
 
-def test_auto_is_what_a_run_file_gets(model: Path) -> None:
+def test_auto_gives_the_values_of_a_run_file(model_folder: Path) -> None:
     lora = '{"use_gradient_checkpointing": "unsloth"}'
-    sized = of_a_run_file(model, lora)
-    options = opened(model)
+    sized = sized_run_file(model_folder, lora)
+    options = options_for(model_folder)
     assert options.gpu_memory_utilization == sized.gpu_memory_utilization
     assert options.max_lora_rank == sized.max_lora_rank == 16
     assert 0 < options.gpu_memory_utilization < 1
 
     keys = {"float8_kv_cache": True, "max_num_seqs": 512, "max_lora_rank": 128}
-    other = of_a_run_file(model, lora, max_seq_length=8192, **keys)
-    options = opened(model, max_seq_length=8192, **keys)
-    assert options.gpu_memory_utilization == other.gpu_memory_utilization
+    sized_long = sized_run_file(model_folder, lora, max_seq_length=8192, **keys)
+    options = options_for(model_folder, max_seq_length=8192, **keys)
+    assert options.gpu_memory_utilization == sized_long.gpu_memory_utilization
     assert options.gpu_memory_utilization != sized.gpu_memory_utilization
     assert options.max_lora_rank == 128
 
 
-def test_auto_follows_the_adapter_at_hand(model: Path) -> None:
+def test_auto_uses_the_given_adapter(model_folder: Path) -> None:
     config = SimpleNamespace(r=24, target_modules={"q_proj"}, rank_pattern={"q_proj": 70})
-    options = opened(model, SimpleNamespace(config=config))
+    options = options_for(model_folder, SimpleNamespace(config=config))
     lora = '{"r": 24, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 70}, '
-    sized = of_a_run_file(model, lora + '"use_gradient_checkpointing": "unsloth"}')
+    sized = sized_run_file(model_folder, lora + '"use_gradient_checkpointing": "unsloth"}')
     assert options.max_lora_rank == sized.max_lora_rank == 128
     assert options.gpu_memory_utilization == sized.gpu_memory_utilization
 
 
-def test_what_does_not_fit_is_told_with_what_would_make_it_fit(model: Path) -> None:
-    (model / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4000}))
+def test_a_model_that_does_not_fit_is_an_error(model_folder: Path) -> None:
+    (model_folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4000}))
     with pytest.raises(ConfigError, match="fit"):
-        opened(model)
+        options_for(model_folder)
 
 
-def test_a_number_is_taken_as_it_is(model: Path) -> None:
-    options = opened(model, gpu_memory_utilization=0.37, max_lora_rank=8)
+def test_numbers_are_not_changed(model_folder: Path) -> None:
+    options = options_for(model_folder, gpu_memory_utilization=0.37, max_lora_rank=8)
     assert (options.gpu_memory_utilization, options.max_lora_rank) == (0.37, 8)
 
 
@@ -109,43 +121,45 @@ LARGE = LLAMA | {
 }  # fmt: skip
 
 
-def test_the_sizer_chooses_over_how_many_cards_a_model_is_split(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_estimate_chooses_the_tensor_parallel_size(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (model / "config.json").write_text(json.dumps(LARGE))
+    (model_folder / "config.json").write_text(json.dumps(LARGE))
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(auto_engine, "gather_from_all", lambda own: [own] * 8)
     lora = '{"use_gradient_checkpointing": "unsloth"}'
-    sized = of_a_run_file(model, lora, world_size=8, tensor_parallel_size="auto")
-    options = opened(model, tensor_parallel_size="auto")
+    sized = sized_run_file(model_folder, lora, world_size=8, tensor_parallel_size="auto")
+    options = options_for(model_folder, tensor_parallel_size="auto")
     assert options.tensor_parallel_size == sized.tensor_parallel_size > 1
     assert options.gpu_memory_utilization == sized.gpu_memory_utilization
-    written = opened(model, tensor_parallel_size="auto", gpu_memory_utilization=0.9)
-    assert written.gpu_memory_utilization == 0.9
+    with_fixed_share = options_for(
+        model_folder, tensor_parallel_size="auto", gpu_memory_utilization=0.9
+    )
+    assert with_fixed_share.gpu_memory_utilization == 0.9
 
 
-def test_all_processes_are_sized_for_the_fullest_card(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_all_processes_get_the_value_for_the_gpu_with_the_least_free_memory(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty = opened(model).gpu_memory_utilization
+    share_of_empty_gpu = options_for(model_folder).gpu_memory_utilization
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fuller = {"free": 30}
+    second_gpu = {"free": 30}
 
-    def exchange(own: Any) -> list[Any]:
-        return [own, dataclasses.replace(own, free_bytes=fuller["free"] << 30)]
+    def gather_two_devices(own: Any) -> list[Any]:
+        return [own, dataclasses.replace(own, free_bytes=second_gpu["free"] << 30)]
 
-    monkeypatch.setattr(auto_engine, "gather_from_all", exchange)
-    assert opened(model).gpu_memory_utilization < empty
-    fuller["free"] = 2
+    monkeypatch.setattr(auto_engine, "gather_from_all", gather_two_devices)
+    assert options_for(model_folder).gpu_memory_utilization < share_of_empty_gpu
+    second_gpu["free"] = 2
     with pytest.raises(ConfigError, match="fit"):
-        opened(model)
+        options_for(model_folder)
 
 
-def test_one_process_without_a_gpu_holds_the_model(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_gpu_the_model_is_not_split(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = dataclasses.replace(auto_engine.take_snapshot(), gpus=())
     monkeypatch.setattr(auto_engine, "take_snapshot", lambda: node)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    options = opened(model, tensor_parallel_size="auto")
+    options = options_for(model_folder, tensor_parallel_size="auto")
     assert (options.tensor_parallel_size, options.gpu_memory_utilization) == (1, "auto")

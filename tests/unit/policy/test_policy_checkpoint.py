@@ -15,29 +15,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_a_hub_id_becomes_one_snapshots_folder(
+def test_a_hub_id_gives_the_folder_of_one_snapshot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, Any] = {}
+    download_arguments: dict[str, Any] = {}
 
     def download(name: str, **arguments: Any) -> str:
-        asked.update(arguments, name=name)
+        download_arguments.update(arguments, name=name)
         return str(tmp_path)
 
     monkeypatch.setattr(model_files, "snapshot_download", download)
-    found = find_checkpoint("org/model", revision="abc", token="hf_x")
-    assert (found.name, found.folder) == ("org/model", tmp_path)
-    assert (asked["name"], asked["revision"], asked["token"]) == ("org/model", "abc", "hf_x")
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert "*.bin" not in asked["allow_patterns"]
+    checkpoint = find_checkpoint("org/model", revision="abc", token="hf_x")
+    assert (checkpoint.name, checkpoint.folder) == ("org/model", tmp_path)
+    assert (
+        download_arguments["name"],
+        download_arguments["revision"],
+        download_arguments["token"],
+    ) == ("org/model", "abc", "hf_x")
+    assert "*.safetensors" in download_arguments["allow_patterns"]
+    assert "*.bin" not in download_arguments["allow_patterns"]
     find_checkpoint("org/model", pickle=True)
-    assert "*.bin" in asked["allow_patterns"]
+    assert "*.bin" in download_arguments["allow_patterns"]
 
 
 @pytest.mark.parametrize(
     "error", [LocalEntryNotFoundError("offline"), HFValidationError("bad id"), OSError("reset")]
 )
-def test_what_the_hub_refuses_is_told_without_the_token(
+def test_the_error_of_the_hub_is_reported_without_the_token(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(name: str, **arguments: Any) -> str:
@@ -50,7 +54,7 @@ def test_what_the_hub_refuses_is_told_without_the_token(
     assert "hf_secret" not in str(caught.value)
 
 
-def test_an_adapter_is_told_by_its_files(tmp_path: Path) -> None:
+def test_an_adapter_is_recognized_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert find_checkpoint(str(tmp_path)).is_adapter
     (tmp_path / "config.json").write_text("{}")  # some repositories hold the base's as well
@@ -59,7 +63,7 @@ def test_an_adapter_is_told_by_its_files(tmp_path: Path) -> None:
     assert not find_checkpoint(str(tmp_path)).is_adapter
 
 
-def test_a_relative_folder_is_remembered_whole(
+def test_a_relative_folder_is_stored_as_an_absolute_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter records its base: the name must hold from any folder."""

@@ -21,19 +21,19 @@ def _gradients(model: Any, ids: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("mode", "enabled"), [(True, True), ("unsloth", True), (False, False)])
-def test_the_mode_is_switched_and_no_gradient_changes(
+def test_the_mode_is_set_and_no_gradient_changes(
     adapted: Any, ids: Any, mode: Any, enabled: bool
 ) -> None:
-    plain = _gradients(adapted(), ids)
+    expected = _gradients(adapted(), ids)
     model = adapted(use_gradient_checkpointing=mode)
     assert model.is_gradient_checkpointing is enabled
-    found = _gradients(model, ids)
-    assert plain.keys() == found.keys()
-    assert all(torch.allclose(plain[name], found[name], atol=1e-6) for name in plain)
-    assert any(value.abs().sum() > 0 for value in found.values())
+    gradients = _gradients(model, ids)
+    assert expected.keys() == gradients.keys()
+    assert all(torch.allclose(expected[name], gradients[name], atol=1e-6) for name in expected)
+    assert any(value.abs().sum() > 0 for value in gradients.values())
 
 
-def test_inference_pauses_it_and_training_resumes_it(adapted: Any) -> None:
+def test_inference_pauses_checkpointing_and_training_resumes_it(adapted: Any) -> None:
     model = adapted(use_gradient_checkpointing=True)
     assert FastLanguageModel.for_inference(model) is model
     assert not model.is_gradient_checkpointing
@@ -45,7 +45,7 @@ def test_inference_pauses_it_and_training_resumes_it(adapted: Any) -> None:
     assert not model.is_gradient_checkpointing
 
 
-def test_a_model_without_it_stays_without(adapted: Any) -> None:
+def test_a_model_without_checkpointing_stays_without_it(adapted: Any) -> None:
     model = adapted(use_gradient_checkpointing=False)
     FastLanguageModel.for_training(FastLanguageModel.for_inference(model))
     assert not model.is_gradient_checkpointing
@@ -73,7 +73,7 @@ class Recorder:
         pass
 
 
-def test_offloading_survives_a_trainer_that_forgets_it() -> None:
+def test_offloading_stays_on_if_a_trainer_omits_it() -> None:
     model = Recorder()
     gradient_checkpointing.apply_checkpointing(model, "unsloth", max_seq_length=8)
     model.gradient_checkpointing_enable({"use_reentrant": False})  # as TRL does after a rollout
@@ -81,7 +81,7 @@ def test_offloading_survives_a_trainer_that_forgets_it() -> None:
     assert model.calls == [({"use_reentrant": False}, 1, True)] * 3
 
 
-def test_without_it_nothing_is_offloaded_unless_asked() -> None:
+def test_without_unsloth_mode_nothing_is_offloaded() -> None:
     model = Recorder()
     gradient_checkpointing.apply_checkpointing(model, True, max_seq_length=8)
     model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": 2})
@@ -94,7 +94,7 @@ def test_without_it_nothing_is_offloaded_unless_asked() -> None:
 @pytest.mark.parametrize(
     ("free_bytes", "mode"), [(10**12, False), (5 * 10**9, True), (10**8, "unsloth")]
 )
-def test_auto_goes_by_free_memory(
+def test_auto_chooses_by_free_memory(
     monkeypatch: pytest.MonkeyPatch, free_bytes: int, mode: Any
 ) -> None:
     """8 sequences of 1000 tokens, 32 layers of 1000 bfloat16 values: 0.5 GB of hidden states."""
@@ -105,12 +105,12 @@ def test_auto_goes_by_free_memory(
     assert gradient_checkpointing.choose_mode(model, max_seq_length=1000) == mode
 
 
-def test_auto_on_a_tiny_model_needs_none(adapted: Any) -> None:
+def test_auto_switches_checkpointing_off_for_a_tiny_model(adapted: Any) -> None:
     assert not adapted(use_gradient_checkpointing="auto").is_gradient_checkpointing
     assert gradient_checkpointing.free_memory_bytes(torch.device("cpu")) > 1 << 20
 
 
-def test_a_model_that_has_none_is_said() -> None:
+def test_a_model_without_support_is_refused() -> None:
     model = Recorder()
     model.supports_gradient_checkpointing = False
     with pytest.raises(UnsupportedError, match="Recorder does not support gradient checkpointing"):
@@ -119,7 +119,7 @@ def test_a_model_that_has_none_is_said() -> None:
     assert model.calls == [("off", 0, False)]
 
 
-def test_a_deep_copy_switches_itself(adapted: Any) -> None:
+def test_a_deep_copy_switches_only_itself(adapted: Any) -> None:
     """TRL copies reference models: the copy's methods must not reach back."""
     model = adapted(use_gradient_checkpointing=True)
     twin = copy.deepcopy(model)

@@ -43,13 +43,13 @@ def rms_norm(x, weight, eps, offset=0.0, casting_mode="llama", in_place=True):
 
 
 def rotary(q, k, cos, sin):
-    def turned(x):
+    def rotate_half(x):
         first, second = x[..., : cos.shape[-1]].chunk(2, -1)
         angles = torch.cat([-second, first], -1) * sin.unsqueeze(1)
         return torch.cat([x[..., : cos.shape[-1]] * cos.unsqueeze(1) + angles,
                           x[..., cos.shape[-1] :]], -1)  # fmt: skip
 
-    return turned(q), turned(k)
+    return rotate_half(q), rotate_half(k)
 
 
 KERNELS = Kernels(
@@ -60,9 +60,9 @@ KERNELS = Kernels(
 )
 
 
-def small(family, dtype=torch.float32, **more):
+def small_model(family, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **more})
+    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **options})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def small(family, dtype=torch.float32, **more):
     return model
 
 
-def computed(model):
+def logits_and_gradients(model):
     """Logits, and the gradient of every parameter."""
     model.zero_grad()
     ids = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -82,16 +82,16 @@ def computed(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_with_fused_layers_is_the_same_model(family):
-    model = small(family)
-    plain = computed(model)
+def test_fused_layers_compute_the_same(family):
+    model = small_model(family)
+    expected = logits_and_gradients(model)
     state = torch.get_rng_state()
     applied = apply_kernels(model, KERNELS)
     assert torch.equal(torch.get_rng_state(), state)
     norms = [name for name in applied.layers if name.endswith("RMSNorm")]
     assert norms, applied
-    for mine, theirs in zip(computed(model), plain, strict=True):
-        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+    for fused, unfused in zip(logits_and_gradients(model), expected, strict=True):
+        assert (fused - unfused).norm() < 1e-5 * unfused.norm()
     gated = {"llama", "qwen3", "gemma2", "gemma3_text", "olmo2"}
     assert any(name.endswith("MLP") for name in applied.layers) == (family in gated)
     attention = any(name.endswith("Attention") for name in applied.layers)
@@ -101,31 +101,35 @@ def test_a_model_with_fused_layers_is_the_same_model(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_difference(dtype):
-    applied = apply_kernels(small("gemma2", dtype), KERNELS)
+def test_rounding_errors_are_accepted(dtype):
+    applied = apply_kernels(small_model("gemma2", dtype), KERNELS)
     assert set(applied.layers) == {"Gemma2RMSNorm", "Gemma2MLP", "Gemma2Attention"}
     assert not applied.refusal_reasons
 
 
-def test_a_kernel_that_computes_something_else_is_not_used():
-    def off(x, *args, **kwargs):
+def test_a_kernel_with_other_results_is_not_used():
+    def scaled_rms_norm(x, *args, **kwargs):
         return rms_norm(x, *args, **kwargs) * 1.02
 
     def broken(*args):
         raise RuntimeError("no code for this card\nsecond line")
 
-    model = small("llama")
-    plain = computed(model)
-    wrong = KERNELS._replace(rms_norm=off, rotary=broken, swiglu=lambda gate, up: gate * up)
+    model = small_model("llama")
+    expected = logits_and_gradients(model)
+    wrong = KERNELS._replace(
+        rms_norm=scaled_rms_norm, rotary=broken, swiglu=lambda gate, up: gate * up
+    )
     applied = apply_kernels(model, wrong)
     assert not applied.layers
     assert "differs by 0.02" in applied.refusal_reasons["LlamaRMSNorm"]
     assert applied.refusal_reasons["LlamaAttention"] == "RuntimeError: no code for this card"
     assert set(applied.refusal_reasons) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP"}
-    assert all(torch.equal(a, b) for a, b in zip(computed(model), plain, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(logits_and_gradients(model), expected, strict=True)
+    )
 
 
-def test_a_backward_pass_that_differs_is_found():
+def test_a_kernel_with_other_gradients_is_not_used():
     class Scaled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, gate, up):
@@ -137,25 +141,25 @@ def test_a_backward_pass_that_differs_is_found():
             gate, up = ctx.saved_tensors
             return 1.1 * grad * up, grad * silu(gate)
 
-    applied = apply_kernels(small("llama"), KERNELS._replace(swiglu=Scaled.apply))
+    applied = apply_kernels(small_model("llama"), KERNELS._replace(swiglu=Scaled.apply))
     assert "differs" in applied.refusal_reasons["LlamaMLP"]
 
 
-def test_an_activation_that_nearly_is_the_kernels_is_not_taken_for_it():
-    model = small("llama", torch.bfloat16, hidden_act="gelu")  # the kernel has the tanh form
+def test_exact_gelu_does_not_use_the_tanh_kernel():
+    model = small_model("llama", torch.bfloat16, hidden_act="gelu")  # the kernel has the tanh form
     assert "GELUActivation" in apply_kernels(model, KERNELS).refusal_reasons["LlamaMLP"]
 
 
-def test_out_of_memory_is_no_refusal():
-    def full(*args, **kwargs):
+def test_running_out_of_memory_is_not_a_refusal():
+    def raise_out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        apply_kernels(small("llama"), KERNELS._replace(rms_norm=full))
+        apply_kernels(small_model("llama"), KERNELS._replace(rms_norm=raise_out_of_memory))
 
 
-def test_on_the_cpu_only_a_written_true_is_refused():
-    model = small("llama")
+def test_on_the_cpu_only_true_is_refused():
+    model = small_model("llama")
     assert use_fused_kernels(model, "auto") is None
     assert use_fused_kernels(model, False) is None
     with pytest.raises(ConfigError, match="the model is on cpu") as problem:
@@ -163,7 +167,7 @@ def test_on_the_cpu_only_a_written_true_is_refused():
     assert problem.value.where == "runtime.fused_kernels"
 
 
-def on_a_card(model):
+def pretend_on_gpu(model):
     """The model as far as the switch looks at it."""
 
     class Card:
@@ -173,16 +177,16 @@ def on_a_card(model):
     return model
 
 
-def test_without_the_package(monkeypatch):
+def test_without_liger_kernel(monkeypatch):
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, None)
-    model = on_a_card(small("llama"))
+    model = pretend_on_gpu(small_model("llama"))
     assert "not installed" in use_fused_kernels(model, "auto").refusal_reasons["all layers"]
     with pytest.raises(MissingExtraError, match="liger-kernel is not installed"):
         use_fused_kernels(model, True)
 
 
-def test_the_functions_are_taken_from_the_package(monkeypatch):
+def test_the_kernels_come_from_liger_kernel(monkeypatch):
     package, transformers = ModuleType("liger_kernel"), ModuleType("liger_kernel.transformers")
     functional = ModuleType("liger_kernel.transformers.functional")
     functional.liger_rms_norm, functional.liger_rope = KERNELS.rms_norm, KERNELS.rotary
@@ -191,7 +195,9 @@ def test_the_functions_are_taken_from_the_package(monkeypatch):
     for module in (package, transformers, functional):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     assert load_kernels() == KERNELS
-    seen = []
-    monkeypatch.setattr(fused_kernels, "apply_kernels", lambda model, found: seen.append(found))
-    use_fused_kernels(on_a_card(small("llama")), "auto")
-    assert seen == [KERNELS]
+    used_kernels = []
+    monkeypatch.setattr(
+        fused_kernels, "apply_kernels", lambda model, found: used_kernels.append(found)
+    )
+    use_fused_kernels(pretend_on_gpu(small_model("llama")), "auto")
+    assert used_kernels == [KERNELS]

@@ -18,67 +18,69 @@ if TYPE_CHECKING:
 GREEDY = {"max_tokens": 8, "temperature": 0}
 
 
-def _ids(answers: Any) -> list[list[int]]:
-    return [output.token_ids for answer in answers for output in answer.outputs]
+def _token_ids(outputs: Any) -> list[list[int]]:
+    return [output.token_ids for answer in outputs for output in answer.outputs]
 
 
-def test_prompts_of_every_kind_are_the_same_prompts(adapted: Any) -> None:
+def test_all_forms_of_a_prompt_give_the_same_completion(adapted: Any) -> None:
     model = adapted()
     text, ids = "12+3=", model.toolkit_tokenizer("12+3=").input_ids
-    kinds = [text, [text], ids, [ids], {"prompt": text}, [{"prompt_token_ids": ids}]]
-    found = [model.fast_generate(prompt, **GREEDY) for prompt in kinds]
-    assert len({tuple(map(tuple, _ids(answers))) for answers in found}) == 1
-    assert all(len(answers) == 1 for answers in found)
-    assert found[0][0].prompt == text
-    assert found[2][0].prompt is None
-    assert found[2][0].prompt_token_ids == ids
-    output = found[0][0].outputs[0]
+    prompt_forms = [text, [text], ids, [ids], {"prompt": text}, [{"prompt_token_ids": ids}]]
+    results = [model.fast_generate(prompt, **GREEDY) for prompt in prompt_forms]
+    assert len({tuple(map(tuple, _token_ids(answers))) for answers in results}) == 1
+    assert all(len(answers) == 1 for answers in results)
+    assert results[0][0].prompt == text
+    assert results[2][0].prompt is None
+    assert results[2][0].prompt_token_ids == ids
+    output = results[0][0].outputs[0]
     assert output.text == model.toolkit_tokenizer.decode(output.token_ids, skip_special_tokens=True)
 
 
-def test_a_batch_is_what_each_prompt_alone_is(adapted: Any) -> None:
+def test_a_batch_gives_the_completions_of_single_prompts(adapted: Any) -> None:
     model = adapted()
     prompts = ["1", "12+34=5", "abc def"]
-    batch = _ids(model.fast_generate(prompts, **GREEDY))
-    assert batch == [_ids(model.fast_generate(prompt, **GREEDY))[0] for prompt in prompts]
+    batch = _token_ids(model.fast_generate(prompts, **GREEDY))
+    assert batch == [_token_ids(model.fast_generate(prompt, **GREEDY))[0] for prompt in prompts]
 
 
-def test_greedy_is_transformers_greedy(adapted: Any) -> None:
+def test_greedy_sampling_equals_that_of_transformers(adapted: Any) -> None:
     model = adapted()
     ids = torch.tensor([model.toolkit_tokenizer("12+3=").input_ids])
     plain = model.fast_generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert isinstance(plain, torch.Tensor)
-    assert plain[0, ids.shape[1] :].tolist() == _ids(model.fast_generate("12+3=", **GREEDY))[0]
+    assert (
+        plain[0, ids.shape[1] :].tolist() == _token_ids(model.fast_generate("12+3=", **GREEDY))[0]
+    )
     assert model.training
 
 
-def test_a_seed_decides_all_and_disturbs_nobody(adapted: Any) -> None:
+def test_a_seed_determines_the_completions_and_keeps_the_global_state(adapted: Any) -> None:
     model = adapted()
     options = {"max_tokens": 12, "temperature": 1.0, "n": 3}
     state = torch.get_rng_state()
-    first = _ids(model.fast_generate(["1", "2+"], seed=1, **options))
+    first = _token_ids(model.fast_generate(["1", "2+"], seed=1, **options))
     assert torch.equal(torch.get_rng_state(), state)
-    assert first == _ids(model.fast_generate(["1", "2+"], seed=1, **options))
-    assert first != _ids(model.fast_generate(["1", "2+"], seed=2, **options))
+    assert first == _token_ids(model.fast_generate(["1", "2+"], seed=1, **options))
+    assert first != _token_ids(model.fast_generate(["1", "2+"], seed=2, **options))
     assert len(first) == 6
     torch.manual_seed(0)
-    unseeded = _ids(model.fast_generate("1", **options))
+    unseeded = _token_ids(model.fast_generate("1", **options))
     torch.manual_seed(0)
-    assert unseeded == _ids(model.fast_generate("1", **options))
+    assert unseeded == _token_ids(model.fast_generate("1", **options))
 
 
-def test_options_in_every_form(adapted: Any) -> None:
+def test_options_are_accepted_in_every_form(adapted: Any) -> None:
     model = adapted()
-    forms = [
+    results = [
         model.fast_generate("1", **GREEDY),
         model.fast_generate("1", GREEDY),
         model.fast_generate("1", sampling_params=Sampling(max_tokens=8, temperature=0)),
         model.fast_generate("1", {"temperature": 0}, max_tokens=8),
     ]
-    assert len({tuple(_ids(answers)[0]) for answers in forms}) == 1
+    assert len({tuple(_token_ids(answers)[0]) for answers in results}) == 1
 
 
-def test_logprobs_are_those_of_the_model(adapted: Any) -> None:
+def test_logprobs_equal_those_of_the_model(adapted: Any) -> None:
     model = adapted()
     answer = model.fast_generate("12+", max_tokens=6, temperature=0.7, logprobs=0, seed=3)[0]
     output = answer.outputs[0]
@@ -88,61 +90,65 @@ def test_logprobs_are_those_of_the_model(adapted: Any) -> None:
     expected = torch.log_softmax(logits / 0.7, -1).gather(
         1, torch.tensor(output.token_ids)[:, None]
     )
-    found = torch.tensor([row[0] for row in output.logprobs])
-    assert torch.allclose(found, expected[:, 0], atol=1e-5)
+    logprobs = torch.tensor([row[0] for row in output.logprobs])
+    assert torch.allclose(logprobs, expected[:, 0], atol=1e-5)
 
 
-def test_it_stops_at_the_end_and_at_words(adapted: Any) -> None:
+def test_generation_stops_at_stop_tokens_and_stop_texts(adapted: Any) -> None:
     model = adapted()
-    free = model.fast_generate("12+3=", **GREEDY)[0].outputs[0]
-    assert free.finish_reason == "length"
-    token = free.token_ids[2]
-    first = free.token_ids.index(token)
-    cut = model.fast_generate("12+3=", stop_token_ids=[token], **GREEDY)[0].outputs[0]
-    assert cut.token_ids == free.token_ids[: first + 1]
-    assert cut.finish_reason == "stop"
-    word = free.text[1:3]
-    stopped = model.fast_generate("12+3=", stop=[word], **GREEDY)[0].outputs[0]
-    assert stopped.text == free.text.partition(word)[0]
-    assert stopped.finish_reason == "stop"
+    unlimited = model.fast_generate("12+3=", **GREEDY)[0].outputs[0]
+    assert unlimited.finish_reason == "length"
+    token = unlimited.token_ids[2]
+    first = unlimited.token_ids.index(token)
+    stopped_at_token = model.fast_generate("12+3=", stop_token_ids=[token], **GREEDY)[0].outputs[0]
+    assert stopped_at_token.token_ids == unlimited.token_ids[: first + 1]
+    assert stopped_at_token.finish_reason == "stop"
+    word = unlimited.text[1:3]
+    stopped_at_text = model.fast_generate("12+3=", stop=[word], **GREEDY)[0].outputs[0]
+    assert stopped_at_text.text == unlimited.text.partition(word)[0]
+    assert stopped_at_text.finish_reason == "stop"
 
 
-def test_the_adapter_the_base_and_a_saved_one(adapted: Any, load: Any, tmp_path: Path) -> None:
+def test_lora_request_selects_current_adapter_base_or_saved_adapter(
+    adapted: Any, load: Any, tmp_path: Path
+) -> None:
     model = adapted()
     folder = model.save_lora(tmp_path / "a")
-    trained = _ids(model.fast_generate("12+3=", **GREEDY))
-    base = _ids(load()[0].fast_generate("12+3=", **GREEDY))
+    trained = _token_ids(model.fast_generate("12+3=", **GREEDY))
+    base = _token_ids(load()[0].fast_generate("12+3=", **GREEDY))
     assert trained != base
-    assert _ids(model.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
+    assert _token_ids(model.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
     with model.disable_adapter():
-        assert _ids(model.fast_generate("12+3=", **GREEDY)) == base
+        assert _token_ids(model.fast_generate("12+3=", **GREEDY)) == base
     request = model.load_lora(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    assert _ids(model.fast_generate("12+3=", **GREEDY)) == base
-    assert _ids(model.fast_generate("12+3=", lora_request=request, **GREEDY)) == trained
+    assert _token_ids(model.fast_generate("12+3=", **GREEDY)) == base
+    assert _token_ids(model.fast_generate("12+3=", lora_request=request, **GREEDY)) == trained
 
 
-def test_the_model_inside_answers_as_the_one_around_it(load: Any, tmp_path: Path) -> None:
+def test_the_wrapped_model_samples_like_the_peft_model(load: Any, tmp_path: Path) -> None:
     from toolkit.policy.language_model import FastLanguageModel
 
-    inside, _ = load()
-    base = _ids(inside.fast_generate("12+3=", **GREEDY))
-    around = FastLanguageModel.get_peft_model(inside, r=4, use_gradient_checkpointing=False)
+    wrapped_model, _ = load()
+    base = _token_ids(wrapped_model.fast_generate("12+3=", **GREEDY))
+    peft_model = FastLanguageModel.get_peft_model(
+        wrapped_model, r=4, use_gradient_checkpointing=False
+    )
     with torch.no_grad():
-        for name, parameter in around.named_parameters():
+        for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.3)
-    trained = _ids(around.fast_generate("12+3=", **GREEDY))
+    trained = _token_ids(peft_model.fast_generate("12+3=", **GREEDY))
     assert trained != base
-    assert _ids(inside.fast_generate("12+3=", **GREEDY)) == trained
-    assert _ids(inside.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
-    assert inside.save_lora(tmp_path / "a") == tmp_path / "a"
+    assert _token_ids(wrapped_model.fast_generate("12+3=", **GREEDY)) == trained
+    assert _token_ids(wrapped_model.fast_generate("12+3=", lora_request=None, **GREEDY)) == base
+    assert wrapped_model.save_lora(tmp_path / "a") == tmp_path / "a"
 
 
-def test_a_request_leaves_no_trace(adapted: Any, load: Any, tmp_path: Path, ids: Any) -> None:
+def test_a_request_restores_the_model(adapted: Any, load: Any, tmp_path: Path, ids: Any) -> None:
     folder = adapted().save_lora(tmp_path / "a")
     for model in (adapted(), load()[0]):
         flags = {name: value.requires_grad for name, value in model.named_parameters()}
@@ -153,18 +159,18 @@ def test_a_request_leaves_no_trace(adapted: Any, load: Any, tmp_path: Path, ids:
         assert model.training is training
 
 
-def test_a_request_still_works_when_its_folder_is_gone(adapted: Any, tmp_path: Path) -> None:
+def test_a_request_works_after_its_folder_was_deleted(adapted: Any, tmp_path: Path) -> None:
     import shutil
 
     model = adapted()
     folder = model.save_lora(tmp_path / "a")
     request = model.load_lora(folder)
     shutil.rmtree(folder)
-    expected = _ids(model.fast_generate("1", **GREEDY))
-    assert _ids(model.fast_generate("1", lora_request=request, **GREEDY)) == expected
+    expected = _token_ids(model.fast_generate("1", **GREEDY))
+    assert _token_ids(model.fast_generate("1", lora_request=request, **GREEDY)) == expected
 
 
-def test_an_error_in_a_request_leaves_the_model_whole(adapted: Any, tmp_path: Path) -> None:
+def test_an_error_in_a_request_restores_the_model(adapted: Any, tmp_path: Path) -> None:
     model = adapted()
     request = model.load_lora(model.save_lora(tmp_path / "a"))
     with pytest.raises(ConfigTypeError):
@@ -198,19 +204,21 @@ def test_an_error_in_a_request_leaves_the_model_whole(adapted: Any, tmp_path: Pa
         ({"structured_outputs": {}}, "unknown argument 'structured_outputs'"),
     ],
 )
-def test_refused(adapted: Any, arguments: dict[str, Any], words: str) -> None:
+def test_unsupported_arguments_are_refused(
+    adapted: Any, arguments: dict[str, Any], words: str
+) -> None:
     with pytest.raises((ConfigTypeError, ConfigValueError)) as caught:
         adapted().fast_generate(**{"prompts": "1", **arguments})
     assert words in str(caught.value)
 
 
-def test_with_an_engine_transformers_arguments_are_named() -> None:
+def test_with_an_engine_transformers_arguments_are_refused() -> None:
     with pytest.raises(ConfigTypeError, match="the model has a vLLM engine") as caught:
         read_sampling(None, {"max_new_tokens": 3}, engine=True)
     assert "fix: use max_tokens" in str(caught.value)
 
 
-def test_without_one_vllms_sampling_params_are_named() -> None:
+def test_without_an_engine_vllms_sampling_params_are_refused() -> None:
     kind = type("SamplingParams", (SimpleNamespace,), {"__module__": "vllm.sampling_params"})
     with pytest.raises(
         ConfigTypeError, match="vLLM's SamplingParams, but the model has no vLLM engine"
@@ -218,7 +226,7 @@ def test_without_one_vllms_sampling_params_are_named() -> None:
         read_sampling(kind(), {}, engine=False)
 
 
-def test_prompts_that_do_not_fit(adapted: Any) -> None:
+def test_prompts_that_are_too_long_or_empty_are_refused(adapted: Any) -> None:
     with pytest.raises(ConfigValueError, match="prompt 0 has 128 tokens"):
         adapted().fast_generate("1" * 128, **GREEDY)
     with pytest.raises(ConfigValueError, match="prompt 1 has no tokens"):

@@ -17,17 +17,17 @@ from toolkit.policy.language_model import FastLanguageModel
 
 
 @pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
+def checkpoint_copy(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint to break."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
-def _edit(folder: Path, **values: Any) -> None:
+def _edit_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_the_model_is_the_checkpoint(load: Any, tiny: Path, ids: Any) -> None:
+def test_the_model_computes_like_transformers(load: Any, tiny: Path, ids: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     model, _ = load()
@@ -50,7 +50,7 @@ def test_the_model_is_the_checkpoint(load: Any, tiny: Path, ids: Any) -> None:
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU chooses")
-def test_dtype_on_a_cpu(load: Any, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+def test_the_dtype_on_a_cpu(load: Any, arguments: dict[str, Any], dtype: torch.dtype) -> None:
     assert load(**arguments)[0].dtype is dtype
 
 
@@ -78,7 +78,7 @@ def test_four_bits_need_bitsandbytes(load: Any, monkeypatch: pytest.MonkeyPatch)
         load(load_in_4bit=True)
 
 
-def test_rope_scaling_is_honoured(load: Any, ids: Any) -> None:
+def test_rope_scaling_is_applied(load: Any, ids: Any) -> None:
     model, _ = load(rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert model.config.rope_parameters == {
         "rope_type": "linear",
@@ -90,7 +90,7 @@ def test_rope_scaling_is_honoured(load: Any, ids: Any) -> None:
     assert torch.equal(old_spelling(ids).logits, model(ids).logits)
 
 
-def test_longer_than_the_model_is_stretched_and_said(load: Any, ids: Any) -> None:
+def test_a_longer_max_seq_length_extends_positions_with_a_warning(load: Any, ids: Any) -> None:
     with pytest.warns(UserWarning, match=r"max_seq_length=512 is beyond the 256 positions"):
         model, _ = load(max_seq_length=512)
     assert model.config.rope_parameters["rope_type"] == "dynamic"
@@ -100,14 +100,17 @@ def test_longer_than_the_model_is_stretched_and_said(load: Any, ids: Any) -> Non
     assert model(long).logits.isfinite().all()
 
 
-def test_a_model_that_is_stretched_already_is_not_stretched_again(load: Any, copy: Path) -> None:
-    _edit(copy, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+def test_extended_positions_are_not_extended_again(load: Any, checkpoint_copy: Path) -> None:
+    _edit_config(
+        checkpoint_copy,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    )
     with pytest.raises(ConfigValueError, match=r"already extends them .rope_type linear"):
-        load(copy, max_seq_length=512)
+        load(checkpoint_copy, max_seq_length=512)
 
 
 @pytest.mark.parametrize("scaling", [{"rope_type": "linear"}, {"factor": 2.0}, {"rope_type": "x"}])
-def test_bad_rope_scaling(load: Any, scaling: dict[str, Any]) -> None:
+def test_invalid_rope_scaling_is_refused(load: Any, scaling: dict[str, Any]) -> None:
     with pytest.raises(ConfigValueError, match="rope_scaling"):
         load(rope_scaling=scaling)
 
@@ -120,58 +123,66 @@ def test_resizing_the_vocabulary(load: Any) -> None:
     assert torch.equal(first.get_output_embeddings().weight, second.get_output_embeddings().weight)
 
 
-def test_a_gpu_that_is_not_there(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_map_that_names_a_missing_gpu_is_refused(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for asked in ("cuda:1", 0, {"": "cuda"}):
+    for device_map in ("cuda:1", 0, {"": "cuda"}):
         with pytest.raises(ConfigValueError, match="names a GPU"):
-            load(device_map=asked)
+            load(device_map=device_map)
     assert load(device_map="cpu")[0].device.type == "cpu"
     assert load(device_map="auto")[0].device.type == "cpu"
 
 
-def _rewrite(folder: Path, change: Any) -> None:
+def _change_tensors(folder: Path, change: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_missing_and_extra_tensors_are_named(load: Any, copy: Path) -> None:
-    _rewrite(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+def test_missing_and_extra_tensors_are_named(load: Any, checkpoint_copy: Path) -> None:
+    _change_tensors(
+        checkpoint_copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
+    )
     with pytest.raises(
         InputError, match=r"does not contain 1 tensors of the model: model.layers.1"
     ):
-        load(copy)
-    _rewrite(
-        copy,
+        load(checkpoint_copy)
+    _change_tensors(
+        checkpoint_copy,
         lambda tensors: tensors.update(
             {"model.layers.1.mlp.up_proj.weight": torch.zeros(128, 64), "foo": torch.zeros(1)}
         ),
     )
     with pytest.raises(InputError, match="contains 1 tensors that the model does not have: foo"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_misshapen_tensors(load: Any, copy: Path) -> None:
-    _rewrite(copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}))
+def test_tensors_with_a_wrong_shape_are_refused(load: Any, checkpoint_copy: Path) -> None:
+    _change_tensors(
+        checkpoint_copy, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)})
+    )
     with pytest.raises(InputError, match="cannot be loaded"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_torn_weights(load: Any, copy: Path) -> None:
-    path = copy / "model.safetensors"
+def test_truncated_weights_are_refused(load: Any, checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="cannot be loaded"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_pickled_weights_are_read_by_name_only(load: Any, copy: Path, ids: Any) -> None:
-    tensors = load_file(copy / "model.safetensors")
-    torch.save(tensors, copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
+def test_pickled_weights_are_read_only_if_requested(
+    load: Any, checkpoint_copy: Path, ids: Any
+) -> None:
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    torch.save(tensors, checkpoint_copy / "pytorch_model.bin")
+    (checkpoint_copy / "model.safetensors").unlink()
     with pytest.raises(ConfigValueError, match="a pickle can run code") as caught:
-        load(copy)
+        load(checkpoint_copy)
     assert "use_safetensors=False" in str(caught.value)
-    model, _ = load(copy, use_safetensors=False)
+    model, _ = load(checkpoint_copy, use_safetensors=False)
     assert torch.equal(model(ids).logits, load()[0](ids).logits)
 
 
@@ -183,59 +194,63 @@ def test_pickled_weights_are_read_by_name_only(load: Any, copy: Path, ids: Any) 
         ("a/b/c", "does not exist"),
     ],
 )
-def test_no_such_folder(load: Any, name: str, words: str) -> None:
+def test_a_missing_folder_is_refused(load: Any, name: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         load(name)
 
 
-def test_folders_that_are_no_checkpoint(load: Any, tmp_path: Path, copy: Path) -> None:
+def test_folders_without_a_checkpoint_are_refused(
+    load: Any, tmp_path: Path, checkpoint_copy: Path
+) -> None:
     with pytest.raises(InputError, match=r"neither config.json nor adapter_config.json"):
         load(tmp_path)
     with pytest.raises(InputError, match="is a file"):
-        load(copy / "config.json")
-    (copy / "model.safetensors").unlink()
+        load(checkpoint_copy / "config.json")
+    (checkpoint_copy / "model.safetensors").unlink()
     with pytest.raises(InputError, match="has no weights"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_a_config_that_is_none(load: Any, copy: Path) -> None:
-    (copy / "config.json").write_text("{")
+def test_an_invalid_config_is_refused(load: Any, checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json cannot be used"):
-        load(copy)
-    (copy / "config.json").write_text('{"model_type": "never_heard_of"}')
+        load(checkpoint_copy)
+    (checkpoint_copy / "config.json").write_text('{"model_type": "never_heard_of"}')
     with pytest.raises(UnsupportedError, match="does not have the model type 'never_heard_of'"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_a_multimodal_model_is_refused(load: Any, copy: Path) -> None:
-    (copy / "config.json").write_text(
+def test_a_multimodal_model_is_refused(load: Any, checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "config.json").write_text(
         '{"model_type": "llava", "text_config": {"model_type": "llama"}}'
     )
     with pytest.raises(UnsupportedError, match="'llava' is a multimodal model"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_a_quantized_checkpoint_needs_its_flag(load: Any, copy: Path) -> None:
-    _edit(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+def test_a_quantized_checkpoint_needs_its_flag(load: Any, checkpoint_copy: Path) -> None:
+    _edit_config(
+        checkpoint_copy, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
     with pytest.raises(ConfigValueError, match=r"stored in bitsandbytes 4-bit, but load_in_4bit"):
-        load(copy)
+        load(checkpoint_copy)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "fp8", "mxfp4", "compressed-tensors", "new"])
 def test_other_stored_formats_are_refused_whatever_the_flags(
-    load: Any, copy: Path, method: str
+    load: Any, checkpoint_copy: Path, method: str
 ) -> None:
-    _edit(copy, quantization_config={"quant_method": method})
+    _edit_config(checkpoint_copy, quantization_config={"quant_method": method})
     with pytest.raises(UnsupportedError, match="an adapter on this format is not supported"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_an_encoder_is_refused(load: Any, copy: Path) -> None:
-    _edit(copy, model_type="t5")
+def test_an_encoder_is_refused(load: Any, checkpoint_copy: Path) -> None:
+    _edit_config(checkpoint_copy, model_type="t5")
     with pytest.raises(UnsupportedError, match="'t5' is not a causal language model"):
-        load(copy)
+        load(checkpoint_copy)
 
 
-def test_a_revision_is_for_hub_ids(load: Any) -> None:
+def test_a_revision_needs_a_hub_id(load: Any) -> None:
     with pytest.raises(ConfigValueError, match="is a folder"):
         load(revision="main")

@@ -18,29 +18,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_an_adapters_folder_is_base_and_adapter_trainable(
+def test_an_adapter_folder_loads_base_and_trainable_adapter(
     adapted: Any, load: Any, tmp_path: Path, ids: Any
 ) -> None:
     model = adapted()
-    again, tokenizer = load(model.save_lora(tmp_path / "a"))
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    assert {name for name, value in again.named_parameters() if value.requires_grad} == {
+    loaded, tokenizer = load(model.save_lora(tmp_path / "a"))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert {name for name, value in loaded.named_parameters() if value.requires_grad} == {
         name for name, value in model.named_parameters() if value.requires_grad
     }
     assert tokenizer.padding_side == "left"
-    assert again.is_gradient_checkpointing
+    assert loaded.is_gradient_checkpointing
     with pytest.warns(UserWarning, match="already has this adapter"):
-        assert FastLanguageModel.get_peft_model(again, r=4, lora_alpha=8) is again
-    before = {name: value.clone() for name, value in adapter_tensors(again).items()}
-    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
-    again(ids, labels=ids, use_cache=False).loss.backward()
+        assert FastLanguageModel.get_peft_model(loaded, r=4, lora_alpha=8) is loaded
+    before = {name: value.clone() for name, value in adapter_tensors(loaded).items()}
+    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2)
+    loaded(ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
     assert all(
-        not torch.equal(before[name], value) for name, value in adapter_tensors(again).items()
+        not torch.equal(before[name], value) for name, value in adapter_tensors(loaded).items()
     )
 
 
-def test_an_adapter_whose_base_is_gone(adapted: Any, load: Any, tmp_path: Path) -> None:
+def test_an_adapter_whose_base_model_is_missing_is_refused(
+    adapted: Any, load: Any, tmp_path: Path
+) -> None:
     import json
 
     folder = adapted().save_lora(tmp_path / "a")
@@ -54,7 +56,7 @@ def test_an_adapter_whose_base_is_gone(adapted: Any, load: Any, tmp_path: Path) 
         load(folder)
 
 
-def test_the_methods_come_with_the_model(adapted: Any) -> None:
+def test_the_model_has_the_toolkits_methods(adapted: Any) -> None:
     model = adapted()
     for name in ("fast_generate", "save_lora", "load_lora"):
         assert callable(getattr(model, name))
@@ -62,7 +64,7 @@ def test_the_methods_come_with_the_model(adapted: Any) -> None:
     assert model.max_seq_length == 128
 
 
-def test_the_signature_of_get_peft_model_is_the_drop_in_one() -> None:
+def test_get_peft_model_has_the_drop_in_signature() -> None:
     import inspect
 
     parameters = inspect.signature(FastLanguageModel.get_peft_model).parameters
@@ -103,14 +105,14 @@ def config(tiny: Path) -> RunConfig:
     )
 
 
-def test_a_run_files_policy_is_that_of_the_calls(config: RunConfig, load: Any) -> None:
+def test_a_run_file_loads_the_same_policy_as_the_calls(config: RunConfig, load: Any) -> None:
     model, tokenizer = load_policy(config)
-    by_hand = FastLanguageModel.get_peft_model(
+    expected_model = FastLanguageModel.get_peft_model(
         load()[0], r=4, lora_alpha=8, use_gradient_checkpointing=False
     )
-    ours, theirs = adapter_tensors(model), adapter_tensors(by_hand)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tensors, expected = adapter_tensors(model), adapter_tensors(expected_model)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     assert tokenizer.padding_side == "left"
     assert model.training
 
@@ -120,13 +122,13 @@ def test_a_run_file_with_full_finetuning_has_no_adapter(config: RunConfig) -> No
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_run_files_refusals_are_the_same(config: RunConfig) -> None:
+def test_a_run_file_with_an_invalid_value_is_refused(config: RunConfig) -> None:
     with pytest.raises(ConfigValueError, match="lora_dropout=1"):
         load_policy(replace(config, lora=replace(config.lora, lora_dropout=1)))
 
 
 @pytest.mark.parametrize(
-    ("engine", "fast", "found"),
+    ("engine", "fast", "expected"),
     [
         ("vllm", "auto", "vllm"),
         ("transformers", "auto", "transformers"),
@@ -134,23 +136,27 @@ def test_a_run_files_refusals_are_the_same(config: RunConfig) -> None:
         ("auto", False, "transformers"),
     ],
 )
-def test_which_engine(config: RunConfig, engine: Any, fast: Any, found: str) -> None:
-    asked = replace(
+def test_choose_engine_follows_the_run_file(
+    config: RunConfig, engine: Any, fast: Any, expected: str
+) -> None:
+    run_config = replace(
         config,
         runtime=replace(config.runtime, engine=engine),
         model=replace(config.model, fast_inference=fast),
     )
-    assert choose_engine(asked) == found
+    assert choose_engine(run_config) == expected
 
 
-def test_which_engine_when_all_is_auto(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = replace(config, runtime=replace(config.runtime, engine="auto"))
+def test_choose_engine_with_auto_follows_the_machine(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_config = replace(config, runtime=replace(config.runtime, engine="auto"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_engine(asked) == "transformers"
+    assert choose_engine(run_config) == "transformers"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("toolkit.policy.machine_facts.vllm_available", lambda: True)
-    assert choose_engine(asked) == "vllm"
+    assert choose_engine(run_config) == "vllm"
 
 
 def test_engine_options_of_a_run_file_reach_the_engine(
@@ -170,8 +176,8 @@ def test_engine_options_of_a_run_file_reach_the_engine(
         share_weights=False,
         enable_chunked_prefill=False,
     )
-    asked = replace(config, model=section, runtime=replace(config.runtime, engine="vllm"))
-    options = engine_options(find_checkpoint(str(tiny)), make_load_request(asked))
+    run_config = replace(config, model=section, runtime=replace(config.runtime, engine="vllm"))
+    options = engine_options(find_checkpoint(str(tiny)), make_load_request(run_config))
     assert options.max_lora_rank == 8
     assert options.max_num_seqs == 4
     assert options.max_num_batched_tokens == "auto"

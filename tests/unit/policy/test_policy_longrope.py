@@ -19,25 +19,25 @@ LONGROPE = {
 }
 
 
-def model_of(**settings: object) -> SimpleNamespace:
+def fake_model(**settings: object) -> SimpleNamespace:
     config = Phi3Config(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=128, **settings
     )
     return SimpleNamespace(config=config)
 
 
-def engine_of(length: int) -> SimpleNamespace:
-    return SimpleNamespace(options=SimpleNamespace(max_model_len=length))
+def fake_engine(max_model_len: int) -> SimpleNamespace:
+    return SimpleNamespace(options=SimpleNamespace(max_model_len=max_model_len))
 
 
-def test_above_the_original_length_max_seq_length_is_named() -> None:
-    model = model_of(original_max_position_embeddings=64, rope_parameters=LONGROPE)
-    refuse_long_rope(engine_of(64), model)
+def test_a_max_seq_length_above_the_original_length_is_refused() -> None:
+    model = fake_model(original_max_position_embeddings=64, rope_parameters=LONGROPE)
+    refuse_long_rope(fake_engine(64), model)
     with pytest.raises(UnsupportedError, match="65 is above 64") as refused:
-        refuse_long_rope(engine_of(65), model)
+        refuse_long_rope(fake_engine(65), model)
     assert refused.value.where == "model.max_seq_length"
     assert str(refused.value.fix).startswith("set max_seq_length: 64")
 
 
-def test_other_models_may_be_as_long_as_they_are() -> None:
-    refuse_long_rope(engine_of(128), model_of())
+def test_models_without_longrope_may_use_all_positions() -> None:
+    refuse_long_rope(fake_engine(128), fake_model())

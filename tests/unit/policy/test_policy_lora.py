@@ -11,15 +11,15 @@ from toolkit.base.errors import ConfigTypeError, ConfigValueError, UnsupportedEr
 from toolkit.policy.language_model import FastLanguageModel
 from toolkit.policy.lora import adapter_tensors
 
-PLAIN = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False}
+SMALL_ADAPTER = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False}
 
 
-def test_a_fresh_adapter_changes_no_logit(load: Any, ids: Any) -> None:
+def test_a_new_adapter_does_not_change_the_logits(load: Any, ids: Any) -> None:
     import peft
 
     model, _ = load()
     before = model(ids).logits
-    adapted = FastLanguageModel.get_peft_model(model, **PLAIN)
+    adapted = FastLanguageModel.get_peft_model(model, **SMALL_ADAPTER)
     assert type(adapted) is peft.PeftModelForCausalLM
     assert torch.equal(adapted(ids).logits, before)
     trainable = {name for name, value in adapted.named_parameters() if value.requires_grad}
@@ -27,24 +27,24 @@ def test_a_fresh_adapter_changes_no_logit(load: Any, ids: Any) -> None:
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_disturbs_nobody(load: Any) -> None:
-    def tensors(seed: int) -> dict[str, torch.Tensor]:
-        adapted = FastLanguageModel.get_peft_model(load()[0], random_state=seed, **PLAIN)
+def test_the_same_seed_gives_equal_adapters_and_keeps_the_global_state(load: Any) -> None:
+    def new_adapter_tensors(seed: int) -> dict[str, torch.Tensor]:
+        adapted = FastLanguageModel.get_peft_model(load()[0], random_state=seed, **SMALL_ADAPTER)
         return {name: value.clone() for name, value in adapter_tensors(adapted).items()}
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = tensors(3407)
+    first = new_adapter_tensors(3407)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    again, other = tensors(3407), tensors(3408)
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+    same_seed, other_seed = new_adapter_tensors(3407), new_adapter_tensors(3408)
+    assert first.keys() == same_seed.keys()
+    assert all(torch.equal(first[name], same_seed[name]) for name in first)
+    assert any(not torch.equal(first[name], other_seed[name]) for name in first)
 
 
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 2.0), (True, 4.0)])
-def test_scaling_reaches_the_layers(load: Any, rslora: bool, scaling: float) -> None:
+def test_layers_have_the_scaling_of_the_settings(load: Any, rslora: bool, scaling: float) -> None:
     model = FastLanguageModel.get_peft_model(
         load()[0], r=4, lora_alpha=8, use_rslora=rslora, use_gradient_checkpointing=False
     )
@@ -54,18 +54,18 @@ def test_scaling_reaches_the_layers(load: Any, rslora: bool, scaling: float) -> 
 
 def test_the_adapter_is_float32_over_a_bfloat16_base(load: Any) -> None:
     model, _ = load(dtype="bfloat16")
-    adapted = FastLanguageModel.get_peft_model(model, **PLAIN)
+    adapted = FastLanguageModel.get_peft_model(model, **SMALL_ADAPTER)
     assert model.dtype is torch.bfloat16
     assert {value.dtype for value in adapter_tensors(adapted).values()} == {torch.float32}
 
 
-def test_the_same_settings_again_are_a_warning(adapted: Any) -> None:
+def test_the_same_settings_again_give_a_warning(adapted: Any) -> None:
     model = adapted()
     with pytest.warns(UserWarning, match="already has this adapter"):
         assert FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8) is model
 
 
-def test_other_settings_are_refused_with_the_difference(adapted: Any) -> None:
+def test_other_settings_are_refused_and_the_differences_listed(adapted: Any) -> None:
     with pytest.raises(
         ConfigTypeError,
         match="r is 4 in the adapter, but 16 is requested; lora_alpha is 8 in the adapter",
@@ -75,18 +75,18 @@ def test_other_settings_are_refused_with_the_difference(adapted: Any) -> None:
         FastLanguageModel.get_peft_model(adapted(), r=4, lora_alpha=8, target_modules=["q_proj"])
 
 
-def test_an_unknown_keyword_is_named_with_the_nearest(load: Any) -> None:
+def test_an_unknown_keyword_is_refused_with_a_suggestion(load: Any) -> None:
     with pytest.raises(TypeError, match=r"'use_doras' .did you mean 'use_dora'"):
         FastLanguageModel.get_peft_model(load()[0], use_doras=True)
 
 
-def test_max_seq_length_is_the_loadings(load: Any) -> None:
+def test_another_max_seq_length_than_the_models_is_refused(load: Any) -> None:
     with pytest.raises(ValueError, match="but the model was loaded with max_seq_length=128"):
         FastLanguageModel.get_peft_model(load()[0], max_seq_length=512)
-    FastLanguageModel.get_peft_model(load()[0], max_seq_length=128, **PLAIN)
+    FastLanguageModel.get_peft_model(load()[0], max_seq_length=128, **SMALL_ADAPTER)
 
 
-def test_what_peft_refuses_is_a_users_error(load: Any) -> None:
+def test_an_error_of_peft_becomes_a_config_error(load: Any) -> None:
     with pytest.raises(ConfigValueError, match="not supported"):
         FastLanguageModel.get_peft_model(load()[0], target_modules=["input_layernorm"])
 
@@ -107,18 +107,18 @@ def test_what_peft_refuses_is_a_users_error(load: Any) -> None:
 def test_without_an_engine_pefts_own_options_work(load: Any, ids: Any, values: Any) -> None:
     model, _ = load()
     before = model(ids).logits
-    adapted = FastLanguageModel.get_peft_model(model, **{**PLAIN, **values})
+    adapted = FastLanguageModel.get_peft_model(model, **{**SMALL_ADAPTER, **values})
     assert torch.allclose(adapted(ids).logits, before, atol=1e-5)
     config = adapted.peft_config["default"]
     name, value = next(iter(values.items()))
-    found = getattr(config, name)
+    configured = getattr(config, name)
     if name != "target_modules":
-        assert found == value
+        assert configured == value
     if "layers_to_transform" in values:
         assert all(".layers.1." in key for key in adapter_tensors(adapted))
 
 
-def test_an_engine_on_the_model_is_asked_for_its_rank(load: Any) -> None:
+def test_a_rank_above_the_engines_maximum_is_refused(load: Any) -> None:
     """The refusal is here, not in the engine's first step."""
     from types import SimpleNamespace
 
@@ -135,17 +135,17 @@ def test_an_engine_on_the_model_is_asked_for_its_rank(load: Any) -> None:
     assert published == [adapted]
 
 
-def test_a_layer_that_the_engine_cannot_adapt_is_refused_at_once(load: Any, ids: Any) -> None:
+def test_an_adapter_that_the_engine_refuses_is_removed(load: Any, ids: Any) -> None:
     from types import SimpleNamespace
 
     model, _ = load()
     before = model(ids).logits
 
-    def publish(peft_model: Any) -> None:
+    def refuse_adapter(peft_model: Any) -> None:
         raise UnsupportedError("the engine has no LoRA slot for model.layers.0.mlp.up_proj")
 
     model.toolkit_engine = SimpleNamespace(
-        options=SimpleNamespace(max_lora_rank=16), publish=publish
+        options=SimpleNamespace(max_lora_rank=16), publish=refuse_adapter
     )
     with pytest.raises(UnsupportedError, match="no LoRA slot"):
         FastLanguageModel.get_peft_model(model, r=4)
@@ -153,6 +153,6 @@ def test_a_layer_that_the_engine_cannot_adapt_is_refused_at_once(load: Any, ids:
     assert torch.equal(model(ids).logits, before)
 
 
-def test_the_same_number_of_another_type_is_the_same(adapted: Any) -> None:
+def test_numbers_of_another_type_are_equal_settings(adapted: Any) -> None:
     with pytest.warns(UserWarning, match="already has this adapter"):
         FastLanguageModel.get_peft_model(adapted(), r=4, lora_alpha=8.0, lora_dropout=0)

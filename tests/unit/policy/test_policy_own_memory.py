@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def load(folder: Path) -> torch.nn.Module:
+def load_model(folder: Path) -> torch.nn.Module:
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=64, fast_inference=False, load_in_4bit=False
     )
@@ -28,9 +28,9 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_base_that_is_cut_short_during_the_run(tmp_path: Path, tied: bool) -> None:
+def test_truncating_the_weights_file_does_not_change_the_model(tmp_path: Path, tied: bool) -> None:
     folder = make_tiny(tmp_path / "model", tie_word_embeddings=tied)
-    model = load(folder)
+    model = load_model(folder)
     assert [path for _, _, path in mapped_weight_files() if path.startswith(str(folder))] == []
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_base_that_is_cut_short_during_the_run(tmp_path: Path, tied: bool) -> 
     assert (head is model.get_input_embeddings().weight) == tied
 
 
-def test_only_what_is_mapped_is_copied() -> None:
+def test_weights_that_are_not_mapped_are_not_copied() -> None:
     model = torch.nn.Linear(4, 4)
     address = model.weight.data_ptr()
     assert copy_mapped_weights(model) == 0
@@ -58,7 +58,7 @@ def test_a_pipe_in_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     with pytest.raises(InputError, match="is a pipe, not a regular file") as caught:
-        load(folder)
+        load_model(folder)
     assert caught.value.where == str(folder.resolve() / name)
 
 
@@ -69,7 +69,7 @@ def test_a_pipe_in_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, (1 << 50).to_bytes(8, "little") + b"{}"])
-def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         read_tensors(tmp_path / "x.safetensors")

@@ -18,7 +18,7 @@ from toolkit.policy import load_request
 from toolkit.policy.load_arguments import ENGINE_DEFAULTS, REFUSED_ARGUMENTS
 from toolkit.policy.load_request import check_request
 
-PLAIN = {"model_name": "m", "load_in_4bit": False}
+VALID_ARGUMENTS = {"model_name": "m", "load_in_4bit": False}
 SIGNATURE = {
     "max_seq_length": 2048,
     "dtype": None,
@@ -47,27 +47,27 @@ SIGNATURE = {
 }
 
 
-def test_the_signature_is_the_drop_in_one() -> None:
+def test_from_pretrained_has_the_drop_in_signature() -> None:
     from toolkit.policy.language_model import FastLanguageModel
 
     parameters = inspect.signature(FastLanguageModel.from_pretrained).parameters
-    found = {name: value.default for name, value in parameters.items()}
-    assert {name: found[name] for name in SIGNATURE} == SIGNATURE
-    assert {"device_map", "offload_embedding", "kwargs"} <= found.keys()
+    defaults = {name: value.default for name, value in parameters.items()}
+    assert {name: defaults[name] for name in SIGNATURE} == SIGNATURE
+    assert {"device_map", "offload_embedding", "kwargs"} <= defaults.keys()
 
 
 def test_every_parameter_is_in_one_table() -> None:
     """A parameter that no table knows would be dropped: it is refused as unknown instead."""
     from toolkit.policy.language_model import FastLanguageModel
 
-    named = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
+    parameters = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"kwargs"}
     fields = set(load_request.LoadRequest.__dataclass_fields__) - {"engine"}
     special = {"use_exact_model_name", "text_only", "float32_mixed_precision"}
-    assert named <= fields | set(ENGINE_DEFAULTS) | set(REFUSED_ARGUMENTS) | special
+    assert parameters <= fields | set(ENGINE_DEFAULTS) | set(REFUSED_ARGUMENTS) | special
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
+    ("arguments", "error_class", "words"),
     [
         (
             {"max_sequence_length": 3},
@@ -110,17 +110,17 @@ def test_every_parameter_is_in_one_table() -> None:
         ({"model_name": ""}, ConfigValueError, ["model_name"]),
     ],
 )
-def test_refused_by_name(
-    arguments: dict[str, Any], kind: type[Exception], words: list[str]
+def test_invalid_arguments_are_refused(
+    arguments: dict[str, Any], error_class: type[Exception], words: list[str]
 ) -> None:
-    with pytest.raises(kind) as caught:
-        check_request({**PLAIN, **arguments})
+    with pytest.raises(error_class) as caught:
+        check_request({**VALID_ARGUMENTS, **arguments})
     for word in words:
         assert word in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
+    ("arguments", "error_class", "words"),
     [
         ({"trust_remote_code": True}, UnsupportedError, ["trust_remote_code", "fast_inference"]),
         ({"load_in_8bit": True}, UnsupportedError, ["load_in_8bit", "fast_inference"]),
@@ -144,57 +144,59 @@ def test_refused_by_name(
         ({"enforce_eager": "no"}, ConfigTypeError, ["enforce_eager='no'", "True or False"]),
     ],
 )
-def test_refused_with_an_engine(
+def test_arguments_that_exclude_an_engine_are_refused(
     arguments: dict[str, Any],
-    kind: type[Exception],
+    error_class: type[Exception],
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(load_request, "vllm_available", lambda: True)
-    with pytest.raises(kind) as caught:
-        check_request({**PLAIN, "fast_inference": True, **arguments})
+    with pytest.raises(error_class) as caught:
+        check_request({**VALID_ARGUMENTS, "fast_inference": True, **arguments})
     for word in words:
         assert word in str(caught.value)
 
 
-def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_request, "vllm_available", lambda: False)
     with pytest.raises(
         ImportError, match=r"grpo-toolkit\[vllm\].*grpo-toolkit\[cpu-engine\]"
     ) as caught:
-        check_request({**PLAIN, "fast_inference": True})
+        check_request({**VALID_ARGUMENTS, "fast_inference": True})
     assert isinstance(caught.value, MissingExtraError)
 
 
-def test_auto_is_taken_with_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_accepted_with_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_request, "vllm_available", lambda: True)
     arguments = {"gpu_memory_utilization": "auto", "max_lora_rank": "auto", "max_num_seqs": 8}
-    checked = check_request({**PLAIN, "fast_inference": True, **arguments})
+    checked = check_request({**VALID_ARGUMENTS, "fast_inference": True, **arguments})
     assert {name: checked.engine[name] for name in arguments} == arguments
 
 
-def test_idle_engine_options_are_said() -> None:
+def test_unused_engine_options_give_a_warning() -> None:
     with pytest.warns(UserWarning, match="no effect .*: gpu_memory_utilization, max_num_seqs"):
-        check_request({**PLAIN, "gpu_memory_utilization": 0.6, "max_num_seqs": 4})
+        check_request({**VALID_ARGUMENTS, "gpu_memory_utilization": 0.6, "max_num_seqs": 4})
 
 
-def test_defaults_say_nothing() -> None:
+def test_default_engine_options_give_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checked = check_request({**PLAIN, "max_lora_rank": 64, "gpu_memory_utilization": 0.5})
+        checked = check_request(
+            {**VALID_ARGUMENTS, "max_lora_rank": 64, "gpu_memory_utilization": 0.5}
+        )
     assert checked.dtype == "auto"
     assert checked.use_safetensors is True
 
 
-def test_a_torch_dtype_is_a_dtype() -> None:
+def test_a_torch_dtype_is_accepted() -> None:
     import torch
 
-    assert check_request({**PLAIN, "dtype": torch.bfloat16}).dtype == "bfloat16"
-    assert check_request({**PLAIN, "float32_mixed_precision": True}).dtype == "float32"
+    assert check_request({**VALID_ARGUMENTS, "dtype": torch.bfloat16}).dtype == "bfloat16"
+    assert check_request({**VALID_ARGUMENTS, "float32_mixed_precision": True}).dtype == "float32"
 
 
-def test_the_token_is_not_shown() -> None:
-    assert "hf_secret" not in repr(check_request({**PLAIN, "token": "hf_secret"}))
+def test_the_repr_does_not_contain_the_token() -> None:
+    assert "hf_secret" not in repr(check_request({**VALID_ARGUMENTS, "token": "hf_secret"}))
 
 
 @pytest.mark.parametrize("name", [None, 3, b"model"])

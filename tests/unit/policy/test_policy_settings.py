@@ -18,7 +18,13 @@ from toolkit.policy.lora_settings import (
     check_targets,
 )
 
-NAMES = ["", "model", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"]
+MODULE_NAMES = [
+    "",
+    "model",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.up_proj",
+    "lm_head",
+]
 
 
 def numpy_four() -> Any:
@@ -33,7 +39,7 @@ def test_r_must_be_an_integer(r: Any) -> None:
         check_settings(LoraSettings(r=r))
 
 
-def test_a_numpy_integer_is_none() -> None:
+def test_a_numpy_integer_is_refused() -> None:
     with pytest.raises(TypeError, match="must be an integer, not int64"):
         check_settings(LoraSettings(r=numpy_four()))
 
@@ -45,7 +51,7 @@ def test_r_must_be_positive(r: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "kind", "words"),
+    ("values", "error_class", "words"),
     [
         ({"lora_alpha": "8"}, ConfigTypeError, "lora_alpha"),
         ({"lora_alpha": 0}, ConfigValueError, "lora_alpha=0"),
@@ -66,24 +72,24 @@ def test_r_must_be_positive(r: int) -> None:
         ({"layers_pattern": "layers"}, ConfigValueError, "layers_pattern"),
     ],
 )
-def test_values_that_no_model_takes(
-    values: dict[str, Any], kind: type[Exception], words: str
+def test_invalid_values_are_refused(
+    values: dict[str, Any], error_class: type[Exception], words: str
 ) -> None:
-    with pytest.raises(kind, match=re.escape(words)):
+    with pytest.raises(error_class, match=re.escape(words)):
         check_settings(LoraSettings(**values))
 
 
 @pytest.mark.parametrize(
     "init", [True, False, "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "lora_ga"]
 )
-def test_inits_of_peft_are_known(init: Any) -> None:
+def test_pefts_init_methods_are_accepted(init: Any) -> None:
     check_settings(LoraSettings(init_lora_weights=init))
 
 
 @pytest.mark.parametrize(
     ("r", "maximum", "smallest"), [(33, 32, 64), (2, 1, 8), (65, 64, 128), (257, 256, 320)]
 )
-def test_a_rank_above_the_engines_names_both_and_the_remedy(
+def test_a_rank_above_max_lora_rank_is_refused_with_advice(
     r: int, maximum: int, smallest: int
 ) -> None:
     with pytest.raises(ValueError, match=f"r={r} is above max_lora_rank={maximum}") as caught:
@@ -91,7 +97,7 @@ def test_a_rank_above_the_engines_names_both_and_the_remedy(
     assert f"max_lora_rank={smallest}" in str(caught.value)
 
 
-def test_a_rank_that_no_engine_serves() -> None:
+def test_a_rank_above_vllms_largest_is_refused() -> None:
     with pytest.raises(ValueError, match="vLLM does not support ranks above 512"):
         check_engine_support(LoraSettings(r=513), 512)
 
@@ -113,45 +119,45 @@ def test_a_rank_that_no_engine_serves() -> None:
         *({"init_lora_weights": init} for init in ("loftq", "eva", "lora_ga")),
     ],
 )
-def test_what_an_engine_cannot_sample_from(values: dict[str, Any]) -> None:
+def test_settings_that_an_engine_does_not_support_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError) as caught:
         check_engine_support(LoraSettings(**values), 64)
     assert isinstance(caught.value, UnsupportedError)
     name = next(iter(values))
-    shown = str(caught.value)
-    assert name in shown or "embed_tokens" in shown or "lm_head" in shown
+    message = str(caught.value)
+    assert name in message or "embed_tokens" in message or "lm_head" in message
 
 
-def test_layers_and_saved_modules_are_the_models() -> None:
+def test_layers_and_saved_modules_must_exist_in_the_model() -> None:
     check_layer_numbers(LoraSettings(layers_to_transform=(0, 1)), 2)
     with pytest.raises(ConfigValueError, match="2, 9 must be below 2, the number of layers"):
         check_layer_numbers(LoraSettings(layers_to_transform=(0, 2, 9)), 2)
-    check_modules_to_save(LoraSettings(modules_to_save=("q_proj",)), NAMES)
+    check_modules_to_save(LoraSettings(modules_to_save=("q_proj",)), MODULE_NAMES)
     with pytest.raises(ConfigValueError, match=r"no module 'q_prj' .did you mean 'q_proj'"):
-        check_modules_to_save(LoraSettings(modules_to_save=("q_prj",)), NAMES)
+        check_modules_to_save(LoraSettings(modules_to_save=("q_prj",)), MODULE_NAMES)
 
 
-def test_ranks_of_a_pattern_fit_the_engine_too() -> None:
+def test_ranks_in_rank_pattern_are_checked_too() -> None:
     settings = LoraSettings(r=8, rank_pattern={"q_proj": 24}, alpha_pattern={"q_proj": 2})
     check_engine_support(settings, 32)
     with pytest.raises(ConfigValueError, match="rank 24 in rank_pattern is above max_lora_rank=16"):
         check_engine_support(settings, 16)
 
 
-def test_dropout_with_an_engine_is_said() -> None:
+def test_dropout_with_an_engine_gives_a_warning() -> None:
     with pytest.warns(UserWarning, match="without dropout"):
         check_engine_support(LoraSettings(lora_dropout=0.1), 64)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_inits_that_keep_the_base_go_with_an_engine(init: Any) -> None:
+def test_init_methods_that_keep_the_base_weights_are_accepted(init: Any) -> None:
     check_engine_support(LoraSettings(r=8, init_lora_weights=init), 8)
 
 
-def test_targets_are_looked_up() -> None:
-    check_targets(LoraSettings(target_modules=("q_proj", "mlp.up_proj")), NAMES)
-    check_targets(LoraSettings(target_modules="all-linear"), NAMES)
-    check_targets(LoraSettings(target_modules=r".*q_proj"), NAMES)
+def test_existing_targets_are_accepted() -> None:
+    check_targets(LoraSettings(target_modules=("q_proj", "mlp.up_proj")), MODULE_NAMES)
+    check_targets(LoraSettings(target_modules="all-linear"), MODULE_NAMES)
+    check_targets(LoraSettings(target_modules=r".*q_proj"), MODULE_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -164,17 +170,17 @@ def test_targets_are_looked_up() -> None:
         ("(", "not a valid pattern"),
     ],
 )
-def test_a_target_that_the_model_has_not(targets: Any, words: str) -> None:
+def test_a_missing_target_is_refused(targets: Any, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
-        check_targets(LoraSettings(target_modules=targets), NAMES)
+        check_targets(LoraSettings(target_modules=targets), MODULE_NAMES)
 
 
-def test_scaling() -> None:
+def test_scaling_with_and_without_rslora() -> None:
     assert LoraSettings(r=16, lora_alpha=32).scaling == 2.0
     assert LoraSettings(r=16, lora_alpha=32, use_rslora=True).scaling == 8.0
 
 
-def test_a_run_files_section_becomes_settings() -> None:
+def test_settings_from_a_run_files_section() -> None:
     section = LoraSection(r=8, lora_alpha=4, use_rslora=True, target_modules=("q_proj",))
     assert LoraSettings.from_section(section) == LoraSettings(
         r=8, lora_alpha=4, use_rslora=True, target_modules=("q_proj",)

@@ -18,7 +18,7 @@ from toolkit.policy.language_model import FastLanguageModel, load_policy
 from toolkit.policy.lora import adapter_tensors
 from toolkit.sizing import read_spec, solve
 
-RUN = """\
+RUN_FILE = """\
 model: {{model_name: {model}, max_seq_length: 64}}
 lora: {{{lora}}}
 dataset: {{path: train.jsonl}}
@@ -29,19 +29,21 @@ runtime: {{engine: transformers}}
 PATTERNS = "rank_pattern: {q_proj: 6}, alpha_pattern: {q_proj: 3}, exclude_modules: [down_proj]"
 
 
-def read(folder: Path, lora: str, model: Path | None = None) -> Any:
+def read_run(folder: Path, lora: str, model: Path | None = None) -> Any:
     (folder / "train.jsonl").write_text(8 * '{"prompt": "1+1="}\n')
     path = folder / "run.yaml"
-    path.write_text(RUN.format(model=model or folder / "model", lora=lora))
+    path.write_text(RUN_FILE.format(model=model or folder / "model", lora=lora))
     return load_run(path)
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, and the adapter of a run file with patterns on it."""
     folder = tmp_path_factory.mktemp("first")
     make_tiny(folder / "model")
-    config = read(folder, f"r: 4, lora_alpha: 8, target_modules: [q_proj, down_proj], {PATTERNS}")
+    config = read_run(
+        folder, f"r: 4, lora_alpha: 8, target_modules: [q_proj, down_proj], {PATTERNS}"
+    )
     policy, _ = load_policy(config)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -51,8 +53,10 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_patterns_of_a_run_file_shape_the_adapter(first: Path) -> None:
-    config = read(first, f"r: 4, lora_alpha: 8, target_modules: [q_proj, o_proj], {PATTERNS}")
+def test_patterns_in_a_run_file_set_ranks_and_scaling(first_run: Path) -> None:
+    config = read_run(
+        first_run, f"r: 4, lora_alpha: 8, target_modules: [q_proj, o_proj], {PATTERNS}"
+    )
     policy, _ = load_policy(config)
     ranks = {name.split(".")[-3]: value.shape[0] for name, value in adapter_tensors(policy).items()
              if ".lora_A." in name}  # fmt: skip
@@ -62,71 +66,71 @@ def test_patterns_of_a_run_file_shape_the_adapter(first: Path) -> None:
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     spec = read_spec(config.model.model_name)
     assert solve(config, spec, None).model.trainable_parameters == trainable
-    one = replace(config, lora=replace(config.lora, layers_to_transform=(1,)))
-    assert solve(one, spec, None).model.trainable_parameters == trainable // 2
+    one_layer = replace(config, lora=replace(config.lora, layers_to_transform=(1,)))
+    assert solve(one_layer, spec, None).model.trainable_parameters == trainable // 2
 
 
-def test_what_is_not_written_comes_from_the_adapter(first: Path) -> None:
-    config = read(first, "adapter_path: adapter, use_gradient_checkpointing: false")
+def test_missing_settings_come_from_the_adapter(first_run: Path) -> None:
+    config = read_run(first_run, "adapter_path: adapter, use_gradient_checkpointing: false")
     section = config.lora
     assert (section.r, section.lora_alpha, section.largest_rank) == (4, 8, 6)
     assert section.target_modules == ("down_proj", "q_proj")
     assert dict(section.rank_pattern) == {"q_proj": 6}
     policy, _ = load_policy(config)
-    started = {n: v for n, v in policy.named_parameters() if v.requires_grad}
-    assert started
-    assert all("lora_" in name for name in started)
-    assert any(bool((v == 0.01).all()) for n, v in started.items() if "lora_B" in n)
+    trainable = {n: v for n, v in policy.named_parameters() if v.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert any(bool((v == 0.01).all()) for n, v in trainable.items() if "lora_B" in n)
     assert policy.training
 
 
-def test_the_run_is_recorded_with_the_adapters_settings(first: Path, tmp_path: Path) -> None:
+def test_the_recorded_run_has_the_adapters_settings(first_run: Path, tmp_path: Path) -> None:
     from toolkit.train.checkpointing.run_directory import write_config
 
-    config = read(first, "adapter_path: adapter")
+    config = read_run(first_run, "adapter_path: adapter")
     assert load_run(write_config(tmp_path, config)).lora == config.lora
 
 
-def test_another_base_is_refused(first: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_model_is_refused(first_run: Path, tmp_path: Path) -> None:
     other = make_tiny(tmp_path / "model", seed=1)
-    config = read(first, "adapter_path: adapter", other)
+    config = read_run(first_run, "adapter_path: adapter", other)
     with pytest.raises(ConfigValueError, match="was trained on"):
         load_policy(config)
 
 
-def test_other_settings_are_refused(first: Path) -> None:
-    config = read(first, "adapter_path: adapter")
+def test_other_settings_are_refused(first_run: Path) -> None:
+    config = read_run(first_run, "adapter_path: adapter")
     other = replace(config, lora=replace(config.lora, r=8))
     with pytest.raises(ConfigTypeError, match="r is 4 in the adapter, but 8 is requested"):
         load_policy(other)
 
 
 @pytest.mark.parametrize("value", [{"q_proj": 0}, {"q_proj": 1.5}, {"q_proj(": 2}])
-def test_patterns_that_are_none(first: Path, value: Any) -> None:
+def test_invalid_patterns_are_refused(first_run: Path, value: Any) -> None:
     model, _ = FastLanguageModel.from_pretrained(
-        str(first / "model"), max_seq_length=64, load_in_4bit=False
+        str(first_run / "model"), max_seq_length=64, load_in_4bit=False
     )
     with pytest.raises(ConfigValueError, match="rank_pattern"):
         FastLanguageModel.get_peft_model(model, rank_pattern=value)
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "message"),
     [
         ({"init_lora_weights": "pissa"}, "initialized with pissa, which rewrote the base weights"),
         ({"target_parameters": ["q_proj.weight"]}, "the adapter sets target_parameters"),
     ],
 )
-def test_adapters_that_no_run_can_start_from(
-    first: Path, tmp_path: Path, change: dict[str, Any], text: str
+def test_adapters_that_cannot_start_a_run_are_refused(
+    first_run: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     """By the rule; and by the loader, where a run is made without the validator."""
-    config = read(first, "adapter_path: adapter")
-    folder = Path(shutil.copytree(first / "adapter", tmp_path / "adapter"))
+    config = read_run(first_run, "adapter_path: adapter")
+    folder = Path(shutil.copytree(first_run / "adapter", tmp_path / "adapter"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(ConfigError, match=rf"LORA040\] lora.adapter_path: .*{text}"):
-        read(first, f"adapter_path: {folder}")
+    with pytest.raises(ConfigError, match=rf"LORA040\] lora.adapter_path: .*{message}"):
+        read_run(first_run, f"adapter_path: {folder}")
     other = replace(config, lora=replace(config.lora, adapter_path=str(folder)))
-    with pytest.raises(UnsupportedError, match=text):
+    with pytest.raises(UnsupportedError, match=message):
         load_policy(other)

@@ -16,7 +16,7 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @pytest.fixture
-def mixture() -> Any:
+def moe_model() -> Any:
     """A tiny Qwen3-MoE: every layer has experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -36,33 +36,33 @@ def mixture() -> Any:
     )
 
 
-def adapted(model: Any) -> set[str]:
+def adapted_layers(model: Any) -> set[str]:
     """The last names of what is trained."""
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in names}
 
 
-def test_what_nobody_named_is_attention(mixture: Any) -> None:
+def test_by_default_only_attention_of_a_moe_model_is_adapted(moe_model: Any) -> None:
     with pytest.warns(ToolkitWarning, match=r"adapter is only on q_proj, k_proj, v_proj, o_proj"):
-        model = FastLanguageModel.get_peft_model(mixture, r=4, use_gradient_checkpointing=False)
-    assert adapted(model) == ATTENTION
+        model = FastLanguageModel.get_peft_model(moe_model, r=4, use_gradient_checkpointing=False)
+    assert adapted_layers(model) == ATTENTION
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
-def test_without_an_engine_experts_can_be_named(mixture: Any) -> None:
-    model = add_lora(mixture, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
+def test_without_an_engine_experts_can_be_adapted(moe_model: Any) -> None:
+    model = add_lora(moe_model, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
     assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_with_an_engine_they_are_refused_before_anything_runs(mixture: Any) -> None:
-    mixture.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=64))
+def test_with_an_engine_adapted_experts_are_refused(moe_model: Any) -> None:
+    moe_model.toolkit_engine = SimpleNamespace(options=SimpleNamespace(max_lora_rank=64))
     with pytest.raises(UnsupportedError, match=r"gate_proj, up_proj, down_proj are the experts"):
-        add_lora(mixture, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
-    assert adapted(
-        add_lora(mixture, LoraSettings(r=4, target_modules=default_targets_of(mixture)))
+        add_lora(moe_model, LoraSettings(r=4, target_modules=DEFAULT_TARGETS))
+    assert adapted_layers(
+        add_lora(moe_model, LoraSettings(r=4, target_modules=default_targets_of(moe_model)))
     ) == (ATTENTION)
 
 
-def test_a_dense_model_has_all_seven(load: Any) -> None:
+def test_by_default_all_projections_of_a_dense_model_are_adapted(load: Any) -> None:
     model, _ = load()
     assert default_targets_of(model) == DEFAULT_TARGETS

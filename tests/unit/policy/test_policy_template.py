@@ -21,27 +21,27 @@ from toolkit.train.data.prompt_format import check_template, count_tokens
 if TYPE_CHECKING:
     from pathlib import Path
 
-CHAT = [{"role": "user", "content": "a b"}]
-PLAIN = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-FOR_EVER = "{% for a in range(9**5) %}" * 3 + "{% endfor %}" * 3
+CHAT_MESSAGES = [{"role": "user", "content": "a b"}]
+SIMPLE_TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+ENDLESS_TEMPLATE = "{% for a in range(9**5) %}" * 3 + "{% endfor %}" * 3
 
 
-def tokenizer(text: str) -> Any:
+def make_tokenizer(text: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["a", "b", "</s>", "user", "?"]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="?")
-    made.chat_template = text
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="?")
+    tokenizer.chat_template = text
+    return tokenizer
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "problem"),
     [
-        (FOR_EVER, "did not end within"),
+        (ENDLESS_TEMPLATE, "did not end within"),
         ("{{ 9 ** (9 ** 9) }}", "did not end within|needs too much"),
         ("{{ messages[0].content * 10**12 }}", "needs too much"),
         ("{{ 'a' * 10**12 }}", "needs too much"),
@@ -56,23 +56,23 @@ def tokenizer(text: str) -> Any:
         ("{{ 'a' * 10**8 }}", "makes a text of 100000000 characters|did not end within"),
     ],
 )
-def test_a_hostile_template_is_stopped(monkeypatch, text: str, says: str) -> None:
+def test_a_harmful_template_is_stopped(monkeypatch, text: str, problem: str) -> None:
     monkeypatch.setattr(render_template, "TIME_LIMIT_S", 1.0)
-    limited = limit_template(tokenizer(text))
+    limited = limit_template(make_tokenizer(text))
     begin = time.monotonic()
-    with pytest.raises(ConfigError, match=rf"the chat template of this tokenizer ({says})"):
-        check_template(limited, CHAT, "prompt")
+    with pytest.raises(ConfigError, match=rf"the chat template of this tokenizer ({problem})"):
+        check_template(limited, CHAT_MESSAGES, "prompt")
     assert time.monotonic() - begin < 20
-    limited.chat_template = PLAIN
-    assert count_tokens(limited, CHAT) == 3
+    limited.chat_template = SIMPLE_TEMPLATE
+    assert count_tokens(limited, CHAT_MESSAGES) == 3
 
 
-def test_a_signal_stops_it() -> None:
-    limited = limit_template(tokenizer(FOR_EVER))
+def test_a_signal_stops_a_template() -> None:
+    limited = limit_template(make_tokenizer(ENDLESS_TEMPLATE))
     signals = StopSignals()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with signals.installed(), pytest.raises(StepAbandoned):
-        limited.apply_chat_template(CHAT)
+        limited.apply_chat_template(CHAT_MESSAGES)
 
 
 @pytest.mark.parametrize(
@@ -83,40 +83,42 @@ def test_a_signal_stops_it() -> None:
      {"tokenizer_kwargs": {"return_attention_mask": False}},
      {"padding": "max_length", "max_length": 7}],
 )  # fmt: skip
-@pytest.mark.parametrize("chat", [CHAT, [CHAT, CHAT]])
-def test_a_good_template_gives_what_upstream_gives(chat: Any, options: dict[str, Any]) -> None:
-    plain = tokenizer(PLAIN)
-    limited = limit_template(tokenizer(PLAIN))
-    expected, found = (t.apply_chat_template(chat, **options) for t in (plain, limited))
+@pytest.mark.parametrize("chat", [CHAT_MESSAGES, [CHAT_MESSAGES, CHAT_MESSAGES]])
+def test_a_limited_template_renders_like_upstream(chat: Any, options: dict[str, Any]) -> None:
+    unlimited = make_tokenizer(SIMPLE_TEMPLATE)
+    limited = limit_template(make_tokenizer(SIMPLE_TEMPLATE))
+    expected, encoded = (t.apply_chat_template(chat, **options) for t in (unlimited, limited))
     if hasattr(expected, "items"):
-        expected, found = dict(expected), dict(found)
-    assert str(found) == str(expected)
+        expected, encoded = dict(expected), dict(encoded)
+    assert str(encoded) == str(expected)
 
 
-def test_a_masked_chat_goes_the_whole_way_upstream() -> None:
+def test_a_chat_with_assistant_masks_is_encoded_upstream() -> None:
     text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    limited = limit_template(tokenizer(text))
-    made = limited.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=True)
-    assert made["assistant_masks"] == [1, 1]
+    limited = limit_template(make_tokenizer(text))
+    encoded = limited.apply_chat_template(
+        CHAT_MESSAGES, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert encoded["assistant_masks"] == [1, 1]
 
 
-def test_it_is_copied_and_saved_with_the_tokenizer(tmp_path: Path) -> None:
-    limited = limit_template(tokenizer(PLAIN))
+def test_the_limits_are_copied_with_the_tokenizer_but_not_saved(tmp_path: Path) -> None:
+    limited = limit_template(make_tokenizer(SIMPLE_TEMPLATE))
     for other in (copy.deepcopy(limited), pickle.loads(pickle.dumps(limited))):
         other.chat_template = "{{ messages[0].role }}"
-        assert other.apply_chat_template(CHAT, tokenize=False) == "user"
-    assert limited.apply_chat_template(CHAT, tokenize=False) == "user a b "
+        assert other.apply_chat_template(CHAT_MESSAGES, tokenize=False) == "user"
+    assert limited.apply_chat_template(CHAT_MESSAGES, tokenize=False) == "user a b "
     limited.save_pretrained(tmp_path)
     assert "_LimitedTemplate" not in "".join(
         path.read_text() for path in tmp_path.iterdir() if path.suffix == ".json"
     )
 
 
-def with_response(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
+def tokenizer_with_response_template(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
     """A tokenizer that reads a call of a tool from every completion, by ``pattern``."""
-    made = tokenizer(PLAIN)
+    tokenizer = make_tokenizer(SIMPLE_TEMPLATE)
     call = {"name": "f", "arguments": arguments or {"text": "{said}"}}
-    made.response_template = {
+    tokenizer.response_template = {
         "defaults": {"role": "assistant"},
         "start_anchor": "<a>",
         "fields": {
@@ -129,44 +131,48 @@ def with_response(pattern: str, arguments: dict[str, Any] | None = None) -> Any:
             "content": {"content": "text"},
         },
     }
-    return limit_template(made)
+    return limit_template(tokenizer)
 
 
 def test_a_response_pattern_that_never_ends_is_stopped(monkeypatch) -> None:
     monkeypatch.setattr(render_template, "TIME_LIMIT_S", 0.5)
-    limited = with_response("(?P<said>(?:a|a|.)+)+$\\b\\B")
+    limited = tokenizer_with_response_template("(?P<said>(?:a|a|.)+)+$\\b\\B")
     with pytest.raises(ConfigError, match=r"response template, which .* calls, did not end"):
         limited.parse_response("a" * 60, prefix="<a>")
 
 
-def test_a_call_of_a_tool_with_half_a_character() -> None:
+def test_a_lone_surrogate_in_a_tool_call_is_escaped() -> None:
     """As a model writes it in JSON: it becomes text that can be rendered and tokenized."""
-    limited = with_response("(?P<said>.+)", {"text": ["{said}", "\ud800"], "\udfff": 1})
+    limited = tokenizer_with_response_template(
+        "(?P<said>.+)", {"text": ["{said}", "\ud800"], "\udfff": 1}
+    )
     (call,) = limited.parse_response("a b", prefix="<a>")["tool_calls"]
     assert call["function"]["arguments"] == {"text": ["a b", "\\ud800"], "\\udfff": 1}
     limited.chat_template = "{{ messages[0].content }}\ud800"
-    assert limited.apply_chat_template(CHAT, tokenize=False) == "a b\\ud800"
-    assert limited.apply_chat_template(CHAT)["input_ids"]
+    assert limited.apply_chat_template(CHAT_MESSAGES, tokenize=False) == "a b\\ud800"
+    assert limited.apply_chat_template(CHAT_MESSAGES)["input_ids"]
 
 
-def test_a_completion_that_is_nested_deeply_is_a_text() -> None:
+def test_a_completion_that_is_nested_too_deeply_is_refused() -> None:
     value: Any = "x"
     for _ in range(200):
         value = {"a": value}
     with pytest.raises(ValueError, match="nested"):  # TRL then reads the completion as a text
-        with_response("(?P<said>.+)", {"text": value}).parse_response("a", prefix="<a>")
+        tokenizer_with_response_template("(?P<said>.+)", {"text": value}).parse_response(
+            "a", prefix="<a>"
+        )
 
 
-def test_limits_cost_little() -> None:
-    limited = limit_template(tokenizer(PLAIN))
+def test_limits_are_fast() -> None:
+    limited = limit_template(make_tokenizer(SIMPLE_TEMPLATE))
     begin = time.perf_counter()
     for _ in range(1000):
-        count_tokens(limited, CHAT)
+        count_tokens(limited, CHAT_MESSAGES)
     assert time.perf_counter() - begin < 3
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("{% for %}", "Expected an expression"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
@@ -176,8 +182,8 @@ def test_limits_cost_little() -> None:
         ("{{ 1 / 0 }}", "division by zero"),
     ],
 )
-def test_a_template_that_raises_is_an_error_of_the_request(text: str, says: str) -> None:
-    limited = limit_template(tokenizer(text))
+def test_an_error_in_a_template_becomes_a_config_error(text: str, message: str) -> None:
+    limited = limit_template(make_tokenizer(text))
     with pytest.raises(ConfigError, match="chat template rejects the prompts: ") as refused:
-        limited.apply_chat_template(CHAT)
-    assert says in refused.value.message
+        limited.apply_chat_template(CHAT_MESSAGES)
+    assert message in refused.value.message

@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("split_worker.py")
 pytestmark = pytest.mark.slow
 
 
-def together(size: int, *arguments: str) -> list[dict[str, Any]]:
+def run_workers(size: int, *arguments: str) -> list[dict[str, Any]]:
     """What each of ``size`` workers found."""
     port = free_port()
     workers = [
@@ -30,9 +30,9 @@ def together(size: int, *arguments: str) -> list[dict[str, Any]]:
         )
         for number in range(size)
     ]
-    told = [worker.communicate(timeout=300)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * size
-    return [json.loads(one) for one in told]
+    return [json.loads(output) for output in outputs]
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,18 @@ def together(size: int, *arguments: str) -> list[dict[str, Any]]:
         (4, 4, "checkpointing"),
     ],
 )
-def test_processes_that_share_a_model_train_as_one_does(
+def test_processes_that_share_a_model_train_like_one_process(
     size: int, kv_heads: int, mode: str
 ) -> None:
-    for found in together(size, str(kv_heads), mode):
-        assert found["logits"] < 1e-5
-        assert found["same start"], "an adapter does not depend on the number of processes"
-        assert found["written"]
-        assert found["gradient"] < 1e-5 * max(1.0, found["largest gradient"])
-        assert found["norm"] < 1e-3, "of the fourth step, after three of AdamW"
-        assert found["adapter"] < 1e-4, "four steps of AdamW"
-        assert found["state"] < 1e-6
-        assert found["state read back"]
-        assert found["parts"]
-        assert found["cut"] > 0
-        assert found["replicas equal"]
+    for results in run_workers(size, str(kv_heads), mode):
+        assert results["logits"] < 1e-5
+        assert results["same start"], "an adapter does not depend on the number of processes"
+        assert results["written"]
+        assert results["gradient"] < 1e-5 * max(1.0, results["largest gradient"])
+        assert results["norm"] < 1e-3, "of the fourth step, after three of AdamW"
+        assert results["adapter"] < 1e-4, "four steps of AdamW"
+        assert results["state"] < 1e-6
+        assert results["state read back"]
+        assert results["parts"]
+        assert results["cut"] > 0
+        assert results["replicas equal"]
