@@ -68,13 +68,13 @@ _OTHER_VENDORS = (
 
 
 def _parse_slices(family: str) -> tuple[tuple[str, int, str], ...]:
-    found = []
+    slices = []
     for entry in card_table.SLICES.get(family, "").split(","):
         if entry.strip():
             profile, size = entry.split()
             source = "computed" if size.startswith("~") else "lgip"
-            found.append((profile, int(float(size.lstrip("~")) * 1024) * MIB, source))
-    return tuple(found)
+            slices.append((profile, int(float(size.lstrip("~")) * 1024) * MIB, source))
+    return tuple(slices)
 
 
 def _parse_card(line: str) -> Card:
@@ -83,12 +83,12 @@ def _parse_card(line: str) -> Card:
     )
     source, *aliases = rest.replace(";", " ").split()
     major, minor = capability.split(".")
-    kept = next(mib for size, mib in _DRIVER_RESERVE_MIB if int(nvml) <= size)
-    seen = int(float(cuda) * GIB) if float(cuda) else (int(nvml) - kept) * MIB
+    reserve_mib = next(mib for size, mib in _DRIVER_RESERVE_MIB if int(nvml) <= size)
+    cuda_bytes = int(float(cuda) * GIB) if float(cuda) else (int(nvml) - reserve_mib) * MIB
     return Card(
         name=name,
         total_bytes=int(nvml) * MIB,
-        cuda_bytes=seen,
+        cuda_bytes=cuda_bytes,
         compute_capability=(int(major), int(minor)),
         source=source,
         machine="aarch64" if machine == "a" else "x86_64",
@@ -126,8 +126,8 @@ def find_card(name: str, *, where: str = "--gpu") -> Card:
     Raises ConfigError at ``where`` for an unknown card or profile. The fix of the error names the
     most similar cards.
     """
-    if plain := _SIZE.fullmatch(name.strip().lower()):
-        return _card_of_size(plain)
+    if size_match := _SIZE.fullmatch(name.strip().lower()):
+        return _card_of_size(size_match)
     base, _, profile = name.partition(":")
     card = _BY_NORMALIZED_NAME.get(_normalized(base))
     if card is None:
@@ -135,31 +135,31 @@ def find_card(name: str, *, where: str = "--gpu") -> Card:
     return _mig_slice(card, profile.lower().removeprefix("mig"), where) if profile else card
 
 
-def _card_of_size(found: re.Match[str]) -> Card:
+def _card_of_size(match: re.Match[str]) -> Card:
     """Return a card that is known only by its memory size, such as ``24GiB:8.9``. CUDA can use all
     of this memory. Without a compute capability, ``ASSUMED_CAPABILITY`` is used.
     """
-    size = int(float(found[1]) * (MIB if found[2] == "mib" else GIB))
-    capability = (int(found[3]), int(found[4])) if found[3] else ASSUMED_CAPABILITY
-    unit = "MiB" if found[2] == "mib" else "GiB"
-    taken = "" if found[3] else ", assumed capability {}.{}".format(*capability)
-    return Card(f"a card of {found[1]} {unit}{taken}", size, size, capability, "given")
+    size = int(float(match[1]) * (MIB if match[2] == "mib" else GIB))
+    capability = (int(match[3]), int(match[4])) if match[3] else ASSUMED_CAPABILITY
+    unit = "MiB" if match[2] == "mib" else "GiB"
+    assumption = "" if match[3] else ", assumed capability {}.{}".format(*capability)
+    return Card(f"a card of {match[1]} {unit}{assumption}", size, size, capability, "given")
 
 
 def _unknown_card_error(name: str, where: str) -> ConfigError:
-    for maker, pattern in _OTHER_VENDORS:
+    for vendor, pattern in _OTHER_VENDORS:
         if re.fullmatch(pattern, _normalized(name)):
             return ConfigError(
-                f"{name!r} is a device of {maker}, but this toolkit supports only NVIDIA cards "
+                f"{name!r} is a device of {vendor}, but this toolkit supports only NVIDIA cards "
                 "(CUDA) and CPUs",
                 where=where,
                 fix="use the name of an NVIDIA card, or a memory size with a compute capability "
                 "(`24GiB:8.9`), or `--cpu`",
             )
-    near = did_you_mean.similar_words(
+    similar = did_you_mean.similar_words(
         _normalized(name), _BY_NORMALIZED_NAME, cutoff=0.4, max_difference=1
     )
-    hint = ", ".join(dict.fromkeys(_BY_NORMALIZED_NAME[key].aliases[0] for key in near))
+    hint = ", ".join(dict.fromkeys(_BY_NORMALIZED_NAME[key].aliases[0] for key in similar))
     known = ", ".join(card.aliases[0] for card in CARDS)
     size = ". You can also give a memory size (`24GiB`, or `24GiB:8.9` with a compute capability)"
     fix = (
@@ -193,20 +193,20 @@ def card_of_nvml_name(name: str) -> Card | None:
     return _BY_NORMALIZED_NAME.get(_normalized(name))
 
 
-def check_card_requirement(wanted: str, *, where: str = "--require") -> None:
-    """Raise ConfigError at ``where`` unless ``wanted`` is a card, a family of cards (``a100``,
+def check_card_requirement(requirement: str, *, where: str = "--require") -> None:
+    """Raise ConfigError at ``where`` unless ``requirement`` is a card, a family of cards (``a100``,
     ``rtx-40``) or an architecture (``hopper``).
     """
-    if wanted.lower() in ARCHITECTURES:
+    if requirement.lower() in ARCHITECTURES:
         return
-    if not any(card_matches(wanted, card.name, card.compute_capability) for card in CARDS):
-        find_card(wanted, where=where)
+    if not any(card_matches(requirement, card.name, card.compute_capability) for card in CARDS):
+        find_card(requirement, where=where)
 
 
-def card_matches(wanted: str, name: str, capability: tuple[int, int] | None) -> bool:
-    """Whether the card ``name`` is one of the cards that ``wanted`` describes.
+def card_matches(requirement: str, name: str, capability: tuple[int, int] | None) -> bool:
+    """Whether the card ``name`` is one of the cards that ``requirement`` describes.
 
-    ``wanted`` may be one of these:
+    ``requirement`` may be one of these:
 
     - one or more words of a card's name: ``h100`` matches every H100, ``a100-80gb`` every A100 with
       80 GB,
@@ -214,15 +214,15 @@ def card_matches(wanted: str, name: str, capability: tuple[int, int] | None) -> 
     - an architecture (``hopper``),
     - an alias of a card in the table.
     """
-    text = wanted.strip().lower()
+    text = requirement.strip().lower()
     if text in ARCHITECTURES:
         first, last = ARCHITECTURES[text]
         return capability is not None and first <= capability <= last
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     if series := re.fullmatch(r"(?:rtx[-_ ]?)?([2-5]0)", text):
         return "geforce" in words and any(re.fullmatch(series[1] + r"\d0", word) for word in words)
-    asked = [word for word in re.split(r"[^a-z0-9]+", text) if word]
-    if asked and all(word in words or f"{word}gb" in words for word in asked):
+    required_words = [word for word in re.split(r"[^a-z0-9]+", text) if word]
+    if required_words and all(word in words or f"{word}gb" in words for word in required_words):
         return True
     card = _BY_NORMALIZED_NAME.get(_normalized(text))
     return card is not None and card.name == name

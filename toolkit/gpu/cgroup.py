@@ -27,22 +27,22 @@ def read_cgroup(root: Path) -> dict[str, Any]:
     groups = _control_groups(root)
     base = root / "sys/fs/cgroup"
     if (base / "cgroup.controllers").exists():
-        chain = _group_folders(base, groups.get("", "/"))
+        folders = _group_folders(base, groups.get("", "/"))
         return {
             "version": 2,
-            "memory_limit": _smallest(_read_limit(folder / "memory.max") for folder in chain),
-            "memory_used": _used_bytes(chain[0], "memory.current"),
-            "cpu_limit": _smallest(_cpu_limit_v2(folder) for folder in chain),
+            "memory_limit": _smallest(_read_limit(folder / "memory.max") for folder in folders),
+            "memory_used": _used_bytes(folders[0], "memory.current"),
+            "cpu_limit": _smallest(_cpu_limit_v2(folder) for folder in folders),
         }
-    memory = _group_folders(base / "memory", groups.get("memory", "/"))
-    cpu = _group_folders(base / "cpu", groups.get("cpu", "/"))
+    memory_folders = _group_folders(base / "memory", groups.get("memory", "/"))
+    cpu_folders = _group_folders(base / "cpu", groups.get("cpu", "/"))
     return {
         "version": 1,
         "memory_limit": _smallest(
-            _read_limit(folder / "memory.limit_in_bytes") for folder in memory
+            _read_limit(folder / "memory.limit_in_bytes") for folder in memory_folders
         ),
-        "memory_used": _used_bytes(memory[0], "memory.usage_in_bytes", "total_"),
-        "cpu_limit": _smallest(_cpu_limit_v1(folder) for folder in cpu),
+        "memory_used": _used_bytes(memory_folders[0], "memory.usage_in_bytes", "total_"),
+        "cpu_limit": _smallest(_cpu_limit_v1(folder) for folder in cpu_folders),
     }
 
 
@@ -67,10 +67,10 @@ def _group_folders(base: Path, group: str) -> list[Path]:
     folder = base / group.lstrip("/")
     if ".." in group.split("/") or not folder.is_dir():
         return [base]
-    chain = [folder]
-    while chain[-1] != base:
-        chain.append(chain[-1].parent)
-    return chain
+    folders = [folder]
+    while folders[-1] != base:
+        folders.append(folders[-1].parent)
+    return folders
 
 
 def _read_limit(path: Path) -> int | None:
@@ -86,16 +86,18 @@ def _used_bytes(folder: Path, name: str, prefix: str = "") -> int | None:
     file ``name`` does not exist. The page cache is subtracted, because the kernel frees it before
     it kills a process for lack of memory.
     """
-    used = _read_limit(folder / name)
-    if used is None:
+    used_bytes = _read_limit(folder / name)
+    if used_bytes is None:
         return None
     try:
         lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
-        return used
-    cached = {f"{prefix}inactive_file", f"{prefix}active_file"}
+        return used_bytes
+    cache_counters = {f"{prefix}inactive_file", f"{prefix}active_file"}
     counters = (line.partition(" ") for line in lines)
-    return max(0, used - sum(int(number) for key, _, number in counters if key in cached))
+    return max(
+        0, used_bytes - sum(int(number) for key, _, number in counters if key in cache_counters)
+    )
 
 
 def _cpu_limit_v2(folder: Path) -> float | None:

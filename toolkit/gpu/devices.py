@@ -50,8 +50,8 @@ def cuda_order(snapshot: NodeSnapshot) -> tuple[GpuSnapshot, ...]:
     order from compute capability and memory, and the check ``devices.order`` reports that the order
     is a guess.
     """
-    answering = [gpu for gpu in snapshot.gpus if not gpu.lost]
-    by_bus = sorted(answering, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
+    responding = [gpu for gpu in snapshot.gpus if not gpu.lost]
+    by_bus = sorted(responding, key=lambda gpu: (gpu.pci_bus_id.value or "", gpu.index))
     if snapshot.environment.get(
         CUDA_DEVICE_ORDER, ""
     ).upper() == "PCI_BUS_ID" or not has_mixed_cards(snapshot):
@@ -73,29 +73,30 @@ def visible_devices(snapshot: NodeSnapshot) -> VisibleDevices:
     sees only this slice.
     """
     cards = cuda_order(snapshot)
-    wanted = snapshot.environment.get(CUDA_VISIBLE_DEVICES)
-    if wanted is None:
+    setting = snapshot.environment.get(CUDA_VISIBLE_DEVICES)
+    if setting is None:
         return _with_slices(cards)
-    if wanted.strip() == "NoDevFiles":
+    if setting.strip() == "NoDevFiles":
         return VisibleDevices(
             (), f"{CUDA_VISIBLE_DEVICES} is NoDevFiles, because Slurm gave this job no GPU"
         )
     chosen: list[GpuSnapshot] = []
-    for entry in (part.strip() for part in wanted.split(",")):
+    for entry in (part.strip() for part in setting.split(",")):
         device = _find_device(entry, cards)
         if device is None:
-            what = (
-                f"{entry!r} in {CUDA_VISIBLE_DEVICES}={wanted!r}"
+            problem = (
+                f"{entry!r} in {CUDA_VISIBLE_DEVICES}={setting!r}"
                 if entry
                 else f"{CUDA_VISIBLE_DEVICES} is empty"
             )
             reason = (
-                f"{what} does not name a GPU of this node; CUDA ignores it and all entries after it"
+                f"{problem} does not name a GPU of this node; CUDA ignores it and all entries "
+                "after it"
             )
-            return _with_slices(tuple(chosen), reason if entry else f"{what}: CUDA sees no GPU")
+            return _with_slices(tuple(chosen), reason if entry else f"{problem}: CUDA sees no GPU")
         if device in chosen:
-            twice = f"{CUDA_VISIBLE_DEVICES}={wanted!r} contains {device.label} twice"
-            return VisibleDevices((), f"{twice}: CUDA sees no GPU")
+            duplicate = f"{CUDA_VISIBLE_DEVICES}={setting!r} contains {device.label} twice"
+            return VisibleDevices((), f"{duplicate}: CUDA sees no GPU")
         chosen.append(device)
     return _with_slices(tuple(chosen))
 
@@ -103,16 +104,20 @@ def visible_devices(snapshot: NodeSnapshot) -> VisibleDevices:
 def _find_device(entry: str, cards: tuple[GpuSnapshot, ...]) -> GpuSnapshot | None:
     if entry.isascii() and entry.isdigit():
         return cards[int(entry)] if int(entry) < len(cards) else None
-    kinds = {"GPU-": cards, "MIG-": tuple(part for card in cards for part in card.slices)}
+    kinds = {"GPU-": cards, "MIG-": tuple(mig_slice for card in cards for mig_slice in card.slices)}
     candidates = kinds.get(entry[:4].upper(), ())
-    found = [
+    matches = [
         device
         for device in candidates
         if (device.uuid.value or "").lower().startswith(entry.lower())
     ]
-    if not found and entry.upper().startswith("MIG-GPU-"):
-        found = [part for part in candidates if _old_mig_name(part, cards) == entry.lower()]
-    return found[0] if len(found) == 1 else None
+    if not matches and entry.upper().startswith("MIG-GPU-"):
+        matches = [
+            mig_slice
+            for mig_slice in candidates
+            if _old_mig_name(mig_slice, cards) == entry.lower()
+        ]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _old_mig_name(part: GpuSnapshot, cards: tuple[GpuSnapshot, ...]) -> str:
@@ -131,8 +136,8 @@ def _with_slices(devices: tuple[GpuSnapshot, ...], problem: str | None = None) -
     slices = [device if device.parent is not None else device.slices[:1] for device in devices]
     first = next((part for part in slices if part), None)
     if first is not None:
-        one = first[0] if isinstance(first, tuple) else first
-        return VisibleDevices((one,), problem)
+        first_slice = first[0] if isinstance(first, tuple) else first
+        return VisibleDevices((first_slice,), problem)
     usable = tuple(device for device in devices if not in_mig_mode(device))
     return VisibleDevices(usable, problem)
 
@@ -148,18 +153,18 @@ def select_device(snapshot: NodeSnapshot, index: int | None = None) -> GpuSnapsh
 
     Raises ConfigError if CUDA sees GPUs, but none with the number ``index``.
     """
-    seen = visible_devices(snapshot)
-    if not seen.devices:
+    visible = visible_devices(snapshot)
+    if not visible.devices:
         return None
-    if (index or 0) >= len(seen.devices) or (index or 0) < 0:
+    if (index or 0) >= len(visible.devices) or (index or 0) < 0:
         raise ConfigError(
-            f"GPU {index} was requested, but CUDA sees {len(seen.devices)} on this node"
-            + (f" ({seen.problem})" if seen.problem else ""),
+            f"GPU {index} was requested, but CUDA sees {len(visible.devices)} on this node"
+            + (f" ({visible.problem})" if visible.problem else ""),
             where="--gpu-index",
-            fix=f"use an index below {len(seen.devices)}. CUDA numbers the cards in "
+            fix=f"use an index below {len(visible.devices)}. CUDA numbers the cards in "
             "CUDA_VISIBLE_DEVICES from 0",
         )
-    return seen.devices[index or 0]
+    return visible.devices[index or 0]
 
 
 def cuda_memory(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> DeviceMemory | None:

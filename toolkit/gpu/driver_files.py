@@ -41,13 +41,13 @@ def read(environ: Mapping[str, str], root: Path = ROOT) -> dict[str, Reading[Any
     }
 
 
-def as_reading(question: Callable[[], Any]) -> Reading[Any]:
-    """Call ``question``, a function that reads files, and return its result as a Reading. If a file
-    does not exist, the Reading is "not supported". After any other OSError or ValueError, the
+def as_reading(read_value: Callable[[], Any]) -> Reading[Any]:
+    """Call ``read_value``, a function that reads files, and return its result as a Reading. If a
+    file does not exist, the Reading is "not supported". After any other OSError or ValueError, the
     Reading is "failed".
     """
     try:
-        return succeeded(question())
+        return succeeded(read_value())
     except FileNotFoundError as error:
         return unsupported(f"{error.filename}: does not exist")
     except (OSError, ValueError) as error:
@@ -62,10 +62,10 @@ def kernel_module(root: Path = ROOT) -> str:
         ValueError: the file with the version has an unknown form.
     """
     text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
-    if found is None:
+    match = re.search(r"(?:Kernel Module|for \S+)\s+(\d+\.\d+(?:\.\d+)?)", text)
+    if match is None:
         raise ValueError("/proc/driver/nvidia/version has an unknown form")
-    return found[1]
+    return match[1]
 
 
 def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any]]:
@@ -73,12 +73,12 @@ def libcuda(environ: Mapping[str, str], root: Path = ROOT) -> list[dict[str, Any
     says where the folder comes from (LD_LIBRARY_PATH, ld.so.cache or the default folders). The
     loader loads the first one.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    libraries: dict[Path, dict[str, Any]] = {}
     for path, target, source in shared_library("libcuda.so.1", environ, root):
         version = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", target.name)
         entry = {"path": str(path), "version": version[1] if version else None, "source": source}
-        found.setdefault(target, entry)
-    return list(found.values())
+        libraries.setdefault(target, entry)
+    return list(libraries.values())
 
 
 def shared_library(
@@ -87,14 +87,14 @@ def shared_library(
     """Find the files named ``name`` on the loader's search path. Yield (path, path with all links
     resolved, source of the folder) for each file, in the order of the search path.
     """
-    places = [
+    search_path = [
         ("LD_LIBRARY_PATH", Path(folder))
         for folder in environ.get("LD_LIBRARY_PATH", "").split(":")
         if folder
     ]
-    places += [("ld.so.cache", path.parent) for path in _loader_cache_paths(name, root)]
-    places += [("default", Path("/") / folder) for folder in (*_DEFAULT_FOLDERS, _WSL_FOLDER)]
-    for source, folder in places:
+    search_path += [("ld.so.cache", path.parent) for path in _loader_cache_paths(name, root)]
+    search_path += [("default", Path("/") / folder) for folder in (*_DEFAULT_FOLDERS, _WSL_FOLDER)]
+    for source, folder in search_path:
         path = root / folder.relative_to("/") if folder.is_absolute() else folder
         try:
             yield folder / name, (path / name).resolve(strict=True), source
@@ -111,8 +111,8 @@ def _loader_cache_paths(name: str, root: Path) -> list[Path]:
     except OSError:
         return []
     paths = re.findall(rb"(/[\x21-\x7e]+/" + re.escape(name.encode()) + rb")\0", data)
-    wide = [path for path in paths if b"i386" not in path and b"lib32" not in path]
-    return [Path(path.decode()) for path in dict.fromkeys(wide)]
+    paths_64_bit = [path for path in paths if b"i386" not in path and b"lib32" not in path]
+    return [Path(path.decode()) for path in dict.fromkeys(paths_64_bit)]
 
 
 def device_nodes(root: Path = ROOT) -> list[dict[str, Any]]:
@@ -177,10 +177,10 @@ def _read_events(kmsg: Path) -> list[dict[str, Any]]:
     one record. The function returns when there is no further record, or after a time limit.
     """
     descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
-    events, until = [], time.monotonic() + _LOG_SECONDS
+    events, deadline = [], time.monotonic() + _LOG_SECONDS
     now_us = time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < deadline:
             try:
                 record = os.read(descriptor, 8192)
             except BlockingIOError:
@@ -208,7 +208,7 @@ def _parse_event(line: str) -> dict[str, Any] | None:
     if "Non-fatal" in line:  # NVSwitch also writes such events, but corrects the errors itself
         return None
     for kind, pattern in (("xid", _XID), ("sxid", _SXID)):
-        found = pattern.search(line)
-        if found:
-            return {"kind": kind, "number": int(found[2]), "bus": found[1], "age_s": None}
+        match = pattern.search(line)
+        if match:
+            return {"kind": kind, "number": int(match[2]), "bus": match[1], "age_s": None}
     return None

@@ -55,11 +55,11 @@ def read(
     The network is never used.
     """
     location = as_reading(lambda: locate(name, revision, environ))
-    place = location.value
-    if place is None or place["kind"] == "hub":
+    location_facts = location.value
+    if location_facts is None or location_facts["kind"] == "hub":
         absent: Reading[Any] = unsupported("the model is not on this machine")
         return ModelSnapshot(location, absent, absent, absent, absent)
-    folder = Path(place["path"])
+    folder = Path(location_facts["path"])
     config = _read_config(folder)
     return ModelSnapshot(
         location=location,
@@ -106,12 +106,12 @@ def _scan_files(folder: Path) -> dict[str, Any]:
     weights: dict[str, int] = {}
     dangling, unreadable, irregular, names = [], [], [], []
     with os.scandir(folder) as entries:
-        listed = list(islice(entries, MAX_FOLDER_FILES + 1))
-    if len(listed) > MAX_FOLDER_FILES:
+        entries_in_folder = list(islice(entries, MAX_FOLDER_FILES + 1))
+    if len(entries_in_folder) > MAX_FOLDER_FILES:
         raise ValueError(
             f"the folder has more than {MAX_FOLDER_FILES} files, so it is not the folder of a model"
         )
-    for entry in listed:
+    for entry in entries_in_folder:
         names.append(entry.name)
         try:
             status = entry.stat()
@@ -176,7 +176,7 @@ def _read_config(folder: Path) -> Reading[dict[str, Any]]:
 
 def _vllm_knows(architectures: list[str]) -> Reading[bool]:
     """Whether the registry of the installed vLLM lists one of the architectures."""
-    listed = vllm_supports_any(architectures)
-    if listed is None:
+    is_supported = vllm_supports_any(architectures)
+    if is_supported is None:
         return unsupported("vLLM is not installed")
-    return succeeded(listed) if architectures else failed("config.json names no architecture")
+    return succeeded(is_supported) if architectures else failed("config.json names no architecture")

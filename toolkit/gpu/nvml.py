@@ -79,12 +79,12 @@ def read(deadline_s: float = DEADLINE_S) -> NvmlReadings:
     worker.join(deadline_s)
     if results:
         return results[0]
-    silence: Reading[str] = failed(
+    no_response: Reading[str] = failed(
         f"NVML did not respond within {deadline_s:g} s"
         if worker.is_alive()
         else "NVML could not be queried"
     )
-    return NvmlReadings(start=silence, driver_version=silence)
+    return NvmlReadings(start=no_response, driver_version=no_response)
 
 
 def _query_all() -> NvmlReadings:
@@ -104,8 +104,10 @@ def _query_all() -> NvmlReadings:
             return answers
         handles = [_device_handle(pynvml, index) for index in range(count.value or 0)]
         answers.gpus = [_query_gpu(pynvml, handle) for handle in handles]
-        known = [(index, one.value) for index, one in enumerate(handles) if one.has_value]
-        answers.p2p = _query_peer_access(pynvml, known)
+        reachable = [
+            (index, handle.value) for index, handle in enumerate(handles) if handle.has_value
+        ]
+        answers.p2p = _query_peer_access(pynvml, reachable)
         return answers
     finally:
         run_query(pynvml, pynvml.nvmlShutdown)
@@ -119,29 +121,29 @@ def _query_gpu(nvml: Any, handle: Reading[Any]) -> tuple[Readings, list[Readings
     if not handle.has_value:
         lost: Reading[Any] = Reading(None, handle.reason, handle.unsupported, handle.code)
         return {"state": lost}, []
-    row = {name: run_query(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
+    readings = {name: run_query(nvml, query, nvml, handle.value) for name, query in GPU_QUERIES}
     # A card that fell off the bus keeps its handle and fails every query with the same code.
-    first_loss = next((answer for answer in row.values() if answer.code == GPU_IS_LOST), None)
-    row["state"] = first_loss if first_loss is not None else succeeded("ok")
-    row["nvlinks"] = _query_nvlinks(nvml, handle.value)
-    row["recovery_action"] = _query_recovery_action(nvml, handle.value)
-    mig_mode = row["mig_mode"].value
-    return row, _query_slices(nvml, handle.value) if mig_mode and mig_mode[0] == 1 else []
+    first_loss = next((answer for answer in readings.values() if answer.code == GPU_IS_LOST), None)
+    readings["state"] = first_loss if first_loss is not None else succeeded("ok")
+    readings["nvlinks"] = _query_nvlinks(nvml, handle.value)
+    readings["recovery_action"] = _query_recovery_action(nvml, handle.value)
+    mig_mode = readings["mig_mode"].value
+    return readings, _query_slices(nvml, handle.value) if mig_mode and mig_mode[0] == 1 else []
 
 
 def _query_slices(nvml: Any, parent: Any) -> list[Readings]:
     """Return the readings of each MIG slice of a card. Every possible index is tried, because the
     indices may have gaps.
     """
-    rows = []
-    most = run_query(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
-    for index in range(most):
+    slices = []
+    max_slices = run_query(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, parent).value or 0
+    for index in range(max_slices):
         handle = run_query(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, index)
         if handle.has_value:
-            rows.append(
+            slices.append(
                 {name: run_query(nvml, query, nvml, handle.value) for name, query in SLICE_QUERIES}
             )
-    return rows
+    return slices
 
 
 def _query_nvlinks(nvml: Any, handle: Any) -> Reading[list[int]]:
@@ -175,8 +177,8 @@ def _query_peer_access(nvml: Any, handles: list[tuple[int, Any]]) -> Reading[lis
     if len(handles) < 2:
         return unsupported("fewer than two GPUs")
     pairs = []
-    for (i, one), (j, other) in combinations(handles, 2):
-        status = run_query(nvml, nvml.nvmlDeviceGetP2PStatus, one, other, 0)
+    for (i, first_handle), (j, second_handle) in combinations(handles, 2):
+        status = run_query(nvml, nvml.nvmlDeviceGetP2PStatus, first_handle, second_handle, 0)
         if status.value is None:
             return status
         pairs.append([i, j, int(status.value)])

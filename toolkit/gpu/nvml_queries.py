@@ -80,12 +80,12 @@ def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
         ("compute", "nvmlDeviceGetComputeRunningProcesses"),
         ("graphics", "nvmlDeviceGetGraphicsRunningProcesses"),
     )
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for kind, call in kinds:
         versions = (partial(getattr(nvml, f"{call}_{version}"), handle) for version in ("v3", "v2"))
         for process in first_supported(nvml, *versions):
             used = process.usedGpuMemory
-            found.append(
+            rows.append(
                 {
                     "pid": int(process.pid),
                     "used_bytes": None if used is None else int(used),
@@ -94,7 +94,7 @@ def processes(nvml: Any, handle: Any) -> list[dict[str, Any]]:
                     "mine": int(process.pid) == os.getpid(),
                 }
             )
-    return found
+    return rows
 
 
 def _process_name(pid: int) -> str | None:

@@ -46,7 +46,7 @@ def find_presence(snapshot: NodeSnapshot) -> Presence:
     if snapshot.gpus:
         return Presence("gpus", plural(len(snapshot.gpus), "GPU"), "")
     start, cards = snapshot.driver.nvml, snapshot.driver.pci_gpus.value
-    how = missing_gpu_remedy(snapshot)
+    remedy = missing_gpu_remedy(snapshot)
     if start.code == _MISMATCH:
         module = snapshot.driver.kernel_module.value
         return Presence(
@@ -64,7 +64,7 @@ def find_presence(snapshot: NodeSnapshot) -> Presence:
             "or correct the device rule of the container",
         )
     if start.code == _NO_LIBRARY or start.code == _DRIVER_NOT_LOADED or start.has_value:
-        return _presence_without_cards(snapshot, cards, how)
+        return _presence_without_cards(snapshot, cards, remedy)
     if start.code is None:
         return Presence(
             "silent",
@@ -79,34 +79,37 @@ def find_presence(snapshot: NodeSnapshot) -> Presence:
     )
 
 
-def _presence_without_cards(snapshot: NodeSnapshot, cards: int | None, how: str) -> Presence:
+def _presence_without_cards(snapshot: NodeSnapshot, cards: int | None, remedy: str) -> Presence:
     """Return the Presence for a node where NVML finds no card. The cause may be a missing card, a
     missing library or a missing kernel module. ``cards`` is the number of cards on the PCI bus.
     """
     start = snapshot.driver.nvml
     if not cards:
-        seen = "" if cards == 0 else " as far as known (the PCI bus could not be read)"
-        return Presence("none", f"no NVIDIA GPU on this node{seen}", how)
-    many = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
+        known_from = "" if cards == 0 else " as far as known (the PCI bus could not be read)"
+        return Presence("none", f"no NVIDIA GPU on this node{known_from}", remedy)
+    card_count_text = f"{plural(cards, 'NVIDIA GPU')} on the PCI bus"
     if start.code == _NO_LIBRARY:
-        if how != _NO_GPU_REMEDY:
+        if remedy != _NO_GPU_REMEDY:
             return Presence(
-                "not passed in", f"{many}, but no GPU was passed into this environment", how
+                "not passed in",
+                f"{card_count_text}, but no GPU was passed into this environment",
+                remedy,
             )
         return Presence(
             "no driver",
-            f"{many}, but the NVIDIA driver is missing: libnvidia-ml.so.1 is not installed",
+            f"{card_count_text}, but the NVIDIA driver is missing: libnvidia-ml.so.1 is not "
+            "installed",
             "install the NVIDIA driver (580 or newer for CUDA 13)",
         )
     if start.code == _DRIVER_NOT_LOADED:
         return Presence(
             "no driver",
-            f"{many}, but the driver's kernel module is not loaded",
+            f"{card_count_text}, but the driver's kernel module is not loaded",
             "load the module (`modprobe nvidia`), or reinstall the driver for the running kernel",
         )
     return Presence(
         "broken",
-        f"{many}, but the driver reports none of them",
+        f"{card_count_text}, but the driver reports none of them",
         "read the lines with NVRM in the kernel's log (`dmesg`), then reset the GPU or reboot the "
         "node",
     )
@@ -116,12 +119,12 @@ def missing_gpu_remedy(snapshot: NodeSnapshot) -> str:
     """Return the remedy for a job without a GPU. The remedy depends on the environment of the job:
     a container, Kubernetes, Slurm or none of them.
     """
-    place = snapshot.host.place.value or {}
-    if place.get("kubernetes"):
+    environment = snapshot.host.place.value or {}
+    if environment.get("kubernetes"):
         return _KUBERNETES_REMEDY
-    if place.get("container") in _CONTAINER_REMEDIES:
-        return _CONTAINER_REMEDIES[place["container"]]
-    return _SLURM_REMEDY if place.get("slurm") else _NO_GPU_REMEDY
+    if environment.get("container") in _CONTAINER_REMEDIES:
+        return _CONTAINER_REMEDIES[environment["container"]]
+    return _SLURM_REMEDY if environment.get("slurm") else _NO_GPU_REMEDY
 
 
 def find_gpu_requirement(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
@@ -147,4 +150,4 @@ def find_gpu_requirement(snapshot: NodeSnapshot, context: CheckContext) -> str |
             "runtime.engine is vllm and the installed vllm is a CUDA build",
         ),
     )
-    return next((reason for holds, reason in reasons if holds), None)
+    return next((reason for is_required, reason in reasons if is_required), None)

@@ -89,8 +89,8 @@ def format_metrics(
         families.append(_format_family(f"gpu_{name}", text, _card_samples(snapshot, value)))
     if results:
         samples: list[tuple[dict[str, str], float]] = [
-            ({"check": one.id, "blame": one.blame or ""}, VERDICT_VALUES[one.verdict])
-            for one in results
+            ({"check": result.id, "blame": result.blame or ""}, VERDICT_VALUES[result.verdict])
+            for result in results
         ]
         families.append(
             _format_family("check", "Result of a check: 0 ok, 1 warn, 2 fail, 3 unknown.", samples)
@@ -121,16 +121,16 @@ def _card_samples(
     snapshot: NodeSnapshot, value: Callable[[GpuSnapshot], float | None]
 ) -> list[tuple[dict[str, str], float]]:
     values = [(_gpu_labels(gpu), value(gpu)) for gpu in snapshot.gpus]
-    return [(labels, float(one)) for labels, one in values if one is not None]
+    return [(labels, float(number)) for labels, number in values if number is not None]
 
 
 def _memory_samples(snapshot: NodeSnapshot, field: str) -> list[tuple[dict[str, str], float]]:
-    found = [
+    memories = [
         (_gpu_labels(gpu), cuda_memory(snapshot, gpu))
         for gpu in _cards_and_slices(snapshot)
         if not gpu.lost
     ]
-    return [(labels, getattr(one, field)) for labels, one in found if one is not None]
+    return [(labels, getattr(memory, field)) for labels, memory in memories if memory is not None]
 
 
 def _format_family(name: str, text: str, samples: Sequence[tuple[dict[str, str], float]]) -> str:
@@ -138,10 +138,10 @@ def _format_family(name: str, text: str, samples: Sequence[tuple[dict[str, str],
         return ""
     lines = [f"# HELP envcheck_{name} {text}", f"# TYPE envcheck_{name} gauge"]
     for labels, value in samples:
-        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-        shown = f"{{{inside}}}" if inside else ""
+        label_text = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        label_block = f"{{{label_text}}}" if label_text else ""
         number = int(value) if float(value).is_integer() else value
-        lines.append(f"envcheck_{name}{shown} {number}")
+        lines.append(f"envcheck_{name}{label_block} {number}")
     return "\n".join(lines) + "\n"
 
 

@@ -72,7 +72,9 @@ def _secret_names() -> dict[str, str]:
     host = socket.gethostname()
     names[host] = "HOST"
     names[host.partition(".")[0]] = "HOST"
-    return {name: mark for name, mark in names.items() if len(name) > 1 and name != "root"}
+    return {
+        name: replacement for name, replacement in names.items() if len(name) > 1 and name != "root"
+    }
 
 
 def redact(data: Any, names: dict[str, str]) -> Any:
@@ -109,15 +111,15 @@ def _drop_process_names(value: Any) -> Any:
 
 
 def _replace_names(text: str, names: dict[str, str], salt: bytes) -> str:
-    text = _UUID.sub(lambda found: found[1] + _invented_uuid(found[2].lower(), salt), text)
+    text = _UUID.sub(lambda match: match[1] + _invented_uuid(match[2].lower(), salt), text)
     text = re.sub(r"\buid \d+", "uid N", text)
-    for name, mark in names.items():
+    for name, replacement in names.items():
         if name.startswith("/"):
-            text = re.sub(rf"{re.escape(name)}(?=/|$|[:;,\s])", mark, text)
+            text = re.sub(rf"{re.escape(name)}(?=/|$|[:;,\s])", replacement, text)
         else:
             # A text may contain the host with a domain that gethostname does not return.
-            domain = r"(?:\.[\w-]+)*" if mark == "HOST" else ""
-            text = re.sub(rf"(?<![\w.-]){re.escape(name)}{domain}(?![\w.-])", mark, text)
+            domain = r"(?:\.[\w-]+)*" if replacement == "HOST" else ""
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}{domain}(?![\w.-])", replacement, text)
     return text
 
 
@@ -129,11 +131,11 @@ def _invented_uuid(uuid: str, salt: bytes) -> str:
     UUID (CUDA_VISIBLE_DEVICES may contain a prefix). The salt is not saved, so that nobody can find
     the original UUID by trying all digits.
     """
-    turned = []
+    shifted = []
     for position, digit in enumerate(uuid):
-        amount = hashlib.sha256(salt + uuid[:position].encode()).digest()[0]
-        turned.append("-" if digit == "-" else f"{(int(digit, 16) + amount) % 16:x}")
-    return "".join(turned)
+        shift = hashlib.sha256(salt + uuid[:position].encode()).digest()[0]
+        shifted.append("-" if digit == "-" else f"{(int(digit, 16) + shift) % 16:x}")
+    return "".join(shifted)
 
 
 def parse_recording(data: Any) -> tuple[NodeSnapshot, CheckContext, dict[str, str]]:

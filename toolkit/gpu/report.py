@@ -45,13 +45,13 @@ def check_report(
     the report. For the preflight.json of a run, these keys are ``device`` (the card that the run is
     sized for; None is the CPU) and ``sizing``.
     """
-    asked = {result.id for result in results}
+    result_ids = {result.id for result in results}
     code = exit_code(results, strict=strict, node=node)
     report = {
         **_report_head("check", code),
         "verdict": worst_verdict(results),
         "checks": [result.to_json() for result in results],
-        "not_applicable": [name for name in checks_by_id() if name not in asked],
+        "not_applicable": [name for name in checks_by_id() if name not in result_ids],
         **_node_sections(snapshot),
     }
     return {**report, **(run or {})}
@@ -62,7 +62,7 @@ def worst_verdict(results: Sequence[CheckResult]) -> str:
     ok.
     """
     verdicts = {result.verdict for result in results}
-    return next((one for one in ("fail", "unknown", "warn") if one in verdicts), "ok")
+    return next((verdict for verdict in ("fail", "unknown", "warn") if verdict in verdicts), "ok")
 
 
 def utc_now() -> str:
@@ -81,18 +81,18 @@ def _report_head(kind: str, code: int) -> dict[str, Any]:
 
 
 def _node_sections(snapshot: NodeSnapshot) -> dict[str, Any]:
-    seen = visible_devices(snapshot)
-    order = {(gpu.parent, gpu.index): number for number, gpu in enumerate(seen.devices)}
+    visible = visible_devices(snapshot)
+    order = {(gpu.parent, gpu.index): number for number, gpu in enumerate(visible.devices)}
     gpus = []
     for gpu in snapshot.gpus:
         row = {"cuda_index": order.get((None, gpu.index)), **gpu_to_json(gpu)}
-        for part, values in zip(gpu.slices, row["slices"], strict=True):
-            values["cuda_index"] = order.get((part.parent, part.index))
+        for mig_slice, values in zip(gpu.slices, row["slices"], strict=True):
+            values["cuda_index"] = order.get((mig_slice.parent, mig_slice.index))
         gpus.append(row)
-    found = find_presence(snapshot)
+    presence = find_presence(snapshot)
     version = snapshot.driver.version.value
     return {
-        "presence": {"kind": found.kind, "text": found.text, "remedy": found.remedy},
+        "presence": {"kind": presence.kind, "text": presence.text, "remedy": presence.remedy},
         "driver": {
             **readings_to_json(snapshot.driver),
             "cuda": newest_cuda(version) if version else None,

@@ -156,11 +156,11 @@ def take_snapshot(
     """
     variables = os.environ if environ is None else environ
     driver, gpus = _query_nvml()
-    look = model_folder.ModelSnapshot()
+    model_snapshot = model_folder.ModelSnapshot()
     if model is not None:
-        look = model_folder.read(model, revision, variables)
+        model_snapshot = model_folder.read(model, revision, variables)
     return NodeSnapshot(
-        model=look,
+        model=model_snapshot,
         driver=replace(driver, **driver_files.read(variables)),
         gpus=gpus,
         environment=host.recorded_variables(variables),
@@ -170,16 +170,22 @@ def take_snapshot(
 
 
 def _query_nvml() -> tuple[DriverSnapshot, tuple[GpuSnapshot, ...]]:
-    answers = nvml.read()
+    nvml_readings = nvml.read()
     gpus = []
-    for index, (row, slices) in enumerate(answers.gpus):
-        parts = tuple(
+    for index, (readings, slices) in enumerate(nvml_readings.gpus):
+        mig_slices = tuple(
             GpuSnapshot(
                 index=number,
                 parent=index,
-                **{"state": row["state"], "compute_capability": row["compute_capability"], **part},
+                **{
+                    "state": readings["state"],
+                    "compute_capability": readings["compute_capability"],
+                    **slice_readings,
+                },
             )
-            for number, part in enumerate(slices)
+            for number, slice_readings in enumerate(slices)
         )
-        gpus.append(GpuSnapshot(index=index, slices=parts, **row))
-    return DriverSnapshot(answers.start, answers.driver_version, answers.p2p), tuple(gpus)
+        gpus.append(GpuSnapshot(index=index, slices=mig_slices, **readings))
+    return DriverSnapshot(
+        nvml_readings.start, nvml_readings.driver_version, nvml_readings.p2p
+    ), tuple(gpus)

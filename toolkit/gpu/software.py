@@ -81,10 +81,10 @@ def find_libnuma(environ: Mapping[str, str], root: Path = ROOT) -> str | None:
     """Return the path of libnuma.so.1; None if it is not found. The folder of this Python is
     searched first (for conda), then the loader's search path.
     """
-    own = Path(sys.base_prefix, "lib", "libnuma.so.1")
-    if own.is_file():
-        return str(own)
-    return next((str(path) for path, *_ in shared_library(own.name, environ, root)), None)
+    in_prefix = Path(sys.base_prefix, "lib", "libnuma.so.1")
+    if in_prefix.is_file():
+        return str(in_prefix)
+    return next((str(path) for path, *_ in shared_library(in_prefix.name, environ, root)), None)
 
 
 def _read_torch_cuda() -> str | None:
@@ -95,8 +95,8 @@ def _read_torch_cuda() -> str | None:
     if path is None:
         raise FileNotFoundError(2, "not installed", "torch")
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def find_on_import_path(name: str) -> Path | None:
@@ -122,13 +122,13 @@ def _read_pins() -> list[dict[str, Any]]:
         raise FileNotFoundError(2, "not installed", TOOLKIT_PACKAGE) from None
     pins = []
     for line in lines:
-        found = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*([^;]*)(?:;\s*(.*))?$", line)
-        if found and found[2].strip() and found[1] in PACKAGES:
-            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", found[3] or "")
+        match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*([^;]*)(?:;\s*(.*))?$", line)
+        if match and match[2].strip() and match[1] in PACKAGES:
+            extra = re.search(r"extra == ['\"]([\w-]+)['\"]", match[3] or "")
             pins.append(
                 {
-                    "name": found[1],
-                    "requires": found[2].strip(),
+                    "name": match[1],
+                    "requires": match[2].strip(),
                     "extra": extra[1] if extra else None,
                 }
             )

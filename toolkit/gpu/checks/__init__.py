@@ -52,13 +52,13 @@ def select_checks(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Ch
     """
     checks = checks_by_id()
     families = {check.family for check in checks.values()}
-    kept, left = set(only), set(skip)
-    for entry in sorted(kept | left):
+    selected, skipped = set(only), set(skip)
+    for entry in sorted(selected | skipped):
         if entry not in checks and entry not in families:
-            near = did_you_mean.similar_words(
+            similar = did_you_mean.similar_words(
                 entry, [*families, *checks], cutoff=0.5, max_difference=1
             )
-            fix = f"did you mean {', '.join(near)}? " if near else ""
+            fix = f"did you mean {', '.join(similar)}? " if similar else ""
             names = ", ".join(sorted(families))
             raise InputError(
                 f"no check named {entry!r}",
@@ -67,7 +67,8 @@ def select_checks(only: Iterable[str] = (), skip: Iterable[str] = ()) -> list[Ch
     return [
         check
         for check in checks.values()
-        if (not kept or {check.id, check.family} & kept) and not {check.id, check.family} & left
+        if (not selected or {check.id, check.family} & selected)
+        and not {check.id, check.family} & skipped
     ]
 
 
@@ -81,9 +82,11 @@ def run_checks(
     """Run the checks that ``only`` and ``skip`` select, and return their results. The result does
     not contain checks that do not apply to the snapshot.
     """
-    asked = context or CheckContext()
-    checks = [check for check in select_checks(only, skip) if check.about_node or not asked.node]
-    results = [check.result(snapshot, asked) for check in checks]
+    requirements = context or CheckContext()
+    checks = [
+        check for check in select_checks(only, skip) if check.about_node or not requirements.node
+    ]
+    results = [check.result(snapshot, requirements) for check in checks]
     return [result for result in results if result is not None]
 
 

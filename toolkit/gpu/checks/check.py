@@ -99,9 +99,11 @@ def context_from_json(data: Any) -> CheckContext:
     """
     if not isinstance(data, dict):
         raise ValueError("the context must be an object")
-    known = {item.name for item in fields(CheckContext)}
-    if set(data) - known:
-        raise ValueError(f"the context has unknown names: {', '.join(sorted(set(data) - known))}")
+    field_names = {item.name for item in fields(CheckContext)}
+    if set(data) - field_names:
+        raise ValueError(
+            f"the context has unknown names: {', '.join(sorted(set(data) - field_names))}"
+        )
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
     }
@@ -169,8 +171,8 @@ class Check:
             return None
         if outcome.verdict == "ok":
             return CheckResult(self.id, "ok", outcome.evidence)
-        usual = UNKNOWN_REMEDY if outcome.verdict == "unknown" else self.remedy
-        remedy = outcome.remedy or usual
+        default_remedy = UNKNOWN_REMEDY if outcome.verdict == "unknown" else self.remedy
+        remedy = outcome.remedy or default_remedy
         blame = outcome.blame if outcome.verdict == "fail" else None
         assert outcome.verdict != "fail" or blame, f"{self.id}: a failure must say who must act"
         return CheckResult(self.id, outcome.verdict, outcome.evidence, remedy, blame)
@@ -227,13 +229,15 @@ def devices_to_check(snapshot: NodeSnapshot, context: CheckContext) -> tuple[Gpu
     renumbers the other cards. If the result had only the cards that CUDA sees, no check would
     report the lost card, and the job would get another card than expected.
     """
-    chosen = context.gpu_index is not None or devices.CUDA_VISIBLE_DEVICES in snapshot.environment
-    if context.node or not (chosen or any(gpu.slices for gpu in snapshot.gpus)):
+    is_selected = (
+        context.gpu_index is not None or devices.CUDA_VISIBLE_DEVICES in snapshot.environment
+    )
+    if context.node or not (is_selected or any(gpu.slices for gpu in snapshot.gpus)):
         return snapshot.gpus
-    seen = devices.visible_devices(snapshot).devices
+    visible = devices.visible_devices(snapshot).devices
     if context.gpu_index is None:
-        return seen
-    return seen[context.gpu_index : context.gpu_index + 1]
+        return visible
+    return visible[context.gpu_index : context.gpu_index + 1]
 
 
 def cards_to_check(snapshot: NodeSnapshot, context: CheckContext) -> tuple[GpuSnapshot, ...]:
@@ -253,23 +257,27 @@ def check_each_gpu(
     this verdict. Cards that do not respond are skipped, because the check ``health.lost`` reports
     them.
     """
-    seen = [(gpu, check_gpu(gpu)) for gpu in gpus if not gpu.lost]
-    outcomes = [(gpu, outcome) for gpu, outcome in seen if outcome is not None]
+    results = [(gpu, check_gpu(gpu)) for gpu in gpus if not gpu.lost]
+    outcomes = [(gpu, outcome) for gpu, outcome in results if outcome is not None]
     if not outcomes:
         return None
-    worst = max((outcome for _, outcome in outcomes), key=lambda one: _SEVERITY[one.verdict])
-    same = [(gpu, one) for gpu, one in outcomes if one.verdict == worst.verdict]
-    if len({one.evidence for _, one in same}) == 1:
-        who = _name_gpus([gpu for gpu, _ in same], len(gpus))
-        evidence = f"{who}: {worst.evidence}"
+    worst = max(
+        (outcome for _, outcome in outcomes), key=lambda outcome: _SEVERITY[outcome.verdict]
+    )
+    worst_outcomes = [
+        (gpu, outcome) for gpu, outcome in outcomes if outcome.verdict == worst.verdict
+    ]
+    if len({outcome.evidence for _, outcome in worst_outcomes}) == 1:
+        gpu_names = _name_gpus([gpu for gpu, _ in worst_outcomes], len(gpus))
+        evidence = f"{gpu_names}: {worst.evidence}"
     else:
-        evidence = "; ".join(f"{gpu.label}: {one.evidence}" for gpu, one in same)
+        evidence = "; ".join(f"{gpu.label}: {outcome.evidence}" for gpu, outcome in worst_outcomes)
     return Outcome(worst.verdict, evidence, worst.blame, worst.remedy)
 
 
-def _name_gpus(gpus: list[GpuSnapshot], of: int) -> str:
+def _name_gpus(gpus: list[GpuSnapshot], total: int) -> str:
     if len(gpus) == 1:
         return gpus[0].label
-    if len(gpus) == of:
-        return f"all {of} GPUs"
+    if len(gpus) == total:
+        return f"all {total} GPUs"
     return "GPUs " + ", ".join(str(gpu.index) for gpu in gpus)

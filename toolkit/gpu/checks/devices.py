@@ -40,42 +40,42 @@ def visible(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that every entry of CUDA_VISIBLE_DEVICES is an existing card."""
     if not snapshot.gpus:
         return None
-    seen = visible_devices(snapshot)
-    if not seen.problem:
-        names = ", ".join(gpu.label for gpu in seen.devices) or "no GPU"
+    cuda_devices = visible_devices(snapshot)
+    if not cuda_devices.problem:
+        names = ", ".join(gpu.label for gpu in cuda_devices.devices) or "no GPU"
         return ok(f"CUDA sees {names}")
-    if seen.devices or find_gpu_requirement(snapshot, context):
-        return fail("user", seen.problem)
+    if cuda_devices.devices or find_gpu_requirement(snapshot, context):
+        return fail("user", cuda_devices.problem)
     if snapshot.environment.get(CUDA_VISIBLE_DEVICES, "x").strip() in ("", "-1"):
         return ok(f"{CUDA_VISIBLE_DEVICES} hides every GPU, so the run uses the CPU")
-    return fail("user", seen.problem)
+    return fail("user", cuda_devices.problem)
 
 
 def count(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that CUDA sees as many cards as the job needs."""
-    wanted = context.gpu_count
-    if not snapshot.gpus or (wanted <= 1 and context.required_gpus == 0):
+    needed = context.gpu_count
+    if not snapshot.gpus or (needed <= 1 and context.required_gpus == 0):
         return None
-    seen = len(visible_devices(snapshot).devices)
-    if seen < wanted:
+    visible_count = len(visible_devices(snapshot).devices)
+    if visible_count < needed:
         lost = [gpu.label for gpu in snapshot.gpus if gpu.lost]
-        because = f" ({', '.join(lost)} lost)" if lost else ""
+        reason = f" ({', '.join(lost)} lost)" if lost else ""
         return fail(
             "node" if lost else "user",
-            f"the job needs {wanted} GPUs, but CUDA sees {seen}{because}",
+            f"the job needs {needed} GPUs, but CUDA sees {visible_count}{reason}",
         )
-    return ok(f"CUDA sees {seen}, the job needs {wanted}")
+    return ok(f"CUDA sees {visible_count}, the job needs {needed}")
 
 
 def index(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the card that --gpu-index selects exists."""
     if context.gpu_index is None or not snapshot.gpus:
         return None
-    seen, asked = visible_devices(snapshot).devices, f"--gpu-index {context.gpu_index}"
-    if context.gpu_index >= len(seen):
-        return fail("user", f"{asked}: CUDA sees {plural(len(seen), 'GPU')}")
-    chosen = seen[context.gpu_index]
-    return ok(f"{asked} is {chosen.label} ({chosen.name.value})")
+    cuda_devices, option = visible_devices(snapshot).devices, f"--gpu-index {context.gpu_index}"
+    if context.gpu_index >= len(cuda_devices):
+        return fail("user", f"{option}: CUDA sees {plural(len(cuda_devices), 'GPU')}")
+    chosen = cuda_devices[context.gpu_index]
+    return ok(f"{option} is {chosen.label} ({chosen.name.value})")
 
 
 def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -91,14 +91,19 @@ def kind(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         return fail(
             "user", f"{wanted_card} is required, but the job has {', '.join(sorted(names))}"
         )
-    least = context.required_capability
-    low = [gpu for gpu in gpus if least and (gpu.capability is None or gpu.capability < least)]
-    if least and low:
-        has = ".".join(map(str, low[0].capability or ())) or "unknown"
-        wanted = ".".join(map(str, least))
+    required_capability = context.required_capability
+    too_old = [
+        gpu
+        for gpu in gpus
+        if required_capability and (gpu.capability is None or gpu.capability < required_capability)
+    ]
+    if required_capability and too_old:
+        actual = ".".join(map(str, too_old[0].capability or ())) or "unknown"
+        required = ".".join(map(str, required_capability))
         return fail(
             "user",
-            f"{low[0].label} has compute capability {has}, but at least {wanted} is required",
+            f"{too_old[0].label} has compute capability {actual}, but at least {required} is "
+            "required",
         )
     return ok(", ".join(sorted(names)))
 
@@ -141,10 +146,10 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that cards in MIG mode have a slice, and that the job does not need more than one
     slice.
     """
-    cut = [gpu for gpu in snapshot.gpus if in_mig_mode(gpu)]
-    if not cut:
+    mig_cards = [gpu for gpu in snapshot.gpus if in_mig_mode(gpu)]
+    if not mig_cards:
         return None
-    empty = [gpu for gpu in cut if not gpu.slices]
+    empty = [gpu for gpu in mig_cards if not gpu.slices]
     if len(empty) == len(snapshot.gpus):
         return fail(
             "node", f"{empty[0].label} is in MIG mode but has no slice, so CUDA sees no device"
@@ -156,7 +161,11 @@ def mig(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         )
     if empty:
         return warn(f"{empty[0].label} is in MIG mode but has no slice, so CUDA ignores this card")
-    names = [f"{part.label} ({part.name.value})" for gpu in cut for part in gpu.slices]
+    names = [
+        f"{mig_slice.label} ({mig_slice.name.value})"
+        for gpu in mig_cards
+        for mig_slice in gpu.slices
+    ]
     return ok("slices: " + ", ".join(names))
 
 
@@ -164,21 +173,23 @@ def alike(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that all cards of the job are of the same kind. If cards of one tensor-parallel group
     differ, the check fails. If only cards of different groups differ, the check warns.
     """
-    seen = visible_devices(snapshot).devices[: context.gpu_count]
-    if context.gpu_count < 2 or len(seen) < 2:
+    job_devices = visible_devices(snapshot).devices[: context.gpu_count]
+    if context.gpu_count < 2 or len(job_devices) < 2:
         return None
     size = context.tensor_parallel_size
-    for start in range(0, len(seen), size):
-        group = sorted({str(gpu.name.value) for gpu in seen[start : start + size]})
+    for start in range(0, len(job_devices), size):
+        group = sorted({str(gpu.name.value) for gpu in job_devices[start : start + size]})
         if len(group) > 1:
-            last = min(start + size, len(seen)) - 1
+            last_index = min(start + size, len(job_devices)) - 1
             kinds = " and ".join(group)
-            what = f"cards {start} to {last} form a tensor-parallel group, but differ: {kinds}"
+            what = (
+                f"cards {start} to {last_index} form a tensor-parallel group, but differ: {kinds}"
+            )
             return fail("user", what)
-    names = {gpu.name.value for gpu in seen}
+    names = {gpu.name.value for gpu in job_devices}
     if len(names) > 1:
         return warn(f"the job would use different cards: {' and '.join(sorted(map(str, names)))}")
-    return ok(f"{len(seen)} x {names.pop()}")
+    return ok(f"{len(job_devices)} x {names.pop()}")
 
 
 CHECKS = (

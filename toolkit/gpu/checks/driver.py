@@ -55,69 +55,71 @@ def newest_cuda(driver: str) -> str | None:
     None if the driver is older than all drivers in ``SHIPPED_CUDA``.
     """
     branch = as_version(driver).major
-    return next((cuda for least, cuda in SHIPPED_CUDA if branch >= least), None)
+    return next((cuda for oldest_branch, cuda in SHIPPED_CUDA if branch >= oldest_branch), None)
 
 
 def present(snapshot: NodeSnapshot, context: CheckContext) -> Outcome:
     """Check that NVML starts and reports a card."""
-    found = find_presence(snapshot)
-    if found.kind == "gpus":
+    presence = find_presence(snapshot)
+    if presence.kind == "gpus":
         version = snapshot.driver.version.value or "of unknown version"
         return ok(f"driver {version} reports {plural(len(snapshot.gpus), 'GPU')}")
-    needed = find_gpu_requirement(snapshot, context)
-    if needed:
-        blame = "user" if found.kind in ("none", "not passed in") else "node"
+    requirement = find_gpu_requirement(snapshot, context)
+    if requirement:
+        blame = "user" if presence.kind in ("none", "not passed in") else "node"
         # mypy widens the conditional literal
-        return fail(blame, f"{found.text}; {needed}", found.remedy)  # type: ignore[arg-type]
-    if found.kind == "none":
-        return ok(f"{found.text}: the run uses the CPU")
-    if context.configured or found.kind == "not passed in":
-        return warn(f"{found.text}; a run on the CPU needs no GPU", found.remedy)
-    return fail("node", found.text, found.remedy)
+        return fail(blame, f"{presence.text}; {requirement}", presence.remedy)  # type: ignore[arg-type]
+    if presence.kind == "none":
+        return ok(f"{presence.text}: the run uses the CPU")
+    if context.configured or presence.kind == "not passed in":
+        return warn(f"{presence.text}; a run on the CPU needs no GPU", presence.remedy)
+    return fail("node", presence.text, presence.remedy)
 
 
 def cuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the driver is new enough for the CUDA version that the installed torch was built
     for.
     """
-    wanted, driver = snapshot.software.torch_cuda.value, snapshot.driver.version.value
-    if not snapshot.gpus or wanted is None:
+    torch_cuda, driver = snapshot.software.torch_cuda.value, snapshot.driver.version.value
+    if not snapshot.gpus or torch_cuda is None:
         return None
     if driver is None:
-        return unknown(f"torch needs CUDA {wanted}; the driver's version is unknown")
-    major = as_version(wanted).major
-    least = MINIMUM_DRIVER.get(major)
-    if least is None:
+        return unknown(f"torch needs CUDA {torch_cuda}; the driver's version is unknown")
+    major = as_version(torch_cuda).major
+    minimum_driver = MINIMUM_DRIVER.get(major)
+    if minimum_driver is None:
         return unknown(
-            f"torch was built for CUDA {wanted}, but the driver version for this CUDA is unknown"
+            f"torch was built for CUDA {torch_cuda}, but the driver version for this CUDA is "
+            "unknown"
         )
     # A libcuda that is newer than the driver's own (the cuda-compat package) runs newer CUDA.
-    first = (snapshot.driver.libcuda.value or [{}])[0].get("version")
-    if as_version(driver) >= as_version(least):
-        have = f"driver {driver} (CUDA {newest_cuda(driver)})"
-        return ok(f"{have} supports the CUDA version of torch ({wanted})")
-    if first and as_version(first) >= as_version(least):
+    libcuda_version = (snapshot.driver.libcuda.value or [{}])[0].get("version")
+    if as_version(driver) >= as_version(minimum_driver):
+        driver_text = f"driver {driver} (CUDA {newest_cuda(driver)})"
+        return ok(f"{driver_text} supports the CUDA version of torch ({torch_cuda})")
+    if libcuda_version and as_version(libcuda_version) >= as_version(minimum_driver):
         return warn(
-            f"driver {driver} runs CUDA {wanted} only through libcuda {first} (cuda-compat)"
+            f"driver {driver} runs CUDA {torch_cuda} only through libcuda {libcuda_version} "
+            "(cuda-compat)"
         )
     return fail(
         "node",
         f"driver {driver} (CUDA {newest_cuda(driver)}) is too old: torch was built for CUDA "
-        f"{wanted}, which needs driver {least} or newer",
-        _newer_driver_remedy(snapshot, least, wanted),
+        f"{torch_cuda}, which needs driver {minimum_driver} or newer",
+        _newer_driver_remedy(snapshot, minimum_driver, torch_cuda),
     )
 
 
-def _newer_driver_remedy(snapshot: NodeSnapshot, least: str, wanted: str) -> str:
+def _newer_driver_remedy(snapshot: NodeSnapshot, minimum_driver: str, torch_cuda: str) -> str:
     """Return the remedy for a driver that is too old. The remedy names forward compatibility only
     if the cards support it.
     """
-    newer = f"use a node with driver {least} or newer, or torch built for an older CUDA"
+    remedy = f"use a node with driver {minimum_driver} or newer, or torch built for an older CUDA"
     if any(_lacks_forward_compatibility(gpu) for gpu in snapshot.gpus):
-        return f"{newer} (this card does not support forward compatibility)"
-    package = f"cuda-compat-{wanted.replace('.', '-')}"
-    switch = "set `TOOLKIT_CUDA_COMPAT=1` in the toolkit's container"
-    return f"{newer}. For forward compatibility, {switch}, or install `{package}` elsewhere"
+        return f"{remedy} (this card does not support forward compatibility)"
+    package = f"cuda-compat-{torch_cuda.replace('.', '-')}"
+    setting = "set `TOOLKIT_CUDA_COMPAT=1` in the toolkit's container"
+    return f"{remedy}. For forward compatibility, {setting}, or install `{package}` elsewhere"
 
 
 def _lacks_forward_compatibility(gpu: GpuSnapshot) -> bool:
@@ -134,28 +136,28 @@ def libcuda(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """
     if not snapshot.gpus:
         return None
-    found = snapshot.driver.libcuda.value
-    if found is None:
+    libraries = snapshot.driver.libcuda.value
+    if libraries is None:
         return unknown(
             f"the library search path could not be read: {snapshot.driver.libcuda.reason}"
         )
-    if not found:
+    if not libraries:
         return fail(
             "user" if _in_container(snapshot) else "node",
             "NVML works, but CUDA cannot start: libcuda.so.1 is not on the library search path",
             "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or install the "
             "driver's CUDA library",
         )
-    first, module = found[0], snapshot.driver.kernel_module.value
+    first, module = libraries[0], snapshot.driver.kernel_module.value
     where = f"{first['path']} ({first['source']})"
     if "/stubs/" in first["path"]:
         return fail("user", f"{where} is only a stub library for linking, so CUDA finds no driver")
     module = module or snapshot.driver.version.value
     if first["version"] is None or module is None:
-        place = snapshot.host.place.value or {}
+        environment = snapshot.host.place.value or {}
         return (
             ok(f"{where} belongs to WSL")
-            if place.get("wsl")
+            if environment.get("wsl")
             else unknown(f"{where}: version unknown")
         )
     if first["version"] == module:
@@ -199,24 +201,26 @@ def nodes(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the device files that CUDA opens exist and can be opened."""
     if not snapshot.gpus:
         return None
-    found = snapshot.driver.device_nodes
-    if found.value is None:
-        return unknown(f"/dev could not be read: {found.reason}")
-    usable = {entry["path"]: entry["usable"] for entry in found.value}
+    reading = snapshot.driver.device_nodes
+    if reading.value is None:
+        return unknown(f"/dev could not be read: {reading.reason}")
+    usable = {entry["path"]: entry["usable"] for entry in reading.value}
     if "/dev/dxg" in usable or "/dev/nvgpu" in usable:
         return ok("the GPU is used through /dev/dxg (WSL) or /dev/nvgpu (an integrated GPU)")
-    wanted = ["/dev/nvidiactl", "/dev/nvidia-uvm"]
-    wanted += [f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.has_value]
-    missing = [path for path in wanted if path not in usable]
+    required_paths = ["/dev/nvidiactl", "/dev/nvidia-uvm"]
+    required_paths += [
+        f"/dev/nvidia{gpu.minor.value}" for gpu in snapshot.gpus if gpu.minor.has_value
+    ]
+    missing = [path for path in required_paths if path not in usable]
     blame = "user" if _in_container(snapshot) else "node"
     if missing:
         text = f"CUDA cannot start, because these device files are missing: {', '.join(missing)}"
         # mypy widens the conditional literal
         return fail(blame, text)  # type: ignore[arg-type]
-    shut = [path for path in wanted if not usable[path]]
-    if shut:
-        return fail("node", f"this user cannot open {', '.join(shut)}")
-    return ok(f"this user can open all {len(wanted)} device files")
+    unusable = [path for path in required_paths if not usable[path]]
+    if unusable:
+        return fail("node", f"this user cannot open {', '.join(unusable)}")
+    return ok(f"this user can open all {len(required_paths)} device files")
 
 
 def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -232,8 +236,8 @@ def required(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 
 def _in_container(snapshot: NodeSnapshot) -> bool:
-    place = snapshot.host.place.value or {}
-    return bool(place.get("container") or place.get("kubernetes"))
+    environment = snapshot.host.place.value or {}
+    return bool(environment.get("container") or environment.get("kubernetes"))
 
 
 CHECKS = (

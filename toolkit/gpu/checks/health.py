@@ -42,11 +42,11 @@ _UNHEALTHY, _LIMITED = 2, 3
 def lost(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that every card responds."""
     cards = cards_to_check(snapshot, context)
-    gone = [gpu for gpu in cards if gpu.lost]
+    lost_cards = [gpu for gpu in cards if gpu.lost]
     if not cards:
         return None
-    if gone:
-        return fail("node", "; ".join(f"{gpu.label}: {gpu.state.reason}" for gpu in gone))
+    if lost_cards:
+        return fail("node", "; ".join(f"{gpu.label}: {gpu.state.reason}" for gpu in lost_cards))
     return ok(f"{len(cards)} of {len(cards)} respond")
 
 
@@ -63,11 +63,12 @@ def ecc(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         if errors.value is None:
             return unread_outcome(errors, "ECC errors")
         if errors.value:
-            found = plural(errors.value, "uncorrected ECC error")
-            return fail("node", f"{found} since the driver was loaded")
-        before = gpu.ecc_uncorrected_lifetime.value or 0
+            count_text = plural(errors.value, "uncorrected ECC error")
+            return fail("node", f"{count_text} since the driver was loaded")
+        lifetime_errors = gpu.ecc_uncorrected_lifetime.value or 0
         return ok(
-            f"no uncorrected ECC error since the driver was loaded ({before} over the card's "
+            f"no uncorrected ECC error since the driver was loaded ({lifetime_errors} over the "
+            "card's "
             "lifetime)"
         )
 
@@ -176,21 +177,29 @@ def xid(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     if events is None:
         return unknown(f"the kernel's log is not readable: {snapshot.driver.kernel_log.reason}")
     buses = {_short_bus_id(gpu.pci_bus_id.value or "") for gpu in cards_to_check(snapshot, context)}
-    ours = [
+    relevant = [
         event for event in events if event["kind"] == "sxid" or _short_bus_id(event["bus"]) in buses
     ]
-    bad = [e for e in ours if e["kind"] == "sxid" or e["number"] in FATAL_XIDS]
-    if not bad:
-        seen = sorted({event["number"] for event in ours if event["number"] in USER_XIDS})
-        of_programs = f" (XID {', '.join(map(str, seen))}: caused by programs)" if seen else ""
-        return ok(f"no XID since boot indicates a bad card{of_programs}")
-    worst = min(bad, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
-    text = f"{worst['kind'].upper()} {worst['number']} on {worst['bus']}: {_describe_event(worst)}"
-    if worst["age_s"] is None:
+    fatal = [e for e in relevant if e["kind"] == "sxid" or e["number"] in FATAL_XIDS]
+    if not fatal:
+        user_numbers = sorted(
+            {event["number"] for event in relevant if event["number"] in USER_XIDS}
+        )
+        user_note = (
+            f" (XID {', '.join(map(str, user_numbers))}: caused by programs)"
+            if user_numbers
+            else ""
+        )
+        return ok(f"no XID since boot indicates a bad card{user_note}")
+    latest = min(fatal, key=lambda event: event["age_s"] if event["age_s"] is not None else 0)
+    text = (
+        f"{latest['kind'].upper()} {latest['number']} on {latest['bus']}: {_describe_event(latest)}"
+    )
+    if latest["age_s"] is None:
         return fail("node", text)
-    text += f", {format_duration(worst['age_s'])} ago"
+    text += f", {format_duration(latest['age_s'])} ago"
     # The card responds now; an old event may have been cleared by a reset since.
-    return fail("node", text) if worst["age_s"] <= XID_RECENT_S else warn(text)
+    return fail("node", text) if latest["age_s"] <= XID_RECENT_S else warn(text)
 
 
 def _short_bus_id(text: str) -> str:

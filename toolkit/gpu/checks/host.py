@@ -65,28 +65,28 @@ def available_memory_bytes(snapshot: NodeSnapshot) -> int | None:
     if memory is None:
         return None
     limit = cgroup.get("memory_limit")
-    left = limit - (cgroup.get("memory_used") or 0) if limit else memory["available"]
-    return max(0, min(memory["available"], left))
+    group_bytes = limit - (cgroup.get("memory_used") or 0) if limit else memory["available"]
+    return max(0, min(memory["available"], group_bytes))
 
 
 def memory(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the available main memory, within the cgroup's limit, is enough to load the
     model.
     """
-    free = available_memory_bytes(snapshot)
-    if free is None:
+    available_bytes = available_memory_bytes(snapshot)
+    if available_bytes is None:
         return unknown(f"the main memory could not be read: {snapshot.host.memory.reason}")
     limit = (snapshot.host.cgroup.value or {}).get("memory_limit")
-    text = f"{format_bytes(free)} of main memory available"
+    text = f"{format_bytes(available_bytes)} of main memory available"
     text += f" (cgroup limit {format_bytes(limit)})" if limit else ""
-    weights = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
-    if free < MEMORY_MIN_BYTES:
+    weight_bytes = int((snapshot.model.files.value or {}).get("weight_bytes", 0))
+    if available_bytes < MEMORY_MIN_BYTES:
         return fail("user" if limit else "retry", text)
     # With a GPU, the weights pass through the page cache. On the CPU they stay in memory, as
     # float32 in the worst case.
-    needed = weights if snapshot.gpus else 2 * weights
-    if needed and free < needed + MEMORY_MIN_BYTES:
-        return warn(f"{text}; the model's weights need {format_bytes(weights)}")
+    needed_bytes = weight_bytes if snapshot.gpus else 2 * weight_bytes
+    if needed_bytes and available_bytes < needed_bytes + MEMORY_MIN_BYTES:
+        return warn(f"{text}; the model's weights need {format_bytes(weight_bytes)}")
     return ok(text)
 
 
@@ -106,14 +106,14 @@ def limits(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     values = snapshot.host.limits.value
     if values is None:
         return unknown(f"the limits could not be read: {snapshot.host.limits.reason}")
-    low = []
+    low_limits = []
     if values["nofile"] is not None and values["nofile"] < OPEN_FILES_RECOMMENDED:
-        low.append(f"open files {values['nofile']} (ulimit -n {OPEN_FILES_RECOMMENDED})")
+        low_limits.append(f"open files {values['nofile']} (ulimit -n {OPEN_FILES_RECOMMENDED})")
     locked = values["memlock"]
     if context.gpu_count > 1 and locked is not None and locked < MEMLOCK_RECOMMENDED_BYTES:
-        low.append(f"locked memory {format_bytes(locked)} (ulimit -l unlimited)")
+        low_limits.append(f"locked memory {format_bytes(locked)} (ulimit -l unlimited)")
     text = ", ".join(f"{name} {'unlimited' if v is None else v}" for name, v in values.items())
-    return warn("low: " + "; ".join(low)) if low else ok(text)
+    return warn("low: " + "; ".join(low_limits)) if low_limits else ok(text)
 
 
 def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
@@ -125,42 +125,44 @@ def _disks(snapshot: NodeSnapshot) -> list[dict[str, Any]] | Outcome | None:
 
 def disk(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the output and cache folders have enough free space and inodes."""
-    found = _disks(snapshot)
-    if not isinstance(found, list):
-        return found
+    disks = _disks(snapshot)
+    if not isinstance(disks, list):
+        return disks
     texts: list[str] = []
-    worst = 0
-    for entry in found:
+    worst_level = 0
+    for entry in disks:
         inodes = entry["free_inodes"]
-        few = inodes is not None and inodes < MIN_INODES
+        has_few_inodes = inodes is not None and inodes < MIN_INODES
         level = (
             2
-            if entry["free"] < DISK_MIN_BYTES or few
+            if entry["free"] < DISK_MIN_BYTES or has_few_inodes
             else int(entry["free"] < DISK_RECOMMENDED_BYTES)
         )
-        if level >= worst:
-            texts = texts if level == worst else []
-            worst = level
+        if level >= worst_level:
+            texts = texts if level == worst_level else []
+            worst_level = level
             text = f"{entry['role']} {entry['path']}: {format_bytes(entry['free'])} free"
-            texts.append(f"{text}, {inodes} inodes" if few else text)
+            texts.append(f"{text}, {inodes} inodes" if has_few_inodes else text)
     evidence = "; ".join(texts)
-    if worst == 2:
+    if worst_level == 2:
         return fail("user", evidence)
-    return warn(evidence) if worst else ok(evidence)
+    return warn(evidence) if worst_level else ok(evidence)
 
 
 def writable(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the output and cache folders are writable."""
-    found = _disks(snapshot)
-    if not isinstance(found, list):
-        return found
-    shut = [entry for entry in found if not entry["writable"]]
-    if not shut:
-        return ok("writable: " + ", ".join(entry["role"] for entry in found))
-    text = "not writable: " + ", ".join(f"{one['role']} {one['path']}" for one in shut)
+    disks = _disks(snapshot)
+    if not isinstance(disks, list):
+        return disks
+    not_writable = [entry for entry in disks if not entry["writable"]]
+    if not not_writable:
+        return ok("writable: " + ", ".join(entry["role"] for entry in disks))
+    text = "not writable: " + ", ".join(
+        f"{entry['role']} {entry['path']}" for entry in not_writable
+    )
     # A read-only hub cache is enough for a model that it already contains.
     kind = (snapshot.model.location.value or {}).get("kind")
-    if {entry["role"] for entry in shut} == {"HF_HOME"} and kind in ("folder", "cache"):
+    if {entry["role"] for entry in not_writable} == {"HF_HOME"} and kind in ("folder", "cache"):
         return warn(f"{text} (the run writes nothing there: the model is already on this machine)")
     return fail("user", text)
 
@@ -191,11 +193,11 @@ _TRUE_VALUES = ("1", "true", "yes", "on")
 def env(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no environment variable harms the run."""
     del context
-    harms = [
+    problems = [
         *_allocator_problems(snapshot.environment),
         *find_harmful_variables(snapshot.environment),
     ]
-    return warn("; ".join(harms)) if harms else ok("no harmful variable")
+    return warn("; ".join(problems)) if problems else ok("no harmful variable")
 
 
 def _allocator_problems(variables: Mapping[str, str]) -> list[str]:
@@ -205,11 +207,11 @@ def _allocator_problems(variables: Mapping[str, str]) -> list[str]:
     Without such a variable, training turns on expandable segments (policy/cuda_allocator.py). The
     sizer assumes that they are on.
     """
-    written = {name: variables[name] for name in ALLOCATOR_VARIABLES if variables.get(name)}
+    settings = {name: variables[name] for name in ALLOCATOR_VARIABLES if variables.get(name)}
     return [
         f"{name}={value}: without {EXPANDABLE_SEGMENTS}, memory is lost to fragmentation, and the "
         "sizer does not count this loss"
-        for name, value in written.items()
+        for name, value in settings.items()
         if not has_expandable_segments(value)
     ]
 
@@ -218,21 +220,21 @@ def find_harmful_variables(variables: Mapping[str, str]) -> list[str]:
     """Return one text for each environment variable that harms the run. The text names the variable
     and says what it does. For example, the variable slows the run down or loads other code.
     """
-    found = []
+    problems = []
     if variables.get("CUDA_LAUNCH_BLOCKING", "").lower() in _TRUE_VALUES:
-        found.append("CUDA_LAUNCH_BLOCKING=1: the CPU waits for every kernel")
+        problems.append("CUDA_LAUNCH_BLOCKING=1: the CPU waits for every kernel")
     if variables.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "").lower() in _TRUE_VALUES:
-        found.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation calls the slow driver")
+        problems.append("PYTORCH_NO_CUDA_MEMORY_CACHING: every allocation calls the slow driver")
     if variables.get("LD_PRELOAD"):
         names = ", ".join(part.rpartition("/")[2] for part in variables["LD_PRELOAD"].split(":"))
-        found.append(f"LD_PRELOAD loads {names} into every process")
+        problems.append(f"LD_PRELOAD loads {names} into every process")
     if variables.get("VLLM_USE_V1") == "0":
-        found.append("VLLM_USE_V1=0: the pinned vLLM has only the V1 engine")
+        problems.append("VLLM_USE_V1=0: the pinned vLLM has only the V1 engine")
     if variables.get("NCCL_P2P_DISABLE") == "1":
-        found.append("NCCL_P2P_DISABLE=1: copies between cards go through the host")
+        problems.append("NCCL_P2P_DISABLE=1: copies between cards go through the host")
     if variables.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
-        found.append(f"NCCL_DEBUG={variables['NCCL_DEBUG']}: NCCL writes too many log lines")
-    return found
+        problems.append(f"NCCL_DEBUG={variables['NCCL_DEBUG']}: NCCL writes too many log lines")
+    return problems
 
 
 _ROWS = (

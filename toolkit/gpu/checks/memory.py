@@ -44,10 +44,10 @@ def bytes_used_by_others(gpu: GpuSnapshot) -> int | None:
     memory = gpu.memory.value
     if memory is None:
         return None
-    mine = sum(
+    own_bytes = sum(
         process["used_bytes"] or 0 for process in gpu.processes.value or [] if process["mine"]
     )
-    return max(0, int(memory["used"]) - mine)
+    return max(0, int(memory["used"]) - own_bytes)
 
 
 def find_display_programs(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | None:
@@ -55,17 +55,17 @@ def find_display_programs(snapshot: NodeSnapshot, gpu: GpuSnapshot) -> str | Non
     programs" with WSL), if they use most of the memory that other processes use. Otherwise return
     None. This memory does not become free by waiting.
     """
-    held = bytes_used_by_others(gpu) or 0
-    if held <= NEGLIGIBLE_BYTES:
+    used_by_others = bytes_used_by_others(gpu) or 0
+    if used_by_others <= NEGLIGIBLE_BYTES:
         return None
     if (snapshot.host.place.value or {}).get("wsl"):
         return "Windows and its programs"
-    drawn = sum(
+    graphics_bytes = sum(
         process["used_bytes"] or 0
         for process in gpu.processes.value or []
         if process["kind"] == "graphics" and not process["mine"]
     )
-    return DISPLAY if drawn >= DISPLAY_SHARE * held else None
+    return DISPLAY if graphics_bytes >= DISPLAY_SHARE * used_by_others else None
 
 
 def max_memory_utilization(gpu: GpuSnapshot) -> float:
@@ -73,9 +73,9 @@ def max_memory_utilization(gpu: GpuSnapshot) -> float:
     decimals.
     """
     memory = gpu.memory.value or {}
-    total = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
-    room = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
-    return room * 100 // total / 100 if total else 0.0
+    usable_total_bytes = int(memory.get("total", 0)) - int(memory.get("reserved") or 0)
+    usable_free_bytes = max(0, int(memory.get("free", 0)) - CONTEXT_BYTES)
+    return usable_free_bytes * 100 // usable_total_bytes / 100 if usable_total_bytes else 0.0
 
 
 def display_remedy(gpu: GpuSnapshot) -> str:
@@ -99,8 +99,8 @@ def describe_other_processes(gpu: GpuSnapshot) -> str:
         used = process["used_bytes"]
         name = f" {process['name']}" if process.get("name") else ""
         parts.append(f"pid {process['pid']}{name}" + (f" {format_bytes(used)}" if used else ""))
-    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-    return ", ".join(parts) + more
+    remaining = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return ", ".join(parts) + remaining
 
 
 def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -124,30 +124,32 @@ def readable(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def free(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the memory that the job needs is free."""
-    share, least = context.gpu_memory_utilization, context.required_free_bytes
-    if share is None and not least:
+    share, required_bytes = context.gpu_memory_utilization, context.required_free_bytes
+    if share is None and not required_bytes:
         return None
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome:
         memory = cuda_memory(snapshot, gpu)
         if memory is None:
             return unknown(f"NVML does not report the memory: {gpu.memory.reason}")
-        wanted = max(least, int((share or 0) * memory.total_bytes))
+        needed_bytes = max(required_bytes, int((share or 0) * memory.total_bytes))
         what = f"gpu_memory_utilization {share:g}" if share else "--require"
-        amount = f"{format_bytes(wanted)} needed ({what}), {format_bytes(memory.free_bytes)} free"
-        if wanted <= memory.free_bytes:
+        amount = (
+            f"{format_bytes(needed_bytes)} needed ({what}), {format_bytes(memory.free_bytes)} free"
+        )
+        if needed_bytes <= memory.free_bytes:
             return ok(amount)
-        if wanted > memory.total_bytes - CONTEXT_BYTES:
+        if needed_bytes > memory.total_bytes - CONTEXT_BYTES:
             size = format_bytes(memory.total_bytes)
             return fail("user", f"{amount}; the card has only {size} in total")
-        if who := find_display_programs(snapshot, gpu):
-            verb = "uses" if who == DISPLAY else "use"
-            text = f"{amount}; {who} ({describe_other_processes(gpu)}) {verb} the rest"
+        if users := find_display_programs(snapshot, gpu):
+            verb = "uses" if users == DISPLAY else "use"
+            text = f"{amount}; {users} ({describe_other_processes(gpu)}) {verb} the rest"
             return fail("user", text, display_remedy(gpu))
         if (bytes_used_by_others(gpu) or 0) > NEGLIGIBLE_BYTES:
-            who = describe_other_processes(gpu)
-            verb = "uses" if who.startswith("pid") and "," not in who else "use"
-            return fail("retry", f"{amount}; {who} {verb} the rest")
+            users = describe_other_processes(gpu)
+            verb = "uses" if users.startswith("pid") and "," not in users else "use"
+            return fail("retry", f"{amount}; {users} {verb} the rest")
         return fail("user", amount)
 
     return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
@@ -157,18 +159,24 @@ def tenant(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that no other process uses a large part of the card's memory."""
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
-        held, total = bytes_used_by_others(gpu), gpu.total_bytes
-        if held is None or not total:
+        used_by_others, total = bytes_used_by_others(gpu), gpu.total_bytes
+        if used_by_others is None or not total:
             return None  # the memory is integrated, or memory.readable reports the reason
-        if held <= NEGLIGIBLE_BYTES:
+        if used_by_others <= NEGLIGIBLE_BYTES:
             return ok("no other process uses memory")
-        evidence = f"{format_bytes(held)} used by other processes: {describe_other_processes(gpu)}"
-        large = held / total >= TENANT_SHARE and context.gpu_memory_utilization is None
-        if who := find_display_programs(snapshot, gpu):
-            evidence = f"{format_bytes(held)} used by {who}: {describe_other_processes(gpu)}"
+        evidence = (
+            f"{format_bytes(used_by_others)} used by other processes: "
+            f"{describe_other_processes(gpu)}"
+        )
+        is_large = used_by_others / total >= TENANT_SHARE and context.gpu_memory_utilization is None
+        if display_programs := find_display_programs(snapshot, gpu):
+            evidence = (
+                f"{format_bytes(used_by_others)} used by {display_programs}: "
+                f"{describe_other_processes(gpu)}"
+            )
             remedy = display_remedy(gpu)
-            return fail("user", evidence, remedy) if large else warn(evidence, remedy)
-        return fail("retry", evidence) if large else warn(evidence)
+            return fail("user", evidence, remedy) if is_large else warn(evidence, remedy)
+        return fail("retry", evidence) if is_large else warn(evidence)
 
     return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 

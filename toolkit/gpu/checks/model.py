@@ -19,20 +19,24 @@ def _model_folder(snapshot: NodeSnapshot, context: CheckContext) -> str | None:
     """
     if context.model is None:
         return None
-    place = snapshot.model.location.value
-    return None if place is None or place["kind"] == "hub" else str(place["path"])
+    location_facts = snapshot.model.location.value
+    return (
+        None
+        if location_facts is None or location_facts["kind"] == "hub"
+        else str(location_facts["path"])
+    )
 
 
 def location(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the model is a folder, is in the hub cache, or can be downloaded."""
     if context.model is None:
         return None
-    place = snapshot.model.location
-    if place.value is None:
-        why = str(place.reason).removeprefix(f"{context.model}: ")
-        return fail("user", f"model {context.model}: {why}")
-    if place.value["kind"] != "hub":
-        return ok(f"{place.value['kind']} {place.value['path']}")
+    reading = snapshot.model.location
+    if reading.value is None:
+        reason = str(reading.reason).removeprefix(f"{context.model}: ")
+        return fail("user", f"model {context.model}: {reason}")
+    if reading.value["kind"] != "hub":
+        return ok(f"{reading.value['kind']} {reading.value['path']}")
     offline = [n for n in _OFFLINE if snapshot.environment.get(n, "0").lower() not in ("", "0")]
     revision = f" at {context.revision}" if context.revision else ""
     text = f"{context.model}{revision} is not in the hub cache"
@@ -49,23 +53,25 @@ def weights(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     files = snapshot.model.files
     if files.value is None:
         return fail("user", f"{path}: {files.reason}")
-    state = files.value
+    file_facts = files.value
     for names, what in (
-        (state["missing_shards"], f"missing, named by {state['index']}"),
-        (state["dangling"], "broken links"),
-        (state["unreadable"], "not readable"),
+        (file_facts["missing_shards"], f"missing, named by {file_facts['index']}"),
+        (file_facts["dangling"], "broken links"),
+        (file_facts["unreadable"], "not readable"),
         (
-            state.get("irregular", []),
+            file_facts.get("irregular", []),
             "pipes or devices, not regular files",
         ),
-        (state["empty_weights"], "empty"),
+        (file_facts["empty_weights"], "empty"),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            return fail("user", f"{path}: {', '.join(names[:3])}{more}: {what}")
-    if not state["weights"]:
+            more_text = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return fail("user", f"{path}: {', '.join(names[:3])}{more_text}: {what}")
+    if not file_facts["weights"]:
         return fail("user", f"{path} contains no weights")
-    return ok(f"{plural(state['weights'], 'file')}, {format_bytes(state['weight_bytes'])}")
+    return ok(
+        f"{plural(file_facts['weights'], 'file')}, {format_bytes(file_facts['weight_bytes'])}"
+    )
 
 
 def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -73,14 +79,16 @@ def config(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     path = _model_folder(snapshot, context)
     if path is None:
         return None
-    found = snapshot.model.config
-    if found.value is None:
-        return fail("user", f"{path}: {found.reason}")
-    if not found.value["architectures"]:
+    reading = snapshot.model.config
+    if reading.value is None:
+        return fail("user", f"{path}: {reading.reason}")
+    if not reading.value["architectures"]:
         return fail("user", f"{path}/config.json names no architecture")
-    if found.value["needs_code"]:
-        return warn(f"{found.value['architectures'][0]} may need code from the model's repository")
-    return ok(", ".join(found.value["architectures"]))
+    if reading.value["needs_code"]:
+        return warn(
+            f"{reading.value['architectures'][0]} may need code from the model's repository"
+        )
+    return ok(", ".join(reading.value["architectures"]))
 
 
 def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -88,12 +96,12 @@ def tokenizer(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     path = _model_folder(snapshot, context)
     if path is None:
         return None
-    found = snapshot.model.tokenizer
-    if found.value is None:
-        return unknown(f"{path}: {found.reason}")
-    if not found.value:
+    reading = snapshot.model.tokenizer
+    if reading.value is None:
+        return unknown(f"{path}: {reading.reason}")
+    if not reading.value:
         return fail("user", f"{path} contains no tokenizer (tokenizer.json, tokenizer.model ...)")
-    return ok(", ".join(found.value))
+    return ok(", ".join(reading.value))
 
 
 def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
@@ -103,24 +111,27 @@ def architecture(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | Non
     names = snapshot.model.config.value["architectures"]
     if not names:
         return None
-    knows = snapshot.model.vllm_knows
-    if knows.value is False and context.engine == "vllm":
+    vllm_support = snapshot.model.vllm_knows
+    if vllm_support.value is False and context.engine == "vllm":
         return fail("user", f"the installed vLLM does not support {names[0]}")
-    if knows.value is False:
+    if vllm_support.value is False:
         return warn(
             f"the installed vLLM does not support {names[0]}; only `runtime.engine: transformers` "
             "works"
         )
-    kind, known = snapshot.model.config.value["model_type"], context.sizer_model_types
-    if known is not None and kind not in known:
+    model_type, supported_types = (
+        snapshot.model.config.value["model_type"],
+        context.sizer_model_types,
+    )
+    if supported_types is not None and model_type not in supported_types:
         return warn(
-            f"the sizer supports {kind or names[0]} only approximately, with a larger margin",
+            f"the sizer supports {model_type or names[0]} only approximately, with a larger margin",
             "leave more memory free, or compare the prediction with the memory of a short run "
             "(`envcheck calibrate`)",
         )
     return ok(
         f"{names[0]} is supported"
-        + ("" if knows.has_value else " by the sizer; vLLM is not installed")
+        + ("" if vllm_support.has_value else " by the sizer; vLLM is not installed")
     )
 
 

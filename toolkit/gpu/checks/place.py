@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def runtime(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the container or pod has the GPUs that the job needs."""
-    place = snapshot.host.place.value
-    if place is None:
+    environment = snapshot.host.place.value
+    if environment is None:
         return unknown(f"the environment could not be read: {snapshot.host.place.reason}")
-    names = [place["container"] or "", "kubernetes" if place["kubernetes"] else ""]
-    name = " in ".join(one for one in names if one)
+    names = [environment["container"] or "", "kubernetes" if environment["kubernetes"] else ""]
+    name = " in ".join(part for part in names if part)
     if not name:
-        return ok("WSL" if place["wsl"] else "no container")
+        return ok("WSL" if environment["wsl"] else "no container")
     if snapshot.gpus:
         return ok(f"{name}, with {plural(len(snapshot.gpus), 'GPU')}")
     reason = find_gpu_requirement(snapshot, context)
@@ -53,25 +53,27 @@ def slurm(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the Slurm job has a GPU if the job needs one, and that CUDA sees all GPUs of the
     Slurm job.
     """
-    place, variables = snapshot.host.place.value or {}, snapshot.environment
-    if not place.get("slurm"):
+    environment, variables = snapshot.host.place.value or {}, snapshot.environment
+    if not environment.get("slurm"):
         return None
-    given = variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS")
-    if given is None:
+    assigned = variables.get("SLURM_GPUS_ON_NODE") or variables.get("SLURM_JOB_GPUS")
+    if assigned is None:
         reason = find_gpu_requirement(snapshot, context)
         text = "this Slurm job has no GPU"
         return fail("user", f"{text}; {reason}") if reason else ok(text)
-    count = int(given) if given.isdecimal() else len(given.split(","))
-    seen = len(visible_devices(snapshot).devices)
-    if seen != count:
-        return warn(f"Slurm assigned {plural(count, 'GPU')}, but CUDA sees {seen}")
-    return ok(f"Slurm assigned {plural(count, 'GPU')}")
+    assigned_count = int(assigned) if assigned.isdecimal() else len(assigned.split(","))
+    visible_count = len(visible_devices(snapshot).devices)
+    if visible_count != assigned_count:
+        return warn(
+            f"Slurm assigned {plural(assigned_count, 'GPU')}, but CUDA sees {visible_count}"
+        )
+    return ok(f"Slurm assigned {plural(assigned_count, 'GPU')}")
 
 
 def wsl(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that a process inside WSL uses the Windows driver."""
-    place = snapshot.host.place.value or {}
-    if not place.get("wsl"):
+    environment = snapshot.host.place.value or {}
+    if not environment.get("wsl"):
         return None
     module = snapshot.driver.kernel_module
     if module.has_value:

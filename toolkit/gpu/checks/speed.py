@@ -43,14 +43,14 @@ def throttle(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         mask = gpu.clock_reasons
         if mask.value is None:
             return unread_outcome(mask, "throttle reasons")
-        trouble = [text for bit, text in THROTTLE_PROBLEMS.items() if mask.value & bit]
+        problems = [text for bit, text in THROTTLE_PROBLEMS.items() if mask.value & bit]
         clocks = gpu.clocks_mhz.value
-        now = f" (SM clock {clocks['sm']} of {clocks['max_sm']} MHz)" if clocks else ""
-        if trouble:
-            return warn(f"{', '.join(trouble)}{now}")
+        clock_text = f" (SM clock {clocks['sm']} of {clocks['max_sm']} MHz)" if clocks else ""
+        if problems:
+            return warn(f"{', '.join(problems)}{clock_text}")
         if mask.value & _CLOCKS_LIMITED_BY_OWNER:
             return warn(
-                f"the node's owner has limited the clocks{now}",
+                f"the node's owner has limited the clocks{clock_text}",
                 "ask the node's owner to reset the clocks with `nvidia-smi -rac`",
             )
         return ok("not throttled")
@@ -62,11 +62,11 @@ def power(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     """Check that the power limit of the card is not lower than its default limit."""
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
-        limit, usual = gpu.power_limit_mw.value, gpu.power_default_mw.value
-        if limit is None or not usual:
+        limit, default_limit = gpu.power_limit_mw.value, gpu.power_default_mw.value
+        if limit is None or not default_limit:
             return unread_outcome(gpu.power_limit_mw, "power limit") if limit is None else None
-        text = f"{limit / 1000:.0f} W of {usual / 1000:.0f} W"
-        return ok(text) if limit >= _LOW_POWER_SHARE * usual else warn(f"limited to {text}")
+        text = f"{limit / 1000:.0f} W of {default_limit / 1000:.0f} W"
+        return ok(text) if limit >= _LOW_POWER_SHARE * default_limit else warn(f"limited to {text}")
 
     return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
@@ -75,13 +75,13 @@ def temperature(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None
     """Check that the card is cooler than the temperature at which it lowers its clocks."""
 
     def check_gpu(gpu: GpuSnapshot) -> Outcome | None:
-        now, limit = gpu.temperature_c.value, gpu.slowdown_c.value
-        if now is None:
+        current, limit = gpu.temperature_c.value, gpu.slowdown_c.value
+        if current is None:
             return unread_outcome(gpu.temperature_c, "temperature")
         if limit is None:
-            return ok(f"{now} C")
-        text = f"{now} C; the card slows down at {limit} C"
-        return ok(text) if now < limit - _NEAR_SLOWDOWN_C else warn(text)
+            return ok(f"{current} C")
+        text = f"{current} C; the card slows down at {limit} C"
+        return ok(text) if current < limit - _NEAR_SLOWDOWN_C else warn(text)
 
     return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
 
@@ -130,11 +130,16 @@ def p2p(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
     pairs = snapshot.driver.p2p
     if pairs.value is None:
         return unread_outcome(pairs, "P2P")
-    wanted = {gpu.index for gpu in cards_to_check(snapshot, context)}
-    bad = [f"{i}-{j}" for i, j, status in pairs.value if {i, j} <= wanted and status != _P2P_OK]
-    if bad:
+    checked_indices = {gpu.index for gpu in cards_to_check(snapshot, context)}
+    blocked_pairs = [
+        f"{i}-{j}"
+        for i, j, status in pairs.value
+        if {i, j} <= checked_indices and status != _P2P_OK
+    ]
+    if blocked_pairs:
         return warn(
-            f"no peer access between cards {', '.join(bad[:6])}, so copies go through the host"
+            f"no peer access between cards {', '.join(blocked_pairs[:6])}, so copies go through "
+            "the host"
         )
     return ok("all cards can read each other's memory")
 
@@ -149,9 +154,9 @@ def group_link(snapshot: NodeSnapshot, context: CheckContext) -> Outcome | None:
         links = gpu.nvlinks.value
         if links is None:
             return unread_outcome(gpu.nvlinks, "NVLink")
-        up = sum(bool(state) for state in links)
-        if up:
-            return ok(f"{up} NVLinks connect this card to the tensor-parallel group")
+        links_up = sum(bool(state) for state in links)
+        if links_up:
+            return ok(f"{links_up} NVLinks connect this card to the tensor-parallel group")
         return warn(f"no NVLink, so the {size} cards of the tensor-parallel group use PCIe")
 
     return check_each_gpu(cards_to_check(snapshot, context), check_gpu)
