@@ -47,13 +47,13 @@ def test_the_schedules_are_those_of_transformers() -> None:
     assert set(SCHEDULES) == {kind.value for kind in SchedulerType}
 
 
-@pytest.mark.parametrize("kind", sorted(SCHEDULES))
-def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
+@pytest.mark.parametrize("schedule_name", sorted(SCHEDULES))
+def test_a_schedule_has_the_keywords_of_its_function(schedule_name: str) -> None:
     from torch.optim.lr_scheduler import ReduceLROnPlateau
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 
     metric_schedules = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
-    function = metric_schedules.get(kind) or TYPE_TO_SCHEDULER_FUNCTION[kind]
+    function = metric_schedules.get(schedule_name) or TYPE_TO_SCHEDULER_FUNCTION[schedule_name]
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -64,8 +64,8 @@ def test_a_schedule_has_the_keywords_of_its_function(kind: str) -> None:
         for name, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty
     }
-    assert set(SCHEDULES[kind].keywords) == set(parameters)
-    assert set(SCHEDULES[kind].required) == needed
+    assert set(SCHEDULES[schedule_name].keywords) == set(parameters)
+    assert set(SCHEDULES[schedule_name].required) == needed
 
 
 def test_schedules_that_ignore_keywords() -> None:
@@ -73,14 +73,14 @@ def test_schedules_that_ignore_keywords() -> None:
     import torch
     from transformers import get_scheduler
 
-    for kind, schedule in SCHEDULES.items():
+    for schedule_name, schedule in SCHEDULES.items():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         unknown_keyword = {"no_such_keyword": 1}
         if schedule.reads_kwargs:
             with pytest.raises(TypeError, match="no_such_keyword"):
-                get_scheduler(kind, optimizer, 1, 10, unknown_keyword)
+                get_scheduler(schedule_name, optimizer, 1, 10, unknown_keyword)
         else:
-            get_scheduler(kind, optimizer, 1, 10, unknown_keyword)
+            get_scheduler(schedule_name, optimizer, 1, 10, unknown_keyword)
 
 
 def test_schedules_accept_only_the_recorded_choices() -> None:
@@ -89,12 +89,12 @@ def test_schedules_accept_only_the_recorded_choices() -> None:
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for name, choices in SCHEDULE_CHOICES.items():
-        kind = "warmup_stable_decay" if name.endswith("_type") else "greedy"
-        required = {"num_decay_steps": 1} if kind == "warmup_stable_decay" else {}
+        schedule_name = "warmup_stable_decay" if name.endswith("_type") else "greedy"
+        required = {"num_decay_steps": 1} if schedule_name == "warmup_stable_decay" else {}
         for choice in choices:
-            get_scheduler(kind, optimizer, 1, 10, {**required, name: choice})
+            get_scheduler(schedule_name, optimizer, 1, 10, {**required, name: choice})
         with pytest.raises(ValueError, match=r"(?i)unknown"):
-            get_scheduler(kind, optimizer, 1, 10, {**required, name: "other"})
+            get_scheduler(schedule_name, optimizer, 1, 10, {**required, name: "other"})
 
 
 @cache
@@ -126,9 +126,11 @@ def test_an_optimizer_reads_the_options_that_its_handler_reads() -> None:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
     recorded_options: dict[str, set[str]] = {}
-    for kind, handler in _OPTIMIZER_HANDLERS.items():
-        recorded_options.setdefault(handler.__name__, set()).update(OPTIMIZERS[kind.value].options)
-    assert {kind.value for kind in _OPTIMIZER_HANDLERS} == set(OPTIMIZERS)
+    for optimizer, handler in _OPTIMIZER_HANDLERS.items():
+        recorded_options.setdefault(handler.__name__, set()).update(
+            OPTIMIZERS[optimizer.value].options
+        )
+    assert {optimizer.value for optimizer in _OPTIMIZER_HANDLERS} == set(OPTIMIZERS)
     assert recorded_options == {
         name: option_names(optimizer_handlers()[name]) for name in recorded_options
     }

@@ -66,7 +66,7 @@ def _build_finding(run: Run, made_by: Rule, violation: RuleViolation) -> Finding
     """The finding for a violation, with its position in the run file."""
     path = key_path(violation.path) if isinstance(violation.path, str) else violation.path
     node = _reported_node(run, path, violation.related)
-    mark = (
+    position = (
         node.key_position if violation.on_key and node.key_position is not None else node.position
     )
     return Finding(
@@ -75,7 +75,7 @@ def _build_finding(run: Run, made_by: Rule, violation: RuleViolation) -> Finding
         message=f"{dotted(path)}: {violation.message}",
         path=path,
         source=node.source,
-        position=mark,
+        position=position,
         notes=violation.notes,
         fixes=violation.fixes,
         related=tuple(
