@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from toolkit.base.files import file_type_fault, open_fault
 from toolkit.config.finding import Finding, Fix, Severity, error_finding
-from toolkit.config.text_reader import FORMATS
+from toolkit.config.text_reader import FORMAT_BY_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +68,8 @@ def location_fault(path: Path, node: Node, root: Path) -> Finding | None:
                 "allow its current folder"
             ),
         )
-    if path.suffix.lower() not in FORMATS:
-        ends = ", ".join(FORMATS)
+    if path.suffix.lower() not in FORMAT_BY_SUFFIX:
+        ends = ", ".join(FORMAT_BY_SUFFIX)
         return finding_at(
             "DOC017",
             node,

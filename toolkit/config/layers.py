@@ -105,7 +105,7 @@ def _load_base(node: Node, chain: list[Path], root: Path) -> Document | Finding:
     if fault := location_fault(path, node, root):
         return fault
     try:
-        base = parse_source(read_source(_display_path(path, node), real=path))
+        base = parse_source(read_source(_display_path(path, node), real_path=path))
     except UnreadableText as error:
         return finding_at("DOC011", node, f"extends: {node.value} {error.finding.message}")
     return content_fault(base, node) or base

@@ -14,7 +14,7 @@ from toolkit.base.errors import InputError
 from toolkit.base.hub_cache import cached_model
 from toolkit.config.lora_targets import get_text_config, has_experts
 from toolkit.config.run_paths import path_exists, resolve_path
-from toolkit.config.supported_features import head_size
+from toolkit.config.supported_features import head_dim
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -209,7 +209,7 @@ def min_cache_bytes(
     too low. ``sizing.kv_bytes`` computes the exact size for every model type.
     """
     layers, heads = text.get("num_hidden_layers"), text.get("num_attention_heads")
-    counts = (layers, text.get("num_key_value_heads", heads), head_size(text))
+    counts = (layers, text.get("num_key_value_heads", heads), head_dim(text))
     if not all(type(count) is int and count > 0 for count in counts):
         return None
     layer_types = text.get("layer_types") or ()

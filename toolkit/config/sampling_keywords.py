@@ -61,68 +61,68 @@ class Problem:
     """The keyword of the same engine that the user probably meant."""
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
-    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _items(value: Any) -> Iterable[Any] | None:
+def _as_items(value: Any) -> Iterable[Any] | None:
     return value if isinstance(value, (list, tuple)) else None
 
 
-def _all(value: Any, one: Callable[[Any], bool]) -> bool:
-    items = _items(value)
-    return items is not None and all(one(item) for item in items)
+def _all(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    items = _as_items(value)
+    return items is not None and all(is_valid(item) for item in items)
 
 
-def _any(value: Any) -> bool:
+def _is_set(value: Any) -> bool:
     return value is not None
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _token(value: Any) -> bool:
-    return _whole(value) and value >= 0
+def _is_token(value: Any) -> bool:
+    return _is_integer(value) and value >= 0
 
 
-def _texts(value: Any) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, str) or _all(value, lambda one: isinstance(one, str))
 
 
-def _tokens(value: Any) -> bool:
-    return _all(value, _token)
+def _are_tokens(value: Any) -> bool:
+    return _all(value, _is_token)
 
 
-def _token_lists(value: Any) -> bool:
-    return _all(value, _tokens)
+def _are_token_lists(value: Any) -> bool:
+    return _all(value, _are_tokens)
 
 
-def _biases(value: Any) -> bool:
+def _are_biases(value: Any) -> bool:
     if not hasattr(value, "items"):
         return False
-    return all(str(token).isdecimal() and _number(bias) for token, bias in value.items())
+    return all(str(token).isdecimal() and _is_number(bias) for token, bias in value.items())
 
 
 def _at_least(low: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"a whole number, at least {low}", lambda value: _whole(value) and value >= low
+    return f"a whole number, at least {low}", lambda value: _is_integer(value) and value >= low
 
 
 def _between(low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
-    return f"a number from {low} to {high}", lambda value: _number(value) and low <= value <= high
+    return f"a number from {low} to {high}", lambda v: _is_number(v) and low <= v <= high
 
 
-_ANY = ("a value", _any)
-_FLAG = ("true or false", _flag)
-_TEXTS = ("a string or a list of strings", _texts)
-_TOKENS = ("a list of token ids", _tokens)
+_ANY = ("a value", _is_set)
+_FLAG = ("true or false", _is_flag)
+_TEXTS = ("a string or a list of strings", _are_texts)
+_TOKENS = ("a list of token ids", _are_tokens)
 _MAPPING = ("a mapping", lambda value: hasattr(value, "items") or hasattr(value, "regex"))
-_FACTOR = ("a number above 0", lambda value: _number(value) and value > 0)
-_TOP_P = ("a number above 0 and at most 1", lambda value: _number(value) and 0 < value <= 1)
+_FACTOR = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_TOP_P = ("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 
 
 def _keywords(effect: Effect, **takes: tuple[str, Callable[[Any], bool]]) -> dict[str, Keyword]:
@@ -132,7 +132,7 @@ def _keywords(effect: Effect, **takes: tuple[str, Callable[[Any], bool]]) -> dic
     }
 
 
-def _fields(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str, Keyword]:
+def _field_keywords(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str, Keyword]:
     return {
         name: Keyword(
             name=name, expected=words, accepts=accepts, effect=Effect.REPRODUCED, field=field
@@ -143,14 +143,14 @@ def _fields(**fields: tuple[str, tuple[str, Callable[[Any], bool]]]) -> dict[str
 
 def _owned(**reasons: str) -> dict[str, Keyword]:
     return {
-        name: Keyword(name=name, expected=_ANY[0], accepts=_any, owned=reason)
+        name: Keyword(name=name, expected=_ANY[0], accepts=_is_set, owned=reason)
         for name, reason in reasons.items()
     }
 
 
 def _unused(reason: str, names: str) -> dict[str, Keyword]:
     return {
-        name: Keyword(name=name, expected=_ANY[0], accepts=_any, unused=reason)
+        name: Keyword(name=name, expected=_ANY[0], accepts=_is_set, unused=reason)
         for name in names.split()
     }
 
@@ -165,14 +165,14 @@ _DISTRIBUTION = {
 _COMPLETION = ("max_completion_length", _at_least(1))
 
 _VLLM: dict[str, Keyword] = {
-    **_fields(**_DISTRIBUTION, max_tokens=_COMPLETION),
+    **_field_keywords(**_DISTRIBUTION, max_tokens=_COMPLETION),
     **_keywords(
         Effect.REPRODUCED, presence_penalty=_between(-2, 2), frequency_penalty=_between(-2, 2)
     ),
     **_keywords(
         Effect.NOT_REPRODUCED,
         min_tokens=_at_least(0),
-        logit_bias=("a mapping of token ids to numbers", _biases),
+        logit_bias=("a mapping of token ids to numbers", _are_biases),
         allowed_token_ids=_TOKENS,
         bad_words=_TEXTS,
         structured_outputs=_MAPPING,
@@ -217,7 +217,7 @@ _VLLM: dict[str, Keyword] = {
 }
 
 _TRANSFORMERS: dict[str, Keyword] = {
-    **_fields(
+    **_field_keywords(
         **_DISTRIBUTION,
         max_new_tokens=_COMPLETION,
         cache_implementation=("cache_implementation", _ANY),
@@ -231,15 +231,15 @@ _TRANSFORMERS: dict[str, Keyword] = {
         epsilon_cutoff=_between(0, 1),
         eta_cutoff=_between(0, 1),
         no_repeat_ngram_size=_at_least(0),
-        bad_words_ids=("a list of lists of token ids", _token_lists),
-        sequence_bias=("a list or a mapping", lambda v: _all(v, _any) or hasattr(v, "items")),
+        bad_words_ids=("a list of lists of token ids", _are_token_lists),
+        sequence_bias=("a list or a mapping", lambda v: _all(v, _is_set) or hasattr(v, "items")),
         suppress_tokens=_TOKENS,
         begin_suppress_tokens=_TOKENS,
         forced_bos_token_id=_at_least(0),
-        forced_eos_token_id=("one or more token ids", lambda v: _token(v) or _tokens(v)),
+        forced_eos_token_id=("one or more token ids", lambda v: _is_token(v) or _are_tokens(v)),
         exponential_decay_length_penalty=(
             "a list of a whole number and a number",
-            lambda value: _all(value, _number) and len(value) == 2,
+            lambda value: _all(value, _is_number) and len(value) == 2,
         ),
         guidance_scale=_FACTOR,
         watermarking_config=_MAPPING,
@@ -295,7 +295,7 @@ OWNED_KEYWORDS: Mapping[str, str] = {
 }
 """The keywords that ``generation_kwargs`` must not set with vLLM, and the reasons."""
 
-_TWINS = (
+_SYNONYMS = (
     ("max_tokens", "max_new_tokens"),
     ("min_tokens", "min_new_tokens"),
     ("stop", "stop_strings"),
@@ -342,30 +342,30 @@ def unknown_keyword_problem(name: str, engine: Engine) -> Problem | None:
 
 def _unknown(name: str, engine: Engine) -> Problem:
     other: Engine = "transformers" if engine == "vllm" else "vllm"
-    theirs = KEYWORDS[other].get(name)
-    if theirs is not None:
+    other_keyword = KEYWORDS[other].get(name)
+    if other_keyword is not None:
         message = (
             f"{name} is a keyword of {ENGINE_NAMES[other]}; {ENGINE_NAMES[engine]} does not read it"
         )
-        if theirs.field is not None:
-            return Problem("unread", message, f"set grpo.{theirs.field} instead")
-        twin = next((t for pair in _TWINS for t in pair if name in pair and t != name), None)
-        if twin is not None and find_problem(twin, None, engine) is not None:
-            found = KEYWORDS[engine][twin]
-            if found.owned is None and found.unused is None:
-                fix = f"use {twin}, the name of this keyword in {ENGINE_NAMES[engine]}"
-                return Problem("unread", message, fix, twin)
+        if other_keyword.field is not None:
+            return Problem("unread", message, f"set grpo.{other_keyword.field} instead")
+        synonym = next((t for pair in _SYNONYMS for t in pair if name in pair and t != name), None)
+        if synonym is not None and find_problem(synonym, None, engine) is not None:
+            candidate = KEYWORDS[engine][synonym]
+            if candidate.owned is None and candidate.unused is None:
+                fix = f"use {synonym}, the name of this keyword in {ENGINE_NAMES[engine]}"
+                return Problem("unread", message, fix, synonym)
         return Problem("unread", message, f"remove {name}")
     message = f"{name} is not a sampling keyword of {ENGINE_NAMES[engine]}"
-    close = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
-    if close is None:
+    nearest_name = nearest(name, list(KEYWORDS[engine])) or nearest(name, list(KEYWORDS[other]))
+    if nearest_name is None:
         return Problem("unread", message, f"remove {name}")
-    keyword = KEYWORDS[engine].get(close) or KEYWORDS[other][close]
+    keyword = KEYWORDS[engine].get(nearest_name) or KEYWORDS[other][nearest_name]
     if keyword.field is not None:
-        return Problem("unread", message, f"did you mean grpo.{keyword.field} ({close})?")
-    if close not in KEYWORDS[engine] or keyword.owned or keyword.unused:
+        return Problem("unread", message, f"did you mean grpo.{keyword.field} ({nearest_name})?")
+    if nearest_name not in KEYWORDS[engine] or keyword.owned or keyword.unused:
         return Problem("unread", message, f"remove {name}")
-    return Problem("unread", message, f"did you mean {close}?", close)
+    return Problem("unread", message, f"did you mean {nearest_name}?", nearest_name)
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ def sarif_log(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a SARIF log with one run of envcheck. ``results`` are SARIF result objects, as the
     function ``sarif_result`` returns them.
     """
-    used = {found["ruleId"] for found in results}
+    used = {result["ruleId"] for result in results}
     rules = [rule for name, rule in all_rules().items() if name in used]
     return {
         "$schema": SCHEMA,
@@ -61,22 +61,22 @@ def _help_uri(rule: str) -> dict[str, str]:
     return {} if page is None else {"helpUri": page}
 
 
-def sarif_result(found: Finding) -> dict[str, Any]:
+def sarif_result(finding: Finding) -> dict[str, Any]:
     """Return a finding as a SARIF result object."""
-    text = "\n".join(map(redact, (found.message, *found.notes)))
-    made: dict[str, Any] = {
-        "ruleId": found.rule,
-        "level": str(found.severity),
+    text = "\n".join(map(redact, (finding.message, *finding.notes)))
+    result: dict[str, Any] = {
+        "ruleId": finding.rule,
+        "level": str(finding.severity),
         "message": {"text": text},
-        "locations": [_location(found.source, found.position)],
+        "locations": [_location(finding.source, finding.position)],
     }
-    related = [_location(node.source, node.position) for node in found.related]
+    related = [_location(node.source, node.position) for node in finding.related]
     if related:
-        made["relatedLocations"] = related
-    fixes = [_fix(fix) for fix in found.fixes if fix.edits]
+        result["relatedLocations"] = related
+    fixes = [_fix(fix) for fix in finding.fixes if fix.edits]
     if fixes:
-        made["fixes"] = fixes
-    return made
+        result["fixes"] = fixes
+    return result
 
 
 def _artifact(source: Source | None) -> dict[str, str]:
@@ -84,13 +84,13 @@ def _artifact(source: Source | None) -> dict[str, str]:
     return {"uri": PurePath(name).as_posix().replace("%", "%25").replace(" ", "%20")}
 
 
-def _location(source: Source | None, mark: Position | None) -> dict[str, Any]:
+def _location(source: Source | None, position: Position | None) -> dict[str, Any]:
     # Code scanning services require a line. A finding about the whole file gets line 1.
     region = {"startLine": 1}
-    if mark is not None:
-        region = {"startLine": mark.line, "startColumn": mark.column}
-        if source is not None and "\n" not in source.text[mark.start : mark.end]:
-            region["endColumn"] = max(end_column(mark), mark.column)
+    if position is not None:
+        region = {"startLine": position.line, "startColumn": position.column}
+        if source is not None and "\n" not in source.text[position.start : position.end]:
+            region["endColumn"] = max(end_column(position), position.column)
     return {"physicalLocation": {"artifactLocation": _artifact(source), "region": region}}
 
 

@@ -13,19 +13,19 @@ from typing import Any
 
 from toolkit.config.source import MAX_DIGITS
 
-_LONG = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
+_INTEGER = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _INT_12 = re.compile(r"[-+]?[0-9]+")
 _OCT_12 = re.compile(r"0o[0-7]+")
 _HEX_12 = re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT_12 = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _INF = re.compile(r"[-+]?\.(?:inf|Inf|INF)")
 _NAN = re.compile(r"\.(?:nan|NaN|NAN)")
-_WORDS_12: dict[str, Any] = {
+_CONSTANTS_12: dict[str, Any] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
 }  # fmt: skip
 
-_WORDS_11 = dict(_WORDS_12)
+_CONSTANTS_11 = dict(_CONSTANTS_12)
 for _spelling, _meaning in {
     "yes": True,
     "on": True,
@@ -34,7 +34,7 @@ for _spelling, _meaning in {
     "off": False,
     "n": False,
 }.items():
-    _WORDS_11 |= {
+    _CONSTANTS_11 |= {
         _spelling: _meaning,
         _spelling.capitalize(): _meaning,
         _spelling.upper(): _meaning,
@@ -53,14 +53,14 @@ _TIME_11 = re.compile(
 )
 
 
-LARGEST_INT = 2**63 - 1
+MAX_INT64 = 2**63 - 1
 TOO_LARGE_INT = 2**64  # stands for an integer that has too many digits to be converted
 _SHOWN_DIGITS = 30
 
 
 def beyond_64_bits(value: Any) -> bool:
     """Whether ``value`` is an integer that does not fit into 64 bits (signed)."""
-    return type(value) is int and not -LARGEST_INT - 1 <= value <= LARGEST_INT
+    return type(value) is int and not -MAX_INT64 - 1 <= value <= MAX_INT64
 
 
 def too_large_message(text: str) -> str:
@@ -70,7 +70,7 @@ def too_large_message(text: str) -> str:
     shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
     return (
         f"{shown} ({len(text)} characters) does not fit into 64 bits: an integer must be from "
-        f"{-LARGEST_INT - 1} to {LARGEST_INT}"
+        f"{-MAX_INT64 - 1} to {MAX_INT64}"
     )
 
 
@@ -78,15 +78,15 @@ def is_long_integer(text: str) -> bool:
     """Whether a plain scalar is an integer with more than MAX_DIGITS digits. Such an integer is not
     converted to a number.
     """
-    return len(text) > MAX_DIGITS and _LONG.fullmatch(text) is not None
+    return len(text) > MAX_DIGITS and _INTEGER.fullmatch(text) is not None
 
 
 def read_core(text: str) -> Any:
     """Return the value of a plain scalar in the core schema of YAML 1.2. The type of the value is
     None, bool, int, float or str.
     """
-    if text in _WORDS_12:
-        return _WORDS_12[text]
+    if text in _CONSTANTS_12:
+        return _CONSTANTS_12[text]
     first = text[0]
     if not (first.isdigit() or first in "+-.") or len(text) > MAX_DIGITS or not text.isascii():
         return text
@@ -109,8 +109,8 @@ def read_legacy(text: str) -> tuple[str, Any]:
     """Return how YAML 1.1 reads a plain scalar, as a pair: a description for messages (such as
     ``the boolean true``), and the value. The value of a date is None.
     """
-    if text in _WORDS_11:
-        value = _WORDS_11[text]
+    if text in _CONSTANTS_11:
+        value = _CONSTANTS_11[text]
         return ("null" if value is None else "the boolean " + str(value).lower()), value
     if len(text) > MAX_DIGITS or not text.isascii():
         return "text", text
@@ -133,15 +133,15 @@ def _legacy_int(text: str) -> tuple[str, Any]:
     sign = -1 if text[0] == "-" else 1
     digits = text.lstrip("+-").replace("_", "")
     if digits.startswith("0b"):
-        return _told(sign, digits[2:], 2, "the binary number")
+        return _describe_integer(sign, digits[2:], 2, "the binary number")
     if digits.startswith("0x"):
-        return _told(sign, digits[2:], 16, "the number")
+        return _describe_integer(sign, digits[2:], 16, "the number")
     if len(digits) > 1 and digits[0] == "0":
-        return _told(sign, digits[1:], 8, "the octal number")
-    return _told(sign, digits, 10, "the number")
+        return _describe_integer(sign, digits[1:], 8, "the octal number")
+    return _describe_integer(sign, digits, 10, "the number")
 
 
-def _told(sign: int, digits: str, base: int, name: str) -> tuple[str, Any]:
+def _describe_integer(sign: int, digits: str, base: int, name: str) -> tuple[str, Any]:
     if not digits:
         return "text", digits
     value = sign * int(digits, base)
@@ -156,20 +156,22 @@ def _base_60(text: str) -> float:
     return sign * total
 
 
-def legacy_reading(text: str, core: Any) -> str | None:
+def legacy_reading(text: str, core_value: Any) -> str | None:
     """Return a description of the value that YAML 1.1 reads for ``text``; None if YAML 1.1 and YAML
-    1.2 read the same value. ``core`` is the value in YAML 1.2.
+    1.2 read the same value. ``core_value`` is the value in YAML 1.2.
     """
-    if isinstance(core, str):
+    if isinstance(core_value, str):
         first = text[0]
-        if not (first.isdigit() or first in "+-.=<") and text not in _WORDS_11:
+        if not (first.isdigit() or first in "+-.=<") and text not in _CONSTANTS_11:
             return None
-    elif core is None or isinstance(core, bool):
+    elif core_value is None or isinstance(core_value, bool):
         return None
-    kind, legacy = read_legacy(text)
-    if type(legacy) is type(core) and (legacy == core or legacy != legacy):
+    description, legacy_value = read_legacy(text)
+    if type(legacy_value) is type(core_value) and (
+        legacy_value == core_value or legacy_value != legacy_value
+    ):
         return None
-    return kind
+    return description
 
 
 def plain_spelling(value: Any) -> str:

@@ -25,7 +25,9 @@ def coerce(
     """
     stripped = text.strip()
     candidates = [read_core(stripped), read_legacy(stripped)[1]] if stripped else []
-    candidates += [int(value) for value in candidates if isinstance(value, float) and _whole(value)]
+    candidates += [
+        int(value) for value in candidates if isinstance(value, float) and _is_integral(value)
+    ]
     for value in candidates:
         if (
             value is None
@@ -38,7 +40,7 @@ def coerce(
     return ()
 
 
-def _whole(value: float) -> bool:
+def _is_integral(value: float) -> bool:
     return math.isfinite(value) and value.is_integer()
 
 
@@ -57,20 +59,20 @@ def fits_type(value: Any, schema: dict[str, Any]) -> bool:
     """Whether ``schema`` allows the type of ``value``. Bounds and other limits are not checked."""
     kinds = schema.get("type")
     if kinds is None:
-        legal = [schema["const"]] if "const" in schema else schema.get("enum", [])
-        return any(type(one) is type(value) for one in legal)
-    return any(_is(value, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds))
+        legal_values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+        return any(type(legal_value) is type(value) for legal_value in legal_values)
+    return any(_is_of_type(value, kind) for kind in ((kinds,) if isinstance(kinds, str) else kinds))
 
 
-def _is(value: Any, kind: str) -> bool:
+def _is_of_type(value: Any, kind: str) -> bool:
     if kind == "integer":
         return type(value) is int
     if kind == "number":
         return type(value) in (int, float)
-    return type(value) is _PYTHON[kind]
+    return type(value) is _PYTHON_TYPES[kind]
 
 
-_PYTHON: dict[str, type] = {
+_PYTHON_TYPES: dict[str, type] = {
     "boolean": bool,
     "string": str,
     "array": list,
@@ -97,9 +99,9 @@ def value_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
 
 
 def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
-    wanted = describe_schema(schema)
+    expected = describe_schema(schema)
     if value is None:
-        return SchemaViolation("KEY006", f"null is not allowed here: the value must be {wanted}")
+        return SchemaViolation("KEY006", f"null is not allowed here: the value must be {expected}")
     fixes: tuple[Any, ...] = ()
     if isinstance(value, str):
         from toolkit.config.schema_violation import coerce  # noqa: PLC0415 - only for a violation
@@ -119,38 +121,42 @@ def _type_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation:
     elif not isinstance(value, (dict, list)) and fits_type("", schema):
         fixes = (str(value).lower() if isinstance(value, bool) else str(value),)
     return SchemaViolation(
-        "KEY003", f"{show_value(value)} is {type_name(value)}; the value must be {wanted}", fixes
+        "KEY003", f"{show_value(value)} is {type_name(value)}; the value must be {expected}", fixes
     )
 
 
 def _enum_fault(value: Any, schema: dict[str, Any]) -> SchemaViolation | None:
-    legal = [schema["const"]] if "const" in schema else schema["enum"]
-    if any(type(one) is type(value) and one == value for one in legal):
+    legal_values = [schema["const"]] if "const" in schema else schema["enum"]
+    if any(
+        type(legal_value) is type(value) and legal_value == value for legal_value in legal_values
+    ):
         return None
     if value is None:
         return SchemaViolation(
             "KEY006",
             f"null is not allowed here: the value must be one of "
-            f"{', '.join(map(show_value, legal))}",
+            f"{', '.join(map(show_value, legal_values))}",
         )
     from toolkit.base.did_you_mean import nearest  # noqa: PLC0415 - only for a violation
 
-    close = (
-        nearest(value, [one for one in legal if isinstance(one, str)])
+    suggestion = (
+        nearest(
+            value, [legal_value for legal_value in legal_values if isinstance(legal_value, str)]
+        )
         if isinstance(value, str)
         else None
     )
     return SchemaViolation(
         "KEY004",
-        f"{show_value(value)} is not one of {', '.join(map(show_value, legal))}",
-        (close,) if close else (),
+        f"{show_value(value)} is not one of {', '.join(map(show_value, legal_values))}",
+        (suggestion,) if suggestion else (),
     )
 
 
 def _range_fault(value: float, schema: dict[str, Any]) -> SchemaViolation | None:
-    for keyword, holds, words in _LIMITS:
+    for keyword, is_within, words in _LIMITS:
         limit = schema.get(keyword)
-        if limit is not None and not holds(value, limit):
+        if limit is not None and not is_within(value, limit):
             message = (
                 f"{show_value(value)} is out of range: the value must be {words} "
                 f"{show_value(limit)}"
@@ -188,12 +194,12 @@ def _list_fault(value: list[Node], schema: dict[str, Any]) -> SchemaViolation | 
     if len(value) < schema.get("minItems", 0):
         return SchemaViolation("KEY005", "the list is empty")
     if schema.get("uniqueItems"):
-        seen: set[Any] = set()
+        seen_items: set[Any] = set()
         for node in value:
             item = repr(node.to_plain())
-            if item in seen:
+            if item in seen_items:
                 return SchemaViolation(
                     "KEY005", f"{show_value(node.to_plain())} occurs twice in the list"
                 )
-            seen.add(item)
+            seen_items.add(item)
     return None

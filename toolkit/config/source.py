@@ -35,9 +35,9 @@ class Source:
         """Whether this source text is a ``--set`` argument."""
         return self.format == "set"
 
-    def hide_secret(self, mark: Position) -> None:
+    def hide_secret(self, position: Position) -> None:
         """Mark the characters at a position as a secret, so that no output shows them."""
-        self.secret_positions.append(mark)
+        self.secret_positions.append(position)
 
     @cached_property
     def lines(self) -> list[str]:

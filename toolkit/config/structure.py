@@ -50,66 +50,66 @@ def check_structure(
     """Check ``root`` and all nodes below it with ``schema``. ``advise`` is a function that returns
     notes and fixes for an unknown key.
     """
-    walk = _Walk(root, advise)
-    walk.visit(root, schema, ())
-    return StructureCheck(walk.findings, walk.bad)
+    checker = _StructureChecker(root, advise)
+    checker.check_node(root, schema, ())
+    return StructureCheck(checker.findings, checker.invalid_paths)
 
 
-class _Walk:
+class _StructureChecker:
     def __init__(self, root: Node, advise: KeyAdvice | None) -> None:
         self.root = root
         self.advise = advise
         self.findings: list[Finding] = []
-        self.bad: set[KeyPath] = set()
-        self.unknown = 0
+        self.invalid_paths: set[KeyPath] = set()
+        self.unknown_key_count = 0
 
-    def visit(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+    def check_node(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         if "x-refused" in schema:
             return  # rule KEY007 reports it
         branches = schema.get("anyOf")
         if branches is not None:
-            schema = _branch(node.value, branches) | {
+            schema = _matching_branch(node.value, branches) | {
                 k: v for k, v in schema.items() if k != "anyOf"
             }
         if isinstance(node.value, float) and not math.isfinite(node.value):
-            self.bad.add(path)  # reported while loading (DOC006)
+            self.invalid_paths.add(path)  # reported while loading (DOC006)
             return
         if beyond_64_bits(node.value):
-            self.bad.add(path)  # reported while loading (DOC015)
+            self.invalid_paths.add(path)  # reported while loading (DOC015)
             return
         fault = value_fault(node.value, schema)
         if fault is not None:
-            self.bad.add(path)
+            self.invalid_paths.add(path)
             if "x-rule" not in schema or fault.rule == "KEY003":
-                self.tell(node, schema, path, fault)
+                self.report(node, schema, path, fault)
         elif isinstance(node.value, dict):
-            self.mapping(node, schema, path)
+            self.check_mapping(node, schema, path)
         elif isinstance(node.value, list):
-            self.sequence(node, schema, path)
+            self.check_list(node, schema, path)
         elif node.yaml11_warning is not None:
             self.findings.append(node.yaml11_warning)
 
-    def mapping(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+    def check_mapping(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         properties = schema.get("properties", {})
         for key, child in node.value.items():
-            below = properties.get(key)
-            if below is not None:
-                self.visit(child, below, (*path, key))
+            key_schema = properties.get(key)
+            if key_schema is not None:
+                self.check_node(child, key_schema, (*path, key))
             elif schema.get("additionalProperties") is False and not key.startswith("\0"):
-                self.bad.add((*path, key))
-                self.unknown += 1
-                known = properties if self.unknown <= MAX_SUGGESTIONS else {}
-                self.findings.append(self.unknown_key(child, (*path, key), known))
+                self.invalid_paths.add((*path, key))
+                self.unknown_key_count += 1
+                suggestible = properties if self.unknown_key_count <= MAX_SUGGESTIONS else {}
+                self.findings.append(self.unknown_key_finding(child, (*path, key), suggestible))
             elif isinstance(schema.get("additionalProperties"), dict):
-                self.visit(child, schema["additionalProperties"], (*path, key))
+                self.check_node(child, schema["additionalProperties"], (*path, key))
             else:
-                self.anything(child, (*path, key))
+                self.check_unrestricted(child, (*path, key))
         for key in schema.get("required", ()):
             if key not in node.value:
-                self.bad.add((*path, key))
-                self.findings.append(_missing(node, (*path, key), properties[key]))
+                self.invalid_paths.add((*path, key))
+                self.findings.append(_missing_key_finding(node, (*path, key), properties[key]))
 
-    def unknown_key(self, node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
+    def unknown_key_finding(self, node: Node, path: KeyPath, properties: dict[str, Any]) -> Finding:
         """Return the finding KEY001, with suggestions for the key that the user probably meant."""
         notes: tuple[str, ...] = ()
         fixes: tuple[Fix, ...] = ()
@@ -126,20 +126,20 @@ class _Walk:
             fixes=fixes,
         )
 
-    def sequence(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
+    def check_list(self, node: Node, schema: dict[str, Any], path: KeyPath) -> None:
         items = schema.get("items", {})
         for index, child in enumerate(node.value):
-            self.visit(child, items, (*path, index))
+            self.check_node(child, items, (*path, index))
 
-    def anything(self, node: Node, path: KeyPath) -> None:
+    def check_unrestricted(self, node: Node, path: KeyPath) -> None:
         """Check a value for which the schema has no restrictions. Only one problem is reported: a
         scalar that YAML 1.1 and YAML 1.2 read differently.
         """
-        for _, below in node.walk(path):
-            if below.yaml11_warning is not None:
-                self.findings.append(below.yaml11_warning)
+        for _, descendant in node.walk(path):
+            if descendant.yaml11_warning is not None:
+                self.findings.append(descendant.yaml11_warning)
 
-    def tell(
+    def report(
         self, node: Node, schema: dict[str, Any], path: KeyPath, fault: SchemaViolation
     ) -> None:
         notes, fixes = fault.notes, fault.fixes
@@ -158,18 +158,18 @@ class _Walk:
                 source=node.source,
                 position=node.position,
                 notes=notes,
-                fixes=tuple(edits) or _advice(schema, fault),
+                fixes=tuple(edits) or _default_fix(schema, fault),
             )
         )
 
 
-def _advice(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
+def _default_fix(schema: dict[str, Any], fault: SchemaViolation) -> tuple[Fix, ...]:
     if fault.rule == "KEY006" and "default" in schema:
         return (Fix(f"remove the key to use the default, {show_value(schema['default'])}"),)
     return ()
 
 
-def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
+def _matching_branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the branch of an ``anyOf`` with which ``value`` is checked. This is the first branch
     that accepts the value, else the first branch that allows the type of the value. If no branch
     allows its type, return a schema whose key ``x-either`` lists all branches.
@@ -183,7 +183,7 @@ def _branch(value: Any, branches: list[dict[str, Any]]) -> dict[str, Any]:
     return {"x-either": branches}
 
 
-def _missing(node: Node, path: KeyPath, schema: dict[str, Any]) -> Finding:
+def _missing_key_finding(node: Node, path: KeyPath, schema: dict[str, Any]) -> Finding:
     example = schema.get("examples", ["..."])[0]
     return Finding(
         rule="KEY002",

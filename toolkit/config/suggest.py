@@ -33,18 +33,18 @@ def key_advice(
         if dotted(path) in OTHER_UNIT:
             return (), (Fix(f"did you mean {name}?"),)
         return (), (_did_you_mean(name, path, node, properties[name], root),)
-    other = _elsewhere(path, node, root)
-    if other is not None:
-        return (), other
+    other_section = _other_section_fixes(path, node, root)
+    if other_section is not None:
+        return (), other_section
     siblings = {
         name: below for name, below in properties.items() if _may_be_advised(parent, name, below)
     }
-    close = similar_words(key, list(siblings))
-    if close:
-        return (), tuple(_did_you_mean(name, path, node, siblings[name], root) for name in close)
+    similar = similar_words(key, list(siblings))
+    if similar:
+        return (), tuple(_did_you_mean(name, path, node, siblings[name], root) for name in similar)
     if len(siblings) <= 12:
-        named = [name for name in siblings if name.isidentifier()]
-        return ("valid keys here: " + ", ".join(named),), ()
+        plain_names = [name for name in siblings if name.isidentifier()]
+        return ("valid keys here: " + ", ".join(plain_names),), ()
     return (), (Fix(f"list the valid keys with `envcheck explain {dotted(parent)}`"),)
 
 
@@ -61,7 +61,7 @@ def _did_you_mean(name: str, path: KeyPath, node: Node, schema: dict[str, Any], 
     return Fix(text, (rename_key(node.source, node.key_position, name),))
 
 
-def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
+def _other_section_fixes(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
     """Return the fixes that say to which other section a key belongs. The key is unknown in its own
     section. The other section has it under the same name or under a newer name. Return None if no
     section has the key.
@@ -69,30 +69,32 @@ def _elsewhere(path: KeyPath, node: Node, root: Node) -> tuple[Fix, ...] | None:
     key, parent = str(path[-1]), path[:-1]
     names = [
         dotted((section, key))
-        for section, below in find_schema("run")["properties"].items()
-        if (section,) != parent and key in below.get("properties", {})
+        for section, section_schema in find_schema("run")["properties"].items()
+        if (section,) != parent and key in section_schema.get("properties", {})
     ]
     names += [
         old
         for old in MOVED_KEYS
         if old.endswith(f".{key}") and old.count(".") == 1 and old not in names
     ]
-    places: dict[str, Any] = {}
+    candidates: dict[str, Any] = {}
     for old in names:
         if key_schema(tuple(old.split("."))) is not None:
-            places[old] = node.value
+            candidates[old] = node.value
             continue
-        today = convert_key(old, node.value)
-        if today is not None and today[0] is not None:
-            places[today[0]] = today[1]
-    if not places:
+        conversion = convert_key(old, node.value)
+        if conversion is not None and conversion[0] is not None:
+            candidates[conversion[0]] = conversion[1]
+    if not candidates:
         return None
-    if len(places) > 1 or any(isinstance(part, int) for part in path):
-        return (Fix(f"move the key to the section to which it belongs: {' or '.join(places)}"),)
-    ((to, value),) = places.items()
-    fix = move_fix(root, path, to, value)
+    if len(candidates) > 1 or any(isinstance(part, int) for part in path):
+        return (Fix(f"move the key to the section to which it belongs: {' or '.join(candidates)}"),)
+    ((new_key, value),) = candidates.items()
+    fix = move_fix(root, path, new_key, value)
     return (
         Fix(
-            f"move the key to the section to which it belongs: {to}", fix.edits, fix.printed_change
+            f"move the key to the section to which it belongs: {new_key}",
+            fix.edits,
+            fix.printed_change,
         ),
     )

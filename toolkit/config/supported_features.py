@@ -141,13 +141,13 @@ CPU_EXPERT_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 
 def storage_format(config: Mapping[str, Any]) -> StorageFormat | None:
     """Return the storage format that config.json states; None if the weights are not quantized."""
-    inner = config.get("quantization_config")
-    if not isinstance(inner, dict):
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
         return None
-    method = str(inner.get("quant_method") or "an unnamed format")
+    method = str(quantization.get("quant_method") or "an unnamed format")
     if method == "bitsandbytes":
-        eight = bool(inner.get("load_in_8bit") or inner.get("_load_in_8bit"))
-        method = "bitsandbytes-8bit" if eight else "bitsandbytes-4bit"
+        is_8bit = bool(quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"))
+        method = "bitsandbytes-8bit" if is_8bit else "bitsandbytes-4bit"
     return STORAGE_FORMATS.get(method, StorageFormat(method))
 
 
@@ -160,32 +160,32 @@ def storage_problem(
     stored = storage_format(config)
     if stored is None:
         return None
-    told = f"the checkpoint is stored in {stored.name}"
+    description = f"the checkpoint is stored in {stored.name}"
     if stored.flag is None:
         return Problem(
             "model.model_name",
-            f"{told}; training an adapter on this format is not supported",
+            f"{description}; training an adapter on this format is not supported",
             hint="name the 16-bit checkpoint of the model (load_in_4bit quantizes it at loading)",
         )
     if engine and not stored.shares_weights:
         return Problem(
             "model.model_name",
-            f"{told}, and vLLM cannot share weights in this format",
+            f"{description}, and vLLM cannot share weights in this format",
             hint="name the 16-bit checkpoint of the model, or set runtime.engine: transformers",
         )
-    asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
-    if not asked.pop(stored.flag):
+    flags = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    if not flags.pop(stored.flag):
         return Problem(
             f"model.{stored.flag}",
-            f"{told}, but {stored.flag} is false",
+            f"{description}, but {stored.flag} is false",
             fixes=((f"model.{stored.flag}", True),),
             hint="name the 16-bit checkpoint of the model",
         )
-    for other, on in asked.items():
-        if on:
+    for other, is_set in flags.items():
+        if is_set:
             return Problem(
                 f"model.{other}",
-                f"{told}, so {other} must be false",
+                f"{description}, so {other} must be false",
                 fixes=((f"model.{other}", False),),
             )
     return None
@@ -202,10 +202,10 @@ def flag_problems(
     """Return the problems of the combination of these flags. A separate rule checks that only one
     load_in_* flag is set.
     """
-    found = []
-    for name, on in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
-        if on and full_finetuning:
-            found.append(
+    problems = []
+    for name, is_set in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
+        if is_set and full_finetuning:
+            problems.append(
                 Problem(
                     f"model.{name}",
                     f"full_finetuning and {name} are mutually exclusive: quantized weights have "
@@ -214,14 +214,14 @@ def flag_problems(
                 )
             )
     if load_in_16bit and dtype == "float32":
-        found.append(
+        problems.append(
             Problem(
                 "model.load_in_16bit",
                 "load_in_16bit and dtype float32 are mutually exclusive",
                 fixes=(("model.load_in_16bit", False), ("model.dtype", "auto")),
             )
         )
-    return found
+    return problems
 
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
@@ -237,33 +237,33 @@ def architecture_problem(
     ``known`` says whether the installed transformers has the model's model_type, and ``causal``
     says whether it has a causal language model of that type (None: unknown).
     """
-    kind, own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
+    model_type, has_own_code = config.get("model_type"), isinstance(config.get("auto_map"), dict)
     if is_multimodal(config):
         return Problem(
             "model.model_name",
-            f"{kind!r} is a multimodal model; only text models are supported",
+            f"{model_type!r} is a multimodal model; only text models are supported",
             hint="use a text-only checkpoint of the same model family",
         )
-    if own_code and trust_remote_code:
+    if has_own_code and trust_remote_code:
         return None
-    if known is False and own_code:
+    if known is False and has_own_code:
         return Problem(
             "model.trust_remote_code",
-            f"the installed transformers does not have the model type {kind!r}. The checkpoint "
-            "has its own code, but trust_remote_code is false",
+            f"the installed transformers does not have the model type {model_type!r}. The "
+            "checkpoint has its own code, but trust_remote_code is false",
             fixes=(("model.trust_remote_code", True),),
             hint="use a model whose type the installed transformers has",
         )
     if known is False:
         return Problem(
             "model.model_name",
-            f"the installed transformers does not have the model type {kind!r}",
+            f"the installed transformers does not have the model type {model_type!r}",
             hint="correct model_type in config.json, or use a model whose type transformers has",
         )
     if causal is False:
         return Problem(
             "model.model_name",
-            f"{kind!r} is not a causal language model in the installed transformers",
+            f"{model_type!r} is not a causal language model in the installed transformers",
             hint="name a model that generates text from left to right",
         )
     return None
@@ -327,26 +327,26 @@ def attention_machine_problem(
     """
     key, name = "model.attn_implementation", attn or ""
     if name in NO_CPU_BACKWARD and not on_gpu:
-        what = f"{name} cannot be used: torch has no backward pass for it on a CPU"
-        return Problem(key, what, fixes=((key, None), (key, "sdpa")))
+        message = f"{name} cannot be used: torch has no backward pass for it on a CPU"
+        return Problem(key, message, fixes=((key, None), (key, "sdpa")))
     package = ATTENTION_PACKAGES.get(name)
     if package is None:
         return None
     if not on_gpu:
-        lacks = "it needs a GPU"
+        reason = "it needs a GPU"
     elif dtype == "float32":
-        lacks = "it computes in 16 bits, but the model is in float32"
+        reason = "it computes in 16 bits, but the model is in float32"
     elif not is_installed:
-        lacks = f"its package {package.partition('.')[0]} is not installed"
+        reason = f"its package {package.partition('.')[0]} is not installed"
     else:
         return None
-    return Problem(key, f"{name} cannot be used: {lacks}", fixes=((key, None), (key, "sdpa")))
+    return Problem(key, f"{name} cannot be used: {reason}", fixes=((key, None), (key, "sdpa")))
 
 
 def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
     """Return why vLLM cannot run the model of this config.json on a CPU; None if it can."""
     text = get_text_config(config)
-    size = head_size(text)
+    size = head_dim(text)
     if size is not None and size not in CPU_HEAD_SIZES:
         return Problem(
             "model.model_name",
@@ -355,12 +355,12 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
             fixes=(("runtime.engine", "transformers"),),
         )
     activation = text.get("hidden_act", "silu")
-    kind = text.get("model_type")
-    if has_experts(text) and (activation not in CPU_EXPERT_ACTIVATIONS or kind == "gpt_oss"):
-        what = "experts with biases" if kind == "gpt_oss" else f"experts with {activation}"
+    model_type = text.get("model_type")
+    if has_experts(text) and (activation not in CPU_EXPERT_ACTIVATIONS or model_type == "gpt_oss"):
+        feature = "experts with biases" if model_type == "gpt_oss" else f"experts with {activation}"
         return Problem(
             "model.model_name",
-            f"vLLM runs {what} with LoRA only on a GPU",
+            f"vLLM runs {feature} with LoRA only on a GPU",
             fixes=(("runtime.engine", "transformers"),),
         )
     return None
@@ -368,26 +368,26 @@ def cpu_engine_problem(config: Mapping[str, Any]) -> Problem | None:
 
 def float16_problem(config: Mapping[str, Any], dtype: str) -> Problem | None:
     """Return why vLLM cannot run the model of this config.json in ``dtype``; None if it can."""
-    kind = config.get("model_type")
-    if dtype != "float16" or kind not in NO_FLOAT16_TYPES:
+    model_type = config.get("model_type")
+    if dtype != "float16" or model_type not in NO_FLOAT16_TYPES:
         return None
     return Problem(
         "model.dtype",
-        f"{kind} overflows in float16, so vLLM refuses to start",
+        f"{model_type} overflows in float16, so vLLM refuses to start",
         fixes=(("model.dtype", "bfloat16"), ("runtime.engine", "transformers")),
     )
 
 
 def untied_head_problem(config: Mapping[str, Any]) -> Problem | None:
     """Return why vLLM cannot run the model with its untied lm_head; None if it can."""
-    kind = config.get("model_type")
-    if kind not in ALWAYS_TIED_TYPES or config.get("tie_word_embeddings", True) is not False:
+    model_type = config.get("model_type")
+    if model_type not in ALWAYS_TIED_TYPES or config.get("tie_word_embeddings", True) is not False:
         return None
-    what = f"tie_word_embeddings is false, but vLLM has no separate head for {kind}"
-    return Problem("model.model_name", what, fixes=(("runtime.engine", "transformers"),))
+    message = f"tie_word_embeddings is false, but vLLM has no separate head for {model_type}"
+    return Problem("model.model_name", message, fixes=(("runtime.engine", "transformers"),))
 
 
-def head_size(text: Mapping[str, Any]) -> int | None:
+def head_dim(text: Mapping[str, Any]) -> int | None:
     """Return the size of an attention head; None if it is unknown or the attention is latent."""
     if text.get("kv_lora_rank"):
         return None

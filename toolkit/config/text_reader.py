@@ -14,10 +14,10 @@ from toolkit.config.document import Document, StopReading, empty_root
 from toolkit.config.finding import Finding, Fix, error_finding
 from toolkit.config.source import MAX_BYTES, PIPE_WAIT_S, Source
 
-FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
+FORMAT_BY_SUFFIX = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 STDIN = "-"
 UNREADABLE_RULE = "DOC014"
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -29,24 +29,24 @@ class UnreadableText(StopReading):
     """Raised if the text of a run file cannot be read. ``finding`` says why."""
 
 
-def read_source(path: str | Path, *, real: Path | None = None) -> Source:
-    """Return the text of the run file at ``path`` (``-`` is standard input). If ``real`` is given,
-    the file at ``real`` is read instead, but findings show ``path``. Raises Unreadable if the text
-    cannot be read.
+def read_source(path: str | Path, *, real_path: Path | None = None) -> Source:
+    """Return the text of the run file at ``path`` (``-`` is standard input). If ``real_path`` is
+    given, the file at ``real_path`` is read instead, but findings show ``path``. Raises Unreadable
+    if the text cannot be read.
     """
     if str(path) == STDIN:
         source = Source("<stdin>", "", Path.cwd(), None, "stdin")
-        return _decode(source, _bounded(source, sys.stdin.fileno(), None))
+        return _decode(source, _read_descriptor(source, sys.stdin.fileno(), None))
     file = Path(path)
     source = Source(
         str(path),
         "",
         Path(os.path.abspath(file)).parent,
         Path(os.path.abspath(file)),
-        FORMATS.get(file.suffix.lower(), "yaml"),
+        FORMAT_BY_SUFFIX.get(file.suffix.lower(), "yaml"),
     )
     try:
-        return _decode(source, _read_file(source, real or file))
+        return _decode(source, _read_file(source, real_path or file))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableText(unreadable_finding(source, f"cannot be read: {reason}")) from None
@@ -69,32 +69,34 @@ def _read_file(source: Source, file: Path) -> bytes:
     # Open without blocking, because opening a named pipe without a writer would block forever.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        kind = os.fstat(descriptor)
-        if stat.S_ISDIR(kind.st_mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise UnreadableText(unreadable_finding(source, "is a folder, not a run file"))
-        if stat.S_ISREG(kind.st_mode) and kind.st_size > MAX_BYTES:
-            message = f"has {kind.st_size} bytes, but a run file may have at most {MAX_BYTES}"
+        if stat.S_ISREG(status.st_mode) and status.st_size > MAX_BYTES:
+            message = f"has {status.st_size} bytes, but a run file may have at most {MAX_BYTES}"
             notebook = file.suffix.lower() == ".ipynb"
             command = f"toolkit import {source.name}"
             fixes = [Fix(f"make a run file from the notebook with `{command}`")] if notebook else []
             raise UnreadableText(unreadable_finding(source, message, *fixes))
-        return _bounded(source, descriptor, None if stat.S_ISREG(kind.st_mode) else PIPE_WAIT_S)
+        return _read_descriptor(
+            source, descriptor, None if stat.S_ISREG(status.st_mode) else PIPE_WAIT_S
+        )
     finally:
         os.close(descriptor)
 
 
-def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
+def _read_descriptor(source: Source, descriptor: int, wait_s: float | None) -> bytes:
     """Return all bytes up to the end of the file or pipe ``descriptor``. Raises Unreadable if there
     are more than MAX_BYTES bytes, or if the writer of a pipe does not close the pipe within
     ``wait_s`` seconds (None: no limit).
     """
     chunks: list[bytes] = []
-    total = 0
+    total_bytes = 0
     deadline = None if wait_s is None else time.monotonic() + wait_s
-    while total <= MAX_BYTES:
+    while total_bytes <= MAX_BYTES:
         if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or not select.select([descriptor], [], [], remaining_s)[0]:
                 raise UnreadableText(
                     unreadable_finding(
                         source, f"the writer of this pipe did not close it within {wait_s} s"
@@ -107,14 +109,14 @@ def _bounded(source: Source, descriptor: int, wait_s: float | None) -> bytes:
         if not chunk:
             return b"".join(chunks)
         chunks.append(chunk)
-        total += len(chunk)
+        total_bytes += len(chunk)
     raise UnreadableText(
         unreadable_finding(source, f"has more than {MAX_BYTES} bytes, the limit for a run file")
     )
 
 
 def _decode(source: Source, data: bytes) -> Source:
-    for mark, name in _MARKS:
+    for mark, name in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
             raise UnreadableText(
                 unreadable_finding(
@@ -132,7 +134,7 @@ def _decode(source: Source, data: bytes) -> Source:
         raise UnreadableText(
             unreadable_finding(source, message, Fix("save the file as UTF-8"))
         ) from None
-    form = source.format
-    if form == "stdin":
-        form = "json" if text.lstrip()[:1] == "{" else "yaml"
-    return Source(source.name, text, source.folder, source.path, form, bom)
+    format_name = source.format
+    if format_name == "stdin":
+        format_name = "json" if text.lstrip()[:1] == "{" else "yaml"
+    return Source(source.name, text, source.folder, source.path, format_name, bom)

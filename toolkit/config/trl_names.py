@@ -224,10 +224,10 @@ loss is computed from these logits.
 @cache
 def is_installed(package: Package) -> bool:
     """Whether ``package`` is installed. This is determined without importing the package."""
-    return any(_is_there(module) for module in package.modules)
+    return any(_module_exists(module) for module in package.modules)
 
 
-def _is_there(module: str) -> bool:
+def _module_exists(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):
@@ -244,9 +244,9 @@ def needed_packages(
         package = TRACKERS.get(tracker)
         if package is not None:
             yield "report_to", tracker, package
-    chosen = OPTIMIZERS.get(optim)
-    if chosen is not None and chosen.package is not None:
-        yield "optim", optim, chosen.package
+    optimizer = OPTIMIZERS.get(optim)
+    if optimizer is not None and optimizer.package is not None:
+        yield "optim", optim, optimizer.package
     if use_liger:
         yield "use_liger_kernel", "true", LIGER_PACKAGE
     if cache == "quantized":
@@ -257,16 +257,16 @@ def packages_for_grpo(grpo: Mapping[str, Any]) -> Iterator[tuple[str, str, Packa
     """Yield (key, value, package) for each key in ``grpo`` whose value needs a package. ``grpo`` is
     the content of a run's grpo section.
     """
-    asked = grpo.get("report_to")
+    trackers = grpo.get("report_to")
     yield from needed_packages(
-        [asked] if isinstance(asked, str) else list(asked or ()),
+        [trackers] if isinstance(trackers, str) else list(trackers or ()),
         grpo.get("optim", ""),
         use_liger=bool(grpo.get("use_liger_kernel")),
         cache=grpo.get("cache_implementation"),
     )
 
 
-def _weighs(value: Any) -> bool:
+def _is_nonzero(value: Any) -> bool:
     return value is not None and value != 0
 
 
@@ -274,9 +274,9 @@ SPLIT_DEPENDENT_FIELDS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "loss_type": lambda value: value == "bnpo",
         "top_entropy_quantile": lambda value: value is not None and value < 1,
-        "entropy_coef": _weighs,
+        "entropy_coef": _is_nonzero,
         "use_adaptive_entropy": lambda value: value is True,
-        "router_aux_loss_coef": _weighs,
+        "router_aux_loss_coef": _is_nonzero,
     }
 )
 """Fields of TRL 1.16's GRPOConfig that can make the loss depend on how a batch is split into

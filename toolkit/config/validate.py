@@ -40,7 +40,7 @@ class Validation:
     @property
     def ok(self) -> bool:
         """Whether the run is accepted. A run is accepted if no finding has the severity error."""
-        return all(found.severity is not Severity.ERROR for found in self.findings)
+        return all(finding.severity is not Severity.ERROR for finding in self.findings)
 
     @cached_property
     def config(self) -> RunConfig | None:
@@ -53,21 +53,23 @@ def validate(document: Document, situation: Situation | None = None) -> Validati
     not in the run file, such as the number of processes and the device.
     """
     findings = list(document.findings)
-    other = _other_tool(document)
-    if other is not None:
-        findings = [other]
+    foreign_config = _foreign_config_finding(document)
+    if foreign_config is not None:
+        findings = [foreign_config]
     elif document.is_readable and document.is_complete:
-        outcome = check_structure(document.root, find_schema("run"), _key_advice)
-        run = Run(document, outcome.invalid_paths, situation or Situation())
-        told = [found for rule in rules_with_checks() for found in rule.findings(run)]
-        better = {found.path for found in told if found.rule in _BETTER_THAN_UNKNOWN}
+        structure = check_structure(document.root, find_schema("run"), _key_advice)
+        run = Run(document, structure.invalid_paths, situation or Situation())
+        rule_findings = [finding for rule in rules_with_checks() for finding in rule.findings(run)]
+        paths_with_better_finding = {
+            finding.path for finding in rule_findings if finding.rule in _RULES_BEFORE_UNKNOWN_KEY
+        }
         findings += [
-            found
-            for found in outcome.findings
-            if found.rule != "KEY001" or found.path not in better
+            finding
+            for finding in structure.findings
+            if finding.rule != "KEY001" or finding.path not in paths_with_better_finding
         ]
-        findings += told
-    findings = _bounded(sorted(findings, key=_order))
+        findings += rule_findings
+    findings = _limit_findings(sorted(findings, key=_sort_key))
     return Validation(tuple(findings), document)
 
 
@@ -79,7 +81,7 @@ def _key_advice(
     return key_advice(path, node, properties, root)
 
 
-def _other_tool(document: Document) -> Finding | None:
+def _foreign_config_finding(document: Document) -> Finding | None:
     """Return the finding IMPORT001 if the document is a config of another tool, else None. This one
     finding is then reported instead of a finding for each unknown key.
     """
@@ -91,32 +93,32 @@ def _other_tool(document: Document) -> Finding | None:
     return found_foreign(document)
 
 
-def _bounded(findings: list[Finding]) -> list[Finding]:
+def _limit_findings(findings: list[Finding]) -> list[Finding]:
     """Return the first MAX_FINDINGS findings. If there are more findings, the last returned finding
     states the number of findings that are left out.
     """
     if len(findings) <= MAX_FINDINGS:
         return findings
     last = findings[MAX_FINDINGS]
-    more = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
-    counted = replace(
-        last, rule="DOC009", severity=Severity.ERROR, message=more, path=(), notes=(), fixes=()
+    message = f"{len(findings) - MAX_FINDINGS} more findings are not shown"
+    summary = replace(
+        last, rule="DOC009", severity=Severity.ERROR, message=message, path=(), notes=(), fixes=()
     )
-    return [*findings[:MAX_FINDINGS], replace(counted, related=(), unknown=False)]
+    return [*findings[:MAX_FINDINGS], replace(summary, related=(), unknown=False)]
 
 
 # If one of these rules reports a key, KEY001 (unknown key) does not report it too.
-_BETTER_THAN_UNKNOWN = frozenset(("SAFE001", "KEY009", "GRPO019"))
+_RULES_BEFORE_UNKNOWN_KEY = frozenset(("SAFE001", "KEY009", "GRPO019"))
 
 
-def _order(found: Finding) -> tuple[bool, str, int, int, str]:
+def _sort_key(finding: Finding) -> tuple[bool, str, int, int, str]:
     """Return the sort key of a finding. It sorts findings by position, and puts the findings of
     ``--set`` overrides last.
     """
-    source, mark = found.source, found.position
+    source, position = finding.source, finding.position
     is_override = source is not None and source.is_override
-    line, column = (mark.line, mark.column) if mark else (0, 0)
-    return (is_override, source.name if source else "", line, column, found.rule)
+    line, column = (position.line, position.column) if position else (0, 0)
+    return (is_override, source.name if source else "", line, column, finding.rule)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int = 1) -> RunConfig:
@@ -133,10 +135,10 @@ def validated_config(document: Document, situation: Situation | None = None) -> 
     """Return the RunConfig of a loaded document, after validating it for ``situation``. Raises the
     same errors as ``load_run``.
     """
-    outcome = validate(document, situation)
-    if outcome.config is not None:
-        return outcome.config
-    raise refusal_error(document, outcome.findings)
+    validation = validate(document, situation)
+    if validation.config is not None:
+        return validation.config
+    raise refusal_error(document, validation.findings)
 
 
 def refusal_error(document: Document, findings: Sequence[Finding]) -> InputError | ConfigError:
@@ -147,9 +149,9 @@ def refusal_error(document: Document, findings: Sequence[Finding]) -> InputError
 
     if document.is_readable:
         return ConfigError("the run file is refused\n" + render_text(findings))
-    reason = next(found for found in findings if found.rule == UNREADABLE_RULE)
-    fix = " or ".join(one.text for one in reason.fixes) or None
-    return InputError(reason.message, where=reason.location, fix=fix)
+    unreadable = next(finding for finding in findings if finding.rule == UNREADABLE_RULE)
+    fix = " or ".join(one.text for one in unreadable.fixes) or None
+    return InputError(unreadable.message, where=unreadable.location, fix=fix)
 
 
 def check_instance(instance: Any, schema_name: str) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from toolkit.config.scalars import plain_spelling
 
-_TYPES = {
+_TYPE_NAMES = {
     "integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text",
     "array": "a list", "object": "a mapping", "null": "null",
 }  # fmt: skip
-_LONGEST = 60
+_MAX_LENGTH = 60
 
 
 def show_value(value: Any) -> str:
@@ -23,7 +23,7 @@ def show_value(value: Any) -> str:
         items = [show_value(getattr(item, "value", item)) for item in value[:4]]
         return "[" + ", ".join(items) + (", ..." if len(value) > 4 else "") + "]"
     text = plain_spelling(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 3] + "..."
 
 
 def type_name(value: Any) -> str:
@@ -50,17 +50,19 @@ def describe_schema(schema: dict[str, Any]) -> str:
         return f"{', '.join(others)} or {last}" if others else last
     kinds = schema.get("type", [])
     names = [
-        _TYPES[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind != "null"
+        _TYPE_NAMES[kind]
+        for kind in ([kinds] if isinstance(kinds, str) else kinds)
+        if kind != "null"
     ]
     return " or ".join(names)
 
 
-def spell_value(value: Any, form: str) -> str:
-    """Return ``value`` (a scalar) as a file spells it. ``form`` is the format of the file: "yaml",
-    "json" or "toml".
+def spell_value(value: Any, file_format: str) -> str:
+    """Return ``value`` (a scalar) as a file spells it. ``file_format`` is the format of the file:
+    "yaml", "json" or "toml".
     """
     text = plain_spelling(value)
-    if form in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
+    if file_format in ("json", "toml") and isinstance(value, str) and not text.startswith('"'):
         return f'"{text}"'
     return text
 
